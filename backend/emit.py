@@ -1,0 +1,461 @@
+"""Program -> nn.Module stages, with the model's own module tree and names inside.
+
+A stage is written as nested functions, one a module call: a run of ops in one call of a module is outlined
+into that module's forward, its live-ins become parameters, its live-outs what it returns. Code is text first,
+and two calls with the same text share one function.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import linecache
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut.backend.modules import OURS, Code, Stage, StageModule
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import EmitError
+from stagecut.ir.graph import Context, Mode, Namer, Op, Program, Region, RegionRef, StateEntry, Token, Value, closest_name, scope_fqn
+from stagecut.ir.graph import Stage as StageBlock
+from stagecut.ir.outline import Positions, positions
+from stagecut.ir.targets import resolve
+from stagecut.ir.types import TensorType
+
+_RESERVED = frozenset({*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "inf", "nan", "forward", "_call"})
+_BAD = re.compile(r"\W+", re.ASCII)
+_TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
+_DEVICE = re.compile(r'device\("([a-z]+(?::\d+)?)"\)\Z')
+
+
+def emit(program: Program, bindings: Bindings) -> list[Stage]:
+    """The stages of a linked program as modules that hold the tensors of `bindings`.
+
+    Raises EmitError when the program is not linked, names an unknown op, or lacks a tensor.
+    """
+    if program.phase != "linked":
+        raise EmitError(f"only a linked program can be emitted, this one is {program.phase}", hint="run all passes first")
+    emitter = _Emitter(program, bindings)
+    return [emitter.stage(block) for block in program.stages]
+
+
+class _Emitter:
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        self.program = program
+        self.bindings = bindings
+        self.where: Positions = positions(program)
+        self.code = Code(bindings.functions, program.name)
+        self.device = _main_device(program)
+        self._spelled: dict[str, str] = {}
+        self._lines: dict[Any, str] = {}
+
+    def stage(self, block: StageBlock) -> Stage:
+        root = Stage(self.program.name, "", self.code, torch.device(self.device))
+        root.index = block.index
+        tree = _Tree(root, self)
+        tree.hold(block)
+        names = Namer(_RESERVED)
+        parameters = {v: names(_BAD.sub("_", v.hint) or "x") for v in block.inputs}
+        root.input_names = tuple(parameters.values())
+        writer = _Function(self, tree, block, "", 0, 0, parameters)
+        root.add_call(writer.write(block.ops, block.outputs))
+        _set_training(root, self.bindings)
+        return root
+
+    def spell(self, target: str) -> str:
+        """The Python spelling of a target, checked once."""
+        spelled = self._spelled.get(target)
+        if spelled is None:
+            resolve(target)
+            spelled = self._spelled[target] = target
+        return spelled
+
+    def comment(self, op: Op) -> str:
+        """The user's source line of an op."""
+        if op.loc not in self._lines and op.loc is not None:
+            source = linecache.getline(op.loc.file, op.loc.line).strip()
+            self._lines[op.loc] = f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(": ")
+        return self._lines.get(op.loc, "")
+
+
+class _Tree:
+    """The module tree of one stage, grown on demand."""
+
+    def __init__(self, root: Stage, emitter: _Emitter) -> None:
+        self._nodes: dict[str, nn.Module] = {"": root}
+        self._emitter = emitter
+
+    def node(self, path: str) -> nn.Module:
+        """The module at `path`, made with all modules above it when it is not there yet."""
+        found = self._nodes.get(path)
+        if found is None:
+            above, _, name = path.rpartition(".")
+            bindings = self._emitter.bindings
+            found = bindings.modules.get(path)
+            if found is None:
+                found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, torch.device(self._emitter.device))
+            self._nodes[path] = self.node(above)._modules[name] = found
+        return found
+
+    def hold(self, block: StageBlock) -> None:
+        """Every state name of the stage is registered where the model has it."""
+        for entry, names in block.state.items():
+            for name in names:
+                above, _, last = name.rpartition(".")
+                owner = self.node(above)
+                if not isinstance(owner, StageModule):
+                    continue  # a leaf module of the user's holds its own
+                tensor = self._emitter.bindings.tensors.get(name)
+                if tensor is None:
+                    raise EmitError(f"no tensor is bound to '{name}'", where=f"stage {block.index}")
+                _register(owner, last, tensor, entry)
+
+
+def _register(owner: StageModule, name: str, tensor: torch.Tensor, entry: StateEntry) -> None:
+    if entry.kind == "const":
+        owner._constants[name] = tensor
+    elif entry.kind == "param":
+        owner._parameters[name] = tensor  # type: ignore[assignment]
+    else:
+        owner._buffers[name] = tensor
+        if not entry.persistent:
+            owner._non_persistent_buffers_set.add(name)
+
+
+def _set_training(root: Stage, bindings: Bindings) -> None:
+    for path, module in root.named_modules():
+        if isinstance(module, StageModule):
+            module.training = bindings.training.get(path, bindings.training.get("", True))
+
+
+def _main_device(program: Program) -> str:
+    """The device the model was traced on: that of its state, else of its inputs."""
+    for value in [*(e.value for e in program.state), *program.inputs]:
+        if isinstance(value.type, TensorType):
+            return value.type.device
+    return "cpu"
+
+
+@dataclass(slots=True)
+class _Statement:
+    """Lines of generated code, and the local variables they read or bind."""
+
+    indent: int
+    text: str
+    names: set[str] = field(default_factory=set)
+
+
+class _Function:
+    """Writes one function: the ops of one call of the module at `path`."""
+
+    def __init__(
+        self, emitter: _Emitter, tree: _Tree, block: StageBlock, path: str, depth: int, entered: int, parameters: dict[Value, str]
+    ) -> None:
+        self._emitter, self._tree, self._block = emitter, tree, block
+        self._path, self._depth, self._entered = path, depth, entered
+        self._parameters = parameters
+        self._names = Namer({*_RESERVED, *parameters.values()})
+        self._local: dict[Value, str] = dict(parameters)
+        self._out: list[_Statement] = []
+        self._last_comment = ""
+
+    def write(self, ops: list[Op], outputs: list[Value]) -> str:
+        """The text of the function that runs `ops` and returns `outputs`."""
+        self._items(list(self._group(ops)), self._entered, 1)
+        returned = [self._value(v, self._path) for v in outputs]
+        self._free(set(returned))
+        if returned:
+            self._out.append(_Statement(1, "return " + ", ".join(returned)))
+        body = [s for s in self._out if not s.text.startswith("#")]
+        if not body:
+            self._out.append(_Statement(1, "pass"))
+        lines = ["    " * s.indent + s.text for s in self._out]
+        return "\n".join([f"def forward({', '.join(['self', *self._parameters.values()])}):", *lines]) + "\n"
+
+    def _free(self, keep: set[str]) -> None:
+        """Each local is deleted behind its last use, so that activations do not outlive their readers."""
+        seen = set(keep)
+        for statement in reversed(self._out):
+            dead = statement.names - seen
+            if dead:
+                statement.text += ";  del " + ", ".join(sorted(dead))
+                seen |= dead
+
+    # --- grouping: module calls, then contexts ----------------------------------------------------
+
+    def _group(self, ops: list[Op]) -> Iterator[list[Op]]:
+        """Runs: ops of this module one by one, ops of one call of a submodule together."""
+        run: list[Op] = []
+        for op in ops:
+            inside = len(op.scope) > self._depth
+            if run and not (inside and len(run[0].scope) > self._depth and run[0].scope[self._depth] == op.scope[self._depth]):
+                yield run
+                run = []
+            run.append(op)
+            if not inside:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _items(self, runs: list[list[Op]], entered: int, indent: int) -> None:
+        index = 0
+        while index < len(runs):
+            context = _common_context(runs[index])
+            if len(context) <= entered:
+                self._run(runs[index], entered, indent)
+                index += 1
+                continue
+            stop = index
+            while stop < len(runs) and _common_context(runs[stop])[entered : entered + 1] == context[entered : entered + 1]:
+                stop += 1
+            self._out.append(_Statement(indent, f"with {self._context(context[entered])}:"))
+            self._items(runs[index:stop], entered + 1, indent + 1)
+            index = stop
+
+    def _run(self, ops: list[Op], entered: int, indent: int) -> None:
+        if len(ops[0].scope) > self._depth:
+            self._call(ops, entered, indent)
+        else:
+            self._op(ops[0], indent)
+
+    def _call(self, ops: list[Op], entered: int, indent: int) -> None:
+        frame = ops[0].scope[self._depth]
+        path = f"{self._path}.{frame.name}" if self._path else frame.name
+        module = self._tree.node(path)
+        if not isinstance(module, StageModule):
+            raise EmitError(f"module '{path}' is kept whole, yet ops of its inside are in the program", where=ops[0].where())
+        where = self._emitter.where
+        inner = [v for v in where.live_ins(ops) if self._state(v, path, path) is None]
+        parameters = {v: f"x{i}" for i, v in enumerate(inner)}
+        outputs = where.live_outs(ops)
+        writer = _Function(self._emitter, self._tree, self._block, path, self._depth + 1, entered, parameters)
+        number = module.add_call(writer.write(ops, outputs))
+        passed = [self._value(v, path) for v in inner]
+        spelled = f"{_attributes('self', frame.name.split('.'))}({', '.join([*passed, *([f'_call={number}'] if number else [])])})"
+        bound = [self._define(v, frame.name.rpartition(".")[2]) for v in outputs]
+        names = {*self._locals_of(inner), *bound}
+        self._out.append(_Statement(indent, f"{', '.join(bound)} = {spelled}" if bound else spelled, names))
+        self._last_comment = ""
+
+    # --- one op ---------------------------------------------------------------------------------
+
+    def _op(self, op: Op, indent: int) -> None:
+        comment = self._emitter.comment(op)
+        if comment and comment != self._last_comment:
+            self._out.append(_Statement(indent, comment))
+            self._last_comment = comment
+        regions = [self._region(r, indent) for r in op.regions]
+        call = self._spell(op, regions)
+        for old, new in op.versions.items():
+            if old in self._local:
+                self._local[new] = self._local[old]
+        target, unpack = self._targets(op)
+        names = self._locals_of([*op.operands, *op.results])
+        self._out.append(_Statement(indent, f"{target} = {call}" if target else call, set() if unpack else set(names)))
+        for number, line in enumerate(unpack):
+            self._out.append(_Statement(indent, line, set(names) if number == len(unpack) - 1 else set()))
+
+    def _spell(self, op: Op, regions: list[str]) -> str:
+        kind, _, rest = op.target.partition(".")
+        if kind == "module":
+            args, kwargs, _ = op.args
+            return f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
+        if kind == "method":
+            if not rest.isidentifier() or rest.startswith("__"):
+                raise EmitError(f"'{rest}' is no method that may be called", where=op.where())
+            receiver = self._tree_text(op.args[0], op, regions)
+            return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
+        if kind == "extern":
+            if op.target not in self._emitter.bindings.functions:
+                raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
+            return f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
+        return f"{self._emitter.spell(op.target)}({self._arguments(op, op.args, op.kwargs, regions)})"
+
+    def _arguments(self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]) -> str:
+        parts = [self._tree_text(a, op, regions) for a in args]
+        for key, item in kwargs.items():
+            if not key.isidentifier() or keyword.iskeyword(key):
+                raise EmitError(f"{key!r} is no keyword argument", where=op.where())
+            parts.append(f"{key}={self._tree_text(item, op, regions)}")
+        return ", ".join(parts)
+
+    def _leaf(self, path: str, op: Op) -> str:
+        self._tree.node(path)
+        if self._path and not path.startswith(self._path + "."):
+            raise EmitError(f"leaf module '{path}' is called from another module", where=op.where())
+        return _attributes("self", path[len(self._path) + 1 if self._path else 0 :].split("."))
+
+    def _targets(self, op: Op) -> tuple[str, list[str]]:
+        """What the call is assigned to, and lines that take it apart where a pattern cannot."""
+        used = {v for v in op.results if v.uses}
+        if not used:
+            return "", []
+        wish = _wish(op)
+        names = [self._define(v, wish) if v in used else "_" for v in op.results]
+        if op.form is None:
+            return ", ".join(names), []
+        if not _holds_dict(op.form):
+            return _pattern(op.form, names), []
+        whole = self._names(f"{wish}_result")
+        lines = [f"{names[i]} = {whole}{path}" for i, path in _paths(op.form) if names[i] != "_"]
+        lines[-1] += f";  del {whole}"
+        return whole, lines
+
+    def _region(self, region: Region, indent: int) -> str:
+        name = self._names(region.name)
+        inner = _Function(self._emitter, self._tree, self._block, self._path, 10**6, 0, {})
+        inner._names = self._names
+        inner._local = {p: self._names("x") for p in region.params}
+        parameters = list(inner._local.values())
+        inner._items([[op] for op in region.ops], 0, indent + 1)
+        result = inner._tree_text(region.output.args[0], region.output, [])
+        self._out.append(_Statement(indent, f"def {name}({', '.join(parameters)}):"))
+        self._out += [_Statement(s.indent, s.text) for s in inner._out]
+        self._out.append(_Statement(indent + 1, f"return {result}"))
+        return name
+
+    # --- values and literals ----------------------------------------------------------------------
+
+    def _define(self, value: Value, wish: str) -> str:
+        name = self._names(_BAD.sub("_", wish) if not wish[:1].isdigit() else "m" + _BAD.sub("_", wish))
+        self._local[value] = name
+        return name
+
+    def _locals_of(self, values: list[Value]) -> list[str]:
+        return [self._local[v] for v in values if v in self._local and self._local[v].isidentifier()]
+
+    def _value(self, value: Value, reader: str) -> str:
+        """The expression for a value in this function, read on behalf of the module at `reader`."""
+        name = self._local.get(value)
+        if name is not None:
+            return name
+        state = self._state(value, self._path, reader)
+        if state is None and isinstance(value.owner, Op):
+            state = self._renewed(value, value.owner, reader)
+        if state is None:
+            raise EmitError(f"{value!r} is not available in module '{self._path}' of stage {self._block.index}")
+        return state
+
+    def _renewed(self, value: Value, owner: Op, reader: str) -> str | None:
+        """A version is the tensor it is a version of, written in place."""
+        for old, new in owner.versions.items():
+            if new is value:
+                return self._value(old, reader)
+        return None
+
+    def _state(self, value: Value, path: str, reader: str) -> str | None:
+        """How state is spelled inside the module at `path`, None when it lies outside of it."""
+        entry = value.owner
+        if not isinstance(entry, StateEntry) or entry not in self._block.state:
+            return None
+        names = self._block.state[entry]
+        if path:
+            names = tuple(n for n in names if n.startswith(path + "."))
+        if not names:
+            return None
+        name = closest_name(names, reader)
+        parts = name[len(path) + 1 if path else 0 :].split(".")
+        owner = _attributes("self", parts[:-1])
+        if entry.kind == "const":
+            return f"{owner}._constants[{json.dumps(parts[-1])}]"
+        if _is_ours(parts[-1]):
+            return f"{owner}.{'_parameters' if entry.kind == 'param' else '_buffers'}[{json.dumps(parts[-1])}]"
+        return _attributes(owner, parts[-1:])
+
+    def _tree_text(self, tree: Any, op: Op, regions: list[str]) -> str:
+        if isinstance(tree, Value):
+            return self._value(tree, scope_fqn(op.scope))
+        if isinstance(tree, tuple):
+            inner = ", ".join(self._tree_text(t, op, regions) for t in tree)
+            return f"({inner},)" if len(tree) == 1 else f"({inner})"
+        if isinstance(tree, list):
+            return f"[{', '.join(self._tree_text(t, op, regions) for t in tree)}]"
+        if isinstance(tree, dict):
+            return "{" + ", ".join(f"{k!r}: {self._tree_text(v, op, regions)}" for k, v in tree.items()) + "}"
+        if isinstance(tree, slice):
+            return f"slice({', '.join(self._tree_text(t, op, regions) for t in (tree.start, tree.stop, tree.step))})"
+        if isinstance(tree, RegionRef):
+            return regions[tree.index]
+        return self._literal(tree, op)
+
+    def _literal(self, item: Any, op: Op) -> str:
+        if isinstance(item, Mode):
+            return "self.training"
+        if isinstance(item, Token):
+            return self._token(item, op)
+        if item is None or item is ... or isinstance(item, (bool, int, float, complex, str)):
+            return repr(item)
+        raise EmitError(f"a literal of type {type(item).__name__} cannot be written", where=op.where())
+
+    def _token(self, token: Token, op: Op) -> str:
+        device = _DEVICE.match(token.text)
+        if device:
+            return "self._here.device" if device[1] == self._emitter.device else f'torch.device("{device[1]}")'
+        if not _TOKEN.match(token.text) or not isinstance(getattr(torch, token.text[6:], None), (torch.dtype, torch.layout, torch.memory_format)):
+            raise EmitError(f"'{token.text}' is no constant of torch", where=op.where())
+        return token.text
+
+    def _context(self, context: Context) -> str:
+        if context.kind in ("no_grad", "enable_grad", "inference_mode"):
+            return f"torch.{context.kind}()"
+        if context.kind == "autocast":
+            device, *rest = context.args
+            arguments = ", ".join(self._literal(a, Op("autocast")) for a in rest)
+            return f"torch.autocast({device!r}, {arguments})"
+        raise EmitError(f"unknown context '{context.kind}'", hint="no_grad, enable_grad, inference_mode and autocast are known")
+
+
+def _common_context(run: list[Op]) -> tuple[Context, ...]:
+    common = run[0].context
+    for op in run:
+        while op.context[: len(common)] != common:
+            common = common[:-1]
+    return common
+
+
+def _is_ours(name: str) -> bool:
+    return name in OURS or name.startswith("__") or hasattr(Stage, name)
+
+
+def _attributes(owner: str, parts: list[str]) -> str:
+    """`owner.a.b`, through getattr where a part is no identifier and through the registry where it hides one of ours."""
+    for part in parts:
+        if _is_ours(part):
+            owner = f"{owner}._modules[{json.dumps(part)}]"
+        elif part.isidentifier() and part.isascii() and not keyword.iskeyword(part):
+            owner = f"{owner}.{part}"
+        else:
+            owner = f"getattr({owner}, {json.dumps(part)})"
+    return owner
+
+
+def _wish(op: Op) -> str:
+    """The wished name of an op's results: `aten.add.Tensor` -> `add`."""
+    parts = op.target.split(".")
+    return parts[1] if parts[0] in ("aten", "method", "extern") else parts[-1] if parts[-1] != "default" else parts[-2]
+
+
+def _holds_dict(form: Any) -> bool:
+    return isinstance(form, dict) or (isinstance(form, (tuple, list)) and any(map(_holds_dict, form)))
+
+
+def _pattern(form: Any, names: list[str]) -> str:
+    if isinstance(form, int):
+        return names[form]
+    inner = ", ".join(_pattern(f, names) for f in form)
+    return f"({inner},)" if len(form) == 1 else f"({inner})"
+
+
+def _paths(form: Any, path: str = "") -> Iterator[tuple[int, str]]:
+    if isinstance(form, int):
+        yield form, path
+        return
+    for key, item in form.items() if isinstance(form, dict) else enumerate(form):
+        yield from _paths(item, f"{path}[{key!r}]")

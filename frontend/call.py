@@ -1,0 +1,151 @@
+"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's structure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.graph import Value
+from stagecut.ir.types import ScalarType, TensorType
+
+
+@dataclass
+class CallSpec:
+    """The calling convention a program was traced with.
+
+    positional and keywords are the argument names of the example call; parameters are all names the
+    model's forward takes by position, with their defaults where they have one.
+    """
+
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    parameters: dict[str, Any]
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+
+    def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
+        given = (tuple(args), dict(kwargs))
+        if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
+            given = self._rebind(args, kwargs)
+        ordered = {name: given[1][name] for name in self.keywords}
+        flat, spec = tree_flatten((given[0], ordered))
+        if spec != self.in_spec:
+            raise InputError(
+                f"the arguments are nested otherwise than in the example call: {self._difference(given[0], ordered)}",
+                hint="call with the same structure, or trace again with these arguments as mb_args / mb_kwargs",
+            )
+        return flat
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The model's own output structure around the flat outputs."""
+        return tree_unflatten(list(outputs), self.out_spec)
+
+    def _rebind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = [*self.parameters, *(n for n in self.positional if n not in self.parameters)]
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional arguments, but the model takes at most {len(names)}")
+        values = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in values:
+                raise InputError(f"argument '{name}' is given twice, by position and by name")
+            values[name] = value
+        traced = (*self.positional, *self.keywords)
+        missing = [name for name in traced if name not in values]
+        if missing:
+            raise InputError(f"missing argument '{missing[0]}'", hint=f"the program was traced with {', '.join(traced)}")
+        for name, value in values.items():
+            if name not in traced and not _same(value, self.parameters.get(name, _ABSENT)):
+                raise InputError(
+                    f"argument '{name}' was not given in the example call, so the program does not depend on it",
+                    hint=f"add it to mb_args / mb_kwargs; {nearest(name, traced)}",
+                )
+        return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
+
+    def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        children = self.in_spec.children() if callable(getattr(self.in_spec, "children", None)) else self.in_spec.children_specs
+        for spec, values, names in zip(children, (args, tuple(kwargs.values())), (self.positional, self.keywords), strict=True):
+            parts = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+            for name, want, value in zip(names, parts, values, strict=True):
+                if tree_flatten(value)[1] != want:
+                    return f"argument '{name}' has another structure"
+        return "the nesting differs"
+
+
+_ABSENT = object()
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default)
+
+
+def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Names that `forward` takes by position or keyword, in order, with their defaults (`_ABSENT` for none)."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {}
+    for name, parameter in inspect.signature(forward).parameters.items():
+        if parameter.kind in kinds:
+            found[name] = _ABSENT if parameter.default is inspect.Parameter.empty else parameter.default
+    return found
+
+
+def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Returns when the example call fits `module.forward`; raises InputError naming the argument otherwise."""
+    if not isinstance(args, tuple | list):
+        raise InputError(f"mb_args must be a tuple, not {type(args).__name__}", hint="write (x,) for a single argument")
+    if not isinstance(kwargs, dict):
+        raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
+            hint="mb_args are its positional and mb_kwargs its keyword arguments",
+        ) from None
+
+
+def check_inputs(inputs: Sequence[Value], flat: Sequence[Any]) -> None:
+    """Returns when every flat input fits the type it was traced with; raises InputError naming the first that does not."""
+    symbols: dict[str, int] = {}
+    for value, given in zip(inputs, flat, strict=True):
+        if isinstance(value.type, TensorType):
+            _check_tensor(value.hint, value.type, given, symbols)
+        elif isinstance(value.type, ScalarType) and value.type.expr is not None:
+            _check_scalar(value.hint, value.type, given)
+
+
+def _check_tensor(name: str, kind: TensorType, given: Any, symbols: dict[str, int]) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise InputError(f"input '{name}' must be a tensor, not {type(given).__name__}")
+    from stagecut.frontend.types import SHORT
+
+    if SHORT.get(given.dtype) != kind.dtype:
+        raise InputError(f"input '{name}' has dtype {given.dtype}, the program was traced with {kind.dtype}")
+    fits = len(given.shape) == len(kind.shape)
+    for size, want in zip(given.shape, kind.shape, strict=False):
+        fits &= size == want if isinstance(want, int) else symbols.setdefault(want, int(size)) == size
+    if not fits:
+        raise InputError(
+            f"input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
+            hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
+        )
+
+
+def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:
+    if kind.kind == "none" and given is None:
+        return
+    if kind.kind in ("int", "float", "bool", "str", "complex") and repr(given) == kind.expr:
+        return
+    if kind.kind == "int" and not (kind.expr or "").lstrip("-").isdigit() and isinstance(given, int):
+        return
+    raise InputError(
+        f"input '{name}' is {given!r}, but the program was specialised to {kind.expr or kind.kind}",
+        hint="trace again with this value; a tensor stays variable, a Python scalar does not",
+    )

@@ -1,0 +1,121 @@
+"""ExportedProgram -> Program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec
+
+from stagecut.frontend.call import CallSpec, parameters_of
+from stagecut.frontend.lower import Lowering, state_entries
+from stagecut.frontend.types import specialised, type_of
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import CaptureError
+from stagecut.ir.graph import Effects, Op, Program, StateEntry, Value
+
+
+def lower_export(exported: ExportedProgram, module: torch.nn.Module | None = None) -> tuple[Program, Bindings]:
+    """The traced program of `exported`. With `module`, state is the module's own tensors; without, the exported ones."""
+    program = Program(type(module).__name__ if module is not None else "ExportedProgram")
+    bindings = Bindings()
+    lowering = Lowering(program, bindings)
+    if module is not None:
+        program.state = state_entries(module, bindings, lowering.note_storage)
+    else:
+        program.state = _exported_state(exported, bindings)
+    env = _placeholders(exported, program, bindings, lowering)
+    outputs = lowering.run(exported.graph.nodes, env, program.ops, ())
+    _finish(exported, program, list(outputs))
+    bindings.call = _call_spec(exported, module)
+    return program, bindings
+
+
+def _exported_state(exported: ExportedProgram, bindings: Bindings) -> list[StateEntry]:
+    signature = exported.graph_signature
+    parameters, transient = set(signature.parameters), set(signature.non_persistent_buffers)
+    tensors: dict[str, Any] = dict(exported.state_dict)
+    tensors |= {name: exported.constants[name] for name in signature.non_persistent_buffers}
+    entries = []
+    numbers: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        kind = "param" if name in parameters or isinstance(tensor, torch.nn.Parameter) else "buffer"
+        entry = StateEntry((name,), kind, type_of(tensor), name not in transient)
+        entry.tensor = numbers.setdefault(id(tensor), len(numbers))
+        entry.storage = entry.tensor
+        bindings.tensors[name] = tensor
+        entries.append(entry)
+    return entries
+
+
+def _placeholders(exported: ExportedProgram, program: Program, bindings: Bindings, lowering: Lowering) -> dict[Any, Any]:
+    owners = program.name_owners()
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    env: dict[Any, Any] = {}
+    for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
+        value = node.meta.get("val")
+        if spec.kind is InputKind.USER_INPUT:
+            symbolic = isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+            env[node] = program.add_input(type_of(value) if symbolic else specialised(value), node.name)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in owners:
+            env[node] = owners[spec.target].value
+        elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
+            env[node] = _constant(spec.target, exported.constants[spec.target], program, bindings, owners)
+        else:
+            raise CaptureError(f"input '{node.name}' of kind {spec.kind.name} is not supported", hint="torch script objects and tokens cannot be cut")
+        lowering.note_storage(env[node], value)
+    return env
+
+
+def _constant(name: str, tensor: Any, program: Program, bindings: Bindings, owners: dict[str, StateEntry]) -> Value:
+    if name in owners:
+        return owners[name].value
+    entry = StateEntry((name,), "const", type_of(tensor), persistent=False)
+    entry.tensor = entry.storage = len(program.state)
+    program.state.append(entry)
+    owners[name] = entry
+    bindings.tensors[name] = tensor
+    return entry.value
+
+
+def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> None:
+    owners = program.name_owners()
+    inputs = {value.hint: value for value in program.inputs}
+    returned: list[Any] = []
+    for spec, item in zip(exported.graph_signature.output_specs, outputs, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            returned.append(item)
+        elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
+            _write_back(program, owners[str(spec.target)].value, item)
+        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+            _write_back(program, inputs[str(spec.target)], item)
+        else:
+            raise CaptureError(f"output of kind {spec.kind.name} is not supported", hint="export for inference or training without a joint backward graph")
+    program.set_outputs(returned)
+
+
+def _write_back(program: Program, target: Value, source: Value) -> None:
+    """A functionalised write becomes the copy it stands for, at the end of the program."""
+    op = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
+    op.add_result(target.type, f"{target.hint}_new")
+    program.ops.append(op)
+
+
+def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> CallSpec:
+    signature = exported.module_call_graph[0].signature
+    if signature is None:
+        raise CaptureError("the exported program has no call signature")
+    args_spec, kwargs_spec = _children(signature.in_spec)
+    keywords = tuple(kwargs_spec.context or ())
+    names = list(signature.forward_arg_names or ())
+    count = len(_children(args_spec))
+    positional = tuple(names[:count]) if len(names) >= count else tuple(f"arg{i}" for i in range(count))
+    known = parameters_of(module.forward) if module is not None else dict.fromkeys([*positional, *keywords])
+    return CallSpec(positional, keywords, known, signature.in_spec, signature.out_spec)
+
+
+def _children(spec: TreeSpec) -> list[TreeSpec]:
+    children = getattr(spec, "children", None)
+    return list(children() if callable(children) else spec.children_specs)

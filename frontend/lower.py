@@ -1,0 +1,389 @@
+"""fx graph -> ops. The part of lowering that ExportedProgram and GraphModule share.
+
+Values of the IR are leaves: a node that returns a tuple, list or dict becomes an op with several results,
+and `getitem` on it disappears. Contexts such as no_grad arrive as wrapped subgraphs and leave as a mark on
+every op inside them, so that a cut through one needs no special case.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from stagecut.frontend.markers import MARKERS
+from stagecut.frontend.types import literal, type_of
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import CaptureError
+from stagecut.ir.graph import PURE, SPLIT, Context, Effects, Frame, Loc, Mode, Namer, Op, Program, Region, RegionRef, Scope, StateEntry, Value, leaves
+from stagecut.ir.targets import name_of
+from stagecut.ir.types import NONE
+
+TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+
+MODE_ARGUMENT: dict[str, int] = {
+    "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
+    "aten.feature_alpha_dropout.default": 2, "aten.native_dropout.default": 2, "aten.dropout_.default": 2,
+    "aten.batch_norm.default": 5, "aten.rrelu.default": 3,
+}  # fmt: skip
+"""Ops with a training flag -> its position among the operands."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What running a node once showed: its value, the operands it wrote, whether it drew random numbers."""
+
+    value: Any
+    writes: tuple[int, ...] | None = None
+    random: bool = False
+    effect: bool = False
+
+
+class Lowering:
+    """Turns fx nodes into ops of one program. `env` maps each node to a tree of values and literals."""
+
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        self.program = program
+        self.bindings = bindings
+        self._storage: dict[Value, int] = {}
+        self._scopes: dict[tuple[str, ...], Scope] = {}
+        self._locs: dict[str, Loc | None] = {}
+        self._targets: dict[Any, str] = {}
+        self._schemas: dict[Any, _SchemaEffects] = {}
+        self._literals: dict[Any, Any] = {}
+        self._extern = Namer()
+
+    def note_storage(self, value: Value, tensor: Any) -> None:
+        """The value lives in the storage of `tensor`."""
+        storage = storage_of(tensor)
+        if storage is not None:
+            self._storage[value] = storage
+
+    def run(self, nodes: Iterable[fx.Node], env: dict[fx.Node, Any], ops: list[Op], context: tuple[Context, ...]) -> Any:
+        """`ops` gains the ops of all `nodes`; the result is the tree the output node returns."""
+        for node in nodes:
+            if node.op == "output":
+                return self.tree(node.args[0], env)
+            if node.op == "get_attr":
+                env[node] = _attribute(node)
+            elif node.op != "placeholder":
+                env[node] = self.call(node, env, ops, context, Seen(node.meta.get("val")))
+        raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
+
+    def call(self, node: fx.Node, env: dict[fx.Node, Any], ops: list[Op], context: tuple[Context, ...], seen: Seen) -> Any:
+        """`ops` gains the op of one call node; the result is the tree of its results."""
+        target: Any = node.target
+        if target is operator.getitem:
+            container = env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
+            if isinstance(container, (tuple, list, dict)):
+                return container[node.args[1]]  # type: ignore[index]
+        name = self._target(node)
+        if name in MARKERS:
+            ops.append(Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node)))
+            return None
+        args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
+        wrapped = _wrapped_context(name, args)
+        if wrapped is not None:
+            inner, graph, operands = wrapped
+            return self._inline(graph, operands, ops, (*context, inner))
+        return self._append(node, name, args, dict(kwargs), ops, context, seen)
+
+    def _append(
+        self, node: fx.Node, name: str, args: Any, kwargs: dict[str, Any], ops: list[Op], context: tuple[Context, ...], seen: Seen
+    ) -> Any:
+        scope = self.scope(node)
+        regions: list[Region] = []
+        if any(isinstance(a, fx.GraphModule) for a in args):
+            args = tuple(self._region(a, regions) if isinstance(a, fx.GraphModule) else a for a in args)
+        position = MODE_ARGUMENT.get(name)
+        if position is not None:
+            args = self._follow_mode(args, position, scope)
+        op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
+        tree = self._results(op, seen.value, node.name)
+        op.effects = self._effects(op, node.target, seen)
+        ops.append(op)
+        return tree
+
+    def _inline(self, graph: fx.Graph, operands: tuple[Any, ...], ops: list[Op], context: tuple[Context, ...]) -> Any:
+        parameters = [n for n in graph.nodes if n.op == "placeholder"]
+        return self.run(graph.nodes, dict(zip(parameters, operands, strict=True)), ops, context)
+
+    def _region(self, module: fx.GraphModule, regions: list[Region]) -> RegionRef:
+        env: dict[fx.Node, Any] = {}
+        params: list[Value] = []
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                value = Value(type_of(node.meta.get("val")), node.name)
+                self.note_storage(value, node.meta.get("val"))
+                params.append(value)
+                env[node] = value
+        ops: list[Op] = []
+        output = self.run(module.graph.nodes, env, ops, ())
+        for op in ops:
+            if op.target == SPLIT:
+                raise CaptureError(
+                    "a split point lies inside a control-flow branch, which runs as a whole",
+                    where=op.where(),
+                    hint="move pipe_split() before or after the conditional or loop",
+                )
+        regions.append(Region(f"body_{len(regions)}", params, ops, Op("output", (output,))))
+        return RegionRef(len(regions) - 1)
+
+    # --- operands and results ---------------------------------------------------------------------
+
+    def tree(self, item: Any, env: dict[fx.Node, Any]) -> Any:
+        """fx operands -> operands of the IR."""
+        if isinstance(item, fx.Node):
+            return env[item]
+        if isinstance(item, tuple):
+            return tuple([self.tree(i, env) for i in item])
+        if isinstance(item, list):
+            return [self.tree(i, env) for i in item]
+        if isinstance(item, dict):
+            return {k: self.tree(v, env) for k, v in item.items()}
+        if isinstance(item, slice):
+            return slice(self.tree(item.start, env), self.tree(item.stop, env), self.tree(item.step, env))
+        if item is None or item is True or item is False or type(item) in (int, float, str):
+            return item
+        return self._literal(item)
+
+    def _literal(self, item: Any) -> Any:
+        found = self._literals.get(item)
+        if found is None:
+            try:
+                found = self._literals[item] = literal(item)
+            except TypeError:
+                raise CaptureError(
+                    f"an operand of type {type(item).__name__} cannot be written as a literal: {item!r:.80}",
+                    hint="pass it to the model as an input, or keep it in a buffer",
+                ) from None
+        return found
+
+    def _results(self, op: Op, value: Any, name: str) -> Any:
+        if not isinstance(value, (tuple, list, dict)):
+            if value is None:
+                return None
+            return self._result(op, value, name)
+        if not _holds_values(value):
+            return self._result(op, value, name)
+        tree = self._result_tree(op, value, name)
+        flat = isinstance(value, (tuple, list)) and len(value) > 1 and len(op.results) == len(value)
+        if not flat:
+            index = {result: i for i, result in enumerate(op.results)}
+            op.form = _map_values(tree, index)
+        return tree
+
+    def _result_tree(self, op: Op, value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {k: self._result_tree(op, v, name) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            items = [self._result_tree(op, v, name) for v in value]
+            return items if isinstance(value, list) else tuple(items)
+        return self._result(op, value, name)
+
+    def _result(self, op: Op, value: Any, name: str) -> Value:
+        result = op.add_result(type_of(value) if value is not None else NONE, name)
+        self.note_storage(result, value)
+        return result
+
+    def _follow_mode(self, args: tuple[Any, ...], position: int, scope: Scope) -> tuple[Any, ...]:
+        if len(args) <= position or not isinstance(args[position], bool):
+            return args
+        mode = self.bindings.training.get(".".join(f.name for f in scope), args[position])
+        if mode != args[position]:
+            return args
+        return (*args[:position], Mode(args[position]), *args[position + 1 :])
+
+    # --- effects ----------------------------------------------------------------------------------
+
+    def _effects(self, op: Op, target: Any, seen: Seen) -> Effects:
+        schema = self._schemas.get(target)
+        if schema is None:
+            schema = self._schemas[target] = _SchemaEffects.of(target)
+        writes = seen.writes if seen.writes is not None else schema.writes_of(op)
+        views = self._views(op)
+        random, effect = schema.random or seen.random, schema.effect or seen.effect
+        if not (writes or views or random or effect):
+            return PURE
+        return Effects(writes, views, random, effect)
+
+    def _views(self, op: Op) -> tuple[int | None, ...]:
+        storage = self._storage
+        homes: dict[int, int] = {}
+        for index, operand in enumerate(op.operands):
+            where = storage.get(operand)
+            if where is not None:
+                homes.setdefault(where, index)
+        if not homes:
+            return ()
+        views = tuple([homes.get(storage.get(r, -1)) for r in op.results])
+        return views if any(v is not None for v in views) else ()
+
+    # --- names and places -------------------------------------------------------------------------
+
+    def _target(self, node: fx.Node) -> str:
+        if node.op == "call_method":
+            if not str(node.target).isidentifier():
+                raise CaptureError(f"call_method target {node.target!r} is no identifier", hint="rename the method in the graph")
+            return f"method.{node.target}"
+        if node.op == "call_module":
+            return f"module.{node.target}"
+        target: Any = node.target
+        name = self._targets.get(target)
+        if name is None:
+            name = name_of(target)
+            if name is None:
+                name = "extern." + self._extern(getattr(target, "__name__", "function").replace(".", "_"), "function")
+                self.bindings.functions[name] = target
+            self._targets[target] = name
+        return name
+
+    def scope(self, node: fx.Node) -> Scope:
+        """The module calls around a node, outermost first, the root left out."""
+        stack: dict[str, tuple[str, Any]] | None = node.meta.get("nn_module_stack")
+        if not stack:
+            return ()
+        key = tuple(stack)
+        scope = self._scopes.get(key)
+        if scope is None:
+            scope = self._scopes[key] = _scope([(k, v[0]) for k, v in stack.items()])
+        return scope
+
+    def loc(self, node: fx.Node) -> Loc | None:
+        """The user's source line of a node: the innermost frame outside torch."""
+        trace = node.meta.get("stack_trace")
+        if not trace:
+            return None
+        if trace not in self._locs:
+            self._locs[trace] = user_loc(trace)
+        return self._locs[trace]
+
+
+@dataclass(frozen=True, slots=True)
+class _SchemaEffects:
+    """What an op's schema says: the names and positions of written operands, randomness, other effects."""
+
+    written: tuple[tuple[int, str], ...] = ()
+    random: bool = False
+    effect: bool = False
+
+    @staticmethod
+    def of(target: Any) -> _SchemaEffects:
+        if not isinstance(target, torch._ops.OpOverload):
+            return _SchemaEffects()
+        arguments = target._schema.arguments
+        written = tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        effect = not target._schema.returns and not written
+        return _SchemaEffects(written, random, effect)
+
+    def writes_of(self, op: Op) -> tuple[int, ...]:
+        """Positions among the flat operands that are written."""
+        found: list[int] = []
+        for position, name in self.written:
+            item = op.args[position] if position < len(op.args) else op.kwargs.get(name)
+            found += [op.operands.index(value) for value in leaves(item)]
+        return tuple(found)
+
+
+def storage_of(value: Any) -> int | None:
+    """The identity of a tensor's storage, None for what has none."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _holds_values(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_values(v) for v in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_values(v) for v in value)
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _map_values(tree: Any, index: dict[Value, int]) -> Any:
+    if isinstance(tree, dict):
+        return {k: _map_values(v, index) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_map_values(v, index) for v in tree)
+    if isinstance(tree, list):
+        return [_map_values(v, index) for v in tree]
+    return index[tree]
+
+
+def _wrapped_context(name: str, args: Any) -> tuple[Context, fx.Graph, tuple[Any, ...]] | None:
+    if name == "torch.ops.higher_order.wrap_with_set_grad_enabled":
+        return Context("enable_grad" if args[0] else "no_grad"), args[1].graph, args[2:]
+    if name == "torch.ops.higher_order.wrap_with_autocast":
+        return Context("autocast", tuple(args[:4])), args[4].graph, args[5:]
+    return None
+
+
+def _attribute(node: fx.Node) -> Any:
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    if not isinstance(owner, fx.GraphModule):
+        raise CaptureError(f"the graph reads attribute '{node.target}' of type {type(owner).__name__}", hint="only tensors and subgraphs can be read")
+    return owner
+
+
+def _scope(stack: list[tuple[str, str]]) -> Scope:
+    frames: list[tuple[str, int]] = []
+    for key, raw in stack:
+        fqn, _, call_in_path = raw.removeprefix("L['self']").lstrip(".").partition("@")
+        call = key.partition("@")[2] or call_in_path
+        frames.append((fqn, int(call) if call.isdigit() else 0))
+    innermost = frames[-1][0]
+    scope: list[Frame] = []
+    above = ""
+    for fqn, call in frames:
+        if fqn and (fqn == innermost or innermost.startswith(fqn + ".")) and len(fqn) > len(above):
+            scope.append(Frame(fqn[len(above) + 1 :] if above else fqn, call))
+            above = fqn
+    return tuple(scope)
+
+
+def user_loc(trace: str) -> Loc | None:
+    """The innermost frame of a stack trace that lies outside torch, else the innermost frame."""
+    last: Loc | None = None
+    for line in reversed(trace.splitlines()):
+        text = line.strip()
+        if not text.startswith('File "'):
+            continue
+        path, _, rest = text[6:].partition('", line ')
+        number = rest.partition(",")[0]
+        loc = Loc(path, int(number)) if number.isdigit() else None
+        if loc and not path.startswith(TORCH_DIR):
+            return loc
+        last = last or loc
+    return last
+
+
+def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[Value, Any], None]) -> list[StateEntry]:
+    """One entry for every parameter and buffer name of `module`, in state_dict order, aliases not yet merged."""
+    entries: list[StateEntry] = []
+    tensors: dict[int, int] = {}
+    storages: dict[int, int] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        bindings.training[prefix] = owner.training
+        bindings.classes[prefix] = type(owner).__name__
+        dot = prefix + "." if prefix else ""
+        named = [(n, p, "param", True) for n, p in owner._parameters.items() if p is not None]
+        named += [(n, b, "buffer", n not in owner._non_persistent_buffers_set) for n, b in owner._buffers.items() if b is not None]
+        for name, tensor, kind, persistent in named:
+            entry = StateEntry((dot + name,), kind, type_of(tensor), persistent)
+            entry.tensor = tensors.setdefault(id(tensor), len(tensors))
+            entry.storage = storages.setdefault(storage_of(tensor) or -id(tensor), len(storages))
+            bindings.tensors[dot + name] = tensor
+            note(entry.value, tensor)
+            entries.append(entry)
+    return entries

@@ -1,0 +1,54 @@
+"""Split policies: a function that says where to cut, in either of two forms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from stagecut.frontend.markers import MARKERS, pipe_split
+from stagecut.ir.errors import SplitError
+from stagecut.ir.graph import Program
+from stagecut.ir.targets import name_of
+
+Cuts = Callable[[Program], Sequence[int]]
+"""A policy in our own form: the positions of ops in front of which to cut, split markers not counted."""
+
+
+def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cuts:
+    """`policy` in our own form.
+
+    A policy with a first parameter named `program` has it already. Any other takes the traced GraphModule and
+    returns it with split calls added, as for torch.distributed.pipelining.
+    """
+    if next(iter(inspect.signature(policy).parameters), "") == "program":
+        return policy
+    if exported is None:
+        raise SplitError("a policy that edits the traced GraphModule needs a model to trace", hint="put the split calls into the graph itself")
+    edited = policy(exported.module(check_guards=False))
+    if not isinstance(edited, fx.GraphModule):
+        raise SplitError(f"the split policy returned {type(edited).__name__}, not a GraphModule", hint="return the module with pipe_split calls added")
+    followers = _nodes_behind_splits(edited)
+    return lambda program: _positions(followers, program)
+
+
+def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
+    """For each split call, the names of all nodes behind it."""
+    names = [n.name for n in edited.graph.nodes]
+    splits = [i for i, n in enumerate(edited.graph.nodes) if n.op == "call_function" and _is_split(n.target)]
+    return [names[i + 1 :] for i in splits]
+
+
+def _is_split(target: Any) -> bool:
+    return target is pipe_split or getattr(target, "__name__", "") == "pipe_split" or name_of(target) in MARKERS
+
+
+def _positions(followers: list[list[str]], program: Program) -> list[int]:
+    """The first op behind each split that is still in the program: a value's hint is its node's name."""
+    ops = [op for op in program.ops if not op.is_split]
+    index = {value.hint: position for position, op in reversed([*enumerate(ops)]) for value in op.results}
+    found = ([index[name] for name in names if name in index] for names in followers)
+    return [min(positions) for positions in found if positions]

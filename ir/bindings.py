@@ -1,0 +1,24 @@
+"""What a program refers to outside itself: the model's own tensors, modules and functions, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Bindings:
+    """Real objects behind the names of a program.
+
+    tensors: state name -> tensor, for every name. modules: path -> the user's module, kept for leaf ops.
+    functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
+    classes: module path -> class name. call: how user arguments become the flat list of inputs.
+    """
+
+    tensors: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    training: dict[str, bool] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
+    call: Any = None

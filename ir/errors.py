@@ -1,0 +1,75 @@
+"""The errors a user may meet. Every one says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StagecutError(Exception):
+    """The root of every error this project raises for a user's mistake.
+
+    The message is built from three parts: what is wrong, `where` (op, stage, module path, file:line)
+    and `hint` (what to do about it).
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.hint = hint
+        lines = [what]
+        if where:
+            lines.append(f"  at: {where}")
+        if hint:
+            lines.append(f"  try: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(StagecutError):
+    """The model could not be turned into a program."""
+
+
+class SplitError(StagecutError, ValueError):
+    """A split point names something that does not exist or that cannot be divided."""
+
+
+class InputError(StagecutError, TypeError):
+    """The arguments of a call do not fit the model's signature or the traced program."""
+
+
+class EmitError(StagecutError):
+    """A program could not be turned into executable stages."""
+
+
+class PassError(StagecutError):
+    """A pass was misused: an unknown name, a wrong order, or a wrong claim about its own effect."""
+
+
+class ParseError(StagecutError):
+    """IR text could not be read. The message points at file:line:column with a caret."""
+
+    def __init__(self, what: str, *, file: str, line: int, column: int, source: str) -> None:
+        self.file, self.line, self.column = file, line, column
+        caret = " " * (column - 1) + "^"
+        super().__init__(f"{file}:{line}:{column}: {what}\n    {source}\n    {caret}")
+
+
+class VerifyError(StagecutError):
+    """A program breaks the invariants of its phase; `violations` lists every one found."""
+
+    def __init__(self, violations: list[str], *, after: str = "") -> None:
+        self.violations = violations
+        head = f"invalid program after pass '{after}'" if after else "invalid program"
+        super().__init__("\n".join([f"{head}: {len(violations)} violation(s)", *("  " + v for v in violations)]))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A phrase that lists the known names closest to `name`, or all of them when there are few."""
+    names = list(dict.fromkeys(known))
+    if not names:
+        return "there are none"
+    close = difflib.get_close_matches(name, names[:5000], n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    shown = ", ".join(f"'{n}'" for n in names[:8])
+    return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

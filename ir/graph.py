@@ -1,0 +1,434 @@
+"""The IR: programs, values, ops, state, stages and transfers. No torch here.
+
+A program rises through three phases. `traced`: one list of ops. `partitioned`: every op sits in one
+stage. `linked`: stages know their inputs, outputs and state, and transfers carry what crosses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.types import Type, carries_grad
+
+PHASES = ("traced", "partitioned", "linked")
+SPLIT = "stagecut.split"
+"""Target of the op that marks a boundary between two stages."""
+
+
+class Loc(NamedTuple):
+    """The user's source line an op comes from."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Frame(NamedTuple):
+    """One module call on the way to an op: the module's path below the frame before, and which call it is."""
+
+    name: str
+    call: int = 0
+
+
+Scope = tuple[Frame, ...]
+
+
+def scope_fqn(scope: Scope) -> str:
+    """The fully qualified name of the innermost module of a scope ('' for the root)."""
+    return ".".join(frame.name for frame in scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A literal only torch can build: `torch.float32`, `torch.strided`, `device("cuda:0")`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A literal that follows the emitted module's own `training` flag; `captured` is its value in the trace."""
+
+    captured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A dynamic context an op runs under: no_grad, enable_grad, inference_mode or autocast(...)."""
+
+    kind: str
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What an op does besides computing its results.
+
+    writes: operand positions it mutates. views: per result, the operand it shares storage with, or None.
+    random: it draws random numbers. effect: it must run even when nothing uses its results.
+    """
+
+    writes: tuple[int, ...] = ()
+    views: tuple[int | None, ...] = ()
+    random: bool = False
+    effect: bool = False
+
+
+PURE = Effects()
+
+
+class Value:
+    """One definition. `owner` is the op or state entry that defines it, None for a user input.
+
+    `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op to None, in order.
+    """
+
+    __slots__ = ("hint", "owner", "type", "uses")
+
+    def __init__(self, kind: Type, hint: str = "", owner: Op | StateEntry | None = None) -> None:
+        self.type = kind
+        self.hint = hint
+        self.owner = owner
+        self.uses: dict[Op, None] = {}
+
+    def __repr__(self) -> str:
+        return f"%{self.hint or '?'}"
+
+    def replace_uses(self, new: Value, where: Callable[[Op], bool] = lambda op: True) -> None:
+        """Every using op for which `where` holds names `new` instead of this value."""
+        for op in [op for op in self.uses if where(op)]:
+            op.replace_operand(self, new)
+
+
+class Op:
+    """One operation: a target applied to nested operands, with flat results.
+
+    `versions` maps each value this op writes (directly or through an alias) to its version afterwards.
+    Operands change only through `set_operands` and `replace_operand`, so use lists cannot go stale.
+    """
+
+    __slots__ = (
+        "args", "context", "effects", "form", "kwargs", "loc", "operands", "regions", "results", "scope", "target",
+        "versions",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        target: str,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        effects: Effects = PURE,
+        scope: Scope = (),
+        context: tuple[Context, ...] = (),
+        loc: Loc | None = None,
+        form: Any = None,
+        regions: tuple[Region, ...] = (),
+    ) -> None:
+        self.target = target
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.operands: list[Value] = []
+        self.results: list[Value] = []
+        self.form = form
+        self.effects = effects
+        self.versions: dict[Value, Value] = {}
+        self.scope = scope
+        self.context = context
+        self.loc = loc
+        self.regions = regions
+        self.set_operands(args, kwargs or {})
+
+    def __repr__(self) -> str:
+        return f"<{self.target} -> {self.results}>"
+
+    def add_result(self, kind: Type, hint: str = "") -> Value:
+        """A new result value, after those already there."""
+        value = Value(kind, hint, self)
+        self.results.append(value)
+        return value
+
+    def add_version(self, old: Value, hint: str) -> Value:
+        """A new version of `old`, which this op writes; it stands for the same storage after the write."""
+        new = Value(old.type, hint, self)
+        self.versions[old] = new
+        old.uses[self] = None
+        return new
+
+    @property
+    def reads(self) -> list[Value]:
+        """The values the op needs: its operands, then the aliases it renews without naming them."""
+        if not self.versions:
+            return self.operands
+        return self.operands + [old for old in self.versions if old not in self.operands]
+
+    def definitions(self) -> Iterator[Value]:
+        """Results, then versions."""
+        yield from self.results
+        yield from self.versions.values()
+
+    def set_operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The op applies its target to `args` and `kwargs`; uses are updated."""
+        for value in self.reads:
+            value.uses.pop(self, None)
+        self.args, self.kwargs = args, kwargs
+        self.operands = list(leaves((args, kwargs))) if kwargs else list(leaves(args))
+        for value in self.reads:
+            value.uses[self] = None
+
+    def replace_operand(self, old: Value, new: Value) -> None:
+        """Every occurrence of `old` among the operands becomes `new`."""
+        swap = {old: new}
+        if old in self.versions:
+            old.uses.pop(self, None)
+            self.versions = {swap.get(k, k): v for k, v in self.versions.items()}
+        self.set_operands(substitute(self.args, swap), substitute(self.kwargs, swap))
+
+    def drop(self) -> None:
+        """The op uses nothing any more. Its results must have no use left."""
+        self.set_operands((), {})
+        for old in self.versions:
+            old.uses.pop(self, None)
+
+    @property
+    def is_split(self) -> bool:
+        """True for a split marker."""
+        return self.target == SPLIT
+
+    @property
+    def has_effect(self) -> bool:
+        """True when the op must stay even if no result is used."""
+        e = self.effects
+        return e.effect or e.random or bool(e.writes)
+
+    def where(self) -> str:
+        """The place of the op for an error message: source line and module path."""
+        parts = [str(self.loc)] if self.loc else []
+        if self.scope:
+            parts.append(f"module '{scope_fqn(self.scope)}'")
+        parts.append(f"op {self.target}")
+        return ", ".join(parts)
+
+
+class Region:
+    """A closed block nested in an op, such as a branch of a conditional: it sees only its own parameters."""
+
+    __slots__ = ("name", "ops", "output", "params")
+
+    def __init__(self, name: str, params: list[Value], ops: list[Op], output: Op) -> None:
+        self.name, self.params, self.ops, self.output = name, params, ops, output
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRef:
+    """A literal operand that stands for the op's region of that index."""
+
+    index: int
+
+
+KINDS = ("param", "buffer", "const")
+
+
+@dataclass(eq=False)
+class StateEntry:
+    """One distinct tensor of the model: all its names, and which storage it lives in.
+
+    `tensor` and `storage` are identities: entries with equal `tensor` are one tensor under two names
+    (merged by resolve-aliases), entries with equal `storage` overlap in memory.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    type: Type
+    persistent: bool = True
+    tensor: int = -1
+    storage: int = -1
+    stages: tuple[int, ...] = ()
+    share: str | None = None
+    value: Value = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.value = Value(self.type, self.names[0], self)
+
+    @property
+    def name(self) -> str:
+        """The first name, in state_dict order."""
+        return self.names[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        """True when the tensor is trained."""
+        return carries_grad(self.type)
+
+
+@dataclass(eq=False)
+class Stage:
+    """A block of ops with its inputs, outputs and, per state entry it holds, the names it holds it under."""
+
+    index: int
+    ops: list[Op] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    state: dict[StateEntry, tuple[str, ...]] = field(default_factory=dict)
+
+
+ROUTES = ("send", "relay", "feed")
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A value on its way to a stage. `source` is None for a user input, which is fed to the stage directly."""
+
+    value: Value
+    source: int | None
+    target: int
+    route: str | None = None
+
+    @property
+    def via(self) -> tuple[int, ...]:
+        """The stages a relayed value passes through."""
+        if self.source is None or self.route != "relay":
+            return ()
+        return tuple(range(self.source + 1, self.target))
+
+
+class Program:
+    """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.phase = "traced"
+        self.inputs: list[Value] = []
+        self.state: list[StateEntry] = []
+        self.ops: list[Op] = []
+        self.stages: list[Stage] = []
+        self.transfers: list[Transfer] = []
+        self.output = Op("output", ([],))
+
+    def add_input(self, kind: Type, hint: str) -> Value:
+        """A new user input, after those already there."""
+        value = Value(kind, hint)
+        self.inputs.append(value)
+        return value
+
+    def all_ops(self) -> Iterator[Op]:
+        """Every op of the program in program order, the output and nested regions excluded."""
+        if self.phase == "traced":
+            yield from self.ops
+        for stage in self.stages:
+            yield from stage.ops
+
+    def set_outputs(self, outputs: list[Any]) -> None:
+        """The program returns `outputs`, a flat list of values and literals."""
+        self.output.set_operands((outputs,), {})
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The flat list of returned values and literals."""
+        return list(self.output.args[0])
+
+    def raise_phase(self, phase: str) -> None:
+        """The program is in `phase`, which must not lie before the present one."""
+        if PHASES.index(phase) < PHASES.index(self.phase):
+            raise StagecutError(f"a program's phase only rises: it is '{self.phase}', not yet '{phase}'")
+        self.phase = phase
+
+    def remove_ops(self, dead: set[Op]) -> None:
+        """The `dead` ops are gone. Nothing outside them may use what they define."""
+        for op in dead:
+            for value in op.definitions():
+                if any(user not in dead for user in value.uses):
+                    raise StagecutError(f"{op.target} cannot be removed: its result is still used", where=op.where())
+        for op in dead:
+            op.drop()
+        self.ops = [op for op in self.ops if op not in dead]
+        for stage in self.stages:
+            stage.ops = [op for op in stage.ops if op not in dead]
+
+    def name_owners(self) -> dict[str, StateEntry]:
+        """Every state name -> its entry."""
+        return {name: entry for entry in self.state for name in entry.names}
+
+
+_CONTAINERS = (tuple, list, dict, slice)
+
+
+def leaves(tree: Any) -> Iterator[Value]:
+    """The values in a nested operand structure, left to right, repeated ones included."""
+    if type(tree) is Value:
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            if type(item) is Value:
+                yield item
+            elif isinstance(item, _CONTAINERS):
+                yield from leaves(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from leaves(item)
+    elif isinstance(tree, slice):
+        yield from leaves((tree.start, tree.stop, tree.step))
+
+
+def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """`tree` with `leaf` applied to everything that is no tuple, list, dict or slice."""
+    if isinstance(tree, tuple):
+        return tuple(transform(item, leaf) for item in tree)
+    if isinstance(tree, list):
+        return [transform(item, leaf) for item in tree]
+    if isinstance(tree, dict):
+        return {key: transform(item, leaf) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(transform(tree.start, leaf), transform(tree.stop, leaf), transform(tree.step, leaf))
+    return leaf(tree)
+
+
+def substitute(tree: Any, swap: dict[Value, Value]) -> Any:
+    """`tree` with every value replaced that `swap` has a new value for."""
+    return transform(tree, lambda item: swap.get(item, item) if type(item) is Value else item)
+
+
+def closest_name(names: tuple[str, ...], path: str) -> str:
+    """The name of a tied tensor that lies nearest to the module at `path`: the longest common module path wins."""
+    if len(names) == 1:
+        return names[0]
+    parts = path.split(".")
+    return max(names, key=lambda name: _common(name.split("."), parts))
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+_BAD = re.compile(r"[^A-Za-z0-9_.]+")
+
+
+class Namer:
+    """Gives each thing a name of its own: the wish itself where free, else the wish with a number."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+        self._next: dict[str, int] = {}
+
+    def __call__(self, wish: str, default: str = "v") -> str:
+        base = _BAD.sub("_", wish) or default
+        if base not in self._taken:
+            self._taken.add(base)
+            return base
+        number = self._next.get(base, 1)
+        while f"{base}_{number}" in self._taken:
+            number += 1
+        self._next[base] = number + 1
+        self._taken.add(f"{base}_{number}")
+        return f"{base}_{number}"

@@ -1,0 +1,66 @@
+"""Outlining: the live-ins and live-outs of a contiguous run of ops.
+
+The one mechanism behind stages, module scopes inside a stage and anything else that is cut out of a
+list of ops. Number all ops once; a run is then an interval, and a value is live-in when it is defined
+before the interval, live-out when it is used at or after its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+
+BEFORE = -1
+"""Position of everything that is there before the first op: user inputs and state."""
+
+
+class Positions:
+    """Where every op stands in program order, and where every value is last used.
+
+    The program's output stands after all ops, so a returned value is live to the end.
+    """
+
+    __slots__ = ("at", "end", "last")
+
+    def __init__(self, ops: Iterable[Op], output: Op) -> None:
+        self.at: dict[Op, int] = {}
+        self.last: dict[Value, int] = {}
+        last = self.last
+        index = BEFORE
+        for index, op in enumerate(ops):  # noqa: B007  (index is read after the loop)
+            self.at[op] = index
+            for value in op.reads:
+                last[value] = index
+        self.end = index + 1
+        for value in output.operands:
+            last[value] = self.end
+
+    def defined(self, value: Value) -> int:
+        """The position of the op that defines `value`, BEFORE for inputs and state."""
+        return self.at[value.owner] if isinstance(value.owner, Op) else BEFORE
+
+    def live_ins(self, ops: list[Op]) -> list[Value]:
+        """Values that `ops`, an interval, read but do not define, in order of first use; state included."""
+        if not ops:
+            return []
+        start, at = self.at[ops[0]], self.at
+        found: dict[Value, None] = {}
+        for op in ops:
+            for value in op.reads:
+                owner = value.owner
+                if owner is None or isinstance(owner, StateEntry) or at[owner] < start:
+                    found[value] = None
+        return list(found)
+
+    def live_outs(self, ops: list[Op]) -> list[Value]:
+        """Values that `ops`, an interval, define and something after it reads, in order of definition."""
+        if not ops:
+            return []
+        stop, last = self.at[ops[-1]], self.last
+        return [v for op in ops for v in op.definitions() if last.get(v, BEFORE) > stop]
+
+
+def positions(program: Program) -> Positions:
+    """The positions of all ops of `program`."""
+    return Positions(program.all_ops(), program.output)

@@ -1,0 +1,585 @@
+"""text -> program. Reads what `stagecut.ir.printer` prints; errors point at file:line:column."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from stagecut.ir.errors import ParseError, nearest
+from stagecut.ir.graph import (
+    KINDS,
+    PHASES,
+    ROUTES,
+    SPLIT,
+    Context,
+    Effects,
+    Frame,
+    Loc,
+    Mode,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    Scope,
+    Stage,
+    StateEntry,
+    Token,
+    Transfer,
+    Value,
+)
+from stagecut.ir.types import DTYPES, SCALAR_KINDS, Dim, ScalarType, TensorType, Type
+
+MAX_DEPTH = 64
+"""Deepest nesting of literals and regions that is read."""
+
+_BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
+_SPACE = re.compile(r"[ \t]*")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+_NAME = re.compile(r"%([A-Za-z0-9_.]+)")
+_FQN = re.compile(r"@([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)")
+_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_INT = re.compile(r"\d+")
+_LOC = re.compile(r"([A-Za-z0-9_.]+):(\d+)")
+_DEVICE = re.compile(r"@([a-z]+(?::\d+)?)")
+_WORDS: dict[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "nan": float("nan")}
+
+
+def parse(source: str, file: str = "<string>") -> Program:
+    """The program that `source` describes. Raises ParseError at the first thing it cannot read."""
+    return _Parser(source, file).program()
+
+
+class _Parser:
+    def __init__(self, source: str, file: str) -> None:
+        self._src, self._file, self._pos, self._depth = source, file, 0, 0
+        self._values: dict[str, Value] = {}
+        self._states: dict[str, StateEntry] = {}
+        self._files: dict[str, str] = {}
+        self._program = Program("")
+
+    # --- scanning -------------------------------------------------------------------------------
+
+    def _fail(self, what: str, pos: int | None = None) -> NoReturn:
+        pos = self._pos if pos is None else pos
+        start = self._src.rfind("\n", 0, pos) + 1
+        end = self._src.find("\n", pos)
+        line = self._src[start : end if end >= 0 else None]
+        number = self._src.count("\n", 0, pos) + 1
+        raise ParseError(what, file=self._file, line=number, column=pos - start + 1, source=line)
+
+    def _skip(self, pattern: re.Pattern[str] = _SPACE) -> None:
+        match = pattern.match(self._src, self._pos)
+        if match:
+            self._pos = match.end()
+
+    def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        self._skip()
+        match = pattern.match(self._src, self._pos)
+        if match:
+            self._pos = match.end()
+        return match
+
+    def _need(self, pattern: re.Pattern[str], what: str) -> re.Match[str]:
+        match = self._take(pattern)
+        if not match:
+            self._fail(f"expected {what}")
+        return match
+
+    def _accept(self, token: str) -> bool:
+        self._skip()
+        if not self._src.startswith(token, self._pos):
+            return False
+        end = self._pos + len(token)
+        if token[-1].isalnum() and end < len(self._src) and (self._src[end].isalnum() or self._src[end] in "_."):
+            return False
+        self._pos = end
+        return True
+
+    def _expect(self, token: str) -> None:
+        if not self._accept(token):
+            self._fail(f"expected '{token}'")
+
+    def _int(self) -> int:
+        return int(self._need(_INT, "a number")[0])
+
+    def _string(self) -> str:
+        start = self._pos
+        raw = self._need(_STRING, "a string in double quotes")[0]
+        try:
+            return str(json.loads(raw))
+        except ValueError:
+            self._fail("bad escape in string", start)
+
+    def _list(self, item: Any, close: str = ")") -> list[Any]:
+        items: list[Any] = []
+        while not self._accept(close):
+            if items:
+                self._expect(",")
+                if self._accept(close):
+                    break
+            items.append(item())
+        return items
+
+    # --- program --------------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        p = self._program
+        self._skip(_BLANK)
+        self._expect("program")
+        p.name = self._fqn()
+        self._expect("phase=")
+        start = self._pos
+        phase = self._need(_WORD, "a phase")[0]
+        if phase not in PHASES:
+            self._fail(f"unknown phase '{phase}': {nearest(phase, PHASES)}", start)
+        p.phase = phase
+        if self._accept("stages="):
+            self._int()
+        self._expect("{")
+        while True:
+            self._skip(_BLANK)
+            if self._accept("output"):
+                break
+            self._statement()
+        p.set_outputs(list(self._tuple()))
+        self._skip(_BLANK)
+        self._expect("}")
+        self._skip(_BLANK)
+        if self._pos < len(self._src):
+            self._fail("text after the program's closing brace")
+        return p
+
+    def _statement(self) -> None:
+        p = self._program
+        if self._accept("file"):
+            short = self._need(_LOC_FILE, "a file name")[0]
+            self._files[short] = self._string()
+        elif self._accept("input"):
+            name = self._fresh()
+            self._expect(":")
+            self._define(name, p.add_input(self._type(), name))
+        elif self._accept("state"):
+            self._state()
+        elif self._accept("stage"):
+            self._stage()
+        elif self._accept("transfer"):
+            self._transfer()
+        elif p.phase == "traced":
+            p.ops.append(self._op())
+        else:
+            self._fail("expected 'stage', 'transfer' or 'output'")
+
+    def _state(self) -> None:
+        start = self._pos
+        names = [self._fqn()]
+        self._expect(":")
+        at = self._pos
+        kind = self._need(_WORD, "a kind of state")[0]
+        if kind not in KINDS:
+            self._fail(f"unknown kind of state '{kind}': {nearest(kind, KINDS)}", at + 1)
+        entry = StateEntry(tuple(names), kind, self._type())
+        if self._accept("names"):
+            self._expect("(")
+            names += self._list(self._fqn)
+        entry.names = tuple(names)
+        entry.persistent = not self._accept("nonpersistent")
+        unique = -1 - len(self._program.state)
+        entry.tensor = self._parenthesised_int("tensor", unique)
+        entry.storage = self._parenthesised_int("storage", unique)
+        if self._accept("stages"):
+            self._expect("(")
+            entry.stages = tuple(self._list(self._int))
+        if self._accept("share="):
+            entry.share = self._need(_WORD, "a share policy")[0]
+        for name in names:
+            if name in self._states:
+                self._fail(f"state '{name}' is defined twice", start)
+            self._states[name] = entry
+        self._program.state.append(entry)
+
+    def _parenthesised_int(self, word: str, default: int) -> int:
+        if not self._accept(word):
+            return default
+        self._expect("(")
+        number = int(self._need(re.compile(r"-?\d+"), "a number")[0])
+        self._expect(")")
+        return number
+
+    def _stage(self) -> None:
+        p = self._program
+        if p.phase == "traced":
+            self._fail("a traced program has no stages")
+        stage = Stage(self._int())
+        heads: list[str] | None = None
+        outs: list[tuple[str, int]] = []
+        if p.phase == "linked":
+            self._expect("(")
+            heads = self._list(self._value)
+            self._expect("->")
+            self._expect("(")
+            outs = self._list(self._value_name)
+        self._expect("{")
+        p.stages.append(stage)
+        self._skip(_BLANK)
+        if self._accept("holds"):
+            self._holds(stage)
+        while True:
+            self._skip(_BLANK)
+            if self._accept("}"):
+                break
+            stage.ops.append(self._op())
+        stage.inputs = list(heads or [])  # type: ignore[arg-type]
+        stage.outputs = [self._resolve(*o) for o in outs]
+
+    def _holds(self, stage: Stage) -> None:
+        while True:
+            start = self._pos
+            name = self._fqn()
+            if name not in self._states:
+                self._fail(f"unknown state '{name}': {nearest(name, self._states)}", start + 1)
+            entry = self._states[name]
+            stage.state[entry] = (*stage.state.get(entry, ()), name)
+            if not self._accept(","):
+                return
+
+    def _transfer(self) -> None:
+        value = self._value()
+        self._expect(":")
+        source = None if self._accept("input") else self._int()
+        self._expect("->")
+        transfer = Transfer(value, source, self._int())
+        route = self._take(_WORD)
+        if route:
+            if route[0] not in ROUTES:
+                self._fail(f"unknown route '{route[0]}': {nearest(route[0], ROUTES)}", route.start())
+            transfer.route = route[0]
+            if self._accept("("):
+                self._list(self._int)
+        self._program.transfers.append(transfer)
+
+    # --- ops ------------------------------------------------------------------------------------
+
+    def _op(self) -> Op:
+        if self._accept("split"):
+            return self._clauses(SPLIT, (), {}, [], [])
+        names: list[str] = []
+        while self._src.startswith("%", self._pos):
+            names.append(self._fresh())
+            if not self._accept(","):
+                self._expect("=")
+                break
+            self._skip()
+        target = self._target()
+        self._expect("(")
+        args, kwargs = self._arguments()
+        types: list[Type] = []
+        if names:
+            self._expect(":")
+            types.append(self._type())
+            while len(types) < len(names):
+                self._expect(",")
+                types.append(self._type())
+        return self._clauses(target, args, kwargs, names, types)
+
+    def _target(self) -> str:
+        start = self._pos
+        target = self._need(_DOTTED, "an op")[0]
+        if target == "module" and self._accept("."):
+            return f"module.{self._string()}"
+        if "." not in target:
+            self._fail(f"expected an op such as aten.add.Tensor, found '{target}'", start)
+        return target
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+
+        def one() -> None:
+            self._skip()
+            match = re.compile(r"([A-Za-z_]\w*)=").match(self._src, self._pos)
+            if match:
+                self._pos = match.end()
+                kwargs[match[1]] = self._tree()
+            elif kwargs:
+                self._fail("positional operand after a keyword")
+            else:
+                args.append(self._tree())
+
+        self._list(one)
+        return tuple(args), kwargs
+
+    def _clauses(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], types: list[Type]) -> Op:
+        op = Op(target, args, kwargs)
+        for name, kind in zip(names, types, strict=True):
+            self._define(name, op.add_result(kind, name))
+        if self._accept("form"):
+            self._expect("(")
+            op.form = self._tree()
+            self._expect(")")
+        views = self._views(op)
+        writes: tuple[int, ...] = ()
+        if self._accept("writes"):
+            self._expect("(")
+            writes = tuple(self._list(lambda: self._write(op, must_be_operand=True)))
+        if self._accept("renews"):
+            self._expect("(")
+            self._list(lambda: self._write(op, must_be_operand=False))
+        random = self._accept("random")
+        op.effects = Effects(writes, views, random, self._accept("effect"))
+        if self._accept("with"):
+            op.context = self._contexts()
+        if self._accept("in"):
+            op.scope = self._scope()
+        if self._accept("at"):
+            loc = self._need(_LOC, "file:line")
+            op.loc = Loc(self._files.get(loc[1], loc[1]), int(loc[2]))
+        if self._accept("{"):
+            op.regions = tuple(self._regions())
+        return op
+
+    def _views(self, op: Op) -> tuple[int | None, ...]:
+        if self._accept("views"):
+            self._expect("(")
+            return tuple(self._list(lambda: None if self._accept("-") else self._operand_index(op)))
+        if self._accept("view"):
+            self._expect("(")
+            index = self._operand_index(op)
+            self._expect(")")
+            return (index,) * len(op.results)
+        return ()
+
+    def _operand_index(self, op: Op) -> int:
+        start = self._pos
+        value = self._value()
+        if value not in op.operands:
+            self._fail("not an operand of this op", start)
+        return op.operands.index(value)
+
+    def _write(self, op: Op, *, must_be_operand: bool) -> int:
+        start = self._pos
+        old = self._value()
+        if must_be_operand and old not in op.operands:
+            self._fail("not an operand of this op", start)
+        if self._accept("->"):
+            name = self._fresh()
+            new = op.add_version(old, name)
+            if self._accept(":"):
+                new.type = self._type()
+            self._define(name, new)
+        return op.operands.index(old) if must_be_operand else -1
+
+    def _contexts(self) -> tuple[Context, ...]:
+        contexts = []
+        while True:
+            kind = self._need(_WORD, "a context")[0]
+            args = tuple(self._list(self._tree)) if self._accept("(") else ()
+            contexts.append(Context(kind, args))
+            if not self._accept(","):
+                return tuple(contexts)
+
+    def _scope(self) -> Scope:
+        frames = []
+        self._skip()
+        while True:
+            name = self._string() if self._src.startswith('"', self._pos) else self._need(_PATH, "a module path")[0]
+            call = self._int() if self._src.startswith("~", self._pos) and self._accept("~") else 0
+            frames.append(Frame(name, call))
+            if not self._src.startswith("/", self._pos):
+                return tuple(frames)
+            self._pos += 1
+
+    def _regions(self) -> list[Region]:
+        self._enter()
+        regions = []
+        while True:
+            self._skip(_BLANK)
+            if self._accept("}"):
+                self._depth -= 1
+                return regions
+            self._expect("region")
+            regions.append(self._region())
+
+    def _region(self) -> Region:
+        name = self._need(_WORD, "a region name")[0]
+        self._expect("(")
+        params = self._list(self._param)
+        self._expect("{")
+        ops: list[Op] = []
+        while True:
+            self._skip(_BLANK)
+            if self._accept("yield"):
+                break
+            ops.append(self._op())
+        output = Op("output", (self._tree(),))
+        self._skip(_BLANK)
+        self._expect("}")
+        return Region(name, params, ops, output)
+
+    def _param(self) -> Value:
+        name = self._fresh()
+        self._expect(":")
+        value = Value(self._type(), name)
+        self._define(name, value)
+        return value
+
+    # --- names, literals, types -------------------------------------------------------------------
+
+    def _fresh(self) -> str:
+        self._skip()
+        start = self._pos
+        name = self._need(_NAME, "a value name such as %x")[1]
+        if name in self._values:
+            self._fail(f"%{name} is defined twice", start)
+        return name
+
+    def _define(self, name: str, value: Value) -> None:
+        self._values[name] = value
+
+    def _value_name(self) -> tuple[str, int]:
+        self._skip()
+        start = self._pos
+        if self._src.startswith("@", start):
+            return "@" + self._fqn(), start
+        return "%" + self._need(_NAME, "a value")[1], start
+
+    def _value(self) -> Value:
+        return self._resolve(*self._value_name())
+
+    def _resolve(self, name: str, start: int) -> Value:
+        if name[0] == "@":
+            if name[1:] not in self._states:
+                self._fail(f"unknown state '{name[1:]}': {nearest(name[1:], self._states)}", start)
+            return self._states[name[1:]].value
+        if name[1:] not in self._values:
+            self._fail(f"{name} is not defined: {nearest(name[1:], self._values)}", start)
+        return self._values[name[1:]]
+
+    def _fqn(self) -> str:
+        self._skip()
+        if self._src.startswith('@"', self._pos):
+            self._pos += 1
+            return self._string()
+        return self._need(_FQN, "a name such as @layers.0.weight")[1]
+
+    def _enter(self) -> None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self._fail(f"nested more than {MAX_DEPTH} deep")
+
+    def _tree(self) -> Any:
+        self._enter()
+        tree = self._tree_at_depth()
+        self._depth -= 1
+        return tree
+
+    def _tree_at_depth(self) -> Any:
+        self._skip()
+        char = self._src[self._pos : self._pos + 1]
+        if char in "%@" and char:
+            return self._value()
+        if char == '"':
+            return self._string()
+        if char == "(":
+            return self._tuple()
+        if char == "[":
+            self._pos += 1
+            return self._list(self._tree, "]")
+        if char == "{":
+            self._pos += 1
+            return dict(self._list(self._pair, "}"))
+        if char == "<":
+            self._pos += 1
+            ref = RegionRef(self._int())
+            self._expect(">")
+            return ref
+        if self._accept("..."):
+            return ...
+        if self._accept("-inf"):
+            return float("-inf")
+        number = self._take(_NUMBER)
+        if number:
+            return int(number[0]) if re.fullmatch(r"-?\d+", number[0]) else float(number[0])
+        return self._word()
+
+    def _pair(self) -> tuple[Any, Any]:
+        key = self._tree()
+        self._expect(":")
+        return key, self._tree()
+
+    def _tuple(self) -> tuple[Any, ...]:
+        self._expect("(")
+        return tuple(self._list(self._tree))
+
+    def _word(self) -> Any:
+        start = self._pos
+        word = self._need(_DOTTED, "an operand")[0]
+        if word in _WORDS:
+            return _WORDS[word]
+        if word.startswith("torch."):
+            return Token(word)
+        if word == "device" and self._accept("("):
+            inner = self._need(_STRING, "a device name")[0]
+            self._expect(")")
+            return Token(f"device({inner})")
+        if word in ("slice", "complex", "mode") and self._accept("("):
+            items = self._list(self._tree)
+            try:
+                return {"slice": slice, "complex": complex, "mode": Mode}[word](*items)
+            except TypeError:
+                self._fail(f"bad {word}(...)", start)
+        self._fail(f"unknown literal '{word}'", start)
+
+    def _type(self) -> Type:
+        self._skip()
+        start = self._pos
+        word = self._need(_WORD, "a type")[0]
+        if self._src.startswith("[", self._pos):
+            return self._tensor_type(word, start)
+        if word not in SCALAR_KINDS:
+            self._fail(f"unknown type '{word}': {nearest(word, [*SCALAR_KINDS, *DTYPES])}", start)
+        expr = self._balanced("(", ")") if self._src.startswith("(", self._pos) else None
+        return ScalarType(word, expr)
+
+    def _tensor_type(self, dtype: str, start: int) -> TensorType:
+        if dtype not in DTYPES:
+            self._fail(f"unknown dtype '{dtype}': {nearest(dtype, DTYPES)}", start)
+        shape = self._dims(self._balanced("[", "]"))
+        strides = self._dims(self._balanced("{", "}")) if self._src.startswith("{", self._pos) else None
+        device = "cpu"
+        if self._src.startswith("@", self._pos):
+            device = self._need(_DEVICE, "a device")[1]
+        return TensorType(dtype, shape, strides, device, self._accept("grad"))
+
+    def _balanced(self, opening: str, closing: str) -> str:
+        start, depth = self._pos, 0
+        for end in range(start, len(self._src)):
+            char = self._src[end]
+            depth += (char in "([{") - (char in ")]}")
+            if char == "\n":
+                break
+            if depth == 0:
+                if char != closing:
+                    break
+                self._pos = end + 1
+                return self._src[start + 1 : end]
+        self._fail(f"'{opening}' is never closed by '{closing}'", start)
+
+    def _dims(self, inner: str) -> tuple[Dim, ...]:
+        parts, depth, current = [], 0, ""
+        for char in inner:
+            depth += (char in "([") - (char in ")]")
+            if char == "," and depth == 0:
+                parts.append(current)
+                current = ""
+            else:
+                current += char
+        if current.strip():
+            parts.append(current)
+        return tuple(int(p) if p.strip().isdigit() else p.strip() for p in parts)
+
+
+_LOC_FILE = re.compile(r"[A-Za-z0-9_.]+")

@@ -1,0 +1,262 @@
+"""program -> text. The one printer there is; `stagecut.ir.parser` reads its output back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
+from stagecut.ir.types import TensorType
+
+_PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
+
+
+def text(program: Program) -> str:
+    """The whole program as text; `parse` gives the same program back."""
+    return "\n".join(_Printer(program).program()) + "\n"
+
+
+def fqn_text(name: str) -> str:
+    """A state name as it is printed: bare where it is plain, quoted where it is not."""
+    return f"@{name}" if _PLAIN_FQN.match(name) else "@" + json.dumps(name)
+
+
+def value_names(program: Program) -> dict[Value, str]:
+    """The printed name of every value of the program, state entries included."""
+    return _Printer(program).names
+
+
+def size_text(nbytes: int | None) -> str:
+    """Bytes as a short text, in powers of two: `512 B`, `32 KiB`."""
+    if nbytes is None:
+        return "dynamic"
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
+
+
+def file_names(ops: Iterable[Op]) -> dict[str, str]:
+    """Every source file of the ops -> a short name that is unique in the program."""
+    namer = Namer()
+    names: dict[str, str] = {}
+    for op in ops:
+        if op.loc and op.loc.file not in names:
+            names[op.loc.file] = namer(os.path.basename(op.loc.file), "file")
+    return names
+
+
+def nested_ops(ops: Iterable[Op]) -> Iterator[Op]:
+    """The ops, each followed by the ops of its regions."""
+    for op in ops:
+        yield op
+        for region in op.regions:
+            yield from nested_ops(region.ops)
+
+
+class _Printer:
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._files = file_names(nested_ops(program.all_ops()))
+        self.names: dict[Value, str] = {e.value: fqn_text(e.name) for e in program.state}
+        namer = Namer()
+        for value in program.inputs:
+            self._name(value, namer)
+        for op in program.all_ops():
+            self._name_op(op, namer)
+
+    def _name(self, value: Value, namer: Namer) -> None:
+        self.names[value] = "%" + namer(value.hint)
+
+    def _name_op(self, op: Op, namer: Namer) -> None:
+        for region in op.regions:
+            for param in region.params:
+                self._name(param, namer)
+            for inner in region.ops:
+                self._name_op(inner, namer)
+        for value in op.definitions():
+            self._name(value, namer)
+
+    def program(self) -> Iterator[str]:
+        p = self._program
+        stages = f" stages={len(p.stages)}" if p.stages else ""
+        yield f"program {fqn_text(p.name)} phase={p.phase}{stages} {{"
+        for path, short in self._files.items():
+            yield f"  file {short} {json.dumps(path)}"
+        for value in p.inputs:
+            yield f"  input {self.names[value]} : {value.type}"
+        yield from self._state(p.state)
+        if p.phase == "traced":
+            for op in p.ops:
+                yield from self._op(op, "  ")
+        for stage in p.stages:
+            yield from self._stage(stage)
+        for transfer in p.transfers:
+            yield self._transfer(transfer)
+        yield f"  output {self._tree(tuple(p.outputs))}"
+        yield "}"
+
+    def _state(self, entries: list[StateEntry]) -> Iterator[str]:
+        tensors, storages = Counter(e.tensor for e in entries), Counter(e.storage for e in entries)
+        for e in entries:
+            line = f"  state {fqn_text(e.name)} : {e.kind} {e.type}"
+            if len(e.names) > 1:
+                line += f" names({', '.join(map(fqn_text, e.names[1:]))})"
+            if not e.persistent:
+                line += " nonpersistent"
+            if tensors[e.tensor] > 1:
+                line += f" tensor({e.tensor})"
+            if storages[e.storage] > 1:
+                line += f" storage({e.storage})"
+            if e.stages:
+                line += f" stages({', '.join(map(str, e.stages))})"
+            if e.share:
+                line += f" share={e.share}"
+            yield line
+
+    def _stage(self, stage: Stage) -> Iterator[str]:
+        head = f"  stage {stage.index}"
+        if self._program.phase == "linked":
+            head += f" {self._bare(stage.inputs)} -> {self._bare(stage.outputs)}"
+        yield head + " {"
+        held = [name for names in stage.state.values() for name in names]
+        if held:
+            yield "    holds " + ", ".join(map(fqn_text, held))
+        for op in stage.ops:
+            yield from self._op(op, "    ")
+        yield "  }"
+
+    def _bare(self, values: list[Value]) -> str:
+        return "(" + ", ".join(self.names[v] for v in values) + ")"
+
+    def _transfer(self, t: Transfer) -> str:
+        line = f"  transfer {self.names[t.value]} : {'input' if t.source is None else t.source} -> {t.target}"
+        if t.route:
+            line += f" {t.route}"
+        if t.via:
+            line += "(" + ", ".join(map(str, t.via)) + ")"
+        size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8
+        return f"{line}  # {size_text(size)}"
+
+    def _op(self, op: Op, indent: str) -> Iterator[str]:
+        line = indent + self.op_line(op)
+        if not op.regions:
+            yield line
+            return
+        yield line + " {"
+        for region in op.regions:
+            yield from self._region(region, indent + "  ")
+        yield indent + "}"
+
+    def _region(self, region: Region, indent: str) -> Iterator[str]:
+        params = ", ".join(f"{self.names[p]} : {p.type}" for p in region.params)
+        yield f"{indent}region {region.name} ({params}) {{"
+        for op in region.ops:
+            yield from self._op(op, indent + "  ")
+        yield f"{indent}  yield {self._tree(region.output.args[0])}"
+        yield indent + "}"
+
+    def op_line(self, op: Op) -> str:
+        """The op on one line, without its regions."""
+        args = [self._tree(a) for a in op.args] + [f"{k}={self._tree(a)}" for k, a in op.kwargs.items()]
+        line = f"{target_text(op.target)}({', '.join(args)})" if op.target != SPLIT else "split"
+        if op.results:
+            names = ", ".join(self.names[r] for r in op.results)
+            line = f"{names} = {line} : {', '.join(str(r.type) for r in op.results)}"
+        if op.form is not None:
+            line += f" form({self._tree(op.form)})"
+        line += self._effects(op)
+        if op.context:
+            line += " with " + ", ".join(map(self._context, op.context))
+        if op.scope:
+            line += f" in {scope_text(op.scope)}"
+        if op.loc:
+            line += f" at {self._files.get(op.loc.file, op.loc.file)}:{op.loc.line}"
+        return line
+
+    def _effects(self, op: Op) -> str:
+        e, line = op.effects, ""
+        viewed = {op.operands[v] if v is not None else None for v in e.views}
+        if len(viewed) == 1 and None not in viewed:
+            line += f" view({self._tree(viewed.pop())})"
+        elif viewed:
+            line += f" views({', '.join('-' if v is None else self.names[op.operands[v]] for v in e.views)})"
+        written = dict.fromkeys(op.operands[i] for i in e.writes)
+        if written:
+            line += f" writes({', '.join(self._version(op, v) for v in written)})"
+        others = [v for v in op.versions if v not in written]
+        if others:
+            line += f" renews({', '.join(self._version(op, v) for v in others)})"
+        return line + (" random" if e.random else "") + (" effect" if e.effect else "")
+
+    def _version(self, op: Op, old: Value) -> str:
+        new = op.versions.get(old)
+        if new is None:
+            return self.names[old]
+        kind = f" : {new.type}" if new.type != old.type else ""
+        return f"{self.names[old]} -> {self.names[new]}{kind}"
+
+    def _context(self, context: Context) -> str:
+        return context.kind + (f"({', '.join(map(self._tree, context.args))})" if context.args else "")
+
+    def _tree(self, tree: Any) -> str:
+        if isinstance(tree, Value):
+            return self.names.get(tree, f"%<undefined {tree.hint}>")
+        if isinstance(tree, tuple):
+            inner = ", ".join(map(self._tree, tree))
+            return f"({inner},)" if len(tree) == 1 else f"({inner})"
+        if isinstance(tree, list):
+            return f"[{', '.join(map(self._tree, tree))}]"
+        if isinstance(tree, dict):
+            return "{" + ", ".join(f"{literal(k)}: {self._tree(v)}" for k, v in tree.items()) + "}"
+        if isinstance(tree, slice):
+            return f"slice({self._tree(tree.start)}, {self._tree(tree.stop)}, {self._tree(tree.step)})"
+        return literal(tree)
+
+
+def literal(item: Any) -> str:
+    """One literal as text."""
+    if isinstance(item, str):
+        return json.dumps(item)
+    if isinstance(item, Token):
+        return item.text
+    if isinstance(item, Mode):
+        return f"mode({item.captured})"
+    if isinstance(item, RegionRef):
+        return f"<{item.index}>"
+    if isinstance(item, complex):
+        return f"complex({literal(item.real)}, {literal(item.imag)})"
+    if isinstance(item, float) and not math.isfinite(item):
+        return "nan" if math.isnan(item) else ("inf" if item > 0 else "-inf")
+    return "..." if item is ... else repr(item)
+
+
+def target_text(target: str) -> str:
+    """A target as it is printed: dotted, with parts quoted that are no plain words."""
+    head, _, rest = target.partition(".")
+    if head == "module" and not _PLAIN_FQN.match(rest):
+        return f"module.{json.dumps(rest)}"
+    return target
+
+
+def scope_text(scope: Scope) -> str:
+    """A scope as printed: calls separated by `/`, a second call of a module marked `~1`."""
+    parts = []
+    for frame in scope:
+        name = frame.name if _PLAIN_FQN.match(frame.name) else json.dumps(frame.name)
+        parts.append(name + (f"~{frame.call}" if frame.call else ""))
+    return "/".join(parts)
+
+
+def line_of(program: Program, op: Op) -> str:
+    """One op of the program as it is printed, for messages."""
+    return _Printer(program).op_line(op)

@@ -1,0 +1,90 @@
+"""Types of values: tensors, scalars (symbolic or specialised), none and opaque objects."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Dim = int | str
+"""A size: a number, or an expression over symbols such as `s0` or `2*s0`."""
+
+DTYPES: dict[str, str] = {
+    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
+    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8",
+    "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "b8": "bool",
+    "c128": "complex128", "c64": "complex64", "c32": "complex32",
+    "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+    "f8e4m3fnuz": "float8_e4m3fnuz", "f8e5m2fnuz": "float8_e5m2fnuz", "f8e8m0fnu": "float8_e8m0fnu",
+}  # fmt: skip
+"""Short name -> torch's name, for every dtype a value may have."""
+
+_BYTES = {"c128": 16, "c64": 8, "f64": 8, "i64": 8, "u64": 8, "c32": 4, "f32": 4, "i32": 4, "u32": 4}
+_BYTES |= {"f16": 2, "bf16": 2, "i16": 2, "u16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element of the short-named `dtype`."""
+    return _BYTES.get(dtype, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A tensor. `strides` is None when the layout is contiguous; `grad` says whether it carries gradient."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...] | None = None
+    device: str = "cpu"
+    grad: bool = False
+
+    @property
+    def differentiable(self) -> bool:
+        """True when the dtype can carry gradient at all."""
+        return self.dtype[0] in "fcb" and self.dtype != "b8"
+
+    def nbytes(self, symbols: dict[str, int] | None = None) -> int | None:
+        """Bytes of the elements, or None when a size is symbolic."""
+        if any(isinstance(d, str) for d in self.shape):
+            return None
+        return math.prod(d for d in self.shape if isinstance(d, int)) * dtype_bytes(self.dtype)
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if self.strides is not None:
+            text += "{" + ",".join(map(str, self.strides)) + "}"
+        if self.device != "cpu":
+            text += f"@{self.device}"
+        return text + (" grad" if self.grad else "")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarType:
+    """A Python scalar. `expr` is its symbolic expression (`s0`), or the literal it was specialised to (`5`)."""
+
+    kind: str
+    expr: str | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.expr is None else f"{self.kind}({self.expr})"
+
+
+SCALAR_KINDS = ("int", "float", "bool", "complex", "str", "none", "object")
+
+Type = TensorType | ScalarType
+NONE = ScalarType("none")
+OBJECT = ScalarType("object")
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements, of a tensor of `shape`."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def carries_grad(kind: Type) -> bool:
+    """True for a tensor type marked as carrying gradient."""
+    return isinstance(kind, TensorType) and kind.grad

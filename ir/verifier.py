@@ -1,0 +1,244 @@
+"""The invariants of a program, numbered, per phase. `verify` finds every violation, not only the first.
+
+In every phase
+  V1  an operand is a user input, a state entry of the program, or defined by an earlier op
+  V2  use lists are exact: a value lists the ops that read it, and no other
+  V3  a value has one definition, and its owner is the op that lists it
+  V4  a state name belongs to one entry
+  V5  effects fit the op: written and viewed positions are operands, one view slot a result
+  V6  a region sees only its own parameters, and every region reference names a region of its op
+  V7  a value that was written is not read again under its old version
+Until `partitioned`
+  V8  a traced program has no stages and no transfers
+From `partitioned` on
+  V9  every op is in exactly one stage, and no split marker is left
+  V10 stages are numbered 0, 1, 2, ... and none is empty, unless the program has no op at all
+In `linked`
+  V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads
+  V12 a stage's outputs are its own definitions or its own state, and something after it needs each of them
+  V13 every input of a stage has one transfer, with a route, from the stage that outputs it
+  V14 every state name is held by a stage, under its own entry, and owners agree with holders
+  V15 every returned value is an input or an output of a stage
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from stagecut.ir.errors import VerifyError
+from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Value
+from stagecut.ir.printer import line_of
+
+
+def verify(program: Program, *, after: str = "") -> None:
+    """Raises VerifyError, listing every violation, unless `program` is valid for its phase."""
+    violations = [f"{rule}: {what}" for rule, what in _violations(program)]
+    if violations:
+        raise VerifyError(violations, after=after)
+
+
+def _violations(p: Program) -> Iterator[tuple[str, str]]:
+    yield from _ops(p)
+    yield from _uses(p)
+    yield from _state_names(p)
+    yield from _stale_reads(p)
+    if p.phase == "traced":
+        if p.stages or p.transfers:
+            yield "V8", "a traced program has stages or transfers"
+        return
+    yield from _stages(p)
+    if p.phase == "linked":
+        yield from _linked(p)
+
+
+def _show(p: Program, op: Op) -> str:
+    return f"`{line_of(p, op)}` ({op.where()})"
+
+
+def _ops(p: Program) -> Iterator[tuple[str, str]]:
+    defined: set[Value] = set(p.inputs) | {entry.value for entry in p.state}
+    for op in p.all_ops():
+        yield from _op(p, op, defined)
+    for value in p.output.operands:
+        if value not in defined:
+            yield "V1", f"the output names {value!r}, which is not defined"
+
+
+def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
+    for value in op.reads:
+        if value not in defined:
+            yield "V1", f"{value!r} is read before it is defined in {_show(p, op)}"
+    for value in op.definitions():
+        if value in defined or value.owner is not op:
+            yield "V3", f"{value!r} is defined more than once, or by another op than {_show(p, op)}"
+        defined.add(value)
+    yield from _effects(p, op)
+    yield from _regions(p, op)
+
+
+def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
+    e, count = op.effects, len(op.operands)
+    if any(not 0 <= i < count for i in e.writes) or any(i is not None and not 0 <= i < count for i in e.views):
+        yield "V5", f"an effect names an operand that is not there in {_show(p, op)}"
+    if e.views and len(e.views) != len(op.results):
+        yield "V5", f"{len(e.views)} view slots for {len(op.results)} results in {_show(p, op)}"
+    if op.versions and not e.writes:
+        yield "V5", f"new versions without a write in {_show(p, op)}"
+
+
+def _regions(p: Program, op: Op) -> Iterator[tuple[str, str]]:
+    for item in _literals((op.args, op.kwargs)):
+        if isinstance(item, RegionRef) and not 0 <= item.index < len(op.regions):
+            yield "V6", f"region <{item.index}> does not exist in {_show(p, op)}"
+    for region in op.regions:
+        yield from _region(p, region)
+
+
+def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
+    inside: set[Value] = set(region.params)
+    for op in region.ops:
+        for value in op.reads:
+            if value not in inside:
+                yield "V6", f"region {region.name} reads {value!r} from outside in {_show(p, op)}"
+        inside.update(op.definitions())
+        yield from _effects(p, op)
+        yield from _regions(p, op)
+    for value in region.output.operands:
+        if value not in inside:
+            yield "V6", f"region {region.name} yields {value!r} from outside"
+
+
+def _literals(tree: object) -> Iterator[object]:
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _literals(item)
+    elif isinstance(tree, dict):
+        yield from _literals(list(tree.values()))
+    elif not isinstance(tree, Value):
+        yield tree
+
+
+def _uses(p: Program) -> Iterator[tuple[str, str]]:
+    real: dict[Value, set[Op]] = {}
+    values: list[Value] = [*p.inputs, *(entry.value for entry in p.state)]
+    for op in [*p.all_ops(), p.output]:
+        values.extend(op.definitions())
+        for value in op.reads:
+            real.setdefault(value, set()).add(op)
+    for value in values:
+        if set(value.uses) != real.get(value, set()):
+            yield "V2", f"the use list of {value!r} is not what the ops read"
+
+
+def _state_names(p: Program) -> Iterator[tuple[str, str]]:
+    count = Counter(name for entry in p.state for name in entry.names)
+    for name, times in count.items():
+        if times > 1:
+            yield "V4", f"state name '{name}' belongs to {times} entries"
+
+
+def _stale_reads(p: Program) -> Iterator[tuple[str, str]]:
+    stale: set[Value] = set()
+    for op in [*p.all_ops(), p.output]:
+        for value in op.reads:
+            if value in stale:
+                yield "V7", f"{value!r} was written earlier; {_show(p, op)} reads the old version"
+        stale.update(op.versions)
+
+
+def _stages(p: Program) -> Iterator[tuple[str, str]]:
+    seen: set[Op] = set()
+    if p.ops:
+        yield "V9", f"{len(p.ops)} op(s) are in no stage"
+    for index, stage in enumerate(p.stages):
+        if stage.index != index:
+            yield "V10", f"stage {stage.index} stands at position {index}"
+        if not stage.ops and len(p.stages) > 1:
+            yield "V10", f"stage {index} is empty"
+        for op in stage.ops:
+            if op in seen:
+                yield "V9", f"in two stages: {_show(p, op)}"
+            if op.target == SPLIT:
+                yield "V9", f"a split marker is left in stage {index}"
+            seen.add(op)
+
+
+def _linked(p: Program) -> Iterator[tuple[str, str]]:
+    homes: dict[Value, int] = {}
+    for stage in p.stages:
+        for op in stage.ops:
+            homes.update(dict.fromkeys(op.definitions(), stage.index))
+    needed: dict[Value, int] = dict.fromkeys(p.output.operands, len(p.stages))
+    for stage in reversed(p.stages):
+        yield from _stage_inputs(stage, homes)
+        yield from _stage_outputs(stage, homes, needed)
+        for value in stage.inputs:
+            needed.setdefault(value, stage.index)
+    yield from _transfers(p)
+    yield from _holders(p)
+    listed = {value for stage in p.stages for value in stage.outputs} | set(p.inputs)
+    for value in p.output.operands:
+        if value not in listed:
+            yield "V15", f"{value!r} is returned, but no stage outputs it"
+
+
+def _stage_inputs(stage: Stage, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
+    listed, read = set(stage.inputs), set()
+    for op in stage.ops:
+        for value in op.reads:
+            read.add(value)
+            held = isinstance(value.owner, StateEntry) and value.owner in stage.state
+            if homes.get(value) != stage.index and value not in listed and not held:
+                yield "V11", f"stage {stage.index} reads {value!r}, which it neither defines, receives nor holds"
+    for value in listed - read:
+        yield "V11", f"stage {stage.index} lists input {value!r}, which it never reads"
+    if len(listed) != len(stage.inputs):
+        yield "V11", f"stage {stage.index} lists an input twice"
+
+
+def _stage_outputs(stage: Stage, homes: dict[Value, int], needed: dict[Value, int]) -> Iterator[tuple[str, str]]:
+    if len(set(stage.outputs)) != len(stage.outputs):
+        yield "V12", f"stage {stage.index} lists an output twice"
+    for value in stage.outputs:
+        held = isinstance(value.owner, StateEntry) and value.owner in stage.state
+        if homes.get(value) != stage.index and not held:
+            yield "V12", f"stage {stage.index} outputs {value!r}, which it does not define"
+        if value not in needed:
+            yield "V12", f"stage {stage.index} outputs {value!r}, which nothing needs"
+
+
+def _transfers(p: Program) -> Iterator[tuple[str, str]]:
+    wanted = {(value, stage.index) for stage in p.stages for value in stage.inputs}
+    count = Counter((t.value, t.target) for t in p.transfers)
+    for value, target in wanted:
+        if count[value, target] != 1:
+            yield "V13", f"{count[value, target]} transfers of {value!r} to stage {target}, not one"
+    inputs = set(p.inputs)
+    for t in p.transfers:
+        if (t.value, t.target) not in wanted:
+            yield "V13", f"a transfer of {t.value!r} to stage {t.target}, which does not list it"
+        if t.route is None:
+            yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
+        if t.source is None and t.value not in inputs:
+            yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
+        if t.source is not None and (t.source >= t.target or t.value not in p.stages[t.source].outputs):
+            yield "V13", f"stage {t.source} does not send {t.value!r} forward to stage {t.target}"
+
+
+def _holders(p: Program) -> Iterator[tuple[str, str]]:
+    held: Counter[str] = Counter()
+    for stage in p.stages:
+        for entry, names in stage.state.items():
+            held.update(names)
+            if not set(names) <= set(entry.names):
+                yield "V14", f"stage {stage.index} holds '{entry.name}' under a foreign name"
+            if stage.index not in entry.stages:
+                yield "V14", f"stage {stage.index} holds '{entry.name}' but is not listed as its owner"
+    for entry in p.state:
+        if entry.kind != "const" and any(not held[name] for name in entry.names):
+            yield "V14", f"no stage holds every name of '{entry.name}'"
+        if entry.kind != "const" and not entry.stages:
+            yield "V14", f"state entry '{entry.name}' has no owner stage"
+
+

@@ -1,0 +1,58 @@
+"""Removes what only the tracer needed: guards, dead ops, superfluous split markers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecut.ir.graph import SPLIT, Op, Program
+
+GUARDS = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+"""Ops a tracer adds to check its own assumptions; they compute nothing."""
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """No guards, no dead op without effect, one marker per boundary and none at either end."""
+
+    name = "canonicalize"
+
+    def run(self, program: Program) -> bool:
+        if program.phase != "traced":
+            return False
+        dead = _dead_ops(program.ops)
+        dead |= _idle_markers([op for op in program.ops if op not in dead])
+        program.remove_ops(dead)
+        return bool(dead)
+
+
+def _dead_ops(ops: list[Op]) -> set[Op]:
+    dead: set[Op] = set()
+    for op in reversed(ops):
+        keep = op.is_split or (op.has_effect and op.target not in GUARDS)
+        if not keep and all(user in dead for value in op.definitions() for user in value.uses):
+            dead.add(op)
+    return dead
+
+
+def _idle_markers(ops: list[Op]) -> set[Op]:
+    """Markers with no op between them and the marker before, the start or the end."""
+    idle: set[Op] = set()
+    pending: Op | None = None
+    work_before = False
+    for op in ops:
+        if not op.is_split:
+            pending, work_before = None, True
+        elif pending is not None or not work_before:
+            idle.add(op)
+        else:
+            pending = op
+    if pending is not None:
+        idle.add(pending)
+    return idle

@@ -1,0 +1,92 @@
+"""Turns the user's wishes into split markers: module names, or positions a policy chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stagecut.ir.errors import SplitError, nearest
+from stagecut.ir.graph import SPLIT, Op, Program, Scope
+
+BEGINNING, END = "beginning", "end"
+_Call = tuple[str, Scope]
+
+
+@dataclass(frozen=True)
+class FindSplits:
+    """The markers in the program are exactly the cuts: in-model ones, module boundaries, chosen positions.
+
+    at: (module path, 'beginning' | 'end') pairs, each meaning every call of that module.
+    policy: a function of the program that returns positions in the list of ops (markers not counted) in
+        front of which to cut.
+    """
+
+    at: tuple[tuple[str, str], ...] = ()
+    policy: Callable[[Program], Sequence[int]] | None = None
+    name = "find-splits"
+
+    def run(self, program: Program) -> bool:
+        if program.phase != "traced" or not (self.at or self.policy):
+            return False
+        cuts = self._positions(program)
+        ops: list[Op] = []
+        changed = False
+        for index in range(len(program.ops) + 1):
+            between = 0 < index < len(program.ops) and SPLIT not in (program.ops[index - 1].target, program.ops[index].target)
+            if index in cuts and between:
+                ops.append(_marker(program.ops[index]))
+                changed = True
+            ops += program.ops[index : index + 1]
+        program.ops = ops
+        return changed
+
+    def _positions(self, program: Program) -> set[int]:
+        ops = program.ops
+        spans = _call_spans(ops, {name for name, _ in self.at})
+        cuts: set[int] = set()
+        for name, side in self.at:
+            if name not in spans:
+                known = dict.fromkeys(fqn for op in ops for fqn in _prefixes(op.scope))
+                raise SplitError(
+                    f"no op of the program runs in a call of module '{name}'",
+                    where=f"split point at the {side} of '{name}'",
+                    hint=nearest(name, known),
+                )
+            cuts |= {first if side == BEGINNING else last + 1 for first, last in spans[name]}
+        return cuts | self._chosen(program)
+
+    def _chosen(self, program: Program) -> set[int]:
+        if self.policy is None:
+            return set()
+        real = [i for i, op in enumerate(program.ops) if not op.is_split]
+        chosen = list(self.policy(program))
+        for cut in chosen:
+            if not isinstance(cut, int) or not 0 <= cut <= len(real):
+                raise SplitError(f"the split policy chose position {cut!r}", hint=f"positions are numbers from 0 to {len(real)}")
+        return {real[c] for c in chosen if c < len(real)}
+
+
+def _marker(neighbour: Op) -> Op:
+    return Op(SPLIT, loc=neighbour.loc, scope=neighbour.scope[:-1])
+
+
+def _prefixes(scope: Scope) -> list[str]:
+    names: list[str] = []
+    for frame in scope:
+        names.append(f"{names[-1]}.{frame.name}" if names else frame.name)
+    return names
+
+
+def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, int]]]:
+    """Per wanted module, the first and last op of each of its calls."""
+    calls: dict[_Call, tuple[int, int]] = {}
+    matches: dict[Scope, list[_Call]] = {}
+    for index, op in enumerate(ops):
+        if op.scope not in matches:
+            matches[op.scope] = [(n, op.scope[: i + 1]) for i, n in enumerate(_prefixes(op.scope)) if n in wanted]
+        for call in matches[op.scope]:
+            calls[call] = (calls[call][0] if call in calls else index, index)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for (name, _), span in calls.items():
+        spans.setdefault(name, []).append(span)
+    return spans

@@ -1,0 +1,53 @@
+"""Computes which values carry gradient. A trace cannot tell: it runs without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from stagecut.ir.graph import Context, Op, Program, Value
+from stagecut.ir.types import TensorType, carries_grad
+
+_CUTTING = ("detach", "detach_", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")
+_CUTTING += ("new_zeros", "new_ones", "new_full", "new_empty")
+
+
+@dataclass(frozen=True)
+class InferGradients:
+    """A value carries gradient when its dtype can, an operand of its op does, and the op passes it on."""
+
+    name = "infer-gradients"
+
+    def run(self, program: Program) -> bool:
+        changed = False
+        for op in program.all_ops():
+            grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
+            changed |= _mark(op.results, [grad] * len(op.results))
+            changed |= _mark(op.versions.values(), [grad or carries_grad(old.type) for old in op.versions])
+        return changed
+
+
+def grad_enabled(context: tuple[Context, ...]) -> bool:
+    """True when gradients are recorded under `context`: the innermost grad mode decides."""
+    for entry in reversed(context):
+        if entry.kind in ("no_grad", "inference_mode"):
+            return False
+        if entry.kind == "enable_grad":
+            return True
+    return True
+
+
+def _cuts(op: Op) -> bool:
+    parts = op.target.split(".")
+    name = parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
+    return name in _CUTTING
+
+
+def _mark(values: Iterable[Value], grads: list[bool]) -> bool:
+    changed = False
+    for value, grad in zip(values, grads, strict=True):
+        kind = value.type
+        if isinstance(kind, TensorType) and kind.grad != (grad and kind.differentiable):
+            value.type = replace(kind, grad=not kind.grad)
+            changed = True
+    return changed

@@ -1,0 +1,65 @@
+"""The compiler on one screen: the passes in order, and why each stands where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from stagecut.ir.errors import PassError, nearest
+from stagecut.passes.base import Pass
+from stagecut.passes.canonicalize import Canonicalize
+from stagecut.passes.find_splits import FindSplits
+from stagecut.passes.infer_gradients import InferGradients
+from stagecut.passes.liveness import Liveness
+from stagecut.passes.partition import Partition
+from stagecut.passes.resolve_aliases import ResolveAliases
+from stagecut.passes.route import Route
+from stagecut.passes.share_state import ShareState
+from stagecut.passes.version_mutations import VersionMutations
+
+PASSES: tuple[type[Any], ...] = (
+    Canonicalize,  # first: everything after sees only ops that matter
+    ResolveAliases,  # before versions: a write through one name of a tensor is a write to all of them
+    VersionMutations,  # before anything moves: program order is still the order of the user's code
+    InferGradients,  # after versions: a write can make a value carry gradient
+    FindSplits,  # after the rest has settled: positions mean ops that stay
+    Partition,  # from here on ops have stages
+    ShareState,  # needs stages; before liveness, for state that is held does not cross
+    Liveness,  # what crosses
+    Route,  # how it crosses; links the program
+)
+
+ORDER = (
+    ("resolve-aliases", "version-mutations"),
+    ("canonicalize", "find-splits"),
+    ("version-mutations", "infer-gradients"),
+    ("version-mutations", "partition"),
+    ("find-splits", "partition"),
+    ("partition", "share-state"),
+    ("share-state", "liveness"),
+    ("liveness", "route"),
+)
+"""Pairs (before, after) that must hold in PASSES."""
+
+NAMES = tuple(p.name for p in PASSES)
+if any(NAMES.index(a) >= NAMES.index(b) for a, b in ORDER):
+    raise PassError("the order of passes breaks an ordering constraint")
+
+
+def default_pipeline(splits: FindSplits | None = None) -> list[Pass]:
+    """All passes, in order, with `splits` as the source of cuts beside in-model markers."""
+    return [splits if splits is not None and p is FindSplits else p() for p in PASSES]
+
+
+def pass_by_name(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """The pass called `name`, with its options set. Raises PassError for unknown names and options."""
+    if name not in NAMES:
+        raise PassError(f"unknown pass '{name}'", hint=nearest(name, NAMES))
+    kind = PASSES[NAMES.index(name)]
+    known = [f.name for f in fields(kind)]
+    for option in options or {}:
+        if option not in known:
+            raise PassError(f"pass '{name}' has no option '{option}'", hint=nearest(option, known))
+    made: Pass = kind(**(options or {}))
+    return made

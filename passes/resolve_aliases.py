@@ -1,0 +1,35 @@
+"""Merges state entries that are one tensor under several names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stagecut.ir.graph import Program, StateEntry
+
+
+@dataclass(frozen=True)
+class ResolveAliases:
+    """One state entry per distinct tensor; every name of the model belongs to exactly one, read or not."""
+
+    name = "resolve-aliases"
+
+    def run(self, program: Program) -> bool:
+        firsts: dict[int, StateEntry] = {}
+        for entry in program.state:
+            first = firsts.setdefault(entry.tensor, entry)
+            if first is not entry:
+                _merge(first, entry)
+        changed = len(firsts) < len(program.state)
+        program.state = list(firsts.values())
+        return changed
+
+
+def _merge(first: StateEntry, other: StateEntry) -> None:
+    first.names += other.names
+    first.persistent |= other.persistent
+    if other.kind == "param":
+        first.kind = "param"
+    if first.type != other.type:
+        first.type = replace(first.type, grad=first.requires_grad or other.requires_grad)  # type: ignore[arg-type]
+        first.value.type = first.type
+    other.value.replace_uses(first.value)

@@ -1,0 +1,52 @@
+"""Runs passes: verifying, timing and showing belong here, so that passes hold nothing but their work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stagecut.ir.errors import PassError
+from stagecut.ir.graph import Program
+from stagecut.ir.printer import text
+from stagecut.ir.verifier import verify
+from stagecut.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of one pass: its place in the list, whether it changed the program, and how long it took in seconds."""
+
+    index: int
+    name: str
+    changed: bool
+    seconds: float
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    check: bool = False,
+    after: Callable[[PassRecord, Program], None] = lambda record, program: None,
+) -> list[PassRecord]:
+    """Runs `passes` on `program` in order and calls `after` behind each.
+
+    With `check`, the program is verified before the first and after every pass, and a pass that says it
+    changed nothing is held to it: PassError or VerifyError names the pass at fault.
+    """
+    if check:
+        verify(program)
+    records = []
+    for index, step in enumerate(passes):
+        before = text(program) if check else ""
+        start = time.perf_counter()
+        changed = step.run(program)
+        record = PassRecord(index, step.name, changed, time.perf_counter() - start)
+        if check:
+            verify(program, after=step.name)
+            if not changed and text(program) != before:
+                raise PassError(f"pass '{step.name}' changed the program but says it did not")
+        records.append(record)
+        after(record, program)
+    return records

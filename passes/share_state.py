@@ -1,0 +1,86 @@
+"""Gives every state entry its owner stages, the names each stage holds it under, and a policy when shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecut.ir.graph import Op, Program, StateEntry, closest_name, scope_fqn
+
+REPLICATE, FEEDBACK = "replicate", "feedback"
+
+
+@dataclass(frozen=True)
+class ShareState:
+    """Every state name is held by a stage.
+
+    An entry several stages read is shared: `replicate` when no op writes it (each stage has a copy, gradients are
+    summed), `feedback` when a later stage writes what an earlier one reads in the next step.
+    """
+
+    name = "share-state"
+
+    def run(self, program: Program) -> bool:
+        if program.phase != "partitioned" or any(stage.state for stage in program.stages):
+            return False
+        home = {op: stage.index for stage in program.stages for op in stage.ops}
+        places = _module_places(program)
+        for entry in program.state:
+            readers = _readers(entry, home, len(program.stages) - 1)
+            if not readers and entry.kind == "const":
+                continue
+            if not readers:
+                readers = {_nearest_stage(entry.name, places): []}
+            _hold(program, entry, readers)
+            entry.share = _policy(entry, home)
+        return True
+
+
+def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:
+    """Stage -> module paths of the ops in it that read `entry`, in stage order. Returning it counts for the last stage."""
+    readers: dict[int, list[str]] = {}
+    for op in entry.value.uses:
+        readers.setdefault(home.get(op, last), []).append(scope_fqn(op.scope))
+    return dict(sorted(readers.items()))
+
+
+def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) -> None:
+    held = {stage: {closest_name(entry.names, path) for path in paths} for stage, paths in readers.items()}
+    claimed = set().union(*held.values())
+    first = next(iter(held))
+    held[first] |= set(entry.names) - claimed
+    for stage, names in held.items():
+        program.stages[stage].state[entry] = tuple(n for n in entry.names if n in names)
+    entry.stages = tuple(held)
+
+
+def _policy(entry: StateEntry, home: dict[Op, int]) -> str | None:
+    writers: set[int] = set()
+    value = entry.value
+    chain = [value]
+    for version in chain:
+        for op in version.uses:
+            if version in op.versions:
+                writers.add(home[op])
+                chain.append(op.versions[version])
+    if writers and (len(writers) > 1 or set(entry.stages) - writers):
+        return FEEDBACK
+    return REPLICATE if len(entry.stages) > 1 else None
+
+
+def _module_places(program: Program) -> dict[str, int]:
+    """Module path -> the first stage that runs an op in it or below it."""
+    places: dict[str, int] = {}
+    for stage in program.stages:
+        for op in stage.ops:
+            path = scope_fqn(op.scope)
+            while path and path not in places:
+                places[path] = stage.index
+                path = path.rpartition(".")[0]
+    return places
+
+
+def _nearest_stage(name: str, places: dict[str, int]) -> int:
+    path = name.rpartition(".")[0]
+    while path and path not in places:
+        path = path.rpartition(".")[0]
+    return places.get(path, 0)

@@ -1,0 +1,80 @@
+"""Makes writes visible: after a write, the value and every view of it go by a new version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.outline import positions
+
+
+@dataclass(frozen=True)
+class VersionMutations:
+    """Every use names the version it sees, so that the order of reads and writes shows in the operands alone."""
+
+    name = "version-mutations"
+
+    def run(self, program: Program) -> bool:
+        ops = [*program.all_ops()]
+        if not any(op.effects.writes for op in ops) or any(op.versions for op in ops):
+            return False
+        classes = _AliasClasses(program)
+        for index, op in enumerate(ops):
+            classes.rename_operands(op)
+            if op.effects.writes:
+                classes.write(op, index)
+            classes.add_results(op)
+        classes.rename_operands(program.output)
+        return True
+
+
+class _AliasClasses:
+    """Values that share storage, by root, and the current version of each value written so far."""
+
+    def __init__(self, program: Program) -> None:
+        self._last = positions(program).last
+        self._current: dict[Value, Value] = {}
+        self._root: dict[Value, Value] = {}
+        self._members: dict[Value, list[Value]] = {}
+        self._count: dict[Value, int] = {}
+        homes: dict[int, Value] = {}
+        for entry in program.state:
+            root = homes.setdefault(entry.storage, entry.value)
+            self._join(entry.value, root)
+
+    def _join(self, value: Value, root: Value) -> None:
+        self._root[value] = root
+        self._members.setdefault(root, []).append(value)
+
+    def rename_operands(self, op: Op) -> None:
+        for value in dict.fromkeys(op.operands):
+            if value in self._current:
+                op.replace_operand(value, self._current[value])
+
+    def add_results(self, op: Op) -> None:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None:
+                base = op.operands[viewed]
+                if base not in self._root:
+                    self._join(base, base)
+                self._join(result, self._root[base])
+
+    def write(self, op: Op, index: int) -> None:
+        """Everything in the classes `op` writes that is read later, or is state, gets a new version."""
+        for position in op.effects.writes:
+            written = op.operands[position]
+            if written not in self._root:
+                self._join(written, written)
+            root = self._root[written]
+            alive = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
+            self._members[root] = alive
+            for member in alive:
+                now = self._current.get(member, member)
+                if now not in op.versions:
+                    self._renew(op, member, now, root)
+
+    def _renew(self, op: Op, member: Value, now: Value, root: Value) -> None:
+        number = self._count[member] = self._count.get(member, 0) + 1
+        new = op.add_version(now, f"{member.hint}.{number}")
+        self._current[member] = new
+        self._root[new] = root

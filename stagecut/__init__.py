@@ -1,0 +1,40 @@
+"""stagecut cuts PyTorch models into pipeline stages.
+
+Names load on first use, so that `import stagecut` costs nothing until a model is compiled.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stagecut.frontend.markers import SplitPoint, pipe_split
+    from stagecut.ir.errors import StagecutError
+    from stagecut.ir.parser import parse
+    from stagecut.ir.printer import text
+    from stagecut.pipe import Pipe, pipeline
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Pipe": "stagecut.pipe",
+    "pipeline": "stagecut.pipe",
+    "SplitPoint": "stagecut.frontend.markers",
+    "pipe_split": "stagecut.frontend.markers",
+    "StagecutError": "stagecut.ir.errors",
+    "parse": "stagecut.ir.parser",
+    "text": "stagecut.ir.printer",
+}
+
+__all__ = ["Pipe", "SplitPoint", "StagecutError", "parse", "pipe_split", "pipeline", "text"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stagecut' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

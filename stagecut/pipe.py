@@ -1,0 +1,235 @@
+"""The public API: `pipeline` compiles a model, `Pipe` is the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from stagecut.backend.dot import to_dot
+from stagecut.backend.emit import emit
+from stagecut.backend.modules import Stage
+from stagecut.frontend.call import CallSpec, check_inputs
+from stagecut.frontend.capture import capture
+from stagecut.frontend.from_export import lower_export
+from stagecut.frontend.from_fx import lower_graph_module
+from stagecut.frontend.markers import SplitPoint
+from stagecut.frontend.policy import as_cuts
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import InputError, SplitError, nearest
+from stagecut.ir.graph import Program, Value
+from stagecut.ir.printer import text
+from stagecut.ir.verifier import verify
+from stagecut.passes.find_splits import BEGINNING, END, FindSplits
+from stagecut.passes.pipeline import default_pipeline
+from stagecut.passes.runner import run_passes
+
+Model = nn.Module | ExportedProgram | fx.GraphModule
+
+
+def pipeline(
+    module: Model,
+    mb_args: tuple[Any, ...] | None = None,
+    mb_kwargs: dict[str, Any] | None = None,
+    split_spec: dict[str, SplitPoint] | None = None,
+    split_policy: Callable[..., Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Pipe:
+    """Cuts `module` into pipeline stages.
+
+    Arguments
+    ---------
+    module: the model, or its `torch.export.ExportedProgram` or `torch.fx.GraphModule`. It is not changed.
+    mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
+    split_spec: module path -> SplitPoint; cuts before or after every call of that module.
+    split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
+        added, or one with a parameter named `program`, which takes the Program and returns the positions of ops
+        in front of which to cut.
+    dynamic_shapes: sizes that may vary, as for `torch.export.export`.
+
+    Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
+    its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
+
+    Raises
+    ------
+    InputError: the example inputs do not fit the model's signature.
+    CaptureError: the model cannot be traced; the message names the source line.
+    SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
+    """
+    program, bindings, exported = _lower(module, mb_args, mb_kwargs, dynamic_shapes)
+    at = _split_points(split_spec or {}, module)
+    policy = as_cuts(split_policy, exported) if split_policy is not None else None
+    run_passes(program, default_pipeline(FindSplits(at, policy)))
+    return Pipe(program, bindings)
+
+
+def _lower(
+    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any
+) -> tuple[Program, Bindings, ExportedProgram | None]:
+    if isinstance(module, ExportedProgram):
+        return *lower_export(module), module
+    if args is None and kwargs is None:
+        raise InputError("example inputs are needed to trace a module", hint="pass mb_args=(x, ...) and/or mb_kwargs={...}")
+    if isinstance(module, fx.GraphModule):
+        return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
+    if not isinstance(module, nn.Module):
+        raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
+    exported = capture(module, args if args is not None else (), kwargs if kwargs is not None else {}, dynamic_shapes)
+    return *lower_export(exported, module), exported
+
+
+def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[str, str], ...]:
+    known = [name for name, _ in module.named_modules() if name] if isinstance(module, nn.Module) else []
+    points = []
+    for name, point in spec.items():
+        if known and name not in known:
+            raise SplitError(f"split_spec names module '{name}', which the model does not have", hint=nearest(name, known))
+        if not isinstance(point, SplitPoint):
+            raise SplitError(f"split_spec['{name}'] is {point!r}, not a SplitPoint", hint="SplitPoint.BEGINNING or SplitPoint.END")
+        points.append((name, BEGINNING if point is SplitPoint.BEGINNING else END))
+    return tuple(points)
+
+
+class Pipe(nn.Module):
+    """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
+
+    `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe is
+    differentiable end to end.
+    """
+
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        super().__init__()
+        verify(program)
+        self.program = program
+        self.stages: list[Stage] = emit(program, bindings)
+        self._call_spec: CallSpec | None = bindings.call
+        for stage in self.stages:
+            self.add_module(f"stage_{stage.index}", stage)
+        self._names = tuple(bindings.tensors)
+        self._plan = _plan(program)
+        self.training = bindings.training.get("", True)
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are."""
+        return len(self.stages)
+
+    def get_stage_module(self, stage_idx: int) -> Stage:
+        """The module of stage `stage_idx`. Raises ValueError when there is no such stage."""
+        if not 0 <= stage_idx < self.num_stages:
+            raise ValueError(f"Invalid stage index {stage_idx}! There are {self.num_stages} stages.")
+        return self.stages[stage_idx]
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Runs all stages in order on the model's own arguments; the flat tuple of output leaves."""
+        flat = self._call_spec.flatten(args, kwargs) if self._call_spec is not None else list(args)
+        if len(flat) != len(self.program.inputs):
+            raise InputError(f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}")
+        check_inputs(self.program.inputs, flat)
+        values: dict[Value, Any] = dict(zip(self.program.inputs, flat, strict=True))
+        for stage, block, dead in zip(self.stages, self.program.stages, self._plan, strict=True):
+            result = stage(*[values[v] for v in block.inputs])
+            values.update(zip(block.outputs, result if len(block.outputs) != 1 else (result,), strict=True) if block.outputs else ())
+            for value in dead:
+                del values[value]
+        return tuple(values[leaf] if isinstance(leaf, Value) else leaf for leaf in self.program.outputs)
+
+    def module(self) -> nn.Module:
+        """The pipe as a module with the model's own signature and output structure."""
+        return PipedModel(self)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters under the model's names."""
+        yield from _merged((stage.named_parameters(prefix, recurse, remove_duplicate) for stage in self.stages), remove_duplicate)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's buffers under the model's names."""
+        yield from _merged((stage.named_buffers(prefix, recurse, remove_duplicate) for stage in self.stages), remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state dict: the same names in the same order."""
+        merged: dict[str, Any] = {}
+        for stage in self.stages:
+            merged |= stage.state_dict(*args, **kwargs)
+        ordered = {name: merged.pop(name) for name in self._names if name in merged}
+        return ordered | merged
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict of the unsplit model into the stages."""
+        own = self.state_dict()
+        missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys {unexpected}")
+        for stage in self.stages:
+            names = stage.state_dict()
+            stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def to_dot(self) -> str:
+        """The stage graph in the DOT language."""
+        return to_dot(self.program)
+
+    def __str__(self) -> str:
+        return text(self.program)
+
+    __repr__ = __str__
+
+
+class PipedModel(nn.Module):
+    """A pipe behind the model's own signature: same arguments, same output structure, same state names."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.training = pipe.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self.pipe(*args, **kwargs)
+        spec = self.pipe._call_spec
+        return spec.unflatten(flat) if spec is not None else flat
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters under the model's names."""
+        return self.pipe.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's buffers under the model's names."""
+        return self.pipe.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state dict."""
+        return self.pipe.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict of the unsplit model."""
+        return self.pipe.load_state_dict(state_dict, strict, assign)
+
+
+def _merged(streams: Iterator[Any] | Any, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+    names: set[str] = set()
+    tensors: set[int] = set()
+    for stream in streams:
+        for name, tensor in stream:
+            if name in names or (remove_duplicate and id(tensor) in tensors):
+                continue
+            names.add(name)
+            tensors.add(id(tensor))
+            yield name, tensor
+
+
+def _plan(program: Program) -> list[list[Value]]:
+    """Per stage, the values no later stage and no output needs: they are let go behind it."""
+    last: dict[Value, int] = {}
+    for stage in program.stages:
+        for value in [*stage.inputs, *stage.outputs]:
+            last[value] = stage.index
+    kept = set(program.output.operands)
+    plan: list[list[Value]] = [[] for _ in program.stages]
+    for value, index in last.items():
+        if value not in kept:
+            plan[index].append(value)
+    return plan
