@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import graphviz
 
 from stagecut.ir.graph import Program, Stage, Transfer, Value, scope_fqn
@@ -31,7 +33,7 @@ def to_dot(program: Program) -> str:
 def _stage(graph: graphviz.Digraph, program: Program, stage: Stage) -> None:
     with graph.subgraph(name=f"cluster_{stage.index}") as cluster:
         cluster.attr(label=f"stage {stage.index}", style="rounded,filled", fillcolor="#f4f4f4", color="#999999")
-        modules = ", ".join(_modules(stage)) or "no module"
+        modules = ", ".join(_modules(stage)) or "the model itself"
         size = sum(_bytes(entry.value) for entry in stage.state)
         cluster.node(f"stage{stage.index}", graphviz.escape(f"{modules}\n{len(stage.ops)} ops, state {size_text(size)}"))
         shared = [e for e in stage.state if len(e.stages) > 1]
@@ -70,8 +72,9 @@ def _outputs(graph: graphviz.Digraph, program: Program, names: dict[Value, str])
 def _tied(graph: graphviz.Digraph, program: Program) -> None:
     for entry in program.state:
         nodes = [f"state{index}_{entry.name}" for index in entry.stages]
-        for left, right in zip(nodes, nodes[1:], strict=False):
-            graph.edge(left, right, "tied" if entry.share == "replicate" else "written", style="bold", dir="none", color="#c77700", constraint="false")
+        for left, right in pairwise(nodes):
+            label = "tied" if entry.share == "replicate" else "written"
+            graph.edge(left, right, label, style="bold", dir="none", color="#c77700", constraint="false")
 
 
 def _input(name: str) -> str:

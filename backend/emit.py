@@ -25,10 +25,12 @@ from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import Context, Mode, Namer, Op, Program, Region, RegionRef, StateEntry, Token, Value, closest_name, scope_fqn
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions
-from stagecut.ir.targets import resolve
+from stagecut.ir.targets import check_op, resolve
 from stagecut.ir.types import TensorType
 
-_RESERVED = frozenset({*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "inf", "nan", "forward", "_call"})
+_RESERVED = frozenset(
+    {*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "getattr", "slice", "inf", "nan", "forward", "_call"}
+)
 _BAD = re.compile(r"\W+", re.ASCII)
 _TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
 _DEVICE = re.compile(r'device\("([a-z]+(?::\d+)?)"\)\Z')
@@ -58,11 +60,11 @@ class _Emitter:
     def stage(self, block: StageBlock) -> Stage:
         root = Stage(self.program.name, "", self.code, torch.device(self.device))
         root.index = block.index
-        tree = _Tree(root, self)
-        tree.hold(block)
         names = Namer(_RESERVED)
         parameters = {v: names(_BAD.sub("_", v.hint) or "x") for v in block.inputs}
         root.input_names = tuple(parameters.values())
+        tree = _Tree(root, self)
+        tree.hold(block)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
         _set_training(root, self.bindings)
@@ -107,24 +109,25 @@ class _Tree:
         """Every state name of the stage is registered where the model has it."""
         for entry, names in block.state.items():
             for name in names:
-                above, _, last = name.rpartition(".")
+                above = name.rpartition(".")[0]
                 owner = self.node(above)
                 if not isinstance(owner, StageModule):
                     continue  # a leaf module of the user's holds its own
                 tensor = self._emitter.bindings.tensors.get(name)
                 if tensor is None:
                     raise EmitError(f"no tensor is bound to '{name}'", where=f"stage {block.index}")
-                _register(owner, last, tensor, entry)
+                _register(owner, name, tensor, entry)
 
 
-def _register(owner: StageModule, name: str, tensor: torch.Tensor, entry: StateEntry) -> None:
+def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateEntry) -> None:
+    name = full.rpartition(".")[2]
     if entry.kind == "const":
         owner._constants[name] = tensor
     elif entry.kind == "param":
         owner._parameters[name] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[name] = tensor
-        if not entry.persistent:
+        if full in entry.transient:
             owner._non_persistent_buffers_set.add(name)
 
 
@@ -263,13 +266,12 @@ class _Function:
             self._out.append(_Statement(indent, line, set(names) if number == len(unpack) - 1 else set()))
 
     def _spell(self, op: Op, regions: list[str]) -> str:
+        check_op(op)
         kind, _, rest = op.target.partition(".")
         if kind == "module":
             args, kwargs, _ = op.args
             return f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
         if kind == "method":
-            if not rest.isidentifier() or rest.startswith("__"):
-                raise EmitError(f"'{rest}' is no method that may be called", where=op.where())
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
         if kind == "extern":
@@ -398,7 +400,9 @@ class _Function:
         device = _DEVICE.match(token.text)
         if device:
             return "self._here.device" if device[1] == self._emitter.device else f'torch.device("{device[1]}")'
-        if not _TOKEN.match(token.text) or not isinstance(getattr(torch, token.text[6:], None), (torch.dtype, torch.layout, torch.memory_format)):
+        if not _TOKEN.match(token.text) or not isinstance(
+            getattr(torch, token.text[6:], None), (torch.dtype, torch.layout, torch.memory_format)
+        ):
             raise EmitError(f"'{token.text}' is no constant of torch", where=op.where())
         return token.text
 

@@ -32,7 +32,7 @@ class Code:
         file = f"<stagecut {self.title} {next(_serial)}>"
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         space = namespace(self.functions)
-        exec(compile(text, file, "exec"), space)  # noqa: S102  (text is generated from verified IR, names are checked)
+        exec(compile(text, file, "exec"), space)  # the text is generated from verified IR, names and targets are checked
         made: Callable[..., Any] = space["forward"]
         return made
 
@@ -89,9 +89,9 @@ class StageModule(nn.Module):
         return self._title
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StageModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._constants = {name: fn(tensor) for name, tensor in self._constants.items()}
-        self._here = fn(self._here)
+        super()._apply(fn, recurse)
+        moved = {name: fn(tensor) for name, tensor in self._constants.items()}
+        self.__dict__.update(_constants=moved, _here=fn(self._here))  # the model may have state of these names
         return self
 
     def __getstate__(self) -> dict[str, Any]:

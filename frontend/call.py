@@ -14,6 +14,9 @@ from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
 from stagecut.ir.types import ScalarType, TensorType
 
+ABSENT = inspect.Parameter.empty
+"""Stands for the default of a parameter that has none."""
+
 
 @dataclass
 class CallSpec:
@@ -57,11 +60,13 @@ class CallSpec:
                 raise InputError(f"argument '{name}' is given twice, by position and by name")
             values[name] = value
         traced = (*self.positional, *self.keywords)
+        left_out = {n: self.parameters.get(n, ABSENT) for n in traced if n not in values}
+        values |= {name: default for name, default in left_out.items() if default is not ABSENT}
         missing = [name for name in traced if name not in values]
         if missing:
             raise InputError(f"missing argument '{missing[0]}'", hint=f"the program was traced with {', '.join(traced)}")
         for name, value in values.items():
-            if name not in traced and not _same(value, self.parameters.get(name, _ABSENT)):
+            if name not in traced and not _same(value, self.parameters.get(name, ABSENT)):
                 raise InputError(
                     f"argument '{name}' was not given in the example call, so the program does not depend on it",
                     hint=f"add it to mb_args / mb_kwargs; {nearest(name, traced)}",
@@ -78,20 +83,17 @@ class CallSpec:
         return "the nesting differs"
 
 
-_ABSENT = object()
-
-
 def _same(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default)
 
 
 def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Names that `forward` takes by position or keyword, in order, with their defaults (`_ABSENT` for none)."""
+    """Names that `forward` takes by position or keyword, in order, with their defaults (`ABSENT` for none)."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {}
     for name, parameter in inspect.signature(forward).parameters.items():
         if parameter.kind in kinds:
-            found[name] = _ABSENT if parameter.default is inspect.Parameter.empty else parameter.default
+            found[name] = parameter.default
     return found
 
 

@@ -58,9 +58,9 @@ def _user_frame(error: Exception) -> str:
     """file:line and source of the innermost frame that is neither torch's nor ours."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if not path.startswith((TORCH_DIR, _OWN_DIR)) or path.startswith(_OWN_DIR + "tests"):
-            if os.path.exists(path):
-                return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+        foreign = not path.startswith((TORCH_DIR, _OWN_DIR))
+        if foreign and os.path.exists(path):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return "no frame of the model's own source"
 
 

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec
 
-from stagecut.frontend.call import CallSpec, parameters_of
+from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
 from stagecut.frontend.lower import Lowering, state_entries
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
@@ -35,14 +35,14 @@ def lower_export(exported: ExportedProgram, module: torch.nn.Module | None = Non
 
 def _exported_state(exported: ExportedProgram, bindings: Bindings) -> list[StateEntry]:
     signature = exported.graph_signature
-    parameters, transient = set(signature.parameters), set(signature.non_persistent_buffers)
+    parameters, transient = set(signature.parameters), frozenset(signature.non_persistent_buffers)
     tensors: dict[str, Any] = dict(exported.state_dict)
     tensors |= {name: exported.constants[name] for name in signature.non_persistent_buffers}
     entries = []
     numbers: dict[int, int] = {}
     for name, tensor in tensors.items():
         kind = "param" if name in parameters or isinstance(tensor, torch.nn.Parameter) else "buffer"
-        entry = StateEntry((name,), kind, type_of(tensor), name not in transient)
+        entry = StateEntry((name,), kind, type_of(tensor), transient & {name})
         entry.tensor = numbers.setdefault(id(tensor), len(numbers))
         entry.storage = entry.tensor
         bindings.tensors[name] = tensor
@@ -64,7 +64,9 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
         elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
             env[node] = _constant(spec.target, exported.constants[spec.target], program, bindings, owners)
         else:
-            raise CaptureError(f"input '{node.name}' of kind {spec.kind.name} is not supported", hint="torch script objects and tokens cannot be cut")
+            raise CaptureError(
+                f"input '{node.name}' of kind {spec.kind.name} is not supported", hint="TorchScript objects and tokens cannot be cut"
+            )
         lowering.note_storage(env[node], value)
     return env
 
@@ -72,7 +74,7 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
 def _constant(name: str, tensor: Any, program: Program, bindings: Bindings, owners: dict[str, StateEntry]) -> Value:
     if name in owners:
         return owners[name].value
-    entry = StateEntry((name,), "const", type_of(tensor), persistent=False)
+    entry = StateEntry((name,), "const", type_of(tensor))
     entry.tensor = entry.storage = len(program.state)
     program.state.append(entry)
     owners[name] = entry
@@ -92,7 +94,9 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
         elif spec.kind is OutputKind.USER_INPUT_MUTATION:
             _write_back(program, inputs[str(spec.target)], item)
         else:
-            raise CaptureError(f"output of kind {spec.kind.name} is not supported", hint="export for inference or training without a joint backward graph")
+            raise CaptureError(
+                f"output of kind {spec.kind.name} is not supported", hint="export for inference or training without a joint backward graph"
+            )
     program.set_outputs(returned)
 
 
@@ -112,7 +116,7 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
     names = list(signature.forward_arg_names or ())
     count = len(_children(args_spec))
     positional = tuple(names[:count]) if len(names) >= count else tuple(f"arg{i}" for i in range(count))
-    known = parameters_of(module.forward) if module is not None else dict.fromkeys([*positional, *keywords])
+    known = parameters_of(module.forward) if module is not None else dict.fromkeys([*positional, *keywords], ABSENT)
     return CallSpec(positional, keywords, known, signature.in_spec, signature.out_spec)
 
 

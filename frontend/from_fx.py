@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from stagecut.frontend.call import CallSpec
-from stagecut.frontend.lower import Lowering, Seen, state_entries, user_loc
+from stagecut.frontend.call import ABSENT, CallSpec
+from stagecut.frontend.lower import Lowering, Seen, state_entries, undeclared_writes, user_loc
 from stagecut.frontend.types import type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError, InputError
@@ -42,7 +42,7 @@ def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     names = tuple(n.target for n in module.graph.nodes if n.op == "placeholder")
     _, in_spec = tree_flatten((tuple(inputs), {}))
     defaults = {n.target: n.args[0] for n in module.graph.nodes if n.op == "placeholder" and n.args}
-    bindings.call = CallSpec(names, (), {n: defaults.get(n) for n in names}, in_spec, out_spec)
+    bindings.call = CallSpec(names, (), {n: defaults.get(n, ABSENT) for n in names}, in_spec, out_spec)
     return program, bindings
 
 
@@ -80,15 +80,17 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     return inputs
 
 
-class _RandomWatch(TorchDispatchMode):
-    """Notices ops that draw random numbers."""
+class _Watch(TorchDispatchMode):
+    """Notices ops that draw random numbers, and writes that no version counter shows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.drew = False
+        self.wrote: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        self.wrote.update(map(id, undeclared_writes(str(func), args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -117,7 +119,7 @@ class _Recorder(fx.Interpreter):
         watched = [*operands, *(self.state.values() if n.op == "call_module" else ())]
         before = [t._version for t in watched]
         try:
-            with _RandomWatch() as watch:
+            with _Watch() as watch:
                 result = super().run_node(n)
         except Exception as error:
             raise CaptureError(
@@ -126,8 +128,7 @@ class _Recorder(fx.Interpreter):
                 hint="the graph must run as it is on mb_args / mb_kwargs",
             ) from error
         wrote = {id(t) for t, version in zip(watched, before, strict=True) if t._version != version}
-        self.seen[n] = Seen(result, random=watch.drew)
-        self.seen[n].writes = tuple(wrote)
+        self.seen[n] = Seen(result, tuple(wrote | watch.wrote), watch.drew)
         return result
 
 
@@ -185,7 +186,7 @@ class _GraphLowering:
             return self._lowering.tree(fake, self._env)
         from stagecut.ir.graph import StateEntry
 
-        entry = StateEntry((name,), "const", type_of(fake), persistent=False)
+        entry = StateEntry((name,), "const", type_of(fake))
         entry.tensor = entry.storage = len(self._program.state)
         self._program.state.append(entry)
         self._owners[name] = entry

@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from stagecut.frontend.markers import MARKERS
+from stagecut.frontend.markers import is_marker
 from stagecut.frontend.types import literal, type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError
-from stagecut.ir.graph import PURE, SPLIT, Context, Effects, Frame, Loc, Mode, Namer, Op, Program, Region, RegionRef, Scope, StateEntry, Value, leaves
+from stagecut.ir.graph import (
+    PURE,
+    SPLIT,
+    Context,
+    Effects,
+    Frame,
+    Loc,
+    Mode,
+    Namer,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    Scope,
+    StateEntry,
+    Value,
+    leaves,
+)
 from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE
 
@@ -32,6 +49,9 @@ MODE_ARGUMENT: dict[str, int] = {
     "aten.batch_norm.default": 5, "aten.rrelu.default": 3,
 }  # fmt: skip
 """Ops with a training flag -> its position among the operands."""
+
+_NORMS = ("batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm")
+_NORM_OPS = frozenset(f"aten.{name}.default" for name in _NORMS)
 
 
 @dataclass(slots=True)
@@ -83,7 +103,7 @@ class Lowering:
             if isinstance(container, (tuple, list, dict)):
                 return container[node.args[1]]  # type: ignore[index]
         name = self._target(node)
-        if name in MARKERS:
+        if name == SPLIT:
             ops.append(Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node)))
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
@@ -205,7 +225,7 @@ class Lowering:
         schema = self._schemas.get(target)
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
-        writes = seen.writes if seen.writes is not None else schema.writes_of(op)
+        writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
         views = self._views(op)
         random, effect = schema.random or seen.random, schema.effect or seen.effect
         if not (writes or views or random or effect):
@@ -236,7 +256,7 @@ class Lowering:
         target: Any = node.target
         name = self._targets.get(target)
         if name is None:
-            name = name_of(target)
+            name = SPLIT if is_marker(target) else name_of(target)
             if name is None:
                 name = "extern." + self._extern(getattr(target, "__name__", "function").replace(".", "_"), "function")
                 self.bindings.functions[name] = target
@@ -291,12 +311,23 @@ class _SchemaEffects:
         return tuple(found)
 
 
+def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
+    """The running statistics that a norm in training updates, of which its schema says nothing."""
+    if target not in _NORM_OPS or len(args) < 6 or args[5] in (False, Mode(False)):
+        return []
+    return [statistics for statistics in args[3:5] if statistics is not None]
+
+
+def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
+    return tuple(op.operands.index(value) for value in undeclared_writes(op.target, op.args))
+
+
 def storage_of(value: Any) -> int | None:
     """The identity of a tensor's storage, None for what has none."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -332,7 +363,9 @@ def _attribute(node: fx.Node) -> Any:
     for part in str(node.target).split("."):
         owner = getattr(owner, part)
     if not isinstance(owner, fx.GraphModule):
-        raise CaptureError(f"the graph reads attribute '{node.target}' of type {type(owner).__name__}", hint="only tensors and subgraphs can be read")
+        raise CaptureError(
+            f"the graph reads attribute '{node.target}' of type {type(owner).__name__}", hint="only tensors and subgraphs can be read"
+        )
     return owner
 
 
@@ -340,8 +373,8 @@ def _scope(stack: list[tuple[str, str]]) -> Scope:
     frames: list[tuple[str, int]] = []
     for key, raw in stack:
         fqn, _, call_in_path = raw.removeprefix("L['self']").lstrip(".").partition("@")
-        call = key.partition("@")[2] or call_in_path
-        frames.append((fqn, int(call) if call.isdigit() else 0))
+        number = key.partition("@")[2] or call_in_path
+        frames.append((fqn, int(number) if number.isdigit() else 0))
     innermost = frames[-1][0]
     scope: list[Frame] = []
     above = ""
@@ -380,7 +413,7 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
         named = [(n, p, "param", True) for n, p in owner._parameters.items() if p is not None]
         named += [(n, b, "buffer", n not in owner._non_persistent_buffers_set) for n, b in owner._buffers.items() if b is not None]
         for name, tensor, kind, persistent in named:
-            entry = StateEntry((dot + name,), kind, type_of(tensor), persistent)
+            entry = StateEntry((dot + name,), kind, type_of(tensor), frozenset() if persistent else frozenset({dot + name}))
             entry.tensor = tensors.setdefault(id(tensor), len(tensors))
             entry.storage = storages.setdefault(storage_of(tensor) or -id(tensor), len(storages))
             bindings.tensors[dot + name] = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch.fx.node import has_side_effect
@@ -22,8 +23,15 @@ def _pipe_split_fake() -> None:
 
 has_side_effect(torch.ops.stagecut.pipe_split.default)
 
-MARKERS = frozenset({"torch.ops.stagecut.pipe_split.default", "torch.ops.pippy._pipe_split.default", "torch.ops.stagecut.pipe_split", "torch.ops.pippy._pipe_split"})
-"""Names of the ops that mark a boundary: ours and that of torch.distributed.pipelining."""
+_OPS = ("stagecut.pipe_split", "pippy._pipe_split")
+_FUNCTIONS = (("stagecut.frontend.markers", "pipe_split"), ("torch.distributed.pipelining._IR", "pipe_split"))
+
+
+def is_marker(target: Any) -> bool:
+    """True for what marks a boundary when called: our op and that of torch.distributed.pipelining, and the functions around them."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(target).removesuffix(".default") in _OPS
+    return (getattr(target, "__module__", ""), getattr(target, "__name__", "")) in _FUNCTIONS
 
 
 def pipe_split() -> None:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
-from stagecut.frontend.markers import MARKERS, pipe_split
+from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Program
-from stagecut.ir.targets import name_of
 
 Cuts = Callable[[Program], Sequence[int]]
 """A policy in our own form: the positions of ops in front of which to cut, split markers not counted."""
@@ -27,10 +26,14 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
     if next(iter(inspect.signature(policy).parameters), "") == "program":
         return policy
     if exported is None:
-        raise SplitError("a policy that edits the traced GraphModule needs a model to trace", hint="put the split calls into the graph itself")
+        raise SplitError(
+            "a policy that edits the traced GraphModule needs a model to trace", hint="put the split calls into the graph itself"
+        )
     edited = policy(exported.module(check_guards=False))
     if not isinstance(edited, fx.GraphModule):
-        raise SplitError(f"the split policy returned {type(edited).__name__}, not a GraphModule", hint="return the module with pipe_split calls added")
+        raise SplitError(
+            f"the split policy returned {type(edited).__name__}, not a GraphModule", hint="return the module with pipe_split calls added"
+        )
     followers = _nodes_behind_splits(edited)
     return lambda program: _positions(followers, program)
 
@@ -38,12 +41,8 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
 def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
     """For each split call, the names of all nodes behind it."""
     names = [n.name for n in edited.graph.nodes]
-    splits = [i for i, n in enumerate(edited.graph.nodes) if n.op == "call_function" and _is_split(n.target)]
+    splits = [i for i, n in enumerate(edited.graph.nodes) if n.op == "call_function" and is_marker(n.target)]
     return [names[i + 1 :] for i in splits]
-
-
-def _is_split(target: Any) -> bool:
-    return target is pipe_split or getattr(target, "__name__", "") == "pipe_split" or name_of(target) in MARKERS
 
 
 def _positions(followers: list[list[str]], program: Program) -> list[int]:

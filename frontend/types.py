@@ -84,5 +84,3 @@ def specialised(value: Any) -> Type:
     if isinstance(value, (bool, int, float, complex, str)):
         return ScalarType(type(value).__name__, repr(value))
     return NONE if value is None else OBJECT
-
-

@@ -50,7 +50,7 @@ class ParseError(StagecutError):
 
     def __init__(self, what: str, *, file: str, line: int, column: int, source: str) -> None:
         self.file, self.line, self.column = file, line, column
-        caret = " " * (column - 1) + "^"
+        caret = "".join("\t" if char == "\t" else " " for char in source[: column - 1]) + "^"
         super().__init__(f"{file}:{line}:{column}: {what}\n    {source}\n    {caret}")
 
 

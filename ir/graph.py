@@ -66,6 +66,9 @@ class Context:
     args: tuple[Any, ...] = ()
 
 
+CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast")
+
+
 @dataclass(frozen=True, slots=True)
 class Effects:
     """What an op does besides computing its results.
@@ -239,14 +242,14 @@ KINDS = ("param", "buffer", "const")
 class StateEntry:
     """One distinct tensor of the model: all its names, and which storage it lives in.
 
-    `tensor` and `storage` are identities: entries with equal `tensor` are one tensor under two names
+    `transient` are the names that stay out of the state_dict. `tensor` and `storage` are identities: entries with equal `tensor` are one tensor under two names
     (merged by resolve-aliases), entries with equal `storage` overlap in memory.
     """
 
     names: tuple[str, ...]
     kind: str
     type: Type
-    persistent: bool = True
+    transient: frozenset[str] = frozenset()
     tensor: int = -1
     storage: int = -1
     stages: tuple[int, ...] = ()
@@ -278,6 +281,7 @@ class Stage:
     state: dict[StateEntry, tuple[str, ...]] = field(default_factory=dict)
 
 
+SHARES = ("replicate", "feedback")
 ROUTES = ("send", "relay", "feed")
 
 

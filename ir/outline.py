@@ -28,7 +28,7 @@ class Positions:
         self.last: dict[Value, int] = {}
         last = self.last
         index = BEFORE
-        for index, op in enumerate(ops):  # noqa: B007  (index is read after the loop)
+        for index, op in enumerate(ops):
             self.at[op] = index
             for value in op.reads:
                 last[value] = index

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from types import NoneType
 from typing import Any, NoReturn
 
 from stagecut.ir.errors import ParseError, nearest
 from stagecut.ir.graph import (
+    CONTEXTS,
     KINDS,
     PHASES,
     ROUTES,
+    SHARES,
     SPLIT,
     Context,
     Effects,
@@ -41,9 +45,11 @@ _NAME = re.compile(r"%([A-Za-z0-9_.]+)")
 _FQN = re.compile(r"@([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)")
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
-_INT = re.compile(r"\d+")
-_LOC = re.compile(r"([A-Za-z0-9_.]+):(\d+)")
+_NUMBER = re.compile(r"-?[0-9]{1,4000}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_INT = re.compile(r"[0-9]{1,4000}")
+_BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""")
+"""A bracket, or a quoted string, whose brackets do not count."""
+_LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
 _DEVICE = re.compile(r"@([a-z]+(?::\d+)?)")
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "nan": float("nan")}
 
@@ -76,6 +82,10 @@ class _Parser:
         if match:
             self._pos = match.end()
 
+    def _here(self) -> int:
+        self._skip()
+        return self._pos
+
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         self._skip()
         match = pattern.match(self._src, self._pos)
@@ -107,7 +117,7 @@ class _Parser:
         return int(self._need(_INT, "a number")[0])
 
     def _string(self) -> str:
-        start = self._pos
+        start = self._here()
         raw = self._need(_STRING, "a string in double quotes")[0]
         try:
             return str(json.loads(raw))
@@ -132,13 +142,9 @@ class _Parser:
         self._expect("program")
         p.name = self._fqn()
         self._expect("phase=")
-        start = self._pos
-        phase = self._need(_WORD, "a phase")[0]
-        if phase not in PHASES:
-            self._fail(f"unknown phase '{phase}': {nearest(phase, PHASES)}", start)
-        p.phase = phase
-        if self._accept("stages="):
-            self._int()
+        p.phase = self._known(PHASES, "phase")
+        start = self._here()
+        count = self._int() if self._accept("stages=") else None
         self._expect("{")
         while True:
             self._skip(_BLANK)
@@ -151,13 +157,14 @@ class _Parser:
         self._skip(_BLANK)
         if self._pos < len(self._src):
             self._fail("text after the program's closing brace")
+        if count is not None and count != len(p.stages):
+            self._fail(f"{count} stages are announced, {len(p.stages)} follow", start)
         return p
 
     def _statement(self) -> None:
         p = self._program
         if self._accept("file"):
-            short = self._need(_LOC_FILE, "a file name")[0]
-            self._files[short] = self._string()
+            self._file_name()
         elif self._accept("input"):
             name = self._fresh()
             self._expect(":")
@@ -173,20 +180,23 @@ class _Parser:
         else:
             self._fail("expected 'stage', 'transfer' or 'output'")
 
+    def _file_name(self) -> None:
+        short = self._need(_LOC_FILE, "a file name")
+        if short[0] in self._files:
+            self._fail(f"file '{short[0]}' is defined twice", short.start())
+        self._files[short[0]] = self._string()
+
     def _state(self) -> None:
-        start = self._pos
+        start = self._here()
         names = [self._fqn()]
         self._expect(":")
-        at = self._pos
-        kind = self._need(_WORD, "a kind of state")[0]
-        if kind not in KINDS:
-            self._fail(f"unknown kind of state '{kind}': {nearest(kind, KINDS)}", at + 1)
+        kind = self._known(KINDS, "kind of state")
         entry = StateEntry(tuple(names), kind, self._type())
         if self._accept("names"):
             self._expect("(")
             names += self._list(self._fqn)
         entry.names = tuple(names)
-        entry.persistent = not self._accept("nonpersistent")
+        entry.transient = self._transient(entry)
         unique = -1 - len(self._program.state)
         entry.tensor = self._parenthesised_int("tensor", unique)
         entry.storage = self._parenthesised_int("storage", unique)
@@ -194,18 +204,35 @@ class _Parser:
             self._expect("(")
             entry.stages = tuple(self._list(self._int))
         if self._accept("share="):
-            entry.share = self._need(_WORD, "a share policy")[0]
+            entry.share = self._known(SHARES, "share policy")
         for name in names:
             if name in self._states:
                 self._fail(f"state '{name}' is defined twice", start)
             self._states[name] = entry
         self._program.state.append(entry)
 
+    def _known(self, words: tuple[str, ...], what: str) -> str:
+        word = self._need(_WORD, f"a {what}")
+        if word[0] not in words:
+            self._fail(f"unknown {what} '{word[0]}': {nearest(word[0], words)}", word.start())
+        return word[0]
+
+    def _transient(self, entry: StateEntry) -> frozenset[str]:
+        if not self._accept("nonpersistent"):
+            return frozenset()
+        if not self._accept("("):
+            return frozenset(entry.names)
+        start = self._pos
+        some = frozenset(self._list(self._fqn))
+        if not some <= set(entry.names):
+            self._fail("not a name of this entry", start)
+        return some
+
     def _parenthesised_int(self, word: str, default: int) -> int:
         if not self._accept(word):
             return default
         self._expect("(")
-        number = int(self._need(re.compile(r"-?\d+"), "a number")[0])
+        number = int(self._need(re.compile(r"-?[0-9]{1,4000}"), "a number")[0])
         self._expect(")")
         return number
 
@@ -216,7 +243,7 @@ class _Parser:
         stage = Stage(self._int())
         heads: list[str] | None = None
         outs: list[tuple[str, int]] = []
-        if p.phase == "linked":
+        if p.phase == "linked" or self._src.startswith("(", self._here()):
             self._expect("(")
             heads = self._list(self._value)
             self._expect("->")
@@ -237,10 +264,10 @@ class _Parser:
 
     def _holds(self, stage: Stage) -> None:
         while True:
-            start = self._pos
+            start = self._here()
             name = self._fqn()
             if name not in self._states:
-                self._fail(f"unknown state '{name}': {nearest(name, self._states)}", start + 1)
+                self._fail(f"unknown state '{name}': {nearest(name, self._states)}", start)
             entry = self._states[name]
             stage.state[entry] = (*stage.state.get(entry, ()), name)
             if not self._accept(","):
@@ -252,13 +279,12 @@ class _Parser:
         source = None if self._accept("input") else self._int()
         self._expect("->")
         transfer = Transfer(value, source, self._int())
-        route = self._take(_WORD)
-        if route:
-            if route[0] not in ROUTES:
-                self._fail(f"unknown route '{route[0]}': {nearest(route[0], ROUTES)}", route.start())
-            transfer.route = route[0]
-            if self._accept("("):
-                self._list(self._int)
+        if _WORD.match(self._src, self._here()):
+            transfer.route = self._known(ROUTES, "route")
+            start = self._here()
+            via = tuple(self._list(self._int)) if self._accept("(") else ()
+            if via != transfer.via:
+                self._fail(f"this transfer goes through stages {transfer.via}", start)
         self._program.transfers.append(transfer)
 
     # --- ops ------------------------------------------------------------------------------------
@@ -268,11 +294,12 @@ class _Parser:
             return self._clauses(SPLIT, (), {}, [], [])
         names: list[str] = []
         while self._src.startswith("%", self._pos):
-            names.append(self._fresh())
+            names.append(self._fresh(names))
             if not self._accept(","):
                 self._expect("=")
                 break
-            self._skip()
+            if not self._src.startswith("%", self._here()):
+                self._fail("expected a value name such as %x")
         target = self._target()
         self._expect("(")
         args, kwargs = self._arguments()
@@ -286,7 +313,7 @@ class _Parser:
         return self._clauses(target, args, kwargs, names, types)
 
     def _target(self) -> str:
-        start = self._pos
+        start = self._here()
         target = self._need(_DOTTED, "an op")[0]
         if target == "module" and self._accept("."):
             return f"module.{self._string()}"
@@ -301,6 +328,8 @@ class _Parser:
         def one() -> None:
             self._skip()
             match = re.compile(r"([A-Za-z_]\w*)=").match(self._src, self._pos)
+            if match and match[1] in kwargs:
+                self._fail(f"keyword '{match[1]}' is given twice")
             if match:
                 self._pos = match.end()
                 kwargs[match[1]] = self._tree()
@@ -353,14 +382,14 @@ class _Parser:
         return ()
 
     def _operand_index(self, op: Op) -> int:
-        start = self._pos
+        start = self._here()
         value = self._value()
         if value not in op.operands:
             self._fail("not an operand of this op", start)
         return op.operands.index(value)
 
     def _write(self, op: Op, *, must_be_operand: bool) -> int:
-        start = self._pos
+        start = self._here()
         old = self._value()
         if must_be_operand and old not in op.operands:
             self._fail("not an operand of this op", start)
@@ -375,7 +404,7 @@ class _Parser:
     def _contexts(self) -> tuple[Context, ...]:
         contexts = []
         while True:
-            kind = self._need(_WORD, "a context")[0]
+            kind = self._known(CONTEXTS, "context")
             args = tuple(self._list(self._tree)) if self._accept("(") else ()
             contexts.append(Context(kind, args))
             if not self._accept(","):
@@ -394,7 +423,7 @@ class _Parser:
 
     def _regions(self) -> list[Region]:
         self._enter()
-        regions = []
+        regions: list[Region] = []
         while True:
             self._skip(_BLANK)
             if self._accept("}"):
@@ -428,11 +457,10 @@ class _Parser:
 
     # --- names, literals, types -------------------------------------------------------------------
 
-    def _fresh(self) -> str:
-        self._skip()
-        start = self._pos
+    def _fresh(self, beside: Sequence[str] = ()) -> str:
+        start = self._here()
         name = self._need(_NAME, "a value name such as %x")[1]
-        if name in self._values:
+        if name in self._values or name in beside:
             self._fail(f"%{name} is defined twice", start)
         return name
 
@@ -440,8 +468,7 @@ class _Parser:
         self._values[name] = value
 
     def _value_name(self) -> tuple[str, int]:
-        self._skip()
-        start = self._pos
+        start = self._here()
         if self._src.startswith("@", start):
             return "@" + self._fqn(), start
         return "%" + self._need(_NAME, "a value")[1], start
@@ -466,6 +493,7 @@ class _Parser:
         return self._need(_FQN, "a name such as @layers.0.weight")[1]
 
     def _enter(self) -> None:
+        self._skip()
         self._depth += 1
         if self._depth > MAX_DEPTH:
             self._fail(f"nested more than {MAX_DEPTH} deep")
@@ -477,7 +505,6 @@ class _Parser:
         return tree
 
     def _tree_at_depth(self) -> Any:
-        self._skip()
         char = self._src[self._pos : self._pos + 1]
         if char in "%@" and char:
             return self._value()
@@ -502,11 +529,14 @@ class _Parser:
             return float("-inf")
         number = self._take(_NUMBER)
         if number:
-            return int(number[0]) if re.fullmatch(r"-?\d+", number[0]) else float(number[0])
+            return int(number[0]) if number[0].lstrip("-").isdecimal() else float(number[0])
         return self._word()
 
     def _pair(self) -> tuple[Any, Any]:
+        start = self._here()
         key = self._tree()
+        if not isinstance(key, (str, int, float, complex, NoneType, Token)):
+            self._fail("a key is a string, a number or another plain literal", start)
         self._expect(":")
         return key, self._tree()
 
@@ -515,7 +545,7 @@ class _Parser:
         return tuple(self._list(self._tree))
 
     def _word(self) -> Any:
-        start = self._pos
+        start = self._here()
         word = self._need(_DOTTED, "an operand")[0]
         if word in _WORDS:
             return _WORDS[word]
@@ -529,13 +559,12 @@ class _Parser:
             items = self._list(self._tree)
             try:
                 return {"slice": slice, "complex": complex, "mode": Mode}[word](*items)
-            except TypeError:
+            except (TypeError, ValueError):
                 self._fail(f"bad {word}(...)", start)
         self._fail(f"unknown literal '{word}'", start)
 
     def _type(self) -> Type:
-        self._skip()
-        start = self._pos
+        start = self._here()
         word = self._need(_WORD, "a type")[0]
         if self._src.startswith("[", self._pos):
             return self._tensor_type(word, start)
@@ -547,8 +576,8 @@ class _Parser:
     def _tensor_type(self, dtype: str, start: int) -> TensorType:
         if dtype not in DTYPES:
             self._fail(f"unknown dtype '{dtype}': {nearest(dtype, DTYPES)}", start)
-        shape = self._dims(self._balanced("[", "]"))
-        strides = self._dims(self._balanced("{", "}")) if self._src.startswith("{", self._pos) else None
+        shape = self._dims("[", "]")
+        strides = self._dims("{", "}") if self._src.startswith("{", self._pos) else None
         device = "cpu"
         if self._src.startswith("@", self._pos):
             device = self._need(_DEVICE, "a device")[1]
@@ -556,19 +585,19 @@ class _Parser:
 
     def _balanced(self, opening: str, closing: str) -> str:
         start, depth = self._pos, 0
-        for end in range(start, len(self._src)):
-            char = self._src[end]
+        for match in _BRACKET.finditer(self._src, start):
+            char = match[0]
             depth += (char in "([{") - (char in ")]}")
-            if char == "\n":
+            if char == "\n" or (depth == 0 and char != closing):
                 break
             if depth == 0:
-                if char != closing:
-                    break
-                self._pos = end + 1
-                return self._src[start + 1 : end]
+                self._pos = match.end()
+                return self._src[start + 1 : match.start()]
         self._fail(f"'{opening}' is never closed by '{closing}'", start)
 
-    def _dims(self, inner: str) -> tuple[Dim, ...]:
+    def _dims(self, opening: str, closing: str) -> tuple[Dim, ...]:
+        start = self._pos
+        inner = self._balanced(opening, closing)
         parts, depth, current = [], 0, ""
         for char in inner:
             depth += (char in "([") - (char in ")]")
@@ -579,7 +608,10 @@ class _Parser:
                 current += char
         if current.strip():
             parts.append(current)
-        return tuple(int(p) if p.strip().isdigit() else p.strip() for p in parts)
+        sizes = [p.strip() for p in parts]
+        if "" in sizes:
+            self._fail("a size is missing", start)
+        return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
 
 
 _LOC_FILE = re.compile(r"[A-Za-z0-9_.]+")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import OBJECT, TensorType
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
@@ -35,13 +35,11 @@ def size_text(nbytes: int | None) -> str:
     """Bytes as a short text, in powers of two: `512 B`, `32 KiB`."""
     if nbytes is None:
         return "dynamic"
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
+    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "TiB"
+        del units[0]
+    unit = units[0]
     return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
 
 
@@ -111,8 +109,9 @@ class _Printer:
             line = f"  state {fqn_text(e.name)} : {e.kind} {e.type}"
             if len(e.names) > 1:
                 line += f" names({', '.join(map(fqn_text, e.names[1:]))})"
-            if not e.persistent:
-                line += " nonpersistent"
+            if e.transient:
+                some = [n for n in e.names if n in e.transient] if len(e.transient) < len(e.names) else []
+                line += " nonpersistent" + (f"({', '.join(map(fqn_text, some))})" if some else "")
             if tensors[e.tensor] > 1:
                 line += f" tensor({e.tensor})"
             if storages[e.storage] > 1:
@@ -125,7 +124,7 @@ class _Printer:
 
     def _stage(self, stage: Stage) -> Iterator[str]:
         head = f"  stage {stage.index}"
-        if self._program.phase == "linked":
+        if self._program.phase == "linked" or stage.inputs or stage.outputs:
             head += f" {self._bare(stage.inputs)} -> {self._bare(stage.outputs)}"
         yield head + " {"
         held = [name for names in stage.state.values() for name in names]
@@ -185,12 +184,12 @@ class _Printer:
 
     def _effects(self, op: Op) -> str:
         e, line = op.effects, ""
-        viewed = {op.operands[v] if v is not None else None for v in e.views}
-        if len(viewed) == 1 and None not in viewed:
-            line += f" view({self._tree(viewed.pop())})"
+        viewed = ["-" if v is None else self._tree(_operand(op, v)) for v in e.views]
+        if len(set(viewed)) == 1 and viewed[0] != "-" and len(viewed) == len(op.results):
+            line += f" view({viewed[0]})"
         elif viewed:
-            line += f" views({', '.join('-' if v is None else self.names[op.operands[v]] for v in e.views)})"
-        written = dict.fromkeys(op.operands[i] for i in e.writes)
+            line += f" views({', '.join(viewed)})"
+        written = dict.fromkeys(_operand(op, i) for i in e.writes)
         if written:
             line += f" writes({', '.join(self._version(op, v) for v in written)})"
         others = [v for v in op.versions if v not in written]
@@ -201,9 +200,9 @@ class _Printer:
     def _version(self, op: Op, old: Value) -> str:
         new = op.versions.get(old)
         if new is None:
-            return self.names[old]
+            return self._tree(old)
         kind = f" : {new.type}" if new.type != old.type else ""
-        return f"{self.names[old]} -> {self.names[new]}{kind}"
+        return f"{self._tree(old)} -> {self._tree(new)}{kind}"
 
     def _context(self, context: Context) -> str:
         return context.kind + (f"({', '.join(map(self._tree, context.args))})" if context.args else "")
@@ -221,6 +220,11 @@ class _Printer:
         if isinstance(tree, slice):
             return f"slice({self._tree(tree.start)}, {self._tree(tree.stop)}, {self._tree(tree.step)})"
         return literal(tree)
+
+
+def _operand(op: Op, index: int) -> Value:
+    """The operand at `index`, or a value that prints as undefined: messages show broken ops too."""
+    return op.operands[index] if 0 <= index < len(op.operands) else Value(OBJECT, f"operand {index}")
 
 
 def literal(item: Any) -> str:

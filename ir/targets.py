@@ -1,8 +1,8 @@
-"""Op targets as names: a callable -> its name in the IR, and a name -> the callable and its Python spelling.
+"""Op targets as names: a callable -> its name in the IR, and a name -> the callable.
 
-A name is `aten.add.Tensor` for torch.ops.aten, `torch.ops.NS.NAME.OVERLOAD` for another namespace, a plain
-dotted path below an allowed root, `method.NAME`, `module.PATH` or `extern.NAME`. Nothing else is ever resolved,
-so IR text cannot reach a callable outside this list.
+A name is `aten.add.Tensor` for torch.ops.aten, `torch.ops.NS.NAME.OVERLOAD` for another namespace, a function of one
+of the listed modules (`torch.relu`, `operator.add`), `method.NAME`, `module.PATH` or `extern.NAME`. Nothing else is
+ever resolved: IR text is read from files, and no name in it may reach a callable outside of this list.
 """
 
 from __future__ import annotations
@@ -11,63 +11,105 @@ import builtins
 import math
 import operator
 from collections.abc import Callable
+from functools import cache
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 
 from stagecut.ir.errors import EmitError
+from stagecut.ir.graph import Op
 
-ROOTS: dict[str, Any] = {"torch": torch, "operator": operator, "math": math}
-BUILTINS = frozenset({"getattr", "abs", "round", "min", "max", "len", "sum", "pow", "divmod", "int", "float", "bool", "str", "tuple", "list", "slice", "isinstance"})
-_REFUSED_PARTS = ("load", "save", "hub", "serialization", "utils", "_dynamo", "_inductor", "compile", "jit", "package", "multiprocessing", "library", "classes", "distributed", "storage")
+BUILTINS = frozenset("getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split())
+_OPERATOR = frozenset(
+    name for name, item in vars(operator).items() if isinstance(item, BuiltinFunctionType) and name not in ("call", "__call__")
+)
+_TORCH_OWN = frozenset("sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split())
+_REFUSED = frozenset("from_file tofile apply_ map_ map2_ register_hook register_post_accumulate_grad_hook".split())
+_CONTAINERS = (torch.Tensor, dict, list, tuple, str, torch.Size)
+
+
+def _functions(module: Any) -> frozenset[str]:
+    return frozenset(n for n, item in vars(module).items() if isinstance(item, BuiltinFunctionType | FunctionType))
+
+
+@cache
+def _members() -> dict[str, tuple[Any, frozenset[str]]]:
+    """Module path -> the module and the names of it that may be called."""
+    overridable = {f.__name__ for f in torch.overrides.get_overridable_functions().get(torch, ()) if hasattr(f, "__name__")}
+    tensor_functions = {n for n in dir(torch._C._VariableFunctions) if not n.startswith("__")}
+    functional = torch.nn.functional
+    own = frozenset(n for n in _functions(functional) if getattr(functional, n).__module__ in ("torch.nn.functional", None))
+    builtin = frozenset(n for n, item in vars(functional).items() if isinstance(item, BuiltinFunctionType))
+    dispatched = frozenset(n for n in _functions(functional) if getattr(functional, n).__module__ == "torch._jit_internal")
+    return {
+        "torch": (torch, (frozenset(overridable | tensor_functions) | _TORCH_OWN) - _REFUSED),
+        "torch.nn.functional": (functional, (own | builtin | dispatched) - {"boolean_dispatch"}),
+        "torch._C._nn": (torch._C._nn, _functions(torch._C._nn)),
+        "torch.special": (torch.special, _functions(torch.special) | frozenset(torch.special.__all__)),
+        "torch.linalg": (torch.linalg, frozenset(n for n in vars(torch.linalg) if not n.startswith("_") and n.islower())),
+        "torch.fft": (torch.fft, frozenset(torch.fft.__all__)),
+        "operator": (operator, _OPERATOR),
+        "math": (math, frozenset(n for n, item in vars(math).items() if isinstance(item, BuiltinFunctionType))),
+        "builtins": (builtins, BUILTINS),
+    }
 
 
 def resolve(target: str) -> Callable[..., Any]:
     """The callable behind a target. Raises EmitError for a name that does not exist or is not allowed."""
-    head, _, rest = target.partition(".")
-    if head == "aten":
-        head, rest = "torch", "ops." + target
-    if head == "builtins" and rest in BUILTINS:
-        return getattr(builtins, rest)  # type: ignore[no-any-return]
-    found: Any = ROOTS.get(head)
-    parts = rest.split(".")
-    if found is None or not all(_allowed(part) for part in parts):
+    if target.startswith("aten."):
+        return _registered_op(f"torch.ops.{target}", target)
+    if target.startswith("torch.ops."):
+        return _registered_op(target, target)
+    module, _, name = target.rpartition(".")
+    owner, allowed = _members().get(module, (None, frozenset()))
+    found = getattr(owner, name, None) if name in allowed else None
+    if not callable(found) or (isinstance(found, type) and owner is not builtins):
         raise EmitError(f"'{target}' is no op that may be called", hint="ops of torch, operator and math are known")
-    for part in parts:
+    return found  # type: ignore[no-any-return]
+
+
+def _registered_op(path: str, target: str) -> Callable[..., Any]:
+    found: Any = torch
+    for part in path.split(".")[1:]:
         try:
             found = getattr(found, part)
         except (AttributeError, RuntimeError):
             raise EmitError(f"unknown op '{target}'", hint=f"{part!r} does not exist; is its library imported?") from None
-    if not callable(found):
-        raise EmitError(f"'{target}' cannot be called")
-    return found  # type: ignore[no-any-return]
+    if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
+        raise EmitError(f"'{target}' is no op that may be called", hint="name an overload, such as aten.add.Tensor")
+    return found
 
 
-def _allowed(part: str) -> bool:
-    return part.isidentifier() and not part.startswith("__") and part not in _REFUSED_PARTS or part in _DUNDER_OPS
+def check_op(op: Op) -> None:
+    """Returns when calling `op` can reach nothing but tensor code; raises EmitError otherwise."""
+    kind, _, name = op.target.partition(".")
+    if kind == "method" and (name.startswith("_") or name in _REFUSED or not any(hasattr(c, name) for c in _CONTAINERS)):
+        raise EmitError(f"'{name}' is no method that may be called", where=op.where())
+    if op.target == "builtins.getattr" and not (len(op.args) > 1 and isinstance(op.args[1], str) and _is_public(op.args[1])):
+        raise EmitError(f"attribute {op.args[1:2]!r} may not be read", where=op.where(), hint="public attributes of tensors may be")
 
 
-_DUNDER_OPS = frozenset({"__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__", "__ilshift__", "__irshift__"})
+def _is_public(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("_")
 
 
 def name_of(function: Callable[..., Any]) -> str | None:
     """The target name of a callable, or None when only the callable itself can stand for it."""
-    if isinstance(function, torch._ops.OpOverload):
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         name = str(function)
         return name if name.startswith("aten.") else f"torch.ops.{name}"
     if isinstance(function, torch._ops.HigherOrderOperator):
         return f"torch.ops.higher_order.{function.name()}"
-    name = getattr(function, "__name__", "")
-    module = {"_operator": "operator"}.get(getattr(function, "__module__", "") or "", getattr(function, "__module__", "") or "")
-    for path in (module, "torch", "torch.nn.functional", "torch._C._nn", "torch.special", "torch.linalg", "torch.fft", "builtins"):
-        candidate = f"{path}.{name}"
-        if _resolves_to(candidate, function):
-            return candidate
-    return None
+    return _names().get(id(function))
 
 
-def _resolves_to(target: str, function: Callable[..., Any]) -> bool:
-    try:
-        return resolve(target) is function
-    except EmitError:
-        return False
+@cache
+def _names() -> dict[int, str]:
+    """The identity of every callable that may be called -> its name; the first module that has it wins."""
+    names: dict[int, str] = {}
+    for module, (owner, allowed) in _members().items():
+        for name in sorted(allowed, key=lambda n: (n.startswith("_"), n)):
+            if hasattr(owner, name):
+                names.setdefault(id(getattr(owner, name)), f"{module}.{name}")
+    return names

@@ -42,7 +42,7 @@ class TensorType:
         """True when the dtype can carry gradient at all."""
         return self.dtype[0] in "fcb" and self.dtype != "b8"
 
-    def nbytes(self, symbols: dict[str, int] | None = None) -> int | None:
+    def nbytes(self) -> int | None:
         """Bytes of the elements, or None when a size is symbolic."""
         if any(isinstance(d, str) for d in self.shape):
             return None

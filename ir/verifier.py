@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Value
-from stagecut.ir.printer import line_of
+from stagecut.ir.printer import line_of, nested_ops
 
 
 def verify(program: Program, *, after: str = "") -> None:
@@ -58,6 +58,8 @@ def _show(p: Program, op: Op) -> str:
 
 def _ops(p: Program) -> Iterator[tuple[str, str]]:
     defined: set[Value] = set(p.inputs) | {entry.value for entry in p.state}
+    if len(set(p.inputs)) < len(p.inputs) or any(value.owner is not None for value in p.inputs):
+        yield "V3", "an input is listed twice, or defined by an op or a state entry"
     for op in p.all_ops():
         yield from _op(p, op, defined)
     for value in p.output.operands:
@@ -69,12 +71,16 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     for value in op.reads:
         if value not in defined:
             yield "V1", f"{value!r} is read before it is defined in {_show(p, op)}"
+    yield from _definitions(p, op, defined)
+    yield from _effects(p, op)
+    yield from _regions(p, op)
+
+
+def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     for value in op.definitions():
         if value in defined or value.owner is not op:
             yield "V3", f"{value!r} is defined more than once, or by another op than {_show(p, op)}"
         defined.add(value)
-    yield from _effects(p, op)
-    yield from _regions(p, op)
 
 
 def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
@@ -101,7 +107,7 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
         for value in op.reads:
             if value not in inside:
                 yield "V6", f"region {region.name} reads {value!r} from outside in {_show(p, op)}"
-        inside.update(op.definitions())
+        yield from _definitions(p, op, inside)
         yield from _effects(p, op)
         yield from _regions(p, op)
     for value in region.output.operands:
@@ -119,11 +125,20 @@ def _literals(tree: object) -> Iterator[object]:
         yield tree
 
 
+def _every_op(p: Program) -> Iterator[Op]:
+    """All ops, those of regions, and what regions and the program return."""
+    for op in nested_ops(p.all_ops()):
+        yield op
+        yield from (region.output for region in op.regions)
+    yield p.output
+
+
 def _uses(p: Program) -> Iterator[tuple[str, str]]:
     real: dict[Value, set[Op]] = {}
     values: list[Value] = [*p.inputs, *(entry.value for entry in p.state)]
-    for op in [*p.all_ops(), p.output]:
+    for op in _every_op(p):
         values.extend(op.definitions())
+        values.extend(param for region in op.regions for param in region.params)
         for value in op.reads:
             real.setdefault(value, set()).add(op)
     for value in values:
@@ -215,30 +230,31 @@ def _transfers(p: Program) -> Iterator[tuple[str, str]]:
         if count[value, target] != 1:
             yield "V13", f"{count[value, target]} transfers of {value!r} to stage {target}, not one"
     inputs = set(p.inputs)
+    outputs = {stage.index: stage.outputs for stage in p.stages}
     for t in p.transfers:
         if (t.value, t.target) not in wanted:
             yield "V13", f"a transfer of {t.value!r} to stage {t.target}, which does not list it"
         if t.route is None:
             yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
+        elif (t.route == "feed") != (t.source is None):
+            yield "V13", f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed, and nothing else is"
         if t.source is None and t.value not in inputs:
             yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
-        if t.source is not None and (t.source >= t.target or t.value not in p.stages[t.source].outputs):
+        if t.source is not None and not (t.source < t.target and t.value in outputs.get(t.source, ())):
             yield "V13", f"stage {t.source} does not send {t.value!r} forward to stage {t.target}"
 
 
 def _holders(p: Program) -> Iterator[tuple[str, str]]:
     held: Counter[str] = Counter()
+    owners: dict[StateEntry, set[int]] = {}
     for stage in p.stages:
         for entry, names in stage.state.items():
             held.update(names)
+            owners.setdefault(entry, set()).add(stage.index)
             if not set(names) <= set(entry.names):
                 yield "V14", f"stage {stage.index} holds '{entry.name}' under a foreign name"
-            if stage.index not in entry.stages:
-                yield "V14", f"stage {stage.index} holds '{entry.name}' but is not listed as its owner"
     for entry in p.state:
         if entry.kind != "const" and any(not held[name] for name in entry.names):
             yield "V14", f"no stage holds every name of '{entry.name}'"
-        if entry.kind != "const" and not entry.stages:
-            yield "V14", f"state entry '{entry.name}' has no owner stage"
-
-
+        if set(entry.stages) != owners.get(entry, set()):
+            yield "V14", f"the owners of '{entry.name}' are not the stages that hold it"

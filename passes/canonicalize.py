@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import SPLIT, Op, Program
+from stagecut.ir.graph import Op, Program
 
 GUARDS = frozenset(
     {

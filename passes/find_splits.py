@@ -45,6 +45,8 @@ class FindSplits:
         spans = _call_spans(ops, {name for name, _ in self.at})
         cuts: set[int] = set()
         for name, side in self.at:
+            if side not in (BEGINNING, END):
+                raise SplitError(f"'{side}' is no side of module '{name}'", hint=nearest(side, (BEGINNING, END)))
             if name not in spans:
                 known = dict.fromkeys(fqn for op in ops for fqn in _prefixes(op.scope))
                 raise SplitError(

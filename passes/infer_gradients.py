@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from stagecut.ir.graph import Context, Op, Program, Value
 from stagecut.ir.types import TensorType, carries_grad
 
-_CUTTING = ("detach", "detach_", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")
+_CUTTING: tuple[str, ...] = (
+    "detach",
+    "detach_",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+)
 _CUTTING += ("new_zeros", "new_ones", "new_full", "new_empty")
 
 
@@ -28,13 +38,10 @@ class InferGradients:
 
 
 def grad_enabled(context: tuple[Context, ...]) -> bool:
-    """True when gradients are recorded under `context`: the innermost grad mode decides."""
-    for entry in reversed(context):
-        if entry.kind in ("no_grad", "inference_mode"):
-            return False
-        if entry.kind == "enable_grad":
-            return True
-    return True
+    """True when gradients are recorded under `context`: never in inference mode, else as the innermost grad mode says."""
+    kinds = [entry.kind for entry in context]
+    modes = [kind for kind in kinds if kind in ("no_grad", "enable_grad")]
+    return "inference_mode" not in kinds and (not modes or modes[-1] == "enable_grad")
 
 
 def _cuts(op: Op) -> bool:

@@ -19,7 +19,7 @@ class Liveness:
     name = "liveness"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "partitioned" or program.transfers:
+        if program.phase != "partitioned" or _linked(program):
             return False
         where = positions(program)
         order = {value: index for index, value in enumerate(program.inputs)}
@@ -30,7 +30,11 @@ class Liveness:
         _returned_last(program)
         for stage in program.stages:
             program.transfers += [Transfer(v, home.get(v), stage.index) for v in stage.inputs]
-        return True
+        return _linked(program)
+
+
+def _linked(program: Program) -> bool:
+    return any(stage.inputs or stage.outputs for stage in program.stages)
 
 
 def _link(stage: Stage, where: Positions, order: dict[Value, int]) -> None:

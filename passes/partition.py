@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import PURE, SPLIT, Op, Program, Stage, Value
+from stagecut.ir.graph import PURE, Op, Program, Stage, Value
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Partition:
 
 def _sink_sources(program: Program) -> None:
     home = {op: stage.index for stage in program.stages for op in stage.ops}
-    written = {old for op in program.all_ops() for old in op.versions}
+    written = _written([*program.all_ops()])
     arriving: dict[int, list[Op]] = {}
     for stage in program.stages:
         sources = [op for op in stage.ops if _is_source(op, written)]
@@ -48,8 +48,18 @@ def _sink_sources(program: Program) -> None:
         program.stages[index].ops[:0] = ops
 
 
+def _written(ops: list[Op]) -> set[Value]:
+    """The values some op writes, directly or through a view: a copy of such a value would miss the write."""
+    written: set[Value] = set()
+    for op in reversed(ops):
+        written.update(op.versions, (op.operands[i] for i in op.effects.writes))
+        bases = zip(op.results, op.effects.views, strict=False)
+        written.update(op.operands[base] for result, base in bases if base is not None and result in written)
+    return written
+
+
 def _is_source(op: Op, written: set[Value]) -> bool:
-    plain = not op.operands and not op.regions and not op.has_effect and len(op.results) == 1 and op.effects is PURE
+    plain = not op.operands and not op.regions and not op.has_effect and len(op.results) == 1 and op.effects == PURE
     return plain and op.results[0] not in written
 
 
@@ -59,7 +69,7 @@ def _sink(op: Op, here: int, home: dict[Op, int], arriving: dict[int, list[Op]])
     users = [home.get(user, here) for user in value.uses]  # the program's output keeps it here
     away = sorted({s for s in users if s != here})
     for stage in away:
-        twin = Op(op.target, op.args, op.kwargs, effects=op.effects, scope=op.scope, context=op.context, loc=op.loc)
+        twin = Op(op.target, op.args, op.kwargs, effects=op.effects, scope=op.scope, context=op.context, loc=op.loc, form=op.form)
         result = twin.add_result(value.type, value.hint)
         value.replace_uses(result, lambda user, stage=stage: home.get(user, here) == stage)  # type: ignore[misc]
         arriving.setdefault(stage, []).append(twin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stagecut.ir.graph import Program, StateEntry
+from stagecut.ir.graph import KINDS, Program, StateEntry
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class ResolveAliases:
 
 def _merge(first: StateEntry, other: StateEntry) -> None:
     first.names += other.names
-    first.persistent |= other.persistent
-    if other.kind == "param":
-        first.kind = "param"
+    first.transient |= other.transient
+    first.kind = min(first.kind, other.kind, key=KINDS.index)
     if first.type != other.type:
         first.type = replace(first.type, grad=first.requires_grad or other.requires_grad)  # type: ignore[arg-type]
         first.value.type = first.type

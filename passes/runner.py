@@ -32,8 +32,8 @@ def run_passes(
 ) -> list[PassRecord]:
     """Runs `passes` on `program` in order and calls `after` behind each.
 
-    With `check`, the program is verified before the first and after every pass, and a pass that says it
-    changed nothing is held to it: PassError or VerifyError names the pass at fault.
+    With `check`, the program is verified before the first and after every pass, and a pass is held to
+    what it says it changed: PassError or VerifyError names the pass at fault.
     """
     if check:
         verify(program)
@@ -45,8 +45,9 @@ def run_passes(
         record = PassRecord(index, step.name, changed, time.perf_counter() - start)
         if check:
             verify(program, after=step.name)
-            if not changed and text(program) != before:
-                raise PassError(f"pass '{step.name}' changed the program but says it did not")
+            if changed != (text(program) != before):
+                claim = "left the program as it was but says it changed it" if changed else "changed the program but says it did not"
+                raise PassError(f"pass '{step.name}' {claim}")
         records.append(record)
         after(record, program)
     return records

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import Op, Program, StateEntry, closest_name, scope_fqn
+from stagecut.ir.graph import SHARES, Op, Program, StateEntry, closest_name, scope_fqn
 
-REPLICATE, FEEDBACK = "replicate", "feedback"
+REPLICATE, FEEDBACK = SHARES
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ShareState:
                 readers = {_nearest_stage(entry.name, places): []}
             _hold(program, entry, readers)
             entry.share = _policy(entry, home)
-        return True
+        return any(stage.state for stage in program.stages)
 
 
 def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:

@@ -25,7 +25,7 @@ class VersionMutations:
                 classes.write(op, index)
             classes.add_results(op)
         classes.rename_operands(program.output)
-        return True
+        return any(op.versions for op in ops)
 
 
 class _AliasClasses:
@@ -60,21 +60,28 @@ class _AliasClasses:
                 self._join(result, self._root[base])
 
     def write(self, op: Op, index: int) -> None:
-        """Everything in the classes `op` writes that is read later, or is state, gets a new version."""
-        for position in op.effects.writes:
-            written = op.operands[position]
-            if written not in self._root:
-                self._join(written, written)
-            root = self._root[written]
-            alive = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
-            self._members[root] = alive
-            for member in alive:
-                now = self._current.get(member, member)
-                if now not in op.versions:
-                    self._renew(op, member, now, root)
+        """Everything in the classes `op` writes that is read later, or is state, gets a new version: what `op` names first."""
+        written = [op.operands[position] for position in op.effects.writes]
+        for value in written:
+            if value not in self._root:
+                self._join(value, value)
+        rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
+        roots = dict.fromkeys(self._root[value] for value in written)
+        members = [member for root in roots for member in self._alive(root, index)]
+        for member in sorted(members, key=lambda m: rank.get(self._now(m), len(rank))):
+            self._renew(op, member)
 
-    def _renew(self, op: Op, member: Value, now: Value, root: Value) -> None:
+    def _alive(self, root: Value, index: int) -> list[Value]:
+        members = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
+        self._members[root] = members
+        return members
+
+    def _now(self, member: Value) -> Value:
+        return self._current.get(member, member)
+
+    def _renew(self, op: Op, member: Value) -> None:
+        now = self._now(member)
         number = self._count[member] = self._count.get(member, 0) + 1
         new = op.add_version(now, f"{member.hint}.{number}")
         self._current[member] = new
-        self._root[new] = root
+        self._root[new] = self._root[member]

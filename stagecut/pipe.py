@@ -21,6 +21,7 @@ from stagecut.frontend.policy import as_cuts
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import Program, Value
+from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.verifier import verify
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
@@ -60,16 +61,17 @@ def pipeline(
     CaptureError: the model cannot be traced; the message names the source line.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
-    program, bindings, exported = _lower(module, mb_args, mb_kwargs, dynamic_shapes)
+    program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes)
     at = _split_points(split_spec or {}, module)
     policy = as_cuts(split_policy, exported) if split_policy is not None else None
     run_passes(program, default_pipeline(FindSplits(at, policy)))
     return Pipe(program, bindings)
 
 
-def _lower(
-    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any
+def lower(
+    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any = None
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
+    """The traced program of `module`, what it is bound to, and the exported program where there was one."""
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
     if args is None and kwargs is None:
@@ -168,6 +170,16 @@ class Pipe(nn.Module):
             names = stage.state_dict()
             stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The program goes as text: its ops and values point at each other, deeper than a copy can recurse."""
+        state = self.__dict__.copy()
+        del state["_plan"]
+        return state | {"program": text(self.program)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        program = parse(state["program"])
+        super().__setstate__(state | {"program": program, "_plan": _plan(program)})
 
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""

@@ -1,0 +1,164 @@
+"""The reference interpreter: runs a program at any phase on real tensors, the plain way.
+
+It is the meaning of the IR, kept apart from the emitter: no generated code, no modules. In `linked` phase it
+trusts nothing but what each stage lists, so a missing transfer or output shows as an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.targets import check_op, resolve
+
+Environment = dict[Value, Any]
+
+
+def run(
+    program: Program, inputs: Sequence[Any], tensors: Mapping[str, torch.Tensor], bindings: Bindings | None = None
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The flat outputs of `program` on flat `inputs`, and the state by name afterwards.
+
+    `tensors` gives every state name its tensor; they are cloned first (tied names once), so neither
+    they nor `inputs` change. Autograd runs through the clones. `bindings` is needed for user functions and modules.
+    """
+    memo: dict[int, torch.Tensor] = {}
+    state = {name: _fresh(tensor, memo) for name, tensor in tensors.items()}
+    env: Environment = {entry.value: state[entry.name] for entry in program.state}
+    fed = {value: _fresh(item, memo) for value, item in zip(program.inputs, inputs, strict=True)}
+    machine = _Machine(bindings or Bindings())
+    if program.phase == "linked":
+        _run_linked(program, machine, env, fed)
+    else:
+        env |= fed
+        machine.run(program.all_ops(), env)
+    outputs = [machine.lookup(leaf, env) for leaf in program.outputs]
+    return outputs, state
+
+
+def _fresh(item: Any, memo: dict[int, torch.Tensor]) -> Any:
+    if not isinstance(item, torch.Tensor):
+        return item
+    if id(item) not in memo:
+        memo[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+    return memo[id(item)]
+
+
+def _run_linked(program: Program, machine: _Machine, env: Environment, fed: Environment) -> None:
+    sent: Environment = dict(fed)
+    for stage in program.stages:
+        arriving = {t.value for t in program.transfers if t.target == stage.index}
+        local: Environment = {entry.value: env[entry.value] for entry in stage.state}
+        for value in stage.inputs:
+            if value not in arriving or value not in sent:
+                raise StagecutError(f"stage {stage.index} waits for {value!r}, which nothing sends")
+            local[value] = sent[value]
+        machine.run(stage.ops, local)
+        for value in stage.outputs:
+            sent[value] = machine.lookup(value, local)
+    env |= sent
+
+
+class _Machine:
+    """Executes ops one by one in an environment of values."""
+
+    def __init__(self, bindings: Bindings) -> None:
+        self._bindings = bindings
+
+    def run(self, ops: Iterable[Op], env: Environment) -> None:
+        for op in ops:
+            if op.is_split:
+                continue
+            with ExitStack() as stack:
+                for context in op.context:
+                    stack.enter_context(_enter(context))
+                self._op(op, env)
+
+    def _op(self, op: Op, env: Environment) -> None:
+        result = self._apply(op, env)
+        for value, item in zip(op.results, _flat(op, result), strict=True):
+            env[value] = item
+        for old, new in op.versions.items():
+            env[new] = self.lookup(old, env)
+
+    def _apply(self, op: Op, env: Environment) -> Any:
+        functions = [self._function(region) for region in op.regions]
+        args, kwargs = (transform(tree, lambda leaf: self._leaf(leaf, env, functions)) for tree in (op.args, op.kwargs))
+        check_op(op)
+        kind, _, rest = op.target.partition(".")
+        if kind == "method":
+            return getattr(args[0], rest)(*args[1:], **kwargs)
+        if kind == "extern":
+            return self._bindings.functions[op.target](*args, **kwargs)
+        if kind == "module":
+            return self._module(rest, args, op, env)
+        return resolve(op.target)(*args, **kwargs)
+
+    def _module(self, path: str, args: Any, op: Op, env: Environment) -> Any:
+        own: dict[str, torch.Tensor] = {}
+        for value in op.args[2]:
+            entry = value.owner
+            names = entry.names if isinstance(entry, StateEntry) else ()
+            own |= {n[len(path) + 1 :]: env[value] for n in names if n.startswith(path + ".")}
+        return torch.func.functional_call(self._bindings.modules[path], own, tuple(args[0]), dict(args[1]), tie_weights=False)
+
+    def _function(self, region: Region) -> Callable[..., Any]:
+        def call(*operands: Any) -> Any:
+            env: Environment = dict(zip(region.params, operands, strict=True))
+            self.run(region.ops, env)
+            return transform(region.output.args[0], lambda leaf: self._leaf(leaf, env, []))
+
+        return call
+
+    def lookup(self, leaf: Any, env: Environment) -> Any:
+        """The tensor behind a value, the object behind a literal. StagecutError when it is not there."""
+        if isinstance(leaf, Value) and leaf not in env:
+            raise StagecutError(f"{leaf!r} is read but not available")
+        return env[leaf] if isinstance(leaf, Value) else leaf
+
+    def _leaf(self, leaf: Any, env: Environment, functions: list[Callable[..., Any]]) -> Any:
+        if isinstance(leaf, RegionRef):
+            return functions[leaf.index]
+        if isinstance(leaf, Mode):
+            return leaf.captured
+        if isinstance(leaf, Token):
+            return _token(leaf)
+        return self.lookup(leaf, env)
+
+
+def _token(token: Token) -> Any:
+    if token.text.startswith("device("):
+        return torch.device(token.text[8:-2])
+    return getattr(torch, token.text.removeprefix("torch."))
+
+
+def _enter(context: Context) -> Any:
+    if context.kind == "autocast":
+        args = [_token(a) if isinstance(a, Token) else a for a in context.args]
+        return torch.autocast(*args)
+    return {"no_grad": torch.no_grad, "enable_grad": torch.enable_grad, "inference_mode": torch.inference_mode}[context.kind]()
+
+
+def _flat(op: Op, result: Any) -> list[Any]:
+    """The results of an op, in the order the op lists them."""
+    if not op.results:
+        return []
+    if op.form is not None:
+        found: dict[int, Any] = {}
+        _match(op.form, result, found)
+        return [found[i] for i in range(len(op.results))]
+    return [result] if len(op.results) == 1 else list(result)
+
+
+def _match(form: Any, result: Any, found: dict[int, Any]) -> None:
+    if isinstance(form, int):
+        found[form] = result
+        return
+    for key, item in form.items() if isinstance(form, dict) else enumerate(form):
+        _match(item, result[key], found)

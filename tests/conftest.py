@@ -1,0 +1,35 @@
+"""Golden files: `pytest --bless` rewrites what a test compares with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--bless`."""
+    parser.addoption("--bless", action="store_true", help="rewrite the golden files with what the tests see now")
+
+
+@pytest.fixture
+def bless(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """bless(name, actual): `actual` is what tests/golden/<name> holds; with --bless it is from now on."""
+
+    def compare(name: str, actual: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--bless"):
+            path.write_text(actual, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"golden/{name} does not exist; `pytest --bless` writes it", pytrace=False)
+        expected = path.read_text(encoding="utf-8")
+        if actual != expected:
+            lines = difflib.unified_diff(expected.splitlines(), actual.splitlines(), f"golden/{name}", "now", lineterm="")
+            pytest.fail("\n".join(lines), pytrace=False)
+
+    return compare

@@ -1,0 +1,60 @@
+"""Errors: what, where, what to do; one root; nearest names."""
+
+from __future__ import annotations
+
+import pytest
+
+from stagecut.ir import errors
+from stagecut.ir.errors import InputError, ParseError, SplitError, StagecutError, VerifyError, nearest
+
+
+def test_three_parts() -> None:
+    error = StagecutError("it broke", where="m.py:3", hint="mend it")
+    assert str(error) == "it broke\n  at: m.py:3\n  try: mend it"
+    assert (error.what, error.where, error.hint) == ("it broke", "m.py:3", "mend it")
+
+
+def test_parts_may_be_missing() -> None:
+    assert str(StagecutError("it broke")) == "it broke"
+    assert str(StagecutError("it broke", hint="mend it")) == "it broke\n  try: mend it"
+
+
+def test_one_root() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(kinds) >= 8
+    assert all(issubclass(kind, StagecutError) for kind in kinds)
+
+
+def test_user_mistakes_are_builtin_errors_too() -> None:
+    assert issubclass(SplitError, ValueError)
+    assert issubclass(InputError, TypeError)
+
+
+def test_parse_error() -> None:
+    error = ParseError("expected 'x'", file="a.ir", line=3, column=5, source="abc def")
+    assert str(error) == "a.ir:3:5: expected 'x'\n    abc def\n        ^"
+
+
+def test_parse_error_caret_follows_tabs() -> None:
+    error = ParseError("bad", file="a.ir", line=1, column=4, source="\ta\tb")
+    assert str(error).splitlines()[1:] == ["    \ta\tb", "    \t \t^"]
+
+
+def test_verify_error() -> None:
+    error = VerifyError(["V1: a", "V2: b"], after="route")
+    assert str(error) == "invalid program after pass 'route': 2 violation(s)\n  V1: a\n  V2: b"
+    assert str(VerifyError(["V1: a"])).startswith("invalid program: 1 violation(s)")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "phrase"),
+    [
+        ("a", [], "there are none"),
+        ("layer.0", ["layers.0", "layers.0", "head"], "did you mean 'layers.0'?"),
+        ("weigth", ["weight", "weights", "heights"], "did you mean 'weight' or 'weights' or 'heights'?"),
+        ("xyz", ["a", "b"], "known: 'a', 'b'"),
+        ("xyz", list("abcdefghij"), "known: 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more"),
+    ],
+)
+def test_nearest(name: str, known: list[str], phrase: str) -> None:
+    assert nearest(name, known) == phrase

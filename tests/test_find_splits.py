@@ -1,0 +1,81 @@
+"""find-splits: module names and policies become markers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from helpers import Bless, diff_of, leaves_alone, load
+
+from stagecut.ir.errors import SplitError
+from stagecut.ir.graph import Program
+from stagecut.passes.find_splits import BEGINNING, END, FindSplits
+
+
+def test_beginning_of_a_module_called_twice(bless: Bless) -> None:
+    bless("find-splits-beginning.diff", diff_of(FindSplits((("shared", BEGINNING),)), load("modules")))
+
+
+def test_end_of_a_module_called_twice(bless: Bless) -> None:
+    bless("find-splits-end.diff", diff_of(FindSplits((("shared", END),)), load("modules")))
+
+
+def test_adjacent_cuts_are_one(bless: Bless) -> None:
+    points = (("layers.0", END), ("shared", BEGINNING), ("layers.0", BEGINNING), ("embed", END))
+    bless("find-splits-adjacent.diff", diff_of(FindSplits(points), load("modules")))
+
+
+def test_nested_module(bless: Bless) -> None:
+    bless("find-splits-nested.diff", diff_of(FindSplits((("layers.1.attn", BEGINNING), ("layers.1.attn", END))), load("modules")))
+
+
+@pytest.mark.parametrize("point", [("embed", BEGINNING), ("head", END)])
+def test_cut_at_an_end_of_the_model_is_dropped(point: tuple[str, str]) -> None:
+    leaves_alone(FindSplits((point,)), load("modules"))
+
+
+def test_nothing_asked_nothing_done() -> None:
+    leaves_alone(FindSplits(), load("modules"))
+
+
+def test_policy_positions_do_not_count_markers(bless: Bless) -> None:
+    program = load("modules", FindSplits((("embed", END),)))
+    bless("find-splits-policy.diff", diff_of(FindSplits(policy=lambda p: [0, 1, 4, 9]), program))
+
+
+def test_policy_and_names_together() -> None:
+    program = load("modules", FindSplits((("head", BEGINNING),), lambda p: [2]))
+    assert [i for i, op in enumerate(program.ops) if op.is_split] == [2, 9]
+
+
+@pytest.mark.parametrize("position", [-1, 10, "3", 1.5, None])
+def test_bad_position(position: object) -> None:
+    def policy(program: Program) -> Sequence[int]:
+        return [1, position]  # type: ignore[list-item]
+
+    program = load("modules")
+    with pytest.raises(SplitError, match=r"chose position .*\n  try: positions are numbers from 0 to 9") as caught:
+        FindSplits(policy=policy).run(program)
+    assert repr(position) in str(caught.value)
+    leaves_alone(FindSplits(), program)
+
+
+@pytest.mark.parametrize(("name", "close"), [("layers.0.atn", "'layers.0.attn'"), ("sharde", "'shared'"), ("layers.9", "'layers.0'")])
+def test_unknown_module_lists_the_nearest(name: str, close: str) -> None:
+    program = load("modules")
+    with pytest.raises(SplitError, match="no op of the program runs in a call of module") as caught:
+        FindSplits(((name, END),)).run(program)
+    assert close in caught.value.hint
+    assert caught.value.where == f"split point at the end of '{name}'"
+
+
+def test_unknown_side() -> None:
+    with pytest.raises(SplitError, match="'begining' is no side of module 'shared'") as caught:
+        FindSplits((("shared", "begining"),)).run(load("modules"))
+    assert "'beginning'" in caught.value.hint
+
+
+def test_marker_has_the_source_line_of_what_follows() -> None:
+    program = load("modules", FindSplits((("layers.1", BEGINNING),)))
+    marker = next(op for op in program.ops if op.is_split)
+    assert str(marker.loc) == "src/model.py:5"

@@ -1,0 +1,112 @@
+"""The printer: names, files, literals, sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from helpers import load
+
+from stagecut.ir.graph import Frame, Loc, Mode, Op, Program, RegionRef, Token, Value
+from stagecut.ir.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
+from stagecut.ir.types import NONE, TensorType
+
+F32 = TensorType("f32", (4,))
+
+
+def test_equal_hints_get_names_of_their_own() -> None:
+    program = Program("P")
+    x = program.add_input(F32, "x")
+    for hint in ("x", "x_1", "", "", "a b/c"):
+        op = Op("aten.neg.default", (x,))
+        op.add_result(F32, hint)
+        program.ops.append(op)
+    assert list(value_names(program).values()) == ["%x", "%x_1", "%x_1_1", "%v", "%v_1", "%a_b_c"]
+
+
+def test_text_does_not_depend_on_identity() -> None:
+    assert text(load("everything")) == text(load("everything"))
+
+
+def test_files_with_one_name_are_told_apart() -> None:
+    ops = [Op("a.b", loc=Loc(path, 1)) for path in ("/a/m.py", "/b/m.py", "/a/m.py", "<string>")]
+    assert file_names(ops) == {"/a/m.py": "m.py", "/b/m.py": "m.py_1", "<string>": "_string_"}
+
+
+@pytest.mark.parametrize(
+    ("item", "printed"),
+    [
+        ('a\n"b"', '"a\\n\\"b\\""'),
+        (True, "True"),
+        (None, "None"),
+        (..., "..."),
+        (-1e-05, "-1e-05"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (math.nan, "nan"),
+        (complex(1, -math.inf), "complex(1.0, -inf)"),
+        (Token("torch.float32"), "torch.float32"),
+        (Mode(False), "mode(False)"),
+        (RegionRef(2), "<2>"),
+    ],
+)
+def test_literal(item: Any, printed: str) -> None:
+    assert literal(item) == printed
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [
+        (None, "dynamic"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (15 << 20, "15 MiB"),
+        (1 << 30, "1 GiB"),
+        (3 << 50, "3072 TiB"),
+    ],
+)
+def test_size(size: int | None, printed: str) -> None:
+    assert size_text(size) == printed
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("layers.0.weight", "@layers.0.weight"),
+        ("a b", '@"a b"'),
+        ("", '@""'),
+        (".a", '@".a"'),
+        ("a.", '@"a."'),
+        ("ü", '@"\\u00fc"'),
+        ("a\n", '@"a\\n"'),
+    ],
+)
+def test_fqn(name: str, printed: str) -> None:
+    assert fqn_text(name) == printed
+
+
+def test_scope() -> None:
+    assert scope_text((Frame("layers.0"), Frame("odd name", 2), Frame("lin", 1))) == 'layers.0/"odd name"~2/lin~1'
+
+
+def test_target() -> None:
+    assert target_text("module.layers.0") == "module.layers.0"
+    assert target_text("module.we ird") == 'module."we ird"'
+
+
+def test_line_of_shows_broken_ops_too() -> None:
+    """Messages print ops with undefined operands and effects that point nowhere."""
+    program = load("clean")
+    op = program.ops[0]
+    op.set_operands((Value(NONE, "ghost"),), {})
+    op.effects = type(op.effects)(writes=(5,), views=(7,))
+    line = line_of(program, op)
+    assert "%<undefined ghost>" in line
+    assert "view(%<undefined operand 7>) writes(%<undefined operand 5>)" in line
+
+
+def test_transfers_say_how_much_they_carry() -> None:
+    assert "  transfer %skip : 0 -> 2 relay(1)  # 16 B\n" in text(load("linked"))

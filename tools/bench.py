@@ -1,0 +1,137 @@
+"""Compile cost: everything after tracing, against the splitter of torch.distributed.pipelining on the same trace.
+
+Times are compared within one run only; the machine's speed cancels out in the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.distributed.pipelining._IR import Pipe as TorchPipe
+from torch.distributed.pipelining._IR import aten_pipe_split_alias
+from torch.export import ExportedProgram
+
+from stagecut.frontend.capture import capture
+from stagecut.frontend.from_export import lower_export
+from stagecut.frontend.lower import Lowering
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.graph import Program, StateEntry
+from stagecut.ir.types import TensorType
+from stagecut.passes.pipeline import default_pipeline
+from stagecut.passes.runner import run_passes
+from stagecut.pipe import Pipe
+from stagecut.tools.architectures import ARCHITECTURES, llama_405b
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models and 1k, 10k ops only")
+    quick = parser.parse_args(argv).quick
+    print(f"{'model':28}{'ops':>7}{'stages':>8}{'ours/torch':>12}{'ours/trace':>12}{'memory/trace':>14}")
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(0)
+        _row(architecture.name, lambda a=architecture: (a.make().eval(), a.inputs()), architecture.cuts, repeat=5)  # type: ignore[misc]
+    if not quick:
+        _row("Llama 405B on meta", llama_405b, tuple(f"model.layers.{i}" for i in range(8, 128, 8)), repeat=3)
+    print(f"\n{'synthetic chain':28}{'ops':>7}{'per op, relative to the first':>32}")
+    first = 0.0
+    for count in (1_000, 10_000) if quick else (10_000, 100_000):
+        cost = _best(lambda n=count: _compile_chain(n), 3) / count  # type: ignore[misc]
+        first = first or cost
+        print(f"{'':28}{count:>7}{cost / first:>32.2f}")
+    return 0
+
+
+def _row(name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], cuts: tuple[str, ...], repeat: int) -> None:
+    model, kwargs = make()
+    gc.collect()
+    start_memory = _resident()
+    start = time.perf_counter()
+    exported = capture(model, (), kwargs)
+    traced = time.perf_counter() - start
+    gc.collect()
+    trace_memory = _resident() - start_memory
+    _mark(exported, cuts)
+    tracemalloc.start()
+    program, pipe = _compile(exported, model)
+    own_memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ops, stages = sum(1 for _ in program.all_ops()), pipe.num_stages
+    del program, pipe
+    ours = _best(lambda: _compile(exported, model), repeat)
+    theirs = _best(lambda: TorchPipe._from_traced(model, exported), repeat)
+    memory = f"{own_memory / trace_memory:.2f}" if trace_memory > 2**24 else "-"
+    print(f"{name:28}{ops:>7}{stages:>8}{ours / theirs:>12.3f}{ours / traced:>12.3f}{memory:>14}", flush=True)
+
+
+def _compile(exported: ExportedProgram, model: torch.nn.Module) -> tuple[Program, Pipe]:
+    program, bindings = lower_export(exported, model)
+    run_passes(program, default_pipeline())
+    return program, Pipe(program, bindings)
+
+
+def _mark(exported: ExportedProgram, cuts: tuple[str, ...]) -> None:
+    """Puts torch's own split marker in front of each module, so that both compilers see the same graph."""
+    waiting = list(cuts)
+    for node in list(exported.graph.nodes):
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {entry[0] for entry in stack.values()}
+        for cut in [c for c in waiting if c in inside]:
+            waiting.remove(cut)
+            with exported.graph.inserting_before(node):
+                exported.graph.call_function(aten_pipe_split_alias, ())
+
+
+def _best(action: Callable[[], Any], repeat: int) -> float:
+    best = float("inf")
+    for _ in range(repeat):
+        gc.collect()
+        start = time.perf_counter()
+        result = action()
+        best = min(best, time.perf_counter() - start)
+        del result
+    return best
+
+
+def _resident() -> int:
+    """Resident bytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def _compile_chain(count: int) -> Pipe:
+    """Lowers, cuts into eight and emits a chain of `count` ops with a skip connection every hundred."""
+    graph = fx.Graph()
+    sample = torch.empty(4, 4, device="meta")
+    x = graph.placeholder("x")
+    weight = graph.placeholder("weight")
+    value, skip = x, x
+    for index in range(count):
+        if index and index % (count // 8) == 0:
+            graph.call_function(aten_pipe_split_alias, ())
+        value = graph.call_function(torch.ops.aten.add.Tensor, (value, skip if index % 100 == 0 else weight))
+        value.meta = {"val": sample, "nn_module_stack": {f"layers.{index // 50}": (f"layers.{index // 50}", None)}}
+        skip = value if index % 100 == 50 else skip
+    graph.output((value,))
+    program, bindings = Program("chain"), Bindings()
+    kind = TensorType("f32", (4, 4), device="meta")
+    entry = StateEntry(("weight",), "param", kind)
+    program.state.append(entry)
+    bindings.tensors["weight"] = torch.nn.Parameter(sample)
+    env: dict[fx.Node, Any] = {x: program.add_input(kind, "x"), weight: entry.value}
+    program.set_outputs(list(Lowering(program, bindings).run(graph.nodes, env, program.ops, ())))
+    run_passes(program, default_pipeline())
+    return Pipe(program, bindings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
