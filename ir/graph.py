@@ -112,12 +112,13 @@ class Value:
 class Op:
     """One operation: a target applied to nested operands, with flat results.
 
-    `versions` maps each value this op writes (directly or through an alias) to its version afterwards.
-    Operands change only through `set_operands` and `replace_operand`, so use lists cannot go stale.
+    `versions` maps each value this op writes (directly or through an alias) to its version afterwards;
+    `origin` is the op this one is a copy of. Operands change only through `set_operands` and `replace_operand`,
+    so use lists cannot go stale.
     """
 
     __slots__ = (
-        "args", "context", "effects", "form", "kwargs", "loc", "operands", "regions", "results", "scope", "target",
+        "args", "context", "effects", "form", "kwargs", "loc", "operands", "origin", "regions", "results", "scope", "target",
         "versions",
     )  # fmt: skip
 
@@ -142,6 +143,7 @@ class Op:
         self.form = form
         self.effects = effects
         self.versions: dict[Value, Value] = {}
+        self.origin: Op | None = None
         self.scope = scope
         self.context = context
         self.loc = loc
@@ -242,8 +244,8 @@ KINDS = ("param", "buffer", "const")
 class StateEntry:
     """One distinct tensor of the model: all its names, and which storage it lives in.
 
-    `transient` are the names that stay out of the state_dict. `tensor` and `storage` are identities: entries with equal `tensor` are one tensor under two names
-    (merged by resolve-aliases), entries with equal `storage` overlap in memory.
+    `transient` are the names that stay out of the state_dict. `tensor` and `storage` are identities: entries with
+    equal `tensor` are one tensor under two names (merged by resolve-aliases), with equal `storage` overlap in memory.
     """
 
     names: tuple[str, ...]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
-from stagecut.ir.graph import SPLIT, Op, Program, Scope
+from stagecut.ir.graph import SPLIT, Frame, Op, Program, Scope
 
 BEGINNING, END = "beginning", "end"
 _Call = tuple[str, Scope]
@@ -48,7 +48,7 @@ class FindSplits:
             if side not in (BEGINNING, END):
                 raise SplitError(f"'{side}' is no side of module '{name}'", hint=nearest(side, (BEGINNING, END)))
             if name not in spans:
-                known = dict.fromkeys(fqn for op in ops for fqn in _prefixes(op.scope))
+                known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=f"split point at the {side} of '{name}'",
@@ -79,6 +79,11 @@ def _prefixes(scope: Scope) -> list[str]:
     return names
 
 
+def _leaf_path(op: Op) -> str:
+    """The path of the module an op calls as a whole, '' for any other op."""
+    return op.target.removeprefix("module.") if op.target.startswith("module.") else ""
+
+
 def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, int]]]:
     """Per wanted module, the first and last op of each of its calls."""
     calls: dict[_Call, tuple[int, int]] = {}
@@ -86,7 +91,8 @@ def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, in
     for index, op in enumerate(ops):
         if op.scope not in matches:
             matches[op.scope] = [(n, op.scope[: i + 1]) for i, n in enumerate(_prefixes(op.scope)) if n in wanted]
-        for call in matches[op.scope]:
+        leaf = [(_leaf_path(op), (*op.scope, Frame(op.target, index)))] if _leaf_path(op) in wanted else []
+        for call in matches[op.scope] + leaf:
             calls[call] = (calls[call][0] if call in calls else index, index)
     spans: dict[str, list[tuple[int, int]]] = {}
     for (name, _), span in calls.items():

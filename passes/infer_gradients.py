@@ -20,6 +20,7 @@ _CUTTING: tuple[str, ...] = (
     "randint_like",
 )
 _CUTTING += ("new_zeros", "new_ones", "new_full", "new_empty")
+"""Ops whose results never carry gradient."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class InferGradients:
         for op in program.all_ops():
             grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
             changed |= _mark(op.results, [grad] * len(op.results))
-            changed |= _mark(op.versions.values(), [grad or carries_grad(old.type) for old in op.versions])
+            written = grad and _passes_on(op)
+            changed |= _mark(op.versions.values(), [written or carries_grad(old.type) for old in op.versions])
         return changed
 
 
@@ -42,6 +44,14 @@ def grad_enabled(context: tuple[Context, ...]) -> bool:
     kinds = [entry.kind for entry in context]
     modes = [kind for kind in kinds if kind in ("no_grad", "enable_grad")]
     return "inference_mode" not in kinds and (not modes or modes[-1] == "enable_grad")
+
+
+def _passes_on(op: Op) -> bool:
+    """True when what `op` writes carries the gradient of its operands.
+
+    An in-place op returns what it wrote, or nothing. An op with results of its own writes statistics on the side.
+    """
+    return not op.results or any(viewed is not None for viewed in op.effects.views)
 
 
 def _cuts(op: Op) -> bool:

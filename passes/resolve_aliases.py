@@ -25,8 +25,8 @@ class ResolveAliases:
 
 
 def _merge(first: StateEntry, other: StateEntry) -> None:
-    first.names += other.names
-    first.transient |= other.transient
+    named = [e for e in (first, other) if e.kind != "const"] or [first, other]  # a lifted constant's name is the tracer's, not the model's
+    first.names, first.transient = sum((e.names for e in named), ()), frozenset().union(*(e.transient for e in named))
     first.kind = min(first.kind, other.kind, key=KINDS.index)
     if first.type != other.type:
         first.type = replace(first.type, grad=first.requires_grad or other.requires_grad)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import Program, Value
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
+from stagecut.ir.validator import Trace, validate
 from stagecut.ir.verifier import verify
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import default_pipeline
@@ -64,7 +65,9 @@ def pipeline(
     program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes)
     at = _split_points(split_spec or {}, module)
     policy = as_cuts(split_policy, exported) if split_policy is not None else None
+    trace = Trace(program)
     run_passes(program, default_pipeline(FindSplits(at, policy)))
+    validate(trace, program)
     return Pipe(program, bindings)
 
 

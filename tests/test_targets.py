@@ -49,8 +49,10 @@ def test_a_users_function_has_no_name() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "os.system", "builtins.eval", "builtins.exec", "builtins.__import__", "torch.load", "torch.hub.load", "torch.utils.cpp_extension.load",
-        "torch.serialization.os.system", "torch.os.system", "operator.attrgetter.__class__", "aten.no_such_op.default", "torch.__builtins__",
+        "os.system", "builtins.eval", "builtins.exec", "builtins.__import__", "torch.load", "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "torch.serialization.os.system",
+        "torch.os.system", "operator.attrgetter.__class__", "aten.no_such_op.default", "torch.__builtins__",
         "torch.sys.exit", "math.__loader__.load_module", "torch.ops.load_library", "torch.nn.Linear", "torch.inspect.os.system",
         "torch.builtins.eval", "torch.importlib.import_module", "torch.functional.os.system", "operator.methodcaller",
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,6 @@ class Architecture:
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     cuts: tuple[str, ...]
-
-
-logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on configs is for people who train on them
 
 
 def _tokens() -> torch.Tensor:
@@ -50,8 +46,9 @@ def _llama() -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
 
+    logging.set_verbosity_error()  # it warns of a loss that is the default
     config = GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=_VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2)
     return GPT2LMHeadModel(config)
 

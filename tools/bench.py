@@ -25,6 +25,7 @@ from stagecut.frontend.lower import Lowering
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.types import TensorType
+from stagecut.ir.validator import Trace, validate
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe
@@ -75,7 +76,9 @@ def _row(name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], 
 
 def _compile(exported: ExportedProgram, model: torch.nn.Module) -> tuple[Program, Pipe]:
     program, bindings = lower_export(exported, model)
+    trace = Trace(program)
     run_passes(program, default_pipeline())
+    validate(trace, program)
     return program, Pipe(program, bindings)
 
 

@@ -1,0 +1,202 @@
+"""Translation validation: the staged program still is the traced one.
+
+A splitter only drops, moves, copies and renames. So the trace is recorded before the passes run, and afterwards
+every op is traced back: operand by operand to the same definitions, write by write in the same order, name by
+name to the same state. Shares no code with the passes. Linear in the size of the program.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stagecut.ir.errors import VerifyError
+from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
+from stagecut.ir.types import TensorType, Type
+
+Key = tuple[str, int, int]
+"""Where a value comes from: ('input', position, 0), ('state', tensor, 0) or ('op', position, result)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    position: int
+    target: str
+    args: Any
+    kwargs: Any
+    types: tuple[Type, ...]
+    writes: tuple[Key, ...]
+    needed: bool
+
+
+class Trace:
+    """What a traced program computes, recorded before any pass touches it."""
+
+    def __init__(self, program: Program) -> None:
+        self.inputs = list(program.inputs)
+        self.keys: dict[Value, Key] = {v: ("input", i, 0) for i, v in enumerate(self.inputs)}
+        self.keys |= {e.value: ("state", e.tensor, 0) for e in program.state}
+        self.names = {name: e.tensor for e in program.state for name in e.names if e.kind != "const"}
+        self.storage: dict[Key, Key] = {}
+        self._place_state(program)
+        ops = list(program.all_ops())
+        for position, op in enumerate(ops):
+            self.keys.update((r, ("op", position, i)) for i, r in enumerate(op.results))
+            self._place_results(op)
+        needed = _needed(ops, program.output)
+        self.ops = {op: self._record(op, position, op in needed) for position, op in enumerate(ops)}
+        self.outputs = [self._leaf(leaf) for leaf in program.outputs]
+
+    def _place_state(self, program: Program) -> None:
+        homes: dict[int, Key] = {}
+        for entry in program.state:
+            key = self.keys[entry.value]
+            self.storage.setdefault(key, homes.setdefault(entry.storage, key))
+
+    def _place_results(self, op: Op) -> None:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None:
+                base = self.keys[op.operands[viewed]]
+                self.storage[self.keys[result]] = self.storage.get(base, base)
+
+    def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
+        args, kwargs = transform(op.args, self._leaf), transform(op.kwargs, self._leaf)
+        writes = tuple(self.keys[op.operands[i]] for i in op.effects.writes)
+        return _Recorded(position, op.target, args, kwargs, tuple(_bare(r.type) for r in op.results), writes, needed)
+
+    def _leaf(self, leaf: Any) -> Any:
+        return self.keys[leaf] if type(leaf) is Value else leaf
+
+
+def _bare(kind: Type) -> Type:
+    return replace(kind, grad=False) if isinstance(kind, TensorType) and kind.grad else kind
+
+
+GUARDS = ("aten._assert_tensor_metadata.", "aten._assert_scalar.", "aten.sym_constrain_range")
+
+
+def _needed(ops: list[Op], output: Op) -> set[Op]:
+    """Ops that must run: those with an effect, and all that the output or a needed op reads."""
+    needed: set[Op] = set()
+    wanted = set(output.operands)
+    for op in reversed(ops):
+        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not op.target.startswith(GUARDS) and not op.is_split
+        if acts or any(r in wanted for r in op.results):
+            needed.add(op)
+            wanted.update(op.operands)
+    return needed
+
+
+def validate(trace: Trace, program: Program) -> None:
+    """Raises VerifyError, with every difference found, unless `program` computes what `trace` recorded."""
+    violations = list(_Comparison(trace, program).differences())
+    if violations:
+        raise VerifyError(violations, after="the last one (the stages differ from the trace)")
+
+
+class _Comparison:
+    def __init__(self, trace: Trace, program: Program) -> None:
+        self._trace, self._program = trace, program
+        self._keys: dict[Value, Key] = {}
+        self._latest: dict[Key, Value] = {}
+        self._stale: dict[Key, Op] = {}
+        self._members: dict[Key, list[Key]] = {}
+        for key, home in trace.storage.items():
+            self._members.setdefault(home, []).append(key)
+
+    def differences(self) -> Iterator[str]:
+        if self._program.inputs != self._trace.inputs:
+            yield "the user inputs are not those of the trace, or in another order"
+        self._keys = {v: k for v, k in self._trace.keys.items() if k[0] == "input"}
+        self._keys |= {e.value: ("state", e.tensor, 0) for e in self._program.state}
+        seen: Counter[Op] = Counter()
+        last = -1
+        for stage in self._program.stages:
+            for op in stage.ops:
+                origin = op.origin or op
+                recorded = self._trace.ops.get(origin)
+                if recorded is None:
+                    yield f"stage {stage.index} runs an op that the trace does not have: {op.where()}"
+                    continue
+                seen[origin] += 1
+                yield from self._compare(op, recorded)
+                moved = not op.operands and not op.has_effect
+                if not moved and recorded.position < last:
+                    yield f"out of order: {op.where()} runs behind an op it stood in front of"
+                last = last if moved else recorded.position
+        yield from self._coverage(seen)
+        yield from self._results()
+
+    def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
+        self._keys.update((r, ("op", recorded.position, i)) for i, r in enumerate(op.results))
+        if op.target != recorded.target or tuple(_bare(r.type) for r in op.results) != recorded.types:
+            yield f"another op or another result type than traced: {op.where()}"
+        if not _same(op.args, recorded.args, self._keys) or not _same(op.kwargs, recorded.kwargs, self._keys):
+            yield f"other operands than traced: {op.where()}"
+        for value in op.reads:
+            key = self._keys.get(value)
+            if key is not None and self._latest.get(key, value) is not value:
+                yield f"{value!r} is read after a newer version was written: {op.where()}"
+            if key in self._stale:
+                yield f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as if unwritten: {op.where()}"
+        self._write(op, recorded)
+
+    def _write(self, op: Op, recorded: _Recorded) -> None:
+        for old, new in op.versions.items():
+            if old in self._keys:
+                self._keys[new] = self._keys[old]
+                self._latest[self._keys[old]] = new
+        renewed = {self._keys[new] for new in op.versions.values() if new in self._keys}
+        for key in recorded.writes:
+            home = self._trace.storage.get(key, key)
+            for member in {key, home, *self._members.get(home, ())} - renewed:
+                if member[0] != "op" or member[1] < recorded.position:
+                    self._stale[member] = op
+
+    def _coverage(self, seen: Counter[Op]) -> Iterator[str]:
+        for op, recorded in self._trace.ops.items():
+            if recorded.needed and not seen[op]:
+                yield f"lost: {op.where()}"
+            if seen[op] > 1 and op.has_effect:
+                yield f"runs {seen[op]} times although it has an effect: {op.where()}"
+
+    def _results(self) -> Iterator[str]:
+        returned = [self._keys.get(leaf) if type(leaf) is Value else leaf for leaf in self._program.outputs]
+        if not _same_literals(returned, self._trace.outputs):
+            yield "the program returns other values than traced, or in another order"
+        for leaf in self._program.output.operands:
+            key = self._keys.get(leaf)
+            if key is not None and self._latest.get(key, leaf) is not leaf:
+                yield f"{leaf!r} is returned after a newer version was written"
+        names = {name: e.tensor for e in self._program.state for name in e.names if e.kind != "const"}
+        if names != self._trace.names:
+            yield f"state names differ from the model's: {sorted(names.keys() ^ self._trace.names.keys()) or 'ties differ'}"
+        for stage in self._program.stages:
+            for entry in stage.state:
+                if not isinstance(entry, StateEntry) or entry not in self._program.state:
+                    yield f"stage {stage.index} holds state the program does not have"
+
+
+def _same(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
+    if type(tree) is Value:
+        return keys.get(tree) == recorded and type(recorded) is tuple
+    if isinstance(tree, (tuple, list)):
+        return (
+            type(tree) is type(recorded)
+            and len(tree) == len(recorded)
+            and all(_same(a, b, keys) for a, b in zip(tree, recorded, strict=True))
+        )
+    if isinstance(tree, dict):
+        return isinstance(recorded, dict) and tree.keys() == recorded.keys() and all(_same(v, recorded[k], keys) for k, v in tree.items())
+    if isinstance(tree, slice):
+        return isinstance(recorded, slice) and _same(
+            (tree.start, tree.stop, tree.step), (recorded.start, recorded.stop, recorded.step), keys
+        )
+    return _same_literals([tree], [recorded])
+
+
+def _same_literals(left: list[Any], right: list[Any]) -> bool:
+    """Equal, where 1 is not True and nan is nan."""
+    return len(left) == len(right) and all(type(a) is type(b) and (a == b or repr(a) == repr(b)) for a, b in zip(left, right, strict=True))
