@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
+from stagecut.backend.run import release_plan, run_stages
+from stagecut.check import Report, compare
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -19,8 +21,8 @@ from stagecut.frontend.from_fx import lower_graph_module
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import as_cuts
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.errors import InputError, SplitError, nearest
-from stagecut.ir.graph import Program, Value
+from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
+from stagecut.ir.graph import Program
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
@@ -115,7 +117,8 @@ class Pipe(nn.Module):
         for stage in self.stages:
             self.add_module(f"stage_{stage.index}", stage)
         self._names = tuple(bindings.tensors)
-        self._plan = _plan(program)
+        self._plan = release_plan(program)
+        self._model: Callable[[], nn.Module | None] | None = None
         self.training = bindings.training.get("", True)
 
     @property
@@ -131,17 +134,26 @@ class Pipe(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Runs all stages in order on the model's own arguments; the flat tuple of output leaves."""
-        flat = self._call_spec.flatten(args, kwargs) if self._call_spec is not None else list(args)
+        return run_stages(self.program, self.stages, self._plan, self.flatten(args, kwargs))
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the trace."""
+        flat = self._call_spec.flatten(args, dict(kwargs)) if self._call_spec is not None else list(args)
         if len(flat) != len(self.program.inputs):
             raise InputError(f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}")
         check_inputs(self.program.inputs, flat)
-        values: dict[Value, Any] = dict(zip(self.program.inputs, flat, strict=True))
-        for stage, block, dead in zip(self.stages, self.program.stages, self._plan, strict=True):
-            result = stage(*[values[v] for v in block.inputs])
-            values.update(zip(block.outputs, result if len(block.outputs) != 1 else (result,), strict=True) if block.outputs else ())
-            for value in dead:
-                del values[value]
-        return tuple(values[leaf] if isinstance(leaf, Value) else leaf for leaf in self.program.outputs)
+        return flat
+
+    def verify(self, *args: Any, **kwargs: Any) -> Report:
+        """Runs the original model and the pipe on the same arguments and compares them.
+
+        Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither the model nor
+        the pipe nor the random state changes. Raises StagecutError when the original model is gone or cannot be copied.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
+        return compare(model, self, args, kwargs)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""
@@ -177,12 +189,12 @@ class Pipe(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The program goes as text: its ops and values point at each other, deeper than a copy can recurse."""
         state = self.__dict__.copy()
-        del state["_plan"]
+        del state["_plan"], state["_model"]
         return state | {"program": text(self.program)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         program = parse(state["program"])
-        super().__setstate__(state | {"program": program, "_plan": _plan(program)})
+        super().__setstate__(state | {"program": program, "_plan": release_plan(program), "_model": None})
 
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""
@@ -234,17 +246,3 @@ def _merged(streams: Iterator[Any] | Any, remove_duplicate: bool) -> Iterator[tu
             names.add(name)
             tensors.add(id(tensor))
             yield name, tensor
-
-
-def _plan(program: Program) -> list[list[Value]]:
-    """Per stage, the values no later stage and no output needs: they are let go behind it."""
-    last: dict[Value, int] = {}
-    for stage in program.stages:
-        for value in [*stage.inputs, *stage.outputs]:
-            last[value] = stage.index
-    kept = set(program.output.operands)
-    plan: list[list[Value]] = [[] for _ in program.stages]
-    for value, index in last.items():
-        if value not in kept:
-            plan[index].append(value)
-    return plan

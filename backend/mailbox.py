@@ -1,0 +1,184 @@
+"""Running stages as separate processes would: nothing is shared but what is sent.
+
+A run in one process hides the worst bugs of a splitter, for nobody notices there that a port is bound in another order
+or that a copy is stale.
+
+    box = Mailbox(pipe.program, pipe.stages)     # StagecutError when state would have to flow backward
+    outputs = box.forward(pipe.flatten(args, kwargs))
+    loss(outputs).backward()
+    box.backward()
+    box.gradients(), box.input_gradients(), box.state()
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stagecut.backend.modules import Stage
+from stagecut.backend.run import results_of
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Stage as StageBlock
+from stagecut.ir.types import carries_grad
+
+
+def refuse_feedback(program: Program) -> None:
+    """Returns when every write stays in one stage; raises StagecutError naming the state that would have to flow backward."""
+    for entry in program.state:
+        if entry.share != "feedback":
+            continue
+        ops = [op for stage in program.stages for op in stage.ops if _touches(op, entry)]
+        raise StagecutError(
+            f"'{entry.name}' is written in one stage and read or written in another, so the next step would read a stale copy",
+            where="; ".join(dict.fromkeys(op.where() for op in ops[:4])),
+            hint="cut so that all of it lies in one stage; one process can run this pipe, several cannot",
+        )
+
+
+def _touches(op: Op, entry: StateEntry) -> bool:
+    chain = {entry.value}
+    for value in [*op.reads]:
+        owner = value.owner
+        while isinstance(owner, Op) and value in owner.versions.values():
+            value = next(old for old, new in owner.versions.items() if new is value)
+            owner = value.owner
+        if value in chain:
+            return True
+    return False
+
+
+def written_inputs(block: StageBlock) -> set[Value]:
+    """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot be leaves."""
+    root: dict[Value, Value] = {v: v for v in block.inputs}
+    written: set[Value] = set()
+    for op in block.ops:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None and op.operands[viewed] in root:
+                root[result] = root[op.operands[viewed]]
+        for old, new in op.versions.items():
+            if old in root:
+                root[new] = root[old]
+        written |= {root[op.operands[i]] for i in op.effects.writes if op.operands[i] in root}
+    return written
+
+
+class Mailbox:
+    """Runs a pipe as separate processes would.
+
+    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, contiguous, detached storage and
+    carries gradient only where the IR says so. Ports are bound by position. Call it with the model's arguments, call
+    backward on a loss of the outputs, then `backward()`; afterwards `gradients()` and `state()` are by the model's names.
+
+    Raises StagecutError on construction when state would have to flow from a later stage to an earlier one.
+    """
+
+    def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
+        refuse_feedback(program)
+        self._program = program
+        self._stages = [copy.deepcopy(stage) for stage in stages]
+        self._received: list[list[Any]] = []
+        self._sent: list[tuple[Any, ...]] = []
+        self._outputs: list[Any] = []
+        self._fed: dict[Value, Any] = {}
+
+    def forward(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """The flat outputs; tensors that carry gradient are leaves."""
+        program = self._program
+        self._received, self._sent = [], []
+        mail: dict[Value, Any] = {}
+        self._fed = dict(zip(program.inputs, flat, strict=True))
+        for stage, block in zip(self._stages, program.stages, strict=True):
+            mine = [self._feed(v) if v in self._fed else _post(mail[v], carries_grad(v.type)) for v in block.inputs]
+            owned = written_inputs(block)
+            results = results_of(stage(*[_own(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
+            self._received.append(mine)
+            self._sent.append(results)
+            mail.update(zip(block.outputs, results, strict=True))
+        self._outputs = [self._returned(leaf, mail) for leaf in program.outputs]
+        return tuple(self._outputs)
+
+    def _feed(self, value: Value) -> Any:
+        given = self._fed[value]
+        return _post(given, isinstance(given, torch.Tensor) and given.requires_grad)
+
+    def _returned(self, leaf: Any, mail: dict[Value, Any]) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        if leaf in self._fed:
+            return self._fed[leaf]
+        sent = mail[leaf]
+        return _post(sent, isinstance(sent, torch.Tensor) and sent.requires_grad)
+
+    def backward(self) -> None:
+        """Gradients flow from the outputs' `.grad` back through all stages, last stage first."""
+        program = self._program
+        for index in reversed(range(len(self._stages))):
+            block = program.stages[index]
+            pairs = [(sent, self._gradient(v, index)) for v, sent in zip(block.outputs, self._sent[index], strict=True)]
+            live = [(t, g) for t, g in pairs if g is not None and isinstance(t, torch.Tensor) and t.requires_grad]
+            if live:
+                torch.autograd.backward([t for t, _ in live], [g for _, g in live])
+
+    def _gradient(self, value: Value, index: int) -> torch.Tensor | None:
+        """The sum of what every reader of a value sends back."""
+        found = [leaf.grad for item, leaf in zip(self._program.outputs, self._outputs, strict=True) if item is value and _has_grad(leaf)]
+        for later in range(index + 1, len(self._stages)):
+            for received, leaf in zip(self._program.stages[later].inputs, self._received[later], strict=True):
+                if received is value and _has_grad(leaf):
+                    found.append(leaf.grad)
+        return torch.stack(found).sum(0) if len(found) > 1 else next(iter(found), None)
+
+    def input_gradients(self) -> list[torch.Tensor | None]:
+        """Per flat input, the sum of the gradients of the stages it was fed to."""
+        sums: list[torch.Tensor | None] = []
+        for value in self._program.inputs:
+            given = self._fed[value]
+            found = [given.grad] if _has_grad(given) else []
+            for block, received in zip(self._program.stages, self._received, strict=True):
+                found += [leaf.grad for v, leaf in zip(block.inputs, received, strict=True) if v is value and _has_grad(leaf)]
+            sums.append(torch.stack(found).sum(0) if found else None)
+        return sums
+
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        """Every parameter name -> its gradient, summed over the stages that hold a replica."""
+        found: dict[str, torch.Tensor | None] = {}
+        for entry in self._program.state:
+            if entry.kind != "param":
+                continue
+            replicas = [self._tensor(entry, index) for index in entry.stages]
+            grads = [t.grad for t in replicas if t.grad is not None]
+            total = torch.stack(grads).sum(0) if grads else None
+            found.update(dict.fromkeys(entry.names, total))
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every state name -> its tensor afterwards, as its owner holds it."""
+        return {name: self._tensor(e, e.stages[0]) for e in self._program.state if e.kind != "const" for name in e.names}
+
+    def _tensor(self, entry: StateEntry, index: int) -> torch.Tensor:
+        name = self._program.stages[index].state[entry][0]
+        module, _, last = name.rpartition(".")
+        owner = self._stages[index].get_submodule(module)
+        tensor = owner._parameters.get(last) if last in owner._parameters else owner._buffers.get(last)
+        if tensor is None:
+            raise StagecutError(f"stage {index} does not hold '{name}'")
+        return tensor
+
+
+def _post(item: Any, grad: bool) -> Any:
+    """A tensor as it arrives: fresh contiguous storage, no history."""
+    if not isinstance(item, torch.Tensor):
+        return item
+    return item.detach().clone(memory_format=torch.contiguous_format).requires_grad_(grad)
+
+
+def _own(item: Any) -> Any:
+    return item.clone() if isinstance(item, torch.Tensor) else item
+
+
+def _has_grad(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.is_leaf and item.grad is not None

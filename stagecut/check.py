@@ -1,0 +1,175 @@
+"""Does the pipe compute what the model computes? Runs both on the same arguments and compares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from stagecut.backend.run import run_stages
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Op, Program, Value
+
+if TYPE_CHECKING:
+    from stagecut.pipe import Pipe
+
+
+class CheckError(StagecutError):
+    """The pipe does not compute what the model computes."""
+
+
+@dataclass
+class Report:
+    """What `verify` compared. `differences` is empty when everything was equal; `compared` counts the comparisons by kind."""
+
+    compared: dict[str, int] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing differs."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.compared.items())
+        return "\n".join([f"{'equal' if self.ok else 'DIFFERENT'}: compared {counts}", *self.differences])
+
+    def note(self, kind: str, difference: str | None) -> None:
+        """One comparison of `kind` was made; `difference` says what it found, None for equal."""
+        self.compared[kind] = self.compared.get(kind, 0) + 1
+        if difference:
+            self.differences.append(difference)
+
+
+@dataclass
+class _Run:
+    outputs: list[Any]
+    gradients: dict[str, torch.Tensor | None]
+    input_gradients: list[torch.Tensor | None]
+    state: dict[str, torch.Tensor]
+
+
+def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True) -> Report:
+    """A report on `pipe` against `model` on one call. Works on copies; the random state is put back afterwards."""
+    reference, stages = _copies(model, pipe)
+    program = pipe.program
+    with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
+        seed = torch.random.get_rng_state()
+        mine = _fresh((tuple(args), dict(kwargs)))
+        expected = _observe(lambda: reference(*mine[0], **mine[1]), reference, mine, gradients)
+        torch.random.set_rng_state(seed)
+        mine = _fresh((tuple(args), dict(kwargs)))
+        flat = pipe.flatten(*mine)
+        found = _observe(lambda: run_stages(program, stages, pipe._plan, flat), _Holder(program, stages), mine, gradients)
+    report = Report()
+    _compare_outputs(report, program, expected.outputs, found.outputs)
+    for name, tensor in expected.state.items():
+        report.note("state", _difference(f"state '{name}' afterwards", tensor, found.state.get(name)))
+    for name, grad in expected.gradients.items():
+        report.note("gradients", _difference(f"gradient of '{name}'", grad, found.gradients.get(name)))
+    for index, (one, other) in enumerate(zip(expected.input_gradients, found.input_gradients, strict=True)):
+        report.note("input gradients", _difference(f"gradient of input {index}", one, other))
+    _compare_names(report, model, stages)
+    return report
+
+
+def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Any]]:
+    try:
+        return copy.deepcopy(model), copy.deepcopy(pipe.stages)
+    except Exception as error:
+        raise StagecutError(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
+
+
+class _Holder:
+    """The stages' parameters and buffers under the model's names."""
+
+    def __init__(self, program: Program, stages: Sequence[nn.Module]) -> None:
+        self._stages = stages
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them, tied ones under every name."""
+        for stage in self._stages:
+            yield from stage.named_parameters(remove_duplicate=remove_duplicate)
+
+    def named_buffers(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of them, aliased ones under every name."""
+        for stage in self._stages:
+            yield from stage.named_buffers(remove_duplicate=remove_duplicate)
+
+
+def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
+    outputs = tree_flatten(run())[0]
+    leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)]
+    parameters = dict(holder.named_parameters(remove_duplicate=False))
+    if gradients:
+        for parameter in parameters.values():
+            parameter.grad = None
+        losses = [_loss(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+        if losses:
+            torch.stack(losses).sum().backward()
+    state = parameters | dict(holder.named_buffers(remove_duplicate=False))
+    grads = {name: p.grad for name, p in parameters.items()} if gradients else {}
+    return _Run(outputs, grads, [leaf.grad if leaf.is_leaf else None for leaf in leaves] if gradients else [], state)
+
+
+def _loss(output: torch.Tensor) -> torch.Tensor:
+    """A scalar that depends on every element differently, so that gradients tell elements apart."""
+    flat = torch.view_as_real(output).flatten() if output.is_complex() else output.flatten()
+    weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device).to(flat.dtype)
+    return (flat * weights).sum().to(torch.float64)
+
+
+def _fresh(tree: Any) -> Any:
+    def clone(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(clone, tree)
+
+
+def _compare_outputs(report: Report, program: Program, expected: list[Any], found: list[Any]) -> None:
+    if len(expected) != len(found):
+        report.note("outputs", f"the model returns {len(expected)} leaves, the pipe {len(found)}")
+        return
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        report.note("outputs", _difference(f"output {index}{_where(program, index)}", one, other))
+
+
+def _where(program: Program, index: int) -> str:
+    leaf = program.outputs[index]
+    if not isinstance(leaf, Value) or not isinstance(leaf.owner, Op):
+        return ""
+    stage = next((s.index for s in program.stages if leaf in s.outputs), None)
+    return f" (stage {stage}, {leaf.owner.where()})"
+
+
+def _compare_names(report: Report, model: nn.Module, stages: Sequence[nn.Module]) -> None:
+    names = {name for stage in stages for name in stage.state_dict()}
+    wanted = {name for name, item in model.state_dict().items() if isinstance(item, torch.Tensor)}
+    odd = sorted(names ^ wanted)
+    report.note("names", f"state names differ: {odd[:5]}" if odd else None)
+
+
+def _difference(what: str, one: Any, other: Any) -> str | None:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        same = one is other or (type(one) is type(other) and one == other)
+        return None if same else f"{what}: {_brief(one)} in the model, {_brief(other)} in the pipe"
+    if one.requires_grad != other.requires_grad:
+        return f"{what}: requires_grad is {one.requires_grad} in the model, {other.requires_grad} in the pipe"
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return f"{what}: {one.dtype}{list(one.shape)} in the model, {other.dtype}{list(other.shape)} in the pipe"
+    if torch.equal(one, other):
+        return None
+    try:
+        torch.testing.assert_close(other.detach(), one.detach(), equal_nan=True)
+    except (AssertionError, RuntimeError) as error:
+        return f"{what}: {' '.join(str(error).split())[:160]}"
+    return None
+
+
+def _brief(item: Any) -> str:
+    return f"{item.dtype}{list(item.shape)}" if isinstance(item, torch.Tensor) else f"{item!r:.60}"
