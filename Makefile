@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench zoo clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.demo
@@ -24,6 +24,9 @@ tests: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m stagecut.tools.bench
+
+zoo: $(READY)
+	$(BIN)/python tests/zoo/run.py --jobs 2
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -85,6 +85,16 @@ class StageModule(nn.Module):
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module at a path of the model, also where its name hides one of ours."""
+        module: nn.Module = self
+        for name in target.split(".") if target else ():
+            found = module._modules.get(name)
+            if found is None:
+                raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
+            module = found
+        return module
+
     def _get_name(self) -> str:
         return self._title
 
@@ -101,7 +111,7 @@ class StageModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forwards = [self._code.function(text) for text in self._texts]
+        self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]  # the model may have a module of this name
 
 
 OURS = frozenset({"_code", "_texts", "_forwards", "_constants", "_here", "training"})

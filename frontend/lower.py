@@ -50,6 +50,9 @@ MODE_ARGUMENT: dict[str, int] = {
 }  # fmt: skip
 """Ops with a training flag -> its position among the operands."""
 
+_MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
+"""The module stack of a node that the tracer added, such as the size of an input."""
+
 _NORMS = ("batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm")
 _NORM_OPS = frozenset(f"aten.{name}.default" for name in _NORMS)
 
@@ -266,7 +269,7 @@ class Lowering:
     def scope(self, node: fx.Node) -> Scope:
         """The module calls around a node, outermost first, the root left out."""
         stack: dict[str, tuple[str, Any]] | None = node.meta.get("nn_module_stack")
-        if not stack:
+        if not stack or _MADE_UP in stack:
             return ()
         key = tuple(stack)
         scope = self._scopes.get(key)
@@ -277,7 +280,7 @@ class Lowering:
     def loc(self, node: fx.Node) -> Loc | None:
         """The user's source line of a node: the innermost frame outside torch."""
         trace = node.meta.get("stack_trace")
-        if not trace:
+        if not trace or _MADE_UP in (node.meta.get("nn_module_stack") or ()):
             return None
         if trace not in self._locs:
             self._locs[trace] = user_loc(trace)

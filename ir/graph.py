@@ -104,9 +104,19 @@ class Value:
         return f"%{self.hint or '?'}"
 
     def replace_uses(self, new: Value, where: Callable[[Op], bool] = lambda op: True) -> None:
-        """Every using op for which `where` holds names `new` instead of this value."""
-        for op in [op for op in self.uses if where(op)]:
-            op.replace_operand(self, new)
+        """Every using op for which `where` holds names `new` instead of this value.
+
+        An op that wrote both made a version of each; they are one from here on.
+        """
+        pending = [(self, new, [op for op in self.uses if where(op)])]
+        while pending:
+            old, into, users = pending.pop()
+            for op in users:
+                if old in op.versions and into in op.versions:
+                    merged = op.versions.pop(old)
+                    pending.append((merged, op.versions[into], list(merged.uses)))
+                    old.uses.pop(op, None)
+                op.replace_operand(old, into)
 
 
 class Op:
@@ -194,6 +204,17 @@ class Op:
             old.uses.pop(self, None)
             self.versions = {swap.get(k, k): v for k, v in self.versions.items()}
         self.set_operands(substitute(self.args, swap), substitute(self.kwargs, swap))
+
+    def copy(self, swap: dict[Value, Value]) -> Op:
+        """A twin of this op that reads `swap[v]` in place of `v`, with results of its own and this op as its origin."""
+        args, kwargs = (substitute(self.args, swap), substitute(self.kwargs, swap)) if swap else (self.args, self.kwargs)
+        twin = Op(
+            self.target, args, kwargs, effects=self.effects, scope=self.scope, context=self.context, loc=self.loc, form=self.form
+        )  # fmt: skip
+        twin.origin = self.origin or self
+        for result in self.results:
+            twin.add_result(result.type, result.hint)
+        return twin
 
     def drop(self) -> None:
         """The op uses nothing any more. Its results must have no use left."""

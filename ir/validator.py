@@ -43,7 +43,7 @@ class Trace:
         self._place_state(program)
         ops = list(program.all_ops())
         for position, op in enumerate(ops):
-            self.keys.update((r, ("op", position, i)) for i, r in enumerate(op.results))
+            self.keys.update(_result_keys(op, position, self.keys))
             self._place_results(op)
         needed = _needed(ops, program.output)
         self.ops = {op: self._record(op, position, op in needed) for position, op in enumerate(ops)}
@@ -74,6 +74,14 @@ def _bare(kind: Type) -> Type:
     return replace(kind, grad=False) if isinstance(kind, TensorType) and kind.grad else kind
 
 
+def _result_keys(op: Op, position: int, keys: dict[Value, Key]) -> Iterator[tuple[Value, Key]]:
+    """The key of each result: an in-place op returns the very tensor it wrote."""
+    for index, result in enumerate(op.results):
+        viewed = op.effects.views[index] if op.effects.views else None
+        same = viewed is not None and viewed in op.effects.writes
+        yield result, keys[op.operands[viewed]] if same and op.operands[viewed] in keys else ("op", position, index)
+
+
 GUARDS = ("aten._assert_tensor_metadata.", "aten._assert_scalar.", "aten.sym_constrain_range")
 
 
@@ -100,7 +108,7 @@ class _Comparison:
     def __init__(self, trace: Trace, program: Program) -> None:
         self._trace, self._program = trace, program
         self._keys: dict[Value, Key] = {}
-        self._latest: dict[Key, Value] = {}
+        self._latest: dict[Key, set[Value]] = {}
         self._stale: dict[Key, Op] = {}
         self._members: dict[Key, list[Key]] = {}
         for key, home in trace.storage.items():
@@ -122,7 +130,7 @@ class _Comparison:
                     continue
                 seen[origin] += 1
                 yield from self._compare(op, recorded)
-                moved = not op.operands and not op.has_effect
+                moved = op.origin is not None or not (op.operands or op.has_effect)
                 if not moved and recorded.position < last:
                     yield f"out of order: {op.where()} runs behind an op it stood in front of"
                 last = last if moved else recorded.position
@@ -130,28 +138,32 @@ class _Comparison:
         yield from self._results()
 
     def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
-        self._keys.update((r, ("op", recorded.position, i)) for i, r in enumerate(op.results))
+        self._keys.update(_result_keys(op, recorded.position, self._keys))
         if op.target != recorded.target or tuple(_bare(r.type) for r in op.results) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
         if not _same(op.args, recorded.args, self._keys) or not _same(op.kwargs, recorded.kwargs, self._keys):
             yield f"other operands than traced: {op.where()}"
         for value in op.reads:
             key = self._keys.get(value)
-            if key is not None and self._latest.get(key, value) is not value:
+            if key is not None and value not in self._latest.get(key, (value,)):
                 yield f"{value!r} is read after a newer version was written: {op.where()}"
             if key in self._stale:
                 yield f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as if unwritten: {op.where()}"
+        if op.origin is not None:  # a view of the newest version is the newest version of that view
+            for result in op.results:
+                self._latest.get(self._keys[result], set()).add(result)
         self._write(op, recorded)
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
+        newest: dict[Key, set[Value]] = {key: {r for r in op.results if self._keys[r] == key} for key in recorded.writes}
         for old, new in op.versions.items():
             if old in self._keys:
                 self._keys[new] = self._keys[old]
-                self._latest[self._keys[old]] = new
-        renewed = {self._keys[new] for new in op.versions.values() if new in self._keys}
+                newest.setdefault(self._keys[old], set()).add(new)
+        self._latest |= newest
         for key in recorded.writes:
             home = self._trace.storage.get(key, key)
-            for member in {key, home, *self._members.get(home, ())} - renewed:
+            for member in {key, home, *self._members.get(home, ())} - newest.keys():
                 if member[0] != "op" or member[1] < recorded.position:
                     self._stale[member] = op
 
@@ -168,7 +180,7 @@ class _Comparison:
             yield "the program returns other values than traced, or in another order"
         for leaf in self._program.output.operands:
             key = self._keys.get(leaf)
-            if key is not None and self._latest.get(key, leaf) is not leaf:
+            if key is not None and leaf not in self._latest.get(key, (leaf,)):
                 yield f"{leaf!r} is returned after a newer version was written"
         names = {name: e.tensor for e in self._program.state for name in e.names if e.kind != "const"}
         if names != self._trace.names:

@@ -69,9 +69,8 @@ def _sink(op: Op, here: int, home: dict[Op, int], arriving: dict[int, list[Op]])
     users = [home.get(user, here) for user in value.uses]  # the program's output keeps it here
     away = sorted({s for s in users if s != here})
     for stage in away:
-        twin = Op(op.target, op.args, op.kwargs, effects=op.effects, scope=op.scope, context=op.context, loc=op.loc, form=op.form)
-        twin.origin = op.origin or op
-        result = twin.add_result(value.type, value.hint)
+        twin = op.copy({})
+        result = twin.results[0]
         value.replace_uses(result, lambda user, stage=stage: home.get(user, here) == stage)  # type: ignore[misc]
         arriving.setdefault(stage, []).append(twin)
     return not value.uses

@@ -13,6 +13,7 @@ from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.infer_gradients import InferGradients
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition
+from stagecut.passes.rebase_views import RebaseViews
 from stagecut.passes.resolve_aliases import ResolveAliases
 from stagecut.passes.route import Route
 from stagecut.passes.share_state import ShareState
@@ -25,6 +26,7 @@ PASSES: tuple[type[Any], ...] = (
     InferGradients,  # after versions: a write can make a value carry gradient
     FindSplits,  # after the rest has settled: positions mean ops that stay
     Partition,  # from here on ops have stages
+    RebaseViews,  # before anything is computed from what crosses: it changes what crosses
     ShareState,  # needs stages; before liveness, for state that is held does not cross
     Liveness,  # what crosses
     Route,  # how it crosses; links the program
@@ -36,7 +38,8 @@ ORDER = (
     ("version-mutations", "infer-gradients"),
     ("version-mutations", "partition"),
     ("find-splits", "partition"),
-    ("partition", "share-state"),
+    ("partition", "rebase-views"),
+    ("rebase-views", "share-state"),
     ("share-state", "liveness"),
     ("liveness", "route"),
 )

@@ -67,12 +67,16 @@ class _AliasClasses:
                 self._join(value, value)
         rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
         roots = dict.fromkeys(self._root[value] for value in written)
-        members = [member for root in roots for member in self._alive(root, index)]
+        members = [member for root in roots for member in self._alive(root, index, len(written))]
         for member in sorted(members, key=lambda m: rank.get(self._now(m), len(rank))):
             self._renew(op, member)
 
-    def _alive(self, root: Value, index: int) -> list[Value]:
+    def _alive(self, root: Value, index: int, written: int) -> list[Value]:
+        """Members read later, and state. The root lives as long as two values share its storage, or while it is the user's:
+        what is written can then be derived from it anew."""
         members = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
+        if root not in members and (root.owner is None or len(members) + written > 1):
+            members.insert(0, root)
         self._members[root] = members
         return members
 

@@ -362,7 +362,6 @@ def test_running_statistics_written_in_one_stage_are_read_in_the_next() -> None:
     assert not pipe.program.stages[1].state
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a value and a view of it cross as two tensors: a write then sees one")
 def test_a_write_through_a_view_that_crossed_reaches_the_value() -> None:
     """Both are in one storage before the cut, and must be after it."""
     model, args, kwargs = build_model(ModelPlan(root=WRITE_THROUGH_VIEW))

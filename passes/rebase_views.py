@@ -1,0 +1,112 @@
+"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecut.ir.graph import Op, Program, Stage, Value
+
+
+@dataclass(frozen=True)
+class RebaseViews:
+    """A stage that writes a value receives its storage once.
+
+    Two values that share storage arrive in another process as two tensors, and a write to one would not show in the
+    other. So the stage receives only the value they are views of, and takes the views itself.
+    """
+
+    name = "rebase-views"
+
+    def run(self, program: Program) -> bool:
+        if program.phase != "partitioned" or any(stage.state for stage in program.stages):
+            return False
+        aliases = _Aliases(program)
+        changed = False
+        for stage in program.stages:
+            changed |= aliases.rebase(stage)
+        if changed:
+            _remove_dead_views(program)
+        return changed
+
+
+class _Aliases:
+    """Where values are defined, and what each is a version or a view of."""
+
+    def __init__(self, program: Program) -> None:
+        self._home: dict[Value, int] = {v: stage.index for stage in program.stages for op in stage.ops for v in op.definitions()}
+        self._stage_of: dict[Op, int] = {op: stage.index for stage in program.stages for op in stage.ops}
+        self._version_of: dict[Value, Value] = {}
+        for op in program.all_ops():
+            for old, new in op.versions.items():
+                self._version_of[new] = self._version_of.get(old, old)
+
+    def rebase(self, stage: Stage) -> bool:
+        """No two values of one storage cross into `stage` and are written there; True when that took a change."""
+        twins: dict[tuple[Op, Value], Op] = {}
+        changed = False
+        for op in list(stage.ops):
+            if op.effects.writes:
+                for root, crossing in self._crossing(op, stage.index).items():
+                    changed |= self._derive(root, crossing, op, stage, twins)
+        stage.ops[:0] = twins.values()
+        return changed
+
+    def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
+        """By root, the values `op` writes or renews that come from another stage, where they must be unified."""
+        touched = dict.fromkeys([*(op.operands[i] for i in op.effects.writes), *op.versions])
+        found: dict[Value, list[Value]] = {}
+        for value in touched:
+            if self._home.get(value, here) != here:
+                found.setdefault(self._steps(value)[0], []).append(value)
+        return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
+
+    def _member(self, value: Value) -> Value:
+        return self._version_of.get(value, value)
+
+    def _steps(self, value: Value) -> tuple[Value, list[tuple[Op, int]]]:
+        """The root of a value's storage, and the view ops that lead from it to the value, last first."""
+        steps: list[tuple[Op, int]] = []
+        member = self._member(value)
+        while isinstance(member.owner, Op):
+            op, index = member.owner, member.owner.results.index(member)
+            viewed = op.effects.views[index] if op.effects.views else None
+            if viewed is None:
+                break
+            if viewed not in op.effects.writes:  # an in-place op returns its operand itself
+                steps.append((op, index))
+            member = self._member(op.operands[viewed])
+        return member, steps
+
+    def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
+        base = next((v for v in op.reads if self._member(v) is root), None)
+        if base is None:
+            return False
+        for value in crossing:
+            if value is base:
+                continue
+            derived = base
+            for view, index in reversed(self._steps(value)[1]):
+                derived = self._twin(view, derived, stage.index, twins).results[index]
+            value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
+        return crossing != [base]
+
+    def _twin(self, view: Op, base: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
+        if (view, base) not in twins:
+            viewed = next(i for i in view.effects.views if i is not None)
+            twin = twins[view, base] = view.copy({view.operands[viewed]: base})
+            self._stage_of[twin] = here
+            self._home.update(dict.fromkeys(twin.results, here))
+        return twins[view, base]
+
+
+def _remove_dead_views(program: Program) -> None:
+    """Views nothing takes any more are gone, but no stage is left empty."""
+    dead: set[Op] = set()
+    for stage in reversed(program.stages):
+        idle: set[Op] = set()
+        for op in reversed(stage.ops):
+            if not op.has_effect and all(user in dead or user in idle for v in op.definitions() for user in v.uses):
+                idle.add(op)
+        if len(idle) < len(stage.ops):
+            dead |= idle
+    program.remove_ops(dead)

@@ -1,0 +1,260 @@
+"""Draws random models, cuts them at random places and holds the stages to what the model does.
+
+    python -m stagecut.tools.fuzz --programs 20000 --seed 1 --jobs 2
+
+Every failure is made smaller and printed as a script that shows it by itself. Exit status 1 when there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
+from stagecut.tools.fuzz_plans import size, source
+
+CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know: the seed, every how many programs the slow checks run too, and whether a bug is planted."""
+
+    seed: int
+    deep_every: int = 10
+    shrink_seconds: float = 60
+    plant: bool = False
+
+
+@dataclass
+class Failure:
+    """One way to fail: which programs do, and a script for the smallest one found."""
+
+    indices: list[int]
+    lines: list[str]
+    script: str = ""
+    sizes: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Report:
+    """What a run found. Counters are by message, `ops` by op name."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    untraceable: Counter[str] = field(default_factory=Counter)
+    ops: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    redrawn: int = 0
+    seconds: float = 0.0
+
+    @property
+    def programs(self) -> int:
+        """How many programs were judged."""
+        return sum(self.kinds.values())
+
+    def add(self, index: int, attempts: int, verdict: Verdict) -> bool:
+        """Counts a verdict; True when it is a failure of a kind not seen before."""
+        self.kinds[verdict.kind] += 1
+        self.redrawn += attempts
+        self.ops.update(verdict.ops)
+        (self.untraceable if verdict.kind == UNTRACEABLE else self.refusals).update(verdict.refusals)
+        if verdict.kind != FAILED:
+            return False
+        known = verdict.signature in self.failures
+        self.failures.setdefault(verdict.signature, Failure([], verdict.lines)).indices.append(index)
+        return not known
+
+    def __str__(self) -> str:
+        return "\n".join(self._text())
+
+    def _text(self) -> Iterator[str]:
+        kinds, rate = self.kinds, 1000 * self.seconds / max(1, self.programs)
+        yield f"{self.programs} programs in {self.seconds:.0f} s, {rate:.1f} s per 1000; {self.redrawn} drawn again, for they did not run"
+        yield f"{kinds[PASSED]} passed, {kinds[FAILED]} failed, {kinds[REFUSED]} refused, {kinds[UNTRACEABLE]} untraceable"
+        for title, counts in (("refused", self.refusals), ("untraceable", self.untraceable)):
+            for message, count in counts.most_common():
+                yield f"  {title} {count:>6}  {message}"
+        rarest = ", ".join(name for name, _ in self.ops.most_common()[-5:])
+        yield f"{len(self.ops)} different ops, {sum(self.ops.values())} in all; rarest: {rarest}"
+        for signature, failure in self.failures.items():
+            yield f"  FAILED {len(failure.indices):>6}  {signature}  (programs {', '.join(map(str, failure.indices[:8]))})"
+
+
+# --- workers ------------------------------------------------------------------------------------------
+
+
+def run_chunk(job: Job, indices: list[int]) -> list[tuple[int, int, Verdict]]:
+    """Index, attempts to draw and verdict of each program."""
+    found = []
+    for index in indices:
+        plan, attempts = draw(job.seed, index, job.plant)
+        found.append((index, attempts, judge(plan, _is_deep(job, index), index)))
+    return found
+
+
+def _is_deep(job: Job, index: int) -> bool:
+    return job.deep_every > 0 and index % job.deep_every == 0
+
+
+def run_shrink(job: Job, index: int, verdict: Verdict) -> Failure:
+    """The failing program `index`, made smaller, with its script."""
+    plan, _ = draw(job.seed, index, job.plant)
+    small, found = shrink(plan, verdict, index, job.shrink_seconds)
+    return Failure([index], found.lines, reproducer(small, found, index), (size(plan), size(small)))
+
+
+def fuzz(programs: Iterable[int], job: Job, jobs: int, progress: Progress) -> Report:
+    """Judges the programs of those numbers, here when `jobs` is 0, else in that many processes."""
+    report = Report()
+    start = time.perf_counter()
+    if jobs == 0:
+        quiet()
+        for index in programs:
+            for _, attempts, verdict in run_chunk(job, [index]):
+                if report.add(index, attempts, verdict):
+                    _take(report, verdict.signature, run_shrink(job, index, verdict))
+            progress.advance(1, report)
+    else:
+        _in_processes(list(programs), job, jobs, progress, report)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _in_processes(programs: list[int], job: Job, jobs: int, progress: Progress, report: Report) -> None:
+    context = multiprocessing.get_context("spawn")
+    chunks = [programs[i : i + CHUNK] for i in range(0, len(programs), CHUNK)]
+    with ProcessPoolExecutor(jobs, context, quiet, max_tasks_per_child=150) as pool:
+        pending: dict[Future[Any], Any] = {}
+        while chunks or pending:
+            while chunks and len(pending) < 2 * jobs:
+                chunk = chunks.pop(0)
+                pending[pool.submit(run_chunk, job, chunk)] = chunk
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                what = pending.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    report.failures[f"a worker died at or before programs {what}"] = Failure([], [])
+                    return
+                if isinstance(result, Failure):
+                    _take(report, what, result)
+                    continue
+                for index, attempts, verdict in result:
+                    if report.add(index, attempts, verdict):
+                        pending[pool.submit(run_shrink, job, index, verdict)] = verdict.signature
+                progress.advance(len(result), report)
+
+
+def _take(report: Report, signature: str, found: Failure) -> None:
+    """The script of a failure is known: it is printed at once."""
+    failure = report.failures[signature]
+    failure.lines, failure.script, failure.sizes = found.lines, found.script, found.sizes
+    print(f"\n# --- program {found.indices[0]}: {signature} (size {found.sizes[0]} -> {found.sizes[1]})\n{found.script}", flush=True)
+
+
+# --- progress -----------------------------------------------------------------------------------------
+
+
+class Progress(Protocol):
+    """Shows how far a run is."""
+
+    def advance(self, count: int, report: Report) -> None:
+        """`count` more programs are judged."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def advance(self, count: int, report: Report) -> None:
+        """Nothing."""
+
+
+class Counting:
+    """One line that is written over."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def advance(self, count: int, report: Report) -> None:
+        """The line with the new counts."""
+        sys.stderr.write(f"\r{report.programs}/{self._total} programs, {report.kinds[FAILED]} failed ")
+        sys.stderr.flush()
+
+
+class Bar:
+    """A bar of rich."""
+
+    def __init__(self, bar: Any, total: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task("programs", total=total, failed=0)
+
+    def advance(self, count: int, report: Report) -> None:
+        """A longer bar."""
+        self._bar.update(self._task, advance=count, failed=report.kinds[FAILED])
+
+
+@contextmanager
+def show_progress(total: int) -> Iterator[Progress]:
+    """A bar where rich is there, else a counter; nothing when nobody looks at a terminal."""
+    if not sys.stderr.isatty():
+        yield Silent()
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Rich
+    except ImportError:
+        yield Counting(total)
+        sys.stderr.write("\n")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
+    with Rich(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        yield Bar(bar, total)
+
+
+# --- command line -------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the fuzzer; 1 when a program failed."""
+    parser = argparse.ArgumentParser(prog="fuzz", description="Cuts random models and compares the stages with the model.")
+    parser.add_argument("--programs", type=int, default=1000, help="how many (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same programs (default 0)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first program (default 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes; 0 stays in this one (default 2)")
+    parser.add_argument(
+        "--deep-every", type=int, default=10, help="every how many programs single passes are checked too; 0 never (default 10)"
+    )
+    parser.add_argument("--shrink-seconds", type=float, default=60, help="time to make one failure smaller (default 60)")
+    parser.add_argument("--coverage", type=Path, help="write op names and how often they were seen to this JSON file")
+    parser.add_argument("--show", action="store_true", help="print the source of the programs instead of running them")
+    options = parser.parse_args(argv)
+    job = Job(options.seed, options.deep_every, options.shrink_seconds)
+    programs = range(options.start, options.start + options.programs)
+    if options.show:
+        quiet()
+        for index in programs:
+            print(f"# --- program {index}\n{source(draw(job.seed, index)[0])}")
+        return 0
+    with show_progress(len(programs)) as progress:
+        report = fuzz(programs, job, options.jobs, progress)
+    print(report)
+    if options.coverage:
+        options.coverage.write_text(json.dumps(dict(report.ops.most_common()), indent=1) + "\n", encoding="utf-8")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""What the fuzzer holds a pipe to. Every check returns what is wrong, one line each; none is found when the list is empty.
+
+Checks take the model itself, not a plan: a reproducer calls them, or holds their source.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from stagecut.backend.mailbox import Mailbox
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.interp import run
+from stagecut.ir.parser import parse
+from stagecut.ir.printer import text
+from stagecut.ir.types import TensorType
+from stagecut.ir.verifier import verify
+from stagecut.passes.find_splits import FindSplits
+from stagecut.passes.pipeline import default_pipeline
+from stagecut.passes.runner import run_passes
+from stagecut.pipe import Pipe
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+# --- what a model does --------------------------------------------------------------------------------
+
+
+def outcome(model: nn.Module, function: Callable[..., Any], calls: list[Call]) -> dict[str, Any]:
+    """Everything that calls of `function`, which computes with the tensors of `model`, leave behind, by name."""
+    found: dict[str, Any] = {}
+    for number, (args, kwargs) in enumerate(calls):
+        torch.manual_seed(5)
+        given = tree_flatten((args, kwargs))[0]
+        outputs, found[f"structure of call {number}"] = tree_flatten(function(*args, **kwargs))
+        found |= {f"output {i} of call {number}": o.detach().clone() if hasattr(o, "detach") else o for i, o in enumerate(outputs)}
+        found |= {f"requires_grad of output {i} of call {number}": getattr(o, "requires_grad", None) for i, o in enumerate(outputs)}
+        tensors = [t for t in [*given, *outputs] if isinstance(t, torch.Tensor)]
+        places = [t.untyped_storage().data_ptr() for t in tensors]
+        found[f"aliases of call {number}"] = [places.index(p) for p in places]
+        found[f"random state after call {number}"] = torch.get_rng_state()
+        backward(outputs)
+        for i, tensor in enumerate(given):
+            if isinstance(tensor, torch.Tensor):
+                found[f"input {i} after call {number}"] = tensor.detach().clone()
+                found[f"gradient of input {i} in call {number}"] = tensor.grad
+        found |= {f"buffer {n} after call {number}": b.clone() for n, b in model.named_buffers(remove_duplicate=False)}
+    found |= {f"parameter {n}": p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+    return found
+
+
+def backward(outputs: Sequence[Any]) -> None:
+    """Goes backward through all outputs that carry gradient, each element with a weight of its own."""
+    losses = []
+    for output in outputs:
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            real = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
+            losses.append((real.double() * torch.arange(1, real.numel() + 1).reshape(real.shape)).sum())
+    if losses:
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any], rtol: float) -> list[str]:
+    """Where two outcomes differ. All is bit for bit but gradients: the uses of a tensor may be summed in another order."""
+    wrong = [f"{name} is {'missing' if name in expected else 'new'}" for name in expected.keys() ^ found.keys()]
+    for name, one in expected.items():
+        other = found.get(name)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            same = one.dtype == other.dtype and one.shape == other.shape
+            if same and name.startswith("gradient"):
+                scale = float(one.abs().nan_to_num(0, 0, 0).max()) if one.numel() else 1.0
+                same = torch.allclose(other, one, rtol=rtol, atol=rtol * max(1.0, scale), equal_nan=True)
+            elif same:
+                same = one.stride() == other.stride() and bool(((one == other) | (one.isnan() & other.isnan())).all())
+        else:
+            same = type(one) is type(other) and one == other
+        if not same:
+            wrong.append(f"{name} differs: {one} and {other}")
+    return wrong
+
+
+def names(model: nn.Module, pipe: Pipe) -> list[str]:
+    """Where state names differ: each stage's a subset of the model's, their union the model's, the tensors the model's own."""
+    own = model.state_dict(keep_vars=True)
+    held = [stage.state_dict(keep_vars=True) for stage in pipe.stages]
+    wrong = [f"stage {i} holds another '{n}'" for i, h in enumerate(held) for n, t in h.items() if t is not own.get(n)]
+    wrong += [f"no stage holds '{n}'" for n in own if not any(n in h for h in held)]
+    wrong += ["state_dict has another order"] * (list(pipe.state_dict()) != list(own))
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(m, kind)(remove_duplicate=False)) for m in (pipe, model))
+        wrong += [f"{kind} differ: {sorted(ours.keys() ^ theirs.keys())}"] * (ours.keys() != theirs.keys())
+    return wrong
+
+
+def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Where what a stage returns is not of the type that the IR gives it."""
+    wrong: list[str] = []
+    for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
+
+        def look(module: nn.Module, inputs: Any, result: Any, outputs: list[Value] = block.outputs) -> None:
+            items = result if len(outputs) != 1 else (result,)
+            for value, item in zip(outputs, items if outputs else (), strict=True):
+                kind = value.type
+                if not isinstance(kind, TensorType):
+                    continue
+                shape = [n if isinstance(n, int) else m for n, m in zip(kind.shape, item.shape, strict=True)]
+                if list(item.shape) != shape or (kind.strides is None and not item.is_contiguous()):
+                    wrong.append(f"{value!r} is {kind}, but {list(item.shape)} with strides {item.stride()} comes out")
+                if item.requires_grad != kind.grad:
+                    wrong.append(f"{value!r} is {kind}, but requires_grad is {item.requires_grad}")
+
+        stage.register_forward_hook(look)
+    pipe(*args, **kwargs)
+    return wrong
+
+
+# --- the program --------------------------------------------------------------------------------------
+
+
+def round_trip(program: Program) -> list[str]:
+    """What is wrong with the text form: it must read back valid and print the same."""
+    printed = text(program)
+    again = parse(printed)
+    verify(again)
+    return ["the text reads back as another program"] * (text(again) != printed)
+
+
+def interpret(program: Program, bindings: Bindings, flat: list[Any]) -> dict[str, Any]:
+    """What the reference interpreter makes of a program."""
+    torch.manual_seed(5)
+    outputs, state = run(program, flat, bindings.tensors, bindings)
+    found = {f"output {i}": o.detach().clone() if isinstance(o, torch.Tensor) else o for i, o in enumerate(outputs)}
+    return found | {f"state {n}": t.detach() for n, t in state.items()} | {"random state": torch.get_rng_state()}
+
+
+def passes(lowered: Callable[[], tuple[Program, Bindings]], splits: FindSplits, flat: list[Any]) -> list[str]:
+    """What single passes change: the interpreter must find the same before and after each, and the text must read back."""
+    program, bindings = lowered()
+    expected = interpret(program, bindings, flat)
+    wrong = round_trip(program)
+
+    def after(record: Any, p: Program) -> None:
+        wrong.extend(f"after {record.name}: {line}" for line in differences(expected, interpret(p, bindings, flat), 0) + round_trip(p))
+
+    run_passes(program, default_pipeline(splits), check=True, after=after)
+    return wrong
+
+
+def shuffled(lowered: Callable[[], tuple[Program, Bindings]], splits: FindSplits, flat: list[Any], seed: int) -> list[str]:
+    """What the order of independent ops changes: a program in another order must mean the same after all passes."""
+    program, bindings = lowered()
+    expected = interpret(program, bindings, flat)
+    program.ops = shuffle(program, random.Random(seed))
+    wrong = [f"shuffled: {line}" for line in differences(expected, interpret(program, bindings, flat), 0)]
+    if wrong:
+        return wrong
+    run_passes(program, default_pipeline(splits), check=True)
+    return [f"shuffled, after all passes: {line}" for line in differences(expected, interpret(program, bindings, flat), 0)]
+
+
+def shuffle(program: Program, rng: random.Random) -> list[Op]:
+    """The ops in another order: uses behind definitions, effects in order, reads and writes of one storage in order."""
+    root: dict[Value, Any] = {entry.value: ("state", entry.storage) for entry in program.state}
+    waits: dict[Op, set[Op]] = {}
+    home = {r: op for op in program.ops for r in op.results}
+    written: dict[Any, list[Op]] = {}
+    touched: dict[Any, list[Op]] = {}
+    last: Op | None = None
+    for op in program.ops:
+        before = {home[v] for v in op.operands if v in home}
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None:
+                base = op.operands[viewed]
+                root[result] = root.get(base, base)
+        places = {root.get(v, v) for v in [*op.operands, *op.results]}
+        writes = {root.get(op.operands[i], op.operands[i]) for i in op.effects.writes}
+        before |= {o for place in places for o in written.get(place, ())} | {o for place in writes for o in touched.get(place, ())}
+        if op.has_effect or op.is_split:
+            before |= {last} if last is not None else set()
+            last = op
+        for place in places:
+            touched.setdefault(place, []).append(op)
+        for place in writes:
+            written.setdefault(place, []).append(op)
+        waits[op] = before - {op}
+    return _any_order(waits, rng)
+
+
+def _any_order(waits: dict[Op, set[Op]], rng: random.Random) -> list[Op]:
+    found: list[Op] = []
+    left = dict(waits)
+    done: set[Op] = set()
+    while left:
+        ready = [op for op, before in left.items() if before <= done]
+        picked = rng.choice(ready)
+        found.append(picked)
+        done.add(picked)
+        del left[picked]
+    return found
+
+
+# --- separate processes -------------------------------------------------------------------------------
+
+
+def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) -> list[str]:
+    """What differs when stages share nothing but what is sent. `call` goes to the model, `other`, which is equal, to the stages.
+
+    Raises StagecutError when the program cannot run like that.
+    """
+    box = Mailbox(pipe.program, pipe.stages)
+    torch.manual_seed(5)
+    expected = tree_flatten(model(*call[0], **call[1]))[0]
+    wants: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(expected)
+    torch.manual_seed(5)
+    found = box.forward(pipe.flatten(*other))
+    gives: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(found)
+    backward(expected)
+    backward(found)
+    box.backward()
+    flat, state = pipe.flatten(*call), box.state()
+    wants |= {f"gradient of {n}": p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+    gives |= {f"gradient of {n}": g for n, g in box.gradients().items()}
+    wants |= {f"gradient of input {i}": t.grad for i, t in enumerate(flat) if isinstance(t, torch.Tensor)}
+    gives |= {f"gradient of input {i}": g for i, g in enumerate(box.input_gradients()) if isinstance(flat[i], torch.Tensor)}
+    for n, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        wants[f"state {n}"], gives[f"state {n}"] = tensor.detach(), state[n].detach() if n in state else None
+    return differences(wants, gives, rtol)
+
+
+def _outputs(outputs: Sequence[Any]) -> dict[str, Any]:
+    """Outputs by number, without the layout: what arrives from another process is contiguous."""
+    return {
+        f"output {i}": o.detach().clone(memory_format=torch.contiguous_format) if hasattr(o, "detach") else o for i, o in enumerate(outputs)
+    }
