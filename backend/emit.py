@@ -28,8 +28,23 @@ from stagecut.ir.outline import Positions, positions
 from stagecut.ir.targets import check_op, resolve
 from stagecut.ir.types import TensorType
 
-_RESERVED = frozenset(
-    {*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "getattr", "slice", "inf", "nan", "forward", "_call"}
+_RESERVED = frozenset({"_call", "tensors_of"}) | frozenset(
+    {
+        *keyword.kwlist,
+        "self",
+        "torch",
+        "aten",
+        "operator",
+        "math",
+        "builtins",
+        "getattr",
+        "slice",
+        "inf",
+        "nan",
+        "forward",
+        "_call",
+        "tensors_of",
+    }
 )
 _BAD = re.compile(r"\W+", re.ASCII)
 _TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
@@ -94,15 +109,19 @@ class _Tree:
         self._emitter = emitter
 
     def node(self, path: str) -> nn.Module:
-        """The module at `path`, made with all modules above it when it is not there yet."""
+        """The module at `path`, made with all modules above it when it is not there yet. Nothing is put into a user's own module."""
         found = self._nodes.get(path)
+        if found is not None:
+            return found
+        above, _, name = path.rpartition(".")
+        parent = self.node(above)
+        if not isinstance(parent, StageModule):
+            return parent
+        bindings = self._emitter.bindings
+        found = bindings.modules.get(path)
         if found is None:
-            above, _, name = path.rpartition(".")
-            bindings = self._emitter.bindings
-            found = bindings.modules.get(path)
-            if found is None:
-                found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, torch.device(self._emitter.device))
-            self._nodes[path] = self.node(above)._modules[name] = found
+            found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, torch.device(self._emitter.device))
+        self._nodes[path] = parent._modules[name] = found
         return found
 
     def hold(self, block: StageBlock) -> None:
@@ -270,7 +289,8 @@ class _Function:
         kind, _, rest = op.target.partition(".")
         if kind == "module":
             args, kwargs, _ = op.args
-            return f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
+            called = f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
+            return f"tensors_of({called})" if op.form == "tensors" else called
         if kind == "method":
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
@@ -301,6 +321,8 @@ class _Function:
             return "", []
         wish = _wish(op)
         names = [self._define(v, wish) if v in used else "_" for v in op.results]
+        if op.form == "tensors":
+            return f"({', '.join(names)},)", []
         if op.form is None:
             return ", ".join(names), []
         if not _holds_dict(op.form):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 _serial = count()
 
@@ -40,13 +41,19 @@ class Code:
         return {"functions": self.functions, "title": self.title, "_made": {}}
 
 
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors in what a module kept whole returned, in order."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
 def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """The global names that generated code may use."""
     import builtins
     import math
     import operator
 
-    fixed = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": builtins}
+    fixed: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": builtins}
+    fixed["tensors_of"] = tensors_of
     return fixed | {"inf": math.inf, "nan": math.nan} | {n.replace(".", "_"): f for n, f in functions.items()}
 
 

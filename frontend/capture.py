@@ -4,34 +4,156 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example
-from stagecut.frontend.lower import TORCH_DIR
-from stagecut.ir.errors import CaptureError
+from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
+from stagecut.ir.errors import CaptureError, StagecutError
 
-_OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+MOST_LEAVES = 16
+"""How many modules are kept whole by themselves before capture gives up."""
 
 
-def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> ExportedProgram:
-    """The exported program of `module` on the example inputs.
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+    leaf_modules: Sequence[str] = (),
+) -> tuple[ExportedProgram, Leaves]:
+    """The exported program of `module` on the example inputs, and the modules it keeps whole.
 
-    Raises InputError when the inputs do not fit the signature, CaptureError when the model cannot be traced.
+    Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the failing line joins
+    them, with a note. Raises InputError when the inputs do not fit the signature, CaptureError when the model cannot be traced.
     """
     check_example(module, args, kwargs)
-    args, kwargs = distinct_tensors((tuple(args), dict(kwargs)))
+    inputs = distinct_tensors((tuple(args), dict(kwargs)))
+    leaves = Leaves(module, inputs)
+    for path in leaf_modules:
+        leaves.add(path)
+    while True:
+        try:
+            return _export(module, inputs, dynamic_shapes, leaves), leaves
+        except StagecutError:
+            raise
+        except Exception as error:
+            path = _failing_module(module, error, leaves.paths)
+            if not path or len(leaves.paths) >= MOST_LEAVES or not leaves.can_run():
+                raise _refusal(module, error) from error
+            leaves.add(path)
+            leaves.notes.append(f"module '{path}' is kept whole: {_first_line(error)} at {_user_frame(error)}")
+
+
+def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
+    watch = _AttributeWatch(module)
+    with leaves.standing_in(), _inference_mode_as_no_grad(), watch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*were assigned during export.*")  # _AttributeWatch looks closer
+        args, kwargs = inputs
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    watch.refuse_changes(leaves.paths)
+    return exported
+
+
+@contextmanager
+def _inference_mode_as_no_grad() -> Iterator[None]:
+    """The tracer loses inference_mode; inside it becomes no_grad, which computes the same and is recorded."""
+    cls: Any = torch.inference_mode
+    enter, leave = cls.__enter__, cls.__exit__
+
+    def start(self: Any) -> None:
+        self._stagecut_before = torch.is_grad_enabled()
+        if self.mode:
+            torch.set_grad_enabled(False)
+
+    def stop(self: Any, *_: Any) -> None:
+        torch.set_grad_enabled(self._stagecut_before)
+
+    cls.__enter__, cls.__exit__ = start, stop
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(module).__name__} cannot be traced: {_first_line(error)}",
-            where=_user_frame(error),
-            hint=_advice(error),
-        ) from error
+        yield
+    finally:
+        cls.__enter__, cls.__exit__ = enter, leave
+
+
+class _AttributeWatch:
+    """Notices attributes that forward changes: a trace would freeze them at their first value."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before: dict[tuple[str, str], Any] = {}
+        self._changed: list[tuple[str, str, str]] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        self._before = dict(_plain_attributes(self._module))
+        self._handle = self._module.register_forward_hook(self._look, always_call=False)
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def _look(self, *_: Any) -> None:
+        for key, now in _plain_attributes(self._module):
+            before = self._before.get(key)
+            if before is not None and before != now:
+                self._changed.append((*key, f"{before!s:.40} -> {now!s:.40}"))
+
+    def refuse_changes(self, leaves: Sequence[str]) -> None:
+        """Raises CaptureError when forward changed an attribute outside of the modules kept whole."""
+        for path, name, change in self._changed:
+            if any(path == leaf or path.startswith(leaf + ".") for leaf in leaves):
+                continue
+            owner = self._module.get_submodule(path)
+            raise CaptureError(
+                f"forward changes the attribute '{f'{path}.{name}'.lstrip('.')}' ({change}), which a trace would freeze",
+                where=_place(type(owner)),
+                hint="make it a buffer (register_buffer, changed in place), or keep the module whole: leaf_modules=[...]",
+            )
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
+    """Numbers, sizes of containers and identities of tensors among the attributes of all modules."""
+    for path, owner in module.named_modules():
+        parameters = {id(p) for p in owner.parameters(recurse=False)}
+        for name, item in vars(owner).items():
+            if isinstance(item, (int, float)) and not isinstance(item, bool):
+                yield (path, name), item
+            elif isinstance(item, (list, dict, set)) and not name.startswith("_"):
+                yield (path, name), f"{len(item)} items"
+            elif isinstance(item, torch.Tensor) and id(item) not in parameters:
+                yield (path, name), f"tensor {id(item):x}"
+
+
+def _place(cls: type) -> str:
+    import inspect
+
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}, class {cls.__name__}"
+    except (OSError, TypeError):
+        return f"class {cls.__name__}"
+
+
+def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
+    """The path of the smallest submodule whose frames the error went through and that is not kept whole yet, '' for none."""
+    paths = {id(m): path for path, m in module.named_modules()}
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        path = paths.get(id(owner), "") if isinstance(owner, nn.Module) else ""
+        found = path or found
+        trace = trace.tb_next
+    while found in known:  # it failed as a whole too: the module around it
+        found = found.rpartition(".")[0]
+    return found
 
 
 def distinct_tensors(tree: Any) -> Any:
@@ -49,6 +171,14 @@ def distinct_tensors(tree: Any) -> Any:
     return tree_map(once, tree)
 
 
+def _refusal(module: nn.Module, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"{type(module).__name__} cannot be traced: {_first_line(error)}",
+        where=_user_frame(error),
+        hint=_advice(error),
+    )
+
+
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
@@ -58,8 +188,7 @@ def _user_frame(error: Exception) -> str:
     """file:line and source of the innermost frame that is neither torch's nor ours."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        foreign = not path.startswith((TORCH_DIR, _OWN_DIR))
-        if foreign and os.path.exists(path):
+        if not path.startswith((TORCH_DIR, OWN_DIR)) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return "no frame of the model's own source"
 
@@ -68,7 +197,9 @@ def _advice(error: Exception) -> str:
     name = type(error).__name__
     text = str(error)
     if "DataDependent" in name or "data-dependent" in text.lower():
-        return "the model branches on a value of a tensor: use torch.where or torch.cond there"
+        return (
+            "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the module whole: leaf_modules=[...]"
+        )
     if "dynamic" in text and "constraint" in text.lower():
         return "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
     if "pytree" in text:

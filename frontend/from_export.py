@@ -10,19 +10,22 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
-from stagecut.frontend.lower import Lowering, state_entries
+from stagecut.frontend.lower import LeafCall, Lowering, state_entries
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import Effects, Op, Program, StateEntry, Value
 
 
-def lower_export(exported: ExportedProgram, module: torch.nn.Module | None = None) -> tuple[Program, Bindings]:
+def lower_export(
+    exported: ExportedProgram, module: torch.nn.Module | None = None, leaf_calls: dict[str, LeafCall] | None = None
+) -> tuple[Program, Bindings]:
     """The traced program of `exported`. With `module`, state is the module's own tensors; without, the exported ones."""
     program = Program(type(module).__name__ if module is not None else "ExportedProgram")
     bindings = Bindings()
     lowering = Lowering(program, bindings)
     if module is not None:
+        lowering.leaf_calls, lowering.leaf_owner = leaf_calls or {}, module
         program.state = state_entries(module, bindings, lowering.note_storage)
     else:
         program.state = _exported_state(exported, bindings)
@@ -101,10 +104,40 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
 
 
 def _write_back(program: Program, target: Value, source: Value) -> None:
-    """A functionalised write becomes the copy it stands for, at the end of the program."""
-    op = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
-    op.add_result(target.type, f"{target.hint}_new")
-    program.ops.append(op)
+    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the new value is made.
+
+    The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken before the copy.
+    """
+    if _written_in_place(source, target):
+        return
+    ops = program.ops
+    places = {op: place for place, op in enumerate(ops)}
+    made = places[source.owner] + 1 if isinstance(source.owner, Op) else 0
+    copy = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
+    if isinstance(source.owner, Op):
+        copy.scope, copy.loc = source.owner.scope, source.owner.loc
+    readers = [op for op in target.uses if op is not copy]
+    ops.insert(made, copy)
+    if readers:
+        first = min((op for op in readers), key=lambda op: places.get(op, len(places)))
+        old = Op("aten.clone.default", (target,), scope=first.scope, loc=first.loc)
+        old.add_result(target.type, f"{target.hint}_old")
+        target.replace_uses(old.results[0], lambda user: user not in (copy, old))
+        ops.insert(min(made, places.get(first, len(places))), old)
+    copy.add_result(target.type, f"{target.hint}_new")
+
+
+def _written_in_place(value: Value, target: Value) -> bool:
+    """True when `value` is `target` as in-place ops returned it: there is nothing left to copy."""
+    while value is not target:
+        op = value.owner
+        if not isinstance(op, Op) or not op.target.startswith("aten.") or len(op.results) != 1:
+            return False
+        viewed = op.effects.views[0] if op.effects.views else None
+        if viewed is None or viewed not in op.effects.writes:
+            return False
+        value = op.operands[viewed]
+    return True
 
 
 def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> CallSpec:

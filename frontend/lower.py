@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.types import literal, type_of
@@ -37,11 +38,13 @@ from stagecut.ir.graph import (
     StateEntry,
     Value,
     leaves,
+    transform,
 )
 from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE
 
 TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 MODE_ARGUMENT: dict[str, int] = {
     "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
@@ -67,6 +70,25 @@ class Seen:
     effect: bool = False
 
 
+LEAF = "torch.ops.stagecut.leaf.default"
+"""The op that stands in for a module kept whole."""
+
+
+@dataclass
+class LeafCall:
+    """One call of a module kept whole: how tensors sit in its arguments and results, and what it does besides."""
+
+    path: str
+    in_flat: list[Any]
+    in_spec: TreeSpec
+    out_flat: list[Any]
+    out_spec: TreeSpec
+    views: tuple[int | None, ...] = ()
+    written_inputs: tuple[int, ...] = ()
+    written_state: frozenset[str] = frozenset()
+    random: bool = False
+
+
 class Lowering:
     """Turns fx nodes into ops of one program. `env` maps each node to a tree of values and literals."""
 
@@ -80,6 +102,8 @@ class Lowering:
         self._schemas: dict[Any, _SchemaEffects] = {}
         self._literals: dict[Any, Any] = {}
         self._extern = Namer()
+        self.leaf_calls: dict[str, LeafCall] = {}
+        self.leaf_owner: torch.nn.Module = torch.nn.Module()
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -110,6 +134,8 @@ class Lowering:
             ops.append(Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node)))
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
+        if name == LEAF:
+            return self._leaf(node, self.leaf_calls[args[0]], args[1], ops, context)
         wrapped = _wrapped_context(name, args)
         if wrapped is not None:
             inner, graph, operands = wrapped
@@ -131,6 +157,31 @@ class Lowering:
         op.effects = self._effects(op, node.target, seen)
         ops.append(op)
         return tree
+
+    def _leaf(self, node: fx.Node, call: LeafCall, tensors: list[Any], ops: list[Op], context: tuple[Context, ...]) -> list[Value]:
+        """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
+        given = iter(tensors)
+        flat = [next(given) if isinstance(item, torch.Tensor) else item for item in call.in_flat]
+        args, kwargs = transform(tree_unflatten(flat, call.in_spec), lambda item: item if isinstance(item, Value) else self._literal(item))
+        held = {name: e.value for name, e in self.program.name_owners().items() if name.startswith(call.path + ".")}
+        scope = self.scope(node)
+        inside = ".".join(f.name for f in scope) == call.path
+        op = Op(f"module.{call.path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope[:-1] if inside else scope)
+        op.context, op.loc, op.form = context, self.loc(node), "tensors"
+        for item in call.out_flat:
+            if isinstance(item, torch.Tensor):
+                self._result(op, item.detach(), node.name)
+        written = [tensors[i] for i in call.written_inputs] + [held[f"{call.path}.{name}"] for name in call.written_state]
+        views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
+        op.effects = Effects(
+            tuple(dict.fromkeys(op.operands.index(v) for v in written)),
+            views if any(v is not None for v in views) else (),
+            call.random,
+            effect=True,
+        )
+        self.bindings.modules[call.path] = self.leaf_owner.get_submodule(call.path)
+        ops.append(op)
+        return list(op.results)
 
     def _inline(self, graph: fx.Graph, operands: tuple[Any, ...], ops: list[Op], context: tuple[Context, ...]) -> Any:
         parameters = [n for n in graph.nodes if n.op == "placeholder"]
@@ -389,7 +440,7 @@ def _scope(stack: list[tuple[str, str]]) -> Scope:
 
 
 def user_loc(trace: str) -> Loc | None:
-    """The innermost frame of a stack trace that lies outside torch, else the innermost frame."""
+    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost frame."""
     last: Loc | None = None
     for line in reversed(trace.splitlines()):
         text = line.strip()
@@ -398,7 +449,7 @@ def user_loc(trace: str) -> Loc | None:
         path, _, rest = text[6:].partition('", line ')
         number = rest.partition(",")[0]
         loc = Loc(path, int(number)) if number.isdigit() else None
-        if loc and not path.startswith(TORCH_DIR):
+        if loc and not path.startswith((TORCH_DIR, OWN_DIR)):
             return loc
         last = last or loc
     return last

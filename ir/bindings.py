@@ -13,7 +13,8 @@ class Bindings:
 
     tensors: state name -> tensor, for every name. modules: path -> the user's module, kept for leaf ops.
     functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
-    classes: module path -> class name. call: how user arguments become the flat list of inputs.
+    classes: module path -> class name. notes: what capture did.
+    call: how user arguments become the flat list of inputs.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -22,3 +23,4 @@ class Bindings:
     training: dict[str, bool] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     call: Any = None
+    notes: list[str] = field(default_factory=list)

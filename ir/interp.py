@@ -149,6 +149,8 @@ def _flat(op: Op, result: Any) -> list[Any]:
     """The results of an op, in the order the op lists them."""
     if not op.results:
         return []
+    if op.form == "tensors":
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     if op.form is not None:
         found: dict[int, Any] = {}
         _match(op.form, result, found)

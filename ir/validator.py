@@ -78,8 +78,8 @@ def _result_keys(op: Op, position: int, keys: dict[Value, Key]) -> Iterator[tupl
     """The key of each result: an in-place op returns the very tensor it wrote."""
     for index, result in enumerate(op.results):
         viewed = op.effects.views[index] if op.effects.views else None
-        same = viewed is not None and viewed in op.effects.writes
-        yield result, keys[op.operands[viewed]] if same and op.operands[viewed] in keys else ("op", position, index)
+        base = op.operands[viewed] if viewed is not None and viewed in op.effects.writes else None
+        yield result, keys.get(base, ("op", position, index)) if base is not None else ("op", position, index)
 
 
 GUARDS = ("aten._assert_tensor_metadata.", "aten._assert_scalar.", "aten.sym_constrain_range")

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from stagecut.pipe import Pipe
 
 
+CHECK_BYTES = 2**28
+"""The largest state, in bytes, that is compared by default."""
+
+
+def is_cheap(model: nn.Module, inputs: Any) -> bool:
+    """True when running a copy of `model` on a copy of `inputs` is possible and costs little."""
+    tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor))]
+    real = all(t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+    return real and sum(t.nbytes for t in tensors) <= CHECK_BYTES
+
+
 class CheckError(StagecutError):
     """The pipe does not compute what the model computes."""
 

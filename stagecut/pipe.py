@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import Report, compare
+from stagecut.check import CheckError, Report, compare, is_cheap
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -31,6 +32,7 @@ from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 
+CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
 
 
@@ -42,6 +44,8 @@ def pipeline(
     split_policy: Callable[..., Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    leaf_modules: Sequence[str] = (),
+    check: str | None = "auto",
 ) -> Pipe:
     """Cuts `module` into pipeline stages.
 
@@ -54,6 +58,11 @@ def pipeline(
         added, or one with a parameter named `program`, which takes the Program and returns the positions of ops
         in front of which to cut.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
+    leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object. Where tracing
+        fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so.
+    check: what to compare with the model afterwards, by one run of both on copies with the example inputs: 'outputs',
+        'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when the model is real and
+        its state no larger than CHECK_BYTES, else None.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
     its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
@@ -62,19 +71,30 @@ def pipeline(
     ------
     InputError: the example inputs do not fit the model's signature.
     CaptureError: the model cannot be traced; the message names the source line.
+    CheckError: the pipe does not compute what the model computes: tracing lost something.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
-    program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes)
+    if check not in CHECKS:
+        raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
+    program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
     at = _split_points(split_spec or {}, module)
     policy = as_cuts(split_policy, exported) if split_policy is not None else None
     trace = Trace(program)
     run_passes(program, default_pipeline(FindSplits(at, policy)))
     validate(trace, program)
-    return Pipe(program, bindings)
+    pipe = Pipe(program, bindings)
+    if isinstance(module, nn.Module):
+        pipe._model = weakref.ref(module)
+        _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
+    return pipe
 
 
 def lower(
-    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any = None
+    module: Model,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any] | None,
+    dynamic_shapes: Any = None,
+    leaf_modules: Sequence[str] = (),
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, what it is bound to, and the exported program where there was one."""
     if isinstance(module, ExportedProgram):
@@ -85,8 +105,25 @@ def lower(
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
-    exported = capture(module, args if args is not None else (), kwargs if kwargs is not None else {}, dynamic_shapes)
-    return *lower_export(exported, module), exported
+    exported, leaves = capture(module, args or (), kwargs or {}, dynamic_shapes, leaf_modules)
+    program, bindings = lower_export(exported, module, leaves.calls)
+    bindings.notes = leaves.notes
+    return program, bindings, exported
+
+
+def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
+    if check == "auto":
+        check = "gradients" if is_cheap(module, (args, kwargs)) else None
+    if check is None:
+        return
+    report = compare(module, pipe, args, kwargs, gradients=check == "gradients")
+    if not report.ok:
+        raise CheckError(
+            f"the pipe does not compute what the model computes: {report.differences[0]}",
+            where=f"{len(report.differences)} difference(s) in one run on the example inputs",
+            hint="tracing loses custom autograd.Functions, tensor hooks and Python state: keep the module that has them whole, "
+            "leaf_modules=[...]; pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+        )
 
 
 def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[str, str], ...]:
@@ -118,6 +155,7 @@ class Pipe(nn.Module):
             self.add_module(f"stage_{stage.index}", stage)
         self._names = tuple(bindings.tensors)
         self._plan = release_plan(program)
+        self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
         self.training = bindings.training.get("", True)
 

@@ -45,7 +45,7 @@ def received_value_read_later(self, x):
     return x * 3
 
 
-@case(X, stages=4)
+@case(X, stages=3)
 def read_before_between_and_after(self, x):
     x = x * 2
     pipe_split()
@@ -309,7 +309,7 @@ def iadd_on_a_skip(self, x):
     x = x * 2
     skip = x
     pipe_split()
-    y = x.relu()
+    y = x * 3
     y += skip
     skip = skip + 1
     return y * skip
@@ -344,7 +344,7 @@ def scatter_and_index_add(self, x):
 @case(X, stages=2)
 def copy_into_a_received_value(self, x):
     x = x * 2
-    y = x.sin()
+    y = x * 3
     pipe_split()
     x.copy_(y)
     return x + y
@@ -620,7 +620,7 @@ def moving_average(self, x):
 
 @case(X, stages=2, has={"ema": lambda: buffer(4, value=1.0), "a": linear}, feedback=BACKWARD)
 def moving_average_read_a_stage_earlier(self, x):
-    x = self.a(x) / self.ema
+    x = self.a(x) + self.ema
     pipe_split()
     with torch.no_grad():
         self.ema.lerp_(x.mean(0), 0.1)
@@ -751,7 +751,7 @@ def parameter_written_under_no_grad(self, x):
 
 @case(X, stages=2, has={"w": weight}, feedback=BACKWARD)
 def parameter_written_a_stage_later(self, x):
-    x = x @ self.w.detach()
+    x = x + self.w.detach()
     pipe_split()
     with torch.no_grad():
         self.w.mul_(0.9)

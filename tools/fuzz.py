@@ -29,12 +29,16 @@ CHUNK = 20
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know: the seed, every how many programs the slow checks run too, and whether a bug is planted."""
+    """What a worker needs to know: the seed, every how many programs the slow checks run too, and whether a bug is planted.
+
+    Scripts that show failures go to the folder `scripts`, if there is one.
+    """
 
     seed: int
     deep_every: int = 10
     shrink_seconds: float = 60
     plant: bool = False
+    scripts: Path | None = None
 
 
 @dataclass
@@ -124,7 +128,7 @@ def fuzz(programs: Iterable[int], job: Job, jobs: int, progress: Progress) -> Re
         for index in programs:
             for _, attempts, verdict in run_chunk(job, [index]):
                 if report.add(index, attempts, verdict):
-                    _take(report, verdict.signature, run_shrink(job, index, verdict))
+                    _take(report, verdict.signature, run_shrink(job, index, verdict), job.scripts)
             progress.advance(1, report)
     else:
         _in_processes(list(programs), job, jobs, progress, report)
@@ -149,7 +153,7 @@ def _in_processes(programs: list[int], job: Job, jobs: int, progress: Progress, 
                     report.failures[f"a worker died at or before programs {what}"] = Failure([], [])
                     return
                 if isinstance(result, Failure):
-                    _take(report, what, result)
+                    _take(report, what, result, job.scripts)
                     continue
                 for index, attempts, verdict in result:
                     if report.add(index, attempts, verdict):
@@ -157,8 +161,11 @@ def _in_processes(programs: list[int], job: Job, jobs: int, progress: Progress, 
                 progress.advance(len(result), report)
 
 
-def _take(report: Report, signature: str, found: Failure) -> None:
-    """The script of a failure is known: it is printed at once."""
+def _take(report: Report, signature: str, found: Failure, folder: Path | None) -> None:
+    """The script of a failure is known: it is printed at once, and written to a file of `folder`."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"program_{found.indices[0]}.py").write_text(found.script, encoding="utf-8")
     failure = report.failures[signature]
     failure.lines, failure.script, failure.sizes = found.lines, found.script, found.sizes
     print(f"\n# --- program {found.indices[0]}: {signature} (size {found.sizes[0]} -> {found.sizes[1]})\n{found.script}", flush=True)
@@ -239,9 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shrink-seconds", type=float, default=60, help="time to make one failure smaller (default 60)")
     parser.add_argument("--coverage", type=Path, help="write op names and how often they were seen to this JSON file")
+    parser.add_argument("--scripts", type=Path, help="write the script of every failure to this folder as well")
     parser.add_argument("--show", action="store_true", help="print the source of the programs instead of running them")
     options = parser.parse_args(argv)
-    job = Job(options.seed, options.deep_every, options.shrink_seconds)
+    job = Job(options.seed, options.deep_every, options.shrink_seconds, scripts=options.scripts)
     programs = range(options.start, options.start + options.programs)
     if options.show:
         quiet()

@@ -64,7 +64,7 @@ def backward(outputs: Sequence[Any]) -> None:
             real = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
             losses.append((real.double() * torch.arange(1, real.numel() + 1).reshape(real.shape)).sum())
     if losses:
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(losses).sum().backward()
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], rtol: float) -> list[str]:
@@ -228,10 +228,26 @@ def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) 
     wants |= {f"gradient of {n}": p.grad for n, p in model.named_parameters(remove_duplicate=False)}
     gives |= {f"gradient of {n}": g for n, g in box.gradients().items()}
     wants |= {f"gradient of input {i}": t.grad for i, t in enumerate(flat) if isinstance(t, torch.Tensor)}
-    gives |= {f"gradient of input {i}": g for i, g in enumerate(box.input_gradients()) if isinstance(flat[i], torch.Tensor)}
+    gives |= _summed(flat, box.input_gradients())
     for n, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         wants[f"state {n}"], gives[f"state {n}"] = tensor.detach(), state[n].detach() if n in state else None
     return differences(wants, gives, rtol)
+
+
+def _summed(flat: list[Any], gradients: list[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Gradients of inputs by number; a tensor given twice has the sum of both."""
+    found: dict[str, torch.Tensor | None] = {}
+    for i, tensor in enumerate(flat):
+        if isinstance(tensor, torch.Tensor):
+            parts = [g for t, g in zip(flat, gradients, strict=True) if t is tensor and g is not None]
+            found[f"gradient of input {i}"] = torch.stack(parts).sum(0) if parts else None
+    return found
+
+
+def layout_matters(program: Program) -> bool:
+    """True when random numbers are drawn and something crosses that is not contiguous: where they go depends on the layout."""
+    values = [v.type for v in program.inputs] + [v.type for stage in program.stages for v in stage.outputs]
+    return any(op.effects.random for op in program.all_ops()) and any(getattr(kind, "strides", None) is not None for kind in values)
 
 
 def _outputs(outputs: Sequence[Any]) -> dict[str, Any]:

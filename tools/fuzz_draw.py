@@ -33,7 +33,7 @@ from stagecut.tools.fuzz_plans import (
 F64 = "dtype=torch.float64"
 
 # Kinds of operands, by letter: m (batch, 4) floating; f floating; t any tensor; i int64; b bool; c complex; n a number that
-# stands for a size; w floating and writable; W writable, of any dtype; s a buffer of floats; k a counter.
+# stands for a size; w floating and writable; W writable, of any dtype; M both m and w; s a buffer of floats; k a counter.
 _OPS = """
 8 mm | {0} + {1}
 4 mm | {0} - {1} * 0.5
@@ -207,7 +207,7 @@ _OPS = """
 1 wf ! {0}.t().add_({1}.t())
 1 wf ! {0}.view(-1).sub_({1}.reshape(-1))
 1 wf ! {0}.select(0, 0).copy_({1}.select(0, 0))
-1 wff ! torch.add({1}, {2}, out={0})
+1 Mmm ! torch.add({1}, {2}, out={0})
 1 wf ! {0}.addcmul_({1}, {1}, value=0.5)
 1 W ! {0}.add_(1)
 1 W ! {0}.zero_()
@@ -279,7 +279,7 @@ _CONTEXTS = (
     'torch.autocast("cpu", dtype=torch.bfloat16)', 'torch.autocast("cpu", dtype=torch.bfloat16)', 'torch.autocast("cpu", enabled=False)',
 )  # fmt: skip
 _SIZES = frozenset({1, 2, 3, 4, EXAMPLE_BATCH, EXAMPLE_BATCH - 1})
-_LEAVES = (
+_LEAVES: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("m", f"torch.randn(batch, 4, {F64})", (0,)), ("m", f"torch.randn(batch, 4, {F64})", (0,)),
     ("m", f"torch.randn(batch, 4, {F64}).requires_grad_()", (0,)), ("m", f"torch.randn(batch, 4, {F64}).requires_grad_()", (0,)),
     ("f", f"torch.randn(4, 4, {F64})", ()), ("f", f"torch.randn(4, batch, {F64}).t()", (0,)), ("f", "torch.randn(batch, 4)", (0,)),
@@ -298,6 +298,8 @@ def fits(kind: str, name: str, item: Any) -> bool:
         return False
     if kind == "t":
         return True
+    if kind == "M":
+        return fits("m", name, item) and fits("w", name, item)
     if kind in "wW":
         writable = not (item.is_leaf and item.requires_grad) or not torch.is_grad_enabled()
         return writable and (kind == "W" or item.is_floating_point()) and not item.is_complex()

@@ -34,7 +34,7 @@ class Wrong(Exception):
 
 def check(architecture: Architecture, stages: int) -> str:
     """'ok', or the first thing that is wrong."""
-    for mode in ("eval", "train"):
+    for mode in architecture.modes:
         try:
             _check(architecture, stages, training=mode == "train")
         except Wrong as error:

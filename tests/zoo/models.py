@@ -19,7 +19,7 @@ _BATCH, _LENGTH, _VOCABULARY, _PIXELS = 2, 16, 100, 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class by name, the family it belongs to, example keyword arguments and what its config says.
+    """A model class by name, the family it belongs to, example keyword arguments, its config, and the modes that can be trained.
 
     `name` may end in a variant: "FalconForCausalLM alibi". A config key whose value is `...` is left out.
     """
@@ -28,6 +28,7 @@ class Architecture:
     family: str
     inputs: Callable[[], Inputs]
     config: Mapping[str, Any] = field(default_factory=dict)
+    modes: tuple[str, ...] = ("eval", "train")
 
     def make(self) -> nn.Module:
         """A new model with random weights, in train mode."""
@@ -255,9 +256,11 @@ ARCHITECTURES = (
          attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
          ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}),
     _moe("DeepseekV2ForCausalLM", head_dim=..., num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
-         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1),
+         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1,
+         first_k_dense_replace=1),
     _moe("DeepseekV3ForCausalLM", head_dim=..., num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
-         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1),
+         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1,
+         first_k_dense_replace=1),
     _moe("JetMoeForCausalLM", kv_channels=8),
     _moe("Glm4MoeForCausalLM", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
     _recurrent("MambaForCausalLM", state_size=4),
@@ -306,9 +309,9 @@ ARCHITECTURES = (
     _encoder("CanineForSequenceClassification", _classified, downsampling_rate=2, num_hash_functions=2, num_hash_buckets=16,
              local_transformer_stride=4),
     _encoder("YosoForMaskedLM", use_expectation=True, hash_code_len=4, num_hash=4),
-    _encoder("ReformerForMaskedLM", _plain, attn_layers=["local", "local", "local", "local"], axial_pos_shape=(4, 4),
-             local_attn_chunk_length=4, axial_pos_embds_dim=(16, 16), attention_head_size=8, feed_forward_size=64,
-             is_decoder=False, hash_seed=0),
+    Architecture("ReformerForMaskedLM", "encoder", _plain, _TEXT | {
+        "attn_layers": ["local"] * 4, "axial_pos_shape": (4, 4), "local_attn_chunk_length": 4, "axial_pos_embds_dim": (16, 16),
+        "attention_head_size": 8, "feed_forward_size": 64, "is_decoder": False, "hash_seed": 0}, ("train",)),
     _encoder("PerceiverForMaskedLM", max_position_embeddings=_LENGTH, d_model=32, num_latents=8, d_latents=16, num_blocks=1,
              num_self_attends_per_block=4, num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16),
     _t5("T5ForConditionalGeneration"),

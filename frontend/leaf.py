@@ -1,0 +1,149 @@
+"""Modules kept whole: one op that calls the user's own module object.
+
+During capture an opaque op stands in for the module's forward. Its output types come from one real run of a copy of the
+model; so does what the module writes, which outputs share storage with inputs, and whether it draws random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from stagecut.frontend.lower import LeafCall, storage_of
+from stagecut.ir.errors import CaptureError, SplitError, nearest
+
+torch.library.define("stagecut::leaf", "(str key, Tensor[] args) -> Tensor[]")
+
+
+_CALLS: dict[str, LeafCall] = {}
+
+
+@torch.library.impl("stagecut::leaf", "CompositeExplicitAutograd")
+def _leaf(key: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    raise RuntimeError("stagecut::leaf stands in for a module during capture and cannot be run")
+
+
+@torch.library.register_fake("stagecut::leaf")
+def _leaf_fake(key: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _CALLS[key].out_flat if _is_tensor(t)]
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, torch.Tensor)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Leaves:
+    """The modules of a model that are kept whole during one capture."""
+
+    module: nn.Module
+    inputs: Any
+    paths: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    calls: dict[str, LeafCall] = field(default_factory=dict)
+
+    def add(self, path: str) -> None:
+        """The module at `path` is kept whole, and with it all modules inside."""
+        known = [name for name, _ in self.module.named_modules() if name]
+        if path not in known:
+            raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, known))
+        self.paths = [p for p in self.paths if not p.startswith(path + ".")] + [path]
+
+    def can_run(self) -> bool:
+        """True when the model can be run for real, which recording a leaf's outputs takes."""
+        return not any(isinstance(t, torch._subclasses.FakeTensor) for t in self.module.state_dict().values())
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """While open, the leaf modules' forwards are opaque ops. The modules are as before afterwards."""
+        if not self.paths:
+            yield
+            return
+        self.calls = self._record()
+        _CALLS.update(self.calls)
+        modules = {path: self.module.get_submodule(path) for path in self.paths}
+        own = {path: m.__dict__.get("forward") for path, m in modules.items()}
+        try:
+            for path, owner in modules.items():
+                owner.__dict__["forward"] = self._stand_in(path)
+            yield
+        finally:
+            for path, owner in modules.items():
+                if own[path] is None:
+                    del owner.__dict__["forward"]
+                else:
+                    owner.__dict__["forward"] = own[path]
+            for key in self.calls:
+                _CALLS.pop(key, None)
+
+    def _stand_in(self, path: str) -> Any:
+        count = 0
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            key = f"{id(self)}/{path}/{count}"
+            count += 1
+            call = self.calls.get(key)
+            if call is None:
+                raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
+            call.in_flat, call.in_spec = tree_flatten((args, kwargs))
+            tensors = iter(torch.ops.stagecut.leaf(key, [a for a in call.in_flat if _is_tensor(a)]))
+            return tree_unflatten([next(tensors) if _is_tensor(o) else o for o in call.out_flat], call.out_spec)
+
+        return forward
+
+    def _record(self) -> dict[str, LeafCall]:
+        """Every call of every leaf module in one run of a copy of the model on copies of the example inputs."""
+        calls: dict[str, LeafCall] = {}
+        model, inputs = copy.deepcopy((self.module, self.inputs))
+        for path in self.paths:
+            owner = model.get_submodule(path)
+            owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
+        with torch.random.fork_rng(), torch.no_grad():
+            model(*inputs[0], **inputs[1])
+        return calls
+
+    def _recording(self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]) -> Any:
+        count = 0
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            key = f"{id(self)}/{path}/{count}"
+            count += 1
+            given = [a for a in tree_flatten((args, kwargs))[0] if _is_tensor(a)]
+            parameters = dict(owner.named_parameters())
+            before = [t._version for t in (*given, *parameters.values())]
+            with _Watch() as watch:
+                result = run(*args, **kwargs)
+            wrote = [t._version != v for t, v in zip((*given, *parameters.values()), before, strict=True)]
+            out_flat, out_spec = tree_flatten(result)
+            homes = {storage_of(t): i for i, t in reversed([*enumerate(given)])}
+            calls[key] = LeafCall(
+                path, [], out_spec, out_flat, out_spec,
+                views=tuple(homes.get(storage_of(o)) for o in out_flat if _is_tensor(o)),
+                written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
+                # another run may take another branch: every buffer counts as written
+                written_state=frozenset(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w) | set(dict(owner.named_buffers())),
+                random=watch.drew,
+            )  # fmt: skip
+            return result
+
+        return forward
