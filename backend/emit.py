@@ -153,7 +153,8 @@ def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateE
 def _set_training(root: Stage, bindings: Bindings) -> None:
     for path, module in root.named_modules():
         if isinstance(module, StageModule):
-            module.training = bindings.training.get(path, bindings.training.get("", True))
+            module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
+            module._branch = bindings.branches.get(path, "")
 
 
 def _main_device(program: Program) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
@@ -66,6 +67,8 @@ class StageModule(nn.Module):
 
     _title = "Module"
     _path = ""
+    _branch = ""
+    _captured = True
     _code: Code
     _texts: list[str]
     _forwards: list[Callable[..., Any]]
@@ -101,6 +104,14 @@ class StageModule(nn.Module):
                 raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
             module = found
         return module
+
+    def train(self, mode: bool = True) -> StageModule:
+        """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
+        if self._branch and mode != self._captured:
+            kept = "train" if self._captured else "eval"
+            warnings.warn(f"{self._branch} branches on self.training in Python: the stages keep the branch of {kept} mode", stacklevel=2)
+        super().train(mode)
+        return self
 
     def _get_name(self) -> str:
         return self._title

@@ -120,16 +120,13 @@ class _AttributeWatch:
 
 
 def _plain_attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
-    """Numbers, sizes of containers and identities of tensors among the attributes of all modules."""
+    """Numbers and sizes of containers among the attributes of all modules. Tensors may be caches: running twice tells."""
     for path, owner in module.named_modules():
-        parameters = {id(p) for p in owner.parameters(recurse=False)}
         for name, item in vars(owner).items():
             if isinstance(item, (int, float)) and not isinstance(item, bool):
                 yield (path, name), item
             elif isinstance(item, (list, dict, set)) and not name.startswith("_"):
                 yield (path, name), f"{len(item)} items"
-            elif isinstance(item, torch.Tensor) and id(item) not in parameters:
-                yield (path, name), f"tensor {id(item):x}"
 
 
 def _place(cls: type) -> str:
@@ -200,6 +197,8 @@ def _advice(error: Exception) -> str:
         return (
             "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the module whole: leaf_modules=[...]"
         )
+    if "constant's list" in text:
+        return "a tensor made in forward replaced a parameter's data: write in place under torch.no_grad() instead of through .data"
     if "dynamic" in text and "constraint" in text.lower():
         return "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
     if "pytree" in text:

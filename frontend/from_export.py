@@ -30,8 +30,12 @@ def lower_export(
     else:
         program.state = _exported_state(exported, bindings)
     env = _placeholders(exported, program, bindings, lowering)
-    outputs = lowering.run(exported.graph.nodes, env, program.ops, ())
+    reassigned = _reassignments(exported)
+    outputs = lowering.run([n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ())
     _finish(exported, program, list(outputs))
+    for node in reassigned:
+        target, source = lowering.tree(node.args, env)
+        _write_back(program, target, source)
     bindings.call = _call_spec(exported, module)
     return program, bindings
 
@@ -101,6 +105,16 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
                 f"output of kind {spec.kind.name} is not supported", hint="export for inference or training without a joint backward graph"
             )
     program.set_outputs(returned)
+
+
+def _reassignments(exported: ExportedProgram) -> dict[Any, None]:
+    """The copies that stand, last in the graph, for `self.buffer = new`: the tracer made them, and named them as no copy of the model's."""
+    found: dict[Any, None] = {}
+    node = exported.graph.output_node().prev
+    while node.target is torch.ops.aten.copy_.default and node.name.startswith("copy__default") and not node.users:
+        found[node] = None
+        node = node.prev
+    return dict(reversed(found.items()))
 
 
 def _write_back(program: Program, target: Value, source: Value) -> None:

@@ -141,7 +141,8 @@ class Leaves:
                 views=tuple(homes.get(storage_of(o)) for o in out_flat if _is_tensor(o)),
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written
-                written_state=frozenset(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w) | set(dict(owner.named_buffers())),
+                written_state=frozenset(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w)
+                | {name for name, _ in owner.named_buffers()},
                 random=watch.drew,
             )  # fmt: skip
             return result

@@ -7,10 +7,14 @@ every op inside them, so that a cut through one needs no special case.
 
 from __future__ import annotations
 
+import dis
+import inspect
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ from stagecut.ir.graph import (
     StateEntry,
     Value,
     leaves,
+    scope_fqn,
     transform,
 )
 from stagecut.ir.targets import name_of
@@ -49,7 +54,9 @@ OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 MODE_ARGUMENT: dict[str, int] = {
     "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
     "aten.feature_alpha_dropout.default": 2, "aten.native_dropout.default": 2, "aten.dropout_.default": 2,
-    "aten.batch_norm.default": 5, "aten.rrelu.default": 3,
+    "aten.batch_norm.default": 5, "aten.instance_norm.default": 5, "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
+    "aten.lstm.input": 6, "aten.gru.input": 6, "aten.rnn_tanh.input": 6, "aten.rnn_relu.input": 6,
+    "aten.lstm.data": 7, "aten.gru.data": 7, "aten.rnn_tanh.data": 7, "aten.rnn_relu.data": 7,
 }  # fmt: skip
 """Ops with a training flag -> its position among the operands."""
 
@@ -150,13 +157,38 @@ class Lowering:
         if any(isinstance(a, fx.GraphModule) for a in args):
             args = tuple(self._region(a, regions) if isinstance(a, fx.GraphModule) else a for a in args)
         position = MODE_ARGUMENT.get(name)
-        if position is not None:
+        if position is not None and not (name in _NORM_OPS and args[3] is None):  # a norm without statistics knows no modes
             args = self._follow_mode(args, position, scope)
+        if name in _NORM_OPS and args[5:6] == (Mode(False),):
+            self._count_batch(scope, ops, context)
+        if name == "aten.add_.Tensor" and self._is_batch_count(args, scope):
+            args = (args[0], Mode(True))
         op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, node.target, seen)
         ops.append(op)
         return tree
+
+    def _is_batch_count(self, args: Any, scope: Scope) -> bool:
+        """True for the line of a BatchNorm in training that counts batches: in eval mode it must add nothing."""
+        counter = self._batch_count(scope)
+        return counter is not None and args[0] is counter and args[1:] == (1,) and self.bindings.training.get(scope_fqn(scope)) is True
+
+    def _batch_count(self, scope: Scope) -> Value | None:
+        path = scope_fqn(scope)
+        if "BatchNorm" not in self.bindings.classes.get(path, ""):
+            return None
+        entry = self.program.name_owners().get(f"{path}.num_batches_tracked")
+        return entry.value if entry is not None else None
+
+    def _count_batch(self, scope: Scope, ops: list[Op], context: tuple[Context, ...]) -> None:
+        """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
+        counter = self._batch_count(scope)
+        if counter is None:
+            return
+        op = Op("aten.add_.Tensor", (counter, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
+        op.add_result(counter.type, "count")
+        ops.append(op)
 
     def _leaf(self, node: fx.Node, call: LeafCall, tensors: list[Any], ops: list[Op], context: tuple[Context, ...]) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
@@ -367,7 +399,7 @@ class _SchemaEffects:
 
 def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     """The running statistics that a norm in training updates, of which its schema says nothing."""
-    if target not in _NORM_OPS or len(args) < 6 or args[5] in (False, Mode(False)):
+    if target not in _NORM_OPS or len(args) < 6 or args[5] is False:
         return []
     return [statistics for statistics in args[3:5] if statistics is not None]
 
@@ -463,6 +495,7 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
     for prefix, owner in module.named_modules(remove_duplicate=False):
         bindings.training[prefix] = owner.training
         bindings.classes[prefix] = type(owner).__name__
+        bindings.branches[prefix] = mode_branch(type(owner))  # type: ignore[arg-type]
         dot = prefix + "." if prefix else ""
         named = [(n, p, "param", True) for n, p in owner._parameters.items() if p is not None]
         named += [(n, b, "buffer", n not in owner._non_persistent_buffers_set) for n, b in owner._buffers.items() if b is not None]
@@ -474,3 +507,18 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
             note(entry.value, tensor)
             entries.append(entry)
     return entries
+
+
+@cache
+def mode_branch(cls: type) -> str:
+    """Where the forward of a user's module class branches on `self.training` in Python, '' when it does not."""
+    if cls.__module__.startswith("torch.") or not inspect.isfunction(getattr(cls, "forward", None)):
+        return ""
+    code = cls.forward.__code__  # type: ignore[attr-defined]
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "TO_BOOL", "UNARY_NOT")]
+    line = code.co_firstlineno
+    for step, following in pairwise(steps):
+        line = step.starts_line if isinstance(step.starts_line, int) and not isinstance(step.starts_line, bool) else line
+        if step.argval == "training" and step.opname.startswith("LOAD") and "JUMP" in following.opname:
+            return f"{code.co_filename}:{line}, {cls.__name__}.forward"
+    return ""

@@ -52,13 +52,27 @@ class _Aliases:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values `op` writes or renews that come from another stage, where they must be unified."""
-        touched = dict.fromkeys([*(op.operands[i] for i in op.effects.writes), *op.versions])
+        """By root, the values from other stages through which `op` writes or which it renews, where they must be unified."""
+        written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
+        touched = dict.fromkeys(self._entry(value, here) for value in written)
         found: dict[Value, list[Value]] = {}
         for value in touched:
             if self._home.get(value, here) != here:
                 found.setdefault(self._steps(value)[0], []).append(value)
         return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
+
+    def _entry(self, value: Value, here: int) -> Value:
+        """The value that brought the storage of `value` into stage `here`: itself when it was not made there as a view."""
+        while self._home.get(value) == here and isinstance(value.owner, Op):
+            op = value.owner
+            older = next((old for old, new in op.versions.items() if new is value), None)
+            if older is None and value in op.results and op.effects.views:
+                viewed = op.effects.views[op.results.index(value)]
+                older = op.operands[viewed] if viewed is not None else None
+            if older is None:
+                return value
+            value = older
+        return value
 
     def _member(self, value: Value) -> Value:
         return self._version_of.get(value, value)

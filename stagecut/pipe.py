@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ class Pipe(nn.Module):
         self._call_spec: CallSpec | None = bindings.call
         for stage in self.stages:
             self.add_module(f"stage_{stage.index}", stage)
-        self._names = tuple(bindings.tensors)
+        self._names = dict.fromkeys(bindings.tensors)
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
@@ -199,11 +199,21 @@ class Pipe(nn.Module):
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters under the model's names."""
-        yield from _merged((stage.named_parameters(prefix, recurse, remove_duplicate) for stage in self.stages), remove_duplicate)
+        yield from self._named((stage.named_parameters("", recurse, False) for stage in self.stages), prefix, remove_duplicate)
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's buffers under the model's names."""
-        yield from _merged((stage.named_buffers(prefix, recurse, remove_duplicate) for stage in self.stages), remove_duplicate)
+        yield from self._named((stage.named_buffers("", recurse, False) for stage in self.stages), prefix, remove_duplicate)
+
+    def _named(self, streams: Iterable[Iterator[tuple[str, Any]]], prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+        """Named tensors of all stages in the model's order; of a tied one the first name only, where duplicates are removed."""
+        found = {name: tensor for stream in streams for name, tensor in stream}
+        seen: set[int] = set()
+        for name in [*self._names, *(n for n in found if n not in self._names)]:
+            tensor = found.get(name)
+            if tensor is not None and not (remove_duplicate and id(tensor) in seen):
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's state dict: the same names in the same order."""
@@ -272,15 +282,3 @@ class PipedModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dict of the unsplit model."""
         return self.pipe.load_state_dict(state_dict, strict, assign)
-
-
-def _merged(streams: Iterator[Any] | Any, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
-    names: set[str] = set()
-    tensors: set[int] = set()
-    for stream in streams:
-        for name, tensor in stream:
-            if name in names or (remove_duplicate and id(tensor) in tensors):
-                continue
-            names.add(name)
-            tensors.add(id(tensor))
-            yield name, tensor

@@ -548,6 +548,52 @@ def buffer_reassigned_in_the_last_stage(self, x):
     return y + self.b
 
 
+@case(X, stages=2)
+class BufferOfASubmoduleReassigned(nn.Module):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = buffer(4, value=0.0)
+
+        def forward(self, x):
+            self.b = self.b + 1
+            return x + self.b
+
+    def __init__(self):
+        super().__init__()
+        self.c = self.Counting()
+
+    def forward(self, x):
+        x = self.c(x)
+        pipe_split()
+        return x * 2
+
+
+@case(X, stages=2, has=ZERO)
+def buffer_reassigned_with_old_saved_for_backward(self, x):
+    y = x * self.b
+    self.b = self.b * 0.5 + 1
+    y = y * self.b
+    pipe_split()
+    return y * 2
+
+
+@case(X, stages=2, has={"b": lambda: buffer(4, value=0.0), "c": lambda: buffer(4, value=1.0)})
+def two_buffers_swapped(self, x):
+    self.b, self.c = self.c, self.b
+    y = x + self.b
+    pipe_split()
+    return y * 2
+
+
+@case(X, stages=2, has=ZERO, grad=False)
+def buffer_reassigned_to_an_input(self, x):
+    y = x + self.b
+    self.b = x[0] * 1
+    pipe_split()
+    return y * 2
+
+
 @case(X, stages=2, has=ZERO, feedback=BACKWARD)
 def buffer_read_then_reassigned_later(self, x):
     y = x + self.b
@@ -635,9 +681,16 @@ def key_value_cache(self, x, at):
     return y.softmax(-1)
 
 
+@case(t(1, 4), torch.tensor(1), has={"k": lambda: buffer(8, 4, value=0.0)}, grad=False, refused="data-dependent")
+def cache_written_at_a_tensor_index(self, x, at):
+    self.k[at] = x[0]
+    pipe_split()
+    return (x @ self.k.t()).softmax(-1)
+
+
 @case(t(1, 4), torch.tensor(1), stages=2, has={"k": lambda: buffer(8, 4, value=0.0)}, grad=False)
 def cache_written_in_one_stage_read_in_the_next(self, x, at):
-    self.k[at] = x[0]
+    self.k.index_copy_(0, at[None], x)
     y = x * 2
     pipe_split()
     return (y @ self.k.t()).softmax(-1)

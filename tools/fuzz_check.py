@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from stagecut.backend.mailbox import Mailbox
+from stagecut.frontend.capture import distinct_tensors
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.interp import run
@@ -219,7 +220,7 @@ def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) 
     expected = tree_flatten(model(*call[0], **call[1]))[0]
     wants: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(expected)
     torch.manual_seed(5)
-    found = box.forward(pipe.flatten(*other))
+    found = box.forward(pipe.flatten(*distinct_tensors(other)))
     gives: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(found)
     backward(expected)
     backward(found)

@@ -74,7 +74,8 @@ def _classified() -> Inputs:
 
 
 def _translated() -> Inputs:
-    return {"input_ids": tokens(), "decoder_input_ids": tokens(12), "labels": tokens(12), "use_cache": False}
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+    return {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens(12), "labels": tokens(12), "use_cache": False}
 
 
 def _boxed() -> Inputs:
@@ -327,7 +328,8 @@ ARCHITECTURES = (
     _seq2seq("MarianMTModel"),
     _seq2seq("BlenderbotForConditionalGeneration"),
     _seq2seq("LEDForConditionalGeneration", attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
-    _seq2seq("M2M100ForConditionalGeneration"),
+    _seq2seq("M2M100ForConditionalGeneration", encoder_layerdrop=0.0, decoder_layerdrop=0.0),
+    _seq2seq("M2M100ForConditionalGeneration layerdrop"),
     _seq2seq("ProphetNetForConditionalGeneration", encoder_layers=..., decoder_layers=..., hidden_size=32, num_encoder_layers=2,
              num_decoder_layers=2, num_encoder_attention_heads=4, num_decoder_attention_heads=4, ngram=2, disable_ngram_loss=False),
     _seq2seq("FSMTForConditionalGeneration", langs=["en", "de"], src_vocab_size=_VOCABULARY, tgt_vocab_size=_VOCABULARY),

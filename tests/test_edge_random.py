@@ -1,0 +1,177 @@
+"""Random numbers: the stages draw what the model draws, in its order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from edge import Case, Family, check, linear, t
+from torch import nn
+from torch.nn import functional as F
+
+from stagecut import pipe_split
+
+case = Family()
+X = t(4, 4)
+
+
+@case(X, stages=3, modes=(True, False), switch=True, has={"a": linear, "drop": nn.Dropout})
+def dropout_in_every_stage(self, x):
+    x = self.drop(self.a(x))
+    pipe_split()
+    x = self.drop(self.a(x))
+    pipe_split()
+    return self.drop(x)
+
+
+@case(X, stages=2, modes=(True, False), switch=True)
+def functional_dropout_that_follows_the_mode(self, x):
+    x = F.dropout(x, 0.3, self.training) * 2
+    pipe_split()
+    return F.dropout(x, 0.3, self.training) + 1
+
+
+@case(X, stages=2, modes=(True, False), switch=True)
+def functional_dropout_that_is_always_on(self, x):
+    x = F.dropout(x, 0.3) * 2
+    pipe_split()
+    return F.dropout(x, 0.3, True) + 1
+
+
+@case(X, stages=2, modes=(True, False))
+def functional_dropout_that_is_never_on(self, x):
+    x = F.dropout(x, 0.3, False) * 2
+    pipe_split()
+    return x + 1
+
+
+@case(t(2, 4, 4), stages=2, modes=(True, False), switch=True, has={"a": nn.Dropout1d, "b": nn.AlphaDropout, "c": nn.FeatureAlphaDropout})
+def other_dropouts(self, x):
+    x = self.b(self.a(x))
+    pipe_split()
+    return self.c(x) + self.a(x)
+
+
+@case(X, stages=2, modes=(True, False), switch=True, has={"r": nn.RReLU})
+def randomised_relu(self, x):
+    x = self.r(x * 2)
+    pipe_split()
+    return self.r(x - 1)
+
+
+@case(X, stages=2)
+def noise_in_both_stages(self, x):
+    x = x + torch.randn(4, 4, dtype=x.dtype)
+    pipe_split()
+    return x * torch.rand_like(x)
+
+
+@case(X, stages=2)
+def noise_used_only_in_the_next_stage(self, x):
+    noise = torch.randn(4, dtype=torch.float64)
+    x = x * torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x + noise
+
+
+@case(X, stages=2)
+def noise_used_in_two_stages(self, x):
+    noise = torch.randn(4, dtype=torch.float64)
+    x = x * noise
+    pipe_split()
+    return x + noise
+
+
+@case(X, stages=2)
+def noise_that_nobody_uses(self, x):
+    torch.randn(3)
+    x = x * torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    torch.rand(2)
+    return x + torch.randn(4, dtype=torch.float64)
+
+
+@case(X, stages=2)
+def unused_dropout(self, x):
+    F.dropout(x)
+    y = x * 2
+    pipe_split()
+    return y * torch.rand(4, dtype=torch.float64)
+
+
+@case(X, stages=2)
+def in_place_draws(self, x):
+    noise = torch.empty(4, dtype=torch.float64).normal_()
+    x = x + noise
+    pipe_split()
+    return x * noise.uniform_(0, 1)
+
+
+@case(X.abs() / 2, stages=2, grad=False)
+def draws_from_distributions(self, x):
+    a = torch.bernoulli(x.clamp(0, 1)) + torch.poisson(x)
+    pipe_split()
+    return a + torch.multinomial(x + 0.1, 4).double() + torch.normal(x, 1.0)
+
+
+@case(X, stages=2)
+def permutation(self, x):
+    order = torch.randperm(4)
+    x = x[order]
+    pipe_split()
+    return x + torch.randint(0, 5, (4,)) + order
+
+
+@case(X, stages=2, has={"m": lambda: nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).double()}, modes=(True, False))
+def attention_with_dropout(self, x):
+    y, _ = self.m(x[None], x[None], x[None])
+    pipe_split()
+    return y * torch.rand(4, dtype=torch.float64)
+
+
+@case(t(1, 2, 4, 4), stages=2)
+def scaled_dot_product_with_dropout(self, x):
+    y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    pipe_split()
+    return F.scaled_dot_product_attention(y, y, y, dropout_p=0.5)
+
+
+@case(t(3, 2, 4), stages=2, modes=(True, False), has={"m": lambda: nn.GRU(4, 4, 2, dropout=0.5).double()})
+def recurrent_dropout(self, x):
+    x, _ = self.m(x)
+    pipe_split()
+    return x * torch.rand(4, dtype=torch.float64)
+
+
+@case(X, stages=2, modes=(True, False), switch=True, has={"a": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()})
+def transformer_layer_with_dropout(self, x):
+    x = self.a(x[None])
+    pipe_split()
+    return self.a(x)
+
+
+@case(X, stages=2, has={"g": lambda: torch.Generator().manual_seed(3)})
+def explicit_generator(self, x):
+    x = x + torch.randn(4, generator=self.g, dtype=torch.float64)
+    pipe_split()
+    return x * torch.rand(4, generator=self.g, dtype=torch.float64)
+
+
+@case(X, refused="")
+def seeding_inside_the_model(self, x):
+    torch.manual_seed(5)
+    x = x + torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2, has={"p": lambda: 0.25})
+def python_number_as_rate(self, x):
+    x = F.dropout(x, self.p)
+    pipe_split()
+    return F.dropout(x, self.p)
+
+
+@pytest.mark.parametrize(("one", "how"), case.params())
+def test_random(one: Case, how: str) -> None:
+    """The same seed gives the same results and leaves the generator in the same state."""
+    check(one, how)

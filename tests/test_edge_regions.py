@@ -1,0 +1,470 @@
+"""Regions: grad modes, autocast, control flow and checkpoints, whole or cut through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from edge import Case, Family, check, linear, t, weight
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from stagecut import pipe_split
+
+case = Family()
+X = t(4, 4)
+F32 = t(4, 4, dtype=torch.float32)
+L32 = {"a": lambda: nn.Linear(4, 4), "b": lambda: nn.Linear(4, 4)}
+AB = {"a": linear, "b": linear}
+SPLIT = r"pipe_split|split point"
+
+
+def amp(enabled=True, dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype=dtype, enabled=enabled)
+
+
+# --- grad modes ---------------------------------------------------------------------------------------
+
+
+@case(X, stages=2, has=AB)
+def no_grad_in_one_stage(self, x):
+    with torch.no_grad():
+        y = self.a(x)
+    pipe_split()
+    return self.b(y) + x
+
+
+@case(X, stages=2, has=AB)
+def no_grad_across_a_cut(self, x):
+    z = self.b(x)
+    with torch.no_grad():
+        y = self.a(x)
+        pipe_split()
+        y = self.a(y)
+    return self.b(y) + z
+
+
+@case(X, stages=3, has=AB)
+def no_grad_around_everything(self, x):
+    with torch.no_grad():
+        x = self.a(x)
+        pipe_split()
+        x = self.b(x)
+        pipe_split()
+        return self.a(x)
+
+
+@case(X, stages=2, has=AB)
+@torch.no_grad()
+def no_grad_as_a_decorator(self, x):
+    x = self.a(x)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2)
+class NoGradDecoratorOnASubmodule(nn.Module):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = linear()
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.a(x)
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.b = self.Frozen(), linear()
+
+    def forward(self, x):
+        y = self.f(x)
+        pipe_split()
+        return self.b(y) + self.f(x)
+
+
+@case(X, stages=2, has=AB)
+def enable_grad_inside_no_grad(self, x):
+    with torch.no_grad():
+        y = self.a(x)
+        with torch.enable_grad():
+            z = self.b(x)
+            pipe_split()
+            z = self.a(z)
+        w = self.b(z)
+    return y + z + w
+
+
+@case(X, stages=2, has=AB)
+def set_grad_enabled(self, x):
+    with torch.set_grad_enabled(False):
+        y = self.a(x)
+    pipe_split()
+    with torch.set_grad_enabled(True):
+        return self.b(x) + y
+
+
+@case(X, stages=2, has=AB)
+def detach_instead_of_no_grad(self, x):
+    y = self.a(x).detach()
+    pipe_split()
+    return self.b(y)
+
+
+@case(X, stages=2, has=AB, grad=False)
+def inference_mode_in_one_stage(self, x):
+    with torch.inference_mode():
+        y = self.a(x)
+    pipe_split()
+    return y + 1
+
+
+@case(X, stages=2, has=AB, grad=False)
+def inference_mode_around_everything(self, x):
+    with torch.inference_mode():
+        x = self.a(x)
+        pipe_split()
+        return self.b(x)
+
+
+@case(X, stages=2, has=AB)
+def no_grad_result_used_with_gradient(self, x):
+    with torch.no_grad():
+        scale = x.abs().max()
+    y = self.a(x) / scale
+    pipe_split()
+    return y * scale
+
+
+@case(X, stages=2, has=AB)
+def empty_regions(self, x):
+    with torch.no_grad():
+        pass
+    x = self.a(x)
+    with amp():
+        pipe_split()
+    return self.b(x)
+
+
+# --- autocast -----------------------------------------------------------------------------------------
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def autocast_in_one_stage(self, x):
+    with amp():
+        y = self.a(x)
+    pipe_split()
+    return self.b(y.float())
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def autocast_across_a_cut(self, x):
+    with amp():
+        y = self.a(x)
+        pipe_split()
+        y = self.b(y)
+    return y + 1
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def autocast_around_everything(self, x):
+    with amp():
+        x = self.a(x)
+        pipe_split()
+        return self.b(x)
+
+
+@case(F32, stages=3, has=L32, rtol=0.05)
+def disabled_island(self, x):
+    with amp():
+        x = self.a(x)
+        with amp(enabled=False):
+            x = self.b(x.float())
+            pipe_split()
+            x = self.a(x)
+        x = self.b(x)
+        pipe_split()
+        return self.a(x)
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def autocast_inside_no_grad_across_a_cut(self, x):
+    with torch.no_grad(), amp():
+        y = self.a(x)
+        pipe_split()
+        y = self.b(y)
+    return self.a(y.float())
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def no_grad_inside_autocast(self, x):
+    with amp():
+        with torch.no_grad():
+            y = self.a(x)
+        pipe_split()
+        return self.b(y) + self.a(x)
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def nested_autocast_of_two_dtypes(self, x):
+    with amp():
+        y = self.a(x)
+        with amp(dtype=torch.float16):
+            pipe_split()
+            z = self.b(x * 1)
+        return y.float() + z.float()
+
+
+@case(F32, stages=2, has=L32, rtol=0.05)
+def same_weight_cast_in_two_stages(self, x):
+    with amp():
+        x = self.a(x)
+        x = self.a(x)
+        pipe_split()
+        return self.a(x)
+
+
+# --- control flow -------------------------------------------------------------------------------------
+
+
+@case(X, stages=3, has=AB, grad=False, compare_grad=False)
+def cond(self, x):
+    x = self.a(x)
+    pipe_split()
+    x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2, has=AB, grad=False, compare_grad=False)
+def cond_with_parameters(self, x):
+    x = self.a(x)
+    pipe_split()
+    return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+
+
+@case(X, stages=2, has=AB, grad=False, compare_grad=False)
+def nested_cond(self, x):
+    def inner(x):
+        return torch.cond(x[0, 0] > 0, lambda x: x * 3, lambda x: self.b(x), (x,))
+
+    x = self.a(x)
+    pipe_split()
+    return torch.cond(x.sum() > 0, inner, lambda x: x - 1, (x,))
+
+
+@case(X, stages=2, has=AB, grad=False, compare_grad=False)
+def cond_reads_an_outer_value(self, x):
+    y = self.a(x)
+    pipe_split()
+    return torch.cond(x.sum() > 0, lambda x, y: x + y, lambda x, y: x - y, (x, y))
+
+
+@case(X, stages=2, has={"w": weight}, grad=False, compare_grad=False)
+def cond_with_a_parameter_of_the_root(self, x):
+    x = x @ self.w
+    pipe_split()
+    return torch.cond(x.sum() > 0, lambda x: x @ self.w, lambda x: x + self.w, (x,))
+
+
+@case(X, has=AB, grad=False, refused=SPLIT)
+def split_inside_a_cond(self, x):
+    def yes(x):
+        x = self.a(x)
+        pipe_split()
+        return self.b(x)
+
+    return torch.cond(x.sum() > 0, yes, lambda x: x - 1, (x,))
+
+
+@case(X, stages=3, grad=False, compare_grad=False)
+def while_loop(self, x):
+    x = x * 2
+    pipe_split()
+    n = torch.zeros((), dtype=torch.int64)
+    n, x = torch._higher_order_ops.while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, x * 2), (n, x))
+    pipe_split()
+    return x + n
+
+
+@case(X, stages=2, has=AB, grad=False, compare_grad=False)
+def scan(self, x):
+    x = self.a(x)
+    pipe_split()
+    from torch._higher_order_ops.scan import scan
+
+    last, ys = scan(lambda c, y: (c + y, c * y), x[0], x, dim=0)
+    return last + ys
+
+
+@case(t(1, 2, 16, 16), stages=2, compare_grad=False, grad=False)
+def flex(self, x):
+    x = x * 2
+    pipe_split()
+    return flex_attention(x, x, x, score_mod=lambda s, b, h, q, k: s + (q - k))
+
+
+@case(X, stages=2, has=AB)
+def checkpointed_region_in_one_stage(self, x):
+    x = checkpoint(lambda x: self.a(x).tanh(), x, use_reentrant=False)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=3, has=AB)
+def checkpointed_regions_in_every_stage(self, x):
+    for _ in range(3):
+        x = checkpoint(lambda x: self.b(self.a(x)).tanh(), x, use_reentrant=False)
+        pipe_split()
+    return x
+
+
+@case(X, stages=2, has={"a": linear, "drop": nn.Dropout})
+def dropout_in_a_checkpoint(self, x):
+    x = checkpoint(lambda x: self.drop(self.a(x)), x, use_reentrant=False)
+    pipe_split()
+    return self.drop(x)
+
+
+@case(X, stages=2, has={"m": lambda: nn.Sequential(linear(), nn.BatchNorm1d(4).double())})
+def batch_norm_in_a_checkpoint(self, x):
+    x = checkpoint(self.m, x, use_reentrant=False)
+    pipe_split()
+    return x * 2
+
+
+@case(X, has=AB, refused=SPLIT)
+def split_inside_a_checkpoint(self, x):
+    def block(x):
+        x = self.a(x)
+        pipe_split()
+        return self.b(x)
+
+    return checkpoint(block, x, use_reentrant=False)
+
+
+# --- what tracing loses -------------------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    """A gradient that is not the derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 7
+
+
+@case(X, has=AB, refused="Doubled|autograd.Function|gradient")
+def custom_autograd_function(self, x):
+    x = Doubled.apply(self.a(x))
+    pipe_split()
+    return self.b(x)
+
+
+class Exact(torch.autograd.Function):
+    """A gradient that is the derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].exp()
+
+
+@case(X, stages=2, has=AB)
+def custom_autograd_function_with_the_true_derivative(self, x):
+    x = Exact.apply(self.a(x))
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, refused="hook|gradient")
+def tensor_hook(self, x):
+    x = self.a(x)
+    x.register_hook(lambda grad: grad * 3)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has={"a": linear, "calls": 0}, refused="calls")
+def attribute_counted_up(self, x):
+    self.calls += 1
+    x = self.a(x) * self.calls
+    pipe_split()
+    return x + 1
+
+
+@case(X, has={"a": linear, "seen": list}, refused="seen")
+def list_attribute_appended(self, x):
+    self.seen.append(x.shape[0])
+    x = self.a(x)
+    pipe_split()
+    return x + len(self.seen)
+
+
+@case(X, has={"a": linear, "last": lambda: None}, refused="last")
+def attribute_set_to_a_tensor(self, x):
+    self.last = x * 2
+    x = self.a(x)
+    pipe_split()
+    return x + self.last
+
+
+@case(X, has={"a": linear, "flag": lambda: False}, refused="flag")
+def boolean_attribute_flipped(self, x):
+    self.flag = not self.flag
+    x = self.a(x) if self.flag else -x
+    pipe_split()
+    return x * 2
+
+
+@case(X, has={"a": linear, "name": lambda: "a"}, refused="name")
+def text_attribute_changed(self, x):
+    self.name = self.name + "b"
+    x = self.a(x) * len(self.name)
+    pipe_split()
+    return x * 2
+
+
+@case(X, has={"a": linear, "c": lambda: t(4)}, refused="'c'|register_buffer")
+def plain_tensor_attribute_written(self, x):
+    self.c.add_(1)
+    x = self.a(x) + self.c
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2, has=AB)
+def backward_hook_on_a_module(self, x):
+    x = self.a(x)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has={"a": linear}, refused="numpy|traced")
+def leaving_torch(self, x):
+    y = torch.from_numpy(x.detach().numpy() * 2)
+    pipe_split()
+    return self.a(x) + y
+
+
+@case(X, has={"a": linear}, refused="this|branch|data-dependent")
+def branch_on_a_value(self, x):
+    if x.sum() > 0:
+        x = self.a(x)
+    pipe_split()
+    return x * 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*flex_attention.*:UserWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize(("one", "how"), case.params())
+def test_regions(one: Case, how: str) -> None:
+    """Cut or whole, a region means what it meant; what a trace cannot hold is refused."""
+    check(one, how)
