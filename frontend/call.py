@@ -12,8 +12,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
-from stagecut.ir.types import ScalarType, TensorType
+from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
 
+_AGAIN = "trace again with such an example input"
 ABSENT = inspect.Parameter.empty
 """Stands for the default of a parameter that has none."""
 
@@ -119,17 +120,20 @@ def check_inputs(inputs: Sequence[Value], flat: Sequence[Any]) -> None:
     for value, given in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
             _check_tensor(value.hint, value.type, given, symbols)
-        elif isinstance(value.type, ScalarType) and value.type.expr is not None:
+        elif isinstance(value.type, ScalarType) and (value.type.expr is not None or value.type == NONE):
             _check_scalar(value.hint, value.type, given)
 
 
 def _check_tensor(name: str, kind: TensorType, given: Any, symbols: dict[str, int]) -> None:
     if not isinstance(given, torch.Tensor):
-        raise InputError(f"input '{name}' must be a tensor, not {type(given).__name__}")
+        raise InputError(f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN)
     from stagecut.frontend.types import SHORT
 
     if SHORT.get(given.dtype) != kind.dtype:
-        raise InputError(f"input '{name}' has dtype {given.dtype}, the program was traced with {kind.dtype}")
+        raise InputError(
+            f"input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
+            hint=f"convert it, or {_AGAIN}",
+        )
     fits = len(given.shape) == len(kind.shape)
     for size, want in zip(given.shape, kind.shape, strict=False):
         fits &= size == want if isinstance(want, int) else symbols.setdefault(want, int(size)) == size

@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
-from stagecut.frontend.lower import LeafCall, Lowering, state_entries
+from stagecut.frontend.lower import LeafCall, Lowering, state_entries, written_in_place
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError
@@ -71,11 +71,19 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
         elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
             env[node] = _constant(spec.target, exported.constants[spec.target], program, bindings, owners)
         else:
-            raise CaptureError(
-                f"input '{node.name}' of kind {spec.kind.name} is not supported", hint="TorchScript objects and tokens cannot be cut"
-            )
+            raise _foreign_object(node, spec, lowering)
         lowering.note_storage(env[node], value)
     return env
+
+
+def _foreign_object(node: Any, spec: Any, lowering: Lowering) -> CaptureError:
+    """What is no tensor and no number, but has state of its own, such as a generator of random numbers."""
+    kind = str(getattr(spec.arg, "class_fqn", "") or spec.kind.name)
+    hint = "keep objects with state out of forward"
+    if kind.endswith("Generator"):
+        hint = "draw from the default generator (torch.manual_seed): every process would go on with a copy of this one"
+    place = next((str(loc) for loc in map(lowering.loc, node.users) if loc), "")
+    return CaptureError(f"the model uses a {kind}, which stages in different processes cannot share", where=place, hint=hint)
 
 
 def _constant(name: str, tensor: Any, program: Program, bindings: Bindings, owners: dict[str, StateEntry]) -> Value:
@@ -122,7 +130,7 @@ def _write_back(program: Program, target: Value, source: Value) -> None:
 
     The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken before the copy.
     """
-    if _written_in_place(source, target):
+    if written_in_place(source, target):
         return
     ops = program.ops
     places = {op: place for place, op in enumerate(ops)}
@@ -139,19 +147,6 @@ def _write_back(program: Program, target: Value, source: Value) -> None:
         target.replace_uses(old.results[0], lambda user: user not in (copy, old))
         ops.insert(min(made, places.get(first, len(places))), old)
     copy.add_result(target.type, f"{target.hint}_new")
-
-
-def _written_in_place(value: Value, target: Value) -> bool:
-    """True when `value` is `target` as in-place ops returned it: there is nothing left to copy."""
-    while value is not target:
-        op = value.owner
-        if not isinstance(op, Op) or not op.target.startswith("aten.") or len(op.results) != 1:
-            return False
-        viewed = op.effects.views[0] if op.effects.views else None
-        if viewed is None or viewed not in op.effects.writes:
-            return False
-        value = op.operands[viewed]
-    return True
 
 
 def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> CallSpec:

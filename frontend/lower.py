@@ -60,6 +60,9 @@ MODE_ARGUMENT: dict[str, int] = {
 }  # fmt: skip
 """Ops with a training flag -> its position among the operands."""
 
+_VMAP = "torch._functorch.predispatch"
+"""Where the functions live that open and close a vmap: none of them may be left out or moved."""
+
 _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 """The module stack of a node that the tracer added, such as the size of an input."""
 
@@ -154,11 +157,10 @@ class Lowering:
     ) -> Any:
         scope = self.scope(node)
         regions: list[Region] = []
-        if any(isinstance(a, fx.GraphModule) for a in args):
-            args = tuple(self._region(a, regions) if isinstance(a, fx.GraphModule) else a for a in args)
+        args = transform(args, lambda a: self._region(a, regions, self.loc(node)) if isinstance(a, fx.GraphModule) else a)
         position = MODE_ARGUMENT.get(name)
         if position is not None and not (name in _NORM_OPS and args[3] is None):  # a norm without statistics knows no modes
-            args = self._follow_mode(args, position, scope)
+            args = self._follow_mode(_with_defaults(node.target, args, position), position, scope)
         if name in _NORM_OPS and args[5:6] == (Mode(False),):
             self._count_batch(scope, ops, context)
         if name == "aten.add_.Tensor" and self._is_batch_count(args, scope):
@@ -172,7 +174,8 @@ class Lowering:
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
         """True for the line of a BatchNorm in training that counts batches: in eval mode it must add nothing."""
         counter = self._batch_count(scope)
-        return counter is not None and args[0] is counter and args[1:] == (1,) and self.bindings.training.get(scope_fqn(scope)) is True
+        counts = counter is not None and isinstance(args[0], Value) and written_in_place(args[0], counter) and args[1:] == (1,)
+        return counts and self.bindings.training.get(scope_fqn(scope)) is True
 
     def _batch_count(self, scope: Scope) -> Value | None:
         path = scope_fqn(scope)
@@ -219,7 +222,7 @@ class Lowering:
         parameters = [n for n in graph.nodes if n.op == "placeholder"]
         return self.run(graph.nodes, dict(zip(parameters, operands, strict=True)), ops, context)
 
-    def _region(self, module: fx.GraphModule, regions: list[Region]) -> RegionRef:
+    def _region(self, module: fx.GraphModule, regions: list[Region], loc: Loc | None) -> RegionRef:
         env: dict[fx.Node, Any] = {}
         params: list[Value] = []
         for node in module.graph.nodes:
@@ -234,7 +237,7 @@ class Lowering:
             if op.target == SPLIT:
                 raise CaptureError(
                     "a split point lies inside a control-flow branch, which runs as a whole",
-                    where=op.where(),
+                    where=(op if op.loc else Op(SPLIT, scope=op.scope, loc=loc)).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
         regions.append(Region(f"body_{len(regions)}", params, ops, Op("output", (output,))))
@@ -312,8 +315,8 @@ class Lowering:
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
         writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
-        views = self._views(op)
-        random, effect = schema.random or seen.random, schema.effect or seen.effect
+        views = self._views(op) or _identity_views(op)
+        random, effect = (schema.random and not _never_draws(op)) or seen.random, schema.effect or seen.effect
         if not (writes or views or random or effect):
             return PURE
         return Effects(writes, views, random, effect)
@@ -381,7 +384,7 @@ class _SchemaEffects:
     @staticmethod
     def of(target: Any) -> _SchemaEffects:
         if not isinstance(target, torch._ops.OpOverload):
-            return _SchemaEffects()
+            return _SchemaEffects(effect=getattr(target, "__module__", "") == _VMAP)
         arguments = target._schema.arguments
         written = tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
         random = torch.Tag.nondeterministic_seeded in target.tags
@@ -397,6 +400,29 @@ class _SchemaEffects:
         return tuple(found)
 
 
+def _with_defaults(target: Any, args: tuple[Any, ...], position: int) -> tuple[Any, ...]:
+    """The operands up to `position`, those that were left out as the op's schema has them."""
+    if len(args) > position or not isinstance(target, torch._ops.OpOverload):
+        return args
+    rest = target._schema.arguments[len(args) : position + 1]
+    return (*args, *(a.default_value for a in rest)) if all(a.has_default_value() for a in rest) else args
+
+
+_DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and not name.startswith("aten.native"))
+
+
+def _identity_views(op: Op) -> tuple[int | None, ...]:
+    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells."""
+    if op.target in _DROPOUTS and op.args[2:3] in ((False,), (Mode(False),)):
+        return (0,)
+    return ()
+
+
+def _never_draws(op: Op) -> bool:
+    """True for a dropout that is off in either mode."""
+    return op.target in _DROPOUTS and op.args[2:3] == (False,) and not isinstance(op.args[2], Mode)
+
+
 def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     """The running statistics that a norm in training updates, of which its schema says nothing."""
     if target not in _NORM_OPS or len(args) < 6 or args[5] is False:
@@ -406,6 +432,19 @@ def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
 
 def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
     return tuple(op.operands.index(value) for value in undeclared_writes(op.target, op.args))
+
+
+def written_in_place(value: Value, target: Value) -> bool:
+    """True when `value` is `target` as in-place ops returned it: no new tensor."""
+    while value is not target:
+        op = value.owner
+        if not isinstance(op, Op) or not op.target.startswith("aten.") or len(op.results) != 1:
+            return False
+        viewed = op.effects.views[0] if op.effects.views else None
+        if viewed is None or viewed not in op.effects.writes:
+            return False
+        value = op.operands[viewed]
+    return True
 
 
 def storage_of(value: Any) -> int | None:
@@ -476,7 +515,7 @@ def user_loc(trace: str) -> Loc | None:
     last: Loc | None = None
     for line in reversed(trace.splitlines()):
         text = line.strip()
-        if not text.startswith('File "'):
+        if not text.startswith('File "') or text.startswith('File "<eval_with_key>'):
             continue
         path, _, rest = text[6:].partition('", line ')
         number = rest.partition(",")[0]

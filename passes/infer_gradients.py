@@ -33,7 +33,7 @@ class InferGradients:
         changed = False
         for op in program.all_ops():
             grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
-            changed |= _mark(op.results, [grad or _is_trained_operand(op, i) for i in range(len(op.results))])
+            changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
             written = grad and _passes_on(op)
             changed |= _mark(op.versions.values(), [written or carries_grad(old.type) for old in op.versions])
         return changed
@@ -46,10 +46,13 @@ def grad_enabled(context: tuple[Context, ...]) -> bool:
     return "inference_mode" not in kinds and (not modes or modes[-1] == "enable_grad")
 
 
-def _is_trained_operand(op: Op, index: int) -> bool:
-    """True when a result is an operand written in place that carries gradient already: it keeps it, whatever the mode."""
+def _result_grad(op: Op, index: int, grad: bool) -> bool:
+    """A view carries the gradient of what it views; an operand written in place keeps its own, whatever the mode."""
     viewed = op.effects.views[index] if op.effects.views else None
-    return viewed is not None and viewed in op.effects.writes and carries_grad(op.operands[viewed].type) and not _cuts(op)
+    if viewed is None:
+        return grad
+    own = carries_grad(op.operands[viewed].type) and not _cuts(op)
+    return grad or own if viewed in op.effects.writes else grad and own
 
 
 def _passes_on(op: Op) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
 
 
@@ -92,7 +93,7 @@ class _Aliases:
         return member, steps
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
-        base = next((v for v in op.reads if self._member(v) is root), None)
+        base = next((v for v in op.reads if self._steps(v) == (root, [])), None)
         if base is None:
             return False
         for value in crossing:
@@ -100,14 +101,21 @@ class _Aliases:
                 continue
             derived = base
             for view, index in reversed(self._steps(value)[1]):
-                derived = self._twin(view, derived, stage.index, twins).results[index]
+                derived = self._twin(view, index, derived, stage.index, twins).results[index]
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
         return crossing != [base]
 
-    def _twin(self, view: Op, base: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
+    def _twin(self, view: Op, index: int, base: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
+        """The view op on `base`, in stage `here`."""
+        if view.has_effect:
+            raise SplitError(
+                f"stage {here} writes the result of {view.target}, which may or may not be the tensor it was given",
+                where=view.where(),
+                hint="cut so that this op and the write lie in one stage, or clone its result",
+            )
         if (view, base) not in twins:
-            viewed = next(i for i in view.effects.views if i is not None)
-            twin = twins[view, base] = view.copy({view.operands[viewed]: base})
+            viewed = view.effects.views[index]
+            twin = twins[view, base] = view.copy({view.operands[viewed]: base} if viewed is not None else {})
             self._stage_of[twin] = here
             self._home.update(dict.fromkeys(twin.results, here))
         return twins[view, base]

@@ -37,6 +37,9 @@ class _AliasClasses:
         self._root: dict[Value, Value] = {}
         self._members: dict[Value, list[Value]] = {}
         self._count: dict[Value, int] = {}
+        self._anchor: dict[Value, Value | None] = {}
+        self._lost: dict[Value, Value] = {}
+        self._version_of: dict[Value, Value] = {}
         homes: dict[int, Value] = {}
         for entry in program.state:
             root = homes.setdefault(entry.storage, entry.value)
@@ -45,6 +48,7 @@ class _AliasClasses:
     def _join(self, value: Value, root: Value) -> None:
         self._root[value] = root
         self._members.setdefault(root, []).append(value)
+        self._anchor.setdefault(root, root)
 
     def rename_operands(self, op: Op) -> None:
         for value in dict.fromkeys(op.operands):
@@ -58,6 +62,16 @@ class _AliasClasses:
                 if base not in self._root:
                     self._join(base, base)
                 self._join(result, self._root[base])
+        self._move_anchors(op)
+
+    def _move_anchors(self, op: Op) -> None:
+        """A root nobody reads gets no new version. What an in-place op returns is then the whole tensor, up to date."""
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed in op.effects.writes and viewed is not None:
+                root = self._root[result]
+                if root in self._lost and self._lost[root] is self._member(op.operands[viewed]):
+                    self._anchor[root] = result
+        self._lost = {}
 
     def write(self, op: Op, index: int) -> None:
         """Everything in the classes `op` writes that is read later, or is state, gets a new version: what `op` names first."""
@@ -68,17 +82,26 @@ class _AliasClasses:
         rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
         roots = dict.fromkeys(self._root[value] for value in written)
         members = [member for root in roots for member in self._alive(root, index, len(written))]
+        for root in roots:
+            anchor = self._anchor[root]
+            if anchor is not None and anchor not in members:
+                self._lost[root], self._anchor[root] = anchor, None
         for member in sorted(members, key=lambda m: rank.get(self._now(m), len(rank))):
             self._renew(op, member)
 
     def _alive(self, root: Value, index: int, written: int) -> list[Value]:
-        """Members read later, and state. The root lives as long as two values share its storage, or while it is the user's:
-        what is written can then be derived from it anew."""
+        """Members read later, and state. The anchor, which is the whole tensor, lives as long as two values share its
+        storage, or while it is the user's: what is written can then be derived from it anew."""
         members = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
-        if root not in members and (root.owner is None or len(members) + written > 1):
-            members.insert(0, root)
+        anchor = self._anchor[root]
+        if anchor is not None and anchor not in members and (root.owner is None or len(members) + written > 1):
+            members.insert(0, anchor)
         self._members[root] = members
         return members
+
+    def _member(self, value: Value) -> Value:
+        """The value a version is a version of."""
+        return self._version_of.get(value, value)
 
     def _now(self, member: Value) -> Value:
         return self._current.get(member, member)
@@ -88,4 +111,5 @@ class _AliasClasses:
         number = self._count[member] = self._count.get(member, 0) + 1
         new = op.add_version(now, f"{member.hint}.{number}")
         self._current[member] = new
+        self._version_of[new] = member
         self._root[new] = self._root[member]

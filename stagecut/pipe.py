@@ -105,7 +105,7 @@ def lower(
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
-    exported, leaves = capture(module, args or (), kwargs or {}, dynamic_shapes, leaf_modules)
+    exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
     bindings.notes = leaves.notes
     return program, bindings, exported

@@ -94,7 +94,7 @@ class Case:
 
     def inputs(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of one call, new tensors each time; tensors that share storage go on sharing it."""
-        args, kwargs = deepcopy((self.calls[step - 1] if step and self.calls else self.args, self.kw))
+        args, kwargs = deepcopy((self.calls[(step - 1) % len(self.calls)] if step and self.calls else self.args, self.kw))
         for leaf in dict.fromkeys(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
             if leaf.is_floating_point() or leaf.is_complex():
                 if step and leaf._base is None:

@@ -200,9 +200,9 @@ def autocast_inside_no_grad_across_a_cut(self, x):
 def no_grad_inside_autocast(self, x):
     with amp():
         with torch.no_grad():
-            y = self.a(x)
+            y = self.a(x * 1)
         pipe_split()
-        return self.b(y) + self.a(x)
+        return self.b(y) + x.relu()
 
 
 @case(F32, stages=2, has=L32, rtol=0.05)
@@ -333,7 +333,7 @@ def batch_norm_in_a_checkpoint(self, x):
     return x * 2
 
 
-@case(X, has=AB, refused=SPLIT)
+@case(X, stages=2, has=AB)
 def split_inside_a_checkpoint(self, x):
     def block(x):
         x = self.a(x)
@@ -341,6 +341,23 @@ def split_inside_a_checkpoint(self, x):
         return self.b(x)
 
     return checkpoint(block, x, use_reentrant=False)
+
+
+@case(X, stages=2)
+def vmap_in_one_stage(self, x):
+    x = x * 2
+    pipe_split()
+    return torch.vmap(lambda row: row.sin() * row.sum())(x)
+
+
+@case(X, refused=SPLIT)
+def split_inside_a_vmap(self, x):
+    def row_wise(row):
+        row = row.sin()
+        pipe_split()
+        return row * row.sum()
+
+    return torch.vmap(row_wise)(x * 2)
 
 
 # --- what tracing loses -------------------------------------------------------------------------------
@@ -431,21 +448,6 @@ def text_attribute_changed(self, x):
     x = self.a(x) * len(self.name)
     pipe_split()
     return x * 2
-
-
-@case(X, has={"a": linear, "c": lambda: t(4)}, refused="'c'|register_buffer")
-def plain_tensor_attribute_written(self, x):
-    self.c.add_(1)
-    x = self.a(x) + self.c
-    pipe_split()
-    return x * 2
-
-
-@case(X, stages=2, has=AB)
-def backward_hook_on_a_module(self, x):
-    x = self.a(x)
-    pipe_split()
-    return self.b(x)
 
 
 @case(X, has={"a": linear}, refused="numpy|traced")

@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 def lower(plan: ModelPlan) -> tuple[Program, Bindings]:
     """The traced program of the model of `plan`."""
     model, args, kwargs = build_model(plan)
-    return lower_export(capture(model, args, kwargs), model)
+    return lower_export(capture(model, args, kwargs)[0], model)
 
 
 def assert_round_trip(program: Program) -> None:
@@ -267,7 +267,7 @@ def test_stages_compute_what_the_model_computes(plan: ModelPlan) -> None:
 def test_lowered_models_read_back_and_mean_the_same_at_every_phase(plan: ModelPlan) -> None:
     """The text form holds real traces; the interpreter computes what the model does, after every pass."""
     model, args, kwargs = build_model(plan)
-    program, bindings = lower_export(capture(model, args, kwargs), model)
+    program, bindings = lower_export(capture(model, args, kwargs)[0], model)
     inputs = [*args, *kwargs.values()]
     reference = interpret(program, inputs, bindings.tensors, bindings)
     torch.manual_seed(3)

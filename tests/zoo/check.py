@@ -15,7 +15,7 @@ from zoo.cuts import cut_points, equal_ops
 from zoo.models import Architecture
 
 from stagecut import Pipe, SplitPoint, pipeline
-from stagecut.ir.errors import VerifyError
+from stagecut.ir.errors import SplitError, VerifyError
 
 State = dict[str, torch.Tensor]
 
@@ -55,34 +55,45 @@ def _check(architecture: Architecture, stages: int, training: bool) -> None:
     torch.manual_seed(0)
     model, inputs = architecture.make().train(training), architecture.inputs()
     twin, traced = deepcopy(model), deepcopy(model)
-    pipe = _cut(model, inputs, stages)
+    pipe = _cut(model, inputs, stages, architecture.leaves)
     _unchanged(model, twin)
     _same_names(pipe, twin)
     expected, found = _step(twin, inputs), _step(pipe.module(), inputs)
     try:
         _same_step(found, expected, 1e-6)
-    except Wrong:  # what torch.export traces may round otherwise than the model; the pipe has to follow it to the bit
+    except Wrong as error:
         _same_step(found, expected, 1e-3)
-        _same_step(found, _step(torch.export.export(traced, (), inputs).module(check_guards=False), inputs), 0)
+        _same_step(found, _step(_exported(traced, inputs, error), inputs), 0)
     _same_tensors("after the step, buffer", dict(pipe.named_buffers()), _held(pipe, dict(twin.named_buffers())), 1e-6)
     if not training:
         _same_tree("the model itself afterwards: output", _run(model, inputs), expected.output, 1e-6)
 
 
-def _cut(model: nn.Module, inputs: dict[str, Any], stages: int) -> Pipe:
-    names = cut_points(model, inputs, stages)
+def _cut(model: nn.Module, inputs: dict[str, Any], stages: int, leaves: tuple[str, ...]) -> Pipe:
+    names = cut_points(model, inputs, stages, leaves)
     flags = {name: module.training for name, module in model.named_modules()}
     random_states = torch.get_rng_state(), random.getstate()
-    if names is None:
-        pipe = pipeline(model, mb_kwargs=inputs, split_policy=equal_ops(stages))
-    else:
-        pipe = pipeline(model, mb_kwargs=inputs, split_spec=dict.fromkeys(names, SplitPoint.BEGINNING))
+    pipe = _pipeline(model, inputs, names, stages, leaves)
     if pipe.num_stages != stages:
         raise Wrong(f"{pipe.num_stages} stages instead of {stages}, cut at {names}")
     if not torch.equal(torch.get_rng_state(), random_states[0]) or random.getstate() != random_states[1]:
         raise Wrong("pipeline() moved the random state")
     if {name: module.training for name, module in model.named_modules()} != flags:
         raise Wrong("pipeline() changed a training flag of the model")
+    return pipe
+
+
+def _pipeline(model: nn.Module, inputs: dict[str, Any], names: list[str] | None, stages: int, leaves: tuple[str, ...]) -> Pipe:
+    """Cut at `names`, or by count where there are none or they lie in a module that tracing had to keep whole."""
+    spec = dict.fromkeys(names or (), SplitPoint.BEGINNING)
+    if spec:
+        try:
+            return pipeline(model, mb_kwargs=inputs, split_spec=spec, leaf_modules=leaves)
+        except SplitError as error:
+            refused = error
+    pipe = pipeline(model, mb_kwargs=inputs, split_policy=equal_ops(stages), leaf_modules=leaves)
+    if spec and not pipe.notes:
+        raise refused
     return pipe
 
 
@@ -105,6 +116,14 @@ def _same_names(pipe: Pipe, twin: nn.Module) -> None:
     _same_tensors("of the stages: state", union, twin.state_dict())
     if list(pipe.state_dict()) != list(twin.state_dict()):
         raise Wrong("the order of the state dict differs")
+
+
+def _exported(model: nn.Module, inputs: dict[str, Any], error: Wrong) -> nn.Module:
+    """What torch.export traces: it may round otherwise than the model, and the pipe has to follow it to the bit."""
+    try:
+        return torch.export.export(model, (), inputs).module(check_guards=False)
+    except Exception:
+        raise error from None
 
 
 def _held(pipe: Pipe, buffers: State) -> State:

@@ -12,13 +12,14 @@ from torch import nn
 from stagecut.ir.graph import Program
 
 
-def cut_points(model: nn.Module, inputs: dict[str, Any], stages: int) -> list[str] | None:
+def cut_points(model: nn.Module, inputs: dict[str, Any], stages: int, leaves: tuple[str, ...] = ()) -> list[str] | None:
     """Modules in front of which to cut `model` into `stages` parts of about equal length, None when none fit.
 
-    Repeated blocks are preferred to other modules; one that runs twice is no place to cut.
+    Repeated blocks are preferred to other modules; one that runs twice, or inside one of `leaves`, is no place to cut.
     """
     calls, total = _calls(model, inputs)
-    once = {name: times[0] for name, times in calls.items() if len(times) == 1 and 0 < times[0] < total}
+    inside = tuple(f"{leaf}." for leaf in leaves)
+    once = {n: times[0] for n, times in calls.items() if len(times) == 1 and 0 < times[0] < total and not n.startswith(inside)}
     return _spread(_blocks(model, once), total, stages) or _spread(_with_state(model, once), total, stages)
 
 

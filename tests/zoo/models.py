@@ -19,7 +19,8 @@ _BATCH, _LENGTH, _VOCABULARY, _PIXELS = 2, 16, 100, 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class by name, the family it belongs to, example keyword arguments, its config, and the modes that can be trained.
+    """A model class by name, the family it belongs to, example keyword arguments, its config, the modes that can be trained,
+    and modules to keep whole (they define their own backward).
 
     `name` may end in a variant: "FalconForCausalLM alibi". A config key whose value is `...` is left out.
     """
@@ -29,6 +30,7 @@ class Architecture:
     inputs: Callable[[], Inputs]
     config: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[str, ...] = ("eval", "train")
+    leaves: tuple[str, ...] = ()
 
     def make(self) -> nn.Module:
         """A new model with random weights, in train mode."""
@@ -309,10 +311,12 @@ ARCHITECTURES = (
     _encoder("IBertForMaskedLM", quant_mode=False),
     _encoder("CanineForSequenceClassification", _classified, downsampling_rate=2, num_hash_functions=2, num_hash_buckets=16,
              local_transformer_stride=4),
-    _encoder("YosoForMaskedLM", use_expectation=True, hash_code_len=4, num_hash=4),
+    Architecture("YosoForMaskedLM", "encoder", _padded, _TEXT | {"use_expectation": True, "hash_code_len": 4, "num_hash": 4},
+                 leaves=tuple(f"yoso.encoder.layer.{i}.attention.self" for i in range(4))),
     Architecture("ReformerForMaskedLM", "encoder", _plain, _TEXT | {
         "attn_layers": ["local"] * 4, "axial_pos_shape": (4, 4), "local_attn_chunk_length": 4, "axial_pos_embds_dim": (16, 16),
-        "attention_head_size": 8, "feed_forward_size": 64, "is_decoder": False, "hash_seed": 0}, ("train",)),
+        "attention_head_size": 8, "feed_forward_size": 64, "is_decoder": False, "hash_seed": 0,
+        "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0}, ("train",), ("reformer.encoder",)),
     _encoder("PerceiverForMaskedLM", max_position_embeddings=_LENGTH, d_model=32, num_latents=8, d_latents=16, num_blocks=1,
              num_self_attends_per_block=4, num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16),
     _t5("T5ForConditionalGeneration"),

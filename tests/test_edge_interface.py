@@ -1,0 +1,302 @@
+"""The model's signature: what goes in and what comes out, in every structure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from edge import Case, Family, check, linear, t
+from torch.utils import _pytree as pytree
+
+from stagecut import StagecutError, pipe_split, pipeline
+from stagecut.ir.errors import InputError
+
+case = Family()
+X, Y = t(4, 4), t(4, 4) + 1
+A = {"a": linear}
+BATCH = torch.export.Dim("batch", min=2, max=64)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+Old = namedtuple("Old", "x y")
+
+
+@dataclass
+class Result:
+    logits: Any
+    hidden: Any = None
+    loss: Any = None
+
+
+@dataclass
+class Unknown:
+    logits: Any
+
+
+pytree.register_dataclass(Result, serialized_type_name="tests.test_edge_interface.Result")
+
+
+# --- outputs ------------------------------------------------------------------------------------------
+
+
+def returns(make, **options):
+    """A case whose model returns what `make` builds of two tensors made in different stages."""
+
+    def forward(self, x):
+        a = self.a(x)
+        pipe_split()
+        return make(a, a.relu(), x)
+
+    forward.__name__ = make.__name__
+    forward.__code__ = forward.__code__.replace(co_name="forward")
+    case(X, stages=2, has=A, **options)(forward)
+
+
+for build in (
+    lambda a, b, x: (b,),
+    lambda a, b, x: [b, a],
+    lambda a, b, x: {"b": b, "a": a},
+    lambda a, b, x: OrderedDict(z=b, a=a),
+    lambda a, b, x: Pair(a, b),
+    lambda a, b, x: Old(b, a),
+    lambda a, b, x: Result(b, (a, b)),
+    lambda a, b, x: (b, None),
+    lambda a, b, x: {"i": 3, "s": "text", "f": 0.5, "t": True, "b": b},
+    lambda a, b, x: (b, b, {"again": b}),
+    lambda a, b, x: (b, x),
+    lambda a, b, x: (x, b, x),
+    lambda a, b, x: {"deep": [{"er": (a, [b, Pair(x, None)])}], 5: b},
+    lambda a, b, x: (b, (), [], {}),
+    lambda a, b, x: (b, b.view(-1), b[0]),
+    lambda a, b, x: (b, a.shape, b.dtype == torch.float64),
+    lambda a, b, x: (b + 1, a.detach()),
+):
+    NAMES = (
+        "single_tuple a_list a_dict ordered_dict named_tuple old_named_tuple registered_dataclass with_none scalars_and_text doubled "
+        "input_returned input_returned_twice deeply_nested empty_containers views_of_one_output sizes_and_bools detached_output"
+    ).split()
+    build.__name__ = "returns_" + NAMES[len(case.cases)]
+    returns(build)
+
+
+@case(X, has=A, refused="Unknown|register")
+def returns_an_unregistered_dataclass(self, x):
+    x = self.a(x)
+    pipe_split()
+    return Unknown(x.relu())
+
+
+@case(X, stages=2, has=A)
+def returns_an_in_place_result(self, x):
+    x = self.a(x)
+    pipe_split()
+    return x.relu_(), x
+
+
+@case(X, stages=1)
+def returns_nothing(self, x):
+    x.relu()
+
+
+@case(X, stages=1, has=A)
+def returns_a_literal_only(self, x):
+    self.a(x)
+    return 7
+
+
+# --- inputs -------------------------------------------------------------------------------------------
+
+
+@case(X, Y, stages=2, has=A)
+def star_args(self, *xs):
+    x = self.a(xs[0])
+    pipe_split()
+    return x + xs[1]
+
+
+@case(X, Y, t(4, 4) + 2, stages=2, has=A)
+def named_and_star_args(self, x, *rest):
+    x = self.a(x)
+    pipe_split()
+    return x + rest[1] - rest[0]
+
+
+@case(X, stages=2, has=A, kw={"b": Y, "a": t(4, 4) + 2})
+def star_kwargs(self, x, **more):
+    x = self.a(x)
+    pipe_split()
+    return x * more["a"] - more["b"]
+
+
+@case(X, stages=2, has=A, kw={"y": Y, "z": X})
+def keyword_only(self, x, *, z, y, w=None):
+    x = self.a(x)
+    pipe_split()
+    return x * y - z if w is None else w
+
+
+@case(stages=2, has=A, kw={"y": Y, "x": X})
+def all_by_keyword_in_another_order(self, x, y):
+    x = self.a(x)
+    pipe_split()
+    return x - y
+
+
+@case({"a": X, "more": [Y, (t(4),)]}, stages=2, has=A)
+def nested_input(self, d):
+    x = self.a(d["a"])
+    pipe_split()
+    return x * d["more"][0] + d["more"][1][0]
+
+
+@case(Pair(X, Y), stages=2, has=A)
+def named_tuple_input(self, p):
+    x = self.a(p.second)
+    pipe_split()
+    return x * p.first
+
+
+@case(Result(X, (Y,)), stages=2, has=A)
+def dataclass_input(self, r):
+    x = self.a(r.logits)
+    pipe_split()
+    return x * r.hidden[0]
+
+
+@case(X, None, Y, stages=2, has=A)
+def none_between_tensors(self, x, mask, y):
+    x = self.a(x)
+    pipe_split()
+    return x * y if mask is None else x
+
+
+@case(X, stages=2, has=A)
+def optional_input_left_out(self, x, mask=None, scale=2.0):
+    x = self.a(x)
+    pipe_split()
+    return x * scale if mask is None else x * mask
+
+
+@case(X, 3, True, "tanh", 0.5, stages=2, has=A)
+def python_scalars(self, x, n, flag, name, rate):
+    x = self.a(x) * n
+    pipe_split()
+    return getattr(torch, name)(x) * rate if flag else x
+
+
+@case(X, [], {}, (), stages=2, has=A)
+def empty_containers_in(self, x, a, b, c):
+    x = self.a(x)
+    pipe_split()
+    return x * (len(a) + 1)
+
+
+@case(X, stages=2, has=A, dynamic={"x": {0: BATCH}}, calls=((t(2, 4),), (t(9, 4),)))
+def another_batch_size(self, x):
+    x = self.a(x)
+    pipe_split()
+    return x.view(x.shape[0], 2, 2).sum(-1)
+
+
+@case(X, Y, stages=2, has=A, dynamic={"x": {0: BATCH}, "y": {0: BATCH}}, calls=((t(2, 4), t(2, 4)), (t(9, 4), t(9, 4))))
+def another_batch_size_of_two_inputs(self, x, y):
+    x = self.a(x)
+    pipe_split()
+    return torch.cat([x, y])
+
+
+@case(X, t(4, 3), stages=2, dynamic={"x": {0: BATCH}, "y": {0: BATCH}}, has=A, calls=((t(2, 4), t(2, 3)),))
+def dynamic_first_of_two(self, x, y):
+    x = self.a(x)
+    pipe_split()
+    return x.sum(1, keepdim=True) + y
+
+
+@case(X, has=A, dynamic={"x": {0: BATCH}}, refused="batch|dynamic|specialized|constraint")
+def dynamic_size_that_the_model_fixes(self, x):
+    x = self.a(x)
+    pipe_split()
+    return x.view(4, 2, 2)
+
+
+@case(X, 2, stages=2, has=A, dynamic={"x": None, "n": torch.export.Dim.DYNAMIC}, calls=((X, 3), (X, 4)))
+def dynamic_python_int(self, x, n):
+    x = self.a(x)
+    pipe_split()
+    return x * n
+
+
+@case(X.requires_grad_(False), Y, stages=2, has=A, grad=False)
+def inputs_named_as_python(self, self_, input):
+    x = self.a(self_)
+    pipe_split()
+    return x + input
+
+
+@pytest.mark.filterwarnings("ignore:.*Dim.*:UserWarning")
+@pytest.mark.parametrize(("one", "how"), case.params())
+def test_interface(one: Case, how: str) -> None:
+    """Called as the model is; returns what the model returns, in its structure."""
+    check(one, how)
+
+
+MISFITS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
+    "another_int": ("python_scalars", (X, 4, True, "tanh", 0.5), {}, "'n'"),
+    "another_bool": ("python_scalars", (X, 3, False, "tanh", 0.5), {}, "'flag'"),
+    "an_int_for_a_bool": ("python_scalars", (X, 3, 1, "tanh", 0.5), {}, "'flag'"),
+    "another_text": ("python_scalars", (X, 3, True, "exp", 0.5), {}, "'name'"),
+    "another_float": ("python_scalars", (X, 3, True, "tanh", 0.25), {}, "'rate'"),
+    "a_tensor_for_a_scalar": ("python_scalars", (X, torch.tensor(3), True, "tanh", 0.5), {}, "'n'"),
+    "another_default": ("optional_input_left_out", (X,), {"scale": 3.0}, "'scale'"),
+    "a_tensor_for_none": ("none_between_tensors", (X, X, Y), {}, "'mask'"),
+    "none_for_a_tensor": ("none_between_tensors", (None, None, Y), {}, "'x'"),
+    "another_batch_size": ("star_args", (X[:2], Y[:2]), {}, "dynamic_shapes"),
+    "another_rank": ("star_args", (X[0], Y), {}, "shape"),
+    "another_dtype": ("star_args", (X.float(), Y), {}, "dtype"),
+    "another_size_of_a_fixed_dim": ("another_batch_size", (t(4, 5),), {}, "shape"),
+    "two_sizes_for_one_symbol": ("another_batch_size_of_two_inputs", (t(4, 4), t(5, 4)), {}, "shape"),
+    "a_size_out_of_range": ("another_batch_size", (t(100, 4),), {}, "64"),
+    "a_size_below_the_range": ("another_batch_size", (t(1, 4),), {}, "2"),
+    "one_argument_less": ("star_args", (X,), {}, "missing|nested|structure"),
+    "one_argument_more": ("star_args", (X, Y, Y), {}, "positional"),
+    "another_nesting": ("nested_input", ({"a": X, "more": (Y, (t(4),))},), {}, "'d'"),
+    "another_key": ("nested_input", ({"b": X, "more": [Y, (t(4),)]},), {}, "'d'"),
+    "an_unknown_keyword": ("star_kwargs", (X,), {"b": Y, "c": Y}, "'a'|'c'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Dim.*:UserWarning")
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_call_that_does_not_fit(name: str) -> None:
+    """An InputError at the call, naming the argument; nothing has run."""
+    base, args, kwargs, message = MISFITS[name]
+    one = case.cases[base]
+    pipe = one.cut(one.build())
+    for run in (pipe, pipe.module()):
+        with pytest.raises(InputError, match=message) as caught:
+            run(*args, **kwargs)
+        assert caught.value.hint or "takes" in str(caught.value)
+
+
+def test_a_pipe_takes_no_grad_and_autocast_around_it() -> None:
+    """Modes around the call reach all stages, as they reach the model."""
+    one = case.cases["star_args"]
+    pipe = one.cut(one.build())
+    with torch.no_grad():
+        assert not pipe(X, Y)[0].requires_grad
+    with torch.inference_mode():
+        assert pipe(X, Y)[0].is_inference()
+    assert pipe(X, Y)[0].requires_grad
+
+
+def test_a_model_of_no_arguments_gets_some() -> None:
+    """One positional argument too many is an InputError at the cut too."""
+    with pytest.raises(StagecutError, match="positional"):
+        pipeline(case.cases["keyword_only"].build(), (X, Y), {"y": Y, "z": X})
