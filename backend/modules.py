@@ -109,7 +109,7 @@ class StageModule(nn.Module):
         """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
         if self._branch and mode != self._captured:
             kept = "train" if self._captured else "eval"
-            warnings.warn(f"{self._branch} branches on self.training in Python: the stages keep the branch of {kept} mode", stacklevel=2)
+            warnings.warn(f"{self._branch} chooses by mode in Python: the stages keep the choice of {kept} mode", stacklevel=2)
         super().train(mode)
         return self
 

@@ -49,13 +49,13 @@ def capture(
             path = _failing_module(module, error, leaves.paths)
             if not path or len(leaves.paths) >= MOST_LEAVES or not leaves.can_run():
                 raise _refusal(module, error) from error
-            leaves.add(path)
-            leaves.notes.append(f"module '{path}' is kept whole: {_first_line(error)} at {_user_frame(error)}")
+            leaves.add_class(path)
+            leaves.notes.append(f"module '{path}' and all of its class are kept whole: {_first_line(error)} at {_user_frame(error)}")
 
 
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
     watch = _AttributeWatch(module)
-    with leaves.standing_in(), _inference_mode_as_no_grad(), watch, warnings.catch_warnings():
+    with torch.random.fork_rng(), leaves.standing_in(), _inference_mode_as_no_grad(), watch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*were assigned during export.*")  # _AttributeWatch looks closer
         args, kwargs = inputs
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -130,11 +130,10 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]
 
 
 def _place(cls: type) -> str:
-    import inspect
-
     try:
-        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}, class {cls.__name__}"
-    except (OSError, TypeError):
+        code = cls.forward.__code__  # type: ignore[attr-defined]
+        return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
+    except AttributeError:
         return f"class {cls.__name__}"
 
 
@@ -171,7 +170,7 @@ def distinct_tensors(tree: Any) -> Any:
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
         f"{type(module).__name__} cannot be traced: {_first_line(error)}",
-        where=_user_frame(error),
+        where=_user_frame(error, type(module)),
         hint=_advice(error),
     )
 
@@ -181,13 +180,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _user_frame(error: Exception) -> str:
-    """file:line and source of the innermost frame that is neither torch's nor ours."""
+def _user_frame(error: Exception, cls: type | None = None) -> str:
+    """file:line and source of the innermost frame that is neither torch's nor ours, else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
         if not path.startswith((TORCH_DIR, OWN_DIR)) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-    return "no frame of the model's own source"
+    return _place(cls) if cls is not None else "no frame of the model's own source"
 
 
 def _advice(error: Exception) -> str:

@@ -67,6 +67,13 @@ class Leaves:
             raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, known))
         self.paths = [p for p in self.paths if not p.startswith(path + ".")] + [path]
 
+    def add_class(self, path: str) -> None:
+        """All modules of the class of the one at `path` are kept whole: what fails is the code of the class."""
+        kind = type(self.module.get_submodule(path))
+        for name, owner in self.module.named_modules():
+            if name and type(owner) is kind and not any(name.startswith(p + ".") for p in self.paths):
+                self.add(name)
+
     def can_run(self) -> bool:
         """True when the model can be run for real, which recording a leaf's outputs takes."""
         return not any(isinstance(t, torch._subclasses.FakeTensor) for t in self.module.state_dict().values())
@@ -105,6 +112,8 @@ class Leaves:
             if call is None:
                 raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
             call.in_flat, call.in_spec = tree_flatten((args, kwargs))
+            if any(isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool) for a in call.in_flat):
+                raise RuntimeError(f"leaf module '{path}' is called with a number that depends on data")
             tensors = iter(torch.ops.stagecut.leaf(key, [a for a in call.in_flat if _is_tensor(a)]))
             return tree_unflatten([next(tensors) if _is_tensor(o) else o for o in call.out_flat], call.out_spec)
 

@@ -550,9 +550,12 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
 
 @cache
 def mode_branch(cls: type) -> str:
-    """Where the forward of a user's module class branches on `self.training` in Python, '' when it does not."""
+    """Where a user's module class chooses by mode in Python (a branch in forward, a train() of its own), '' for nowhere."""
     if cls.__module__.startswith("torch.") or not inspect.isfunction(getattr(cls, "forward", None)):
         return ""
+    train = getattr(cls, "train", None)
+    if inspect.isfunction(train) and train is not torch.nn.Module.train:
+        return f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {cls.__name__}.train"
     code = cls.forward.__code__  # type: ignore[attr-defined]
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "TO_BOOL", "UNARY_NOT")]
     line = code.co_firstlineno

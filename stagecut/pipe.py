@@ -14,7 +14,7 @@ from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CheckError, Report, compare, is_cheap
+from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -112,11 +112,15 @@ def lower(
 
 
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
-    if check == "auto":
-        check = "gradients" if is_cheap(module, (args, kwargs)) else None
-    if check is None:
+    if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
         return
-    report = compare(module, pipe, args, kwargs, gradients=check == "gradients")
+    try:
+        report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
+    except CannotCompare as error:
+        if check != "auto":
+            raise
+        pipe.notes += (f"not compared with the model: {error}",)
+        return
     if not report.ok:
         raise CheckError(
             f"the pipe does not compute what the model computes: {report.differences[0]}",
