@@ -63,16 +63,13 @@ class _Aliases:
         return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
 
     def _entry(self, value: Value, here: int) -> Value:
-        """The value that brought the storage of `value` into stage `here`: itself when it was not made there as a view."""
-        while self._home.get(value) == here and isinstance(value.owner, Op):
+        """The value `value` was made a view of in stage `here`. A version made there is its own: the write that made it saw to the rest."""
+        while self._home.get(value) == here and isinstance(value.owner, Op) and value in value.owner.results:
             op = value.owner
-            older = next((old for old, new in op.versions.items() if new is value), None)
-            if older is None and value in op.results and op.effects.views:
-                viewed = op.effects.views[op.results.index(value)]
-                older = op.operands[viewed] if viewed is not None else None
-            if older is None:
+            viewed = op.effects.views[op.results.index(value)] if op.effects.views else None
+            if viewed is None:
                 return value
-            value = older
+            value = op.operands[viewed]
         return value
 
     def _member(self, value: Value) -> Value:
@@ -93,7 +90,8 @@ class _Aliases:
         return member, steps
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
-        base = next((v for v in op.reads if self._steps(v) == (root, [])), None)
+        whole = [v for v in op.reads if self._steps(v) == (root, [])]
+        base = next((v for v in whole if self._member(v) is root), whole[0] if whole else None)
         if base is None:
             return False
         for value in crossing:

@@ -149,7 +149,7 @@ def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
         losses = [_loss(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
         if losses:
             torch.stack(losses).sum().backward()
-    state = parameters | dict(holder.named_buffers(remove_duplicate=False))
+    state = {n: t.detach().clone() for n, t in (parameters | dict(holder.named_buffers(remove_duplicate=False))).items()}
     grads = {name: p.grad for name, p in parameters.items()} if gradients else {}
     return _Run(outputs, grads, [leaf.grad if leaf.is_leaf else None for leaf in leaves] if gradients else [], state)
 

@@ -52,8 +52,9 @@ class Case:
     """A model and how it is cut and called.
 
     stages: how many there must be. modes: the training flags it is captured under. switch: also called in the other mode.
-    grad: whether floating inputs require gradient. rtol: how near gradients must be where the default is too strict. refused: what pipeline() must say instead, as a pattern, and
-    feedback the same for running the stages in several processes. bug: why it fails today, or for one way of running, as {how: why}.
+    grad: whether floating inputs require gradient. rtol: how near gradients must be where the default is too strict.
+    refused: what pipeline() must say instead, as a pattern; feedback: the same for running the stages in several processes.
+    bug: why it fails today, or why in one way of running, as {how: why}.
     """
 
     name: str

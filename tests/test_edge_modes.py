@@ -101,7 +101,7 @@ def norms_without_modes(self, x):
     return self.b(x)
 
 
-@case(X, stages=2, **BOTH)
+@case(X, stages=2, **BOTH, bug="34: a train() of the user's is not followed, and nobody says so")
 class FrozenNormInATrainingModel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -240,7 +240,7 @@ def test_a_python_branch_is_said_at_the_switch(forward, training: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.train(training)
-    with pytest.warns(UserWarning, match=r"self\.training") as said:
+    with pytest.warns(UserWarning, match=r"by mode|self\.training") as said:
         pipe.train(not training)
     assert any(line in str(w.message) for w in said for line in one.lines())
 
@@ -272,12 +272,8 @@ def test_batch_norm_shared_by_stages_is_refused_across_processes_when_it_could_t
 
     one = Case("shared", forward, (X,), has={"a": norm})
     pipe = one.cut(one.build().eval())
-    try:
+    with pytest.raises(StagecutError, match=r"a\.running_mean"):
         Posted(pipe).train(True)
-    except StagecutError as error:
-        assert "a.running_mean" in str(error)
-    else:
-        pytest.fail("neither refused nor said")
 
 
 def test_a_mode_is_kept_by_a_copy_of_the_pipe() -> None:

@@ -30,7 +30,7 @@ def functional_dropout_that_follows_the_mode(self, x):
     return F.dropout(x, 0.3, self.training) + 1
 
 
-@case(X, stages=2, modes=(True, False), switch=True)
+@case(X, stages=2, modes=(True, False), switch=True, bug="18: a literal True is taken for the mode")
 def functional_dropout_that_is_always_on(self, x):
     x = F.dropout(x, 0.3) * 2
     pipe_split()
@@ -44,7 +44,14 @@ def functional_dropout_that_is_never_on(self, x):
     return x + 1
 
 
-@case(t(2, 4, 4), stages=2, modes=(True, False), switch=True, has={"a": nn.Dropout1d, "b": nn.AlphaDropout, "c": nn.FeatureAlphaDropout})
+@case(
+    t(2, 4, 4),
+    stages=2,
+    modes=(True, False),
+    switch=True,
+    has={"a": nn.Dropout1d, "b": nn.AlphaDropout, "c": nn.FeatureAlphaDropout},
+    bug="31: in eval these return the tensor they got, and the tracer takes one for the other",
+)
 def other_dropouts(self, x):
     x = self.b(self.a(x))
     pipe_split()
@@ -142,7 +149,14 @@ def recurrent_dropout(self, x):
     return x * torch.rand(4, dtype=torch.float64)
 
 
-@case(X, stages=2, modes=(True, False), switch=True, has={"a": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()})
+@case(
+    X,
+    stages=2,
+    modes=(True, False),
+    switch=True,
+    has={"a": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()},
+    bug="18: dropout inside torch's attention is a number in the trace",
+)
 def transformer_layer_with_dropout(self, x):
     x = self.a(x[None])
     pipe_split()
@@ -156,7 +170,7 @@ def explicit_generator(self, x):
     return x * torch.rand(4, generator=self.g, dtype=torch.float64)
 
 
-@case(X, refused="seed|random")
+@case(X, refused="seed|random", bug="20: refused without a line, and tracing seeds the generator")
 def seeding_inside_the_model(self, x):
     torch.manual_seed(5)
     x = x + torch.rand(4, dtype=torch.float64)

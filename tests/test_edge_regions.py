@@ -95,7 +95,7 @@ def enable_grad_inside_no_grad(self, x):
     return y + z + w
 
 
-@case(X, stages=2, has=AB)
+@case(X, stages=2, has=AB, bug="27: the check's second call runs without gradients")
 def set_grad_enabled(self, x):
     with torch.set_grad_enabled(False):
         y = self.a(x)
@@ -196,7 +196,7 @@ def autocast_inside_no_grad_across_a_cut(self, x):
     return self.a(y.float())
 
 
-@case(F32, stages=2, has=L32, rtol=0.05)
+@case(F32, stages=2, has=L32, rtol=0.05, bug="45: torch.export loses a grad mode inside autocast")
 def no_grad_inside_autocast(self, x):
     with amp():
         with torch.no_grad():
@@ -326,7 +326,12 @@ def dropout_in_a_checkpoint(self, x):
     return self.drop(x)
 
 
-@case(X, stages=2, has={"m": lambda: nn.Sequential(linear(), nn.BatchNorm1d(4).double())})
+@case(
+    X,
+    stages=2,
+    has={"m": lambda: nn.Sequential(linear(), nn.BatchNorm1d(4).double())},
+    bug="25: the recomputation that counts twice is lost, the refusal names no line",
+)
 def batch_norm_in_a_checkpoint(self, x):
     x = checkpoint(self.m, x, use_reentrant=False)
     pipe_split()
@@ -350,7 +355,7 @@ def vmap_in_one_stage(self, x):
     return torch.vmap(lambda row: row.sin() * row.sum())(x)
 
 
-@case(X, refused=SPLIT)
+@case(X, refused=SPLIT, bug="44: a cut through a vmap is accepted")
 def split_inside_a_vmap(self, x):
     def row_wise(row):
         row = row.sin()
@@ -375,7 +380,7 @@ class Doubled(torch.autograd.Function):
         return grad * 7
 
 
-@case(X, has=AB, refused="Doubled|autograd.Function|gradient")
+@case(X, has=AB, refused="Doubled|autograd.Function|gradient", bug="30: refused without a line")
 def custom_autograd_function(self, x):
     x = Doubled.apply(self.a(x))
     pipe_split()
@@ -402,7 +407,7 @@ def custom_autograd_function_with_the_true_derivative(self, x):
     return self.b(x)
 
 
-@case(X, has=AB, refused="hook|gradient")
+@case(X, has=AB, refused="hook|gradient", bug="27: the check fails inside the hook")
 def tensor_hook(self, x):
     x = self.a(x)
     x.register_hook(lambda grad: grad * 3)
@@ -426,7 +431,7 @@ def list_attribute_appended(self, x):
     return x + len(self.seen)
 
 
-@case(X, has={"a": linear, "last": lambda: None}, refused="last")
+@case(X, has={"a": linear, "last": lambda: None}, refused="last", bug="8: torch's warning is an error here")
 def attribute_set_to_a_tensor(self, x):
     self.last = x * 2
     x = self.a(x)
@@ -434,7 +439,7 @@ def attribute_set_to_a_tensor(self, x):
     return x + self.last
 
 
-@case(X, has={"a": linear, "flag": lambda: False}, refused="flag")
+@case(X, has={"a": linear, "flag": lambda: False}, refused="flag", bug="24: booleans are not watched")
 def boolean_attribute_flipped(self, x):
     self.flag = not self.flag
     x = self.a(x) if self.flag else -x
@@ -442,7 +447,7 @@ def boolean_attribute_flipped(self, x):
     return x * 2
 
 
-@case(X, has={"a": linear, "name": lambda: "a"}, refused="name")
+@case(X, has={"a": linear, "name": lambda: "a"}, refused="name", bug="24: texts are not watched")
 def text_attribute_changed(self, x):
     self.name = self.name + "b"
     x = self.a(x) * len(self.name)

@@ -612,7 +612,13 @@ def spectral_norm_in_two_stages_in_eval(self, x):
     return self.a(x)
 
 
-@case(X, stages=2, has={"a": lambda: parametrizations.spectral_norm(linear())}, feedback="weight")
+@case(
+    X,
+    stages=2,
+    has={"a": lambda: parametrizations.spectral_norm(linear())},
+    feedback="weight",
+    bug={"mailbox": "40: the second writer of a buffer is not seen"},
+)
 def spectral_norm_in_two_stages_in_train(self, x):
     x = self.a(x)
     pipe_split()
@@ -626,6 +632,7 @@ def orthogonal(self, x):
     return self.b(x)
 
 
+@pytest.mark.xfail(strict=True, reason="8: torch's warning about an attribute that is set anew at each call is an error here")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("old", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("how", ["pipe", "mailbox"])

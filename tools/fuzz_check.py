@@ -122,6 +122,11 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return wrong
 
 
+def verified(pipe: Pipe, call: Call) -> list[str]:
+    """What the pipe's own comparison with its model says."""
+    return [f"verify: {line}" for line in pipe.verify(*call[0], **call[1]).differences]
+
+
 # --- the program --------------------------------------------------------------------------------------
 
 

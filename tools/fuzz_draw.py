@@ -339,7 +339,7 @@ class _Draw:
         self.modules: list[tuple[Member, list[tuple[str, str]]]] = []
         self._ops = [*OPS, PLANTED] if plant else OPS
         self._weights = [op.weight for op in self._ops]
-        self._count = 0
+        self._count = self._keys = 0
 
     # --- forwards ---------------------------------------------------------------------------------
 
@@ -467,7 +467,8 @@ class _Draw:
             member, calls = rng.choice(self.modules)
             member = replace(member, attr=attr)
             return member, [(f"self.{attr}{path}", kinds) for path, kinds in calls]
-        share = f"m{len(self.modules)}" if rng.random() < 0.4 else ""
+        self._keys += 1
+        share = f"m{self._keys}" if rng.random() < 0.4 else ""
         if depth > 0 and rng.random() < 0.45:
             block, kinds = self.block(depth - 1)
             member, local = Member(attr, "module", f"{block.name}()", share), [("", "".join(kinds))]

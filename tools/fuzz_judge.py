@@ -50,7 +50,8 @@ class Verdict:
     def signature(self) -> str:
         """The way it fails, without names and numbers: failures of one cause agree in it."""
         line = self.lines[0].split(" differs:")[0] if self.lines else ""
-        line = re.sub(r"'[^']*'|\[[^\]]*\]|[%@][\w.]+|\d+", "_", line)
+        line = re.sub(r"\baten\.[\w.]+", "_", re.sub(r"\S+:\d+(:\d+)?,? ?", "", line)).replace("module '", "'")
+        line = re.sub(r"'[^']*', |'[^']*'|\[[^\]]*\]|[%@][\w.]+|\d+", "_", line)
         line = re.sub(r"(gradient of|buffer|parameter|state) (?!input|after)[\w.]+", r"\1 _", line)
         return f"{self.check}: {line[:120]}"
 
@@ -133,6 +134,8 @@ def _judge(plan: ModelPlan, expected: dict[str, Any], verdict: Verdict, deep: bo
     except StagecutError as error:
         verdict.refusals.append(_blank(error))
     _check("run", lambda: fuzz_check.differences(expected, fuzz_check.outcome(model, pipe.module(), calls(plan)), rtol))
+    if seed % 5 == 0:
+        _check("verify", lambda: fuzz_check.verified(pipe, inputs(plan)))
     _check("boundaries", lambda: fuzz_check.boundaries(pipe, *inputs(plan)))
     if deep:
         splits = find_splits(plan, model)
@@ -261,6 +264,10 @@ wrong = fuzz_check.round_trip(pipe.program)
     "mailbox": """pipe = pipeline(model, *inputs({first}), **options)
 print(pipe)
 wrong = fuzz_check.mailbox(twin, pipe, inputs({first}), inputs({first}), {rtol})
+""",
+    "verify": """pipe = pipeline(model, *inputs({first}), **options)
+print(pipe)
+wrong = fuzz_check.verified(pipe, inputs({first}))
 """,
     "boundaries": """pipe = pipeline(model, *inputs({first}), **options)
 print(pipe)

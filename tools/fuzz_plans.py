@@ -344,7 +344,7 @@ def _tree(tree: Tree, env: dict[str, Any]) -> Any:
 
 def options(plan: ModelPlan) -> dict[str, Any]:
     """The keyword arguments of `pipeline` that say where and how to cut."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"check": None}
     if plan.spec:
         found["split_spec"] = {path: SplitPoint[side] for path, side in plan.spec}
     if plan.cuts:
@@ -372,10 +372,18 @@ def dynamic_shapes(plan: ModelPlan) -> dict[str, Any]:
 # --- the source back end ------------------------------------------------------------------------------
 
 
+_SHARED = """MADE = {}
+
+
+def shared(key, make):
+    if key not in MADE:
+        MADE[key] = make()
+    return MADE[key]"""
+
+
 def source(plan: ModelPlan) -> str:
     """Python that defines the classes of `plan`, and `make()`, `inputs(batch, seed)` and `options` as functions and a dict."""
-    shared = any(m.share for b in plan.blocks for m in b.members)
-    parts = ["MADE = {}\n\n\ndef shared(key, make):\n    return MADE.setdefault(key, make()) if key not in MADE else MADE[key]"] * shared
+    parts = [_SHARED] if any(m.share for b in plan.blocks for m in b.members) else []
     for block in reversed(plan.blocks):
         parts.append("\n".join(_class(block, plan if block is plan.blocks[0] else None)))
     parts += ["\n".join(_make(plan)), "\n".join(_inputs(plan)), _options(plan)]
@@ -454,7 +462,7 @@ def _inputs(plan: ModelPlan) -> Iterator[str]:
 
 
 def _options(plan: ModelPlan) -> str:
-    lines = ["options = {}"]
+    lines = ['options = {"check": None}']
     if plan.spec:
         sides = ", ".join(f'"{path}": SplitPoint.{side}' for path, side in plan.spec)
         lines.append(f'options["split_spec"] = {{{sides}}}')
