@@ -617,7 +617,6 @@ def spectral_norm_in_two_stages_in_eval(self, x):
     stages=2,
     has={"a": lambda: parametrizations.spectral_norm(linear())},
     feedback="weight",
-    bug={"mailbox": "40: the second writer of a buffer is not seen"},
 )
 def spectral_norm_in_two_stages_in_train(self, x):
     x = self.a(x)

@@ -218,7 +218,7 @@ _OPS = """
 3 sm ! {0}.copy_({1}.detach().mean(0))
 2 sm ! {0}.lerp_({1}.detach().amax(0), 0.5)
 2 sm ! {0}[0] = {1}.detach().sum()
-1 sm ! {0} = {0} * 0.5 + {1}.detach().mean(0)
+1 sm ! {0} = ({0} * 0.5 + {1}.detach().mean(0)).to({0}.dtype)
 4 ms | {0} + {1}
 3 ms | {0} * {1}.sigmoid()
 2 fk | {0} * ({1} + 1)
@@ -298,6 +298,8 @@ def fits(kind: str, name: str, item: Any) -> bool:
         return False
     if kind == "t":
         return True
+    if kind in "wWsM" and name == "self.k0":
+        return False  # a constant
     if kind == "M":
         return fits("m", name, item) and fits("w", name, item)
     if kind in "wW":
