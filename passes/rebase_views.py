@@ -63,11 +63,11 @@ class _Aliases:
         return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
 
     def _entry(self, value: Value, here: int) -> Value:
-        """The value `value` was made a view of in stage `here`. A version made there is its own: the write that made it saw to the rest."""
+        """The value `value` was made a view of in stage `here`. What a write made there is its own: that write saw to the rest."""
         while self._home.get(value) == here and isinstance(value.owner, Op) and value in value.owner.results:
             op = value.owner
             viewed = op.effects.views[op.results.index(value)] if op.effects.views else None
-            if viewed is None:
+            if viewed is None or viewed in op.effects.writes:
                 return value
             value = op.operands[viewed]
         return value
