@@ -312,7 +312,8 @@ def reproducer(plan: ModelPlan, verdict: Verdict, seed: int = 0) -> str:
 def _plain(function: Callable[..., Any]) -> str:
     """The source of a function without its annotations."""
     lines = inspect.getsource(function).splitlines()
-    names = ", ".join(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    names = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
     body = "\n".join(lines[1:]) + "\n"
     body = re.sub(r"^(\s+\w+): [^=\n]+ = ", r"\1 = ", body, flags=re.M)
     return f"def {function.__name__}({names}):\n" + re.sub(r"  # type: ignore\S*", "", body)
