@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from zoo.check import check
 from zoo.models import ARCHITECTURES
 
@@ -20,6 +23,15 @@ SAMPLE = {
     "UNet2d": 4,
     "RecurrentNet": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore")
