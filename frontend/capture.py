@@ -19,8 +19,8 @@ from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
 from stagecut.ir.errors import CaptureError, StagecutError
 
-MOST_LEAVES = 16
-"""How many modules are kept whole by themselves before capture gives up."""
+MOST_RETRIES = 8
+"""How often a capture is tried again with one more class of modules kept whole, before it gives up."""
 
 
 def capture(
@@ -47,9 +47,11 @@ def capture(
             raise
         except Exception as error:
             path = _failing_module(module, error, leaves.paths)
-            if not path or len(leaves.paths) >= MOST_LEAVES or not leaves.can_run():
+            before = list(leaves.paths)
+            if path and len(leaves.notes) < MOST_RETRIES and leaves.can_run():
+                leaves.add_class(path)
+            if leaves.paths == before:  # nothing more can be kept whole
                 raise _refusal(module, error) from error
-            leaves.add_class(path)
             leaves.notes.append(f"module '{path}' and all of its class are kept whole: {_first_line(error)} at {_user_frame(error)}")
 
 

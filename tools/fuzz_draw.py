@@ -530,11 +530,11 @@ def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False) -> M
     steps = _uses_of_literals(rng, given, scope) + draw.steps(scope, rng.randint(4, 12))
     output = _draw_output(rng, scope, values)
     plan = ModelPlan((replace(blank, steps=steps), *draw.blocks), given, items, output)
-    after, spec = _settings(rng, plan)
+    after, spec, whole = _settings(rng, plan)
     cuts = tuple(rng.randrange(60) for _ in range(rng.choice((0, 0, 1, 1, 2))))
     if not cuts and not spec and not any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps)):
         cuts = (rng.randrange(60),)
-    return replace(plan, after=after, spec=spec, cuts=cuts, training=rng.random() < 0.75, dynamic=rng.random() < 0.2)
+    return replace(plan, after=after, spec=spec, whole=whole, cuts=cuts, training=rng.random() < 0.75, dynamic=rng.random() < 0.2)
 
 
 def _draw_inputs(rng: random.Random) -> tuple[tuple[Given, ...], tuple[Input, ...]]:
@@ -589,8 +589,8 @@ def _draw_output(rng: random.Random, scope: _Scope, values: dict[str, Any]) -> T
     return found[0] if len(found) == 1 and rng.random() < 0.7 else _nest(rng, found)
 
 
-def _settings(rng: random.Random, plan: ModelPlan) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Children to freeze or to put into eval mode, and calls to cut at."""
+def _settings(rng: random.Random, plan: ModelPlan) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Children to freeze or to put into eval mode, calls to cut at, and modules to keep whole."""
     children = [m.attr for m in plan.blocks[0].members if m.kind == "module"]
     after = []
     if children and rng.random() < 0.15:
@@ -600,4 +600,6 @@ def _settings(rng: random.Random, plan: ModelPlan) -> tuple[tuple[str, ...], tup
     called = {s.code.partition("(")[0] for s in steps_of(plan.blocks[0].steps) if s.outs and s.code.startswith("self.c")}
     paths = sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
     picked = [p for p in paths if rng.random() < 0.2]
-    return tuple(after), tuple((p, rng.choice(("BEGINNING", "END"))) for p in picked)
+    spec = tuple((p, rng.choice(("BEGINNING", "END"))) for p in picked)
+    whole = (rng.choice(paths),) if paths and rng.random() < 0.05 else ()
+    return tuple(after), spec, whole

@@ -153,7 +153,7 @@ def _judge(plan: ModelPlan, expected: dict[str, Any], verdict: Verdict, deep: bo
 
 def _lowered(plan: ModelPlan) -> Any:
     args, kwargs = inputs(plan)
-    return lower(build(plan), args, kwargs, options(plan).get("dynamic_shapes"))[:2]
+    return lower(build(plan), args, kwargs, options(plan).get("dynamic_shapes"), plan.whole)[:2]
 
 
 def find_splits(plan: ModelPlan, model: nn.Module) -> FindSplits:
@@ -282,7 +282,7 @@ wrong = fuzz_check.boundaries(pipe, *inputs({first}))
 """,
     "passes": """spec = [(path, {{1: "beginning", 2: "end"}}[side.value]) for path, side in options.get("split_spec", {{}}).items()]
 splits = FindSplits(tuple(spec), options.get("split_policy"))
-lowered = lambda: lower(model, *inputs({first}), options.get("dynamic_shapes"))[:2]
+lowered = lambda: lower(model, *inputs({first}), options.get("dynamic_shapes"), options.get("leaf_modules", ()))[:2]
 flat = pipeline(twin, *inputs({first}), **options).flatten(*inputs({first}))
 wrong = fuzz_check.passes(lowered, splits, flat)
 """,

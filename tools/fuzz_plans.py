@@ -113,8 +113,8 @@ class Input(Plan):
 class ModelPlan(Plan):
     """A model with its call, and where it is cut. `blocks[0]` is the root; its outputs are the leaves of `output`.
 
-    spec: (module path, side) pairs for `split_spec`; cuts: positions for a policy, modulo the number of ops; after: lines that
-    set up the model once it is built.
+    spec: (module path, side) pairs for `split_spec`; cuts: positions for a policy, modulo the number of ops; whole:
+    paths for `leaf_modules`; after: lines that set up the model once it is built.
     """
 
     blocks: tuple[Block, ...]
@@ -124,6 +124,7 @@ class ModelPlan(Plan):
     after: tuple[str, ...] = ()
     spec: tuple[tuple[str, str], ...] = ()
     cuts: tuple[int, ...] = ()
+    whole: tuple[str, ...] = ()
     training: bool = True
     dynamic: bool = False
 
@@ -150,7 +151,7 @@ def steps_of(steps: tuple[Step, ...]) -> Iterator[Step]:
 def size(plan: ModelPlan) -> int:
     """How much there is in a plan: steps, members, leaves, cuts and settings."""
     count = sum(len(list(steps_of(b.steps))) + len(b.members) + len(b.ties) + len(b.outputs) for b in plan.blocks)
-    count += len(plan.blocks) + len(plan.given) + len(plan.spec) + len(plan.cuts) + len(plan.after)
+    count += len(plan.blocks) + len(plan.given) + len(plan.spec) + len(plan.cuts) + len(plan.whole) + len(plan.after)
     count += len(list(leaves(plan.output))) + _nodes(plan.output) + sum(_nodes(i.tree) + i.keyword for i in plan.inputs)
     codes = [g.code for g in plan.given]
     return count + plan.training + plan.dynamic + sum("requires_grad" in c for c in codes)
@@ -349,6 +350,8 @@ def options(plan: ModelPlan) -> dict[str, Any]:
         found["split_spec"] = {path: SplitPoint[side] for path, side in plan.spec}
     if plan.cuts:
         found["split_policy"] = _policy(plan.cuts)
+    if plan.whole:
+        found["leaf_modules"] = list(plan.whole)
     if plan.dynamic:
         found["dynamic_shapes"] = dynamic_shapes(plan)
     return found
@@ -469,6 +472,8 @@ def _options(plan: ModelPlan) -> str:
     if plan.cuts:
         count = "(sum(not op.is_split for op in program.ops) + 1)"
         lines.append(f'options["split_policy"] = lambda program: [cut % {count} for cut in {list(plan.cuts)}]')
+    if plan.whole:
+        lines.append(f'options["leaf_modules"] = {list(plan.whole)}')
     if plan.dynamic:
         dims = {g.name: "{" + ", ".join(f"{d}: batch" for d in g.dims) + "}" if g.dims else "None" for g in plan.given}
         entries = ", ".join(f'"{i.name}": {_tree_source(_renamed(i.tree, dims))}' for i in plan.inputs)

@@ -36,6 +36,8 @@ def _fewer_cuts(plan: ModelPlan) -> Iterator[ModelPlan]:
 def _plainer_settings(plan: ModelPlan) -> Iterator[ModelPlan]:
     for i in range(len(plan.after)):
         yield replace(plan, after=plan.after[:i] + plan.after[i + 1 :])
+    for i in range(len(plan.whole)):
+        yield replace(plan, whole=plan.whole[:i] + plan.whole[i + 1 :])
     if plan.dynamic:
         yield replace(plan, dynamic=False)
     if plan.training:
@@ -205,7 +207,7 @@ def _mentioned(plan: ModelPlan, block: Block, member: Member) -> bool:
     if block is plan.blocks[0]:
         lines += [
             *leaves(plan.output),
-            *(f"self.{path}" for path, _ in plan.spec),
+            *(f"self.{path}" for path in [*plan.whole, *(path for path, _ in plan.spec)]),
             *(line.replace("model.", "self.") for line in plan.after),
         ]
     attr = "listed" if member.kind == "listed" else member.attr
