@@ -105,8 +105,13 @@ def names(model: nn.Module, pipe: Pipe) -> list[str]:
 
 
 def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Where what a stage returns is not of the type that the IR gives it."""
+    """Where what a stage returns is not of the type that the IR gives it.
+
+    A view made under no_grad says that it requires grad, and so does what comes of it, though nothing flows through it. What a
+    module kept whole does inside is not known.
+    """
     wrong: list[str] = []
+    whole = any(op.target.startswith("module.") for op in pipe.program.all_ops())
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
     for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
 
@@ -119,8 +124,7 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
                 shape = [n if isinstance(n, int) else m for n, m in zip(kind.shape, item.shape, strict=True)]
                 if list(item.shape) != shape or (kind.strides is None and not item.is_contiguous()):
                     wrong.append(f"{value!r} is {kind}, but {list(item.shape)} with strides {item.stride()} comes out")
-                # a view made under no_grad says that it requires grad, and so does what comes of it, but nothing flows through it
-                if item.requires_grad != kind.grad and (kind.grad or not detached):
+                if (kind.grad and not item.requires_grad and not whole) or (item.requires_grad and not kind.grad and not detached):
                     wrong.append(f"{value!r} is {kind}, but requires_grad is {item.requires_grad}")
 
         stage.register_forward_hook(look)

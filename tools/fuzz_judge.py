@@ -95,6 +95,8 @@ def runs(plan: ModelPlan) -> dict[str, Any] | None:
         expected = fuzz_check.outcome(model, model, calls(plan))
     except Exception:
         return None
+    if any(p.grad_fn is not None for p in model.parameters()) or any(b.requires_grad for b in model.buffers()):
+        return None  # its state has become part of a graph: it cannot be copied any more
     twice = any(g.code.startswith("x") for g in plan.given)
     return None if twice and _writes_inputs(plan, expected) else expected
 
