@@ -21,22 +21,31 @@ import torch
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import results_of
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.types import carries_grad
 
 
-def refuse_feedback(program: Program) -> None:
-    """Returns when every write stays in one stage; raises StagecutError naming the state that would have to flow backward."""
+def refuse_feedback(program: Program, training: bool = True) -> None:
+    """Returns when every write stays in one stage; raises StagecutError naming the state that would have to flow backward.
+
+    Out of training, what ops with a training flag write does not count.
+    """
     for entry in program.state:
         if entry.share != "feedback":
             continue
         ops = [op for stage in program.stages for op in stage.ops if _touches(op, entry)]
+        if not training and all(_follows_mode(op) for op in ops if op.effects.writes):
+            continue
         raise StagecutError(
             f"'{entry.name}' is written in one stage and read or written in another, so the next step would read a stale copy",
             where="; ".join(dict.fromkeys(op.where() for op in ops[:4])),
             hint="cut so that all of it lies in one stage; one process can run this pipe, several cannot",
         )
+
+
+def _follows_mode(op: Op) -> bool:
+    return any(isinstance(item, Mode) for item in op.args)
 
 
 def _touches(op: Op, entry: StateEntry) -> bool:
@@ -69,15 +78,15 @@ def written_inputs(block: StageBlock) -> set[Value]:
 class Mailbox:
     """Runs a pipe as separate processes would.
 
-    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, contiguous, detached storage and
+    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, detached storage of the same strides and
     carries gradient only where the IR says so. Ports are bound by position. Call it with the model's arguments, call
     backward on a loss of the outputs, then `backward()`; afterwards `gradients()` and `state()` are by the model's names.
 
-    Raises StagecutError on construction when state would have to flow from a later stage to an earlier one.
+    Raises StagecutError when state would have to flow from a later stage to an earlier one.
     """
 
     def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
-        refuse_feedback(program)
+        refuse_feedback(program, any(stage.training for stage in stages))
         self._program = program
         self._stages = [copy.deepcopy(stage) for stage in stages]
         self._received: list[list[Any]] = []
@@ -88,6 +97,7 @@ class Mailbox:
     def forward(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """The flat outputs; tensors that carry gradient are leaves."""
         program = self._program
+        refuse_feedback(program, any(stage.training for stage in self._stages))
         self._received, self._sent = [], []
         mail: dict[Value, Any] = {}
         self._fed = dict(zip(program.inputs, flat, strict=True))
@@ -118,8 +128,9 @@ class Mailbox:
         program = self._program
         for index in reversed(range(len(self._stages))):
             block = program.stages[index]
-            pairs = [(sent, self._gradient(v, index)) for v, sent in zip(block.outputs, self._sent[index], strict=True)]
-            live = [(t, g) for t, g in pairs if g is not None and isinstance(t, torch.Tensor) and t.requires_grad]
+            pairs = [(v, sent, self._gradient(v, index)) for v, sent in zip(block.outputs, self._sent[index], strict=True)]
+            # a view made under no_grad says that it requires grad, but nothing flows through it
+            live = [(t, g) for v, t, g in pairs if g is not None and carries_grad(v.type) and t.requires_grad]
             if live:
                 torch.autograd.backward([t for t, _ in live], [g for _, g in live])
 
@@ -170,10 +181,14 @@ class Mailbox:
 
 
 def _post(item: Any, grad: bool) -> Any:
-    """A tensor as it arrives: fresh contiguous storage, no history."""
+    """A tensor as it arrives: fresh storage, no history, the strides it was sent with."""
     if not isinstance(item, torch.Tensor):
         return item
-    return item.detach().clone(memory_format=torch.contiguous_format).requires_grad_(grad)
+    if item.layout is not torch.strided:
+        return item.detach().clone().requires_grad_(grad)
+    once = item.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in item.stride())]
+    fresh = torch.empty_strided(once.shape, once.stride(), dtype=item.dtype, device=item.device).copy_(once)
+    return fresh.expand(item.shape).requires_grad_(grad)
 
 
 def _own(item: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class CallSpec:
     """The calling convention a program was traced with.
 
     positional and keywords are the argument names of the example call; parameters are all names the
-    model's forward takes by position, with their defaults where they have one.
+    model's forward takes by position, with their defaults where they have one; ranges are the least and the greatest value
+    of each symbolic size, None for no bound.
     """
 
     positional: tuple[str, ...]
@@ -32,6 +33,7 @@ class CallSpec:
     parameters: dict[str, Any]
     in_spec: TreeSpec
     out_spec: TreeSpec
+    ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
@@ -114,17 +116,22 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
         ) from None
 
 
-def check_inputs(inputs: Sequence[Value], flat: Sequence[Any]) -> None:
-    """Returns when every flat input fits the type it was traced with; raises InputError naming the first that does not."""
-    symbols: dict[str, int] = {}
+def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Mapping[str, tuple[int | None, int | None]] | None = None) -> None:
+    """Returns when every flat input fits the type it was traced with and every symbolic size its range.
+
+    Raises InputError naming the first input that does not.
+    """
+    sizes: dict[str, tuple[str, int]] = {}
     for value, given in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
-            _check_tensor(value.hint, value.type, given, symbols)
+            _check_tensor(value.hint, value.type, given, sizes)
         elif isinstance(value.type, ScalarType) and (value.type.expr is not None or value.type == NONE):
             _check_scalar(value.hint, value.type, given)
+    _check_sizes(sizes, ranges or {})
 
 
-def _check_tensor(name: str, kind: TensorType, given: Any, symbols: dict[str, int]) -> None:
+def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]) -> None:
+    """`sizes` gains the symbolic sizes, each with the input that has it."""
     if not isinstance(given, torch.Tensor):
         raise InputError(f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN)
     from stagecut.frontend.types import SHORT
@@ -136,12 +143,46 @@ def _check_tensor(name: str, kind: TensorType, given: Any, symbols: dict[str, in
         )
     fits = len(given.shape) == len(kind.shape)
     for size, want in zip(given.shape, kind.shape, strict=False):
-        fits &= size == want if isinstance(want, int) else symbols.setdefault(want, int(size)) == size
+        fits &= size == want if isinstance(want, int) else sizes.setdefault(want, (name, int(size)))[1] == size
     if not fits:
         raise InputError(
             f"input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
             hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
         )
+
+
+def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Mapping[str, tuple[int | None, int | None]]) -> None:
+    """Sizes lie in their ranges, and those that are expressions of others agree with them."""
+    for symbol, (name, size) in sizes.items():
+        least, greatest = ranges.get(symbol, (None, None))
+        if (least is not None and size < least) or (greatest is not None and size > greatest):
+            raise InputError(
+                f"input '{name}' has a size of {size}, the program was traced for {least or 0} to {'any' if greatest is None else greatest}",
+                hint='widen its range in dynamic_shapes: torch.export.Dim("n", min=..., max=...)',
+            )
+    derived = [symbol for symbol in sizes if not symbol.isidentifier()]
+    if derived:
+        _check_derived(sizes, derived)
+
+
+def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> None:
+    import sympy
+
+    known = {sympy.Symbol(s): n for s, (_, n) in sizes.items() if s.isidentifier()}
+    for text in derived:
+        name, size = sizes[text]
+        rest = sympy.sympify(text, locals={str(s): s for s in known}).subs(known) - size
+        unknown = list(rest.free_symbols)
+        if len(unknown) == 1:  # the size tells what its symbol is
+            roots = [root for root in sympy.solve(rest, unknown[0]) if root.is_integer and root.is_nonnegative]
+            if roots:
+                known[unknown[0]] = int(roots[0])
+                continue
+        if len(unknown) == 1 or rest != 0 and not unknown:
+            raise InputError(
+                f"input '{name}' has a size of {size}, which is not {text} for the other sizes given",
+                hint="pass sizes that fit each other as dynamic_shapes says",
+            )
 
 
 def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
 from stagecut.frontend.lower import LeafCall, Lowering, state_entries, written_in_place
@@ -15,6 +16,7 @@ from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import Effects, Op, Program, StateEntry, Value
+from stagecut.ir.types import TensorType
 
 
 def lower_export(
@@ -25,7 +27,8 @@ def lower_export(
     bindings = Bindings()
     lowering = Lowering(program, bindings)
     if module is not None:
-        lowering.leaf_calls, lowering.leaf_owner = leaf_calls or {}, module
+        if leaf_calls:
+            lowering.leaf_calls, lowering.leaf_owners = leaf_calls, dict(module.named_modules(remove_duplicate=False))
         program.state = state_entries(module, bindings, lowering.note_storage)
     else:
         program.state = _exported_state(exported, bindings)
@@ -61,11 +64,13 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
     owners = program.name_owners()
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
     env: dict[Any, Any] = {}
+    examples = iter(tree_leaves(exported.example_inputs))
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
         value = node.meta.get("val")
         if spec.kind is InputKind.USER_INPUT:
             symbolic = isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
             env[node] = program.add_input(type_of(value) if symbolic else specialised(value), node.name)
+            _as_given(env[node], next(examples, None))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in owners:
             env[node] = owners[spec.target].value
         elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
@@ -74,6 +79,12 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
             raise _foreign_object(node, spec, lowering)
         lowering.note_storage(env[node], value)
     return env
+
+
+def _as_given(value: Value, example: Any) -> None:
+    """The input carries gradient when the example does: the traced one has been through all that forward does to it."""
+    if isinstance(example, torch.Tensor) and isinstance(value.type, TensorType):
+        value.type = replace(value.type, grad=example.requires_grad)
 
 
 def _foreign_object(node: Any, spec: Any, lowering: Lowering) -> CaptureError:
@@ -159,7 +170,13 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
     count = len(_children(args_spec))
     positional = tuple(names[:count]) if len(names) >= count else tuple(f"arg{i}" for i in range(count))
     known = parameters_of(module.forward) if module is not None else dict.fromkeys([*positional, *keywords], ABSENT)
-    return CallSpec(positional, keywords, known, signature.in_spec, signature.out_spec)
+    ranges = {str(symbol): (_bound(r.lower), _bound(r.upper)) for symbol, r in exported.range_constraints.items()}
+    return CallSpec(positional, keywords, known, signature.in_spec, signature.out_spec, ranges)
+
+
+def _bound(limit: Any) -> int | None:
+    """A bound of a size as a number, None for infinity."""
+    return int(limit) if getattr(limit, "is_Integer", True) else None
 
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:

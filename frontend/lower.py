@@ -83,10 +83,13 @@ class Seen:
 LEAF = "torch.ops.stagecut.leaf.default"
 """The op that stands in for a module kept whole."""
 
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Numbers that the trace computes: they depend on sizes or on data."""
+
 
 @dataclass
 class LeafCall:
-    """One call of a module kept whole: how tensors sit in its arguments and results, and what it does besides."""
+    """One call of a module kept whole: how tensors and symbolic numbers sit in its arguments and results, and what it does besides."""
 
     path: str
     in_flat: list[Any]
@@ -113,7 +116,7 @@ class Lowering:
         self._literals: dict[Any, Any] = {}
         self._extern = Namer()
         self.leaf_calls: dict[str, LeafCall] = {}
-        self.leaf_owner: torch.nn.Module = torch.nn.Module()
+        self.leaf_owners: dict[str, torch.nn.Module] = {}
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -145,7 +148,7 @@ class Lowering:
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
         if name == LEAF:
-            return self._leaf(node, self.leaf_calls[args[0]], args[1], ops, context)
+            return self._leaf(node, self.leaf_calls[args[0]], args[1], args[2], ops, context)
         wrapped = _wrapped_context(name, args)
         if wrapped is not None:
             inner, graph, operands = wrapped
@@ -168,6 +171,8 @@ class Lowering:
         op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, node.target, seen)
+        if _identity_views(op):
+            op.results[0].type = op.operands[0].type
         ops.append(op)
         return tree
 
@@ -193,20 +198,26 @@ class Lowering:
         op.add_result(counter.type, "count")
         ops.append(op)
 
-    def _leaf(self, node: fx.Node, call: LeafCall, tensors: list[Any], ops: list[Op], context: tuple[Context, ...]) -> list[Value]:
+    def _leaf(
+        self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
+    ) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
-        given = iter(tensors)
-        flat = [next(given) if isinstance(item, torch.Tensor) else item for item in call.in_flat]
+        given, counted = iter(tensors), iter(numbers)
+        flat = [
+            next(given) if isinstance(item, torch.Tensor) else next(counted) if isinstance(item, SYMBOLIC) else item
+            for item in call.in_flat
+        ]
         args, kwargs = transform(tree_unflatten(flat, call.in_spec), lambda item: item if isinstance(item, Value) else self._literal(item))
-        held = {name: e.value for name, e in self.program.name_owners().items() if name.startswith(call.path + ".")}
-        scope = self.scope(node)
-        inside = ".".join(f.name for f in scope) == call.path
-        op = Op(f"module.{call.path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope[:-1] if inside else scope)
+        scope, owner = self.scope(node), self.leaf_owners[call.path]
+        inside = self.leaf_owners.get(scope_fqn(scope)) is owner
+        path = scope_fqn(scope) if inside else call.path  # a shared module goes by the name it is called by
+        held = {name: e.value for name, e in self.program.name_owners().items() if name.startswith(path + ".")}
+        op = Op(f"module.{path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope[:-1] if inside else scope)
         op.context, op.loc, op.form = context, self.loc(node), "tensors"
         for item in call.out_flat:
             if isinstance(item, torch.Tensor):
                 self._result(op, item.detach(), node.name)
-        written = [tensors[i] for i in call.written_inputs] + [held[f"{call.path}.{name}"] for name in call.written_state]
+        written = [tensors[i] for i in call.written_inputs] + [held[f"{path}.{name}"] for name in call.written_state]
         views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
         op.effects = Effects(
             tuple(dict.fromkeys(op.operands.index(v) for v in written)),
@@ -214,7 +225,7 @@ class Lowering:
             call.random,
             effect=True,
         )
-        self.bindings.modules[call.path] = self.leaf_owner.get_submodule(call.path)
+        self.bindings.modules[path] = owner
         ops.append(op)
         return list(op.results)
 
@@ -315,7 +326,7 @@ class Lowering:
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
         writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
-        views = self._views(op) or _identity_views(op)
+        views = () if op.target in _COPIES else self._views(op) or _identity_views(op)
         random, effect = (schema.random and not _never_draws(op)) or seen.random, schema.effect or seen.effect
         if not (writes or views or random or effect):
             return PURE
@@ -408,6 +419,9 @@ def _with_defaults(target: Any, args: tuple[Any, ...], position: int) -> tuple[A
     return (*args, *(a.default_value for a in rest)) if all(a.has_default_value() for a in rest) else args
 
 
+_COPIES = frozenset({"aten.lift_fresh_copy.default"})
+"""Ops whose fake results share storage with an operand, but whose real ones do not."""
+
 _DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and not name.startswith("aten.native"))
 
 
@@ -462,7 +476,7 @@ def _holds_values(value: Any) -> bool:
         return any(_holds_values(v) for v in value.values())
     if isinstance(value, (tuple, list)):
         return any(_holds_values(v) for v in value)
-    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(value, (torch.Tensor, *SYMBOLIC))
 
 
 def _map_values(tree: Any, index: dict[Value, int]) -> Any:

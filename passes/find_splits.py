@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SPLIT, Frame, Op, Program, Scope
@@ -19,10 +19,12 @@ class FindSplits:
     at: (module path, 'beginning' | 'end') pairs, each meaning every call of that module.
     policy: a function of the program that returns positions in the list of ops (markers not counted) in
         front of which to cut.
+    also: module path -> the other paths of the same module object.
     """
 
     at: tuple[tuple[str, str], ...] = ()
     policy: Callable[[Program], Sequence[int]] | None = None
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name = "find-splits"
 
     def run(self, program: Program) -> bool:
@@ -42,19 +44,21 @@ class FindSplits:
 
     def _positions(self, program: Program) -> set[int]:
         ops = program.ops
-        spans = _call_spans(ops, {name for name, _ in self.at})
+        names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
+        spans = _call_spans(ops, {alias for aliases in names.values() for alias in aliases})
         cuts: set[int] = set()
         for name, side in self.at:
             if side not in (BEGINNING, END):
                 raise SplitError(f"'{side}' is no side of module '{name}'", hint=nearest(side, (BEGINNING, END)))
-            if name not in spans:
+            found = [span for alias in names[name] for span in spans.get(alias, ())]
+            if not found:
                 known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=f"split point at the {side} of '{name}'",
                     hint=nearest(name, known),
                 )
-            cuts |= {first if side == BEGINNING else last + 1 for first, last in spans[name]}
+            cuts |= {first if side == BEGINNING else last + 1 for first, last in found}
         return cuts | self._chosen(program)
 
     def _chosen(self, program: Program) -> set[int]:

@@ -80,7 +80,7 @@ def pipeline(
     at = _split_points(split_spec or {}, module)
     policy = as_cuts(split_policy, exported) if split_policy is not None else None
     trace = Trace(program)
-    run_passes(program, default_pipeline(FindSplits(at, policy)))
+    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module))))
     validate(trace, program)
     pipe = Pipe(program, bindings)
     if isinstance(module, nn.Module):
@@ -131,7 +131,7 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[str, str], ...]:
-    known = [name for name, _ in module.named_modules() if name] if isinstance(module, nn.Module) else []
+    known = [name for name, _ in module.named_modules(remove_duplicate=False) if name] if isinstance(module, nn.Module) else []
     points = []
     for name, point in spec.items():
         if known and name not in known:
@@ -140,6 +140,15 @@ def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[
             raise SplitError(f"split_spec['{name}'] is {point!r}, not a SplitPoint", hint="SplitPoint.BEGINNING or SplitPoint.END")
         points.append((name, BEGINNING if point is SplitPoint.BEGINNING else END))
     return tuple(points)
+
+
+def _other_names(module: Model) -> dict[str, list[str]]:
+    """Module path -> the other paths of the same module. A trace names a call by any of them."""
+    names: dict[int, list[str]] = {}
+    if isinstance(module, nn.Module):
+        for name, owner in module.named_modules(remove_duplicate=False):
+            names.setdefault(id(owner), []).append(name)
+    return {name: [other for other in group if other != name] for group in names.values() if len(group) > 1 for name in group}
 
 
 class Pipe(nn.Module):
@@ -183,7 +192,7 @@ class Pipe(nn.Module):
         flat = self._call_spec.flatten(args, dict(kwargs)) if self._call_spec is not None else list(args)
         if len(flat) != len(self.program.inputs):
             raise InputError(f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}")
-        check_inputs(self.program.inputs, flat)
+        check_inputs(self.program.inputs, flat, self._call_spec.ranges if self._call_spec is not None else None)
         return flat
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:

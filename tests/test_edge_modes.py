@@ -262,8 +262,8 @@ def test_a_branch_in_a_module_of_torch_is_said_at_the_switch(make, training: boo
         pipe.train(not training)
 
 
-def test_batch_norm_shared_by_stages_is_refused_across_processes_when_it_could_train() -> None:
-    """Captured in eval it runs as the model does; its statistics could not follow a switch to training."""
+def test_batch_norm_shared_by_stages_is_refused_across_processes_once_it_trains() -> None:
+    """Captured in eval it runs as the model does; its statistics cannot follow a switch to training."""
 
     def forward(self, x):
         x = self.a(x)
@@ -272,8 +272,11 @@ def test_batch_norm_shared_by_stages_is_refused_across_processes_when_it_could_t
 
     one = Case("shared", forward, (X,), has={"a": norm})
     pipe = one.cut(one.build().eval())
+    posted = Posted(pipe)
+    posted(X)
+    posted.train(True)
     with pytest.raises(StagecutError, match=r"a\.running_mean"):
-        Posted(pipe).train(True)
+        posted(X)
 
 
 def test_a_mode_is_kept_by_a_copy_of_the_pipe() -> None:

@@ -746,7 +746,6 @@ def batch_norm_shared_by_two_stages(self, x):
     stages=2,
     modes=(False,),
     has={"norm": lambda: nn.BatchNorm1d(4).double()},
-    bug={"mailbox": "43: statistics that are only read count as written"},
 )
 def batch_norm_shared_by_two_stages_in_eval(self, x):
     x = self.norm(x)

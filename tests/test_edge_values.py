@@ -552,7 +552,7 @@ def fft_crosses(self, x):
     return torch.fft.irfft(z * 2, n=4)
 
 
-@case(X, stages=2, grad=False, bug={"mailbox": "4: the mailbox clones what is sparse as if it were strided"})
+@case(X, stages=2, grad=False)
 def sparse_crosses(self, x):
     s = (x * 2).to_sparse()
     pipe_split()
