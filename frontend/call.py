@@ -178,7 +178,7 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> Non
             if roots:
                 known[unknown[0]] = int(roots[0])
                 continue
-        if len(unknown) == 1 or rest != 0 and not unknown:
+        if len(unknown) == 1 or (rest != 0 and not unknown):
             raise InputError(
                 f"input '{name}' has a size of {size}, which is not {text} for the other sizes given",
                 hint="pass sizes that fit each other as dynamic_shapes says",

@@ -7,14 +7,14 @@ trusts nothing but what each stage lists, so a missing transfer or output shows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.targets import check_op, resolve
 
 Environment = dict[Value, Any]
@@ -139,6 +139,8 @@ def _token(token: Token) -> Any:
 
 
 def _enter(context: Context) -> Any:
+    if context.kind in WHOLE:
+        return nullcontext()
     if context.kind == "autocast":
         args = [_token(a) if isinstance(a, Token) else a for a in context.args]
         return torch.autocast(*args)
