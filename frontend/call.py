@@ -157,7 +157,7 @@ def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Mapping[str, tuple[i
         least, greatest = ranges.get(symbol, (None, None))
         if (least is not None and size < least) or (greatest is not None and size > greatest):
             raise InputError(
-                f"input '{name}' has a size of {size}, the program was traced for {least or 0} to {'any' if greatest is None else greatest}",
+                f"input '{name}' has a size of {size}, traced were {least or 0} to {'any' if greatest is None else greatest}",
                 hint='widen its range in dynamic_shapes: torch.export.Dim("n", min=..., max=...)',
             )
     derived = [symbol for symbol in sizes if not symbol.isidentifier()]
@@ -178,7 +178,7 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> Non
             if roots:
                 known[unknown[0]] = int(roots[0])
                 continue
-        if len(unknown) == 1 or rest != 0 and not unknown:
+        if len(unknown) == 1 or (rest != 0 and not unknown):
             raise InputError(
                 f"input '{name}' has a size of {size}, which is not {text} for the other sizes given",
                 hint="pass sizes that fit each other as dynamic_shapes says",

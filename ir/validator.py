@@ -149,10 +149,18 @@ class _Comparison:
                 yield f"{value!r} is read after a newer version was written: {op.where()}"
             if key in self._stale:
                 yield f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as if unwritten: {op.where()}"
-        if op.origin is not None:  # a view of the newest version is the newest version of that view
-            for result in op.results:
-                self._latest.get(self._keys[result], set()).add(result)
+        if op.origin is not None:
+            self._take_anew(op)
         self._write(op, recorded)
+
+    def _take_anew(self, op: Op) -> None:
+        """A view of the newest version is the newest version of that view."""
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            key = self._keys[result]
+            if viewed is not None and self._stale.pop(key, None) is not None:
+                self._latest[key] = {result}
+            elif viewed is not None:
+                self._latest.get(key, set()).add(result)
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
         newest: dict[Key, set[Value]] = {key: {r for r in op.results if self._keys[r] == key} for key in recorded.writes}
