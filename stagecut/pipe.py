@@ -85,6 +85,7 @@ def pipeline(
     pipe = Pipe(program, bindings)
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
+        pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
@@ -170,6 +171,7 @@ class Pipe(nn.Module):
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
+        self._sizes: dict[str, int] = {}
         self.training = bindings.training.get("", True)
 
     @property
@@ -205,6 +207,16 @@ class Pipe(nn.Module):
         if model is None:
             raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
         return compare(model, self, args, kwargs)
+
+    def build_stage(self, stage_index: int, device: torch.device | str, group: Any = None) -> Any:
+        """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of torch's schedules.
+
+        The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
+        output tensors in order. Raises StagecutError for what cannot cross between processes.
+        """
+        from stagecut.distributed import build_stage
+
+        return build_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""
