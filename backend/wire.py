@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 
 Sizes = Mapping[str, int]
@@ -156,6 +156,16 @@ def lives_in_buffer(value: Value) -> bool:
             return False
         value = op.operands[viewed]
     return isinstance(value.owner, StateEntry) and value.owner.kind == "buffer"
+
+
+def misses_weights(block: Stage, received: set[Value], sent: set[Value]) -> bool:
+    """True when a gradient reaches a parameter of the stage on a way that meets nothing computed from `received`."""
+    meets = set(received)
+    for op in block.ops:
+        if any(value in meets for value in op.operands):
+            meets.update(value for value in op.definitions() if carries_grad(value.type))
+    own = {value for op in block.ops for value in op.definitions()} | {entry.value for entry in block.state}
+    return any(value in own and value not in meets for value in sent)
 
 
 def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:

@@ -141,7 +141,7 @@ def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tupl
 
     if SHORT.get(given.dtype) != kind.dtype:
         raise InputError(
-            f"input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
+            f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
             hint=f"convert it, or {_AGAIN}",
         )
     fits = len(given.shape) == len(kind.shape)
@@ -149,7 +149,7 @@ def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tupl
         fits &= size == want if isinstance(want, int) else sizes.setdefault(want, (name, int(size)))[1] == size
     if not fits:
         raise InputError(
-            f"input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
+            f"shape mismatch: input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
             hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
         )
 

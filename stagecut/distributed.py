@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +19,28 @@ from torch.utils._pytree import tree_map
 
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Sizes, boundaries, lives_in_buffer, port
+from stagecut.backend.wire import Port, Sizes, boundaries, lives_in_buffer, misses_weights, port
 from stagecut.frontend.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Program, StateEntry, Value
+from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
 
+try:
+    from torch.distributed.pipelining._utils import PipeliningMetadataError as _TorchMismatch
+except ImportError:  # before torch 2.13
+    from torch.distributed.pipelining._utils import PipeliningShapeError as _TorchMismatch  # type: ignore[attr-defined,no-redef]
+
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
+
+
+class MismatchError(InputError, _TorchMismatch):
+    """A tensor at a boundary has another shape or dtype than the program says."""
 
 
 class BuiltStage(PipelineStage):
@@ -53,14 +63,22 @@ class BuiltStage(PipelineStage):
         self._owned = written_inputs(self.block)
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
-        super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group)
+        # torch's split of a backward into inputs and weights misses weights whose way out meets no received value
+        whole = index > 0 and misses_weights(self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad})
+        runner = (lambda: _nothing) if whole else None
+        super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group, dw_builder=runner)
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
         """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
         if self.fed:
             flat = dict(zip(self.pipe.program.inputs, self.microbatches[fwd_chunk_id], strict=True))
             args, kwargs = (), {f"input_{i}": flat[v] for i, v in enumerate(self.block.inputs) if v in flat}
-        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        try:
+            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        except RuntimeError as error:
+            if isinstance(error.__cause__, StagecutError):
+                raise error.__cause__ from None
+            raise
         if self.is_last and self.fed:
             self.results[fwd_chunk_id] = tuple(t.detach() for t in _as_tuple(output))
         return output
@@ -71,10 +89,12 @@ class BuiltStage(PipelineStage):
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in enumerate(self.block.inputs) if f"input_{i}" in kwargs}
         elif self.is_first:
-            values = dict(zip(self.pipe.program.inputs, self.pipe.flatten(args, kwargs), strict=True))
+            values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
         values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
         inputs = [values[v].clone() if v in self._owned else values[v] for v in self.block.inputs]
         values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
+        for p in self.sent:
+            self._check(p, values[p.value])
         buffers = {_storage(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
         packed = [p.pack(values[p.value], self.device) for p in self.sent]
         for place, (p, tensor) in enumerate(zip(self.sent, packed, strict=True)):
@@ -82,8 +102,28 @@ class BuiltStage(PipelineStage):
                 packed[place] = tensor.clone()  # it is written again before it is read
         return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
 
+    def _given(self, args: Any, kwargs: Any) -> list[Any]:
+        try:
+            return self.pipe.flatten(args, kwargs)
+        except InputError as error:
+            raise MismatchError(error.what, where=error.where, hint=error.hint) from error
+
+    def _check(self, p: Port, item: Any) -> None:
+        if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
+            return
+        what = "dtype" if item.dtype != p.dtype else "shape"
+        raise MismatchError(
+            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, expected {p.dtype}{list(p.shape)}",
+            where=p.value.owner.where() if isinstance(p.value.owner, Op) else "",
+            hint="a hook or a wrapper of the stage changes what it returns",
+        )
+
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """The pipe checks what the model is called with."""
+
+
+def _nothing() -> None:
+    """The weights' part of a backward that was run as a whole."""
 
 
 class _StaticStage(BuiltStage):
@@ -108,7 +148,7 @@ class _StaticStage(BuiltStage):
             info.buffer = tensor.detach()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=True):
+        for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=False):
             info.buffer = torch.zeros_like(info.buffer) if p.grad and grad is None else grad
 
     def _create_grad_recv_info(self, act_send_info: Any) -> Any:
@@ -121,6 +161,21 @@ class _StaticStage(BuiltStage):
     def _get_recv_ops(self, recv_infos: Any) -> Any:
         return super()._get_recv_ops(tuple(info for info in recv_infos if getattr(info, "buffer", None) is not None))
 
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        if backward_type != "input":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
+        live = [i for i, t in enumerate(outputs) if t.requires_grad]
+        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
+        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
+        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        by_input = dict(zip(map(id, wanted), found, strict=True))
+        return tuple(by_input.get(id(t)) for t in inputs), groups
+
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
@@ -130,7 +185,26 @@ class _StaticStage(BuiltStage):
         return super().get_bwd_send_ops(bwd_chunk_id)
 
 
-def build_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
+@dataclass(frozen=True)
+class PipeInfo:
+    """What `build_stage` needs to know of a pipe."""
+
+    pipe: Pipe
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are."""
+        return self.pipe.num_stages
+
+
+def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:
+    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`: the stage, or a wrapper."""
+    made: BuiltStage = pipe_info.pipe.build_stage(stage_index, device, group)
+    made.submod = stage_module
+    return made
+
+
+def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
@@ -209,7 +283,7 @@ class Driver:
         """The schedule and its stages for these sizes, made at their first use."""
         key = tuple(sorted(sizes.items()))
         if key not in self._schedules:
-            stages = [build_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
+            stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)

@@ -214,9 +214,15 @@ class Pipe(nn.Module):
         The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
         output tensors in order. Raises StagecutError for what cannot cross between processes.
         """
-        from stagecut.distributed import build_stage
+        from stagecut.distributed import make_stage
 
-        return build_stage(self, stage_index, torch.device(device), group, self._sizes, False)
+        return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
+
+    def info(self) -> Any:
+        """What `stagecut.build_stage` needs to know of the pipe."""
+        from stagecut.distributed import PipeInfo
+
+        return PipeInfo(self)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""
