@@ -158,14 +158,25 @@ def lives_in_buffer(value: Value) -> bool:
     return isinstance(value.owner, StateEntry) and value.owner.kind == "buffer"
 
 
-def misses_weights(block: Stage, received: set[Value], sent: set[Value]) -> bool:
-    """True when a gradient reaches a parameter of the stage on a way that meets nothing computed from `received`."""
+def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
+    """True when the backward of a stage must not be split into one for its inputs and one for its weights.
+
+    torch's split follows each weight to where it meets a received value: it misses a weight with another way out, and
+    takes a graph apart twice where a weight meets received values in two places. What a module kept whole or a body does
+    inside is not known.
+    """
+    if any(op.target.startswith("module.") or op.regions or any(c.kind == "checkpoint" for c in op.context) for op in block.ops):
+        return True
     meets = set(received)
+    own = {entry.value for entry in block.state if entry.kind == "param"}
     for op in block.ops:
+        carrying = [value for value in op.definitions() if carries_grad(value.type)]
         if any(value in meets for value in op.operands):
-            meets.update(value for value in op.definitions() if carries_grad(value.type))
-    own = {value for op in block.ops for value in op.definitions()} | {entry.value for entry in block.state}
-    return any(value in own and value not in meets for value in sent)
+            meets.update(carrying)
+        elif any(value in own for value in op.operands):
+            own.update(carrying)
+    here = set(block.ops)
+    return any(value in own for value in sent) or any(sum(user in here for user in value.uses) > 1 for value in own)
 
 
 def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, boundaries, lives_in_buffer, misses_weights, port
+from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
 from stagecut.frontend.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
@@ -63,8 +63,9 @@ class BuiltStage(PipelineStage):
         self._owned = written_inputs(self.block)
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
-        # torch's split of a backward into inputs and weights misses weights whose way out meets no received value
-        whole = index > 0 and misses_weights(self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad})
+        whole = index > 0 and backward_is_whole(
+            self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
+        )
         runner = (lambda: _nothing) if whole else None
         super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group, dw_builder=runner)
 
