@@ -14,7 +14,7 @@ from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap
+from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -113,8 +113,11 @@ def lower(
 
 
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
-    if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
+    real = is_real(module, (args, kwargs))
+    if check is None or (check == "auto" and not (real and is_cheap(module, (args, kwargs)))):
         return
+    if not real:
+        raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
     try:
         report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
     except CannotCompare as error:
