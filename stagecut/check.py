@@ -30,8 +30,8 @@ def is_real(model: nn.Module, inputs: Any) -> bool:
 
 
 def is_cheap(model: nn.Module, inputs: Any) -> bool:
-    """True when running a copy of `model` on a copy of `inputs` costs little."""
-    return sum(t.numel() * t.element_size() for t in _tensors(model, inputs)) <= CHECK_BYTES
+    """True when running a copy of `model` on a copy of `inputs` is possible and costs little."""
+    return is_real(model, inputs) and sum(t.numel() * t.element_size() for t in _tensors(model, inputs)) <= CHECK_BYTES
 
 
 def _tensors(model: nn.Module, inputs: Any) -> list[torch.Tensor]:

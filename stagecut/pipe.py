@@ -113,10 +113,9 @@ def lower(
 
 
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
-    real = is_real(module, (args, kwargs))
-    if check is None or (check == "auto" and not (real and is_cheap(module, (args, kwargs)))):
+    if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
         return
-    if not real:
+    if not is_real(module, (args, kwargs)):
         raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
     try:
         report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
