@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests bench zoo clean
+.PHONY: demo test lint types tests bench zoo distributed clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.demo
@@ -27,6 +27,9 @@ bench: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py --jobs 2
+
+distributed: $(READY)
+	$(BIN)/python tests/cluster/run.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

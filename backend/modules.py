@@ -111,7 +111,9 @@ class StageModule(nn.Module):
         """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
         if self._branch and mode != self._captured:
             kept = "train" if self._captured else "eval"
-            warnings.warn(f"{self._branch} chooses by mode in Python (self.training): the stages keep the choice of {kept} mode", stacklevel=2)
+            warnings.warn(
+                f"{self._branch} chooses by mode in Python (self.training): the stages keep the choice of {kept} mode", stacklevel=2
+            )
         super().train(mode)
         modules = dict(self.named_modules()) if self._switches else {}
         for path, flag in self._switches.get(mode, {}).items():

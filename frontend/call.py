@@ -14,6 +14,9 @@ from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
 from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
 
+Ranges = Mapping[str, tuple[int | None, int | None]]
+"""Symbolic size -> its least and its greatest value, None for no bound."""
+
 _AGAIN = "trace again with such an example input"
 ABSENT = inspect.Parameter.empty
 """Stands for the default of a parameter that has none."""
@@ -116,8 +119,8 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
         ) from None
 
 
-def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Mapping[str, tuple[int | None, int | None]] | None = None) -> None:
-    """Returns when every flat input fits the type it was traced with and every symbolic size its range.
+def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None) -> dict[str, int]:
+    """The symbolic sizes of a call, when every flat input fits the type it was traced with and every size its range.
 
     Raises InputError naming the first input that does not.
     """
@@ -127,7 +130,7 @@ def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Mapping[s
             _check_tensor(value.hint, value.type, given, sizes)
         elif isinstance(value.type, ScalarType) and (value.type.expr is not None or value.type == NONE):
             _check_scalar(value.hint, value.type, given)
-    _check_sizes(sizes, ranges or {})
+    return _check_sizes(sizes, ranges or {})
 
 
 def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]) -> None:
@@ -138,7 +141,7 @@ def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tupl
 
     if SHORT.get(given.dtype) != kind.dtype:
         raise InputError(
-            f"input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
+            f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
             hint=f"convert it, or {_AGAIN}",
         )
     fits = len(given.shape) == len(kind.shape)
@@ -146,26 +149,25 @@ def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tupl
         fits &= size == want if isinstance(want, int) else sizes.setdefault(want, (name, int(size)))[1] == size
     if not fits:
         raise InputError(
-            f"input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
+            f"shape mismatch: input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
             hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
         )
 
 
-def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Mapping[str, tuple[int | None, int | None]]) -> None:
-    """Sizes lie in their ranges, and those that are expressions of others agree with them."""
+def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Ranges) -> dict[str, int]:
+    """The value of each symbol, when sizes lie in their ranges and those that are expressions of others agree with them."""
     for symbol, (name, size) in sizes.items():
         least, greatest = ranges.get(symbol, (None, None))
         if (least is not None and size < least) or (greatest is not None and size > greatest):
             raise InputError(
-                f"input '{name}' has a size of {size}, the program was traced for {least or 0} to {'any' if greatest is None else greatest}",
+                f"input '{name}' has a size of {size}, traced were {least or 0} to {'any' if greatest is None else greatest}",
                 hint='widen its range in dynamic_shapes: torch.export.Dim("n", min=..., max=...)',
             )
     derived = [symbol for symbol in sizes if not symbol.isidentifier()]
-    if derived:
-        _check_derived(sizes, derived)
+    return _check_derived(sizes, derived) if derived else {symbol: size for symbol, (_, size) in sizes.items()}
 
 
-def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> None:
+def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> dict[str, int]:
     import sympy
 
     known = {sympy.Symbol(s): n for s, (_, n) in sizes.items() if s.isidentifier()}
@@ -183,6 +185,7 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> Non
                 f"input '{name}' has a size of {size}, which is not {text} for the other sizes given",
                 hint="pass sizes that fit each other as dynamic_shapes says",
             )
+    return {str(symbol): number for symbol, number in known.items()}
 
 
 def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:

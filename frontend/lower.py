@@ -280,7 +280,10 @@ class Lowering:
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
         path = scope_fqn(scope) if inside else call.path  # a shared module goes by the name it is called by
         held = {name: e.value for name, e in self.program.name_owners().items() if name.startswith(path + ".")}
-        op = Op(f"module.{path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope[:-1] if inside else scope)
+        scope = scope[:-1] if inside else scope
+        while scope and not path.startswith(scope_fqn(scope) + "."):  # a module that is no child of its caller
+            scope = scope[:-1]
+        op = Op(f"module.{path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope)
         op.context, op.loc = context, self.loc(node)
         written = [tensors[i] for i in call.written_inputs] + [held[f"{path}.{name}"] for name in call.written_state]
         self.bindings.modules[path] = owner

@@ -28,7 +28,13 @@ class _Recorded:
     kwargs: Any
     types: tuple[Type, ...]
     writes: tuple[Key, ...]
+    how: tuple[Any, ...]
     needed: bool
+
+
+def _how(op: Op) -> tuple[Any, ...]:
+    """What an op is besides target, operands and results."""
+    return op.context, op.effects, op.form, op.scope
 
 
 class Trace:
@@ -47,6 +53,7 @@ class Trace:
             self._place_results(op)
         needed = _needed(ops, program.output)
         self.ops = {op: self._record(op, position, op in needed) for position, op in enumerate(ops)}
+        self.written = {self.storage.get(key, key) for recorded in self.ops.values() for key in recorded.writes}
         self.outputs = [self._leaf(leaf) for leaf in program.outputs]
 
     def _place_state(self, program: Program) -> None:
@@ -64,7 +71,7 @@ class Trace:
     def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
         args, kwargs = transform(op.args, self._leaf), transform(op.kwargs, self._leaf)
         writes = tuple(self.keys[op.operands[i]] for i in op.effects.writes)
-        return _Recorded(position, op.target, args, kwargs, tuple(_bare(r.type) for r in op.results), writes, needed)
+        return _Recorded(position, op.target, args, kwargs, tuple(_bare(r.type) for r in op.results), writes, _how(op), needed)
 
     def _leaf(self, leaf: Any) -> Any:
         return self.keys[leaf] if type(leaf) is Value else leaf
@@ -130,7 +137,7 @@ class _Comparison:
                     continue
                 seen[origin] += 1
                 yield from self._compare(op, recorded)
-                moved = op.origin is not None or not (op.operands or op.has_effect)
+                moved = not op.has_effect and (op.origin is not None or not op.operands)
                 if not moved and recorded.position < last:
                     yield f"out of order: {op.where()} runs behind an op it stood in front of"
                 last = last if moved else recorded.position
@@ -141,6 +148,8 @@ class _Comparison:
         self._keys.update(_result_keys(op, recorded.position, self._keys))
         if op.target != recorded.target or tuple(_bare(r.type) for r in op.results) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
+        if _how(op) != recorded.how:
+            yield f"another context, scope or effect than traced: {op.where()}"
         if not _same(op.args, recorded.args, self._keys) or not _same(op.kwargs, recorded.kwargs, self._keys):
             yield f"other operands than traced: {op.where()}"
         for value in op.reads:
@@ -149,10 +158,27 @@ class _Comparison:
                 yield f"{value!r} is read after a newer version was written: {op.where()}"
             if key in self._stale:
                 yield f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as if unwritten: {op.where()}"
-        if op.origin is not None:  # a view of the newest version is the newest version of that view
-            for result in op.results:
-                self._latest.get(self._keys[result], set()).add(result)
+        if op.origin is not None:
+            self._take_anew(op)
+            yield from self._copies(op)
         self._write(op, recorded)
+
+    def _take_anew(self, op: Op) -> None:
+        """A view of the newest version is the newest version of that view."""
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            key = self._keys[result]
+            if viewed is not None and self._stale.pop(key, None) is not None:
+                self._latest[key] = {result}
+            elif viewed is not None:
+                self._latest.get(key, set()).add(result)
+
+    def _copies(self, op: Op) -> Iterator[str]:
+        """A copy of an op makes tensors of its own, so nobody may write them."""
+        for index, result in enumerate(op.results):
+            key = self._keys[result]
+            fresh = not op.effects.views or op.effects.views[index] is None
+            if fresh and self._trace.storage.get(key, key) in self._trace.written:
+                yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
         newest: dict[Key, set[Value]] = {key: {r for r in op.results if self._keys[r] == key} for key in recorded.writes}
@@ -182,6 +208,8 @@ class _Comparison:
             key = self._keys.get(leaf)
             if key is not None and leaf not in self._latest.get(key, (leaf,)):
                 yield f"{leaf!r} is returned after a newer version was written"
+            if key in self._stale:
+                yield f"{leaf!r} shares storage with what {self._stale[key].where()} wrote, but is returned as if unwritten"
         names = {name: e.tensor for e in self._program.state for name in e.names if e.kind != "const"}
         if names != self._trace.names:
             yield f"state names differ from the model's: {sorted(names.keys() ^ self._trace.names.keys()) or 'ties differ'}"

@@ -19,6 +19,7 @@ In `linked`
   V13 every input of a stage has one transfer, with a route, from the stage that outputs it
   V14 every state name is held by a stage, under its own entry, and owners agree with holders
   V15 every returned value is an input or an output of a stage
+  V16 both ends of a boundary list its values in one order; user inputs stand first, returned values as the model returns them
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ def _linked(p: Program) -> Iterator[tuple[str, str]]:
         for value in stage.inputs:
             needed.setdefault(value, stage.index)
     yield from _transfers(p)
+    yield from _port_order(p, homes)
     yield from _holders(p)
     listed = {value for stage in p.stages for value in stage.outputs} | set(p.inputs)
     for value in p.output.operands:
@@ -238,10 +240,29 @@ def _transfers(p: Program) -> Iterator[tuple[str, str]]:
             yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
         elif (t.route == "feed") != (t.source is None):
             yield "V13", f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed, and nothing else is"
+        elif t.source is not None and (t.route == "send") != (t.target == t.source + 1):
+            yield "V13", f"{t.value!r} goes from stage {t.source} to {t.target} by '{t.route}': to the next by send, farther by relay"
         if t.source is None and t.value not in inputs:
             yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
         if t.source is not None and not (t.source < t.target and t.value in outputs.get(t.source, ())):
             yield "V13", f"stage {t.source} does not send {t.value!r} forward to stage {t.target}"
+
+
+def _port_order(p: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
+    """Both ends of a boundary name its values in one order: both can then bind them by position."""
+    rank = {value: (-1, place) for place, value in enumerate(p.inputs)}
+    for stage in p.stages:
+        rank |= {value: (stage.index, place) for place, value in enumerate(stage.outputs) if homes.get(value) == stage.index}
+        last = (-1, -1)
+        for value in stage.inputs:
+            now = rank.get(value, last)
+            if now < last:
+                yield "V16", f"stage {stage.index} receives {value!r} in another order than it is sent"
+            last = now
+    if p.stages:
+        listed, returned = dict.fromkeys(p.stages[-1].outputs), dict.fromkeys(p.output.operands)
+        if [v for v in listed if v in returned] != [v for v in returned if v in listed]:
+            yield "V16", "the last stage lists its outputs in another order than the model returns them"
 
 
 def _holders(p: Program) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagecut.distributed import Driver, build_stage
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import StagecutError
     from stagecut.ir.parser import parse
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Driver": "stagecut.distributed",
+    "build_stage": "stagecut.distributed",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
     "SplitPoint": "stagecut.frontend.markers",
@@ -27,7 +30,7 @@ _HOMES = {
     "text": "stagecut.ir.printer",
 }
 
-__all__ = ["Pipe", "SplitPoint", "StagecutError", "parse", "pipe_split", "pipeline", "text"]
+__all__ = ["Driver", "Pipe", "SplitPoint", "StagecutError", "build_stage", "parse", "pipe_split", "pipeline", "text"]
 
 
 def __getattr__(name: str) -> Any:

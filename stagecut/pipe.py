@@ -14,7 +14,7 @@ from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap
+from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -85,6 +85,7 @@ def pipeline(
     pipe = Pipe(program, bindings)
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
+        pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
@@ -114,6 +115,8 @@ def lower(
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
     if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
         return
+    if not is_real(module, (args, kwargs)):
+        raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
     try:
         report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
     except CannotCompare as error:
@@ -170,6 +173,7 @@ class Pipe(nn.Module):
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
+        self._sizes: dict[str, int] = {}
         self.training = bindings.training.get("", True)
 
     @property
@@ -205,6 +209,22 @@ class Pipe(nn.Module):
         if model is None:
             raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
         return compare(model, self, args, kwargs)
+
+    def build_stage(self, stage_index: int, device: torch.device | str, group: Any = None) -> Any:
+        """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of torch's schedules.
+
+        The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
+        output tensors in order. Raises StagecutError for what cannot cross between processes.
+        """
+        from stagecut.distributed import make_stage
+
+        return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
+
+    def info(self) -> Any:
+        """What `stagecut.build_stage` needs to know of the pipe."""
+        from stagecut.distributed import PipeInfo
+
+        return PipeInfo(self)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""

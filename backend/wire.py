@@ -1,0 +1,196 @@
+"""What neighbouring stages exchange: flat tuples of contiguous tensors, relayed values among them.
+
+A schedule of torch.distributed knows only neighbours. So the boundary between two stages lists every value that is made
+before it and needed behind it; a stage hands on what it does not use. Both ends compute the same list from the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
+from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
+
+Sizes = Mapping[str, int]
+"""Symbolic size -> its value in this call."""
+
+_SCALARS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
+_BITS = {1: torch.uint8, 2: torch.int16}
+
+
+class _Own(torch.autograd.Function):
+    """The tensor itself, no view of another: torch detaches in place what crossed. Its gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0].contiguous()
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    owned: torch.Tensor = _Own.apply(tensor)
+    return owned
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor of a boundary, and how a value becomes it.
+
+    shape and dtype are the value's own, None for a number. order: the dims from the widest stride to the narrowest; repeated:
+    dims along which all elements are one, of which only the first crosses. grad: whether a gradient comes back.
+    """
+
+    value: Value
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    order: tuple[int, ...] = ()
+    repeated: tuple[int, ...] = ()
+    grad: bool = False
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """The dtype that crosses: communication libraries know no 8-bit floats."""
+        small = self.dtype.is_floating_point and self.dtype.itemsize == 1
+        return _BITS[1] if small else self.dtype.to_real()
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """The shape that crosses."""
+        if self.shape is None:
+            return ()
+        crossing = tuple(1 if dim in self.repeated else self.shape[dim] for dim in self.order)
+        return (*crossing, 2) if self.dtype.is_complex else crossing
+
+    def meta(self) -> torch.Tensor:
+        """A tensor without data of the type that crosses."""
+        return torch.empty(self.wire_shape, dtype=self.wire_dtype, device="meta", requires_grad=self.grad)
+
+    def pack(self, item: Any, device: torch.device) -> torch.Tensor:
+        """`item` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
+        if self.shape is None:
+            return torch.tensor(item, dtype=self.dtype, device=device)
+        tensor: torch.Tensor = item
+        for dim in self.repeated:
+            tensor = tensor.narrow(dim, 0, 1)
+        tensor = tensor.permute(self.order)
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        tensor = tensor.contiguous()
+        if self.wire_dtype != tensor.dtype:
+            tensor = tensor.view(self.wire_dtype)
+        return _own(tensor) if self.grad else tensor.detach()
+
+    def unpack(self, tensor: torch.Tensor) -> Any:
+        """The value in a tensor that crossed, with the strides it had."""
+        if self.shape is None:
+            return tensor.item()
+        tensor = _own(tensor)
+        if self.wire_dtype != self.dtype:
+            tensor = torch.view_as_complex(tensor) if self.dtype.is_complex else tensor.view(self.dtype)
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return tensor.permute(places).expand(self.shape)
+
+
+def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
+    """The port of a value; `as_it_is`: it crosses in its own shape. Raises StagecutError for what cannot cross between processes."""
+    kind = value.type
+    if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
+        return Port(value, None, _SCALARS[kind.kind])
+    if not isinstance(kind, TensorType):
+        raise _cannot_cross(value, f"a {kind} is no tensor")
+    shape = tuple(size(dim, sizes, value) for dim in kind.shape)
+    dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
+    if kind.strides is None or as_it_is:
+        return Port(value, shape, dtype, tuple(range(len(shape))), (), carries_grad(kind))
+    strides = [size(step, sizes, value) for step in kind.strides]
+    order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim)))
+    repeated = tuple(dim for dim in order if strides[dim] == 0 and shape[dim] > 1)
+    return Port(value, shape, dtype, order, repeated, carries_grad(kind))
+
+
+def size(dim: int | str, sizes: Sizes, value: Value) -> int:
+    """The number a size stands for in this call. Raises StagecutError when it depends on data."""
+    if isinstance(dim, int):
+        return dim
+    found = sizes.get(dim)
+    if found is None:
+        found = _evaluate(dim, tuple(sorted(sizes.items())))
+    if found is None:
+        raise _cannot_cross(value, f"its size {dim} depends on data, so the receiver cannot know it")
+    return found
+
+
+@cache
+def _evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
+    import sympy
+
+    symbols = {name: sympy.Symbol(name) for name, _ in sizes}
+    found = sympy.sympify(expression, locals=dict(symbols)).subs({symbols[name]: number for name, number in sizes})
+    return int(found) if found.is_Integer else None
+
+
+def _cannot_cross(value: Value, why: str) -> StagecutError:
+    where = value.owner.where() if value.owner is not None and hasattr(value.owner, "where") else f"input '{value.hint}'"
+    return StagecutError(f"{value!r} cannot cross to another process: {why}", where=where, hint="cut where it does not cross")
+
+
+def lives_in_buffer(value: Value) -> bool:
+    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write it."""
+    while isinstance(value.owner, Op):
+        op = value.owner
+        old = next((old for old, new in op.versions.items() if new is value), None)
+        if old is not None:
+            value = old
+            continue
+        viewed = op.effects.views[op.results.index(value)] if op.effects.views else None
+        if viewed is None:
+            return False
+        value = op.operands[viewed]
+    return isinstance(value.owner, StateEntry) and value.owner.kind == "buffer"
+
+
+def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
+    """True when the backward of a stage must not be split into one for its inputs and one for its weights.
+
+    torch's split follows each weight to where it meets a received value: it misses a weight with another way out, and
+    takes a graph apart twice where a weight meets received values in two places. What a module kept whole or a body does
+    inside is not known.
+    """
+    if any(op.target.startswith("module.") or op.regions or any(c.kind in WHOLE for c in op.context) for op in block.ops):
+        return True
+    meets = set(received)
+    own = {entry.value for entry in block.state if entry.kind == "param"}
+    for op in block.ops:
+        carrying = [value for value in op.definitions() if carries_grad(value.type)]
+        if any(value in meets for value in op.operands):
+            meets.update(carrying)
+        elif any(value in own for value in op.operands):
+            own.update(carrying)
+    here = set(block.ops)
+    return any(value in own for value in sent) or any(sum(user in here for user in value.uses) > 1 for value in own)
+
+
+def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
+    """Per stage, the values it hands on, in order of definition; for the last one, what the model returns.
+
+    Inputs in `fed` are given to each stage that reads them; the others go to the first stage, which hands them on.
+    """
+    last_stage = len(program.stages) - 1
+    made: dict[Value, int] = {value: 0 for value in program.inputs if value not in fed}
+    needed: dict[Value, int] = {}
+    for stage in program.stages:
+        made |= {value: stage.index for value in stage.outputs if value not in made}
+        needed |= dict.fromkeys(stage.inputs, stage.index)
+    returned = [value for value in dict.fromkeys(program.output.operands) if value not in fed]
+    needed |= dict.fromkeys(returned, last_stage)
+    lists = [[v for v, start in made.items() if start <= i < needed.get(v, -1)] for i in range(last_stage)]
+    return [*lists, returned]

@@ -1,0 +1,471 @@
+"""Stages on torch.distributed: `build_stage` gives torch's own PipelineStage, `Driver` runs a schedule of them.
+
+Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every schedule that torch has runs every model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from stagecut.backend.mailbox import refuse_feedback, written_inputs
+from stagecut.backend.run import results_of
+from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
+from stagecut.frontend.call import check_inputs
+from stagecut.ir.errors import InputError, StagecutError, nearest
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.printer import text
+from stagecut.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from stagecut.pipe import Pipe
+
+try:
+    from torch.distributed.pipelining._utils import PipeliningMetadataError as _TorchMismatch
+except ImportError:  # before torch 2.13
+    from torch.distributed.pipelining._utils import PipeliningShapeError as _TorchMismatch  # type: ignore[attr-defined,no-redef]
+
+Group = dist.ProcessGroup | None
+_STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
+"""True for the torch whose schedules take every value at a boundary for one with a gradient."""
+
+
+class MismatchError(InputError, _TorchMismatch):
+    """A tensor at a boundary has another shape or dtype than the program says."""
+
+
+class BuiltStage(PipelineStage):
+    """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
+
+    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs it reads from
+    `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
+    """
+
+    def __init__(self, pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
+        program = pipe.program
+        refuse_feedback(program, pipe.training)
+        lists = boundaries(program, frozenset(program.inputs) if fed else frozenset())
+        last = index == len(program.stages) - 1
+        self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
+        self.microbatches: list[list[Any]] = []
+        self.results: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
+        self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
+        self._owned = written_inputs(self.block)
+        self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
+        metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
+        whole = index > 0 and backward_is_whole(
+            self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
+        )
+        runner = (lambda: _nothing) if whole else None
+        super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group, dw_builder=runner)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
+        """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
+        if self.fed:
+            flat = dict(zip(self.pipe.program.inputs, self.microbatches[fwd_chunk_id], strict=True))
+            args, kwargs = (), {f"input_{i}": flat[v] for i, v in enumerate(self.block.inputs) if v in flat}
+        try:
+            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        except RuntimeError as error:
+            if isinstance(error.__cause__, StagecutError):
+                raise error.__cause__ from None
+            raise
+        if self.is_last and self.fed:
+            self.results[fwd_chunk_id] = tuple(t.detach() for t in _as_tuple(output))
+        return output
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what crossed apart, runs the stage, and packs what it hands on."""
+        values: dict[Value, Any] = {}
+        if self.fed:
+            values = {v: kwargs[f"input_{i}"] for i, v in enumerate(self.block.inputs) if f"input_{i}" in kwargs}
+        elif self.is_first:
+            values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
+        values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
+        inputs = [values[v].clone() if v in self._owned else values[v] for v in self.block.inputs]
+        values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
+        for p in self.sent:
+            self._check(p, values[p.value])
+        buffers = {_storage(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
+        packed = [p.pack(values[p.value], self.device) for p in self.sent]
+        for place, (p, tensor) in enumerate(zip(self.sent, packed, strict=True)):
+            if p.value in self._kept or _storage(tensor) in buffers:
+                packed[place] = tensor.clone()  # it is written again before it is read
+        return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
+
+    def _given(self, args: Any, kwargs: Any) -> list[Any]:
+        try:
+            return self.pipe.flatten(args, kwargs)
+        except InputError as error:
+            raise MismatchError(error.what, where=error.where, hint=error.hint) from error
+
+    def _check(self, p: Port, item: Any) -> None:
+        if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
+            return
+        what = "dtype" if item.dtype != p.dtype else "shape"
+        raise MismatchError(
+            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, expected {p.dtype}{list(p.shape)}",
+            where=p.value.owner.where() if isinstance(p.value.owner, Op) else "",
+            hint="a hook or a wrapper of the stage changes what it returns",
+        )
+
+    def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
+        """The pipe checks what the model is called with."""
+
+
+def _nothing() -> None:
+    """The weights' part of a backward that was run as a whole."""
+
+
+class _StaticStage(BuiltStage):
+    """For torch 2.11: gradients flow for the ports that carry one, and for no other."""
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        wanted = self.has_backward and torch.is_grad_enabled()
+        infos = self.args_recv_info[fwd_chunk_id]
+        return tuple(
+            info.buffer.detach().requires_grad_(p.grad and wanted)  # type: ignore[union-attr]
+            for info, p in zip(infos, self.received, strict=True)
+        )
+
+    def _prepare_forward_infra(self, num_microbatches: int, args: Any, kwargs: Any = None) -> Any:  # type: ignore[override]
+        backward, self.has_backward = self.has_backward, False
+        made = super()._prepare_forward_infra(num_microbatches, args, kwargs)
+        self.has_backward = backward
+        return made
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        for info, tensor in zip(self.args_recv_info[mb_index], _as_tuple(prev_stage_outputs), strict=True):
+            info.buffer = tensor.detach()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=False):
+            info.buffer = torch.zeros_like(info.buffer) if p.grad and grad is None else grad
+
+    def _create_grad_recv_info(self, act_send_info: Any) -> Any:
+        infos = super()._create_grad_recv_info(act_send_info)
+        for info, p in zip(infos, self.sent, strict=False):
+            if not p.grad:
+                info.buffer = None
+        return infos
+
+    def _get_recv_ops(self, recv_infos: Any) -> Any:
+        return super()._get_recv_ops(tuple(info for info in recv_infos if getattr(info, "buffer", None) is not None))
+
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        if backward_type != "input":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
+        live = [i for i, t in enumerate(outputs) if t.requires_grad]
+        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
+        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
+        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        by_input = dict(zip(map(id, wanted), found, strict=True))
+        return tuple(by_input.get(id(t)) for t in inputs), groups
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        if self.has_backward and not self.is_first:
+            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
+            self.grad_send_info = [self.stage_index - 1 for p in self.received if p.grad]
+            filled = [torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device) if g is None else g for p, g in grads if p.grad]
+            self.bwd_cache[bwd_chunk_id] = tuple(filled)
+        return super().get_bwd_send_ops(bwd_chunk_id)
+
+
+@dataclass(frozen=True)
+class PipeInfo:
+    """What `build_stage` needs to know of a pipe."""
+
+    pipe: Pipe
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are."""
+        return self.pipe.num_stages
+
+
+def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:
+    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`: the stage, or a wrapper."""
+    made: BuiltStage = pipe_info.pipe.build_stage(stage_index, device, group)
+    made.submod = stage_module
+    return made
+
+
+def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
+    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
+    if not 0 <= index < pipe.num_stages:
+        raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
+    pipe.stages[index].to(device)
+    return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
+
+
+class Driver:
+    """Runs a pipe on the ranks of a group by one of torch's schedules.
+
+    Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model. Rank r holds
+    stages r, r + ranks, ..., or for V schedules r and its mirror image.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        schedule: str = "1F1B",
+        n_microbatches: int = 1,
+        loss_fn: Callable[..., torch.Tensor] | None = None,
+        group: Group = None,
+        device: torch.device | str | None = None,
+        scale_grads: bool = True,
+    ) -> None:
+        self.pipe, self.n_microbatches, self.loss_fn, self.group = pipe, n_microbatches, loss_fn, group
+        self.schedule_class = _schedule_class(schedule)
+        self.device = torch.device(device) if device is not None else _own_device(group)
+        self._scale = 1.0 / n_microbatches if scale_grads else 1.0
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
+        self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
+        _agree(pipe.program, (schedule, n_microbatches), group)
+        self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
+        self._chunks: list[list[Any]] = []
+        self._targets: list[Any] = []
+        self._losses: list[torch.Tensor] = []
+        self._replicas = _replica_groups(pipe.program, self.placement, group)
+
+    @property
+    def is_last(self) -> bool:
+        """True on the rank that has the last stage, and so the outputs and the losses."""
+        return self.pipe.num_stages - 1 in self.stage_indices
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters this rank holds, each once."""
+        return list(dict.fromkeys(p for i in self.stage_indices for p in self.pipe.stages[i].parameters()))
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+        """One step on a whole batch: the model's own arguments, the same on every rank.
+
+        Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's rank, (None, [])
+        elsewhere. With a loss function, gradients are accumulated, divided by the number of micro-batches.
+        """
+        return self._run(args, kwargs, target, "step")
+
+    def eval(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+        """As `step`, forward only."""
+        with torch.no_grad():
+            return self._run(args, kwargs, target, "eval")
+
+    def _run(self, args: Any, kwargs: Any, target: Any, how: str) -> tuple[Any, list[torch.Tensor]]:
+        sizes = self._split(args, kwargs)
+        self._targets, self._losses = _split_target(target, self.n_microbatches), []
+        schedule, stages = self._prepared(sizes)
+        for stage in stages:
+            stage.microbatches, stage.results = self._chunks, {}
+        numbers = torch.arange(self.n_microbatches) if self.is_last and self.loss_fn is not None else None
+        getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
+        if not self.is_last:
+            return None, []
+        results = next(s for s in stages if s.is_last).results
+        structured = [self._structure(results[i], i) for i in range(self.n_microbatches)]
+        return self._merge(structured), self._losses
+
+    def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and its stages for these sizes, made at their first use."""
+        key = tuple(sorted(sizes.items()))
+        if key not in self._schedules:
+            stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
+            single = issubclass(self.schedule_class, PipelineScheduleSingle)
+            loss = self._loss if self.loss_fn is not None else None
+            made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)
+            self._schedules[key] = made, stages
+        return self._schedules[key]
+
+    def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
+        """The user's loss of one micro-batch; torch passes its number for a target."""
+        index = int(number)
+        result = self._structure(_as_tuple(output), index)
+        assert self.loss_fn is not None
+        loss = self.loss_fn(result, self._targets[index]) if self._targets else self.loss_fn(result)
+        self._losses.append(loss.detach())
+        return loss * self._scale
+
+    def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
+        """The model's own output of one micro-batch."""
+        program = self.pipe.program
+        given = dict(zip(program.inputs, self._chunks[chunk], strict=True))
+        made = dict(zip(boundaries(program, frozenset(program.inputs))[-1], packed, strict=True))
+        flat = [
+            leaf if not isinstance(leaf, Value)
+            else given[leaf] if leaf in given
+            else made[leaf] if isinstance(leaf.type, TensorType) else made[leaf].item()
+            for leaf in program.outputs
+        ]  # fmt: skip
+        spec = self.pipe._call_spec
+        return spec.unflatten(flat) if spec is not None else flat
+
+    def _merge(self, outputs: list[Any]) -> Any:
+        """The outputs of all micro-batches as those of one batch: joined along dim 0; a number is their mean."""
+        return tree_map(_join, outputs[0], *outputs[1:])
+
+    def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
+        """Sets the flat inputs of every micro-batch; the symbolic sizes of one."""
+        spec = self.pipe._call_spec
+        flat = spec.flatten(args, kwargs) if spec is not None else list(args)
+        inputs, count = self.pipe.program.inputs, self.n_microbatches
+        batch = _batch_symbol(inputs)
+        parts = [_chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)]
+        self._chunks = [[_to(part[i], self.device) for part in parts] for i in range(count)]
+        ranges = spec.ranges if spec is not None else None
+        sizes = [check_inputs(inputs, chunk, ranges) for chunk in self._chunks]
+        return sizes[0]
+
+    def sync_shared_gradients(self) -> None:
+        """Every replica of a tied parameter has the sum of the gradients of all; one collective for each group of ranks."""
+        for entries, ranks, group in self._replicas:
+            if dist.get_rank(self.group) in ranks:
+                _sum_gradients([_held(self.pipe, entry, self.stage_indices) for entry in entries], group)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """`sync_shared_gradients` runs before every step of `optimizer`."""
+        optimizer.register_step_pre_hook(lambda *_: self.sync_shared_gradients())
+
+
+def _schedule_class(name: str) -> Any:
+    try:
+        return get_schedule_class(name)
+    except ValueError:
+        known = ["GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+        raise StagecutError(f"there is no schedule '{name}'", hint=f"{nearest(name, known)}; known: {', '.join(known)}") from None
+
+
+def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
+    """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place that many."""
+    name = schedule.__name__
+    v = name in ("ScheduleZBVZeroBubble", "ScheduleDualPipeV")
+    if issubclass(schedule, PipelineScheduleMulti):
+        if stages % ranks or (v and stages != 2 * ranks):
+            raise StagecutError(
+                f"{name} cannot place {stages} stages on {ranks} ranks", hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple"
+            )
+    elif stages != ranks:
+        raise StagecutError(f"{name} has one stage a rank: {stages} stages, {ranks} ranks", hint=f"cut into {ranks} stages")
+    return [min(i, 2 * ranks - 1 - i) if v else i % ranks for i in range(stages)]
+
+
+def _own_device(group: Group) -> torch.device:
+    if "nccl" in str(dist.get_backend(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
+    """Raises StagecutError on every rank when the ranks have cut different programs."""
+    lines = [line for line in text(program).splitlines() if not line.startswith("  file ")]
+    mine = (hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], program.name, len(program.stages), *settings)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
+    odd = [rank for rank, other in enumerate(found) if other != found[0]]
+    if odd:
+        raise StagecutError(
+            f"the ranks do not run the same program: rank {odd[0]} has {found[odd[0]]}, rank 0 has {found[0]}",
+            where="fingerprint, model, stages, schedule, micro-batches",
+            hint="build the same model with the same cuts on every rank",
+        )
+
+
+def _batch_symbol(inputs: Sequence[Value]) -> str | None:
+    """The symbolic size that is the batch: that of the first input whose first dim varies."""
+    for value in inputs:
+        if isinstance(value.type, TensorType) and value.type.shape and isinstance(value.type.shape[0], str):
+            return value.type.shape[0]
+    return None
+
+
+def _chunks(value: Value, item: Any, count: int, batch: str | None) -> list[Any]:
+    """One input of the whole batch as that of each micro-batch; what has no batch dimension is the same for all."""
+    kind = value.type
+    if count == 1 or not isinstance(item, torch.Tensor) or not isinstance(kind, TensorType) or item.dim() != len(kind.shape):
+        return [item] * count
+    dim = next((d for d, want in enumerate(kind.shape) if want == batch and batch is not None), None)
+    if dim is None:
+        dim = next((d for d, want in enumerate(kind.shape) if isinstance(want, int) and item.shape[d] == count * want != want), None)
+    if dim is None:
+        return [item] * count
+    if item.shape[dim] % count:
+        raise InputError(
+            f"input '{value.hint}' has a batch of {item.shape[dim]}, which {count} micro-batches do not divide",
+            hint="pass a multiple of n_microbatches",
+        )
+    return list(item.chunk(count, dim))
+
+
+def _split_target(target: Any, count: int) -> list[Any]:
+    if target is None:
+        return []
+
+    def part(item: Any, index: int) -> Any:
+        return item.tensor_split(count)[index] if isinstance(item, torch.Tensor) and item.dim() else item
+
+    return [tree_map(lambda item, i=i: part(item, i), target) for i in range(count)]
+
+
+def _to(item: Any, device: torch.device) -> Any:
+    return item.to(device) if isinstance(item, torch.Tensor) else item
+
+
+def _join(*items: Any) -> Any:
+    if not isinstance(items[0], torch.Tensor):
+        return items[0]
+    if items[0].dim():
+        return torch.cat(items)
+    return torch.stack(items).mean() if items[0].is_floating_point() else items[0]
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _replica_groups(program: Program, homes: Sequence[int], group: Group) -> list[tuple[list[StateEntry], tuple[int, ...], Any]]:
+    """The tied parameters by the ranks that hold a replica, each with a group of those ranks. Collective."""
+    by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
+    for entry in program.state:
+        ranks = tuple(sorted({homes[stage] for stage in entry.stages}))
+        if entry.kind == "param" and len(ranks) > 1:
+            by_ranks.setdefault(ranks, []).append(entry)
+    world = dist.get_process_group_ranks(group or dist.group.WORLD)
+    return [(entries, ranks, dist.new_group([world[r] for r in ranks])) for ranks, entries in sorted(by_ranks.items())]
+
+
+def _held(pipe: Pipe, entry: StateEntry, stages: Sequence[int]) -> torch.nn.Parameter:
+    """The tensor this rank holds for a tied parameter."""
+    index = next(i for i in stages if i in entry.stages)
+    return pipe.stages[index].get_parameter(pipe.program.stages[index].state[entry][0])
+
+
+def _sum_gradients(parameters: Sequence[torch.nn.Parameter], group: Any) -> None:
+    """Each parameter has the sum of its gradients on all ranks of the group; none where no rank has one."""
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        mine = [p for p in parameters if p.dtype == dtype]
+        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in mine]
+        counts = torch.tensor([float(p.grad is not None) for p in mine], dtype=dtype, device=mine[0].device)
+        total = torch.cat([*parts, counts])
+        dist.all_reduce(total, group=group)
+        *sums, counts = total.split([*(p.numel() for p in mine), len(mine)])
+        for parameter, grad, count in zip(mine, sums, counts.tolist(), strict=True):
+            if count:
+                parameter.grad = grad.view_as(parameter).clone()

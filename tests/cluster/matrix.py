@@ -1,0 +1,159 @@
+"""Trains a model on several ranks and beside it the unsplit model: losses, gradients, buffers and replicas must agree.
+
+The parent traces and cuts the model; the ranks are forked from it, so that nothing is traced twice.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from zoo.cuts import equal_ops
+
+from cluster.models import SUBJECTS, Subject
+from stagecut import Driver, Pipe, pipeline
+
+SCHEDULES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+STEPS, MICRO_BATCH = 3, 2
+
+
+def stages_of(schedule: str, ranks: int) -> int:
+    """How many stages a schedule is tried with on so many ranks."""
+    return ranks if issubclass(get_schedule_class(schedule), PipelineScheduleSingle) else 2 * ranks
+
+
+def cut(subject: Subject, stages: int) -> tuple[nn.Module, Pipe]:
+    """The model, always the same, and its pipe."""
+    torch.manual_seed(3)
+    model = subject.make()
+    pipe = pipeline(model, (), subject.inputs(MICRO_BATCH), split_policy=equal_ops(stages), check=None)
+    assert pipe.num_stages == stages
+    return model, pipe
+
+
+def try_all(name: str, schedules: tuple[str, ...], ranks: int) -> dict[str, str]:
+    """Schedule -> 'ok', or what was wrong."""
+    subject = SUBJECTS[name]
+    found: dict[str, str] = {}
+    for count in dict.fromkeys(stages_of(s, ranks) for s in schedules):
+        model, pipe = cut(subject, count)
+        chosen = [s for s in schedules if stages_of(s, ranks) == count]
+        answers = on_ranks(ranks, _train_each, model, pipe, subject, chosen)
+        for place, schedule in enumerate(chosen):
+            wrong = [answer[place] for answer in answers if answer[place] != "ok"]
+            found[schedule] = wrong[0] if wrong else "ok"
+    return found
+
+
+def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(*args)` gives on each of so many forked ranks of a gloo group."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.start_processes(_enter, (ranks, folder, work, args), ranks, start_method="fork")
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(ranks)]
+
+
+def _enter(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    answer = work(*args)
+    torch.save(answer, Path(folder) / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train_each(model: nn.Module, pipe: Pipe, subject: Subject, schedules: list[str]) -> list[str]:
+    start = deepcopy(model.state_dict())
+    answers = []
+    for schedule in schedules:
+        model.load_state_dict(start)
+        for parameter in model.parameters():
+            parameter.grad = None
+        answers.append(_train(model, pipe, subject, schedule))
+    return answers
+
+
+def _train(model: nn.Module, pipe: Pipe, subject: Subject, schedule: str) -> str:
+    """'ok', or the first thing that differs from the unsplit model in some optimizer steps."""
+    count = 4 * dist.get_world_size()
+    reference = deepcopy(model)
+    driver = Driver(pipe, schedule, count, subject.loss)
+    mine = torch.optim.SGD(driver.parameters(), 0.05, momentum=0.9)
+    theirs = torch.optim.SGD(reference.parameters(), 0.05, momentum=0.9)
+    driver.attach(mine)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        inputs = subject.inputs(MICRO_BATCH * count)
+        mine.zero_grad()
+        theirs.zero_grad()
+        output, losses = driver.step(**inputs)
+        expected = [_one(reference, subject, inputs, i, count) for i in range(count)]
+        wrong = _compare_outputs(driver, output, losses, expected)
+        mine.step()
+        wrong = wrong or _compare_state(driver, reference)
+        theirs.step()
+        if wrong:
+            return f"step {step}: {wrong}"
+    return _compare_replicas(driver) or "ok"
+
+
+def _one(reference: nn.Module, subject: Subject, inputs: dict[str, Any], index: int, count: int) -> tuple[Any, torch.Tensor]:
+    """One micro-batch of the unsplit model, and its backward."""
+    part = {
+        name: item.chunk(count)[index] if isinstance(item, torch.Tensor) and item.shape[0] == MICRO_BATCH * count else item
+        for name, item in inputs.items()
+    }
+    output = reference(**part)
+    loss = subject.loss(output)
+    (loss / count).backward()
+    return output, loss.detach()
+
+
+def _compare_outputs(driver: Driver, output: Any, losses: list[torch.Tensor], expected: list[tuple[Any, torch.Tensor]]) -> str:
+    if not driver.is_last:
+        return "" if output is None and not losses else "a rank without the last stage returns something"
+    if type(output) is not type(expected[0][0]):
+        return f"the output is a {type(output).__name__}"
+    if not _near(torch.stack(losses), torch.stack([loss for _, loss in expected])):
+        return f"losses {losses} for {[loss for _, loss in expected]}"
+    first = output if isinstance(output, torch.Tensor) else next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return "" if isinstance(first, torch.Tensor) else "the first output is no tensor"
+
+
+def _compare_state(driver: Driver, reference: nn.Module) -> str:
+    parameters, buffers = dict(reference.named_parameters(remove_duplicate=False)), dict(reference.named_buffers())
+    for index in driver.stage_indices:
+        stage = driver.pipe.stages[index]
+        for name, parameter in stage.named_parameters():
+            want = parameters[name].grad
+            if (parameter.grad is None) != (want is None) or (want is not None and not _near(parameter.grad, want)):
+                return f"gradient of '{name}' on stage {index}"
+        for name, buffer in stage.named_buffers():
+            if not _near(buffer, buffers[name]):
+                return f"buffer '{name}' on stage {index}"
+    return ""
+
+
+def _compare_replicas(driver: Driver) -> str:
+    """Every replica of a tied parameter is the same on all ranks, bit for bit."""
+    held = {name: p.detach() for i in driver.stage_indices for name, p in driver.pipe.stages[i].named_parameters()}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, held)
+    names = [{n: entry.name for entry in driver.pipe.program.state for n in entry.names}[n] for n in held]
+    for other in everywhere:
+        for name, own in zip(held, names, strict=True):
+            for theirs, tensor in other.items():
+                entry = next(e for e in driver.pipe.program.state if theirs in e.names)
+                if entry.name == own and not torch.equal(tensor, held[name]):
+                    return f"replicas of '{name}' differ"
+    return ""
+
+
+def _near(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is not None and torch.allclose(one.double(), other.double(), rtol=1e-7, atol=1e-9)

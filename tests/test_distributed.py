@@ -1,0 +1,158 @@
+"""Stages on torch.distributed, in forked processes on gloo. `make distributed` runs the whole matrix."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cluster.matrix import on_ranks, stages_of, try_all
+from torch import nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+from torch.export import Dim
+
+from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
+from stagecut.distributed import MismatchError, placement
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@pytest.mark.parametrize(
+    ("name", "schedules"),
+    [
+        ("UNet", ("1F1B",)),
+        ("GPT-2, tied", ("Interleaved1F1B", "ZBVZeroBubble")),
+        ("ALBERT", ("InterleavedZeroBubble",)),
+        ("two towers", ("GPipe", "LoopedBFS", "DualPipeV")),
+    ],
+)
+def test_training_on_two_ranks_equals_the_unsplit_model(name: str, schedules: tuple[str, ...]) -> None:
+    assert try_all(name, schedules, 2) == dict.fromkeys(schedules, "ok")
+
+
+class Net(nn.Module):
+    """A skip, a keyword argument that both stages read, an output of each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+        x = torch.relu(self.first(x)) + y
+        early = x * 2
+        pipe_split()
+        return {"late": self.second(x) * y, "early": early, "same": [early, 5, None]}
+
+
+class Plain(Net):
+    """The same, of one output."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = torch.relu(self.first(x)) + y
+        pipe_split()
+        return self.second(x) * y  # type: ignore[no-any-return]
+
+
+def test_the_stages_run_on_torch_s_own_schedules() -> None:
+    """Rank 0 is given the model's arguments and hands on what stage 1 reads of them."""
+    torch.manual_seed(0)
+    model = Plain()
+    pipe = pipeline(model, (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+    assert on_ranks(2, _own_schedules, model, pipe) == ["ok", "ok"]
+
+
+def _own_schedules(model: nn.Module, pipe: Any) -> str:
+    rank, x, y, target = dist.get_rank(), torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 4)
+    loss = nn.MSELoss(reduction="sum")
+    for schedule_class in (ScheduleGPipe, Schedule1F1B):
+        reference = deepcopy(model)
+        stage = build_stage(pipe.get_stage_module(rank), rank, pipe.info(), "cpu")
+        assert set(stage.submod.state_dict()) <= set(model.state_dict())
+        schedule = schedule_class(stage, 4, loss_fn=loss, scale_grads=False)
+        pipe.get_stage_module(rank).zero_grad()
+        losses: list[torch.Tensor] = []
+        output = schedule.step(x, y=y) if rank == 0 else schedule.step(target=target, losses=losses)
+        expected = reference(x, y)
+        loss(expected, target).backward()
+        if rank == 1:
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(torch.stack(losses).sum(), loss(expected, target))
+        for name, parameter in pipe.get_stage_module(rank).named_parameters():
+            torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad)
+    return "ok"
+
+
+def test_a_boundary_of_another_type_is_noticed_before_it_is_sent() -> None:
+    pipe = pipeline(Plain(), (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+    assert on_ranks(2, _wrong_types, pipe) == ["ok", "ok"]
+
+
+def _wrong_types(pipe: Any) -> str:
+    if dist.get_rank() == 0:
+        stage = pipe.build_stage(0, "cpu")
+        stage.has_backward = False
+        stage._prepare_forward_infra = None
+        x = torch.randn(2, 4)
+        with pytest.raises(MismatchError, match="dtype mismatch"):
+            stage.forward_one_chunk(0, (x.int(),), {"y": x})
+        with pytest.raises(MismatchError, match="shape mismatch"):
+            stage.forward_one_chunk(0, (x[:1],), {"y": x})
+        hook = stage.submod.register_forward_hook(lambda module, given, made: made.flatten())
+        with pytest.raises(MismatchError, match="shape mismatch"):
+            stage.forward_one_chunk(0, (x,), {"y": x})
+        hook.remove()
+        stage.submod.register_forward_hook(lambda module, given, made: made.bfloat16())
+        with pytest.raises(MismatchError, match="dtype mismatch"):
+            stage.forward_one_chunk(0, (x,), {"y": x})
+    return "ok"
+
+
+def test_the_driver_gives_the_model_s_own_output_and_takes_other_sizes() -> None:
+    model = Net().eval()
+    sizes = {"x": {0: Dim("batch", min=1, max=64)}, "y": {0: Dim("batch", min=1, max=64)}}
+    pipe = pipeline(model, (torch.randn(2, 4), torch.randn(2, 4)), dynamic_shapes=sizes, check=None)
+    assert on_ranks(2, _infer, model, pipe) == ["ok", "ok"]
+
+
+def _infer(model: nn.Module, pipe: Any) -> str:
+    driver = Driver(pipe, "GPipe", 2)
+    for batch in (4, 6, 4, 2):
+        x, y = torch.randn(batch, 4), torch.randn(batch, 4)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                output, losses = driver.eval(x, y=y)
+            if driver.is_last:
+                expected = model(x, y)
+                assert list(output) == list(expected)
+                torch.testing.assert_close(output["late"], expected["late"])
+                torch.testing.assert_close(output["same"][0], expected["early"])
+                assert output["same"][1:] == [5, None]
+            assert not losses
+    return "ok"
+
+
+def test_ranks_with_other_programs_are_told_so_before_the_first_step() -> None:
+    pipes = [pipeline(Plain(), (torch.randn(2, 4), torch.randn(2, n)), check=None) for n in (4, 1)]
+    assert on_ranks(2, _disagree, pipes) == ["ok", "ok"]
+
+
+def _disagree(pipes: list[Any]) -> str:
+    with pytest.raises(StagecutError, match="do not run the same program: rank 1"):
+        Driver(pipes[dist.get_rank()], "GPipe", 2)
+    return "ok"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "ranks", "expected"),
+    [("1F1B", 2, 2, [0, 1]), ("Interleaved1F1B", 4, 2, [0, 1, 0, 1]), ("ZBVZeroBubble", 4, 2, [0, 1, 1, 0])],
+)
+def test_placement(schedule: str, stages: int, ranks: int, expected: list[int]) -> None:
+    from torch.distributed.pipelining.schedules import get_schedule_class
+
+    assert placement(stages, ranks, get_schedule_class(schedule)) == expected
+    assert stages_of(schedule, ranks) == stages
+    with pytest.raises(StagecutError, match="stages"):
+        placement(stages + 1, ranks, get_schedule_class(schedule))
