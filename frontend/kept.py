@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import linecache
+import random
+import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
 
 _SIMPLE = (int, float, complex, str, bytes, type(None))
 SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -192,3 +197,31 @@ def brief(item: Any) -> str:
         return f"{item!r:.40}"
     content = content_of(item)
     return f"a {type(item).__name__}" + (f" of {len(content)}" if content is item else "")
+
+
+def generators() -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """Name of each global generator -> its state, and what sets it."""
+    found: dict[str, tuple[Any, Callable[[Any], None]]] = {
+        "torch's generator": (torch.get_rng_state().tolist(), lambda state: None),  # a fork is open around the capture
+        "Python's random": (random.getstate(), random.setstate),
+    }
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        found["numpy.random"] = (numpy.get_state(legacy=False), numpy.set_state)
+    return found
+
+
+def user_line() -> tuple[str, int, str]:
+    """File, line and function of the innermost frame that is the user's, neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith((TORCH_DIR, OWN_DIR, "<")):
+            return code.co_filename, frame.f_lineno, code.co_name
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+
+
+def shown(line: tuple[str, int, str]) -> str:
+    """A line for a message, with its source."""
+    return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"

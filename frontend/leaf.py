@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from stagecut.frontend.kept import Surroundings, generators, shown, user_line
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, storage_of, undeclared_writes
+from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 
 torch.library.define("stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
@@ -47,9 +49,12 @@ class OpWatch(TorchDispatchMode):
         super().__init__()
         self.drew = False
         self.wrote: set[int | None] = set()
+        self.split = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        if is_marker(func):
+            self.split = self.split or shown(user_line())
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
         written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
         self.wrote.update(map(storage_of, tree_leaves([written, undeclared_writes(str(func), args)])))
@@ -88,6 +93,9 @@ class Leaves:
         for name, owner in self.module.named_modules():
             if name and type(owner) is kind and not any(name.startswith(p + ".") for p in self.paths):
                 self.add(name)
+
+    def _because(self, path: str) -> str:
+        return f": {self.reasons[path]}" if path in self.reasons else ""
 
     def can_run(self) -> bool:
         """True when the model can be run for real, which recording a leaf's outputs takes."""
@@ -140,8 +148,12 @@ class Leaves:
         for path in self.paths:
             owner = model.get_submodule(path)
             owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
-        with torch.random.fork_rng(), torch.no_grad():
+        around, random_states = Surroundings(self.module), generators()
+        with torch.random.fork_rng(), torch.enable_grad():
             model(*inputs[0], **inputs[1])
+        around.restore()
+        for state, put_back in random_states.values():
+            put_back(state)
         return calls
 
     def _recording(self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]) -> Any:
@@ -156,9 +168,15 @@ class Leaves:
             before = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
             with OpWatch() as watch:
                 result = run(*args, **kwargs)
+            if watch.split:
+                raise SplitError(
+                    f"a split point lies inside module '{path}', which is kept whole" + self._because(path),
+                    where=watch.split,
+                    hint="move pipe_split() in front of or behind the module",
+                )
             after = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
             wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
-            out_flat, out_spec = tree_flatten(result)
+            out_flat, out_spec = tree_flatten(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
             homes = {storage_of(t): i for i, t in reversed([*enumerate(given)])}
             calls[key] = LeafCall(
                 path, [], out_spec, out_flat, out_spec,

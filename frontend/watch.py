@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import linecache
-import random
 import re
 import sys
 from collections import deque
@@ -24,9 +22,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.function import functions_whole
-from stagecut.frontend.kept import SYMBOLS, Kept, Surroundings, attributes, brief, content_of, fingerprint
+from stagecut.frontend.kept import SYMBOLS, Kept, Surroundings, attributes, brief, content_of, fingerprint, generators, shown, user_line
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import ASSIGNED, CHOICES, OWN_DIR, TORCH_DIR, storage_of
+from stagecut.frontend.lower import ASSIGNED, CHOICES, TORCH_DIR, storage_of
 from stagecut.frontend.modes import ModeReads
 from stagecut.ir.errors import CaptureError
 
@@ -117,7 +115,7 @@ class Watch:
         from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 
         trace: Any = importlib.import_module("torch.export._trace")
-        self._stack.callback(self._compare_random, _random_states())
+        self._stack.callback(self._compare_random, generators())
         kept, self._around = Kept(self._module), Surroundings(self._module)
         self._stack.callback(self._around.restore)
         self._stack.callback(kept.restore)
@@ -144,7 +142,7 @@ class Watch:
 
     def _compare_random(self, before: dict[str, Any]) -> None:
         for name, (state, restore) in before.items():
-            if repr(_random_states()[name][0]) != repr(state):
+            if repr(generators()[name][0]) != repr(state):
                 self.drawn = name
                 restore(state)
 
@@ -260,18 +258,6 @@ class Watch:
         owner = self._module.get_submodule(path)
         line = self._lines.get((id(owner), name))
         return shown(line) if line else place_of(type(owner))
-
-
-def _random_states() -> dict[str, tuple[Any, Callable[[Any], None]]]:
-    """Name of each global generator -> its state, and what sets it."""
-    found: dict[str, tuple[Any, Callable[[Any], None]]] = {
-        "torch's generator": (torch.get_rng_state().tolist(), lambda state: None),  # a fork is open around the capture
-        "Python's random": (random.getstate(), random.setstate),
-    }
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        found["numpy.random"] = (numpy.get_state(legacy=False), numpy.set_state)
-    return found
 
 
 def _refuse_backward_hooks(module: nn.Module, kept_whole: Sequence[str]) -> None:
@@ -393,22 +379,6 @@ def _depends(tensor: torch.Tensor) -> bool:
         todo += [before for before in node.all_input_nodes if before not in seen]
         seen.update(node.all_input_nodes)
     return False
-
-
-def user_line() -> tuple[str, int, str]:
-    """File, line and function of the innermost frame that is the user's, neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith((TORCH_DIR, OWN_DIR, "<")):
-            return code.co_filename, frame.f_lineno, code.co_name
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-
-
-def shown(line: tuple[str, int, str]) -> str:
-    """A line for a message, with its source."""
-    return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"
 
 
 def place_of(cls: type) -> str:

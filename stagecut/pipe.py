@@ -128,8 +128,8 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
         raise CheckError(
             f"the pipe does not compute what the model computes: {report.differences[0]}",
             where=f"{len(report.differences)} difference(s) in one run on the example inputs",
-            hint="tracing loses custom autograd.Functions, tensor hooks and Python state: keep the module that has them whole, "
-            "leaf_modules=[...]; pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+            hint="keep the module that computes it whole: leaf_modules=[...]; "
+            "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
         )
 
 
