@@ -238,7 +238,7 @@ def keywords_bound_in_the_order_given(patch: Patch) -> None:
     patch.setattr(CallSpec, "flatten", lambda self, args, kwargs: real(self, args, dict(zip(self.keywords, kwargs.values(), strict=True))))
 
 
-@mutant(two_inputs, "ports")
+@mutant(two_inputs, "verifier ports")
 def inputs_listed_in_order_of_use(patch: Patch) -> None:
     real = liveness._link
 
@@ -299,7 +299,7 @@ def sent_in_another_order_than_received(patch: Patch) -> None:
     patch.setattr(emit._Emitter, "stage", lambda self, block: real(self, replace(block, outputs=block.outputs[::-1])))
 
 
-@mutant(two_inputs, "golden ports")
+@mutant(two_inputs, "verifier golden ports")
 def received_in_another_order_than_sent(patch: Patch) -> None:
     wrap(patch, liveness, "_by_definition", lambda values, _: values[::-1])
 
@@ -345,7 +345,7 @@ def returned_state_dropped(patch: Patch) -> None:
     wrap(patch, liveness, "_returned_last", drop)
 
 
-@mutant(many_outputs, "golden ports")
+@mutant(many_outputs, "verifier golden ports")
 def last_stage_returns_in_order_of_definition(patch: Patch) -> None:
     def reorder(_: None, program: Program) -> None:
         last = program.stages[-1]
@@ -427,7 +427,7 @@ def view_returned(self, x):
     return x * 3, v
 
 
-@mutant(view_returned, "mailbox golden")
+@mutant(view_returned, "validator mailbox golden")
 def returning_is_no_reading(patch: Patch) -> None:
     patch.setattr(version_mutations, "positions", lambda program: Positions(program.all_ops(), Op("output", ([],))))
 
@@ -495,7 +495,7 @@ def written_source(self, x):
     return y[:, :2] * v
 
 
-@mutant(written_source, "verify pipe mailbox golden")
+@mutant(written_source, "validator verify pipe mailbox golden")
 def sources_copied_although_written(patch: Patch) -> None:
     patch.setattr(partition, "_written", lambda ops: set())
 
@@ -564,7 +564,7 @@ def relays_dropped(patch: Patch) -> None:
     wrap(patch, Liveness, "run", neighbours)
 
 
-@mutant(skips, "golden ports")
+@mutant(skips, "verifier golden ports")
 def relays_called_sends(patch: Patch) -> None:
     wrap(patch, route, "_route", lambda found, _: "send" if found == "relay" else found)
 
@@ -605,7 +605,7 @@ def two_draws(self, x):
     return x + noise
 
 
-@mutant(two_draws, "verify pipe mailbox golden")
+@mutant(two_draws, "validator verify pipe mailbox golden")
 def random_sources_moved(patch: Patch) -> None:
     patch.setattr(partition, "_is_source", lambda op, written: not op.operands and not op.regions and len(op.results) == 1)
 
@@ -651,12 +651,12 @@ def lose(field: str, empty: Any) -> Callable[..., bool]:
     return after
 
 
-@mutant(without_gradient, "verify pipe mailbox")
+@mutant(without_gradient, "validator verify pipe mailbox")
 def contexts_lost_by_a_pass(patch: Patch) -> None:
     wrap(patch, Partition, "run", lose("context", ()))
 
 
-@mutant(view_of_what_is_written, "verifier mailbox golden")
+@mutant(view_of_what_is_written, "verifier validator mailbox golden")
 def effects_lost_by_a_pass(patch: Patch) -> None:
     wrap(patch, Partition, "run", lose("effects", Effects()))
 

@@ -13,7 +13,7 @@ from helpers import load, rules_broken
 
 from stagecut.ir import validator
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Context, Op, Program, StateEntry, Value
 from stagecut.ir.parser import parse
 from stagecut.ir.types import TensorType
 from stagecut.ir.validator import Trace, validate
@@ -235,6 +235,15 @@ def _alias_not_renewed(p: Program) -> None:
     new.replace_uses(a)
 
 
+def _context_changed(p: Program) -> None:
+    at(p, 7).context = (Context("no_grad"),)
+
+
+def _alias_returned(p: Program) -> None:
+    _alias_not_renewed(p)
+    p.set_outputs([at(p, 1).results[0], *p.outputs[1:]])
+
+
 def _old_version_returned(p: Program) -> None:
     top = at(p, 2).results[0]
     p.set_outputs([p.outputs[0], top, *p.outputs[2:]])
@@ -303,6 +312,9 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a write that runs twice": (_run_twice(6), r"runs 2 times although it has an effect: net\.py:6"),
     "an old version read": (_old_version_read, r"%a is read after a newer version was written: net\.py:7"),
     "an alias that was not renewed": (_alias_not_renewed, r"%a shares storage with what net\.py:5, .* wrote, but is read as if unwritten"),
+    "another context": (_context_changed, r"another context, scope or effect than traced: net\.py:7"),
+    "a copy of what is written": (_run_twice(1), r"is made anew, although what shares its storage is written: net\.py:1"),
+    "an alias returned that was not renewed": (_alias_returned, r"%a shares storage with what net\.py:5, .* wrote, but is returned"),
     "an old version returned": (_old_version_returned, "%top is returned after a newer version was written"),
     "outputs swapped": (_outputs(lambda out: [out[1], out[0], *out[2:]]), "the program returns other values than traced"),
     "an output dropped": (_outputs(lambda out: out[:-1]), "the program returns other values than traced"),
