@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.leaf import OpWatch
@@ -44,7 +45,8 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
 
     def stand_in(cls: Any, *args: Any, **kwargs: Any) -> Any:
         plain = apply.__get__(None, cls)
-        if cls.__module__.partition(".")[0] == "torch" or get_proxy_mode() is None or torch._C._are_functorch_transforms_active():
+        own = cls.__module__.startswith("torch.") and not cls.__module__.startswith("torch.distributions.")
+        if own or get_proxy_mode() is None or torch._C._are_functorch_transforms_active():
             return plain(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         if any(isinstance(item, nn.Module) or callable(item) for item in flat):
@@ -55,17 +57,39 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
 
     base.apply = classmethod(stand_in)
     try:
-        yield
+        with _WithoutMeta():
+            yield
     finally:
         base.apply = apply
 
 
-def _one_op(cls: Any, plain: Callable[..., Any], flat: list[Any], spec: Any) -> Any:
+class _WithoutMeta(TorchFunctionMode):
+    """Functions of torch's that no fake tensor can go through, because a fast path of theirs looks at values, are one op each."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        shown = _WITHOUT_META.get(func)
+        if shown is None or get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs))
+        return _one_op(func, func, flat, spec, shown)
+
+
+def _ctc_loss(log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
+    return log_probs.new_empty(log_probs.shape[1:-1] if reduction in ("none", 0) else ())
+
+
+_WITHOUT_META = {torch.nn.functional.ctc_loss: _ctc_loss, torch.ctc_loss: _ctc_loss}
+"""Such a function -> what it returns, of the right size only."""
+
+
+def _one_op(cls: Any, plain: Callable[..., Any], flat: list[Any], spec: Any, shown: Callable[..., Any] | None = None) -> Any:
     given = [item for item in flat if isinstance(item, torch.Tensor)]
     before = [tensor._version for tensor in given]
     args, kwargs = tree_unflatten(flat, spec)
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing(), torch.no_grad(), OpWatch() as watch:
-        result = plain(*args, **kwargs)
+        result = (shown or plain)(*args, **kwargs)
     out_flat, out_spec = tree_flatten(result)
     out = [item for item in out_flat if isinstance(item, torch.Tensor)]
     homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}

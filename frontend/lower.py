@@ -275,7 +275,7 @@ class Lowering:
         self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
     ) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
-        args, kwargs = self._given(call, tensors, numbers)
+        args, kwargs = self._given(call, tensors, numbers, self.loc(node))
         scope, owner = self.scope(node), self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
         path = scope_fqn(scope) if inside else call.path  # a shared module goes by the name it is called by
@@ -297,24 +297,34 @@ class Lowering:
         if name is None:
             name = self._targets[call.function] = "extern." + self._extern(call.path, "function")
             self.bindings.functions[name] = call.function
-        args, kwargs = self._given(call, tensors, numbers)
+        args, kwargs = self._given(call, tensors, numbers, self.loc(node))
         op = Op(name, args, kwargs, scope=self.scope(node), context=context, loc=self.loc(node))
         return self._append_whole(node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops)
 
-    def _given(self, call: LeafCall, tensors: list[Any], numbers: list[Any]) -> Any:
+    def _given(self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None) -> Any:
         """The arguments of a call of what is kept whole."""
         given, counted = iter(tensors), iter(numbers)
         flat = [
             next(given) if isinstance(item, torch.Tensor) else next(counted) if isinstance(item, SYMBOLIC) else item
             for item in call.in_flat
         ]
-        return transform(tree_unflatten(flat, call.in_spec), lambda item: item if isinstance(item, Value) else self._literal(item))
+        try:
+            tree = tree_unflatten(flat, call.in_spec)
+            return transform(tree, lambda item: item if isinstance(item, Value) else self._literal(item))
+        except CaptureError:
+            raise
+        except Exception as error:  # a class that looks at the tensors it is made of, such as a PackedSequence
+            raise CaptureError(
+                f"'{call.path}' is kept whole and is given an object of a class that no operand can be: {call.in_spec}: {error}",
+                where=str(loc or ""),
+                hint="give it tensors, lists, tuples and dicts, or keep the module around it whole: leaf_modules=[...]",
+            ) from error
 
     def _append_whole(self, node: fx.Node, op: Op, call: LeafCall, tensors: list[Any], written: list[Any], ops: list[Op]) -> list[Value]:
         op.form = "tensors"
-        for item in call.out_flat:
-            if isinstance(item, torch.Tensor):
-                self._result(op, item.detach(), node.name)
+        made = [item for item in call.out_flat if isinstance(item, torch.Tensor)]
+        for item, traced in zip(made, node.meta["val"], strict=True):
+            self.note_storage(self._result(op, item.detach(), node.name), traced)
         views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
         op.effects = Effects(
             tuple(dict.fromkeys(op.operands.index(v) for v in written)),
@@ -372,6 +382,8 @@ class Lowering:
         return self._literal(item)
 
     def _literal(self, item: Any) -> Any:
+        if item is None or type(item) in (bool, int, float, complex, str):
+            return item  # equal ones may be of different types: True, 1 and 1.0
         found = self._literals.get(item)
         if found is None:
             try:

@@ -38,7 +38,14 @@ _FLAGGED |= {torch.rrelu, torch.batch_norm, torch.instance_norm}
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/visible.py")
 """Files with the context managers that switch the grad mode."""
 
-_PLUMBING = ("nn/functional.py", "torch/overrides.py", "proxy_tensor.py", "non_strict_utils.py", "frontend/visible.py")
+_PLUMBING = (
+    "nn/functional.py",
+    "torch/overrides.py",
+    "proxy_tensor.py",
+    "non_strict_utils.py",
+    "frontend/visible.py",
+    "frontend/function.py",
+)
 """Files whose frames lie between the call of such a function and us."""
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -35,8 +38,12 @@ REPLACED = "the .data of a tensor is replaced"
 
 @contextmanager
 def visible() -> Iterator[None]:
-    """inference_mode is recorded as no_grad, `tensor.data` as an op, a checkpointed region as ops where it begins and ends."""
-    with _inference_mode_as_no_grad(), _DataAsOp(), _checkpoints_marked():
+    """inference_mode is recorded as no_grad, `tensor.data` as an op, a checkpointed region as ops where it begins and ends.
+
+    Distributions do not validate what they are given, which would branch on values; an argument `validate_args=True` still does.
+    """
+    unchecked = patch.object(torch.distributions.Distribution, "_validate_args", False)
+    with _inference_mode_as_no_grad(), _DataAsOp(), _checkpoints_marked(), unchecked:
         yield
 
 
@@ -72,7 +79,38 @@ class _DataAsOp(TorchFunctionMode):
             if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata or new.shape != tensor.shape:
                 raise RuntimeError(REPLACED)
             return None  # `tensor.data += 1` ends with an assignment of what was written in place
+        if getattr(func, "__name__", "") == "__bool__" and isinstance(args[0], FakeTensor):
+            frame = sys._getframe(1)
+            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # other modes, inside of this one
+                frame = frame.f_back
+            outcome = _outcome_that_goes_on(frame)
+            if outcome is not None:
+                return outcome
         return func(*args, **(kwargs or {}))
+
+
+def _outcome_that_goes_on(frame: FrameType) -> bool | None:
+    """Of a condition that `frame` is at, the value behind which forward goes on where the other does nothing but raise; else None."""
+    steps = [step for step in dis.get_instructions(frame.f_code) if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")]
+    places = {step.offset: place for place, step in enumerate(steps)}
+    at = places.get(frame.f_lasti, len(steps))
+    if at < len(steps) and steps[at].opname == "TO_BOOL":
+        at += 1
+    if at >= len(steps) or "POP_JUMP" not in steps[at].opname or not steps[at].opname.endswith(("IF_FALSE", "IF_TRUE")):
+        return None
+    jumps_on = steps[at].opname.endswith("IF_TRUE")
+    raises = {jumps_on: _raises(steps, places[steps[at].argval]), not jumps_on: _raises(steps, at + 1)}
+    return raises[False] if raises[True] != raises[False] else None
+
+
+def _raises(steps: list[dis.Instruction], at: int) -> bool:
+    """True when what stands at `at` runs into a `raise` without a choice."""
+    for step in steps[at:]:
+        if step.opname == "RAISE_VARARGS":
+            return True
+        if "JUMP" in step.opname or "RETURN" in step.opname or "FOR_ITER" in step.opname:
+            return False
+    return False
 
 
 @contextmanager

@@ -22,7 +22,19 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.function import functions_whole
-from stagecut.frontend.kept import SYMBOLS, Kept, Surroundings, attributes, brief, content_of, fingerprint, generators, shown, user_line
+from stagecut.frontend.kept import (
+    HOOKS,
+    SYMBOLS,
+    Kept,
+    Surroundings,
+    attributes,
+    brief,
+    content_of,
+    fingerprint,
+    generators,
+    shown,
+    user_line,
+)
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import ASSIGNED, CHOICES, TORCH_DIR, storage_of
 from stagecut.frontend.modes import ModeReads
@@ -94,8 +106,10 @@ class Watch:
         self._stack = ExitStack()
         self._reads = ModeReads(module)
         self._hooks: set[Any] = set()
+        self._numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
         self._start: dict[tuple[str, str], Any] = {}
+        self._children: dict[tuple[str, str], nn.Module | None] = {}
         self._state: dict[tuple[str, str, str], Any] = {}
         self._versions: dict[tuple[str, str, str], int] = {}
         self._changed: dict[tuple[str, str], str] = {}
@@ -121,7 +135,12 @@ class Watch:
         self._stack.callback(kept.restore)
         self._tensors = kept.replace_tensors()
         for (path, name), value in self._carried.items():
-            vars(self._module.get_submodule(path))[name] = value
+            module: nn.Module = self._module.get_submodule(path)
+            if name in HOOKS:
+                vars(module)[name].update(value)
+                continue
+            home: dict[str, Any] = module._modules if name in module._modules else vars(module)
+            home[name] = value
         for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
             self._patch(passes, passes.__name__.rpartition(".")[2], lambda graph, signature: (graph, signature))  # they lose nested ones
         self._patch(trace, "_detect_attribute_assignment", _nothing)  # this class looks closer
@@ -167,6 +186,8 @@ class Watch:
             hook for owner in self._module.modules() for hook in (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values())
         }
         self._start = {key: (value, fingerprint(value), brief(value)) for key, value in attributes(self._module)}
+        self._children = dict(_children(self._module))
+        self._numbers = {key: set(hooks) for key, hooks in _hooks(self._module)}
 
     def _end(self, *_: Any) -> None:
         for function, name in self._around.changed():
@@ -177,12 +198,23 @@ class Watch:
                 raise CaptureError(what, where=where, hint="return what it collects as an output, make a number a buffer, " + _KEEP_WHOLE)
             self.notes.append(f"{what}: {where}")  # a hook that looks on
         self._write_back()
+        for key, child in _children(self._module):
+            self.ends[key] = type(child)
+            before = self._children.get(key)
+            if before is not child:
+                self._changed[key] = f"{type(before).__name__} -> {type(child).__name__}"
+                self.left[key] = child
+        for key, hooks in _hooks(self._module):
+            self.ends[key] = len(hooks)
+            if new := {number: hook for number, hook in hooks.items() if number not in self._numbers.get(key, ())}:
+                self._changed[key] = f"{len(new)} more"
+                self.left[key] = new
         for key, value in attributes(self._module):
             end = fingerprint(value)
             self.ends[key] = fingerprint(value, settled=True)
-            _, start, before = self._start.get(key, (None, None, "nothing"))
+            _, start, was = self._start.get(key, (None, None, "nothing"))
             if start != end:
-                self._changed[key] = f"{before} -> {brief(value)}"
+                self._changed[key] = f"{was} -> {brief(value)}"
                 if not _is_constant(value):
                     self.left[key] = _carry(value)
 
@@ -232,13 +264,19 @@ class Watch:
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
         """True when the next call would write two buffers where it wrote one before."""
         others = [k for k, item in _state(self._module) if k != key and item is not None and storage_of(item) == storage_of(new)]
-        return any(self._state[k]._version != self._versions[k] for k in (key, *others))
+        return bool(others) and any(self._state[k]._version != self._versions[k] for k in (key, *others))
 
     # --- afterwards -------------------------------------------------------------------------------
 
     def checked(self, exported: ExportedProgram) -> ExportedProgram:
         """The exported program, with the model's own tensors for its constants, and where Python chose by mode in its meta."""
         for name, value in exported.constants.items():
+            if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+                raise CaptureError(
+                    "forward calls torch.func.grad, vjp or jacrev, of which a trace keeps example values as constants",
+                    where=place_of(type(self._module)),
+                    hint="use torch.autograd.grad(..., create_graph=True), " + _KEEP_WHOLE,
+                )
             if id(value) in self._tensors:
                 exported.constants[name] = self._tensors[id(value)][0]
         exported.graph_module.meta[CHOICES] = self._reads.choices
@@ -258,6 +296,20 @@ class Watch:
         owner = self._module.get_submodule(path)
         line = self._lines.get((id(owner), name))
         return shown(line) if line else place_of(type(owner))
+
+
+def _children(module: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module | None]]:
+    """The submodules by path and name, those around others first."""
+    for path, owner in module.named_modules():
+        for name, child in owner._modules.items():
+            yield (path, name), child
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
+    """The hooks on the forward of all modules, by path and name."""
+    for path, owner in module.named_modules():
+        for name in HOOKS:
+            yield (path, name), vars(owner)[name]
 
 
 def _refuse_backward_hooks(module: nn.Module, kept_whole: Sequence[str]) -> None:

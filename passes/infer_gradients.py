@@ -67,9 +67,11 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
 
 
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
-    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history."""
+    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So does a module or a
+    function of the user's that returns what it is given."""
     result, operand = op.results[index].type, op.operands[viewed].type
-    if _name(op) not in _CONVERSIONS or not isinstance(result, TensorType) or not isinstance(operand, TensorType):
+    whole = op.target.startswith(("module.", "extern."))
+    if not (whole or _name(op) in _CONVERSIONS) or not isinstance(result, TensorType) or not isinstance(operand, TensorType):
         return False
     return (result.dtype, result.shape, result.strides) == (operand.dtype, operand.shape, operand.strides)
 

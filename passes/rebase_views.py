@@ -53,14 +53,22 @@ class _Aliases:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values from other stages through which `op` writes or which it renews, where they must be unified."""
+        """By root, the values from other stages through which `op` writes, which it renews, or reads while it writes, where they must
+        be unified."""
         written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
-        touched = dict.fromkeys(self._entry(value, here) for value in written)
         found: dict[Value, list[Value]] = {}
-        for value in touched:
-            if self._home.get(value, here) != here:
-                found.setdefault(self._steps(value)[0], []).append(value)
+        for value in self._received(written, here):
+            found.setdefault(self._steps(value)[0], []).append(value)
+        for value in self._received(op.operands, here):
+            beside = found.get(self._steps(value)[0], [value])
+            if value not in beside:
+                beside.append(value)
         return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
+
+    def _received(self, values: list[Value], here: int) -> list[Value]:
+        """The values from other stages that these are or are views of, each once."""
+        entries = dict.fromkeys(self._entry(value, here) for value in values)
+        return [value for value in entries if self._home.get(value, here) != here]
 
     def _entry(self, value: Value, here: int) -> Value:
         """The value `value` was made a view of in stage `here`. What a write made there is its own: that write saw to the rest."""
@@ -99,12 +107,12 @@ class _Aliases:
                 continue
             derived = base
             for view, index in reversed(self._steps(value)[1]):
-                derived = self._twin(view, index, derived, stage.index, twins).results[index]
+                derived = self._twin(view, index, derived, base, stage.index, twins).results[index]
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
         return crossing != [base]
 
-    def _twin(self, view: Op, index: int, base: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
-        """The view op on `base`, in stage `here`."""
+    def _twin(self, view: Op, index: int, base: Value, whole: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
+        """The view op on `base`, which is `whole` or a view of it, in stage `here`."""
         if view.has_effect:
             raise SplitError(
                 f"stage {here} writes the result of {view.target}, which may or may not be the tensor it was given",
@@ -113,7 +121,11 @@ class _Aliases:
             )
         if (view, base) not in twins:
             viewed = view.effects.views[index]
-            twin = twins[view, base] = view.copy({view.operands[viewed]: base} if viewed is not None else {})
+            root = self._steps(whole)[0]  # an operand that only lends its shape may be the whole itself
+            now = {operand: whole for operand in view.operands if self._steps(operand) == (root, [])}
+            if viewed is not None:
+                now[view.operands[viewed]] = base
+            twin = twins[view, base] = view.copy(now)
             self._stage_of[twin] = here
             self._home.update(dict.fromkeys(twin.results, here))
         return twins[view, base]

@@ -29,12 +29,12 @@ from stagecut.tools.fuzz_plans import EXAMPLE_BATCH, OTHER_BATCH, ModelPlan, bui
 from stagecut.tools.fuzz_shrink import smaller
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
-REFUSALS = (
+CUT_REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
     "which is kept whole",
-    "is written in one stage and read or written in another",
 )
+RUN_REFUSAL = "is written in one stage and read or written in another"
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
 
 LIMIT = 30
@@ -178,9 +178,9 @@ def _guard(name: str, action: Callable[[], Any]) -> Any:
             raise
         raise _Failed(name, _lines(error)) from error
     except StagecutError as error:
-        if isinstance(error, SplitError) and any(known in str(error) for known in REFUSALS[:2]):
+        if isinstance(error, SplitError) and any(known in str(error) for known in CUT_REFUSALS):
             raise
-        if name == "mailbox" and REFUSALS[2] in str(error):
+        if name == "mailbox" and RUN_REFUSAL in str(error):
             raise
         raise _Failed(name, _lines(error)) from error
     except _Failed:

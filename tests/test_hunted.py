@@ -1,0 +1,150 @@
+"""Models that failed once, found by trying architectures in the wild: each is right now, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stagecut import SplitPoint, pipeline
+from stagecut.ir.errors import CaptureError
+
+CUT = {"b": SplitPoint.BEGINNING}
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+class Net(nn.Module):
+    """Two layers; `run` is the forward."""
+
+    def __init__(self, run: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(4, 4), nn.Linear(4, 4), run
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.run(self, x)
+
+
+class Times(torch.autograd.Function):
+    """A product of which nothing flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: Any) -> torch.Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
+def equal_literals_of_other_types(self: Net, x: torch.Tensor) -> Any:
+    counts = torch.ones(2, dtype=torch.int64)
+    return self.b(self.a(x)), Times.apply(counts, 1), Times.apply(counts, 1.0), Times.apply(counts, True)
+
+
+def a_distribution(self: Net, x: torch.Tensor) -> Any:
+    hidden = self.a(x)
+    return self.b(torch.distributions.Normal(hidden, hidden.exp()).rsample())
+
+
+def a_distribution_with_its_own_backward(self: Net, x: torch.Tensor) -> Any:
+    hidden = F.softplus(self.a(x)) + 0.1
+    return self.b(torch.distributions.Beta(hidden, hidden).rsample())
+
+
+def checks_that_only_raise(self: Net, x: torch.Tensor) -> Any:
+    if x.max() > 100:
+        raise ValueError("too large")
+    assert (x > -100).all()
+    return self.b(self.a(x))
+
+
+def hooks_installed_by_the_first_call(self: Net, x: torch.Tensor) -> Any:
+    if not getattr(self, "installed", False):
+        for layer in (self.a, self.b):
+            layer.register_forward_hook(lambda module, given, made: SEEN[-1].append(made))
+        self.installed = True
+    SEEN.append([])
+    try:
+        x = self.b(self.a(x))
+    finally:
+        seen = SEEN.pop()
+    return x, tuple(seen)
+
+
+SEEN: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "run",
+    [equal_literals_of_other_types, a_distribution, a_distribution_with_its_own_backward, checks_that_only_raise],
+    ids=lambda run: run.__name__,
+)
+def test_right(run: Any) -> None:
+    assert pipeline(Net(run), (X,), split_spec=CUT, check="gradients").num_stages == 2
+
+
+def test_hooks_of_the_first_call_are_not_left_behind() -> None:
+    model = Net(hooks_installed_by_the_first_call)
+    assert pipeline(model, (X,), split_spec=CUT).num_stages == 2
+    assert len(model(X)[1]) == 2
+
+
+def test_ctc_loss_with_lengths_in_tensors() -> None:
+    targets, lengths, sizes = torch.randint(1, 4, (2, 3)), torch.tensor([8, 8]), torch.tensor([3, 2])
+    model = Net(lambda self, x: F.ctc_loss(self.b(self.a(x)).log_softmax(-1), targets, lengths, sizes))
+    assert pipeline(model, (torch.randn(8, 2, 4),), split_spec=CUT, check="gradients").num_stages == 2
+
+
+def test_sparse_gradients_are_compared() -> None:
+    model = Net(lambda self, x: self.b(self.bag(x)))
+    model.bag = nn.EmbeddingBag(10, 4, sparse=True, mode="sum")
+    assert pipeline(model, (torch.randint(0, 10, (2, 3)),), split_spec=CUT, check="gradients").num_stages == 2
+
+
+def test_torch_s_fast_paths_without_gradients() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+            self.b = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, pad: torch.Tensor) -> Any:
+            return self.b(self.a(x, src_key_padding_mask=pad))
+
+    pad = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    assert pipeline(Encoder().eval(), (torch.randn(2, 5, 8), pad), split_spec=CUT).num_stages == 2
+
+
+def test_a_copy_that_computes_with_the_original_is_not_compared() -> None:
+    model = Net(lambda self, x: self.b(self.twice(x)))
+    layer = model.a
+    model.twice = lambda x: layer(x) * 2
+    pipe = pipeline(model, (X,), split_spec=CUT)
+    assert "of the original" in pipe.notes[-1]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _submodule_replaced(self: Net, x: torch.Tensor) -> Any:
+    x = self.b(self.act(self.a(x)))
+    self.act = nn.ReLU()
+    return x
+
+
+def _functional_gradient(self: Net, x: torch.Tensor) -> Any:
+    x = self.a(x)
+    return self.b(x + torch.func.grad(lambda y: y.pow(3).sum())(x.detach()))
+
+
+@pytest.mark.parametrize(("run", "why"), [(_submodule_replaced, "act"), (_functional_gradient, r"torch\.func\.grad")])
+def test_refused(run: Any, why: str) -> None:
+    model = Net(run)
+    model.act = nn.GELU()
+    with pytest.raises(CaptureError, match=why) as caught:
+        pipeline(model, (X,), split_spec=CUT, check=None)
+    assert caught.value.where
+    assert caught.value.hint
+    assert isinstance(model.act, nn.GELU)
