@@ -21,7 +21,7 @@ _SIMPLE = (int, float, complex, str, bytes, type(None))
 SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 """What stands for data while a model is traced."""
 
-HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 HOOKS += ("_forward_hooks_always_called",)
 """Where a module keeps the hooks on its forward."""
 
