@@ -26,7 +26,7 @@ _CONVERSIONS = frozenset(
     {
         *("to", "type_as", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
         *("conj", "resolve_conj", "resolve_neg", "real", "positive", "flatten", "ravel", "lift_fresh", "float", "double", "half"),
-        *("bfloat16", "int", "long", "bool", "cpu", "cuda"),
+        *("bfloat16", "int", "long", "bool", "cpu", "cuda", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
     }
 )
 """Ops that return the tensor they are given where there is nothing to do."""
@@ -40,11 +40,16 @@ class InferGradients:
 
     def run(self, program: Program) -> bool:
         changed = False
+        home: dict[Value, Value] = {}  # a view -> the tensor whose history it shares
         for op in program.all_ops():
             grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
             changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
-            written = grad and _passes_on(op)
-            changed |= _mark(op.versions.values(), [written or carries_grad(old.type) for old in op.versions])
+            written = {home.get(op.operands[i], op.operands[i]) for i in op.effects.writes} if grad and _passes_on(op) else set()
+            changed |= _mark(op.versions.values(), [home.get(v, v) in written or carries_grad(v.type) for v in op.versions])
+            home |= {new: home.get(old, old) for old, new in op.versions.items()}
+            if not _cuts(op):
+                viewed = [(r, op.operands[v]) for r, v in zip(op.results, op.effects.views, strict=False) if v is not None]
+                home |= {result: home.get(base, base) for result, base in viewed}
         return changed
 
 

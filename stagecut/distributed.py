@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, _utils
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -29,17 +29,14 @@ from stagecut.ir.types import TensorType
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
 
-try:
-    from torch.distributed.pipelining._utils import PipeliningMetadataError as _TorchMismatch
-except ImportError:  # before torch 2.13
-    from torch.distributed.pipelining._utils import PipeliningShapeError as _TorchMismatch  # type: ignore[attr-defined,no-redef]
+_TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getattr(_utils, "PipeliningShapeError")  # noqa: B009
 
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
 
 
-class MismatchError(InputError, _TorchMismatch):
+class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
     """A tensor at a boundary has another shape or dtype than the program says."""
 
 
