@@ -218,6 +218,9 @@ class Driver:
 
     Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model. Rank r holds
     stages r, r + ranks, ..., or for V schedules r and its mirror image.
+
+    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what it returns runs in
+    the module's place: FSDP, DDP, activation checkpointing and torch.compile go there.
     """
 
     def __init__(
@@ -229,6 +232,7 @@ class Driver:
         group: Group = None,
         device: torch.device | str | None = None,
         scale_grads: bool = True,
+        wrap: Callable[[torch.nn.Module, int], torch.nn.Module] = lambda module, index: module,
     ) -> None:
         self.pipe, self.n_microbatches, self.loss_fn, self.group = pipe, n_microbatches, loss_fn, group
         self.schedule_class = _schedule_class(schedule)
@@ -238,6 +242,7 @@ class Driver:
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
+        self._modules = {i: wrap(pipe.stages[i].to(self.device), i) for i in self.stage_indices}
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
@@ -285,6 +290,8 @@ class Driver:
         key = tuple(sorted(sizes.items()))
         if key not in self._schedules:
             stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
+            for stage in stages:
+                stage.submod = self._modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)
