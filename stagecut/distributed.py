@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.pipelining import PipelineStage, _utils
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
+from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
 from stagecut.frontend.call import check_inputs
@@ -100,6 +104,12 @@ class BuiltStage(PipelineStage):
                 packed[place] = tensor.clone()  # it is written again before it is read
         return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
 
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False) -> Any:
+        """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it apart."""
+        if not full_backward and self.stage_index and not (self.dw_builder is None and _is_plain(self.submod)):
+            self.dw_builder, last_backward = (lambda: _nothing), bwd_chunk_id + 1 == self.chunks
+        return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
     def _given(self, args: Any, kwargs: Any) -> list[Any]:
         try:
             return self.pipe.flatten(args, kwargs)
@@ -122,6 +132,13 @@ class BuiltStage(PipelineStage):
 
 def _nothing() -> None:
     """The weights' part of a backward that was run as a whole."""
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """True for a stage as it was made: nothing in it is wrapped, sharded or compiled."""
+    return all(
+        isinstance(part, StageModule) and not isinstance(part, FSDPModule) and part._compiled_call_impl is None for part in module.modules()
+    )
 
 
 class _StaticStage(BuiltStage):
@@ -215,6 +232,9 @@ class Driver:
 
     Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model. Rank r holds
     stages r, r + ranks, ..., or for V schedules r and its mirror image.
+
+    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what it returns runs in
+    the module's place: FSDP, DDP, activation checkpointing and torch.compile go there.
     """
 
     def __init__(
@@ -226,6 +246,7 @@ class Driver:
         group: Group = None,
         device: torch.device | str | None = None,
         scale_grads: bool = True,
+        wrap: Callable[[torch.nn.Module, int], torch.nn.Module] = lambda module, index: module,
     ) -> None:
         self.pipe, self.n_microbatches, self.loss_fn, self.group = pipe, n_microbatches, loss_fn, group
         self.schedule_class = _schedule_class(schedule)
@@ -235,6 +256,7 @@ class Driver:
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
+        self._modules = {i: wrap(pipe.stages[i].to(self.device), i) for i in self.stage_indices}
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
@@ -282,6 +304,8 @@ class Driver:
         key = tuple(sorted(sizes.items()))
         if key not in self._schedules:
             stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
+            for stage in stages:
+                stage.submod = self._modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)
@@ -329,9 +353,9 @@ class Driver:
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all; one collective for each group of ranks."""
-        for entries, ranks, group in self._replicas:
-            if dist.get_rank(self.group) in ranks:
-                _sum_gradients([_held(self.pipe, entry, self.stage_indices) for entry in entries], group)
+        for entries, group in self._replicas:
+            held = [_held(self.pipe, entry, self.stage_indices) for entry in entries]
+            _sum_gradients([same for same in held if group is not None or len(same) > 1], group)
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""
@@ -437,32 +461,47 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _replica_groups(program: Program, homes: Sequence[int], group: Group) -> list[tuple[list[StateEntry], tuple[int, ...], Any]]:
-    """The tied parameters by the ranks that hold a replica, each with a group of those ranks. Collective."""
+def _replica_groups(program: Program, homes: Sequence[int], group: Group) -> list[tuple[list[StateEntry], Any]]:
+    """The parameters of several stages by the ranks that hold them, each with a group of those ranks. Other pipelines do not take part."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
     for entry in program.state:
-        ranks = tuple(sorted({homes[stage] for stage in entry.stages}))
-        if entry.kind == "param" and len(ranks) > 1:
-            by_ranks.setdefault(ranks, []).append(entry)
-    world = dist.get_process_group_ranks(group or dist.group.WORLD)
-    return [(entries, ranks, dist.new_group([world[r] for r in ranks])) for ranks, entries in sorted(by_ranks.items())]
+        if entry.kind == "param" and len(entry.stages) > 1:
+            by_ranks.setdefault(tuple(sorted({homes[stage] for stage in entry.stages})), []).append(entry)
+    world, mine = dist.get_process_group_ranks(group or dist.group.WORLD), dist.get_rank(group)
+    return [
+        (entries, dist.new_group([world[r] for r in ranks], use_local_synchronization=True) if len(ranks) > 1 else None)
+        for ranks, entries in sorted(by_ranks.items())
+        if mine in ranks
+    ]
 
 
-def _held(pipe: Pipe, entry: StateEntry, stages: Sequence[int]) -> torch.nn.Parameter:
-    """The tensor this rank holds for a tied parameter."""
-    index = next(i for i in stages if i in entry.stages)
-    return pipe.stages[index].get_parameter(pipe.program.stages[index].state[entry][0])
+def _held(pipe: Pipe, entry: StateEntry, stages: Sequence[int]) -> list[torch.nn.Parameter]:
+    """The tensors this rank holds for a parameter: several where stages of this rank were sharded each by itself."""
+    found = []
+    for index in stages:
+        if index in entry.stages:
+            names = {clean_tensor_name(name): p for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)}
+            found.append(names[pipe.program.stages[index].state[entry][0]])
+    return list(dict.fromkeys(found))
 
 
-def _sum_gradients(parameters: Sequence[torch.nn.Parameter], group: Any) -> None:
-    """Each parameter has the sum of its gradients on all ranks of the group; none where no rank has one."""
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        mine = [p for p in parameters if p.dtype == dtype]
-        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in mine]
-        counts = torch.tensor([float(p.grad is not None) for p in mine], dtype=dtype, device=mine[0].device)
-        total = torch.cat([*parts, counts])
-        dist.all_reduce(total, group=group)
-        *sums, counts = total.split([*(p.numel() for p in mine), len(mine)])
-        for parameter, grad, count in zip(mine, sums, counts.tolist(), strict=True):
-            if count:
-                parameter.grad = grad.view_as(parameter).clone()
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], group: Any) -> None:
+    """Each replica of a parameter has the sum of the gradients of all, here and on the group; none where none has one."""
+    for dtype in dict.fromkeys(same[0].dtype for same in replicas):
+        mine = [same for same in replicas if same[0].dtype == dtype]
+        grads = [[_local(p.grad.detach()) for p in same if p.grad is not None] for same in mine]
+        parts = [torch.stack(g).sum(0) if g else torch.zeros_like(_local(same[0])) for g, same in zip(grads, mine, strict=True)]
+        total = torch.cat([*(p.flatten() for p in parts), parts[0].new_tensor([float(bool(g)) for g in grads])])
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        *sums, counts = total.split([*(p.numel() for p in parts), len(mine)])
+        for same, made, count in zip(mine, sums, counts.tolist(), strict=True):
+            for parameter in same if count else ():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                _local(parameter.grad).copy_(made.view_as(_local(parameter)))

@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
@@ -279,6 +278,8 @@ class Pipe(nn.Module):
 
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""
+        from stagecut.backend.dot import to_dot  # the rest runs where graphviz is not installed
+
         return to_dot(self.program)
 
     def __str__(self) -> str:
