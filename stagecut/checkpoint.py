@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -197,20 +197,19 @@ class Reader:
                 f"there is no checkpoint in '{folder}'", hint="checkpoint.latest(folder) finds the last whole one"
             ) from None
 
-    def key(self, names: Iterable[str]) -> str | None:
-        """The key of a tensor of the model under any of its names: `model.NAME`, or the bare name."""
-        return next((key for name in names for key in (f"model.{name}", name) if key in self.known), None)
+    def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool = False) -> str:
+        """The key of a tensor as `tensor` under any of the model's names for it: `model.NAME`, or the bare name.
 
-    def key_for(self, entry: StateEntry, tensor: torch.Tensor, cast: bool = False) -> str:
-        """The key of an entry whose tensor is as `tensor`. Raises CheckpointError when there is none."""
-        key = self.key(persistent(entry))
+        Raises CheckpointError when there is none.
+        """
+        key = next((key for name in names for key in (f"model.{name}", name) if key in self.known), None)
         if key is None:
             known = [name.removeprefix("model.") for name in self.known if not name.startswith(("optim.", "extra"))]
-            raise CheckpointError(f"'{entry.name}' is not in the checkpoint", where=str(self.folder), hint=nearest(entry.name, known))
+            raise CheckpointError(f"'{names[0]}' is not in the checkpoint", where=str(self.folder), hint=nearest(names[0], known))
         found = self.known[key]
         if not isinstance(found, TensorStorageMetadata):
             raise CheckpointError(f"'{key}' is no tensor in the checkpoint", where=str(self.folder))
-        check_fits(entry.name, tensor, tuple(found.size), found.properties.dtype, str(self.folder), cast)
+        check_fits(names[0], tensor, tuple(found.size), found.properties.dtype, str(self.folder), cast)
         return key
 
     def read(self, into: dict[str, Any]) -> None:
@@ -230,11 +229,11 @@ class Reader:
 def check_fits(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, where: str, cast: bool = False) -> None:
     """Returns when a tensor of that shape and dtype can be loaded into `tensor`; raises CheckpointError else."""
     if shape != tuple(tensor.shape):
-        raise CheckpointError(f"'{name}' has shape {list(shape)} in the checkpoint, {list(tensor.shape)} in the model", where=where)
+        raise CheckpointError(f"'{name}' has shape {list(shape)}, that of the model {list(tensor.shape)}", where=where)
     floats = dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
     if dtype != tensor.dtype and not (cast and floats):
         hint = "build the model in that dtype before it is cut" + (", or materialize(..., cast=True)" if floats else "")
-        raise CheckpointError(f"'{name}' is {dtype} in the checkpoint, {tensor.dtype} in the model", where=where, hint=hint)
+        raise CheckpointError(f"'{name}' is {dtype}, that of the model {tensor.dtype}", where=where, hint=hint)
 
 
 def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str
                 raise CheckpointError(
                     f"'{entry.name}' is on meta, nothing can be loaded into it", hint=f"pipe.materialize(stages, '{folder}')"
                 )
-            tensors[reader.key_for(entry, replicas[0])] = replicas
+            tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
     slots = _Slots(driver, optimizer, reader) if optimizer is not None else None
     wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}
     wanted |= slots.templates(reader) if slots is not None else {}
