@@ -51,19 +51,16 @@ def save(driver: Driver, optimizer: Optimizer | None, folder: str | Path, extra:
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.partial")
-    on_first(driver.group, lambda: _clear(folder, aside))
-    state: dict[str, Any] = {"model": _model_state(driver)}
-    if optimizer is not None:
-        state["optim"] = _optimizer_state(driver, optimizer)
-    if extra is not None and dist.get_rank(driver.group) == 0:
-        state["extra"] = _pickled(dict(extra))
-    aliases = {f"model.{names[0]}": names[1:] for entry in driver.pipe.program.state if (names := persistent(entry))}
-    try:
-        state_dict_saver.save(state, storage_writer=_Writer(aside, aliases), process_group=driver.group)
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}") from error
-    on_first(driver.group, lambda: _publish(aside, folder))
+    with driver.faults.together(agreed=(StagecutError,)):
+        state = together(driver.group, lambda: _state(driver, optimizer, extra))
+        on_first(driver.group, lambda: _clear(folder, aside))
+        aliases = {f"model.{names[0]}": names[1:] for entry in driver.pipe.program.state if (names := persistent(entry))}
+        try:
+            state_dict_saver.save(state, storage_writer=_Writer(aside, aliases), process_group=driver.group)
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise CheckpointError(f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}") from error
+        on_first(driver.group, lambda: _publish(aside, folder))
 
 
 def load(driver: Driver, optimizer: Optimizer | None, folder: str | Path) -> dict[str, Any]:
@@ -74,7 +71,8 @@ def load(driver: Driver, optimizer: Optimizer | None, folder: str | Path) -> dic
 
     Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
     """
-    return together(driver.group, lambda: _load(driver, optimizer, Path(folder)))
+    with driver.faults.together(agreed=(StagecutError,)):
+        return together(driver.group, lambda: _load(driver, optimizer, Path(folder)))
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -106,6 +104,16 @@ class _Writer(FileSystemWriter):
                 metadata.state_dict_metadata[f"model.{alias}"] = metadata.state_dict_metadata[name]
                 metadata.planner_data[f"model.{alias}"] = ("model", alias)
         super().finish(metadata, results)
+
+
+def _state(driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What this rank saves."""
+    state: dict[str, Any] = {"model": _model_state(driver)}
+    if optimizer is not None:
+        state["optim"] = _optimizer_state(driver, optimizer)
+    if extra is not None and dist.get_rank(driver.group) == 0:
+        state["extra"] = _pickled(dict(extra))
+    return state
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
+from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
@@ -246,6 +247,8 @@ class Driver:
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
         self._replicas = _replica_groups(pipe.program, self.placement, group)
+        self.faults = Faults(group, self.placement)
+        self.faults.groups += [own for _, ranks_of, own in self._replicas if rank in ranks_of]
 
     @property
     def is_last(self) -> bool:
@@ -261,6 +264,8 @@ class Driver:
 
         Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's rank, (None, [])
         elsewhere. With a loss function, gradients are accumulated, divided by the number of micro-batches.
+
+        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies (`stagecut.faults`).
         """
         return self._run(args, kwargs, target, "step")
 
@@ -270,13 +275,15 @@ class Driver:
             return self._run(args, kwargs, target, "eval")
 
     def _run(self, args: Any, kwargs: Any, target: Any, how: str) -> tuple[Any, list[torch.Tensor]]:
-        sizes = self._split(args, kwargs)
-        self._targets, self._losses = _split_target(target, self.n_microbatches), []
-        schedule, stages = self._prepared(sizes)
+        with self.faults.alike():
+            sizes = self._split(args, kwargs)
+            self._targets, self._losses = _split_target(target, self.n_microbatches), []
+            schedule, stages = self._prepared(sizes)
         for stage in stages:
             stage.microbatches, stage.results = self._chunks, {}
         numbers = torch.arange(self.n_microbatches) if self.is_last and self.loss_fn is not None else None
-        getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
+        with self.faults.together():
+            getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
         if not self.is_last:
             return None, []
         results = next(s for s in stages if s.is_last).results
@@ -337,7 +344,8 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all; one collective for each group of ranks."""
         for entries, ranks, group in self._replicas:
             if dist.get_rank(self.group) in ranks:
-                _sum_gradients([_held(self.pipe, entry, self.stage_indices) for entry in entries], group)
+                with self.faults.together():
+                    _sum_gradients([_held(self.pipe, entry, self.stage_indices) for entry in entries], group)
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""

@@ -135,19 +135,19 @@ def test_what_no_checkpoint_holds_is_asked_for_by_name(tmp_path: Path) -> None:
 def test_values_draw_on_the_seed_and_the_name_not_on_the_cut() -> None:
     found = []
     ids = torch.randint(3, 32, (2, 6))
-    for count, seed in ((2, 0), (3, 0), (5, 0), (3, 1)):
+    for count, seed, indices in ((2, 0, (0, 1)), (3, 0, (0, 1, 2)), (3, 1, (2,))):
         state: dict[str, torch.Tensor] = {}
-        for index in range(count):  # a pipe each, as every rank has its own
+        for index in indices:  # a pipe each, as every rank has its own
             model, pipe = on_meta(_gpt, count, input_ids=ids, use_cache=False)
             pipe.materialize(index, init_fn=model._init_weights, seed=seed)  # type: ignore[arg-type]
             mine = pipe.stages[index].state_dict()
             assert all(torch.equal(tensor, state[name]) for name, tensor in mine.items() if name in state)
             state |= mine
             del model
-        assert torch.equal(state["transformer.wte.weight"], state["lm_head.weight"])
+        assert len(indices) == 1 or torch.equal(state["transformer.wte.weight"], state["lm_head.weight"])
         found.append(state)
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:3] for name in found[0])
-    assert not torch.equal(found[0]["lm_head.weight"], found[3]["lm_head.weight"])
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert not torch.equal(found[0]["lm_head.weight"], found[2]["lm_head.weight"])
     weights = found[0]
     assert weights["transformer.h.0.attn.c_proj.weight"].std() < 0.5 * weights["transformer.h.0.attn.c_attn.weight"].std()
 
