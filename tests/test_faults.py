@@ -107,7 +107,7 @@ def _killed_in_forward(where: Any) -> None:
     where[0].stages[dist.get_rank()].register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrizeX
+@pytest.mark.parametrize(("rank", "meet"), [(0, "file"), (2, "tcp")])
 def test_a_rank_that_is_killed_in_a_step_is_named(rank: int, meet: str) -> None:
     start = time.monotonic()
     found = outcomes(3, meet, _steps, chain(), rank, 2, _killed_in_forward)
