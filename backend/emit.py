@@ -24,7 +24,7 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import Context, Mode, Namer, Op, Program, Region, RegionRef, StateEntry, Token, Value, closest_name, scope_fqn
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.outline import Positions, positions
+from stagecut.ir.outline import Positions, positions, written_in
 from stagecut.ir.targets import check_op, resolve
 from stagecut.ir.types import TensorType
 
@@ -155,6 +155,7 @@ def _set_training(root: Stage, bindings: Bindings) -> None:
         if isinstance(module, StageModule):
             module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
             module._branch = bindings.branches.get(path, "")
+            module._switches = bindings.switches.get(path, {})
 
 
 def _main_device(program: Program) -> str:
@@ -190,16 +191,19 @@ class _Function:
 
     def write(self, ops: list[Op], outputs: list[Value]) -> str:
         """The text of the function that runs `ops` and returns `outputs`."""
-        self._items(list(self._group(ops)), self._entered, 1)
+        lines = ["    " * s.indent + s.text for s in self.body(list(self._group(ops)), outputs, 1)]
+        return "\n".join([f"def forward({', '.join(['self', *self._parameters.values()])}):", *lines]) + "\n"
+
+    def body(self, runs: list[list[Op]], outputs: list[Value], indent: int) -> list[_Statement]:
+        """The statements that run `runs` and return `outputs`."""
+        self._items(runs, self._entered, indent)
         returned = [self._value(v, self._path) for v in outputs]
         self._free(set(returned))
         if returned:
-            self._out.append(_Statement(1, "return " + ", ".join(returned)))
-        body = [s for s in self._out if not s.text.startswith("#")]
-        if not body:
-            self._out.append(_Statement(1, "pass"))
-        lines = ["    " * s.indent + s.text for s in self._out]
-        return "\n".join([f"def forward({', '.join(['self', *self._parameters.values()])}):", *lines]) + "\n"
+            self._out.append(_Statement(indent, "return " + ", ".join(returned)))
+        if all(s.text.startswith("#") for s in self._out):
+            self._out.append(_Statement(indent, "pass"))
+        return self._out
 
     def _free(self, keep: set[str]) -> None:
         """Each local is deleted behind its last use, so that activations do not outlive their readers."""
@@ -238,9 +242,17 @@ class _Function:
             stop = index
             while stop < len(runs) and _common_context(runs[stop])[entered : entered + 1] == context[entered : entered + 1]:
                 stop += 1
-            self._out.append(_Statement(indent, f"with {self._context(context[entered])}:"))
-            self._items(runs[index:stop], entered + 1, indent + 1)
+            self._enter(context[entered], runs[index:stop], entered + 1, indent)
             index = stop
+
+    def _enter(self, context: Context, runs: list[list[Op]], entered: int, indent: int) -> None:
+        if context.kind == "checkpoint":
+            self._checkpoint(context, runs, entered, indent)
+        elif context.kind == "transform":  # its first and its last op say so themselves
+            self._items(runs, entered, indent)
+        else:
+            self._out.append(_Statement(indent, f"with {self._context(context)}:"))
+            self._items(runs, entered, indent + 1)
 
     def _run(self, ops: list[Op], entered: int, indent: int) -> None:
         if len(ops[0].scope) > self._depth:
@@ -265,6 +277,28 @@ class _Function:
         bound = [self._define(v, frame.name.rpartition(".")[2]) for v in outputs]
         names = {*self._locals_of(inner), *bound}
         self._out.append(_Statement(indent, f"{', '.join(bound)} = {spelled}" if bound else spelled, names))
+        self._last_comment = ""
+
+    def _checkpoint(self, context: Context, runs: list[list[Op]], entered: int, indent: int) -> None:
+        """A function of its own that torch.utils.checkpoint runs, and runs again for the backward."""
+        ops, where = [op for run in runs for op in run], self._emitter.where
+        inside = set(ops)
+        roots = {v: _root(v) for v in [*where.live_ins(ops), *where.live_outs(ops)]}
+        given = [v for v in where.live_ins(ops) if self._state(roots[v], self._path, self._path) is None]
+        outputs = [v for v in where.live_outs(ops) if roots[v].owner in inside]
+        parameters = {v: f"x{i}" for i, v in enumerate(given)}
+        inner = _Function(self._emitter, self._tree, self._block, self._path, self._depth, entered, parameters)
+        written = written_in(ops, given)  # as an argument, torch would refuse to compute with it again
+        name = self._names("checkpointed")
+        bound = [parameters[v] for v in given if v not in written]
+        bound += [f"{parameters[v]}={self._value(v, self._path)}" for v in given if v in written]
+        self._out.append(_Statement(indent, f"def {name}({', '.join(bound)}):"))
+        self._out += [_Statement(s.indent, s.text) for s in inner.body(runs, outputs, indent + 1)]
+        passed = [name, *(self._value(v, self._path) for v in given if v not in written), "use_reentrant=False"]
+        call = f"torch.utils.checkpoint.checkpoint({', '.join(passed)}{'' if context.args[1] else ', preserve_rng_state=False'})"
+        results = [self._define(v, v.hint) for v in outputs]
+        self._local |= {v: self._local[root] for v, root in roots.items() if root in self._local and v not in self._local}
+        self._out.append(_Statement(indent, f"{', '.join(results)} = {call}" if results else call, {*self._locals_of(given), *results}))
         self._last_comment = ""
 
     # --- one op ---------------------------------------------------------------------------------
@@ -298,7 +332,8 @@ class _Function:
         if kind == "extern":
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
-            return f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
+            called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
+            return f"tensors_of({called})" if op.form == "tensors" else called
         return f"{self._emitter.spell(op.target)}({self._arguments(op, op.args, op.kwargs, regions)})"
 
     def _arguments(self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]) -> str:
@@ -445,6 +480,13 @@ def _common_context(run: list[Op]) -> tuple[Context, ...]:
         while op.context[: len(common)] != common:
             common = common[:-1]
     return common
+
+
+def _root(value: Value) -> Value:
+    """The value that `value` is a version of, itself when it is none."""
+    while isinstance(value.owner, Op) and value not in value.owner.results:
+        value = next(old for old, new in value.owner.versions.items() if new is value)
+    return value
 
 
 def _is_ours(name: str) -> bool:

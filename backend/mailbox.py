@@ -23,6 +23,7 @@ from stagecut.backend.run import results_of
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
+from stagecut.ir.outline import written_in
 from stagecut.ir.types import carries_grad
 
 
@@ -62,17 +63,7 @@ def _touches(op: Op, entry: StateEntry) -> bool:
 
 def written_inputs(block: StageBlock) -> set[Value]:
     """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot be leaves."""
-    root: dict[Value, Value] = {v: v for v in block.inputs}
-    written: set[Value] = set()
-    for op in block.ops:
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None and op.operands[viewed] in root:
-                root[result] = root[op.operands[viewed]]
-        for old, new in op.versions.items():
-            if old in root:
-                root[new] = root[old]
-        written |= {root[op.operands[i]] for i in op.effects.writes if op.operands[i] in root}
-    return written
+    return written_in(block.ops, block.inputs)
 
 
 class Mailbox:

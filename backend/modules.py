@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +70,7 @@ class StageModule(nn.Module):
     _path = ""
     _branch = ""
     _captured = True
+    _switches: dict[bool, dict[str, bool]] = {}
     _code: Code
     _texts: list[str]
     _forwards: list[Callable[..., Any]]
@@ -109,8 +111,14 @@ class StageModule(nn.Module):
         """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
         if self._branch and mode != self._captured:
             kept = "train" if self._captured else "eval"
-            warnings.warn(f"{self._branch} chooses by mode in Python: the stages keep the choice of {kept} mode", stacklevel=2)
+            warnings.warn(
+                f"{self._branch} chooses by mode in Python (self.training): the stages keep the choice of {kept} mode", stacklevel=2
+            )
         super().train(mode)
+        modules = dict(self.named_modules()) if self._switches else {}
+        for path, flag in self._switches.get(mode, {}).items():
+            if path in modules:
+                modules[path].training = flag
         return self
 
     def _get_name(self) -> str:

@@ -11,7 +11,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
-from stagecut.frontend.lower import LeafCall, Lowering, state_entries, written_in_place
+from stagecut.frontend.lower import ASSIGNED, CHOICES, LeafCall, Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.modes import switches
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError
@@ -33,12 +34,20 @@ def lower_export(
     else:
         program.state = _exported_state(exported, bindings)
     env = _placeholders(exported, program, bindings, lowering)
+    if module is not None and CHOICES in exported.graph_module.meta:
+        bindings.switches, places = switches(module)
+        bindings.branches = exported.graph_module.meta[CHOICES] | places
     reassigned = _reassignments(exported)
     outputs = lowering.run([n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ())
     _finish(exported, program, list(outputs))
     for node in reassigned:
+        if node.target is torch.ops.aten.clone.default:  # of a buffer whose tensor another one is given
+            env[node] = lowering.call(node, env, program.ops, (), Seen(node.meta.get("val")))
+            clone = program.ops.pop()
+            program.ops.insert(lowering.settled(clone.operands[0]), clone)
+            continue
         target, source = lowering.tree(node.args, env)
-        _write_back(program, target, source)
+        _write_back(program, target, source, lowering.settled(source))
     bindings.call = _call_spec(exported, module)
     return program, bindings
 
@@ -126,18 +135,19 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
     program.set_outputs(returned)
 
 
-def _reassignments(exported: ExportedProgram) -> dict[Any, None]:
-    """The copies that stand, last in the graph, for `self.buffer = new`: the tracer made them, and named them as no copy of the model's."""
-    found: dict[Any, None] = {}
+def _reassignments(exported: ExportedProgram) -> list[Any]:
+    """The copies that stand, last in the graph, for `self.buffer = new`: our watch marked them, torch's tracer names them as no other."""
+    marked = [node for node in exported.graph.nodes if ASSIGNED in node.meta]
+    found: list[Any] = []
     node = exported.graph.output_node().prev
     while node.target is torch.ops.aten.copy_.default and node.name.startswith("copy__default") and not node.users:
-        found[node] = None
+        found.insert(0, node)
         node = node.prev
-    return dict(reversed(found.items()))
+    return marked or found
 
 
-def _write_back(program: Program, target: Value, source: Value) -> None:
-    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the new value is made.
+def _write_back(program: Program, target: Value, source: Value, settled: int = 0) -> None:
+    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the new value is made and settled.
 
     The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken before the copy.
     """
@@ -145,7 +155,7 @@ def _write_back(program: Program, target: Value, source: Value) -> None:
         return
     ops = program.ops
     places = {op: place for place, op in enumerate(ops)}
-    made = places[source.owner] + 1 if isinstance(source.owner, Op) else 0
+    made = max(settled, places[source.owner] + 1 if isinstance(source.owner, Op) else 0)
     copy = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
     if isinstance(source.owner, Op):
         copy.scope, copy.loc = source.owner.scope, source.owner.loc

@@ -15,24 +15,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from stagecut.frontend.lower import LeafCall, storage_of
+from stagecut.frontend.kept import Surroundings, generators, shown, user_line
+from stagecut.frontend.lower import SYMBOLIC, LeafCall, storage_of, undeclared_writes
+from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 
-torch.library.define("stagecut::leaf", "(str key, Tensor[] args) -> Tensor[]")
+torch.library.define("stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 
 
 _CALLS: dict[str, LeafCall] = {}
 
 
 @torch.library.impl("stagecut::leaf", "CompositeExplicitAutograd")
-def _leaf(key: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+def _leaf(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
     raise RuntimeError("stagecut::leaf stands in for a module during capture and cannot be run")
 
 
 @torch.library.register_fake("stagecut::leaf")
-def _leaf_fake(key: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+def _leaf_fake(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
     return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _CALLS[key].out_flat if _is_tensor(t)]
 
 
@@ -40,13 +42,22 @@ def _is_tensor(item: Any) -> bool:
     return isinstance(item, torch.Tensor)
 
 
-class _Watch(TorchDispatchMode):
+class OpWatch(TorchDispatchMode):
+    """Notices ops that draw random numbers, and the storages that are written."""
+
     def __init__(self) -> None:
         super().__init__()
         self.drew = False
+        self.wrote: set[int | None] = set()
+        self.split = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        if is_marker(func):
+            self.split = self.split or shown(user_line())
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        self.wrote.update(map(storage_of, tree_leaves([written, undeclared_writes(str(func), args)])))
         return func(*args, **(kwargs or {}))
 
 
@@ -57,22 +68,34 @@ class Leaves:
     module: nn.Module
     inputs: Any
     paths: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
     calls: dict[str, LeafCall] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> None:
         """The module at `path` is kept whole, and with it all modules inside."""
-        known = [name for name, _ in self.module.named_modules() if name]
-        if path not in known:
-            raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, known))
+        owners = {name: owner for name, owner in self.module.named_modules(remove_duplicate=False) if name}
+        if path not in owners:
+            raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, owners))
+        path = next(name for name, owner in owners.items() if owner is owners[path])
         self.paths = [p for p in self.paths if not p.startswith(path + ".")] + [path]
 
-    def add_class(self, path: str) -> None:
+    @property
+    def notes(self) -> list[str]:
+        """Which modules are kept whole although nobody asked for it, and why; what else the last capture had to say."""
+        kept = {path: reason for path, reason in self.reasons.items() if path in self.paths}
+        return [f"module '{path}' and all of its class are kept whole: {reason}" for path, reason in kept.items()] + self.remarks
+
+    def add_class(self, path: str, reason: str) -> None:
         """All modules of the class of the one at `path` are kept whole: what fails is the code of the class."""
+        self.reasons[path] = reason
         kind = type(self.module.get_submodule(path))
         for name, owner in self.module.named_modules():
             if name and type(owner) is kind and not any(name.startswith(p + ".") for p in self.paths):
                 self.add(name)
+
+    def _because(self, path: str) -> str:
+        return f": {self.reasons[path]}" if path in self.reasons else ""
 
     def can_run(self) -> bool:
         """True when the model can be run for real, which recording a leaf's outputs takes."""
@@ -112,9 +135,8 @@ class Leaves:
             if call is None:
                 raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
             call.in_flat, call.in_spec = tree_flatten((args, kwargs))
-            if any(isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool) for a in call.in_flat):
-                raise RuntimeError(f"leaf module '{path}' is called with a number that depends on data")
-            tensors = iter(torch.ops.stagecut.leaf(key, [a for a in call.in_flat if _is_tensor(a)]))
+            given, numbers = ([a for a in call.in_flat if isinstance(a, kind)] for kind in (torch.Tensor, SYMBOLIC))
+            tensors = iter(torch.ops.stagecut.leaf(key, given, numbers))
             return tree_unflatten([next(tensors) if _is_tensor(o) else o for o in call.out_flat], call.out_spec)
 
         return forward
@@ -126,8 +148,12 @@ class Leaves:
         for path in self.paths:
             owner = model.get_submodule(path)
             owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
-        with torch.random.fork_rng(), torch.no_grad():
+        around, random_states = Surroundings(self.module), generators()
+        with torch.random.fork_rng(), torch.enable_grad():
             model(*inputs[0], **inputs[1])
+        around.restore()
+        for state, put_back in random_states.values():
+            put_back(state)
         return calls
 
     def _recording(self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]) -> Any:
@@ -139,11 +165,18 @@ class Leaves:
             count += 1
             given = [a for a in tree_flatten((args, kwargs))[0] if _is_tensor(a)]
             parameters = dict(owner.named_parameters())
-            before = [t._version for t in (*given, *parameters.values())]
-            with _Watch() as watch:
+            before = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
+            with OpWatch() as watch:
                 result = run(*args, **kwargs)
-            wrote = [t._version != v for t, v in zip((*given, *parameters.values()), before, strict=True)]
-            out_flat, out_spec = tree_flatten(result)
+            if watch.split:
+                raise SplitError(
+                    f"a split point lies inside module '{path}', which is kept whole" + self._because(path),
+                    where=watch.split,
+                    hint="move pipe_split() in front of or behind the module",
+                )
+            after = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
+            wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
+            out_flat, out_spec = tree_flatten(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
             homes = {storage_of(t): i for i, t in reversed([*enumerate(given)])}
             calls[key] = LeafCall(
                 path, [], out_spec, out_flat, out_spec,

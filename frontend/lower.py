@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import (
     PURE,
     SPLIT,
+    WHOLE,
     Context,
     Effects,
     Frame,
@@ -63,6 +64,13 @@ MODE_ARGUMENT: dict[str, int] = {
 _VMAP = "torch._functorch.predispatch"
 """Where the functions live that open and close a vmap: none of them may be left out or moved."""
 
+_OPENING = ("_vmap_increment_nesting", "_jvp_increment_nesting")
+_CLOSING = ("_vmap_decrement_nesting", "_jvp_decrement_nesting")
+"""Those with which a transform begins and ends."""
+
+CHECKPOINT = "torch.ops.stagecut.checkpoint.default"
+"""The op that stands where a checkpointed region begins and where it ends."""
+
 _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 """The module stack of a node that the tracer added, such as the size of an input."""
 
@@ -80,8 +88,29 @@ class Seen:
     effect: bool = False
 
 
+ASSIGNED = "stagecut_assigned"
+"""Marks, in the meta of a node, the copy that stands for `self.buffer = new`."""
+
 LEAF = "torch.ops.stagecut.leaf.default"
 """The op that stands in for a module kept whole."""
+
+FUNCTION = "torch.ops.stagecut.function.default"
+"""The op that stands in for an autograd.Function of the user's."""
+
+CALL = "stagecut_call"
+"""Where, in the meta of a node, the call of such a function is kept."""
+
+GRAD = "stagecut_grad"
+"""Where, in the meta of a switch of the grad mode, the mode is that forward asks for behind it, None for that of its caller."""
+
+FOLLOWS = "stagecut_follows"
+"""Where, in the meta of an op with a training flag, the paths of the module are whose flag it takes; none for a flag of its own."""
+
+SAME = "stagecut_same"
+"""Marks, in the meta of a node, an alias that stands for its operand itself."""
+
+CHOICES = "stagecut_choices"
+"""Where, in the meta of a traced module, the places are at which Python chose by mode: by module path."""
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Numbers that the trace computes: they depend on sizes or on data."""
@@ -89,7 +118,10 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass
 class LeafCall:
-    """One call of a module kept whole: how tensors and symbolic numbers sit in its arguments and results, and what it does besides."""
+    """One call of what is kept whole: how tensors and symbolic numbers sit in its arguments and results, and what it does besides.
+
+    `path` is the module's, `function` the user's function where it is none.
+    """
 
     path: str
     in_flat: list[Any]
@@ -100,6 +132,7 @@ class LeafCall:
     written_inputs: tuple[int, ...] = ()
     written_state: frozenset[str] = frozenset()
     random: bool = False
+    function: Any = None
 
 
 class Lowering:
@@ -115,6 +148,8 @@ class Lowering:
         self._schemas: dict[Any, _SchemaEffects] = {}
         self._literals: dict[Any, Any] = {}
         self._extern = Namer()
+        self._whole: list[Context] = []
+        self._transforms = count()
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
 
@@ -124,13 +159,25 @@ class Lowering:
         if storage is not None:
             self._storage[value] = storage
 
+    def settled(self, value: Value) -> int:
+        """The first position in the program behind which nothing writes into the storage of `value`."""
+        storage = self._storage.get(value, -1)
+        writers = (
+            p for p, op in enumerate(self.program.ops) if any(self._storage.get(op.operands[i]) == storage for i in op.effects.writes)
+        )
+        return max(writers, default=-1) + 1
+
     def run(self, nodes: Iterable[fx.Node], env: dict[fx.Node, Any], ops: list[Op], context: tuple[Context, ...]) -> Any:
         """`ops` gains the ops of all `nodes`; the result is the tree the output node returns."""
+        outer = context
         for node in nodes:
             if node.op == "output":
                 return self.tree(node.args[0], env)
             if node.op == "get_attr":
                 env[node] = _attribute(node)
+            elif node.target in _SWITCHES:
+                context = _switched(node, self.tree(node.args[:4], env), context, outer)
+                env[node] = None
             elif node.op != "placeholder":
                 env[node] = self.call(node, env, ops, context, Seen(node.meta.get("val")))
         raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
@@ -143,17 +190,43 @@ class Lowering:
             if isinstance(container, (tuple, list, dict)):
                 return container[node.args[1]]  # type: ignore[index]
         name = self._target(node)
+        if name == CHECKPOINT:
+            return self._checkpoint(*node.args)  # type: ignore[arg-type]
+        step = target.__name__ if getattr(target, "__module__", "") == _VMAP else ""
+        self._begin_transform(node, step)
+        outer, context = context, (*self._whole, *context)
         if name == SPLIT:
             ops.append(Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node)))
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
         if name == LEAF:
             return self._leaf(node, self.leaf_calls[args[0]], args[1], args[2], ops, context)
+        if name == FUNCTION:
+            return self._function(node, node.meta[CALL], args[1], args[2], ops, context)
         wrapped = _wrapped_context(name, args)
         if wrapped is not None:
             inner, graph, operands = wrapped
-            return self._inline(graph, operands, ops, (*context, inner))
-        return self._append(node, name, args, dict(kwargs), ops, context, seen)
+            return self._inline(graph, operands, ops, (*outer, inner))
+        tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
+        if step in _CLOSING:
+            self._whole = self._whole[:-1]
+        return tree
+
+    def _begin_transform(self, node: fx.Node, step: str) -> None:
+        """What comes behind is in a transform, where `step` begins one."""
+        if step in _OPENING:
+            self._whole = [*self._whole, Context("transform", (next(self._transforms),))]
+        elif step == "_add_batch_dim" and not any(region.kind == "transform" for region in self._whole):
+            raise CaptureError(
+                "a vmap lies inside a control-flow branch, where torch.export loses its beginning",
+                where=str(self.loc(node) or ""),
+                hint="call torch.vmap outside of the conditional or loop",
+            )
+
+    def _checkpoint(self, number: int, begins: bool, preserve_rng_state: bool) -> None:
+        """What comes between its begin and its end is in a checkpoint."""
+        region = Context("checkpoint", (number, preserve_rng_state))
+        self._whole = [*self._whole, region] if begins else [other for other in self._whole if other != region]
 
     def _append(
         self, node: fx.Node, name: str, args: Any, kwargs: dict[str, Any], ops: list[Op], context: tuple[Context, ...], seen: Seen
@@ -163,7 +236,7 @@ class Lowering:
         args = transform(args, lambda a: self._region(a, regions, self.loc(node)) if isinstance(a, fx.GraphModule) else a)
         position = MODE_ARGUMENT.get(name)
         if position is not None and not (name in _NORM_OPS and args[3] is None):  # a norm without statistics knows no modes
-            args = self._follow_mode(_with_defaults(node.target, args, position), position, scope)
+            args = self._follow_mode(_with_defaults(node.target, args, position), position, scope, node)
         if name in _NORM_OPS and args[5:6] == (Mode(False),):
             self._count_batch(scope, ops, context)
         if name == "aten.add_.Tensor" and self._is_batch_count(args, scope):
@@ -202,12 +275,7 @@ class Lowering:
         self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
     ) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
-        given, counted = iter(tensors), iter(numbers)
-        flat = [
-            next(given) if isinstance(item, torch.Tensor) else next(counted) if isinstance(item, SYMBOLIC) else item
-            for item in call.in_flat
-        ]
-        args, kwargs = transform(tree_unflatten(flat, call.in_spec), lambda item: item if isinstance(item, Value) else self._literal(item))
+        args, kwargs = self._given(call, tensors, numbers)
         scope, owner = self.scope(node), self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
         path = scope_fqn(scope) if inside else call.path  # a shared module goes by the name it is called by
@@ -216,11 +284,37 @@ class Lowering:
         while scope and not path.startswith(scope_fqn(scope) + "."):  # a module that is no child of its caller
             scope = scope[:-1]
         op = Op(f"module.{path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope)
-        op.context, op.loc, op.form = context, self.loc(node), "tensors"
+        op.context, op.loc = context, self.loc(node)
+        written = [tensors[i] for i in call.written_inputs] + [held[f"{path}.{name}"] for name in call.written_state]
+        self.bindings.modules[path] = owner
+        return self._append_whole(node, op, call, tensors, written, ops)
+
+    def _function(
+        self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
+    ) -> list[Value]:
+        """`ops` gains the call of a user's function; its results are the tensors the function returns."""
+        name = self._targets.get(call.function)
+        if name is None:
+            name = self._targets[call.function] = "extern." + self._extern(call.path, "function")
+            self.bindings.functions[name] = call.function
+        args, kwargs = self._given(call, tensors, numbers)
+        op = Op(name, args, kwargs, scope=self.scope(node), context=context, loc=self.loc(node))
+        return self._append_whole(node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops)
+
+    def _given(self, call: LeafCall, tensors: list[Any], numbers: list[Any]) -> Any:
+        """The arguments of a call of what is kept whole."""
+        given, counted = iter(tensors), iter(numbers)
+        flat = [
+            next(given) if isinstance(item, torch.Tensor) else next(counted) if isinstance(item, SYMBOLIC) else item
+            for item in call.in_flat
+        ]
+        return transform(tree_unflatten(flat, call.in_spec), lambda item: item if isinstance(item, Value) else self._literal(item))
+
+    def _append_whole(self, node: fx.Node, op: Op, call: LeafCall, tensors: list[Any], written: list[Any], ops: list[Op]) -> list[Value]:
+        op.form = "tensors"
         for item in call.out_flat:
             if isinstance(item, torch.Tensor):
                 self._result(op, item.detach(), node.name)
-        written = [tensors[i] for i in call.written_inputs] + [held[f"{path}.{name}"] for name in call.written_state]
         views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
         op.effects = Effects(
             tuple(dict.fromkeys(op.operands.index(v) for v in written)),
@@ -228,7 +322,6 @@ class Lowering:
             call.random,
             effect=True,
         )
-        self.bindings.modules[path] = owner
         ops.append(op)
         return list(op.results)
 
@@ -246,7 +339,9 @@ class Lowering:
                 params.append(value)
                 env[node] = value
         ops: list[Op] = []
+        whole, self._whole = self._whole, []
         output = self.run(module.graph.nodes, env, ops, ())
+        self._whole = whole
         for op in ops:
             if op.target == SPLIT:
                 raise CaptureError(
@@ -254,6 +349,7 @@ class Lowering:
                     where=(op if op.loc else Op(SPLIT, scope=op.scope, loc=loc)).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
+            op.context = tuple(context for context in op.context if context.kind not in WHOLE)  # the branch is whole itself
         regions.append(Region(f"body_{len(regions)}", params, ops, Op("output", (output,))))
         return RegionRef(len(regions) - 1)
 
@@ -314,11 +410,16 @@ class Lowering:
         self.note_storage(result, value)
         return result
 
-    def _follow_mode(self, args: tuple[Any, ...], position: int, scope: Scope) -> tuple[Any, ...]:
+    def _follow_mode(self, args: tuple[Any, ...], position: int, scope: Scope, node: fx.Node) -> tuple[Any, ...]:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
-        mode = self.bindings.training.get(".".join(f.name for f in scope), args[position])
-        if mode != args[position]:
+        path = scope_fqn(scope)
+        if self.bindings.training.get(path, args[position]) != args[position]:
+            return args
+        followed = node.meta.get(FOLLOWS, (path,))
+        if path not in followed:
+            if followed:
+                self.bindings.branches[path] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
             return args
         return (*args[:position], Mode(args[position]), *args[position + 1 :])
 
@@ -490,6 +591,28 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
     if isinstance(tree, list):
         return [_map_values(v, index) for v in tree]
     return index[tree]
+
+
+_ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
+"""Calls that change the contexts of all ops behind them."""
+
+
+def _switched(node: fx.Node, args: tuple[Any, ...], context: tuple[Context, ...], outer: tuple[Context, ...]) -> tuple[Context, ...]:
+    """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs from that around the graph."""
+    if node.target is _ENTER:
+        return (*context, Context("autocast", args))
+    inner = context[len(outer) :]
+    casts = [place for place, mark in enumerate(inner) if mark.kind == "autocast"]
+    if node.target is _LEAVE:
+        return (*outer, *(mark for place, mark in enumerate(inner) if place != casts[-1]))
+    asked = node.meta.get(GRAD, None if args[0] == _grad_mode(outer) else args[0])
+    marks = [mark for mark in inner if mark.kind not in ("no_grad", "enable_grad")]
+    return (*outer, *marks) if asked is None else (*outer, *marks, Context("enable_grad" if asked else "no_grad"))
+
+
+def _grad_mode(context: tuple[Context, ...]) -> bool:
+    return next((mark.kind == "enable_grad" for mark in reversed(context) if mark.kind != "autocast"), True)
 
 
 def _wrapped_context(name: str, args: Any) -> tuple[Context, fx.Graph, tuple[Any, ...]] | None:

@@ -13,7 +13,8 @@ class Bindings:
 
     tensors: state name -> tensor, for every name. modules: path -> the user's module, kept for leaf ops.
     functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
-    classes: module path -> class name. branches: module path -> where its forward branches on `training`. notes: what capture did.
+    classes: module path -> class name. branches: module path -> where its forward branches on `training`.
+    switches: module path -> mode -> the flags below it, where train() is the user's own. notes: what capture did.
     call: how user arguments become the flat list of inputs.
     """
 
@@ -23,5 +24,6 @@ class Bindings:
     training: dict[str, bool] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    switches: dict[str, dict[bool, dict[str, bool]]] = field(default_factory=dict)
     call: Any = None
     notes: list[str] = field(default_factory=list)

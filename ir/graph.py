@@ -60,13 +60,19 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A dynamic context an op runs under: no_grad, enable_grad, inference_mode or autocast(...)."""
+    """A dynamic context an op runs under: a mode, or a region that is one piece.
+
+    Regions are `checkpoint(number, preserve_rng_state)`, which backward computes again, and `transform(number)`, a vmap.
+    """
 
     kind: str
     args: tuple[Any, ...] = ()
 
 
-CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast")
+WHOLE = ("checkpoint", "transform")
+"""The kinds of contexts that no boundary may cut through."""
+
+CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast", *WHOLE)
 
 
 @dataclass(frozen=True, slots=True)

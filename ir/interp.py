@@ -7,14 +7,14 @@ trusts nothing but what each stage lists, so a missing transfer or output shows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.targets import check_op, resolve
 
 Environment = dict[Value, Any]
@@ -103,7 +103,7 @@ class _Machine:
     def _module(self, path: str, args: Any, op: Op, env: Environment) -> Any:
         own: dict[str, torch.Tensor] = {}
         for value in op.args[2]:
-            entry = value.owner
+            entry = _unwritten(value).owner
             names = entry.names if isinstance(entry, StateEntry) else ()
             own |= {n[len(path) + 1 :]: env[value] for n in names if n.startswith(path + ".")}
         return torch.func.functional_call(self._bindings.modules[path], own, tuple(args[0]), dict(args[1]), tie_weights=False)
@@ -132,6 +132,13 @@ class _Machine:
         return self.lookup(leaf, env)
 
 
+def _unwritten(value: Value) -> Value:
+    """The value a version is a version of."""
+    while isinstance(value.owner, Op) and value not in value.owner.results:
+        value = next(old for old, new in value.owner.versions.items() if new is value)
+    return value
+
+
 def _token(token: Token) -> Any:
     if token.text.startswith("device("):
         return torch.device(token.text[8:-2])
@@ -139,6 +146,8 @@ def _token(token: Token) -> Any:
 
 
 def _enter(context: Context) -> Any:
+    if context.kind in WHOLE:
+        return nullcontext()
     if context.kind == "autocast":
         args = [_token(a) if isinstance(a, Token) else a for a in context.args]
         return torch.autocast(*args)

@@ -64,3 +64,16 @@ class Positions:
 def positions(program: Program) -> Positions:
     """The positions of all ops of `program`."""
     return Positions(program.all_ops(), program.output)
+
+
+def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
+    """Those of `values` that `ops` write in place, directly or through a view."""
+    root = {value: value for value in values}
+    written: set[Value] = set()
+    for op in ops:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None and op.operands[viewed] in root:
+                root[result] = root[op.operands[viewed]]
+        root |= {new: root[old] for old, new in op.versions.items() if old in root}
+        written |= {root[op.operands[i]] for i in op.effects.writes if op.operands[i] in root}
+    return written

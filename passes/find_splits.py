@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagecut.ir.errors import SplitError, nearest
-from stagecut.ir.graph import SPLIT, Frame, Op, Program, Scope
+from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Program, Scope
 
 BEGINNING, END = "beginning", "end"
 _Call = tuple[str, Scope]
@@ -28,25 +28,27 @@ class FindSplits:
     name = "find-splits"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "traced" or not (self.at or self.policy):
+        if program.phase != "traced":
             return False
         cuts = self._positions(program)
         ops: list[Op] = []
-        changed = False
+        asked: dict[Op, str] = {}
         for index in range(len(program.ops) + 1):
             between = 0 < index < len(program.ops) and SPLIT not in (program.ops[index - 1].target, program.ops[index].target)
             if index in cuts and between:
                 ops.append(_marker(program.ops[index]))
-                changed = True
+                asked[ops[-1]] = cuts[index]
             ops += program.ops[index : index + 1]
+        _refuse_cuts_through_regions(ops, asked)
         program.ops = ops
-        return changed
+        return bool(asked)
 
-    def _positions(self, program: Program) -> set[int]:
+    def _positions(self, program: Program) -> dict[int, str]:
+        """Where to cut -> who asked for it."""
         ops = program.ops
         names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
         spans = _call_spans(ops, {alias for aliases in names.values() for alias in aliases})
-        cuts: set[int] = set()
+        cuts = self._chosen(program)
         for name, side in self.at:
             if side not in (BEGINNING, END):
                 raise SplitError(f"'{side}' is no side of module '{name}'", hint=nearest(side, (BEGINNING, END)))
@@ -55,21 +57,47 @@ class FindSplits:
                 known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
-                    where=f"split point at the {side} of '{name}'",
+                    where=_asked(name, side),
                     hint=nearest(name, known),
                 )
-            cuts |= {first if side == BEGINNING else last + 1 for first, last in found}
-        return cuts | self._chosen(program)
+            cuts |= {first if side == BEGINNING else last + 1: _asked(name, side) for first, last in found}
+        return cuts
 
-    def _chosen(self, program: Program) -> set[int]:
+    def _chosen(self, program: Program) -> dict[int, str]:
         if self.policy is None:
-            return set()
+            return {}
         real = [i for i, op in enumerate(program.ops) if not op.is_split]
         chosen = list(self.policy(program))
         for cut in chosen:
             if not isinstance(cut, int) or not 0 <= cut <= len(real):
                 raise SplitError(f"the split policy chose position {cut!r}", hint=f"positions are numbers from 0 to {len(real)}")
-        return {real[c] for c in chosen if c < len(real)}
+        return {real[c]: f"position {c} of the split policy" for c in chosen if c < len(real)}
+
+
+def _asked(name: str, side: str) -> str:
+    return f"split point at the {side} of '{name}'"
+
+
+_REGIONS = {"checkpoint": "a checkpointed region", "transform": "a vmap"}
+
+
+def _refuse_cuts_through_regions(ops: list[Op], asked: dict[Op, str]) -> None:
+    """Returns when no marker stands between two ops of a region that runs as a whole; raises SplitError naming the first that does."""
+    last = {region: index for index, op in enumerate(ops) for region in _regions(op)}
+    begun: set[Context] = set()
+    for index, op in enumerate(ops):
+        begun.update(_regions(op))
+        cut = next((region for region in begun if op.is_split and index < last[region]), None)
+        if cut is not None:
+            raise SplitError(
+                f"a split point lies inside {_REGIONS[cut.kind]}, which runs as a whole",
+                where=", ".join(filter(None, [asked.get(op), op.where()])),
+                hint="move it before or after the region, or make two regions of it",
+            )
+
+
+def _regions(op: Op) -> list[Context]:
+    return [context for context in op.context if context.kind in WHOLE and not op.is_split]
 
 
 def _marker(neighbour: Op) -> Op:

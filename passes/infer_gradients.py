@@ -22,6 +22,15 @@ _CUTTING: tuple[str, ...] = (
 _CUTTING += ("new_zeros", "new_ones", "new_full", "new_empty")
 """Ops whose results never carry gradient."""
 
+_CONVERSIONS = frozenset(
+    {
+        *("to", "type_as", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
+        *("conj", "resolve_conj", "resolve_neg", "real", "positive", "flatten", "ravel", "lift_fresh", "float", "double", "half"),
+        *("bfloat16", "int", "long", "bool", "cpu", "cuda"),
+    }
+)
+"""Ops that return the tensor they are given where there is nothing to do."""
+
 
 @dataclass(frozen=True)
 class InferGradients:
@@ -52,7 +61,17 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     if viewed is None:
         return grad
     own = carries_grad(op.operands[viewed].type) and not _cuts(op)
+    if _returns_operand(op, index, viewed):
+        return own
     return grad or own if viewed in op.effects.writes else grad and own
+
+
+def _returns_operand(op: Op, index: int, viewed: int) -> bool:
+    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history."""
+    result, operand = op.results[index].type, op.operands[viewed].type
+    if _name(op) not in _CONVERSIONS or not isinstance(result, TensorType) or not isinstance(operand, TensorType):
+        return False
+    return (result.dtype, result.shape, result.strides) == (operand.dtype, operand.shape, operand.strides)
 
 
 def _passes_on(op: Op) -> bool:
@@ -64,9 +83,12 @@ def _passes_on(op: Op) -> bool:
 
 
 def _cuts(op: Op) -> bool:
+    return _name(op) in _CUTTING
+
+
+def _name(op: Op) -> str:
     parts = op.target.split(".")
-    name = parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
-    return name in _CUTTING
+    return parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
 
 
 def _mark(values: Iterable[Value], grads: list[bool]) -> bool:

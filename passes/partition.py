@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import PURE, Op, Program, Stage, Value
+from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, Value
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def _written(ops: list[Op]) -> set[Value]:
 
 
 def _is_source(op: Op, written: set[Value]) -> bool:
-    plain = not op.operands and not op.regions and not op.has_effect and len(op.results) == 1 and op.effects == PURE
+    alone = not any(context.kind in WHOLE for context in op.context)
+    plain = alone and not op.operands and not op.regions and not op.has_effect and len(op.results) == 1 and op.effects == PURE
     return plain and op.results[0] not in written
 
 

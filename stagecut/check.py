@@ -24,11 +24,18 @@ CHECK_BYTES = 2**28
 """The largest state, in bytes, that is compared by default."""
 
 
+def is_real(model: nn.Module, inputs: Any) -> bool:
+    """True when all tensors of `model` and `inputs` have values."""
+    return all(t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor) for t in _tensors(model, inputs))
+
+
 def is_cheap(model: nn.Module, inputs: Any) -> bool:
     """True when running a copy of `model` on a copy of `inputs` is possible and costs little."""
-    tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor))]
-    real = all(t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
-    return real and sum(t.nbytes for t in tensors) <= CHECK_BYTES
+    return is_real(model, inputs) and sum(t.numel() * t.element_size() for t in _tensors(model, inputs)) <= CHECK_BYTES
+
+
+def _tensors(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers(), *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor))]
 
 
 class CheckError(StagecutError):
@@ -105,8 +112,9 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
 
 
 def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
-    """Outputs of the model and of the stages when called once more: state that is no buffer shows here."""
+    """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
     seed = torch.random.get_rng_state()
+    inputs = tree_map(lambda leaf: leaf * 0.9 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, inputs)
     with torch.no_grad():
         args, kwargs = _fresh(inputs)
         expected = tree_flatten(reference(*args, **kwargs))[0]
@@ -156,6 +164,7 @@ def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
 
 def _loss(output: torch.Tensor) -> torch.Tensor:
     """A scalar that depends on every element differently, so that gradients tell elements apart."""
+    output = output if output.layout is torch.strided else output.to_dense()
     flat = torch.view_as_real(output).flatten() if output.is_complex() else output.flatten()
     weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device).to(flat.dtype)
     return (flat * weights).sum().to(torch.float64)
@@ -209,16 +218,24 @@ def _difference(what: str, one: Any, other: Any, tolerance: float = 0.0) -> str 
         return f"{what}: requires_grad is {one.requires_grad} in the model, {other.requires_grad} in the pipe"
     if one.dtype != other.dtype or one.shape != other.shape:
         return f"{what}: {one.dtype}{list(one.shape)} in the model, {other.dtype}{list(other.shape)} in the pipe"
+    kind = one.dtype
+    one, other = _plain(one), _plain(other)
     if torch.equal(one, other):
         return None
-    one, other = one.detach(), other.detach()
     scale = one.abs()[one.isfinite()].max().item() if one.isfinite().any() else 0.0
-    if one.is_floating_point() or one.is_complex():
-        allowed = max(tolerance, _ROUNDING.get(one.dtype, 2e-2))
+    if kind.is_floating_point or kind.is_complex:
+        allowed = max(tolerance, _ROUNDING.get(kind, 2e-2))
         if torch.allclose(one, other, rtol=allowed, atol=allowed * scale, equal_nan=True):
             return None
-    worst = (one.to(torch.float64 if not one.is_complex() else torch.complex128) - other).abs().max().item()
-    return f"{what}: differs by up to {worst:.3g}, where the largest element is {scale:.3g}"
+    return f"{what}: differs by up to {(one - other).abs().max().item():.3g}, where the largest element is {scale:.3g}"
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a type that can be compared: dense, of the widest dtype. Large integers stay integers."""
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    if dense.dtype is torch.int64:
+        return dense
+    return dense.to(torch.complex128 if dense.is_complex() else torch.float64)
 
 
 def _brief(item: Any) -> str:

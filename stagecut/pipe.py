@@ -15,7 +15,7 @@ from stagecut.backend.dot import to_dot
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap
+from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -116,6 +116,8 @@ def lower(
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
     if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
         return
+    if not is_real(module, (args, kwargs)):
+        raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
     try:
         report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
     except CannotCompare as error:
@@ -127,8 +129,8 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
         raise CheckError(
             f"the pipe does not compute what the model computes: {report.differences[0]}",
             where=f"{len(report.differences)} difference(s) in one run on the example inputs",
-            hint="tracing loses custom autograd.Functions, tensor hooks and Python state: keep the module that has them whole, "
-            "leaf_modules=[...]; pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+            hint="keep the module that computes it whole: leaf_modules=[...]; "
+            "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
         )
 
 

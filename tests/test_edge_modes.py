@@ -101,7 +101,7 @@ def norms_without_modes(self, x):
     return self.b(x)
 
 
-@case(X, stages=2, **BOTH, bug="34: a train() of the user's is not followed, and nobody says so")
+@case(X, stages=2, **BOTH)
 class FrozenNormInATrainingModel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -226,13 +226,10 @@ def drops_attention(self, x):
 
 
 SAID = pytest.mark.parametrize("training", [True, False])
-OPEN = pytest.mark.xfail(strict=True, reason="18: nobody notices a mode that is read outside of an `if`")
 
 
 @SAID
-@pytest.mark.parametrize(
-    "forward", [branches, chooses, pytest.param(computes, marks=OPEN), pytest.param(passes_on, marks=OPEN), drops_attention]
-)
+@pytest.mark.parametrize("forward", [branches, chooses, computes, passes_on, drops_attention])
 def test_a_python_branch_is_said_at_the_switch(forward, training: bool) -> None:
     """The stages keep one side; a switch to the other names the line, a switch to the same says nothing."""
     one = Case(forward.__name__, forward, (X,))
@@ -247,7 +244,6 @@ def test_a_python_branch_is_said_at_the_switch(forward, training: bool) -> None:
 
 @SAID
 @pytest.mark.parametrize("make", [lambda: nn.TransformerEncoderLayer(4, 2, 8), lambda: nn.MultiheadAttention(4, 2, dropout=0.5)])
-@pytest.mark.xfail(strict=True, reason="18: dropout inside torch's attention is a number in the trace, nobody says so at the switch")
 def test_a_branch_in_a_module_of_torch_is_said_at_the_switch(make, training: bool) -> None:
     """Attention drops by a rate that Python computes from the mode."""
 

@@ -14,6 +14,7 @@ X = t(4, 4)
 BACKWARD = "next step would read a stale copy"
 B = {"b": lambda: buffer(4)}
 ZERO = {"b": lambda: buffer(4, value=0.0)}
+TWO = ZERO | {"c": lambda: buffer(4, value=1.0)}
 
 
 # --- received values ----------------------------------------------------------------------------------
@@ -548,7 +549,7 @@ def buffer_reassigned_in_the_last_stage(self, x):
     return y + self.b
 
 
-@case(X, stages=2, bug="41: torch records assignments to buffers of the root only")
+@case(X, stages=2)
 class BufferOfASubmoduleReassigned(nn.Module):
     class Counting(nn.Module):
         def __init__(self):
@@ -582,13 +583,103 @@ def buffer_reassigned_with_old_saved_for_backward(self, x):
     X,
     stages=2,
     has={"b": lambda: buffer(4, value=0.0), "c": lambda: buffer(4, value=1.0)},
-    bug="42: refused with a message of torch's that names no line",
 )
 def two_buffers_swapped(self, x):
     self.b, self.c = self.c, self.b
     y = x + self.b
     pipe_split()
     return y * 2
+
+
+@case(X, stages=2, has=ZERO)
+def buffer_reassigned_then_written(self, x):
+    self.b = self.b * 0.5 + x.detach().mean(0)
+    self.b.copy_(x.detach().sum(0))
+    y = x * 2
+    pipe_split()
+    return y + self.b
+
+
+@case(X, stages=2, has=ZERO)
+def buffer_reassigned_then_a_row_written(self, x):
+    self.b = self.b * 0.5 + x.detach().mean(0)
+    self.b[1] = 7.0
+    y = x * 2
+    pipe_split()
+    return y + self.b
+
+
+@case(X, stages=2, has=TWO)
+def old_value_moves_to_another_buffer(self, x):
+    self.c = self.b
+    self.b = x.detach().sum(0) + self.b
+    y = x + self.c
+    pipe_split()
+    return y * 2
+
+
+@case(X, stages=2, has=ZERO, grad=False)
+def buffer_reassigned_to_an_input_that_is_written(self, x):
+    self.b = x[0]
+    x.add_(1)
+    y = x * 1
+    pipe_split()
+    return y * 2
+
+
+@case(X, refused="second name")
+class BufferWithTwoNamesReassignedUnderOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = buffer(4, value=0.0)
+        self.two = self.one
+
+    def forward(self, x):
+        self.one = self.one + 1
+        y = x * 2
+        pipe_split()
+        return y + self.two
+
+
+@case(X, has=TWO, refused="second name")
+def two_buffers_made_one(self, x):
+    self.c = self.b
+    self.b.add_(1)
+    y = x * 2
+    pipe_split()
+    return y + self.c
+
+
+@case(X, has=ZERO, refused="size")
+def buffer_that_grows(self, x):
+    self.b = torch.cat([self.b, x[0].detach()])
+    y = x * 2
+    pipe_split()
+    return y + self.b.sum()
+
+
+@case(X, has={"b": lambda: buffer(4)}, refused="removes state")
+def buffer_set_to_none(self, x):
+    self.b = None
+    y = x * 2
+    pipe_split()
+    return y + 1
+
+
+@case(X, refused="'k'")
+def buffer_registered_in_forward(self, x):
+    self.register_buffer("k", torch.zeros(4, dtype=x.dtype))
+    y = x * 2
+    pipe_split()
+    return y + self.k
+
+
+@case(X, has={"w": weight}, refused="optimizer")
+def parameter_reassigned(self, x):
+    self.w = nn.Parameter(self.w * 2)
+    y = x * 2
+    pipe_split()
+    return y @ self.w
 
 
 @case(X, stages=2, has=ZERO, grad=False)
@@ -821,7 +912,7 @@ def parameter_written_a_stage_later(self, x):
     return x * 2
 
 
-@case(X, stages=2, has={"a": linear}, bug="13: refused with a message of torch's that names no line")
+@case(X, stages=2, has={"a": linear})
 def parameter_data_written(self, x):
     self.a.weight.data.clamp_(-0.1, 0.1)
     x = self.a(x)
@@ -829,10 +920,67 @@ def parameter_data_written(self, x):
     return x * 2
 
 
-@case(X, stages=2, has={"c": lambda: t(4)}, bug="9: tracing writes the tensor")
+@case(X, stages=2, has={"a": linear})
+def parameter_data_written_behind_its_use(self, x):
+    x = self.a(x)
+    self.a.weight.data.clamp_(-0.1, 0.1)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2, has={"a": linear, "n": buffer})
+def buffer_data_written(self, x):
+    self.n.data += 1
+    x = self.a(x) + self.n.data
+    pipe_split()
+    return x * 2
+
+
+@case(X, has={"a": linear}, refused="data of a tensor")
+def parameter_data_replaced(self, x):
+    self.a.weight.data = self.a.weight.data.clamp(-0.1, 0.1)
+    x = self.a(x)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2)
+class ParameterDataReplacedInASubmodule(nn.Module):
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+            return super().forward(x)
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.Clipped(4, 4).double()
+
+    def forward(self, x):
+        x = self.a(x)
+        pipe_split()
+        return x * 2
+
+
+@case(X, stages=2, has={"c": lambda: t(4)})
 def plain_tensor_attribute_written(self, x):
     self.c.add_(1)
     y = x + self.c
+    pipe_split()
+    return y * 2
+
+
+@case(X, stages=2, has={"c": lambda: t(4)}, feedback="'c'")
+def plain_tensor_attribute_read_then_written(self, x):
+    y = x + self.c
+    pipe_split()
+    self.c.add_(1)
+    return y * 2
+
+
+@case(X, stages=2, has={"c": lambda: [t(4)]})
+def plain_tensor_in_a_list_written(self, x):
+    self.c[0].add_(1)
+    y = x + self.c[0]
     pipe_split()
     return y * 2
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import pytest
 import torch
 from edge import Case, Family, check, linear, t
+from torch import manual_seed as seed
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,7 +34,7 @@ def functional_dropout_that_follows_the_mode(self, x):
     return F.dropout(x, 0.3, self.training) + 1
 
 
-@case(X, stages=2, modes=(True, False), switch=True, bug="18: a literal True is taken for the mode")
+@case(X, stages=2, modes=(True, False), switch=True)
 def functional_dropout_that_is_always_on(self, x):
     x = F.dropout(x, 0.3) * 2
     pipe_split()
@@ -50,7 +54,6 @@ def functional_dropout_that_is_never_on(self, x):
     modes=(True, False),
     switch=True,
     has={"a": nn.Dropout1d, "b": nn.AlphaDropout, "c": nn.FeatureAlphaDropout},
-    bug="31: in eval these return the tensor they got, and the tracer takes one for the other",
 )
 def other_dropouts(self, x):
     x = self.b(self.a(x))
@@ -153,9 +156,7 @@ def recurrent_dropout(self, x):
     X,
     stages=2,
     modes=(True, False),
-    switch=True,
     has={"a": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()},
-    bug="18: dropout inside torch's attention is a number in the trace",
 )
 def transformer_layer_with_dropout(self, x):
     x = self.a(x[None])
@@ -170,10 +171,32 @@ def explicit_generator(self, x):
     return x * torch.rand(4, generator=self.g, dtype=torch.float64)
 
 
-@case(X, refused="seed|random", bug="20: refused without a line, and tracing seeds the generator")
+@case(X, refused="seed|random")
 def seeding_inside_the_model(self, x):
     torch.manual_seed(5)
     x = x + torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="seed")
+def seeding_by_another_name(self, x):
+    seed(5)
+    x = x + torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="Python's random")
+def python_random(self, x):
+    x = x * random.random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="numpy")
+def numpy_random(self, x):
+    x = x * float(numpy.random.rand())
     pipe_split()
     return x * 2
 

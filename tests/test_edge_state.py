@@ -631,7 +631,6 @@ def orthogonal(self, x):
     return self.b(x)
 
 
-@pytest.mark.xfail(strict=True, reason="8: torch's warning about an attribute that is set anew at each call is an error here")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("old", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("how", ["pipe", "mailbox"])

@@ -9,6 +9,7 @@ from helpers import Bless, diff_of, leaves_alone, load
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Program
+from stagecut.ir.parser import parse
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 
 
@@ -79,3 +80,28 @@ def test_marker_has_the_source_line_of_what_follows() -> None:
     program = load("modules", FindSplits((("layers.1", BEGINNING),)))
     marker = next(op for op in program.ops if op.is_split)
     assert str(marker.loc) == "src/model.py:5"
+
+
+REGION = """program @m phase=traced stages=0 {{
+  input %x : f32[2]
+  %a = aten.sin.default(%x) : f32[2]
+  %b = aten.sin.default(%a) : f32[2] with {region} at m.py:5
+  {marker}
+  %c = aten.sin.default(%b) : f32[2] with {region}, no_grad at m.py:6
+  %d = aten.sin.default(%c) : f32[2]
+  output (%d,)
+}}
+"""
+
+
+@pytest.mark.parametrize(("region", "what"), [("checkpoint(0, True)", "a checkpointed region"), ("transform(3)", "a vmap")])
+def test_a_region_that_runs_as_a_whole_is_not_cut(region: str, what: str) -> None:
+    """By a marker of the model's or by a policy."""
+    marked = parse(REGION.format(region=region, marker="stagecut.split() at m.py:7"))
+    with pytest.raises(SplitError, match=f"inside {what}") as caught:
+        FindSplits().run(marked)
+    assert "m.py:7" in caught.value.where
+    with pytest.raises(SplitError, match=f"inside {what}") as caught:
+        FindSplits(policy=lambda p: [2]).run(parse(REGION.format(region=region, marker="")))
+    assert "position 2 of the split policy" in caught.value.where
+    assert FindSplits(policy=lambda p: [1, 3]).run(parse(REGION.format(region=region, marker="")))

@@ -32,6 +32,7 @@ PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceab
 REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
+    "which is kept whole",
     "is written in one stage and read or written in another",
 )
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""

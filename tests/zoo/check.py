@@ -54,6 +54,8 @@ def _summary(error: Exception) -> str:
 def _check(architecture: Architecture, stages: int, training: bool) -> None:
     torch.manual_seed(0)
     model, inputs = architecture.make().train(training), architecture.inputs()
+    if architecture.warm:
+        _run(model, inputs)
     twin, traced = deepcopy(model), deepcopy(model)
     pipe = _cut(model, inputs, stages, architecture.leaves)
     _unchanged(model, twin)

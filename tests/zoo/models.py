@@ -6,7 +6,7 @@ Most are classes of `transformers`, by name; those of family "unet" are written 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _BATCH, _LENGTH, _VOCABULARY, _PIXELS = 2, 16, 100, 32
 @dataclass(frozen=True)
 class Architecture:
     """A model class by name, the family it belongs to, example keyword arguments, its config, the modes that can be trained,
-    and modules to keep whole (they define their own backward).
+    modules to keep whole (they define their own backward), and whether it must be called once before, for its first call changes it.
 
     `name` may end in a variant: "FalconForCausalLM alibi". A config key whose value is `...` is left out.
     """
@@ -31,6 +31,7 @@ class Architecture:
     config: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[str, ...] = ("eval", "train")
     leaves: tuple[str, ...] = ()
+    warm: bool = False
 
     def make(self) -> nn.Module:
         """A new model with random weights, in train mode."""
@@ -270,7 +271,7 @@ ARCHITECTURES = (
     _recurrent("Mamba2ForCausalLM", state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
     _recurrent("FalconMambaForCausalLM", state_size=4),
     _recurrent("RecurrentGemmaForCausalLM", lru_width=32, attention_window_size=8),
-    _recurrent("RwkvForCausalLM", context_length=64, attention_hidden_size=32),
+    replace(_recurrent("RwkvForCausalLM", context_length=64, attention_hidden_size=32), warm=True),
     _recurrent("JambaForCausalLM", mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, num_experts=2, attn_layer_period=2,
                attn_layer_offset=1),
     _recurrent("BambaForCausalLM", mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, attn_layer_indices=[1]),

@@ -1,0 +1,86 @@
+"""A torch.autograd.Function of the user's is one op that calls it: its own backward would be lost if its forward were traced through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from stagecut.frontend.leaf import OpWatch
+from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, storage_of
+
+torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
+
+_SHOWN: dict[str, list[torch.Tensor]] = {}
+"""What calls returned on fake tensors, by key."""
+
+_keys = count()
+
+
+@torch.library.impl("stagecut::function", "CompositeExplicitAutograd")
+def _function(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
+    raise RuntimeError("stagecut::function stands in for an autograd.Function during capture and cannot be run")
+
+
+@torch.library.register_fake("stagecut::function")
+def _function_fake(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _SHOWN[key]]
+
+
+@contextmanager
+def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]:
+    """While open, a call of a user's autograd.Function is one op of the trace.
+
+    One that is given modules or functions, whose parameters it would hide, is traced through; `notes` says so.
+    """
+    base: Any = torch.autograd.Function
+    apply = base.__dict__["apply"]
+
+    def stand_in(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = apply.__get__(None, cls)
+        if cls.__module__.partition(".")[0] == "torch" or get_proxy_mode() is None or torch._C._are_functorch_transforms_active():
+            return plain(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs))
+        if any(isinstance(item, nn.Module) or callable(item) for item in flat):
+            notes.append(f"the gradient of {cls.__name__} is that of the ops in its forward, not its own backward: {line()}")
+            with torch._C.DisableTorchFunction():  # a grad mode inside says nothing: what backward does is in its own hands
+                return plain(*args, **kwargs)
+        return _one_op(cls, plain, flat, spec)
+
+    base.apply = classmethod(stand_in)
+    try:
+        yield
+    finally:
+        base.apply = apply
+
+
+def _one_op(cls: Any, plain: Callable[..., Any], flat: list[Any], spec: Any) -> Any:
+    given = [item for item in flat if isinstance(item, torch.Tensor)]
+    before = [tensor._version for tensor in given]
+    args, kwargs = tree_unflatten(flat, spec)
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing(), torch.no_grad(), OpWatch() as watch:
+        result = plain(*args, **kwargs)
+    out_flat, out_spec = tree_flatten(result)
+    out = [item for item in out_flat if isinstance(item, torch.Tensor)]
+    homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}
+    call = LeafCall(
+        cls.__name__, flat, spec, out_flat, out_spec,
+        views=tuple(homes.get(storage_of(tensor)) for tensor in out),
+        written_inputs=tuple(place for place, tensor in enumerate(given) if tensor._version != before[place]),
+        random=watch.drew,
+        function=plain,
+    )  # fmt: skip
+    key = f"{cls.__name__}#{next(_keys)}"
+    _SHOWN[key] = out
+    made = iter(torch.ops.stagecut.function(key, given, [item for item in flat if isinstance(item, SYMBOLIC)]))
+    del _SHOWN[key]
+    tracer: Any = get_proxy_mode()
+    node = next(n for n in reversed(tracer.tracer.graph.nodes) if n.target is torch.ops.stagecut.function.default)
+    node.meta[CALL] = call
+    return tree_unflatten([next(made) if isinstance(item, torch.Tensor) else item for item in out_flat], out_spec)

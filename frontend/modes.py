@@ -1,0 +1,201 @@
+"""What follows `training`: which ops take the flag of their module, where Python chose by it, what a user's train() does.
+
+While a module is traced every read of `training` is noted. A read inside the call of a function with a training flag, such as
+`F.dropout(x, p, self.training)`, makes that op follow its module; any other read is a choice that the trace keeps. So is noted
+which grad mode forward asks for: a trace only has those that differ from the mode it is made in.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from stagecut.frontend.kept import attributes, fingerprint
+from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
+
+_IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout})
+"""Functions that return, outside of training, the very tensor they are given: a tracer then takes one for the other."""
+
+_FLAGGED = _IDENTITIES | {F.dropout, F.rrelu, F.batch_norm, F.instance_norm}
+_FLAGGED |= {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
+_FLAGGED |= {torch.rrelu, torch.batch_norm, torch.instance_norm}
+"""Functions with a training flag."""
+
+
+_GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/visible.py")
+"""Files with the context managers that switch the grad mode."""
+
+_PLUMBING = ("nn/functional.py", "torch/overrides.py", "proxy_tensor.py", "non_strict_utils.py", "frontend/visible.py")
+"""Files whose frames lie between the call of such a function and us."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    owner: int
+    frame: tuple[int, CodeType]
+    span: tuple[int, int, int, int]
+    place: str
+
+
+class ModeReads(TorchFunctionMode):
+    """Open while a module is traced; `choices` are the reads afterwards that no op follows, by module path."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._paths: dict[int, list[str]] = {}
+        for path, owner in module.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(owner), []).append(path)
+        self._reads: list[_Read] = []
+        self._grad: bool | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """While open, `training` is a property of all modules that notes who reads it."""
+
+        def read(owner: nn.Module) -> Any:
+            if not torch.compiler.is_dynamo_compiling():
+                self._note(owner, sys._getframe(1))
+            return owner.__dict__["training"]
+
+        def write(owner: nn.Module, mode: bool) -> None:
+            owner.__dict__["training"] = mode
+
+        nn.Module.training = property(read, write)  # type: ignore[assignment]
+        try:
+            with self:
+                yield
+        finally:
+            del nn.Module.training
+
+    def _note(self, owner: nn.Module, frame: FrameType) -> None:
+        torchs = frame.f_code.co_filename.startswith(TORCH_DIR)
+        if id(owner) not in self._paths or (torchs and not (isinstance(owner, nn.MultiheadAttention) and owner.dropout)):
+            return
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno}, {type(owner).__name__}.{frame.f_code.co_name}"
+        self._reads.append(_Read(id(owner), (id(frame), frame.f_code), _span(frame), place))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            func(*args)
+            self._switch_grad(args[0])
+            return None
+        if func not in _FLAGGED or get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        if func in _IDENTITIES:
+            given = inspect.signature(func).bind(*args, **kwargs)
+            given.apply_defaults()
+            if not given.arguments["training"] and not given.arguments["inplace"]:
+                alias = torch.ops.aten.alias.default(given.arguments["input"])
+                _last_node().meta[SAME] = True
+                given.arguments["input"] = alias
+                args, kwargs = given.args, given.kwargs
+        result = func(*args, **kwargs)
+        caller = _caller()
+        if not caller.f_code.co_filename.startswith(TORCH_DIR):
+            _last_node().meta[FOLLOWS] = self._followed(caller)
+        return result
+
+    def _switch_grad(self, enabled: bool) -> None:
+        """The switch in the trace says which grad mode is asked for behind it, None for the one around the model."""
+        frame, object, method = sys._getframe(2), None, ""
+        while frame.f_back is not None and (object is None or frame.f_code.co_filename.endswith(_GRAD_MODES)):
+            if frame.f_code.co_filename.endswith(_GRAD_MODES):
+                object, method = frame.f_locals["self"], frame.f_code.co_name
+            elif not frame.f_code.co_filename.endswith(_PLUMBING):
+                break
+            frame = frame.f_back
+        if method in ("__exit__", "stop"):
+            self._grad = getattr(object, "_stagecut_grad", None)
+        else:
+            if object is not None and not hasattr(object, "_stagecut_grad"):
+                object._stagecut_grad = self._grad
+            self._grad = enabled
+        if get_proxy_mode() is not None and _last_node().target is torch._C._set_grad_enabled:
+            _last_node().meta[GRAD] = self._grad
+
+    def _followed(self, caller: FrameType) -> tuple[str, ...]:
+        """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its own."""
+        span, frame = _span(caller), (id(caller), caller.f_code)
+        inside = [r for r in self._reads if r.frame == frame and span[:2] <= r.span[:2] and r.span[2:] <= span[2:]]
+        if not inside:
+            return ()
+        self._reads.remove(inside[-1])
+        return tuple(self._paths[inside[-1].owner])
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Module path -> where Python chose by its mode."""
+        return {path: read.place for read in reversed(self._reads) for path in self._paths[read.owner]}
+
+
+def _span(frame: FrameType) -> tuple[int, int, int, int]:
+    """First line and column, last line and column of what a frame is running."""
+    line, last, column, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    return line or frame.f_lineno, column or 0, last or frame.f_lineno, end or 0
+
+
+def _caller() -> FrameType:
+    """The frame that called a function with a training flag."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(_PLUMBING) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _last_node() -> Any:
+    tracer: Any = get_proxy_mode()
+    return next(reversed(tracer.tracer.graph.nodes))
+
+
+def switches(module: nn.Module) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
+    """What train() and eval() do where a user's class has its own: the flags below it in each mode, by module path; tried on a copy.
+
+    The second part says where such a method stands that does more than set flags.
+    """
+    flags: dict[str, dict[bool, dict[str, bool]]] = {}
+    places: dict[str, str] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        train = getattr(type(owner), "train", None)
+        if train is nn.Module.train or not inspect.isfunction(train) or train.__module__.startswith("torch."):
+            continue
+        try:
+            flags[path] = {mode: _flags_after(owner, mode) for mode in (True, False)}
+        except Exception:
+            places[path] = f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {type(owner).__name__}.train"
+    return flags, places
+
+
+def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
+    """The flags of all modules in `owner` after train(mode). Raises when it changes anything else."""
+    tensors = [*owner.parameters(), *owner.buffers()]
+    made = copy.deepcopy(owner, {id(t): _empty(t) for t in tensors})
+    before = fingerprint_of(made)
+    made.train(mode)
+    if fingerprint_of(made) != before:
+        raise ValueError("train() changes more than flags")
+    return {path: part.training for path, part in made.named_modules(remove_duplicate=False)}
+
+
+def fingerprint_of(module: nn.Module) -> Any:
+    """Equal before and after what changes no more than the flags of `module`."""
+    state = [(name, id(t), t._version, t.requires_grad) for name, t in (*module.named_parameters(), *module.named_buffers())]
+    return state, [(key, fingerprint(value)) for key, value in attributes(module)]
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

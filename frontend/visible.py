@@ -1,0 +1,102 @@
+"""What models do that a tracer does not see, done in a way it does see, while `visible()` is open."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import has_side_effect
+from torch.overrides import TorchFunctionMode
+
+torch.library.define("stagecut::checkpoint", "(int number, bool begins, bool preserve_rng_state) -> ()")
+
+
+@torch.library.impl("stagecut::checkpoint", "BackendSelect")
+def _checkpoint(number: int, begins: bool, preserve_rng_state: bool) -> None:
+    return None
+
+
+@torch.library.register_fake("stagecut::checkpoint")
+def _checkpoint_fake(number: int, begins: bool, preserve_rng_state: bool) -> None:
+    return None
+
+
+has_side_effect(torch.ops.stagecut.checkpoint.default)
+
+REPLACED = "the .data of a tensor is replaced"
+
+
+@contextmanager
+def visible() -> Iterator[None]:
+    """inference_mode is recorded as no_grad, `tensor.data` as an op, a checkpointed region as ops where it begins and ends."""
+    with _inference_mode_as_no_grad(), _DataAsOp(), _checkpoints_marked():
+        yield
+
+
+@contextmanager
+def _inference_mode_as_no_grad() -> Iterator[None]:
+    """The tracer loses inference_mode; inside it becomes no_grad, which computes the same and is recorded."""
+    cls: Any = torch.inference_mode
+    enter, leave = cls.__enter__, cls.__exit__
+
+    def start(self: Any) -> None:
+        self._stagecut_before = torch.is_grad_enabled()
+        if self.mode:
+            torch.set_grad_enabled(False)
+
+    def stop(self: Any, *_: Any) -> None:
+        torch.set_grad_enabled(self._stagecut_before)
+
+    cls.__enter__, cls.__exit__ = start, stop
+    try:
+        yield
+    finally:
+        cls.__enter__, cls.__exit__ = enter, leave
+
+
+class _DataAsOp(TorchFunctionMode):
+    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be recorded is an error."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return torch.ops.aten.data.default(args[0])
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
+            tensor, new = args
+            if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata or new.shape != tensor.shape:
+                raise RuntimeError(REPLACED)
+            return None  # `tensor.data += 1` ends with an assignment of what was written in place
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _checkpoints_marked() -> Iterator[None]:
+    """torch.utils.checkpoint runs its function plainly, between two marks."""
+    numbers = count()
+
+    def marked(_: Any, preserve_rng_state: bool = True, context_fn: Any = None, *__: Any, **___: Any) -> Iterator[None]:
+        if context_fn not in (None, torch.utils.checkpoint.noop_context_fn):
+            warnings.warn("a checkpoint's context_fn is not kept: the stages compute all of the region again", stacklevel=5)
+        number = next(numbers)
+        torch.ops.stagecut.checkpoint(number, True, preserve_rng_state)
+        yield
+        torch.ops.stagecut.checkpoint(number, False, preserve_rng_state)
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+            region = marked(function, preserve_rng_state)
+            next(region)
+            result = function(*args)
+            next(region, None)
+            return result
+
+    module = torch.utils.checkpoint
+    with patch.object(module, "_checkpoint_without_reentrant_generator", marked), patch.object(module, "CheckpointFunction", Reentrant):
+        yield

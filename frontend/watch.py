@@ -1,0 +1,390 @@
+"""What a trace would lose without a word: state that forward changes outside of parameters and buffers, and what tracing does to a model.
+
+A `Watch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad modes and autocast where they
+stand, notes plain attributes that change, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils._pytree import tree_leaves
+
+from stagecut.frontend.function import functions_whole
+from stagecut.frontend.kept import SYMBOLS, Kept, Surroundings, attributes, brief, content_of, fingerprint, generators, shown, user_line
+from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.lower import ASSIGNED, CHOICES, TORCH_DIR, storage_of
+from stagecut.frontend.modes import ModeReads
+from stagecut.ir.errors import CaptureError
+
+_KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
+
+
+def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leaves: Leaves) -> ExportedProgram:
+    """What `export` returns, which opens the watch it is given around the trace.
+
+    Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all calls when this one is
+    the same and changes nothing further. Raises CaptureError with the source line otherwise.
+    """
+    _refuse_backward_hooks(module, leaves.paths)
+    first = Watch(module)
+    exported = export(first)
+    leaves.remarks[:] = first.notes
+    if first.drawn:
+        raise CaptureError(
+            f"forward draws from {first.drawn} or seeds it, and a trace would keep what was drawn",
+            where=place_of(type(module)),
+            hint="draw with torch functions, such as torch.rand(()), seed outside of the model, " + _KEEP_WHOLE,
+        )
+    if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
+        groups: dict[Any, dict[tuple[str, str], Any]] = {}
+        for (path, name), value in first.left.items():
+            groups.setdefault((type(module.get_submodule(path)), name), {})[path, name] = value
+        alone = [group for group in groups.values() if len(groups) > 1 and _again(module, export, first, exported, group) != SAME_TRACE]
+        raise first.refusal(next(iter((alone or [first.left])[0])), for_good=again == SETTLED)
+    return first.checked(exported)
+
+
+SAME_TRACE, SETTLED, READ = "same trace", "settled", "read"
+
+
+def _again(module: nn.Module, export: Any, first: Watch, exported: ExportedProgram, left: dict[tuple[str, str], Any]) -> str:
+    """What forward does where it finds what it left in these attributes: the same; else something else that leaves the same; else READ."""
+    second = Watch(module, left)
+    try:
+        again = export(second)
+    except Exception:
+        return READ
+    if any(second.ends[key] != first.ends[key] for key in left):
+        return READ
+    return SAME_TRACE if _equal(exported, again) else SETTLED
+
+
+def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
+    constants = [list(program.constants.values()) for program in (one, other)]
+    return _text(one) == _text(other) and len(constants[0]) == len(constants[1]) and all(map(_same_constant, *constants))
+
+
+def _text(exported: ExportedProgram) -> list[str]:
+    """The graphs of a program, without the numbers of calls of autograd.Functions."""
+    return [re.sub(r"#\d+", "", str(m.graph)) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _same_constant(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one is other
+
+
+class Watch:
+    """Open while a module is traced. `checked` says afterwards whether the trace holds all that forward did."""
+
+    def __init__(self, module: nn.Module, carried: dict[tuple[str, str], Any] | None = None) -> None:
+        self._module = module
+        self._carried = carried or {}
+        self._stack = ExitStack()
+        self._reads = ModeReads(module)
+        self._hooks: set[Any] = set()
+        self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
+        self._start: dict[tuple[str, str], Any] = {}
+        self._state: dict[tuple[str, str, str], Any] = {}
+        self._versions: dict[tuple[str, str, str], int] = {}
+        self._changed: dict[tuple[str, str], str] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.notes: list[str] = []
+        self.drawn = ""
+        self.left: dict[tuple[str, str], Any] = {}
+        self.ends: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> Watch:
+        with self._stack:  # closed again where opening fails
+            self._open()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _open(self) -> None:
+        from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+        trace: Any = importlib.import_module("torch.export._trace")
+        self._stack.callback(self._compare_random, generators())
+        kept, self._around = Kept(self._module), Surroundings(self._module)
+        self._stack.callback(self._around.restore)
+        self._stack.callback(kept.restore)
+        self._tensors = kept.replace_tensors()
+        for (path, name), value in self._carried.items():
+            vars(self._module.get_submodule(path))[name] = value
+        for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
+            self._patch(passes, passes.__name__.rpartition(".")[2], lambda graph, signature: (graph, signature))  # they lose nested ones
+        self._patch(trace, "_detect_attribute_assignment", _nothing)  # this class looks closer
+        self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
+        self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
+        self._stack.enter_context(self._reads.noting())
+        for owner, name, why in _UNTRACEABLE:
+            self._patch(owner, name, _refusing(getattr(owner, name), why))
+        self._stack.enter_context(functions_whole(self.notes, lambda: shown(user_line())))
+        for handle in (
+            self._module.register_forward_pre_hook(self._begin, prepend=True),
+            self._module.register_forward_hook(self._end),
+        ):
+            self._stack.callback(handle.remove)
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def _compare_random(self, before: dict[str, Any]) -> None:
+        for name, (state, restore) in before.items():
+            if repr(generators()[name][0]) != repr(state):
+                self.drawn = name
+                restore(state)
+
+    def _patch(self, owner: Any, name: str, new: Any) -> None:
+        self._stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, new)
+
+    def _noting(self, plain: Callable[..., None]) -> Callable[..., None]:
+        def setattr_(owner: nn.Module, name: str, value: Any) -> None:
+            self._lines[id(owner), name] = user_line()
+            plain(owner, name, value)
+
+        return setattr_
+
+    # --- while forward is traced ------------------------------------------------------------------
+
+    def _begin(self, *_: Any) -> None:
+        self._lines.clear()
+        self._state = dict(_state(self._module))
+        self._versions = {key: tensor._version for key, tensor in self._state.items() if tensor is not None}
+        self._hooks = {
+            hook for owner in self._module.modules() for hook in (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values())
+        }
+        self._start = {key: (value, fingerprint(value), brief(value)) for key, value in attributes(self._module)}
+
+    def _end(self, *_: Any) -> None:
+        for function, name in self._around.changed():
+            what = f"'{name}', which lies outside of the model, is changed while forward runs, and the stages would not"
+            code = function.__code__
+            where = f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+            if function not in self._hooks:
+                raise CaptureError(what, where=where, hint="return what it collects as an output, make a number a buffer, " + _KEEP_WHOLE)
+            self.notes.append(f"{what}: {where}")  # a hook that looks on
+        self._write_back()
+        for key, value in attributes(self._module):
+            end = fingerprint(value)
+            self.ends[key] = fingerprint(value, settled=True)
+            _, start, before = self._start.get(key, (None, None, "nothing"))
+            if start != end:
+                self._changed[key] = f"{before} -> {brief(value)}"
+                if not _is_constant(value):
+                    self.left[key] = _carry(value)
+
+    def _write_back(self) -> None:
+        """Buffers that were given another tensor get its values, behind everything else that forward does."""
+        now = dict(_state(self._module))
+        for key in self._state.keys() | now.keys():
+            if now.get(key) is not self._state.get(key):
+                self._refuse_assignment(key, self._state.get(key), now.get(key))
+        assigned = [(key, self._state[key], new) for key, new in now.items() if new is not self._state.get(key)]
+        old = {id(before) for _, before, _ in assigned}
+        final = [self._mark(key, new.clone()) if id(new) in old else new for key, _, new in assigned]
+        for (key, before, _), new in zip(assigned, final, strict=True):
+            self._mark(key, before.copy_(new))
+
+    def _mark(self, key: tuple[str, str, str], tensor: torch.Tensor) -> torch.Tensor:
+        """The last op of the trace stands for the assignment to a buffer."""
+        tracer: Any = get_proxy_mode()
+        node = next(reversed(tracer.tracer.graph.nodes))
+        node.meta[ASSIGNED] = True
+        line = self._lines.get((id(self._module.get_submodule(key[0])), key[2]))
+        if line:
+            node.meta["stack_trace"] = f'  File "{line[0]}", line {line[1]}, in {line[2]}'
+        return tensor
+
+    def _refuse_assignment(self, key: tuple[str, str, str], before: Any, new: Any) -> None:
+        """Raises CaptureError for an assignment that changes more than the values of one buffer."""
+        path, kind, name = key
+        if kind == "parameter":
+            why = "a parameter must stay the tensor that an optimizer holds"
+        elif before is None or new is None:
+            why = "which makes or removes state while it runs"
+        elif (before.shape, before.dtype, before.device) != (new.shape, new.dtype, new.device):
+            why = f"{brief(before)} becomes {brief(new)}, and state keeps its size and dtype"
+        elif any(other is before and k != key for k, other in self._state.items()):
+            why = "which has a second name that goes on holding the old tensor"
+        elif self._is_tied(key, new):
+            why = "a second name for a tensor that is written in place"
+        else:
+            return
+        raise CaptureError(
+            f"forward assigns the {kind} '{f'{path}.{name}'.lstrip('.')}': {why}",
+            where=self._where(path, name),
+            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + _KEEP_WHOLE,
+        )
+
+    def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
+        """True when the next call would write two buffers where it wrote one before."""
+        others = [k for k, item in _state(self._module) if k != key and item is not None and storage_of(item) == storage_of(new)]
+        return any(self._state[k]._version != self._versions[k] for k in (key, *others))
+
+    # --- afterwards -------------------------------------------------------------------------------
+
+    def checked(self, exported: ExportedProgram) -> ExportedProgram:
+        """The exported program, with the model's own tensors for its constants, and where Python chose by mode in its meta."""
+        for name, value in exported.constants.items():
+            if id(value) in self._tensors:
+                exported.constants[name] = self._tensors[id(value)][0]
+        exported.graph_module.meta[CHOICES] = self._reads.choices
+        return exported
+
+    def refusal(self, key: tuple[str, str], for_good: bool) -> CaptureError:
+        """What to say of an attribute that forward changes, once and for good or in each call, and reads in the next one."""
+        path, name = key
+        what = f"forward changes the attribute '{f'{path}.{name}'.lstrip('.')}' ({self._changed[key]}), which a trace would freeze"
+        if for_good:
+            return CaptureError(
+                what, where=self._where(path, name), hint="call the model once before: its first call differs from the others"
+            )
+        return Unsettled(what, path, where=self._where(path, name), hint="make it a buffer: register_buffer, changed in place")
+
+    def _where(self, path: str, name: str) -> str:
+        owner = self._module.get_submodule(path)
+        line = self._lines.get((id(owner), name))
+        return shown(line) if line else place_of(type(owner))
+
+
+def _refuse_backward_hooks(module: nn.Module, kept_whole: Sequence[str]) -> None:
+    """Raises CaptureError for a module with hooks on its backward, unless it is kept whole."""
+    for path, owner in module.named_modules():
+        hooks = [*owner._backward_hooks.values(), *owner._backward_pre_hooks.values()]
+        if hooks and not any(path == whole or path.startswith(whole + ".") for whole in kept_whole):
+            code = getattr(hooks[0], "__code__", None)
+            raise CaptureError(
+                f"module '{path}' ({type(owner).__name__}) has a backward hook, and stages are made of ops that know no hooks",
+                where=f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}" if code else repr(hooks[0]),
+                hint=f"keep the module whole: leaf_modules=['{path}']" if path else "register it on the stages",
+            )
+
+
+class Unsettled(CaptureError):
+    """Forward changes an attribute of the module at `path`, and reads it in the next call."""
+
+    def __init__(self, what: str, path: str, *, where: str, hint: str) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.path = path
+
+
+class Untraceable(RuntimeError):
+    """Forward does what no trace holds. `hint` says what to do instead."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
+_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + _KEEP_WHOLE
+_SEED = "seed outside of the model, " + _KEEP_WHOLE
+_UNTRACEABLE = (
+    (torch.Tensor, "register_hook", _HOOK),
+    (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
+    *((module, name, _SEED) for module in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
+)
+"""Functions that leave no op in a trace, and what to do instead of calling them in forward."""
+
+
+def _refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
+    """`function`, which the model may not call; torch may."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename.startswith(TORCH_DIR):
+            return function(*args, **kwargs)
+        raise Untraceable(f"{function.__name__}() is called in forward, which leaves nothing in a trace", hint)
+
+    return refuse
+
+
+class _Handle:
+    def remove(self) -> None:
+        """Nothing was registered."""
+
+
+@contextmanager
+def _nothing(_: Any) -> Iterator[None]:
+    yield
+
+
+def _state(module: nn.Module) -> Iterator[tuple[tuple[str, str, str], Any]]:
+    """Parameters and buffers under all their names, also those that are None."""
+    for path, owner in module.named_modules():
+        for kind, held in (("parameter", owner._parameters), ("buffer", owner._buffers)):
+            for name, item in held.items():
+                yield (path, kind, name), item
+
+
+class _Gone(torch.Tensor):
+    """A tensor that an earlier call left behind. A trace must not read it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise LeftBehind(f"forward reads what an earlier call left in an attribute ({getattr(func, '__name__', func)})")
+
+
+_GONE = torch.Tensor._make_subclass(_Gone, torch.empty(0))
+
+
+class LeftBehind(RuntimeError):
+    """Forward reads a tensor that an earlier call left in an attribute."""
+
+
+def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
+    """What the next call finds where this one leaves `item`: its containers anew, `_Gone` for tensors."""
+    if isinstance(item, SYMBOLS) and not isinstance(item, nn.Parameter):
+        return _GONE
+    content = content_of(item)
+    if content is None or id(content) in inside:
+        return item
+    below = (*inside, id(content))
+    if isinstance(item, (list, set, deque)) or type(item) is tuple:
+        return type(item)(_carry(part, below) for part in item)
+    if isinstance(item, tuple):
+        return item
+    made: Any = copy.copy(item)
+    (made if isinstance(item, dict) else vars(made)).update({k: _carry(v, below) for k, v in content.items()})
+    return made
+
+
+def _is_constant(item: Any) -> bool:
+    """True for tensors that no input, no state and no random number went into: making them again changes nothing."""
+    leaves = tree_leaves(item)
+    return bool(leaves) and all(isinstance(leaf, torch.Tensor) and not _depends(leaf) for leaf in leaves)
+
+
+def _depends(tensor: torch.Tensor) -> bool:
+    tracer: Any = get_proxy_mode()
+    slot = get_proxy_slot(tensor, tracer.tracer, None)
+    todo = [slot.proxy.node] if slot is not None else []
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        tags = getattr(node.target, "tags", ())
+        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags:
+            return True
+        todo += [before for before in node.all_input_nodes if before not in seen]
+        seen.update(node.all_input_nodes)
+    return False
+
+
+def place_of(cls: type) -> str:
+    """Where the forward of a module class stands."""
+    try:
+        code = cls.forward.__code__  # type: ignore[attr-defined]
+        return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
+    except AttributeError:
+        return f"class {cls.__name__}"

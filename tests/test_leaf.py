@@ -1,0 +1,329 @@
+"""leaf: modules kept whole, because the user says so or because they cannot be traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from edge import HOW, Case, assert_same, buffer, check, linear, snapshot, t, weight
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from stagecut import Pipe, SplitPoint, pipe_split, pipeline
+from stagecut.frontend.leaf import Leaves
+from stagecut.ir.errors import CaptureError, SplitError
+from stagecut.ir.graph import Op
+from stagecut.ir.printer import text
+
+X = t(4, 4)
+
+
+@dataclass
+class Whole(Case):
+    """A case with modules kept whole."""
+
+    leaves: tuple[str, ...] = ()
+
+    def cut(self, model: nn.Module) -> Pipe:
+        args, kwargs = self.inputs(0)
+        return pipeline(model, args, kwargs, leaf_modules=self.leaves)
+
+
+class Net(nn.Module):
+    """A stage before, the module under test, a stage behind; both stages hold a layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before, self.inner, self.behind = linear(), inner, linear()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.before(x)
+        pipe_split()
+        y = self.inner(x)
+        pipe_split()
+        return y * self.behind(x)
+
+
+def leaf_ops(pipe: Pipe) -> list[Op]:
+    """The calls of modules kept whole."""
+    return [op for op in pipe.program.all_ops() if op.target.startswith("module.")]
+
+
+# --- what a module kept whole may do --------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Branches on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # the tracer stops here
+            return self.layer(x)  # type: ignore[no-any-return]
+        return -x
+
+
+class Structured(nn.Module):
+    """Takes keywords and numbers, returns a structure with literals in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = weight()
+
+    def forward(self, xs: list[torch.Tensor], *, scale: float, name: str) -> dict[str, Any]:
+        return {"y": xs[0] @ self.w * scale, "rest": (xs[1], None, 3), "name": name}
+
+
+class Norm(nn.Module):
+    """Running statistics, dropout and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(4).double(), nn.Dropout(0.5)
+        self.steps = buffer(value=0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return self.drop(self.norm(x)) * self.steps  # type: ignore[no-any-return]
+
+
+class Writes(nn.Module):
+    """Writes its argument in place and returns it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+
+class Views(nn.Module):
+    """Returns a view of its argument."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[1:3]
+
+
+class Scaled(torch.autograd.Function):
+    """Gradients are scaled by three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 3
+
+
+class Custom(nn.Module):
+    """Has a backward of its own, which a trace would lose."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Scaled.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Outer(nn.Module):
+    """Calls what it is given, in whatever way the test says."""
+
+    def __init__(self, inner: nn.Module, call: Any) -> None:
+        super().__init__()
+        self.inner, self.call, self.behind = inner, call, linear()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = x * 2
+        pipe_split()
+        y = self.call(self.inner, x)
+        pipe_split()
+        return self.behind(x), y
+
+
+def outer(inner: Any, call: Any) -> type[nn.Module]:
+    """The class of such models."""
+
+    class Made(Outer):
+        def __init__(self) -> None:
+            super().__init__(inner(), call)
+
+    return Made
+
+
+WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "layer": (linear, lambda m, x: m(x), {}),
+    "branch": (Branches, lambda m, x: m(x) + m(-x), {"leaves": ()}),
+    "structure": (Structured, lambda m, x: m([x, x + 1], scale=0.5, name="n"), {}),
+    "called twice": (Structured, lambda m, x: (m([x, x], scale=2, name="a"), m([x, x * 3], scale=1, name="b")), {}),
+    "norm in either mode": (Norm, lambda m, x: m(x), {"modes": (True, False), "switch": True}),
+    "writes": (Writes, lambda m, x: m(x.clone()) + 1, {}),
+    "writes what others read": (Writes, lambda m, x: (m(x), x + 1), {}),
+    "views": (Views, lambda m, x: (m(x), x.sum()), {}),
+    "a view that is written": (Views, lambda m, x: (m(x).add_(1), x * 1), {}),
+    "custom backward": (Custom, lambda m, x: m(x), {}),
+    "frozen": (lambda: linear().requires_grad_(False), lambda m, x: m(x), {}),
+    "under no_grad": (linear, lambda m, x: torch.no_grad()(m)(x), {}),
+    "nothing used": (Norm, lambda m, x: (m(x), x)[1] * 1, {}),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("way", WAYS)
+def test_stages_with_a_module_kept_whole_do_what_the_model_does(way: str, how: str) -> None:
+    """In one process and across boundaries: outputs, gradients, buffers, random numbers."""
+    inner, call, given = WAYS[way]
+    options: dict[str, Any] = {"leaves": ("inner",)} | given
+    check(Whole("Made", outer(inner, call), (X,), **options), how)
+
+
+# --- which modules --------------------------------------------------------------------------------------
+
+
+def test_the_stage_calls_the_users_own_module() -> None:
+    """One op, held by its stage alone; its hooks fire."""
+    model = Net(linear())
+    pipe = pipeline(model, (X,), leaf_modules=["inner"])
+    assert [op.target for op in leaf_ops(pipe)] == ["module.inner"]
+    assert pipe.stages[1].get_submodule("inner") is model.inner
+    assert set(pipe.stages[1].state_dict()) == {"inner.weight", "inner.bias"}
+    assert pipe.notes == ()
+    calls: list[int] = []
+    model.inner.register_forward_hook(lambda *_: calls.append(1))
+    pipe(X)
+    assert calls == [1]
+
+
+def test_an_unknown_path_names_the_nearest() -> None:
+    with pytest.raises(SplitError, match="leaf_modules names module 'iner'") as caught:
+        pipeline(Net(linear()), (X,), leaf_modules=["iner"])
+    assert "'inner'" in caught.value.hint
+
+
+def test_a_whole_module_has_no_whole_modules_inside() -> None:
+    """Whichever is named first."""
+    model = Net(nn.Sequential(linear(), nn.Sequential(linear())))
+    for paths in (["inner.1.0", "inner.1", "inner"], ["inner", "inner.1"]):
+        pipe = pipeline(model, (X,), leaf_modules=paths)
+        assert [op.target for op in leaf_ops(pipe)] == ["module.inner"]
+
+
+def test_what_cannot_be_traced_is_kept_whole_and_noted() -> None:
+    """The smallest module around the failing line; the note says which line."""
+    pipe = pipeline(Net(nn.Sequential(linear(), Branches())), (X,))
+    assert [op.target for op in leaf_ops(pipe)] == ["module.inner.1"]
+    (note,) = pipe.notes
+    assert "'inner.1'" in note
+    assert "the tracer stops here" in note
+
+
+def test_all_modules_of_the_failing_class_are_kept_whole() -> None:
+    """It is the code of the class that fails."""
+    pipe = pipeline(Net(nn.Sequential(Branches(), linear(), Branches())), (X,))
+    assert [op.target for op in leaf_ops(pipe)] == ["module.inner.0", "module.inner.2"]
+    assert len(pipe.notes) == 1
+
+
+class Root(nn.Module):
+    """Branches itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        if y.sum() > 0:
+            return y * 1  # type: ignore[no-any-return]
+        return -x
+
+
+def test_the_model_itself_is_not_kept_whole() -> None:
+    """There would be nothing to cut."""
+    with pytest.raises(CaptureError, match="Root cannot be traced") as caught:
+        pipeline(Root(), (X,))
+    assert "leaf_modules" in caught.value.hint
+
+
+def test_a_model_without_data_cannot_be_recorded() -> None:
+    """A leaf's outputs come from a real run."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    assert not Leaves(model, ((X,), {})).can_run()
+    assert Leaves(Net(linear()), ((X,), {})).can_run()
+
+
+# --- what capture leaves alone --------------------------------------------------------------------------
+
+
+def test_the_modules_are_as_before() -> None:
+    """State, random state, and a forward set on the instance."""
+    model = Net(Norm())
+    mine = MethodType(lambda self, x: Norm.forward(self, x) * 2, model.inner)
+    model.inner.forward = mine  # type: ignore[method-assign]
+    before, random = snapshot(model), torch.get_rng_state()
+    pipeline(model, (X,), leaf_modules=["inner", "before"], check=None)
+    assert model.inner.forward is mine
+    assert "forward" not in vars(model.before)
+    assert_same(snapshot(model), before, "the model")
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_modules_are_as_before_when_capture_fails() -> None:
+    model = Root()
+    with pytest.raises(CaptureError):
+        pipeline(model, (X,), leaf_modules=["inner"])
+    assert "forward" not in vars(model.inner)
+    assert model.inner(X).shape == X.shape
+
+
+# --- what the IR says -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inner", "shown"),
+    [
+        (linear, ["@inner.weight", "effect"]),
+        (Writes, ["writes(", "view"]),
+        (Views, ["view(", "f64[2,4]"]),
+        (Norm, ["random", "@inner.steps -> %inner.steps.1", "@inner.norm.running_mean -> "]),
+    ],
+)
+def test_effects_are_those_of_a_real_run(inner: Any, shown: list[str]) -> None:
+    """What it writes, which results are views, whether it draws. Buffers count as written."""
+    pipe = pipeline(outer(inner, lambda m, x: m(x))(), (X,), leaf_modules=["inner"])
+    (line,) = [line for line in text(pipe.program).splitlines() if "module.inner" in line]
+    for part in shown:
+        assert part in line
+
+
+# --- cuts in and around it ------------------------------------------------------------------------------
+
+
+class Splits(nn.Module):
+    """Splits inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        pipe_split()
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_a_marker_inside_a_whole_module_is_refused() -> None:
+    """It runs as a whole: silence would be a stage less than asked for."""
+    with pytest.raises((SplitError, CaptureError), match="inner"):
+        pipeline(Net(Splits()), (X,), leaf_modules=["inner"])
+
+
+def test_a_split_point_inside_a_whole_module_is_refused() -> None:
+    with pytest.raises(SplitError, match=r"'inner\.1'"):
+        pipeline(Net(nn.Sequential(linear(), linear())), (X,), split_spec={"inner.1": SplitPoint.BEGINNING}, leaf_modules=["inner"])
+
+
+@pytest.mark.parametrize(("point", "held"), [(SplitPoint.BEGINNING, ["0", "12"]), (SplitPoint.END, ["01", "2"])])
+def test_a_whole_module_can_be_cut_before_and_behind(point: SplitPoint, held: list[str]) -> None:
+    pipe = pipeline(nn.Sequential(linear(), linear(), linear()), (X,), split_spec={"1": point}, leaf_modules=["1"])
+    assert ["".join(sorted({name[0] for name in stage.state_dict()})) for stage in pipe.stages] == held

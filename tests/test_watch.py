@@ -1,0 +1,224 @@
+"""Capture leaves torch, the model and what lies around it as they were, whether it succeeds or not."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stagecut import StagecutError, pipe_split, pipeline
+from stagecut.frontend.capture import capture
+from stagecut.frontend.kept import attributes, fingerprint
+from stagecut.ir.errors import CaptureError
+
+X = torch.randn(3, 4)
+AROUND: list[Any] = []
+CALLS = 0
+
+
+def patched() -> list[Any]:
+    """What a watch replaces while it is open."""
+    export = __import__("torch.export._trace", fromlist=["_"])
+    names = ("__setattr__", "training", "__getattr__")
+    return [
+        *(vars(nn.Module).get(name) for name in names),
+        *(vars(torch.Tensor).get(name) for name in ("register_hook", "register_post_accumulate_grad_hook")),
+        *(getattr(torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
+        vars(torch.autograd.Function)["apply"],
+        export._detect_attribute_assignment,
+        export.register_buffer_assignment_hook,
+        len(torch.overrides._get_current_function_mode_stack()),
+    ]
+
+
+class Model(nn.Module):
+    """Has state of many kinds; `does` is what its forward does to it."""
+
+    def __init__(self, does: Any = None) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("b", torch.zeros(4))
+        self.plain, self.held = torch.ones(4), [torch.ones(4), {"n": 1}]
+        self.number, self.text, self.nothing = 1, "t", None
+        self.does = does
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        if self.does is not None:
+            self.does(self, x)
+        pipe_split()
+        return x * 2
+
+
+def state(model: Any) -> Any:
+    """All of the model: tensors by identity, version and value, attributes by content, flags, hooks."""
+    tensors = {n: (id(t), t._version, t.tolist(), t.requires_grad) for n, t in model.state_dict(keep_vars=True).items()}
+    plain = {key: fingerprint(value) for key, value in attributes(model)}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m), m.training) for m in model.modules()]
+    return tensors, plain, hooks, list(vars(model)), model.plain.tolist()
+
+
+def fails(self: Any, x: torch.Tensor) -> None:
+    """Cannot be traced."""
+    if x.sum() > 0:
+        self.number = 2
+
+
+def grows(self: Any, x: torch.Tensor) -> None:
+    """Changes everything a bit."""
+    self.number += 1
+    self.text += "t"
+    self.held.append(x)
+    self.held[1]["n"] = x
+    self.nothing = x
+    self.extra = x
+
+
+def hooks(self: Any, x: torch.Tensor) -> None:
+    """Registers a hook."""
+    x.register_hook(lambda grad: grad)
+
+
+def seeds(self: Any, x: torch.Tensor) -> None:
+    """Seeds all generators."""
+    random.seed(3)
+    torch.manual_seed(3)
+
+
+def reassigns(self: Any, x: torch.Tensor) -> None:
+    """Gives a buffer another tensor, and writes a plain one."""
+    self.b = self.b + x.detach().sum(0)
+    self.plain.add_(1)
+    self.held[0].add_(1)
+
+
+def harmless(self: Any, x: torch.Tensor) -> None:
+    """Sets attributes anew in every call."""
+    self.number, self.text, self.nothing = 2, "u", x
+
+
+@pytest.mark.parametrize("does", [None, fails, grows, hooks, seeds, reassigns, harmless])
+def test_the_model_and_torch_are_as_they_were(does: Any) -> None:
+    model = Model(does)
+    before, was = state(model), patched()
+    seen = torch.get_rng_state(), random.getstate(), torch.is_grad_enabled()
+    try:
+        capture(model, (X,), {})
+    except StagecutError:
+        assert does in (fails, grows, hooks, seeds)
+    assert patched() == was
+    assert state(model) == before
+    assert torch.equal(torch.get_rng_state(), seen[0])
+    assert (random.getstate(), torch.is_grad_enabled()) == seen[1:]
+
+
+def collects(module: nn.Module, args: Any, result: Any) -> None:
+    """A forward hook that keeps what it sees."""
+    AROUND.append(result)
+
+
+def test_what_a_hook_collects_is_as_it_was_and_noted() -> None:
+    model = Model()
+    model.a.register_forward_hook(collects)
+    pipe = pipeline(model, (X,), check=None)
+    assert AROUND == []
+    assert len(pipe.notes) == 1
+    assert "'AROUND'" in pipe.notes[0]
+    assert f"test_watch.py:{collects.__code__.co_firstlineno} in collects" in pipe.notes[0]
+
+
+class Counting(nn.Module):
+    """Changes a number of its own file."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        global CALLS  # noqa: PLW0603
+        CALLS += 1
+        return x * CALLS
+
+
+def test_a_number_of_the_file_is_as_it_was() -> None:
+    with pytest.raises(CaptureError, match="'CALLS'"):
+        capture(Counting(), (X,), {})
+    assert CALLS == 0
+
+
+def test_capture_under_no_grad_is_that_under_grad() -> None:
+    """The gradient of what the model computes outside of its own regions must not depend on where pipeline() is called."""
+    with torch.no_grad():
+        pipe = pipeline(Model(), (X,))
+    assert pipe(X)[0].requires_grad
+
+
+class Run(torch.autograd.Function):
+    """Is given a module."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        return None, *grad_outputs
+
+
+def test_a_function_that_is_traced_through_is_noted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = Run.apply(self.a, x)
+            pipe_split()
+            return y * 2
+
+    pipe = pipeline(Net(), (X,), check=None)
+    assert len(pipe.notes) == 1
+    assert "gradient of Run" in pipe.notes[0]
+    assert "test_watch.py" in pipe.notes[0]
+
+
+class Merging(nn.Module):
+    """A train() that does more than set flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.merged = nn.Linear(4, 4), False
+
+    def train(self, mode: bool = True) -> Merging:
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        pipe_split()
+        return F.relu(x)
+
+
+def test_a_train_of_the_users_that_does_more_is_said_at_the_switch() -> None:
+    pipe = pipeline(Merging(), (X,))
+    with pytest.warns(UserWarning, match=r"test_watch.py:\d+, Merging.train"):
+        pipe.eval()
+
+
+def test_a_follower_says_nothing_at_the_switch() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.dropout(
+                x,
+                0.5,
+                training=self.training,
+            )
+            pipe_split()
+            return x * 2
+
+    pipe = pipeline(Net(), (X,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.eval()
+    assert torch.equal(pipe(X)[0], X * 2)
