@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.state import entries, held, persistent
+from stagecut.state import entries, held, persistent, refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.distributed import Driver
@@ -119,6 +119,8 @@ def _state(driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any]
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
     """Name -> tensor of what this rank saves: each entry is saved by the rank that has the first stage that holds it."""
     pipe = driver.pipe
+    for index in driver.stage_indices:
+        refuse_meta(pipe.program, pipe.stages[index])
     named = {name for entry in pipe.program.state for name in entry.names}
     strange = [name for i in driver.stage_indices for name in pipe.stages[i].state_dict() if name not in named]
     if strange:
@@ -247,14 +249,12 @@ def check_fits(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: t
 def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str, Any]:
     reader, program = Reader(folder), driver.pipe.program
     stages = [driver.pipe.stages[i] for i in driver.stage_indices]
+    for stage in stages:
+        refuse_meta(program, stage)
     tensors: dict[str, list[torch.Tensor]] = {}
     for entry in entries(program, driver.stage_indices):
         if persistent(entry):
             replicas = [tensor.detach() for tensor in held(program, stages, entry)]
-            if replicas[0].is_meta:
-                raise CheckpointError(
-                    f"'{entry.name}' is on meta, nothing can be loaded into it", hint=f"pipe.materialize(stages, '{folder}')"
-                )
             tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
     slots = _Slots(driver, optimizer, reader) if optimizer is not None else None
     wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}

@@ -26,7 +26,7 @@ from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
-from stagecut.materialize import refuse_meta
+from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
@@ -212,7 +212,7 @@ def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
     if device.type != "meta":
-        refuse_meta(pipe, index)
+        refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
     return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
 

@@ -79,15 +79,6 @@ def materialize(
     _install(pipe, stages, {entry: tensor for entry, tensor in made.items() if now[entry].is_meta}, now, device)
 
 
-def refuse_meta(pipe: Pipe, index: int) -> None:
-    """Returns when stage `index` is real; raises MaterializeError naming what is on meta."""
-    for entry in entries(pipe.program, [index]):
-        if next(held(pipe.program, [pipe.stages[index]], entry)).is_meta:
-            raise MaterializeError(
-                f"stage {index} is on the meta device: '{entry.name}' has no values", hint=f"pipe.materialize({index}, ...)"
-            )
-
-
 def _install(
     pipe: Pipe,
     stages: Sequence[Stage],

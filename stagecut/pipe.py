@@ -236,7 +236,8 @@ class Pipe(nn.Module):
             only what no checkpoint holds is left for it: buffers that are not persistent. What it draws depends on `seed` and the
             tensor's name, not on the cut.
 
-        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced.
+        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A module kept whole is
+        the model's own, and becomes real in the model too.
 
         Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source lacks or has in
         another shape or dtype. No stage has changed then.

@@ -49,6 +49,15 @@ def held(program: Program, stages: Iterable[Stage], entry: StateEntry) -> Iterat
                 yield tensor
 
 
+def refuse_meta(program: Program, stage: Stage) -> None:
+    """Returns when `stage` is real; raises StagecutError naming what is on meta."""
+    for entry in entries(program, [stage.index]):
+        if next(held(program, [stage], entry)).is_meta:
+            raise StagecutError(
+                f"stage {stage.index} is on the meta device: '{entry.name}' has no values", hint=f"pipe.materialize({stage.index}, ...)"
+            )
+
+
 def persistent(entry: StateEntry) -> list[str]:
     """The names of an entry that are in the model's state dict, in its order."""
     return [] if entry.kind == "const" else [name for name in entry.names if name not in entry.transient]

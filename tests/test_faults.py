@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
 from torch import multiprocessing, nn
+from zoo.cuts import equal_ops
 
 from stagecut import Driver, StagecutError, checkpoint, faults, pipe_split, pipeline
 
@@ -125,10 +126,7 @@ def test_the_rank_that_holds_the_store_is_named_too() -> None:
 
 
 def _fails_in_a_hook(where: Any) -> None:
-    def hook(*_: Any) -> None:
-        raise ValueError("boom")
-
-    where[0].stages[2].get_submodule("last").register_forward_hook(hook)
+    where[0].stages[2].get_submodule("last").register_forward_hook(_boom)
 
 
 def test_an_error_in_a_forward_is_told_to_all_with_its_place() -> None:
@@ -189,6 +187,34 @@ def _killed_while_one_is_busy(pipe: Any) -> str:
         calls = iter((0.0, 0.0, 0.0, 4.0))
         pipe.stages[0].register_forward_pre_hook(lambda *_: time.sleep(next(calls)))
     return _steps(pipe, 2, 0, _killed_in_forward)
+
+
+def test_pipelines_side_by_side_know_their_own_ranks() -> None:
+    """Two pipelines of two ranks each: one fails, the other goes on. Groups can be destroyed afterwards."""
+    torch.manual_seed(0)
+    pipe = pipeline(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.randn(2, 4),), split_policy=equal_ops(2), check=None)
+    found = outcomes(4, "file", _side_by_side, pipe)
+    assert found[:2] == ["ok", "ok"]
+    assert all(text.startswith("(3,) rank 3 (stage 1) failed: ValueError: boom") for text in found[2:])
+
+
+def _side_by_side(pipe: Any) -> str:
+    rank = dist.get_rank()
+    group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    driver = Driver(pipe, "GPipe", 2, lambda out: out.mean(), group=group)
+    answer = "ok"
+    if rank == 3:
+        pipe.stages[1].register_forward_hook(_boom)
+    try:
+        driver.step(torch.randn(4, 4))
+    except faults.RankError as error:
+        answer = f"{error.ranks} {error}"
+    dist.destroy_process_group()
+    return answer
+
+
+def _boom(*_: Any) -> None:
+    raise ValueError("boom")
 
 
 def _other_arguments(where: Any) -> None:

@@ -212,6 +212,27 @@ def test_values_come_before_the_checkpoint_and_real_tensors_stay(tmp_path: Path)
     assert not torch.equal(pipe.stages[0].get_buffer("kept"), given)
 
 
+def test_a_module_kept_whole_becomes_real() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(4, 4, batch_first=True)
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, _ = self.cell(x)
+            pipe_split()
+            return self.out(x)  # type: ignore[no-any-return]
+
+    with torch.device("meta"):
+        model = Kept()
+    pipe = pipeline(model, (torch.empty(2, 3, 4, device="meta"),), leaf_modules=["cell"], check=None)
+    reference = Kept()
+    pipe.materialize([0, 1], values={name: tensor.detach() for name, tensor in reference.state_dict().items()})
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(pipe(x)[0], reference(x))
+
+
 def test_tensors_in_one_storage_are_refused() -> None:
     class Overlap(Net):
         def __init__(self) -> None:
