@@ -110,8 +110,11 @@ class Faults:
 
     def _all_refuse(self) -> bool:
         key = f"refusal {self._refusals}"
-        self._store.add(key, 1)
-        return _within(GRACE, lambda: self._store.add(key, 0) == self.ranks)
+        try:
+            self._store.add(key, 1)
+            return _within(GRACE, lambda: self._store.add(key, 0) == self.ranks)
+        except RuntimeError:
+            return False  # the store is gone
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(INTERVAL):
@@ -120,7 +123,7 @@ class Faults:
                     continue
                 self._store.set(f"alive {self.rank}", "")
             except RuntimeError:
-                pass  # the store is gone, and with it the rank that holds it
+                return  # who holds the store may just be done; when it was killed, its neighbours see it
             self._break()
             return
 
@@ -132,8 +135,8 @@ class Faults:
         try:
             return self._culprit(error)
         except RuntimeError:
-            stages = _stages([i for i, home in enumerate(self._homes) if home == 0])
-            return RankError(f"the store of the group does not answer: rank {self._global(0)}{stages}, which mostly holds it, is gone", [0])
+            what = f"the store of the group does not answer: {self._title(0)}, which mostly holds it, is gone"
+            return RankError(what, [self._global(0)])
 
     def _report(self, error: BaseException) -> dict[str, Any]:
         """The other ranks can read what failed here, and nothing is exchanged any more."""
@@ -167,18 +170,16 @@ class Faults:
         gone = [rank for rank in range(self.ranks) if rank not in answered]
         if not gone:
             return RankError(f"the ranks lost their connection, though all are alive: {_line(error)}")
-        names = " and ".join(f"rank {self._global(r)}{_stages([i for i, home in enumerate(self._homes) if home == r])}" for r in gone)
-        verb = (
-            "do not answer: they were killed, have ended, or hang"
-            if len(gone) > 1
-            else "does not answer: it was killed, has ended, or hangs"
-        )
-        return RankError(f"{names} {verb}", [self._global(r) for r in gone])
+        does = "do not answer: they were killed, have ended, or hang" if gone[1:] else "does not answer: it was killed, has ended, or hangs"
+        return RankError(f"{' and '.join(map(self._title, gone))} {does}", [self._global(rank) for rank in gone])
 
     def _error(self, rank: int, report: dict[str, Any]) -> RankError:
-        mine = [i for i, home in enumerate(self._homes) if home == rank]
-        stages = _stages([report["stage"]] if report["stage"] is not None else mine)
-        return RankError(f"rank {self._global(rank)}{stages} failed: {report['what']}", [self._global(rank)], where=report["where"])
+        return RankError(f"{self._title(rank, report['stage'])} failed: {report['what']}", [self._global(rank)], where=report["where"])
+
+    def _title(self, rank: int, stage: int | None = None) -> str:
+        """`rank 2 (stage 2)`: the stage where it failed, or all it has."""
+        mine = [stage] if stage is not None else [index for index, home in enumerate(self._homes) if home == rank]
+        return f"rank {self._global(rank)} (stage{'s' if mine[1:] else ''} {' and '.join(map(str, mine))})"
 
     def _global(self, rank: int) -> int:
         assert self._group is not None
@@ -217,12 +218,6 @@ def _within(seconds: float, ready: Any) -> bool:
             return False
         time.sleep(INTERVAL / 10)
     return True
-
-
-def _stages(indices: Sequence[int]) -> str:
-    if not indices:
-        return ""
-    return f" (stage{'s' if len(indices) > 1 else ''} {' and '.join(map(str, indices))})"
 
 
 def _line(error: BaseException) -> str:

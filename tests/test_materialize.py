@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from cluster.matrix import on_ranks
 from cluster.models import _gpt, _llama
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 from zoo.cuts import equal_ops
 
 from stagecut import Driver, Pipe, StagecutError, pipe_split, pipeline
@@ -111,7 +111,7 @@ def test_tied_names_are_one_parameter_on_all_stages_of_a_process(tmp_path: Path)
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_a_distributed_checkpoint_is_a_source(prefix: str, tmp_path: Path) -> None:
     reference = Net()
-    dcp.save({prefix + name: tensor for name, tensor in reference.state_dict().items()}, checkpoint_id=tmp_path / "saved")
+    state_dict_saver.save({prefix + name: tensor for name, tensor in reference.state_dict().items()}, checkpoint_id=tmp_path / "saved")
     _, pipe = net()
     pipe.materialize([0, 1], tmp_path / "saved", values=SCALE)
     x = torch.randn(2, 4)
@@ -168,8 +168,9 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
     def fails(match: str, saved: dict[str, torch.Tensor] | None = None, **options: Any) -> None:
         if saved is not None:
             save_file(saved, tmp_path / "model.safetensors")
+        given: dict[str, Any] = {"values": SCALE, **options}
         with pytest.raises(StagecutError, match=match):
-            pipe.materialize([0, 1], tmp_path, **({"values": SCALE} | options))
+            pipe.materialize([0, 1], tmp_path, **given)
         assert all(tensor.is_meta for tensor in pipe.state_dict().values())
 
     fails("there is no checkpoint in")

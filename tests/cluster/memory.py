@@ -65,10 +65,10 @@ def write(source: str, width: int, folder: Path) -> None:
 
         save_file(Deep(width).state_dict(), folder / "model.safetensors")
     elif source == "distributed":
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import state_dict_saver
 
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.save(Deep(width).state_dict(), checkpoint_id=folder)
+        state_dict_saver.save(Deep(width).state_dict(), checkpoint_id=folder)
 
 
 def _kilobytes(field: str) -> int:
