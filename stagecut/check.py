@@ -96,7 +96,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
         mine = _fresh((tuple(args), dict(kwargs)))
         flat = pipe.flatten(*mine)
         found = _observe(lambda: run_stages(program, stages, pipe._plan, flat), _Holder(program, stages), mine, gradients)
-        again = _second_call(reference, mine, pipe, stages)
+        again = _second_call(reference, (tuple(args), dict(kwargs)), pipe, stages)
     report = Report()
     tolerance = _program_tolerance(program)
     for one, other in again:

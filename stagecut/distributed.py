@@ -24,11 +24,13 @@ from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
+from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
+from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
@@ -223,6 +225,8 @@ def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
+    if device.type != "meta":
+        refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
     return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
 
@@ -262,6 +266,8 @@ class Driver:
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
         self._replicas = _replica_groups(pipe.program, self.placement, group)
+        self.faults = Faults(group, self.placement)
+        self.faults.groups += [own for _, own in self._replicas if own is not None]
 
     @property
     def is_last(self) -> bool:
@@ -277,6 +283,8 @@ class Driver:
 
         Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's rank, (None, [])
         elsewhere. With a loss function, gradients are accumulated, divided by the number of micro-batches.
+
+        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies (`stagecut.faults`).
         """
         return self._run(args, kwargs, target, "step")
 
@@ -286,13 +294,15 @@ class Driver:
             return self._run(args, kwargs, target, "eval")
 
     def _run(self, args: Any, kwargs: Any, target: Any, how: str) -> tuple[Any, list[torch.Tensor]]:
-        sizes = self._split(args, kwargs)
-        self._targets, self._losses = _split_target(target, self.n_microbatches), []
-        schedule, stages = self._prepared(sizes)
+        with self.faults.alike():
+            sizes = self._split(args, kwargs)
+            self._targets, self._losses = _split_target(target, self.n_microbatches), []
+            schedule, stages = self._prepared(sizes)
         for stage in stages:
             stage.microbatches, stage.results = self._chunks, {}
         numbers = torch.arange(self.n_microbatches) if self.is_last and self.loss_fn is not None else None
-        getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
+        with self.faults.together():
+            getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
         if not self.is_last:
             return None, []
         results = next(s for s in stages if s.is_last).results
@@ -355,7 +365,8 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all; one collective for each group of ranks."""
         for entries, group in self._replicas:
             held = [_held(self.pipe, entry, self.stage_indices) for entry in entries]
-            _sum_gradients([same for same in held if group is not None or len(same) > 1], group)
+            with self.faults.together():
+                _sum_gradients([same for same in held if group is not None or len(same) > 1], group)
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,6 +209,42 @@ class Pipe(nn.Module):
         if model is None:
             raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
         return compare(model, self, args, kwargs)
+
+    def materialize(
+        self,
+        stages: int | Iterable[int],
+        source: str | Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        init_fn: Callable[[nn.Module], Any] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
+        rename: Callable[[str], str] | None = None,
+        cast: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """These stages are real and on `device`; the others are as before. For a model that was cut on the meta device.
+
+        A tensor gets its value from the first that has one:
+
+        values: tensors by the model's names. A value the stage has already stays when there is none here and none in the source.
+        source: a checkpoint that has every persistent tensor, of which no other is read: a .safetensors file, a folder with
+            `model.safetensors` or `model.safetensors.index.json`, or one of torch.distributed.checkpoint. `rename` gives the name in
+            the checkpoint for a name of the model. With `cast`, floats of another dtype become the model's.
+        init_fn: called with every module of a copy of the model in which what it shall initialise is real, inner modules first, such
+            as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or `model._init_weights`. With a source,
+            only what no checkpoint holds is left for it: buffers that are not persistent. What it draws depends on `seed` and the
+            tensor's name, not on the cut.
+
+        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A module kept whole is
+        the model's own, and becomes real in the model too.
+
+        Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source lacks or has in
+        another shape or dtype. No stage has changed then.
+        """
+        from stagecut.materialize import materialize
+
+        chosen = [stages] if isinstance(stages, int) else list(stages)
+        materialize(self, chosen, source, torch.device(device), init_fn, values or {}, rename, cast, seed)
 
     def build_stage(self, stage_index: int, device: torch.device | str, group: Any = None) -> Any:
         """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of torch's schedules.

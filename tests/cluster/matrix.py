@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cluster.models import SUBJECTS, Subject
 from torch import multiprocessing, nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from zoo.cuts import equal_ops
 
-from cluster.models import SUBJECTS, Subject
 from stagecut import Driver, Pipe, pipeline
 
 SCHEDULES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")

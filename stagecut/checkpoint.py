@@ -1,0 +1,355 @@
+"""Checkpoints of a pipe that runs on many ranks: each saves its own stages, anything may load them.
+
+They are checkpoints of torch.distributed.checkpoint under the model's own names, `model.NAME`, `optim.state.NAME.KEY` and
+`optim.param_groups.NAME.KEY`, as torch's flattened optimizer state has them. So they load into the unsplit model by torch's own
+functions, into a pipe with another number of stages by `load`, and the other way round.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim import Optimizer
+
+from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.graph import StateEntry
+from stagecut.state import entries, held, persistent, refuse_meta
+
+if TYPE_CHECKING:
+    from stagecut.distributed import Driver
+
+T = TypeVar("T")
+_PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))
+
+
+class CheckpointError(StagecutError):
+    """A checkpoint is missing, does not fit the model, or could not be written."""
+
+
+def save(driver: Driver, optimizer: Optimizer | None, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+    """`folder` holds the model, the optimizer and what rank 0 gives as `extra`. Every rank calls it; all see the same file system.
+
+    It appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are saved once; all names of a
+    tied tensor lead to it.
+
+    Raises CheckpointError on every rank when the folder is there already or a rank cannot write.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    with driver.faults.together(agreed=(StagecutError,)):
+        state = together(driver.group, lambda: _state(driver, optimizer, extra))
+        on_first(driver.group, lambda: _clear(folder, aside))
+        aliases = {f"model.{names[0]}": names[1:] for entry in driver.pipe.program.state if (names := persistent(entry))}
+        try:
+            state_dict_saver.save(state, storage_writer=_Writer(aside, aliases), process_group=driver.group)
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise CheckpointError(f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}") from error
+        on_first(driver.group, lambda: _publish(aside, folder))
+
+
+def load(driver: Driver, optimizer: Optimizer | None, folder: str | Path) -> dict[str, Any]:
+    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns what was saved as `extra`.
+
+    Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model. It holds pickles: load
+    only what you trust.
+
+    Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
+    """
+    with driver.faults.together(agreed=(StagecutError,)):
+        return together(driver.group, lambda: _load(driver, optimizer, Path(folder)))
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The whole checkpoint in `folder` with the highest number at the end of its name, None when there is none."""
+    found = [(int(number[0]), path) for path in Path(folder).glob("*/") if (number := re.findall(r"\d+$", path.name))]
+    whole = [(number, path) for number, path in found if (path / ".metadata").is_file() and not path.name.startswith(".")]
+    return max(whole)[1] if whole else None
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+class _Writer(FileSystemWriter):
+    """Writes each tensor once; the index leads to it from all its names."""
+
+    def __init__(self, path: Path, aliases: Mapping[str, list[str]]) -> None:
+        super().__init__(path)
+        self._aliases = aliases
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        for written in results:
+            written += [
+                replace(result, index=replace(result.index, fqn=f"model.{alias}"))
+                for result in written
+                for alias in self._aliases.get(result.index.fqn, ())
+            ]
+        for name, others in self._aliases.items():
+            for alias in others:
+                metadata.state_dict_metadata[f"model.{alias}"] = metadata.state_dict_metadata[name]
+                metadata.planner_data[f"model.{alias}"] = ("model", alias)
+        super().finish(metadata, results)
+
+
+def _state(driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What this rank saves."""
+    state: dict[str, Any] = {"model": _model_state(driver)}
+    if optimizer is not None:
+        state["optim"] = _optimizer_state(driver, optimizer)
+    if extra is not None and dist.get_rank(driver.group) == 0:
+        state["extra"] = _pickled(dict(extra))
+    return state
+
+
+def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
+    """Name -> tensor of what this rank saves: each entry is saved by the rank that has the first stage that holds it."""
+    pipe = driver.pipe
+    for index in driver.stage_indices:
+        refuse_meta(pipe.program, pipe.stages[index])
+    named = {name for entry in pipe.program.state for name in entry.names}
+    strange = [name for i in driver.stage_indices for name in pipe.stages[i].state_dict() if name not in named]
+    if strange:
+        raise CheckpointError(
+            f"'{strange[0]}' is no tensor of the traced model, it would be lost", hint="register it before the model is cut"
+        )
+    mine = [entry for entry in pipe.program.state if entry.stages and entry.stages[0] in driver.stage_indices and persistent(entry)]
+    return {persistent(entry)[0]: next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry)).detach() for entry in mine}
+
+
+def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
+    """Torch's flattened optimizer state, for the parameters that this rank saves."""
+    homes = _homes(driver)
+    state: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            entry = _entry_of(parameter, homes)
+            if entry.stages[0] not in driver.stage_indices:
+                continue
+            state |= {f"param_groups.{entry.name}.{key}": item for key, item in group.items() if key not in ("params", "param_names")}
+            for key, item in optimizer.state.get(parameter, {}).items():
+                if not isinstance(item, _PLAIN):
+                    raise CheckpointError(
+                        f"optimizer state '{key}' of '{entry.name}' is a {type(item).__name__}", hint="only tensors and numbers are saved"
+                    )
+                state[f"state.{entry.name}.{key}"] = item
+    return state
+
+
+def _homes(driver: Driver) -> dict[int, StateEntry]:
+    """id of a parameter -> its entry, for those of this rank."""
+    pipe, stages = driver.pipe, [driver.pipe.stages[i] for i in driver.stage_indices]
+    mine = [entry for entry in entries(pipe.program, driver.stage_indices) if entry.kind == "param"]
+    return {id(tensor): entry for entry in mine for tensor in held(pipe.program, stages, entry)}
+
+
+def _entry_of(parameter: torch.Tensor, homes: Mapping[int, StateEntry]) -> StateEntry:
+    found = homes.get(id(parameter))
+    if found is None:
+        raise CheckpointError(
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that no stage of this rank holds",
+            hint="make it with driver.parameters(), after materialize()",
+        )
+    return found
+
+
+def _clear(folder: Path, aside: Path) -> None:
+    if folder.exists():
+        raise CheckpointError(f"'{folder}' is there already", hint="give every checkpoint a folder of its own, such as run/step-100")
+    shutil.rmtree(aside, ignore_errors=True)  # what a save that was killed left
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    os.rename(aside, folder)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _pickled(item: Any) -> bytes:
+    made = io.BytesIO()
+    torch.save(item, made)
+    return made.getvalue()
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A folder written by torch.distributed.checkpoint, read by this process alone.
+
+    Raises CheckpointError when there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.known: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(
+                f"there is no checkpoint in '{folder}'", hint="checkpoint.latest(folder) finds the last whole one"
+            ) from None
+
+    def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool = False) -> str:
+        """The key of a tensor as `tensor` under any of the model's names for it: `model.NAME`, or the bare name.
+
+        Raises CheckpointError when there is none.
+        """
+        key = next((key for name in names for key in (f"model.{name}", name) if key in self.known), None)
+        if key is None:
+            known = [name.removeprefix("model.") for name in self.known if not name.startswith(("optim.", "extra"))]
+            raise CheckpointError(f"'{names[0]}' is not in the checkpoint", where=str(self.folder), hint=nearest(names[0], known))
+        found = self.known[key]
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"'{key}' is no tensor in the checkpoint", where=str(self.folder))
+        check_fits(names[0], tensor, tuple(found.size), found.properties.dtype, str(self.folder), cast)
+        return key
+
+    def read(self, into: dict[str, Any]) -> None:
+        """Every tensor of `into` is filled, everything else replaced, with what the checkpoint has under its key."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            state_dict_loader.load(into, storage_reader=FileSystemReader(self.folder), no_dist=True)
+
+    def template(self, key: str, device: torch.device) -> Any:
+        """Something for `read` to fill under `key`."""
+        found = self.known[key]
+        if not isinstance(found, TensorStorageMetadata):
+            return None
+        return torch.empty(found.size, dtype=found.properties.dtype, device=device)
+
+
+def check_fits(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, where: str, cast: bool = False) -> None:
+    """Returns when a tensor of that shape and dtype can be loaded into `tensor`; raises CheckpointError else."""
+    if shape != tuple(tensor.shape):
+        raise CheckpointError(f"'{name}' has shape {list(shape)}, that of the model {list(tensor.shape)}", where=where)
+    floats = dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
+    if dtype != tensor.dtype and not (cast and floats):
+        hint = "build the model in that dtype before it is cut" + (", or materialize(..., cast=True)" if floats else "")
+        raise CheckpointError(f"'{name}' is {dtype}, that of the model {tensor.dtype}", where=where, hint=hint)
+
+
+def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str, Any]:
+    reader, program = Reader(folder), driver.pipe.program
+    stages = [driver.pipe.stages[i] for i in driver.stage_indices]
+    for stage in stages:
+        refuse_meta(program, stage)
+    tensors: dict[str, list[torch.Tensor]] = {}
+    for entry in entries(program, driver.stage_indices):
+        if persistent(entry):
+            replicas = [tensor.detach() for tensor in held(program, stages, entry)]
+            tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
+    slots = _Slots(driver, optimizer, reader) if optimizer is not None else None
+    wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}
+    wanted |= slots.templates(reader) if slots is not None else {}
+    if "extra" in reader.known:
+        wanted["extra"] = b""
+    reader.read(wanted)
+    for first, *others in tensors.values():
+        for other in others:
+            other.copy_(first)
+    if slots is not None:
+        slots.fill(wanted)
+    return dict(torch.load(io.BytesIO(wanted["extra"]), weights_only=False)) if "extra" in wanted else {}
+
+
+class _Slots:
+    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has none for a parameter."""
+
+    def __init__(self, driver: Driver, optimizer: Optimizer, reader: Reader) -> None:
+        self.optimizer = optimizer
+        self.groups: list[list[tuple[torch.Tensor, dict[str, str], dict[str, str]]]] = []
+        saved = _saved_optimizer(reader.known)
+        homes = _homes(driver)
+        for group in optimizer.param_groups:
+            self.groups.append([])
+            for parameter in group["params"]:
+                entry = _entry_of(parameter, homes)
+                name = next((name for name in entry.names if ("param_groups", name) in saved), None)
+                if name is None:
+                    raise CheckpointError(
+                        f"there is no optimizer state of '{entry.name}' in the checkpoint",
+                        where=str(reader.folder),
+                        hint=nearest(entry.name, (known for _, known in saved)),
+                    )
+                self.groups[-1].append((parameter, saved["param_groups", name], saved.get(("state", name), {})))
+
+    def templates(self, reader: Reader) -> dict[str, Any]:
+        """Key -> what `Reader.read` fills. As in torch, a step count lies on the CPU unless a kernel reads it."""
+        found: dict[str, Any] = {}
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            on_device = group.get("capturable") or group.get("fused")
+            for parameter, settings, state in members:
+                found |= {full: reader.template(full, torch.device("cpu")) for full in settings.values()}
+                for key, full in state.items():
+                    found[full] = reader.template(full, parameter.device if key != "step" or on_device else torch.device("cpu"))
+        return found
+
+    def fill(self, read: Mapping[str, Any]) -> None:
+        """The optimizer has the settings and the state that were read."""
+        groups = []
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            mine = {key: item for key, item in group.items() if key != "params"}
+            settings = [{key: read[full] for key, full in settings.items()} for _, settings, _ in members]
+            for key, item in (settings[0] if settings else {}).items():
+                if any(other.get(key) != item for other in settings):
+                    raise CheckpointError(f"parameters of one group were saved with several values of '{key}'", hint="group them as before")
+            groups.append(mine | (settings[0] if settings else {}) | {"params": list(range(len(members)))})
+        self.optimizer.load_state_dict({"state": {}, "param_groups": groups})
+        for parameter, _, state in (member for members in self.groups for member in members):
+            if state:  # set here, for load_state_dict casts to the parameter's dtype
+                self.optimizer.state[parameter] = {key: read[full] for key, full in state.items()}
+
+
+def _saved_optimizer(known: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """('state' or 'param_groups', parameter name) -> key -> its full key in the checkpoint."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for full in known:
+        for part in ("state", "param_groups"):
+            if full.startswith(f"optim.{part}."):
+                name, _, key = full.removeprefix(f"optim.{part}.").rpartition(".")
+                found.setdefault((part, name), {})[key] = full
+    return found
+
+
+# --- all ranks or none --------------------------------------------------------------------------------
+
+
+def on_first(group: dist.ProcessGroup | None, work: Callable[[], None]) -> None:
+    """Rank 0 has done `work`; what it raised, every rank raises."""
+    together(group, lambda: work() if dist.get_rank(group) == 0 else None)
+
+
+def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
+    """What `work` gives, on every rank; when it raises on one rank, CheckpointError on all."""
+    error: Exception | None = None
+    made: T | None = None
+    try:
+        made = work()
+    except Exception as caught:
+        error = caught
+    found: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, None if error is None else str(error) or type(error).__name__, group)
+    if isinstance(error, StagecutError):
+        raise error
+    failed = next((rank for rank, text in enumerate(found) if text is not None), None)
+    if failed is not None:
+        raise CheckpointError(f"rank {failed}: {found[failed]}") from error
+    return made  # type: ignore[return-value]

@@ -1,0 +1,279 @@
+"""When one rank fails, all stop with an error that names it, and none waits for what will not come.
+
+Ranks speak through the group's store. One that fails says there what failed and where, then raises a flag. While it is in a
+step every rank watches the flag from a thread: when it goes up, the thread answers that the rank is alive and breaks the rank's
+connections, so that whatever the rank waits for fails. Neighbours of a rank that was killed see its connections close, and raise
+the flag for it; who then neither reports nor answers is the one that is gone. Last resort is the timeout of the group.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import re
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.pipelining import PipelineStage
+
+from stagecut.backend.modules import StageModule
+from stagecut.ir.errors import StagecutError
+
+INTERVAL = 0.5
+"""Seconds between two looks at the flag."""
+GRACE = 5.0
+"""Seconds within which a rank that is alive answers."""
+
+_FAILED = "failed"
+_UNUSED_TAG = 2**20 + 7
+_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
+_COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
+
+
+class RankError(StagecutError):
+    """A rank failed; every rank of the group raises this. The group is broken: start all ranks again from the last checkpoint.
+
+    `ranks` are those that failed. On a rank that failed by itself, the cause is `__cause__`.
+    """
+
+    def __init__(self, what: str, ranks: Sequence[int] = (), *, where: str = "") -> None:
+        super().__init__(what, where=where, hint="start all ranks again from checkpoint.latest(folder)")
+        self.ranks = tuple(ranks)
+
+
+class Faults:
+    """Watches what the ranks of a group do together. Every rank makes one; `homes` are the ranks of the stages, by stage."""
+
+    def __init__(self, group: dist.ProcessGroup | None, homes: Sequence[int]) -> None:
+        self._group = group if group is not None else dist.group.WORLD
+        assert self._group is not None
+        self._homes = tuple(homes)
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.groups: list[Any] = [self._group]
+        self._watching = threading.Lock()
+        self._refusals = 0
+        token = [uuid.uuid4().hex]
+        dist.broadcast_object_list(token, group=self._group, group_src=0)
+        store: Any = self._group.get_group_store()
+        self._store: Any = PrefixStore(f"stagecut/{token[0]}", store.clone())
+
+    @contextmanager
+    def together(self, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """What is done inside is done by all ranks. Raises RankError when one fails; the group is broken then.
+
+        What all ranks raise alike is in `agreed`.
+        """
+        if not self._watching.acquire(blocking=False):
+            yield  # inside another one
+            return
+        done = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watch.start()
+        try:
+            yield
+        except agreed:
+            raise
+        except Exception as error:
+            raise self._failed(error) from _origin(error)
+        except BaseException as error:
+            self._report(error)
+            raise
+        finally:
+            done.set()
+            watch.join()
+            self._watching.release()
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """What is checked inside, every rank checks. When all raise, their errors are raised as they are, and the group can go on.
+
+        When only some raise, they fail as in `together`.
+        """
+        self._refusals += 1
+        try:
+            yield
+        except Exception as error:
+            if self._all_refuse():
+                raise
+            raise self._failed(error) from _origin(error)
+
+    def _all_refuse(self) -> bool:
+        key = f"refusal {self._refusals}"
+        try:
+            self._store.add(key, 1)
+            return _within(GRACE, lambda: self._store.add(key, 0) == self.ranks)
+        except RuntimeError:
+            return False  # the store is gone
+
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(INTERVAL):
+            try:
+                if not self._store.check([_FAILED]):
+                    continue
+                self._store.set(f"alive {self.rank}", "")
+            except RuntimeError:
+                return  # who holds the store may just be done; when it was killed, its neighbours see it
+            self._break()
+            return
+
+    def _failed(self, error: Exception) -> RankError:
+        """The error that this rank ends with, after all ranks were told to stop."""
+        report = self._report(error)
+        if report["what"]:
+            return self._error(self.rank, report)
+        try:
+            return self._culprit(error)
+        except RuntimeError:
+            what = f"the store of the group does not answer: {self._title(0)}, which mostly holds it, is gone"
+            return RankError(what, [self._global(0)])
+
+    def _report(self, error: BaseException) -> dict[str, Any]:
+        """The other ranks can read what failed here, and nothing is exchanged any more."""
+        report = _described(error)
+        try:
+            self._store.set(f"report {self.rank}", json.dumps(report))
+            self._store.set(_FAILED, "")
+        except RuntimeError:
+            pass  # the store is gone: that the connections break is all the others will see
+        self._break()
+        return report
+
+    def _culprit(self, error: Exception) -> RankError:
+        """Who failed, when this rank only saw a connection break. Raises RuntimeError when the store does not answer."""
+        answered: set[int] = set()
+        found: list[tuple[int, dict[str, Any]]] = []
+
+        def known() -> bool:
+            for rank in range(self.ranks):
+                if self._store.check([f"report {rank}"]):
+                    report = json.loads(self._store.get(f"report {rank}"))
+                    answered.add(rank)
+                    if report["what"]:
+                        found.append((rank, report))
+                elif self._store.check([f"alive {rank}"]):
+                    answered.add(rank)
+            return bool(found)
+
+        if _within(GRACE, known):
+            return self._error(*found[0])
+        gone = [rank for rank in range(self.ranks) if rank not in answered]
+        if not gone:
+            return RankError(f"the ranks lost their connection, though all are alive: {_line(error)}")
+        does = "do not answer: they were killed, have ended, or hang" if gone[1:] else "does not answer: it was killed, has ended, or hangs"
+        return RankError(f"{' and '.join(map(self._title, gone))} {does}", [self._global(rank) for rank in gone])
+
+    def _error(self, rank: int, report: dict[str, Any]) -> RankError:
+        return RankError(f"{self._title(rank, report['stage'])} failed: {report['what']}", [self._global(rank)], where=report["where"])
+
+    def _title(self, rank: int, stage: int | None = None) -> str:
+        """`rank 2 (stage 2)`: the stage where it failed, or all it has."""
+        mine = [stage] if stage is not None else [index for index, home in enumerate(self._homes) if home == rank]
+        return f"rank {self._global(rank)} (stage{'s' if mine[1:] else ''} {' and '.join(map(str, mine))})"
+
+    def _global(self, rank: int) -> int:
+        assert self._group is not None
+        return dist.get_global_rank(self._group, rank)
+
+    def _break(self) -> None:
+        """Whatever this rank waits for in the group fails now, and so does what others wait for from it."""
+        for group in self.groups:
+            _break_connections(group)
+
+
+def _break_connections(group: Any) -> None:
+    """No rank gets anything from this one through `group` any more.
+
+    gloo has no abort, but a receive that times out closes all connections of its group.
+    """
+    for kind in {"cuda", "cpu"} & {device.type for device in group._device_types}:
+        backend = group._get_backend(torch.device(kind))
+        if backend.name() != "gloo":
+            backend.abort()
+            continue
+        for peer in range(group.size()):
+            if peer == group.rank():
+                continue
+            try:
+                backend.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue  # it timed out, as it should, or was closed before
+
+
+def _within(seconds: float, ready: Any) -> bool:
+    """True as soon as `ready()` holds, False when it did not for so long."""
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            return False
+        time.sleep(INTERVAL / 10)
+    return True
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}"[:2000]
+
+
+# --- what failed, and where ---------------------------------------------------------------------------
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """What, where and in which stage; `what` is empty when the error only says that another rank is gone."""
+    error = _origin(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
+    stage = next((index for frame in reversed(frames) if (index := _stage_of(frame)) is not None), None)
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or (frames and _waits(frames[-1]))):
+        return {"what": "", "where": "", "stage": stage}
+    module = next((m._path for frame in reversed(frames) if isinstance(m := frame.f_locals.get("self"), StageModule)), "")
+    place = next(
+        (_place(f, n) for f, n in zip(reversed(frames), reversed(lines), strict=True) if not (_in(f, _TORCH) or _in(f, _OURS))), ""
+    )
+    if isinstance(error, StagecutError):
+        place = error.where or place
+    where = ", ".join([*([f"module '{module}'"] if module else []), *([place] if place else [])])
+    return {"what": _line(error) if not isinstance(error, StagecutError) else error.what, "where": where, "stage": stage}
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What torch's schedules wrap."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _stage_of(frame: FrameType) -> int | None:
+    """The stage that a frame is about."""
+    me = frame.f_locals.get("self")
+    for found in (me, frame.f_locals.get("stage"), getattr(me, "_stage", None)):
+        if isinstance(found, PipelineStage):
+            return found.stage_index
+    return None
+
+
+def _waits(frame: FrameType) -> bool:
+    """True for the code of torch that waits for other ranks."""
+    return frame.f_code.co_name == "_wait_batch_p2p" or frame.f_code.co_filename == dist.distributed_c10d.__file__
+
+
+def _in(frame: FrameType, folder: Path) -> bool:
+    return frame.f_code.co_filename.startswith(f"{folder}/")
+
+
+def _place(frame: FrameType, line: int) -> str:
+    """file:line, of the model where the code is a stage's."""
+    file = frame.f_code.co_filename
+    if not file.startswith("<stagecut "):
+        return f"{Path(file).name}:{line}"
+    above = (_COMMENT.match(linecache.getline(file, number)) for number in range(line, 0, -1))
+    return next((found[1] for found in above if found), "")

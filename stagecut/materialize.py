@@ -1,0 +1,325 @@
+"""Stages of a model that was cut on the meta device become real: each process makes its own stages and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stagecut.backend.modules import Stage, StageModule
+from stagecut.checkpoint import CheckpointError, Reader, check_fits
+from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.graph import StateEntry
+from stagecut.state import entries, find, held, persistent, put
+
+if TYPE_CHECKING:
+    from stagecut.pipe import Pipe
+
+InitFn = Callable[[nn.Module], Any]
+
+
+class MaterializeError(StagecutError):
+    """A tensor of a stage has no value."""
+
+
+class Source(Protocol):
+    """Something tensors are read from by name."""
+
+    def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool) -> str:
+        """The key of a tensor as `tensor` under any of these names. Raises CheckpointError when there is none."""
+        ...
+
+    def read(self, into: dict[str, Any]) -> None:
+        """Every tensor of `into` is filled with what lies under its key."""
+        ...
+
+
+def materialize(
+    pipe: Pipe,
+    indices: Iterable[int],
+    source: str | Path | None,
+    device: torch.device,
+    init_fn: InitFn | None,
+    values: Mapping[str, torch.Tensor],
+    rename: Callable[[str], str] | None,
+    cast: bool,
+    seed: int,
+) -> None:
+    """As `Pipe.materialize`. Everything is checked before anything is read, and read before a stage changes."""
+    stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
+    mine = entries(pipe.program, [stage.index for stage in stages])
+    now = {entry: next(held(pipe.program, stages, entry)) for entry in mine}
+    _refuse_overlaps(now)
+    given = _by_entry(pipe, values, now, cast)
+    known = {entry: real for entry in mine if now[entry].is_meta and (real := _elsewhere(pipe, entry, device)) is not None}
+    reader: Source | None = None if source is None else _open(Path(source))
+    keys: dict[StateEntry, str] = {}
+    for entry in mine if reader is not None else ():
+        names = [name if rename is None else rename(name) for name in persistent(entry)]
+        if names and entry not in given and entry not in known and reader is not None:
+            keys[entry] = reader.key_for(names, now[entry], cast)
+    lacking = [entry for entry in mine if now[entry].is_meta and not (entry in given or entry in known or entry in keys)]
+    if lacking and init_fn is None:
+        raise _no_value(lacking, source)
+
+    made = known | _initial(pipe, lacking, init_fn, device, seed)
+    made |= {e: now[e].detach() if not now[e].is_meta else torch.empty_like(now[e].detach(), device=device) for e in (*given, *keys)}
+    for entry, tensor in given.items():
+        made[entry].copy_(tensor)
+    if reader is not None:
+        reader.read({key: made[entry] for entry, key in keys.items()})
+    _install(pipe, stages, {entry: tensor for entry, tensor in made.items() if now[entry].is_meta}, now, device)
+
+
+def _install(
+    pipe: Pipe,
+    stages: Sequence[Stage],
+    made: Mapping[StateEntry, torch.Tensor],
+    now: Mapping[StateEntry, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """The stages hold what was made, all names of a tensor the same one, and lie on `device` as a whole."""
+    for entry, tensor in made.items():
+        if entry.kind == "param" and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=now[entry].requires_grad)
+        for stage in stages:
+            for name in pipe.program.stages[stage.index].state.get(entry, ()):
+                put(stage, name, tensor)
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, StageModule):
+                module.__dict__["_here"] = torch.empty(0, device=device)
+        stage.to(device)
+
+
+def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
+    """Two tensors in one storage would become two: what one writes the other would not see."""
+    seen: dict[int, StateEntry] = {}
+    for entry, tensor in now.items():
+        other = seen.setdefault(tensor.untyped_storage()._cdata, entry)
+        if tensor.is_meta and other is not entry:
+            raise MaterializeError(
+                f"'{other.name}' and '{entry.name}' lie in one storage", hint="make one from the other in forward, not in __init__"
+            )
+
+
+def _by_entry(
+    pipe: Pipe, values: Mapping[str, torch.Tensor], now: Mapping[StateEntry, torch.Tensor], cast: bool
+) -> dict[StateEntry, torch.Tensor]:
+    """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one without values."""
+    owners = pipe.program.name_owners()
+    found: dict[StateEntry, torch.Tensor] = {}
+    for name, tensor in values.items():
+        if name not in owners:
+            raise MaterializeError(f"values has '{name}', which the model does not have", hint=nearest(name, owners))
+        if tensor.is_meta:
+            raise MaterializeError(f"values['{name}'] is on the meta device itself")
+        if owners[name] in now:
+            check_fits(name, now[owners[name]], tuple(tensor.shape), tensor.dtype, "values", cast)
+            found[owners[name]] = tensor.detach()
+    return found
+
+
+def _elsewhere(pipe: Pipe, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
+    """The tensor that another stage of this process has for `entry` already."""
+    tensors = (find(pipe.stages[index], pipe.program.stages[index].state[entry][0]) for index in entry.stages)
+    return next((t for t in tensors if t is not None and not t.is_meta and t.device == _indexed(device)), None)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.empty(0, device=device).device
+
+
+def _no_value(lacking: Sequence[StateEntry], source: str | Path | None) -> MaterializeError:
+    names = ", ".join(f"'{entry.name}'" for entry in lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+    if source is None:
+        return MaterializeError(f"nothing gives values to {names}", hint="give a checkpoint, init_fn=..., or values={name: tensor}")
+    kinds = dict.fromkeys("constants" if entry.kind == "const" else "non-persistent buffers" for entry in lacking)
+    return MaterializeError(
+        f"no checkpoint holds {' and '.join(kinds)}, and these were made on meta: {names}",
+        hint="values={name: tensor}, or an init_fn that computes them in their module; a tensor that forward makes must not be on meta",
+    )
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> Source:
+    if (path / ".metadata").is_file():
+        return Reader(path)
+    return _Safetensors(path)
+
+
+class _Safetensors:
+    """A .safetensors file, or a folder with `model.safetensors` or `model.safetensors.index.json` and the files it names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, Path] = {}
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            self.files = {name: path / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+            return
+        file = path if path.is_file() else path / "model.safetensors"
+        if not file.is_file():
+            raise CheckpointError(
+                f"there is no checkpoint in '{path}'",
+                hint="model.safetensors, model.safetensors.index.json or .metadata of a distributed one",
+            )
+        with _opened(file) as handle:
+            self.files = dict.fromkeys(handle.keys(), file)
+
+    def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool) -> str:
+        """As `Source` says."""
+        key = next((name for name in names if name in self.files), None)
+        if key is None:
+            raise CheckpointError(f"'{names[0]}' is not in the checkpoint", where=str(self.path), hint=nearest(names[0], self.files))
+        found = self._tensor(key)
+        check_fits(key, tensor, tuple(found.shape), found.dtype, str(self.files[key]), cast)
+        return key
+
+    def read(self, into: dict[str, Any]) -> None:
+        """As `Source` says."""
+        for key, tensor in into.items():
+            tensor.copy_(self._tensor(key))
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        """A tensor that lies in the mapped file: nothing is read yet. Each has a map of its own, or what was read would stay in memory."""
+        with _opened(self.files[key]) as handle:
+            if key not in handle.keys():  # noqa: SIM118  # it is no mapping
+                raise CheckpointError(f"'{key}' is not where the index says", where=str(self.files[key]), hint="load the checkpoint again")
+            found: torch.Tensor = handle.get_tensor(key)
+            return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise CheckpointError("safetensors is not installed", hint="pip install 'stagecut[safetensors]'") from None
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"'{file.name}' is missing, though the index names it", where=str(file.parent), hint="load it again"
+        ) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"'{file.name}' cannot be read: {error}", where=str(file), hint="load it again") from error
+
+
+# --- initial values -----------------------------------------------------------------------------------
+
+
+def _initial(
+    pipe: Pipe, wanted: Sequence[StateEntry], init_fn: InitFn | None, device: torch.device, seed: int
+) -> dict[StateEntry, torch.Tensor]:
+    """What `init_fn` makes of the wanted tensors: it is called for every module of a twin of the model in which only they are real."""
+    if not wanted or init_fn is None:
+        return {}
+    model = pipe._model() if pipe._model is not None else None
+    if model is None:
+        raise MaterializeError("there is no model whose modules init_fn could be called with", hint="keep the model alive, or give values=")
+    twin = deepcopy(model)
+    real = {entry.name: _make_real(twin, entry, device) for entry in wanted}
+    streams = _Streams({name: tensor for name, tensor in real.items() if tensor is not None}, seed)
+    streams.run(twin, init_fn, device)
+    made: dict[StateEntry, torch.Tensor] = {}
+    for entry in wanted:
+        _, last, place = _slot(twin, entry.name)
+        tensor = None if place is None else place[last]
+        if tensor is None or tensor.is_meta or (tensor is real[entry.name] and entry.name not in streams.written):
+            raise MaterializeError(f"init_fn gave no value to '{entry.name}'", hint="initialise it there, or give values={name: tensor}")
+        check_fits(entry.name, _held_now(pipe, entry), tuple(tensor.shape), tensor.dtype, "init_fn")
+        made[entry] = tensor.detach().to(device)
+    return made
+
+
+def _make_real(twin: nn.Module, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
+    """A tensor without values, which the twin holds under all names of `entry`; None when it has none of them."""
+    fresh: torch.Tensor | None = None
+    for name in entry.names:
+        owner, last, place = _slot(twin, name)
+        if place is None:
+            continue
+        if fresh is None:
+            fresh = torch.empty_like(place[last].detach(), device=device)
+            fresh = nn.Parameter(fresh, requires_grad=place[last].requires_grad) if entry.kind == "param" else fresh
+        setattr(owner, last, fresh)
+    return fresh
+
+
+def _held_now(pipe: Pipe, entry: StateEntry) -> torch.Tensor:
+    return next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry))
+
+
+def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+    """The module a tensor of the model belongs to, its name there, and the dict it is in; None where the model has none of that name."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    places = (owner._parameters, owner._buffers, owner.__dict__)
+    return owner, last, next((place for place in places if isinstance(place.get(last), torch.Tensor)), None)
+
+
+class _Streams(TorchDispatchMode):
+    """Each tensor draws random numbers of its own, so that its values depend on the seed and its name, not on where the model is cut.
+
+    `written` are the names of the tensors that were written.
+    """
+
+    def __init__(self, real: Mapping[str, torch.Tensor], seed: int) -> None:
+        super().__init__()
+        self.written: set[str] = set()
+        self._names = {_storage(tensor): name for name, tensor in real.items()}
+        self._seed = seed
+        self._draws: dict[str, int] = {}
+
+    def run(self, model: nn.Module, init_fn: InitFn, device: torch.device) -> None:
+        """`init_fn` has been called with every module of `model`, inner ones first. The random state is as before."""
+        paths = {module: path for path, module in model.named_modules()}
+
+        def call(module: nn.Module) -> None:
+            torch.manual_seed(self._number(f"module {paths[module]}"))
+            init_fn(module)
+
+        with _own_random_state(device), torch.no_grad(), self:
+            model.apply(call)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [self._names[_storage(t)] for t in _written(func, args, kwargs) if _storage(t) in self._names]
+        self.written.update(names)
+        if not names or torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        draw = self._draws[names[0]] = self._draws.get(names[0], -1) + 1
+        with _own_random_state(args[0].device):
+            torch.manual_seed(self._number(f"{names[0]} {draw}"))
+            return func(*args, **kwargs)
+
+    def _number(self, text: str) -> int:
+        return int(hashlib.sha256(f"{self._seed} {text}".encode()).hexdigest()[:15], 16)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors an op writes."""
+    specs = func._schema.arguments
+    pairs = [*zip(specs, args, strict=False), *((spec, kwargs[spec.name]) for spec in specs if spec.name in kwargs)]
+    items = tree_leaves([item for spec, item in pairs if spec.alias_info is not None and spec.alias_info.is_write])
+    return [item for item in items if isinstance(item, torch.Tensor)]
+
+
+def _own_random_state(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,74 @@
+"""The tensors that stages hold, by the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from stagecut.backend.modules import Stage, StageModule
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Program, StateEntry
+
+
+def find(stage: Stage, name: str) -> torch.Tensor | None:
+    """The tensor that `stage` holds under a name of the model's state, constants included."""
+    owner, last = _owner(stage, name)
+    for place in (owner._parameters, owner._buffers, owner._constants if isinstance(owner, StageModule) else {}):
+        tensor = place.get(last)
+        if tensor is not None:
+            return tensor
+    found = owner.__dict__.get(last)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
+    """`stage` holds `tensor` under `name`, in the place of what it held there."""
+    owner, last = _owner(stage, name)
+    if not isinstance(owner, StageModule):
+        setattr(owner, last, tensor)  # a module of the user's may do more than keep it
+        return
+    for place in (owner._parameters, owner._buffers, owner._constants):
+        if last in place:
+            place[last] = tensor  # type: ignore[assignment]
+
+
+def held(program: Program, stages: Iterable[Stage], entry: StateEntry) -> Iterator[torch.Tensor]:
+    """Every distinct tensor that `stages` hold for `entry`: replicas that became tensors of their own, or the one they share."""
+    seen: set[int] = set()
+    for stage in stages:
+        for name in program.stages[stage.index].state.get(entry, ()):
+            tensor = find(stage, name)
+            if tensor is None:
+                raise StagecutError(
+                    f"stage {stage.index} does not hold '{name}' any more", hint="leave the names of a stage's state as they are"
+                )
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def refuse_meta(program: Program, stage: Stage) -> None:
+    """Returns when `stage` is real; raises StagecutError naming what is on meta."""
+    for entry in entries(program, [stage.index]):
+        if next(held(program, [stage], entry)).is_meta:
+            raise StagecutError(
+                f"stage {stage.index} is on the meta device: '{entry.name}' has no values", hint=f"pipe.materialize({stage.index}, ...)"
+            )
+
+
+def persistent(entry: StateEntry) -> list[str]:
+    """The names of an entry that are in the model's state dict, in its order."""
+    return [] if entry.kind == "const" else [name for name in entry.names if name not in entry.transient]
+
+
+def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:
+    """The state that those stages hold, each once, in the model's order."""
+    mine = set(indices)
+    return [entry for entry in program.state if mine & set(entry.stages)]
+
+
+def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
+    path, _, last = name.rpartition(".")
+    return stage.get_submodule(path), last
