@@ -6,6 +6,7 @@ Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ except ImportError:  # before torch 2.13
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
+
+
+_ON_DEVICE = re.compile(r'(?<=])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 
 
 class MismatchError(InputError, _TorchMismatch):
@@ -394,8 +398,8 @@ def _own_device(group: Group) -> torch.device:
 
 
 def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs."""
-    lines = [line for line in text(program).splitlines() if not line.startswith("  file ")]
+    """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on a device of its own."""
+    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
     mine = (hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], program.name, len(program.stages), *settings)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
