@@ -6,6 +6,7 @@ Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ _TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getatt
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
+
+
+_ON_DEVICE = re.compile(r'(?<=])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 
 
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
@@ -265,9 +269,7 @@ class Driver:
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
-        self._replicas = _replica_groups(pipe.program, self.placement, group)
         self.faults = Faults(group, self.placement)
-        self.faults.groups += [own for _, own in self._replicas if own is not None]
 
     @property
     def is_last(self) -> bool:
@@ -362,11 +364,12 @@ class Driver:
         return sizes[0]
 
     def sync_shared_gradients(self) -> None:
-        """Every replica of a tied parameter has the sum of the gradients of all; one collective for each group of ranks."""
-        for entries, group in self._replicas:
-            held = [_held(self.pipe, entry, self.stage_indices) for entry in entries]
-            with self.faults.together():
-                _sum_gradients([same for same in held if group is not None or len(same) > 1], group)
+        """Every replica of a tied parameter has the sum of the gradients of all. Each rank of the pipeline calls it."""
+        for ranks, entries in _replicas(self.pipe.program, self.placement):
+            if dist.get_rank(self.group) in ranks:
+                held = [_held(self.pipe, entry, self.stage_indices) for entry in entries]
+                with self.faults.together():
+                    _sum_gradients([same for same in held if len(ranks) > 1 or len(same) > 1], ranks, self.group)
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""
@@ -402,8 +405,8 @@ def _own_device(group: Group) -> torch.device:
 
 
 def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs."""
-    lines = [line for line in text(program).splitlines() if not line.startswith("  file ")]
+    """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on a device of its own."""
+    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
     mine = (hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], program.name, len(program.stages), *settings)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
@@ -472,18 +475,13 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _replica_groups(program: Program, homes: Sequence[int], group: Group) -> list[tuple[list[StateEntry], Any]]:
-    """The parameters of several stages by the ranks that hold them, each with a group of those ranks. Other pipelines do not take part."""
+def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
+    """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
     for entry in program.state:
         if entry.kind == "param" and len(entry.stages) > 1:
             by_ranks.setdefault(tuple(sorted({homes[stage] for stage in entry.stages})), []).append(entry)
-    world, mine = dist.get_process_group_ranks(group or dist.group.WORLD), dist.get_rank(group)
-    return [
-        (entries, dist.new_group([world[r] for r in ranks], use_local_synchronization=True) if len(ranks) > 1 else None)
-        for ranks, entries in sorted(by_ranks.items())
-        if mine in ranks
-    ]
+    return sorted(by_ranks.items(), key=lambda item: item[0])
 
 
 def _held(pipe: Pipe, entry: StateEntry, stages: Sequence[int]) -> list[torch.nn.Parameter]:
@@ -501,18 +499,35 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], group: Any) -> None:
-    """Each replica of a parameter has the sum of the gradients of all, here and on the group; none where none has one."""
+def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group) -> None:
+    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none has one."""
     for dtype in dict.fromkeys(same[0].dtype for same in replicas):
         mine = [same for same in replicas if same[0].dtype == dtype]
         grads = [[_local(p.grad.detach()) for p in same if p.grad is not None] for same in mine]
         parts = [torch.stack(g).sum(0) if g else torch.zeros_like(_local(same[0])) for g, same in zip(grads, mine, strict=True)]
-        total = torch.cat([*(p.flatten() for p in parts), parts[0].new_tensor([float(bool(g)) for g in grads])])
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        *sums, counts = total.split([*(p.numel() for p in parts), len(mine)])
+        packed = torch.cat([*(p.flatten() for p in parts), parts[0].new_tensor([float(bool(g)) for g in grads])])
+        *sums, counts = _total(packed, ranks, group).split([*(p.numel() for p in parts), len(mine)])
         for same, made, count in zip(mine, sums, counts.tolist(), strict=True):
             for parameter in same if count else ():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 _local(parameter.grad).copy_(made.view_as(_local(parameter)))
+
+
+def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
+    """The sum of a tensor over some ranks of the group, bit for bit the same on each.
+
+    They send to each other: a group of their own would have to be made by all processes there are, those of other pipelines
+    too.
+    """
+    if len(ranks) == dist.get_world_size(group):
+        dist.all_reduce(mine, group=group)
+        return mine
+    me = dist.get_rank(group)
+    parts = {rank: mine if rank == me else torch.empty_like(mine) for rank in ranks}
+    others = [rank for rank in ranks if rank != me]
+    ops = [dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others]
+    ops += [dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank) for rank in others]
+    for work in dist.batch_isend_irecv(ops) if ops else ():
+        work.wait()
+    return torch.stack(list(parts.values())).sum(0)

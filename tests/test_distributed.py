@@ -14,7 +14,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.export import Dim
 
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
-from stagecut.distributed import MismatchError, placement
+from stagecut.distributed import MismatchError, _agree, placement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -142,6 +142,20 @@ def test_ranks_with_other_programs_are_told_so_before_the_first_step() -> None:
 def _disagree(pipes: list[Any]) -> str:
     with pytest.raises(StagecutError, match="do not run the same program: rank 1"):
         Driver(pipes[dist.get_rank()], "GPipe", 2)
+    return "ok"
+
+
+def test_each_rank_may_trace_on_a_device_of_its_own() -> None:
+    pipes = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            pipes.append(pipeline(Plain(), (torch.randn(2, 4), torch.randn(2, 4)), check=None))
+    assert str(pipes[0]) != str(pipes[1])
+    assert on_ranks(2, _agree_on, pipes) == ["ok", "ok"]
+
+
+def _agree_on(pipes: list[Any]) -> str:
+    _agree(pipes[dist.get_rank()].program, (), None)
     return "ok"
 
 
