@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,7 +230,7 @@ def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
-    if device.type != "meta":
+    if device.type != "meta" and any(t.is_meta for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
     return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
@@ -264,7 +265,7 @@ class Driver:
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
-        self._modules = {i: wrap(pipe.stages[i].to(self.device), i) for i in self.stage_indices}
+        self._wrap = wrap
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
@@ -276,9 +277,16 @@ class Driver:
         """True on the rank that has the last stage, and so the outputs and the losses."""
         return self.pipe.num_stages - 1 in self.stage_indices
 
+    @cached_property
+    def modules(self) -> dict[int, torch.nn.Module]:
+        """This rank's stages by index, on its device, with what `wrap` puts around them. StagecutError while one is on meta."""
+        for i in self.stage_indices:
+            refuse_meta(self.pipe.program, self.pipe.stages[i])
+        return {i: self._wrap(self.pipe.stages[i].to(self.device), i) for i in self.stage_indices}
+
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters this rank holds, each once."""
-        return list(dict.fromkeys(p for i in self.stage_indices for p in self.pipe.stages[i].parameters()))
+        """The parameters this rank holds, each once, as `modules` has them."""
+        return list(dict.fromkeys(p for i in self.modules for p in self.pipe.stages[i].parameters()))
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """One step on a whole batch: the model's own arguments, the same on every rank.
@@ -317,7 +325,7 @@ class Driver:
         if key not in self._schedules:
             stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
             for stage in stages:
-                stage.submod = self._modules[stage.stage_index]
+                stage.submod = self.modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)

@@ -102,7 +102,7 @@ def refusals() -> dict[str, Callable[[], Any]]:
         ).eval(torch.ones(4)),
         "shape mismatch": hooked,
         "is not supported with stage modules that have used torch.compile": compiled,
-        "ColwiseParallel currently only support nn.Linear and nn.Embedding!": lambda: Driver(chain(2), wrap=split_columns),
+        "ColwiseParallel currently only support nn.Linear and nn.Embedding!": lambda: Driver(chain(2), wrap=split_columns).modules,
     }
 
 
