@@ -65,7 +65,7 @@ class BuiltStage(PipelineStage):
         last = index == len(program.stages) - 1
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
-        self.results: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
         self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
         self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
         self._owned = written_inputs(self.block)
@@ -88,7 +88,7 @@ class BuiltStage(PipelineStage):
             if isinstance(error.__cause__, StagecutError):
                 raise error.__cause__ from None
             raise
-        if self.is_last and self.fed:
+        if self.is_last and self.results is not None and self.fed:
             self.results[fwd_chunk_id] = tuple(t.detach() for t in _as_tuple(output))
         return output
 
@@ -243,7 +243,8 @@ class Driver:
     stages r, r + ranks, ..., or for V schedules r and its mirror image.
 
     `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what it returns runs in
-    the module's place: FSDP, DDP, activation checkpointing and torch.compile go there.
+    the module's place: FSDP, DDP, activation checkpointing and torch.compile go there. Without `return_outputs`, `step` and `eval`
+    return None for the outputs, and those of a micro-batch are let go behind its loss.
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class Driver:
         group: Group = None,
         device: torch.device | str | None = None,
         scale_grads: bool = True,
+        return_outputs: bool = True,
         wrap: Callable[[torch.nn.Module, int], torch.nn.Module] = lambda module, index: module,
     ) -> None:
         self.pipe, self.n_microbatches, self.loss_fn, self.group = pipe, n_microbatches, loss_fn, group
@@ -265,7 +267,7 @@ class Driver:
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
-        self._wrap = wrap
+        self._wrap, self._returns = wrap, return_outputs
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
@@ -309,13 +311,15 @@ class Driver:
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
             schedule, stages = self._prepared(sizes)
         for stage in stages:
-            stage.microbatches, stage.results = self._chunks, {}
+            stage.microbatches, stage.results = self._chunks, {} if self._returns else None
         numbers = torch.arange(self.n_microbatches) if self.is_last and self.loss_fn is not None else None
         with self.faults.together():
             getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
         if not self.is_last:
             return None, []
         results = next(s for s in stages if s.is_last).results
+        if results is None:
+            return None, self._losses
         structured = [self._structure(results[i], i) for i in range(self.n_microbatches)]
         return self._merge(structured), self._losses
 

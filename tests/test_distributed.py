@@ -131,6 +131,10 @@ def _infer(model: nn.Module, pipe: Any) -> str:
                 torch.testing.assert_close(output["same"][0], expected["early"])
                 assert output["same"][1:] == [5, None]
             assert not losses
+    silent = Driver(pipe, "GPipe", 2, lambda out: out["late"].sum(), return_outputs=False)
+    output, losses = silent.step(torch.randn(4, 4), y=torch.randn(4, 4))
+    assert output is None
+    assert len(losses) == 2 * silent.is_last
     return "ok"
 
 
