@@ -44,7 +44,7 @@ def capture(
         try:
             return _export(module, inputs, dynamic_shapes, leaves), leaves
         except Unsettled as error:
-            if not error.path or len(leaves.reasons) == MOST_RETRIES or not leaves.can_run():
+            if not error.path or error.path in leaves.paths or len(leaves.reasons) == MOST_RETRIES or not leaves.can_run():
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
         except StagecutError:

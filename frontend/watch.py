@@ -60,12 +60,26 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
             hint="draw with torch functions, such as torch.rand(()), seed outside of the model, " + _KEEP_WHOLE,
         )
     if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
+
+        def carrying(left: dict[tuple[str, str], Any]) -> str:
+            return _again(module, export, first, exported, left)
+
         groups: dict[Any, dict[tuple[str, str], Any]] = {}
         for (path, name), value in first.left.items():
             groups.setdefault((type(module.get_submodule(path)), name), {})[path, name] = value
-        alone = [group for group in groups.values() if len(groups) > 1 and _again(module, export, first, exported, group) != SAME_TRACE]
-        raise first.refusal(next(iter((alone or [first.left])[0])), for_good=again == SETTLED)
+        raise first.refusal(next(iter(_guilty(list(groups.values()), carrying) or first.left)), for_good=again == SETTLED)
     return first.checked(exported)
+
+
+def _guilty(groups: list[dict[tuple[str, str], Any]], carrying: Callable[[dict[tuple[str, str], Any]], str]) -> dict[tuple[str, str], Any]:
+    """Of what forward left, the part without which the next call would be the same; else one that alone makes it another."""
+    if len(groups) == 1:
+        return groups[0]
+    for group in groups:
+        if carrying({key: value for other in groups if other is not group for key, value in other.items()}) == SAME_TRACE:
+            return group
+    plain = [group for group in groups if not any(name in HOOKS for _, name in group)]  # hooks go with the flag that says they are there
+    return next((group for group in plain if carrying(group) != SAME_TRACE), {})
 
 
 SAME_TRACE, SETTLED, READ = "same trace", "settled", "read"

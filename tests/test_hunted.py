@@ -149,3 +149,24 @@ def test_refused(run: Any, why: str) -> None:
     assert caught.value.where
     assert caught.value.hint
     assert isinstance(model.act, nn.GELU)
+
+
+class _Cached(nn.Module):
+    """Makes its table in the first call and reads it in all later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(x.shape[-1], dtype=x.dtype)
+        return x + self.table
+
+
+def test_a_cache_beside_hooks_of_the_first_call_is_kept_whole() -> None:
+    model = Net(lambda self, x: hooks_installed_by_the_first_call(self, self.cached(x)))
+    model.cached = _Cached()
+    pipe = pipeline(model, (X,), split_spec=CUT)
+    assert pipe.num_stages == 2
+    assert not pipe.notes or "'cached'" in pipe.notes[0]
