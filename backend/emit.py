@@ -24,27 +24,13 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import Context, Mode, Namer, Op, Program, Region, RegionRef, StateEntry, Token, Value, closest_name, scope_fqn
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.outline import Positions, positions, written_in
+from stagecut.ir.outline import Positions, positions, unwritten, written_in
 from stagecut.ir.targets import check_op, resolve
 from stagecut.ir.types import TensorType
 
-_RESERVED = frozenset({"_call", "tensors_of"}) | frozenset(
-    {
-        *keyword.kwlist,
-        "self",
-        "torch",
-        "aten",
-        "operator",
-        "math",
-        "builtins",
-        "getattr",
-        "slice",
-        "inf",
-        "nan",
-        "forward",
-        "_call",
-        "tensors_of",
-    }
+_RESERVED = frozenset(
+    {*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "getattr", "slice", "inf", "nan", "forward", "_call"}
+    | {"tensors_of"}
 )
 _BAD = re.compile(r"\W+", re.ASCII)
 _TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
@@ -283,7 +269,7 @@ class _Function:
         """A function of its own that torch.utils.checkpoint runs, and runs again for the backward."""
         ops, where = [op for run in runs for op in run], self._emitter.where
         inside = set(ops)
-        roots = {v: _root(v) for v in [*where.live_ins(ops), *where.live_outs(ops)]}
+        roots = {v: unwritten(v) for v in [*where.live_ins(ops), *where.live_outs(ops)]}
         given = [v for v in where.live_ins(ops) if self._state(roots[v], self._path, self._path) is None]
         outputs = [v for v in where.live_outs(ops) if roots[v].owner in inside]
         parameters = {v: f"x{i}" for i, v in enumerate(given)}
@@ -480,13 +466,6 @@ def _common_context(run: list[Op]) -> tuple[Context, ...]:
         while op.context[: len(common)] != common:
             common = common[:-1]
     return common
-
-
-def _root(value: Value) -> Value:
-    """The value that `value` is a version of, itself when it is none."""
-    while isinstance(value.owner, Op) and value not in value.owner.results:
-        value = next(old for old, new in value.owner.versions.items() if new is value)
-    return value
 
 
 def _is_ours(name: str) -> bool:

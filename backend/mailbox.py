@@ -23,7 +23,7 @@ from stagecut.backend.run import results_of
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.outline import written_in
+from stagecut.ir.outline import unwritten, written_in
 from stagecut.ir.types import carries_grad
 
 
@@ -50,15 +50,7 @@ def _follows_mode(op: Op) -> bool:
 
 
 def _touches(op: Op, entry: StateEntry) -> bool:
-    chain = {entry.value}
-    for value in [*op.reads]:
-        owner = value.owner
-        while isinstance(owner, Op) and value in owner.versions.values():
-            value = next(old for old, new in owner.versions.items() if new is value)
-            owner = value.owner
-        if value in chain:
-            return True
-    return False
+    return any(unwritten(value) is entry.value for value in op.reads)
 
 
 def written_inputs(block: StageBlock) -> set[Value]:

@@ -15,13 +15,13 @@ import torch
 
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
+from stagecut.ir.outline import unwritten
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 
 Sizes = Mapping[str, int]
 """Symbolic size -> its value in this call."""
 
 _SCALARS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
-_BITS = {1: torch.uint8, 2: torch.int16}
 
 
 class _Own(torch.autograd.Function):
@@ -60,7 +60,7 @@ class Port:
     def wire_dtype(self) -> torch.dtype:
         """The dtype that crosses: communication libraries know no 8-bit floats."""
         small = self.dtype.is_floating_point and self.dtype.itemsize == 1
-        return _BITS[1] if small else self.dtype.to_real()
+        return torch.uint8 if small else self.dtype.to_real()
 
     @property
     def wire_shape(self) -> tuple[int, ...]:
@@ -139,22 +139,18 @@ def _evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int | None
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:
-    where = value.owner.where() if value.owner is not None and hasattr(value.owner, "where") else f"input '{value.hint}'"
+    where = value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
     return StagecutError(f"{value!r} cannot cross to another process: {why}", where=where, hint="cut where it does not cross")
 
 
 def lives_in_buffer(value: Value) -> bool:
     """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write it."""
+    value = unwritten(value)
     while isinstance(value.owner, Op):
-        op = value.owner
-        old = next((old for old, new in op.versions.items() if new is value), None)
-        if old is not None:
-            value = old
-            continue
-        viewed = op.effects.views[op.results.index(value)] if op.effects.views else None
+        viewed = value.owner.effects.viewed(value.owner.results.index(value))
         if viewed is None:
             return False
-        value = op.operands[viewed]
+        value = unwritten(value.owner.operands[viewed])
     return isinstance(value.owner, StateEntry) and value.owner.kind == "buffer"
 
 

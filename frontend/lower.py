@@ -570,7 +570,7 @@ def written_in_place(value: Value, target: Value) -> bool:
         op = value.owner
         if not isinstance(op, Op) or not op.target.startswith("aten.") or len(op.results) != 1:
             return False
-        viewed = op.effects.views[0] if op.effects.views else None
+        viewed = op.effects.viewed(0)
         if viewed is None or viewed not in op.effects.writes:
             return False
         value = op.operands[viewed]

@@ -88,6 +88,10 @@ class Effects:
     random: bool = False
     effect: bool = False
 
+    def viewed(self, result: int) -> int | None:
+        """The position of the operand that a result shares storage with, None for none."""
+        return self.views[result] if self.views else None
+
 
 PURE = Effects()
 

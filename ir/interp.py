@@ -15,6 +15,7 @@ import torch
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.outline import unwritten
 from stagecut.ir.targets import check_op, resolve
 
 Environment = dict[Value, Any]
@@ -103,7 +104,7 @@ class _Machine:
     def _module(self, path: str, args: Any, op: Op, env: Environment) -> Any:
         own: dict[str, torch.Tensor] = {}
         for value in op.args[2]:
-            entry = _unwritten(value).owner
+            entry = unwritten(value).owner
             names = entry.names if isinstance(entry, StateEntry) else ()
             own |= {n[len(path) + 1 :]: env[value] for n in names if n.startswith(path + ".")}
         return torch.func.functional_call(self._bindings.modules[path], own, tuple(args[0]), dict(args[1]), tie_weights=False)
@@ -130,13 +131,6 @@ class _Machine:
         if isinstance(leaf, Token):
             return _token(leaf)
         return self.lookup(leaf, env)
-
-
-def _unwritten(value: Value) -> Value:
-    """The value a version is a version of."""
-    while isinstance(value.owner, Op) and value not in value.owner.results:
-        value = next(old for old, new in value.owner.versions.items() if new is value)
-    return value
 
 
 def _token(token: Token) -> Any:

@@ -66,6 +66,13 @@ def positions(program: Program) -> Positions:
     return Positions(program.all_ops(), program.output)
 
 
+def unwritten(value: Value) -> Value:
+    """The value that `value` is a version of, itself when it is none."""
+    while isinstance(value.owner, Op) and value not in value.owner.results:
+        value = next(old for old, new in value.owner.versions.items() if new is value)
+    return value
+
+
 def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
     """Those of `values` that `ops` write in place, directly or through a view."""
     root = {value: value for value in values}

@@ -84,7 +84,7 @@ def _bare(kind: Type) -> Type:
 def _result_keys(op: Op, position: int, keys: dict[Value, Key]) -> Iterator[tuple[Value, Key]]:
     """The key of each result: an in-place op returns the very tensor it wrote."""
     for index, result in enumerate(op.results):
-        viewed = op.effects.views[index] if op.effects.views else None
+        viewed = op.effects.viewed(index)
         base = op.operands[viewed] if viewed is not None and viewed in op.effects.writes else None
         yield result, keys.get(base, ("op", position, index)) if base is not None else ("op", position, index)
 
@@ -176,8 +176,7 @@ class _Comparison:
         """A copy of an op makes tensors of its own, so nobody may write them."""
         for index, result in enumerate(op.results):
             key = self._keys[result]
-            fresh = not op.effects.views or op.effects.views[index] is None
-            if fresh and self._trace.storage.get(key, key) in self._trace.written:
+            if op.effects.viewed(index) is None and self._trace.storage.get(key, key) in self._trace.written:
                 yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
     def _write(self, op: Op, recorded: _Recorded) -> None:

@@ -62,7 +62,7 @@ def grad_enabled(context: tuple[Context, ...]) -> bool:
 
 def _result_grad(op: Op, index: int, grad: bool) -> bool:
     """A view carries the gradient of what it views; an operand written in place keeps its own, whatever the mode."""
-    viewed = op.effects.views[index] if op.effects.views else None
+    viewed = op.effects.viewed(index)
     if viewed is None:
         return grad
     own = carries_grad(op.operands[viewed].type) and not _cuts(op)

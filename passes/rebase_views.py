@@ -74,7 +74,7 @@ class _Aliases:
         """The value `value` was made a view of in stage `here`. What a write made there is its own: that write saw to the rest."""
         while self._home.get(value) == here and isinstance(value.owner, Op) and value in value.owner.results:
             op = value.owner
-            viewed = op.effects.views[op.results.index(value)] if op.effects.views else None
+            viewed = op.effects.viewed(op.results.index(value))
             if viewed is None or viewed in op.effects.writes:
                 return value
             value = op.operands[viewed]
@@ -89,7 +89,7 @@ class _Aliases:
         member = self._member(value)
         while isinstance(member.owner, Op):
             op, index = member.owner, member.owner.results.index(member)
-            viewed = op.effects.views[index] if op.effects.views else None
+            viewed = op.effects.viewed(index)
             if viewed is None:
                 break
             if viewed not in op.effects.writes:  # an in-place op returns its operand itself
@@ -120,7 +120,7 @@ class _Aliases:
                 hint="cut so that this op and the write lie in one stage, or clone its result",
             )
         if (view, base) not in twins:
-            viewed = view.effects.views[index]
+            viewed = view.effects.viewed(index)
             root = self._steps(whole)[0]  # an operand that only lends its shape may be the whole itself
             now = {operand: whole for operand in view.operands if self._steps(operand) == (root, [])}
             if viewed is not None:
