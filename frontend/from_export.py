@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
-from stagecut.frontend.lower import ASSIGNED, CHOICES, LeafCall, Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, LeafCall, Lowering, Seen, state_entries, written_in_place
 from stagecut.frontend.modes import switches
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
@@ -77,7 +77,7 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
         value = node.meta.get("val")
         if spec.kind is InputKind.USER_INPUT:
-            symbolic = isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+            symbolic = isinstance(value, SYMBOLS)
             env[node] = program.add_input(type_of(value) if symbolic else specialised(value), node.name)
             _as_given(env[node], next(examples, None))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in owners:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.leaf import OpWatch
-from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, storage_of
+from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, shared_with
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 
@@ -92,10 +92,9 @@ def _one_op(cls: Any, plain: Callable[..., Any], flat: list[Any], spec: Any, sho
         result = (shown or plain)(*args, **kwargs)
     out_flat, out_spec = tree_flatten(result)
     out = [item for item in out_flat if isinstance(item, torch.Tensor)]
-    homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}
     call = LeafCall(
         cls.__name__, flat, spec, out_flat, out_spec,
-        views=tuple(homes.get(storage_of(tensor)) for tensor in out),
+        views=shared_with(out, given),
         written_inputs=tuple(place for place, tensor in enumerate(given) if tensor._version != before[place]),
         random=watch.drew,
         function=plain,

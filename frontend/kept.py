@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
+from stagecut.frontend.lower import OWN_DIR, SYMBOLS, TORCH_DIR
 
 _SIMPLE = (int, float, complex, str, bytes, type(None))
-SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-"""What stands for data while a model is traced."""
 
 HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 HOOKS += ("_forward_hooks_always_called",)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from stagecut.frontend.kept import Surroundings, generators, shown, user_line
-from stagecut.frontend.lower import SYMBOLIC, LeafCall, storage_of, undeclared_writes
+from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 
@@ -55,9 +55,7 @@ class OpWatch(TorchDispatchMode):
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         if is_marker(func):
             self.split = self.split or shown(user_line())
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        self.wrote.update(map(storage_of, tree_leaves([written, undeclared_writes(str(func), args)])))
+        self.wrote.update(written_by(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -177,10 +175,9 @@ class Leaves:
             after = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
             wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
             out_flat, out_spec = tree_flatten(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
-            homes = {storage_of(t): i for i, t in reversed([*enumerate(given)])}
             calls[key] = LeafCall(
                 path, [], out_spec, out_flat, out_spec,
-                views=tuple(homes.get(storage_of(o)) for o in out_flat if _is_tensor(o)),
+                views=shared_with(out_flat, given),
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written
                 written_state=frozenset(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w)

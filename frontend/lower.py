@@ -7,19 +7,16 @@ every op inside them, so that a cut through one needs no special case.
 
 from __future__ import annotations
 
-import dis
-import inspect
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.types import literal, type_of
@@ -114,6 +111,9 @@ CHOICES = "stagecut_choices"
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Numbers that the trace computes: they depend on sizes or on data."""
+
+SYMBOLS = (torch.Tensor, *SYMBOLIC)
+"""What stands for data while a model is traced."""
 
 
 @dataclass
@@ -560,6 +560,19 @@ def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     return [statistics for statistics in args[3:5] if statistics is not None]
 
 
+def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
+    """The storages that a call of an op writes."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [storage_of(tensor) for tensor in tree_leaves([written, undeclared_writes(str(func), args)])]
+
+
+def shared_with(made: Iterable[Any], given: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
+    """For each tensor among `made`, the place of the first of `given` whose storage it shares, None for one of its own."""
+    homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}
+    return tuple(homes.get(storage_of(item)) for item in made if isinstance(item, torch.Tensor))
+
+
 def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
     return tuple(op.operands.index(value) for value in undeclared_writes(op.target, op.args))
 
@@ -592,7 +605,7 @@ def _holds_values(value: Any) -> bool:
         return any(_holds_values(v) for v in value.values())
     if isinstance(value, (tuple, list)):
         return any(_holds_values(v) for v in value)
-    return isinstance(value, (torch.Tensor, *SYMBOLIC))
+    return isinstance(value, SYMBOLS)
 
 
 def _map_values(tree: Any, index: dict[Value, int]) -> Any:
@@ -686,7 +699,6 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
     for prefix, owner in module.named_modules(remove_duplicate=False):
         bindings.training[prefix] = owner.training
         bindings.classes[prefix] = type(owner).__name__
-        bindings.branches[prefix] = mode_branch(type(owner))  # type: ignore[arg-type]
         dot = prefix + "." if prefix else ""
         named = [(n, p, "param", True) for n, p in owner._parameters.items() if p is not None]
         named += [(n, b, "buffer", n not in owner._non_persistent_buffers_set) for n, b in owner._buffers.items() if b is not None]
@@ -698,21 +710,3 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
             note(entry.value, tensor)
             entries.append(entry)
     return entries
-
-
-@cache
-def mode_branch(cls: type) -> str:
-    """Where a user's module class chooses by mode in Python (a branch in forward, a train() of its own), '' for nowhere."""
-    if cls.__module__.startswith("torch.") or not inspect.isfunction(getattr(cls, "forward", None)):
-        return ""
-    train = getattr(cls, "train", None)
-    if inspect.isfunction(train) and train is not torch.nn.Module.train:
-        return f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {cls.__name__}.train"
-    code = cls.forward.__code__  # type: ignore[attr-defined]
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "TO_BOOL", "UNARY_NOT")]
-    line = code.co_firstlineno
-    for step, following in pairwise(steps):
-        line = step.starts_line if isinstance(step.starts_line, int) and not isinstance(step.starts_line, bool) else line
-        if step.argval == "training" and step.opname.startswith("LOAD") and "JUMP" in following.opname:
-            return f"{code.co_filename}:{line}, {cls.__name__}.forward"
-    return ""

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from stagecut.frontend.function import functions_whole
 from stagecut.frontend.kept import (
     HOOKS,
-    SYMBOLS,
     Kept,
     Surroundings,
     attributes,
@@ -36,7 +35,7 @@ from stagecut.frontend.kept import (
     user_line,
 )
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import ASSIGNED, CHOICES, TORCH_DIR, storage_of
+from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, TORCH_DIR, storage_of
 from stagecut.frontend.modes import ModeReads
 from stagecut.ir.errors import CaptureError
 
@@ -158,6 +157,7 @@ class Watch:
         for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
             self._patch(passes, passes.__name__.rpartition(".")[2], lambda graph, signature: (graph, signature))  # they lose nested ones
         self._patch(trace, "_detect_attribute_assignment", _nothing)  # this class looks closer
+        self._patch(trace, "_materialize_and_lift_constants", _without_unread(trace._materialize_and_lift_constants))
         self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self._reads.noting())
@@ -374,6 +374,18 @@ def _refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
         raise Untraceable(f"{function.__name__}() is called in forward, which leaves nothing in a trace", hint)
 
     return refuse
+
+
+def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:
+    """`lift`, which fails on a constant that nothing reads, where nothing of the kind is left: what read it had no effect."""
+
+    def lifted(traced: fx.GraphModule, *rest: Any) -> Any:
+        for node in traced.graph.find_nodes(op="get_attr"):
+            if not node.users:
+                traced.graph.erase_node(node)
+        return lift(traced, *rest)
+
+    return lifted
 
 
 class _Handle:

@@ -28,6 +28,7 @@ from stagecut.backend.run import results_of
 from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
 from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
+from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.printer import text
@@ -104,10 +105,10 @@ class BuiltStage(PipelineStage):
         values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
         for p in self.sent:
             self._check(p, values[p.value])
-        buffers = {_storage(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
+        buffers = {storage_of(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
         packed = [p.pack(values[p.value], self.device) for p in self.sent]
         for place, (p, tensor) in enumerate(zip(self.sent, packed, strict=True)):
-            if p.value in self._kept or _storage(tensor) in buffers:
+            if p.value in self._kept or storage_of(tensor) in buffers:
                 packed[place] = tensor.clone()  # it is written again before it is read
         return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
 
@@ -268,6 +269,8 @@ class Driver:
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
+        self._last_boundary = boundaries(pipe.program, frozenset(pipe.program.inputs))[-1]
+        self._replicas = [(ranks, entries) for ranks, entries in _replicas(pipe.program, self.placement) if rank in ranks]
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
@@ -349,7 +352,7 @@ class Driver:
         """The model's own output of one micro-batch."""
         program = self.pipe.program
         given = dict(zip(program.inputs, self._chunks[chunk], strict=True))
-        made = dict(zip(boundaries(program, frozenset(program.inputs))[-1], packed, strict=True))
+        made = dict(zip(self._last_boundary, packed, strict=True))
         flat = [
             leaf if not isinstance(leaf, Value)
             else given[leaf] if leaf in given
@@ -371,17 +374,14 @@ class Driver:
         batch = _batch_symbol(inputs)
         parts = [_chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)]
         self._chunks = [[_to(part[i], self.device) for part in parts] for i in range(count)]
-        ranges = spec.ranges if spec is not None else None
-        sizes = [check_inputs(inputs, chunk, ranges) for chunk in self._chunks]
-        return sizes[0]
+        return check_inputs(inputs, self._chunks[0], spec.ranges if spec is not None else None)  # all chunks have the same sizes
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all. Each rank of the pipeline calls it."""
-        for ranks, entries in _replicas(self.pipe.program, self.placement):
-            if dist.get_rank(self.group) in ranks:
-                held = [_held(self.pipe, entry, self.stage_indices) for entry in entries]
-                with self.faults.together():
-                    _sum_gradients([same for same in held if len(ranks) > 1 or len(same) > 1], ranks, self.group)
+        for ranks, entries in self._replicas:
+            held = _held(self.pipe, entries, self.stage_indices)
+            with self.faults.together():
+                _sum_gradients([same for same in held if len(ranks) > 1 or len(same) > 1], ranks, self.group)
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""
@@ -483,10 +483,6 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
     """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
@@ -496,14 +492,15 @@ def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, .
     return sorted(by_ranks.items(), key=lambda item: item[0])
 
 
-def _held(pipe: Pipe, entry: StateEntry, stages: Sequence[int]) -> list[torch.nn.Parameter]:
-    """The tensors this rank holds for a parameter: several where stages of this rank were sharded each by itself."""
-    found = []
+def _held(pipe: Pipe, entries: Sequence[StateEntry], stages: Sequence[int]) -> list[list[torch.nn.Parameter]]:
+    """The tensors this rank holds for each parameter: several where stages of this rank were sharded each by itself."""
+    found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
     for index in stages:
-        if index in entry.stages:
-            names = {clean_tensor_name(name): p for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)}
-            found.append(names[pipe.program.stages[index].state[entry][0]])
-    return list(dict.fromkeys(found))
+        names = {clean_tensor_name(name): p for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)}
+        for entry, tensors in zip(entries, found, strict=True):
+            if index in entry.stages:
+                tensors[names[pipe.program.stages[index].state[entry][0]]] = None
+    return [list(tensors) for tensors in found]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stagecut.backend.modules import Stage, StageModule
 from stagecut.checkpoint import CheckpointError, Reader, check_fits
+from stagecut.frontend.lower import storage_of, written_by
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 from stagecut.state import entries, find, held, persistent, put
@@ -102,9 +102,9 @@ def _install(
 
 def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
     """Two tensors in one storage would become two: what one writes the other would not see."""
-    seen: dict[int, StateEntry] = {}
+    seen: dict[int | None, StateEntry] = {}
     for entry, tensor in now.items():
-        other = seen.setdefault(tensor.untyped_storage()._cdata, entry)
+        other = seen.setdefault(storage_of(tensor), entry)
         if tensor.is_meta and other is not entry:
             raise MaterializeError(
                 f"'{other.name}' and '{entry.name}' lie in one storage", hint="make one from the other in forward, not in __init__"
@@ -277,7 +277,7 @@ class _Streams(TorchDispatchMode):
     def __init__(self, real: Mapping[str, torch.Tensor], seed: int) -> None:
         super().__init__()
         self.written: set[str] = set()
-        self._names = {_storage(tensor): name for name, tensor in real.items()}
+        self._names: dict[int | None, str] = {storage_of(tensor): name for name, tensor in real.items()}
         self._seed = seed
         self._draws: dict[str, int] = {}
 
@@ -294,7 +294,7 @@ class _Streams(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        names = [self._names[_storage(t)] for t in _written(func, args, kwargs) if _storage(t) in self._names]
+        names = [self._names[home] for home in written_by(func, args, kwargs) if home in self._names]
         self.written.update(names)
         if not names or torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
@@ -307,19 +307,7 @@ class _Streams(TorchDispatchMode):
         return int(hashlib.sha256(f"{self._seed} {text}".encode()).hexdigest()[:15], 16)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors an op writes."""
-    specs = func._schema.arguments
-    pairs = [*zip(specs, args, strict=False), *((spec, kwargs[spec.name]) for spec in specs if spec.name in kwargs)]
-    items = tree_leaves([item for spec, item in pairs if spec.alias_info is not None and spec.alias_info.is_write])
-    return [item for item in items if isinstance(item, torch.Tensor)]
-
-
 def _own_random_state(device: torch.device) -> Any:
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

@@ -170,3 +170,15 @@ def test_a_cache_beside_hooks_of_the_first_call_is_kept_whole() -> None:
     pipe = pipeline(model, (X,), split_spec=CUT)
     assert pipe.num_stages == 2
     assert not pipe.notes or "'cached'" in pipe.notes[0]
+
+
+def test_a_constant_that_only_an_unread_op_reads() -> None:
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.constant.detach()
+        return self.b(self.a(x)) * self.constant
+
+    model = Net(run)
+    model.constant = torch.tensor([1.0, 2.0, 0.5, -1.0])
+    pipe = pipeline(model, (X,), split_spec=CUT)
+    assert torch.equal(pipe(X)[0], model(X))
+    assert pipe.verify(X).ok
