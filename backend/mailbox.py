@@ -20,6 +20,7 @@ import torch
 
 from stagecut.backend.modules import Stage
 from stagecut.backend.run import results_of
+from stagecut.backend.wire import writable
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
@@ -87,7 +88,7 @@ class Mailbox:
         for stage, block in zip(self._stages, program.stages, strict=True):
             mine = [self._feed(v) if v in self._fed else _post(mail[v], carries_grad(v.type)) for v in block.inputs]
             owned = written_inputs(block)
-            results = results_of(stage(*[_own(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
+            results = results_of(stage(*[writable(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
             self._received.append(mine)
             self._sent.append(results)
             mail.update(zip(block.outputs, results, strict=True))
@@ -172,10 +173,6 @@ def _post(item: Any, grad: bool) -> Any:
     once = item.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in item.stride())]
     fresh = torch.empty_strided(once.shape, once.stride(), dtype=item.dtype, device=item.device).copy_(once)
     return fresh.expand(item.shape).requires_grad_(grad)
-
-
-def _own(item: Any) -> Any:
-    return item.clone() if isinstance(item, torch.Tensor) else item
 
 
 def _has_grad(item: Any) -> bool:

@@ -6,7 +6,7 @@ before it and needed behind it; a stage hands on what it does not use. Both ends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -46,7 +46,8 @@ class Port:
     """One tensor of a boundary, and how a value becomes it.
 
     shape and dtype are the value's own, None for a number. order: the dims from the widest stride to the narrowest; repeated:
-    dims along which all elements are one, of which only the first crosses. grad: whether a gradient comes back.
+    dims along which all elements are one, of which only the first crosses. grad: whether a gradient comes back. strides: those of the
+    value, None where its elements lie one behind the other in the order of its dims.
     """
 
     value: Value
@@ -55,6 +56,7 @@ class Port:
     order: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
     grad: bool = False
+    strides: tuple[int, ...] | None = None
 
     @property
     def wire_dtype(self) -> torch.dtype:
@@ -100,6 +102,16 @@ class Port:
         return tensor.permute(places).expand(self.shape)
 
 
+def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
+    """A copy of a tensor that a stage may write, with these strides, else its own: torch refuses some writes by how elements lie."""
+    if not isinstance(item, torch.Tensor):
+        return item
+    strides = item.stride() if strides is None and item.layout is torch.strided else strides
+    if strides is None or 0 in strides:
+        return item.clone()
+    return item.new_empty_strided(item.shape, strides).copy_(item)
+
+
 def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
     """The port of a value; `as_it_is`: it crosses in its own shape. Raises StagecutError for what cannot cross between processes."""
     kind = value.type
@@ -114,7 +126,7 @@ def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
     strides = [size(step, sizes, value) for step in kind.strides]
     order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim)))
     repeated = tuple(dim for dim in order if strides[dim] == 0 and shape[dim] > 1)
-    return Port(value, shape, dtype, order, repeated, carries_grad(kind))
+    return Port(value, shape, dtype, order, repeated, carries_grad(kind), tuple(strides))
 
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:

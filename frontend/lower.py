@@ -442,17 +442,18 @@ class Lowering:
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
         writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
-        views = () if op.target in _COPIES else self._views(op) or _identity_views(op)
+        views = () if op.target in _COPIES else self._views(op, writes) or _identity_views(op)
         random, effect = (schema.random and not _never_draws(op)) or seen.random, schema.effect or seen.effect
         if not (writes or views or random or effect):
             return PURE
         return Effects(writes, views, random, effect)
 
-    def _views(self, op: Op) -> tuple[int | None, ...]:
+    def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
+        """Per result, the operand whose storage it shares: the one that is written, where there are several."""
         storage = self._storage
         homes: dict[int, int] = {}
-        for index, operand in enumerate(op.operands):
-            where = storage.get(operand)
+        for index in (*writes, *range(len(op.operands))):
+            where = storage.get(op.operands[index])
             if where is not None:
                 homes.setdefault(where, index)
         if not homes:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port
+from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port, writable
 from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
 from stagecut.frontend.lower import storage_of
@@ -101,7 +101,8 @@ class BuiltStage(PipelineStage):
         elif self.is_first:
             values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
         values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
-        inputs = [values[v].clone() if v in self._owned else values[v] for v in self.block.inputs]
+        steps = {p.value: p.strides for p in self.received}
+        inputs = [writable(values[v], steps.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
         values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
         for p in self.sent:
             self._check(p, values[p.value])

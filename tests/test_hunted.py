@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import SplitPoint, pipeline
+from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut.backend.mailbox import Mailbox
 from stagecut.ir.errors import CaptureError
 
 CUT = {"b": SplitPoint.BEGINNING}
@@ -182,3 +183,32 @@ def test_a_constant_that_only_an_unread_op_reads() -> None:
     pipe = pipeline(model, (X,), split_spec=CUT)
     assert torch.equal(pipe(X)[0], model(X))
     assert pipe.verify(X).ok
+
+
+def test_an_op_that_writes_what_it_is_told_returns_that() -> None:
+    class Out(nn.Module):
+        def forward(self, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                torch.add(x, into.squeeze(), out=into)
+            return into.flip(-1)
+
+    into = torch.zeros(2, 4, requires_grad=True)
+    program = pipeline(Out(), (X, into), check=None).program
+    add = next(op for op in program.all_ops() if op.target == "aten.add.out")
+    assert add.effects.views == add.effects.writes
+    assert getattr(add.results[0].type, "grad", False)
+
+
+def test_a_write_into_a_received_part_of_a_tensor_finds_the_strides_it_knows() -> None:
+    """torch refuses to write a dense tensor from a part of itself, and does not look where the tensor is no dense one."""
+
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            part = torch.cat([x, x], -1)[:, 2:6]
+            pipe_split()
+            part[torch.tensor([0, 1])] = part[:2]
+            return part
+
+    model, x = Part(), torch.randn(7, 4)
+    pipe = pipeline(model, (x,))
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x])[0], model(x))
