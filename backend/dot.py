@@ -10,7 +10,7 @@ from stagecut.ir.graph import Program, Stage, Transfer, Value, scope_fqn
 from stagecut.ir.printer import size_text, value_names
 from stagecut.ir.types import TensorType
 
-_STYLE = {"send": "solid", "relay": "dashed", "feed": "dotted"}
+_STYLE = {"send": "solid", "relay": "dashed", "feed": "dotted", "recompute": "dotted"}
 
 
 def to_dot(program: Program) -> str:

@@ -22,7 +22,21 @@ from torch import nn
 from stagecut.backend.modules import OURS, Code, Stage, StageModule
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
-from stagecut.ir.graph import Context, Mode, Namer, Op, Program, Region, RegionRef, StateEntry, Token, Value, closest_name, scope_fqn
+from stagecut.ir.graph import (
+    Context,
+    Mode,
+    Namer,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    StateEntry,
+    Token,
+    Value,
+    closest_name,
+    leaves,
+    scope_fqn,
+)
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions, unwritten, written_in
 from stagecut.ir.targets import check_op, resolve
@@ -311,7 +325,7 @@ class _Function:
         if kind == "module":
             args, kwargs, _ = op.args
             called = f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
-            return f"tensors_of({called})" if op.form == "tensors" else called
+            return f"tensors_of({called}, {rest!r}, {self._sizes(op)})" if op.form == "tensors" else called
         if kind == "method":
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
@@ -321,6 +335,17 @@ class _Function:
             called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
             return f"tensors_of({called})" if op.form == "tensors" else called
         return f"{self._emitter.spell(op.target)}({self._arguments(op, op.args, op.kwargs, regions)})"
+
+    def _sizes(self, op: Op) -> str:
+        """What the results of a module kept whole must be sized, by the sizes of its arguments where they vary."""
+        known: dict[str, str] = {}
+        for value in leaves(op.args[:2]):
+            if isinstance(value.type, TensorType):
+                name = self._value(value, self._path)
+                known |= {dim: f"{name}.shape[{place}]" for place, dim in enumerate(value.type.shape) if isinstance(dim, str)}
+        rows = [getattr(result.type, "shape", ()) for result in op.results]
+        spelled = [[known.get(dim, "None") if isinstance(dim, str) else str(dim) for dim in row] for row in rows]
+        return "[" + ", ".join(f"[{', '.join(row)}]" for row in spelled) + "]"
 
     def _arguments(self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]) -> str:
         parts = [self._tree_text(a, op, regions) for a in args]

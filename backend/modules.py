@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+from stagecut.ir.errors import StagecutError
 
 _serial = count()
 
@@ -43,9 +45,22 @@ class Code:
         return {"functions": self.functions, "title": self.title, "_made": {}}
 
 
-def tensors_of(result: Any) -> list[torch.Tensor]:
-    """The tensors in what a module kept whole returned, in order."""
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None) -> list[torch.Tensor]:
+    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any.
+
+    Raises StagecutError for other sizes: the trace behind the module knows those of the example.
+    """
+    found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=sizes is not None)):
+        shape = tuple(tensor.shape)
+        if len(shape) != len(want) or any(w is not None and n != w for n, w in zip(shape, want, strict=True)):
+            raise StagecutError(
+                f"tensor {place} of what '{path}' returns is {list(shape)}; the trace expects {list(want)}",
+                where=f"module '{path}', which is kept whole",
+                hint="its size depends on data, or as no size of its inputs: keep what reads it whole too; "
+                "with dynamic_shapes, give the example a batch that is no other size of the model",
+            )
+    return found
 
 
 def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:

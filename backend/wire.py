@@ -187,6 +187,11 @@ def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> b
     return any(value in own for value in sent) or any(sum(user in here for user in value.uses) > 1 for value in own)
 
 
+def fed_inputs(program: Program) -> frozenset[Value]:
+    """The user inputs that every stage is given which reads them; the others travel from the first one."""
+    return frozenset(program.inputs) - {t.value for t in program.transfers if t.source is None and t.route == "relay"}
+
+
 def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
     """Per stage, the values it hands on, in order of definition; for the last one, what the model returns.
 

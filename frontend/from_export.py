@@ -38,6 +38,9 @@ def lower_export(
         bindings.switches, places = switches(module)
         bindings.branches = exported.graph_module.meta[CHOICES] | places
     reassigned = _reassignments(exported)
+    for node in reassigned:
+        if node.target is torch.ops.aten.copy_.default:  # who reads the tensor behind it kept the old one
+            node.replace_all_uses_with(node.args[0])
     outputs = lowering.run([n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ())
     _finish(exported, program, list(outputs))
     for node in reassigned:
@@ -155,7 +158,7 @@ def _write_back(program: Program, target: Value, source: Value, settled: int = 0
         return
     ops = program.ops
     places = {op: place for place, op in enumerate(ops)}
-    made = max(settled, places[source.owner] + 1 if isinstance(source.owner, Op) else 0)
+    made = max(settled, *(places[value.owner] + 1 if isinstance(value.owner, Op) else 0 for value in (source, target)))
     copy = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
     if isinstance(source.owner, Op):
         copy.scope, copy.loc = source.owner.scope, source.owner.loc

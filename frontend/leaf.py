@@ -35,7 +35,24 @@ def _leaf(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.
 
 @torch.library.register_fake("stagecut::leaf")
 def _leaf_fake(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
-    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _CALLS[key].out_flat if _is_tensor(t)]
+    call = _CALLS[key]
+    varying: dict[int, Any] = {
+        n: size
+        for arg, shape in zip(args, call.in_shapes, strict=True)
+        for n, size in zip(shape, arg.shape, strict=True)
+        if isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int)
+    }
+    return [_like(t, varying) for t in call.out_flat if _is_tensor(t)]
+
+
+def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
+    """A tensor as the one a real run made; a size that is that of a varying dim of an argument varies with it (checked in each call)."""
+    if not any(n in varying for n in made.shape):
+        return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+    order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
+    places = sorted(range(made.dim()), key=order.__getitem__)
+    shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
+    return torch.empty(shape, dtype=made.dtype, device=made.device).permute(places)
 
 
 def _is_tensor(item: Any) -> bool:
@@ -176,7 +193,7 @@ class Leaves:
             wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
             out_flat, out_spec = tree_flatten(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
             calls[key] = LeafCall(
-                path, [], out_spec, out_flat, out_spec,
+                path, [], out_spec, out_flat, out_spec, in_shapes=[tuple(t.shape) for t in given],
                 views=shared_with(out_flat, given),
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written

@@ -133,6 +133,7 @@ class LeafCall:
     written_state: frozenset[str] = frozenset()
     random: bool = False
     function: Any = None
+    in_shapes: Sequence[tuple[int, ...]] = ()
 
 
 class Lowering:
@@ -322,9 +323,8 @@ class Lowering:
 
     def _append_whole(self, node: fx.Node, op: Op, call: LeafCall, tensors: list[Any], written: list[Any], ops: list[Op]) -> list[Value]:
         op.form = "tensors"
-        made = [item for item in call.out_flat if isinstance(item, torch.Tensor)]
-        for item, traced in zip(made, node.meta["val"], strict=True):
-            self.note_storage(self._result(op, item.detach(), node.name), traced)
+        for traced in node.meta["val"]:
+            self._result(op, traced.detach(), node.name)
         views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
         op.effects = Effects(
             tuple(dict.fromkeys(op.operands.index(v) for v in written)),

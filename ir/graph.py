@@ -314,25 +314,29 @@ class Stage:
     state: dict[StateEntry, tuple[str, ...]] = field(default_factory=dict)
 
 
-SHARES = ("replicate", "feedback")
-ROUTES = ("send", "relay", "feed")
+SHARES = ("replicate", "feedback", "transmit")
+ROUTES = ("send", "relay", "feed", "recompute")
 
 
 @dataclass(eq=False)
 class Transfer:
-    """A value on its way to a stage. `source` is None for a user input, which is fed to the stage directly."""
+    """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed from the first one.
+
+    By the route `recompute` nothing travels: the stage computes the value itself, as `made`.
+    """
 
     value: Value
     source: int | None
     target: int
     route: str | None = None
+    made: Value | None = None
 
     @property
     def via(self) -> tuple[int, ...]:
         """The stages a relayed value passes through."""
-        if self.source is None or self.route != "relay":
+        if self.route != "relay":
             return ()
-        return tuple(range(self.source + 1, self.target))
+        return tuple(range(0 if self.source is None else self.source + 1, self.target))
 
 
 class Program:
@@ -377,7 +381,7 @@ class Program:
         self.phase = phase
 
     def remove_ops(self, dead: set[Op]) -> None:
-        """The `dead` ops are gone. Nothing outside them may use what they define."""
+        """The `dead` ops are gone, and transfers of what they define. Nothing outside them may use that."""
         for op in dead:
             for value in op.definitions():
                 if any(user not in dead for user in value.uses):
@@ -385,6 +389,7 @@ class Program:
         for op in dead:
             op.drop()
         self.ops = [op for op in self.ops if op not in dead]
+        self.transfers = [t for t in self.transfers if t.value.owner not in dead]
         for stage in self.stages:
             stage.ops = [op for op in stage.ops if op not in dead]
 

@@ -54,7 +54,7 @@ def _fresh(item: Any, memo: dict[int, torch.Tensor]) -> Any:
 def _run_linked(program: Program, machine: _Machine, env: Environment, fed: Environment) -> None:
     sent: Environment = dict(fed)
     for stage in program.stages:
-        arriving = {t.value for t in program.transfers if t.target == stage.index}
+        arriving = {t.value for t in program.transfers if t.target == stage.index and t.made is None}
         local: Environment = {entry.value: env[entry.value] for entry in stage.state}
         for value in stage.inputs:
             if value not in arriving or value not in sent:

@@ -282,6 +282,10 @@ class _Parser:
         if _WORD.match(self._src, self._here()):
             transfer.route = self._known(ROUTES, "route")
             start = self._here()
+            if transfer.route == "recompute":
+                self._expect("(")
+                transfer.made = self._value()
+                self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
             if via != transfer.via:
                 self._fail(f"this transfer goes through stages {transfer.via}", start)

@@ -141,6 +141,8 @@ class _Printer:
         line = f"  transfer {self.names[t.value]} : {'input' if t.source is None else t.source} -> {t.target}"
         if t.route:
             line += f" {t.route}"
+        if t.made is not None:
+            line += f"({self.names[t.made]})"
         if t.via:
             line += "(" + ", ".join(map(str, t.via)) + ")"
         size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Value
+from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value
 from stagecut.ir.printer import line_of, nested_ops
 
 
@@ -227,25 +227,37 @@ def _stage_outputs(stage: Stage, homes: dict[Value, int], needed: dict[Value, in
 
 def _transfers(p: Program) -> Iterator[tuple[str, str]]:
     wanted = {(value, stage.index) for stage in p.stages for value in stage.inputs}
-    count = Counter((t.value, t.target) for t in p.transfers)
+    count = Counter((t.value, t.target) for t in p.transfers if t.made is None)
     for value, target in wanted:
         if count[value, target] != 1:
             yield "V13", f"{count[value, target]} transfers of {value!r} to stage {target}, not one"
     inputs = set(p.inputs)
     outputs = {stage.index: stage.outputs for stage in p.stages}
     for t in p.transfers:
+        if t.made is not None or t.route == "recompute":
+            yield from _recomputed(p, t)
+            continue
         if (t.value, t.target) not in wanted:
             yield "V13", f"a transfer of {t.value!r} to stage {t.target}, which does not list it"
         if t.route is None:
             yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
-        elif (t.route == "feed") != (t.source is None):
-            yield "V13", f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed, and nothing else is"
+        elif t.route not in (("feed", "relay") if t.source is None else ("send", "relay")):
+            yield "V13", f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed or relayed, and nothing else is fed"
         elif t.source is not None and (t.route == "send") != (t.target == t.source + 1):
             yield "V13", f"{t.value!r} goes from stage {t.source} to {t.target} by '{t.route}': to the next by send, farther by relay"
         if t.source is None and t.value not in inputs:
             yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
         if t.source is not None and not (t.source < t.target and t.value in outputs.get(t.source, ())):
             yield "V13", f"stage {t.source} does not send {t.value!r} forward to stage {t.target}"
+
+
+def _recomputed(p: Program, t: Transfer) -> Iterator[tuple[str, str]]:
+    """A value that a stage computes itself: a copy of the op that defines it stands there."""
+    first, second = t.value.owner, t.made.owner if t.made is not None else None
+    there = p.stages[t.target].ops if 0 <= t.target < len(p.stages) else []
+    alike = isinstance(first, Op) and isinstance(second, Op) and first.target == second.target and not first.has_effect
+    if t.route != "recompute" or not alike or second not in there or t.source is None or t.source >= t.target:
+        yield "V13", f"stage {t.target} does not compute {t.value!r} of stage {t.source} anew"
 
 
 def _port_order(p: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:

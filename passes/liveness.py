@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import Op, Program, Stage, StateEntry, Transfer, Value
-from stagecut.ir.outline import Positions, positions
+from stagecut.ir.graph import Program, StateEntry, Transfer, Value
+from stagecut.ir.outline import positions
 
 
 @dataclass(frozen=True)
 class Liveness:
     """Every stage lists its inputs and outputs, and every value that crosses has a transfer to each stage that uses it.
 
-    Inputs: the user inputs it reads in signature order, then the rest in order of definition. Outputs: in
-    order of definition; those of the last stage in the order the model returns them.
+    Inputs: the user inputs it reads in signature order, then the rest as the stages before it list them. Outputs: parameters
+    it sends on, then values in order of definition; those of the last stage in the order the model returns them.
     """
 
     name = "liveness"
@@ -22,14 +22,16 @@ class Liveness:
         if program.phase != "partitioned" or _linked(program):
             return False
         where = positions(program)
-        order = {value: index for index, value in enumerate(program.inputs)}
-        home: dict[Value, int] = {}
+        order = {value: (-1, index) for index, value in enumerate(program.inputs)}
         for stage in program.stages:
-            _link(stage, where, order)
-            home.update((v, stage.index) for op in stage.ops for v in op.definitions())
+            live = [v for v in where.live_ins(stage.ops) if not isinstance(v.owner, StateEntry) or v.owner not in stage.state]
+            _send_parameters(program, live, order)
+            stage.inputs = _in_order(live, order)
+            stage.outputs = where.live_outs(stage.ops)
+            order |= {v: (stage.index, len(program.state) + place) for place, v in enumerate(stage.outputs)}
         _returned_last(program)
         for stage in program.stages:
-            program.transfers += [Transfer(v, home.get(v), stage.index) for v in stage.inputs]
+            program.transfers += [Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index) for v in stage.inputs]
         return _linked(program)
 
 
@@ -37,21 +39,18 @@ def _linked(program: Program) -> bool:
     return any(stage.inputs or stage.outputs for stage in program.stages)
 
 
-def _link(stage: Stage, where: Positions, order: dict[Value, int]) -> None:
-    live = [v for v in where.live_ins(stage.ops) if not isinstance(v.owner, StateEntry)]
-    fed = sorted((v for v in live if v.owner is None), key=order.__getitem__)
-    received = sorted((v for v in live if v.owner is not None), key=where.defined)
-    stage.inputs = fed + _by_definition(received)
-    stage.outputs = where.live_outs(stage.ops)
+def _in_order(live: list[Value], order: dict[Value, tuple[int, int]]) -> list[Value]:
+    return sorted(live, key=order.__getitem__)
 
 
-def _by_definition(values: list[Value]) -> list[Value]:
-    """Values of one op in the order it defines them; the list is sorted by op already."""
-    ranks: dict[Value, int] = {}
-    for value in values:
-        if isinstance(value.owner, Op) and value not in ranks:
-            ranks.update({v: len(ranks) + i for i, v in enumerate(value.owner.definitions()) if v not in ranks})
-    return sorted(values, key=ranks.__getitem__)
+def _send_parameters(program: Program, live: list[Value], order: dict[Value, tuple[int, int]]) -> None:
+    """The stages that hold the parameters among `live` list them first among their outputs."""
+    for value in live:
+        if isinstance(value.owner, StateEntry) and value not in order:
+            owner = program.stages[value.owner.stages[0]]
+            place = sum(isinstance(v.owner, StateEntry) for v in owner.outputs)
+            owner.outputs.insert(place, value)
+            order[value] = (owner.index, place)
 
 
 def _returned_last(program: Program) -> None:

@@ -14,6 +14,7 @@ from stagecut.passes.infer_gradients import InferGradients
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition
 from stagecut.passes.rebase_views import RebaseViews
+from stagecut.passes.recompute import Recompute
 from stagecut.passes.resolve_aliases import ResolveAliases
 from stagecut.passes.route import Route
 from stagecut.passes.share_state import ShareState
@@ -26,6 +27,7 @@ PASSES: tuple[type[Any], ...] = (
     InferGradients,  # after versions: a write can make a value carry gradient
     FindSplits,  # after the rest has settled: positions mean ops that stay
     Partition,  # from here on ops have stages
+    Recompute,  # before anything is computed from what crosses: less does
     RebaseViews,  # before anything is computed from what crosses: it changes what crosses
     ShareState,  # needs stages; before liveness, for state that is held does not cross
     Liveness,  # what crosses
@@ -38,7 +40,9 @@ ORDER = (
     ("version-mutations", "infer-gradients"),
     ("version-mutations", "partition"),
     ("find-splits", "partition"),
-    ("partition", "rebase-views"),
+    ("infer-gradients", "recompute"),
+    ("partition", "recompute"),
+    ("recompute", "rebase-views"),
     ("rebase-views", "share-state"),
     ("share-state", "liveness"),
     ("liveness", "route"),
@@ -50,9 +54,10 @@ if any(NAMES.index(a) >= NAMES.index(b) for a, b in ORDER):
     raise PassError("the order of passes breaks an ordering constraint")
 
 
-def default_pipeline(splits: FindSplits | None = None) -> list[Pass]:
-    """All passes, in order, with `splits` as the source of cuts beside in-model markers."""
-    return [splits if splits is not None and p is FindSplits else p() for p in PASSES]
+def default_pipeline(*chosen: Pass) -> list[Pass]:
+    """All passes, in order: those of `chosen`, and the others as they are without options."""
+    given = {type(p): p for p in chosen}
+    return [given[p] if p in given else p() for p in PASSES]
 
 
 def pass_by_name(name: str, options: Mapping[str, Any] | None = None) -> Pass:

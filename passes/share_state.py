@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SHARES, Op, Program, StateEntry, closest_name, scope_fqn
 
-REPLICATE, FEEDBACK = SHARES
+REPLICATE, FEEDBACK, TRANSMIT = SHARES
+EVERY = "*"
+"""In `transmit`: all parameters for which it is possible."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,13 @@ class ShareState:
     """Every state name is held by a stage.
 
     An entry several stages read is shared: `replicate` when no op writes it (each stage has a copy, gradients are
-    summed), `feedback` when a later stage writes what an earlier one reads in the next step.
+    summed), `feedback` when a later stage writes what an earlier one reads in the next step, `transmit` where the user
+    asks for it: the first stage that reads a parameter holds it and sends it on, and gets its gradient back.
+
+    transmit: names of parameters, or EVERY.
     """
 
+    transmit: tuple[str, ...] = ()
     name = "share-state"
 
     def run(self, program: Program) -> bool:
@@ -24,15 +31,32 @@ class ShareState:
             return False
         home = {op: stage.index for stage in program.stages for op in stage.ops}
         places = _module_places(program)
+        _refuse_unknown(self.transmit, program)
         for entry in program.state:
             readers = _readers(entry, home, len(program.stages) - 1)
             if not readers and entry.kind == "const":
                 continue
             if not readers:
                 readers = {_nearest_stage(entry.name, places): []}
+            entry.share = _policy(entry, home, len(readers))
+            if entry.share == REPLICATE and self._is_sent(entry):
+                entry.share, readers = TRANSMIT, dict([*readers.items()][:1])
             _hold(program, entry, readers)
-            entry.share = _policy(entry, home)
         return any(stage.state for stage in program.stages)
+
+    def _is_sent(self, entry: StateEntry) -> bool:
+        named = bool({*entry.names} & {*self.transmit})
+        whole = next((op for op in entry.value.uses if op.target.startswith("module.")), None)
+        if named and whole is not None:
+            raise SplitError(f"'{entry.name}' cannot be transmitted: a module kept whole holds it", where=whole.where(), hint=REPLICATE)
+        return named or (EVERY in self.transmit and entry.kind == "param" and whole is None)
+
+
+def _refuse_unknown(transmit: tuple[str, ...], program: Program) -> None:
+    owners = program.name_owners()
+    for name in transmit:
+        if name != EVERY and name not in owners:
+            raise SplitError(f"tied names '{name}', which the model does not have", hint=nearest(name, owners))
 
 
 def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:
@@ -53,7 +77,7 @@ def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) ->
     entry.stages = tuple(held)
 
 
-def _policy(entry: StateEntry, home: dict[Op, int]) -> str | None:
+def _policy(entry: StateEntry, home: dict[Op, int], readers: int) -> str | None:
     writers: set[int] = set()
     value = entry.value
     chain = [value]
@@ -62,9 +86,9 @@ def _policy(entry: StateEntry, home: dict[Op, int]) -> str | None:
             if version in op.versions:
                 writers.add(home[op])
                 chain.append(op.versions[version])
-    if writers and (len(writers) > 1 or set(entry.stages) - writers):
+    if writers and (len(writers) > 1 or readers > 1):
         return FEEDBACK
-    return REPLICATE if len(entry.stages) > 1 else None
+    return REPLICATE if readers > 1 else None
 
 
 def _module_places(program: Program) -> dict[str, int]:

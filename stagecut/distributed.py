@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, lives_in_buffer, port, writable
+from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, fed_inputs, lives_in_buffer, port, writable
 from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
 from stagecut.frontend.lower import storage_of
@@ -62,7 +62,7 @@ class BuiltStage(PipelineStage):
     def __init__(self, pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
         program = pipe.program
         refuse_feedback(program, pipe.training)
-        lists = boundaries(program, frozenset(program.inputs) if fed else frozenset())
+        lists = boundaries(program, fed_inputs(program) if fed else frozenset())
         last = index == len(program.stages) - 1
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
@@ -71,6 +71,8 @@ class BuiltStage(PipelineStage):
         self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
         self._owned = written_inputs(self.block)
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
+        crossed = {p.value for p in self.received}
+        self._fed = [(i, v) for i, v in enumerate(program.inputs) if (v in self.block.inputs or index == 0) and v not in crossed]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
         whole = index > 0 and backward_is_whole(
             self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
@@ -81,8 +83,7 @@ class BuiltStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
         """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
         if self.fed:
-            flat = dict(zip(self.pipe.program.inputs, self.microbatches[fwd_chunk_id], strict=True))
-            args, kwargs = (), {f"input_{i}": flat[v] for i, v in enumerate(self.block.inputs) if v in flat}
+            args, kwargs = (), {f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed}
         try:
             output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         except RuntimeError as error:
@@ -97,7 +98,7 @@ class BuiltStage(PipelineStage):
         """Takes what crossed apart, runs the stage, and packs what it hands on."""
         values: dict[Value, Any] = {}
         if self.fed:
-            values = {v: kwargs[f"input_{i}"] for i, v in enumerate(self.block.inputs) if f"input_{i}" in kwargs}
+            values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
         elif self.is_first:
             values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
         values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
@@ -270,7 +271,7 @@ class Driver:
         self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
-        self._last_boundary = boundaries(pipe.program, frozenset(pipe.program.inputs))[-1]
+        self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
         self._replicas = [(ranks, entries) for ranks, entries in _replicas(pipe.program, self.placement) if rank in ranks]
         self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
@@ -352,8 +353,8 @@ class Driver:
     def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
         """The model's own output of one micro-batch."""
         program = self.pipe.program
-        given = dict(zip(program.inputs, self._chunks[chunk], strict=True))
         made = dict(zip(self._last_boundary, packed, strict=True))
+        given = {v: item for v, item in zip(program.inputs, self._chunks[chunk], strict=True) if v not in made}
         flat = [
             leaf if not isinstance(leaf, Value)
             else given[leaf] if leaf in given

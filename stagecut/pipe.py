@@ -28,9 +28,13 @@ from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
 from stagecut.ir.verifier import verify
+from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import default_pipeline
+from stagecut.passes.recompute import Recompute
+from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
+from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 
 CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -45,6 +49,8 @@ def pipeline(
     *,
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
+    routes: Mapping[str, str] | None = None,
+    tied: str | Mapping[str, str] = "replicate",
     check: str | None = "auto",
 ) -> Pipe:
     """Cuts `module` into pipeline stages.
@@ -60,6 +66,11 @@ def pipeline(
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
     leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object. Where tracing
         fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so.
+    routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it themselves) or 'relay' (it
+        is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper way is taken, and
+        'recompute' only where no gradient flows, so that gradients stay bit for bit the model's.
+    tied: what happens to a parameter that several stages read, for all or by name: 'replicate' (each stage has a copy, their
+        gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on as a value).
     check: what to compare with the model afterwards, by one run of both on copies with the example inputs: 'outputs',
         'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when the model is real and
         its state no larger than CHECK_BYTES, else None.
@@ -80,7 +91,7 @@ def pipeline(
     at = _split_points(split_spec or {}, module)
     policy = as_cuts(split_policy, exported) if split_policy is not None else None
     trace = Trace(program)
-    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module))))
+    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module)), *_asked(routes or {}, tied)))
     validate(trace, program)
     pipe = Pipe(program, bindings)
     if isinstance(module, nn.Module):
@@ -131,6 +142,17 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
             hint="keep the module that computes it whole: leaf_modules=[...]; "
             "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
         )
+
+
+def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator[Pass]:
+    """The passes with what the user asks of them."""
+    yield Recompute(tuple(routes.items()))
+    yield Route(tuple(name for name, route in routes.items() if route == "relay"))
+    by_name = {EVERY: tied} if isinstance(tied, str) else dict(tied)
+    for way in by_name.values():
+        if way not in (REPLICATE, TRANSMIT):
+            raise InputError(f"tied={way!r} is not known", hint=nearest(way, [REPLICATE, TRANSMIT]))
+    yield ShareState(tuple(name for name, way in by_name.items() if way == TRANSMIT))
 
 
 def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[str, str], ...]:

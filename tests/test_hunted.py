@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stagecut import SplitPoint, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
-from stagecut.ir.errors import CaptureError
+from stagecut.ir.errors import CaptureError, StagecutError
 
 CUT = {"b": SplitPoint.BEGINNING}
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -212,3 +212,83 @@ def test_a_write_into_a_received_part_of_a_tensor_finds_the_strides_it_knows() -
     model, x = Part(), torch.randn(7, 4)
     pipe = pipeline(model, (x,))
     assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x])[0], model(x))
+
+
+class _Assigns(nn.Module):
+    """Gives a buffer a new tensor, while the old one goes on being read or written under another name."""
+
+    def __init__(self, run: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.arange(4.0))
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.run(self, x)
+
+
+def _old_one_returned(self: Any, x: torch.Tensor) -> torch.Tensor:
+    old = self.mean.float()
+    self.mean = self.mean * 0.5 + x.mean(0)
+    return old
+
+
+def _old_one_written_and_returned(self: Any, x: torch.Tensor) -> torch.Tensor:
+    old = nn.functional.relu_(self.mean)
+    self.mean = self.mean * 0.5 + x.mean(0)
+    return old
+
+
+def _old_one_written_behind(self: Any, x: torch.Tensor) -> torch.Tensor:
+    old = self.mean.flatten()
+    self.mean = self.mean * 0.5 + x.mean(0)
+    result = self.mean * 2
+    old.sigmoid_()
+    return result + 1
+
+
+@pytest.mark.parametrize("run", [_old_one_returned, _old_one_written_and_returned, _old_one_written_behind])
+def test_who_read_a_buffer_before_it_was_assigned_keeps_the_old_one(run: Any) -> None:
+    model = _Assigns(run)
+    assert pipeline(model, (X,)).verify(X).ok
+
+
+class _Kept(nn.Module):
+    """A module kept whole in front of something that knows its size."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y.sum(0) / y.shape[0] + y.reshape(y.shape[0], -1).mean()
+
+
+BATCH = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=2)},), "leaf_modules": ["inner"]}
+
+
+def test_the_size_of_what_a_module_kept_whole_returns_varies_with_the_batch() -> None:
+    model = _Kept(nn.Linear(4, 4))
+    pipe = pipeline(model, (torch.randn(7, 4),), **BATCH)
+    for batch in (7, 5, 2):
+        assert pipe.verify(torch.randn(batch, 4)).ok
+
+
+def test_another_size_than_traced_of_what_a_module_kept_whole_returns_is_refused() -> None:
+    class Positive(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x.sum(-1) > 0]
+
+    pipe = pipeline(_Kept(Positive()), (torch.ones(3, 4),), leaf_modules=["inner"])
+    with pytest.raises(StagecutError, match=r"'inner' returns is \[0, 4\]; the trace expects \[3, 4\]"):
+        pipe(-torch.ones(3, 4))
+
+
+def test_a_size_that_is_the_batch_by_chance_is_refused() -> None:
+    class Seven(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_ones(7, x.shape[0])
+
+    pipe = pipeline(_Kept(Seven()), (torch.randn(7, 4),), **BATCH)
+    with pytest.raises(StagecutError, match="give the example a batch that is no other size"):
+        pipe(torch.randn(5, 4))

@@ -1,4 +1,4 @@
-"""partition: every op is in one stage, source ops stand where they are used."""
+"""partition: every op is in one stage."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from helpers import Bless, diff_of, leaves_alone, load
 from stagecut.ir.parser import parse
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.partition import Partition
-
-
-def test_sources_sink_to_their_users(bless: Bless) -> None:
-    bless("partition-sources.diff", diff_of(Partition(), load("sources")))
-
-
-def test_a_stage_of_sources_is_not_emptied(bless: Bless) -> None:
-    bless("partition-only-sources.diff", diff_of(Partition(), load("only-sources")))
 
 
 def test_idle_markers_make_no_stage(bless: Bless) -> None:
@@ -42,7 +34,3 @@ def test_program_without_ops_has_one_stage() -> None:
 
 def test_staged_program_stays() -> None:
     leaves_alone(Partition(), load("shared"))
-
-
-def test_written_sources_stay(bless: Bless) -> None:
-    bless("partition-written-sources.diff", diff_of(Partition(), load("written-sources")))

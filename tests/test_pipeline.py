@@ -12,7 +12,9 @@ from stagecut.passes import pipeline
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import NAMES, ORDER, PASSES, default_pipeline, pass_by_name
 
-DESIGNED = "canonicalize resolve-aliases version-mutations infer-gradients find-splits partition rebase-views share-state liveness route"
+DESIGNED = (
+    "canonicalize resolve-aliases version-mutations infer-gradients find-splits partition recompute rebase-views share-state liveness route"
+)
 
 
 def test_the_list_is_the_designed_one() -> None:

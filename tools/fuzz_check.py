@@ -109,9 +109,11 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 
     A view made under no_grad says that it requires grad, and so does what comes of it, though nothing flows through it. What a
     module kept whole does inside is not known. A dropout that is off returns what it gets, strides and all; in a trace it does not.
+    Of a batch norm of what is not contiguous, a trace has other strides than a run.
     """
     wrong: list[str] = []
     off = any("dropout" in op.target and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
+    off = off or any("batch_norm" in op.target and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
     whole = any(op.target.startswith("module.") for op in pipe.program.all_ops())
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
     for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):

@@ -1,0 +1,224 @@
+"""Computes anew, in the stages that read it, what costs less to compute there than to send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stagecut.ir.errors import SplitError, nearest
+from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
+from stagecut.ir.types import TensorType, carries_grad
+
+START = 256 * 1024
+"""What starting an op costs: the bytes a link of 50 GB/s (400 Gb/s InfiniBand) carries in 5 microseconds."""
+
+MEMORY = 64
+"""Bytes an op reads and writes in the time in which that link carries one, with a memory of 3.35 TB/s (H100)."""
+
+DEEPEST = 64
+"""How many ops in a row are looked at, at most."""
+
+HEAVY = frozenset(
+    {
+        *("mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "linear", "bilinear", "einsum", "dot", "vdot", "mv", "addmv", "addr"),
+        *("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "cdist", "tensordot", "chain_matmul"),
+    }
+)
+"""Ops that compute more than they move: never done twice unless the user asks for it."""
+
+RECOMPUTE, RELAY = "recompute", "relay"
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """A value that is cheaper to compute than to send is computed in every stage that reads it; ops left without readers are gone.
+
+    Only what no write, no random number and no gradient touches, so results and gradients stay bit for bit the same. Costs are
+    in bytes sent: START for each op, and what it reads and writes over MEMORY, against the value's bytes times the stages it
+    travels; a view costs nothing. Ops without operands (arange, full, zeros) are always computed where they are read. A buffer or
+    a constant that is read there is held there too.
+
+    routes: (name of a value, 'recompute' or 'relay') as the user wants it, whatever it costs.
+    """
+
+    routes: tuple[tuple[str, str], ...] = ()
+    name = "recompute"
+
+    def run(self, program: Program) -> bool:
+        if program.phase != "partitioned" or program.transfers or any(stage.state for stage in program.stages):
+            return False
+        work = _Work(program, dict(self.routes))
+        for stage in program.stages:
+            work.visit(stage)
+        work.refuse_unknown()
+        return work.finish()
+
+
+class _Work:
+    def __init__(self, program: Program, routes: dict[str, str]) -> None:
+        self._program, self._routes = program, routes
+        self._home = {op: stage.index for stage in program.stages for op in stage.ops}
+        self._written = _written([*program.all_ops()])
+        self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
+        self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
+        self._arriving: list[list[Op]] = [[] for _ in program.stages]
+        self._copied: dict[Op, None] = {}
+        self._crossing: set[str] = set()
+
+    def visit(self, stage: Stage) -> None:
+        """Decides for what `stage` defines and later ones read. Earlier stages are decided."""
+        idle = all(self._is_source(op) for op in stage.ops)  # the user asked for this stage: do not leave it empty
+        for op in stage.ops:
+            for value in op.definitions():
+                later = sorted({here for user in value.uses if (here := self._home.get(user, 0)) > stage.index})
+                if later:
+                    self._crossing.add(value.hint)
+                    asked = self._routes.get(value.hint)
+                    source = self._is_source(op) and not idle
+                    if asked != RELAY and (asked == RECOMPUTE or source or not carries_grad(value.type)):
+                        self._decide(value, stage.index, later, source, asked == RECOMPUTE)
+                    if value not in self._twins[later[-1]]:
+                        self._reach[value] = max(later[-1], self._reach.get(value, 0))
+
+    def _decide(self, value: Value, here: int, later: list[int], source: bool, asked: bool) -> None:
+        limit = None if source or asked else _bytes(value, later[-1] - here)
+        if not (source or asked) and (limit is None or value in self._reach):
+            return
+        cost = 0
+        for stage in later:
+            one = self._cost(value, stage, 0, limit if limit is not None else -1, asked)
+            if one is None and asked:
+                raise SplitError(
+                    f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has effects, or so is what it needs",
+                    where=value.owner.where() if isinstance(value.owner, Op) else "",
+                    hint="leave its route to the compiler",
+                )
+            if one is None:
+                return
+            cost += one
+        if limit is not None and cost >= limit:
+            return
+        for stage in later:
+            twin = self._make(value, stage, asked)
+            value.replace_uses(twin, lambda user, stage=stage: self._home.get(user) == stage)  # type: ignore[misc]
+            self._program.transfers.append(Transfer(value, here, stage, RECOMPUTE, twin))
+
+    def _cost(self, value: Value, stage: int, depth: int, limit: int, asked: bool) -> int | None:
+        """What computing `value` in `stage` costs, None when it cannot or must not be."""
+        op = value.owner
+        if not isinstance(op, Op) or not self._is_repeatable(value, op) or depth > DEEPEST:
+            return None
+        if not asked and _name(op) in HEAVY:
+            return None
+        moves = not op.effects.views or None in op.effects.views
+        cost = START + sum(_bytes(v, 1) or 0 for v in (*op.operands, *op.results)) // MEMORY if moves else 0
+        for operand in dict.fromkeys(op.operands):
+            if 0 <= limit <= cost:
+                return None
+            one = self._need(operand, stage, depth, limit - cost if limit >= 0 else -1, asked)
+            if one is None:
+                return None
+            cost += one
+        return cost
+
+    def _need(self, value: Value, stage: int, depth: int, limit: int, asked: bool) -> int | None:
+        """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or computing it."""
+        if value in self._written:
+            return None
+        if self._is_there(value, stage, asked):
+            return 0
+        made = self._cost(value, stage, depth + 1, limit, False)
+        sent = self._sent(value, stage)
+        return min((cost for cost in (made, sent) if cost is not None), default=None)
+
+    def _is_there(self, value: Value, stage: int, asked: bool) -> bool:
+        owner = value.owner
+        if isinstance(owner, StateEntry):
+            return asked or owner.kind != "param" or any(self._home.get(user) == stage for user in value.uses)
+        if owner is None or value in self._twins[stage]:
+            return True
+        return self._home[owner] == stage or self._reach.get(value, -1) >= stage
+
+    def _sent(self, value: Value, stage: int) -> int | None:
+        if not isinstance(value.owner, Op):
+            return None
+        size = _bytes(value, stage - self._home[value.owner])
+        return size if size is None or not carries_grad(value.type) else 2 * size
+
+    def _make(self, value: Value, stage: int, asked: bool) -> Value:
+        """The value as `stage` computes it."""
+        twins, op = self._twins[stage], value.owner
+        assert isinstance(op, Op)
+        swap: dict[Value, Value] = {}
+        for operand in dict.fromkeys(op.operands):
+            if not self._is_there(operand, stage, asked):
+                made, sent = self._cost(operand, stage, 1, -1, False), self._sent(operand, stage)
+                if made is not None and (sent is None or made < sent):
+                    self._make(operand, stage, False)
+                else:
+                    self._reach[operand] = max(stage, self._reach.get(operand, 0))
+            if operand in twins:
+                swap[operand] = twins[operand]
+        twin = op.copy(swap)
+        twins.update(zip(op.results, twin.results, strict=True))
+        self._home[twin] = stage
+        self._arriving[stage].append(twin)
+        self._copied[op] = None
+        return twins[value]
+
+    def finish(self) -> bool:
+        """The copies stand in front of their stages; originals that nothing reads are gone, and what was made only for them."""
+        for stage, ops in zip(self._program.stages, self._arriving, strict=True):
+            stage.ops[:0] = ops
+        left = {stage.index: len(stage.ops) for stage in self._program.stages}
+        gone: set[Op] = set()
+        for op in sorted(self._copied, key=self._order().__getitem__, reverse=True):
+            if all(set(v.uses) <= gone for v in op.definitions()) and left[self._home[op]] > 1:
+                left[self._home[op]] -= 1
+                gone.add(op)
+        self._program.remove_ops(gone)
+        return bool(self._copied)
+
+    def _order(self) -> dict[Op, int]:
+        return {op: place for place, op in enumerate(self._program.all_ops())}
+
+    def _is_source(self, op: Op) -> bool:
+        plain = not op.operands and not op.regions and op.effects == PURE and len(op.results) == 1
+        return plain and self._is_repeatable(op.results[0], op)
+
+    def _is_repeatable(self, value: Value, op: Op) -> bool:
+        if op.has_effect or op.regions or op.target.startswith("module.") or any(context.kind in WHOLE for context in op.context):
+            return False
+        return value in op.results and not any(v in self._written for v in op.definitions())
+
+    def refuse_unknown(self) -> None:
+        """Raises SplitError for a route of a value that does not cross."""
+        known = sorted(self._crossing | {value.hint for value in self._program.inputs})
+        for name, route in self._routes.items():
+            if name not in known:
+                raise SplitError(f"routes names '{name}', which no stage needs from another", hint=nearest(name, known))
+            if route not in (RECOMPUTE, RELAY) or (route == RECOMPUTE and name not in self._crossing):
+                allowed = "'recompute' or 'relay'" if name in self._crossing else "'relay': it is an input of the model"
+                raise SplitError(f"'{route}' is no route for '{name}'", hint=allowed)
+
+
+def _written(ops: list[Op]) -> set[Value]:
+    """The values some op writes, directly or through a view: a copy of such a value would miss the write."""
+    written: set[Value] = set()
+    for op in reversed(ops):
+        written.update(op.versions, (op.operands[i] for i in op.effects.writes))
+        bases = zip(op.results, op.effects.views, strict=False)
+        written.update(op.operands[base] for result, base in bases if base is not None and result in written)
+    return written
+
+
+def _bytes(value: Value, times: int) -> int | None:
+    """Bytes of a value, `times` over; None when its size is symbolic."""
+    size = value.type.nbytes() if isinstance(value.type, TensorType) else 8
+    return None if size is None else size * times
+
+
+def _name(op: Op) -> str:
+    parts: Iterable[str] = op.target.split(".")
+    return next((part for part in parts if part in HEAVY), "")
