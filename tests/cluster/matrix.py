@@ -33,7 +33,7 @@ def cut(subject: Subject, stages: int) -> tuple[nn.Module, Pipe]:
     """The model, always the same, and its pipe."""
     torch.manual_seed(3)
     model = subject.make()
-    pipe = pipeline(model, (), subject.inputs(MICRO_BATCH), split_policy=equal_ops(stages), check=None)
+    pipe = pipeline(model, (), subject.inputs(MICRO_BATCH), split_policy=equal_ops(stages), check=None, **subject.options)
     assert pipe.num_stages == stages
     return model, pipe
 
@@ -98,8 +98,10 @@ def _train(model: nn.Module, pipe: Pipe, subject: Subject, schedule: str) -> str
         mine.step()
         wrong = wrong or _compare_state(driver, reference)
         theirs.step()
-        if wrong:
-            return f"step {step}: {wrong}"
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, wrong)
+        if any(everywhere):
+            return f"step {step}: {next(filter(None, everywhere))}"
     return _compare_replicas(driver) or "ok"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,23 @@ class Subject:
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
     loss: Callable[[Any], torch.Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Masked(nn.Module):
+    """Every layer adds a mask of 2 MiB to its scores, which costs less to compute again than to send."""
+
+    def __init__(self, width: int = 4, depth: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        mask = torch.where(positions[:, None] >= positions[None, :], self.bias, -1e9)
+        for layer in self.layers:
+            scores = (layer(x) @ x.transpose(1, 2)).mul(0.01).add(mask)
+            x = (x + torch.softmax(scores, -1) @ x) / 2
+        return x
 
 
 class TwoTower(nn.Module):
@@ -138,5 +155,14 @@ SUBJECTS = {
         _double(TwoTower),
         lambda n: {"query": _real(n, 4, 8), "document": _real(n, 4, 8), "weight": _real(8)},
         lambda out: out[0].square().mean() + out[1].mean(),
+    ),
+    "GPT-2, sent": Subject(
+        _double(_gpt), lambda n: _language(n) | {"use_cache": False}, _own_loss, {"tied": "transmit", "routes": {"labels": "relay"}}
+    ),
+    "masks": Subject(
+        _double(Masked),
+        lambda n: {"x": _real(n, 512, 4), "positions": torch.arange(512)},
+        lambda out: out.square().mean(),
+        {"routes": {"positions": "relay"}},
     ),
 }
