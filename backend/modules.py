@@ -113,10 +113,10 @@ class StageModule(nn.Module):
         return self._forwards[_call](self, *args, **kwargs)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model, also where its name hides one of ours."""
+        """The module at a path of the model, also where its name hides one of ours, and inside what torch wraps around modules."""
         module: nn.Module = self
         for name in target.split(".") if target else ():
-            found = module._modules.get(name)
+            found = inside(module)._modules.get(name)
             if found is None:
                 raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
             module = found
@@ -153,6 +153,13 @@ class StageModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]  # the model may have a module of this name
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module that activation checkpointing or torch.compile is wrapped around, itself where neither is."""
+    while found := module._modules.get("_checkpoint_wrapped_module") or module._modules.get("_orig_mod"):
+        module = found
+    return module
 
 
 OURS = frozenset({"_code", "_texts", "_forwards", "_constants", "_here", "training"})

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stagecut.ir.errors import StagecutError, nearest
@@ -128,7 +129,14 @@ def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
             f"'{strange[0]}' is no tensor of the traced model, it would be lost", hint="register it before the model is cut"
         )
     mine = [entry for entry in pipe.program.state if entry.stages and entry.stages[0] in driver.stage_indices and persistent(entry)]
-    return {persistent(entry)[0]: next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry)).detach() for entry in mine}
+    state = {persistent(entry)[0]: next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry)).detach() for entry in mine}
+    sharded = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
+    if sharded is not None:
+        raise CheckpointError(
+            f"'{sharded}' is sharded over ranks of other pipelines, which this one does not know",
+            hint="save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: its names are the model's",
+        )
+    return state
 
 
 def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from stagecut.backend.modules import Stage, StageModule
+from stagecut.backend.modules import Stage, StageModule, inside
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
 
@@ -71,4 +71,4 @@ def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:
 
 def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
     path, _, last = name.rpartition(".")
-    return stage.get_submodule(path), last
+    return inside(stage.get_submodule(path)), last

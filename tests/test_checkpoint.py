@@ -15,11 +15,15 @@ import torch.distributed as dist
 from cluster.matrix import cut, on_ranks, stages_of
 from cluster.models import SUBJECTS
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from stagecut import Driver, StagecutError, checkpoint
+from stagecut.backend.modules import StageModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -208,3 +212,49 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
     on_ranks(2, _save_only, pipe, tmp_path / "step-11")
     assert checkpoint.latest(tmp_path) == tmp_path / "step-11"
     assert not list(tmp_path.glob(".*"))
+
+
+def _checkpointed(stage: nn.Module, index: int) -> nn.Module:
+    """Every linear layer of a stage is wrapped."""
+    for module in list(stage.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, StageModule) and child._get_name() == "Linear":
+                setattr(module, name, checkpoint_wrapper(child))
+    return stage
+
+
+def _train_wrapped(pipe: Any, subject: Any, folder: Path) -> dict[str, Any]:
+    driver = Driver(pipe, "GPipe", 2, subject.loss, wrap=_checkpointed)
+    optimizer = _adam(driver.parameters())
+    driver.attach(optimizer)
+    _run(driver, optimizer, subject, range(1))
+    checkpoint.save(driver, optimizer, folder)
+    held = {name: tensor.clone() for i in driver.stage_indices for name, tensor in pipe.stages[i].state_dict().items()}
+    checkpoint.load(driver, optimizer, folder)
+    return {"held": held, "wrappers": sum(isinstance(m, CheckpointWrapper) for i in driver.stage_indices for m in pipe.stages[i].modules())}
+
+
+def test_what_is_wrapped_is_saved_under_the_models_names(tmp_path: Path) -> None:
+    model, pipe = cut(SUBJECTS["two towers"], 2)
+    answers = on_ranks(2, _train_wrapped, pipe, SUBJECTS["two towers"], tmp_path / "1")
+    assert sum(answer["wrappers"] for answer in answers) == 6
+    state = {"model": model.state_dict()}
+    state_dict_loader.load(state, checkpoint_id=tmp_path / "1")
+    assert _same(state["model"], _merged(answers))
+
+
+def _save_sharded(pipe: Any, folder: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    driver = Driver(pipe, "GPipe", 1, group=dist.new_subgroups(1)[0], wrap=lambda stage, _: fully_shard(stage, mesh=mesh))
+    driver.parameters()
+    try:
+        checkpoint.save(driver, None, folder / str(dist.get_rank()))
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_sharded_over_other_pipelines_is_refused(tmp_path: Path) -> None:
+    _, pipe = cut(SUBJECTS["ResNet"], 1)
+    for message in on_ranks(2, _save_sharded, pipe, tmp_path):
+        assert "is sharded over ranks of other pipelines" in message
