@@ -135,14 +135,15 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
         return dim
     found = sizes.get(dim)
     if found is None:
-        found = _evaluate(dim, tuple(sorted(sizes.items())))
+        found = evaluate(dim, tuple(sorted(sizes.items())))
     if found is None:
         raise _cannot_cross(value, f"its size {dim} depends on data, so the receiver cannot know it")
     return found
 
 
 @cache
-def _evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
+def evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
+    """The number an expression over sizes stands for, None when it is open."""
     import sympy
 
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}

@@ -389,7 +389,7 @@ class Program:
         for op in dead:
             op.drop()
         self.ops = [op for op in self.ops if op not in dead]
-        self.transfers = [t for t in self.transfers if t.value.owner not in dead]
+        self.transfers = [t for t in self.transfers if t.value.owner not in dead and (t.made is None or t.made.owner not in dead)]
         for stage in self.stages:
             stage.ops = [op for op in stage.ops if op not in dead]
 

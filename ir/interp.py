@@ -33,7 +33,7 @@ def run(
     state = {name: _fresh(tensor, memo) for name, tensor in tensors.items()}
     env: Environment = {entry.value: state[entry.name] for entry in program.state}
     fed = {value: _fresh(item, memo) for value, item in zip(program.inputs, inputs, strict=True)}
-    machine = _Machine(bindings or Bindings())
+    machine = Machine(bindings or Bindings())
     if program.phase == "linked":
         _run_linked(program, machine, env, fed)
     else:
@@ -51,7 +51,7 @@ def _fresh(item: Any, memo: dict[int, torch.Tensor]) -> Any:
     return memo[id(item)]
 
 
-def _run_linked(program: Program, machine: _Machine, env: Environment, fed: Environment) -> None:
+def _run_linked(program: Program, machine: Machine, env: Environment, fed: Environment) -> None:
     sent: Environment = dict(fed)
     for stage in program.stages:
         arriving = {t.value for t in program.transfers if t.target == stage.index and t.made is None}
@@ -66,7 +66,7 @@ def _run_linked(program: Program, machine: _Machine, env: Environment, fed: Envi
     env |= sent
 
 
-class _Machine:
+class Machine:
     """Executes ops one by one in an environment of values."""
 
     def __init__(self, bindings: Bindings) -> None:
@@ -78,17 +78,18 @@ class _Machine:
                 continue
             with ExitStack() as stack:
                 for context in op.context:
-                    stack.enter_context(_enter(context))
+                    stack.enter_context(enter(context))
                 self._op(op, env)
 
     def _op(self, op: Op, env: Environment) -> None:
-        result = self._apply(op, env)
+        result = self.apply(op, env)
         for value, item in zip(op.results, _flat(op, result), strict=True):
             env[value] = item
         for old, new in op.versions.items():
             env[new] = self.lookup(old, env)
 
-    def _apply(self, op: Op, env: Environment) -> Any:
+    def apply(self, op: Op, env: Environment) -> Any:
+        """What the op returns for the operands in `env`."""
         functions = [self._function(region) for region in op.regions]
         args, kwargs = (transform(tree, lambda leaf: self._leaf(leaf, env, functions)) for tree in (op.args, op.kwargs))
         check_op(op)
@@ -139,7 +140,8 @@ def _token(token: Token) -> Any:
     return getattr(torch, token.text.removeprefix("torch."))
 
 
-def _enter(context: Context) -> Any:
+def enter(context: Context) -> Any:
+    """The torch context manager of a context."""
     if context.kind in WHOLE:
         return nullcontext()
     if context.kind == "autocast":

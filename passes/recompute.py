@@ -168,20 +168,18 @@ class _Work:
         return twins[value]
 
     def finish(self) -> bool:
-        """The copies stand in front of their stages; originals that nothing reads are gone, and what was made only for them."""
+        """The copies stand in front of their stages; originals and copies that nothing reads are gone."""
         for stage, ops in zip(self._program.stages, self._arriving, strict=True):
             stage.ops[:0] = ops
         left = {stage.index: len(stage.ops) for stage in self._program.stages}
         gone: set[Op] = set()
-        for op in sorted(self._copied, key=self._order().__getitem__, reverse=True):
-            if all(set(v.uses) <= gone for v in op.definitions()) and left[self._home[op]] > 1:
+        candidates = {*self._copied, *(op for ops in self._arriving for op in ops)}
+        for op in reversed([*self._program.all_ops()]):
+            if op in candidates and all(set(v.uses) <= gone for v in op.definitions()) and left[self._home[op]] > 1:
                 left[self._home[op]] -= 1
                 gone.add(op)
         self._program.remove_ops(gone)
         return bool(self._copied)
-
-    def _order(self) -> dict[Op, int]:
-        return {op: place for place, op in enumerate(self._program.all_ops())}
 
     def _is_source(self, op: Op) -> bool:
         plain = not op.operands and not op.regions and op.effects == PURE and len(op.results) == 1

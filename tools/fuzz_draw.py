@@ -534,7 +534,17 @@ def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False) -> M
     cuts = tuple(rng.randrange(60) for _ in range(rng.choice((0, 0, 1, 1, 2))))
     if not cuts and not spec and not any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps)):
         cuts = (rng.randrange(60),)
-    return replace(plan, after=after, spec=spec, whole=whole, cuts=cuts, training=rng.random() < 0.75, dynamic=rng.random() < 0.2)
+    return replace(
+        plan,
+        after=after,
+        spec=spec,
+        whole=whole,
+        cuts=cuts,
+        training=rng.random() < 0.75,
+        dynamic=rng.random() < 0.2,
+        sent=rng.random() < 0.15,
+        again=rng.random() < 0.4,
+    )
 
 
 def _draw_inputs(rng: random.Random) -> tuple[tuple[Given, ...], tuple[Input, ...]]:

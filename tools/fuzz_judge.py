@@ -257,6 +257,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut.passes import recompute
 '''
 _RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
 expected = outcome(twin, twin, calls())

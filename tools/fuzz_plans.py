@@ -18,6 +18,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from stagecut.frontend.markers import SplitPoint, pipe_split
+from stagecut.passes import recompute
 
 EXAMPLE_BATCH, OTHER_BATCH = 7, 5
 """The batch size of the example inputs, and the one a model with a dynamic batch is also called with."""
@@ -114,7 +115,8 @@ class ModelPlan(Plan):
     """A model with its call, and where it is cut. `blocks[0]` is the root; its outputs are the leaves of `output`.
 
     spec: (module path, side) pairs for `split_spec`; cuts: positions for a policy, modulo the number of ops; whole:
-    paths for `leaf_modules`; after: lines that set up the model once it is built.
+    paths for `leaf_modules`; after: lines that set up the model once it is built; sent: tied parameters are transmitted; again: all that
+    can be is computed again instead of sent.
     """
 
     blocks: tuple[Block, ...]
@@ -127,6 +129,8 @@ class ModelPlan(Plan):
     whole: tuple[str, ...] = ()
     training: bool = True
     dynamic: bool = False
+    sent: bool = False
+    again: bool = False
 
 
 # --- reading a plan -----------------------------------------------------------------------------------
@@ -354,7 +358,13 @@ def options(plan: ModelPlan) -> dict[str, Any]:
         found["leaf_modules"] = list(plan.whole)
     if plan.dynamic:
         found["dynamic_shapes"] = dynamic_shapes(plan)
+    if plan.sent:
+        found["tied"] = "transmit"
+    recompute.START, recompute.MEMORY = (0, 1 << 40) if plan.again else _COSTS
     return found
+
+
+_COSTS = recompute.START, recompute.MEMORY
 
 
 def _policy(cuts: tuple[int, ...]) -> Callable[[Any], list[int]]:
@@ -478,6 +488,10 @@ def _options(plan: ModelPlan) -> str:
         dims = {g.name: "{" + ", ".join(f"{d}: batch" for d in g.dims) + "}" if g.dims else "None" for g in plan.given}
         entries = ", ".join(f'"{i.name}": {_tree_source(_renamed(i.tree, dims))}' for i in plan.inputs)
         lines += ['batch = Dim("batch", min=4, max=64)', f'options["dynamic_shapes"] = {{{entries}}}']
+    if plan.sent:
+        lines.append('options["tied"] = "transmit"')
+    if plan.again:
+        lines.append("recompute.START, recompute.MEMORY = 0, 1 << 40")
     return "\n".join(lines)
 
 

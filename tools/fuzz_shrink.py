@@ -36,6 +36,8 @@ def _fewer_cuts(plan: ModelPlan) -> Iterator[ModelPlan]:
 def _plainer_settings(plan: ModelPlan) -> Iterator[ModelPlan]:
     for i in range(len(plan.after)):
         yield replace(plan, after=plan.after[:i] + plan.after[i + 1 :])
+    if plan.sent or plan.again:
+        yield replace(plan, sent=False, again=False)
     for i in range(len(plan.whole)):
         yield replace(plan, whole=plan.whole[:i] + plan.whole[i + 1 :])
     if plan.dynamic:

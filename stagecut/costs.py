@@ -1,0 +1,328 @@
+"""What every op of a program costs: FLOPs, bytes moved, bytes kept for the backward, seconds on a device.
+
+FLOPs are counted by torch's own formulas: each distinct op runs once on the meta device under
+`torch.utils.flop_counter.FlopCounterMode`, forward and backward. What autograd keeps is what its hooks for saved tensors
+see there. Seconds are those of a roofline, the larger of computing and moving, or measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from stagecut.backend.wire import evaluate
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
+from stagecut.ir.interp import Machine, enter
+from stagecut.ir.outline import unwritten
+from stagecut.ir.types import DTYPES, TensorType, carries_grad, dtype_bytes
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator, as a roofline sees it.
+
+    flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long). bandwidth, link_bandwidth:
+    bytes per second of its memory, and to a neighbour, one way. memory: bytes. overhead: seconds that starting an op takes. reached:
+    the part of `flops` that large matrix products come to.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    link_bandwidth: float
+    overhead: float = 0.0
+    reached: float = 0.7
+
+    def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
+        """How long an op takes: the longer of computing and moving, and its start."""
+        slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)
+        return max(flops * slow / (self.flops * self.reached), moved / self.bandwidth) + self.overhead
+
+
+GiB = 2**30
+DEVICES = {
+    d.name: d
+    for d in (
+        Device("B200", 2250e12, 8.0e12, 180 * GiB, 900e9, 3e-6),
+        Device("H200", 989e12, 4.8e12, 139 * GiB, 450e9, 3e-6),
+        Device("H100", 989e12, 3.35e12, 79 * GiB, 450e9, 3e-6),
+        Device("A100", 312e12, 2.04e12, 79 * GiB, 300e9, 3e-6),
+        Device("MI300X", 1307e12, 5.3e12, 191 * GiB, 448e9, 3e-6),
+        Device("L4", 121e12, 0.3e12, 22 * GiB, 32e9, 3e-6),
+        Device("CPU", 0.2e12, 20e9, 16 * GiB, 5e9, 5e-6, 0.5),
+    )
+}
+"""Known devices, with the numbers of their makers' data sheets: dense 16-bit FLOPs, and one way of the link to a neighbour."""
+
+
+def device(wanted: Device | str) -> Device:
+    """The device itself, or the known one of that name. Raises InputError for unknown names."""
+    if isinstance(wanted, Device):
+        return wanted
+    if wanted not in DEVICES:
+        raise InputError(f"device '{wanted}' is not known", hint=f"{nearest(wanted, DEVICES)}; or give a Device(...)")
+    return DEVICES[wanted]
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """What one op costs. flops and moved (bytes read and written) are of the forward, those with `backward_` of the backward.
+
+    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides. seconds: measured, forward
+    and backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes only'.
+    """
+
+    flops: float = 0.0
+    moved: float = 0.0
+    backward_flops: float = 0.0
+    backward_moved: float = 0.0
+    kept: tuple[Value, ...] = ()
+    extra: int = 0
+    dtype: str = "f32"
+    source: str = "bytes only"
+    seconds: tuple[float, float] | None = None
+
+    def on(self, where: Device, training: bool = True) -> float:
+        """Seconds on a device, with the backward when training."""
+        if self.seconds is not None:
+            return self.seconds[0] + (self.seconds[1] if training else 0.0)
+        if not self.moved and not self.flops:
+            return 0.0
+        total = where.seconds(self.flops, self.moved, self.dtype)
+        if training and (self.backward_flops or self.backward_moved):
+            total += where.seconds(self.backward_flops, self.backward_moved, self.dtype)
+        return total
+
+
+def op_costs(
+    ops: Sequence[Op], sizes: Sizes | None = None, bindings: Bindings | None = None, measure_on: torch.device | str | None = None
+) -> list[OpCost]:
+    """The cost of each op. `sizes` gives the symbolic ones. With `measure_on`, each distinct op runs there on random values, timed."""
+    counter = _Counter(dict(sizes or {}), bindings or Bindings(), torch.device(measure_on) if measure_on is not None else None)
+    return [counter.cost(op) for op in ops]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What running an op of some signature showed; `kept` are places among its operands and results."""
+
+    flops: float
+    backward_flops: float
+    kept: tuple[tuple[str, int], ...]
+    extra: int
+    seconds: tuple[float, float] | None = None
+
+
+@dataclass
+class _Counter:
+    sizes: dict[str, int]
+    bindings: Bindings
+    place: torch.device | None
+    seen: dict[str, _Seen | None] = field(default_factory=dict)
+
+    def cost(self, op: Op) -> OpCost:
+        if op.is_split:
+            return OpCost()
+        again = any(context.kind == "checkpoint" for context in op.context)
+        trains = any(carries_grad(result.type) for result in op.definitions())
+        moved = self._moved(op)
+        found = None
+        if op.operands and (moved or op.regions):
+            key = self._signature(op)
+            if key not in self.seen:
+                self.seen[key] = self._run(op, trains)
+            found = self.seen[key]
+        if found is None:
+            return OpCost(moved=moved, backward_moved=1.5 * moved if trains else 0.0, dtype=_dtype(op))
+        kept = [op.operands[i] if kind == "operand" else op.results[i] for kind, i in found.kept]
+        if again:  # the region keeps what comes into it
+            kept = [v for v in op.operands if not (isinstance(v.owner, Op) and v.owner.context == op.context)]
+        return OpCost(
+            found.flops,
+            moved,
+            found.backward_flops + (found.flops if again else 0.0),
+            (1.5 * moved if trains else 0.0) + (moved if again else 0.0),
+            tuple(dict.fromkeys(root for v in kept if (root := root_of(v)).owner is not None and not isinstance(root.owner, StateEntry))),
+            0 if again else found.extra,
+            _dtype(op),
+            "measured" if found.seconds else "formula",
+            found.seconds,
+        )
+
+    def _moved(self, op: Op) -> float:
+        """Bytes read and written: none for views."""
+        if op.effects.views and None not in op.effects.views and not op.effects.writes:
+            return 0.0
+        return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
+
+    def nbytes(self, value: Value) -> int:
+        """Bytes of a value, 0 for what is no tensor."""
+        if not isinstance(value.type, TensorType):
+            return 0
+        count = dtype_bytes(value.type.dtype)
+        for dim in self._shape(value.type):
+            count *= dim
+        return count
+
+    def _shape(self, kind: TensorType) -> list[int]:
+        known = tuple(sorted(self.sizes.items()))
+        return [dim if isinstance(dim, int) else evaluate(dim, known) or 1 for dim in kind.shape]
+
+    def _signature(self, op: Op) -> str:
+        tree = transform((op.args, op.kwargs), lambda leaf: leaf.type if isinstance(leaf, Value) else leaf)
+        return f"{op.target} {tree} {op.context} {id(op) if op.regions else ''}"
+
+    def _run(self, op: Op, trains: bool) -> _Seen | None:
+        """What the op does on the meta device, None when it cannot run there."""
+        with suppress(Exception):
+            forward, backward, kept, extra = self._count(op, trains)
+            seconds = None
+            if self.place is not None:
+                with suppress(Exception):
+                    seconds = self._time(op, trains, self.place)
+            return _Seen(forward, backward, kept, extra, seconds)
+        return None
+
+    def _tensors(self, op: Op, trains: bool, place: torch.device) -> dict[Value, Any]:
+        """A tensor for each operand: the same type, on `place`, no leaf where it carries gradient, for the op may write it."""
+        env: dict[Value, Any] = {}
+        for value in op.operands:
+            kind = value.type
+            if not isinstance(kind, TensorType):
+                env[value] = evaluate(str(getattr(kind, "expr", "1")), tuple(sorted(self.sizes.items()))) or 1
+                continue
+            dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
+            if place.type == "meta":
+                made = torch.empty(self._shape(kind), dtype=dtype, device=place)
+            elif dtype.is_floating_point or dtype.is_complex:
+                made = torch.rand(self._shape(kind), device=place).to(dtype)
+            else:
+                made = torch.zeros(self._shape(kind), dtype=dtype, device=place)
+            if kind.strides is not None:
+                made = _strided(made, kind, self.sizes)
+            env[value] = made.requires_grad_().clone() if trains and kind.grad else made
+        return env
+
+    def _count(self, op: Op, trains: bool) -> tuple[float, float, tuple[tuple[str, int], ...], int]:
+        env = self._tensors(op, trains, torch.device("meta"))
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.set_grad_enabled(trains), hooks, FlopCounterMode(display=False) as counter:
+            result = _apply(op, env, self.bindings)
+            forward = counter.get_total_flops()
+            if trains:
+                _backward(result, env)
+            total = counter.get_total_flops()
+        homes: dict[int, tuple[str, int]] = {}
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for place, tensor in enumerate(made[: len(op.results)]):
+            homes[_storage(tensor)] = ("result", place)
+        for place, value in enumerate(op.operands):
+            if isinstance(env[value], torch.Tensor):
+                homes[_storage(env[value])] = ("operand", place)
+        if "scaled_dot_product_attention" in op.target:  # on meta it is taken apart; kernels keep operands, result and a row of sums
+            places = [("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)]
+            return forward, total - forward, (*places, ("result", 0)), made[0].numel() // max(1, made[0].shape[-1]) * 4
+        extra = {_storage(t): t.untyped_storage().nbytes() for t in kept if _storage(t) not in homes}
+        found = tuple(dict.fromkeys(homes[_storage(t)] for t in kept if _storage(t) in homes))
+        return forward, total - forward, found, sum(extra.values())
+
+    def _time(self, op: Op, trains: bool, place: torch.device, budget: float = 0.05) -> tuple[float, float]:
+        """Median seconds of the forward and the backward; at most a few runs, within `budget` seconds."""
+        runs: list[tuple[float, float]] = []
+        begin = time.perf_counter()
+        while len(runs) < 3 or (len(runs) < 9 and time.perf_counter() - begin < budget):
+            env = self._tensors(op, trains, place)
+            with torch.enable_grad() if trains else torch.no_grad():
+                start = _now(place)
+                result = _apply(op, env, self.bindings)
+                middle = _now(place)
+                if trains:
+                    _backward(result, env)
+                runs.append((middle - start, _now(place) - middle))
+        runs = runs[1:]
+        return sorted(r[0] for r in runs)[len(runs) // 2], sorted(r[1] for r in runs)[len(runs) // 2]
+
+
+def _now(place: torch.device) -> float:
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return time.perf_counter()
+
+
+def _apply(op: Op, env: dict[Value, Any], bindings: Bindings) -> Any:
+    machine = Machine(bindings)
+    with ExitStack() as stack:
+        for context in op.context:
+            if context.kind == "autocast":
+                stack.enter_context(enter(context))
+        return machine.apply(op, env)
+
+
+def _backward(result: Any, env: dict[Value, Any]) -> None:
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    inputs = [t for t in env.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    if outputs and inputs:
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _strided(made: torch.Tensor, kind: TensorType, sizes: Sizes) -> torch.Tensor:
+    """The same elements count in the order of dims that the type's strides have."""
+    known = tuple(sorted(sizes.items()))
+    strides = [s if isinstance(s, int) else evaluate(s, known) or 1 for s in kind.strides or ()]
+    order = sorted(range(made.dim()), key=lambda dim: -strides[dim])
+    places = sorted(range(made.dim()), key=order.__getitem__)
+    return made.reshape([made.shape[dim] for dim in order]).permute(places)
+
+
+def _dtype(op: Op) -> str:
+    """The dtype an op computes in: that of an autocast around it, else the widest float of its operands."""
+    for context in reversed(op.context):
+        if context.kind == "autocast" and len(context.args) > 2 and context.args[2]:
+            text = getattr(context.args[1], "text", "")
+            return "bf16" if "16" in text else "f32"
+    kinds = [v.type.dtype for v in (*op.operands, *op.results) if isinstance(v.type, TensorType) and v.type.differentiable]
+    return max(kinds, key=dtype_bytes, default="f32")
+
+
+def root_of(value: Value) -> Value:
+    """The value in whose storage `value` lives: what it is a version or a view of."""
+    while True:
+        value = unwritten(value)
+        op = value.owner
+        viewed = op.effects.viewed(op.results.index(value)) if isinstance(op, Op) else None
+        if not isinstance(op, Op) or viewed is None:
+            return value
+        value = op.operands[viewed]
+
+
+def state_bytes(entries: Iterable[StateEntry]) -> tuple[int, int]:
+    """Bytes of these tensors, and of those among them that are trained."""
+    sizes = [(e, e.type.nbytes() or 0) for e in entries if isinstance(e.type, TensorType)]
+    return sum(size for _, size in sizes), sum(size for e, size in sizes if e.kind == "param" and e.requires_grad)
+
+
+def program_ops(program: Program) -> list[Op]:
+    """The ops of a program at any phase, split markers left out."""
+    return [op for op in program.all_ops() if not op.is_split]
