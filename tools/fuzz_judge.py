@@ -25,7 +25,18 @@ from stagecut.passes.find_splits import FindSplits
 from stagecut.pipe import Pipe, _other_names, _split_points, lower, pipeline
 from stagecut.tools import fuzz_check
 from stagecut.tools.fuzz_draw import draw_plan
-from stagecut.tools.fuzz_plans import EXAMPLE_BATCH, OTHER_BATCH, ModelPlan, build, inputs, options, size, source, tolerance
+from stagecut.tools.fuzz_plans import (
+    EXAMPLE_BATCH,
+    OTHER_BATCH,
+    ModelPlan,
+    build,
+    inputs,
+    options,
+    route_costs,
+    size,
+    source,
+    tolerance,
+)
 from stagecut.tools.fuzz_shrink import smaller
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
@@ -120,7 +131,7 @@ def judge(plan: ModelPlan, deep: bool = False, seed: int = 0) -> Verdict:
         return Verdict("invalid")
     verdict = Verdict(PASSED)
     try:
-        with _time_limit():
+        with _time_limit(), route_costs(plan):
             _judge(plan, expected, verdict, deep, seed)
     except _Failed as failed:
         verdict.kind, verdict.check, verdict.lines = FAILED, failed.check, failed.lines
@@ -257,7 +268,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
-from stagecut.passes import recompute
 '''
 _RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
 expected = outcome(twin, twin, calls())
@@ -313,6 +323,8 @@ def reproducer(plan: ModelPlan, verdict: Verdict, seed: int = 0) -> str:
         body = _RUN
     second = OTHER_BATCH if plan.dynamic else EXAMPLE_BATCH
     body = body.format(first=EXAMPLE_BATCH, second=second, rtol=tolerance(plan), seed=seed)
+    if plan.again:
+        parts.append("from stagecut.passes import recompute\n\nrecompute.START, recompute.MEMORY = 0, 1 << 40")
     tail = f'model = make()\ntwin = copy.deepcopy(model)\n{body}print("\\n".join(wrong))\nsys.exit(1 if wrong else 0)\n'
     return "\n\n".join([head, *parts, tail])
 

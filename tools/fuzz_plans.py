@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -360,11 +362,12 @@ def options(plan: ModelPlan) -> dict[str, Any]:
         found["dynamic_shapes"] = dynamic_shapes(plan)
     if plan.sent:
         found["tied"] = "transmit"
-    recompute.START, recompute.MEMORY = (0, 1 << 40) if plan.again else _COSTS
     return found
 
 
-_COSTS = recompute.START, recompute.MEMORY
+def route_costs(plan: ModelPlan) -> Any:
+    """While open, computing again costs what the plan says: nothing where it wants all that to happen."""
+    return patch.multiple(recompute, START=0, MEMORY=1 << 40) if plan.again else nullcontext()
 
 
 def _policy(cuts: tuple[int, ...]) -> Callable[[Any], list[int]]:
@@ -490,8 +493,6 @@ def _options(plan: ModelPlan) -> str:
         lines += ['batch = Dim("batch", min=4, max=64)', f'options["dynamic_shapes"] = {{{entries}}}']
     if plan.sent:
         lines.append('options["tied"] = "transmit"')
-    if plan.again:
-        lines.append("recompute.START, recompute.MEMORY = 0, 1 << 40")
     return "\n".join(lines)
 
 
