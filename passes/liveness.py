@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import Program, StateEntry, Transfer, Value
+from stagecut.ir.graph import Program, Stage, StateEntry, Transfer, Value
 from stagecut.ir.outline import positions
 
 
@@ -29,6 +29,7 @@ class Liveness:
             stage.inputs = _in_order(live, order)
             stage.outputs = where.live_outs(stage.ops)
             order |= {v: (stage.index, len(program.state) + place) for place, v in enumerate(stage.outputs)}
+        _send_parameters(program, [v for v in program.output.operands if v not in order and _is_elsewhere(v, program.stages[-1])], order)
         _returned_last(program)
         for stage in program.stages:
             program.transfers += [Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index) for v in stage.inputs]
@@ -53,8 +54,12 @@ def _send_parameters(program: Program, live: list[Value], order: dict[Value, tup
             order[value] = (owner.index, place)
 
 
+def _is_elsewhere(value: Value, last: Stage) -> bool:
+    return isinstance(value.owner, StateEntry) and value.owner not in last.state
+
+
 def _returned_last(program: Program) -> None:
     last = program.stages[-1]
     own = set(last.outputs)
-    returned = [v for v in dict.fromkeys(program.output.operands) if v in own or isinstance(v.owner, StateEntry)]
+    returned = [v for v in dict.fromkeys(program.output.operands) if v in own or v.owner in last.state]
     last.outputs = returned

@@ -78,6 +78,23 @@ def test_results_are_the_models(tied: Any) -> None:
         torch.testing.assert_close(box.gradients()[name], parameter.grad)
 
 
+def test_a_parameter_that_is_returned_and_sent() -> None:
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * self.weight
+            pipe_split()
+            return y + 1, self.weight
+
+    model, x = Returned(), torch.randn(4)
+    pipe = pipeline(model, (x,), tied="transmit")
+    assert pipe.program.state[0].stages == (0,)
+    assert pipe.verify(x).ok
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="tied='transmt' is not known"):
         _pipe("transmt")

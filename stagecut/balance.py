@@ -1,0 +1,574 @@
+"""Finds the cuts: the slowest stage is as fast as it can be, within the memory of every device, with a bound to show for it.
+
+Ops stand in a line, and a stage is an interval of it. Its time is that of its ops and of what crosses at both its ends. For a
+time B, a scan from the left marks where a stage may end so that none takes longer than B; bisection finds the smallest such B.
+That is exact over all cuts of the line, and a scan costs a few vector operations for each stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from stagecut.costs import Device, OpCost, device, op_costs, program_ops, state_bytes
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import InputError, SplitError, nearest
+from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.outline import unwritten
+from stagecut.ir.types import TensorType, carries_grad
+from stagecut.passes.recompute import HEAVY
+
+CLOSE = 1e-9
+"""How near, in relation to it, the found time is to the smallest one."""
+
+MOST = 128
+"""The most stages that are tried where the number is left open."""
+
+SINGLE = ("GPipe", "1F1B")
+LOOPED = ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
+V = ("ZBVZeroBubble", "DualPipeV")
+SCHEDULES = (*SINGLE, *LOOPED, *V)
+
+STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
+"""Optimizer -> tensors of the size of a parameter that it keeps."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how the stages will run.
+
+    device: for all ranks, or one for each. ranks: how many, where a rank has several stages. optimizer: a key of STATE_OF.
+    """
+
+    device: Device | str | Sequence[Device | str] = "H100"
+    schedule: str = "1F1B"
+    n_microbatches: int = 8
+    training: bool = True
+    optimizer: str = "adamw"
+    ranks: int | None = None
+
+    def placement(self, stages: int) -> list[int]:
+        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the ranks."""
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"there is no schedule '{self.schedule}'", hint=nearest(self.schedule, SCHEDULES))
+        if self.schedule in SINGLE:
+            return list(range(stages))
+        ranks = self.ranks or max(1, stages // 2)
+        if stages % ranks or (self.schedule in V and stages != 2 * ranks):
+            raise InputError(f"{self.schedule} cannot place {stages} stages on {ranks} ranks", hint="pass ranks=, a divisor of the stages")
+        return [min(i, 2 * ranks - 1 - i) if self.schedule in V else i % ranks for i in range(stages)]
+
+    def devices(self, stages: int) -> list[Device]:
+        """The device of each stage. Raises InputError when there are too few."""
+        if isinstance(self.device, Device | str):
+            return [device(self.device)] * stages
+        homes = self.placement(stages)
+        if max(homes) >= len(self.device):
+            raise InputError(f"{max(homes) + 1} ranks, but {len(self.device)} devices", hint="give one for each rank")
+        return [device(self.device[home]) for home in homes]
+
+    def in_flight(self, stages: int) -> list[int]:
+        """How many micro-batches each stage holds activations of, at most."""
+        count, homes = self.n_microbatches, self.placement(stages)
+        ranks = max(homes) + 1
+        if not self.training:
+            return [1] * stages
+        if self.schedule == "1F1B":
+            return [min(count, stages - i) for i in range(stages)]
+        if self.schedule in ("GPipe", "LoopedBFS"):
+            return [count] * stages
+        if self.schedule in V:
+            return [min(count, ranks)] * stages
+        local, factor = stages // ranks, 2 if self.schedule == "Interleaved1F1B" else 1
+        warm = [(local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in homes]
+        return [min(count, math.ceil(each / local)) for each in warm]
+
+
+@dataclass
+class Line:
+    """A program as a line of ops with their costs: what stages cost that are intervals of it."""
+
+    ops: list[Op]
+    costs: list[OpCost]
+    setting: Setting
+    returned: frozenset[Value]
+    state: list[StateEntry]
+
+    @staticmethod
+    def of(program: Program, setting: Setting, sizes: Mapping[str, int], bindings: Bindings | None, measure_on: str | None) -> Line:
+        """The line of a program."""
+        ops = program_ops(program)
+        returned = frozenset(program.output.operands)
+        return Line(ops, op_costs(ops, sizes, bindings, measure_on), setting, returned, program.state)
+
+    @cached_property
+    def crossing(self) -> torch.Tensor:
+        """Bytes that cross in front of each op, forward and, when training, back; user inputs and what is made anew do not."""
+        at = {op: place for place, op in enumerate(self.ops)}
+        steps = torch.zeros(len(self.ops) + 2, dtype=torch.float64)
+        cheap: set[Value] = set()
+        for place, op in enumerate(self.ops):
+            anew = _is_cheap(op, cheap)
+            for value in op.definitions():
+                if anew:
+                    cheap.add(value)
+                    continue
+                last = len(self.ops) if value in self.returned else max((at.get(user, place) for user in value.uses), default=place)
+                if last > place:
+                    size = self._bytes(value) * (2 if self.setting.training and carries_grad(value.type) else 1)
+                    steps[place + 1] += size
+                    steps[last + 1] -= size
+        return steps.cumsum(0)[: len(self.ops) + 1].clamp(min=0.0).index_fill(0, torch.tensor([0, len(self.ops)]), 0.0)
+
+    def _bytes(self, value: Value) -> int:
+        return (value.type.nbytes() or 0) if isinstance(value.type, TensorType) else 8
+
+    @cached_property
+    def divisible(self) -> torch.Tensor:
+        """Where the line may be cut: not inside a region that runs as a whole."""
+        free = torch.ones(len(self.ops) + 1, dtype=torch.bool)
+        last = {c: place for place, op in enumerate(self.ops) for c in op.context if c.kind in WHOLE}
+        for place, op in enumerate(self.ops):
+            for context in op.context:
+                if context.kind in WHOLE:
+                    free[place + 1 : last[context] + 1] = False
+        return free
+
+    def seconds(self, where: Device) -> torch.Tensor:
+        """Seconds of each op on a device."""
+        return torch.tensor([cost.on(where, self.setting.training) for cost in self.costs], dtype=torch.float64)
+
+    def depth(self) -> torch.Tensor:
+        """For each place, how many module calls a cut there divides."""
+        found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
+        for place in range(1, len(self.ops)):
+            one, other = self.ops[place - 1].scope, self.ops[place].scope
+            found[place] = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        return found
+
+    def held(self, op: Op) -> list[StateEntry]:
+        """The state an op reads."""
+        return [entry for v in op.reads if isinstance(entry := unwritten(v).owner, StateEntry)]
+
+    def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int]:
+        """Bytes of a stage: of its state with gradients and optimizer, and of what it keeps for the backward."""
+        window = _Window(self)
+        for place in range(begin, end):
+            window.add(place)
+        return window.static, window.kept * in_flight
+
+    def starts(self, budget: float, in_flight: int) -> torch.Tensor:
+        """For each end, the first beginning from which a stage fits the budget."""
+        window, begin = _Window(self), 0
+        found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
+        for end in range(1, len(self.ops) + 1):
+            window.add(end - 1)
+            while begin < end and window.static + window.kept * in_flight > budget:
+                window.remove(begin)
+                begin += 1
+            found[end] = begin
+        return found
+
+
+class _Window:
+    """An interval that grows to the right and shrinks from the left, and the bytes of what it holds, each thing once."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self._count = line, dict[object, int]()
+        self.static = self.kept = 0
+
+    def _things(self, place: int) -> list[tuple[object, int, int]]:
+        line, cost = self._line, self._line.costs[place]
+        things: list[tuple[object, int, int]] = [(v, 0, line._bytes(v)) for v in cost.kept] if line.setting.training else []
+        if line.setting.training and cost.extra:
+            things.append((place, 0, cost.extra))
+        for entry in dict.fromkeys(line.held(line.ops[place])):
+            size, trained = state_bytes([entry])
+            copies = 1 + STATE_OF[line.setting.optimizer] if line.setting.training else 0
+            things.append((entry, size + trained * copies, 0))
+        return things
+
+    def add(self, place: int) -> None:
+        """The op at `place` joins."""
+        for thing, static, kept in self._things(place):
+            count = self._count.get(thing, 0)
+            self._count[thing] = count + 1
+            if not count:
+                self.static += static
+                self.kept += kept
+
+    def remove(self, place: int) -> None:
+        """The op at `place` leaves."""
+        for thing, static, kept in self._things(place):
+            self._count[thing] -= 1
+            if not self._count[thing]:
+                self.static -= static
+                self.kept -= kept
+
+
+def _is_cheap(op: Op, cheap: set[Value]) -> bool:
+    """True for what stages make anew instead of receiving it."""
+    if op.has_effect or op.regions or op.target.startswith(("module.", "extern.")) or any(part in HEAVY for part in op.target.split(".")):
+        return False
+    if any(carries_grad(result.type) for result in op.results):
+        return False
+    return all(v.owner is None or v in cheap or (isinstance(v.owner, StateEntry) and v.owner.kind != "param") for v in op.operands)
+
+
+# --- the search ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Problem:
+    """A line to cut into `len(times)` stages.
+
+    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that what crosses at each place takes.
+    starts: per stage and end, the first beginning that fits its memory, None for all. allowed: per cut (0, ..., stages) and place,
+    whether the cut may be there.
+    """
+
+    times: list[torch.Tensor]
+    links: list[torch.Tensor]
+    starts: list[torch.Tensor] | None
+    allowed: list[torch.Tensor]
+
+    def stage_seconds(self, cuts: Sequence[int]) -> list[float]:
+        """Seconds of each stage between `cuts`, the first and the last place among them."""
+        return [
+            float(t[b] - t[a] + link[a] + link[b])
+            for t, link, a, b in zip(self.times, self.links, cuts[:-1], cuts[1:], strict=True)
+        ]  # fmt: skip
+
+    def within(self, most: float) -> list[int] | None:
+        """Cuts with which no stage takes more than `most` seconds, None when there are none."""
+        reached = [self.allowed[0].clone()]
+        reached[0][1:] = False
+        for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
+            best = torch.where(reached[i], time - link, -math.inf)
+            reached.append((self._best(best, i) >= time + link - most) & self.allowed[i + 1])
+        cuts = [len(self.times[0]) - 1]
+        if not reached[-1][cuts[0]]:
+            return None
+        for i in reversed(range(len(self.times))):
+            end = cuts[0]
+            begin = int(self.starts[i][end]) if self.starts is not None else 0
+            best = torch.where(reached[i], self.times[i] - self.links[i], -math.inf)[begin:end]
+            cuts.insert(0, begin + int(best.argmax()))
+        return cuts
+
+    def _best(self, values: torch.Tensor, stage: int) -> torch.Tensor:
+        """For each end, the largest of `values` at the beginnings that fit."""
+        none = values.new_full((1,), -math.inf)
+        if self.starts is None:
+            return torch.cat([none, values[:-1].cummax(0).values])
+        return _window_max(values, self.starts[stage])
+
+    def best(self) -> list[int] | None:
+        """The cuts with which the slowest stage is as fast as can be, None when no cuts are allowed."""
+        cuts = self.within(math.inf)
+        if cuts is None:
+            return None
+        high, low = max(self.stage_seconds(cuts)), 0.0
+        while high - low > CLOSE * high:
+            middle = (low + high) / 2
+            found = self.within(middle)
+            if found is None:
+                low = middle
+            else:
+                cuts, high = found, min(middle, max(self.stage_seconds(found)))
+        return cuts
+
+    def only(self, places: torch.Tensor) -> Problem:
+        """The same with cuts at those places only, which hold the first and the last."""
+        starts = None
+        if self.starts is not None:
+            starts = [torch.searchsorted(places, s[places]) for s in self.starts]
+        return Problem([t[places] for t in self.times], [x[places] for x in self.links], starts, [a[places] for a in self.allowed])
+
+    def cheapest(self, most: float, price: torch.Tensor) -> list[int] | None:
+        """Of the cuts with which no stage takes more than `most`, those with the smallest sum of prices. Quadratic in the places."""
+        count = len(price)
+        total = torch.full((count,), math.inf, dtype=torch.float64)
+        total[0] = 0.0
+        origins: list[torch.Tensor] = []
+        ends, begins = torch.arange(count)[:, None], torch.arange(count)[None, :]
+        for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
+            fits = (time[:, None] - time[None, :] + link[:, None] + link[None, :] <= most) & (begins < ends)
+            if self.starts is not None:
+                fits &= begins >= self.starts[i][:, None]
+            sums = torch.where(fits, total[None, :], math.inf)
+            smallest = sums.min(1)
+            origins.append(smallest.indices)
+            total = torch.where(self.allowed[i + 1], smallest.values + price, math.inf)
+        if not math.isfinite(float(total[-1])):
+            return None
+        cuts = [count - 1]
+        for origin in reversed(origins):
+            cuts.insert(0, int(origin[cuts[0]]))
+        return cuts
+
+
+def _window_max(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """For each end e, the largest of values[starts[e]:e], minus infinity where that is empty."""
+    tables = [values]
+    while 2 ** len(tables) <= len(values):
+        half = 2 ** (len(tables) - 1)
+        last = tables[-1]
+        tables.append(torch.cat([torch.maximum(last[:-half], last[half:]), last[-half:]]))
+    ends = torch.arange(len(values))
+    length = ends - starts
+    level = torch.log2(length.clamp(min=1).double()).floor().long()
+    stacked = torch.stack(tables)
+    found = torch.maximum(stacked[level, starts.clamp(max=len(values) - 1)], stacked[level, (ends - 2**level).clamp(min=0)])
+    return torch.where(length > 0, found, -math.inf)
+
+
+# --- policies -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cuts, and what they come to.
+
+    cuts: the positions of ops in front of which to cut. seconds, memory: per stage, predicted. bound: no stage order and no cuts can have
+    a slowest rank below it. best: the slowest stage of the best cuts of this order; the chosen ones may be slower within the tolerance.
+    """
+
+    cuts: tuple[int, ...]
+    seconds: tuple[float, ...]
+    memory: tuple[int, ...]
+    placement: tuple[int, ...]
+    bound: float
+    best: float
+    setting: Setting = field(default_factory=Setting)
+
+    @property
+    def rank_seconds(self) -> list[float]:
+        """Seconds of each rank for one micro-batch."""
+        sums = [0.0] * (max(self.placement) + 1)
+        for rank, time in zip(self.placement, self.seconds, strict=True):
+            sums[rank] += time
+        return sums
+
+    @property
+    def bottleneck(self) -> float:
+        """Seconds of the slowest rank for one micro-batch."""
+        return max(self.rank_seconds)
+
+    @property
+    def gap(self) -> float:
+        """How far the slowest rank may be above what any cuts in any order can reach: 0.01 is one percent."""
+        return self.bottleneck / self.bound - 1 if self.bound else 0.0
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A policy: cuts so that the slowest stage is as fast as can be, and every stage fits its device.
+
+    stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins: module path -> the stage it
+    runs in, counted from the end when negative. tolerance: how much slower than the best the slowest stage may be for cuts at
+    module boundaries and fewer bytes that cross. budget: the part of a device's memory to fill. profile_on: a torch device on
+    which ops are timed, instead of a roofline. Called with a program it returns the cuts, and `plan` tells more.
+    """
+
+    stages: int | None = None
+    setting: Setting = field(default_factory=Setting)
+    pins: Mapping[str, int] = field(default_factory=dict)
+    tolerance: float = 0.01
+    budget: float = 0.9
+    profile_on: str | None = None
+
+    def __call__(self, program: Program) -> list[int]:
+        return list(self.plan(program).cuts)
+
+    def plan(self, program: Program, sizes: Mapping[str, int] | None = None, bindings: Bindings | None = None) -> Plan:
+        """The cuts of a traced program and what they come to.
+
+        Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what would fit; InputError for
+        a pin of an unknown module or stage.
+        """
+        if self.setting.optimizer not in STATE_OF:
+            raise InputError(f"optimizer '{self.setting.optimizer}' is not known", hint=nearest(self.setting.optimizer, STATE_OF))
+        line = Line.of(program, self.setting, sizes or {}, bindings, self.profile_on)
+        if not line.ops:
+            return Plan((), (0.0,), (0,), (0,), 0.0, 0.0, self.setting)
+        return self.of_line(line)
+
+    def of_line(self, line: Line) -> Plan:
+        """As `plan`, for a line whose costs are known."""
+        if self.stages is not None:
+            found = self._cut(line, self.stages)
+            if found is None:
+                raise self._does_not_fit(line, self.stages)
+            return found
+        for stages in range(1, min(MOST, len(line.ops)) + 1):
+            if self.setting.schedule not in SINGLE and stages % (self.setting.ranks or 2):
+                continue
+            found = self._cut(line, stages)
+            if found is not None:
+                return found
+        raise self._does_not_fit(line, min(MOST, len(line.ops)))
+
+    def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
+        if not 1 <= stages <= len(line.ops):
+            raise SplitError(f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty")
+        problem = self._problem(line, stages, scale)
+        cuts = problem.best()
+        if cuts is None:
+            return None
+        placement, flights = self.setting.placement(stages), self.setting.in_flight(stages)
+        best = max(problem.stage_seconds(cuts))
+        cuts = self._cleaner(line, problem, cuts, best)
+        if self.setting.schedule not in SINGLE:
+            cuts = _shift(problem, cuts, placement)
+        memory = [sum(line.memory(a, b, n)) for a, b, n in zip(cuts[:-1], cuts[1:], flights, strict=True)]
+        seconds = problem.stage_seconds(cuts)
+        return Plan(tuple(cuts[1:-1]), tuple(seconds), tuple(memory), tuple(placement), self._bound(line, stages), best, self.setting)
+
+    def _problem(self, line: Line, stages: int, scale: float) -> Problem:
+        devices, flights = self.setting.devices(stages), self.setting.in_flight(stages)
+        zero = torch.zeros(1, dtype=torch.float64)
+        sums = {d: torch.cat([zero, line.seconds(d).cumsum(0)]) for d in dict.fromkeys(devices)}
+        links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}  # each way is waited for at one of its ends
+        budgets = [d.memory * self.budget * scale for d in devices]
+        starts = None
+        if any(sum(line.memory(0, len(line.ops), n)) > b for n, b in dict.fromkeys(zip(flights, budgets, strict=True))):
+            windows = {(b, n): line.starts(b, n) for n, b in dict.fromkeys(zip(flights, budgets, strict=True))}
+            starts = [windows[b, n] for n, b in zip(flights, budgets, strict=True)]
+        return Problem([sums[d] for d in devices], [links[d] for d in devices], starts, self._allowed(line, stages))
+
+    def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
+        """Where each cut may be: outside of regions, and so that pinned modules lie in their stages."""
+        places = torch.arange(len(line.ops) + 1)
+        allowed = [line.divisible.clone() for _ in range(stages + 1)]
+        for path, pin in self.pins.items():
+            stage = pin + stages if pin < 0 else pin
+            inside = [i for i, op in enumerate(line.ops) if _runs_in(op, path)]
+            if not inside or not 0 <= stage < stages:
+                known = dict.fromkeys(scope_fqn(op.scope) for op in line.ops if op.scope)
+                what = f"module '{path}', which runs no op" if not inside else f"stage {pin} of {stages}"
+                raise InputError(f"pins names {what}", hint=nearest(path, known) if not inside else "count from 0, or from the end")
+            for cut, mask in enumerate(allowed):
+                mask &= places <= inside[0] if cut <= stage else places > inside[-1]
+        return allowed
+
+    def _cleaner(self, line: Line, problem: Problem, cuts: list[int], best: float) -> list[int]:
+        """Cuts at the outermost module boundaries, with the fewest bytes, that are within the tolerance of the best."""
+        most, depth, price = best * (1 + self.tolerance), line.depth(), line.crossing
+        ends = torch.tensor([0, len(line.ops)])
+        for level in range(int(depth.max()) + 1):
+            places = torch.unique(torch.cat([ends, torch.nonzero((depth <= level) & line.divisible).flatten()]))
+            if not len(cuts) <= len(places) <= 1500:
+                continue
+            fewer = problem.only(places)
+            found = fewer.cheapest(most, price[places])
+            if found is not None:
+                return [int(places[i]) for i in found]
+        return cuts
+
+    def _bound(self, line: Line, stages: int) -> float:
+        """What no slowest rank can be below, whatever the order of ops and the cuts: the total over all ranks, and the largest op."""
+        homes = self.setting.placement(stages)
+        devices = dict(zip(homes, self.setting.devices(stages), strict=True))
+        seconds = torch.stack([line.seconds(d) for d in devices.values()])
+        weight = 1 / seconds.sum(1).clamp(min=1e-30)
+        shared = (seconds * (weight / weight.sum())[:, None]).min(0).values.sum()
+        return max(float(shared), float(seconds.min(0).values.max()))
+
+    def _does_not_fit(self, line: Line, stages: int) -> SplitError:
+        """Which stage is over its memory by how much, and what would fit."""
+        if self._problem(line, stages, math.inf).best() is None:
+            return SplitError(f"no cuts into {stages} stages are possible", hint="pins contradict each other, or regions are too large")
+        low, high = 1.0, 2.0
+        while self._cut(line, stages, high) is None:
+            low, high = high, 2 * high
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._cut(line, stages, middle) else (middle, high)
+        plan = self._cut(line, stages, high)
+        assert plan is not None
+        limits = [d.memory * self.budget for d in self.setting.devices(stages)]
+        over = max(range(stages), key=lambda i: plan.memory[i] / limits[i])
+        fits = next((k for k in range(stages + 1, min(MOST, len(line.ops)) + 1) if self._fits(line, k)), None)
+        more = f"{fits} stages would fit" if fits else f"devices with {plan.memory[over] / self.budget / 2**30:.1f} GiB would fit"
+        return SplitError(
+            f"{stages} stages do not fit: with the best cuts for memory, stage {over} takes {plan.memory[over] / 2**30:.2f} GiB, "
+            f"{(plan.memory[over] - limits[over]) / 2**30:.2f} GiB more than the {limits[over] / 2**30:.2f} GiB that it may",
+            hint=f"{more}; fewer or smaller micro-batches, a schedule with fewer in flight, or activation checkpointing take less",
+        )
+
+    def _fits(self, line: Line, stages: int) -> bool:
+        try:
+            return self._cut(line, stages) is not None
+        except InputError:
+            return False
+
+
+def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[int]:
+    """Cuts moved one at a time, as long as the slowest rank gets faster, where ranks have several stages."""
+
+    def slowest(some: Sequence[int]) -> tuple[float, float]:
+        sums = [0.0] * (max(placement) + 1)
+        for rank, time in zip(placement, problem.stage_seconds(some), strict=True):
+            sums[rank] += time
+        return max(sums), sum(s * s for s in sums)
+
+    def fits(some: Sequence[int], cut: int) -> bool:
+        near = problem.starts is None or all(some[i] >= int(problem.starts[i][some[i + 1]]) for i in (cut - 1, cut))
+        return near and bool(problem.allowed[cut][some[cut]])
+
+    best, step = slowest(cuts), max(1, len(problem.times[0]) // 8)
+    while step:
+        moved = False
+        for cut in range(1, len(cuts) - 1):
+            for place in (cuts[cut] - step, cuts[cut] + step):
+                if cuts[cut - 1] < place < cuts[cut + 1]:
+                    other = [*cuts[:cut], place, *cuts[cut + 1 :]]
+                    if fits(other, cut) and slowest(other) < best:
+                        cuts, best, moved = other, slowest(other), True
+        step = step if moved else step // 2
+    return cuts
+
+
+def _runs_in(op: Op, path: str) -> bool:
+    name = scope_fqn(op.scope)
+    return name == path or name.startswith(path + ".") or op.target == f"module.{path}" or op.target.startswith(f"module.{path}.")
+
+
+@dataclass(frozen=True)
+class Markers:
+    """A policy that adds nothing: the cuts are the `pipe_split()` calls in the model."""
+
+    def __call__(self, program: Program) -> list[int]:
+        return []
+
+
+@dataclass(frozen=True)
+class AtModules:
+    """A policy that cuts in front of the first op of each of these modules. Raises SplitError for one that runs no op."""
+
+    paths: Sequence[str]
+
+    def __call__(self, program: Program) -> list[int]:
+        ops = program_ops(program)
+        cuts = []
+        for path in self.paths:
+            place = next((i for i, op in enumerate(ops) if _runs_in(op, path)), None)
+            if place is None:
+                known = dict.fromkeys(scope_fqn(op.scope) for op in ops if op.scope)
+                raise SplitError(f"no op of the program runs in module '{path}'", hint=nearest(path, known))
+            cuts.append(place)
+        return cuts
+
+
+Policy = Callable[[Program], Sequence[int]]
+
+
+def stage_line(stage: Stage, program: Program, setting: Setting, bindings: Bindings | None = None) -> Line:
+    """One stage of a linked program as a line."""
+    ops = [op for op in stage.ops if not op.is_split]
+    return Line(ops, op_costs(ops, {}, bindings), setting, frozenset(stage.outputs), list(stage.state))
