@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests bench zoo distributed clean
+.PHONY: demo test lint types tests bench balance zoo distributed clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.demo
@@ -24,6 +24,9 @@ tests: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m stagecut.tools.bench
+
+balance: $(READY)
+	$(BIN)/python -m stagecut.tools.balance
 
 zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py --jobs 2

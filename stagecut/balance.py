@@ -413,6 +413,10 @@ class Balanced:
                 return found
         raise self._does_not_fit(line, min(MOST, len(line.ops)))
 
+    def problem(self, line: Line) -> Problem:
+        """What is searched: the times and limits of so many stages of a line."""
+        return self._problem(line, self.stages or 1, 1.0)
+
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):
             raise SplitError(f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty")

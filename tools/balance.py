@@ -1,0 +1,116 @@
+"""How near the automatic cuts come to the bound, and how far other ways to balance stay from it, on models of published sizes.
+
+    python -m stagecut.tools.balance --models "Llama 8B" --stages 4 8 16
+
+Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any cuts. All ways are
+judged by the same costs: a roofline of one device. Nothing is run; models are on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from stagecut.balance import Balanced, Line, Problem, Setting
+from stagecut.costs import DEVICES, state_bytes
+from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.passes.pipeline import PASSES
+from stagecut.pipe import lower
+from stagecut.tools.balance_models import MODELS
+from stagecut.tools.balance_rivals import blockpartition, equal_counts, equal_sums, partition_balanced
+
+WAYS = ("stagecut", "equal layers", "equal parameters", "torchgpipe", "DeepSpeed <= 0.10")
+
+
+def ways(program: Program, layers: list[str], stages: list[int], device: str) -> dict[int, dict[str, float]]:
+    """Number of stages -> way -> the slowest stage over the bound; nan where there are too few layers."""
+    where = replace(DEVICES[device], memory=math.inf)
+    line = Line.of(program, Setting(where), {}, None, None)
+    found: dict[int, dict[str, float]] = {}
+    for count in stages:
+        policy = Balanced(count, Setting(where))
+        plan, problem = policy.of_line(line), policy.problem(line)
+        found[count] = dict.fromkeys(WAYS, math.nan) | {"stagecut": plan.bottleneck / plan.bound}
+        if count <= len(layers):
+            others = _others(line, layers, problem, count)
+            found[count] |= {name: max(problem.stage_seconds(cuts)) / plan.bound for name, cuts in others.items()}
+    return found
+
+
+def _others(line: Line, layers: list[str], problem: Problem, count: int) -> dict[str, list[int]]:
+    """The cuts of the other ways. Who balances costs or parameters has what lies before and behind the layers as parts of its chain."""
+    chain = _chain(line.ops, layers)
+    parts = [*itertools.pairwise(chain)]
+    seconds = [float(problem.times[0][b] - problem.times[0][a]) for a, b in parts]
+    first = chain.index(_begin(line.ops, layers[0]))
+    only_layers = [0, *chain[first + 1 : first + len(layers)], len(line.ops)]
+    return {
+        "equal layers": _ends(equal_counts(len(layers), count), only_layers),
+        "equal parameters": _ends(equal_sums([_parameters(line, a, b) for a, b in parts], count), chain),
+        "torchgpipe": _ends(blockpartition(seconds, count), chain),
+        "DeepSpeed <= 0.10": _ends(partition_balanced(seconds, count), chain),
+    }
+
+
+def _begin(ops: list[Op], path: str) -> int:
+    return next(i for i, op in enumerate(ops) if (scope_fqn(op.scope) + ".").startswith(path + "."))
+
+
+def _chain(ops: list[Op], layers: list[str]) -> list[int]:
+    """Where the parts of a model begin that others balance: what comes first, each layer, and what comes behind the last one."""
+    begins = [_begin(ops, path) for path in layers]
+    last = max(i for i, op in enumerate(ops) if (scope_fqn(op.scope) + ".").startswith(layers[-1] + "."))
+    return list(dict.fromkeys([0, *begins, last + 1, len(ops)]))
+
+
+def _parameters(line: Line, a: int, b: int) -> float:
+    entries = dict.fromkeys(entry for op in line.ops[a:b] for entry in line.held(op) if entry.kind == "param")
+    return float(state_bytes(entries)[0])
+
+
+def _ends(lengths: list[int], places: list[int]) -> list[int]:
+    """The cuts that blocks of so many parts make, the first and the last place among them."""
+    cuts, at = [places[0]], 0
+    for length in lengths:
+        at += length
+        cuts.append(places[at])
+    return [*cuts[:-1], places[-1]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table. Exit status 1 when a cut of ours is more than one percent above what another way found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--stages", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--device", default="H100", choices=list(DEVICES))
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    chosen = parser.parse_args(argv)
+    print(f"{'':16}{'stages':>7}" + "".join(f"{way:>19}" for way in WAYS) + f"{'cut s / trace s':>17}")
+    table: dict[str, dict[int, dict[str, float]]] = {}
+    worse = 0
+    for name in chosen.models:
+        model, args, kwargs, layers = MODELS[name]()
+        begin = time.perf_counter()
+        program, _, _ = lower(model, args, kwargs)
+        traced = time.perf_counter() - begin
+        for step in PASSES[:4]:
+            step().run(program)
+        begin = time.perf_counter()
+        table[name] = ways(program, list(layers), chosen.stages, chosen.device)
+        share = (time.perf_counter() - begin) / len(chosen.stages) / traced
+        for count, row in table[name].items():
+            print(f"{name:16}{count:>7}" + "".join(f"{row[way]:>19.3f}" for way in WAYS) + f"{share:>17.3f}", flush=True)
+            worse += any(row["stagecut"] > 1.01 * row[way] for way in WAYS[1:])
+    if chosen.json:
+        chosen.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
