@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagecut.balance import AtModules, Balanced, Markers, Setting
+    from stagecut.costs import Device
     from stagecut.distributed import Driver, build_stage
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import StagecutError
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AtModules": "stagecut.balance",
+    "Balanced": "stagecut.balance",
+    "Markers": "stagecut.balance",
+    "Setting": "stagecut.balance",
+    "Device": "stagecut.costs",
     "Driver": "stagecut.distributed",
     "build_stage": "stagecut.distributed",
     "Pipe": "stagecut.pipe",
@@ -30,7 +37,22 @@ _HOMES = {
     "text": "stagecut.ir.printer",
 }
 
-__all__ = ["Driver", "Pipe", "SplitPoint", "StagecutError", "build_stage", "parse", "pipe_split", "pipeline", "text"]
+__all__ = [
+    "AtModules",
+    "Balanced",
+    "Device",
+    "Driver",
+    "Markers",
+    "Pipe",
+    "Setting",
+    "SplitPoint",
+    "StagecutError",
+    "build_stage",
+    "parse",
+    "pipe_split",
+    "pipeline",
+    "text",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,11 +2,13 @@
 
 Ops stand in a line, and a stage is an interval of it. Its time is that of its ops and of what crosses at both its ends. For a
 time B, a scan from the left marks where a stage may end so that none takes longer than B; bisection finds the smallest such B.
-That is exact over all cuts of the line, and a scan costs a few vector operations for each stage.
+That is exact over all cuts of the line, and a scan costs a few vector operations for each stage. Where ranks have several stages it is
+where a search by moving cuts begins, which is exact for up to FEW ways to cut.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,9 @@ from stagecut.passes.recompute import HEAVY
 
 CLOSE = 1e-9
 """How near, in relation to it, the found time is to the smallest one."""
+
+FEW = 20_000
+"""Up to how many ways to cut are all tried, where ranks have several stages."""
 
 MOST = 128
 """The most stages that are tried where the number is left open."""
@@ -243,13 +248,18 @@ class Problem:
             for t, link, a, b in zip(self.times, self.links, cuts[:-1], cuts[1:], strict=True)
         ]  # fmt: skip
 
+    def fits(self, cuts: Sequence[int]) -> bool:
+        """True when every cut is allowed where it is and every stage fits its memory."""
+        inside = self.starts is None or all(cuts[i] >= int(s[cuts[i + 1]]) for i, s in enumerate(self.starts))
+        return inside and all(bool(mask[cut]) for mask, cut in zip(self.allowed, cuts, strict=True))
+
     def within(self, most: float) -> list[int] | None:
         """Cuts with which no stage takes more than `most` seconds, None when there are none."""
         reached = [self.allowed[0].clone()]
         reached[0][1:] = False
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            best = torch.where(reached[i], time - link, -math.inf)
-            reached.append((self._best(best, i) >= time + link - most) & self.allowed[i + 1])
+            best = self._best(torch.where(reached[i], time - link, -math.inf), i)
+            reached.append((best > -math.inf) & (best >= time + link - most) & self.allowed[i + 1])
         cuts = [len(self.times[0]) - 1]
         if not reached[-1][cuts[0]]:
             return None
@@ -513,29 +523,30 @@ class Balanced:
 
 
 def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[int]:
-    """Cuts moved one at a time, as long as the slowest rank gets faster, where ranks have several stages."""
-
-    def slowest(some: Sequence[int]) -> tuple[float, float]:
-        sums = [0.0] * (max(placement) + 1)
-        for rank, time in zip(placement, problem.stage_seconds(some), strict=True):
-            sums[rank] += time
-        return max(sums), sum(s * s for s in sums)
-
-    def fits(some: Sequence[int], cut: int) -> bool:
-        near = problem.starts is None or all(some[i] >= int(problem.starts[i][some[i + 1]]) for i in (cut - 1, cut))
-        return near and bool(problem.allowed[cut][some[cut]])
-
-    best, step = slowest(cuts), max(1, len(problem.times[0]) // 8)
+    """Cuts with which the slowest rank is faster, where ranks have several stages: the best of all where there are few, else the best
+    that moving one cut or two at a time leads to."""
+    count, stages = len(problem.times[0]) - 1, len(placement)
+    if math.comb(count - 1, stages - 1) <= FEW:
+        everything = ([0, *inner, count] for inner in itertools.combinations(range(1, count), stages - 1))
+        return min(filter(problem.fits, everything), key=lambda some: _slowest(problem, some, placement))
+    best, step = _slowest(problem, cuts, placement), max(1, count // 8)
     while step:
         moved = False
-        for cut in range(1, len(cuts) - 1):
-            for place in (cuts[cut] - step, cuts[cut] + step):
-                if cuts[cut - 1] < place < cuts[cut + 1]:
-                    other = [*cuts[:cut], place, *cuts[cut + 1 :]]
-                    if fits(other, cut) and slowest(other) < best:
-                        cuts, best, moved = other, slowest(other), True
+        single = [{cut: way} for cut in range(1, stages) for way in (-step, step)]
+        for move in [*single, *({**one, **other} for one, other in itertools.combinations(single, 2) if one.keys() != other.keys())]:
+            other = [place + move.get(cut, 0) for cut, place in enumerate(cuts)]
+            if all(a < b for a, b in itertools.pairwise(other)) and problem.fits(other) and _slowest(problem, other, placement) < best:
+                cuts, best, moved = other, _slowest(problem, other, placement), True
         step = step if moved else step // 2
     return cuts
+
+
+def _slowest(problem: Problem, cuts: Sequence[int], placement: Sequence[int]) -> tuple[float, float]:
+    """Seconds of the slowest rank, and how unequal all are."""
+    sums = [0.0] * (max(placement) + 1)
+    for rank, time in zip(placement, problem.stage_seconds(cuts), strict=True):
+        sums[rank] += time
+    return max(sums), sum(s * s for s in sums)
 
 
 def _runs_in(op: Op, path: str) -> bool:

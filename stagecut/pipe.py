@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -20,7 +21,7 @@ from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
 from stagecut.frontend.from_fx import lower_graph_module
 from stagecut.frontend.markers import SplitPoint
-from stagecut.frontend.policy import as_cuts
+from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Program
@@ -36,6 +37,10 @@ from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 
+if TYPE_CHECKING:
+    from stagecut.balance import Plan, Setting
+    from stagecut.report import Report as StageCosts
+
 CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
 
@@ -48,6 +53,7 @@ def pipeline(
     split_policy: Callable[..., Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    stages: int | None = None,
     leaf_modules: Sequence[str] = (),
     routes: Mapping[str, str] | None = None,
     tied: str | Mapping[str, str] = "replicate",
@@ -63,6 +69,8 @@ def pipeline(
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
         added, or one with a parameter named `program`, which takes the Program and returns the positions of ops
         in front of which to cut.
+        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
+    stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan` tells what was found.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
     leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object. Where tracing
         fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so.
@@ -89,16 +97,51 @@ def pipeline(
         raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
     program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
     at = _split_points(split_spec or {}, module)
-    policy = as_cuts(split_policy, exported) if split_policy is not None else None
+    plans: list[Plan] = []
+    policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
+    if stages is not None and split_spec:
+        raise InputError("stages= and split_spec= both say where to cut", hint="give one of them")
     trace = Trace(program)
     run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module)), *_asked(routes or {}, tied)))
     validate(trace, program)
     pipe = Pipe(program, bindings)
+    pipe.plan = plans[0] if plans else None
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
         pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
+
+
+def _policy(
+    chosen: Callable[..., Any] | None,
+    stages: int | None,
+    exported: ExportedProgram | None,
+    plans: list[Plan],
+    sizes: Callable[[], dict[str, int]],
+    bindings: Bindings,
+) -> Cuts | None:
+    """What chooses the cuts; where they are searched, `plans` gains what was found."""
+    if stages is None and not hasattr(chosen, "plan"):
+        return as_cuts(chosen, exported) if chosen is not None else None
+    from stagecut.balance import Balanced
+
+    if stages is not None and chosen is not None:
+        raise InputError("stages= and split_policy= both say where to cut", hint="split_policy=Balanced(stages, ...)")
+    balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
+
+    def cuts(program: Program) -> list[int]:
+        plans.append(balanced.plan(program, sizes(), bindings))
+        return list(plans[0].cuts)
+
+    return cuts
+
+
+def _sizes_of(program: Program, bindings: Bindings, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> dict[str, int]:
+    """The symbolic sizes in a call."""
+    if bindings.call is None or (args is None and kwargs is None):
+        return {}
+    return check_inputs(program.inputs, bindings.call.flatten(args or (), kwargs or {}))
 
 
 def lower(
@@ -196,6 +239,7 @@ class Pipe(nn.Module):
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
         self._sizes: dict[str, int] = {}
+        self.plan: Plan | None = None
         self.training = bindings.training.get("", True)
 
     @property
@@ -231,6 +275,17 @@ class Pipe(nn.Module):
         if model is None:
             raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
         return compare(model, self, args, kwargs)
+
+    def report(self, setting: Setting | None = None, *, profile_on: str | None = None) -> StageCosts:
+        """What the stages cost: time, memory by kind, what crosses by which route and why, the bubble, the speed-up.
+
+        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices, by which schedule: that of the search where
+        the cuts were searched. With `profile_on`, a torch device, ops are timed there instead of estimated.
+        """
+        from stagecut.balance import Setting
+        from stagecut.report import report
+
+        return report(self, setting or (self.plan.setting if self.plan else Setting()), self.plan, profile_on)
 
     def materialize(
         self,

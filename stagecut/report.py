@@ -1,0 +1,270 @@
+"""What the stages of a pipe cost: time, memory, what crosses and why, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from stagecut.balance import STATE_OF, Line, Plan, Setting
+from stagecut.costs import op_costs, program_ops, state_bytes
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.graph import Op, Stage, Transfer, scope_fqn
+from stagecut.ir.printer import size_text, value_names
+from stagecut.ir.types import TensorType, carries_grad
+from stagecut.timeline import Timeline, simulate
+
+if TYPE_CHECKING:
+    from stagecut.pipe import Pipe
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in bytes by kind.
+
+    parameters counts elements. received, sent: bytes forward, what is relayed through the stage among them. sources: how many ops have
+    their costs from where.
+    """
+
+    index: int
+    rank: int
+    modules: tuple[str, ...]
+    ops: int
+    flops: float
+    forward: float
+    backward: float
+    share: float
+    parameters: int
+    memory: dict[str, int]
+    received: int
+    sent: int
+    sources: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One value on its way to a stage: how it gets there, and why so."""
+
+    value: str
+    source: int | None
+    target: int
+    route: str
+    bytes: int | None
+    gradient: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The stages and crossings of a pipe under a setting, and what they come to.
+
+    seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up: over one device that does
+    all of it. balance: the mean of the ranks' times over that of the slowest one. bound: what no slowest rank can be below, in
+    seconds, and best: the slowest stage of the best cuts; None where the cuts were not searched.
+    """
+
+    stages: tuple[StageReport, ...]
+    crossings: tuple[Crossing, ...]
+    device: str
+    schedule: str
+    n_microbatches: int
+    seconds: float
+    bubble: float
+    speed_up: float
+    balance: float
+    bound: float | None
+    best: float | None
+    timeline: Timeline
+
+    def to_json(self) -> str:
+        """The report as JSON, the timeline left out."""
+        data: dict[str, Any] = {name: item for name, item in asdict(self).items() if name != "timeline"}
+        return json.dumps(data, indent=1)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        head = ("stage", "rank", "time", "share", "forward", "backward", "FLOPs", "params", "memory", "kept", "in", "out", "ops", "modules")
+        rows = [head, *map(_row, self.stages)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        for row in rows:
+            yield "  ".join([*(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1]])
+        yield ""
+        yield (
+            f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes {_time(self.seconds)}, "
+            f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} times as fast as one device"
+        )
+        if self.bound and self.best is not None:
+            slowest = max(s.forward + s.backward for s in self.stages)
+            yield f"slowest stage {_time(slowest)}, best cuts of this order {_time(self.best)}, bound for any order {_time(self.bound)}"
+        sources = {kind for s in self.stages for kind in s.sources}
+        yield "costs: " + ", ".join(f"{kind} for {sum(s.sources.get(kind, 0) for s in self.stages)} ops" for kind in sorted(sources))
+        if self.crossings:
+            yield ""
+        for c in self.crossings:
+            size = "dynamic" if c.bytes is None else size_text(c.bytes)
+            yield f"{c.value:24} {'input' if c.source is None else c.source!s:>5} -> {c.target:<3} {c.route:10} {size:>10}  {c.why}"
+
+    def to_svg(self) -> str:
+        """Two bars for each stage, its time and its memory by kind, as an SVG picture."""
+        row, left, wide = 56, 90, 640
+        slowest = max((s.forward + s.backward for s in self.stages), default=0.0) or 1.0
+        fullest = max((sum(s.memory.values()) for s in self.stages), default=0) or 1
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" height="{row * len(self.stages) + 60}" '
+            'font-family="Helvetica, sans-serif" font-size="12">'
+        ]
+        for i, (name, color) in enumerate([("forward", _COLORS[0]), ("backward", _COLORS[1]), *zip(_KINDS, _COLORS[2:], strict=True)]):
+            parts.append(f'<rect x="{left + 118 * i}" y="8" width="12" height="12" fill="{color}"/>')
+            parts.append(f'<text x="{left + 118 * i + 17}" y="19">{name}</text>')
+        for place, s in enumerate(self.stages):
+            top = 36 + row * place
+            parts.append(f"<g><title>{escape(', '.join(s.modules))}</title>")
+            parts.append(f'<text x="8" y="{top + 25}">stage {s.index}</text>')
+            times = [s.forward, s.backward]
+            parts += _bar(left, top, wide / slowest, times, _COLORS[:2], _time(sum(times)))
+            sizes = [float(s.memory[kind]) for kind in _KINDS]
+            parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], size_text(sum(s.memory.values())))
+            parts.append("</g>")
+        return "\n".join([*parts, "</svg>\n"])
+
+
+def _row(s: StageReport) -> tuple[str, ...]:
+    return (
+        str(s.index), str(s.rank), _time(s.forward + s.backward), f"{100 * s.share:.1f} %", _time(s.forward), _time(s.backward),
+        _count(s.flops), _count(s.parameters), size_text(sum(s.memory.values())), size_text(s.memory["activations"]),
+        size_text(s.received), size_text(s.sent), str(s.ops), ", ".join(s.modules),
+    )  # fmt: skip
+
+
+_KINDS = ("parameters", "gradients", "optimizer", "activations")
+_COLORS = ("#4c78a8", "#9ecae9", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b")
+
+
+def _bar(left: float, top: float, scale: float, sizes: list[float], colors: tuple[str, ...], label: str) -> Iterator[str]:
+    x = left
+    for size, color in zip(sizes, colors, strict=True):
+        yield f'<rect x="{x:.1f}" y="{top}" width="{size * scale:.1f}" height="17" fill="{color}"/>'
+        x += size * scale
+    yield f'<text x="{x + 6:.1f}" y="{top + 13}">{label}</text>'
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:.3g} {unit}"
+    return ""
+
+
+def _count(number: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def report(pipe: Pipe, setting: Setting, plan: Plan | None, profile_on: str | None = None) -> Report:
+    """What the stages of `pipe` cost under `setting`."""
+    program, sizes = pipe.program, pipe._sizes
+    count = len(program.stages)
+    placement, devices, flights = setting.placement(count), setting.devices(count), setting.in_flight(count)
+    known = bindings_of(pipe)
+    ops = program_ops(program)
+    costs = dict(zip(ops, op_costs(ops, sizes, known, profile_on), strict=True))
+    crossings = tuple(_crossings(pipe))
+    times: list[tuple[float, float]] = []
+    for stage, where in zip(program.stages, devices, strict=True):
+        forward = sum(costs[op].on(where, False) for op in stage.ops)
+        times.append((forward, sum(costs[op].on(where, setting.training) for op in stage.ops) - forward))
+    total = sum(map(sum, times)) or 1.0
+    crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
+    stages = []
+    for stage, (forward, backward) in zip(program.stages, times, strict=True):
+        line = Line(stage.ops, [costs[op] for op in stage.ops], setting, frozenset(stage.outputs), list(stage.state))
+        i = stage.index
+        stages.append(
+            StageReport(
+                i, placement[i], modules_of(stage), len(stage.ops), sum(costs[op].flops for op in stage.ops), forward, backward,
+                (forward + backward) / total, sum(_elements(e.type) for e in stage.state if e.kind == "param"),
+                _memory(stage, line, setting, flights[i]), crossing[i - 1] if i else 0, crossing[i] if i < count - 1 else 0,
+                _sources([costs[op].source for op in stage.ops]),
+            )
+        )  # fmt: skip
+    delays = [size / where.link_bandwidth for size, where in zip(crossing, devices, strict=False)]
+    line_of_time = simulate(setting, [f for f, _ in times], [b for _, b in times], delays)
+    ranks = [0.0] * (max(placement) + 1)
+    for home, pair in zip(placement, times, strict=True):
+        ranks[home] += sum(pair)
+    return Report(
+        tuple(stages), crossings, ", ".join(dict.fromkeys(d.name for d in devices)), setting.schedule, setting.n_microbatches,
+        line_of_time.seconds, line_of_time.bubble, setting.n_microbatches * total / (line_of_time.seconds or 1.0),
+        sum(ranks) / len(ranks) / (max(ranks) or 1.0), plan.bound if plan else None, plan.best if plan else None, line_of_time,
+    )  # fmt: skip
+
+
+def bindings_of(pipe: Pipe) -> Bindings:
+    """The user's modules and functions that the stages of a pipe call."""
+    found = Bindings()
+    for stage in pipe.stages:
+        found.functions |= stage._code.functions
+        for op in pipe.program.stages[stage.index].ops:
+            if op.target.startswith("module."):
+                found.modules[op.target.removeprefix("module.")] = stage.get_submodule(op.target.removeprefix("module."))
+    return found
+
+
+def modules_of(stage: Stage, most: int = 4) -> tuple[str, ...]:
+    """The modules a stage runs, at the depth where there are few enough to read."""
+    paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
+    depth = max((p.count(".") + 1 for p in paths), default=0)
+    while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
+        depth -= 1
+    found = list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
+    return tuple(found) if len(found) <= most else (found[0], "...", found[-1])
+
+
+def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str, int]:
+    held, trained = state_bytes(stage.state)
+    trained = trained if setting.training else 0
+    kept = line.memory(0, len(stage.ops), flight)[1]
+    return {"parameters": held, "gradients": trained, "optimizer": trained * STATE_OF[setting.optimizer], "activations": kept}
+
+
+def _elements(kind: Any) -> int:
+    count = 1
+    for dim in getattr(kind, "shape", (0,)):
+        count *= dim if isinstance(dim, int) else 0
+    return count
+
+
+def _sources(kinds: list[str]) -> dict[str, int]:
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
+    """Bytes forward between a stage and the next: each value once, however many stages read it."""
+    passing = {c.value: c.bytes or 0 for c in crossings if c.route in ("send", "relay") and (c.source or 0) <= stage < c.target}
+    return sum(passing.values())
+
+
+def _crossings(pipe: Pipe) -> Iterator[Crossing]:
+    names = value_names(pipe.program)
+    for t in sorted(pipe.program.transfers, key=lambda t: (t.target, -1 if t.source is None else t.source)):
+        size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8
+        yield Crossing(names[t.value], t.source, t.target, t.route or "", size, carries_grad(t.value.type), _why(t))
+
+
+def _why(t: Transfer) -> str:
+    if t.route == "feed":
+        return "an input, given to the stage"
+    if t.route == "recompute":
+        return "costs less to compute again than to send"
+    if t.source is None:
+        return "an input that was asked to travel from the first stage"
+    through = f", handed on by {', '.join(map(str, t.via))}" if t.via else ""
+    if not isinstance(t.value.owner, Op):
+        return "a tied parameter that is sent" + through
+    return ("its gradient comes back" if carries_grad(t.value.type) else "costs more to compute again") + through

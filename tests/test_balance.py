@@ -1,0 +1,324 @@
+"""balance: the found cuts are the best there are, within memory, with a bound."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from stagecut import AtModules, Balanced, Device, Markers, Setting, pipe_split, pipeline
+from stagecut.balance import Line, Problem, _window_max
+from stagecut.costs import DEVICES, OpCost
+from stagecut.ir.errors import InputError, SplitError
+from stagecut.ir.graph import Op, Value
+from stagecut.ir.types import TensorType
+from stagecut.pipe import lower
+
+UNIT = Device("unit", 1.0, 1.0, 100.0, 1.0, 0.0, 1.0)
+
+
+# --- the search against all cuts ------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: Callable[..., Any]) -> Problem:
+    """A few ops, stages with speeds of their own, links, memory windows and places where no cut may be."""
+    count = draw(st.integers(1, 9))
+    stages = draw(st.integers(1, min(4, count)))
+    whole = st.integers(0, 9)
+    ops = draw(st.lists(whole, min_size=count, max_size=count))
+    cross = [0, *draw(st.lists(whole, min_size=count - 1, max_size=count - 1)), 0]
+    speeds = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=stages, max_size=stages))
+    times = [torch.tensor([0.0, *itertools.accumulate(float(op * s) for op in ops)], dtype=torch.float64) for s in speeds]
+    links = [torch.tensor(cross, dtype=torch.float64) * s for s in speeds]
+    starts = None
+    if draw(st.booleans()):
+        most = draw(st.lists(st.integers(1, count), min_size=stages, max_size=stages))
+        starts = [torch.tensor([max(0, end - m) for end in range(count + 1)]) for m in most]
+    allowed = [torch.tensor([True, *draw(st.lists(st.integers(0, 9).map(bool), min_size=count - 1, max_size=count - 1)), True])] * (
+        stages + 1
+    )
+    pin = draw(st.none() | st.tuples(st.integers(0, count - 1), st.integers(0, stages - 1)))
+    if pin is not None:
+        places = torch.arange(count + 1)
+        allowed = [mask & (places <= pin[0] if cut <= pin[1] else places > pin[0]) for cut, mask in enumerate(allowed)]
+    return Problem(times, links, starts, allowed)
+
+
+def _all_cuts(problem: Problem) -> list[list[int]]:
+    """Every way to cut that is allowed and fits."""
+    count, stages = len(problem.times[0]) - 1, len(problem.times)
+    found = []
+    for inner in itertools.combinations(range(1, count), stages - 1):
+        cuts = [0, *inner, count]
+        fits = problem.starts is None or all(cuts[i] >= int(problem.starts[i][cuts[i + 1]]) for i in range(stages))
+        if fits and all(bool(problem.allowed[i][cut]) for i, cut in enumerate(cuts)):
+            found.append(cuts)
+    return found
+
+
+@given(problems())
+@settings(max_examples=1500, deadline=None)
+def test_the_slowest_stage_is_as_fast_as_any_cuts_make_it(problem: Problem) -> None:
+    everything = _all_cuts(problem)
+    found = problem.best()
+    if not everything:
+        assert found is None
+        return
+    assert found in everything
+    best = min(max(problem.stage_seconds(cuts)) for cuts in everything)
+    assert max(problem.stage_seconds(found)) == pytest.approx(best, rel=1e-8)
+
+
+@given(problems(), st.lists(st.integers(0, 5), min_size=12, max_size=12), st.sampled_from([0.0, 0.2, 1.0]))
+@settings(max_examples=400, deadline=None)
+def test_the_cheapest_cuts_within_a_time(problem: Problem, prices: list[int], slack: float) -> None:
+    best = problem.best()
+    if best is None:
+        return
+    most = max(problem.stage_seconds(best)) * (1 + slack) + 1e-9
+    price = torch.tensor([float(p) for p in prices[: len(problem.times[0])]], dtype=torch.float64)
+    found = problem.cheapest(most, price)
+    inside = [cuts for cuts in _all_cuts(problem) if max(problem.stage_seconds(cuts)) <= most]
+    assert found in inside
+    assert sum(prices[c] for c in found[1:]) == min(sum(prices[c] for c in cuts[1:]) for cuts in inside)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=40), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_the_largest_in_a_window(values: list[int], random: Any) -> None:
+    starts = [random.randint(0, end) for end in range(len(values))]
+    found = _window_max(torch.tensor(values, dtype=torch.float64), torch.tensor(starts))
+    assert found.tolist() == [max(map(float, values[a:e]), default=-math.inf) for e, a in enumerate(starts)]
+
+
+# --- lines ----------------------------------------------------------------------------------------------
+
+
+def _line(costs: list[int], kept: list[int], setting: Setting) -> Line:
+    """Ops in a row, each of which keeps a value of its own for the backward."""
+    ops, values = [], [Value(TensorType("u8", (size,)), f"v{i}") for i, size in enumerate(kept)]
+    last = Value(TensorType("u8", (0,)), "x")
+    for value in values:
+        ops.append(Op("aten.neg.default", (last,)))
+        last = ops[-1].add_result(TensorType("u8", (0,)), value.hint)
+    return Line(
+        ops, [OpCost(moved=1.0, kept=(v,), seconds=(float(c), 0.0)) for c, v in zip(costs, values, strict=True)], setting, frozenset(), []
+    )
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_every_stage_fits_its_memory_or_the_refusal_says_which_does_not(data: Any) -> None:
+    count = data.draw(st.integers(2, 8))
+    costs, kept = (data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)) for _ in range(2))
+    stages = data.draw(st.integers(1, min(4, count)))
+    setting = Setting(Device("d", 1.0, 1.0, float(data.draw(st.integers(5, 60))), math.inf), n_microbatches=4)
+    line = _line(costs, kept, setting)
+    flights = setting.in_flight(stages)
+    inside = []
+    for inner in itertools.combinations(range(1, count), stages - 1):
+        cuts = [0, *inner, count]
+        if all(sum(kept[a:b]) * n <= 0.9 * setting.devices(1)[0].memory for a, b, n in zip(cuts, cuts[1:], flights, strict=False)):
+            inside.append(max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts)))
+    if inside:
+        plan = Balanced(stages, setting, tolerance=0.0).of_line(line)
+        assert plan.bottleneck == pytest.approx(min(inside), rel=1e-8)
+        assert plan.bound <= plan.bottleneck * (1 + 1e-9)
+    else:
+        with pytest.raises(SplitError, match=r"do not fit: with the best cuts for memory, stage \d takes"):
+            Balanced(stages, setting).of_line(line)
+
+
+def test_as_few_stages_as_fit() -> None:
+    setting = Setting(Device("d", 1.0, 1.0, 10.0, math.inf), "GPipe", n_microbatches=1)
+    assert len(Balanced(None, setting).of_line(_line([1] * 8, [4] * 8, setting)).cuts) == 3
+
+
+def test_devices_of_different_speed_get_stages_of_different_size() -> None:
+    slow = Device("slow", 1.0, 1.0, math.inf, math.inf)
+    fast = Device("fast", 3.0, 3.0, math.inf, math.inf)
+    setting = Setting([slow, fast])
+    line = _line([1] * 8, [0] * 8, setting)
+    line.costs = [OpCost(moved=1.0) for _ in line.costs]
+    plan = Balanced(2, setting).of_line(line)
+    assert plan.cuts == (2,)
+    assert plan.gap == pytest.approx(0.0, abs=1e-9)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_ranks_with_several_stages_are_balanced_as_ranks(data: Any) -> None:
+    schedule = data.draw(st.sampled_from(["Interleaved1F1B", "ZBVZeroBubble"]))
+    costs = data.draw(st.lists(st.integers(1, 9), min_size=4, max_size=10))
+    setting = Setting(Device("d", 1.0, 1.0, math.inf, math.inf), schedule, ranks=2)
+    plan = Balanced(4, setting, tolerance=0.0).of_line(_line(costs, [0] * len(costs), setting))
+    sums = []
+    for inner in itertools.combinations(range(1, len(costs)), 3):
+        stages = [sum(costs[a:b]) for a, b in itertools.pairwise([0, *inner, len(costs)])]
+        ranks = [0, 0]
+        for home, time in zip(setting.placement(4), stages, strict=True):
+            ranks[home] += time
+        sums.append(max(ranks))
+    assert plan.bottleneck == pytest.approx(min(sums))
+
+
+def test_many_ops_on_ranks_with_several_stages_come_near_the_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    costs = [int(x) for x in torch.randint(1, 100, (400,), generator=generator)]
+    for schedule in ("Interleaved1F1B", "ZBVZeroBubble"):
+        setting = Setting(Device("d", 1.0, 1.0, math.inf, math.inf), schedule, ranks=4)
+        assert Balanced(8, setting).of_line(_line(costs, [0] * 400, setting)).gap < 0.02
+
+
+# --- whole models ---------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self, depth: int = 6, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+IDS = torch.zeros(4, 128, dtype=torch.long)
+PLAIN = Setting(Device("plain", 1e12, 1e11, 1e12, math.inf, 0.0, 1.0))
+
+
+def test_a_model_is_cut_into_so_many_stages() -> None:
+    model = Blocks()
+    pipe = pipeline(model, (IDS,), stages=3)
+    assert pipe.num_stages == 3
+    assert pipe.plan is not None
+    assert pipe.plan.bottleneck >= pipe.plan.bound
+    assert pipe.verify(IDS).ok
+
+
+def test_cuts_are_at_module_boundaries_where_that_costs_little() -> None:
+    model = Blocks()
+    scopes = []
+    for tolerance in (0.0, 0.5):
+        pipe = pipeline(model, (IDS,), split_policy=Balanced(3, PLAIN, tolerance=tolerance))
+        scopes.append([stage.ops[0].scope for stage in pipe.program.stages[1:]])
+    assert all(len(scope) == 2 for scope in scopes[1])
+    assert [s[0].name for s in scopes[1]] != []
+
+
+def test_pins() -> None:
+    model = Blocks()
+    pipe = pipeline(model, (IDS,), split_policy=Balanced(3, PLAIN, pins={"blocks.0": 0, "blocks.1": 1, "head": -1}))
+    assert "blocks.0.0.weight" in pipe.stages[0].state_dict()
+    assert "blocks.1.0.weight" in pipe.stages[1].state_dict()
+    assert "head.weight" in pipe.stages[2].state_dict()
+    with pytest.raises(InputError, match="did you mean 'blocks"):
+        pipeline(model, (IDS,), split_policy=Balanced(2, PLAIN, pins={"blocks.9": 0}))
+    with pytest.raises(InputError, match="stage 4 of 2"):
+        pipeline(model, (IDS,), split_policy=Balanced(2, PLAIN, pins={"head": 4}))
+    with pytest.raises(SplitError, match="no cuts into 2 stages are possible"):
+        pipeline(model, (IDS,), split_policy=Balanced(2, PLAIN, pins={"head": 0, "embed": 1}))
+
+
+def test_regions_stay_whole() -> None:
+    class Checkpointed(Blocks):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return self.head(x)
+
+    pipe = pipeline(Checkpointed(2), (IDS,), stages=4)
+    assert pipe.num_stages == 4
+    with pytest.raises(SplitError, match="no cuts into 8 stages are possible"):
+        pipeline(Checkpointed(2), (IDS,), stages=8)
+
+
+def test_the_refusal_says_what_would_fit() -> None:
+    small = Setting(Device("small", 1e12, 1e11, 1.5e6, math.inf), n_microbatches=2)
+    with pytest.raises(SplitError) as caught:
+        pipeline(Blocks(), (IDS,), split_policy=Balanced(2, small))
+    assert "GiB more than" in caught.value.what
+    assert "would fit" in caught.value.hint
+
+
+def test_dynamic_sizes_are_those_of_the_example() -> None:
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    pipes = [pipeline(Blocks(), (IDS,), split_policy=Balanced(3, PLAIN), dynamic_shapes=d) for d in (None, shapes)]
+    assert [len(s.ops) for s in pipes[0].program.stages] == [len(s.ops) for s in pipes[1].program.stages]
+
+
+def test_other_policies() -> None:
+    class Marked(Blocks):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            pipe_split()
+            return self.head(x)
+
+    assert pipeline(Marked(), (IDS,), split_policy=Markers()).num_stages == 2
+    pipe = pipeline(Blocks(), (IDS,), split_policy=AtModules(["blocks.2", "head"]))
+    assert [next(iter(s.state_dict())) for s in pipe.stages] == ["embed.weight", "blocks.2.0.weight", "head.weight"]
+    with pytest.raises(SplitError, match="did you mean 'blocks"):
+        pipeline(Blocks(), (IDS,), split_policy=AtModules(["blocks.7"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"stages": 2, "split_policy": Markers()}, "both say where to cut"),
+        ({"split_policy": Balanced(2, Setting("H1000"))}, "did you mean 'H100'"),
+        ({"split_policy": Balanced(2, Setting(schedule="1F2B"))}, "did you mean '1F1B'"),
+        ({"split_policy": Balanced(2, Setting(optimizer="adam"))}, "did you mean 'adamw'"),
+        ({"split_policy": Balanced(3, Setting(schedule="ZBVZeroBubble", ranks=2))}, "cannot place 3 stages"),
+        ({"split_policy": Balanced(2, Setting(["H100"]))}, "2 ranks, but 1 devices"),
+    ],
+)
+def test_refusals(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        pipeline(Blocks(1), (IDS,), **options)
+
+
+def test_more_stages_than_ops() -> None:
+    with pytest.raises(SplitError, match="no stage is empty"):
+        pipeline(Blocks(1), (IDS,), stages=500)
+
+
+def test_ten_thousand_ops_take_no_second_of_search() -> None:
+    """No clock: at most so many scans of the line."""
+    scans = 0
+
+    class Counting(Problem):
+        def within(self, most: float) -> list[int] | None:
+            nonlocal scans
+            scans += 1
+            return super().within(most)
+
+    generator = torch.Generator().manual_seed(0)
+    time = torch.cat([torch.zeros(1), torch.rand(10_000, generator=generator)]).double().cumsum(0)
+    link = torch.rand(10_001, generator=generator).double()
+    found = Counting([time] * 16, [link] * 16, None, [torch.ones(10_001, dtype=torch.bool)] * 17).best()
+    assert found is not None
+    assert scans < 60
+
+
+def test_presets_are_accelerators() -> None:
+    assert all(d.flops > d.bandwidth > d.link_bandwidth > 0 and d.memory > 0 for d in DEVICES.values())
+
+
+def test_a_policy_is_a_function_of_the_program() -> None:
+    program, _, _ = lower(Blocks(2), (IDS,), None)
+    assert Balanced(2, PLAIN)(program) == list(Balanced(2, PLAIN).plan(program).cuts)
