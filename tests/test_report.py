@@ -1,0 +1,98 @@
+"""report: a table, JSON and a picture of what the stages cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from test_balance import IDS, Blocks
+from torch import nn
+
+from stagecut import Pipe, Setting, pipeline
+from stagecut.costs import state_bytes
+from stagecut.report import Report
+
+
+def _report(setting: Setting | None = None, **options: Any) -> tuple[Pipe, Report]:
+    pipe = pipeline(Blocks(), (IDS,), **({"stages": 3} | options))
+    return pipe, pipe.report(setting)
+
+
+def test_numbers_add_up() -> None:
+    pipe, report = _report()
+    assert sum(s.share for s in report.stages) == pytest.approx(1.0)
+    assert sum(s.parameters for s in report.stages) == sum(p.numel() for p in pipe.parameters())
+    assert [s.memory["parameters"] for s in report.stages] == [state_bytes(s.state)[0] for s in pipe.program.stages]
+    assert all(s.memory["optimizer"] == 2 * s.memory["gradients"] for s in report.stages)
+    assert report.stages[0].sent == report.stages[1].received > 0
+    assert 0 < report.balance <= 1
+    assert 0 < report.bubble < 1
+    assert report.speed_up < 3
+    assert report.bound is not None
+    assert pipe.plan is not None
+    for stage, planned in zip(report.stages, pipe.plan.memory, strict=True):
+        assert sum(stage.memory.values()) == pytest.approx(planned, rel=0.02)
+
+
+def test_the_table() -> None:
+    _, report = _report()
+    lines = str(report).splitlines()
+    assert lines[0].split()[:4] == ["stage", "rank", "time", "share"]
+    assert "embed" in lines[1]
+    assert lines[5].startswith("1F1B with 8 micro-batches on H100: a step takes")
+    assert any("bound for any order" in line for line in lines)
+    assert any("send" in line and "its gradient comes back" in line for line in lines)
+
+
+def test_json_reads_back() -> None:
+    _, report = _report()
+    data = json.loads(report.to_json())
+    assert data["schedule"] == "1F1B"
+    assert [s["index"] for s in data["stages"]] == [0, 1, 2]
+    assert {c["route"] for c in data["crossings"]} == {"feed", "send"}
+
+
+def test_the_picture_is_svg_with_a_bar_for_each_kind() -> None:
+    _, report = _report()
+    root = ElementTree.fromstring(report.to_svg())
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f"{space}g")) == 3
+    assert all(len(g.findall(f"{space}rect")) == 6 for g in root.findall(f"{space}g"))
+
+
+def test_crossings_say_why() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+            self.c.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x)
+            return self.c(self.b(h)) + h
+
+    pipe = pipeline(Skips(), (torch.randn(2, 4),), split_policy=lambda program: [1, 2], tied="transmit")
+    report = pipe.report(Setting("A100", "GPipe", 4))
+    why = {(c.route, c.target): c.why for c in report.crossings}
+    assert why["feed", 0] == "an input, given to the stage"
+    assert "handed on by 1" in why["relay", 2]
+    assert any("tied parameter" in c.why for c in report.crossings)
+    assert report.device == "A100"
+    assert report.bound is None
+
+
+def test_another_setting_gives_other_numbers() -> None:
+    pipe, report = _report()
+    other = pipe.report(Setting("L4", "GPipe", 32, optimizer="sgd"))
+    assert other.stages[0].forward > report.stages[0].forward
+    assert other.stages[0].memory["optimizer"] == 0
+    assert other.bubble < report.bubble
+    assert pipe.report(Setting(training=False)).stages[0].backward == 0
+
+
+def test_measured() -> None:
+    pipe, _ = _report()
+    assert pipe.report(profile_on="cpu").stages[0].sources["measured"] > 3

@@ -1,0 +1,84 @@
+"""timeline: the steps of every schedule, each once, in an order that waits for nothing in vain; known bubbles."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+
+from stagecut.balance import SCHEDULES, SINGLE, Setting
+from stagecut.ir.errors import StagecutError
+from stagecut.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, orders, simulate
+
+
+def _setting(schedule: str, count: int = 8, training: bool = True) -> tuple[Setting, int]:
+    single = schedule in SINGLE
+    return Setting(schedule=schedule, n_microbatches=count, training=training, ranks=None if single else 4), 4 if single else 8
+
+
+def _run(schedule: str, count: int = 8) -> Timeline:
+    setting, stages = _setting(schedule, count)
+    return simulate(setting, [1.0] * stages, [2.0] * stages)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", [8, 16])
+def test_every_step_runs_once_and_behind_what_it_needs(schedule: str, count: int) -> None:
+    setting, stages = _setting(schedule, count)
+    line = simulate(setting, [1.0] * stages, [2.0] * stages, [0.5] * (stages - 1))
+    kinds = Counter((e.step.kind, e.step.stage, e.step.microbatch) for e in line.events)
+    assert set(kinds.values()) == {1}
+    ends = {(e.step.kind, e.step.stage, e.step.microbatch): e.end for e in line.events}
+    for s in range(stages):
+        for m in range(count):
+            assert (FORWARD, s, m) in ends
+            assert ((BACKWARD, s, m) in ends) != ((INPUT, s, m) in ends)
+            assert ((INPUT, s, m) in ends) == ((WEIGHT, s, m) in ends)
+    for e in line.events:
+        s, m = e.step.stage, e.step.microbatch
+        if e.step.kind == FORWARD and s:
+            assert e.start >= ends[FORWARD, s - 1, m]
+        if e.step.kind in (BACKWARD, INPUT) and s < stages - 1:
+            assert e.start >= ends.get((BACKWARD, s + 1, m), ends.get((INPUT, s + 1, m), 0.0))
+    for rank in range(line.ranks):
+        mine = sorted((e.start, e.end) for e in line.events if e.rank == rank)
+        assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(mine))
+
+
+@pytest.mark.parametrize("schedule", SINGLE)
+def test_the_bubble_of_equal_stages_is_the_known_one(schedule: str) -> None:
+    line = _run(schedule, 16)
+    assert line.bubble == pytest.approx(3 / 19)
+    assert line.seconds == pytest.approx(19 * 3)
+
+
+def test_several_stages_a_rank_and_a_split_backward_make_it_smaller() -> None:
+    bubbles = [_run(s, 16).bubble for s in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")]
+    assert bubbles == sorted(bubbles, reverse=True)
+    assert bubbles[1] == pytest.approx(3 / (2 * 16 + 3), abs=0.01)
+
+
+def test_forward_only() -> None:
+    setting, stages = _setting("1F1B", training=False)
+    line = simulate(setting, [1.0] * stages, [2.0] * stages)
+    assert {e.step.kind for e in line.events} == {FORWARD}
+    assert line.seconds == 8 + 3
+
+
+def test_sending_delays() -> None:
+    setting, _ = _setting("GPipe", 1)
+    assert simulate(setting, [1.0] * 4, [2.0] * 4, [0.5] * 3).seconds == 12 + 6 * 0.5
+
+
+def test_chrome_trace() -> None:
+    line = _run("1F1B", 2)
+    events = json.loads(json.dumps(line.chrome_trace()))["traceEvents"]
+    assert len(events) == len(line.events)
+    assert {"name", "ph", "ts", "dur", "pid", "tid"} <= events[0].keys()
+
+
+def test_an_order_that_torch_refuses_is_refused_in_words() -> None:
+    with pytest.raises(StagecutError, match="has no order for 8 stages on 4 ranks and 6 micro-batches"):
+        orders(Setting(schedule="DualPipeV", n_microbatches=6, ranks=4), 8)
