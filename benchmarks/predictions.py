@@ -96,8 +96,9 @@ def measured(pipe: Pipe, args: tuple[torch.Tensor, ...], device: torch.device, r
     for _ in range(repeats):
         values = dict(zip(pipe.program.inputs, args, strict=True))
         for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
+            held = _held(device)
             given = [_received(values[v]) for v in block.inputs]
-            held, begin = _held(device), _now(device)
+            begin = _now(device)
             result = stage(*given)
             results = result if isinstance(result, tuple) else (result,)
             flowing = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
@@ -109,11 +110,12 @@ def measured(pipe: Pipe, args: tuple[torch.Tensor, ...], device: torch.device, r
             times[block.index].append(middle - begin + _now(device) - start)
             stage.zero_grad()
             values |= zip(block.outputs, map(_received, results), strict=True)
+            del given, result, results, flowing, grads  # the next stage's bytes are counted from here
     return [median(t[2:]) for t in times], kept
 
 
 def _received(item: object) -> object:
-    return item.detach().requires_grad_(item.requires_grad) if isinstance(item, torch.Tensor) else item
+    return item.detach().clone().requires_grad_(item.requires_grad) if isinstance(item, torch.Tensor) else item
 
 
 def _now(device: torch.device) -> float:
@@ -181,7 +183,7 @@ def compare_cuts(device: torch.device, preset: str, small: bool, schedule: str =
         pipe = _alike(lambda way=way: pipeline(model, args, check=None, **way), rank)  # timed ops differ between processes
         report = pipe.report(setting)
         predicted[name] = max(s.forward + s.backward for s in report.stages)
-        memory[name] = [s.memory["activations"] for s in report.stages]
+        memory[name] = [s.memory["activations"] + s.memory["gradients"] + s.memory["passing"] for s in report.stages]
         drivers[name] = Driver(pipe, schedule, count, loss_fn=lambda out: out, device=device, return_outputs=False)
     alone, speeds, taken = [], {name: [] for name in drivers}, {}
     for repeat in range(size.warm_up + size.repeats):
@@ -197,7 +199,7 @@ def compare_cuts(device: torch.device, preset: str, small: bool, schedule: str =
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(f"{ranks} x {machine}, torch {torch.__version__}, {schedule}, {count} micro-batches")
         print(f"one GPU {single:.0f} tokens/s, bound {bound:.0f}")
-        print(f"{'cut':24}{'tokens/s':>10}{'of bound':>10}{'predicted slowest':>19}   GiB kept, measured | predicted")
+        print(f"{'cut':24}{'tokens/s':>10}{'of bound':>10}{'predicted slowest':>19}   GiB taken, measured | predicted")
         for name, seconds in speeds.items():
             speed = total / median(seconds[size.warm_up :])
             sizes = " ".join(f"{b / 2**30:.2f}" for b in taken[name]) + " | " + " ".join(f"{b / 2**30:.2f}" for b in memory[name])

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example
+from stagecut.frontend.kept import gpus
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
 from stagecut.frontend.visible import REPLACED, visible
@@ -59,7 +60,7 @@ def capture(
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
-        with torch.random.fork_rng(), torch.enable_grad(), leaves.standing_in(), visible(), watch:
+        with torch.random.fork_rng(gpus(module, inputs)), torch.enable_grad(), leaves.standing_in(), visible(), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.lower import OWN_DIR, SYMBOLS, TORCH_DIR
 
@@ -199,6 +200,27 @@ def brief(item: Any) -> str:
         return f"{item!r:.40}"
     content = content_of(item)
     return f"a {type(item).__name__}" + (f" of {len(content)}" if content is item else "")
+
+
+def gpus(*trees: Any) -> list[int]:
+    """The CUDA devices on which tensors of modules and trees lie."""
+    tensors: list[Any] = []
+    for tree in trees:
+        tensors += [*tree.parameters(), *tree.buffers()] if isinstance(tree, nn.Module) else tree_leaves(tree)
+    places = {t.device.index or 0 for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
+    return sorted(places)
+
+
+def random_state(devices: list[int]) -> Callable[[], None]:
+    """What sets torch's generators, of the CPU and of these CUDA devices, as they are now."""
+    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+
+    def restore() -> None:
+        torch.random.set_rng_state(on_cpu)
+        for place, state in zip(devices, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, place)
+
+    return restore
 
 
 def generators() -> dict[str, tuple[Any, Callable[[Any], None]]]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from stagecut.frontend.kept import Surroundings, generators, shown, user_line
+from stagecut.frontend.kept import Surroundings, generators, gpus, shown, user_line
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import CaptureError, SplitError, nearest
@@ -164,7 +164,7 @@ class Leaves:
             owner = model.get_submodule(path)
             owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
         around, random_states = Surroundings(self.module), generators()
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(gpus(self.module, inputs)), torch.enable_grad():
             model(*inputs[0], **inputs[1])
         around.restore()
         for state, put_back in random_states.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,12 +160,12 @@ class Line:
         """The state an op reads."""
         return [entry for v in op.reads if isinstance(entry := unwritten(v).owner, StateEntry)]
 
-    def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int]:
-        """Bytes of a stage: of its state with gradients and optimizer, and of what it keeps for the backward."""
+    def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
+        """Bytes of a stage: of its state with gradients and optimizer, of what it keeps for the backward, of gradients on their way."""
         window = _Window(self)
         for place in range(begin, end):
             window.add(place)
-        return window.static, window.kept * in_flight
+        return window.static, window.kept * in_flight, window.passing
 
     def starts(self, budget: float, in_flight: int) -> torch.Tensor:
         """For each end, the first beginning from which a stage fits the budget."""
@@ -172,7 +173,7 @@ class Line:
         found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
             window.add(end - 1)
-            while begin < end and window.static + window.kept * in_flight > budget:
+            while begin < end and window.static + window.kept * in_flight + window.passing > budget:
                 window.remove(begin)
                 begin += 1
             found[end] = begin
@@ -184,7 +185,13 @@ class _Window:
 
     def __init__(self, line: Line) -> None:
         self._line, self._count = line, dict[object, int]()
+        self._largest: deque[tuple[int, int]] = deque()  # the places of ops whose gradients take more than those of any later one
         self.static = self.kept = 0
+
+    @property
+    def passing(self) -> int:
+        """The most bytes of gradients that one op's backward reads and makes."""
+        return self._largest[0][1] if self._largest else 0
 
     def _things(self, place: int) -> list[tuple[object, int, int]]:
         line, cost = self._line, self._line.costs[place]
@@ -199,6 +206,10 @@ class _Window:
 
     def add(self, place: int) -> None:
         """The op at `place` joins."""
+        passing = self._line.costs[place].passing if self._line.setting.training else 0
+        while self._largest and self._largest[-1][1] <= passing:
+            self._largest.pop()
+        self._largest.append((place, passing))
         for thing, static, kept in self._things(place):
             count = self._count.get(thing, 0)
             self._count[thing] = count + 1
@@ -208,6 +219,8 @@ class _Window:
 
     def remove(self, place: int) -> None:
         """The op at `place` leaves."""
+        if self._largest and self._largest[0][0] == place:
+            self._largest.popleft()
         for thing, static, kept in self._things(place):
             self._count[thing] -= 1
             if not self._count[thing]:

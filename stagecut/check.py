@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from stagecut.backend.run import run_stages
+from stagecut.frontend.kept import gpus, random_state
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.types import TensorType
@@ -82,8 +83,9 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
     """A report on `pipe` against `model` on one call. Works on copies; the random state is put back afterwards."""
     reference, stages = _copies(model, pipe)
     program = pipe.program
-    with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
-        seed = torch.random.get_rng_state()
+    places = gpus(model, args, kwargs)
+    with torch.random.fork_rng(places), torch.set_grad_enabled(gradients):
+        seed_again = random_state(places)
         mine = _fresh((tuple(args), dict(kwargs)))
         try:
             with _gradients_apart(model):
@@ -92,7 +94,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
             raise
         except Exception as error:
             raise CannotCompare(f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}") from error
-        torch.random.set_rng_state(seed)
+        seed_again()
         mine = _fresh((tuple(args), dict(kwargs)))
         flat = pipe.flatten(*mine)
         found = _observe(lambda: run_stages(program, stages, pipe._plan, flat), _Holder(program, stages), mine, gradients)
@@ -119,11 +121,11 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
 
 def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
     """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
-    seed = torch.random.get_rng_state()
+    seed_again = random_state(gpus(reference, inputs))
     inputs = tree_map(lambda leaf: leaf * 0.9 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, inputs)
     args, kwargs = _fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     expected = tree_flatten(reference(*args, **kwargs))[0]
-    torch.random.set_rng_state(seed)
+    seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*_fresh(inputs)))
     return list(zip(expected, found, strict=False))  # where the numbers differ, the first call has told
 

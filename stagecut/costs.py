@@ -80,7 +80,8 @@ def device(wanted: Device | str) -> Device:
 class OpCost:
     """What one op costs. flops and moved (bytes read and written) are of the forward, those with `backward_` of the backward.
 
-    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides. seconds: measured, forward
+    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides. passing: bytes of the
+    gradients that its backward reads and makes. seconds: measured, forward
     and backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes only'.
     """
 
@@ -90,6 +91,7 @@ class OpCost:
     backward_moved: float = 0.0
     kept: tuple[Value, ...] = ()
     extra: int = 0
+    passing: int = 0
     dtype: str = "f32"
     source: str = "bytes only"
     seconds: tuple[float, float] | None = None
@@ -145,7 +147,7 @@ class _Counter:
                 self.seen[key] = self._run(op, trains)
             found = self.seen[key]
         if found is None:
-            return OpCost(moved=moved, backward_moved=1.5 * moved if trains else 0.0, dtype=_dtype(op))
+            return OpCost(moved=moved, backward_moved=1.5 * moved if trains else 0.0, passing=self._passing(op), dtype=_dtype(op))
         kept = [op.operands[i] if kind == "operand" else op.results[i] for kind, i in found.kept]
         if again:  # the region keeps what comes into it
             kept = [v for v in op.operands if not (isinstance(v.owner, Op) and v.owner.context == op.context)]
@@ -156,6 +158,7 @@ class _Counter:
             (1.5 * moved if trains else 0.0) + (moved if again else 0.0),
             tuple(dict.fromkeys(root for v in kept if (root := root_of(v)).owner is not None and not isinstance(root.owner, StateEntry))),
             0 if again else found.extra,
+            self._passing(op),
             _dtype(op),
             "measured" if found.seconds else "formula",
             found.seconds,
@@ -166,6 +169,10 @@ class _Counter:
         if op.effects.views and None not in op.effects.views and not op.effects.writes:
             return 0.0
         return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
+
+    def _passing(self, op: Op) -> int:
+        given = [v for v in dict.fromkeys(op.operands) if not isinstance(v.owner, StateEntry)]
+        return sum(self.nbytes(v) for v in (*given, *op.results) if carries_grad(v.type))
 
     def nbytes(self, value: Value) -> int:
         """Bytes of a value, 0 for what is no tensor."""
@@ -243,6 +250,8 @@ class _Counter:
         if "scaled_dot_product_attention" in op.target:  # on meta it is taken apart; kernels keep operands, result and a row of sums
             places = [("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)]
             return forward, total - forward, (*places, ("result", 0)), made[0].numel() // max(1, made[0].shape[-1]) * 4
+        if "rms_norm" in op.target:  # so is this; its kernel keeps its operand and a number for each row
+            return forward, total - forward, (("operand", 0),), made[0].numel() // max(1, made[0].shape[-1]) * 4
         extra = {_storage(t): t.untyped_storage().nbytes() for t in kept if _storage(t) not in homes}
         found = tuple(dict.fromkeys(homes[_storage(t)] for t in kept if _storage(t) in homes))
         return forward, total - forward, found, sum(extra.values())

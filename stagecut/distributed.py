@@ -45,7 +45,7 @@ _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
 
 
-_ON_DEVICE = re.compile(r'(?<=])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
+_ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 
 
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]

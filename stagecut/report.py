@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in bytes by kind.
+    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in bytes by kind,
+    `passing` being gradients that one op's backward reads and makes.
 
     parameters counts elements. received, sent: bytes forward, what is relayed through the stage among them. sources: how many ops have
     their costs from where.
@@ -140,8 +141,8 @@ def _row(s: StageReport) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-_KINDS = ("parameters", "gradients", "optimizer", "activations")
-_COLORS = ("#4c78a8", "#9ecae9", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b")
+_KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")
+_COLORS = ("#4c78a8", "#9ecae9", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b", "#e45756")
 
 
 def _bar(left: float, top: float, scale: float, sizes: list[float], colors: tuple[str, ...], label: str) -> Iterator[str]:
@@ -229,8 +230,9 @@ def modules_of(stage: Stage, most: int = 4) -> tuple[str, ...]:
 def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str, int]:
     held, trained = state_bytes(stage.state)
     trained = trained if setting.training else 0
-    kept = line.memory(0, len(stage.ops), flight)[1]
-    return {"parameters": held, "gradients": trained, "optimizer": trained * STATE_OF[setting.optimizer], "activations": kept}
+    _, kept, passing = line.memory(0, len(stage.ops), flight)
+    optimizer = trained * STATE_OF[setting.optimizer]
+    return {"parameters": held, "gradients": trained, "optimizer": optimizer, "activations": kept, "passing": passing}
 
 
 def _elements(kind: Any) -> int:

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.export import Dim
 
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
-from stagecut.distributed import MismatchError, _agree, placement
+from stagecut.distributed import _ON_DEVICE, MismatchError, _agree, placement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -156,6 +156,12 @@ def test_each_rank_may_trace_on_a_device_of_its_own() -> None:
             pipes.append(pipeline(Plain(), (torch.randn(2, 4), torch.randn(2, 4)), check=None))
     assert str(pipes[0]) != str(pipes[1])
     assert on_ranks(2, _agree_on, pipes) == ["ok", "ok"]
+
+
+def test_the_device_is_no_part_of_the_program() -> None:
+    """Types with and without strides, and device literals."""
+    texts = [f'%a : f32[2,3]{{1,2}}@{d} grad, %b : f32[2]@{d}, device("{d}"), @w' for d in ("cuda:0", "cuda:1", "cpu")]
+    assert {_ON_DEVICE.sub("", text) for text in texts} == {"%a : f32[2,3]{1,2} grad, %b : f32[2], , @w"}
 
 
 def _agree_on(pipes: list[Any]) -> str:

@@ -60,7 +60,7 @@ def test_the_picture_is_svg_with_a_bar_for_each_kind() -> None:
     root = ElementTree.fromstring(report.to_svg())
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}g")) == 3
-    assert all(len(g.findall(f"{space}rect")) == 6 for g in root.findall(f"{space}g"))
+    assert all(len(g.findall(f"{space}rect")) == 7 for g in root.findall(f"{space}g"))
 
 
 def test_crossings_say_why() -> None:

@@ -1,0 +1,32 @@
+"""What only a GPU shows; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stagecut import SplitPoint, pipeline
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_dropout_on_a_gpu_draws_the_models_stream() -> None:
+    with torch.device("cuda"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5)).train()
+        x = torch.randn(4, 8)
+    before = torch.cuda.get_rng_state()
+    pipe = pipeline(model, (x,), split_spec={"2": SplitPoint.BEGINNING}, check="gradients")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert pipe.verify(x).ok
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(pipe(x)[0], expected)
+
+
+def test_a_module_kept_whole_on_a_gpu() -> None:
+    with torch.device("cuda"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+        x = torch.randn(4, 8)
+    assert pipeline(model, (x,), leaf_modules=["1"]).verify(x).ok
