@@ -283,9 +283,10 @@ class Pipe(nn.Module):
         the cuts were searched. With `profile_on`, a torch device, ops are timed there instead of estimated.
         """
         from stagecut.balance import Setting
-        from stagecut.report import report
+        from stagecut.report import bindings_of, report
 
-        return report(self, setting or (self.plan.setting if self.plan else Setting()), self.plan, profile_on)
+        chosen = setting or (self.plan.setting if self.plan else Setting())
+        return report(self.program, chosen, self.plan, self._sizes, bindings_of(self), profile_on)
 
     def materialize(
         self,

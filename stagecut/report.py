@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stagecut.balance import STATE_OF, Line, Plan, Setting
 from stagecut.costs import op_costs, program_ops, state_bytes
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.graph import Op, Stage, Transfer, scope_fqn
+from stagecut.ir.graph import Op, Program, Stage, Transfer, scope_fqn
 from stagecut.ir.printer import size_text, value_names
 from stagecut.ir.types import TensorType, carries_grad
 from stagecut.timeline import Timeline, simulate
@@ -167,15 +167,20 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def report(pipe: Pipe, setting: Setting, plan: Plan | None, profile_on: str | None = None) -> Report:
-    """What the stages of `pipe` cost under `setting`."""
-    program, sizes = pipe.program, pipe._sizes
+def report(
+    program: Program,
+    setting: Setting,
+    plan: Plan | None = None,
+    sizes: Mapping[str, int] | None = None,
+    bindings: Bindings | None = None,
+    profile_on: str | None = None,
+) -> Report:
+    """What the stages of a linked program cost under `setting`. Raises InputError when they do not fit its schedule."""
     count = len(program.stages)
     placement, devices, flights = setting.placement(count), setting.devices(count), setting.in_flight(count)
-    known = bindings_of(pipe)
     ops = program_ops(program)
-    costs = dict(zip(ops, op_costs(ops, sizes, known, profile_on), strict=True))
-    crossings = tuple(_crossings(pipe))
+    costs = dict(zip(ops, op_costs(ops, sizes, bindings, profile_on), strict=True))
+    crossings = tuple(_crossings(program))
     times: list[tuple[float, float]] = []
     for stage, where in zip(program.stages, devices, strict=True):
         forward = sum(costs[op].on(where, False) for op in stage.ops)
@@ -252,9 +257,9 @@ def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
     return sum(passing.values())
 
 
-def _crossings(pipe: Pipe) -> Iterator[Crossing]:
-    names = value_names(pipe.program)
-    for t in sorted(pipe.program.transfers, key=lambda t: (t.target, -1 if t.source is None else t.source)):
+def _crossings(program: Program) -> Iterator[Crossing]:
+    names = value_names(program)
+    for t in sorted(program.transfers, key=lambda t: (t.target, -1 if t.source is None else t.source)):
         size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8
         yield Crossing(names[t.value], t.source, t.target, t.route or "", size, carries_grad(t.value.type), _why(t))
 

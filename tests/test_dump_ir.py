@@ -1,5 +1,6 @@
 """dump-ir: every option has a test that would fail without it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,32 @@ def test_closed_pipe_ends_quietly() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "program @N"
     assert done.stderr == ""
+
+
+def test_stages_are_balanced(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(parse(output(capsys, f"{model}:make", "--stages", "2")).stages) == 2
+
+
+def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = (f"{model}:make", "--stages", "2", "--report")
+    table = output(capsys, *source, "--schedule", "GPipe", "--microbatches", "5", "--device", "A100")
+    assert "GPipe with 5 micro-batches on A100" in table
+    assert json.loads(output(capsys, *source, "--format", "json"))["n_microbatches"] == 8
+    assert output(capsys, *source, "--format", "svg").startswith("<svg")
+    assert main([*source, "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.txt").read_text().startswith("stage")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--format", "json"], "is a format of reports"),
+        (["--report", "--format", "dot"], "a report is text, json or svg"),
+        (["--report", "--passes", "canonicalize"], "a report is on linked programs"),
+        (["--report", "--device", "H1000"], "did you mean 'H100'"),
+        (["--stages", "2", "--schedule", "1F2B"], "did you mean '1F1B'"),
+        (["--stages", "99"], "no stage is empty"),
+    ],
+)
+def test_reports_that_cannot_be(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str) -> None:
+    assert why in failure(capsys, f"{model}:make", *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import traceback
@@ -34,6 +35,8 @@ examples:
   dump-ir program.ir --passes canonicalize,find-splits,partition --split-at layers.2
         reads IR text back and runs passes on it
   dump-ir model.py:make --format dot | dot -Tsvg > stages.svg
+  dump-ir model.py:make --stages 4 --schedule GPipe --report
+        what four balanced stages cost, what crosses and why
 """
 
 
@@ -60,9 +63,14 @@ def _arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="FILE.py:FACTORY, pkg.mod:FACTORY, or a file of IR text (*.ir, - for standard input)")
     parser.add_argument("--split-at", metavar="NAME", action="append", default=[], help="cut before module NAME (NAME:end: behind it)")
+    parser.add_argument("--stages", metavar="N", type=int, help="cut into N stages that are balanced by predicted time")
+    parser.add_argument("--schedule", default="1F1B", help="what --stages and --report reckon with (default: 1F1B)")
+    parser.add_argument("--microbatches", metavar="N", type=int, default=8, help="so many of them (default: 8)")
+    parser.add_argument("--device", default="H100", help="and this device: H100, H200, A100, ... (default: H100)")
+    parser.add_argument("--report", action="store_true", help="what the stages cost instead of the program; --format json, svg")
     parser.add_argument("--passes", metavar="A,B", help="run just these passes ('all' for all); default: all on a model, none on IR text")
     parser.add_argument("--print-after", metavar="PASS", action="append", default=[], help="show the program after PASS, or after 'all'")
-    parser.add_argument("--format", choices=["text", "dot"], default="text", help="what to write (default: text)")
+    parser.add_argument("--format", choices=["text", "dot", "json", "svg"], default="text", help="what to write (default: text)")
     parser.add_argument("-o", dest="directory", metavar="DIR", type=Path, help="write files into DIR instead of standard output")
     return parser
 
@@ -84,14 +92,41 @@ def _run(options: argparse.Namespace) -> None:
     run_passes(program, _passes(options, is_model), check=True, after=after)
     if wanted and options.directory is None:
         return
-    if options.format == "dot":
+    if options.report:
+        _report(program, options, writer)
+    elif options.format in ("json", "svg"):
+        raise InputError(f"--format {options.format} is a format of reports", hint="add --report")
+    elif options.format == "dot":
         writer.final("program.dot", _dot(program))
     else:
         writer.final("program.ir", text(program))
 
 
+def _setting(options: argparse.Namespace) -> Any:
+    from stagecut.balance import Setting
+
+    return Setting(options.device, options.schedule, options.microbatches)
+
+
+def _report(program: Program, options: argparse.Namespace, writer: _Writer) -> None:
+    from stagecut.report import report
+
+    if program.phase != "linked":
+        raise InputError(f"a report is on linked programs, this one is {program.phase}", hint="run all passes: --passes all")
+    if options.format == "dot":
+        raise InputError("a report is text, json or svg")
+    found = report(program, _setting(options))
+    made = {"text": lambda: f"{found}\n", "json": lambda: found.to_json() + "\n", "svg": found.to_svg}[options.format]()
+    writer.final({"text": "report.txt", "json": "report.json", "svg": "report.svg"}[options.format], made)
+
+
 def _passes(options: argparse.Namespace, is_model: bool) -> list[Pass]:
-    splits = FindSplits(tuple(_split_point(name) for name in options.split_at))
+    policy = None
+    if options.stages is not None:
+        from stagecut.balance import Balanced
+
+        policy = Balanced(options.stages, _setting(options), budget=math.inf)
+    splits = FindSplits(tuple(_split_point(name) for name in options.split_at), policy)
     if options.passes == "all" or (options.passes is None and is_model):
         return default_pipeline(splits)
     names = [name for name in (options.passes or "").split(",") if name]
