@@ -31,7 +31,7 @@ CLOSE = 1e-9
 FEW = 20_000
 """Up to how many ways to cut are all tried, where ranks have several stages."""
 
-MOST = 128
+MOST = 256
 """The most stages that are tried where the number is left open."""
 
 SINGLE = ("GPipe", "1F1B")
@@ -428,13 +428,21 @@ class Balanced:
             if found is None:
                 raise self._does_not_fit(line, self.stages)
             return found
-        for stages in range(1, min(MOST, len(line.ops)) + 1):
-            if self.setting.schedule not in SINGLE and stages % (self.setting.ranks or 2):
-                continue
-            found = self._cut(line, stages)
-            if found is not None:
-                return found
-        raise self._does_not_fit(line, min(MOST, len(line.ops)))
+        fewest = self._fewest(line, 1)
+        found = self._cut(line, fewest) if fewest is not None else None
+        if found is None:
+            raise self._does_not_fit(line, min(MOST, len(line.ops)))
+        return found
+
+    def _fewest(self, line: Line, least: int) -> int | None:
+        """The smallest number of stages, `least` or more, that fits, None when none does up to MOST."""
+        limit = self.budget * max(d.memory for d in self._every_device())
+        least = max(least, math.ceil(line.memory(0, len(line.ops), 0)[0] / limit))
+        return next((k for k in range(least, min(MOST, len(line.ops)) + 1) if self._fits(line, k)), None)
+
+    def _every_device(self) -> list[Device]:
+        given = self.setting.device
+        return [device(given)] if isinstance(given, Device | str) else [device(d) for d in given]
 
     def problem(self, line: Line) -> Problem:
         """What is searched: the times and limits of so many stages of a line."""
@@ -520,7 +528,7 @@ class Balanced:
         assert plan is not None
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]
         over = max(range(stages), key=lambda i: plan.memory[i] / limits[i])
-        fits = next((k for k in range(stages + 1, min(MOST, len(line.ops)) + 1) if self._fits(line, k)), None)
+        fits = self._fewest(line, stages + 1)
         more = f"{fits} stages would fit" if fits else f"devices with {plan.memory[over] / self.budget / 2**30:.1f} GiB would fit"
         return SplitError(
             f"{stages} stages do not fit: with the best cuts for memory, stage {over} takes {plan.memory[over] / 2**30:.2f} GiB, "
@@ -530,8 +538,8 @@ class Balanced:
 
     def _fits(self, line: Line, stages: int) -> bool:
         try:
-            return self._cut(line, stages) is not None
-        except InputError:
+            return self._problem(line, stages, 1.0).within(math.inf) is not None
+        except InputError:  # so many stages lie on no ranks
             return False
 
 

@@ -34,7 +34,7 @@ def ways(program: Program, layers: list[str], stages: list[int], device: str) ->
     line = Line.of(program, Setting(where), {}, None, None)
     found: dict[int, dict[str, float]] = {}
     for count in stages:
-        policy = Balanced(count, Setting(where))
+        policy = Balanced(count, Setting(where), tolerance=0.0)
         plan, problem = policy.of_line(line), policy.problem(line)
         found[count] = dict.fromkeys(WAYS, math.nan) | {"stagecut": plan.bottleneck / plan.bound}
         if count <= len(layers):
