@@ -449,7 +449,7 @@ class Lowering:
         return Effects(writes, views, random, effect)
 
     def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Per result, the operand whose storage it shares: the one that is written, where there are several."""
+        """Per result, the operand whose storage it shares: where there are several, the one in its place, else one that is written."""
         storage = self._storage
         homes: dict[int, int] = {}
         for index in (*writes, *range(len(op.operands))):
@@ -458,7 +458,13 @@ class Lowering:
                 homes.setdefault(where, index)
         if not homes:
             return ()
-        views = tuple([homes.get(storage.get(r, -1)) for r in op.results])
+        places = [storage.get(operand) for operand in op.operands] if len(op.results) > 1 else []
+        views = tuple(
+            [
+                i if i < len(places) and places[i] is not None and places[i] == storage.get(r) else homes.get(storage.get(r, -1))
+                for i, r in enumerate(op.results)
+            ]
+        )
         return views if any(v is not None for v in views) else ()
 
     # --- names and places -------------------------------------------------------------------------

@@ -292,3 +292,17 @@ def test_a_size_that_is_the_batch_by_chance_is_refused() -> None:
     pipe = pipeline(_Kept(Seven()), (torch.randn(7, 4),), **BATCH)
     with pytest.raises(StagecutError, match="give the example a batch that is no other size"):
         pipe(torch.randn(5, 4))
+
+
+def test_of_two_operands_in_one_storage_a_result_is_the_one_in_its_place() -> None:
+    """The second result of broadcast_tensors is its second operand, with all its history, though the first shares its storage."""
+
+    class Compared(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.broadcast_tensors(x.detach(), x)
+            return x.view(x.shape[0], 2, 2)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    pipe = pipeline(Compared(), (x,))
+    assert pipe.verify(x).ok
+    assert getattr(pipe.program.outputs[0].type, "grad", False)
