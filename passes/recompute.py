@@ -59,7 +59,7 @@ class _Work:
     def __init__(self, program: Program, routes: dict[str, str]) -> None:
         self._program, self._routes = program, routes
         self._home = {op: stage.index for stage in program.stages for op in stage.ops}
-        self._written = _written([*program.all_ops()])
+        self._written = _written(program)
         self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
         self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
         self._arriving: list[list[Op]] = [[] for _ in program.stages]
@@ -201,14 +201,18 @@ class _Work:
                 raise SplitError(f"'{route}' is no route for '{name}'", hint=allowed)
 
 
-def _written(ops: list[Op]) -> set[Value]:
-    """The values some op writes, directly or through a view: a copy of such a value would miss the write."""
-    written: set[Value] = set()
-    for op in reversed(ops):
-        written.update(op.versions, (op.operands[i] for i in op.effects.writes))
-        bases = zip(op.results, op.effects.views, strict=False)
-        written.update(op.operands[base] for result, base in bases if base is not None and result in written)
-    return written
+def _written(program: Program) -> set[Value]:
+    """The values whose storage some op writes: a copy of what makes them, or of what reads them, would miss the write."""
+    storage: dict[Value, object] = {entry.value: entry.storage if entry.storage >= 0 else entry for entry in program.state}
+    touched: set[object] = set()
+    for op in program.all_ops():
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None:
+                storage[result] = storage.get(op.operands[viewed], op.operands[viewed])
+        storage |= {new: storage.get(old, old) for old, new in op.versions.items()}
+        touched |= {storage.get(v, v) for v in (*op.versions, *(op.operands[i] for i in op.effects.writes))}
+    every = {v for op in program.all_ops() for v in op.reads} | set(storage)
+    return {value for value in every if storage.get(value, value) in touched}
 
 
 def _bytes(value: Value, times: int) -> int | None:

@@ -496,7 +496,7 @@ def written_source(self, x):
 
 @mutant(written_source, "validator golden")
 def sources_copied_although_written(patch: Patch) -> None:
-    patch.setattr(recompute, "_written", lambda ops: set())
+    patch.setattr(recompute, "_written", lambda program: set())
 
 
 # --- (8) mode burned in ---------------------------------------------------------------------------------

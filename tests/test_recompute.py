@@ -153,6 +153,21 @@ def test_an_input_travels_from_the_first_stage_when_asked() -> None:
     assert model
 
 
+def test_a_view_of_what_is_written_later_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Written(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            part = (x[:1].expand(3, -1) * 4).long()
+            pipe_split()
+            x.select(0, 0).zero_()
+            pipe_split()
+            return part * part + x.sum().long()
+
+    monkeypatch.setattr("stagecut.passes.recompute.START", 0)
+    x = torch.randn(3, 4)
+    assert pipeline(Written(), (x,)).verify(x).ok
+
+
 def test_a_copy_that_nothing_reads_any_more_is_gone() -> None:
     """What reads it was itself moved to a later stage; a transfer of what another pass takes away goes with it."""
 
