@@ -52,6 +52,8 @@ def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
     order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
     places = sorted(range(made.dim()), key=order.__getitem__)
     shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
+    if not any(made.shape[dim] in varying for dim in order[1:]):  # no stride depends on the widest dim
+        return torch.empty_strided([shape[place] for place in places], made.stride(), dtype=made.dtype, device=made.device)
     return torch.empty(shape, dtype=made.dtype, device=made.device).permute(places)
 
 

@@ -306,3 +306,21 @@ def test_of_two_operands_in_one_storage_a_result_is_the_one_in_its_place() -> No
     pipe = pipeline(Compared(), (x,))
     assert pipe.verify(x).ok
     assert getattr(pipe.program.outputs[0].type, "grad", False)
+
+
+def test_a_module_kept_whole_that_returns_what_it_is_given_returns_its_strides() -> None:
+    x = torch.randn(7, 4)
+    model = _Kept(nn.Identity())
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(nn.functional.pad(x, (0, 2))[:, 2:])
+
+    pipe = pipeline(Padded(), (x,), dynamic_shapes=shapes, leaf_modules=["inner"])
+    assert getattr(pipe.program.outputs[0].type, "strides", None) == (6, 1)
+    assert pipe(x)[0].stride() == (6, 1)
