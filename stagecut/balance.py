@@ -103,6 +103,7 @@ class Line:
     setting: Setting
     returned: frozenset[Value]
     state: list[StateEntry]
+    _starts: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, setting: Setting, sizes: Mapping[str, int], bindings: Bindings | None, measure_on: str | None) -> Line:
@@ -167,8 +168,28 @@ class Line:
             window.add(place)
         return window.static, window.kept * in_flight, window.passing
 
+    @cached_property
+    def things(self) -> list[list[tuple[object, int, int]]]:
+        """What each op holds while it is in a stage: a thing, bytes that are there once, bytes for every micro-batch in flight."""
+        return [self._things(op, cost, place) for place, (op, cost) in enumerate(zip(self.ops, self.costs, strict=True))]
+
+    def _things(self, op: Op, cost: OpCost, place: int) -> list[tuple[object, int, int]]:
+        things: list[tuple[object, int, int]] = [(v, 0, self._bytes(v)) for v in cost.kept] if self.setting.training else []
+        if self.setting.training and cost.extra:
+            things.append((place, 0, cost.extra))
+        for entry in dict.fromkeys(self.held(op)):
+            size, trained = state_bytes([entry])
+            copies = 1 + STATE_OF[self.setting.optimizer] if self.setting.training else 0
+            things.append((entry, size + trained * copies, 0))
+        return things
+
     def starts(self, budget: float, in_flight: int) -> torch.Tensor:
         """For each end, the first beginning from which a stage fits the budget."""
+        if (budget, in_flight) not in self._starts:
+            self._starts[budget, in_flight] = self._first_beginnings(budget, in_flight)
+        return self._starts[budget, in_flight]
+
+    def _first_beginnings(self, budget: float, in_flight: int) -> torch.Tensor:
         window, begin = _Window(self), 0
         found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
@@ -193,24 +214,13 @@ class _Window:
         """The most bytes of gradients that one op's backward reads and makes."""
         return self._largest[0][1] if self._largest else 0
 
-    def _things(self, place: int) -> list[tuple[object, int, int]]:
-        line, cost = self._line, self._line.costs[place]
-        things: list[tuple[object, int, int]] = [(v, 0, line._bytes(v)) for v in cost.kept] if line.setting.training else []
-        if line.setting.training and cost.extra:
-            things.append((place, 0, cost.extra))
-        for entry in dict.fromkeys(line.held(line.ops[place])):
-            size, trained = state_bytes([entry])
-            copies = 1 + STATE_OF[line.setting.optimizer] if line.setting.training else 0
-            things.append((entry, size + trained * copies, 0))
-        return things
-
     def add(self, place: int) -> None:
         """The op at `place` joins."""
         passing = self._line.costs[place].passing if self._line.setting.training else 0
         while self._largest and self._largest[-1][1] <= passing:
             self._largest.pop()
         self._largest.append((place, passing))
-        for thing, static, kept in self._things(place):
+        for thing, static, kept in self._line.things[place]:
             count = self._count.get(thing, 0)
             self._count[thing] = count + 1
             if not count:
@@ -221,7 +231,7 @@ class _Window:
         """The op at `place` leaves."""
         if self._largest and self._largest[0][0] == place:
             self._largest.popleft()
-        for thing, static, kept in self._things(place):
+        for thing, static, kept in self._line.things[place]:
             self._count[thing] -= 1
             if not self._count[thing]:
                 self.static -= static
@@ -438,7 +448,15 @@ class Balanced:
         """The smallest number of stages, `least` or more, that fits, None when none does up to MOST."""
         limit = self.budget * max(d.memory for d in self._every_device())
         least = max(least, math.ceil(line.memory(0, len(line.ops), 0)[0] / limit))
-        return next((k for k in range(least, min(MOST, len(line.ops)) + 1) if self._fits(line, k)), None)
+        most, tried = min(MOST, len(line.ops)), least - 1
+        while least <= most and not self._fits(line, least):
+            tried, least = least, max(least + 1, int(1.3 * least))
+        if least > most:
+            return None
+        while least - tried > 1:  # more stages hold less, so halving finds the fewest
+            middle = (tried + least) // 2
+            tried, least = (tried, middle) if self._fits(line, middle) else (middle, least)
+        return least
 
     def _every_device(self) -> list[Device]:
         given = self.setting.device
@@ -519,11 +537,11 @@ class Balanced:
         if self._problem(line, stages, math.inf).best() is None:
             return SplitError(f"no cuts into {stages} stages are possible", hint="pins contradict each other, or regions are too large")
         low, high = 1.0, 2.0
-        while self._cut(line, stages, high) is None:
+        while not self._fits(line, stages, high):
             low, high = high, 2 * high
-        for _ in range(12):
+        for _ in range(10):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._cut(line, stages, middle) else (middle, high)
+            low, high = (low, middle) if self._fits(line, stages, middle) else (middle, high)
         plan = self._cut(line, stages, high)
         assert plan is not None
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]
@@ -536,9 +554,9 @@ class Balanced:
             hint=f"{more}; fewer or smaller micro-batches, a schedule with fewer in flight, or activation checkpointing take less",
         )
 
-    def _fits(self, line: Line, stages: int) -> bool:
+    def _fits(self, line: Line, stages: int, scale: float = 1.0) -> bool:
         try:
-            return self._problem(line, stages, 1.0).within(math.inf) is not None
+            return self._problem(line, stages, scale).within(math.inf) is not None
         except InputError:  # so many stages lie on no ranks
             return False
 
