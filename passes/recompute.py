@@ -63,6 +63,7 @@ class _Work:
         self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
         self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
         self._arriving: list[list[Op]] = [[] for _ in program.stages]
+        self._needs: list[dict[Value, int | None]] = [{} for _ in program.stages]
         self._copied: dict[Op, None] = {}
         self._crossing: set[str] = set()
 
@@ -87,7 +88,7 @@ class _Work:
             return
         cost = 0
         for stage in later:
-            one = self._cost(value, stage, 0, limit if limit is not None else -1, asked)
+            one = self._cost(value, stage, 0, asked)
             if one is None and asked:
                 raise SplitError(
                     f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has effects, or so is what it needs",
@@ -101,11 +102,12 @@ class _Work:
             return
         for stage in later:
             twin = self._make(value, stage, asked)
+            self._needs[stage].clear()  # more is there now
             value.replace_uses(twin, lambda user, stage=stage: self._home.get(user) == stage)  # type: ignore[misc]
             self._program.transfers.append(Transfer(value, here, stage, RECOMPUTE, twin))
 
-    def _cost(self, value: Value, stage: int, depth: int, limit: int, asked: bool) -> int | None:
-        """What computing `value` in `stage` costs, None when it cannot or must not be."""
+    def _cost(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
+        """What computing `value` in `stage` costs, None when it cannot or must not be. What is made of one value twice is counted twice."""
         op = value.owner
         if not isinstance(op, Op) or not self._is_repeatable(value, op) or depth > DEEPEST:
             return None
@@ -114,23 +116,23 @@ class _Work:
         moves = not op.effects.views or None in op.effects.views
         cost = START + sum(_bytes(v, 1) or 0 for v in (*op.operands, *op.results)) // MEMORY if moves else 0
         for operand in dict.fromkeys(op.operands):
-            if 0 <= limit <= cost:
-                return None
-            one = self._need(operand, stage, depth, limit - cost if limit >= 0 else -1, asked)
+            one = self._need(operand, stage, depth, asked)
             if one is None:
                 return None
             cost += one
         return cost
 
-    def _need(self, value: Value, stage: int, depth: int, limit: int, asked: bool) -> int | None:
+    def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or computing it."""
         if value in self._written:
             return None
         if self._is_there(value, stage, asked):
             return 0
-        made = self._cost(value, stage, depth + 1, limit, False)
-        sent = self._sent(value, stage)
-        return min((cost for cost in (made, sent) if cost is not None), default=None)
+        known = self._needs[stage]
+        if value not in known:
+            made, sent = self._cost(value, stage, depth + 1, False), self._sent(value, stage)
+            known[value] = min((cost for cost in (made, sent) if cost is not None), default=None)
+        return known[value]
 
     def _is_there(self, value: Value, stage: int, asked: bool) -> bool:
         owner = value.owner
@@ -153,7 +155,7 @@ class _Work:
         swap: dict[Value, Value] = {}
         for operand in dict.fromkeys(op.operands):
             if not self._is_there(operand, stage, asked):
-                made, sent = self._cost(operand, stage, 1, -1, False), self._sent(operand, stage)
+                made, sent = self._cost(operand, stage, 1, False), self._sent(operand, stage)
                 if made is not None and (sent is None or made < sent):
                     self._make(operand, stage, False)
                 else:

@@ -168,6 +168,21 @@ def test_a_view_of_what_is_written_later_is_not_taken_again(monkeypatch: pytest.
     assert pipeline(Written(), (x,)).verify(x).ok
 
 
+def test_values_that_are_read_many_times_take_no_time_without_end() -> None:
+    """A frozen model: nothing carries gradient, and each value is read twice, so paths back double with every op."""
+
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(50):
+                x = x * x.tanh()
+            pipe_split()
+            return x + 1
+
+    x = torch.randn(4096, 1024)
+    pipe = pipeline(Doubling(), (x,))
+    assert [t.route for t in pipe.program.transfers if t.source is not None] == ["send"]
+
+
 def test_a_copy_that_nothing_reads_any_more_is_gone() -> None:
     """What reads it was itself moved to a later stage; a transfer of what another pass takes away goes with it."""
 
