@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import graphviz
 
-from stagecut.ir.graph import Program, Stage, Transfer, Value, scope_fqn
+from stagecut.ir.graph import Program, Stage, Transfer, Value
+from stagecut.ir.outline import modules_of
 from stagecut.ir.printer import size_text, value_names
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import value_bytes
 
 _STYLE = {"send": "solid", "relay": "dashed", "feed": "dotted", "recompute": "dotted"}
 
@@ -43,12 +44,8 @@ def _stage(graph: graphviz.Digraph, program: Program, stage: Stage) -> None:
 
 
 def _modules(stage: Stage, most: int = 4) -> list[str]:
-    """The modules a stage runs, at the depth where there are few enough to read."""
-    paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
-    depth = max((p.count(".") + 1 for p in paths), default=0)
-    while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
-        depth -= 1
-    found = list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
+    """The modules a stage runs, few enough to read."""
+    found = modules_of(stage, most)
     return found if len(found) <= most else [*found[: most - 1], f"{len(found) - most + 1} more"]
 
 
@@ -86,4 +83,4 @@ def _type(value: Value) -> str:
 
 
 def _bytes(value: Value) -> int:
-    return (value.type.nbytes() or 0) if isinstance(value.type, TensorType) else 8
+    return value_bytes(value.type) or 0

@@ -42,10 +42,8 @@ from stagecut.ir.outline import Positions, positions, unwritten, written_in
 from stagecut.ir.targets import check_op, resolve
 from stagecut.ir.types import TensorType
 
-_RESERVED = frozenset(
-    {*keyword.kwlist, "self", "torch", "aten", "operator", "math", "builtins", "getattr", "slice", "inf", "nan", "forward", "_call"}
-    | {"tensors_of"}
-)
+_OWN_WORDS = "self torch aten operator math builtins getattr slice inf nan forward _call tensors_of"
+_RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
 _TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
 _DEVICE = re.compile(r'device\("([a-z]+(?::\d+)?)"\)\Z')

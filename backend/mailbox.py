@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stagecut.backend.modules import Stage
+from stagecut.backend.modules import Stage, find
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import writable
 from stagecut.ir.errors import StagecutError
@@ -156,9 +156,7 @@ class Mailbox:
 
     def _tensor(self, entry: StateEntry, index: int) -> torch.Tensor:
         name = self._program.stages[index].state[entry][0]
-        module, _, last = name.rpartition(".")
-        owner = self._stages[index].get_submodule(module)
-        tensor = owner._parameters.get(last) if last in owner._parameters else owner._buffers.get(last)
+        tensor = find(self._stages[index], name)
         if tensor is None:
             raise StagecutError(f"stage {index} does not hold '{name}'")
         return tensor

@@ -196,3 +196,30 @@ class Stage(StageModule):
                     yield f"# {title}"
                 shown[text] = title or "the stage"
                 yield text
+
+
+def find(stage: Stage, name: str) -> torch.Tensor | None:
+    """The tensor that `stage` holds under a name of the model's state, constants included."""
+    owner, last = _owner(stage, name)
+    for place in (owner._parameters, owner._buffers, owner._constants if isinstance(owner, StageModule) else {}):
+        tensor = place.get(last)
+        if tensor is not None:
+            return tensor
+    found = owner.__dict__.get(last)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
+    """`stage` holds `tensor` under `name`, in the place of what it held there."""
+    owner, last = _owner(stage, name)
+    if not isinstance(owner, StageModule):
+        setattr(owner, last, tensor)  # a module of the user's may do more than keep it
+        return
+    for place in (owner._parameters, owner._buffers, owner._constants):
+        if last in place:
+            place[last] = tensor  # type: ignore[assignment]
+
+
+def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
+    path, _, last = name.rpartition(".")
+    return inside(stage.get_submodule(path)), last

@@ -15,7 +15,7 @@ import torch
 
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
-from stagecut.ir.outline import unwritten
+from stagecut.ir.outline import storage_root
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 
 Sizes = Mapping[str, int]
@@ -158,13 +158,8 @@ def _cannot_cross(value: Value, why: str) -> StagecutError:
 
 def lives_in_buffer(value: Value) -> bool:
     """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write it."""
-    value = unwritten(value)
-    while isinstance(value.owner, Op):
-        viewed = value.owner.effects.viewed(value.owner.results.index(value))
-        if viewed is None:
-            return False
-        value = unwritten(value.owner.operands[viewed])
-    return isinstance(value.owner, StateEntry) and value.owner.kind == "buffer"
+    owner = storage_root(value).owner
+    return isinstance(owner, StateEntry) and owner.kind == "buffer"
 
 
 def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:

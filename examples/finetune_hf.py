@@ -6,26 +6,15 @@ On GPUs where there are any, else on CPUs. The weights are random: put `from_pre
 """
 
 import argparse
-import os
 
 import torch
 import torch.distributed as dist
+from train_gpt import join
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stagecut import Driver, SplitPoint, pipeline
 
 MICRO_BATCH, LENGTH, VOCABULARY = 2, 32, 128
-
-
-def join() -> torch.device:
-    """The device of this process, which has joined the others."""
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
 
 
 def main() -> None:

@@ -458,13 +458,11 @@ class Lowering:
                 homes.setdefault(where, index)
         if not homes:
             return ()
-        places = [storage.get(operand) for operand in op.operands] if len(op.results) > 1 else []
-        views = tuple(
-            [
-                i if i < len(places) and places[i] is not None and places[i] == storage.get(r) else homes.get(storage.get(r, -1))
-                for i, r in enumerate(op.results)
-            ]
-        )
+        views = tuple([homes.get(storage.get(result, -1)) for result in op.results])
+        if len(op.results) > 1:
+            places = [storage.get(operand, -1) for operand in op.operands]
+            in_place = {i for i, (place, result) in enumerate(zip(places, op.results, strict=False)) if place == storage.get(result)}
+            views = tuple([i if i in in_place else viewed for i, viewed in enumerate(views)])
         return views if any(v is not None for v in views) else ()
 
     # --- names and places -------------------------------------------------------------------------

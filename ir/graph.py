@@ -243,6 +243,11 @@ class Op:
         e = self.effects
         return e.effect or e.random or bool(e.writes)
 
+    @property
+    def is_view(self) -> bool:
+        """True when the op does nothing but take views of its operands."""
+        return bool(self.effects.views) and None not in self.effects.views and not self.effects.writes
+
     def where(self) -> str:
         """The place of the op for an error message: source line and module path."""
         parts = [str(self.loc)] if self.loc else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
 
 BEFORE = -1
 """Position of everything that is there before the first op: user inputs and state."""
@@ -64,6 +64,26 @@ class Positions:
 def positions(program: Program) -> Positions:
     """The positions of all ops of `program`."""
     return Positions(program.all_ops(), program.output)
+
+
+def modules_of(stage: Stage, most: int = 4) -> list[str]:
+    """The modules a stage runs, at the deepest depth at which they are no more than `most`, or at the outermost."""
+    paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
+    depth = max((p.count(".") + 1 for p in paths), default=0)
+    while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
+        depth -= 1
+    return list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
+
+
+def storage_root(value: Value) -> Value:
+    """The value in whose storage `value` lives: what it is a version or a view of."""
+    value = unwritten(value)
+    while isinstance(value.owner, Op):
+        viewed = value.owner.effects.viewed(value.owner.results.index(value))
+        if viewed is None:
+            break
+        value = unwritten(value.owner.operands[viewed])
+    return value
 
 
 def unwritten(value: Value) -> Value:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
-from stagecut.ir.types import OBJECT, TensorType
+from stagecut.ir.types import OBJECT, value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
@@ -145,8 +145,7 @@ class _Printer:
             line += f"({self.names[t.made]})"
         if t.via:
             line += "(" + ", ".join(map(str, t.via)) + ")"
-        size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8
-        return f"{line}  # {size_text(size)}"
+        return f"{line}  # {size_text(value_bytes(t.value.type))}"
 
     def _op(self, op: Op, indent: str) -> Iterator[str]:
         line = indent + self.op_line(op)

@@ -85,6 +85,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def value_bytes(kind: Type) -> int | None:
+    """Bytes of a value of this type, 8 for what is no tensor; None when a size is symbolic."""
+    return kind.nbytes() if isinstance(kind, TensorType) else 8
+
+
 def carries_grad(kind: Type) -> bool:
     """True for a tensor type marked as carrying gradient."""
     return isinstance(kind, TensorType) and kind.grad

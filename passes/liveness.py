@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import Program, Stage, StateEntry, Transfer, Value
+from stagecut.ir.graph import Program, StateEntry, Transfer, Value
 from stagecut.ir.outline import positions
 
 
@@ -24,12 +24,12 @@ class Liveness:
         where = positions(program)
         order = {value: (-1, index) for index, value in enumerate(program.inputs)}
         for stage in program.stages:
-            live = [v for v in where.live_ins(stage.ops) if not isinstance(v.owner, StateEntry) or v.owner not in stage.state]
+            live = [v for v in where.live_ins(stage.ops) if v.owner not in stage.state]
             _send_parameters(program, live, order)
             stage.inputs = _in_order(live, order)
             stage.outputs = where.live_outs(stage.ops)
             order |= {v: (stage.index, len(program.state) + place) for place, v in enumerate(stage.outputs)}
-        _send_parameters(program, [v for v in program.output.operands if v not in order and _is_elsewhere(v, program.stages[-1])], order)
+        _send_parameters(program, [v for v in program.output.operands if v.owner not in program.stages[-1].state], order)
         _returned_last(program)
         for stage in program.stages:
             program.transfers += [Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index) for v in stage.inputs]
@@ -52,10 +52,6 @@ def _send_parameters(program: Program, live: list[Value], order: dict[Value, tup
             place = sum(isinstance(v.owner, StateEntry) for v in owner.outputs)
             owner.outputs.insert(place, value)
             order[value] = (owner.index, place)
-
-
-def _is_elsewhere(value: Value, last: Stage) -> bool:
-    return isinstance(value.owner, StateEntry) and value.owner not in last.state
 
 
 def _returned_last(program: Program) -> None:

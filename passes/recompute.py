@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
-from stagecut.ir.types import TensorType, carries_grad
+from stagecut.ir.types import carries_grad, value_bytes
 
 START = 256 * 1024
 """What starting an op costs: the bytes a link of 50 GB/s (400 Gb/s InfiniBand) carries in 5 microseconds."""
@@ -111,10 +110,9 @@ class _Work:
         op = value.owner
         if not isinstance(op, Op) or not self._is_repeatable(value, op) or depth > DEEPEST:
             return None
-        if not asked and _name(op) in HEAVY:
+        if not asked and is_heavy(op):
             return None
-        moves = not op.effects.views or None in op.effects.views
-        cost = START + sum(_bytes(v, 1) or 0 for v in (*op.operands, *op.results)) // MEMORY if moves else 0
+        cost = 0 if op.is_view else START + sum(value_bytes(v.type) or 0 for v in (*op.operands, *op.results)) // MEMORY
         for operand in dict.fromkeys(op.operands):
             one = self._need(operand, stage, depth, asked)
             if one is None:
@@ -219,10 +217,10 @@ def _written(program: Program) -> set[Value]:
 
 def _bytes(value: Value, times: int) -> int | None:
     """Bytes of a value, `times` over; None when its size is symbolic."""
-    size = value.type.nbytes() if isinstance(value.type, TensorType) else 8
+    size = value_bytes(value.type)
     return None if size is None else size * times
 
 
-def _name(op: Op) -> str:
-    parts: Iterable[str] = op.target.split(".")
-    return next((part for part in parts if part in HEAVY), "")
+def is_heavy(op: Op) -> bool:
+    """True for an op that computes more than it moves."""
+    return any(part in HEAVY for part in op.target.split("."))

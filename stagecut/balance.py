@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,10 +20,11 @@ import torch
 from stagecut.costs import Device, OpCost, device, op_costs, program_ops, state_bytes
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
-from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
 from stagecut.ir.outline import unwritten
-from stagecut.ir.types import TensorType, carries_grad
-from stagecut.passes.recompute import HEAVY
+from stagecut.ir.types import carries_grad, value_bytes
+from stagecut.passes.recompute import is_heavy
+from stagecut.schedules import SCHEDULES, SINGLE, V, homes
 
 CLOSE = 1e-9
 """How near, in relation to it, the found time is to the smallest one."""
@@ -33,11 +34,6 @@ FEW = 20_000
 
 MOST = 256
 """The most stages that are tried where the number is left open."""
-
-SINGLE = ("GPipe", "1F1B")
-LOOPED = ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
-V = ("ZBVZeroBubble", "DualPipeV")
-SCHEDULES = (*SINGLE, *LOOPED, *V)
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 """Optimizer -> tensors of the size of a parameter that it keeps."""
@@ -62,25 +58,25 @@ class Setting:
         if self.schedule not in SCHEDULES:
             raise InputError(f"there is no schedule '{self.schedule}'", hint=nearest(self.schedule, SCHEDULES))
         if self.schedule in SINGLE:
-            return list(range(stages))
+            return homes(stages, stages, False)
         ranks = self.ranks or max(1, stages // 2)
         if stages % ranks or (self.schedule in V and stages != 2 * ranks):
             raise InputError(f"{self.schedule} cannot place {stages} stages on {ranks} ranks", hint="pass ranks=, a divisor of the stages")
-        return [min(i, 2 * ranks - 1 - i) if self.schedule in V else i % ranks for i in range(stages)]
+        return homes(stages, ranks, self.schedule in V)
 
     def devices(self, stages: int) -> list[Device]:
         """The device of each stage. Raises InputError when there are too few."""
         if isinstance(self.device, Device | str):
             return [device(self.device)] * stages
-        homes = self.placement(stages)
-        if max(homes) >= len(self.device):
-            raise InputError(f"{max(homes) + 1} ranks, but {len(self.device)} devices", hint="give one for each rank")
-        return [device(self.device[home]) for home in homes]
+        placement = self.placement(stages)
+        if max(placement) >= len(self.device):
+            raise InputError(f"{max(placement) + 1} ranks, but {len(self.device)} devices", hint="give one for each rank")
+        return [device(self.device[home]) for home in placement]
 
     def in_flight(self, stages: int) -> list[int]:
         """How many micro-batches each stage holds activations of, at most."""
-        count, homes = self.n_microbatches, self.placement(stages)
-        ranks = max(homes) + 1
+        count, placement = self.n_microbatches, self.placement(stages)
+        ranks = max(placement) + 1
         if not self.training:
             return [1] * stages
         if self.schedule == "1F1B":
@@ -90,7 +86,7 @@ class Setting:
         if self.schedule in V:
             return [min(count, ranks)] * stages
         local, factor = stages // ranks, 2 if self.schedule == "Interleaved1F1B" else 1
-        warm = [(local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in homes]
+        warm = [(local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in placement]
         return [min(count, math.ceil(each / local)) for each in warm]
 
 
@@ -102,15 +98,15 @@ class Line:
     costs: list[OpCost]
     setting: Setting
     returned: frozenset[Value]
-    state: list[StateEntry]
     _starts: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
+    _seconds: dict[Device, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, setting: Setting, sizes: Mapping[str, int], bindings: Bindings | None, measure_on: str | None) -> Line:
         """The line of a program."""
         ops = program_ops(program)
         returned = frozenset(program.output.operands)
-        return Line(ops, op_costs(ops, sizes, bindings, measure_on), setting, returned, program.state)
+        return Line(ops, op_costs(ops, sizes, bindings, measure_on), setting, returned)
 
     @cached_property
     def crossing(self) -> torch.Tensor:
@@ -132,7 +128,7 @@ class Line:
         return steps.cumsum(0)[: len(self.ops) + 1].clamp(min=0.0).index_fill(0, torch.tensor([0, len(self.ops)]), 0.0)
 
     def _bytes(self, value: Value) -> int:
-        return (value.type.nbytes() or 0) if isinstance(value.type, TensorType) else 8
+        return value_bytes(value.type) or 0
 
     @cached_property
     def divisible(self) -> torch.Tensor:
@@ -147,7 +143,9 @@ class Line:
 
     def seconds(self, where: Device) -> torch.Tensor:
         """Seconds of each op on a device."""
-        return torch.tensor([cost.on(where, self.setting.training) for cost in self.costs], dtype=torch.float64)
+        if where not in self._seconds:
+            self._seconds[where] = torch.tensor([cost.on(where, self.setting.training) for cost in self.costs], dtype=torch.float64)
+        return self._seconds[where]
 
     def depth(self) -> torch.Tensor:
         """For each place, how many module calls a cut there divides."""
@@ -167,6 +165,11 @@ class Line:
         for place in range(begin, end):
             window.add(place)
         return window.static, window.kept * in_flight, window.passing
+
+    @cached_property
+    def whole(self) -> tuple[int, int, int]:
+        """As `memory` of all ops as one stage, with one micro-batch in flight."""
+        return self.memory(0, len(self.ops), 1)
 
     @cached_property
     def things(self) -> list[list[tuple[object, int, int]]]:
@@ -240,7 +243,7 @@ class _Window:
 
 def _is_cheap(op: Op, cheap: set[Value]) -> bool:
     """True for what stages make anew instead of receiving it."""
-    if op.has_effect or op.regions or op.target.startswith(("module.", "extern.")) or any(part in HEAVY for part in op.target.split(".")):
+    if op.has_effect or op.regions or op.target.startswith(("module.", "extern.")) or is_heavy(op):
         return False
     if any(carries_grad(result.type) for result in op.results):
         return False
@@ -360,6 +363,14 @@ def _window_max(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return torch.where(length > 0, found, -math.inf)
 
 
+def by_rank(placement: Sequence[int], seconds: Iterable[float]) -> list[float]:
+    """The seconds of all stages of each rank."""
+    sums = [0.0] * (max(placement) + 1)
+    for rank, time in zip(placement, seconds, strict=True):
+        sums[rank] += time
+    return sums
+
+
 # --- policies -----------------------------------------------------------------------------------------
 
 
@@ -382,10 +393,7 @@ class Plan:
     @property
     def rank_seconds(self) -> list[float]:
         """Seconds of each rank for one micro-batch."""
-        sums = [0.0] * (max(self.placement) + 1)
-        for rank, time in zip(self.placement, self.seconds, strict=True):
-            sums[rank] += time
-        return sums
+        return by_rank(self.placement, self.seconds)
 
     @property
     def bottleneck(self) -> float:
@@ -447,7 +455,7 @@ class Balanced:
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages, `least` or more, that fits, None when none does up to MOST."""
         limit = self.budget * max(d.memory for d in self._every_device())
-        least = max(least, math.ceil(line.memory(0, len(line.ops), 0)[0] / limit))
+        least = max(least, math.ceil(line.whole[0] / limit))
         most, tried = min(MOST, len(line.ops)), least - 1
         while least <= most and not self._fits(line, least):
             tried, least = least, max(least + 1, int(1.3 * least))
@@ -489,9 +497,9 @@ class Balanced:
         links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}  # each way is waited for at one of its ends
         budgets = [d.memory * self.budget * scale for d in devices]
         starts = None
-        if any(sum(line.memory(0, len(line.ops), n)) > b for n, b in dict.fromkeys(zip(flights, budgets, strict=True))):
-            windows = {(b, n): line.starts(b, n) for n, b in dict.fromkeys(zip(flights, budgets, strict=True))}
-            starts = [windows[b, n] for n, b in zip(flights, budgets, strict=True)]
+        static, kept, passing = line.whole
+        if any(static + kept * n + passing > b for n, b in zip(flights, budgets, strict=True)):
+            starts = [line.starts(b, n) for n, b in zip(flights, budgets, strict=True)]
         return Problem([sums[d] for d in devices], [links[d] for d in devices], starts, self._allowed(line, stages))
 
     def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
@@ -500,7 +508,7 @@ class Balanced:
         allowed = [line.divisible.clone() for _ in range(stages + 1)]
         for path, pin in self.pins.items():
             stage = pin + stages if pin < 0 else pin
-            inside = [i for i, op in enumerate(line.ops) if _runs_in(op, path)]
+            inside = [i for i, op in enumerate(line.ops) if runs_in(op, path)]
             if not inside or not 0 <= stage < stages:
                 known = dict.fromkeys(scope_fqn(op.scope) for op in line.ops if op.scope)
                 what = f"module '{path}', which runs no op" if not inside else f"stage {pin} of {stages}"
@@ -534,7 +542,7 @@ class Balanced:
 
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
         """Which stage is over its memory by how much, and what would fit."""
-        if self._problem(line, stages, math.inf).best() is None:
+        if self._problem(line, stages, math.inf).within(math.inf) is None:
             return SplitError(f"no cuts into {stages} stages are possible", hint="pins contradict each other, or regions are too large")
         low, high = 1.0, 2.0
         while not self._fits(line, stages, high):
@@ -574,21 +582,23 @@ def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[
         single = [{cut: way} for cut in range(1, stages) for way in (-step, step)]
         for move in [*single, *({**one, **other} for one, other in itertools.combinations(single, 2) if one.keys() != other.keys())]:
             other = [place + move.get(cut, 0) for cut, place in enumerate(cuts)]
-            if all(a < b for a, b in itertools.pairwise(other)) and problem.fits(other) and _slowest(problem, other, placement) < best:
-                cuts, best, moved = other, _slowest(problem, other, placement), True
+            if not all(a < b for a, b in itertools.pairwise(other)) or not problem.fits(other):
+                continue
+            now = _slowest(problem, other, placement)
+            if now < best:
+                cuts, best, moved = other, now, True
         step = step if moved else step // 2
     return cuts
 
 
 def _slowest(problem: Problem, cuts: Sequence[int], placement: Sequence[int]) -> tuple[float, float]:
     """Seconds of the slowest rank, and how unequal all are."""
-    sums = [0.0] * (max(placement) + 1)
-    for rank, time in zip(placement, problem.stage_seconds(cuts), strict=True):
-        sums[rank] += time
+    sums = by_rank(placement, problem.stage_seconds(cuts))
     return max(sums), sum(s * s for s in sums)
 
 
-def _runs_in(op: Op, path: str) -> bool:
+def runs_in(op: Op, path: str) -> bool:
+    """True for an op in a call of the module at `path`, or of one inside."""
     name = scope_fqn(op.scope)
     return name == path or name.startswith(path + ".") or op.target == f"module.{path}" or op.target.startswith(f"module.{path}.")
 
@@ -611,18 +621,9 @@ class AtModules:
         ops = program_ops(program)
         cuts = []
         for path in self.paths:
-            place = next((i for i, op in enumerate(ops) if _runs_in(op, path)), None)
+            place = next((i for i, op in enumerate(ops) if runs_in(op, path)), None)
             if place is None:
                 known = dict.fromkeys(scope_fqn(op.scope) for op in ops if op.scope)
                 raise SplitError(f"no op of the program runs in module '{path}'", hint=nearest(path, known))
             cuts.append(place)
         return cuts
-
-
-Policy = Callable[[Program], Sequence[int]]
-
-
-def stage_line(stage: Stage, program: Program, setting: Setting, bindings: Bindings | None = None) -> Line:
-    """One stage of a linked program as a line."""
-    ops = [op for op in stage.ops if not op.is_split]
-    return Line(ops, op_costs(ops, {}, bindings), setting, frozenset(stage.outputs), list(stage.state))

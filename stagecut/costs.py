@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagecut.backend.wire import evaluate
+from stagecut.frontend.lower import storage_of
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
 from stagecut.ir.interp import Machine, enter
-from stagecut.ir.outline import unwritten
-from stagecut.ir.types import DTYPES, TensorType, carries_grad, dtype_bytes
+from stagecut.ir.outline import storage_root
+from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
 
 Sizes = Mapping[str, int]
 
@@ -156,7 +158,7 @@ class _Counter:
             moved,
             found.backward_flops + (found.flops if again else 0.0),
             (1.5 * moved if trains else 0.0) + (moved if again else 0.0),
-            tuple(dict.fromkeys(root for v in kept if (root := root_of(v)).owner is not None and not isinstance(root.owner, StateEntry))),
+            tuple(dict.fromkeys(root for root in map(storage_root, kept) if isinstance(root.owner, Op))),
             0 if again else found.extra,
             self._passing(op),
             _dtype(op),
@@ -166,7 +168,7 @@ class _Counter:
 
     def _moved(self, op: Op) -> float:
         """Bytes read and written: none for views."""
-        if op.effects.views and None not in op.effects.views and not op.effects.writes:
+        if op.is_view:
             return 0.0
         return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
 
@@ -184,8 +186,22 @@ class _Counter:
         return count
 
     def _shape(self, kind: TensorType) -> list[int]:
-        known = tuple(sorted(self.sizes.items()))
-        return [dim if isinstance(dim, int) else evaluate(dim, known) or 1 for dim in kind.shape]
+        return [self._size(dim) for dim in kind.shape]
+
+    def _size(self, dim: Dim) -> int:
+        """The number a size stands for, 1 where that is not known."""
+        return dim if isinstance(dim, int) else evaluate(dim, self._known) or 1
+
+    @cached_property
+    def _known(self) -> tuple[tuple[str, int], ...]:
+        return tuple(sorted(self.sizes.items()))
+
+    def _strided(self, made: torch.Tensor, strides: Sequence[Dim]) -> torch.Tensor:
+        """As many elements, in the order of dims that these strides have."""
+        steps = [self._size(step) for step in strides]
+        order = sorted(range(made.dim()), key=lambda dim: -steps[dim])
+        places = sorted(range(made.dim()), key=order.__getitem__)
+        return made.reshape([made.shape[dim] for dim in order]).permute(places)
 
     def _signature(self, op: Op) -> str:
         tree = transform((op.args, op.kwargs), lambda leaf: leaf.type if isinstance(leaf, Value) else leaf)
@@ -208,7 +224,7 @@ class _Counter:
         for value in op.operands:
             kind = value.type
             if not isinstance(kind, TensorType):
-                env[value] = evaluate(str(getattr(kind, "expr", "1")), tuple(sorted(self.sizes.items()))) or 1
+                env[value] = self._size(str(getattr(kind, "expr", "1")))
                 continue
             dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
             if place.type == "meta":
@@ -218,7 +234,7 @@ class _Counter:
             else:
                 made = torch.zeros(self._shape(kind), dtype=dtype, device=place)
             if kind.strides is not None:
-                made = _strided(made, kind, self.sizes)
+                made = self._strided(made, kind.strides)
             env[value] = made.requires_grad_().clone() if trains and kind.grad else made
         return env
 
@@ -240,20 +256,20 @@ class _Counter:
         if "grouped_mm" in op.target and not forward:  # ops of other libraries that torch has no formula for
             forward = 2 * env[op.operands[0]].numel() * env[op.operands[1]].shape[-1]
             total = forward * 3
-        homes: dict[int, tuple[str, int]] = {}
+        homes: dict[int | None, tuple[str, int]] = {}
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for place, tensor in enumerate(made[: len(op.results)]):
-            homes[_storage(tensor)] = ("result", place)
+            homes[storage_of(tensor)] = ("result", place)
         for place, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
-                homes[_storage(env[value])] = ("operand", place)
+                homes[storage_of(env[value])] = ("operand", place)
         if "scaled_dot_product_attention" in op.target:  # on meta it is taken apart; kernels keep operands, result and a row of sums
             places = [("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)]
             return forward, total - forward, (*places, ("result", 0)), made[0].numel() // max(1, made[0].shape[-1]) * 4
         if "rms_norm" in op.target:  # so is this; its kernel keeps its operand and a number for each row
             return forward, total - forward, (("operand", 0),), made[0].numel() // max(1, made[0].shape[-1]) * 4
-        extra = {_storage(t): t.untyped_storage().nbytes() for t in kept if _storage(t) not in homes}
-        found = tuple(dict.fromkeys(homes[_storage(t)] for t in kept if _storage(t) in homes))
+        extra = {storage_of(t): t.untyped_storage().nbytes() for t in kept if storage_of(t) not in homes}
+        found = tuple(dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes))
         return forward, total - forward, found, sum(extra.values())
 
     def _time(self, op: Op, trains: bool, place: torch.device, budget: float = 0.05) -> tuple[float, float]:
@@ -262,7 +278,7 @@ class _Counter:
         begin = time.perf_counter()
         while len(runs) < 3 or (len(runs) < 9 and time.perf_counter() - begin < budget):
             env = self._tensors(op, trains, place)
-            with torch.enable_grad() if trains else torch.no_grad():
+            with torch.set_grad_enabled(trains):
                 start = _now(place)
                 result = _apply(op, env, self.bindings)
                 middle = _now(place)
@@ -295,19 +311,6 @@ def _backward(result: Any, env: dict[Value, Any]) -> None:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _strided(made: torch.Tensor, kind: TensorType, sizes: Sizes) -> torch.Tensor:
-    """The same elements count in the order of dims that the type's strides have."""
-    known = tuple(sorted(sizes.items()))
-    strides = [s if isinstance(s, int) else evaluate(s, known) or 1 for s in kind.strides or ()]
-    order = sorted(range(made.dim()), key=lambda dim: -strides[dim])
-    places = sorted(range(made.dim()), key=order.__getitem__)
-    return made.reshape([made.shape[dim] for dim in order]).permute(places)
-
-
 def _dtype(op: Op) -> str:
     """The dtype an op computes in: that of an autocast around it, else the widest float of its operands."""
     for context in reversed(op.context):
@@ -316,17 +319,6 @@ def _dtype(op: Op) -> str:
             return "bf16" if "16" in text else "f32"
     kinds = [v.type.dtype for v in (*op.operands, *op.results) if isinstance(v.type, TensorType) and v.type.differentiable]
     return max(kinds, key=dtype_bytes, default="f32")
-
-
-def root_of(value: Value) -> Value:
-    """The value in whose storage `value` lives: what it is a version or a view of."""
-    while True:
-        value = unwritten(value)
-        op = value.owner
-        viewed = op.effects.viewed(op.results.index(value)) if isinstance(op, Op) else None
-        if not isinstance(op, Op) or viewed is None:
-            return value
-        value = op.operands[viewed]
 
 
 def state_bytes(entries: Iterable[StateEntry]) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
+from stagecut.schedules import SCHEDULES, V, homes
 from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class BuiltStage(PipelineStage):
         self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
         self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
         self._owned = written_inputs(self.block)
+        self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
-        crossed = {p.value for p in self.received}
-        self._fed = [(i, v) for i, v in enumerate(program.inputs) if (v in self.block.inputs or index == 0) and v not in crossed]
+        self._fed = [(i, v) for i, v in enumerate(program.inputs) if (v in self.block.inputs or index == 0) and v not in self._strides]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
         whole = index > 0 and backward_is_whole(
             self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
@@ -102,8 +103,7 @@ class BuiltStage(PipelineStage):
         elif self.is_first:
             values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
         values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
-        steps = {p.value: p.strides for p in self.received}
-        inputs = [writable(values[v], steps.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
+        inputs = [writable(values[v], self._strides.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
         values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
         for p in self.sent:
             self._check(p, values[p.value])
@@ -394,14 +394,13 @@ def _schedule_class(name: str) -> Any:
     try:
         return get_schedule_class(name)
     except ValueError:
-        known = ["GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
-        raise StagecutError(f"there is no schedule '{name}'", hint=f"{nearest(name, known)}; known: {', '.join(known)}") from None
+        raise StagecutError(f"there is no schedule '{name}'", hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}") from None
 
 
 def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
     """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place that many."""
     name = schedule.__name__
-    v = name in ("ScheduleZBVZeroBubble", "ScheduleDualPipeV")
+    v = name.removeprefix("Schedule") in V
     if issubclass(schedule, PipelineScheduleMulti):
         if stages % ranks or (v and stages != 2 * ranks):
             raise StagecutError(
@@ -409,7 +408,7 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
             )
     elif stages != ranks:
         raise StagecutError(f"{name} has one stage a rank: {stages} stages, {ranks} ranks", hint=f"cut into {ranks} stages")
-    return [min(i, 2 * ranks - 1 - i) if v else i % ranks for i in range(stages)]
+    return homes(stages, ranks, v)
 
 
 def _own_device(group: Group) -> torch.device:

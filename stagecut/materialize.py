@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagecut.backend.modules import Stage, StageModule
+from stagecut.backend.modules import Stage, StageModule, find, put
 from stagecut.checkpoint import CheckpointError, Reader, check_fits
 from stagecut.frontend.lower import storage_of, written_by
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.state import entries, find, held, persistent, put
+from stagecut.state import entries, held, persistent
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe

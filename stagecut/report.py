@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from stagecut.balance import STATE_OF, Line, Plan, Setting
+from stagecut.balance import STATE_OF, Line, Plan, Setting, by_rank
 from stagecut.costs import op_costs, program_ops, state_bytes
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.graph import Op, Program, Stage, Transfer, scope_fqn
+from stagecut.ir.graph import Op, Program, Stage, Transfer
+from stagecut.ir.outline import modules_of
 from stagecut.ir.printer import size_text, value_names
-from stagecut.ir.types import TensorType, carries_grad
+from stagecut.ir.types import carries_grad, value_bytes
 from stagecut.timeline import Timeline, simulate
 
 if TYPE_CHECKING:
@@ -189,11 +190,11 @@ def report(
     crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
     stages = []
     for stage, (forward, backward) in zip(program.stages, times, strict=True):
-        line = Line(stage.ops, [costs[op] for op in stage.ops], setting, frozenset(stage.outputs), list(stage.state))
+        line = Line(stage.ops, [costs[op] for op in stage.ops], setting, frozenset(stage.outputs))
         i = stage.index
         stages.append(
             StageReport(
-                i, placement[i], modules_of(stage), len(stage.ops), sum(costs[op].flops for op in stage.ops), forward, backward,
+                i, placement[i], _modules(stage), len(stage.ops), sum(costs[op].flops for op in stage.ops), forward, backward,
                 (forward + backward) / total, sum(_elements(e.type) for e in stage.state if e.kind == "param"),
                 _memory(stage, line, setting, flights[i]), crossing[i - 1] if i else 0, crossing[i] if i < count - 1 else 0,
                 _sources([costs[op].source for op in stage.ops]),
@@ -201,9 +202,7 @@ def report(
         )  # fmt: skip
     delays = [size / where.link_bandwidth for size, where in zip(crossing, devices, strict=False)]
     line_of_time = simulate(setting, [f for f, _ in times], [b for _, b in times], delays)
-    ranks = [0.0] * (max(placement) + 1)
-    for home, pair in zip(placement, times, strict=True):
-        ranks[home] += sum(pair)
+    ranks = by_rank(placement, map(sum, times))
     return Report(
         tuple(stages), crossings, ", ".join(dict.fromkeys(d.name for d in devices)), setting.schedule, setting.n_microbatches,
         line_of_time.seconds, line_of_time.bubble, setting.n_microbatches * total / (line_of_time.seconds or 1.0),
@@ -222,13 +221,9 @@ def bindings_of(pipe: Pipe) -> Bindings:
     return found
 
 
-def modules_of(stage: Stage, most: int = 4) -> tuple[str, ...]:
-    """The modules a stage runs, at the depth where there are few enough to read."""
-    paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
-    depth = max((p.count(".") + 1 for p in paths), default=0)
-    while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
-        depth -= 1
-    found = list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
+def _modules(stage: Stage, most: int = 4) -> tuple[str, ...]:
+    """The modules a stage runs, few enough to read."""
+    found = modules_of(stage, most)
     return tuple(found) if len(found) <= most else (found[0], "...", found[-1])
 
 
@@ -260,8 +255,7 @@ def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
 def _crossings(program: Program) -> Iterator[Crossing]:
     names = value_names(program)
     for t in sorted(program.transfers, key=lambda t: (t.target, -1 if t.source is None else t.source)):
-        size = t.value.type.nbytes() if isinstance(t.value.type, TensorType) else 8
-        yield Crossing(names[t.value], t.source, t.target, t.route or "", size, carries_grad(t.value.type), _why(t))
+        yield Crossing(names[t.value], t.source, t.target, t.route or "", value_bytes(t.value.type), carries_grad(t.value.type), _why(t))
 
 
 def _why(t: Transfer) -> str:

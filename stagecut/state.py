@@ -5,33 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
-from stagecut.backend.modules import Stage, StageModule, inside
+from stagecut.backend.modules import Stage, find
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
-
-
-def find(stage: Stage, name: str) -> torch.Tensor | None:
-    """The tensor that `stage` holds under a name of the model's state, constants included."""
-    owner, last = _owner(stage, name)
-    for place in (owner._parameters, owner._buffers, owner._constants if isinstance(owner, StageModule) else {}):
-        tensor = place.get(last)
-        if tensor is not None:
-            return tensor
-    found = owner.__dict__.get(last)
-    return found if isinstance(found, torch.Tensor) else None
-
-
-def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
-    """`stage` holds `tensor` under `name`, in the place of what it held there."""
-    owner, last = _owner(stage, name)
-    if not isinstance(owner, StageModule):
-        setattr(owner, last, tensor)  # a module of the user's may do more than keep it
-        return
-    for place in (owner._parameters, owner._buffers, owner._constants):
-        if last in place:
-            place[last] = tensor  # type: ignore[assignment]
 
 
 def held(program: Program, stages: Iterable[Stage], entry: StateEntry) -> Iterator[torch.Tensor]:
@@ -67,8 +44,3 @@ def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:
     """The state that those stages hold, each once, in the model's order."""
     mine = set(indices)
     return [entry for entry in program.state if mine & set(entry.stages)]
-
-
-def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
-    path, _, last = name.rpartition(".")
-    return inside(stage.get_submodule(path)), last

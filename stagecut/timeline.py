@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from stagecut.balance import SINGLE, Setting
+from stagecut.balance import Setting
 from stagecut.ir.errors import StagecutError
+from stagecut.schedules import SINGLE
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
 """Kinds of steps: a forward, a whole backward, a backward for the inputs only, one for the weights only."""

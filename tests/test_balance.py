@@ -110,7 +110,7 @@ def _line(costs: list[int], kept: list[int], setting: Setting) -> Line:
         ops.append(Op("aten.neg.default", (last,)))
         last = ops[-1].add_result(TensorType("u8", (0,)), value.hint)
     return Line(
-        ops, [OpCost(moved=1.0, kept=(v,), seconds=(float(c), 0.0)) for c, v in zip(costs, values, strict=True)], setting, frozenset(), []
+        ops, [OpCost(moved=1.0, kept=(v,), seconds=(float(c), 0.0)) for c, v in zip(costs, values, strict=True)], setting, frozenset()
     )
 
 

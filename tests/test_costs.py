@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from stagecut.costs import DEVICES, Device, OpCost, device, op_costs, program_ops, root_of
+from stagecut.costs import DEVICES, Device, OpCost, device, op_costs, program_ops
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program
+from stagecut.ir.outline import storage_root
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower
 
@@ -78,7 +79,7 @@ def test_what_is_kept_is_what_autograd_saves(name: str) -> None:
     del output
     roots = {v: v.type.nbytes() for c in costs for v in c.kept}  # type: ignore[union-attr]
     assert sum(roots.values()) + sum(c.extra for c in costs) == pytest.approx(sum(saved.values()), rel=0.1)
-    assert all(root_of(v) is v for v in roots)
+    assert all(storage_root(v) is v for v in roots)
     assert program
 
 

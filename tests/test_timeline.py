@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from stagecut.balance import SCHEDULES, SINGLE, Setting
+from stagecut.balance import Setting
 from stagecut.ir.errors import StagecutError
+from stagecut.schedules import SCHEDULES, SINGLE
 from stagecut.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, orders, simulate
 
 

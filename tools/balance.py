@@ -17,9 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from stagecut.balance import Balanced, Line, Problem, Setting
+from stagecut.balance import Balanced, Line, Problem, Setting, runs_in
 from stagecut.costs import DEVICES, state_bytes
-from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower
 from stagecut.tools.balance_models import MODELS
@@ -59,13 +59,13 @@ def _others(line: Line, layers: list[str], problem: Problem, count: int) -> dict
 
 
 def _begin(ops: list[Op], path: str) -> int:
-    return next(i for i, op in enumerate(ops) if (scope_fqn(op.scope) + ".").startswith(path + "."))
+    return next(i for i, op in enumerate(ops) if runs_in(op, path))
 
 
 def _chain(ops: list[Op], layers: list[str]) -> list[int]:
     """Where the parts of a model begin that others balance: what comes first, each layer, and what comes behind the last one."""
     begins = [_begin(ops, path) for path in layers]
-    last = max(i for i, op in enumerate(ops) if (scope_fqn(op.scope) + ".").startswith(layers[-1] + "."))
+    last = max(i for i, op in enumerate(ops) if runs_in(op, layers[-1]))
     return list(dict.fromkeys([0, *begins, last + 1, len(ops)]))
 
 

@@ -49,8 +49,10 @@ RUN_REFUSAL = "is written in one stage and read or written in another"
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
 
 LIMIT = 30
-MORE_CALLS = 2
 """Seconds a program may take."""
+
+MORE_CALLS = 2
+"""How often a model is called again with each of its inputs before it counts as one that runs."""
 
 
 @dataclass

@@ -1,0 +1,19 @@
+"""The schedules of torch.distributed.pipelining by name, and on which rank each has which stage."""
+
+from __future__ import annotations
+
+SINGLE = ("GPipe", "1F1B")
+"""One stage a rank."""
+
+LOOPED = ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
+"""Several stages a rank, in turn."""
+
+V = ("ZBVZeroBubble", "DualPipeV")
+"""Two stages a rank, there and back again."""
+
+SCHEDULES = (*SINGLE, *LOOPED, *V)
+
+
+def homes(stages: int, ranks: int, mirrored: bool) -> list[int]:
+    """Stage -> rank, in turn or there and back again."""
+    return [min(i, 2 * ranks - 1 - i) if mirrored else i % ranks for i in range(stages)]
