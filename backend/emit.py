@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stagecut.backend.calls import callee, is_iteration
 from stagecut.backend.modules import OURS, Code, Stage, StageModule
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
@@ -39,7 +40,7 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions, unwritten, written_in
-from stagecut.ir.targets import check_op, resolve
+from stagecut.ir.targets import check_op
 from stagecut.ir.types import TensorType
 
 _OWN_WORDS = "self torch aten operator math builtins getattr slice inf nan forward _call tensors_of"
@@ -67,7 +68,6 @@ class _Emitter:
         self.where: Positions = positions(program)
         self.code = Code(bindings.functions, program.name)
         self.device = _main_device(program)
-        self._spelled: dict[str, str] = {}
         self._lines: dict[Any, str] = {}
 
     def stage(self, block: StageBlock) -> Stage:
@@ -82,14 +82,6 @@ class _Emitter:
         root.add_call(writer.write(block.ops, block.outputs))
         _set_training(root, self.bindings)
         return root
-
-    def spell(self, target: str) -> str:
-        """The Python spelling of a target, checked once."""
-        spelled = self._spelled.get(target)
-        if spelled is None:
-            resolve(target)
-            spelled = self._spelled[target] = target
-        return spelled
 
     def comment(self, op: Op) -> str:
         """The user's source line of an op."""
@@ -332,7 +324,9 @@ class _Function:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
             called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
             return f"tensors_of({called})" if op.form == "tensors" else called
-        return f"{self._emitter.spell(op.target)}({self._arguments(op, op.args, op.kwargs, regions)})"
+        if is_iteration(op):
+            return self._tree_text(op.args[0], op, regions)
+        return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
 
     def _sizes(self, op: Op) -> str:
         """What the results of a module kept whole must be sized, by the sizes of its arguments where they vary."""

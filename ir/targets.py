@@ -55,6 +55,7 @@ def _members() -> dict[str, tuple[Any, frozenset[str]]]:
     }
 
 
+@cache
 def resolve(target: str) -> Callable[..., Any]:
     """The callable behind a target. Raises EmitError for a name that does not exist or is not allowed."""
     if target.startswith("aten."):
