@@ -1,7 +1,7 @@
 """The reference interpreter: runs a program at any phase on real tensors, the plain way.
 
-It is the meaning of the IR, kept apart from the emitter: no generated code, no modules. In `linked` phase it
-trusts nothing but what each stage lists, so a missing transfer or output shows as an error.
+It is the meaning of the IR, kept apart from the emitter: no generated code, no modules. Once stages list their inputs and outputs it
+trusts nothing else, so a missing transfer or output shows as an error.
 """
 
 from __future__ import annotations
@@ -21,20 +21,29 @@ from stagecut.ir.targets import check_op, resolve
 Environment = dict[Value, Any]
 
 
+Watch = Callable[[Op, list[Any]], None]
+"""Is called with each op that ran, and its results."""
+
+
 def run(
-    program: Program, inputs: Sequence[Any], tensors: Mapping[str, torch.Tensor], bindings: Bindings | None = None
+    program: Program,
+    inputs: Sequence[Any],
+    tensors: Mapping[str, torch.Tensor],
+    bindings: Bindings | None = None,
+    watch: Watch = lambda op, results: None,
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """The flat outputs of `program` on flat `inputs`, and the state by name afterwards.
 
     `tensors` gives every state name its tensor; they are cloned first (tied names once), so neither
     they nor `inputs` change. Autograd runs through the clones. `bindings` is needed for user functions and modules.
+    Raises StagecutError when an op or a stage reads what is not there.
     """
     memo: dict[int, torch.Tensor] = {}
     state = {name: _fresh(tensor, memo) for name, tensor in tensors.items()}
     env: Environment = {entry.value: state[entry.name] for entry in program.state}
     fed = {value: _fresh(item, memo) for value, item in zip(program.inputs, inputs, strict=True)}
-    machine = Machine(bindings or Bindings())
-    if program.phase == "linked":
+    machine = Machine(bindings or Bindings(), watch)
+    if any(stage.inputs or stage.outputs for stage in program.stages):
         _run_linked(program, machine, env, fed)
     else:
         env |= fed
@@ -58,7 +67,8 @@ def _run_linked(program: Program, machine: Machine, env: Environment, fed: Envir
         local: Environment = {entry.value: env[entry.value] for entry in stage.state}
         for value in stage.inputs:
             if value not in arriving or value not in sent:
-                raise StagecutError(f"stage {stage.index} waits for {value!r}, which nothing sends")
+                where = value.owner.where() if isinstance(value.owner, Op) else ""
+                raise StagecutError(f"stage {stage.index} waits for {value!r}, which nothing sends", where=where)
             local[value] = sent[value]
         machine.run(stage.ops, local)
         for value in stage.outputs:
@@ -69,8 +79,9 @@ def _run_linked(program: Program, machine: Machine, env: Environment, fed: Envir
 class Machine:
     """Executes ops one by one in an environment of values."""
 
-    def __init__(self, bindings: Bindings) -> None:
+    def __init__(self, bindings: Bindings, watch: Watch = lambda op, results: None) -> None:
         self._bindings = bindings
+        self._watch = watch
 
     def run(self, ops: Iterable[Op], env: Environment) -> None:
         for op in ops:
@@ -82,11 +93,16 @@ class Machine:
                 self._op(op, env)
 
     def _op(self, op: Op, env: Environment) -> None:
-        result = self.apply(op, env)
-        for value, item in zip(op.results, _flat(op, result), strict=True):
-            env[value] = item
+        try:
+            results = _flat(op, self.apply(op, env))
+        except StagecutError:
+            raise
+        except Exception as error:  # whatever an op of torch's, or a user's, may raise
+            raise StagecutError(f"{op.target} cannot run: {type(error).__name__}: {error}", where=op.where()) from error
+        env.update(zip(op.results, results, strict=True))
         for old, new in op.versions.items():
             env[new] = self.lookup(old, env)
+        self._watch(op, results)
 
     def apply(self, op: Op, env: Environment) -> Any:
         """What the op returns for the operands in `env`."""

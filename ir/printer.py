@@ -7,7 +7,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
@@ -19,6 +20,14 @@ _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 def text(program: Program) -> str:
     """The whole program as text; `parse` gives the same program back."""
     return "\n".join(_Printer(program).program()) + "\n"
+
+
+def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
+    """The ops that `keep` says, as `text` prints them, with the inputs, state and transfers they touch.
+
+    Comments count what is left out; it cannot be read back.
+    """
+    return "\n".join(_Printer(program).excerpt(keep)) + "\n"
 
 
 def fqn_text(name: str) -> str:
@@ -102,6 +111,31 @@ class _Printer:
             yield self._transfer(transfer)
         yield f"  output {self._tree(tuple(p.outputs))}"
         yield "}"
+
+    def excerpt(self, keep: Callable[[Op], bool]) -> Iterator[str]:
+        p = self._program
+        kept = {op for op in p.all_ops() if keep(op)}
+        touched = {v for op in kept for v in (*op.reads, *op.definitions())}
+        yield f"program {fqn_text(p.name)} phase={p.phase} {{"
+        yield from (f"  input {self.names[v]} : {v.type}" for v in p.inputs if v in touched)
+        yield from self._state([e for e in p.state if e.value in touched])
+        if p.phase == "traced":
+            yield from self._some(p.ops, kept, "  ")
+        for stage in p.stages:
+            if kept.intersection(stage.ops):
+                yield f"  stage {stage.index} {self._bare(stage.inputs)} -> {self._bare(stage.outputs)} {{"
+                yield from self._some(stage.ops, kept, "    ")
+                yield "  }"
+        yield from (self._transfer(t) for t in p.transfers if t.value in touched or t.made in touched)
+        yield "}"
+
+    def _some(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
+        """The kept ops, and a comment for each run of others."""
+        for shown, run in groupby(ops, kept.__contains__):
+            if shown:
+                yield from (line for op in run for line in self._op(op, indent))
+            else:
+                yield f"{indent}# {sum(1 for _ in run)} ops left out"
 
     def _state(self, entries: list[StateEntry]) -> Iterator[str]:
         tensors, storages = Counter(e.tensor for e in entries), Counter(e.storage for e in entries)

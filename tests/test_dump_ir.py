@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stagecut.ir.parser import parse
 from stagecut.tools.dump_ir import main
@@ -127,6 +128,8 @@ def test_module_source(model: str, capsys: pytest.CaptureFixture[str], monkeypat
         (["{model}:make", "--split-at", "thrid"], "'second'"),
         (["{model}:make", "--split-at", "first:middle"], "is no side of a module"),
         (["{model}:make", "--print-after", "partion"], "did you mean 'partition'"),
+        (["{model}:make", "--print-before", "partion"], "did you mean 'partition'"),
+        (["{model}:make", "--stop-after", "partion"], "did you mean 'partition'"),
         (["{model}:make", "--passes", "canonicalise"], "did you mean 'canonicalize'"),
         (["{model}:make", "--passes", "canonicalize", "--format", "dot"], "run all passes"),
         (["nowhere.py:make"], "there is no file 'nowhere.py'"),
@@ -179,9 +182,10 @@ def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--format", "json"], "is a format of reports"),
         (["--report", "--format", "dot"], "a report is text, json or svg"),
-        (["--report", "--passes", "canonicalize"], "a report is on linked programs"),
+        (["--timeline"], "a timeline is svg or json"),
+        (["--report", "--passes", "canonicalize"], "costs are those of linked programs"),
+        (["--stages", "2", "--split-at", "second"], "both say where to cut"),
         (["--report", "--device", "H1000"], "did you mean 'H100'"),
         (["--stages", "2", "--schedule", "1F2B"], "did you mean '1F1B'"),
         (["--stages", "99"], "no stage is empty"),
@@ -189,3 +193,144 @@ def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixtu
 )
 def test_reports_that_cannot_be(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str) -> None:
     assert why in failure(capsys, f"{model}:make", *arguments)
+
+
+def test_print_before_shows_what_the_pass_gets(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = (f"{model}:make", "--split-at", "second")
+    before = output(capsys, *source, "--print-before", "liveness")
+    assert before.startswith("# 08-share-state\n")
+    assert before.split("\n", 1)[1] == output(capsys, *source, "--print-after", "share-state").split("\n", 1)[1]
+    assert output(capsys, *source, "--print-before", "all").count("program @Two") == 6
+
+
+def test_stop_after_runs_no_further_pass(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(output(capsys, f"{model}:make", "--split-at", "second", "--stop-after", "partition")).phase == "partitioned"
+    assert "this pass is not run" in failure(capsys, f"{model}:make", "--passes", "canonicalize", "--stop-after", "partition")
+
+
+def test_diff_shows_what_each_pass_changes(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = (f"{model}:make", "--split-at", "second", "--diff")
+    shown = output(capsys, *source)
+    assert "--- 03-infer-gradients\n+++ 04-find-splits\n" in shown
+    assert "\n+  split" in shown
+    assert "\033" not in shown
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\033[32m+  split" in output(capsys, *source)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert output(capsys, *source) == shown
+    assert main([*source, "-o", str(tmp_path / "out")]) == 0
+    assert "+  split" in (tmp_path / "out" / "04-find-splits.diff").read_text()
+
+
+def test_stats_count_after_each_pass(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, f"{model}:make", "--split-at", "second", "--stats").splitlines()
+    assert lines[0].split() == ["after", "changed", "ops", "values", "state", "stages", "crossing", "bytes"]
+    assert lines[1].split() == ["input", "yes", "2", "7", "4", "0", "0", "0", "B"]
+    assert lines[-1].split() == ["10-route", "yes", "2", "7", "4", "2", "1", "32", "B"]
+    assert len(lines) == 13
+
+
+def test_time_is_that_of_tracing_and_of_each_pass(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, f"{model}:make", "--time").splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["input", "00-canonicalize"]
+    assert sum(float(line.split()[-2]) for line in lines[1:]) == pytest.approx(100, abs=1)
+
+
+def test_verify_each_notices_a_pass_that_breaks_the_program(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stagecut.passes.canonicalize.Canonicalize.run", lambda self, program: program.ops.reverse() or True)
+    assert "invalid program after pass 'canonicalize'" in failure(capsys, f"{model}:make", "--verify-each")
+
+
+def test_only_one_stage_or_module(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = (f"{model}:make", "--split-at", "second")
+    stage = output(capsys, *source, "--only", "stage=1")
+    assert "stage 1" in stage
+    assert "stage 0" not in stage
+    assert "@second.weight" in stage
+    assert "@first.weight" not in stage
+    assert "in first" in output(capsys, *source, "--only", "scope=first")
+    assert "in second" not in output(capsys, *source, "--only", "scope=first")
+    assert "# 1 ops left out" in output(capsys, f"{model}:make", "--only", "scope=first")
+    data = json.loads(output(capsys, *source, "--only", "stage=1", "--format", "json"))
+    assert [len(s["ops"]) for s in data["stages"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [("stage=7", "there are 2 stages"), ("scope=frist", "did you mean 'first'"), ("second", "--only stage=N or --only scope=MODULE")],
+)
+def test_only_what_is_there(spec: str, why: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert why in failure(capsys, f"{model}:make", "--split-at", "second", "--only", spec)
+
+
+def test_json_has_the_whole_program(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(output(capsys, f"{model}:make", "--split-at", "second", "--format", "json"))
+    assert data["phase"] == "linked"
+    assert [s["inputs"] for s in data["stages"]] == [["%x"], ["%linear"]]
+    assert data["stages"][1]["ops"][0]["operands"] == ["%linear", "@second.weight", "@second.bias"]
+    assert data["transfers"] == [
+        {"value": "%x", "source": None, "target": 0, "route": "feed", "via": [], "made": None, "bytes": 32},
+        {"value": "%linear", "source": 0, "target": 1, "route": "send", "via": [], "made": None, "bytes": 32},
+    ]
+    assert data["state"][0] | {"stages": None} == {
+        "names": ["first.weight"], "kind": "param", "persistent": ["first.weight"], "stages": None, "share": None,
+        "type": "f32[4,4] grad", "bytes": 64,
+    }  # fmt: skip
+
+
+def test_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = ("--config", "num_hidden_layers=2", "--batch", "3", "--length", "5")
+    program = parse(output(capsys, "hf:LlamaForCausalLM", *sizes, "--passes", ""))
+    assert program.name == "LlamaForCausalLM"
+    assert str(program.inputs[0].type) == "i64[3,5]"
+    assert not any(e.name.startswith("model.layers.2.") for e in program.state)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"num_hidden_layers": 1}))
+    by_type = parse(output(capsys, "hf:llama", "--config", str(config), "--meta", "--passes", ""))
+    assert not any(e.name.startswith("model.layers.1.") for e in by_type.state)
+    assert by_type.state[0].type.device == "meta"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["hf:LamaForCausalLM"], "did you mean 'LlamaForCausalLM'"),
+        (["hf:llama", "--config", "num_layer=2"], "num_hidden_layers"),
+        (["hf:llama", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (["hf:Wav2Vec2Model"], "what to pass as 'input_values'"),
+    ],
+)
+def test_architectures_that_cannot_be(argv: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert why in failure(capsys, *argv)
+
+
+def test_an_exported_program_is_opened_only_when_trusted(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "linear.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 2), (torch.randn(3, 4),)), path)
+    assert "a pickle can run any code" in failure(capsys, str(path))
+    assert parse(output(capsys, str(path), "--trust")).state[0].name == "weight"
+    assert "there is no file" in failure(capsys, str(tmp_path / "other.pt2"), "--trust")
+
+
+def test_shells_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    assert "--print-before" in capsys.readouterr().out
+
+
+def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_a_file_that_cannot_be_written_leaves_no_half(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "program.ir").mkdir()
+    assert "cannot write" in failure(capsys, f"{model}:make", "-o", str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

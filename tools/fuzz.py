@@ -188,18 +188,6 @@ class Silent:
         """Nothing."""
 
 
-class Counting:
-    """One line that is written over."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-
-    def advance(self, count: int, report: Report) -> None:
-        """The line with the new counts."""
-        sys.stderr.write(f"\r{report.programs}/{self._total} programs, {report.kinds[FAILED]} failed ")
-        sys.stderr.flush()
-
-
 class Bar:
     """A bar of rich."""
 
@@ -214,18 +202,14 @@ class Bar:
 
 @contextmanager
 def show_progress(total: int) -> Iterator[Progress]:
-    """A bar where rich is there, else a counter; nothing when nobody looks at a terminal."""
+    """A bar, or nothing when nobody looks at a terminal."""
     if not sys.stderr.isatty():
         yield Silent()
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Rich
-    except ImportError:
-        yield Counting(total)
-        sys.stderr.write("\n")
-        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Rich
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
     with Rich(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         yield Bar(bar, total)

@@ -1,0 +1,200 @@
+"""Runs a program with the reference interpreter before and after each pass, and says which op computes something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stagecut.frontend.types import SHORT
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.graph import Op, Program, StateEntry
+from stagecut.ir.interp import run
+from stagecut.ir.outline import storage_root
+from stagecut.ir.printer import line_of
+from stagecut.ir.types import ScalarType, TensorType
+from stagecut.ir.verifier import verify
+from stagecut.passes.base import Pass
+from stagecut.passes.runner import PassRecord, run_passes
+
+SEED = 5
+_LONG = {short: dtype for dtype, short in SHORT.items()}
+TOLERANCE = 1e-4
+"""Relative: gradients of several uses may be summed in another order."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a program is run on: flat inputs, and what its names are bound to."""
+
+    inputs: Sequence[Any]
+    bindings: Bindings
+
+
+@dataclass
+class Run:
+    """What one run left: results of every op, outputs, state by name and who wrote it, gradients of trained state, the random state."""
+
+    results: dict[Op, list[Any]] = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    random: torch.Tensor = field(default_factory=torch.get_rng_state)
+    writers: dict[str, Op] = field(default_factory=dict)
+
+
+class Difference(StagecutError):
+    """A pass changed what the program computes."""
+
+
+def interpret(program: Program, feed: Feed) -> Run:
+    """One run of the reference interpreter, forward and backward. The global random state is as before."""
+    names = program.name_owners().keys()
+    if lost := [name for name in feed.bindings.tensors if name not in names]:
+        raise Difference(f"the name '{lost[0]}' is gone from the program's state", where=f"state '{lost[0]}'")
+    if strange := [name for name in names if name not in feed.bindings.tensors]:
+        raise Difference(f"the model has no '{strange[0]}'", where=f"state '{strange[0]}'")
+    done = Run(writers=_writers(program))
+
+    def watch(op: Op, results: list[Any]) -> None:
+        done.results[op] = [_kept(item) for item in results]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        outputs, state = run(program, feed.inputs, feed.bindings.tensors, feed.bindings, watch)
+        done.random = torch.get_rng_state()
+    done.outputs = [_kept(item) for item in outputs]
+    done.state = {name: _kept(tensor) for name, tensor in state.items()}
+    trained = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
+    losses = [o.float().sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad and not o.is_complex()]
+    found = torch.autograd.grad(losses, list(trained.values()), allow_unused=True) if losses and trained else [None] * len(trained)
+    done.gradients = dict(zip(trained, found, strict=True))
+    return done
+
+
+def _kept(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, torch.Tensor) else item
+
+
+def compare(program: Program, before: Run, after: Run) -> None:
+    """Raises Difference at the first op of `program`, output, state or gradient that is not what it was before."""
+    stages = {op: stage.index for stage in program.stages for op in stage.ops}
+    for op, results in after.results.items():
+        wanted = before.results.get(op) or before.results.get(op.origin or op)
+        if wanted is not None and not all(map(_same, wanted, results)):
+            raise Difference(f"{line_of(program, op).strip()}\n  computes something else than before", where=_where(op, stages))
+    for name, tensor in before.state.items():
+        if not _same(tensor, after.state.get(name)):
+            writer = before.writers.get(name) or after.writers.get(name)
+            gone = f": {writer.target}, which wrote it, is gone" if writer is not None and writer not in after.results else ""
+            where = _where(writer, stages) if writer is not None else f"state '{name}'"
+            raise Difference(f"'{name}' holds something else afterwards{gone}", where=where)
+    for place, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=True)):
+        if not _same(old, new):
+            owner = getattr(program.outputs[place], "owner", None)
+            raise Difference(f"output {place} is something else", where=_where(owner, stages) if isinstance(owner, Op) else "")
+    if not torch.equal(before.random, after.random):
+        raise Difference("random numbers are drawn otherwise")
+    for name, gradient in before.gradients.items():
+        if not _close(gradient, after.gradients.get(name)):
+            raise Difference(f"the gradient of '{name}' differs", where=f"state '{name}'")
+
+
+def _where(op: Op, stages: dict[Op, int]) -> str:
+    return (f"stage {stages[op]}, " if op in stages else "") + op.where()
+
+
+def _writers(program: Program) -> dict[str, Op]:
+    """State name -> the last op that writes it, through whatever versions and views."""
+    found: dict[str, Op] = {}
+    for op in program.all_ops():
+        for position in op.effects.writes:
+            owner = storage_root(op.operands[position]).owner
+            found |= dict.fromkeys(owner.names, op) if isinstance(owner, StateEntry) else {}
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        if not isinstance(other, torch.Tensor) or one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        if one.is_meta:
+            return True
+        return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return not isinstance(one, (bool, int, float, str)) or repr(one) == repr(other)
+
+
+def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    scale = float(one.abs().nan_to_num(0, 0, 0).max()) if one.numel() else 1.0
+    return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, scale), equal_nan=True)
+
+
+@dataclass
+class Checker:
+    """Called behind each pass: holds the program to what it computed before."""
+
+    feed: Feed
+    before: Run
+    progress: Callable[[str], None] = lambda name: None
+    checked: int = 0
+
+    def __call__(self, record: PassRecord, program: Program) -> None:
+        """Raises Difference, or what running or verifying the program raises, naming the pass."""
+        self.progress(record.name)
+        try:
+            after = interpret(program, self.feed)
+            compare(program, self.before, after)
+            verify(program, after=record.name)
+        except StagecutError as error:
+            raise Difference(f"after pass '{record.name}': {error.what}", where=error.where, hint=error.hint) from error
+        self.before = after
+        self.checked += 1
+
+
+def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Callable[[PassRecord, Program], None]) -> int:
+    """Runs passes as run_passes does, and the interpreter around each; how many were checked.
+
+    Raises Difference at the first pass that changes what the program computes; its message names op, stage and source line.
+    """
+    checker = Checker(feed, interpret(program, feed))
+
+    def both(record: PassRecord, program: Program) -> None:
+        checker(record, program)
+        after(record, program)
+
+    run_passes(program, passes, after=both)
+    return checker.checked
+
+
+def random_feed(program: Program) -> Feed:
+    """Random inputs and state for a program that was read as text. Sizes that vary become 3.
+
+    Raises InputError when a value is not a tensor or the text calls what text cannot hold.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    bound = Bindings()
+    for op in program.all_ops():
+        if op.target.partition(".")[0] in ("module", "extern"):
+            raise InputError(f"{op.target} is the user's own code, which IR text does not hold", where=op.where())
+    for entry in program.state:
+        bound.tensors |= dict.fromkeys(entry.names, _random(entry.name, entry.type, generator).requires_grad_(entry.requires_grad))
+    return Feed([_random(v.hint, v.type, generator) for v in program.inputs], bound)
+
+
+def _random(name: str, kind: Any, generator: torch.Generator) -> Any:
+    if isinstance(kind, ScalarType) and kind.kind == "int":
+        return int(kind.expr) if kind.expr and kind.expr.isdigit() else 3
+    if isinstance(kind, ScalarType) and kind.kind == "none":
+        return None
+    if not isinstance(kind, TensorType):
+        raise InputError(f"'{name}' is {kind}: no random value is known for it")
+    shape = [size if isinstance(size, int) else 3 for size in kind.shape]
+    dtype = _LONG[kind.dtype]
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -1,0 +1,204 @@
+"""One run of `dump-ir`: trace, run the passes, look at the program on the way, write what was asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.graph import Op, Program
+from stagecut.ir.printer import excerpt, text
+from stagecut.ir.validator import Trace, validate
+from stagecut.passes.base import Pass
+from stagecut.passes.runner import PassRecord, run_passes
+from stagecut.tools.show import Stats, Steps, Writer, diff, only, stats_of, table, times
+from stagecut.tools.sources import Source, load
+
+if TYPE_CHECKING:
+    from stagecut.report import Report
+
+
+@dataclass
+class Snapshot:
+    """The program behind a pass, or behind the tracer: its text, when it was asked for, and what is in it."""
+
+    title: str
+    seconds: float
+    text: str
+    stats: Stats | None
+    changed: bool = True
+
+
+class Session:
+    """What the command line asks for, done in order."""
+
+    def __init__(self, options: Namespace, passes: Callable[[bool], list[Pass]]) -> None:
+        self._options = options
+        self._writer = Writer(options.directory)
+        self._choose = passes
+        wanted = (options.print_after, options.print_before, options.diff, options.format == "html")
+        self._texts = any(wanted)
+        self._history: list[Snapshot] = []
+
+    def run(self) -> None:
+        """Everything is written. Raises StagecutError for what cannot be."""
+        with Steps() as self._steps:
+            start = time.perf_counter()
+            source = self._steps.do("trace", lambda: load(self._options))
+            program, passes = source.program, self._choose(source.is_model)
+            self._keep("input", time.perf_counter() - start, program)
+            trace = Trace(program) if source.is_model else None
+            self._run_passes(source, passes)
+            if trace is not None and program.phase == "linked":
+                validate(trace, program)
+            if self._options.bisect:
+                self._writer.final("bisect.txt", f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n")
+                return
+            self._show(program)
+
+    def _run_passes(self, source: Source, passes: Sequence[Pass]) -> None:
+        options = self._options
+        self._steps.expect(len(passes))
+        if not (options.check_each or options.bisect):
+            run_passes(source.program, passes, check=options.verify_each, after=self._after)
+            return
+        from stagecut.tools.pass_check import Feed, check_passes, random_feed
+
+        if source.bindings is not None and source.inputs is not None:
+            feed = Feed(source.inputs, source.bindings)
+        else:
+            feed = random_feed(source.program)
+        check_passes(source.program, passes, feed, self._after)
+
+    def _after(self, record: PassRecord, program: Program) -> None:
+        self._steps.done(record.name)
+        self._keep(f"{record.index:02}-{record.name}", record.seconds, program, record.changed)
+
+    def _keep(self, title: str, seconds: float, program: Program, changed: bool = True) -> None:
+        before = self._history[-1].text if self._history else ""
+        printed = (text(program) if changed else before) if self._texts else ""
+        self._history.append(Snapshot(title, seconds, printed, stats_of(program) if self._options.stats else None, changed))
+
+    # --- what to show -----------------------------------------------------------------------------
+
+    def _show(self, program: Program) -> None:
+        options = self._options
+        shown = [self._prints(), self._diffs(), self._tables(), self._lives(program)]
+        if any(shown) and options.directory is None:
+            return
+        if options.report:
+            self._report(program)
+        elif options.timeline:
+            self._timeline(program)
+        else:
+            name = "index.html" if options.format == "html" else f"program.{'ir' if options.format == 'text' else options.format}"
+            self._writer.final(name, self._steps.do("write", lambda: self._final(program)))
+
+    def _prints(self) -> bool:
+        after, before = set(self._options.print_after), set(self._options.print_before)
+        for number, snapshot in enumerate(self._history):
+            name = snapshot.title[3:] if number else "input"
+            following = self._history[number + 1].title[3:] if number + 1 < len(self._history) else ""
+            whole = "all" in after and snapshot.changed
+            if whole or name in after or following in before or ("all" in before and following and snapshot.changed):
+                self._writer.show(f"{snapshot.title}.ir", snapshot.text)
+        return bool(after or before)
+
+    def _diffs(self) -> bool:
+        if self._options.diff:
+            for old, new in zip(self._history, self._history[1:], strict=False):
+                if new.changed:
+                    self._writer.colored(f"{new.title}.diff", diff(old.text, new.text, old.title, new.title))
+        return bool(self._options.diff)
+
+    def _tables(self) -> bool:
+        if self._options.stats:
+            rows = [(s.title, "yes" if s.changed else "no", *s.stats.cells()) for s in self._history if s.stats is not None]
+            self._writer.final("stats.txt", table([("after", "changed", *Stats.HEAD), *rows]))
+        if self._options.time:
+            self._writer.final("time.txt", times([(s.title, s.seconds) for s in self._history]))
+        return bool(self._options.stats or self._options.time)
+
+    def _lives(self, program: Program) -> bool:
+        value, state = self._options.trace_value, self._options.trace_param
+        if value is None and state is None:
+            return False
+        from stagecut.ir.life import life_of_state, life_of_value
+
+        if value is not None:
+            self._writer.final("value.txt", f"{life_of_value(program, value)}\n")
+        if state is not None:
+            self._writer.final("param.txt", f"{life_of_state(program, state)}\n")
+        return True
+
+    def _final(self, program: Program) -> str:
+        format = self._options.format
+        keep = only(program, self._options.only)
+        if format == "text":
+            return text(program) if keep is None else excerpt(program, keep)
+        if format == "json":
+            from stagecut.backend.data import to_json
+
+            return to_json(program, keep or (lambda op: True))
+        if format == "html":
+            return self._page(program)
+        return self._graph(program, keep)
+
+    def _graph(self, program: Program, keep: Callable[[Op], bool] | None) -> str:
+        from stagecut.backend.dot import to_dot, to_svg
+
+        options = self._options
+        if program.phase != "linked":
+            raise InputError(f"pictures are of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
+        stage = None
+        if options.only and options.only.startswith("stage="):
+            stage = int(options.only.removeprefix("stage="))
+        elif keep is not None:
+            raise InputError("a picture is of the program or of one stage", hint="--only stage=N")
+        level = "modules" if stage is not None and options.level == "stages" else options.level
+        make = to_svg if options.format == "svg" else to_dot
+        return make(program, level=level, stage=stage, depth=options.depth)
+
+    # --- what needs costs -------------------------------------------------------------------------
+
+    def _report(self, program: Program) -> None:
+        found, format = self._costs(program), self._options.format
+        if format not in ("text", "json", "svg"):
+            raise InputError(f"a report is text, json or svg, not {format}")
+        made = {"text": lambda: f"{found}\n", "json": lambda: found.to_json() + "\n", "svg": found.to_svg}[format]()
+        self._writer.final({"text": "report.txt", "json": "report.json", "svg": "report.svg"}[format], made)
+
+    def _timeline(self, program: Program) -> None:
+        timeline, format = self._costs(program).timeline, self._options.format
+        if format not in ("svg", "json"):
+            raise InputError(f"a timeline is svg or json, not {format}", hint="--timeline --format svg")
+        made = timeline.to_svg() if format == "svg" else json.dumps(timeline.chrome_trace()) + "\n"
+        self._writer.final(f"timeline.{format}", made)
+
+    def _costs(self, program: Program) -> Report:
+        from stagecut.balance import Setting
+        from stagecut.report import report
+
+        options = self._options
+        if program.phase != "linked":
+            raise InputError(f"costs are those of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
+        return report(program, Setting(options.device, options.schedule, options.microbatches), options.plan)
+
+    def _page(self, program: Program) -> str:
+        from stagecut.backend.page import to_html
+
+        from stagecut.backend.dot import to_svg
+
+        history = [(s.title, s.text, s.seconds) for s in self._history]
+        if program.phase != "linked":
+            return to_html(history, program, title=program.name)
+        costs = self._costs(program)
+        try:
+            graph = to_svg(program)
+        except StagecutError:  # without the program dot the page draws stages by itself
+            graph = None
+        return to_html(history, program, costs, costs.timeline.to_svg(), graph, title=program.name)

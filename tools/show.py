@@ -1,0 +1,170 @@
+"""What `dump-ir` writes with: tables, diffs, files that appear whole, and a bar for long steps."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.printer import size_text
+from stagecut.ir.types import value_bytes
+
+_COLORS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}
+_PLAIN = "\033[0m"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is in a program: ops, values, state entries, stages, and what crosses between stages, in bytes for one micro-batch."""
+
+    HEAD: ClassVar[tuple[str, ...]] = ("ops", "values", "state", "stages", "crossing", "bytes")
+
+    ops: int
+    values: int
+    state: int
+    stages: int
+    crossing: int
+    bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        """The numbers as a row of a table has them."""
+        return str(self.ops), str(self.values), str(self.state), str(self.stages), str(self.crossing), size_text(self.bytes)
+
+
+def stats_of(program: Program) -> Stats:
+    """The numbers of a program. Inputs, and what is recomputed, do not cross."""
+    ops = list(program.all_ops())
+    values = len(program.inputs) + len(program.state) + sum(len(op.results) + len(op.versions) for op in ops)
+    crossing = [t.value for t in program.transfers if t.source is not None and t.made is None]
+    size = sum(value_bytes(value.type) or 0 for value in crossing)
+    return Stats(len(ops), values, len(program.state), len(program.stages), len(crossing), size)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns: the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def times(steps: Sequence[tuple[str, float]]) -> str:
+    """A table of steps with their times and their parts of the whole."""
+    whole = sum(seconds for _, seconds in steps) or 1.0
+    rows = [(title, f"{1000 * seconds:.1f} ms", f"{100 * seconds / whole:.1f} %") for title, seconds in steps]
+    return table([("step", "time", "part"), *rows])
+
+
+def diff(old: str, new: str, before: str, after: str) -> str:
+    """What changed, as a unified diff of lines."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="", n=2)
+    return "\n".join(lines) + "\n"
+
+
+def only(program: Program, spec: str | None) -> Callable[[Op], bool] | None:
+    """Which ops `--only` keeps; None for all. Raises InputError when it names nothing."""
+    if spec is None:
+        return None
+    kind, _, name = spec.partition("=")
+    if kind == "stage" and name.isdigit():
+        if int(name) >= len(program.stages):
+            raise InputError(f"--only {spec}: there are {len(program.stages)} stages", hint="they are numbered from 0")
+        return set(program.stages[int(name)].ops).__contains__
+    if kind != "scope" or not name:
+        raise InputError(f"--only {spec} is not known", hint="--only stage=N or --only scope=MODULE")
+    if not any(_runs_in(op, name) for op in program.all_ops()):
+        raise InputError(f"--only {spec}: no op is in such a module", hint=nearest(name, sorted({_path(op) for op in program.all_ops()})))
+    return lambda op: _runs_in(op, name)
+
+
+def _path(op: Op) -> str:
+    """The module that an op is in, or that it is, when the module is kept whole."""
+    return op.target.removeprefix("module.") if op.target.startswith("module.") else scope_fqn(op.scope)
+
+
+def _runs_in(op: Op, path: str) -> bool:
+    return f"{_path(op)}.".startswith(f"{path}.")
+
+
+class Writer:
+    """Writes to standard output, or whole files into a directory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        if directory is not None:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot make directory '{directory}': {error}") from None
+
+    def show(self, name: str, content: str) -> None:
+        """A program on the way."""
+        if self._directory is None:
+            sys.stdout.write(f"# {name.removesuffix('.ir')}\n{content}\n")
+        else:
+            self.final(name, content)
+
+    def colored(self, name: str, content: str) -> None:
+        """A diff, in colours on a terminal that wants them."""
+        wants = self._directory is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.final(name, "".join(map(_painted, content.splitlines(keepends=True))) if wants else content)
+
+    def final(self, name: str, content: str) -> None:
+        """The result. A file appears whole or not at all. Raises InputError when it cannot be written."""
+        if self._directory is None:
+            sys.stdout.write(content)
+            return
+        part = self._directory / f".{name}.part"
+        try:
+            part.write_text(content, encoding="utf-8")
+            part.replace(self._directory / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"cannot write '{self._directory / name}': {error}") from None
+
+
+def _painted(line: str) -> str:
+    color = _COLORS.get(line[:1])
+    return line if color is None else color + line.rstrip("\n") + _PLAIN + "\n"
+
+
+class Steps:
+    """A bar on a terminal that says which step runs; nothing where nobody looks."""
+
+    def __enter__(self) -> Steps:
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+            columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn("{task.fields[step]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("dump-ir", total=None, step="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def do(self, step: str, action: Callable[[], Any]) -> Any:
+        """What `action` returns; meanwhile the bar shows its name."""
+        if self._bar is not None:
+            self._bar.update(self._task, step=step)
+        return action()
+
+    def expect(self, count: int) -> None:
+        """So many passes follow."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=count)
+
+    def done(self, step: str) -> None:
+        """One pass is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, step=step)
