@@ -45,6 +45,10 @@ class PassError(StagecutError):
     """A pass was misused: an unknown name, a wrong order, or a wrong claim about its own effect."""
 
 
+class UnknownNameError(StagecutError, LookupError):
+    """A program has no value or state of that name; the message lists the nearest ones."""
+
+
 class ParseError(StagecutError):
     """IR text could not be read. The message points at file:line:column with a caret."""
 

@@ -299,3 +299,8 @@ def scope_text(scope: Scope) -> str:
 def line_of(program: Program, op: Op) -> str:
     """One op of the program as it is printed, for messages."""
     return _Printer(program).op_line(op)
+
+
+def line_printer(program: Program) -> Callable[[Op], str]:
+    """Gives any op of the program as it is printed; the names are made once for all."""
+    return _Printer(program).op_line

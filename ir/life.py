@@ -1,0 +1,428 @@
+"""The life of a value or of a state entry: where it is born, its versions, who reads it, what it crosses, where it dies.
+
+    print(life_of_value(program, "relu_3"))
+    print(life_of_state(program, "lin.weight"))
+
+Linear in the program, and `Lives` answers any number of questions after reading the program once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from stagecut.ir.errors import UnknownNameError, nearest
+from stagecut.ir.graph import Loc, Op, Program, Region, StateEntry, Transfer, Value, leaves, scope_fqn
+from stagecut.ir.printer import line_printer, size_text, target_text, value_names
+from stagecut.ir.types import carries_grad, value_bytes
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+READS, VIEWS, WRITES, RENEWS = "reads", "views", "writes", "renews"
+"""What an op does with a value: reads it, gives a view of it, writes it, or writes its storage without naming it."""
+
+YIELD = "yield"
+"""The target of the place where a region returns its values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One op: its number in program order (regions included), stage (None while there are none), target, module path, line of source.
+
+    `text` is the op as it is printed.
+    """
+
+    number: int
+    stage: int | None
+    target: str
+    module: str
+    loc: Loc | None
+    text: str
+
+    def __str__(self) -> str:
+        stage = [] if self.stage is None else [f"stage {self.stage}"]
+        return ", ".join([*stage, str(self.loc), self.text.rpartition(" at ")[0]] if self.loc else [*stage, self.text])
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What an op does with a value; `version` is the printed name under which it does so."""
+
+    how: str
+    version: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A value after a write: its name, and the op that wrote. `by` is None for the first one, which is there before."""
+
+    name: str
+    by: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A way to another stage. source is None for an input of the model; via are the stages that hand the value on.
+
+    made is the name of the copy that the target computes itself, by the route `recompute`.
+    """
+
+    source: int | None
+    target: int
+    route: str | None
+    via: tuple[int, ...]
+    bytes: int | None
+    made: str | None
+
+    def __str__(self) -> str:
+        through = f" through {', '.join(map(str, self.via))}" if self.via else ""
+        made = f" as {self.made}" if self.made else ""
+        origin = "input" if self.source is None else f"stage {self.source}"
+        return f"{origin} -> stage {self.target}, {self.route or 'no route yet'}{through}{made}, {size_text(self.bytes)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A stage that holds a state entry, and the names it holds it under."""
+
+    stage: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ValueLife:
+    """The life of one value.
+
+    kind: 'input' (of the model), 'param' (of a region), 'result' (of an op) or 'version' (what a write made of another value).
+    born: the op that defines it, None for inputs of the model. versions: all of its line, oldest first, itself among them; one where
+    nothing is written. view_of: what it shares storage with. copy_of, copies: by recomputation. returned: places among the outputs.
+    dies: the last op that reads it, None when nothing does or when the model returns it.
+    """
+
+    name: str
+    kind: str
+    type: str
+    bytes: int | None
+    gradient: bool
+    born: Place | None
+    versions: tuple[Version, ...]
+    view_of: str | None
+    copy_of: str | None
+    copies: tuple[str, ...]
+    uses: tuple[Use, ...]
+    crossings: tuple[Crossing, ...]
+    returned: tuple[int, ...]
+
+    @property
+    def dies(self) -> Place | None:
+        return self.uses[-1].place if self.uses and not self.returned else None
+
+    def __str__(self) -> str:
+        return "\n".join(_value_lines(self))
+
+
+@dataclass(frozen=True, slots=True)
+class StateLife:
+    """The life of one distinct tensor of the model.
+
+    names: all of them, in state_dict order; transient: those that stay out of the state_dict. held: by which stages, under which
+    names; share: what happens when they are several. overlaps: other entries in the same storage. uses: of the entry and of its
+    versions, in program order. returned: places among the outputs, of any version.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    type: str
+    bytes: int | None
+    trained: bool
+    transient: tuple[str, ...]
+    held: tuple[Holding, ...]
+    share: str | None
+    overlaps: tuple[str, ...]
+    versions: tuple[Version, ...]
+    uses: tuple[Use, ...]
+    crossings: tuple[Crossing, ...]
+    returned: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(_state_lines(self))
+
+
+def life_of_value(program: Program, name: str) -> ValueLife:
+    """The life of the value printed as `name`, with or without its `%`. Raises UnknownNameError with the nearest names."""
+    return Lives(program).value(name)
+
+
+def life_of_state(program: Program, fqn: str) -> StateLife:
+    """The life of the state with this name, any of its names, with or without `@`. Raises UnknownNameError with the nearest names."""
+    return Lives(program).state(fqn)
+
+
+class Lives:
+    """All lives of a program, which must not change meanwhile."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._names = value_names(program)
+        self._line = line_printer(program)
+        self._numbers: dict[Op, tuple[int, int | None]] = {}
+        self._params: dict[Value, Op] = {}
+        for stage, op in _staged(program):
+            self._number(op, stage)
+        self._places: dict[Op, Place] = {}
+        self._lines_of_versions: dict[Value, tuple[Version, ...]] = {}
+
+    def value(self, name: str) -> ValueLife:
+        """The life of one value."""
+        printed = "%" + name.removeprefix("%")
+        if printed not in self._values:
+            raise UnknownNameError(f"there is no value '{printed}'", hint=self._meant(name))
+        return self._life(self._values[printed])
+
+    def state(self, fqn: str) -> StateLife:
+        """The life of one state entry."""
+        entry = self._entries.get(fqn) or self._entries.get(_plain(fqn))
+        if entry is None:
+            raise UnknownNameError(f"there is no parameter, buffer or constant '{fqn}'", hint=_nearest(_plain(fqn), self._entries))
+        return self._state_life(entry)
+
+    def places(self) -> list[Place]:
+        """Every op in program order, those of regions and what regions yield included."""
+        return [self._place(op) for op in self._numbers]
+
+    def values(self) -> Iterator[ValueLife]:
+        """Every value that is no state, inputs first, then in order of definition."""
+        return map(self._life, self._values.values())
+
+    def states(self) -> Iterator[StateLife]:
+        """Every state entry, in order."""
+        return map(self._state_life, self._program.state)
+
+    @cached_property
+    def _values(self) -> dict[str, Value]:
+        return {name: value for value, name in self._names.items() if not isinstance(value.owner, StateEntry)}
+
+    @cached_property
+    def _entries(self) -> dict[str, StateEntry]:
+        return self._program.name_owners()
+
+    @cached_property
+    def _crossings(self) -> dict[Value, list[Transfer]]:
+        return _grouped((t.value, t) for t in self._program.transfers)
+
+    @cached_property
+    def _copies(self) -> dict[Value, list[Value]]:
+        """Value -> what stages compute in its place."""
+        pairs = {t.made: t.value for t in self._program.transfers if t.made is not None}
+        twins = [(op.origin, op) for op in self._numbers if op.origin is not None]
+        pairs |= {copy: value for first, op in twins for value, copy in zip(first.results, op.results, strict=True)}
+        return _grouped((value, copy) for copy, value in pairs.items() if copy in self._names and value in self._names)
+
+    @cached_property
+    def _copied(self) -> dict[Value, Value]:
+        return {copy: value for value, copies in self._copies.items() for copy in copies}
+
+    @cached_property
+    def _written(self) -> dict[Value, tuple[Value, Op]]:
+        """Version -> the value it is a version of, and the op that wrote."""
+        return {new: (old, op) for op in self._numbers for old, new in op.versions.items()}
+
+    @cached_property
+    def _returned(self) -> dict[Value, list[int]]:
+        return _grouped((value, place) for place, item in enumerate(self._program.outputs) for value in leaves([item]))
+
+    @cached_property
+    def _overlaps(self) -> dict[int, list[StateEntry]]:
+        return _grouped((entry.storage, entry) for entry in self._program.state)
+
+    def _meant(self, name: str) -> str:
+        if _plain(name) in self._entries:
+            return f"'{_plain(name)}' is state, no value"
+        return _nearest("%" + name.removeprefix("%"), self._values)
+
+    def _number(self, op: Op, stage: int | None) -> None:
+        self._numbers[op] = (len(self._numbers), stage)
+        for region in op.regions:
+            self._number_region(op, region, stage)
+
+    def _number_region(self, op: Op, region: Region, stage: int | None) -> None:
+        self._params |= dict.fromkeys(region.params, op)
+        for inner in region.ops:
+            self._number(inner, stage)
+        self._numbers[region.output] = (len(self._numbers), stage)
+
+    def _place(self, op: Op) -> Place:
+        if op not in self._places:
+            self._places[op] = self._new_place(op)
+        return self._places[op]
+
+    def _new_place(self, op: Op) -> Place:
+        number, stage = self._numbers[op]
+        line = self._line(op)
+        if op.target == "output":
+            return Place(number, stage, YIELD, scope_fqn(op.scope), op.loc, YIELD + line.removeprefix("output"))
+        return Place(number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line)
+
+    def _life(self, value: Value) -> ValueLife:
+        kind, born = self._birth(value)
+        copied = self._copied.get(value)
+        return ValueLife(
+            self._names[value], kind, str(value.type), value_bytes(value.type), carries_grad(value.type),
+            self._place(born) if born is not None else None, self._versions(value), self._viewed(value, kind),
+            self._names[copied] if copied is not None else None, tuple(self._names[v] for v in self._copies.get(value, ())),
+            tuple(self._uses([value])), tuple(self._ways(value)), tuple(self._returned.get(value, ())),
+        )  # fmt: skip
+
+    def _birth(self, value: Value) -> tuple[str, Op | None]:
+        if value in self._params:
+            return "param", self._params[value]
+        if not isinstance(value.owner, Op):
+            return "input", None
+        return ("version" if value in self._written else "result"), value.owner
+
+    def _viewed(self, value: Value, kind: str) -> str | None:
+        if kind != "result" or not isinstance(value.owner, Op):
+            return None
+        position = value.owner.effects.viewed(value.owner.results.index(value))
+        return None if position is None else self._names[value.owner.operands[position]]
+
+    def _versions(self, value: Value) -> tuple[Version, ...]:
+        """The line of versions a value stands in; made once for all of its members."""
+        if value not in self._lines_of_versions:
+            line = self._line_of(value)
+            made = tuple(Version(self._names[v], self._place(self._written[v][1]) if v in self._written else None) for v in line)
+            self._lines_of_versions |= dict.fromkeys(line, made)
+        return self._lines_of_versions[value]
+
+    def _line_of(self, value: Value) -> list[Value]:
+        while value in self._written:
+            value = self._written[value][0]
+        line = [value]
+        for version in line:
+            line += [op.versions[version] for op in version.uses if version in op.versions][:1]
+        return line
+
+    def _uses(self, line: list[Value]) -> list[Use]:
+        found = [Use(_how(op, value), self._names[value], self._place(op)) for value in line for op in value.uses if op in self._numbers]
+        return sorted(found, key=lambda use: use.place.number)
+
+    def _ways(self, value: Value) -> Iterator[Crossing]:
+        for t in self._crossings.get(value, ()):
+            made = self._names[t.made] if t.made is not None else None
+            yield Crossing(t.source, t.target, t.route, t.via, value_bytes(value.type), made)
+
+    def _state_life(self, entry: StateEntry) -> StateLife:
+        line = self._line_of(entry.value)
+        held = ((stage.index, stage.state.get(entry)) for stage in self._program.stages)
+        return StateLife(
+            entry.name, entry.names, entry.kind, str(entry.type), value_bytes(entry.type), entry.requires_grad,
+            tuple(n for n in entry.names if n in entry.transient), tuple(Holding(i, names) for i, names in held if names), entry.share,
+            tuple(e.name for e in self._overlaps[entry.storage] if e is not entry), self._versions(entry.value),
+            tuple(self._uses(line)), tuple(way for v in line for way in self._ways(v)),
+            tuple(sorted(place for v in line for place in self._returned.get(v, ()))),
+        )  # fmt: skip
+
+
+def _staged(program: Program) -> Iterator[tuple[int | None, Op]]:
+    if program.phase == "traced":
+        yield from ((None, op) for op in program.ops)
+    for stage in program.stages:
+        yield from ((stage.index, op) for op in stage.ops)
+
+
+def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    groups: dict[K, list[V]] = {}
+    for key, item in pairs:
+        groups.setdefault(key, []).append(item)
+    return groups
+
+
+def _how(op: Op, value: Value) -> str:
+    positions = [i for i, operand in enumerate(op.operands) if operand is value]
+    if any(i in op.effects.writes for i in positions):
+        return WRITES
+    if not positions:
+        return RENEWS
+    return VIEWS if any(i in positions for i in op.effects.views) else READS
+
+
+def _plain(fqn: str) -> str:
+    """A state name without what the printer adds to it: `@w` -> `w`, `@"a b"` -> `a b`."""
+    bare = fqn.removeprefix("@")
+    if not bare.startswith('"'):
+        return bare
+    try:
+        return str(json.loads(bare))
+    except ValueError:
+        return bare
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest names. Those that begin as `name` does stand first, for only the first thousands are compared."""
+    return nearest(name, sorted(known, key=lambda other: -_alike(name, other)))
+
+
+def _alike(a: str, b: str) -> int:
+    """How many letters two names begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _value_lines(life: ValueLife) -> Iterator[str]:
+    yield f"{life.name} : {life.type}, {size_text(life.bytes)}"
+    yield _row("born", str(life.born) if life.born else "an input of the model")
+    yield from _shared_lines(life.versions, [life.view_of], life.copy_of, life.copies)
+    yield from (_row(use.how, str(use.place)) for use in life.uses)
+    yield from (_row("crosses", str(way)) for way in life.crossings)
+    yield from _end_lines(life.uses, life.returned)
+
+
+def _shared_lines(versions: tuple[Version, ...], views: list[str | None], copy: str | None, copies: tuple[str, ...]) -> Iterator[str]:
+    yield from _version_lines(versions)
+    yield from (_row("view of", view) for view in views if view)
+    if copy:
+        yield _row("copy of", copy)
+    if copies:
+        yield _row("copies", ", ".join(copies))
+
+
+def _version_lines(versions: tuple[Version, ...]) -> Iterator[str]:
+    for version in versions if len(versions) > 1 else ():
+        yield _row("version", version.name + (f", written by {version.by}" if version.by else ", the first"))
+
+
+def _end_lines(uses: tuple[Use, ...], returned: tuple[int, ...]) -> Iterator[str]:
+    if returned:
+        yield _row("returned", f"as output {', '.join(map(str, returned))}")
+    elif uses:
+        yield _row("dies", str(uses[-1].place))
+    else:
+        yield _row("dies", "at once: nothing reads it")
+
+
+def _state_lines(life: StateLife) -> Iterator[str]:
+    frozen = ", trained" if life.trained else ""
+    yield f"@{life.name} : {life.kind} {life.type}, {size_text(life.bytes)}{frozen}"
+    yield from (_row("also", name) for name in life.names[1:])
+    yield from (_row("storage", f"shared with {name}") for name in life.overlaps)
+    if life.transient:
+        yield _row("transient", ", ".join(life.transient))
+    yield from (_row("held", f"stage {held.stage} as {', '.join(held.names)}") for held in life.held)
+    if life.share:
+        yield _row("shared", life.share)
+    yield from _version_lines(life.versions)
+    yield from (_row(use.how, str(use.place)) for use in life.uses)
+    yield from (_row("crosses", str(way)) for way in life.crossings)
+    if life.returned:
+        yield _row("returned", f"as output {', '.join(map(str, life.returned))}")
+    elif not life.uses:
+        yield _row("unused", "no op reads it")
+
+
+def _row(label: str, content: str) -> str:
+    return f"  {label:9} {content}"
