@@ -532,13 +532,20 @@ class Balanced:
         return cuts
 
     def _bound(self, line: Line, stages: int) -> float:
-        """What no slowest rank can be below, whatever the order of ops and the cuts: the total over all ranks, and the largest op."""
+        """What no slowest rank can be below, whatever the order of ops and the cuts.
+
+        The total over all ranks; the largest op; of the n * ranks + 1 largest ops the n + 1 smallest, for some rank has so many of them.
+        """
         homes = self.setting.placement(stages)
         devices = dict(zip(homes, self.setting.devices(stages), strict=True))
         seconds = torch.stack([line.seconds(d) for d in devices.values()])
         weight = 1 / seconds.sum(1).clamp(min=1e-30)
         shared = (seconds * (weight / weight.sum())[:, None]).min(0).values.sum()
-        return max(float(shared), float(seconds.min(0).values.max()))
+        fastest = seconds.min(0).values.sort(descending=True).values
+        sums = torch.cat([fastest.new_zeros(1), fastest.cumsum(0)])
+        counts = torch.arange((len(fastest) - 1) // len(devices) + 1)
+        together = sums[counts * len(devices) + 1] - sums[counts * (len(devices) - 1)]
+        return max(float(shared), float(together.max()))
 
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
         """Which stage is over its memory by how much, and what would fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +205,9 @@ def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[
     for name, point in spec.items():
         if known and name not in known:
             raise SplitError(f"split_spec names module '{name}', which the model does not have", hint=nearest(name, known))
-        if not isinstance(point, SplitPoint):
+        if not isinstance(point, Enum) or type(point).__name__ != "SplitPoint":  # that of torch.distributed.pipelining will do
             raise SplitError(f"split_spec['{name}'] is {point!r}, not a SplitPoint", hint="SplitPoint.BEGINNING or SplitPoint.END")
-        points.append((name, BEGINNING if point is SplitPoint.BEGINNING else END))
+        points.append((name, BEGINNING if point.name == "BEGINNING" else END))
     return tuple(points)
 
 

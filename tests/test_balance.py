@@ -137,6 +137,21 @@ def test_every_stage_fits_its_memory_or_the_refusal_says_which_does_not(data: An
             Balanced(stages, setting).of_line(line)
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_no_way_to_share_out_the_ops_is_below_the_bound(costs: list[int], stages: int) -> None:
+    stages = min(stages, len(costs))
+    plan = Balanced(stages, Setting(Device("d", 1.0, 1.0, 1e9, math.inf)), tolerance=0.0).of_line(_line(costs, costs, Setting()))
+    ways = itertools.product(range(stages), repeat=len(costs))
+    best = min(max(sum(c for c, home in zip(costs, way, strict=True) if home == rank) for rank in range(stages)) for way in ways)
+    assert plan.bound <= best * (1 + 1e-9)
+
+
+def test_the_bound_knows_that_ops_are_whole() -> None:
+    plan = Balanced(4, Setting(Device("d", 1.0, 1.0, 1e9, math.inf)), tolerance=0.0).of_line(_line([3] * 9, [1] * 9, Setting()))
+    assert plan.bound == pytest.approx(9.0)
+
+
 def test_as_few_stages_as_fit() -> None:
     setting = Setting(Device("d", 1.0, 1.0, 10.0, math.inf), "GPipe", n_microbatches=1)
     assert len(Balanced(None, setting).of_line(_line([1] * 8, [4] * 8, setting)).cuts) == 3

@@ -25,18 +25,21 @@ from stagecut.pipe import lower
 from stagecut.tools.balance_models import MODELS
 from stagecut.tools.balance_rivals import blockpartition, equal_counts, equal_sums, partition_balanced
 
-WAYS = ("stagecut", "equal layers", "equal parameters", "torchgpipe", "DeepSpeed <= 0.10")
+WAYS = ("stagecut", "stagecut, free links", "equal layers", "equal parameters", "torchgpipe", "DeepSpeed <= 0.10")
 
 
 def ways(program: Program, layers: list[str], stages: list[int], device: str) -> dict[int, dict[str, float]]:
     """Number of stages -> way -> the slowest stage over the bound; nan where there are too few layers."""
     where = replace(DEVICES[device], memory=math.inf)
     line = Line.of(program, Setting(where), {}, None, None)
+    free = Setting(replace(where, link_bandwidth=math.inf))
     found: dict[int, dict[str, float]] = {}
     for count in stages:
         policy = Balanced(count, Setting(where), tolerance=0.0)
         plan, problem = policy.of_line(line), policy.problem(line)
-        found[count] = dict.fromkeys(WAYS, math.nan) | {"stagecut": plan.bottleneck / plan.bound}
+        alone = Balanced(count, free, tolerance=0.0).of_line(Line(line.ops, line.costs, free, line.returned))
+        found[count] = dict.fromkeys(WAYS, math.nan)
+        found[count] |= {"stagecut": plan.bottleneck / plan.bound, "stagecut, free links": alone.bottleneck / alone.bound}
         if count <= len(layers):
             others = _others(line, layers, problem, count)
             found[count] |= {name: max(problem.stage_seconds(cuts)) / plan.bound for name, cuts in others.items()}
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="H100", choices=list(DEVICES))
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     chosen = parser.parse_args(argv)
-    print(f"{'':16}{'stages':>7}" + "".join(f"{way:>19}" for way in WAYS) + f"{'cut s / trace s':>17}")
+    print(f"{'':16}{'stages':>7}" + "".join(f"{way:>21}" for way in WAYS) + f"{'cut s / trace s':>17}")
     table: dict[str, dict[int, dict[str, float]]] = {}
     worse = 0
     for name in chosen.models:
@@ -105,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         table[name] = ways(program, list(layers), chosen.stages, chosen.device)
         share = (time.perf_counter() - begin) / len(chosen.stages) / traced
         for count, row in table[name].items():
-            print(f"{name:16}{count:>7}" + "".join(f"{row[way]:>19.3f}" for way in WAYS) + f"{share:>17.3f}", flush=True)
-            worse += any(row["stagecut"] > 1.01 * row[way] for way in WAYS[1:])
+            print(f"{name:16}{count:>7}" + "".join(f"{row[way]:>21.3f}" for way in WAYS) + f"{share:>17.3f}", flush=True)
+            worse += any(row["stagecut"] > 1.01 * row[way] for way in WAYS[2:])
     if chosen.json:
         chosen.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 1 if worse else 0

@@ -174,5 +174,6 @@ def _split_point(name: str) -> tuple[str, str]:
         raise InputError(f"--split-at {name}: '{side}' is no side of a module", hint=f"'{module}' or '{module}:end'")
     return module, side or BEGINNING
 
+
 if __name__ == "__main__":
     sys.exit(main())
