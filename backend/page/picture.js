@@ -1,0 +1,166 @@
+// Pictures: a wheel (with Ctrl, or once the picture has the focus), keys and buttons zoom, dragging pans, a click shows what was clicked.
+
+class Picture {
+  constructor(frame) {
+    this.frame = frame;
+    this.svg = frame.querySelector("svg");
+    this.whole = sizeOf(this.svg);
+    this.svg.removeAttribute("width");
+    this.svg.removeAttribute("height");
+    this.frame.tabIndex = 0;
+    this.frame.setAttribute("role", "group");
+    this.frame.setAttribute("aria-label", "Picture: plus and minus zoom, arrows move, 0 fits");
+    this.frame.style.height = `${Math.round(Math.min(Math.max(this.whole.height + 24, 120), innerHeight * 0.62))}px`;
+    this.addTools();
+    this.listen();
+    this.begin();
+  }
+
+  addTools() {
+    const tool = (label, title, action) => h("button", {class: "small", type: "button", title, "aria-label": title, click: action}, label);
+    this.frame.closest("section").querySelector("h2").append(h("div", {class: "tools"}, tool("+", "zoom in", () => this.zoom(0.7)), tool("−", "zoom out", () => this.zoom(1 / 0.7)), tool("fit", "show all of it", () => this.fit())));
+  }
+
+  listen() {
+    this.frame.addEventListener("wheel", (e) => this.wheel(e), {passive: false});
+    this.frame.addEventListener("keydown", (e) => this.key(e));
+    this.svg.addEventListener("pointerdown", (e) => this.drag(e));
+  }
+
+  /** All of it, or, where that would be too small to read, its beginning. */
+  begin() {
+    const {width, height} = this.frame.getBoundingClientRect();
+    const scale = Math.min(width / this.whole.width, height / this.whole.height);
+    if (!width || scale >= 0.55) return this.fit();
+    const {x, y} = this.whole, high = this.whole.height;
+    const seen = Math.min(height / 0.75, high);
+    this.set({x, y: y + (high - seen) / 2, width: seen * width / height, height: seen});
+  }
+
+  fit() { this.set({...this.whole}); }
+
+  set(box) {
+    this.box = box;
+    this.svg.setAttribute("viewBox", `${box.x} ${box.y} ${box.width} ${box.height}`);
+  }
+
+  zoom(factor, px = 0.5, py = 0.5) {
+    const {x, y, width, height} = this.box;
+    const size = Math.min(Math.max(width * factor, 40), this.whole.width * 8), f = size / width;
+    this.set({x: x + width * (1 - f) * px, y: y + height * (1 - f) * py, width: size, height: height * f});
+  }
+
+  pan(dx, dy) { this.set({...this.box, x: this.box.x + dx, y: this.box.y + dy}); }
+
+  wheel(event) {
+    if (!event.ctrlKey && !event.metaKey && !this.frame.contains(document.activeElement)) return;
+    event.preventDefault();
+    const {left, top, width, height} = this.frame.getBoundingClientRect();
+    this.zoom(event.deltaY > 0 ? 1.15 : 1 / 1.15, (event.clientX - left) / width, (event.clientY - top) / height);
+  }
+
+  key(event) {
+    const step = this.box.width / 10;
+    const does = {"+": () => this.zoom(0.8), "=": () => this.zoom(0.8), "-": () => this.zoom(1.25), "0": () => this.fit(), ArrowLeft: () => this.pan(-step, 0),
+      ArrowRight: () => this.pan(step, 0), ArrowUp: () => this.pan(0, -step), ArrowDown: () => this.pan(0, step)}[event.key];
+    if (!does || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    does();
+  }
+
+  drag(start) {
+    if (start.button) return;
+    const unit = 1 / this.svg.getScreenCTM().a, {x, y} = this.box;
+    const move = (e) => {
+      if (Math.hypot(e.clientX - start.clientX, e.clientY - start.clientY) > 4) this.frame.classList.add("dragged");
+      if (this.frame.classList.contains("dragged")) this.set({...this.box, x: x - (e.clientX - start.clientX) * unit, y: y - (e.clientY - start.clientY) * unit});
+    };
+    const stop = () => {
+      removeEventListener("pointermove", move);
+      removeEventListener("pointerup", stop);
+      setTimeout(() => this.frame.classList.remove("dragged"));
+    };
+    addEventListener("pointermove", move);
+    addEventListener("pointerup", stop);
+  }
+}
+
+function sizeOf(svg) {
+  const box = svg.getAttribute("viewBox")?.split(/[\s,]+/).map(Number);
+  if (box?.length === 4 && box.every(Number.isFinite) && box[2] > 0 && box[3] > 0) return {x: box[0], y: box[1], width: box[2], height: box[3]};
+  return {x: 0, y: 0, width: parseFloat(svg.getAttribute("width")) || 800, height: parseFloat(svg.getAttribute("height")) || 400};
+}
+
+/** What a part of a picture stands for, as [kind, key], by its id, else by its title. */
+function meaning(element) {
+  if (element.dataset.pair) return ["pair", element.dataset.pair];
+  return meantById(element.id) ?? meantByTitle(element.querySelector(":scope > title")?.textContent ?? "", element);
+}
+
+function meantById(id) {
+  const [, kind, rest] = /^(stage|cluster|value|state|param|module)[-_](.+)$/s.exec(id) ?? [];
+  if (!kind) return null;
+  const known = [rest, rest.replace(/-\d+$/, "")].map((name) => meant(kind, name)).find(Boolean);
+  return known ?? null;
+}
+
+function meant(kind, name) {
+  if (kind === "stage" || kind === "cluster") return DATA.stages[Number(name)] ? ["stage", String(Number(name))] : null;
+  if (kind === "module") return groups.module.has(name) ? ["module", name] : null;
+  return named(name);
+}
+
+/** A value or a state entry by its name, with or without its mark. */
+function named(name) {
+  if (values.has(name)) return ["value", name];
+  if (states.has(name)) return ["state", name];
+  if (values.has(`%${name}`)) return ["value", `%${name}`];
+  return states.has(`@${name}`) ? ["state", `@${name}`] : null;
+}
+
+function meantByTitle(title, element) {
+  const stage = /^(?:cluster_|stage[ _-]?)(\d+)$/.exec(title);
+  if (stage) return meant("stage", stage[1]);
+  const [, state] = /^state\d+[_:](.+)$/s.exec(title) ?? [];
+  const name = named(state ?? title.replace(/^input /, "")) ?? named(element.querySelector("text")?.textContent.trim() ?? "");
+  if (name || title.includes("->")) return name;
+  const [, running] = /\bstage[ -]?(\d+)\b/.exec(title) ?? [];
+  return running ? meant("stage", running) : null;
+}
+
+const pictures = [];
+
+function makeClickable(frame) {
+  for (const element of frame.querySelectorAll("svg g, svg [id]")) {
+    const found = meaning(element);
+    if (!found) continue;
+    element.classList.add("click");
+    for (const path of element.querySelectorAll(":scope > path, :scope > a > path")) widen(path);
+    element.dataset.go = found.join(":");
+    if (!frame.closest("#graph")) continue;  // the steps of a timeline are too many to go through by key
+    element.setAttribute("tabindex", "0");
+    element.setAttribute("role", "button");
+    element.addEventListener("keydown", (e) => { if (e.key === "Enter") go(...found); });
+  }
+}
+
+/** A thin line can be hit from nearby. */
+function widen(path) {
+  if (path.getAttribute("fill") !== "none") return;
+  const wide = path.cloneNode();
+  wide.removeAttribute("id");
+  wide.setAttribute("class", "hit");
+  path.after(wide);
+}
+
+for (const frame of document.querySelectorAll(".picture")) {
+  frame.closest("section").hidden = !frame.querySelector("svg");
+  if (!frame.querySelector("svg")) continue;
+  makeClickable(frame);
+  pictures.push(new Picture(frame));
+}
+
+/** Parts for which `is` holds are marked. */
+function markPictures(is) {
+  for (const element of document.querySelectorAll(".picture .click")) element.classList.toggle("chosen", is(element.dataset.go));
+}
