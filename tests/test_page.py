@@ -9,6 +9,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,13 @@ def test_costs() -> None:
     assert any("is the slowest" in sentence for sentence in said)
     assert any("needs the most memory" in sentence for sentence in said)
     assert any("time is waiting" in sentence for sentence in said)
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "HTML.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    data = data_of((tmp_path / "compile.html").read_text(encoding="utf-8"))
+    assert [stage["ops"] for stage in data["stages"]] == [2, 1]
+    assert len(data["columns"]) == 12

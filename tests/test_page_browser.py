@@ -18,6 +18,7 @@ GRAPH = """<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100">
 <g id="stage-1"><rect width="60" height="40"/></g>
 <g class="edge"><title>stage0&#45;&gt;stage2</title><path d="M70 10H200" fill="none" stroke="red"/><text>%skip</text></g>
 <g id="value-b-2"><path d="M70 60H200" fill="none" stroke="red"/></g>
+<g id="data"><text id="query">0</text></g>
 <g id="x" onclick="window.hacked=1"><title>tile of stage 2</title><circle r="5"/></g>
 </svg>"""
 BY_TEXT = "[...document.querySelectorAll('{}')].find(e => e.textContent.includes('{}'))"

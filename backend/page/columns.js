@@ -122,20 +122,13 @@ class Column {
   }
 
   /** The name is marked wherever it stands, and the line that defines it is in sight. */
-  mark(name) {
+  mark(name, naming) {
     this.marked = name;
     this.here = -1;
     this.first = -1;
-    const at = name ? this.definition(name) : -1;
+    const at = name ? this.ids.findIndex((id) => naming.has(id)) : -1;
     if (at >= 0 && !this.element.classList.contains("strip")) this.reveal(at);
     else this.render();
-  }
-
-  /** The first line that names it; heads of stages and lists of state come before what they name. */
-  definition(name) {
-    const naming = new Set();
-    lines.forEach((line, id) => { if (line.includes(name) && !/^(stage \d|holds )/.test(line) && mentions(line, name)) naming.add(id); });
-    return this.ids.findIndex((id) => naming.has(id));
   }
 }
 
@@ -167,7 +160,7 @@ function folded(diff) {
 
 const columns = [];
 for (const [index, data] of DATA.columns.entries()) columns.push(new Column(data, index, columns[index - 1]));
-const shelf = document.getElementById("columns");
+const shelf = at("columns");
 shelf.style.height = `min(78vh, ${Math.max(...columns.map((column) => column.diff.length), 12) * HEIGHT + 70}px)`;
 shelf.append(...columns.map((column) => column.element));
 
@@ -180,4 +173,14 @@ function revealLine(at) {
   last.element.scrollIntoView({block: "nearest", inline: "nearest"});
 }
 
-const markEverywhere = (name) => columns.forEach((column) => column.mark(name));
+/** Lines that name it. The first one in a program defines it, but for heads of stages and lists of state: those come before. */
+function linesNaming(name) {
+  const naming = new Set();
+  lines.forEach((line, id) => { if (mentions(line, name) && !/^(stage \d|holds )/.test(line)) naming.add(id); });
+  return naming;
+}
+
+function markEverywhere(name) {
+  const naming = name ? linesNaming(name) : new Set();
+  for (const column of columns) column.mark(name, naming);
+}

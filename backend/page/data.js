@@ -1,7 +1,10 @@
 "use strict";
 // The data of the page, names to look things up by, and how numbers are written.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
+/** An element of the page itself: a picture may have the same id. */
+const at = (id) => document.querySelector(`#${id}:not(svg, svg *)`);
+
+const DATA = JSON.parse(at("data").textContent);
 const string = (number) => DATA.strings[number];
 
 const ops = DATA.ops.map(([stage, target, module, loc, line], number) => (

@@ -1,6 +1,6 @@
 // The panel on the right: the life of a value or of a state entry, a stage, or the ops of a module, a source line, a target.
 
-const panel = document.getElementById("life");
+const panel = at("life");
 
 const heading = (text) => h("h3", {}, text);
 const paragraph = (...items) => h("p", {}, ...items);

@@ -40,6 +40,6 @@ document.addEventListener("keydown", (event) => {
 addEventListener("hashchange", show);
 
 for (const section of document.querySelectorAll("section:not([hidden])")) {
-  document.getElementById("nav").append(h("a", {href: `#${section.id}`}, section.dataset.title));
+  at("nav").append(h("a", {href: `#${section.id}`}, section.dataset.title));
 }
 show();

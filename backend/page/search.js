@@ -1,6 +1,6 @@
 // Search over values, state, modules, source lines, op targets, and the lines of the last program.
 
-const query = document.getElementById("query"), found = document.getElementById("found");
+const query = at("query"), found = at("found");
 const MOST = 12;
 
 /** [heading, [kind, key, what to compare with, remark] ...], made at the first search. */

@@ -99,16 +99,16 @@ const entryRow = (entry) => h("tr", {}, cell(ref("state", entry.name)), cell(ent
   cell(between((entry.held ?? []).map(([stage]) => ref("stage", stage)), ", ")), cell(entry.share ?? ""), number(entry.uses?.length ?? 0));
 
 /** A long table comes when it is asked for: elements cost more than data. */
-function table(place, heads, items, row, most = 60) {
+function table(place, heads, items, row, most = 400) {
   const make = () => place.replaceChildren(sortable(heads, items, row));
   if (items.length <= most) make();
   else place.append(h("button", {class: "small", type: "button", click: make}, `show all ${items.length}`));
   place.closest("section").hidden = !items.length;
 }
 
-const at = (id) => document.getElementById(id);
 at("facts").append(...facts());
 at("findings").append(...DATA.findings.slice(0, 8).map(findingNode));
+if (DATA.findings.length > 8) at("findings").append(h("li", {}, `and ${DATA.findings.length - 8} more state entries that several stages use`));
 table(at("costs"), costed ? COST_HEADS : STAGE_HEADS, DATA.stages, stageRow, Infinity);
 if (costed) at("costs").append(h("div", {class: "legend"}, legend(["forward", "backward", ...KINDS])));
 table(at("ways"), WAY_HEADS, DATA.ways, wayRow);
