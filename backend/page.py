@@ -37,8 +37,8 @@ def to_html(
 ) -> str:
     """The page. `program` is what the last text of `history` shows. Raises InputError for a picture that is no SVG.
 
-    Clicks in graph_svg are found by ids (`stage-2`, `value-relu_3`, `module-layers.3`), else by titles; without it a plain picture of
-    the stages is drawn. No report, no costs; no timeline_svg, no timeline.
+    What a part of a picture stands for is told by its id and its classes (`stage-2`, `value-relu_3`, `module-layers.3`), else by its
+    title. Without graph_svg a plain picture of the stages is drawn; no report, no costs; no timeline_svg, no timeline.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"

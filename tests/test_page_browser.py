@@ -18,6 +18,7 @@ GRAPH = """<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100">
 <g id="stage-1"><rect width="60" height="40"/></g>
 <g class="edge"><title>stage0&#45;&gt;stage2</title><path d="M70 10H200" fill="none" stroke="red"/><text>%skip</text></g>
 <g id="value-b-2"><path d="M70 60H200" fill="none" stroke="red"/></g>
+<g id="values-0-1" class="edge value-a value-skip route-send"><path d="M70 80H200" fill="none" stroke="red"/></g>
 <g id="data"><text id="query">0</text></g>
 <g id="x" onclick="window.hacked=1"><title>tile of stage 2</title><circle r="5"/></g>
 </svg>"""
@@ -118,7 +119,7 @@ def test_escape_closes_and_gives_the_focus_back(show: Callable[..., Page]) -> No
 
 @pytest.mark.parametrize(
     ("what", "title"),
-    [("#stage-1", "stage 1"), (".edge", "%skip"), ("#value-b-2", "%b"), ("#x", "stage 2")],
+    [("#stage-1", "stage 1"), (".edge", "%skip"), ("#value-b-2", "%b"), ("#values-0-1", "2 values"), ("#x", "stage 2")],
 )
 def test_clicks_in_the_graph(show: Callable[..., Page], what: str, title: str) -> None:
     page = show(*linked(), graph_svg=GRAPH)

@@ -40,10 +40,11 @@ function lane(born, reads, crossings) {
 }
 
 function wayNodes(way) {
-  const through = way.via.length ? ` through ${way.via.join(", ")}` : "";
+  const {via} = way, why = way.why?.replace(/, handed on by [\d, ]+$/, "");
+  const through = !via.length ? "" : via.length < 4 ? ` through ${via.join(", ")}` : ` through ${via[0]} … ${via.at(-1)}`;
   const source = way.source === null ? "input" : way.source;
   return [`${source} → ${way.target} `, h("span", {class: "chip"}, way.route ?? "no route yet"), through, way.made ? [" as ", byName(way.made)] : null,
-    `, ${bytes(way.bytes)}`, way.why ? h("span", {class: "label"}, ` — ${way.why}`) : null];
+    `, ${bytes(way.bytes)}`, why ? h("span", {class: "label"}, ` — ${why}`) : null];
 }
 
 const KIND_TEXT = {input: "an input of the model", param: "a parameter of a region of this op", version: "what a write made", result: ""};
@@ -142,11 +143,17 @@ function pairLife(key) {
   return found.length ? [list(found.map((way) => [byName(way.value), " ", wayNodes(way)]))] : null;
 }
 
+const severalLives = (key) => [list(key.split(" ").filter((name) => named(name)).map((name) => {
+  const {type, bytes: size} = values.get(name) ?? states.get(name);
+  return [byName(name), " ", h("span", {class: "mono"}, string(type)), `, ${bytes(size)}`];
+}))];
+
 const LIVES = {
-  value: valueLife, state: stateLife, stage: stageLife, pair: pairLife,
+  value: valueLife, state: stateLife, stage: stageLife, pair: pairLife, several: severalLives,
   module: groupLife("module"), source: groupLife("source"), target: groupLife("target"),
 };
-const TITLES = {stage: (key) => `stage ${key}`, pair: (key) => key.replace("-1 ", "inputs ").replace(" ", " → stage "), module: (key) => `module ${key}`};
+const TITLES = {
+  several: (key) => `${key.split(" ").length} values`, stage: (key) => `stage ${key}`, pair: (key) => key.replace("-1 ", "inputs ").replace(" ", " → stage "), module: (key) => `module ${key}`};
 
 /** The panel shows a thing; false when there is no such thing. */
 function showLife(kind, key) {
@@ -166,7 +173,7 @@ function closeLife() {
   panel.hidden = true;
   document.body.classList.remove("open");
   markEverywhere(null);
-  markPictures(() => false);
+  markPictures(null);
   history.replaceState(null, "", location.pathname + location.search);
   opener?.isConnected && opener.focus({preventScroll: true});
 }

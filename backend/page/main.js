@@ -2,6 +2,9 @@
 
 let opener = null, steps = 0;
 
+/** kind:key as [kind, key] */
+const split = (what) => [what.slice(0, what.indexOf(":")), what.slice(what.indexOf(":") + 1)];
+
 function go(kind, key) {
   if (kind === "op") { revealLine(ops[Number(key)].line); return; }
   const hash = `#${kind}:${encodeURIComponent(key)}`;
@@ -18,17 +21,16 @@ function show() {
   if (!kind || !showLife(kind, key)) return;
   const isName = kind === "value" || kind === "state";
   markEverywhere(isName ? key : null);
-  markPictures((what) => what === `${kind}:${key}`);
+  markPictures(`${kind}:${key}`);
   for (const row of document.querySelectorAll("tr[data-stage]")) row.classList.toggle("chosen", kind === "stage" && row.dataset.stage === key);
 }
 
 document.addEventListener("click", (event) => {
   const from = event.target.closest("[data-go]");
   if (!from || event.target.closest(".dragged")) return;
-  const [, kind, key] = /^(\w+):(.*)$/s.exec(from.dataset.go);
   if (!panel.contains(from)) opener = from.closest("[role=option]") ? query : from;
   setFound(false);
-  go(kind, key);
+  go(...split(from.dataset.go));
 });
 
 document.addEventListener("keydown", (event) => {

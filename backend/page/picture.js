@@ -10,10 +10,17 @@ class Picture {
     this.frame.tabIndex = 0;
     this.frame.setAttribute("role", "group");
     this.frame.setAttribute("aria-label", "Picture: plus and minus zoom, arrows move, 0 fits");
-    this.frame.style.height = `${Math.round(Math.min(Math.max(this.whole.height + 24, 120), innerHeight * 0.62))}px`;
+    this.size();
+    new ResizeObserver(() => this.size()).observe(frame);
     this.addTools();
     this.listen();
     this.begin();
+  }
+
+  /** As high as the picture is at this width, within bounds. */
+  size() {
+    const high = this.whole.height * Math.min(1, this.frame.clientWidth / this.whole.width || 1) + 24;
+    this.frame.style.height = `${Math.round(Math.min(Math.max(high, 120), innerHeight * 0.62))}px`;
   }
 
   addTools() {
@@ -29,12 +36,11 @@ class Picture {
 
   /** All of it, or, where that would be too small to read, its beginning. */
   begin() {
-    const {width, height} = this.frame.getBoundingClientRect();
-    const scale = Math.min(width / this.whole.width, height / this.whole.height);
-    if (!width || scale >= 0.55) return this.fit();
-    const {x, y} = this.whole, high = this.whole.height;
-    const seen = Math.min(height / 0.75, high);
-    this.set({x, y: y + (high - seen) / 2, width: seen * width / height, height: seen});
+    const {width, height} = this.frame.getBoundingClientRect(), {x, y} = this.whole;
+    if (!width || Math.min(width / this.whole.width, height / this.whole.height) >= 0.55) return this.fit();
+    const seen = {width: width / 0.8, height: height / 0.8};
+    const middle = (from, all, part) => all < part ? from + (all - part) / 2 : from;
+    this.set({x: middle(x, this.whole.width, seen.width), y: middle(y, this.whole.height, seen.height), ...seen});
   }
 
   fit() { this.set({...this.whole}); }
@@ -48,6 +54,14 @@ class Picture {
     const {x, y, width, height} = this.box;
     const size = Math.min(Math.max(width * factor, 40), this.whole.width * 8), f = size / width;
     this.set({x: x + width * (1 - f) * px, y: y + height * (1 - f) * py, width: size, height: height * f});
+  }
+
+  /** The first of the elements comes to the middle, unless one of them is in sight. */
+  show(elements) {
+    const frame = this.frame.getBoundingClientRect(), boxes = elements.map((element) => element.getBoundingClientRect());
+    if (!boxes.length || boxes.some((b) => b.right > frame.left && b.left < frame.right && b.bottom > frame.top && b.top < frame.bottom)) return;
+    const unit = 1 / this.svg.getScreenCTM().a, [first] = boxes;
+    this.pan((first.x + first.width / 2 - frame.x - frame.width / 2) * unit, (first.y + first.height / 2 - frame.y - frame.height / 2) * unit);
   }
 
   pan(dx, dy) { this.set({...this.box, x: this.box.x + dx, y: this.box.y + dy}); }
@@ -91,24 +105,30 @@ function sizeOf(svg) {
   return {x: 0, y: 0, width: parseFloat(svg.getAttribute("width")) || 800, height: parseFloat(svg.getAttribute("height")) || 400};
 }
 
-/** What a part of a picture stands for, as [kind, key], by its id, else by its title. */
-function meaning(element) {
-  if (element.dataset.pair) return ["pair", element.dataset.pair];
-  return meantById(element.id) ?? meantByTitle(element.querySelector(":scope > title")?.textContent ?? "", element);
+/** What a part of a picture stands for, as a list of kind:key: by its classes and its id, else by its title. */
+function meanings(element) {
+  if (element.dataset.pair) return [`pair:${element.dataset.pair}`];
+  const marks = [...element.classList, element.id].map(meantByMark).filter(Boolean);
+  const found = marks.length ? marks : [meantByTitle(element.querySelector(":scope > title")?.textContent ?? "", element)].filter(Boolean);
+  return [...new Set(found.map((pair) => pair.join(":")))];
 }
 
-function meantById(id) {
-  const [, kind, rest] = /^(stage|cluster|value|state|param|module)[-_](.+)$/s.exec(id) ?? [];
-  if (!kind) return null;
-  const known = [rest, rest.replace(/-\d+$/, "")].map((name) => meant(kind, name)).find(Boolean);
-  return known ?? null;
+/** `stage-2`, `value-relu_3`, `module-layers.3`; a number behind it tells parts of one thing apart. */
+function meantByMark(mark) {
+  const [, kind, rest] = /^(stage|cluster|value|state|param|module)[-_](.+)$/s.exec(mark) ?? [];
+  return kind ? meant(kind, rest) ?? meant(kind, rest.replace(/-\d+$/, "")) : null;
 }
 
 function meant(kind, name) {
-  if (kind === "stage" || kind === "cluster") return DATA.stages[Number(name)] ? ["stage", String(Number(name))] : null;
-  if (kind === "module") return groups.module.has(name) ? ["module", name] : null;
-  return named(name);
+  if (kind === "stage" || kind === "cluster") return /^\d+$/.test(name) && DATA.stages[Number(name)] ? ["stage", name] : null;
+  if (kind === "module") return plainModules.has(name) ? ["module", plainModules.get(name)] : null;
+  return plainNames.get(name) ?? null;
 }
+
+/** Marks have letters, digits, `_` and `.` only: names as they are there, and as they are. */
+const plain = (name) => name.replace(/^[%@]/, "").replace(/[^A-Za-z0-9_.]+/g, "_");
+const plainModules = new Map(Array.from(groups.module.keys(), (path) => [plain(path), path]));
+const plainNames = new Map([...Array.from(states.keys(), (name) => [plain(name), ["state", name]]), ...Array.from(values.keys(), (name) => [plain(name), ["value", name]])]);
 
 /** A value or a state entry by its name, with or without its mark. */
 function named(name) {
@@ -130,17 +150,24 @@ function meantByTitle(title, element) {
 
 const pictures = [];
 
+/** Several values on one edge are shown as a list, of several modules the first. */
+function goal(found) {
+  const names = found.filter((one) => /^(value|state):/.test(one)).map((one) => one.slice(one.indexOf(":") + 1));
+  return names.length > 1 ? `several:${names.join(" ")}` : found[0];
+}
+
 function makeClickable(frame) {
   for (const element of frame.querySelectorAll("svg g, svg [id]")) {
-    const found = meaning(element);
-    if (!found) continue;
+    const found = meanings(element);
+    if (!found.length) continue;
     element.classList.add("click");
+    element.dataset.go = goal(found);
+    element.dataset.all = found.join("\n");
     for (const path of element.querySelectorAll(":scope > path, :scope > a > path")) widen(path);
-    element.dataset.go = found.join(":");
     if (!frame.closest("#graph")) continue;  // the steps of a timeline are too many to go through by key
     element.setAttribute("tabindex", "0");
     element.setAttribute("role", "button");
-    element.addEventListener("keydown", (e) => { if (e.key === "Enter") go(...found); });
+    element.addEventListener("keydown", (e) => { if (e.key === "Enter") go(...split(element.dataset.go)); });
   }
 }
 
@@ -160,7 +187,14 @@ for (const frame of document.querySelectorAll(".picture")) {
   pictures.push(new Picture(frame));
 }
 
-/** Parts for which `is` holds are marked. */
-function markPictures(is) {
-  for (const element of document.querySelectorAll(".picture .click")) element.classList.toggle("chosen", is(element.dataset.go));
+/** What stands for the thing is marked, and in sight where all of it was out of sight. */
+function markPictures(what) {
+  for (const picture of pictures) {
+    const chosen = [...picture.svg.querySelectorAll(".click")].filter((element) => {
+      const is = element.dataset.go === what || element.dataset.all.split("\n").includes(what);
+      element.classList.toggle("chosen", is);
+      return is;
+    });
+    picture.show(chosen);
+  }
 }

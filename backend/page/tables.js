@@ -88,7 +88,7 @@ const WAY_HEADS = [
 ];
 
 const wayRow = (way) => h("tr", {}, cell(byName(way.value)), number(way.source ?? "input"), number(way.target),
-  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""), h("td", {class: "wide"}, way.why ?? ""));
+  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""), h("td", {class: "wide"}, way.why?.replace(/, handed on by [\d, ]+$/, "") ?? ""));
 
 const ENTRY_HEADS = [
   ["name", (e) => e.name], ["kind", (e) => e.kind], ["type", (e) => string(e.type)], ["bytes", (e) => e.bytes ?? -1, true],
