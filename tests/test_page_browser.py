@@ -152,6 +152,18 @@ def test_the_graph_zooms_and_pans(show: Callable[..., Page]) -> None:
     assert page.run(box) == first
 
 
+def test_dragging_pans_and_is_no_click(show: Callable[..., Page]) -> None:
+    page = show(*linked())
+    box = "document.querySelector('.picture svg').getAttribute('viewBox').split(' ').map(Number)"
+    page.run("document.querySelector('.picture').scrollIntoView({block: 'center'})")
+    x, y = page.run("(b => [b.x + b.width / 2, b.y + b.height / 2])(document.getElementById('stage-1').getBoundingClientRect())")
+    first = page.run(box)
+    for kind, left in (("mousePressed", x), ("mouseMoved", x - 40), ("mouseReleased", x - 40)):
+        page.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, x=left, y=y)
+    assert page.run(box)[0] > first[0]
+    assert not page.run(SHOWN)
+
+
 def test_folds_open_and_close(show: Callable[..., Page]) -> None:
     page = show(*long())
     column = "document.querySelector('[data-pass=canonicalize]')"

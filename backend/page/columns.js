@@ -22,7 +22,7 @@ class Column {
     for (const [kind, what] of this.data.hunks) {
       const ids = typeof what === "number" ? null : expandRuns(what);
       if (kind === "=") for (const end = old + what; old < end; old++) next("=", this.previous.ids[old]);
-      else if (kind === "-") for (const end = old + what; old < end; old++) rows.push({kind, at: -1, id: this.previous.ids[old], indent: this.previous.indents[old]});
+      else if (kind === "-") for (const end = old + what; old < end; old++) rows.push(this.lost(old));
       else if (kind === "~") for (const id of ids) next(kind, id, this.previous.ids[old++]);
       else for (const id of ids) next(this.index ? "+" : "=", id);
       if (this.index && kind !== "=") this.counts[kind] += ids ? ids.length : what;
@@ -30,14 +30,20 @@ class Column {
     return rows;
   }
 
+  lost(old) {
+    return {kind: "-", at: -1, id: this.previous.ids[old], indent: this.previous.indents[old]};
+  }
+
   makeElements() {
     const {name, seconds: time} = this.data;
     const {"+": more, "-": less, "~": other} = this.counts;
     const changed = [more && `+${more}`, less && `−${less}`, other && `~${other}`].filter(Boolean).join(" ");
-    const title = `${name}: ${this.index === 0 ? "what the passes began with" : this.data.changed ? `${changed || "order"} lines, ${seconds(time)}` : `changed nothing, ${seconds(time)}`}`;
+    const did = this.data.changed ? `${changed || "order"} lines, ${seconds(time)}` : `changed nothing, ${seconds(time)}`;
+    const title = `${name}: ${this.index ? did : "what the passes began with"}`;
     this.rows = h("div", {class: "rows"});
     this.sizer = h("div", {class: "sizer"}, this.rows);
-    this.pane = h("div", {class: "pane", tabindex: "0", role: "region", "aria-label": `Program after ${name}`, scroll: () => this.soon()}, this.sizer);
+    const frame = {class: "pane", tabindex: "0", role: "region", "aria-label": `Program after ${name}`, scroll: () => this.soon()};
+    this.pane = h("div", frame, this.sizer);
     this.toggle = h("button", {class: "small", type: "button", click: () => { this.folds = !this.folds; this.fold(); }}, "");
     this.element = h("div", {class: `column${this.data.changed ? " changed" : ""}`, "data-pass": name},
       h("div", {class: "head"},
@@ -144,7 +150,9 @@ function expandIndents(flat) {
   return indents;
 }
 
-const widest = (column) => column.diff.reduce((most, row) => Math.max(most, lines[row.id].length + (row.indent ?? column.indents[row.at])), 0);
+function widest(column) {
+  return column.diff.reduce((most, row) => Math.max(most, lines[row.id].length + (row.indent ?? column.indents[row.at])), 0);
+}
 
 function folded(diff) {
   const rows = [];

@@ -73,7 +73,12 @@ function scaled(number, base, units, digits) {
 const bytes = (size) => size === null || size === undefined ? "dynamic" : scaled(size, 1024, ["B", "KiB", "MiB", "GiB", "TiB"], 3);
 const count = (number) => scaled(number, 1000, ["", "k", "M", "G", "T", "P"], 3);
 const percent = (part) => `${(100 * part).toFixed(1)} %`;
-const seconds = (time) => time >= 1 ? `${time.toPrecision(3)} s` : time >= 1e-3 ? `${(1e3 * time).toPrecision(3)} ms` : `${(1e6 * time).toPrecision(3)} µs`;
+
+function seconds(time) {
+  const [scale, unit] = time >= 1 ? [1, "s"] : time >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
+  return `${(scale * time).toPrecision(3)} ${unit}`;
+}
+
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
 /** An element. Attributes that are functions are listeners; children are nodes or text, never markup. */
@@ -101,13 +106,17 @@ function moduleRefs(modules) {
     if (run && follows(run.at(-1), module)) run.push(module);
     else runs.push([module]);
   }
-  return runs.flatMap((run) => run.length > 2 ? [[ref("module", run[0]), " … ", ref("module", run.at(-1))]] : run.map((m) => [ref("module", m)]));
+  const refs = (run) => run.map((module) => [ref("module", module)]);
+  return runs.flatMap((run) => run.length > 2 ? [[ref("module", run[0]), " … ", ref("module", run.at(-1))]] : refs(run));
 }
 
 function follows(a, b) {
   const [, one, first] = /^(.*?)(\d+)$/.exec(a) ?? [], [, two, second] = /^(.*?)(\d+)$/.exec(b) ?? [];
   return one !== undefined && one === two && Number(second) === Number(first) + 1;
 }
+
+/** Why something crosses, without the stages it goes through: those are shown beside it. */
+const reason = (way) => (way.why ?? "").replace(/, handed on by [\d, ]+$/, "");
 
 const byName = (name) => ref(states.has(name) ? "state" : "value", name);
 const stageRef = (index) => ref("stage", index, `stage ${index}`);

@@ -40,10 +40,11 @@ function lane(born, reads, crossings) {
 }
 
 function wayNodes(way) {
-  const {via} = way, why = way.why?.replace(/, handed on by [\d, ]+$/, "");
+  const {via} = way, why = reason(way);
   const through = !via.length ? "" : via.length < 4 ? ` through ${via.join(", ")}` : ` through ${via[0]} … ${via.at(-1)}`;
   const source = way.source === null ? "input" : way.source;
-  return [`${source} → ${way.target} `, h("span", {class: "chip"}, way.route ?? "no route yet"), through, way.made ? [" as ", byName(way.made)] : null,
+  const route = h("span", {class: "chip"}, way.route ?? "no route yet");
+  return [`${source} → ${way.target} `, route, through, way.made ? [" as ", byName(way.made)] : null,
     `, ${bytes(way.bytes)}`, why ? h("span", {class: "label"}, ` — ${why}`) : null];
 }
 
@@ -70,7 +71,9 @@ function valueLife(name) {
 
 function versions(name) {
   const chain = chains.get(name);
-  return chain ? [heading("Versions, oldest first"), paragraph(between(chain.map((n) => n === name ? h("b", {class: "mono"}, n) : byName(n)), " → "))] : null;
+  if (!chain) return null;
+  const names = chain.map((one) => one === name ? h("b", {class: "mono"}, one) : byName(one));
+  return [heading("Versions, oldest first"), paragraph(between(names, " → "))];
 }
 
 function death(value) {
@@ -84,9 +87,9 @@ function stateLife(name) {
   if (!entry) return null;
   const held = entry.held ?? [];
   return [
-    paragraph(`${entry.kind}${entry.trained ? ", trained" : ""}, `, h("span", {class: "mono"}, string(entry.type)), `, ${bytes(entry.bytes)}`),
+    paragraph(`${entry.trained ? "trained " : ""}${entry.kind}, `, h("code", {}, string(entry.type)), `, ${bytes(entry.bytes)}`),
     lane(new Set(held.map(([stage]) => stage)), stagesOf(entry.uses), ways.get(entry.name) ?? []),
-    some("Names", entry.names.length > 1 || entry.transient ? entry.names.map((n) => [h("code", {}, n), entry.transient?.includes(n) ? " (not in the state_dict)" : ""]) : []),
+    some("Names", entry.names.length > 1 || entry.transient ? stateNames(entry) : []),
     some("Held by", held.map(([stage, names]) => [stageRef(stage), ` as ${names.join(", ")}`])),
     entry.share ? [heading("Shared by"), paragraph(entry.share)] : null,
     some("Same storage as", (entry.overlaps ?? []).map(byName)),
@@ -98,6 +101,10 @@ function stateLife(name) {
   ];
 }
 
+function stateNames({names, transient = []}) {
+  return names.map((name) => [h("code", {}, name), transient.includes(name) ? " (not in the state_dict)" : ""]);
+}
+
 function stageLife(key) {
   const stage = DATA.stages[Number(key)];
   if (!stage) return null;
@@ -107,7 +114,7 @@ function stageLife(key) {
     some("Modules", moduleRefs(stage.modules)),
     some("Inputs", limited(stage.inputs.map(byName))),
     some("Outputs", limited(stage.outputs.map(byName))),
-    some(`State, ${held.length} of ${DATA.state.length}`, limited(held.map((entry) => [byName(entry.name), `  ${bytes(entry.bytes)}`]), 80)),
+    some(`State, ${held.length} of ${DATA.state.length}`, limited(held.map((one) => [byName(one.name), `  ${bytes(one.bytes)}`]), 80)),
     some("First and last op", [opRef(ops.find((op) => op.stage === stage.index)), opRef(ops.findLast((op) => op.stage === stage.index))]),
   ];
 }
@@ -115,8 +122,10 @@ function stageLife(key) {
 function stageCosts(stage) {
   const sources = Object.entries(stage.sources).map(([kind, n]) => `${n} by ${kind}`).join(", ");
   return [
-    paragraph(`rank ${stage.rank}: forward ${seconds(stage.forward)}, backward ${seconds(stage.backward)}, ${percent(stage.share)} of the time of all stages`),
-    paragraph(`${count(stage.flops)} FLOPs forward, ${count(stage.parameters)} parameters; receives ${bytes(stage.received)}, sends ${bytes(stage.sent)}`),
+    paragraph(`rank ${stage.rank}: forward ${seconds(stage.forward)}, backward ${seconds(stage.backward)}, `
+      + `${percent(stage.share)} of the time of all stages`),
+    paragraph(`${count(stage.flops)} FLOPs forward, ${count(stage.parameters)} parameters; `
+      + `receives ${bytes(stage.received)}, sends ${bytes(stage.sent)}`),
     heading("Memory"), list(KINDS.map((kind) => [h("i", {class: `swatch ${kind}`}), `${kind} ${bytes(stage.memory[kind])}`])),
     paragraph(h("span", {class: "label"}, `costs of ops: ${sources}`)),
   ];
@@ -143,17 +152,23 @@ function pairLife(key) {
   return found.length ? [list(found.map((way) => [byName(way.value), " ", wayNodes(way)]))] : null;
 }
 
-const severalLives = (key) => [list(key.split(" ").filter((name) => named(name)).map((name) => {
-  const {type, bytes: size} = values.get(name) ?? states.get(name);
-  return [byName(name), " ", h("span", {class: "mono"}, string(type)), `, ${bytes(size)}`];
-}))];
+function severalLives(key) {
+  return [list(key.split("\n").filter(named).map((name) => {
+    const {type, bytes: size} = values.get(name) ?? states.get(name);
+    return [byName(name), " ", h("span", {class: "mono"}, string(type)), `, ${bytes(size)}`];
+  }))];
+}
 
 const LIVES = {
   value: valueLife, state: stateLife, stage: stageLife, pair: pairLife, several: severalLives,
   module: groupLife("module"), source: groupLife("source"), target: groupLife("target"),
 };
 const TITLES = {
-  several: (key) => `${key.split(" ").length} values`, stage: (key) => `stage ${key}`, pair: (key) => key.replace("-1 ", "inputs ").replace(" ", " → stage "), module: (key) => `module ${key}`};
+  several: (key) => `${key.split("\n").length} values`,
+  stage: (key) => `stage ${key}`,
+  module: (key) => `module ${key}`,
+  pair: (key) => key.replace("-1 ", "inputs ").replace(" ", " → stage "),
+};
 
 /** The panel shows a thing; false when there is no such thing. */
 function showLife(kind, key) {
@@ -161,7 +176,8 @@ function showLife(kind, key) {
   if (!content) return false;
   const close = h("button", {class: "small", type: "button", id: "close", click: closeLife, title: "Escape"}, "close");
   const back = h("button", {class: "small", type: "button", hidden: steps < 2, click: () => { steps -= 2; history.back(); }}, "back");
-  panel.replaceChildren(...[h("div", {class: "top"}, h("h2", {}, TITLES[kind]?.(key) ?? key), back, close), ...content].flat(Infinity).filter(Boolean));
+  const top = h("div", {class: "top"}, h("h2", {}, TITLES[kind]?.(key) ?? key), back, close);
+  panel.replaceChildren(top, ...content.flat(Infinity).filter(Boolean));
   panel.hidden = false;
   panel.scrollTop = 0;
   document.body.classList.add("open");

@@ -22,7 +22,9 @@ function show() {
   const isName = kind === "value" || kind === "state";
   markEverywhere(isName ? key : null);
   markPictures(`${kind}:${key}`);
-  for (const row of document.querySelectorAll("tr[data-stage]")) row.classList.toggle("chosen", kind === "stage" && row.dataset.stage === key);
+  for (const row of document.querySelectorAll("tr[data-stage]")) {
+    row.classList.toggle("chosen", kind === "stage" && row.dataset.stage === key);
+  }
 }
 
 document.addEventListener("click", (event) => {

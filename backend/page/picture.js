@@ -25,7 +25,11 @@ class Picture {
 
   addTools() {
     const tool = (label, title, action) => h("button", {class: "small", type: "button", title, "aria-label": title, click: action}, label);
-    this.frame.closest("section").querySelector("h2").append(h("div", {class: "tools"}, tool("+", "zoom in", () => this.zoom(0.7)), tool("−", "zoom out", () => this.zoom(1 / 0.7)), tool("fit", "show all of it", () => this.fit())));
+    const tools = [
+      tool("+", "zoom in", () => this.zoom(0.7)), tool("−", "zoom out", () => this.zoom(1 / 0.7)),
+      tool("fit", "show all of it", () => this.fit()),
+    ];
+    this.frame.closest("section").querySelector("h2").append(h("div", {class: "tools"}, tools));
   }
 
   listen() {
@@ -59,9 +63,12 @@ class Picture {
   /** The first of the elements comes to the middle, unless one of them is in sight. */
   show(elements) {
     const frame = this.frame.getBoundingClientRect(), boxes = elements.map((element) => element.getBoundingClientRect());
-    if (!boxes.length || boxes.some((b) => b.right > frame.left && b.left < frame.right && b.bottom > frame.top && b.top < frame.bottom)) return;
+    const inSight = (b) => b.right > frame.left && b.left < frame.right && b.bottom > frame.top && b.top < frame.bottom;
+    if (!boxes.length || boxes.some(inSight)) return;
     const unit = 1 / this.svg.getScreenCTM().a, [first] = boxes;
-    this.pan((first.x + first.width / 2 - frame.x - frame.width / 2) * unit, (first.y + first.height / 2 - frame.y - frame.height / 2) * unit);
+    const middle = (box) => [box.x + box.width / 2, box.y + box.height / 2];
+    const [x, y] = middle(first), [homeX, homeY] = middle(frame);
+    this.pan((x - homeX) * unit, (y - homeY) * unit);
   }
 
   pan(dx, dy) { this.set({...this.box, x: this.box.x + dx, y: this.box.y + dy}); }
@@ -75,8 +82,11 @@ class Picture {
 
   key(event) {
     const step = this.box.width / 10;
-    const does = {"+": () => this.zoom(0.8), "=": () => this.zoom(0.8), "-": () => this.zoom(1.25), "0": () => this.fit(), ArrowLeft: () => this.pan(-step, 0),
-      ArrowRight: () => this.pan(step, 0), ArrowUp: () => this.pan(0, -step), ArrowDown: () => this.pan(0, step)}[event.key];
+    const does = {
+      "+": () => this.zoom(0.8), "=": () => this.zoom(0.8), "-": () => this.zoom(1.25), "0": () => this.fit(),
+      ArrowLeft: () => this.pan(-step, 0), ArrowRight: () => this.pan(step, 0),
+      ArrowUp: () => this.pan(0, -step), ArrowDown: () => this.pan(0, step),
+    }[event.key];
     if (!does || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     does();
@@ -86,8 +96,9 @@ class Picture {
     if (start.button) return;
     const unit = 1 / this.svg.getScreenCTM().a, {x, y} = this.box;
     const move = (e) => {
-      if (Math.hypot(e.clientX - start.clientX, e.clientY - start.clientY) > 4) this.frame.classList.add("dragged");
-      if (this.frame.classList.contains("dragged")) this.set({...this.box, x: x - (e.clientX - start.clientX) * unit, y: y - (e.clientY - start.clientY) * unit});
+      const dx = e.clientX - start.clientX, dy = e.clientY - start.clientY;
+      if (Math.hypot(dx, dy) > 4) this.frame.classList.add("dragged");
+      if (this.frame.classList.contains("dragged")) this.set({...this.box, x: x - dx * unit, y: y - dy * unit});
     };
     const stop = () => {
       removeEventListener("pointermove", move);
@@ -101,7 +112,8 @@ class Picture {
 
 function sizeOf(svg) {
   const box = svg.getAttribute("viewBox")?.split(/[\s,]+/).map(Number);
-  if (box?.length === 4 && box.every(Number.isFinite) && box[2] > 0 && box[3] > 0) return {x: box[0], y: box[1], width: box[2], height: box[3]};
+  const [x, y, width, height] = box ?? [];
+  if (box?.length === 4 && box.every(Number.isFinite) && width > 0 && height > 0) return {x, y, width, height};
   return {x: 0, y: 0, width: parseFloat(svg.getAttribute("width")) || 800, height: parseFloat(svg.getAttribute("height")) || 400};
 }
 
@@ -128,7 +140,8 @@ function meant(kind, name) {
 /** Marks have letters, digits, `_` and `.` only: names as they are there, and as they are. */
 const plain = (name) => name.replace(/^[%@]/, "").replace(/[^A-Za-z0-9_.]+/g, "_");
 const plainModules = new Map(Array.from(groups.module.keys(), (path) => [plain(path), path]));
-const plainNames = new Map([...Array.from(states.keys(), (name) => [plain(name), ["state", name]]), ...Array.from(values.keys(), (name) => [plain(name), ["value", name]])]);
+const pairsOf = (kind, names) => Array.from(names, (name) => [plain(name), [kind, name]]);
+const plainNames = new Map([...pairsOf("state", states.keys()), ...pairsOf("value", values.keys())]);
 
 /** A value or a state entry by its name, with or without its mark. */
 function named(name) {
@@ -153,7 +166,7 @@ const pictures = [];
 /** Several values on one edge are shown as a list, of several modules the first. */
 function goal(found) {
   const names = found.filter((one) => /^(value|state):/.test(one)).map((one) => one.slice(one.indexOf(":") + 1));
-  return names.length > 1 ? `several:${names.join(" ")}` : found[0];
+  return names.length > 1 ? `several:${names.join("\n")}` : found[0];
 }
 
 function makeClickable(frame) {

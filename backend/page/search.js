@@ -12,8 +12,12 @@ function makeIndex() {
     ["Values", DATA.values.map((v) => ["value", v.name, v.name.toLowerCase(), string(v.type)])],
     ["State", Array.from(states, ([name, entry]) => ["state", name, name.toLowerCase(), string(entry.type)])],
     ["Modules", grouped("module")], ["Source lines", grouped("source")], ["Ops", grouped("target")],
-    ["Lines of the program", ops.filter((op) => op.line >= 0).map((op) => ["op", String(op.number), lines[lastIds()[op.line]].toLowerCase(), op.stage === null ? "" : `stage ${op.stage}`])],
+    ["Lines of the program", ops.filter((op) => op.line >= 0).map(lineItem)],
   ];
+}
+
+function lineItem({number, line, stage}) {
+  return ["op", String(number), lines[lastIds()[line]].toLowerCase(), stage === null ? "" : `stage ${stage}`];
 }
 
 /** Whole names first, then beginnings, then the rest; the mark before a name does not count. */
@@ -41,7 +45,8 @@ function showFound() {
   const results = wanted ? matches(wanted) : [];
   const nodes = results.flatMap(([title, best, all]) => [
     h("div", {class: "kind", role: "presentation"}, all > best.length ? `${title} (${best.length} of ${all})` : title),
-    ...best.map(([kind, key, , remark]) => h("div", {role: "option", "aria-selected": "false", "data-go": `${kind}:${key}`}, h("b", {}, label(kind, key)), h("span", {}, remark))),
+    ...best.map(([kind, key, , remark]) => h("div", {role: "option", "aria-selected": "false", "data-go": `${kind}:${key}`},
+      h("b", {}, label(kind, key)), h("span", {}, remark))),
   ]);
   found.replaceChildren(...(nodes.length ? nodes : [h("div", {class: "none"}, "nothing found")]));
   found.querySelectorAll("[role=option]").forEach((option, i) => { option.id = `found-${i}`; });

@@ -58,8 +58,9 @@ function flag(size, stage, word) {
 
 const STAGE_HEADS = [["stage", (s) => s.index], ["modules", (s) => s.modules.join()], ["ops", (s) => s.ops, true]];
 const COST_HEADS = [
-  ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf], ["share", (s) => s.share, true],
-  ["FLOPs", (s) => s.flops, true], ["parameters", (s) => s.parameters, true], ["memory", memoryOf], ["", memoryOf],
+  ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf],
+  ["share", (s) => s.share, true], ["FLOPs", (s) => s.flops, true], ["parameters", (s) => s.parameters, true],
+  ["memory", memoryOf], ["", memoryOf],
   ["in", (s) => s.received, true], ["out", (s) => s.sent, true], ["ops", (s) => s.ops, true], ["modules", (s) => s.modules.join()],
 ];
 
@@ -88,14 +89,16 @@ const WAY_HEADS = [
 ];
 
 const wayRow = (way) => h("tr", {}, cell(byName(way.value)), number(way.source ?? "input"), number(way.target),
-  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""), h("td", {class: "wide"}, way.why?.replace(/, handed on by [\d, ]+$/, "") ?? ""));
+  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""),
+  h("td", {class: "wide"}, reason(way)));
 
 const ENTRY_HEADS = [
   ["name", (e) => e.name], ["kind", (e) => e.kind], ["type", (e) => string(e.type)], ["bytes", (e) => e.bytes ?? -1, true],
   ["stages", (e) => e.held?.[0][0] ?? -1], ["shared", (e) => e.share ?? ""], ["reads", (e) => e.uses?.length ?? 0, true],
 ];
 
-const entryRow = (entry) => h("tr", {}, cell(ref("state", entry.name)), cell(entry.kind), h("td", {class: "mono"}, string(entry.type)), number(bytes(entry.bytes)),
+const entryRow = (entry) => h("tr", {},
+  cell(ref("state", entry.name)), cell(entry.kind), h("td", {class: "mono"}, string(entry.type)), number(bytes(entry.bytes)),
   cell(between((entry.held ?? []).map(([stage]) => ref("stage", stage)), ", ")), cell(entry.share ?? ""), number(entry.uses?.length ?? 0));
 
 /** A long table comes when it is asked for: elements cost more than data. */
@@ -108,7 +111,9 @@ function table(place, heads, items, row, most = 400) {
 
 at("facts").append(...facts());
 at("findings").append(...DATA.findings.slice(0, 8).map(findingNode));
-if (DATA.findings.length > 8) at("findings").append(h("li", {}, `and ${DATA.findings.length - 8} more state entries that several stages use`));
+if (DATA.findings.length > 8) {
+  at("findings").append(h("li", {}, `and ${DATA.findings.length - 8} more state entries that several stages use`));
+}
 table(at("costs"), costed ? COST_HEADS : STAGE_HEADS, DATA.stages, stageRow, Infinity);
 if (costed) at("costs").append(h("div", {class: "legend"}, legend(["forward", "backward", ...KINDS])));
 table(at("ways"), WAY_HEADS, DATA.ways, wayRow);

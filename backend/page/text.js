@@ -31,8 +31,7 @@ const PLAIN = new Set(["space", "rest", "word"]);
 
 function tokenNode([kind, text], marked) {
   if (PLAIN.has(kind)) return document.createTextNode(text);
-  const node = h("span", {class: `t-${kind}${text === marked ? " marked" : ""}`, "data-go": GOES[kind]?.(text)}, text);
-  return node;
+  return h("span", {class: `t-${kind}${text === marked ? " marked" : ""}`, "data-go": GOES[kind]?.(text)}, text);
 }
 
 const lineNodes = (line, marked) => tokens(line).map((token) => tokenNode(token, marked));
@@ -40,7 +39,8 @@ const lineNodes = (line, marked) => tokens(line).map((token) => tokenNode(token,
 /** The new line, with what came in <ins> and what went in <del>. */
 function changedNodes(old, line, marked) {
   const steps = tokenSteps(tokens(old), tokens(line));
-  return steps.map(([step, token]) => step === "=" ? tokenNode(token, marked) : h(step === "+" ? "ins" : "del", {}, tokenNode(token, marked)));
+  const wraps = {"=": (node) => node, "+": (node) => h("ins", {}, node), "-": (node) => h("del", {}, node)};
+  return steps.map(([step, token]) => wraps[step](tokenNode(token, marked)));
 }
 
 /** The steps from one list of tokens to another by their longest common subsequence; lines far apart are all lost and new. */
