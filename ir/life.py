@@ -173,6 +173,7 @@ class Lives:
         self._line = line_printer(program)
         self._numbers: dict[Op, tuple[int, int | None]] = {}
         self._params: dict[Value, Op] = {}
+        self._yields: set[Op] = set()
         for stage, op in _staged(program):
             self._number(op, stage)
         self._places: dict[Op, Place] = {}
@@ -256,6 +257,7 @@ class Lives:
         for inner in region.ops:
             self._number(inner, stage)
         self._numbers[region.output] = (len(self._numbers), stage)
+        self._yields.add(region.output)
 
     def _place(self, op: Op) -> Place:
         if op not in self._places:
@@ -265,8 +267,8 @@ class Lives:
     def _new_place(self, op: Op) -> Place:
         number, stage = self._numbers[op]
         line = self._line(op)
-        if op.target == "output":
-            return Place(number, stage, YIELD, scope_fqn(op.scope), op.loc, YIELD + line.removeprefix("output"))
+        if op in self._yields:
+            return Place(number, stage, YIELD, scope_fqn(op.scope), op.loc, f"{YIELD} {line.partition('(')[2].removesuffix(')')}")
         return Place(number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line)
 
     def _life(self, value: Value) -> ValueLife:

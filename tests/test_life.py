@@ -99,7 +99,7 @@ def test_a_traced_program_has_no_stages() -> None:
 def test_inside_regions() -> None:
     param = life_of_value(load("everything"), "%b")
     assert param.kind == "param"
-    assert [use.place.target for use in param.uses] == ["yield"]
+    assert [(use.place.target, use.place.text) for use in param.uses] == [("yield", "yield (%b,)")]
     assert life_of_value(load("everything"), "u").uses[0].place.target == "torch.ops.higher_order.wrap"
 
 

@@ -41,6 +41,7 @@ def test_wheel_alone(tmp_path: Path) -> None:
     shown = run(python, "-m", "stagecut.tools.dump_ir", f"{ROOT}/examples/net.py:make", env=env, cwd=tmp_path)
     assert shown.startswith("program @Net phase=linked stages=3")
     assert (site / "stagecut" / "py.typed").exists()
+    assert (site / "stagecut" / "backend" / "page" / "main.js").exists()
 
 
 def test_console_script_is_declared() -> None:

@@ -1,0 +1,120 @@
+// The facts, the findings, and the tables of stages, crossings and state.
+
+const KINDS = ["parameters", "gradients", "optimizer", "activations", "passing"];
+
+function facts() {
+  const r = DATA.report;
+  const found = [["stages", DATA.stages.length || "none yet"], ["ops", DATA.ops.length], ["phase", DATA.phase]];
+  if (r) {
+    found.push(["device", r.device], ["schedule", r.schedule], ["micro-batches", r.n_microbatches], ["predicted step", seconds(r.seconds)],
+      ["bubble", percent(r.bubble)], ["balance", percent(r.balance)], ["times as fast as one device", r.speed_up.toFixed(2)]);
+  }
+  return found.map(([name, item]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(item))));
+}
+
+function findingNode([text, about]) {
+  return h("li", {}, text, about ? [" ", h("button", {class: "ref", type: "button", "data-go": about}, "show")] : null);
+}
+
+const bar = (parts, most) => h("div", {class: "bar", "aria-hidden": "true"}, parts.map(([kind, size]) => {
+  const piece = h("i", {class: kind, title: kind});
+  piece.style.width = `${most ? 100 * size / most : 0}%`;
+  return piece;
+}));
+
+const legend = (kinds) => kinds.map((kind) => h("span", {}, h("i", {class: kind}), kind));
+const cell = (...items) => h("td", {}, ...items);
+const number = (text) => h("td", {class: "number"}, String(text));
+const memoryOf = (stage) => sum(KINDS.map((kind) => stage.memory[kind] ?? 0));
+const timeOf = (stage) => stage.forward + stage.backward;
+
+/** A table whose rows are made on demand; a click on a head sorts by it. heads: [name, key of an item, is a number]. */
+function sortable(heads, items, row) {
+  const body = h("tbody", {}, items.map(row));
+  const tops = heads.map(([name, key, isNumber]) => h("th", {class: isNumber ? "number" : null, scope: "col"},
+    h("button", {type: "button", click: () => sortBy(key, isNumber)}, name)));
+  let sorted = null, down = false;
+  function sortBy(key, isNumber) {
+    down = sorted === key ? !down : Boolean(isNumber);
+    sorted = key;
+    const order = [...items].sort((a, b) => compare(key(a), key(b)) * (down ? -1 : 1));
+    tops.forEach((top, i) => top.setAttribute("aria-sort", heads[i][1] === key ? (down ? "descending" : "ascending") : "none"));
+    body.replaceChildren(...order.map(row));
+  }
+  return h("div", {class: "scroll", tabindex: "0"}, h("table", {}, h("thead", {}, h("tr", {}, tops)), body));
+}
+
+const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+
+const costed = DATA.report !== null;
+const longest = costed ? Math.max(...DATA.stages.map(timeOf)) : 0;
+const fullest = costed ? Math.max(...DATA.stages.map(memoryOf)) : 0;
+
+/** The word for a stage that stands out: within a thousandth of the most, which few are. */
+function flag(size, stage, word) {
+  const most = Math.max(...DATA.stages.map(size)), near = DATA.stages.filter((s) => size(s) >= 0.999 * most);
+  return near.includes(stage) && near.length <= DATA.stages.length / 2 ? h("span", {class: "flag"}, word) : null;
+}
+
+const STAGE_HEADS = [["stage", (s) => s.index], ["modules", (s) => s.modules.join()], ["ops", (s) => s.ops, true]];
+const COST_HEADS = [
+  ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf],
+  ["share", (s) => s.share, true], ["FLOPs", (s) => s.flops, true], ["parameters", (s) => s.parameters, true],
+  ["memory", memoryOf], ["", memoryOf],
+  ["in", (s) => s.received, true], ["out", (s) => s.sent, true], ["ops", (s) => s.ops, true], ["modules", (s) => s.modules.join()],
+];
+
+function modulesCell(stage) {
+  const refs = moduleRefs(stage.modules);
+  const more = refs.length > 5 ? ` and ${refs.length - 5} more` : null;
+  return h("td", {class: "wide"}, refs.length ? between(refs.slice(0, 5), ", ") : "the model itself", more);
+}
+
+function stageRow(stage) {
+  const row = {"data-stage": stage.index};
+  if (!costed) return h("tr", row, cell(stageRef(stage.index)), modulesCell(stage), number(stage.ops));
+  return h("tr", row,
+    cell(stageRef(stage.index)), number(stage.rank),
+    cell(bar([["forward", stage.forward], ["backward", stage.backward]], longest)),
+    cell(seconds(timeOf(stage)), flag(timeOf, stage, "slowest")), number(percent(stage.share)),
+    number(count(stage.flops)), number(count(stage.parameters)),
+    cell(bar(KINDS.map((kind) => [kind, stage.memory[kind] ?? 0]), fullest)),
+    cell(bytes(memoryOf(stage)), flag(memoryOf, stage, "fullest")),
+    number(bytes(stage.received)), number(bytes(stage.sent)), number(stage.ops), modulesCell(stage));
+}
+
+const WAY_HEADS = [
+  ["value", (w) => w.value], ["from", (w) => w.source ?? -1, true], ["to", (w) => w.target, true], ["route", (w) => w.route ?? ""],
+  ["bytes", (w) => w.bytes ?? -1, true], ["through", (w) => w.via.length, true], ["why", (w) => w.why ?? ""],
+];
+
+const wayRow = (way) => h("tr", {}, cell(byName(way.value)), number(way.source ?? "input"), number(way.target),
+  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""),
+  h("td", {class: "wide"}, reason(way)));
+
+const ENTRY_HEADS = [
+  ["name", (e) => e.name], ["kind", (e) => e.kind], ["type", (e) => string(e.type)], ["bytes", (e) => e.bytes ?? -1, true],
+  ["stages", (e) => e.held?.[0][0] ?? -1], ["shared", (e) => e.share ?? ""], ["reads", (e) => e.uses?.length ?? 0, true],
+];
+
+const entryRow = (entry) => h("tr", {},
+  cell(ref("state", entry.name)), cell(entry.kind), h("td", {class: "mono"}, string(entry.type)), number(bytes(entry.bytes)),
+  cell(between((entry.held ?? []).map(([stage]) => ref("stage", stage)), ", ")), cell(entry.share ?? ""), number(entry.uses?.length ?? 0));
+
+/** A long table comes when it is asked for: elements cost more than data. */
+function table(place, heads, items, row, most = 400) {
+  const make = () => place.replaceChildren(sortable(heads, items, row));
+  if (items.length <= most) make();
+  else place.append(h("button", {class: "small", type: "button", click: make}, `show all ${items.length}`));
+  place.closest("section").hidden = !items.length;
+}
+
+at("facts").append(...facts());
+at("findings").append(...DATA.findings.slice(0, 8).map(findingNode));
+if (DATA.findings.length > 8) {
+  at("findings").append(h("li", {}, `and ${DATA.findings.length - 8} more state entries that several stages use`));
+}
+table(at("costs"), costed ? COST_HEADS : STAGE_HEADS, DATA.stages, stageRow, Infinity);
+if (costed) at("costs").append(h("div", {class: "legend"}, legend(["forward", "backward", ...KINDS])));
+table(at("ways"), WAY_HEADS, DATA.ways, wayRow);
+table(at("entries"), ENTRY_HEADS, DATA.state, entryRow);
