@@ -102,13 +102,8 @@ class _BlockGraph:
         node = self._ids("module", _path(block.scope))
         with graph.subgraph(name=f"cluster_{node}") as box:
             tip = plain(self._about(scope_text(block.scope), [*block.every_op()], block))
-            box.attr(
-                label=rich((_title(block), "b"), *self._carried(block)),
-                id=node,
-                tooltip=tip,
-                **_classes(block),
-                **_cluster(depth, len(block.copies) + 1),
-            )
+            label, look = rich((_title(block), "b"), *self._carried(block)), _cluster(depth, len(block.copies) + 1)
+            box.attr(label=label, id=node, tooltip=tip, **_classes(block), **look)
             self._items(box, block, depth + 1)
 
     def _closed(self, graph: graphviz.Digraph, block: Block) -> None:
@@ -157,9 +152,9 @@ class _BlockGraph:
         return [(f"state {total_text(held)}", "s")] if held else []
 
     def _marks(self, ops: list[Op]) -> list[tuple[str, str]]:
-        written = {value for op in ops for value in self._writes.get(op, ())}
+        written = dict.fromkeys(value for op in ops for value in self._writes.get(op, ()))
         marked = dict.fromkeys([*(e for e in _state(ops) if is_tied(e)), *(v.owner for v in written if isinstance(v.owner, StateEntry))])
-        return state_lines(marked, written, self._home.get(ops[0]))
+        return state_lines(marked, set(written), self._home.get(ops[0]))
 
     def _about(self, where: str, ops: list[Op], block: Block | None = None) -> str:
         """What a pointer over a box is shown: the module, its source lines, its state, its ops."""
@@ -174,22 +169,26 @@ class _BlockGraph:
     def _ends(self) -> None:
         """Draws what comes from outside and goes there, and all edges."""
         edges = self._edges()
-        stage = self._blocks[0] if self._stage is not None else None
-        given = stage.inputs if stage else self._program.inputs
+        ends = self._given(edges)
+        whole: dict[tuple[str, str, str], list[Value]] = {}
+        for (tail, head, kind), values in edges.items():
+            for value in values:
+                whole.setdefault((tail or ends[value], head, kind), []).append(value)
+        for (tail, head, kind), those in whole.items():
+            self._edge(tail, head, kind, those, named=not tail.startswith("in-"))
+        self._returned(ends)
+
+    def _given(self, edges: dict[tuple[str, str, str], dict[Value, None]]) -> dict[Value, str]:
+        """Value from outside -> the node it is drawn as."""
+        given = self._blocks[0].inputs if self._stage is not None else [v for v in self._program.inputs if v.uses]
         readers: dict[Value, tuple[str, ...]] = dict.fromkeys(given, ())
         for (tail, head, _), values in edges.items():
             for v in values if not tail else ():
                 readers[v] = (*readers.get(v, ()), head)
         ends: dict[Value, str] = {}
-        for values in _gathered(list(readers), lambda v: (self._origin(v), readers[v])):
-            ends |= dict.fromkeys(values, self._end("in", values, INPUT, self._origin(values[0])))
-        inside: dict[tuple[str, str, str], dict[Value, None]] = {}
-        for (tail, head, kind), values in edges.items():
-            for v in values:
-                inside.setdefault((tail or ends[v], head, kind), {})[v] = None
-        for (tail, head, kind), values in inside.items():
-            self._edge(tail, head, kind, list(values), named=not tail.startswith("in-"))
-        self._returned(ends)
+        for those in _gathered(list(readers), lambda v: (self._origin(v), readers[v])):
+            ends |= dict.fromkeys(those, self._end("in", those, INPUT, self._origin(those[0])))
+        return ends
 
     def _edges(self) -> dict[tuple[str, str, str], dict[Value, None]]:
         """Tail node ('' for the outside), head node and kind -> values that go there."""
@@ -238,11 +237,11 @@ class _BlockGraph:
     def _end(self, kind: str, values: list[Value], look: dict[str, str], where: str) -> str:
         """Draws a node for values that cross the border of the picture."""
         node = self._ids(kind, self._names[values[0]])
-        names = self._names[values[0]] if len(values) == 1 else f"{len(values)} values"
-        size = f"{short(type_text(values[0]), 32)}, {total_text(values)}" if len(values) == 1 else total_text(values)
-        self.graph.node(
-            node, rich((names, "b"), (where, "s"), (size, "s")), id=node, tooltip=self._tip(values), **self._values(values), **look
-        )
+        name, size = f"{len(values)} values", total_text(values)
+        if len(values) == 1:
+            name, size = self._names[values[0]], f"{short(type_text(values[0]), 32)}, {size}"
+        label = rich((name, "b"), (where, "s"), (size, "s"), align="CENTER")
+        self.graph.node(node, label, id=node, tooltip=self._tip(values), **self._values(values), **look)
         return node
 
     def _origin(self, value: Value) -> str:

@@ -68,7 +68,7 @@ def folded(ops: Iterable[Op]) -> Folded:
 
 def _tree(ops: Iterable[Op]) -> Block:
     root = Block(())
-    known = {(): root}
+    known: dict[Scope, Block] = {(): root}
     for op in ops:
         block = root
         for depth in range(1, len(op.scope) + 1):

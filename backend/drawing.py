@@ -177,7 +177,7 @@ def state_lines(states: Iterable[StateEntry], written: set[Value], here: int | N
     names = [fqn_text(entry.name) for entry in states if entry.value in written]
     more = [(f"{len(lines) - 3} more tied", TIED)] if len(lines) > 4 else []
     lines = lines[:3] + more if more else lines
-    return lines + ([(f"writes {some(names, 2)}", WRITTEN)] if names else [])
+    return lines + ([(f"writes {some(names, 1)}", WRITTEN)] if names else [])
 
 
 def _tied(entry: StateEntry, here: int | None) -> str:

@@ -87,13 +87,8 @@ class _StageGraph:
         lines += [(size, "s"), *state_lines(stage.state, written, stage.index)]
         lines += [(f"fed {some(names)}", "s") for names in [self._of(notes, "feed")] if names]
         lines += [(f"computes again {some(names)}", "s") for names in [self._of(notes, "recompute")] if names]
-        tip = "\n".join(
-            [
-                f"stage {stage.index}",
-                *dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope),
-                *(f"holds {fqn_text(e.name)}" for e in [*stage.state][:20]),
-            ]
-        )
+        scopes = dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope)
+        tip = "\n".join([f"stage {stage.index}", *list(scopes)[:40], *(f"holds {fqn_text(e.name)}" for e in [*stage.state][:20])])
         color = {"color": WRITTEN} if written else {}
         self.graph.node(f"stage-{stage.index}", rich(*lines), id=f"stage-{stage.index}", tooltip=plain(tip), fillcolor="#f3f5f7", **color)
 
@@ -157,10 +152,9 @@ class _StageGraph:
             node = self._end("output", values, OUTPUT, head)
             text = [(some([self._names[v] for v in values]), "n")]
             look = pen("send", bytes_of(values)) | self._classes(values, "route-output")
-            name = f"{node}-edge"
-            self.graph.edge(
-                home.get(values[0], inputs.get(values[0])), node, rich(*text, pad=2), id=name, tooltip=self._tip(values), **look
-            )
+            name, tip = f"{node}-edge", self._tip(values)
+            tail = home.get(values[0]) or inputs[values[0]]
+            self.graph.edge(tail, node, rich(*text, pad=2), id=name, tooltip=tip, labeltooltip=tip, **look)
 
     def _tied(self) -> list[str]:
         """Draws the ties of state that several stages have; the kinds of edges that makes."""
@@ -244,11 +238,9 @@ def _runs(paths: list[list[str]]) -> list[str]:
             runs[-1][1].append(number[0])
         else:
             runs.append((path, number))
-    return [
-        ".".join([*path[:-1], spans(numbers) if numbers else path[-1]]) + _times(len(numbers)) or "the model itself"
-        for path, numbers in runs
-    ]
+    return [_line(path, numbers) for path, numbers in runs]
 
 
-def _times(count: int) -> str:
-    return f"  x {count}" if count > 1 else ""
+def _line(path: list[str], numbers: list[int]) -> str:
+    name = ".".join([*path[:-1], spans(numbers) if numbers else path[-1]]) or "the model itself"
+    return f"{name}  x {len(numbers)}" if len(numbers) > 1 else name
