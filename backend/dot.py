@@ -5,6 +5,7 @@ from __future__ import annotations
 import graphviz
 
 from stagecut.backend.block_graph import block_graph
+from stagecut.backend.drawing import BACKSLASH
 from stagecut.backend.stage_graph import stage_graph
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program
@@ -30,7 +31,7 @@ def to_dot(program: Program, *, level: str = "stages", stage: int | None = None,
 def to_svg(program: Program, *, level: str = "stages", stage: int | None = None, depth: int | None = None) -> str:
     """The picture that `to_dot` describes, as SVG. Raises StagecutError where the program `dot` is not installed."""
     try:
-        return str(_graph(program, level, stage, depth).pipe(format="svg", encoding="utf-8"))
+        return str(_graph(program, level, stage, depth).pipe(format="svg", encoding="utf-8")).replace(BACKSLASH, "\\")
     except graphviz.ExecutableNotFound as error:
         raise StagecutError(
             "pictures are laid out by the program `dot`, which is not on the PATH",

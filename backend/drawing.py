@@ -12,6 +12,9 @@ from stagecut.ir.graph import Namer, Op, StateEntry, Value
 from stagecut.ir.printer import fqn_text, size_text
 from stagecut.ir.types import TensorType, value_bytes
 
+BACKSLASH = "\u2216\u2060"
+"""What stands for a backslash: dot reads those as escapes, once or twice, wherever they stand. No other text here has the second part."""
+
 GREY, TIED, WRITTEN = "#66707a", "#b35c00", "#a33a3a"
 PENS = {
     "inside": {"style": "solid", "color": "#5d6b78"},
@@ -67,8 +70,9 @@ def reduced(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A DOT string that shows `text`: neither escapes nor entities are read in it."""
-    return str(graphviz.escape(_printable(text).replace("&", "&amp;")))
+    """A DOT string for a tooltip that shows `text`, also where that looks like markup."""
+    shown: str = graphviz.nohtml(_printable(text).replace("&", "&amp;").replace("\n", "&#10;"))
+    return shown
 
 
 def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
@@ -85,7 +89,9 @@ def _look(text: str, look: str) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    """`text` without control characters and backslashes."""
+    shown = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    return shown.replace("\\", BACKSLASH)
 
 
 def short(text: str, most: int = 48) -> str:
@@ -98,7 +104,7 @@ def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
     look = {"rankdir": "TB", "ranksep": "0.35", "nodesep": "0.3", "pad": "0.2", "labelloc": "t", "labeljust": "l", "fontsize": "14"}
     graph = graphviz.Digraph(name, graph_attr=look | _FONT, node_attr=_NODE | _FONT)
     graph.attr("edge", **_FONT, fontsize="10", arrowsize="0.7")
-    graph.attr(label=plain(title), id=name, tooltip=plain(tooltip))
+    graph.attr(label=rich((title, "n")), id=name, tooltip=plain(tooltip))
     return graph
 
 
