@@ -247,7 +247,7 @@ class _Meter:
     """Times the steps of stages, by methods it puts in front of their own."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        self._cuda, self._group = device.type == "cuda", group
+        self._device, self._cuda, self._group = device, device.type == "cuda", group
         self._changed: list[tuple[Any, str, Any]] = []
         self._watched: set[int] = set()
         self._marks: list[tuple[Step, Any, Any]] = []
@@ -312,7 +312,7 @@ class _Meter:
         if not self._cuda:
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
+        mark.record(torch.cuda.current_stream(self._device))
         return mark
 
     def _since(self, mark: Any) -> float:
