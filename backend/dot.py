@@ -1,86 +1,59 @@
-"""Program -> DOT: stages as clusters, one edge per crossing value with shape and bytes, tied state marked."""
+"""Program -> pictures, in the DOT language and as SVG: the stages, the modules of a stage, or its ops."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import graphviz
 
-from stagecut.ir.graph import Program, Stage, Transfer, Value
-from stagecut.ir.outline import modules_of
-from stagecut.ir.printer import size_text, value_names
-from stagecut.ir.types import value_bytes
+from stagecut.backend.block_graph import block_graph
+from stagecut.backend.drawing import BACKSLASH
+from stagecut.backend.stage_graph import stage_graph
+from stagecut.ir.errors import InputError, StagecutError, nearest
+from stagecut.ir.graph import Program
 
-_STYLE = {"send": "solid", "relay": "dashed", "feed": "dotted", "recompute": "dotted"}
-
-
-def to_dot(program: Program) -> str:
-    """The stage graph of a linked program in the DOT language."""
-    names = value_names(program)
-    graph = graphviz.Digraph(program.name, graph_attr={"rankdir": "LR", "fontname": "Helvetica", "compound": "true"})
-    graph.attr("node", shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10")
-    graph.attr("edge", fontname="Helvetica", fontsize="9")
-    for stage in program.stages:
-        _stage(graph, program, stage)
-    for value in program.inputs:
-        graph.node(_input(names[value]), f"{names[value]}\n{_type(value)}", shape="ellipse", fillcolor="#eef3fb")
-    for transfer in program.transfers:
-        _edge(graph, transfer, names)
-    _outputs(graph, program, names)
-    _tied(graph, program)
-    return str(graph.source)
+LEVELS = ("stages", "modules", "ops")
 
 
-def _stage(graph: graphviz.Digraph, program: Program, stage: Stage) -> None:
-    with graph.subgraph(name=f"cluster_{stage.index}") as cluster:
-        cluster.attr(label=f"stage {stage.index}", style="rounded,filled", fillcolor="#f4f4f4", color="#999999")
-        modules = ", ".join(_modules(stage)) or "the model itself"
-        size = sum(_bytes(entry.value) for entry in stage.state)
-        cluster.node(f"stage{stage.index}", graphviz.escape(f"{modules}\n{len(stage.ops)} ops, state {size_text(size)}"))
-        shared = [e for e in stage.state if len(e.stages) > 1]
-        for entry in shared:
-            label = graphviz.escape("\n".join(stage.state[entry]) + f"\n{entry.type}, {entry.share}")
-            cluster.node(f"state{stage.index}:{entry.name}".replace(":", "_"), label, shape="cylinder", fillcolor="#fdf1dc")
+def to_dot(program: Program, *, level: str = "stages", stage: int | None = None, depth: int | None = None) -> str:
+    """The picture of a program in the DOT language.
+
+    level: 'stages' shows what crosses between the stages of a linked program, 'modules' the module calls of one stage and what
+    goes from one to another, 'ops' every op. stage: which stage; None for the whole program. depth: how many levels of modules
+    are opened; what is deeper is one box. Runs of modules of the same ops, shapes and wiring are drawn once, with their number.
+
+    Names are those of the IR's text. Every part has an `id`: `stage-2`, `value-relu_3`, `module-layers.3`; all edges and nodes of a
+    value have the class `value-relu_3`, and a module that stands for several has a class for each.
+
+    Raises InputError for an unknown level or stage, and for stages of a program that is not linked.
+    """
+    return str(_graph(program, level, stage, depth).source)
 
 
-def _modules(stage: Stage, most: int = 4) -> list[str]:
-    """The modules a stage runs, few enough to read."""
-    found = modules_of(stage, most)
-    return found if len(found) <= most else [*found[: most - 1], f"{len(found) - most + 1} more"]
+def to_svg(program: Program, *, level: str = "stages", stage: int | None = None, depth: int | None = None) -> str:
+    """The picture that `to_dot` describes, as SVG. Raises StagecutError where the program `dot` is not installed."""
+    try:
+        return str(_graph(program, level, stage, depth).pipe(format="svg", encoding="utf-8")).replace(BACKSLASH, "\\")
+    except graphviz.ExecutableNotFound as error:
+        raise StagecutError(
+            "pictures are laid out by the program `dot`, which is not on the PATH",
+            hint="install Graphviz: apt-get install graphviz, brew install graphviz, conda install graphviz; to_dot needs no program",
+        ) from error
 
 
-def _edge(graph: graphviz.Digraph, transfer: Transfer, names: dict[Value, str]) -> None:
-    name = names[transfer.value]
-    tail = _input(name) if transfer.source is None else f"stage{transfer.source}"
-    label = f"{name}\n{_type(transfer.value)}\n{size_text(_bytes(transfer.value))}"
-    graph.edge(tail, f"stage{transfer.target}", graphviz.escape(label), style=_STYLE[transfer.route or "send"])
+def _graph(program: Program, level: str, stage: int | None, depth: int | None) -> graphviz.Digraph:
+    if level not in LEVELS:
+        raise InputError(f"there is no level '{level}'", hint=nearest(level, LEVELS))
+    if level == "stages":
+        return _stages(program, stage, depth)
+    if stage is not None and not 0 <= stage < len(program.stages):
+        raise InputError(f"there is no stage {stage}", hint=f"the program has {len(program.stages)} stages")
+    if depth is not None and depth < 0:
+        raise InputError(f"depth={depth} opens no modules", hint="0 shows one box for each outermost module")
+    return block_graph(program, stage, depth, each_op=level == "ops")
 
 
-def _outputs(graph: graphviz.Digraph, program: Program, names: dict[Value, str]) -> None:
-    home = {value: stage.index for stage in program.stages for value in stage.outputs}
-    for number, item in enumerate(program.outputs):
-        if not isinstance(item, Value):
-            continue
-        graph.node(f"out{number}", f"output {number}", shape="ellipse", fillcolor="#e8f5e9")
-        tail = f"stage{home[item]}" if item in home else _input(names[item])
-        graph.edge(tail, f"out{number}", graphviz.escape(f"{names[item]}\n{_type(item)}"))
-
-
-def _tied(graph: graphviz.Digraph, program: Program) -> None:
-    for entry in program.state:
-        nodes = [f"state{index}_{entry.name}" for index in entry.stages]
-        for left, right in pairwise(nodes):
-            label = "tied" if entry.share == "replicate" else "written"
-            graph.edge(left, right, label, style="bold", dir="none", color="#c77700", constraint="false")
-
-
-def _input(name: str) -> str:
-    return f"input {name}"
-
-
-def _type(value: Value) -> str:
-    return str(value.type).removesuffix(" grad")
-
-
-def _bytes(value: Value) -> int:
-    return value_bytes(value.type) or 0
+def _stages(program: Program, stage: int | None, depth: int | None) -> graphviz.Digraph:
+    if program.phase != "linked":
+        raise InputError(f"the stage graph shows linked programs, this one is {program.phase}", hint="run all passes, or level='modules'")
+    if stage is not None or depth is not None:
+        raise InputError("stage= and depth= are for pictures of modules and ops", hint="level='modules'")
+    return stage_graph(program)

@@ -7,7 +7,7 @@ before the interval, live-out when it is used at or after its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
 
@@ -95,12 +95,15 @@ def unwritten(value: Value) -> Value:
 
 def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
     """Those of `values` that `ops` write in place, directly or through a view."""
+    return {value for _, value in writes_of(ops, values)}
+
+
+def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, Value]]:
+    """Every write in place of one of `values`, directly or through a view, and the op that does it."""
     root = {value: value for value in values}
-    written: set[Value] = set()
     for op in ops:
         for result, viewed in zip(op.results, op.effects.views, strict=False):
             if viewed is not None and op.operands[viewed] in root:
                 root[result] = root[op.operands[viewed]]
         root |= {new: root[old] for old, new in op.versions.items() if old in root}
-        written |= {root[op.operands[i]] for i in op.effects.writes if op.operands[i] in root}
-    return written
+        yield from ((op, root[op.operands[i]]) for i in op.effects.writes if op.operands[i] in root)

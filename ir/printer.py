@@ -19,7 +19,7 @@ _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
 def text(program: Program) -> str:
     """The whole program as text; `parse` gives the same program back."""
-    return "\n".join(_Printer(program).program()) + "\n"
+    return "\n".join(Printer(program).program()) + "\n"
 
 
 def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
@@ -27,7 +27,7 @@ def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
 
     Comments count what is left out; it cannot be read back.
     """
-    return "\n".join(_Printer(program).excerpt(keep)) + "\n"
+    return "\n".join(Printer(program).excerpt(keep)) + "\n"
 
 
 def fqn_text(name: str) -> str:
@@ -37,7 +37,7 @@ def fqn_text(name: str) -> str:
 
 def value_names(program: Program) -> dict[Value, str]:
     """The printed name of every value of the program, state entries included."""
-    return _Printer(program).names
+    return Printer(program).names
 
 
 def size_text(nbytes: int | None) -> str:
@@ -70,7 +70,9 @@ def nested_ops(ops: Iterable[Op]) -> Iterator[Op]:
             yield from nested_ops(region.ops)
 
 
-class _Printer:
+class Printer:
+    """The names of a program's values, and its ops as text."""
+
     def __init__(self, program: Program) -> None:
         self._program = program
         self._files = file_names(nested_ops(program.all_ops()))
@@ -199,10 +201,14 @@ class _Printer:
         yield f"{indent}  yield {self._tree(region.output.args[0])}"
         yield indent + "}"
 
+    def op_call(self, op: Op) -> str:
+        """The op's target applied to its operands."""
+        args = [self._tree(a) for a in op.args] + [f"{k}={self._tree(a)}" for k, a in op.kwargs.items()]
+        return f"{target_text(op.target)}({', '.join(args)})" if op.target != SPLIT else "split"
+
     def op_line(self, op: Op) -> str:
         """The op on one line, without its regions."""
-        args = [self._tree(a) for a in op.args] + [f"{k}={self._tree(a)}" for k, a in op.kwargs.items()]
-        line = f"{target_text(op.target)}({', '.join(args)})" if op.target != SPLIT else "split"
+        line = self.op_call(op)
         if op.results:
             names = ", ".join(self.names[r] for r in op.results)
             line = f"{names} = {line} : {', '.join(str(r.type) for r in op.results)}"
@@ -298,9 +304,9 @@ def scope_text(scope: Scope) -> str:
 
 def line_of(program: Program, op: Op) -> str:
     """One op of the program as it is printed, for messages."""
-    return _Printer(program).op_line(op)
+    return Printer(program).op_line(op)
 
 
 def line_printer(program: Program) -> Callable[[Op], str]:
     """Gives any op of the program as it is printed; the names are made once for all."""
-    return _Printer(program).op_line
+    return Printer(program).op_line

@@ -13,6 +13,9 @@ V = ("ZBVZeroBubble", "DualPipeV")
 
 SCHEDULES = (*SINGLE, *LOOPED, *V)
 
+FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
+"""Kinds of steps: a forward, a whole backward, a backward for the inputs only, one for the weights only."""
+
 
 def homes(stages: int, ranks: int, mirrored: bool) -> list[int]:
     """Stage -> rank, in turn or there and back again."""

@@ -1,22 +1,29 @@
-"""What each rank does when: the order of steps that a schedule of torch's has, run through with the times of the stages."""
+"""What each rank does when: predicted, from the order of steps that a schedule of torch's has, or measured by `record`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from stagecut.balance import Setting
+from stagecut.gantt import gantt
 from stagecut.ir.errors import StagecutError
-from stagecut.schedules import SINGLE
+from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
 
-FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
-"""Kinds of steps: a forward, a whole backward, a backward for the inputs only, one for the weights only."""
+if TYPE_CHECKING:
+    from stagecut.distributed import Driver
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One training step of a pipeline."""
+    """What the ranks of a pipeline do when: one training step, predicted or measured."""
 
     events: tuple[Event, ...]
     ranks: int
+    title: str = ""
 
     @property
     def seconds(self) -> float:
@@ -57,15 +65,19 @@ class Timeline:
         return 1 - busy / (self.ranks * self.seconds) if self.seconds else 0.0
 
     def chrome_trace(self) -> dict[str, Any]:
-        """The events in Chrome's trace format; microseconds."""
+        """The events in Chrome's trace format, in order of their start; microseconds."""
         events = [
             {
                 "name": f"{e.step.kind}{e.step.microbatch} stage {e.step.stage}", "ph": "X", "pid": 0, "tid": e.rank,
                 "ts": 1e6 * e.start, "dur": 1e6 * (e.end - e.start), "cat": e.step.kind,
             }
-            for e in self.events
+            for e in sorted(self.events, key=lambda e: e.start)
         ]  # fmt: skip
         return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def to_svg(self) -> str:
+        """A row for each rank with a box for each step, the bubble and its share, as an SVG picture."""
+        return gantt(self)
 
 
 def orders(setting: Setting, stages: int) -> list[list[Step]]:
@@ -163,8 +175,156 @@ def simulate(setting: Setting, forward: Sequence[float], backward: Sequence[floa
                 moved = True
     if any(place < len(steps) for place, steps in zip(places, waiting, strict=True)):
         raise StagecutError(f"the order of {setting.schedule} waits for itself")
-    return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(waiting))
+    title = f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
+    return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(waiting), title)
 
 
 def _at(sent: Sequence[float], stage: int) -> float:
     return sent[stage] if stage < len(sent) else 0.0
+
+
+class Recording:
+    """What `record` measures; `timeline` is there when it has ended."""
+
+    def __init__(self) -> None:
+        self._timeline: Timeline | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        """The measured steps of all ranks. Raises StagecutError while they are still measured, and when a step failed."""
+        if self._timeline is None:
+            raise StagecutError("there is no timeline yet", hint="read it behind the `with` block, which must not end with an error")
+        return self._timeline
+
+
+@contextmanager
+def record(what: Driver | PipelineStage | Sequence[PipelineStage], group: dist.ProcessGroup | None = None) -> Iterator[Recording]:
+    """Measures every step that these stages, or those of a driver, run inside; all ranks of the group do it together.
+
+        with record(driver) as recording:
+            driver.step(x)
+        recording.timeline.to_svg()
+
+    Every rank has the timeline of all ranks afterwards. All meet at a barrier first, and each counts from there on its own clock, so
+    times of two ranks are as far off as they leave the barrier apart, some ten microseconds on one host. The first step starts
+    at 0. On a GPU a step is from when its first kernel may run to when its last one is done, by CUDA events; elsewhere it is the
+    time of the call. What is between steps, waiting and sending, belongs to none. Steps take their usual way otherwise, and the stages
+    are as before at the end.
+    """
+    from stagecut.distributed import Driver
+
+    together: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if isinstance(what, Driver):
+        driver, stages, title = [what], list[PipelineStage](), _title(what)
+        group, device, together = what.group, what.device, what.faults.together
+    else:
+        driver, stages, title = [], [what] if isinstance(what, PipelineStage) else list(what), "measured"
+        device = stages[0].device if stages else torch.device("cpu")
+    recording = Recording()
+    with together():
+        meter = _Meter(device, group)
+    try:
+        for one in driver:
+            meter.watch_made(one)
+        for stage in stages:
+            meter.watch(stage)
+        yield recording
+    finally:
+        meter.restore()
+    with together():
+        recording._timeline = meter.timeline(title)
+
+
+def _title(driver: Driver) -> str:
+    name = driver.schedule_class.__name__.removeprefix("Schedule")
+    return f"{name}, {driver.pipe.num_stages} stages, {driver.n_microbatches} micro-batches, measured"
+
+
+_METHODS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+
+
+class _Meter:
+    """Times the steps of stages, by methods it puts in front of their own."""
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self._device, self._cuda, self._group = device, device.type == "cuda", group
+        self._changed: list[tuple[Any, str, Any]] = []
+        self._watched: set[int] = set()
+        self._marks: list[tuple[Step, Any, Any]] = []
+        self._meets = dist.is_available() and dist.is_initialized()
+        if self._meets:
+            dist.barrier(group)
+        if self._cuda:
+            torch.cuda.synchronize(device)
+        self._zero = self._now()
+
+    def watch(self, stage: PipelineStage) -> None:
+        """The steps of this stage are timed from now on."""
+        if id(stage) not in self._watched:
+            self._watched.add(id(stage))
+            for name in _METHODS:
+                self._put(stage, name, partial(self._timed, getattr(stage, name), name, stage.stage_index))
+
+    def watch_made(self, driver: Driver) -> None:
+        """So are those of all stages of a driver, which it makes when it first needs them."""
+        prepared = driver._prepared
+
+        def watched(sizes: dict[str, int]) -> tuple[Any, list[Any]]:
+            schedule, stages = prepared(sizes)
+            for stage in stages:
+                self.watch(stage)
+            return schedule, stages
+
+        self._put(driver, "_prepared", watched)
+
+    def restore(self) -> None:
+        """All is as it was before."""
+        for owner, name, before in reversed(self._changed):
+            if before is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = before
+        self._changed.clear()
+
+    def timeline(self, title: str) -> Timeline:
+        """The steps of all ranks, from the first start on."""
+        rank, ranks = (dist.get_rank(self._group), dist.get_world_size(self._group)) if self._meets else (0, 1)
+        mine = [Event(step, rank, self._since(start), self._since(end)) for step, start, end in self._marks]
+        everywhere: list[Any] = [mine] * ranks
+        if self._meets:
+            dist.all_gather_object(everywhere, mine, group=self._group)
+        events = sorted((e for part in everywhere for e in part), key=lambda e: (e.start, e.rank))
+        first = events[0].start if events else 0.0
+        return Timeline(tuple(replace(e, start=e.start - first, end=e.end - first) for e in events), ranks, title)
+
+    def _put(self, owner: Any, name: str, method: Any) -> None:
+        self._changed.append((owner, name, vars(owner).get(name)))
+        vars(owner)[name] = method
+
+    def _timed(self, method: Any, name: str, stage: int, chunk: int, *args: Any, **kwargs: Any) -> Any:
+        start = self._now()
+        result = method(chunk, *args, **kwargs)
+        self._marks.append((Step(_kind(name, args, kwargs), stage, chunk), start, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        """This moment: on a GPU, the one at which what was asked of it so far is done."""
+        if not self._cuda:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
+    def _since(self, mark: Any) -> float:
+        if not self._cuda:
+            return float(mark - self._zero)
+        mark.synchronize()
+        return float(self._zero.elapsed_time(mark)) / 1e3
+
+
+def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The kind of a step, by the method of the stage it calls: (chunk, loss, full_backward, ...)."""
+    if name != "backward_one_chunk":
+        return FORWARD if name == "forward_one_chunk" else WEIGHT
+    whole = kwargs.get("full_backward", args[1] if len(args) > 1 else True)
+    return BACKWARD if whole else INPUT

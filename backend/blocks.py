@@ -1,0 +1,178 @@
+"""Ops -> a tree of module calls, in which runs of equal neighbours are folded to the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagecut.ir.graph import WHOLE, Context, Op, Region, Scope, StateEntry, Value, scope_fqn, transform
+
+
+@dataclass(eq=False)
+class Block:
+    """A call of a module: what runs in it, in order of its first op.
+
+    `copies` are the calls after it that it stands for, `carried` the values that it hands to the first of them.
+    """
+
+    scope: Scope
+    items: list[Block | Op] = field(default_factory=list)
+    copies: list[Block] = field(default_factory=list)
+    carried: list[Value] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The module's path below the call around it, `#2` behind it for its second call."""
+        frame = self.scope[-1]
+        return frame.name + (f" #{frame.call + 1}" if frame.call else "")
+
+    def ops(self) -> Iterator[Op]:
+        """All ops inside, those of folded copies left out."""
+        for item in self.items:
+            if isinstance(item, Op):
+                yield item
+            else:
+                yield from item.ops()
+
+    def every_op(self) -> Iterator[Op]:
+        """All ops inside, those of folded copies among them."""
+        for item in self.items:
+            if isinstance(item, Op):
+                yield item
+                continue
+            for block in (item, *item.copies):
+                yield from block.every_op()
+
+
+@dataclass
+class Folded:
+    """A tree, and what was folded: op of a copy -> the op it is drawn as."""
+
+    root: Block
+    stands: dict[Op, Op] = field(default_factory=dict)
+
+    def drawn(self, op: Op) -> Op:
+        """The op that `op` is drawn as: itself where nothing is folded."""
+        while op in self.stands:
+            op = self.stands[op]
+        return op
+
+
+def folded(ops: Iterable[Op]) -> Folded:
+    """The tree of calls of `ops`, with runs of neighbours folded that have the same ops, shapes and wiring."""
+    tree = Folded(_tree(ops))
+    _fold(tree, tree.root)
+    return tree
+
+
+def _tree(ops: Iterable[Op]) -> Block:
+    root = Block(())
+    known: dict[Scope, Block] = {(): root}
+    for op in ops:
+        block = root
+        for depth in range(1, len(op.scope) + 1):
+            scope = op.scope[:depth]
+            if scope not in known:
+                known[scope] = Block(scope)
+                block.items.append(known[scope])
+            block = known[scope]
+        block.items.append(op)
+    return root
+
+
+def _fold(tree: Folded, block: Block) -> None:
+    """Runs of equal neighbours among the blocks inside are folded; then those inside what is left."""
+    kept: list[Block | Op] = []
+    last: _Shape | None = None
+    links: dict[int, int] | None = None
+    for item in block.items:
+        shape = _Shape(item) if isinstance(item, Block) else None
+        found = shape.follows(last) if shape and last else None
+        if shape and last and found is not None and links in (None, found):
+            links = found
+            _add(tree, kept[-1], shape)
+        else:
+            kept.append(item)
+            links = None
+        last = shape
+    block.items = kept
+    for item in kept:
+        if isinstance(item, Block):
+            _fold(tree, item)
+
+
+def _add(tree: Folded, first: Any, copy: _Shape) -> None:
+    """`copy` is drawn as `first`, the block it is equal to."""
+    if not first.copies:
+        inside = {value for op in first.ops() for value in op.definitions()}
+        first.carried = [value for value in copy.outside if value in inside]
+    tree.stands |= zip(copy.ops, first.ops(), strict=True)
+    first.copies.append(copy.block)
+
+
+class _Shape:
+    """What a block computes, without the names: its ops with their types, and the values it takes from outside in order."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.path = block, scope_fqn(block.scope) + "."
+        self.ops = list(block.ops())
+        self.inside = {value: place for place, value in enumerate(v for op in self.ops for v in _defined(op))}
+        self.outside: dict[Value, int] = {}
+        self.lines = [self._op(op) for op in self.ops]
+
+    def follows(self, other: _Shape) -> dict[int, int] | None:
+        """None unless this block is a copy of `other` right behind it; which of its values from outside are which of the other's.
+
+        The rest from outside is the same for both, and nobody else reads what `other` computes: no copy differs from the next.
+        """
+        if self.lines != other.lines:
+            return None
+        links: dict[int, int] = {}
+        for mine, theirs in zip(self.outside, other.outside, strict=True):
+            if mine in other.inside:
+                links[self.outside[mine]] = other.inside[mine]
+            elif mine is not theirs:
+                return None
+        readers = {*self.ops, *other.ops}
+        return links if all(user in readers for op in other.ops for v in op.definitions() for user in v.uses) else None
+
+    def _op(self, op: Op) -> str:
+        regions = [self._region(region) for region in op.regions]
+        types = [str(value.type) for value in op.definitions()]
+        scope = op.scope[len(self.block.scope) :]
+        parts = self._plain((op.args, op.kwargs, [*op.versions])), op.form, op.effects, [*map(_context, op.context)], types, scope, regions
+        return f"{op.target} {parts}"
+
+    def _region(self, region: Region) -> Any:
+        return [str(p.type) for p in region.params], [self._op(op) for op in region.ops], self._plain(region.output.args)
+
+    def _plain(self, tree: Any) -> Any:
+        return transform(tree, self._leaf)
+
+    def _leaf(self, item: Any) -> Any:
+        if type(item) is not Value:
+            return item
+        if item in self.inside:
+            return "inside", self.inside[item]
+        if isinstance(item.owner, StateEntry):
+            return self._state(item.owner)
+        return "outside", self.outside.setdefault(item, len(self.outside)), str(item.type)
+
+    def _state(self, entry: StateEntry) -> Any:
+        own = [name.removeprefix(self.path) for name in entry.names if name.startswith(self.path)]
+        return own[0] if own else f"@{entry.name}", str(entry.type), entry.kind, entry.share, len(entry.names)
+
+
+def _defined(op: Op) -> Iterator[Value]:
+    """What an op defines, with the values inside its regions."""
+    for region in op.regions:
+        yield from region.params
+        for inner in region.ops:
+            yield from _defined(inner)
+    yield from op.definitions()
+
+
+def _context(context: Context) -> Any:
+    """A context without the number that tells regions of one kind apart."""
+    return (context.kind, context.args[1:]) if context.kind in WHOLE else context

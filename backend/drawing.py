@@ -1,0 +1,192 @@
+"""What all DOT pictures share: text that DOT reads as it stands, ids, pens, colours, a legend."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+
+import graphviz
+
+from stagecut.ir.graph import Namer, Op, StateEntry, Value
+from stagecut.ir.printer import fqn_text, size_text
+from stagecut.ir.types import TensorType, value_bytes
+
+BACKSLASH = "\u2216\u2060"
+"""What stands for a backslash: dot reads those as escapes, once or twice, wherever they stand. No other text here has the second part."""
+
+GREY, TIED, WRITTEN = "#66707a", "#b35c00", "#a33a3a"
+PENS = {
+    "inside": {"style": "solid", "color": "#5d6b78"},
+    "send": {"style": "solid", "color": "#3f5468"},
+    "relay": {"style": "dashed", "color": "#3f5468"},
+    "feed": {"style": "dotted", "color": "#3f7d63"},
+    "recompute": {"style": "dashed", "color": "#8a63a8", "arrowhead": "odot"},
+    "tied": {"style": "bold", "color": TIED, "dir": "none", "constraint": "false"},
+}
+"""Route of a value, or another kind of edge -> how it is drawn."""
+
+MEANING = {
+    "send": "sent to the next stage",
+    "relay": "relayed: each stage hands it on",
+    "feed": "input, fed to the stage",
+    "recompute": "computed again by the stage",
+    "tied": "tied parameter, replicated",
+}
+
+_SAMPLES = {"send": "<B>&#8212;&#8212;&gt;</B>", "relay": "<B>&#8211; &#8211; &gt;</B>", "feed": "<B>&#183; &#183; &#183; &gt;</B>",
+            "recompute": "<B>&#8211; &#8211; o</B>", "tied": "<B>&#8212;&#8212;&#8212;</B>"}  # fmt: skip
+
+_NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": "#7d8790", "fontsize": "11", "margin": "0.12,0.07"}
+_FONT = {"fontname": "Helvetica,Arial,sans-serif", "fontcolor": "#1d252c"}
+_ROUND = {"shape": "ellipse", "fontsize": "10", "margin": "0.04,0.02"}
+INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3ea"}
+
+
+class Ids:
+    """Gives every part of one picture an id of its own: a kind, a dash, and a name reduced to letters, digits, `_` and `.`."""
+
+    def __init__(self) -> None:
+        self._namers: dict[str, Namer] = {}
+
+    def __call__(self, kind: str, name: str = "") -> str:
+        return f"{kind}-{self._namers.setdefault(kind, Namer())(bare(name), 'model')}"
+
+    def edge(self, name: str, head: str) -> str:
+        """`value-NAME` for the first edge of a value, `value-NAME-to-HEAD` for those after it."""
+        first = f"value-{bare(name)}"
+        namer = self._namers.setdefault("edge", Namer())
+        return first if namer(first) == reduced(first) else self(f"{first}-to", head)
+
+
+def bare(name: str) -> str:
+    """A printed name without its mark, in characters an id may have."""
+    return reduced(name.lstrip("%@"))
+
+
+def reduced(name: str) -> str:
+    """`name` in the characters that a Namer leaves."""
+    return Namer()(name, "_") if name else name
+
+
+def plain(text: str) -> str:
+    """A DOT string for a tooltip that shows `text`, also where that looks like markup."""
+    shown: str = graphviz.nohtml(_printable(text).replace("&", "&amp;").replace("\n", "&#10;"))
+    return shown
+
+
+def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
+    """A label of lines, each a text and its look: `b` bold, `n` as it is, `s` small and grey, else a colour."""
+    rows = "".join(f'<TR><TD ALIGN="{align}">{_look(text, look)}</TD></TR>' for text, look in lines)
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="{pad}">{rows}</TABLE>>'
+
+
+def _look(text: str, look: str) -> str:
+    shown = html.escape(_printable(text).replace("\n", " ")) or " "
+    if look == "b":
+        return f"<B>{shown}</B>"
+    return shown if look == "n" else f'<FONT POINT-SIZE="9" COLOR="{GREY if look == "s" else look}">{shown}</FONT>'
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters and backslashes."""
+    shown = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    return shown.replace("\\", BACKSLASH)
+
+
+def short(text: str, most: int = 48) -> str:
+    """`text`, cut in its middle where it is longer than `most`."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
+
+
+def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
+    """An empty picture from top to bottom."""
+    look = {"rankdir": "TB", "ranksep": "0.35", "nodesep": "0.3", "pad": "0.2", "labelloc": "t", "labeljust": "l", "fontsize": "14"}
+    graph = graphviz.Digraph(name, graph_attr=look | _FONT, node_attr=_NODE | _FONT)
+    graph.attr("edge", **_FONT, fontsize="10", arrowsize="0.7")
+    graph.attr(label=rich((title, "n")), id=name, tooltip=plain(tooltip))
+    return graph
+
+
+def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
+    """How an edge of a kind is drawn, the wider the more bytes: 1 point up to 1 KiB, and as much again for each factor of ten above."""
+    total = sum(size or 0 for size in sizes)
+    growth = 0.25 if kind == "inside" else 0.45
+    return PENS[kind] | {"penwidth": f"{1 + growth * math.log10(max(total, 1024) / 1024):.2f}"}
+
+
+def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
+    """A box that says what the kinds of edges mean."""
+    cell = '<TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="{}">{}</FONT></TD>'
+    known = [kind for kind in MEANING if kind in kinds]
+    rows = [f"<TR>{cell.format(PENS[k]['color'], _SAMPLES[k])}{cell.format(GREY, MEANING[k])}</TR>" for k in known]
+    table = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{"".join(rows)}</TABLE>>'
+    if rows:
+        graph.node(f"legend-{name}", table, id=f"legend-{name}", tooltip="legend", color="#d5dade", margin="0.05,0.03")
+
+
+def type_text(value: Value) -> str:
+    """A value's type without strides, device and gradient."""
+    kind = value.type
+    return f"{kind.dtype}[{','.join(map(str, kind.shape))}]" if isinstance(kind, TensorType) else str(kind)
+
+
+def bytes_of(values: Iterable[Value]) -> list[int | None]:
+    """The bytes of each value."""
+    return [value_bytes(value.type) for value in values]
+
+
+def total_text(values: Iterable[Value]) -> str:
+    """The bytes of all values together, `+` behind them where a size is dynamic."""
+    sizes = bytes_of(values)
+    known = [size for size in sizes if size is not None]
+    return "dynamic" if sizes and not known else size_text(sum(known)) + "+" * (len(known) < len(sizes))
+
+
+def value_tip(value: Value, name: str) -> str:
+    """What a pointer over a value is shown: name, type, bytes, and where it is made."""
+    made = value.owner.where() if isinstance(value.owner, Op) else ""
+    return "\n".join(filter(None, (f"{name} : {value.type}", total_text([value]), made)))
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join([short(n) for n in names[:most]] + ([f"{len(names) - most} more"] if len(names) > most else []))
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as a short text: `1-3, 5`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def stages_text(numbers: Iterable[int]) -> str:
+    """`stage 3`, or `stages 1-3, 5`."""
+    found = set(numbers)
+    return f"stage{'s' if len(found) > 1 else ''} {spans(found)}"
+
+
+def is_tied(entry: StateEntry) -> bool:
+    """True for a tensor of several names or of several stages."""
+    return len(entry.names) > 1 or len(entry.stages) > 1
+
+
+def state_lines(states: Iterable[StateEntry], written: set[Value], here: int | None) -> list[tuple[str, str]]:
+    """A line for each tied tensor of a part, and one for all it writes."""
+    states = list(states)
+    lines = [(f"tied {_tied(entry, here)}", TIED) for entry in states if is_tied(entry)]
+    names = [fqn_text(entry.name) for entry in states if entry.value in written]
+    more = [(f"{len(lines) - 3} more tied", TIED)] if len(lines) > 4 else []
+    lines = lines[:3] + more if more else lines
+    return lines + ([(f"writes {some(names, 1)}", WRITTEN)] if names else [])
+
+
+def _tied(entry: StateEntry, here: int | None) -> str:
+    others = [stage for stage in entry.stages if stage != here]
+    names = " = ".join(short(fqn_text(name)) for name in entry.names[:2])
+    return f"{names}, also in {stages_text(others)}" if others else names
