@@ -63,8 +63,9 @@ class Report:
     """The stages and crossings of a pipe under a setting, and what they come to.
 
     seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up: over one device that does
-    all of it. balance: the mean of the ranks' times over that of the slowest one. bound: what no slowest rank can be below, in
-    seconds, and best: the slowest stage of the best cuts; None where the cuts were not searched.
+    all of it. balance: the mean of the ranks' times over that of the slowest one. slowest: the slowest rank, with what
+    its links take; bound: what no slowest rank can be below; best: the slowest rank of the best cuts; in seconds, None where the cuts were
+    not searched.
     """
 
     stages: tuple[StageReport, ...]
@@ -76,6 +77,7 @@ class Report:
     bubble: float
     speed_up: float
     balance: float
+    slowest: float | None
     bound: float | None
     best: float | None
     timeline: Timeline
@@ -99,9 +101,11 @@ class Report:
             f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes {_time(self.seconds)}, "
             f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} times as fast as one device"
         )
-        if self.bound and self.best is not None:
-            slowest = max(s.forward + s.backward for s in self.stages)
-            yield f"slowest stage {_time(slowest)}, best cuts of this order {_time(self.best)}, bound for any order {_time(self.bound)}"
+        if self.slowest is not None and self.best is not None and self.bound is not None:
+            yield (
+                f"with its links the slowest rank takes {_time(self.slowest)}; {_time(self.best)} by the best cuts of this order, "
+                f"and no order of ops can be below {_time(self.bound)}"
+            )
         sources = {kind for s in self.stages for kind in s.sources}
         yield "costs: " + ", ".join(f"{kind} for {sum(s.sources.get(kind, 0) for s in self.stages)} ops" for kind in sorted(sources))
         if self.crossings:
@@ -206,7 +210,8 @@ def report(
     return Report(
         tuple(stages), crossings, ", ".join(dict.fromkeys(d.name for d in devices)), setting.schedule, setting.n_microbatches,
         line_of_time.seconds, line_of_time.bubble, setting.n_microbatches * total / (line_of_time.seconds or 1.0),
-        sum(ranks) / len(ranks) / (max(ranks) or 1.0), plan.bound if plan else None, plan.best if plan else None, line_of_time,
+        sum(ranks) / len(ranks) / (max(ranks) or 1.0), plan.bottleneck if plan else None, plan.bound if plan else None,
+        plan.best if plan else None, line_of_time,
     )  # fmt: skip
 
 

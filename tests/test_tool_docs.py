@@ -70,4 +70,10 @@ def test_every_command_prints_what_the_page_says(
 def test_every_option_is_on_the_page() -> None:
     shown = (ROOT / "docs" / "DUMP_IR.md").read_text(encoding="utf-8")
     options = [o for action in parser()._actions for o in action.option_strings if o.startswith("--") or o == "-o"]
-    assert [o for o in options if f"`{o}" not in shown] == []
+    assert [o for o in options if o not in shown] == []
+
+
+def test_the_timeline_of_a_slow_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bless: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    shown = run("dump-ir examples/language_model.py:make --stages 4 --timeline --format svg", capsys)
+    bless("../../docs/slow-stage.svg", shown)

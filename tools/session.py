@@ -189,9 +189,8 @@ class Session:
         return report(program, Setting(options.device, options.schedule, options.microbatches), options.plan)
 
     def _page(self, program: Program) -> str:
-        from stagecut.backend.page import to_html
-
         from stagecut.backend.dot import to_svg
+        from stagecut.backend.page import to_html
 
         history = [(s.title, s.text, s.seconds) for s in self._history]
         if program.phase != "linked":

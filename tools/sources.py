@@ -48,13 +48,15 @@ def load(options: Namespace) -> Source:
     if source.startswith("hf:"):
         from stagecut.tools.hugging_face import make
 
-        return _traced(*_guard(lambda: make(source[3:], options), f"making '{source}'"), options.leaf)
+        model, args, kwargs = _guard(lambda: make(source[3:], options), f"making '{source}'")
+        return _traced(model, args, kwargs, options.leaf)
     path, colon, name = source.rpartition(":")
     if not colon or not name or not path:
         raise InputError(
             f"'{source}' is neither FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2 nor FILE.ir", hint="dump-ir model.py:make"
         )
-    return _traced(*_call(_factory(path, name), source), options.leaf)
+    model, args, kwargs = _call(_factory(path, name), source)
+    return _traced(model, args, kwargs, options.leaf)
 
 
 def _checked(program: Program) -> Program:
