@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
@@ -262,6 +262,11 @@ def scope_text(scope: Scope) -> str:
     return "/".join(parts)
 
 
+def lines_of(program: Program) -> Callable[[Op], str]:
+    """What gives an op of the program as it is printed, for messages."""
+    return _Printer(program).op_line
+
+
 def line_of(program: Program, op: Op) -> str:
     """One op of the program as it is printed, for messages."""
-    return _Printer(program).op_line(op)
+    return lines_of(program)(op)
