@@ -12,7 +12,7 @@ import keyword
 import linecache
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,15 +48,15 @@ _BAD = re.compile(r"\W+", re.ASCII)
 _PLAIN_MODULE = nn.Module()
 
 
-def emit(program: Program, bindings: Bindings) -> list[Stage]:
-    """The stages of a linked program as modules that hold the tensors of `bindings`.
+def emit(program: Program, bindings: Bindings, only: Collection[int] | None = None) -> list[Stage]:
+    """The stages of a linked program, or those of these numbers, as modules that hold the tensors of `bindings`.
 
     Raises EmitError when the program is not linked, names an unknown op, or lacks a tensor.
     """
     if program.phase != "linked":
         raise EmitError(f"only a linked program can be emitted, this one is {program.phase}", hint="run all passes first")
     emitter = _Emitter(program, bindings)
-    return [emitter.stage(block) for block in program.stages]
+    return [emitter.stage(block) for block in program.stages if only is None or block.index in only]
 
 
 class _Emitter:

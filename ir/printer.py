@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from stagecut.ir.types import OBJECT, value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
+_ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
+
 
 def text(program: Program) -> str:
     """The whole program as text; `parse` gives the same program back."""
@@ -24,6 +27,12 @@ def text(program: Program) -> str:
 def fqn_text(name: str) -> str:
     """A state name as it is printed: bare where it is plain, quoted where it is not."""
     return f"@{name}" if _PLAIN_FQN.match(name) else "@" + json.dumps(name)
+
+
+def fingerprint(program: Program) -> str:
+    """A digest of the program that is the same wherever it was traced: on another device, from files in another folder."""
+    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def value_names(program: Program) -> dict[Value, str]:
