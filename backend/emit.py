@@ -45,7 +45,8 @@ from stagecut.ir.types import TensorType
 _OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of __debug__"
 _RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
-_PLAIN_MODULE = nn.Module()
+_TAKEN = frozenset(vars(nn.Module()))
+"""What every nn.Module keeps in itself: a module or tensor of such a name would be in its place."""
 
 
 def emit(program: Program, bindings: Bindings, only: Collection[int] | None = None) -> list[Stage]:
@@ -140,10 +141,11 @@ class _Tree:
 
 def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateEntry) -> None:
     name = full.rpartition(".")[2]
-    _refuse_taken(owner, full, (owner._modules,) if entry.kind != "const" else ())
     if entry.kind == "const":
         owner._constants[name] = tensor
-    elif entry.kind == "param":
+        return
+    _refuse_taken(owner, full, (owner._modules,))
+    if entry.kind == "param":
         owner._parameters[name] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[name] = tensor
@@ -152,9 +154,9 @@ def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateE
 
 
 def _refuse_taken(owner: StageModule, full: str, others: Iterable[Mapping[str, Any]]) -> None:
-    """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that has both."""
+    """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that is in `others` too."""
     name = full.rpartition(".")[2]
-    if not name or hasattr(_PLAIN_MODULE, name) or any(name in other for other in others):
+    if not name or name in _TAKEN or any(name in other for other in others):
         raise EmitError(f"'{printable(full)}' is no name that a model can have", hint="it is taken by nn.Module, or names two things")
 
 

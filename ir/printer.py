@@ -44,6 +44,8 @@ def size_text(nbytes: int | None) -> str:
     """Bytes as a short text, in powers of two: `512 B`, `32 KiB`."""
     if nbytes is None:
         return "dynamic"
+    if nbytes >> 80:
+        return "beyond 2^80 B"  # no float may hold it
     size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024

@@ -27,7 +27,7 @@ _OPERATOR = frozenset(
 )
 _TORCH_OWN = frozenset("sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split())
 _REFUSED = frozenset("from_file tofile apply_ map_ map2_ register_hook register_post_accumulate_grad_hook".split())
-_REFUSED_NAMESPACES = frozenset("prim debugprims debug_mode_ops export".split())
+_REFUSED_NAMESPACES = frozenset("prim debugprims debug_mode_ops".split())
 _FILES = frozenset("filename file path".split())
 """Arguments of registered ops that name a file."""
 DEVICE = re.compile(r'device\("([a-z]+(?::[0-9]+)?)"\)')

@@ -131,7 +131,8 @@ def _tagged(kind: str, content: Any, depth: int) -> Any:
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:
     children: Any = getattr(spec, "children", None)
-    return list(children() if callable(children) else spec.children_specs)
+    found: list[TreeSpec] = children() if callable(children) else spec.children_specs
+    return list(found)
 
 
 def _is_leaf(spec: TreeSpec) -> bool:

@@ -17,7 +17,7 @@ from stagecut.callform import SavedError
 
 MAX_JSON = 64 << 20
 """Bytes of a manifest that are read at most."""
-MAX_TEXT = 256 << 20
+MAX_TEXT = 64 << 20
 """Bytes of IR text that are read at most."""
 MAX_HEADER = 64 << 20
 """Bytes of the header of a safetensors file that are read at most."""

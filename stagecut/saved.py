@@ -180,7 +180,7 @@ def _moved(aside: Path, folder: Path) -> bool:
 
 def _join(pipe: Pipe, aside: Path, folder: Path, stages: list[int] | None) -> None:
     """The stages written aside stand beside those that other ranks have saved of the same program."""
-    there = [] if stages is None else [index for index in stages if (folder / f"stage-{index}.json").exists()]
+    there = [] if stages is None else [index for index in stages if os.path.lexists(folder / f"stage-{index}.json")]
     if stages is None or there:
         what = f"stage {there[0]} is in '{folder}' already" if there else f"'{folder}' is there already"
         raise SavedError(what, hint="give every save a folder of its own, such as run/step-100")
@@ -266,7 +266,7 @@ class _Saved:
         if not 0 <= index < self.count:
             raise SavedError(f"there is no stage {index}, there are {self.count}", where=str(self.folder))
         path = self.folder / f"stage-{index}.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             raise SavedError(
                 f"stage {index} is not there: no '{path.name}'", where=str(self.folder), hint="save it where it is: stages=[...]"
             )
@@ -300,7 +300,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise SavedError(f"there is no saved pipe in '{folder}'", hint="pipe.save(folder) makes one; stagecut.checkpoint reads checkpoints")
     manifest: dict[str, Any] = _checked(read_json(path), _MANIFEST, path)
     return manifest

@@ -19,6 +19,7 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.interp import run
 from stagecut.ir.parser import parse
+from stagecut.ir.printer import text
 from stagecut.ir.sizes import expression
 from stagecut.ir.verifier import verify
 
@@ -136,7 +137,7 @@ def test_derived_sizes_are_checked_without_evaluation() -> None:
         'aten.from_file.default("f", True, 4)', 'aten.from_file.out("f", True, 4, out=%x)', 'aten.from_file("f")',
         'aten.save.default(%x, "f")',
         'torch.ops.debugprims.load_tensor.default("f", [4], [1])', 'torch.ops.prim.RaiseException.default("f", "f")',
-        'torch.ops.export.access_subclass_inner_tensor.default(%x, "__class__")', 'torch.ops.higher_order.wrap(%x)',
+        'torch.ops.higher_order.wrap(%x)',
         'torch.ops.higher_order.print("f")', 'torch.ops.load_library("f")', 'method.neg()', 'module.a(%x)', 'module.a(1, 2, 3)',
         'aten.neg.default(%x, __debug__=1)', 'method.neg(1)', 'aten.add.Tensor(%x, torch.load)', 'aten.add.Tensor(%x, {torch.load: 1})',
     ],
@@ -172,7 +173,7 @@ def test_attributes_that_are_data_are_read() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["_modules", "_parameters", "forward", "training", "__class__", "__dict__", "_forward_hooks", "_non_persistent_buffers_set", "to"],
+    ["_modules", "_parameters", "_buffers", "training", "_forward_hooks", "_non_persistent_buffers_set"],
 )
 def test_tensor_has_no_name_of_nn_module(name: str) -> None:
     refused(with_state(name, MUL.format(name)), **{name: nn.Parameter(X)})
@@ -188,12 +189,23 @@ def test_tensor_and_module_may_have_a_name_of_ours(name: str) -> None:
     assert torch.equal(stage(X), -X * (X + 1))
 
 
-@pytest.mark.parametrize(
-    "path", ["_modules.clear", "_parameters.update", "forward", "__class__", "train", "_forward_hooks.clear", "a.__init__"]
-)
+@pytest.mark.parametrize("path", ["_modules.clear", "_parameters.update", "training", "_forward_hooks.clear", "a._buffers"])
 def test_module_has_no_name_of_nn_module(path: str) -> None:
     """`in _modules.clear` once called the method of the dict."""
     refused(program(f"{NEG} in {path}"))
+
+
+@pytest.mark.parametrize("name", ["half", "forward", "_modules", "training", "__class__"])
+def test_constant_may_have_any_name(name: str) -> None:
+    """It is a plain attribute of the model, and lies in a table of its own."""
+    source = with_state(name, MUL.format(name)).replace("param", "const")
+    assert torch.equal(stage_of(source, **{name: X + 1})(X), -X * (X + 1))
+
+
+@pytest.mark.parametrize("path", ["forward", "__class__", "train", "to.half", "a.__init__"])
+def test_module_behind_a_method_is_found(path: str) -> None:
+    """`self.train` is a method, so such a module is looked up where modules are."""
+    assert torch.equal(stage_of(program(f"{NEG} in {path}"))(X), -X)
 
 
 def test_name_is_a_tensor_or_a_module() -> None:
@@ -275,3 +287,10 @@ def test_error_shows_the_neighbourhood_of_a_long_line() -> None:
     assert len(str(error)) < 1000
     assert "$" in str(error)
     assert math.isclose(error.column, 300_000, rel_tol=0.01)
+
+
+@pytest.mark.parametrize("shape", ["9" * 400, ",".join(["9" * 18] * 30)])
+def test_size_may_be_beyond_any_float(shape: str) -> None:
+    """The number of bytes behind a transfer was made a float."""
+    source = program(shape=f"f32[{shape}]")
+    assert text(parse(text(parse(source)))) == text(parse(source))

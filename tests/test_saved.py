@@ -17,13 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from cluster.matrix import on_ranks
 from hypothesis import given, settings
 from strategies import build_model, model_plans
 from torch import nn
 from torch.utils import _pytree
 
 import stagecut
-from stagecut import Pipe, SplitPoint, StagecutError, pipe_split, pipeline
+from stagecut import Driver, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
+from stagecut.backend.modules import find
 from stagecut.callform import SavedError
 from stagecut.files import digest_of
 from stagecut.ir.printer import text
@@ -286,6 +289,27 @@ def test_each_rank_saves_its_own_stages(tmp_path: Path) -> None:
         pipe.save(tmp_path / "saved", stages=[1])
     assert not (tmp_path / "whole").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_ranks_save_at_once_load_their_own_and_train(tmp_path: Path) -> None:
+    """The first to come writes what is alike; the loss and the gradients are those of the unsplit model."""
+    assert on_ranks(2, _train_loaded, tmp_path / "saved") == ["ok", "ok"]
+
+
+def _train_loaded(folder: Path) -> str:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Tied().eval()
+    ids = torch.arange(8).reshape(2, 4)
+    pipeline(model, (ids[:1],)).save(folder, stages=[rank])
+    dist.barrier()
+    back = stagecut.load(folder, stages=[rank])
+    driver = Driver(back, "GPipe", n_microbatches=2, loss_fn=lambda out, target: 2 * out.square().sum())
+    driver.step(ids, target=torch.zeros(2))
+    driver.sync_shared_gradients()
+    model(ids).square().sum().backward()
+    torch.testing.assert_close(find(back.stages[rank], "head.weight" if rank else "wte.weight").grad, model.wte.weight.grad)
+    return "ok"
 
 
 def test_some_stages_are_loaded_into_a_pipe(tmp_path: Path) -> None:
