@@ -131,7 +131,7 @@ def _tagged(kind: str, content: Any, depth: int) -> Any:
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:
     children: Any = getattr(spec, "children", None)
-    found: list[TreeSpec] = children() if callable(children) else spec.children_specs
+    found: Any = children() if callable(children) else spec.children_specs
     return list(found)
 
 

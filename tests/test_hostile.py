@@ -181,10 +181,25 @@ def test_tensor_has_no_name_of_nn_module(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_code", "_texts", "_forwards", "_constants", "_here", "code", "index", "input_names", "add_call", "_title"]
+    "name",
+    [
+        "_code",
+        "_texts",
+        "_forwards",
+        "_constants",
+        "_here",
+        "code",
+        "index",
+        "input_names",
+        "add_call",
+        "_title",
+        "forward",
+        "to",
+        "__class__",
+    ],
 )
 def test_tensor_and_module_may_have_a_name_of_ours(name: str) -> None:
-    """A model may use it, so it is kept aside."""
+    """A model may use it, so it is kept aside; no attribute of the class is reached by it."""
     stage = stage_of(with_state(f"{name}.{name}", MUL.format(f"{name}.{name}") + f" in {name}"), **{f"{name}.{name}": nn.Parameter(X + 1)})
     assert torch.equal(stage(X), -X * (X + 1))
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import re
 import resource
 import shutil
 import signal
@@ -122,6 +123,11 @@ share=replicate send relay(1) feed recompute(%x) param buffer const aten.add.Ten
 builtins.getattr method.__class__ method.view module.lin extern.f os.system operator.getitem torch.ops.higher_order.cond aten..x #
 \\ ' ` $ \x00 \ud800 \u2028 é 😀
 """.split()
+_KINDS = (
+    *map(re.compile, (r"%[\w.]+", r"@[\w.]+", r"\w+\.\w+\.\w+", r"\b\d+\b", r"\w+\[[^]]*\]")),
+    *map(re.compile, (r'"[^"\n]*"', r"\b(?:views?|writes|with|in|form) ?\S+")),
+)
+"""Values, state, ops, numbers, types, strings, clauses."""
 Damage = Callable[[random.Random, str, str], str]
 
 
@@ -169,6 +175,17 @@ def _word(draw: random.Random, source: str, other: str) -> str:
     return " ".join(words)
 
 
+def _kin(draw: random.Random, source: str, other: str) -> str:
+    """One word becomes another of its kind, so that more of what comes out can be read."""
+    kind = draw.choice(_KINDS)
+    mine = [*kind.finditer(source)]
+    others: list[str] = kind.findall(source + other)
+    if not mine:
+        return source
+    found = draw.choice(mine)
+    return source[: found.start()] + draw.choice(others) + source[found.end() :]
+
+
 def _insert(draw: random.Random, source: str, other: str) -> str:
     place = draw.randrange(len(source) + 1)
     return source[:place] + draw.choice(["", " "]) + draw.choice(_TOKENS) + draw.choice(["", " ", ", "]) + source[place:]
@@ -193,19 +210,8 @@ def _nest(draw: random.Random, source: str, other: str) -> str:
 
 
 DAMAGES: tuple[Damage, ...] = (
-    _flip,
-    _delete,
-    _double,
-    _cut_off,
-    _splice,
-    _swap_lines,
-    _word,
-    _word,
-    _word,
-    _insert,
-    _insert,
-    _number,
-    _nest,
+    *(_flip, _delete, _double, _cut_off, _splice, _swap_lines, _word, _word, _insert, _insert, _number, _nest),
+    *[_kin] * 8,
 )
 
 
