@@ -292,8 +292,9 @@ class _Parser:
                 transfer.made = self._value()
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
-            if via != transfer.via:
-                self._fail(f"this transfer goes through stages {transfer.via}", start)
+            if len(via) != transfer.hops or via != transfer.via:
+                shown = transfer.via if transfer.hops < 100 else f"between, all {transfer.hops}"
+                self._fail(f"this transfer goes through stages {shown}", start)
         self._program.transfers.append(transfer)
 
     # --- ops ------------------------------------------------------------------------------------

@@ -309,3 +309,9 @@ def test_size_may_be_beyond_any_float(shape: str) -> None:
     """The number of bytes behind a transfer was made a float."""
     source = program(shape=f"f32[{shape}]")
     assert text(parse(text(parse(source)))) == text(parse(source))
+
+
+def test_relay_lists_the_stages_it_passes() -> None:
+    """The list of nine billion stages was made to compare it with the one in the text."""
+    source = program().replace("output (", "transfer %y : 0 -> 9000000000 relay(1)\n  output (")
+    assert "all 8999999999" in str(refusal(source))
