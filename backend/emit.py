@@ -7,12 +7,12 @@ and two calls with the same text share one function.
 
 from __future__ import annotations
 
-import json
+import cmath
 import keyword
 import linecache
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from stagecut.backend.calls import callee, is_iteration
-from stagecut.backend.modules import OURS, Code, Stage, StageModule
+from stagecut.backend.modules import OURS, Code, Stage, StageModule, printable
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
@@ -40,25 +40,25 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions, unwritten, written_in
-from stagecut.ir.targets import check_op
+from stagecut.ir.targets import DEVICE, check_op, constant
 from stagecut.ir.types import TensorType
 
-_OWN_WORDS = "self torch aten operator math builtins getattr slice inf nan forward _call tensors_of"
+_OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of __debug__"
 _RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
-_TOKEN = re.compile(r"torch\.[a-z0-9_]+\Z")
-_DEVICE = re.compile(r'device\("([a-z]+(?::\d+)?)"\)\Z')
+_TAKEN = frozenset(vars(nn.Module()))
+"""What every nn.Module keeps in itself: a module or tensor of such a name would be in its place."""
 
 
-def emit(program: Program, bindings: Bindings) -> list[Stage]:
-    """The stages of a linked program as modules that hold the tensors of `bindings`.
+def emit(program: Program, bindings: Bindings, only: Collection[int] | None = None) -> list[Stage]:
+    """The stages of a linked program, or those of these numbers, as modules that hold the tensors of `bindings`.
 
     Raises EmitError when the program is not linked, names an unknown op, or lacks a tensor.
     """
     if program.phase != "linked":
         raise EmitError(f"only a linked program can be emitted, this one is {program.phase}", hint="run all passes first")
     emitter = _Emitter(program, bindings)
-    return [emitter.stage(block) for block in program.stages]
+    return [emitter.stage(block) for block in program.stages if only is None or block.index in only]
 
 
 class _Emitter:
@@ -68,13 +68,15 @@ class _Emitter:
         self.where: Positions = positions(program)
         self.code = Code(bindings.functions, program.name)
         self.device = _main_device(program)
+        self.home = torch.device(self.device if bindings.device is None else bindings.device)
+        self.reserved = _RESERVED | {name.replace(".", "_") for name in bindings.functions}
         self._lines: dict[Any, str] = {}
 
     def stage(self, block: StageBlock) -> Stage:
-        root = Stage(self.program.name, "", self.code, torch.device(self.device))
+        root = Stage(self.program.name, "", self.code, self.home)
         root.index = block.index
-        names = Namer(_RESERVED)
-        parameters = {v: names(_BAD.sub("_", v.hint) or "x") for v in block.inputs}
+        names = Namer(self.reserved)
+        parameters = {v: names(_local_name(v.hint) or "x") for v in block.inputs}
         root.input_names = tuple(parameters.values())
         tree = _Tree(root, self)
         tree.hold(block)
@@ -86,8 +88,8 @@ class _Emitter:
     def comment(self, op: Op) -> str:
         """The user's source line of an op."""
         if op.loc not in self._lines and op.loc is not None:
-            source = linecache.getline(op.loc.file, op.loc.line).strip()
-            self._lines[op.loc] = f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(": ")
+            source = linecache.getline(op.loc.file, op.loc.line).strip() if self.bindings.sources else ""
+            self._lines[op.loc] = printable(f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(": "))
         return self._lines.get(op.loc, "")
 
 
@@ -108,9 +110,10 @@ class _Tree:
         if not isinstance(parent, StageModule):
             return parent
         bindings = self._emitter.bindings
+        _refuse_taken(parent, path, (parent._parameters, parent._buffers))
         found = bindings.modules.get(path)
         if found is None:
-            found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, torch.device(self._emitter.device))
+            found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, self._emitter.home)
         self._nodes[path] = parent._modules[name] = found
         return found
 
@@ -132,12 +135,21 @@ def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateE
     name = full.rpartition(".")[2]
     if entry.kind == "const":
         owner._constants[name] = tensor
-    elif entry.kind == "param":
+        return
+    _refuse_taken(owner, full, (owner._modules,))
+    if entry.kind == "param":
         owner._parameters[name] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[name] = tensor
         if full in entry.transient:
             owner._non_persistent_buffers_set.add(name)
+
+
+def _refuse_taken(owner: StageModule, full: str, others: Iterable[Mapping[str, Any]]) -> None:
+    """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that is in `others` too."""
+    name = full.rpartition(".")[2]
+    if not name or name in _TAKEN or any(name in other for other in others):
+        raise EmitError(f"'{printable(full)}' is no name that a model can have", hint="it is taken by nn.Module, or names two things")
 
 
 def _set_training(root: Stage, bindings: Bindings) -> None:
@@ -174,7 +186,7 @@ class _Function:
         self._emitter, self._tree, self._block = emitter, tree, block
         self._path, self._depth, self._entered = path, depth, entered
         self._parameters = parameters
-        self._names = Namer({*_RESERVED, *parameters.values()})
+        self._names = Namer({*emitter.reserved, *parameters.values()})
         self._local: dict[Value, str] = dict(parameters)
         self._out: list[_Statement] = []
         self._last_comment = ""
@@ -387,7 +399,7 @@ class _Function:
     # --- values and literals ----------------------------------------------------------------------
 
     def _define(self, value: Value, wish: str) -> str:
-        name = self._names(_BAD.sub("_", wish) if not wish[:1].isdigit() else "m" + _BAD.sub("_", wish))
+        name = self._names(_local_name(wish))
         self._local[value] = name
         return name
 
@@ -427,9 +439,9 @@ class _Function:
         parts = name[len(path) + 1 if path else 0 :].split(".")
         owner = _attributes("self", parts[:-1])
         if entry.kind == "const":
-            return f"{owner}._constants[{json.dumps(parts[-1])}]"
+            return f"{owner}._constants[{parts[-1]!r}]"
         if _is_ours(parts[-1]):
-            return f"{owner}.{'_parameters' if entry.kind == 'param' else '_buffers'}[{json.dumps(parts[-1])}]"
+            return f"{owner}.{'_parameters' if entry.kind == 'param' else '_buffers'}[{parts[-1]!r}]"
         return _attributes(owner, parts[-1:])
 
     def _tree_text(self, tree: Any, op: Op, regions: list[str]) -> str:
@@ -441,7 +453,7 @@ class _Function:
         if isinstance(tree, list):
             return f"[{', '.join(self._tree_text(t, op, regions) for t in tree)}]"
         if isinstance(tree, dict):
-            return "{" + ", ".join(f"{k!r}: {self._tree_text(v, op, regions)}" for k, v in tree.items()) + "}"
+            return "{" + ", ".join(f"{self._literal(k, op)}: {self._tree_text(v, op, regions)}" for k, v in tree.items()) + "}"
         if isinstance(tree, slice):
             return f"slice({', '.join(self._tree_text(t, op, regions) for t in (tree.start, tree.stop, tree.step))})"
         if isinstance(tree, RegionRef):
@@ -453,18 +465,20 @@ class _Function:
             return "self.training"
         if isinstance(item, Token):
             return self._token(item, op)
+        if isinstance(item, complex) and not cmath.isfinite(item):
+            return f"complex({item.real!r}, {item.imag!r})"
         if item is None or item is ... or isinstance(item, (bool, int, float, complex, str)):
             return repr(item)
         raise EmitError(f"a literal of type {type(item).__name__} cannot be written", where=op.where())
 
     def _token(self, token: Token, op: Op) -> str:
-        device = _DEVICE.match(token.text)
+        device = DEVICE.fullmatch(token.text)
         if device:
             return "self._here.device" if device[1] == self._emitter.device else f'torch.device("{device[1]}")'
-        if not _TOKEN.match(token.text) or not isinstance(
-            getattr(torch, token.text[6:], None), (torch.dtype, torch.layout, torch.memory_format)
-        ):
-            raise EmitError(f"'{token.text}' is no constant of torch", where=op.where())
+        try:
+            constant(token)
+        except EmitError as error:
+            raise EmitError(error.what, where=op.where(), hint=error.hint) from None
         return token.text
 
     def _context(self, context: Context) -> str:
@@ -473,7 +487,7 @@ class _Function:
         if context.kind == "autocast":
             device, *rest = context.args
             arguments = ", ".join(self._literal(a, Op("autocast")) for a in rest)
-            return f"torch.autocast({device!r}, {arguments})"
+            return f"torch.autocast({self._literal(device, Op('autocast'))}, {arguments})"
         raise EmitError(f"unknown context '{context.kind}'", hint="no_grad, enable_grad, inference_mode and autocast are known")
 
 
@@ -493,12 +507,18 @@ def _attributes(owner: str, parts: list[str]) -> str:
     """`owner.a.b`, through getattr where a part is no identifier and through the registry where it hides one of ours."""
     for part in parts:
         if _is_ours(part):
-            owner = f"{owner}._modules[{json.dumps(part)}]"
+            owner = f"{owner}._modules[{part!r}]"
         elif part.isidentifier() and part.isascii() and not keyword.iskeyword(part):
             owner = f"{owner}.{part}"
         else:
-            owner = f"getattr({owner}, {json.dumps(part)})"
+            owner = f"getattr({owner}, {part!r})"
     return owner
+
+
+def _local_name(wish: str) -> str:
+    """The wish as an identifier."""
+    name = _BAD.sub("_", wish)
+    return f"m{name}" if name[:1].isdigit() else name
 
 
 def _wish(op: Op) -> str:

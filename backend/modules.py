@@ -5,7 +5,9 @@ from __future__ import annotations
 import linecache
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import count
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,9 +15,15 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import EmitError, StagecutError
+from stagecut.ir.targets import BUILTINS, attribute
 
 _serial = count()
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with nothing in it that is not shown."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 class Code:
@@ -34,10 +42,16 @@ class Code:
         return made
 
     def _compile(self, text: str) -> Callable[..., Any]:
-        file = f"<stagecut {self.title} {next(_serial)}>"
-        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        file = f"<stagecut {printable(self.title)} {next(_serial)}>"
         space = namespace(self.functions)
-        exec(compile(text, file, "exec"), space)  # the text is generated from verified IR, names and targets are checked
+        try:
+            compiled = compile(text, file, "exec")
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            raise EmitError(
+                f"a stage of {printable(self.title)} cannot be written as Python: {error}", hint="is the IR text damaged?"
+            ) from None
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        exec(compiled, space)  # the text is generated from verified IR, names and targets are checked
         made: Callable[..., Any] = space["forward"]
         return made
 
@@ -65,13 +79,22 @@ def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]
 
 def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """The global names that generated code may use."""
-    import builtins
     import math
     import operator
 
-    fixed: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": builtins}
+    fixed: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": _builtins()}
     fixed["tensors_of"] = tensors_of
     return fixed | {"inf": math.inf, "nan": math.nan} | {n.replace(".", "_"): f for n, f in functions.items()}
+
+
+@cache
+def _builtins() -> ModuleType:
+    """The builtin functions that a program may call. Its getattr gives data only, so that no op gets hold of a function."""
+    import builtins
+
+    module = ModuleType("builtins")
+    vars(module).update({name: getattr(builtins, name) for name in BUILTINS}, getattr=attribute)
+    return module
 
 
 class StageModule(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.outline import storage_root
+from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 
 Sizes = Mapping[str, int]
@@ -142,12 +143,15 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
 
 
 @cache
-def evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
-    """The number an expression over sizes stands for, None when it is open."""
+def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
+    """The number an expression over sizes stands for, None when it is open or unknown."""
     import sympy
 
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}
-    found = sympy.sympify(expression, locals=dict(symbols)).subs({symbols[name]: number for name, number in sizes})
+    try:
+        found = expression(text, symbols).subs({symbols[name]: number for name, number in sizes})
+    except StagecutError:
+        return None
     return int(found) if found.is_Integer else None
 
 

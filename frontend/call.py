@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
+from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
 
 Ranges = Mapping[str, tuple[int | None, int | None]]
@@ -173,7 +174,7 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> dic
     known = {sympy.Symbol(s): n for s, (_, n) in sizes.items() if s.isidentifier()}
     for text in derived:
         name, size = sizes[text]
-        rest = sympy.sympify(text, locals={str(s): s for s in known}).subs(known) - size
+        rest = expression(text, {str(s): s for s in known}).subs(known) - size
         unknown = list(rest.free_symbols)
         if len(unknown) == 1:  # the size tells what its symbol is
             roots = [root for root in sympy.solve(rest, unknown[0]) if root.is_integer and root.is_nonnegative]

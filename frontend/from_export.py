@@ -25,7 +25,7 @@ def lower_export(
 ) -> tuple[Program, Bindings]:
     """The traced program of `exported`. With `module`, state is the module's own tensors; without, the exported ones."""
     program = Program(type(module).__name__ if module is not None else "ExportedProgram")
-    bindings = Bindings()
+    bindings = Bindings(sources=True)
     lowering = Lowering(program, bindings)
     if module is not None:
         if leaf_calls:

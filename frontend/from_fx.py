@@ -31,7 +31,7 @@ def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     """
     _check_names(module)
     inputs = _bind(module, args, kwargs)
-    program, bindings = Program(type(module).__name__), Bindings()
+    program, bindings = Program(type(module).__name__), Bindings(sources=True)
     lowering = Lowering(program, bindings)
     program.state = state_entries(module, bindings, lowering.note_storage)
     recorder = _Recorder(module)

@@ -15,7 +15,8 @@ class Bindings:
     functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
     classes: module path -> class name. branches: module path -> where its forward branches on `training`.
     switches: module path -> mode -> the flags below it, where train() is the user's own. notes: what capture did.
-    call: how user arguments become the flat list of inputs.
+    call: how user arguments become the flat list of inputs. sources: the files that ops name are this machine's, so that their lines
+    may be shown. device: where the stages are made, None for where the model was traced.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -26,4 +27,6 @@ class Bindings:
     branches: dict[str, str] = field(default_factory=dict)
     switches: dict[str, dict[bool, dict[str, bool]]] = field(default_factory=dict)
     call: Any = None
+    sources: bool = False
+    device: Any = None
     notes: list[str] = field(default_factory=list)

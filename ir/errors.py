@@ -49,12 +49,18 @@ class UnknownNameError(StagecutError, LookupError):
     """A program has no value or state of that name; the message lists the nearest ones."""
 
 
+_SHOWN = 200
+"""Characters of a long line that are shown on either side of an error."""
+
+
 class ParseError(StagecutError):
     """IR text could not be read. The message points at file:line:column with a caret."""
 
     def __init__(self, what: str, *, file: str, line: int, column: int, source: str) -> None:
         self.file, self.line, self.column = file, line, column
-        caret = "".join("\t" if char == "\t" else " " for char in source[: column - 1]) + "^"
+        left = max(0, column - _SHOWN)
+        source, before = source[left : column + _SHOWN], source[left : column - 1]
+        caret = "".join("\t" if char == "\t" else " " for char in before) + "^"
         super().__init__(f"{file}:{line}:{column}: {what}\n    {source}\n    {caret}")
 
 

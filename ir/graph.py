@@ -337,6 +337,11 @@ class Transfer:
     made: Value | None = None
 
     @property
+    def hops(self) -> int:
+        """How many stages a relayed value passes through."""
+        return max(0, self.target - (0 if self.source is None else self.source + 1)) if self.route == "relay" else 0
+
+    @property
     def via(self) -> tuple[int, ...]:
         """The stages a relayed value passes through."""
         if self.route != "relay":

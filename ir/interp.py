@@ -16,7 +16,7 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.outline import unwritten
-from stagecut.ir.targets import check_op, resolve
+from stagecut.ir.targets import attribute, check_op, constant, resolve
 
 Environment = dict[Value, Any]
 
@@ -112,6 +112,8 @@ class Machine:
         kind, _, rest = op.target.partition(".")
         if kind == "method":
             return getattr(args[0], rest)(*args[1:], **kwargs)
+        if op.target == "builtins.getattr":
+            return attribute(*args, **kwargs)
         if kind == "extern":
             return self._bindings.functions[op.target](*args, **kwargs)
         if kind == "module":
@@ -146,14 +148,8 @@ class Machine:
         if isinstance(leaf, Mode):
             return leaf.captured
         if isinstance(leaf, Token):
-            return _token(leaf)
+            return constant(leaf)
         return self.lookup(leaf, env)
-
-
-def _token(token: Token) -> Any:
-    if token.text.startswith("device("):
-        return torch.device(token.text[8:-2])
-    return getattr(torch, token.text.removeprefix("torch."))
 
 
 def enter(context: Context) -> Any:
@@ -161,7 +157,7 @@ def enter(context: Context) -> Any:
     if context.kind in WHOLE:
         return nullcontext()
     if context.kind == "autocast":
-        args = [_token(a) if isinstance(a, Token) else a for a in context.args]
+        args = [constant(a) if isinstance(a, Token) else a for a in context.args]
         return torch.autocast(*args)
     return {"no_grad": torch.no_grad, "enable_grad": torch.enable_grad, "inference_mode": torch.inference_mode}[context.kind]()
 

@@ -35,7 +35,11 @@ from stagecut.ir.graph import (
 from stagecut.ir.types import DTYPES, SCALAR_KINDS, Dim, ScalarType, TensorType, Type
 
 MAX_DEPTH = 64
-"""Deepest nesting of literals and regions that is read."""
+"""Deepest nesting of literals and regions that is read, and of modules in a scope or a name."""
+MAX_CONTEXTS = 16
+"""Most contexts that one op stands in. Python nests at most twenty blocks."""
+MAX_SIZE = 4000
+"""Longest expression over sizes, in characters."""
 
 _BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
@@ -50,7 +54,8 @@ _INT = re.compile(r"[0-9]{1,4000}")
 _BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""")
 """A bracket, or a quoted string, whose brackets do not count."""
 _LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
-_DEVICE = re.compile(r"@([a-z]+(?::\d+)?)")
+_DEVICE = re.compile(r"@([a-z]+(?::[0-9]{1,4})?)")
+_DEVICE_NAME = re.compile(r'"[a-z]+(?::[0-9]{1,4})?"')
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "nan": float("nan")}
 
 
@@ -121,7 +126,7 @@ class _Parser:
         raw = self._need(_STRING, "a string in double quotes")[0]
         try:
             return str(json.loads(raw))
-        except ValueError:
+        except (ValueError, RecursionError):
             self._fail("bad escape in string", start)
 
     def _list(self, item: Any, close: str = ")") -> list[Any]:
@@ -188,13 +193,13 @@ class _Parser:
 
     def _state(self) -> None:
         start = self._here()
-        names = [self._fqn()]
+        names = [self._state_name()]
         self._expect(":")
         kind = self._known(KINDS, "kind of state")
         entry = StateEntry(tuple(names), kind, self._type())
         if self._accept("names"):
             self._expect("(")
-            names += self._list(self._fqn)
+            names += self._list(self._state_name)
         entry.names = tuple(names)
         entry.transient = self._transient(entry)
         unique = -1 - len(self._program.state)
@@ -287,8 +292,9 @@ class _Parser:
                 transfer.made = self._value()
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
-            if via != transfer.via:
-                self._fail(f"this transfer goes through stages {transfer.via}", start)
+            if len(via) != transfer.hops or via != transfer.via:
+                shown = transfer.via if transfer.hops < 100 else f"between, all {transfer.hops}"
+                self._fail(f"this transfer goes through stages {shown}", start)
         self._program.transfers.append(transfer)
 
     # --- ops ------------------------------------------------------------------------------------
@@ -409,21 +415,34 @@ class _Parser:
         contexts = []
         while True:
             kind = self._known(CONTEXTS, "context")
+            start = self._here()
             args = tuple(self._list(self._tree)) if self._accept("(") else ()
+            if not _fits_context(kind, args):
+                self._fail(f"'{kind}' does not take these arguments", start)
             contexts.append(Context(kind, args))
+            if len(contexts) > MAX_CONTEXTS:
+                self._fail(f"more than {MAX_CONTEXTS} contexts")
             if not self._accept(","):
                 return tuple(contexts)
 
     def _scope(self) -> Scope:
-        frames = []
-        self._skip()
+        frames: list[Frame] = []
+        start = self._here()
         while True:
             name = self._string() if self._src.startswith('"', self._pos) else self._need(_PATH, "a module path")[0]
             call = self._int() if self._src.startswith("~", self._pos) and self._accept("~") else 0
             frames.append(Frame(name, call))
             if not self._src.startswith("/", self._pos):
+                self._check_path(".".join(frame.name for frame in frames), start)
                 return tuple(frames)
             self._pos += 1
+
+    def _check_path(self, path: str, start: int) -> None:
+        parts = path.split(".")
+        if "" in parts:
+            self._fail("a module has a name, and so has a tensor", start)
+        if len(parts) > MAX_DEPTH:
+            self._fail(f"nested more than {MAX_DEPTH} deep", start)
 
     def _regions(self) -> list[Region]:
         self._enter()
@@ -488,6 +507,12 @@ class _Parser:
         if name[1:] not in self._values:
             self._fail(f"{name} is not defined: {nearest(name[1:], self._values)}", start)
         return self._values[name[1:]]
+
+    def _state_name(self) -> str:
+        start = self._here()
+        name = self._fqn()
+        self._check_path(name, start)
+        return name
 
     def _fqn(self) -> str:
         self._skip()
@@ -556,7 +581,7 @@ class _Parser:
         if word.startswith("torch."):
             return Token(word)
         if word == "device" and self._accept("("):
-            inner = self._need(_STRING, "a device name")[0]
+            inner = self._need(_DEVICE_NAME, "a device name")[0]
             self._expect(")")
             return Token(f"device({inner})")
         if word in ("slice", "complex", "mode") and self._accept("("):
@@ -615,7 +640,28 @@ class _Parser:
         sizes = [p.strip() for p in parts]
         if "" in sizes:
             self._fail("a size is missing", start)
+        for size in sizes:
+            if not is_expression(size):
+                self._fail(f"'{size[:40]}' is no size: a number, or an expression over sizes such as 2*s0", start)
         return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
 
 
+def is_expression(text: str) -> bool:
+    """True for a number, and for what may be an expression over sizes: names, numbers, operators, calls; nothing else."""
+    return len(text) <= MAX_SIZE and _SIZE.fullmatch(text) is not None
+
+
+def _fits_context(kind: str, args: tuple[Any, ...]) -> bool:
+    """True for the arguments that a context of that kind has."""
+    if kind == "checkpoint":
+        return [type(item) for item in args] == [int, bool]
+    if kind == "transform":
+        return [type(item) for item in args] == [int]
+    if kind == "autocast":
+        plain = all(item is None or isinstance(item, (bool, Token)) for item in args[1:])
+        return 1 <= len(args) <= 4 and isinstance(args[0], str) and args[0].isidentifier() and plain
+    return not args
+
+
+_SIZE = re.compile(r"(?:[ ()+\-*/%,<>=!&|~]|(?<![A-Za-z0-9_.])(?:[A-Za-z][A-Za-z0-9_]*|[0-9]+(?:\.[0-9]+)?))+")
 _LOC_FILE = re.compile(r"[A-Za-z0-9_.]+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, 
 from stagecut.ir.types import OBJECT, value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
+
+_ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 
 
 def text(program: Program) -> str:
@@ -35,6 +38,12 @@ def fqn_text(name: str) -> str:
     return f"@{name}" if _PLAIN_FQN.match(name) else "@" + json.dumps(name)
 
 
+def fingerprint(program: Program) -> str:
+    """A digest of the program that is the same wherever it was traced: on another device, from files in another folder."""
+    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def value_names(program: Program) -> dict[Value, str]:
     """The printed name of every value of the program, state entries included."""
     return Printer(program).names
@@ -44,6 +53,8 @@ def size_text(nbytes: int | None) -> str:
     """Bytes as a short text, in powers of two: `512 B`, `32 KiB`."""
     if nbytes is None:
         return "dynamic"
+    if nbytes >> 80:
+        return "beyond 2^80 B"  # no float may hold it
     size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import re
 from collections.abc import Callable
 from functools import cache
 from types import BuiltinFunctionType, FunctionType
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from stagecut.ir.errors import EmitError
-from stagecut.ir.graph import Op
+from stagecut.ir.graph import Op, Token
 
 BUILTINS = frozenset("getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split())
 _OPERATOR = frozenset(
@@ -26,6 +27,11 @@ _OPERATOR = frozenset(
 )
 _TORCH_OWN = frozenset("sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split())
 _REFUSED = frozenset("from_file tofile apply_ map_ map2_ register_hook register_post_accumulate_grad_hook".split())
+_REFUSED_NAMESPACES = frozenset("prim debugprims debug_mode_ops".split())
+_FILES = frozenset("filename file path".split())
+"""Arguments of registered ops that name a file."""
+DEVICE = re.compile(r'device\("([a-z]+(?::[0-9]+)?)"\)')
+_CONSTANT = re.compile(r"torch\.[a-z0-9_]+")
 _CONTAINERS = (torch.Tensor, dict, list, tuple, str, torch.Size)
 
 
@@ -79,7 +85,17 @@ def _registered_op(path: str, target: str) -> Callable[..., Any]:
             raise EmitError(f"unknown op '{target}'", hint=f"{part!r} does not exist; is its library imported?") from None
     if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
         raise EmitError(f"'{target}' is no op that may be called", hint="name an overload, such as aten.add.Tensor")
+    if not isinstance(found, torch._ops.HigherOrderOperator) and not _is_harmless(found):
+        raise EmitError(f"'{target}' is no op that may be called", hint="it reads or writes files, or attributes by name")
     return found
+
+
+def _is_harmless(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+    """True for an op that names no file, in no overload."""
+    overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, name) for name in op.overloads()]
+    if any(overload.namespace in _REFUSED_NAMESPACES for overload in overloads):
+        return False
+    return not any(argument.name in _FILES and "str" in str(argument.type) for o in overloads for argument in o._schema.arguments)
 
 
 def check_op(op: Op) -> None:
@@ -87,8 +103,37 @@ def check_op(op: Op) -> None:
     kind, _, name = op.target.partition(".")
     if kind == "method" and (name.startswith("_") or name in _REFUSED or not any(hasattr(c, name) for c in _CONTAINERS)):
         raise EmitError(f"'{name}' is no method that may be called", where=op.where())
+    if kind == "method" and not op.args:
+        raise EmitError("a method needs something to be called on", where=op.where())
+    if kind == "module" and not _is_leaf_call(op.args):
+        raise EmitError("a module takes (positional operands), {keywords}, [state]", where=op.where())
     if op.target == "builtins.getattr" and not (len(op.args) > 1 and isinstance(op.args[1], str) and _is_public(op.args[1])):
         raise EmitError(f"attribute {op.args[1:2]!r} may not be read", where=op.where(), hint="public attributes of tensors may be")
+    if op.target.startswith("torch.ops.higher_order.") and not op.regions:
+        raise EmitError(f"'{op.target}' runs regions, and has none", where=op.where(), hint="a program holds functions as regions only")
+
+
+def _is_leaf_call(args: tuple[Any, ...]) -> bool:
+    return len(args) == 3 and isinstance(args[0], (tuple, list)) and isinstance(args[1], dict) and isinstance(args[2], (tuple, list))
+
+
+def attribute(owner: Any, name: str, *default: Any) -> Any:
+    """`getattr` that gives data only. Raises EmitError for a function or a class: no op of a program may call what it finds at run time."""
+    found = getattr(owner, name, *default) if _is_public(name) else attribute
+    if callable(found) and not isinstance(found, torch.Tensor):
+        raise EmitError(f"attribute '{name}' of a {type(owner).__name__} may not be read", hint="it is no data; call it as a method")
+    return found
+
+
+def constant(token: Token) -> Any:
+    """The dtype, layout, memory format or device behind a token; raises EmitError for anything else."""
+    device = DEVICE.fullmatch(token.text)
+    if device:
+        return torch.device(device[1])
+    found = getattr(torch, token.text[6:], None) if _CONSTANT.fullmatch(token.text) else None
+    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        raise EmitError(f"'{token.text}' is no constant of torch", hint="a dtype, a layout, a memory format or a device")
+    return found
 
 
 def _is_public(name: str) -> bool:

@@ -6,8 +6,9 @@ In every phase
   V3  a value has one definition, and its owner is the op that lists it
   V4  a state name belongs to one entry
   V5  effects fit the op: written and viewed positions are operands, one view slot a result
-  V6  a region sees only its own parameters, and every region reference names a region of its op
+  V6  a region sees only its own parameters, and every region reference is an operand and names a region of its op
   V7  a value that was written is not read again under its old version
+  V17 a form names each result of its op once
 Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
@@ -26,15 +27,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value
-from stagecut.ir.printer import line_of, nested_ops
+from stagecut.ir.printer import line_printer, nested_ops
 
 
 def verify(program: Program, *, after: str = "") -> None:
     """Raises VerifyError, listing every violation, unless `program` is valid for its phase."""
+    _lines.cache_clear()  # the program may have changed since
     violations = [f"{rule}: {what}" for rule, what in _violations(program)]
+    _lines.cache_clear()
     if violations:
         raise VerifyError(violations, after=after)
 
@@ -53,8 +57,12 @@ def _violations(p: Program) -> Iterator[tuple[str, str]]:
         yield from _linked(p)
 
 
+_lines = lru_cache(1)(line_printer)
+"""Names are made once for all that is found: a damaged program breaks many rules."""
+
+
 def _show(p: Program, op: Op) -> str:
-    return f"`{line_of(p, op)}` ({op.where()})"
+    return f"`{_lines(p)(op)}` ({op.where()})"
 
 
 def _ops(p: Program) -> Iterator[tuple[str, str]]:
@@ -66,6 +74,8 @@ def _ops(p: Program) -> Iterator[tuple[str, str]]:
     for value in p.output.operands:
         if value not in defined:
             yield "V1", f"the output names {value!r}, which is not defined"
+    if any(isinstance(item, RegionRef) for item in _literals(p.output.args)):
+        yield "V6", "the output names a region"
 
 
 def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
@@ -74,7 +84,24 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
             yield "V1", f"{value!r} is read before it is defined in {_show(p, op)}"
     yield from _definitions(p, op, defined)
     yield from _effects(p, op)
+    yield from _form(p, op)
     yield from _regions(p, op)
+
+
+def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
+    if op.form is not None and op.form != "tensors" and list(_places(op.form)) != list(range(len(op.results))):
+        yield "V17", f"the form does not name each result once, in order, in {_show(p, op)}"
+
+
+def _places(form: object) -> Iterator[object]:
+    """The result numbers in a form, None for what is none."""
+    if isinstance(form, (tuple, list)):
+        for item in form:
+            yield from _places(item)
+    elif isinstance(form, dict) and all(type(key) in (str, int) for key in form):
+        yield from _places(list(form.values()))
+    else:
+        yield form if type(form) is int else None
 
 
 def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
@@ -110,7 +137,10 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
                 yield "V6", f"region {region.name} reads {value!r} from outside in {_show(p, op)}"
         yield from _definitions(p, op, inside)
         yield from _effects(p, op)
+        yield from _form(p, op)
         yield from _regions(p, op)
+    if any(isinstance(item, RegionRef) for item in _literals(region.output.args)):
+        yield "V6", f"region {region.name} yields a region"
     for value in region.output.operands:
         if value not in inside:
             yield "V6", f"region {region.name} yields {value!r} from outside"

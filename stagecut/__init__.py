@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagecut.ir.parser import parse
     from stagecut.ir.printer import text
     from stagecut.pipe import Pipe, pipeline
+    from stagecut.saved import load, load_stage
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ _HOMES = {
     "build_stage": "stagecut.distributed",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
+    "load": "stagecut.saved",
+    "load_stage": "stagecut.saved",
     "SplitPoint": "stagecut.frontend.markers",
     "pipe_split": "stagecut.frontend.markers",
     "StagecutError": "stagecut.ir.errors",
@@ -48,6 +51,8 @@ __all__ = [
     "SplitPoint",
     "StagecutError",
     "build_stage",
+    "load",
+    "load_stage",
     "parse",
     "pipe_split",
     "pipeline",

@@ -5,8 +5,6 @@ Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +29,7 @@ from stagecut.frontend.call import check_inputs
 from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
-from stagecut.ir.printer import text
+from stagecut.ir.printer import fingerprint
 from stagecut.ir.types import TensorType
 from stagecut.schedules import SCHEDULES, V, homes
 from stagecut.state import refuse_meta
@@ -44,9 +42,6 @@ _TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getatt
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules take every value at a boundary for one with a gradient."""
-
-
-_ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 
 
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
@@ -419,8 +414,7 @@ def _own_device(group: Group) -> torch.device:
 
 def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
     """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on a device of its own."""
-    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
-    mine = (hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], program.name, len(program.stages), *settings)
+    mine = (fingerprint(program)[:16], program.name, len(program.stages), *settings)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]

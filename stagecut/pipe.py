@@ -325,6 +325,16 @@ class Pipe(nn.Module):
         chosen = [stages] if isinstance(stages, int) else list(stages)
         materialize(self, chosen, source, torch.device(device), init_fn, values or {}, rename, cast, seed)
 
+    def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
+        """`folder` holds the pipe: IR text, tensors, and how the model is called. `stagecut.load(folder)` gives it again.
+
+        It appears whole or not at all. With `stages`, only those are saved, beside those that other ranks save of the same pipe to the
+        same folder; the others may be on meta. Raises SavedError for what no file can hold: modules kept whole, functions of yours.
+        """
+        from stagecut.saved import save
+
+        save(self, folder, stages)
+
     def build_stage(self, stage_index: int, device: torch.device | str, group: Any = None) -> Any:
         """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of torch's schedules.
 

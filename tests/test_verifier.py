@@ -49,6 +49,24 @@ IN_TEXT = {
     }
   }"""),
     "region that is not there": TRACED.format("  %a = extern.f([{1: <0>}]) : f32[4]  # error: V6"),
+    "the output names a region": "program @P phase=traced {\n  output (<0>)  # error: V6\n}",
+    "region yields a region": TRACED.format("""
+  extern.f(<0>) {
+    region r () {
+      yield (<0>)  # error: V6
+    }
+  }"""),
+    "form without a result": TRACED.format("""
+  %a, %b = extern.f(%x) : f32[4], f32[4] form({"a": 0})  # error: V17"""),
+    "form with a result that is not there": TRACED.format("  %a = extern.f(%x) : f32[4] form((7,))  # error: V17"),
+    "form of text": TRACED.format('  %a = extern.f(%x) : f32[4] form("a")  # error: V17'),
+    "form of an inner op": TRACED.format("""
+  extern.f(<0>) {
+    region r (%p : f32[4]) {
+      %a = extern.f(%p) : f32[4] form([0, 0])  # error: V17
+      yield (%a)
+    }
+  }"""),
     "old version read by an op": TRACED.format("""
   aten.relu_.default(@w) writes(@w -> %w.1)
   %a = aten.neg.default(@w) : f32[4]  # error: V7"""),
@@ -414,7 +432,7 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 17)}
+    assert listed == {f"V{n}" for n in range(1, 18)}
     assert listed == in_text | {rule for rule, _ in MUTATED}
 
 
