@@ -98,18 +98,34 @@ class _Aliases:
         return member, steps
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
-        whole = [v for v in op.reads if self._steps(v) == (root, [])]
-        base = next((v for v in whole if self._member(v) is root), whole[0] if whole else None)
+        base = self._base(root, crossing, op)
+        if base is None and len(crossing) > 1:
+            raise SplitError(
+                f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and does not have that tensor",
+                where=op.where(),
+                hint="cut so that the views and the write lie in one stage, or clone what is written",
+            )
         if base is None:
             return False
+        known = len(self._steps(base)[1])
         for value in crossing:
             if value is base:
                 continue
-            derived = base
-            for view, index in reversed(self._steps(value)[1]):
+            derived, steps = base, self._steps(value)[1]
+            for view, index in reversed(steps[: len(steps) - known]):
                 derived = self._twin(view, index, derived, base, stage.index, twins).results[index]
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
         return crossing != [base]
+
+    def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
+        """The value `op` reads that all of `crossing` are or are views of, the root of their storage where that is one."""
+        paths = [self._steps(value)[1] for value in crossing]
+        found: list[tuple[int, bool, Value]] = []
+        for value in op.reads:
+            origin, steps = self._steps(value)
+            if origin is root and all(path[len(path) - len(steps) :] == steps for path in paths):
+                found.append((len(steps), self._member(value) is not root, value))
+        return min(found, key=lambda item: item[:2])[2] if found else None
 
     def _twin(self, view: Op, index: int, base: Value, whole: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
         """The view op on `base`, which is `whole` or a view of it, in stage `here`."""
@@ -121,8 +137,8 @@ class _Aliases:
             )
         if (view, base) not in twins:
             viewed = view.effects.viewed(index)
-            root = self._steps(whole)[0]  # an operand that only lends its shape may be the whole itself
-            now = {operand: whole for operand in view.operands if self._steps(operand) == (root, [])}
+            steps = self._steps(whole)  # an operand that only lends its shape may be the whole itself
+            now = {operand: whole for operand in view.operands if self._steps(operand) == steps}
             if viewed is not None:
                 now[view.operands[viewed]] = base
             twin = twins[view, base] = view.copy(now)

@@ -38,7 +38,7 @@ class _AliasClasses:
         self._members: dict[Value, list[Value]] = {}
         self._count: dict[Value, int] = {}
         self._anchor: dict[Value, Value | None] = {}
-        self._lost: dict[Value, Value] = {}
+        self._lost: set[Value] = set()
         self._version_of: dict[Value, Value] = {}
         homes: dict[int, Value] = {}
         for entry in program.state:
@@ -65,13 +65,11 @@ class _AliasClasses:
         self._move_anchors(op)
 
     def _move_anchors(self, op: Op) -> None:
-        """A root nobody reads gets no new version. What an in-place op returns is then the whole tensor, up to date."""
+        """A root nobody reads gets no new version. What an in-place op returns is then all of it that is still in use, up to date."""
         for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed in op.effects.writes and viewed is not None:
-                root = self._root[result]
-                if root in self._lost and self._lost[root] is self._member(op.operands[viewed]):
-                    self._anchor[root] = result
-        self._lost = {}
+            if viewed in op.effects.writes and viewed is not None and self._root[result] in self._lost:
+                self._anchor[self._root[result]] = result
+        self._lost = set()
 
     def write(self, op: Op, index: int) -> None:
         """Everything in the classes `op` writes that is read later, or is state, gets a new version: what `op` names first."""
@@ -85,7 +83,8 @@ class _AliasClasses:
         for root in roots:
             anchor = self._anchor[root]
             if anchor is not None and anchor not in members:
-                self._lost[root], self._anchor[root] = anchor, None
+                self._lost.add(root)
+                self._anchor[root] = None
         for member in sorted(members, key=lambda m: rank.get(self._now(m), len(rank))):
             self._renew(op, member)
 

@@ -324,3 +324,48 @@ def test_a_module_kept_whole_that_returns_what_it_is_given_returns_its_strides()
     pipe = pipeline(Padded(), (x,), dynamic_shapes=shapes, leaf_modules=["inner"])
     assert getattr(pipe.program.outputs[0].type, "strides", None) == (6, 1)
     assert pipe(x)[0].stride() == (6, 1)
+
+
+def _whole_that_only_a_write_returned(x: torch.Tensor) -> Any:
+    written = (x + 1).detach().tanh_()
+    flat, other = written.view(-1), written.reshape(-1)
+    pipe_split()
+    flat.sub_(other)
+    return written + written
+
+
+def _part_that_only_a_write_returned(x: torch.Tensor) -> Any:
+    written = (x + 1)[:3].tanh_()
+    first, second = written[:2], written[1:3]
+    pipe_split()
+    first.sub_(second.clone())
+    return first + second
+
+
+def _part_of_a_part_written_in_two_stages(x: torch.Tensor) -> Any:
+    written = (x + 1)[:3].tanh_()
+    first, second, flat = written[:2], written[1:3], written.view(-1)[2:9]
+    first.exp_()
+    pipe_split()
+    second.mul_(3)
+    pipe_split()
+    flat.sub_(1)
+    return first + second, flat
+
+
+@pytest.mark.parametrize(
+    "run", [_whole_that_only_a_write_returned, _part_that_only_a_write_returned, _part_of_a_part_written_in_two_stages]
+)
+def test_views_of_what_an_in_place_op_returned_share_its_storage_in_another_stage(run: Any) -> None:
+    """The tensor that was written is read by nobody else, so no version of it crosses: views are taken of the op's result."""
+
+    class Written(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return run(x)
+
+    x = torch.arange(16.0).reshape(4, 4)
+    pipe = pipeline(Written(), (x,))
+    expected = run(x)
+    found = Mailbox(pipe.program, pipe.stages).forward([x])
+    for one, other in zip(expected if isinstance(expected, tuple) else (expected,), found, strict=True):
+        assert torch.equal(one, other)
