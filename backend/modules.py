@@ -33,6 +33,17 @@ class Code:
         self.functions = functions
         self.title = title
         self._made: dict[str, Callable[..., Any]] = {}
+        self._kinds: dict[tuple[type, str], type] = {}
+
+    def kind(self, base: type, text: str) -> type:
+        """The class of those modules that do nothing but run `text`.
+
+        Each text has one, for torch.compile tells modules apart by the code of their forward, and takes only a few of one code.
+        """
+        made = self._kinds.get((base, text))
+        if made is None:
+            made = self._kinds[base, text] = type(base.__name__, (base,), {"forward": self.function(text), "__module__": base.__module__})
+        return made
 
     def function(self, text: str) -> Callable[..., Any]:
         """The function that `text` defines under the name `forward`."""
@@ -56,7 +67,7 @@ class Code:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"functions": self.functions, "title": self.title, "_made": {}}
+        return {"functions": self.functions, "title": self.title, "_made": {}, "_kinds": {}}
 
 
 def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None) -> list[torch.Tensor]:
@@ -130,10 +141,19 @@ class StageModule(nn.Module):
         if text not in self._texts:
             self._texts.append(text)
             self._forwards.append(self._code.function(text))
+            self._take_kind()
         return self._texts.index(text)
+
+    def _take_kind(self) -> None:
+        """A module with one text runs it without a detour."""
+        base = Stage if isinstance(self, Stage) else StageModule
+        self.__class__ = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (isinstance(self, Stage),), self.__getstate__()  # a class that was made here cannot be found by its name
 
     def get_submodule(self, target: str) -> nn.Module:
         """The module at a path of the model, also where its name hides one of ours, and inside what torch wraps around modules."""
@@ -176,6 +196,13 @@ class StageModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]  # the model may have a module of this name
+        self._take_kind()
+
+
+def _blank(is_stage: bool) -> StageModule:
+    """A module without anything in it, for pickle and deepcopy to fill."""
+    kind = Stage if is_stage else StageModule
+    return kind.__new__(kind)
 
 
 def inside(module: nn.Module) -> nn.Module:

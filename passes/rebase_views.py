@@ -99,7 +99,7 @@ class _Aliases:
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
         base = self._base(root, crossing, op)
-        if base is None and len(crossing) > 1:
+        if base is None and self._shows(op, root):
             raise SplitError(
                 f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and does not have that tensor",
                 where=op.where(),
@@ -116,6 +116,11 @@ class _Aliases:
                 derived = self._twin(view, index, derived, base, stage.index, twins).results[index]
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
         return crossing != [base]
+
+    def _shows(self, op: Op, root: Value) -> bool:
+        """True when what `op` writes is read later through another value in the storage of `root`."""
+        written = {op.operands[i] for i in op.effects.writes}
+        return any(old not in written and self._steps(old)[0] is root for old in op.versions)
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
         """The value `op` reads that all of `crossing` are or are views of, the root of their storage where that is one."""

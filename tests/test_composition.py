@@ -233,3 +233,30 @@ def test_identical_blocks_compile_once() -> None:
             block.compile(backend=count)
     pipe(torch.zeros(2, 5, dtype=torch.long))
     assert len(graphs) == 1
+
+
+def test_as_many_different_modules_compile_as_there_are() -> None:
+    """torch.compile takes only so many variants of one piece of code (eight), so different modules must not share one."""
+
+    class Deep(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.depth, self.linear = depth, nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.depth):
+                x = torch.relu(x)
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    pipe = pipeline(nn.Sequential(*(Deep(depth) for depth in range(10))), (torch.randn(2, 4),))
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for depth in range(10):
+        pipe.stages[0].get_submodule(str(depth)).compile(backend=count)
+    pipe(torch.randn(2, 4))
+    assert len(compiled) == 10
