@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
+from stagecut.ir.outline import storage_root
 from stagecut.ir.types import carries_grad, value_bytes
 
 START = 256 * 1024
@@ -60,6 +61,8 @@ class _Work:
         self._home = {op: stage.index for stage in program.stages for op in stage.ops}
         self._written = _written(program)
         self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
+        self._returned = {storage_root(value) for value in program.output.operands}
+        """Storage that the caller gets: who shares it there must go on to."""
         self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
         self._arriving: list[list[Op]] = [[] for _ in program.stages]
         self._needs: list[dict[Value, int | None]] = [{} for _ in program.stages]
@@ -110,7 +113,7 @@ class _Work:
         op = value.owner
         if not isinstance(op, Op) or not self._is_repeatable(value, op) or depth > DEEPEST:
             return None
-        if not asked and is_heavy(op):
+        if not asked and (is_heavy(op) or storage_root(value) in self._returned):
             return None
         cost = 0 if op.is_view else START + sum(value_bytes(v.type) or 0 for v in (*op.operands, *op.results)) // MEMORY
         for operand in dict.fromkeys(op.operands):

@@ -369,3 +369,18 @@ def test_views_of_what_an_in_place_op_returned_share_its_storage_in_another_stag
     found = Mailbox(pipe.program, pipe.stages).forward([x])
     for one, other in zip(expected if isinstance(expected, tuple) else (expected,), found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_is_returned_twice_is_not_computed_again() -> None:
+    """A view of a tensor, and the tensor, are one storage for the caller too."""
+
+    class Ones(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            ones = torch.ones(4, 4)
+            x = x + 1
+            pipe_split()
+            return x, ones.t(), ones
+
+    x = torch.randn(4, 4)
+    _, turned, ones = pipeline(Ones(), (x,))(x)
+    assert turned.untyped_storage().data_ptr() == ones.untyped_storage().data_ptr()
