@@ -66,9 +66,9 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     if viewed is None:
         return grad
     own = carries_grad(op.operands[viewed].type) and not _cuts(op)
-    if _returns_operand(op, index, viewed):
-        return own
-    return grad or own if viewed in op.effects.writes else grad and own
+    if viewed in op.effects.writes:
+        return grad or own
+    return own if _returns_operand(op, index, viewed) else grad and own
 
 
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:

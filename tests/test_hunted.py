@@ -384,3 +384,37 @@ def test_what_is_returned_twice_is_not_computed_again() -> None:
     x = torch.randn(4, 4)
     _, turned, ones = pipeline(Ones(), (x,))(x)
     assert turned.untyped_storage().data_ptr() == ones.untyped_storage().data_ptr()
+
+
+class _Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.weight)
+
+
+@pytest.mark.parametrize("read_too", [False, True])
+def test_what_a_module_kept_whole_writes_and_returns_carries_its_gradient(read_too: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.last = _Scales(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 1
+            y = self.scale(x)
+            pipe_split()
+            return self.last(y) + x if read_too else self.last(y)  # type: ignore[no-any-return]
+
+    model, x = Scaled(), torch.randn(3, 4)
+    pipe = pipeline(model, (x,), leaf_modules=["scale"])
+    model(x).sum().backward()
+    box = Mailbox(pipe.program, pipe.stages)
+    box.forward([x])[0].sum().backward()
+    box.backward()
+    found = box.gradients()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad)
