@@ -147,7 +147,8 @@ class StageModule(nn.Module):
     def _take_kind(self) -> None:
         """A module with one text runs it without a detour."""
         base = Stage if isinstance(self, Stage) else StageModule
-        self.__class__ = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
+        kind = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
+        object.__setattr__(self, "__class__", kind)  # the model may have a module of this name
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)

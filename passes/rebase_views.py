@@ -123,10 +123,10 @@ class _Aliases:
         return any(old not in written and self._steps(old)[0] is root for old in op.versions)
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
-        """The value `op` reads that all of `crossing` are or are views of, the root of their storage where that is one."""
+        """The value at hand that all of `crossing` are or are views of, the root of their storage where that is one."""
         paths = [self._steps(value)[1] for value in crossing]
         found: list[tuple[int, bool, Value]] = []
-        for value in op.reads:
+        for value in dict.fromkeys([*op.reads, *crossing]):
             origin, steps = self._steps(value)
             if origin is root and all(path[len(path) - len(steps) :] == steps for path in paths):
                 found.append((len(steps), self._member(value) is not root, value))
