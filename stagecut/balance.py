@@ -434,6 +434,11 @@ class Balanced:
         """
         if self.setting.optimizer not in STATE_OF:
             raise InputError(f"optimizer '{self.setting.optimizer}' is not known", hint=nearest(self.setting.optimizer, STATE_OF))
+        if any(op.is_split for op in program.ops):
+            raise SplitError(
+                "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
+                hint="take the markers out, or leave stages= and Balanced away",
+            )
         line = Line.of(program, self.setting, sizes or {}, bindings, self.profile_on)
         if not line.ops:
             return Plan((), (0.0,), (0,), (0,), 0.0, 0.0, self.setting)

@@ -334,3 +334,108 @@ def test_a_file_that_cannot_be_written_leaves_no_half(model: str, capsys: pytest
     (tmp_path / "program.ir").mkdir()
     assert "cannot write" in failure(capsys, f"{model}:make", "-o", str(tmp_path))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+HARD = """
+import sys
+import torch
+from torch import nn
+from stagecut import pipe_split
+
+class Hard(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, scale=1.5):
+        h = self.a(x)
+        out = torch.empty_like(h)
+        out.copy_(h)
+        v = out.view(-1)
+        v.add_(1)
+        pipe_split()
+        y = self.b(out)
+        out.mul_(2)
+        return y * scale, v
+
+def make():
+    print("made")
+    torch.manual_seed(0)
+    return Hard(), (torch.randn(2, 4), 1.5), {}
+
+def meta():
+    with torch.device("meta"):
+        return Hard(), (torch.randn(2, 4), 1.5), {}
+
+def leaves():
+    sys.exit(0)
+
+def two():
+    return Hard(), ()
+"""
+
+
+@pytest.fixture
+def hard(tmp_path: Path) -> str:
+    path = tmp_path / "hard_model.py"
+    path.write_text(HARD)
+    return str(path)
+
+
+def test_memory_that_nobody_set_and_views_taken_anew_are_no_faults(hard: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no pass changes what the program computes" in output(capsys, f"{hard}:make", "--bisect")
+    text = tmp_path / "hard.ir"
+    text.write_text(output(capsys, f"{hard}:make", "--passes", ""))
+    assert "made" not in text.read_text()
+    assert "no pass changes" in output(capsys, str(text), "--passes", "all", "--bisect")
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["{hard}:meta", "--bisect"], "on the meta device"),
+        (["{hard}:leaves"], "SystemExit"),
+        (["{hard}:two"], "returned a tuple of 2"),
+        (["{hard}:make", "--stages", "2"], "cuts are to be searched as well"),
+        (["{hard}:make", "--split-at", ""], "names no module"),
+        (["{hard}:make", "--passes", "canonicalize", "--stages", "2"], "the pass that cuts is not run"),
+    ],
+)
+def test_more_mistakes(argv: list[str], why: str, hard: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([a.format(hard=hard) for a in argv]) == 1
+    shown = capsys.readouterr()
+    assert why in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_text_that_is_cut_is_not_cut_again(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "cut.ir"
+    text.write_text(output(capsys, f"{model}:make", "--split-at", "second"))
+    assert "its cuts are made" in failure(capsys, str(text), "--passes", "all", "--stages", "2")
+
+
+@pytest.mark.parametrize("option", ["--stages", "--microbatches", "--batch", "--length"])
+def test_numbers_are_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([NET, option, "0"])
+    assert stop.value.code == 2
+    assert "less than 1" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_traceback() -> None:
+    command = f"{sys.executable} -m stagecut.tools.dump_ir {NET} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("dump-ir: error: ")
+
+
+def test_an_exported_program_with_markers_opens(hard: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(hard).parent)!r}); import torch, hard_model; m, a, k = hard_model.make()\n"
+    code += f"torch.export.save(torch.export.export(m, a, k), {str(tmp_path / 'hard.pt2')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stagecut.tools.dump_ir", str(tmp_path / "hard.pt2"), "--trust"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stages=2" in done.stdout

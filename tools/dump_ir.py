@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"dump-ir: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -73,20 +77,28 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    """A number of things, of which there must be one at least."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def _add_model(group: Any) -> None:
     group.add_argument("--config", metavar="FILE|K=V", action="append", default=[], help="hf: settings of the config (default: small)")
     group.add_argument("--meta", action="store_true", help="hf: on the meta device, at any size without memory")
-    group.add_argument("--batch", metavar="N", type=int, default=2, help="hf: rows of the inputs (default: 2)")
-    group.add_argument("--length", metavar="N", type=int, default=16, help="hf: tokens of each row (default: 16)")
+    group.add_argument("--batch", metavar="N", type=_positive, default=2, help="hf: rows of the inputs (default: 2)")
+    group.add_argument("--length", metavar="N", type=_positive, default=16, help="hf: tokens of each row (default: 16)")
     group.add_argument("--leaf", metavar="NAME", action="append", default=[], help="keep module NAME whole, as leaf_modules= does")
     group.add_argument("--trust", action="store_true", help="open a .pt2, which may run code that is inside")
 
 
 def _add_cuts(group: Any) -> None:
     group.add_argument("--split-at", metavar="NAME", action="append", default=[], help="cut before module NAME (NAME:end: behind it)")
-    group.add_argument("--stages", metavar="N", type=int, help="cut into N stages that are balanced by predicted time")
+    group.add_argument("--stages", metavar="N", type=_positive, help="cut into N stages that are balanced by predicted time")
     group.add_argument("--schedule", default="1F1B", help="what --stages and --report reckon with (default: 1F1B)")
-    group.add_argument("--microbatches", metavar="N", type=int, default=8, help="so many of them (default: 8)")
+    group.add_argument("--microbatches", metavar="N", type=_positive, default=8, help="so many of them (default: 8)")
     group.add_argument("--device", default="H100", help="and this device: H100, H200, A100, ... (default: H100)")
 
 
@@ -144,6 +156,8 @@ def _passes(options: argparse.Namespace, is_model: bool) -> list[Pass]:
     else:
         names = [name for name in (options.passes or "").split(",") if name]
         chosen = [splits if name == FindSplits.name else pass_by_name(name) for name in names]
+    if (options.stages is not None or options.split_at) and splits not in chosen:
+        raise InputError("where to cut is said, and the pass that cuts is not run", hint="--passes all")
     if options.stop_after is None:
         return chosen
     ran = [step.name for step in chosen]
@@ -170,6 +184,8 @@ def _policy(options: argparse.Namespace) -> Any:
 
 def _split_point(name: str) -> tuple[str, str]:
     module, _, side = name.partition(":")
+    if not module:
+        raise InputError(f"--split-at '{name}' names no module", hint="--split-at layers.4")
     if side not in ("", BEGINNING, END):
         raise InputError(f"--split-at {name}: '{side}' is no side of a module", hint=f"'{module}' or '{module}:end'")
     return module, side or BEGINNING

@@ -50,6 +50,8 @@ class Session:
             start = time.perf_counter()
             source = self._steps.do("trace", lambda: load(self._options))
             program, passes = source.program, self._choose(source.is_model)
+            if program.phase != "traced" and (self._options.stages is not None or self._options.split_at):
+                raise InputError(f"where to cut is said, and the text is {program.phase}: its cuts are made", hint="dump-ir the model")
             self._keep("input", time.perf_counter() - start, program)
             trace = Trace(program) if source.is_model else None
             self._run_passes(source, passes)

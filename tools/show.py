@@ -144,7 +144,7 @@ class Steps:
             from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
             columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn("{task.fields[step]}"))
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
             self._bar.start()
             self._task = self._bar.add_task("dump-ir", total=None, step="")
         return self

@@ -10,6 +10,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +82,8 @@ def _exported(path: Path, trusted: bool) -> Source:
         )
     import torch
 
+    import stagecut.frontend.markers  # noqa: F401  the op of pipe_split
+
     exported = _guard(lambda: torch.export.load(path), f"loading '{path}'")
     args, kwargs = exported.example_inputs or ((), {})
     return _traced(exported, args, kwargs)
@@ -128,17 +131,19 @@ def _import(name: str) -> ModuleType:
 def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
     made = _guard(factory, f"calling '{source}'")
     if not isinstance(made, tuple) or len(made) != 3:
-        raise InputError(f"'{source}' returned {type(made).__name__}", hint="it must return (module, args, kwargs)")
+        count = f" of {len(made)}" if isinstance(made, tuple) else ""
+        raise InputError(f"'{source}' returned a {type(made).__name__}{count}", hint="it must return (module, args, kwargs)")
     return made
 
 
 def _guard(action: Callable[[], Any], doing: str) -> Any:
     """The result of the user's code; what it raises becomes an error that points at its line."""
     try:
-        return action()
+        with redirect_stdout(sys.stderr):  # what users' code prints is no part of what we show
+            return action()
     except StagecutError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"{doing} failed: {type(error).__name__}: {error}", where=f"{frame.filename}:{frame.lineno}: {frame.line}"
