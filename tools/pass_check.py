@@ -74,7 +74,6 @@ def interpret(program: Program, feed: Feed) -> Run:
         done.random = torch.get_rng_state()
     done.outputs = [_kept(item) for item in outputs]
     done.state = {name: _kept(tensor) for name, tensor in state.items()}
-    {name: tensor for name, tensor in state.items() if tensor.requires_grad}
     done.gradients = _gradients(outputs, {name: tensor for name, tensor in state.items() if tensor.requires_grad})
     return done
 
