@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from stagecut.ir.errors import UnknownNameError, nearest
 from stagecut.ir.graph import Loc, Op, Program, Region, StateEntry, Transfer, Value, leaves, scope_fqn
-from stagecut.ir.printer import line_printer, size_text, target_text, value_names
+from stagecut.ir.printer import Printer, size_text, target_text
 from stagecut.ir.types import carries_grad, value_bytes
 
 K = TypeVar("K")
@@ -169,8 +169,8 @@ class Lives:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._names = value_names(program)
-        self._line = line_printer(program)
+        printer = Printer(program)
+        self._names, self._line = printer.names, printer.op_line
         self._numbers: dict[Op, tuple[int, int | None]] = {}
         self._params: dict[Value, Op] = {}
         self._yields: set[Op] = set()

@@ -63,12 +63,13 @@ def save(pipe: Pipe, folder: str | Path, stages: Iterable[int] | None = None) ->
     _refuse_whole(pipe.program)
     state = {stage.index: _state(pipe, stage) for stage in chosen}
     _refuse_overlaps(pipe.program, [item for tensors in state.values() for item in tensors.items()])
+    mark = fingerprint(pipe.program)
     with _writing(folder) as aside:
-        _write_program(pipe, aside)
+        _write_program(pipe, mark, aside)
         for stage in chosen:
-            _write_stage(pipe, stage, state[stage.index], aside)
+            _write_stage(stage, mark, state[stage.index], aside)
         if not _moved(aside, folder):
-            _join(pipe, aside, folder, None if stages is None else [stage.index for stage in chosen])
+            _join(mark, aside, folder, None if stages is None else [stage.index for stage in chosen])
 
 
 def _refuse_whole(program: Program) -> None:
@@ -120,12 +121,12 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (span if tensor.numel() else 0) * tensor.element_size()
 
 
-def _write_program(pipe: Pipe, folder: Path) -> None:
+def _write_program(pipe: Pipe, mark: str, folder: Path) -> None:
     (folder / "program.ir").write_text(text(pipe.program), encoding="utf-8", newline="\n")
     modules: dict[str, Any] = {}
     for stage in pipe.stages:
         modules |= {module._path: _module_form(module) for module in _own(stage)}
-    program = {"sha256": digest_of(folder / "program.ir"), "fingerprint": fingerprint(pipe.program), "stages": pipe.num_stages}
+    program = {"sha256": digest_of(folder / "program.ir"), "fingerprint": mark, "stages": pipe.num_stages}
     manifest = {
         "format": FORMAT, "stagecut": stagecut.__version__, "torch": torch.__version__, "program": program, "names": list(pipe._names),
         "training": pipe.training, "modules": modules, "sizes": pipe._sizes, "notes": list(pipe.notes),
@@ -143,11 +144,11 @@ def _module_form(module: StageModule) -> dict[str, Any]:
     return {"class": module._title, "captured": module._captured, "branch": module._branch, "switches": switches}
 
 
-def _write_stage(pipe: Pipe, stage: Stage, state: Mapping[StateEntry, torch.Tensor], folder: Path) -> None:
+def _write_stage(stage: Stage, mark: str, state: Mapping[StateEntry, torch.Tensor], folder: Path) -> None:
     file = folder / f"stage-{stage.index}.safetensors"
     described = write_tensors(file, state)
     side = {
-        "format": FORMAT, "fingerprint": fingerprint(pipe.program), "stage": stage.index, "sha256": digest_of(file),
+        "format": FORMAT, "fingerprint": mark, "stage": stage.index, "sha256": digest_of(file),
         "training": {module._path: module.training for module in _own(stage)},
         "tensors": {name: {"requires_grad": d.requires_grad, "strides": d.strides} for name, d in described.items()},
     }  # fmt: skip
@@ -178,13 +179,13 @@ def _moved(aside: Path, folder: Path) -> bool:
     return True
 
 
-def _join(pipe: Pipe, aside: Path, folder: Path, stages: list[int] | None) -> None:
+def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> None:
     """The stages written aside stand beside those that other ranks have saved of the same program."""
     there = [] if stages is None else [index for index in stages if os.path.lexists(folder / f"stage-{index}.json")]
     if stages is None or there:
         what = f"stage {there[0]} is in '{folder}' already" if there else f"'{folder}' is there already"
         raise SavedError(what, hint="give every save a folder of its own, such as run/step-100")
-    if _manifest(folder)["program"]["fingerprint"] != fingerprint(pipe.program):
+    if _manifest(folder)["program"]["fingerprint"] != mark:
         raise SavedError(f"'{folder}' holds another program", hint="build the same model with the same cuts on every rank")
     for index in stages:
         os.replace(aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors")

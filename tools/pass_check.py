@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
-from stagecut.frontend.types import SHORT
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, StagecutError
-from stagecut.ir.graph import Op, Program, StateEntry
+from stagecut.ir.graph import Op, Program
 from stagecut.ir.interp import run
-from stagecut.ir.outline import storage_root
+from stagecut.ir.outline import writes_of
 from stagecut.ir.printer import line_of
-from stagecut.ir.types import ScalarType, TensorType
+from stagecut.ir.types import DTYPES, ScalarType, TensorType
 from stagecut.ir.verifier import verify
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
 
 SEED = 5
-_LONG = {short: dtype for dtype, short in SHORT.items()}
 _UNINITIALISED = ("aten.empty", "aten.new_empty")
 """Ops whose results are whatever the memory held."""
 
@@ -123,12 +121,8 @@ def _where(op: Op, stages: dict[Op, int]) -> str:
 
 def _writers(program: Program) -> dict[str, Op]:
     """State name -> the last op that writes it, through whatever versions and views."""
-    found: dict[str, Op] = {}
-    for op in program.all_ops():
-        for position in op.effects.writes:
-            owner = storage_root(op.operands[position]).owner
-            found |= dict.fromkeys(owner.names, op) if isinstance(owner, StateEntry) else {}
-    return found
+    names = {entry.value: entry.names for entry in program.state}
+    return {name: op for op, value in writes_of(program.all_ops(), names) for name in names[value]}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -148,41 +142,25 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, scale), equal_nan=True)
 
 
-@dataclass
-class Checker:
-    """Called behind each pass: holds the program to what it computed before."""
-
-    feed: Feed
-    before: Run
-    progress: Callable[[str], None] = lambda name: None
-    checked: int = 0
-
-    def __call__(self, record: PassRecord, program: Program) -> None:
-        """Raises Difference, or what running or verifying the program raises, naming the pass."""
-        self.progress(record.name)
-        try:
-            after = interpret(program, self.feed)
-            compare(program, self.before, after)
-            verify(program, after=record.name)
-        except StagecutError as error:
-            raise Difference(f"after pass '{record.name}': {error.what}", where=error.where, hint=error.hint) from error
-        self.before = after
-        self.checked += 1
-
-
-def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Callable[[PassRecord, Program], None]) -> int:
-    """Runs passes as run_passes does, and the interpreter around each; how many were checked.
+def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Callable[[PassRecord, Program], None]) -> None:
+    """Runs passes as run_passes does, and the interpreter around each.
 
     Raises Difference at the first pass that changes what the program computes; its message names op, stage and source line.
     """
-    checker = Checker(feed, interpret(program, feed))
+    before = interpret(program, feed)
 
     def both(record: PassRecord, program: Program) -> None:
-        checker(record, program)
+        nonlocal before
+        try:
+            now = interpret(program, feed)
+            compare(program, before, now)
+            verify(program, after=record.name)
+        except StagecutError as error:
+            raise Difference(f"after pass '{record.name}': {error.what}", where=error.where, hint=error.hint) from error
+        before = now
         after(record, program)
 
     run_passes(program, passes, after=both)
-    return checker.checked
 
 
 def random_feed(program: Program) -> Feed:
@@ -210,7 +188,7 @@ def _random(name: str, kind: Any, generator: torch.Generator) -> Any:
     if not isinstance(kind, TensorType):
         raise InputError(f"'{name}' is {kind}: no random value is known for it")
     shape = [size if isinstance(size, int) else 3 for size in kind.shape]
-    dtype = _LONG[kind.dtype]
+    dtype = getattr(torch, DTYPES[kind.dtype])
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Snapshot:
     """The program behind a pass, or behind the tracer: its text, when it was asked for, and what is in it."""
 
+    name: str
     title: str
     seconds: float
     text: str
@@ -52,7 +53,7 @@ class Session:
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (self._options.stages is not None or self._options.split_at):
                 raise InputError(f"where to cut is said, and the text is {program.phase}: its cuts are made", hint="dump-ir the model")
-            self._keep("input", time.perf_counter() - start, program)
+            self._keep("input", "input", time.perf_counter() - start, program)
             trace = Trace(program) if source.is_model else None
             self._run_passes(source, passes)
             if trace is not None and program.phase == "linked":
@@ -78,12 +79,12 @@ class Session:
 
     def _after(self, record: PassRecord, program: Program) -> None:
         self._steps.done(record.name)
-        self._keep(f"{record.index:02}-{record.name}", record.seconds, program, record.changed)
+        self._keep(record.name, f"{record.index:02}-{record.name}", record.seconds, program, record.changed)
 
-    def _keep(self, title: str, seconds: float, program: Program, changed: bool = True) -> None:
+    def _keep(self, name: str, title: str, seconds: float, program: Program, changed: bool = True) -> None:
         before = self._history[-1].text if self._history else ""
         printed = (text(program) if changed else before) if self._texts else ""
-        self._history.append(Snapshot(title, seconds, printed, stats_of(program) if self._options.stats else None, changed))
+        self._history.append(Snapshot(name, title, seconds, printed, stats_of(program) if self._options.stats else None, changed))
 
     # --- what to show -----------------------------------------------------------------------------
 
@@ -103,10 +104,9 @@ class Session:
     def _prints(self) -> bool:
         after, before = set(self._options.print_after), set(self._options.print_before)
         for number, snapshot in enumerate(self._history):
-            name = snapshot.title[3:] if number else "input"
-            following = self._history[number + 1].title[3:] if number + 1 < len(self._history) else ""
+            following = self._history[number + 1].name if number + 1 < len(self._history) else ""
             whole = "all" in after and snapshot.changed
-            if whole or name in after or following in before or ("all" in before and following and snapshot.changed):
+            if whole or snapshot.name in after or following in before or ("all" in before and following and snapshot.changed):
                 self._writer.show(f"{snapshot.title}.ir", snapshot.text)
         return bool(after or before)
 
