@@ -20,7 +20,7 @@ import torch
 
 from stagecut.backend.modules import Stage, find
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import writable
+from stagecut.backend.wire import writable, writes_explained
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
@@ -88,7 +88,8 @@ class Mailbox:
         for stage, block in zip(self._stages, program.stages, strict=True):
             mine = [self._feed(v) if v in self._fed else _post(mail[v], carries_grad(v.type)) for v in block.inputs]
             owned = written_inputs(block)
-            results = results_of(stage(*[writable(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
+            with writes_explained(block.index):
+                results = results_of(stage(*[writable(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
             self._received.append(mine)
             self._sent.append(results)
             mail.update(zip(block.outputs, results, strict=True))

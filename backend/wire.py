@@ -6,7 +6,8 @@ before it and needed behind it; a stage hands on what it does not use. Both ends
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -111,6 +112,23 @@ def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
     if strides is None or 0 in strides:
         return item.clone()
     return item.new_empty_strided(item.shape, strides).copy_(item)
+
+
+@contextmanager
+def writes_explained(stage: int) -> Iterator[None]:
+    """torch's refusal to write into one of several views, raised inside, is a StagecutError that says what it has to do with a cut.
+
+    Nobody can tell from outside whether what a module kept whole makes carries gradient, so where it crosses it does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "is a view and is being modified inplace" not in str(error):
+            raise
+        raise StagecutError(
+            f"stage {stage} writes into one of several views of a tensor that crosses and carries gradient: {str(error).split('.')[0]}",
+            hint="write into a clone; or, where what a module kept whole makes carries none, detach() it behind the module",
+        ).with_traceback(error.__traceback__) from None
 
 
 def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:

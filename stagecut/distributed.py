@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, fed_inputs, lives_in_buffer, port, writable
+from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, fed_inputs, lives_in_buffer, port, writable, writes_explained
 from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
 from stagecut.frontend.lower import storage_of
@@ -99,7 +99,9 @@ class BuiltStage(PipelineStage):
             values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
         values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
         inputs = [writable(values[v], self._strides.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
-        values |= zip(self.block.outputs, results_of(super().forward_maybe_with_nosync(*inputs), self.block), strict=True)
+        with writes_explained(self.stage_index):
+            results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
+        values |= zip(self.block.outputs, results, strict=True)
         for p in self.sent:
             self._check(p, values[p.value])
         buffers = {storage_of(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()

@@ -296,3 +296,36 @@ def test_written_inputs(ops: str, written: list[str]) -> None:
     block = program.stages[0]
     block.inputs = program.inputs
     assert sorted(v.hint for v in written_inputs(block)) == written
+
+
+class Masks(nn.Module):
+    """A module kept whole that makes a mask: from outside nobody sees that no gradient flows through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked, self.lin = MaskOf(), linear(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = self.masked(x)
+        pipe_split()
+        mask.chunk(2, -1)[0].sub_(1)
+        return self.lin(x) * mask  # type: ignore[no-any-return]
+
+
+class MaskOf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = linear(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.lin(x) > 0).double()
+
+
+def test_torch_s_refusal_to_write_one_of_several_views_is_explained() -> None:
+    """One process runs it; across processes the mask carries gradient, and torch refuses the write."""
+    pipe, box = boxed(Masks(), X, leaf_modules=["masked"])
+    assert pipe.verify(X).ok
+    with pytest.raises(StagecutError, match="stage 1 writes into one of several views of a tensor that crosses") as caught:
+        box.forward([X])
+    assert "detach() it behind the module" in caught.value.hint
+    assert any(str(frame.path).startswith("<stagecut Masks") for frame in caught.traceback)
