@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from stagecut.ir.errors import EmitError, StagecutError
+from stagecut.ir.objects import opened
 from stagecut.ir.targets import BUILTINS, attribute
 
 _serial = count()
@@ -75,7 +76,7 @@ def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]
 
     Raises StagecutError for other sizes: the trace behind the module knows those of the example.
     """
-    found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    found = [leaf for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
     for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=sizes is not None)):
         shape = tuple(tensor.shape)
         if len(shape) != len(want) or any(w is not None and n != w for n, w in zip(shape, want, strict=True)):

@@ -13,12 +13,13 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example
-from stagecut.frontend.kept import gpus
+from stagecut.frontend.kept import gpus, place_of
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
 from stagecut.frontend.visible import REPLACED, visible
-from stagecut.frontend.watch import Unsettled, Untraceable, Watch, place_of, watched
+from stagecut.frontend.watch import Unsettled, Untraceable, Watch, watched
 from stagecut.ir.errors import CaptureError, StagecutError
+from stagecut.ir.objects import opening
 
 MOST_RETRIES = 8
 """How often a capture is tried again with one more class of modules kept whole, before it gives up."""
@@ -60,7 +61,7 @@ def capture(
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
-        with torch.random.fork_rng(gpus(module, inputs)), torch.enable_grad(), leaves.standing_in(), visible(), watch:
+        with torch.random.fork_rng(gpus(module, inputs)), torch.enable_grad(), leaves.standing_in(), visible(), opening(module), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)
@@ -133,5 +134,5 @@ def _advice(error: Exception) -> str:
     if "dynamic" in text and "constraint" in text.lower():
         return "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
     if "pytree" in text:
-        return "return tensors in tuples, lists, dicts or dataclasses registered with torch.utils._pytree"
+        return "return tuples, lists, dicts, objects whose attributes are data, or classes registered with torch.utils._pytree"
     return "make this line traceable by torch.export (no data-dependent Python control flow, no foreign libraries on tensors)"

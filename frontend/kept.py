@@ -249,3 +249,12 @@ def user_line() -> tuple[str, int, str]:
 def shown(line: tuple[str, int, str]) -> str:
     """A line for a message, with its source."""
     return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"
+
+
+def place_of(cls: type) -> str:
+    """Where the forward of a module class stands."""
+    try:
+        code = cls.forward.__code__  # type: ignore[attr-defined]
+        return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
+    except AttributeError:
+        return f"class {cls.__name__}"

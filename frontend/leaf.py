@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagecut.frontend.kept import Surroundings, generators, gpus, shown, user_line
+from stagecut.frontend.kept import Surroundings, generators, gpus, place_of, shown, user_line
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import CaptureError, SplitError, nearest
+from stagecut.ir.objects import hides_tensors, opened
 
 torch.library.define("stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 
@@ -193,7 +194,14 @@ class Leaves:
                 )
             after = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
             wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
-            out_flat, out_spec = tree_flatten(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
+            out_flat, out_spec = tree_flatten(opened(result))
+            if (odd := next(filter(hides_tensors, out_flat), None)) is not None:
+                raise CaptureError(
+                    f"module '{path}' is kept whole{self._because(path)} and returns a {type(odd).__name__}, which hides tensors",
+                    where=place_of(type(owner)),
+                    hint="return tensors in tuples, lists, dicts or objects whose attributes are data",
+                )
+            out_flat = [item.detach() if _is_tensor(item) else item for item in out_flat]
             calls[key] = LeafCall(
                 path, [], out_spec, out_flat, out_spec, in_shapes=[tuple(t.shape) for t in given],
                 views=shared_with(out_flat, given),

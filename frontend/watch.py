@@ -31,6 +31,7 @@ from stagecut.frontend.kept import (
     content_of,
     fingerprint,
     generators,
+    place_of,
     shown,
     user_line,
 )
@@ -461,12 +462,3 @@ def _depends(tensor: torch.Tensor) -> bool:
         todo += [before for before in node.all_input_nodes if before not in seen]
         seen.update(node.all_input_nodes)
     return False
-
-
-def place_of(cls: type) -> str:
-    """Where the forward of a module class stands."""
-    try:
-        code = cls.forward.__code__  # type: ignore[attr-defined]
-        return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
-    except AttributeError:
-        return f"class {cls.__name__}"

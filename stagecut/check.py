@@ -16,6 +16,7 @@ from stagecut.backend.run import run_stages
 from stagecut.frontend.kept import gpus, random_state
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.objects import opened
 from stagecut.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
     seed_again = random_state(gpus(reference, inputs))
     inputs = tree_map(lambda leaf: leaf * 0.9 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, inputs)
     args, kwargs = _fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
-    expected = tree_flatten(reference(*args, **kwargs))[0]
+    expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*_fresh(inputs)))
     return list(zip(expected, found, strict=False))  # where the numbers differ, the first call has told
@@ -172,7 +173,7 @@ class _Holder:
 
 
 def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
-    outputs = tree_flatten(run())[0]
+    outputs = tree_flatten(opened(run()))[0]
     leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)]
     parameters = dict(holder.named_parameters(remove_duplicate=False))
     if gradients:

@@ -29,6 +29,7 @@ from stagecut.frontend.call import check_inputs
 from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.objects import opened
 from stagecut.ir.printer import fingerprint
 from stagecut.ir.types import TensorType
 from stagecut.schedules import SCHEDULES, V, homes
@@ -363,7 +364,7 @@ class Driver:
 
     def _merge(self, outputs: list[Any]) -> Any:
         """The outputs of all micro-batches as those of one batch: joined along dim 0; a number is their mean."""
-        return tree_map(_join, outputs[0], *outputs[1:])
+        return tree_map(_join, *map(opened, outputs))
 
     def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
         """Sets the flat inputs of every micro-batch; the symbolic sizes of one."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from stagecut import Pipe, StagecutError, pipeline
 from stagecut.backend.mailbox import Mailbox
+from stagecut.ir.objects import opened
 
 PIPE, MAILBOX = "pipe", "mailbox"
 HOW = (PIPE, MAILBOX)
@@ -253,11 +254,11 @@ def observe(case: Case, run: Any, step: int) -> Observed:
     """Calls `run` and goes backward through all its outputs."""
     args, kwargs = case.inputs(step)
     torch.manual_seed(100 + step)
-    outputs = run(*args, **kwargs)
+    outputs = opened(run(*args, **kwargs))
     random = torch.get_rng_state()
     parameters = dict(run.named_parameters(remove_duplicate=False))
     buffers = dict(run.named_buffers(remove_duplicate=False))
-    shown = tree_map(lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x, outputs)
+    shown = opened(tree_map(lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x, outputs))
     aliases = sharing(tree_leaves(outputs), {f"input {i}": x for i, x in enumerate(tree_leaves((args, kwargs)))} | parameters | buffers)
     losses = [weighted(o) for o in tree_leaves(outputs) if isinstance(o, torch.Tensor) and o.requires_grad]
     if losses and case.compare_grad:

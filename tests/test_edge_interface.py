@@ -86,11 +86,54 @@ for build in (
     returns(build)
 
 
-@case(X, has=A, refused="Unknown|register")
+class Layer:
+    """A part of a cache: tensors beside what is none."""
+
+    def __init__(self, keys: Any, values: Any) -> None:
+        self.keys, self.values, self.kind, self.seen = keys, values, keys.dtype, keys.shape[-2]
+
+
+class Cache:
+    """As decoders return it: an object that holds objects."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers, self.updated, self.spare = list(layers), {0: True}, []
+
+
+class Ring:
+    """An object that holds itself."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.me = value, self
+
+
+@case(X, stages=2, has=A)
 def returns_an_unregistered_dataclass(self, x):
-    x = self.a(x)
+    a = self.a(x)
     pipe_split()
-    return Unknown(x.relu())
+    return Unknown({"a": [a, 3], "b": a.relu()})
+
+
+@case(X, stages=2, has=A)
+def returns_a_cache_of_objects(self, x):
+    a = self.a(x)
+    first = Layer(a, a * 2)
+    pipe_split()
+    return {"logits": a.sum(), "cache": Cache(first, Layer(a.relu(), x))}
+
+
+@case(X, stages=2, has=A, dynamic={"x": {0: BATCH}}, calls=((t(6, 4),), (t(3, 4),)))
+def returns_an_object_that_holds_a_size(self, x):
+    a = self.a(x)
+    pipe_split()
+    return Layer(a, a.relu())
+
+
+@case(X, has=A, refused="Ring|pytree")
+def returns_an_object_that_holds_itself(self, x):
+    a = self.a(x)
+    pipe_split()
+    return Ring(a.relu())
 
 
 @case(X, stages=2, has=A)

@@ -1,0 +1,149 @@
+"""What a model returns, as a tree: objects of any class are containers of their attributes.
+
+torch's pytrees know tuples, lists, dicts and classes that are registered. An object of another class is a leaf to them, with all tensors
+in it: the cache that a decoder returns, or a plain dataclass. `opened` puts a node in its place whose children are the attributes that
+hold tensors, numbers and text. When the tree is put together again, an object of the class stands there: it has those attributes, and
+all others with the values they had in the trace. Its `__init__` is not run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_leaves, tree_map
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
+"""What a trace can return."""
+_CLOSED = (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module, tuple, list, dict, set, frozenset)
+"""Objects of these are no containers of attributes."""
+_CONTAINERS = (list, dict, set)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The class of an object, the names of the attributes that a trace can return, and all others with their values."""
+
+    kind: type
+    names: tuple[str, ...]
+    others: dict[str, Any] = field(compare=False)
+
+    def __deepcopy__(self, memo: Any) -> Shape:
+        return self
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An object taken apart. As a node of a pytree, it is put together as the object itself."""
+
+    shape: Shape
+    parts: tuple[Any, ...]
+
+
+def _together(parts: Iterable[Any], shape: Shape) -> Any:
+    made: Any = object.__new__(shape.kind)
+    for name, value in shape.others.items():
+        object.__setattr__(made, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value)
+    for name, part in zip(shape.names, parts, strict=True):
+        object.__setattr__(made, name, part)
+    return made
+
+
+register_pytree_node(
+    Opened,
+    lambda node: (list(node.parts), node.shape),
+    _together,
+    serialized_type_name="stagecut.ir.objects.Opened",
+    flatten_with_keys_fn=lambda node: ([(GetAttrKey(n), part) for n, part in zip(node.shape.names, node.parts, strict=True)], node.shape),
+)
+
+
+class _Closed(Exception):
+    """An object is reached from its own attributes, or one without tensors holds a size that varies."""
+
+
+def opened(tree: Any) -> Any:
+    """`tree`, and in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`.
+
+    An object that holds itself stays a leaf; so does one that has slots, that holds another one without tensors but with a size that
+    varies, or a tensor in one container with what no trace can return.
+    """
+    return tree_map(_opened_if_it_can_be, tree)
+
+
+def _opened_if_it_can_be(leaf: Any) -> Any:
+    try:
+        return _open(leaf, ())
+    except _Closed:
+        return leaf
+
+
+def _has_only_attributes(leaf: Any) -> bool:
+    """True when an object is its class and its `__dict__`, and nothing besides."""
+    if isinstance(leaf, _CLOSED) or not hasattr(leaf, "__dict__") or any(vars(cls).get("__slots__") for cls in type(leaf).__mro__):
+        return False
+    try:
+        object.__new__(type(leaf))
+    except TypeError:  # it is made of more, in C
+        return False
+    return True
+
+
+def _open(leaf: Any, around: tuple[Any, ...]) -> Any:
+    if not _has_only_attributes(leaf):
+        return leaf
+    if any(leaf is item for item in around):
+        raise _Closed
+    parts = {name: tree_map(lambda item: _open(item, (*around, leaf)), value) for name, value in vars(leaf).items()}
+    kinds = {name: [type(item) for item in tree_leaves(part)] for name, part in parts.items()}
+    if not any(issubclass(kind, torch.Tensor) for found in kinds.values() for kind in found):
+        if any(issubclass(kind, _SYMBOLIC) for found in kinds.values() for kind in found):
+            raise _Closed
+        return leaf
+    held = [name for name, found in kinds.items() if all(issubclass(kind, _DATA) for kind in found)]
+    if any(issubclass(kind, torch.Tensor) for name, found in kinds.items() if name not in held for kind in found):
+        raise _Closed  # beside a tensor lies what no output can be
+    others = {name: value for name, value in vars(leaf).items() if name not in held}
+    return Opened(Shape(type(leaf), tuple(held), others), tuple(parts[name] for name in held))
+
+
+def hides_tensors(leaf: Any) -> bool:
+    """True for an object that `opened` leaves as it is although there are tensors in it."""
+    seen: dict[int, Any] = {}
+    todo = [] if isinstance(leaf, torch.Tensor) else [leaf]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            return True
+        if id(item) in seen or isinstance(item, (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module)):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            todo += item
+        else:
+            slots = [name for cls in type(item).__mro__ for name in vars(cls).get("__slots__", ())]
+            todo += [getattr(item, name, None) for name in slots] + list(getattr(item, "__dict__", {}).values())
+    return False
+
+
+@contextmanager
+def opening(module: torch.nn.Module) -> Iterator[None]:
+    """While open, `module` returns what it returns, `opened`."""
+    hook = module.register_forward_hook(_Hook())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Hook:
+    def __call__(self, module: torch.nn.Module, args: Any, result: Any) -> Any:
+        return opened(result)
