@@ -33,6 +33,13 @@ def test_training_on_two_ranks_equals_the_unsplit_model(name: str, schedules: tu
     assert try_all(name, schedules, 2) == dict.fromkeys(schedules, "ok")
 
 
+class Seen:
+    """An object of no class that pytrees know."""
+
+    def __init__(self, early: torch.Tensor) -> None:
+        self.early, self.dtype = [early], early.dtype
+
+
 class Net(nn.Module):
     """A skip, a keyword argument that both stages read, an output of each stage."""
 
@@ -45,7 +52,7 @@ class Net(nn.Module):
         x = torch.relu(self.first(x)) + y
         early = x * 2
         pipe_split()
-        return {"late": self.second(x) * y, "early": early, "same": [early, 5, None]}
+        return {"late": self.second(x) * y, "early": early, "same": [early, 5, None], "seen": Seen(early + 1)}
 
 
 class Plain(Net):
@@ -131,6 +138,9 @@ def _infer(model: nn.Module, pipe: Any) -> str:
                 torch.testing.assert_close(output["late"], expected["late"])
                 torch.testing.assert_close(output["same"][0], expected["early"])
                 assert output["same"][1:] == [5, None]
+                assert type(output["seen"]) is Seen
+                torch.testing.assert_close(output["seen"].early[0], expected["early"] + 1)
+                assert output["seen"].dtype is torch.float32
             assert not losses
     silent = Driver(pipe, "GPipe", 2, lambda out: out["late"].sum(), return_outputs=False)
     output, losses = silent.step(torch.randn(4, 4), y=torch.randn(4, 4))
