@@ -134,5 +134,5 @@ def _advice(error: Exception) -> str:
     if "dynamic" in text and "constraint" in text.lower():
         return "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
     if "pytree" in text:
-        return "pass tuples, lists and dicts; return those, or objects whose attributes are data; or register the class with torch.utils._pytree"
+        return "pass tuples, lists and dicts; return those, or objects whose attributes are data; or register the class as a pytree"
     return "make this line traceable by torch.export (no data-dependent Python control flow, no foreign libraries on tensors)"
