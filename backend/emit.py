@@ -71,6 +71,7 @@ class _Emitter:
         self.home = torch.device(self.device if bindings.device is None else bindings.device)
         self.reserved = _RESERVED | {name.replace(".", "_") for name in bindings.functions}
         self._lines: dict[Any, str] = {}
+        self.unseen = _unseen(program, bindings)
 
     def stage(self, block: StageBlock) -> Stage:
         root = Stage(self.program.name, "", self.code, self.home)
@@ -82,7 +83,7 @@ class _Emitter:
         tree.hold(block)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
-        _set_training(root, self.bindings)
+        _set_training(root, self.bindings, self.unseen)
         return root
 
     def comment(self, op: Op) -> str:
@@ -152,12 +153,27 @@ def _refuse_taken(owner: StageModule, full: str, others: Iterable[Mapping[str, A
         raise EmitError(f"'{printable(full)}' is no name that a model can have", hint="it is taken by nn.Module, or names two things")
 
 
-def _set_training(root: Stage, bindings: Bindings) -> None:
-    for path, module in root.named_modules():
-        if isinstance(module, StageModule):
-            module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
-            module._branch = bindings.branches.get(path, "")
-            module._switches = bindings.switches.get(path, {})
+def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
+    """The branches of modules that are in no stage, or there are the user's own: who is above them has to speak for them."""
+    if not bindings.branches:
+        return {}
+    scopes = {op.scope for op in program.all_ops()}
+    seen = {scope_fqn(scope[:depth]) for scope in scopes for depth in range(len(scope) + 1)}
+    seen |= {name.rpartition(".")[0] for entry in program.state for name in entry.names}
+    whole = tuple(f"{path}." for path in bindings.modules)
+    return {path: place for path, place in bindings.branches.items() if path not in seen or f"{path}.".startswith(whole)}
+
+
+def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) -> None:
+    modules = {path: module for path, module in root.named_modules() if isinstance(module, StageModule)}
+    for path, module in modules.items():
+        module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
+        module._branch = bindings.branches.get(path, "")
+        module._switches = bindings.switches.get(path, {})
+    for path, place in unseen.items():
+        while path not in modules:
+            path = path.rpartition(".")[0]
+        modules[path]._branch = modules[path]._branch or place
 
 
 def _main_device(program: Program) -> str:

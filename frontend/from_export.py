@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from stagecut.frontend.call import ABSENT, CallSpec, parameters_of
-from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, LeafCall, Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall, Lowering, Seen, state_entries, written_in_place
 from stagecut.frontend.modes import switches
 from stagecut.frontend.types import specialised, type_of
 from stagecut.ir.bindings import Bindings
@@ -36,7 +36,10 @@ def lower_export(
     env = _placeholders(exported, program, bindings, lowering)
     if module is not None and CHOICES in exported.graph_module.meta:
         bindings.switches, places = switches(module)
-        bindings.branches = exported.graph_module.meta[CHOICES] | places
+        lowering.fixed = exported.graph_module.meta[FIXED]
+        whole = {call.path for call in (leaf_calls or {}).values()}
+        set_inside = {p: where for p, where in lowering.fixed.items() if any(f"{p}.".startswith(f"{path}.") for path in whole)}
+        bindings.branches = exported.graph_module.meta[CHOICES] | places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:
         if node.target is torch.ops.aten.copy_.default:  # who reads the tensor behind it kept the old one

@@ -109,6 +109,9 @@ SAME = "stagecut_same"
 CHOICES = "stagecut_choices"
 """Where, in the meta of a traced module, the places are at which Python chose by mode: by module path."""
 
+FIXED = "stagecut_fixed"
+"""Where, in the meta of a traced module, the paths of modules are whose training flag forward sets itself, with the line."""
+
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Numbers that the trace computes: they depend on sizes or on data."""
 
@@ -153,6 +156,7 @@ class Lowering:
         self._transforms = count()
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
+        self.fixed: dict[str, str] = {}
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -258,7 +262,7 @@ class Lowering:
 
     def _batch_count(self, scope: Scope) -> Value | None:
         path = scope_fqn(scope)
-        if "BatchNorm" not in self.bindings.classes.get(path, ""):
+        if "BatchNorm" not in self.bindings.classes.get(path, "") or path in self.fixed:
             return None
         entry = self.program.name_owners().get(f"{path}.num_batches_tracked")
         return entry.value if entry is not None else None
@@ -426,7 +430,7 @@ class Lowering:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
         path = scope_fqn(scope)
-        if self.bindings.training.get(path, args[position]) != args[position]:
+        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
             return args
         followed = node.meta.get(FOLLOWS, (path,))
         if path not in followed:

@@ -1,18 +1,22 @@
 """What follows `training`: which ops take the flag of their module, where Python chose by it, what a user's train() does.
 
-While a module is traced every read of `training` is noted. A read inside the call of a function with a training flag, such as
-`F.dropout(x, p, self.training)`, makes that op follow its module; any other read is a choice that the trace keeps. So is noted
-which grad mode forward asks for: a trace only has those that differ from the mode it is made in.
+While a module is traced every read of `training` is noted. One that is the flag of a call, as in `F.dropout(x, p, self.training)`,
+makes that op follow its module; any other read is a choice that the trace keeps. A flag that forward sets itself, as in
+`self.norm.eval()`, is followed by no op. So is noted which grad mode forward asks for: a trace only has those that differ from the
+mode it is made in.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
@@ -21,18 +25,20 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.kept import attributes, fingerprint
+from stagecut.frontend.kept import attributes, fingerprint, shown, user_line
 from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
 
 _IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout})
 """Functions that return, outside of training, the very tensor they are given: a tracer then takes one for the other."""
 
-_FLAGGED = _IDENTITIES | {F.dropout, F.rrelu, F.batch_norm, F.instance_norm}
-_FLAGGED |= {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
-_FLAGGED |= {torch.rrelu, torch.batch_norm, torch.instance_norm}
-"""Functions with a training flag."""
+_FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys((*_IDENTITIES, F.dropout), (2, "training"))
+_FLAGGED |= {F.rrelu: (3, "training"), F.batch_norm: (5, "training"), F.instance_norm: (5, "use_input_stats")}
+_FLAGGED |= dict.fromkeys((torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout), (2, "train"))
+_FLAGGED |= {torch.rrelu: (3, "training"), torch.batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
+"""Functions with a training flag, and where it stands among their arguments and by what name."""
 
 
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/visible.py")
@@ -53,12 +59,15 @@ _PLUMBING = (
 class _Read:
     owner: int
     frame: tuple[int, CodeType]
-    span: tuple[int, int, int, int]
+    span: _Span
     place: str
 
 
 class ModeReads(TorchFunctionMode):
-    """Open while a module is traced; `choices` are the reads afterwards that no op follows, by module path."""
+    """Open while a module is traced; `choices` are the reads afterwards that no op follows, by module path.
+
+    `fixed` are the paths of the modules whose flag forward sets, with the line.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -66,6 +75,7 @@ class ModeReads(TorchFunctionMode):
         for path, owner in module.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(owner), []).append(path)
         self._reads: list[_Read] = []
+        self._set: dict[int, str] = {}
         self._grad: bool | None = None
 
     @contextmanager
@@ -79,6 +89,8 @@ class ModeReads(TorchFunctionMode):
 
         def write(owner: nn.Module, mode: bool) -> None:
             owner.__dict__["training"] = mode
+            if get_proxy_mode() is not None:
+                self._set[id(owner)] = shown(user_line())
 
         nn.Module.training = property(read, write)  # type: ignore[assignment]
         try:
@@ -89,7 +101,7 @@ class ModeReads(TorchFunctionMode):
 
     def _note(self, owner: nn.Module, frame: FrameType) -> None:
         torchs = frame.f_code.co_filename.startswith(TORCH_DIR)
-        if id(owner) not in self._paths or (torchs and not (isinstance(owner, nn.MultiheadAttention) and owner.dropout)):
+        if id(owner) not in self._paths or (torchs and not _chooses(owner)):
             return
         place = f"{frame.f_code.co_filename}:{frame.f_lineno}, {type(owner).__name__}.{frame.f_code.co_name}"
         self._reads.append(_Read(id(owner), (id(frame), frame.f_code), _span(frame), place))
@@ -113,7 +125,7 @@ class ModeReads(TorchFunctionMode):
         result = func(*args, **kwargs)
         caller = _caller()
         if not caller.f_code.co_filename.startswith(TORCH_DIR):
-            _last_node().meta[FOLLOWS] = self._followed(caller)
+            _last_node().meta[FOLLOWS] = self._followed(func, caller)
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
@@ -134,14 +146,24 @@ class ModeReads(TorchFunctionMode):
         if get_proxy_mode() is not None and _last_node().target is torch._C._set_grad_enabled:
             _last_node().meta[GRAD] = self._grad
 
-    def _followed(self, caller: FrameType) -> tuple[str, ...]:
+    def _followed(self, func: Any, caller: FrameType) -> tuple[str, ...]:
         """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its own."""
         span, frame = _span(caller), (id(caller), caller.f_code)
-        inside = [r for r in self._reads if r.frame == frame and span[:2] <= r.span[:2] and r.span[2:] <= span[2:]]
-        if not inside:
+        here = [r for r in self._reads if r.frame == frame]
+        lines = linecache.getlines(caller.f_code.co_filename)
+        if lines:
+            flag = _argument("".join(lines), span, *_FLAGGED[func])
+            found = next((r for r in here if r.span == flag), None)
+        else:  # code without a source: what is read last inside the call
+            found = next((r for r in reversed(here) if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]), None)
+        if found is None:
             return ()
-        self._reads.remove(inside[-1])
-        return tuple(self._paths[inside[-1].owner])
+        self._reads.remove(found)
+        return tuple(self._paths[found.owner])
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        return {path: place for owner, place in self._set.items() for path in self._paths.get(owner, ())}
 
     @property
     def choices(self) -> dict[str, str]:
@@ -149,7 +171,40 @@ class ModeReads(TorchFunctionMode):
         return {path: read.place for read in reversed(self._reads) for path in self._paths[read.owner]}
 
 
-def _span(frame: FrameType) -> tuple[int, int, int, int]:
+def _chooses(owner: nn.Module) -> bool:
+    """True for a module of torch's own whose forward chooses by mode in Python, where the trace shows no flag."""
+    if isinstance(owner, nn.MultiheadAttention):
+        return owner.dropout > 0
+    return isinstance(owner, _BatchNorm) and owner.momentum is None and not owner.__dict__["training"]
+
+
+_Span = tuple[int, int, int, int]
+
+
+def _argument(source: str, call: _Span, position: int, name: str) -> _Span | None:
+    """Where an argument of a call stands in the source, None where it is not given as such."""
+    made = _calls(source).get(call)
+    if made is None or any(isinstance(item, ast.Starred) for item in made.args[: position + 1]):
+        return None
+    given = made.args[position] if position < len(made.args) else next((k.value for k in made.keywords if k.arg == name), None)
+    return _place(given) if given is not None else None
+
+
+@lru_cache(maxsize=256)
+def _calls(source: str) -> dict[_Span, ast.Call]:
+    """All calls in a source, by where they stand."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    return {_place(node): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def _place(node: ast.expr) -> _Span:
+    return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or 0
+
+
+def _span(frame: FrameType) -> _Span:
     """First line and column, last line and column of what a frame is running."""
     line, last, column, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     return line or frame.f_lineno, column or 0, last or frame.f_lineno, end or 0

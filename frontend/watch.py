@@ -36,7 +36,7 @@ from stagecut.frontend.kept import (
     user_line,
 )
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, TORCH_DIR, storage_of
+from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, TORCH_DIR, storage_of
 from stagecut.frontend.modes import ModeReads
 from stagecut.ir.errors import CaptureError
 
@@ -298,7 +298,7 @@ class Watch:
                 )
             if id(value) in self._tensors:
                 exported.constants[name] = self._tensors[id(value)][0]
-        exported.graph_module.meta[CHOICES] = self._reads.choices
+        exported.graph_module.meta |= {CHOICES: self._reads.choices, FIXED: self._reads.fixed}
         return exported
 
     def refusal(self, key: tuple[str, str], for_good: bool) -> CaptureError:

@@ -11,7 +11,7 @@ from edge import Case, Family, Posted, check, compare_call, linear, t
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import StagecutError, pipe_split
+from stagecut import StagecutError, pipe_split, pipeline
 
 case = Family()
 X = t(4, 4)
@@ -139,6 +139,37 @@ def batch_norm_called_twice(self, x):
     return x + 1
 
 
+@case(X, stages=2, has={"a": norm}, **BOTH)
+def norm_frozen_in_forward(self, x):
+    self.a.eval()
+    x = self.a(x * 3)
+    pipe_split()
+    return x + 1
+
+
+@case(X, stages=2, has={"drop": nn.Dropout}, **BOTH)
+def dropout_kept_on_in_forward(self, x):
+    self.drop.train()
+    x = self.drop(x * 3)
+    pipe_split()
+    return x + 1
+
+
+@case(X, stages=2, has={"a": norm}, **BOTH)
+def flags_by_position_name_and_over_lines(self, x):
+    x = F.dropout(F.dropout(x, 0.3, self.training), p=0.2, training=self.training)
+    x = torch.nn.functional.batch_norm(
+        x,
+        self.a.running_mean,
+        self.a.running_var,
+        None,
+        None,
+        self.training,
+    )
+    pipe_split()
+    return torch.dropout(x, 0.1, self.training)
+
+
 @pytest.mark.parametrize(("one", "how"), case.params())
 def test_modes(one: Case, how: str) -> None:
     """A switch does to the stages what it does to the model, and back."""
@@ -225,14 +256,59 @@ def drops_attention(self, x):
     return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
 
 
+def turns_the_flag_round(self, x):
+    """Drops where it does not train."""
+    x = x * 2
+    pipe_split()
+    return F.dropout(x, 0.3, not self.training)
+
+
+def joins_flags(self, x):
+    """What the other mode does nobody knows."""
+    x = x * 2
+    pipe_split()
+    return F.dropout(x, 0.3, self.training and x.dim() == 2)
+
+
+def computes_the_rate(self, x):
+    """The flag of the call is its default."""
+    x = x * 2
+    pipe_split()
+    return F.dropout(x, 0.3 * self.training)
+
+
+def looks_the_rate_up(self, x):
+    """One flag is followed, one is a choice."""
+    x = x * 2
+    pipe_split()
+    return F.dropout(x, [0.1, 0.3][self.training], training=self.training)
+
+
+def asks_a_module_that_is_not_called(self, x):
+    """No stage has the module."""
+    x = x * 2
+    pipe_split()
+    return x * (2 if self.unused.training else 3)
+
+
+def asks_all_of_several(self, x):
+    """The reads are in a frame of their own."""
+    x = x * 2
+    pipe_split()
+    return F.dropout(x, 0.3, any(m.training for m in self.several))
+
+
+CHOOSING = [branches, chooses, computes, passes_on, drops_attention, turns_the_flag_round, joins_flags, computes_the_rate]
+CHOOSING += [looks_the_rate_up, asks_a_module_that_is_not_called, asks_all_of_several]
+
 SAID = pytest.mark.parametrize("training", [True, False])
 
 
 @SAID
-@pytest.mark.parametrize("forward", [branches, chooses, computes, passes_on, drops_attention])
+@pytest.mark.parametrize("forward", CHOOSING)
 def test_a_python_branch_is_said_at_the_switch(forward, training: bool) -> None:
     """The stages keep one side; a switch to the other names the line, a switch to the same says nothing."""
-    one = Case(forward.__name__, forward, (X,))
+    one = Case(forward.__name__, forward, (X,), has={"unused": nn.Dropout, "several": lambda: nn.ModuleList([nn.Dropout()])})
     pipe = one.cut(one.build().train(training))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -256,6 +332,49 @@ def test_a_branch_in_a_module_of_torch_is_said_at_the_switch(make, training: boo
     pipe = one.cut(one.build().train(training))
     with pytest.warns(UserWarning, match="training"):
         pipe.train(not training)
+
+
+def test_a_cumulative_average_that_starts_in_eval_mode_is_said_at_the_switch() -> None:
+    """In eval mode nothing in the trace tells a momentum that changes with the count from one of nought."""
+
+    def forward(self, x):
+        x = self.a(x)
+        pipe_split()
+        return x * 2
+
+    one = Case("cumulative", forward, (X,), has={"a": lambda: nn.BatchNorm1d(4, momentum=None).double()})
+    pipe = one.cut(one.build().eval())
+    with pytest.warns(UserWarning, match="BatchNorm1d.forward chooses by mode"):
+        pipe.train()
+
+
+class Frozen(nn.Module):
+    """Sets the flag of a module that is kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.Sequential(nn.Dropout())
+
+    def forward(self, x):
+        self.whole.eval()
+        x = self.whole(x * 2)
+        pipe_split()
+        return x + 1
+
+
+def test_a_flag_set_in_forward_on_a_module_kept_whole_is_said_at_the_switch() -> None:
+    """Its own code runs in the stage, behind the switch."""
+    pipe = pipeline(Frozen().eval(), (X,), leaf_modules=["whole"])
+    with pytest.warns(UserWarning, match=r"self\.whole\.eval\(\) chooses by mode"):
+        pipe.train()
+
+
+def test_a_flag_is_followed_in_code_without_a_source() -> None:
+    """What the call reads last is taken for its flag."""
+    space = {"F": F, "pipe_split": pipe_split, "__name__": __name__}
+    exec("def forward(self, x):\n    x = F.dropout(x, 0.5, self.training)\n    pipe_split()\n    return x * 2", space)
+    one = Case("sourceless", space["forward"], (X,), modes=(True, False), switch=True)
+    check(one, "pipe")
 
 
 def test_batch_norm_shared_by_stages_is_refused_across_processes_once_it_trains() -> None:
