@@ -174,7 +174,7 @@ class ModeReads(TorchFunctionMode):
 def _chooses(owner: nn.Module) -> bool:
     """True for a module of torch's own whose forward chooses by mode in Python, where the trace shows no flag."""
     if isinstance(owner, nn.MultiheadAttention):
-        return owner.dropout > 0
+        return bool(owner.dropout)
     return isinstance(owner, _BatchNorm) and owner.momentum is None and not owner.__dict__["training"]
 
 

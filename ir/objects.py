@@ -95,22 +95,35 @@ def _has_only_attributes(leaf: Any) -> bool:
     return True
 
 
-def _open(leaf: Any, around: tuple[Any, ...]) -> Any:
+def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
+    """The object as `Opened`; `empty_too`, also one without tensors, else that stays as it is."""
     if not _has_only_attributes(leaf):
         return leaf
     if any(leaf is item for item in around):
         raise _Closed
-    parts = {name: tree_map(lambda item: _open(item, (*around, leaf)), value) for name, value in vars(leaf).items()}
-    kinds = {name: [type(item) for item in tree_leaves(part)] for name, part in parts.items()}
-    if not any(issubclass(kind, torch.Tensor) for found in kinds.values() for kind in found):
-        if any(issubclass(kind, _SYMBOLIC) for found in kinds.values() for kind in found):
+    around = (*around, leaf)
+    parts: dict[str, Any] = {}
+    for name, value in vars(leaf).items():
+        parts[name] = tree_map(lambda item: _open(item, around), value)
+        if _holds(parts[name], torch.Tensor) and not _is_data(parts[name]):
+            parts[name] = tree_map(lambda item: _open(item, around, empty_too=True), value)
+            if not _is_data(parts[name]):
+                raise _Closed
+    if not empty_too and not any(_holds(part, torch.Tensor) for part in parts.values()):
+        if any(_holds(part, _SYMBOLIC) for part in parts.values()):
             raise _Closed
         return leaf
-    held = [name for name, found in kinds.items() if all(issubclass(kind, _DATA) for kind in found)]
-    if any(issubclass(kind, torch.Tensor) for name, found in kinds.items() if name not in held for kind in found):
-        raise _Closed  # beside a tensor lies what no output can be
+    held = [name for name, part in parts.items() if _is_data(part)]
     others = {name: value for name, value in vars(leaf).items() if name not in held}
     return Opened(Shape(type(leaf), tuple(held), others), tuple(parts[name] for name in held))
+
+
+def _holds(part: Any, kinds: Any) -> bool:
+    return any(isinstance(item, kinds) for item in tree_leaves(part))
+
+
+def _is_data(part: Any) -> bool:
+    return all(isinstance(item, _DATA) for item in tree_leaves(part))
 
 
 def hides_tensors(leaf: Any) -> bool:

@@ -62,6 +62,17 @@ def test_an_object_comes_back_with_all_its_attributes() -> None:
     assert again(UserDict(a=X)) == UserDict(a=X)
 
 
+def test_an_object_without_tensors_is_data_beside_one_with_them() -> None:
+    """The layers of a cache, of which some keep nothing."""
+    layers = [Plain(keys=X, dtype=X.dtype), Plain(keys=None, dtype=X.dtype)]
+    config = Plain(width=4)
+    made = again(Plain(layers=layers, config=config))
+    assert [type(layer) for layer in made.layers] == [Plain, Plain]
+    assert made.layers[1].keys is None
+    assert made.layers[1].dtype is X.dtype
+    assert made.config is config
+
+
 def test_its_tensors_are_leaves_by_name() -> None:
     flat, spec = tree_flatten(opened(Plain(a=X, b=(X, 2), c=X.dtype)))
     assert [type(leaf) for leaf in flat] == [torch.Tensor, torch.Tensor, int]

@@ -16,6 +16,7 @@ from zoo.models import Architecture
 
 from stagecut import Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
+from stagecut.ir.objects import opened, opening
 
 State = dict[str, torch.Tensor]
 
@@ -123,7 +124,8 @@ def _same_names(pipe: Pipe, twin: nn.Module) -> None:
 def _exported(model: nn.Module, inputs: dict[str, Any], error: Wrong) -> nn.Module:
     """What torch.export traces: it may round otherwise than the model, and the pipe has to follow it to the bit."""
     try:
-        return torch.export.export(model, (), inputs).module(check_guards=False)
+        with opening(model):
+            return torch.export.export(model, (), inputs).module(check_guards=False)
     except Exception:
         raise error from None
 
@@ -158,7 +160,7 @@ def _loss(output: Any) -> torch.Tensor:
     """The model's own loss, or the mean of the means of its outputs."""
     loss = getattr(output, "loss", None)
     if loss is None:
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        leaves = [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         loss = torch.stack([leaf.float().mean() for leaf in leaves]).mean()
     if not loss.isfinite():
         raise Wrong(f"the loss is {loss.item()}: the check is void")
@@ -168,7 +170,7 @@ def _loss(output: Any) -> torch.Tensor:
 def _same_tree(what: str, found: Any, expected: Any, tolerance: float) -> None:
     if type(found) is not type(expected):
         raise Wrong(f"{what} is a {type(found).__name__} instead of a {type(expected).__name__}")
-    (given, given_spec), (wanted, wanted_spec) = tree_flatten_with_path(found), tree_flatten_with_path(expected)
+    (given, given_spec), (wanted, wanted_spec) = tree_flatten_with_path(opened(found)), tree_flatten_with_path(opened(expected))
     if given_spec != wanted_spec:
         raise Wrong(f"{what} has another structure: {given_spec} instead of {wanted_spec}")
     for (path, leaf), (_, want) in zip(given, wanted, strict=True):
