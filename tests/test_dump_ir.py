@@ -134,7 +134,7 @@ def test_module_source(model: str, capsys: pytest.CaptureFixture[str], monkeypat
         (["{model}:make", "--passes", "canonicalize", "--format", "dot"], "run all passes"),
         (["nowhere.py:make"], "there is no file 'nowhere.py'"),
         (["no_such_package:make"], "No module named 'no_such_package'"),
-        (["nonsense"], "is neither"),
+        (["nonsense"], "is no SOURCE"),
         (["nowhere.ir"], "cannot read 'nowhere.ir'"),
     ],
 )

@@ -50,6 +50,7 @@ class Session:
         with Steps() as self._steps:
             start = time.perf_counter()
             source = self._steps.do("trace", lambda: load(self._options))
+            self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (self._options.stages is not None or self._options.split_at):
                 raise InputError(f"where to cut is said, and the text is {program.phase}: its cuts are made", hint="dump-ir the model")
@@ -62,6 +63,13 @@ class Session:
                 self._writer.final("bisect.txt", f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n")
                 return
             self._show(program)
+
+    def _note(self, notes: Sequence[str]) -> None:
+        """What tracing had to say; `--leaf` is the way to say the same beforehand."""
+        for note in notes:
+            self._steps.say(f"dump-ir: note: {note}")
+        if any("kept whole" in note for note in notes):
+            self._steps.say("  try: --leaf NAME keeps a module whole without this note")
 
     def _run_passes(self, source: Source, passes: Sequence[Pass]) -> None:
         options = self._options

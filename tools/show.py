@@ -139,7 +139,7 @@ class Steps:
 
     def __enter__(self) -> Steps:
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -158,6 +158,13 @@ class Steps:
         if self._bar is not None:
             self._bar.update(self._task, step=step)
         return action()
+
+    def say(self, text: str) -> None:
+        """A text on standard error, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif sys.stderr is not None:
+            print(text, file=sys.stderr)
 
     def expect(self, count: int) -> None:
         """So many passes follow."""
