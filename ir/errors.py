@@ -78,7 +78,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     names = list(dict.fromkeys(known))
     if not names:
         return "there are none"
-    close = difflib.get_close_matches(name, names[:5000], n=count, cutoff=0.5)
+    same = [n for n in names if n.casefold() == name.casefold()]
+    close = same or difflib.get_close_matches(name, names[:5000], n=count, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     shown = ", ".join(f"'{n}'" for n in names[:8])

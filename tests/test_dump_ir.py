@@ -134,7 +134,9 @@ def test_module_source(model: str, capsys: pytest.CaptureFixture[str], monkeypat
         (["{model}:make", "--passes", "canonicalize", "--format", "dot"], "run all passes"),
         (["nowhere.py:make"], "there is no file 'nowhere.py'"),
         (["no_such_package:make"], "No module named 'no_such_package'"),
-        (["nonsense"], "is neither"),
+        (["{model}:make", "--passes", "canonicalize", "--print-after", "partition"], "--print-after partition: this pass is not run"),
+        (["{model}:make", "--stop-after", "canonicalize", "--print-before", "route"], "--print-before route: this pass is not run"),
+        (["{model}:make", "--leaf", "secnd"], "--leaf names module 'secnd'"),
         (["nowhere.ir"], "cannot read 'nowhere.ir'"),
     ],
 )
@@ -165,6 +167,30 @@ def test_closed_pipe_ends_quietly() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("- <&-", "standard input is closed\n  try: dump-ir SOURCE | dump-ir -"),
+        (f"{NET} >&-", "standard output is closed\n  try: -o DIR"),
+    ],
+)
+def test_closed_streams(command: str, why: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m stagecut.tools.dump_ir {command}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"dump-ir: error: {why}")
+
+
+def test_closed_streams_that_nobody_needs(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m stagecut.tools.dump_ir {NET} -o {tmp_path} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert parse((tmp_path / "program.ir").read_text()).name == "Net"
+    failing = subprocess.run(["bash", "-c", command.replace(":make", ":mak")], capture_output=True, check=False)
+    assert (failing.returncode, failing.stdout) == (1, b"")
+
+
 def test_stages_are_balanced(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(parse(output(capsys, f"{model}:make", "--stages", "2")).stages) == 2
 
@@ -182,11 +208,13 @@ def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--report", "--format", "dot"], "a report is text, json or svg"),
-        (["--timeline"], "a timeline is svg or json"),
         (["--report", "--passes", "canonicalize"], "costs are those of linked programs"),
-        (["--stages", "2", "--split-at", "second"], "both say where to cut"),
-        (["--report", "--device", "H1000"], "did you mean 'H100'"),
+        (["--report", "--device", "H1000"], "did you mean 'H100' or 'H200' or 'A100'?\n"),
+        (["--report", "--device", "cpu"], "did you mean 'CPU'?\n"),
+        (["--report", "--schedule", "ZBVZeroBubble"], "an even number of --stages, or another --schedule"),
+        (["--timeline", "--format", "svg", "--microbatches", "1000000"], "2000000 steps, and no more than 50000 are shown"),
+        (["--format", "html", "--microbatches", "1000000"], "try: --microbatches 25000"),
+        (["--report", "--microbatches", "1000000"], "try: --microbatches 500000"),
         (["--stages", "2", "--schedule", "1F2B"], "did you mean '1F1B'"),
         (["--stages", "99"], "no stage is empty"),
     ],
@@ -255,6 +283,9 @@ def test_only_one_stage_or_module(model: str, capsys: pytest.CaptureFixture[str]
     assert "in first" in output(capsys, *source, "--only", "scope=first")
     assert "in second" not in output(capsys, *source, "--only", "scope=first")
     assert "# 1 ops left out" in output(capsys, f"{model}:make", "--only", "scope=first")
+    both = output(capsys, *source, "--only", "stage=1", "--only", "scope=second")
+    assert both == output(capsys, *source, "--only", "scope=second")
+    assert "no op is in both" in failure(capsys, *source, "--only", "stage=0", "--only", "scope=second")
     data = json.loads(output(capsys, *source, "--only", "stage=1", "--format", "json"))
     assert [len(s["ops"]) for s in data["stages"]] == [0, 1]
 
@@ -409,10 +440,24 @@ def test_more_mistakes(argv: list[str], why: str, hard: str, capsys: pytest.Capt
     assert shown.out == ""
 
 
+def test_text_runs_no_pass_unless_it_is_told_to(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "traced.ir"
+    text.write_text(output(capsys, f"{model}:make", "--passes", ""))
+    assert "this pass is not run\n  try: --passes all" in failure(capsys, str(text), "--print-after", "route")
+
+
 def test_text_that_is_cut_is_not_cut_again(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = tmp_path / "cut.ir"
     text.write_text(output(capsys, f"{model}:make", "--split-at", "second"))
     assert "its cuts are made" in failure(capsys, str(text), "--passes", "all", "--stages", "2")
+
+
+@pytest.mark.parametrize(("option", "value", "why"), [("-o", "", "the name is empty"), ("--depth", "-1", "-1 opens no modules")])
+def test_values_that_cannot_be(option: str, value: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([NET, option, value])
+    assert stop.value.code == 2
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--stages", "--microbatches", "--batch", "--length"])

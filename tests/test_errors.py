@@ -52,6 +52,7 @@ def test_verify_error() -> None:
         ("a", [], "there are none"),
         ("layer.0", ["layers.0", "layers.0", "head"], "did you mean 'layers.0'?"),
         ("weigth", ["weight", "weights", "heights"], "did you mean 'weight' or 'weights' or 'heights'?"),
+        ("cpu", ["GPU", "CPU"], "did you mean 'CPU'?"),
         ("xyz", ["a", "b"], "known: 'a', 'b'"),
         ("xyz", list("abcdefghij"), "known: 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more"),
     ],

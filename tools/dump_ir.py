@@ -15,6 +15,7 @@ from stagecut.ir.graph import Program
 from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import NAMES, default_pipeline, pass_by_name
+from stagecut.tools.command_line import given, misuse, spelled
 from stagecut.tools.session import Session
 
 EXAMPLES = """\
@@ -38,23 +39,38 @@ FORMATS = ("text", "json", "dot", "svg", "html")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when it worked, 1 for an error in what it was given, 2 for a wrong command line."""
-    options = parser().parse_args(argv)
+    known = parser()
+    options = known.parse_args(argv)
+    options.given = given(known, argv)
+    if wrong := misuse(options):
+        return _failed(2, wrong)
     try:
         _check(options)
         Session(options, lambda is_model: _passes(options, is_model)).run()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except StagecutError as error:
-        print(f"dump-ir: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(1, spelled(str(error)))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"dump-ir: error: {error}", file=sys.stderr)
-        return 1
+        _drop_output()
+        return _failed(1, str(error))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _failed(status: int, message: str) -> int:
+    if sys.stderr is not None:
+        print(f"dump-ir: error: {message}", file=sys.stderr)
+    return status
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, so that Python's own flush at the end does not fail again."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,6 +101,21 @@ def _positive(text: str) -> int:
     return number
 
 
+def _depth(text: str) -> int:
+    """How deep modules are opened, from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} opens no modules; 0 shows one box for each outermost module")
+    return number
+
+
+def _directory(text: str) -> Path:
+    """Where files go. An empty name, as of a variable that is not set, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; '.' is the working directory")
+    return Path(text)
+
+
 def _add_model(group: Any) -> None:
     group.add_argument("--config", metavar="FILE|K=V", action="append", default=[], help="hf: settings of the config (default: small)")
     group.add_argument("--meta", action="store_true", help="hf: on the meta device, at any size without memory")
@@ -110,15 +141,17 @@ def _add_shown(group: Any) -> None:
     group.add_argument("--diff", action="store_true", help="what each pass changes, as a diff")
     group.add_argument("--stats", action="store_true", help="ops, values, state and bytes that cross, after each pass")
     group.add_argument("--time", action="store_true", help="how long tracing and each pass take, as parts of the whole")
-    group.add_argument("--only", metavar="stage=N|scope=NAME", help="nothing but one stage, or the ops of one module")
+    group.add_argument(
+        "--only", metavar="stage=N|scope=NAME", action="append", default=[], help="only one stage, the ops of one module, or both"
+    )
     group.add_argument("--trace-value", metavar="NAME", help="where a value is born, written, read, sent, and last used")
     group.add_argument("--trace-param", metavar="FQN", help="a parameter's or buffer's names, owners, uses and policy")
     group.add_argument("--report", action="store_true", help="what the stages cost; also as --format json or svg")
     group.add_argument("--timeline", action="store_true", help="what each rank does when, predicted: svg, or json for Chrome's tracing")
     group.add_argument("--format", choices=FORMATS, default="text", help="what to write (default: text)")
     group.add_argument("--level", choices=["stages", "modules", "ops"], default="stages", help="dot, svg: what a node is (default: stages)")
-    group.add_argument("--depth", metavar="N", type=int, help="dot, svg: fold modules that lie deeper")
-    group.add_argument("-o", dest="directory", metavar="DIR", type=Path, help="write files into DIR instead of standard output")
+    group.add_argument("--depth", metavar="N", type=_depth, help="dot, svg: fold modules that lie deeper")
+    group.add_argument("-o", dest="directory", metavar="DIR", type=_directory, help="write files into DIR instead of standard output")
 
 
 def _add_checks(group: Any) -> None:
@@ -134,16 +167,19 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for option, names in (("--print-after", options.print_after), ("--print-before", options.print_before)):
-        for name in names:
-            _known_pass(option, name, [*NAMES, "all"])
+    for option, name in _printed(options):
+        _known_pass(option, name, NAMES)
     if options.stop_after is not None:
-        _known_pass("--stop-after", options.stop_after, list(NAMES))
-    if options.stages is not None and options.split_at:
-        raise InputError("--stages and --split-at both say where to cut", hint="give one of them")
+        _known_pass("--stop-after", options.stop_after, NAMES)
 
 
-def _known_pass(option: str, name: str, known: list[str]) -> None:
+def _printed(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The passes that are named to print the program after or before them, with the option that names them."""
+    after, before = ([name for name in names if name != "all"] for names in (options.print_after, options.print_before))
+    return [*(("--print-after", name) for name in after), *(("--print-before", name) for name in before)]
+
+
+def _known_pass(option: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise InputError(f"unknown pass '{name}' after {option}", hint=nearest(name, known))
 
@@ -158,12 +194,19 @@ def _passes(options: argparse.Namespace, is_model: bool) -> list[Pass]:
         chosen = [splits if name == FindSplits.name else pass_by_name(name) for name in names]
     if (options.stages is not None or options.split_at) and splits not in chosen:
         raise InputError("where to cut is said, and the pass that cuts is not run", hint="--passes all")
-    if options.stop_after is None:
-        return chosen
+    if options.stop_after is not None:
+        chosen = chosen[: _place("--stop-after", options.stop_after, chosen) + 1]
+    for option, name in _printed(options):
+        _place(option, name, chosen)
+    return chosen
+
+
+def _place(option: str, name: str, chosen: list[Pass]) -> int:
+    """Where a pass that an option names is in those that run."""
     ran = [step.name for step in chosen]
-    if options.stop_after not in ran:
-        raise InputError(f"--stop-after {options.stop_after}: this pass is not run", hint=nearest(options.stop_after, ran))
-    return chosen[: ran.index(options.stop_after) + 1]
+    if name not in ran:
+        raise InputError(f"{option} {name}: this pass is not run", hint=nearest(name, ran) if ran else "--passes all")
+    return ran.index(name)
 
 
 def _policy(options: argparse.Namespace) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -26,6 +27,11 @@ _SIZES = {
 SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
 """What a config has by these names is made so small."""
 
+IMAGE = 2
+"""The token that stands for a part of an image where the vocabulary is too small for the usual one. No text that is drawn has it."""
+
+_BY_HAND = "write a file with a function that returns (module, args, kwargs): FILE.py:FACTORY"
+
 
 def make(name: str, options: Namespace) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The model called `name` (a class or a model type) and its example call. Raises InputError for an unknown one."""
@@ -34,7 +40,10 @@ def make(name: str, options: Namespace) -> tuple[nn.Module, tuple[Any, ...], dic
     torch.manual_seed(0)
     with torch.device("meta" if options.meta else "cpu"):
         model = kind(config).eval()
-    return model, (), _inputs(model, options.batch, options.length)
+    inputs = _inputs(model, options.batch, options.length)
+    if "length" in options.given and not any(name.endswith("input_ids") for name in inputs):
+        raise InputError(f"--length is how many tokens a row has, and {type(model).__name__} reads none", hint="leave it out")
+    return model, (), {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def _class(name: str) -> Any:
@@ -63,7 +72,15 @@ def _config(kind: Any, given: dict[str, Any]) -> Any:
         raise InputError(f"{kind.__name__} has no '{unknown[0]}'", hint=nearest(unknown[0], [n for n in vars(default) if n[0] != "_"]))
     made = kind(**{**parts, **_tokens(default, small), **small, **given})
     made.use_cache = False  # a cache is state that no module holds
+    if (getattr(made, "image_token_id", None) or 0) >= _vocabulary(made):
+        made.image_token_id = IMAGE
     return made
+
+
+def _vocabulary(config: Any) -> float:
+    """How many tokens the text of a model has; no bound where that is not known."""
+    size: float = getattr(getattr(config, "text_config", config), "vocab_size", math.inf)
+    return size
 
 
 def _whole(given: dict[str, Any]) -> bool:
@@ -97,6 +114,22 @@ def _inputs(model: Any, batch: int, length: int) -> dict[str, Any]:
         else:
             raise InputError(
                 f"what to pass as '{name}' to {type(model).__name__} is not known",
-                hint="write a file with a function that returns (module, args, kwargs): FILE.py:FACTORY",
+                hint=_BY_HAND,
             )
+    if {"input_ids", "pixel_values"} <= found.keys() and getattr(config, "image_token_id", None) is not None:
+        found["input_ids"] = _with_images(model, found["input_ids"], found["pixel_values"])
     return dict(sorted(found.items()))
+
+
+def _with_images(model: Any, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """The ids of each row behind those of its image: a model checks that there is one for each row of features of the image."""
+    try:
+        with torch.no_grad():
+            made = model.get_image_features(pixels.to(model.device))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"what {type(model).__name__} wants to know of its images is not known: {error}", hint=_BY_HAND) from None
+    features = getattr(made, "pooler_output", made)
+    tensors = [features] if isinstance(features, torch.Tensor) else list(features)
+    rows = sum(t.numel() // t.shape[-1] for t in tensors) // len(pixels)
+    token = model.config.image_token_id
+    return torch.cat([torch.full((len(ids), rows), token), torch.where(ids == token, token - 1, ids)], dim=1)

@@ -30,10 +30,11 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Feed:
-    """What a program is run on: flat inputs, and what its names are bound to."""
+    """What a program is run on: flat inputs, and what its names are bound to; `drawn` where nobody gave them."""
 
     inputs: Sequence[Any]
     bindings: Bindings
+    drawn: bool = False
 
 
 @dataclass
@@ -147,7 +148,13 @@ def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Ca
 
     Raises Difference at the first pass that changes what the program computes; its message names op, stage and source line.
     """
-    before = interpret(program, feed)
+    try:
+        before = interpret(program, feed)
+    except StagecutError as error:
+        if not feed.drawn:
+            raise
+        what = f"the program cannot run on random inputs, and text holds no others: {error.what}"
+        raise InputError(what, where=error.where, hint="check the model that the text is of") from error
 
     def both(record: PassRecord, program: Program) -> None:
         nonlocal before
@@ -175,7 +182,7 @@ def random_feed(program: Program) -> Feed:
             raise InputError(f"{op.target} is the user's own code, which IR text does not hold", where=op.where())
     for entry in program.state:
         bound.tensors |= dict.fromkeys(entry.names, _random(entry.name, entry.type, generator).requires_grad_(entry.requires_grad))
-    return Feed([_random(v.hint, v.type, generator) for v in program.inputs], bound)
+    return Feed([_random(v.hint, v.type, generator) for v in program.inputs], bound, drawn=True)
 
 
 def _random(name: str, kind: Any, generator: torch.Generator) -> Any:

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stagecut.ir.errors import InputError, StagecutError
-from stagecut.ir.graph import Op, Program
+from stagecut.ir.graph import Program
 from stagecut.ir.printer import excerpt, text
 from stagecut.ir.validator import Trace, validate
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
+from stagecut.tools.command_line import spelled
 from stagecut.tools.show import Stats, Steps, Writer, diff, only, stats_of, table, times
 from stagecut.tools.sources import Source, load
 
 if TYPE_CHECKING:
     from stagecut.report import Report
+
+MOST_DRAWN = 50_000
+"""Steps of a timeline that a browser still shows."""
+
+MOST_RECKONED = 1_000_000
+"""Steps of a timeline that are reckoned within seconds."""
 
 
 @dataclass
@@ -50,6 +57,7 @@ class Session:
         with Steps() as self._steps:
             start = time.perf_counter()
             source = self._steps.do("trace", lambda: load(self._options))
+            self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (self._options.stages is not None or self._options.split_at):
                 raise InputError(f"where to cut is said, and the text is {program.phase}: its cuts are made", hint="dump-ir the model")
@@ -62,6 +70,13 @@ class Session:
                 self._writer.final("bisect.txt", f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n")
                 return
             self._show(program)
+
+    def _note(self, notes: Sequence[str]) -> None:
+        """What tracing had to say; `--leaf` is the way to say the same beforehand."""
+        for note in notes:
+            self._steps.say(f"dump-ir: note: {spelled(note)}")
+        if any("kept whole" in note for note in notes):
+            self._steps.say("  try: --leaf NAME keeps a module whole without this note")
 
     def _run_passes(self, source: Source, passes: Sequence[Pass]) -> None:
         options = self._options
@@ -148,19 +163,15 @@ class Session:
             return to_json(program, keep or (lambda op: True))
         if format == "html":
             return self._page(program)
-        return self._graph(program, keep)
+        return self._graph(program)
 
-    def _graph(self, program: Program, keep: Callable[[Op], bool] | None) -> str:
+    def _graph(self, program: Program) -> str:
         from stagecut.backend.dot import to_dot, to_svg
 
         options = self._options
         if program.phase != "linked":
             raise InputError(f"pictures are of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
-        stage = None
-        if options.only and options.only.startswith("stage="):
-            stage = int(options.only.removeprefix("stage="))
-        elif keep is not None:
-            raise InputError("a picture is of the program or of one stage", hint="--only stage=N")
+        stage = int(options.only[0].removeprefix("stage=")) if options.only else None
         level = "modules" if stage is not None and options.level == "stages" else options.level
         make = to_svg if options.format == "svg" else to_dot
         return make(program, level=level, stage=stage, depth=options.depth)
@@ -168,27 +179,28 @@ class Session:
     # --- what needs costs -------------------------------------------------------------------------
 
     def _report(self, program: Program) -> None:
-        found, format = self._costs(program), self._options.format
-        if format not in ("text", "json", "svg"):
-            raise InputError(f"a report is text, json or svg, not {format}")
+        found, format = self._costs(program, MOST_RECKONED), self._options.format
         made = {"text": lambda: f"{found}\n", "json": lambda: found.to_json() + "\n", "svg": found.to_svg}[format]()
         self._writer.final({"text": "report.txt", "json": "report.json", "svg": "report.svg"}[format], made)
 
     def _timeline(self, program: Program) -> None:
-        timeline, format = self._costs(program).timeline, self._options.format
-        if format not in ("svg", "json"):
-            raise InputError(f"a timeline is svg or json, not {format}", hint="--timeline --format svg")
+        timeline, format = self._costs(program, MOST_DRAWN).timeline, self._options.format
         made = timeline.to_svg() if format == "svg" else json.dumps(timeline.chrome_trace()) + "\n"
         self._writer.final(f"timeline.{format}", made)
 
-    def _costs(self, program: Program) -> Report:
+    def _costs(self, program: Program, most: int) -> Report:
         from stagecut.balance import Setting
         from stagecut.report import report
 
         options = self._options
         if program.phase != "linked":
             raise InputError(f"costs are those of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
-        return report(program, Setting(options.device, options.schedule, options.microbatches), options.plan)
+        stages, count = len(program.stages), options.microbatches
+        steps = 2 * stages * count  # a forward and a backward of each
+        if steps > most:
+            what = f"{count} micro-batches in {stages} stages take {steps} steps, and no more than {most} are shown"
+            raise InputError(what, hint=f"--microbatches {most // (2 * stages)}")
+        return report(program, Setting(options.device, options.schedule, count), options.plan)
 
     def _page(self, program: Program) -> str:
         from stagecut.backend.dot import to_svg
@@ -197,7 +209,7 @@ class Session:
         history = [(s.title, s.text, s.seconds) for s in self._history]
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
-        costs = self._costs(program)
+        costs = self._costs(program, MOST_DRAWN)
         try:
             graph = to_svg(program)
         except StagecutError:  # without the program dot the page draws stages by itself

@@ -67,12 +67,21 @@ def diff(old: str, new: str, before: str, after: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def only(program: Program, spec: str | None) -> Callable[[Op], bool] | None:
-    """Which ops `--only` keeps; None for all. Raises InputError when it names nothing."""
-    if spec is None:
+def only(program: Program, specs: Sequence[str]) -> Callable[[Op], bool] | None:
+    """Which ops `--only` keeps: those that all of `specs` name; None for all. Raises InputError when that is none."""
+    if not specs:
         return None
+    tests = [_part(program, spec) for spec in specs]
+    kept = {op for op in program.all_ops() if all(test(op) for test in tests)}
+    if not kept:
+        raise InputError(f"--only {' --only '.join(specs)}: no op is in both", hint="give one of them")
+    return kept.__contains__
+
+
+def _part(program: Program, spec: str) -> Callable[[Op], bool]:
+    """Which ops one `--only` names."""
     kind, _, name = spec.partition("=")
-    if kind == "stage" and name.isdigit():
+    if kind == "stage" and name.isdecimal():
         if int(name) >= len(program.stages):
             raise InputError(f"--only {spec}: there are {len(program.stages)} stages", hint="they are numbered from 0")
         return set(program.stages[int(name)].ops).__contains__
@@ -97,6 +106,8 @@ class Writer:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
+        if directory is None and sys.stdout is None:
+            raise InputError("standard output is closed", hint="-o DIR writes files")
         if directory is not None:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +150,7 @@ class Steps:
 
     def __enter__(self) -> Steps:
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -158,6 +169,13 @@ class Steps:
         if self._bar is not None:
             self._bar.update(self._task, step=step)
         return action()
+
+    def say(self, text: str) -> None:
+        """A text on standard error, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif sys.stderr is not None:
+            print(text, file=sys.stderr)
 
     def expect(self, count: int) -> None:
         """So many passes follow."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
+import sysconfig
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,11 +29,12 @@ from stagecut.ir.verifier import verify
 
 @dataclass
 class Source:
-    """A program, and for a model what it is bound to and the flat inputs of the example call."""
+    """A program, and for a model what it is bound to, the flat inputs of the example call, and what tracing had to say."""
 
     program: Program
     bindings: Bindings | None = None
     inputs: list[Any] | None = None
+    notes: Sequence[str] = ()
 
     @property
     def is_model(self) -> bool:
@@ -37,27 +42,37 @@ class Source:
         return self.bindings is not None
 
 
+_FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for text"
+
+
 def load(options: Namespace) -> Source:
     """The source that the command line names. Raises InputError when there is no such thing, or it does not work."""
     source: str = options.source
     if source == "-":
-        return Source(_checked(parse(sys.stdin.read(), "<stdin>")))
+        return Source(_checked(parse(_standard_input(), "<stdin>")))
+    if os.path.isdir(source):
+        raise InputError(f"'{source}' is a directory", hint=_in_directory(Path(source)))
     if source.endswith(".ir"):
         return Source(_checked(parse(_read(Path(source)), source)))
     if source.endswith(".pt2"):
         return _exported(Path(source), options.trust)
-    if source.startswith("hf:"):
+    if source.startswith("hf:") and source != "hf:":
         from stagecut.tools.hugging_face import make
 
         model, args, kwargs = _guard(lambda: make(source[3:], options), f"making '{source}'")
         return _traced(model, args, kwargs, options.leaf)
-    path, colon, name = source.rpartition(":")
-    if not colon or not name or not path:
-        raise InputError(
-            f"'{source}' is neither FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2 nor FILE.ir", hint="dump-ir model.py:make"
-        )
+    path, name = _named(source)
     model, args, kwargs = _call(_factory(path, name), source)
     return _traced(model, args, kwargs, options.leaf)
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InputError("standard input is closed", hint="dump-ir SOURCE | dump-ir -, or name a file")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no text: {error}") from None
 
 
 def _checked(program: Program) -> Program:
@@ -91,10 +106,79 @@ def _exported(path: Path, trusted: bool) -> Source:
 
 def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> Source:
     from stagecut.pipe import lower
+    from stagecut.tools.quiet import quiet_torch
 
-    program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)
+    with quiet_torch():
+        program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)
     inputs = bindings.call.flatten(args, kwargs) if bindings.call is not None else list(args)
-    return Source(program, bindings, inputs)
+    return Source(program, bindings, inputs, bindings.notes)
+
+
+# --- the factory ----------------------------------------------------------------------------------
+
+
+def _named(source: str) -> tuple[str, str]:
+    """The file or module, and the factory in it. Raises InputError that lists functions where none is named."""
+    path, _, name = source.rpartition(":") if ":" in source else (source, "", "")
+    is_module = path.endswith(".py") or all(part.isidentifier() for part in path.split("."))
+    if is_module and name:
+        return path, name
+    file = _file_of(path) if is_module else None
+    if file is None:
+        what = f"'{source}' is no SOURCE" if source else "SOURCE is empty"
+        raise InputError(f"{what}: it must be {_FORMS}", hint="dump-ir model.py:make")
+    raise InputError(f"'{source}' names no function that makes the model", where=str(file), hint=_factories_in(path, file))
+
+
+def _file_of(path: str) -> Path | None:
+    """The source of a Python file or of a module, None where there is no such module. Raises InputError for a file that is not there."""
+    if path.endswith(".py"):
+        return _existing(Path(path))
+    sys.path.insert(0, os.getcwd())
+    spec = _guard(lambda: _spec_of(path), f"looking for '{path}'")
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """Where a module is; the packages around it are imported. None where it is not, or one of them is not."""
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"there is no file '{path}'")
+    return path
+
+
+def _factories_in(path: str, file: Path) -> str:
+    """A hint with the functions of a file that take no arguments; the file is not run."""
+    try:
+        body = ast.parse(_read(file)).body
+    except (SyntaxError, ValueError):
+        body = []
+    functions = [item for item in body if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")]
+    names = [f.name for f in functions if len(f.args.args) == len(f.args.defaults) and None not in f.args.kw_defaults]
+    if not names:
+        return f"write a function without arguments there that returns (module, args, kwargs), and name it: {path}:make"
+    return " or ".join(f"{path}:{name}" for name in names[:MOST_NAMED])
+
+
+MOST_NAMED = 8
+"""So many functions of a file, or files of a directory, are named at most."""
+
+
+def _in_directory(path: Path) -> str:
+    """A hint with what can be shown of a directory."""
+    if path.suffix == ".pt2":
+        return "torch.export.save writes one file"
+    files = sorted(p for p in path.iterdir() if p.suffix in (".py", ".ir", ".pt2"))[:MOST_NAMED]
+    shown = [f"{file}:FACTORY" if file.suffix == ".py" else str(file) for file in files]
+    return " or ".join(shown) if shown else f"name a file: {path / 'model.py'}:make"
 
 
 def _factory(path: str, name: str) -> Callable[[], Any]:
@@ -110,9 +194,7 @@ def _factory(path: str, name: str) -> Callable[[], Any]:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"there is no file '{path}'")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(path.stem, _existing(path))
     if spec is None or spec.loader is None:
         raise InputError(f"'{path}' cannot be imported")
     module = importlib.util.module_from_spec(spec)
@@ -129,11 +211,37 @@ def _import(name: str) -> ModuleType:
 
 
 def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
+    where = _definition(factory)
+    if needed := _required(factory):
+        raise InputError(
+            f"'{source}' takes arguments: {', '.join(needed)}", where=where, hint="it is called without any: give them defaults"
+        )
     made = _guard(factory, f"calling '{source}'")
     if not isinstance(made, tuple) or len(made) != 3:
         count = f" of {len(made)}" if isinstance(made, tuple) else ""
-        raise InputError(f"'{source}' returned a {type(made).__name__}{count}", hint="it must return (module, args, kwargs)")
+        raise InputError(f"'{source}' returned a {type(made).__name__}{count}", where=where, hint="it must return (module, args, kwargs)")
     return made
+
+
+def _required(factory: Callable[[], Any]) -> list[str]:
+    """The parameters that a call must give; none where that is not known."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _definition(factory: Callable[[], Any]) -> str:
+    """file:line: source of a function or class, '' where that is not known."""
+    try:
+        lines, first = inspect.getsourcelines(inspect.unwrap(factory))
+        return f"{inspect.getsourcefile(inspect.unwrap(factory))}:{first}: {lines[0].strip()}"
+    except (OSError, TypeError):
+        return ""
+
+
+# --- the user's code ------------------------------------------------------------------------------
 
 
 def _guard(action: Callable[[], Any], doing: str) -> Any:
@@ -143,11 +251,28 @@ def _guard(action: Callable[[], Any], doing: str) -> Any:
             return action()
     except StagecutError:
         raise
+    except SyntaxError as error:
+        where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+        raise InputError(f"{doing} failed: {type(error).__name__}: {error.msg}", where=where) from None
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"{doing} failed: {type(error).__name__}: {error}", where=f"{frame.filename}:{frame.lineno}: {frame.line}"
-        ) from None
+        hint = "install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise InputError(f"{doing} failed: {type(error).__name__}: {error}", where=_users_line(error), hint=hint) from None
+
+
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+
+
+def _users_line(error: BaseException) -> str:
+    """The innermost line that is neither ours nor Python's, and rather not an installed package's; '' for none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.exists(f.filename) and not f.filename.startswith(_OWN)]
+    installed = [f for f in frames if _is_installed(f.filename)]
+    own = [f for f in frames if f not in installed and not f.filename.startswith(_STANDARD)]
+    return "".join(f"{f.filename}:{f.lineno}: {f.line}" for f in (own or installed)[-1:])
+
+
+def _is_installed(file: str) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Which options of `dump-ir` go with which, and how its messages spell what functions call otherwise."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+LOOKS = ("print_after", "print_before", "diff", "stats", "time", "trace_value", "trace_param")
+"""Options that print something of their own; the program is then written only as a file."""
+
+WRITTEN = ("format", "report", "timeline", "only", "level", "depth")
+"""Options that say what is written at the end."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """These options say nothing unless `holds`; `says` ends the sentence that begins with the option."""
+
+    options: tuple[str, ...]
+    says: str
+    holds: Callable[[Namespace], bool]
+
+
+def is_text(source: str) -> bool:
+    """True for IR text, False for a model."""
+    return source == "-" or source.endswith(".ir")
+
+
+def _is_python(source: str) -> bool:
+    return not is_text(source) and not source.endswith(".pt2")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kinds(options: Namespace) -> list[str]:
+    return [spec.partition("=")[0] for spec in options.only]
+
+
+def _is_program(options: Namespace) -> bool:
+    return not (options.report or options.timeline or options.format == "html")
+
+
+def _is_picture(options: Namespace) -> bool:
+    return _is_program(options) and options.format in ("dot", "svg")
+
+
+def _runs_passes(options: Namespace) -> bool:
+    return bool(options.passes) or (options.passes is None and not is_text(options.source))
+
+
+RULES = (
+    Rule(("config", "meta", "batch", "length"), "needs a SOURCE hf:NAME", lambda o: o.source.startswith("hf:")),
+    Rule(("leaf",), "needs a SOURCE in Python: FILE.py:FACTORY, pkg.mod:FACTORY or hf:NAME", lambda o: _is_python(o.source)),
+    Rule(("trust",), "needs a SOURCE FILE.pt2", lambda o: o.source.endswith(".pt2")),
+    Rule(("split_at",), "does not go with --stages: both say where to cut", lambda o: o.stages is None),
+    Rule(
+        ("schedule", "microbatches", "device"),
+        "needs --stages, --report, --timeline or --format html",
+        lambda o: o.stages is not None or o.report or o.timeline or o.format == "html",
+    ),
+    Rule(("diff", "check_each", "bisect"), "needs passes to run: --passes all, or --passes A,B", _runs_passes),
+    Rule((*LOOKS, *WRITTEN), "does not go with --bisect, which prints its verdict and nothing else", lambda o: not o.bisect),
+    *(
+        Rule(
+            WRITTEN,
+            f"does not go with {_flag(look)} on standard output: -o DIR writes both",
+            lambda o, look=look: look not in o.given or o.directory is not None,  # type: ignore[misc]
+        )
+        for look in LOOKS
+    ),
+    Rule(("timeline",), "does not go with --report: ask for one of them", lambda o: not o.report),
+    Rule(("timeline",), "needs --format svg or --format json", lambda o: o.format in ("svg", "json")),
+    Rule(("report",), "needs --format text, json or svg", lambda o: o.format in ("text", "json", "svg")),
+    Rule(("only",), "shows a part of the program: it needs --format text, json, dot or svg, and no --report or --timeline", _is_program),
+    Rule(("only",), "takes one stage=N and one scope=NAME, not two of a kind", lambda o: len(set(_kinds(o))) == len(o.only)),
+    Rule(("only",), "takes a stage=N for a picture, not a scope=NAME", lambda o: not _is_picture(o) or "scope" not in _kinds(o)),
+    Rule(("level", "depth"), "needs --format dot or svg, and no --report or --timeline", _is_picture),
+    Rule(("level",), "takes modules or ops next to --only, not stages", lambda o: o.level != "stages" or not o.only),
+    Rule(("depth",), "needs --level modules, --level ops or --only stage=N", lambda o: o.level != "stages" or bool(o.only)),
+)
+"""In this order; the first rule that is broken is told."""
+
+
+def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """The options that a command line names, those that say what holds anyway included; but text is what most of them write."""
+    nothing = Namespace(**{action.dest: None for action in parser._actions})
+    named = {name: value for name, value in vars(parser.parse_args(argv, nothing)).items() if value is not None}
+    return {name for name, value in named.items() if name != "source" and (name, value) != ("format", "text")}
+
+
+def misuse(options: Namespace) -> str | None:
+    """What is wrong with the options as a whole, None for nothing. `options.given` are those that were named."""
+    for rule in RULES:
+        for name in rule.options:
+            if name in options.given and not rule.holds(options):
+                return f"{_flag(name)} {rule.says}"
+    return None
+
+
+_SPELLED = {
+    r"leaf_modules=\['([^']*)'\]": r"--leaf \1",
+    r"leaf_modules=\[\.\.\.\]": "--leaf NAME",
+    r"\bleaf_modules\b": "--leaf",
+    r"level='(\w+)'": r"--level \1",
+    r"pass ranks=, a divisor of the stages": "an even number of --stages, or another --schedule",
+    r"; or give a Device\(\.\.\.\)": "",
+    r"\bto_dot needs": "--format dot needs",
+}
+"""What a function's argument is on the command line."""
+
+
+def spelled(message: str) -> str:
+    """A message with options in place of arguments of functions."""
+    for argument, option in _SPELLED.items():
+        message = re.sub(argument, option, message)
+    return message

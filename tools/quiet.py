@@ -1,0 +1,54 @@
+"""Torch traces without a word on standard error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import IO, Any, cast
+
+import torch
+
+_EXPORT = os.path.join(os.path.dirname(torch.__file__), "export", "")
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """While open, torch logs nothing, and prints no graph of a trace that failed. What the model itself says is heard.
+
+    A capture may fail and be tried again with a module kept whole; of that the program's notes tell. Who sets TORCH_LOGS is not quieted.
+    """
+    if "TORCH_LOGS" in os.environ or sys.stderr is None:
+        yield
+        return
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        with redirect_stderr(cast(IO[str], _WithoutExport(sys.stderr))):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+class _WithoutExport:
+    """A stream that leaves out what torch.export prints."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes what others print."""
+        by_export = sys._getframe(1).f_code.co_filename.startswith(_EXPORT)
+        return len(text) if by_export else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
