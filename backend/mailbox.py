@@ -24,15 +24,16 @@ from stagecut.backend.wire import writable, writes_explained
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.outline import unwritten, written_in
+from stagecut.ir.outline import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.types import carries_grad
 
 
 def refuse_feedback(program: Program, training: bool = True) -> None:
-    """Returns when every write stays in one stage; raises StagecutError naming the state that would have to flow backward.
+    """Returns when every write stays in one stage; raises StagecutError naming what would have to flow backward.
 
     Out of training, what ops with a training flag write does not count.
     """
+    _refuse_writes_past_autograd(program)
     for entry in program.state:
         if entry.share != "feedback":
             continue
@@ -44,6 +45,24 @@ def refuse_feedback(program: Program, training: bool = True) -> None:
             where="; ".join(dict.fromkeys(op.where() for op in ops[:4])),
             hint="cut so that all of it lies in one stage; one process can run this pipe, several cannot",
         )
+
+
+def _refuse_writes_past_autograd(program: Program) -> None:
+    """Raises StagecutError where a stage writes through `.data` what another one made: backward there would see the old values."""
+    for stage in program.stages:
+        here = set(stage.ops)
+        for op in stage.ops:
+            if op.target != "aten.data.default" or not carries_grad(op.operands[0].type):
+                continue
+            root = storage_root(op.operands[0])
+            if isinstance(root.owner, StateEntry) or root.owner in here or (root.owner is None and root.uses.keys() <= here):
+                continue
+            for writer, _ in writes_of(stage.ops, op.results):
+                raise StagecutError(
+                    f"stage {stage.index} writes {root!r} through .data, which backward sees where it was made, and another stage made it",
+                    where=writer.where(),
+                    hint="cut so that both lie in one stage, or write into a clone; one process can run this pipe, several cannot",
+                )
 
 
 def _follows_mode(op: Op) -> bool:

@@ -9,6 +9,7 @@ from stagecut.ir.graph import Context, Op, Program, Value
 from stagecut.ir.types import TensorType, carries_grad
 
 _CUTTING: tuple[str, ...] = (
+    "data",
     "detach",
     "detach_",
     "zeros_like",

@@ -488,6 +488,34 @@ def buffer_written_before_it_is_read_later(self, x):
     return y + self.b
 
 
+@case(X, stages=2, has={"a": linear}, feedback=r"stage 1 writes %linear through \.data")
+def written_past_autograd_behind_a_cut(self, x):
+    y = self.a(x)
+    z = y * y
+    pipe_split()
+    y.data.add_(1)
+    return z + y
+
+
+@case(X, stages=2, has={"a": linear, "b": linear})
+def written_past_autograd_in_one_stage(self, x):
+    x = self.a(x)
+    pipe_split()
+    y = x * 2
+    z = y * y
+    y.data.add_(1)
+    self.b.weight.data.mul_(0.5)
+    return self.b(z) + y, y.data
+
+
+@case(X, stages=2, has={"a": linear})
+def data_of_what_crosses(self, x):
+    y = self.a(x)
+    d = y.data
+    pipe_split()
+    return y * 2, d * 2
+
+
 @case(X, stages=2, has=ZERO, feedback=BACKWARD)
 def buffer_read_before_it_is_written_later(self, x):
     y = x + self.b
