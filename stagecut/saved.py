@@ -255,6 +255,7 @@ def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: tor
             _agree(entry, tensors.setdefault(entry, tensor), tensor)
     tensors = {e: tensors[e] if e in tensors else _absent(e) for e in saved.program.state if e.stages}
     saved.bind(tensors)
+    saved.program.output_names = saved.bindings.call.output_names() if saved.bindings.call else ()
     pipe = Pipe(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)

@@ -99,7 +99,7 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 def covers_storage(tensor: torch.Tensor) -> bool:
     """True when the storage of a tensor holds its elements and nothing else."""
-    covered = _places(tensor.shape, tensor.stride()).unique().numel()
+    covered: int = _places(tensor.shape, tensor.stride()).unique().numel()
     return covered * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
@@ -173,7 +173,8 @@ def _made(entry: StateEntry, stored: torch.Tensor, described: Description, devic
 
 
 def _fill(made: torch.Tensor, seen: torch.Tensor) -> None:
-    """`made`, whose elements may share places or have gaps between them, equals `seen`. Gaps are zero. Bytes move: they have every dtype."""
+    """`made`, whose elements may share places or have gaps between them, equals `seen`. Gaps are zero."""
+    # moved as bytes: not every dtype has index_put
     flat = torch.zeros(extent(made.shape, made.stride()), seen.element_size(), dtype=torch.uint8)
     flat[_places(made.shape, made.stride()).reshape(-1)] = seen.contiguous().reshape(-1).view(torch.uint8).reshape(-1, seen.element_size())
     made.as_strided((len(flat),), (1,)).copy_(flat.reshape(-1).view(seen.dtype))
