@@ -18,6 +18,7 @@ from stagecut.backend.drawing import (
     canvas,
     is_tied,
     legend,
+    outputs_text,
     pen,
     plain,
     reduced,
@@ -276,7 +277,7 @@ def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
             numbers.setdefault(item, []).append(number)
     texts = {v: [f"to {stages_text(targets)}"] for v, targets in stages.items() if targets}
     for v, places in numbers.items():
-        texts.setdefault(v, []).append(f"output{'s' * (len(places) > 1)} {spans(places)}")
+        texts.setdefault(v, []).append(outputs_text(program, places))
     return {v: ", ".join(lines) for v, lines in texts.items()}
 
 

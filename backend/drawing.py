@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import graphviz
 
-from stagecut.ir.graph import Namer, Op, StateEntry, Value
+from stagecut.ir.graph import Namer, Op, Program, StateEntry, Value
 from stagecut.ir.printer import fqn_text, size_text
 from stagecut.ir.types import TensorType, value_bytes
 
@@ -163,6 +163,14 @@ def spans(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def outputs_text(program: Program, places: Iterable[int]) -> str:
+    """`output 0: logits`, or `outputs 1-2: hidden`; without names where the model's result has none."""
+    numbers = sorted(set(places))
+    names = [(n, program.output_names[n]) for n in numbers if n < len(program.output_names)]
+    told = [name for n, name in names if name not in ("", f"[{n}]")]
+    return f"output{'s' * (len(numbers) > 1)} {spans(numbers)}" + (f": {some(told)}" if told else "")
 
 
 def stages_text(numbers: Iterable[int]) -> str:

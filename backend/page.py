@@ -179,7 +179,8 @@ def _totals(report: Report | None) -> dict[str, Any] | None:
     if report is None:
         return None
     kept = ("device", "schedule", "n_microbatches", "seconds", "bubble", "speed_up", "balance", "bound", "best")
-    return {name: getattr(report, name) for name in kept}
+    too_large = [index for one in report.too_large for index in one.stages]
+    return {**{name: getattr(report, name) for name in kept}, "too_large": too_large}
 
 
 Finding = tuple[str, str]
@@ -189,6 +190,7 @@ Finding = tuple[str, str]
 def findings(program: Program, report: Report | None) -> Iterator[Finding]:
     """What a person with a slow or unbalanced pipeline should look at first."""
     if report is not None and report.stages:
+        yield from ((str(one), f"stage:{one.stages[0]}") for one in report.too_large)
         yield from _time_findings(report)
         yield from _memory_findings(report)
         yield from _source_findings(report)

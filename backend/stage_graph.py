@@ -18,6 +18,7 @@ from stagecut.backend.drawing import (
     bytes_of,
     canvas,
     legend,
+    outputs_text,
     pen,
     plain,
     reduced,
@@ -148,7 +149,7 @@ class _StageGraph:
             if isinstance(item, Value) and (item in home or item in inputs):
                 places.setdefault(item, []).append(number)
         for values in _many(list(places), lambda v: home.get(v, inputs.get(v))):
-            head = f"output{'s' * (sum(len(places[v]) for v in values) > 1)} {spans(n for v in values for n in places[v])}"
+            head = outputs_text(self._program, (n for v in values for n in places[v]))
             node = self._end("output", values, OUTPUT, head)
             text = [(some([self._names[v] for v in values]), "n")]
             look = pen("send", bytes_of(values)) | self._classes(values, "route-output")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import MappingKey, TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
@@ -57,6 +58,13 @@ class CallSpec:
         """The model's own output structure around the flat outputs."""
         return tree_unflatten(list(outputs), self.out_spec)
 
+    def output_names(self) -> tuple[str, ...]:
+        """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not known, or a bare tensor."""
+        with suppress(Exception):  # the user's own class, made of numbers here
+            paths = tree_flatten_with_path(self.unflatten(range(self.out_spec.num_leaves)))[0]
+            return tuple(_path_text(path) for path, _ in paths)
+        return ()
+
     def _rebind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = [*self.parameters, *(n for n in self.positional if n not in self.parameters)]
         if len(args) > len(names):
@@ -88,6 +96,13 @@ class CallSpec:
                 if tree_flatten(value)[1] != want:
                     return f"argument '{name}' has another structure"
         return "the nesting differs"
+
+
+def _path_text(path: Sequence[Any]) -> str:
+    """`hidden[1]` for the path ['hidden'][1], `[0]` for [0]."""
+    if path and isinstance(path[0], MappingKey) and str(path[0].key).isidentifier():
+        return f"{path[0].key}{keystr(tuple(path[1:]))}"
+    return keystr(tuple(path)).removeprefix(".")
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -55,6 +55,7 @@ def lower_export(
         target, source = lowering.tree(node.args, env)
         _write_back(program, target, source, lowering.settled(source))
     bindings.call = _call_spec(exported, module)
+    program.output_names = bindings.call.output_names()
     return program, bindings
 
 

@@ -43,6 +43,7 @@ def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     _, in_spec = tree_flatten((tuple(inputs), {}))
     defaults = {n.target: n.args[0] for n in module.graph.nodes if n.op == "placeholder" and n.args}
     bindings.call = CallSpec(names, (), {n: defaults.get(n, ABSENT) for n in names}, in_spec, out_spec)
+    program.output_names = bindings.call.output_names()
     return program, bindings
 
 

@@ -350,7 +350,11 @@ class Transfer:
 
 
 class Program:
-    """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase."""
+    """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase.
+
+    output_names: for people, where each output lies in what the model returns (`logits`, `hidden[1]`), where that is known. As hints
+    of values, it means nothing; it is not in the text.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -361,6 +365,7 @@ class Program:
         self.stages: list[Stage] = []
         self.transfers: list[Transfer] = []
         self.output = Op("output", ([],))
+        self.output_names: tuple[str, ...] = ()
 
     def add_input(self, kind: Type, hint: str) -> Value:
         """A new user input, after those already there."""

@@ -37,6 +37,7 @@ from stagecut.passes.recompute import Recompute
 from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
+from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.balance import Plan, Setting
@@ -255,8 +256,25 @@ class Pipe(nn.Module):
         return self.stages[stage_idx]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Runs all stages in order on the model's own arguments; the flat tuple of output leaves."""
-        return run_stages(self.program, self.stages, self._plan, self.flatten(args, kwargs))
+        """Runs all stages in order on the model's own arguments; the flat tuple of output leaves.
+
+        Raises StagecutError where a stage is on the meta device and the arguments are not.
+        """
+        flat = self.flatten(args, kwargs)
+        try:
+            results = run_stages(self.program, self.stages, self._plan, flat)
+        except RuntimeError:
+            self._refuse_meta(flat)
+            raise
+        if any(map(_is_meta, results)):  # not every op refuses a mixture of devices
+            self._refuse_meta(flat)
+        return results
+
+    def _refuse_meta(self, flat: Sequence[Any]) -> None:
+        """Returns when all stages are real, or the inputs are on meta as well; otherwise raises StagecutError."""
+        if not any(map(_is_meta, flat)):
+            for stage in self.stages:
+                refuse_meta(self.program, stage)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the trace."""
@@ -418,6 +436,10 @@ class Pipe(nn.Module):
         return text(self.program)
 
     __repr__ = __str__
+
+
+def _is_meta(item: object) -> bool:
+    return isinstance(item, torch.Tensor) and item.is_meta
 
 
 class PipedModel(nn.Module):

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from stagecut.balance import STATE_OF, Line, Plan, Setting, by_rank
-from stagecut.costs import op_costs, program_ops, state_bytes
+from stagecut.costs import Device, op_costs, program_ops, state_bytes
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.outline import modules_of
@@ -59,13 +59,38 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class TooLarge:
+    """A rank whose stages together need more memory than its device has; in bytes. kind: what takes the most of it."""
+
+    rank: int
+    stages: tuple[int, ...]
+    needs: int
+    device: str
+    has: int
+    kind: str
+
+    def __str__(self) -> str:
+        several = f"the stages {', '.join(map(str, self.stages))} of rank {self.rank} need"
+        who = several if len(self.stages) > 1 else f"stage {self.stages[0]} needs"
+        return f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: {_REMEDIES[self.kind in _HELD]}"
+
+
+_HELD = ("parameters", "gradients", "optimizer")
+_REMEDIES = {
+    True: "more stages, a device with more memory, or an optimizer that keeps less",
+    False: "smaller micro-batches, a schedule with fewer in flight, activation checkpointing, more stages, or a device with more memory",
+}
+"""What makes a rank smaller: where what it holds takes the most, and where the activations do."""
+
+
+@dataclass(frozen=True)
 class Report:
     """The stages and crossings of a pipe under a setting, and what they come to.
 
     seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up: over one device that does
     all of it. balance: the mean of the ranks' times over that of the slowest one. slowest: the slowest rank, with what
     its links take; bound: what no slowest rank can be below; best: the slowest rank of the best cuts; in seconds, None where the cuts were
-    not searched.
+    not searched. too_large: the ranks that do not fit their devices.
     """
 
     stages: tuple[StageReport, ...]
@@ -80,6 +105,7 @@ class Report:
     slowest: float | None
     bound: float | None
     best: float | None
+    too_large: tuple[TooLarge, ...]
     timeline: Timeline
 
     def to_json(self) -> str:
@@ -96,6 +122,7 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         for row in rows:
             yield "  ".join([*(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1]])
+        yield from (f"too large: {one}" for one in self.too_large)
         yield ""
         yield (
             f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes {_time(self.seconds)}, "
@@ -119,6 +146,7 @@ class Report:
         row, left, wide = 56, 90, 640
         slowest = max((s.forward + s.backward for s in self.stages), default=0.0) or 1.0
         fullest = max((sum(s.memory.values()) for s in self.stages), default=0) or 1
+        over = {index for one in self.too_large for index in one.stages}
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" height="{row * len(self.stages) + 60}" '
             'font-family="Helvetica, sans-serif" font-size="12">'
@@ -133,7 +161,8 @@ class Report:
             times = [s.forward, s.backward]
             parts += _bar(left, top, wide / slowest, times, _COLORS[:2], _time(sum(times)))
             sizes = [float(s.memory[kind]) for kind in _KINDS]
-            parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], size_text(sum(s.memory.values())))
+            label = size_text(sum(s.memory.values())) + (", too large" if s.index in over else "")
+            parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], label)
             parts.append("</g>")
         return "\n".join([*parts, "</svg>\n"])
 
@@ -211,7 +240,7 @@ def report(
         tuple(stages), crossings, ", ".join(dict.fromkeys(d.name for d in devices)), setting.schedule, setting.n_microbatches,
         line_of_time.seconds, line_of_time.bubble, setting.n_microbatches * total / (line_of_time.seconds or 1.0),
         sum(ranks) / len(ranks) / (max(ranks) or 1.0), plan.bottleneck if plan else None, plan.bound if plan else None,
-        plan.best if plan else None, line_of_time,
+        plan.best if plan else None, tuple(_too_large(stages, devices)), line_of_time,
     )  # fmt: skip
 
 
@@ -238,6 +267,16 @@ def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str
     _, kept, passing = line.memory(0, len(stage.ops), flight)
     optimizer = trained * STATE_OF[setting.optimizer]
     return {"parameters": held, "gradients": trained, "optimizer": optimizer, "activations": kept, "passing": passing}
+
+
+def _too_large(stages: list[StageReport], devices: list[Device]) -> Iterator[TooLarge]:
+    """The ranks whose stages need more than their device has."""
+    for rank, where in sorted({s.rank: where for s, where in zip(stages, devices, strict=True)}.items()):
+        mine = [s for s in stages if s.rank == rank]
+        sums = {kind: sum(s.memory[kind] for s in mine) for kind in _KINDS}
+        if sum(sums.values()) > where.memory:
+            most = max(sums, key=lambda kind: sums[kind])
+            yield TooLarge(rank, tuple(s.index for s in mine), sum(sums.values()), where.name, int(where.memory), most)
 
 
 def _elements(kind: Any) -> int:

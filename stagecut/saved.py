@@ -27,12 +27,13 @@ from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
 from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
+from stagecut.ir.outline import storage_root
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.verifier import verify
 from stagecut.state import entries, held, refuse_meta
-from stagecut.tensorfile import Description, check_storable, read_tensors, write_tensors
+from stagecut.tensorfile import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
@@ -58,10 +59,13 @@ _SIDE = {
 
 def save(pipe: Pipe, folder: str | Path, stages: Iterable[int] | None = None) -> None:
     """As `Pipe.save`."""
-    folder = Path(folder)
-    chosen = [pipe.get_stage_module(index) for index in (range(pipe.num_stages) if stages is None else sorted(set(stages)))]
+    folder = _folder(folder)
+    if folder.name in ("", ".."):
+        raise SavedError(f"a save makes a folder of its own, '{folder}' is none", hint='pipe.save("run/pipe")')
+    chosen = [pipe.stages[index] for index in _chosen(stages, pipe.num_stages)]
     _refuse_whole(pipe.program)
     state = {stage.index: _state(pipe, stage) for stage in chosen}
+    _refuse_restrided(pipe.program, {entry: tensor for tensors in state.values() for entry, tensor in tensors.items()})
     _refuse_overlaps(pipe.program, [item for tensors in state.values() for item in tensors.items()])
     mark = fingerprint(pipe.program)
     with _writing(folder) as aside:
@@ -70,6 +74,31 @@ def save(pipe: Pipe, folder: str | Path, stages: Iterable[int] | None = None) ->
             _write_stage(stage, mark, state[stage.index], aside)
         if not _moved(aside, folder):
             _join(mark, aside, folder, None if stages is None else [stage.index for stage in chosen])
+
+
+def _folder(folder: str | Path) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise SavedError(f"{folder!r} is no folder", hint='a str or a Path, such as "run/pipe"') from None
+
+
+def _chosen(stages: Iterable[int] | None, count: int) -> list[int]:
+    """The wanted ones of `count` stages, in order. Raises SavedError for what names no stages."""
+    if stages is None:
+        return [*range(count)]
+    if isinstance(stages, str) or not isinstance(stages, Iterable):
+        raise SavedError(f"stages={stages!r} is no list of stages", hint="stages=[0, 1], or leave it out for all")
+    return sorted({_stage(index, count) for index in stages})
+
+
+def _stage(index: int, count: int) -> int:
+    """`index`, when that is one of `count` stages. Raises SavedError otherwise."""
+    if not isinstance(index, int):
+        raise SavedError(f"{index!r} is no stage", hint="stages are numbers, the first one is 0")
+    if not 0 <= index < count:
+        raise SavedError(f"there is no stage {index}, there are {count}", hint=f"0 to {count - 1}")
+    return index
 
 
 def _refuse_whole(program: Program) -> None:
@@ -116,9 +145,20 @@ def _refuse_overlaps(program: Program, state: list[tuple[StateEntry, torch.Tenso
         last[key] = max((end, entry), before or (0, entry), key=lambda item: item[0])
 
 
+def _refuse_restrided(program: Program, state: Mapping[StateEntry, torch.Tensor]) -> None:
+    """as_strided reads the memory around a tensor, which is not saved with it."""
+    for op in nested_ops(program.all_ops()):
+        entry = storage_root(op.operands[0]).owner if op.target.startswith("aten.as_strided") else None
+        if isinstance(entry, StateEntry) and entry in state and not covers_storage(state[entry]):
+            raise SavedError(
+                f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",
+                where=op.where(),
+                hint="make it .clone() in __init__",
+            )
+
+
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + (span if tensor.numel() else 0) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def _write_program(pipe: Pipe, mark: str, folder: Path) -> None:
@@ -207,15 +247,15 @@ def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: tor
     """
     from stagecut.pipe import Pipe
 
-    saved = _Saved(Path(folder), device, ops)
-    wanted = range(saved.count) if stages is None else sorted(set(stages))
-    sides = {index: saved.side(index) for index in wanted}
+    saved = _Saved(_folder(folder), device, ops)
+    sides = {index: saved.side(index) for index in _chosen(stages, saved.count)}
     tensors: dict[StateEntry, torch.Tensor] = {}
     for index, side in sides.items():
         for entry, tensor in saved.state(index, side).items():
             _agree(entry, tensors.setdefault(entry, tensor), tensor)
     tensors = {e: tensors[e] if e in tensors else _absent(e) for e in saved.program.state if e.stages}
     saved.bind(tensors)
+    saved.program.output_names = saved.bindings.call.output_names() if saved.bindings.call else ()
     pipe = Pipe(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)
@@ -228,8 +268,8 @@ def load_stage(folder: str | Path, index: int, *, device: torch.device | str = "
 
     Raises SavedError as `load` does.
     """
-    saved = _Saved(Path(folder), device, ops)
-    side = saved.side(index)
+    saved = _Saved(_folder(folder), device, ops)
+    side = saved.side(_stage(index, saved.count))
     saved.bind(saved.state(index, side))
     (stage,) = emit(saved.program, saved.bindings, [index])
     _set_modes(stage, side)
@@ -264,8 +304,6 @@ class _Saved:
 
     def side(self, index: int) -> dict[str, Any]:
         """What was written beside the tensors of a stage."""
-        if not 0 <= index < self.count:
-            raise SavedError(f"there is no stage {index}, there are {self.count}", where=str(self.folder))
         path = self.folder / f"stage-{index}.json"
         if not os.path.lexists(path):
             raise SavedError(
@@ -350,8 +388,8 @@ def _check_namespace(op: Op, namespaces: Collection[str]) -> None:
 
 
 def _agree(entry: StateEntry, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Returns when two stages have saved the same bits for a tensor that they share."""
-    if one is not other and not torch.equal(_bits(one), _bits(other)):
+    """Returns when two stages have saved the same bits for a tensor that they share. On meta there are none to compare."""
+    if one is not other and not one.is_meta and not torch.equal(_bits(one), _bits(other)):
         raise SavedError(f"the stages hold different values for '{entry.name}'", hint="save all stages after the same step")
 
 

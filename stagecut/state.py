@@ -31,7 +31,8 @@ def refuse_meta(program: Program, stage: Stage) -> None:
     for entry in entries(program, [stage.index]):
         if next(held(program, [stage], entry)).is_meta:
             raise StagecutError(
-                f"stage {stage.index} is on the meta device: '{entry.name}' has no values", hint=f"pipe.materialize({stage.index}, ...)"
+                f"stage {stage.index} is on the meta device: '{entry.name}' has no values",
+                hint=f"pipe.materialize({stage.index}, ...); of a saved pipe, load that stage as well",
             )
 
 

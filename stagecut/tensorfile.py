@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _STORED = {
 }  # fmt: skip
 """dtype of the IR -> that of the file: complex numbers as pairs, what safetensors does not know as bytes."""
 _BYTES = "U8"
+_GAPS, _FEW = 64, 2**20
+"""A tensor may lie spread over so many times its elements, and over so many places in any case: what a stranger's strides may cost."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
     if not isinstance(kind, TensorType) or tuple(tensor.shape) != kind.shape or tensor.dtype != getattr(torch, DTYPES[kind.dtype]):
         raise SavedError(
             f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {kind}", hint="cast or resize the model before it is cut"
+        )
+    if not tensor.is_contiguous() and not _may_lie(kind, tensor.shape, tensor.stride()):
+        raise SavedError(
+            f"'{entry.name}' has the strides {list(tensor.stride())}, which cannot be kept", hint="make it .contiguous() before the cut"
         )
 
 
@@ -73,9 +80,35 @@ def _dtype(entry: StateEntry) -> str:
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:
-    if tensor.is_contiguous() or not _is_dense(tuple(tensor.shape), tensor.stride()):
-        return None
-    return list(tensor.stride())
+    return None if tensor.is_contiguous() else list(tensor.stride())
+
+
+def _may_lie(kind: TensorType, shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """True for strides that are read back: dense ones, and those of the trace, which the program relies on, where gaps are few."""
+    if len(shape) != len(strides):
+        return False
+    if _is_dense(shape, strides):
+        return True
+    return tuple(strides) == kind.strides and min(strides) >= 0 and extent(shape, strides) <= _GAPS * math.prod(shape) + _FEW
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many places there are from the first element of a tensor to its last one."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
+
+
+def covers_storage(tensor: torch.Tensor) -> bool:
+    """True when the storage of a tensor holds its elements and nothing else."""
+    covered: int = _places(tensor.shape, tensor.stride()).unique().numel()
+    return covered * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _places(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """Where each element lies, counted from the first one."""
+    found = torch.zeros(tuple(shape), dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        found += (torch.arange(size) * stride).reshape([-1 if at == dim else 1 for at in range(len(shape))])
+    return found
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -118,7 +151,7 @@ def _check_header(path: Path, entry: StateEntry, found: Any, described: Descript
     if (found.get_dtype(), tuple(found.get_shape())) != (_STORED.get(kind.dtype, _BYTES), (*kind.shape, *pair)):
         raise SavedError(f"'{entry.name}' is {found.get_dtype()} {found.get_shape()}, the program wants {kind}", where=str(path))
     sizes = tuple(dim for dim in kind.shape if isinstance(dim, int))
-    if described.strides is not None and (len(described.strides) != len(sizes) or not _is_dense(sizes, described.strides)):
+    if described.strides is not None and not _may_lie(kind, sizes, described.strides):
         raise SavedError(f"'{entry.name}' cannot have the strides {described.strides[:8]}", where=str(path))
     if described.requires_grad and not kind.differentiable:
         raise SavedError(f"'{entry.name}' cannot have a gradient: it is {kind}", where=str(path))
@@ -130,7 +163,18 @@ def _made(entry: StateEntry, stored: torch.Tensor, described: Description, devic
     made = torch.empty(seen.shape, dtype=dtype, device=device)
     if described.strides is not None:
         made = torch.empty_strided(seen.shape, described.strides, dtype=dtype, device=device)
-    made.copy_(seen)
+    if described.strides is None or _is_dense(seen.shape, described.strides):
+        made.copy_(seen)
+    elif device.type != "meta":
+        _fill(made, seen)
     if entry.kind == "param":
         return nn.Parameter(made, requires_grad=described.requires_grad)
     return made.requires_grad_(described.requires_grad)
+
+
+def _fill(made: torch.Tensor, seen: torch.Tensor) -> None:
+    """`made`, whose elements may share places or have gaps between them, equals `seen`. Gaps are zero."""
+    # moved as bytes: not every dtype has index_put
+    flat = torch.zeros(extent(made.shape, made.stride()), seen.element_size(), dtype=torch.uint8)
+    flat[_places(made.shape, made.stride()).reshape(-1)] = seen.contiguous().reshape(-1).view(torch.uint8).reshape(-1, seen.element_size())
+    made.as_strided((len(flat),), (1,)).copy_(flat.reshape(-1).view(seen.dtype))

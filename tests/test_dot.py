@@ -12,8 +12,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from helpers import Bless, load
+from torch import nn
 
+import stagecut
+from stagecut import SplitPoint, pipeline
 from stagecut.backend.dot import to_dot, to_svg
 from stagecut.backend.drawing import PENS, pen, plain, rich, short, some, spans
 from stagecut.backend.stage_graph import hops
@@ -296,6 +300,33 @@ def test_a_missing_dot_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         to_dot(load("pictures"), **options)
+
+
+class Keyed(nn.Module):
+    """Returns a dict, with one value twice and a key that DOT could read as its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = self.a(x)
+        return {"logits": self.b(y), "hidden": [y, x], "<b>\\n": torch.relu(y)}
+
+
+def test_outputs_have_the_keys_of_what_the_model_returns(tmp_path: Path) -> None:
+    pipe = pipeline(Keyed(), (torch.randn(2, 4),), split_spec={"b": SplitPoint.BEGINNING})
+    pipe.save(tmp_path / "saved")
+    for again in (pipe, stagecut.load(tmp_path / "saved")):
+        for view in ({}, {"level": "modules"}, {"level": "ops"}):
+            texts = {text for text in _texts(again.to_svg(**view)) if text.startswith("output ")}
+            assert texts == {"output 0: logits", "output 1: hidden[0]", "output 2: hidden[1]", r"output 3: ['<b>\\n']"} or view
+            assert {"output 0: logits", "output 1: hidden[0]"} <= texts
+
+
+def test_outputs_without_keys_have_their_numbers() -> None:
+    pipe = pipeline(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),), split_spec={"1": SplitPoint.BEGINNING})
+    assert "output 0" in _texts(pipe.to_svg())
 
 
 def test_stages_are_those_of_a_linked_program() -> None:

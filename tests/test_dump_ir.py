@@ -332,7 +332,9 @@ def test_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str], tmp
         (["hf:LamaForCausalLM"], "did you mean 'LlamaForCausalLM'"),
         (["hf:llama", "--config", "num_layer=2"], "num_hidden_layers"),
         (["hf:llama", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
-        (["hf:Wav2Vec2Model"], "what to pass as 'input_values'"),
+        (["hf:DecisionTransformerModel"], "what to pass as 'states'"),
+        (["hf:autoformer"], "no small config of AutoformerModel runs: ValueError: The `prediction_length` config needs to be specified"),
+        (["hf:autoformer"], "--config KEY=VALUE"),
     ],
 )
 def test_architectures_that_cannot_be(argv: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

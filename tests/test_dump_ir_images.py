@@ -27,10 +27,6 @@ def test_a_model_gets_as_many_image_tokens_as_it_checks_for(capsys: pytest.Captu
     assert "try: check the model that the text is of" in shown
 
 
-def test_images_that_need_more_than_pixels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "what Mistral3Model wants to know of its images is not known" in failure(capsys, "hf:mistral3")
-
-
 def test_a_length_of_text_that_is_not_read_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--length is how many tokens a row has, and ViTModel reads none" in failure(capsys, "hf:vit", "--length", "8")
 

@@ -172,6 +172,19 @@ def test_costs() -> None:
     assert any("time is waiting" in sentence for sentence in said)
 
 
+def test_a_stage_that_does_not_fit_is_marked_and_found_first() -> None:
+    from test_balance import IDS, Blocks
+    from test_report import SMALL
+
+    from stagecut import Setting, pipeline
+
+    pipe = pipeline(Blocks(), (IDS,), stages=3, check=None)
+    data = page_data([], pipe.program, pipe.report(Setting([SMALL, "H100", "H100"])))
+    assert data["report"]["too_large"] == [0]
+    assert data["findings"][0][0].startswith("stage 0 needs")
+    assert data["findings"][0][1] == "stage:0"
+
+
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = (Path(__file__).parent.parent / "docs" / "HTML.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)

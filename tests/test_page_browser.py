@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
@@ -42,8 +43,8 @@ def show(page: Page, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     """show(history, program): the page is open. Afterwards it has said no error and asked for nothing but itself."""
     path = tmp_path / "compile.html"
 
-    def opened(history: History, program: Program, fragment: str = "", **options: str | None) -> Page:
-        path.write_text(to_html(history, program, **options), encoding="utf-8")  # type: ignore[arg-type]
+    def opened(history: History, program: Program, fragment: str = "", **options: Any) -> Page:
+        path.write_text(to_html(history, program, **options), encoding="utf-8")
         page.events.clear()
         page.open(path, fragment)
         return page
@@ -285,3 +286,15 @@ def test_any_address_is_harmless(show: Callable[..., Page]) -> None:
     for fragment in ("#value:%25nothing", "#state:", "#stage:99", "#module:%zz", "#__proto__:x", "#constructor:x"):
         page = show(*linked(), fragment)
         assert not page.run(SHOWN)
+
+
+def test_a_stage_that_does_not_fit_is_marked(show: Callable[..., Page]) -> None:
+    from test_balance import IDS, Blocks
+    from test_report import SMALL
+
+    from stagecut import Setting, pipeline
+
+    pipe = pipeline(Blocks(), (IDS,), stages=3, check=None)
+    page = show([], pipe.program, report=pipe.report(Setting([SMALL, "H100", "H100"])))
+    flags = page.run("[...document.querySelectorAll('#costs tr:has(.flag.over)')].map(row => row.dataset.stage).join()")
+    assert flags == "0"

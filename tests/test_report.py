@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,9 +13,9 @@ import torch
 from test_balance import IDS, Blocks
 from torch import nn
 
-from stagecut import Pipe, Setting, pipeline
+from stagecut import Device, Pipe, Setting, pipeline
 from stagecut.costs import state_bytes
-from stagecut.report import Report
+from stagecut.report import Report, TooLarge
 
 
 def _report(setting: Setting | None = None, **options: Any) -> tuple[Pipe, Report]:
@@ -96,3 +98,34 @@ def test_another_setting_gives_other_numbers() -> None:
 def test_measured() -> None:
     pipe, _ = _report()
     assert pipe.report(profile_on="cpu").stages[0].sources["measured"] > 3
+
+
+SMALL = Device("small", flops=1e12, bandwidth=1e11, memory=1.5e5, link_bandwidth=1e10)
+
+
+def test_a_stage_that_does_not_fit_is_named_with_a_remedy() -> None:
+    pipe, fits = _report()
+    report = pipe.report(Setting([SMALL, "H100", "H100"]))
+    (one,) = report.too_large
+    assert (one.stages, one.has, one.needs) == ((0,), 150_000, sum(report.stages[0].memory.values()))
+    (line,) = (line for line in str(report).splitlines() if "too large" in line)
+    assert re.fullmatch(r"too large: stage 0 needs [\d.]+ MiB, small has 146 KiB: .*activation checkpointing, more stages.*", line)
+    assert json.loads(report.to_json())["too_large"][0]["device"] == "small"
+    assert report.to_svg().count("too large") == 1
+    assert "too large" not in str(fits) + fits.to_svg()
+
+
+def test_the_stages_of_a_rank_share_its_memory() -> None:
+    pipe, _ = _report(stages=4)
+    needs = [sum(s.memory.values()) for s in pipe.report(Setting(schedule="Interleaved1F1B", ranks=2)).stages]
+    memory = max(needs) + 1  # each would fit alone
+    report = pipe.report(Setting(replace(SMALL, memory=memory), "Interleaved1F1B", ranks=2))
+    assert [one.stages for one in report.too_large] == [(0, 2), (1, 3)]
+    assert "the stages 0, 2 of rank 0 need" in str(report)
+
+
+def test_what_takes_the_most_decides_the_remedy() -> None:
+    pipe, _ = _report()
+    tiny = replace(SMALL, memory=1)
+    assert "smaller micro-batches" in str(pipe.report(Setting(tiny, "GPipe", 512)).too_large[1])
+    assert "smaller micro-batches" not in str(TooLarge(0, (0,), 2, "tiny", 1, "optimizer"))

@@ -357,6 +357,105 @@ def test_parameters_side_by_side_in_one_storage_are_saved(tmp_path: Path) -> Non
     same(results(stagecut.load(tmp_path / "saved"), (X,), {}), results(pipe, (X,), {}))
 
 
+class Spread(nn.Module):
+    """Buffers whose elements share places or have gaps between them: writing views of them shows which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("wide", torch.arange(6.0).expand(4, 6))
+        self.register_buffer("gaps", torch.arange(48.0).reshape(4, 12)[:, ::2])
+        self.register_buffer("windows", torch.arange(9, dtype=torch.bfloat16).as_strided((4, 6), (1, 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for buffer in (self.wide, self.gaps, self.windows):
+            buffer[0].add_(1)
+        self.gaps.reshape(-1).mul_(2)
+        pipe_split()
+        return x + self.wide + self.gaps + self.windows + self.windows.as_strided((6,), (1,))
+
+
+def test_strides_and_what_shares_a_place_are_kept(tmp_path: Path) -> None:
+    pipe = pipeline(Spread(), (X,))
+    pipe.save(tmp_path / "saved")
+    for back in (stagecut.load(tmp_path / "saved"), stagecut.load(tmp_path / "saved", device="meta")):
+        assert {n: b.stride() for n, b in back.named_buffers()} == {"wide": (0, 1), "gaps": (12, 2), "windows": (1, 1)}
+    back = stagecut.load(tmp_path / "saved")
+    for _ in range(2):
+        assert torch.equal(back(X)[0], pipe(X)[0])
+
+
+def test_as_strided_on_a_part_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("part", torch.arange(12.0)[:6])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + self.part.as_strided((6,), (2,))
+            pipe_split()
+            return y * 2
+
+    with pytest.raises(SavedError, match=r"'part' is a part of a larger tensor, and as_strided"):
+        pipeline(Around(), (X,)).save(tmp_path / "saved")
+
+
+def test_tensor_spread_over_too_much_memory_is_refused(tmp_path: Path) -> None:
+    class Far(Cut):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("far", torch.zeros(6, 2**19)[:, 0])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.far)  # type: ignore[no-any-return]
+
+    with pytest.raises(SavedError, match=r"'far' has the strides \[524288\], which cannot be kept"):
+        pipeline(Far(), (X,)).save(tmp_path / "saved")
+
+
+def test_tied_weights_load_on_meta(tmp_path: Path) -> None:
+    pipeline(Tied(), (torch.arange(8).reshape(2, 4),)).save(tmp_path / "saved")
+    back = stagecut.load(tmp_path / "saved", device="meta")
+    assert all(p.is_meta for p in back.parameters())
+    assert back.stages[0].get_parameter("wte.weight") is back.stages[1].get_parameter("head.weight")
+
+
+def test_a_partly_loaded_pipe_says_so_when_called(folder: Path) -> None:
+    pipe = stagecut.load(folder, [1])
+    for call in (pipe, pipe.module()):
+        with pytest.raises(StagecutError, match=r"(?s)stage 0 is on the meta device: 'a.weight' has no values.*load that stage as well"):
+            call(X)
+    whole = stagecut.load(folder, device="meta")
+    assert whole(X.to("meta"))[0].is_meta
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", None])
+def test_a_save_without_a_folder_is_refused(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SavedError, match=r"a folder of its own|None is no folder"):
+        pipeline(Cut(), (X,)).save(name)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        (1, r"stages=1 is no list of stages"), ("1", r"stages='1' is no list of stages"), (["1"], r"'1' is no stage"),
+        ([1.0], r"1.0 is no stage"), ([2], r"there is no stage 2, there are 2"), ([-1], r"there is no stage -1"),
+    ],
+)  # fmt: skip
+def test_stages_that_are_none_are_refused(stages: Any, says: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SavedError, match=says):
+        stagecut.load(folder).save(tmp_path / "other", stages=stages)
+    with pytest.raises(SavedError, match=says):
+        stagecut.load(folder, stages)
+
+
+@pytest.mark.parametrize(("index", "says"), [("1", r"'1' is no stage"), (None, r"None is no stage"), (2, r"there is no stage 2")])
+def test_load_stage_wants_a_number(index: Any, says: str, folder: Path) -> None:
+    with pytest.raises(SavedError, match=says):
+        stagecut.load_stage(folder, index)
+
+
 def test_tensor_cast_after_the_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SavedError, match="traced was f32"):
         pipeline(Cut(), (X,)).half().save(tmp_path / "saved")

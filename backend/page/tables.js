@@ -56,6 +56,10 @@ function flag(size, stage, word) {
   return near.includes(stage) && near.length <= DATA.stages.length / 2 ? h("span", {class: "flag"}, word) : null;
 }
 
+/** The word for a stage whose rank needs more memory than its device has, else for the fullest. */
+const memoryFlag = (stage) => DATA.report.too_large.includes(stage.index)
+  ? h("span", {class: "flag over"}, "too large") : flag(memoryOf, stage, "fullest");
+
 const STAGE_HEADS = [["stage", (s) => s.index], ["modules", (s) => s.modules.join()], ["ops", (s) => s.ops, true]];
 const COST_HEADS = [
   ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf],
@@ -79,7 +83,7 @@ function stageRow(stage) {
     cell(seconds(timeOf(stage)), flag(timeOf, stage, "slowest")), number(percent(stage.share)),
     number(count(stage.flops)), number(count(stage.parameters)),
     cell(bar(KINDS.map((kind) => [kind, stage.memory[kind] ?? 0]), fullest)),
-    cell(bytes(memoryOf(stage)), flag(memoryOf, stage, "fullest")),
+    cell(bytes(memoryOf(stage)), memoryFlag(stage)),
     number(bytes(stage.received)), number(bytes(stage.sent)), number(stage.ops), modulesCell(stage));
 }
 
