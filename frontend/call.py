@@ -13,6 +13,7 @@ from torch.utils._pytree import MappingKey, TreeSpec, keystr, tree_flatten, tree
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
+from stagecut.ir.objects import opened
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
 
@@ -60,8 +61,8 @@ class CallSpec:
 
     def output_names(self) -> tuple[str, ...]:
         """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not known, or a bare tensor."""
-        with suppress(Exception):  # the user's own class, made of numbers here
-            paths = tree_flatten_with_path(self.unflatten(range(self.out_spec.num_leaves)))[0]
+        with suppress(Exception):  # the user's own class, made of nothing here
+            paths = tree_flatten_with_path(opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves)))[0]
             return tuple(_path_text(path) for path, _ in paths)
         return ()
 
