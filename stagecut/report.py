@@ -70,8 +70,8 @@ class TooLarge:
     kind: str
 
     def __str__(self) -> str:
-        several = f"the stages {', '.join(map(str, self.stages))} of rank {self.rank} need"
-        who = several if len(self.stages) > 1 else f"stage {self.stages[0]} needs"
+        numbers = ", ".join(map(str, self.stages))
+        who = f"stage {numbers} needs" if len(self.stages) == 1 else f"the stages {numbers} of rank {self.rank} need"
         return f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: {_REMEDIES[self.kind in _HELD]}"
 
 
