@@ -519,7 +519,7 @@ def mode_burned_in(patch: Patch) -> None:
 
 @mutant(drops, "pipe mailbox")
 def training_flags_not_set(patch: Patch) -> None:
-    patch.setattr(emit, "_set_training", lambda root, bindings: None)
+    patch.setattr(emit, "_set_training", lambda root, bindings, unseen: None)
 
 
 # --- (9) numbers burned in ------------------------------------------------------------------------------
