@@ -12,13 +12,12 @@ or that a copy is stale.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from stagecut.backend.modules import Stage, find
+from stagecut.backend.modules import Stage, copied, find
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import writable, writes_explained
 from stagecut.ir.errors import StagecutError
@@ -72,7 +71,7 @@ class Mailbox:
     def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
         refuse_feedback(program, any(stage.training for stage in stages))
         self._program = program
-        self._stages = [copy.deepcopy(stage) for stage in stages]
+        self._stages = [copied(stage)[0] for stage in stages]
         self._received: list[list[Any]] = []
         self._sent: list[tuple[Any, ...]] = []
         self._outputs: list[Any] = []

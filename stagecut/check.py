@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from stagecut.backend.modules import copied
 from stagecut.backend.run import run_stages
 from stagecut.frontend.kept import gpus, random_state
 from stagecut.ir.errors import StagecutError
@@ -133,7 +133,7 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
 
 def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Any]]:
     try:
-        return copy.deepcopy(model), copy.deepcopy(pipe.stages)
+        return copied(model)[0], copied(*pipe.stages)
     except Exception as error:
         raise CannotCompare(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
 

@@ -122,7 +122,7 @@ def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
     pipe = driver.pipe
     for index in driver.stage_indices:
         refuse_meta(pipe.program, pipe.stages[index])
-    named = {name for entry in pipe.program.state for name in entry.names}
+    named = {name for entry in pipe.program.state for name in persistent(entry)}
     strange = [name for i in driver.stage_indices for name in pipe.stages[i].state_dict() if name not in named]
     if strange:
         raise CheckpointError(

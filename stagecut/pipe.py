@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage
+from stagecut.backend.modules import Stage, stored
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
@@ -378,7 +378,7 @@ class Pipe(nn.Module):
         merged: dict[str, Any] = {}
         for stage in self.stages:
             merged |= stage.state_dict(*args, **kwargs)
-        ordered = {name: merged.pop(name) for name in self._names if name in merged}
+        ordered = {name: merged.pop(name) for name in map(stored, self._names) if name in merged}
         return ordered | merged
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

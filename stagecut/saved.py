@@ -22,7 +22,7 @@ from torch import nn
 
 import stagecut
 from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage, StageModule
+from stagecut.backend.modules import Stage, StageModule, stored
 from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
 from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
 from stagecut.ir.bindings import Bindings
@@ -87,7 +87,7 @@ def _refuse_whole(program: Program) -> None:
 def _state(pipe: Pipe, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     """The tensors a stage holds. Raises SavedError for one that cannot be written or would be lost."""
     refuse_meta(pipe.program, stage)
-    known = {name for names in pipe.program.stages[stage.index].state.values() for name in names}
+    known = {stored(name) for names in pipe.program.stages[stage.index].state.values() for name in names}
     strange = next((name for name in stage.state_dict() if name not in known), None)
     if strange is not None:
         raise SavedError(f"'{strange}' is no tensor of the traced model, it would be lost", hint="save before the stages are wrapped")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from stagecut.backend.modules import Stage, find
+from stagecut.backend.modules import Stage, find, stored
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
 
@@ -37,7 +37,7 @@ def refuse_meta(program: Program, stage: Stage) -> None:
 
 def persistent(entry: StateEntry) -> list[str]:
     """The names of an entry that are in the model's state dict, in its order."""
-    return [] if entry.kind == "const" else [name for name in entry.names if name not in entry.transient]
+    return [] if entry.kind == "const" else [stored(name) for name in entry.names if name not in entry.transient]
 
 
 def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import pytest
 import torch
 from edge import Case, Family, buffer, check, linear, t, weight
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
 from stagecut import SplitPoint, pipe_split
@@ -660,6 +663,25 @@ def modules_without_state(self, x):
     x = self.c(self.b(self.a(x)))
     pipe_split()
     return self.b(x) + 1
+
+
+# --- wrapped before the cut -----------------------------------------------------------------------------
+
+
+def wrapped(self, x):
+    x = self.a(self.c(x))
+    pipe_split()
+    return self.b(x) * self.c(x)
+
+
+for name, wrap in {
+    "a_compiled_module": lambda: torch.compile(linear(), backend="eager"),
+    "a_checkpointed_module": lambda: checkpoint_wrapper(linear()),
+    "checkpointed_modules_in_each_other": lambda: checkpoint_wrapper(nn.Sequential(linear(), checkpoint_wrapper(linear()))),
+    "a_compiled_module_in_a_checkpointed_one": lambda: checkpoint_wrapper(torch.compile(linear(), backend="eager")),
+    "a_scripted_module": lambda: torch.jit.script(nn.Sequential(linear())),
+}.items():
+    case(X, stages=2, has={"a": linear, "b": linear, "c": wrap})(FunctionType(wrapped.__code__, globals(), name))
 
 
 @pytest.mark.parametrize(("one", "how"), case.params())
