@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
@@ -45,7 +46,7 @@ class CallSpec:
         if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
             given = self._rebind(args, kwargs)
         ordered = {name: given[1][name] for name in self.keywords}
-        flat, spec = tree_flatten((given[0], ordered))
+        flat, spec = tree_flatten(without_sizes((given[0], ordered)))
         if spec != self.in_spec:
             raise InputError(
                 f"the arguments are nested otherwise than in the example call: {self._difference(given[0], ordered)}",
@@ -85,9 +86,36 @@ class CallSpec:
         for spec, values, names in zip(children, (args, tuple(kwargs.values())), (self.positional, self.keywords), strict=True):
             parts = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
             for name, want, value in zip(names, parts, values, strict=True):
-                if tree_flatten(value)[1] != want:
+                if tree_flatten(without_sizes(value))[1] != want:
                     return f"argument '{name}' has another structure"
         return "the nesting differs"
+
+
+def is_size(item: Any) -> bool:
+    """True for the shape of a tensor, a tuple of a class of its own."""
+    return isinstance(item, torch.Size)
+
+
+def without_sizes(tree: Any) -> Any:
+    """`tree` with a tuple for every torch.Size, as torch.export has it in the structure of a call."""
+    return tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, tree, is_leaf=is_size)
+
+
+@contextmanager
+def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
+    """While open, `module` is given a torch.Size where these inputs have one, in the place of the tracer's tuple."""
+
+    def give(_: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda example, given: torch.Size(given) if is_size(example) else given, inputs, (args, kwargs), is_leaf=is_size)
+
+    if not any(map(is_size, tree_leaves(inputs, is_leaf=is_size))):
+        yield
+        return
+    hook = module.register_forward_pre_hook(give, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _same(value: Any, default: Any) -> bool:

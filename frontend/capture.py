@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.call import check_example
+from stagecut.frontend.call import check_example, giving_sizes, is_size
 from stagecut.frontend.kept import gpus, place_of
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
@@ -61,7 +61,8 @@ def capture(
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
-        with torch.random.fork_rng(gpus(module, inputs)), torch.enable_grad(), leaves.standing_in(), visible(), opening(module), watch:
+        seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
+        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), ends, opening(module), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)
@@ -95,7 +96,7 @@ def distinct_tensors(tree: Any) -> Any:
         seen.add(id(leaf))
         return leaf
 
-    return tree_map(once, tree)
+    return tree_map(once, tree, is_leaf=is_size)
 
 
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:

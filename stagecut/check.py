@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from stagecut.backend.modules import copied
 from stagecut.backend.run import run_stages
+from stagecut.frontend.call import is_size
 from stagecut.frontend.kept import gpus, random_state
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
@@ -123,7 +124,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
 def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
     """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
     seed_again = random_state(gpus(reference, inputs))
-    inputs = tree_map(lambda leaf: leaf * 0.9 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, inputs)
+    inputs = tree_map(lambda leaf: leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, inputs, is_leaf=is_size)
     args, kwargs = _fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     seed_again()
@@ -199,7 +200,7 @@ def _fresh(tree: Any) -> Any:
     def clone(leaf: Any) -> Any:
         return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
 
-    return tree_map(clone, tree)
+    return tree_map(clone, tree, is_leaf=is_size)
 
 
 def _compare_outputs(report: Report, program: Program, expected: list[Any], found: list[Any]) -> None:

@@ -206,6 +206,13 @@ def named_tuple_input(self, p):
     return x * p.first
 
 
+@case(X, X.shape, {"more": [torch.Size([2, 8])]}, stages=2, has=A)
+def torch_size_input(self, x, size, nested):
+    x = self.a(x).view(size.numel()).view(nested["more"][0])
+    pipe_split()
+    return x * size[0], isinstance(nested["more"][0], torch.Size)
+
+
 @case(Result(X, (Y,)), stages=2, has=A)
 def dataclass_input(self, r):
     x = self.a(r.logits)
@@ -311,6 +318,7 @@ MISFITS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "one_argument_more": ("star_args", (X, Y, Y), {}, "positional"),
     "another_nesting": ("nested_input", ({"a": X, "more": (Y, (t(4),))},), {}, "'d'"),
     "another_key": ("nested_input", ({"b": X, "more": [Y, (t(4),)]},), {}, "'d'"),
+    "another_torch_size": ("torch_size_input", (X, torch.Size([2, 8]), {"more": [torch.Size([2, 8])]}), {}, "'size"),
     "an_unknown_keyword": ("star_kwargs", (X,), {"b": Y, "c": Y}, "'a'|'c'"),
 }
 
