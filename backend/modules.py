@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
+from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.objects import opened
 from stagecut.ir.targets import BUILTINS, attribute
@@ -122,6 +123,7 @@ class StageModule(nn.Module):
     _branch = ""
     _captured = True
     _switches: dict[bool, dict[str, bool]] = {}
+    _extra: tuple[Any, str] | None = None
     _code: Code
     _texts: list[str]
     _forwards: list[Callable[..., Any]]
@@ -192,8 +194,22 @@ class StageModule(nn.Module):
         self.__dict__.update(_constants=moved, _here=fn(self._here))  # the model may have state of these names
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._extra is not None:
+            destination[prefix + EXTRA] = self._extra[0]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Takes names that the model's own state dict has: activation checkpointing leaves itself out there."""
+        """Takes names that the model's own state dict has: activation checkpointing leaves itself out there.
+
+        Raises StagecutError for another extra state than that of the cut: what set_extra_state makes of it, the trace would not follow.
+        """
+        if self._extra is not None and not _equal(state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]):
+            raise StagecutError(
+                f"'{prefix}{EXTRA}' is another one than when the model was cut",
+                where=self._extra[1],
+                hint="load it into the model before that is cut; or leave the name out, with strict=False",
+            )
         for name in [name for name in state_dict if name.startswith(prefix)] if CHECKPOINTED in self._modules else ():
             state_dict[f"{prefix}{CHECKPOINTED}.{name[len(prefix) :]}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -213,6 +229,23 @@ def _blank(is_stage: bool) -> StageModule:
     """A module without anything in it, for pickle and deepcopy to fill."""
     kind = Stage if is_stage else StageModule
     return kind.__new__(kind)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """True for equal tensors and other data, nested alike."""
+    (first, spec), (second, also) = tree_flatten(one), tree_flatten(other)
+    return spec == also and all(map(_equal_leaves, first, second))
+
+
+def _equal_leaves(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # the class of what a user's get_extra_state returns may compare as it likes
+        return False
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module"

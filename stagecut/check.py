@@ -221,8 +221,7 @@ def _where(program: Program, index: int) -> str:
 
 def _compare_names(report: Report, model: nn.Module, stages: Sequence[nn.Module]) -> None:
     names = {name for stage in stages for name in stage.state_dict()}
-    wanted = {name for name, item in model.state_dict().items() if isinstance(item, torch.Tensor)}
-    odd = sorted(names ^ wanted)
+    odd = sorted(names ^ set(model.state_dict()))
     report.note("names", f"state names differ: {odd[:5]}" if odd else None)
 
 

@@ -163,8 +163,20 @@ def lower(
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
     exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
-    bindings.notes = leaves.notes
+    bindings.extras = _extras(module)
+    bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
     return program, bindings, exported
+
+
+def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Module path -> its extra state, and where its class makes that."""
+    found: dict[str, tuple[Any, str]] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        get = type(owner).get_extra_state
+        if get is not nn.Module.get_extra_state:
+            code = get.__code__
+            found[path] = owner.get_extra_state(), f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}"
+    return found
 
 
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
@@ -235,7 +247,7 @@ class Pipe(nn.Module):
         self._call_spec: CallSpec | None = bindings.call
         for stage in self.stages:
             self.add_module(f"stage_{stage.index}", stage)
-        self._names = dict.fromkeys(bindings.tensors)
+        self._names = dict.fromkeys(bindings.names())
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None

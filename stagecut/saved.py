@@ -31,7 +31,7 @@ from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.verifier import verify
-from stagecut.state import entries, held, refuse_meta
+from stagecut.state import entries, held, lost_hint, refuse_meta
 from stagecut.tensorfile import Description, check_storable, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def _state(pipe: Pipe, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     known = {stored(name) for names in pipe.program.stages[stage.index].state.values() for name in names}
     strange = next((name for name in stage.state_dict() if name not in known), None)
     if strange is not None:
-        raise SavedError(f"'{strange}' is no tensor of the traced model, it would be lost", hint="save before the stages are wrapped")
+        raise SavedError(
+            f"'{strange}' is no tensor of the traced model, it would be lost", hint=lost_hint(strange, "save before the stages are wrapped")
+        )
     return {entry: _held(pipe, stage, entry) for entry in entries(pipe.program, [stage.index])}
 
 
