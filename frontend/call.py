@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
@@ -138,6 +139,7 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
         raise InputError(f"mb_args must be a tuple, not {type(args).__name__}", hint="write (x,) for a single argument")
     if not isinstance(kwargs, dict):
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
+    _check_can_be_called(module)
     signature = inspect.signature(module.forward)
     try:
         signature.bind(*args, **kwargs)
@@ -146,6 +148,23 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
             f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
             hint="mb_args are its positional and mb_kwargs its keyword arguments",
         ) from None
+
+
+def _check_can_be_called(module: torch.nn.Module) -> None:
+    """Returns for a module with a Python forward whose tensors have sizes; raises InputError naming what has none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model is a {type(module).__name__}, which torch.jit has compiled: it has no Python forward to trace",
+            where=f"the {module.original_name} given to pipeline()",
+            hint="give the nn.Module that it was made of",
+        )
+    lazy = next((name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise InputError(
+            f"'{lazy}' has no size before the first call of its module",
+            where=f"the lazy module at '{lazy.rpartition('.')[0]}'",
+            hint="call the model once on the example inputs, then cut it",
+        )
 
 
 def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from stagecut import SplitPoint, load, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
-from stagecut.ir.errors import CaptureError, StagecutError
+from stagecut.ir.errors import CaptureError, InputError, StagecutError
 
 CUT = {"b": SplitPoint.BEGINNING}
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -458,3 +458,31 @@ def test_a_model_on_meta_with_a_checkpointed_module_becomes_real_from_a_plain_ch
     save_file(values, tmp_path / "model.safetensors")
     pipe.materialize([0, 1], tmp_path)
     assert torch.equal(pipe.state_dict()["c.weight"], values["c.weight"])
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)], ids=["script", "trace"])
+def test_a_model_that_torch_jit_compiled_is_refused(make: Any) -> None:
+    model = make(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(InputError, match="no Python forward to trace") as caught:
+        pipeline(model, (X,))
+    assert "Sequential" in caught.value.where
+    assert "the nn.Module that it was made of" in caught.value.hint
+
+
+def test_a_lazy_module_is_to_be_called_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU())
+    with pytest.raises(InputError, match=r"'0\.weight' has no size") as caught:
+        pipeline(model, (X,))
+    assert "'0'" in caught.value.where
+    assert "call the model once" in caught.value.hint
+    model(X)
+    assert pipeline(model, (X,)).num_stages == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+def test_no_error_names_a_line_of_the_standard_library() -> None:
+    """What fails inside contextlib fails on behalf of the model."""
+    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4), nn.ReLU())
+    with pytest.raises(CaptureError) as caught:
+        pipeline(model, (X,))
+    assert "contextlib" not in caught.value.where
