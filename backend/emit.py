@@ -81,6 +81,8 @@ class _Emitter:
         root.input_names = tuple(parameters.values())
         tree = _Tree(root, self)
         tree.hold(block)
+        for path in self.bindings.extras if block.index == 0 else ():  # what no stage reads is stored too
+            tree.node(path)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
         _set_training(root, self.bindings, self.unseen)
@@ -170,6 +172,7 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
         module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
         module._branch = bindings.branches.get(path, "")
         module._switches = bindings.switches.get(path, {})
+        module._extra = bindings.extras.get(path)
     for path, place in unseen.items():
         while path not in modules:
             path = path.rpartition(".")[0]

@@ -12,15 +12,14 @@ or that a copy is stale.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from stagecut.backend.modules import Stage, find
+from stagecut.backend.modules import Stage, copied, find
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import writable, writes_explained
+from stagecut.backend.wire import refuse_quantized, writable, writes_explained
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
@@ -91,7 +90,7 @@ class Mailbox:
     def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
         refuse_feedback(program, any(stage.training for stage in stages))
         self._program = program
-        self._stages = [copy.deepcopy(stage) for stage in stages]
+        self._stages = [copied(stage)[0] for stage in stages]
         self._received: list[list[Any]] = []
         self._sent: list[tuple[Any, ...]] = []
         self._outputs: list[Any] = []
@@ -105,7 +104,7 @@ class Mailbox:
         mail: dict[Value, Any] = {}
         self._fed = dict(zip(program.inputs, flat, strict=True))
         for stage, block in zip(self._stages, program.stages, strict=True):
-            mine = [self._feed(v) if v in self._fed else _post(mail[v], carries_grad(v.type)) for v in block.inputs]
+            mine = [self._feed(v) if v in self._fed else self._sent_on(v, mail[v]) for v in block.inputs]
             owned = written_inputs(block)
             with writes_explained(block.index):
                 results = results_of(stage(*[writable(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
@@ -114,6 +113,10 @@ class Mailbox:
             mail.update(zip(block.outputs, results, strict=True))
         self._outputs = [self._returned(leaf, mail) for leaf in program.outputs]
         return tuple(self._outputs)
+
+    def _sent_on(self, value: Value, sent: Any) -> Any:
+        refuse_quantized(value, sent)
+        return _post(sent, carries_grad(value.type))
 
     def _feed(self, value: Value) -> Any:
         given = self._fed[value]
@@ -125,6 +128,7 @@ class Mailbox:
         if leaf in self._fed:
             return self._fed[leaf]
         sent = mail[leaf]
+        refuse_quantized(leaf, sent)
         return _post(sent, isinstance(sent, torch.Tensor) and sent.requires_grad)
 
     def backward(self) -> None:

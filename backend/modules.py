@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import count
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
+from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.objects import opened
 from stagecut.ir.targets import BUILTINS, attribute
@@ -121,6 +123,7 @@ class StageModule(nn.Module):
     _branch = ""
     _captured = True
     _switches: dict[bool, dict[str, bool]] = {}
+    _extra: tuple[Any, str] | None = None
     _code: Code
     _texts: list[str]
     _forwards: list[Callable[..., Any]]
@@ -136,6 +139,7 @@ class StageModule(nn.Module):
         self._forwards = []
         self._constants = {}
         self._here = torch.empty(0, device=device)
+        self._register_state_dict_hook(_store_as_the_model)
 
     def add_call(self, text: str) -> int:
         """The number that `_call` must have to run `text`."""
@@ -161,7 +165,7 @@ class StageModule(nn.Module):
         """The module at a path of the model, also where its name hides one of ours, and inside what torch wraps around modules."""
         module: nn.Module = self
         for name in target.split(".") if target else ():
-            found = inside(module)._modules.get(name)
+            found = next((layer._modules[name] for layer in layers(module) if name in layer._modules), None)
             if found is None:
                 raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
             module = found
@@ -190,6 +194,26 @@ class StageModule(nn.Module):
         self.__dict__.update(_constants=moved, _here=fn(self._here))  # the model may have state of these names
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._extra is not None:
+            destination[prefix + EXTRA] = self._extra[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes names that the model's own state dict has: activation checkpointing leaves itself out there.
+
+        Raises StagecutError for another extra state than that of the cut: what set_extra_state makes of it, the trace would not follow.
+        """
+        if self._extra is not None and not _equal(state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]):
+            raise StagecutError(
+                f"'{prefix}{EXTRA}' is another one than when the model was cut",
+                where=self._extra[1],
+                hint="load it into the model before that is cut; or leave the name out, with strict=False",
+            )
+        for name in [name for name in state_dict if name.startswith(prefix)] if CHECKPOINTED in self._modules else ():
+            state_dict[f"{prefix}{CHECKPOINTED}.{name[len(prefix) :]}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_forwards"] = []
@@ -207,11 +231,66 @@ def _blank(is_stage: bool) -> StageModule:
     return kind.__new__(kind)
 
 
-def inside(module: nn.Module) -> nn.Module:
-    """The module that activation checkpointing or torch.compile is wrapped around, itself where neither is."""
-    while found := module._modules.get("_checkpoint_wrapped_module") or module._modules.get("_orig_mod"):
-        module = found
-    return module
+def _equal(one: Any, other: Any) -> bool:
+    """True for equal tensors and other data, nested alike."""
+    (first, spec), (second, also) = tree_flatten(one), tree_flatten(other)
+    return spec == also and all(map(_equal_leaves, first, second))
+
+
+def _equal_leaves(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # the class of what a user's get_extra_state returns may compare as it likes
+        return False
+
+
+CHECKPOINTED = "_checkpoint_wrapped_module"
+_WRAPPED = (CHECKPOINTED, "_orig_mod")
+"""Under which name activation checkpointing and torch.compile have the module they are wrapped around."""
+
+
+def layers(module: nn.Module) -> Iterator[nn.Module]:
+    """`module`, and while activation checkpointing or torch.compile is wrapped around a module, that one.
+
+    A name is that of the outermost layer that has it: of what was wrapped after the cut, paths do not tell, of what was before, they do.
+    """
+    layer: nn.Module | None = module
+    while layer is not None:
+        yield layer
+        modules = layer._modules  # no dict where torch.jit has made the module
+        layer = next((modules[name] for name in _WRAPPED if name in modules), None)
+
+
+def stored(name: str) -> str:
+    """A name of the model's state as its state dict has it: activation checkpointing leaves itself out there."""
+    return name.replace(f"{CHECKPOINTED}.", "")
+
+
+def _store_as_the_model(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """What lies in a checkpointed module is in a state dict under the names the model's own has."""
+    inner = f"{prefix}{CHECKPOINTED}."
+    for name in [name for name in state if name.startswith(inner)] if CHECKPOINTED in module._modules else ():
+        state[prefix + name[len(inner) :]] = state.pop(name)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copied(*modules: M) -> list[M]:
+    """Copies that share with each other what the modules share, and nothing with the modules.
+
+    Where torch.jit made one, gradients of a plain copy would be those of the original.
+    """
+    with torch.no_grad():
+        twins = copy.deepcopy(list(modules))
+    for twin, module in zip(twins, modules, strict=True):
+        for one, other in zip(twin.parameters(), module.parameters(), strict=True):
+            one.requires_grad_(other.requires_grad)
+    return twins
 
 
 OURS = frozenset({"_code", "_texts", "_forwards", "_constants", "_here", "training"})
@@ -253,11 +332,7 @@ class Stage(StageModule):
 def find(stage: Stage, name: str) -> torch.Tensor | None:
     """The tensor that `stage` holds under a name of the model's state, constants included."""
     owner, last = _owner(stage, name)
-    for place in (owner._parameters, owner._buffers, owner._constants if isinstance(owner, StageModule) else {}):
-        tensor = place.get(last)
-        if tensor is not None:
-            return tensor
-    found = owner.__dict__.get(last)
+    found = next((place[last] for place in _places(owner) if last in place), None)
     return found if isinstance(found, torch.Tensor) else None
 
 
@@ -274,4 +349,11 @@ def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
 
 def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
     path, _, last = name.rpartition(".")
-    return inside(stage.get_submodule(path)), last
+    module = stage.get_submodule(path)
+    return next((layer for layer in layers(module) if any(last in place for place in _places(layer))), module), last
+
+
+def _places(module: nn.Module) -> tuple[Any, ...]:
+    """Where a module keeps tensors by name."""
+    constants = module._constants if isinstance(module, StageModule) else {}
+    return module._parameters, module._buffers, constants, module.__dict__

@@ -82,6 +82,7 @@ class Port:
         """`item` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
         if self.shape is None:
             return torch.tensor(item, dtype=self.dtype, device=device)
+        refuse_quantized(self.value, item)
         tensor: torch.Tensor = item
         for dim in self.repeated:
             tensor = tensor.narrow(dim, 0, 1)
@@ -176,6 +177,12 @@ def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
 def _cannot_cross(value: Value, why: str) -> StagecutError:
     where = value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
     return StagecutError(f"{value!r} cannot cross to another process: {why}", where=where, hint="cut where it does not cross")
+
+
+def refuse_quantized(value: Value, item: Any) -> None:
+    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes those for tensors of floats."""
+    if isinstance(item, torch.Tensor) and item.is_quantized:
+        raise _cannot_cross(value, f"it is quantized ({item.dtype}), and its scale is nothing that is sent")
 
 
 def lives_in_buffer(value: Value) -> bool:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import MappingKey, TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import (
+    MappingKey,
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
@@ -47,7 +57,7 @@ class CallSpec:
         if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
             given = self._rebind(args, kwargs)
         ordered = {name: given[1][name] for name in self.keywords}
-        flat, spec = tree_flatten((given[0], ordered))
+        flat, spec = tree_flatten(without_sizes((given[0], ordered)))
         if spec != self.in_spec:
             raise InputError(
                 f"the arguments are nested otherwise than in the example call: {self._difference(given[0], ordered)}",
@@ -94,7 +104,7 @@ class CallSpec:
         for spec, values, names in zip(children, (args, tuple(kwargs.values())), (self.positional, self.keywords), strict=True):
             parts = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
             for name, want, value in zip(names, parts, values, strict=True):
-                if tree_flatten(value)[1] != want:
+                if tree_flatten(without_sizes(value))[1] != want:
                     return f"argument '{name}' has another structure"
         return "the nesting differs"
 
@@ -104,6 +114,33 @@ def _path_text(path: Sequence[Any]) -> str:
     if path and isinstance(path[0], MappingKey) and str(path[0].key).isidentifier():
         return f"{path[0].key}{keystr(tuple(path[1:]))}"
     return keystr(tuple(path)).removeprefix(".")
+
+
+def is_size(item: Any) -> bool:
+    """True for the shape of a tensor, a tuple of a class of its own."""
+    return isinstance(item, torch.Size)
+
+
+def without_sizes(tree: Any) -> Any:
+    """`tree` with a tuple for every torch.Size, as torch.export has it in the structure of a call."""
+    return tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, tree, is_leaf=is_size)
+
+
+@contextmanager
+def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
+    """While open, `module` is given a torch.Size where these inputs have one, in the place of the tracer's tuple."""
+
+    def give(_: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda example, given: torch.Size(given) if is_size(example) else given, inputs, (args, kwargs), is_leaf=is_size)
+
+    if not any(map(is_size, tree_leaves(inputs, is_leaf=is_size))):
+        yield
+        return
+    hook = module.register_forward_pre_hook(give, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -126,6 +163,7 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
         raise InputError(f"mb_args must be a tuple, not {type(args).__name__}", hint="write (x,) for a single argument")
     if not isinstance(kwargs, dict):
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
+    _check_can_be_called(module)
     signature = inspect.signature(module.forward)
     try:
         signature.bind(*args, **kwargs)
@@ -134,6 +172,23 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
             f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
             hint="mb_args are its positional and mb_kwargs its keyword arguments",
         ) from None
+
+
+def _check_can_be_called(module: torch.nn.Module) -> None:
+    """Returns for a module with a Python forward whose tensors have sizes; raises InputError naming what has none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model is a {type(module).__name__}, which torch.jit has compiled: it has no Python forward to trace",
+            where=f"the {module.original_name} given to pipeline()",
+            hint="give the nn.Module that it was made of",
+        )
+    lazy = next((name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise InputError(
+            f"'{lazy}' has no size before the first call of its module",
+            where=f"the lazy module at '{lazy.rpartition('.')[0]}'",
+            hint="call the model once on the example inputs, then cut it",
+        )
 
 
 def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None) -> dict[str, int]:

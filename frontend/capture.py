@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.call import check_example
+from stagecut.frontend.call import check_example, giving_sizes, is_size
 from stagecut.frontend.kept import gpus, place_of
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
@@ -61,7 +62,8 @@ def capture(
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
-        with torch.random.fork_rng(gpus(module, inputs)), torch.enable_grad(), leaves.standing_in(), visible(), opening(module), watch:
+        seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
+        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), ends, opening(module), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)
@@ -95,15 +97,29 @@ def distinct_tensors(tree: Any) -> Any:
         seen.add(id(leaf))
         return leaf
 
-    return tree_map(once, tree)
+    return tree_map(once, tree, is_leaf=is_size)
 
 
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:
+    name, text = type(module).__name__, str(error)
+    if (odd := _NO_META.search(text)) is not None:
+        return CaptureError(
+            f"{name} returns a {odd[1]}, which is neither a tensor nor plain data",
+            where=place_of(type(module)),
+            hint="return tensors, numbers and texts; of an Enum, its value",
+        )
     return CaptureError(
-        f"{type(module).__name__} cannot be traced: {_first_line(error)}",
+        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text)])}",
         where=_user_frame(error, type(module)),
         hint=_advice(error),
     )
+
+
+_NO_META = re.compile(r"^'(\w+)' object has no attribute 'meta'$")
+"""How torch.export fails on what a model must not return."""
+
+_GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
+"""What torch found in the trace about a size that was declared to vary."""
 
 
 def _first_line(error: Exception) -> str:
@@ -111,11 +127,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+_PYTHON = tuple(os.path.join(os.path.dirname(os.__file__), name) for name in ("contextlib.py", "functools.py", "copy.py", "inspect.py"))
+"""Files of the standard library that run what others give them."""
+
+
 def _user_frame(error: Exception, cls: type | None = None) -> str:
     """file:line and source of the innermost frame that is neither torch's nor ours, else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if not path.startswith((TORCH_DIR, OWN_DIR)) and os.path.exists(path):
+        if not path.startswith((TORCH_DIR, OWN_DIR, *_PYTHON)) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
 
@@ -132,7 +152,12 @@ def _advice(error: Exception) -> str:
     if REPLACED in text:
         return "write into the tensor under torch.no_grad(), as in tensor.copy_(new), or keep the module whole: leaf_modules=[...]"
     if "dynamic" in text and "constraint" in text.lower():
-        return "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
+        fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")
+        suggested = "; ".join(line.strip() for line in fixes if line.strip())
+        hint = "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
+        return f"{hint}; torch suggests {suggested}" if suggested else hint
+    if "Unsupported input type" in text:
+        return "pass tensors, numbers, texts and None in tuples, lists, dicts and registered pytrees; give __init__ what is none of these"
     if "pytree" in text:
         return "pass tuples, lists and dicts; return those, or objects whose attributes are data; or register the class as a pytree"
     return "make this line traceable by torch.export (no data-dependent Python control flow, no foreign libraries on tensors)"

@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
+from stagecut.frontend.kept import shown, user_line
+from stagecut.ir.errors import CaptureError
+
 torch.library.define("stagecut::checkpoint", "(int number, bool begins, bool preserve_rng_state) -> ()")
 
 
@@ -43,8 +46,18 @@ def visible() -> Iterator[None]:
     Distributions do not validate what they are given, which would branch on values; an argument `validate_args=True` still does.
     """
     unchecked = patch.object(torch.distributions.Distribution, "_validate_args", False)
-    with _inference_mode_as_no_grad(), _DataAsOp(), _checkpoints_marked(), unchecked:
-        yield
+    recorded = _DataAsOp()
+    with _inference_mode_as_no_grad(), recorded, _checkpoints_marked(), unchecked:
+        try:
+            yield
+        except RuntimeError as error:
+            if "fake tensor in the exported program constant" not in str(error) or not recorded.differentiated:
+                raise
+            raise CaptureError(
+                "forward computes gradients, which cannot be traced through this model",
+                where=recorded.differentiated,
+                hint="compute them outside of the model; or keep the submodule that does it whole: leaf_modules=[...]",
+            ) from error
 
 
 @contextmanager
@@ -68,10 +81,20 @@ def _inference_mode_as_no_grad() -> Iterator[None]:
         cls.__enter__, cls.__exit__ = enter, leave
 
 
+_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+
+
 class _DataAsOp(TorchFunctionMode):
-    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be recorded is an error."""
+    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be recorded is an error.
+
+    differentiated: the user's line that first asked for gradients, '' for none.
+    """
+
+    differentiated = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _GRADIENTS:
+            self.differentiated = self.differentiated or shown(user_line())
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return torch.ops.aten.data.default(args[0])
         if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]

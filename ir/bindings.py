@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+EXTRA = "_extra_state"
+"""The last part of the name under which torch stores what get_extra_state returns."""
+
 
 @dataclass
 class Bindings:
@@ -16,7 +19,8 @@ class Bindings:
     classes: module path -> class name. branches: module path -> where its forward branches on `training`.
     switches: module path -> mode -> the flags below it, where train() is the user's own. notes: what capture did.
     call: how user arguments become the flat list of inputs. sources: the files that ops name are this machine's, so that their lines
-    may be shown. device: where the stages are made, None for where the model was traced.
+    may be shown. extras: module path -> what its get_extra_state returned, and where that stands. device: where the stages are made,
+    None for where the model was traced.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -26,7 +30,14 @@ class Bindings:
     classes: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     switches: dict[str, dict[bool, dict[str, bool]]] = field(default_factory=dict)
+    extras: dict[str, tuple[Any, str]] = field(default_factory=dict)
     call: Any = None
     sources: bool = False
     device: Any = None
     notes: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """The names of the model's state, extra state among it, in its order."""
+        extras = [f"{path}.{EXTRA}".removeprefix(".") for path in self.extras]
+        order = {path: place for place, path in enumerate(self.training if extras else ())}
+        return sorted([*self.tensors, *extras], key=lambda name: order.get(name.rpartition(".")[0], len(order)))

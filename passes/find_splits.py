@@ -58,7 +58,7 @@ class FindSplits:
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=_asked(name, side),
-                    hint=nearest(name, known),
+                    hint=f"a split point is at m(x), not at m.forward(x); {nearest(name, known)}",
                 )
             cuts |= {first if side == BEGINNING else last + 1: _asked(name, side) for first, last in found}
         return cuts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from stagecut.backend.modules import copied
 from stagecut.backend.run import run_stages
+from stagecut.frontend.call import is_size
 from stagecut.frontend.kept import gpus, random_state
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
@@ -123,7 +124,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
 def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
     """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
     seed_again = random_state(gpus(reference, inputs))
-    inputs = tree_map(lambda leaf: leaf * 0.9 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, inputs)
+    inputs = tree_map(lambda leaf: leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, inputs, is_leaf=is_size)
     args, kwargs = _fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     seed_again()
@@ -133,7 +134,7 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
 
 def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Any]]:
     try:
-        return copy.deepcopy(model), copy.deepcopy(pipe.stages)
+        return copied(model)[0], copied(*pipe.stages)
     except Exception as error:
         raise CannotCompare(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
 
@@ -199,7 +200,7 @@ def _fresh(tree: Any) -> Any:
     def clone(leaf: Any) -> Any:
         return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
 
-    return tree_map(clone, tree)
+    return tree_map(clone, tree, is_leaf=is_size)
 
 
 def _compare_outputs(report: Report, program: Program, expected: list[Any], found: list[Any]) -> None:
@@ -220,8 +221,7 @@ def _where(program: Program, index: int) -> str:
 
 def _compare_names(report: Report, model: nn.Module, stages: Sequence[nn.Module]) -> None:
     names = {name for stage in stages for name in stage.state_dict()}
-    wanted = {name for name, item in model.state_dict().items() if isinstance(item, torch.Tensor)}
-    odd = sorted(names ^ wanted)
+    odd = sorted(names ^ set(model.state_dict()))
     report.note("names", f"state names differ: {odd[:5]}" if odd else None)
 
 

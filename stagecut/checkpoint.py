@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.state import entries, held, persistent, refuse_meta
+from stagecut.state import entries, held, lost_hint, persistent, refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.distributed import Driver
@@ -122,11 +122,12 @@ def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
     pipe = driver.pipe
     for index in driver.stage_indices:
         refuse_meta(pipe.program, pipe.stages[index])
-    named = {name for entry in pipe.program.state for name in entry.names}
+    named = {name for entry in pipe.program.state for name in persistent(entry)}
     strange = [name for i in driver.stage_indices for name in pipe.stages[i].state_dict() if name not in named]
     if strange:
         raise CheckpointError(
-            f"'{strange[0]}' is no tensor of the traced model, it would be lost", hint="register it before the model is cut"
+            f"'{strange[0]}' is no tensor of the traced model, it would be lost",
+            hint=lost_hint(strange[0], "register it before the model is cut"),
         )
     mine = [entry for entry in pipe.program.state if entry.stages and entry.stages[0] in driver.stage_indices and persistent(entry)]
     state = {persistent(entry)[0]: next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry)).detach() for entry in mine}

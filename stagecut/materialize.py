@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagecut.backend.modules import Stage, StageModule, find, put
+from stagecut.backend.modules import Stage, StageModule, find, put, stored
 from stagecut.checkpoint import CheckpointError, Reader, check_fits
 from stagecut.frontend.lower import storage_of, written_by
 from stagecut.ir.errors import StagecutError, nearest
@@ -115,7 +115,7 @@ def _by_entry(
     pipe: Pipe, values: Mapping[str, torch.Tensor], now: Mapping[StateEntry, torch.Tensor], cast: bool
 ) -> dict[StateEntry, torch.Tensor]:
     """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one without values."""
-    owners = pipe.program.name_owners()
+    owners = {known: entry for name, entry in pipe.program.name_owners().items() for known in (name, stored(name))}
     found: dict[StateEntry, torch.Tensor] = {}
     for name, tensor in values.items():
         if name not in owners:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage
+from stagecut.backend.modules import Stage, stored
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
@@ -164,8 +164,20 @@ def lower(
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
     exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
-    bindings.notes = leaves.notes
+    bindings.extras = _extras(module)
+    bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
     return program, bindings, exported
+
+
+def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Module path -> its extra state, and where its class makes that."""
+    found: dict[str, tuple[Any, str]] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        get = type(owner).get_extra_state
+        if get is not nn.Module.get_extra_state:
+            code = get.__code__
+            found[path] = owner.get_extra_state(), f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}"
+    return found
 
 
 def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
@@ -236,7 +248,7 @@ class Pipe(nn.Module):
         self._call_spec: CallSpec | None = bindings.call
         for stage in self.stages:
             self.add_module(f"stage_{stage.index}", stage)
-        self._names = dict.fromkeys(bindings.tensors)
+        self._names = dict.fromkeys(bindings.names())
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
@@ -396,7 +408,7 @@ class Pipe(nn.Module):
         merged: dict[str, Any] = {}
         for stage in self.stages:
             merged |= stage.state_dict(*args, **kwargs)
-        ordered = {name: merged.pop(name) for name in self._names if name in merged}
+        ordered = {name: merged.pop(name) for name in map(stored, self._names) if name in merged}
         return ordered | merged
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

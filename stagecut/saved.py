@@ -22,7 +22,7 @@ from torch import nn
 
 import stagecut
 from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage, StageModule
+from stagecut.backend.modules import Stage, StageModule, stored
 from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
 from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
 from stagecut.ir.bindings import Bindings
@@ -32,7 +32,7 @@ from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.verifier import verify
-from stagecut.state import entries, held, refuse_meta
+from stagecut.state import entries, held, lost_hint, refuse_meta
 from stagecut.tensorfile import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -116,10 +116,12 @@ def _refuse_whole(program: Program) -> None:
 def _state(pipe: Pipe, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     """The tensors a stage holds. Raises SavedError for one that cannot be written or would be lost."""
     refuse_meta(pipe.program, stage)
-    known = {name for names in pipe.program.stages[stage.index].state.values() for name in names}
+    known = {stored(name) for names in pipe.program.stages[stage.index].state.values() for name in names}
     strange = next((name for name in stage.state_dict() if name not in known), None)
     if strange is not None:
-        raise SavedError(f"'{strange}' is no tensor of the traced model, it would be lost", hint="save before the stages are wrapped")
+        raise SavedError(
+            f"'{strange}' is no tensor of the traced model, it would be lost", hint=lost_hint(strange, "save before the stages are wrapped")
+        )
     return {entry: _held(pipe, stage, entry) for entry in entries(pipe.program, [stage.index])}
 
 

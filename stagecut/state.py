@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from stagecut.backend.modules import Stage, find
+from stagecut.backend.modules import Stage, find, stored
+from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
 
@@ -38,7 +39,12 @@ def refuse_meta(program: Program, stage: Stage) -> None:
 
 def persistent(entry: StateEntry) -> list[str]:
     """The names of an entry that are in the model's state dict, in its order."""
-    return [] if entry.kind == "const" else [name for name in entry.names if name not in entry.transient]
+    return [] if entry.kind == "const" else [stored(name) for name in entry.names if name not in entry.transient]
+
+
+def lost_hint(name: str, hint: str) -> str:
+    """What to do about a name that is in a stage's state dict and not in the program."""
+    return "extra state is no tensor: torch.save pipe.state_dict() instead" if name.rpartition(".")[2] == EXTRA else hint
 
 
 def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:

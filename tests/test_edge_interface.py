@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,10 @@ BATCH = torch.export.Dim("batch", min=2, max=64)
 class Pair(NamedTuple):
     first: Any
     second: Any
+
+
+class Color(Enum):
+    RED = 1
 
 
 Old = namedtuple("Old", "x y")
@@ -129,6 +134,13 @@ def returns_an_object_that_holds_a_size(self, x):
     return Layer(a, a.relu())
 
 
+@case(X, has=A, refused="returns a Color, which is neither a tensor nor plain data")
+def returns_an_enum(self, x):
+    a = self.a(x)
+    pipe_split()
+    return {"color": Color.RED, "relu": a.relu()}
+
+
 @case(X, has=A, refused="Ring|pytree")
 def returns_an_object_that_holds_itself(self, x):
     a = self.a(x)
@@ -206,6 +218,27 @@ def named_tuple_input(self, p):
     return x * p.first
 
 
+@case(X, X.shape, {"more": [torch.Size([2, 8])]}, stages=2, has=A)
+def torch_size_input(self, x, size, nested):
+    x = self.a(x).view(size.numel()).view(nested["more"][0])
+    pipe_split()
+    return x * size[0], isinstance(nested["more"][0], torch.Size)
+
+
+@case(X, slice(0, 2), has=A, refused=r"(?s)Unsupported input type .*slice.*give __init__ what is none of these")
+def slice_input(self, x, part):
+    x = self.a(x)
+    pipe_split()
+    return x[part]
+
+
+@case(X, torch.float32, has=A, refused=r"(?s)Unsupported input type .*dtype.*give __init__ what is none of these")
+def dtype_input(self, x, dtype):
+    x = self.a(x)
+    pipe_split()
+    return x.to(dtype)
+
+
 @case(Result(X, (Y,)), stages=2, has=A)
 def dataclass_input(self, r):
     x = self.a(r.logits)
@@ -262,11 +295,18 @@ def dynamic_first_of_two(self, x, y):
     return x.sum(1, keepdim=True) + y
 
 
-@case(X, has=A, dynamic={"x": {0: BATCH}}, refused="batch|dynamic|specialized|constraint")
+@case(X, has=A, dynamic={"x": {0: BATCH}}, refused=r"(?s)batch .*specialized it to be a constant \(4\).*torch suggests batch = 4")
 def dynamic_size_that_the_model_fixes(self, x):
     x = self.a(x)
     pipe_split()
     return x.view(4, 2, 2)
+
+
+@case(X, has=A, dynamic={"x": {0: BATCH}}, refused=r"(?s)generated guard .*; torch suggests .* batch = 2\*_batch")
+def dynamic_size_that_a_slice_restricts(self, x):
+    x = self.a(x)
+    pipe_split()
+    return x[: x.shape[0] // 2 + 1]
 
 
 @case(X, 2, stages=2, has=A, dynamic={"x": None, "n": torch.export.Dim.DYNAMIC}, calls=((X, 3), (X, 4)))
@@ -311,6 +351,7 @@ MISFITS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "one_argument_more": ("star_args", (X, Y, Y), {}, "positional"),
     "another_nesting": ("nested_input", ({"a": X, "more": (Y, (t(4),))},), {}, "'d'"),
     "another_key": ("nested_input", ({"b": X, "more": [Y, (t(4),)]},), {}, "'d'"),
+    "another_torch_size": ("torch_size_input", (X, torch.Size([2, 8]), {"more": [torch.Size([2, 8])]}), {}, "'size"),
     "an_unknown_keyword": ("star_kwargs", (X,), {"b": Y, "c": Y}, "'a'|'c'"),
 }
 

@@ -793,6 +793,20 @@ def branch_on_a_value(self, x):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*flex_attention.*:UserWarning", "ignore:The .grad attribute:UserWarning")
+@case(X, has=AB, refused=r"forward computes gradients, which cannot be traced")
+def gradient_through_a_module_in_forward(self, x):
+    z = x.detach().requires_grad_()
+    force = torch.autograd.grad(self.a(z).sum(), z)[0]
+    pipe_split()
+    return self.b(x) - force
+
+
+@case(X, has=AB, spec={"b": SplitPoint.BEGINNING}, refused=r"(?s)no op of the program runs in a call of module 'b'.*not at m\.forward")
+def split_at_a_module_whose_forward_is_called(self, x):
+    return self.b.forward(self.a(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("one", "how"), case.params())
 def test_regions(one: Case, how: str) -> None:
     """Cut or whole, a region means what it meant; what a trace cannot hold is refused."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
+from types import FunctionType
+
 import pytest
 import torch
 from edge import Case, Family, buffer, check, linear, t, weight
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from stagecut import SplitPoint, pipe_split
+from stagecut import SplitPoint, StagecutError, pipe_split
 
 case = Family()
 X = t(4, 4)
@@ -660,6 +665,71 @@ def modules_without_state(self, x):
     x = self.c(self.b(self.a(x)))
     pipe_split()
     return self.b(x) + 1
+
+
+# --- wrapped before the cut -----------------------------------------------------------------------------
+
+
+def wrapped(self, x):
+    x = self.a(self.c(x))
+    pipe_split()
+    return self.b(x) * self.c(x)
+
+
+for name, wrap in {
+    "a_compiled_module": lambda: torch.compile(linear(), backend="eager"),
+    "a_checkpointed_module": lambda: checkpoint_wrapper(linear()),
+    "checkpointed_modules_in_each_other": lambda: checkpoint_wrapper(nn.Sequential(linear(), checkpoint_wrapper(linear()))),
+    "a_compiled_module_in_a_checkpointed_one": lambda: checkpoint_wrapper(torch.compile(linear(), backend="eager")),
+    "a_scripted_module": lambda: torch.jit.script(nn.Sequential(linear())),
+}.items():
+    case(X, stages=2, has={"a": linear, "b": linear, "c": wrap})(FunctionType(wrapped.__code__, globals(), name))
+
+
+class Counting(nn.Linear):
+    """Has extra state, as modules of 8-bit training do."""
+
+    def __init__(self):
+        super().__init__(4, 4, dtype=torch.float64)
+        self.inner, self.steps = linear(), {"steps": torch.tensor(3)}
+
+    def get_extra_state(self):
+        return self.steps
+
+    def set_extra_state(self, state):
+        self.steps = state
+
+
+@case(X, stages=2, has={"a": Counting, "b": Counting, "idle": Counting})
+def extra_state(self, x):
+    x = self.a.inner(self.a(x))
+    pipe_split()
+    return self.b(x)
+
+
+def test_extra_state_is_loaded_when_it_is_that_of_the_cut() -> None:
+    """Another one might make forward compute otherwise."""
+    one = case.cases["extra_state"]
+    model = one.build()
+    pipe = one.cut(model)
+    assert "the stages keep the extra state that module 'a' has at the cut" in pipe.notes
+    state = deepcopy(model.state_dict())
+    assert pipe.state_dict()["idle._extra_state"] == {"steps": torch.tensor(3)}
+    assert not any(pipe.load_state_dict(state))
+    state["a._extra_state"]["steps"].add_(1)
+    with pytest.raises(StagecutError, match=r"'a._extra_state' is another one") as caught:
+        pipe.load_state_dict(state)
+    assert caught.value.where.endswith("Counting.get_extra_state")
+    del state["a._extra_state"]
+    assert pipe.load_state_dict(state, strict=False).missing_keys == ["a._extra_state"]
+
+
+def test_no_file_holds_extra_state(tmp_path: Path) -> None:
+    """It would be lost."""
+    one = case.cases["extra_state"]
+    with pytest.raises(StagecutError, match="it would be lost") as caught:
+        one.cut(one.build()).save(tmp_path / "saved")
+    assert "pipe.state_dict()" in caught.value.hint
 
 
 @pytest.mark.parametrize(("one", "how"), case.params())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
-from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut import SplitPoint, load, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
-from stagecut.ir.errors import CaptureError, StagecutError
+from stagecut.ir.errors import CaptureError, InputError, StagecutError
 
 CUT = {"b": SplitPoint.BEGINNING}
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -418,3 +421,68 @@ def test_what_a_module_kept_whole_writes_and_returns_carries_its_gradient(read_t
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad)
+
+
+WRAPPED = {
+    "torch.compile": lambda: torch.compile(nn.Linear(4, 4), backend="eager"),
+    "checkpoint_wrapper": lambda: checkpoint_wrapper(nn.Linear(4, 4)),
+    "torch.jit.script": lambda: torch.jit.script(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_was_wrapped_before_the_cut_is_stored_under_the_names_of_the_model(name: str, tmp_path: Path) -> None:
+    """A pipe loads the model's state dict and gives the same again, also when it was saved, or materialized from that."""
+    model = Net(lambda self, x: self.b(self.c(self.a(x))))
+    model.c = WRAPPED[name]()
+    pipe = pipeline(model, (X,), split_spec=CUT)
+    other = {key: torch.full_like(tensor, 0.5) for key, tensor in model.state_dict().items()}
+    pipe.load_state_dict(other)
+    pipe.materialize([0, 1], values=other)
+    pipes = [pipe]
+    if name != "torch.jit.script":  # that one is kept whole, which no file holds
+        pipe.save(tmp_path / "saved")
+        pipes.append(load(tmp_path / "saved"))
+    for found in pipes:
+        assert list(found.state_dict()) == list(other)
+        assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in other.items())
+
+
+def test_a_model_on_meta_with_a_checkpointed_module_becomes_real_from_a_plain_checkpoint(tmp_path: Path) -> None:
+    """The checkpoint has the names of the state dict, without the wrapper."""
+    with torch.device("meta"):
+        model = Net(lambda self, x: self.b(self.c(self.a(x))))
+        model.c = checkpoint_wrapper(nn.Linear(4, 4))
+    pipe = pipeline(model, (X.to("meta"),), split_spec=CUT)
+    values = {key: torch.full(tensor.shape, 0.5) for key, tensor in model.state_dict().items()}
+    save_file(values, tmp_path / "model.safetensors")
+    pipe.materialize([0, 1], tmp_path)
+    assert torch.equal(pipe.state_dict()["c.weight"], values["c.weight"])
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)], ids=["script", "trace"])
+def test_a_model_that_torch_jit_compiled_is_refused(make: Any) -> None:
+    model = make(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(InputError, match="no Python forward to trace") as caught:
+        pipeline(model, (X,))
+    assert "Sequential" in caught.value.where
+    assert "the nn.Module that it was made of" in caught.value.hint
+
+
+def test_a_lazy_module_is_to_be_called_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU())
+    with pytest.raises(InputError, match=r"'0\.weight' has no size") as caught:
+        pipeline(model, (X,))
+    assert "'0'" in caught.value.where
+    assert "call the model once" in caught.value.hint
+    model(X)
+    assert pipeline(model, (X,)).num_stages == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+def test_no_error_names_a_line_of_the_standard_library() -> None:
+    """What fails inside contextlib fails on behalf of the model."""
+    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4), nn.ReLU())
+    with pytest.raises(CaptureError) as caught:
+        pipeline(model, (X,))
+    assert "contextlib" not in caught.value.where

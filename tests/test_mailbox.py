@@ -323,7 +323,8 @@ class MaskOf(nn.Module):
 
 def test_torch_s_refusal_to_write_one_of_several_views_is_explained() -> None:
     """One process runs it; across processes the mask carries gradient, and torch refuses the write."""
-    pipe, box = boxed(Masks(), X, leaf_modules=["masked"])
+    model = Masks()  # the pipe does not keep it alive
+    pipe, box = boxed(model, X, leaf_modules=["masked"])
     assert pipe.verify(X).ok
     with pytest.raises(StagecutError, match="stage 1 writes into one of several views of a tensor that crosses") as caught:
         box.forward([X])

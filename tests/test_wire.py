@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecut import StagecutError, parse
+from stagecut import Pipe, StagecutError, parse, pipe_split, pipeline
+from stagecut.backend.mailbox import Mailbox
 from stagecut.backend.wire import backward_is_whole, boundaries, port
 from stagecut.frontend.types import tensor_type
 from stagecut.ir.graph import Value
@@ -83,6 +84,32 @@ def test_what_cannot_cross_is_refused(kind: Any, why: str) -> None:
     with pytest.raises(StagecutError, match=why) as caught:
         port(Value(kind, "x"), {})
     assert caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+def test_a_quantized_tensor_is_refused_when_it_is_sent() -> None:
+    """Its trace is that of a tensor of floats, so no port tells."""
+
+    class Quantized(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+            pipe_split()
+            return y.dequantize() * 2
+
+    pipe = pipeline(Quantized(), (torch.ones(2),))
+    assert pipe(torch.ones(2))[0].tolist() == [2.0, 2.0]
+    (crossing,) = pipe.program.stages[1].inputs
+    sends = (lambda: Mailbox(pipe.program, pipe.stages).forward([torch.ones(2)]), lambda: pack_one(pipe, crossing))
+    for send in sends:
+        with pytest.raises(StagecutError, match=r"cannot cross to another process: it is quantized \(torch.qint8\)") as caught:
+            send()
+        assert "test_wire.py:" in caught.value.where
+        assert "cut where it does not cross" in caught.value.hint
+
+
+def pack_one(pipe: Pipe, value: Value) -> None:
+    """What the first stage sends, as a port packs it."""
+    port(value, {}).pack(pipe.stages[0](torch.ones(2)), torch.device("cpu"))
 
 
 PROGRAM = """program @Skip phase=linked stages=3 {
