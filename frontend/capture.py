@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example
-from stagecut.frontend.kept import gpus, place_of
+from stagecut.frontend.draws import Untraceable
+from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
 from stagecut.frontend.visible import REPLACED, visible
-from stagecut.frontend.watch import Unsettled, Untraceable, Watch, watched
+from stagecut.frontend.watch import Unsettled, Watch, watched
 from stagecut.ir.errors import CaptureError, StagecutError
 from stagecut.ir.objects import opening
 
@@ -112,10 +112,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _user_frame(error: Exception, cls: type | None = None) -> str:
-    """file:line and source of the innermost frame that is neither torch's nor ours, else the place of the forward of `cls`."""
+    """file:line and source of the innermost frame that is the user's, else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if not path.startswith((TORCH_DIR, OWN_DIR)) and os.path.exists(path):
+        if is_users(path) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
 

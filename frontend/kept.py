@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import linecache
+import os
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
-from types import FunctionType, MethodType, ModuleType
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.lower import OWN_DIR, SYMBOLS, TORCH_DIR
 
+Line = tuple[str, int, str]
+"""File, line and function."""
+
+_PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
 _SIMPLE = (int, float, complex, str, bytes, type(None))
 
 HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
@@ -235,18 +240,20 @@ def generators() -> dict[str, tuple[Any, Callable[[Any], None]]]:
     return found
 
 
-def user_line() -> tuple[str, int, str]:
-    """File, line and function of the innermost frame that is the user's, neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith((TORCH_DIR, OWN_DIR, "<")):
-            return code.co_filename, frame.f_lineno, code.co_name
+def is_users(file: str) -> bool:
+    """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
+    return not file.startswith((TORCH_DIR, OWN_DIR, "<")) and (not file.startswith(_PYTHON_DIR) or "-packages" in file)
+
+
+def user_line(frame: FrameType | None = None) -> Line:
+    """File, line and function of the innermost frame that is the user's, from `frame` or the caller on."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
-def shown(line: tuple[str, int, str]) -> str:
+def shown(line: Line) -> str:
     """A line for a message, with its source."""
     return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"
 

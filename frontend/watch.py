@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
+from stagecut.frontend.draws import KEEP_WHOLE, SEED, Unread, Untraceable
 from stagecut.frontend.function import functions_whole
 from stagecut.frontend.kept import (
     HOOKS,
@@ -40,8 +41,6 @@ from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, TORCH_DIR, stora
 from stagecut.frontend.modes import ModeReads
 from stagecut.ir.errors import CaptureError
 
-_KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
-
 
 def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leaves: Leaves) -> ExportedProgram:
     """What `export` returns, which opens the watch it is given around the trace.
@@ -57,7 +56,7 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
         raise CaptureError(
             f"forward draws from {first.drawn} or seeds it, and a trace would keep what was drawn",
             where=place_of(type(module)),
-            hint="draw with torch functions, such as torch.rand(()), seed outside of the model, " + _KEEP_WHOLE,
+            hint="draw with torch functions, such as torch.rand(()), seed outside of the model, " + KEEP_WHOLE,
         )
     if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
 
@@ -168,6 +167,7 @@ class Watch:
         self._stack.enter_context(self._reads.noting())
         for owner, name, why in _UNTRACEABLE:
             self._patch(owner, name, _refusing(getattr(owner, name), why))
+        self._patch(torch.random, "default_generator", Unread(torch.random.default_generator))
         self._stack.enter_context(functions_whole(self.notes, lambda: shown(user_line())))
         for handle in (
             self._module.register_forward_pre_hook(self._begin, prepend=True),
@@ -214,7 +214,7 @@ class Watch:
             code = function.__code__
             where = f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
             if function not in self._hooks:
-                raise CaptureError(what, where=where, hint="return what it collects as an output, make a number a buffer, " + _KEEP_WHOLE)
+                raise CaptureError(what, where=where, hint="return what it collects as an output, make a number a buffer, " + KEEP_WHOLE)
             self.notes.append(f"{what}: {where}")  # a hook that looks on
         self._write_back()
         for key, child in _children(self._module):
@@ -277,7 +277,7 @@ class Watch:
         raise CaptureError(
             f"forward assigns the {kind} '{f'{path}.{name}'.lstrip('.')}': {why}",
             where=self._where(path, name),
-            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + _KEEP_WHOLE,
+            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + KEEP_WHOLE,
         )
 
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
@@ -294,7 +294,7 @@ class Watch:
                 raise CaptureError(
                     "forward calls torch.func.grad, vjp or jacrev, of which a trace keeps example values as constants",
                     where=place_of(type(self._module)),
-                    hint="use torch.autograd.grad(..., create_graph=True), " + _KEEP_WHOLE,
+                    hint="use torch.autograd.grad(..., create_graph=True), " + KEEP_WHOLE,
                 )
             if id(value) in self._tensors:
                 exported.constants[name] = self._tensors[id(value)][0]
@@ -352,20 +352,11 @@ class Unsettled(CaptureError):
         self.path = path
 
 
-class Untraceable(RuntimeError):
-    """Forward does what no trace holds. `hint` says what to do instead."""
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.hint = hint
-
-
-_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + _KEEP_WHOLE
-_SEED = "seed outside of the model, " + _KEEP_WHOLE
+_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + KEEP_WHOLE
 _UNTRACEABLE = (
     (torch.Tensor, "register_hook", _HOOK),
     (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
-    *((module, name, _SEED) for module in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
+    *((module, name, SEED) for module in (torch.cuda, torch.cuda.random) for name in torch.cuda.random.__all__),
 )
 """Functions that leave no op in a trace, and what to do instead of calling them in forward."""
 

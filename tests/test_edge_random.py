@@ -8,8 +8,8 @@ import numpy
 import pytest
 import torch
 from edge import Case, Family, check, linear, t
+from torch import initial_seed, nn
 from torch import manual_seed as seed
-from torch import nn
 from torch.nn import functional as F
 
 from stagecut import pipe_split
@@ -183,6 +183,50 @@ def seeding_inside_the_model(self, x):
 def seeding_by_another_name(self, x):
     seed(5)
     x = x + torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="fork_rng")
+def fork_of_the_generator(self, x):
+    with torch.random.fork_rng():
+        noise = torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x + noise
+
+
+class Forks(nn.Module):
+    """Draws in a fork."""
+
+    def forward(self, x):
+        with torch.random.fork_rng():
+            return x + torch.rand(4, dtype=x.dtype)
+
+
+@case(X, stages=2, has={"m": Forks})
+def fork_in_a_submodule(self, x):
+    x = self.m(x * torch.rand(4, dtype=torch.float64))
+    pipe_split()
+    return x + torch.rand(4, dtype=torch.float64)
+
+
+@case(X, refused="initial_seed")
+def seed_read_in_the_model(self, x):
+    x = x * (initial_seed() % 7)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="get_rng_state")
+def state_of_the_generator_returned(self, x):
+    x = x * 2
+    pipe_split()
+    return x, torch.get_rng_state()
+
+
+@case(X, refused="get_rng_state")
+def state_of_the_generator_of_a_gpu(self, x):
+    x = x * torch.cuda.get_rng_state().sum()
     pipe_split()
     return x * 2
 

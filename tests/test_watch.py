@@ -28,7 +28,8 @@ def patched() -> list[Any]:
     return [
         *(vars(nn.Module).get(name) for name in names),
         *(vars(torch.Tensor).get(name) for name in ("register_hook", "register_post_accumulate_grad_hook")),
-        *(getattr(torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
+        torch.random.default_generator,
+        *(getattr(torch.cuda, name) for name in torch.cuda.random.__all__),
         vars(torch.autograd.Function)["apply"],
         export._detect_attribute_assignment,
         export.register_buffer_assignment_hook,
