@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
 
 import numpy
 import pytest
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from stagecut import pipe_split
 
 case = Family()
+NUMPYS, PYTHONS = numpy.random.default_rng(0), random.Random(0)
 X = t(4, 4)
 
 
@@ -241,6 +244,55 @@ def python_random(self, x):
 @case(X, refused="numpy")
 def numpy_random(self, x):
     x = x * float(numpy.random.rand())
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="numpy.*Generator")
+def generator_of_numpys(self, x):
+    x = x * NUMPYS.random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="numpy.*Generator", has={"draws": lambda: [numpy.random.default_rng(0)]})
+def generator_of_numpys_in_an_attribute(self, x):
+    x = x * self.draws[0].random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="random.Random")
+def generator_of_pythons(self, x):
+    x = x * PYTHONS.gauss(0, 1)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2)
+def generator_that_is_made_with_a_seed(self, x):
+    x = x * numpy.random.default_rng(3).random() * random.Random(3).random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def generator_that_is_made_without_a_seed(self, x):
+    x = x * numpy.random.default_rng().random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def random_bytes(self, x):
+    x = x * os.urandom(1)[0]
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def secret_number(self, x):
+    x = x * secrets.randbelow(9)
     pipe_split()
     return x * 2
 

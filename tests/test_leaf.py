@@ -296,6 +296,27 @@ def test_effects_are_those_of_a_real_run(inner: Any, shown: list[str]) -> None:
         assert part in line
 
 
+class Grows(nn.Module):
+    """Puts what it computes into the dict it is given."""
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["x"] = x * 2
+        return x
+
+
+def test_a_whole_module_that_changes_a_container_it_is_given_is_refused() -> None:
+    """Its stage would change another one."""
+
+    def forward(inner: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        cache: dict[str, torch.Tensor] = {}
+        return inner(x, cache) + cache["x"]  # type: ignore[no-any-return]
+
+    with pytest.raises(CaptureError, match="'inner' is kept whole and changes a container") as caught:
+        pipeline(outer(Grows, forward)(), (X,), leaf_modules=["inner"])
+    assert "Grows.forward" in caught.value.where
+    assert caught.value.hint
+
+
 # --- cuts in and around it ------------------------------------------------------------------------------
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 import warnings
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -146,6 +149,93 @@ def test_a_number_of_the_file_is_as_it_was() -> None:
     with pytest.raises(CaptureError, match="'CALLS'"):
         capture(Counting(), (X,), {})
     assert CALLS == 0
+
+
+@lru_cache
+def scale() -> torch.Tensor:
+    """A constant that is made once."""
+    return torch.arange(4.0)
+
+
+class Caching(nn.Module):
+    """Fills caches of all kinds outside of the instance, `where` says which."""
+
+    HELD: Any = None
+    NESTED: dict[str, dict[str, torch.Tensor]] = {"a": {}}
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def default(self, *, memo: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+        memo[:] = memo or [torch.arange(4.0)]
+        return memo[0]
+
+    def forward(self, x: torch.Tensor, fails: bool = False) -> torch.Tensor:
+        if self.where == "cache":
+            x = x * scale()
+        if self.where == "class":
+            Caching.HELD = torch.arange(4.0) if Caching.HELD is None else Caching.HELD
+            x = x * Caching.HELD
+        if self.where == "nested":
+            x = x * self.NESTED["a"].setdefault("b", torch.arange(4.0))
+        if self.where == "added":
+            Caching.ADDED = torch.arange(4.0)  # type: ignore[attr-defined]
+            x = x * Caching.ADDED  # type: ignore[attr-defined]
+        if self.where == "default":
+            x = x * self.default()
+        if self.where == "helper":
+            x = x * helper("h")
+        if fails and x.sum() > 0:
+            return x
+        return x * 2
+
+
+KNOWN: dict[str, torch.Tensor] = {}
+
+
+def helper(name: str) -> torch.Tensor:
+    """Keeps what it makes in the file."""
+    if name not in KNOWN:
+        KNOWN[name] = torch.arange(4.0)
+    return KNOWN[name]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("where", ["cache", "class", "nested", "added", "default", "helper"])
+def test_no_fake_tensor_stays_in_a_cache_outside_of_the_model(where: str, fails: bool) -> None:
+    model = Caching(where)
+    with pytest.raises(CaptureError) if fails or where != "cache" else nullcontext():
+        pipeline(model, (X, fails), check=None)
+    assert (scale.cache_info().currsize, Caching.HELD, Caching.NESTED, KNOWN) == (0, None, {"a": {}}, {})
+    assert "ADDED" not in vars(Caching)
+    assert Caching.default.__kwdefaults__ == {"memo": []}
+
+
+DRAWS = random.Random(1)
+
+
+def test_a_generator_is_as_it_was() -> None:
+    state = DRAWS.getstate()
+    with pytest.raises(CaptureError, match=r"random\.Random"):
+        pipeline(Model(lambda *_: DRAWS.random()), (X,))
+    assert DRAWS.getstate() == state
+
+
+def test_who_traces_lines_goes_on_after_a_line_was_found() -> None:
+    seen: list[str] = []
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        seen.append(event)
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(CaptureError, match="'CALLS'"):
+            capture(Counting(), (X,), {})
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
 
 
 def test_capture_under_no_grad_is_that_under_grad() -> None:
