@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example
-from stagecut.frontend.draws import Untraceable
 from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
 from stagecut.ir.errors import CaptureError, StagecutError

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import random
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
-from stagecut.frontend.draws import DRAW, KEEP_WHOLE, SEED, Generators, Unread, Untraceable, is_generator
+from stagecut.frontend.draws import Generators, is_generator
 from stagecut.frontend.function import functions_whole
 from stagecut.frontend.kept import (
     HOOKS,
@@ -36,8 +33,6 @@ from stagecut.frontend.kept import (
     brief,
     content_of,
     fingerprint,
-    is_pythons,
-    is_users,
     place_of,
     shown,
     user_line,
@@ -47,6 +42,8 @@ from stagecut.frontend.lower import ASSIGNED, CHOICES, SYMBOLS, storage_of
 from stagecut.frontend.modes import ModeReads
 from stagecut.frontend.pinpoint import LineFinder
 from stagecut.frontend.surroundings import Surroundings
+from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, refusing
+from stagecut.frontend.visible import GradFlags
 from stagecut.ir.errors import CaptureError
 
 
@@ -159,6 +156,7 @@ class Watch:
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.notes: list[str] = []
         self.finder = LineFinder(lambda: find(self)) if find else None
+        self._held: set[int] = set()
         self.left: dict[tuple[str, str], Any] = {}
         self.ends: dict[tuple[str, str], Any] = {}
 
@@ -191,8 +189,11 @@ class Watch:
         self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self._reads.noting())
-        for owner, name, why in _UNTRACEABLE:
-            self._patch(owner, name, _refusing(getattr(owner, name), why))
+        self._stack.enter_context(GradFlags(lambda: self._held))
+        for owner, name, what in NOTED:
+            self._patch(owner, name, self._remarking(getattr(owner, name), what))
+        for owner, name, why in UNTRACEABLE:
+            self._patch(owner, name, refusing(getattr(owner, name), why))
         self._patch(torch.random, "default_generator", Unread(torch.default_generator))
         self._stack.enter_context(functions_whole(self.notes, lambda: shown(user_line())))
         for handle in (
@@ -217,10 +218,20 @@ class Watch:
 
         return setattr_
 
+    def _remarking(self, plain: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def remark(*args: Any, **kwargs: Any) -> Any:
+            note = f"{what}: {shown(user_line())}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return plain(*args, **kwargs)
+
+        return remark
+
     # --- while forward is traced ------------------------------------------------------------------
 
     def _begin(self, _: nn.Module, *given: Any) -> None:
         self._given = Contents(given)
+        self._held = {id(t) for t in (*tree_leaves(given), *self._module.parameters(), *self._module.buffers())}
         self._lines.clear()
         self._state = dict(_state(self._module))
         self._versions = {key: tensor._version for key, tensor in self._state.items() if tensor is not None}
@@ -409,31 +420,6 @@ class Unsettled(CaptureError):
     def __init__(self, what: str, path: str, *, where: str, hint: str) -> None:
         super().__init__(what, where=where, hint=hint)
         self.path = path
-
-
-_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + KEEP_WHOLE
-_UNTRACEABLE = (
-    (torch.Tensor, "register_hook", _HOOK),
-    (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
-    (os, "urandom", DRAW),
-    (random, "_urandom", DRAW),  # the same for SystemRandom, secrets, and numpy's generators without a seed
-    *((module, name, SEED) for module in (torch.cuda, torch.cuda.random) for name in torch.cuda.random.__all__),
-)
-"""Functions that leave no op in a trace, and what to do instead of calling them in forward."""
-
-
-def _refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
-    """`function`, which the model may not call, nor Python's library for it; torch may."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and is_pythons(frame.f_code.co_filename):
-            frame = frame.f_back
-        if not is_users(frame.f_code.co_filename):
-            return function(*args, **kwargs)
-        raise Untraceable(f"{function.__name__}() is called in forward, which leaves nothing in a trace", hint)
-
-    return refuse
 
 
 def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:

@@ -725,6 +725,54 @@ class ConstantInADefault(nn.Module):
 case(X, refused="memo")(ConstantInADefault)
 
 
+@case(X, has=AB, refused="saved_tensors_hooks")
+def hooks_on_saved_tensors(self, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 2, lambda packed: packed):
+        x = self.a(x).tanh()
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2, has=AB)
+def saved_tensors_on_the_cpu(self, x):
+    with torch.autograd.graph.save_on_cpu():
+        x = self.a(x).tanh()
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, refused="sets requires_grad")
+def parameter_frozen_for_a_while(self, x):
+    self.a.requires_grad_(False)
+    x = self.a(x)
+    self.a.requires_grad_(True)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, refused="sets requires_grad")
+def parameter_frozen_by_assignment(self, x):
+    self.a.weight.requires_grad = False
+    x = self.a(x)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, grad=False, refused="sets requires_grad")
+def input_made_to_require_gradient(self, x):
+    x = self.a(x.requires_grad_())
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2, has=AB)
+def requires_grad_set_to_what_it_is(self, x):
+    self.a.requires_grad_(True)
+    x = self.a(x.requires_grad_()).detach().requires_grad_()
+    pipe_split()
+    return self.b(x)
+
+
 @case(X, has={"a": linear, "seen": list}, refused="seen")
 def list_attribute_appended(self, x):
     self.seen.append(x.shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import warnings
@@ -34,6 +35,9 @@ def patched() -> list[Any]:
         torch.random.default_generator,
         *(getattr(torch.cuda, name) for name in torch.cuda.random.__all__),
         vars(torch.autograd.Function)["apply"],
+        torch.nn.attention._sdpa_kernel,
+        *(vars(cls)["__init__"] for cls in (torch.autograd.graph.saved_tensors_hooks, torch.autograd.graph.save_on_cpu)),
+        os.urandom,
         export._detect_attribute_assignment,
         export.register_buffer_assignment_hook,
         len(torch.overrides._get_current_function_mode_stack()),
@@ -272,6 +276,26 @@ def test_a_function_that_is_traced_through_is_noted() -> None:
     assert len(pipe.notes) == 1
     assert "gradient of Run" in pipe.notes[0]
     assert "test_watch.py" in pipe.notes[0]
+
+
+def chooses(self: Any, x: torch.Tensor) -> None:
+    """Attention of a chosen kind, twice in one line of this file."""
+    for _ in range(2):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            F.scaled_dot_product_attention(x, x, x)
+
+
+def offloads(self: Any, x: torch.Tensor) -> None:
+    """Asks for what backward needs to be moved."""
+    with torch.autograd.graph.save_on_cpu():
+        x.tanh()
+
+
+@pytest.mark.parametrize(("does", "what"), [(chooses, "sdpa_kernel"), (offloads, "save_on_cpu")])
+def test_what_is_lost_and_changes_no_result_is_noted_once(does: Any, what: str) -> None:
+    (note,) = pipeline(Model(does), (X,)).notes
+    assert f"{what}() is lost" in note
+    assert "test_watch.py" in note
 
 
 class Merging(nn.Module):
