@@ -6,7 +6,7 @@ import linecache
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -187,18 +187,6 @@ def gpus(*trees: Any) -> list[int]:
         tensors += [*tree.parameters(), *tree.buffers()] if isinstance(tree, nn.Module) else tree_leaves(tree)
     places = {t.device.index or 0 for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
     return sorted(places)
-
-
-def random_state(devices: list[int]) -> Callable[[], None]:
-    """What sets torch's generators, of the CPU and of these CUDA devices, as they are now."""
-    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-
-    def restore() -> None:
-        torch.random.set_rng_state(on_cpu)
-        for place, state in zip(devices, on_gpus, strict=True):
-            torch.cuda.set_rng_state(state, place)
-
-    return restore
 
 
 def is_pythons(file: str) -> bool:

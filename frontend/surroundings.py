@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import _lru_cache_wrapper
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.draws import is_generator
+from stagecut.frontend.draws import Generators, is_generator
 from stagecut.frontend.kept import SIMPLE, Contents, alike, is_users
 
 _ABSENT: Any = object()
@@ -59,6 +59,20 @@ class Surroundings:
 
     def _added(self, cls: type) -> list[str]:
         return [name for name, item in _own(cls).items() if name not in self._classes[cls] and _is_other(_ABSENT, item)]
+
+
+def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
+    """What sets torch's generators, of the CPU and of these CUDA devices, and all others that a model can reach, as they are now."""
+    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    others = Generators(Surroundings(module).generators)
+
+    def restore() -> None:
+        torch.random.set_rng_state(on_cpu)
+        for place, state in zip(devices, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, place)
+        others.restore()
+
+    return restore
 
 
 def _is_other(before: Any, now: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from edge import HOW, Case, assert_same, buffer, check, linear, snapshot, t, weight
@@ -315,6 +317,24 @@ def test_a_whole_module_that_changes_a_container_it_is_given_is_refused() -> Non
         pipeline(outer(Grows, forward)(), (X,), leaf_modules=["inner"])
     assert "Grows.forward" in caught.value.where
     assert caught.value.hint
+
+
+PYTHONS, NUMPYS = random.Random(0), numpy.random.default_rng(0)
+
+
+class Draws(nn.Module):
+    """Draws with generators that are not torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (random.random() + PYTHONS.random() + NUMPYS.random() + float(numpy.random.rand()))
+
+
+def test_a_whole_module_draws_what_it_draws_in_the_model() -> None:
+    """The check gives both the same numbers, and the generators are as they were."""
+    before = random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state
+    pipe = pipeline(Net(Draws()), (X,), leaf_modules=["inner"], check="auto")
+    assert (random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state) == before
+    assert pipe.verify(X).ok
 
 
 # --- cuts in and around it ------------------------------------------------------------------------------
