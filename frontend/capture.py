@@ -14,11 +14,11 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example, giving_sizes, is_size
-from stagecut.frontend.kept import gpus, place_of
+from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
+from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
-from stagecut.frontend.watch import Unsettled, Untraceable, Watch, watched
+from stagecut.frontend.watch import Unsettled, Watch, watched
 from stagecut.ir.errors import CaptureError, StagecutError
 from stagecut.ir.objects import opening
 
@@ -127,15 +127,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-_PYTHON = tuple(os.path.join(os.path.dirname(os.__file__), name) for name in ("contextlib.py", "functools.py", "copy.py", "inspect.py"))
-"""Files of the standard library that run what others give them."""
-
-
 def _user_frame(error: Exception, cls: type | None = None) -> str:
-    """file:line and source of the innermost frame that is neither torch's nor ours, else the place of the forward of `cls`."""
+    """file:line and source of the innermost frame that is the user's, else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if not path.startswith((TORCH_DIR, OWN_DIR, *_PYTHON)) and os.path.exists(path):
+        if is_users(path) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import linecache
-import random
+import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Iterator
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.lower import OWN_DIR, SYMBOLS, TORCH_DIR
 
-_SIMPLE = (int, float, complex, str, bytes, type(None))
+Line = tuple[str, int, str]
+"""File, line and function."""
+
+_PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
+SIMPLE = (int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, dict, set, deque, tuple)
+
+RETURN_IT = "leave lists, dicts and objects that are given as they are: make new ones and return them"
 
 HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 HOOKS += ("_forward_hooks_always_called",)
@@ -28,36 +33,50 @@ _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 """What every module has: no attributes of the user's."""
 
 
-class Kept:
-    """The modules, containers and plain objects that a model is made of, as they were."""
+class Contents:
+    """The containers in some items, of any depth, and with `objects` the plain objects too, as they were."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._held = {id(t) for t in (*module.parameters(), *module.buffers())}
+    def __init__(self, items: Iterable[Any], objects: bool = True) -> None:
         self._before: dict[int, tuple[Any, Any]] = {}
-        for owner in module.modules():
-            self._before[id(vars(owner))] = (vars(owner), vars(owner).copy())
-            for name in _INTERNAL:  # parameters, buffers, modules, hooks
-                if isinstance(content := vars(owner).get(name), (dict, set)):
-                    self._before[id(content)] = (content, content.copy())
-            for name, item in vars(owner).items():
-                if name not in _INTERNAL:
-                    self._visit(item)
-
-    def _visit(self, item: Any) -> None:
-        todo = [item]
+        todo = [*items]
         while todo:
-            thing = content_of(todo.pop())
-            if thing is None or id(thing) in self._before:
-                continue
-            self._before[id(thing)] = (thing, thing if isinstance(thing, tuple) else thing.copy())
-            todo += thing.values() if isinstance(thing, dict) else thing
+            item = todo.pop()
+            thing = content_of(item) if objects or isinstance(item, _CONTAINERS) else None
+            if thing is not None and id(thing) not in self._before:
+                todo += _parts(self._keep(thing))
+
+    def _keep(self, thing: Any) -> Any:
+        held = _held(thing)
+        self._before[id(thing)] = (thing, held)
+        return held
+
+    def parts(self) -> Iterator[Any]:
+        """What the containers held."""
+        for _, before in self._before.values():
+            yield from _parts(before)
+
+    def changed(self) -> bool:
+        """True when a container holds something else, or in another order."""
+        return any(not _same(thing, before) for thing, before in self._before.values())
 
     def restore(self) -> None:
         """Every container holds what it held."""
         for thing, before in self._before.values():
-            if isinstance(thing, tuple) or _same(thing, before):
-                continue
-            _refill(thing, before)
+            if not _same(thing, before):
+                _refill(thing, before)
+
+
+class Kept(Contents):
+    """The modules, containers and plain objects that a model is made of, as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(item for _, item in attributes(module))
+        self._tensors = {id(t) for t in (*module.parameters(), *module.buffers())}
+        for owner in module.modules():
+            self._keep(vars(owner))
+            for name in _INTERNAL:  # parameters, buffers, modules, hooks
+                if isinstance(content := vars(owner).get(name), (dict, set)):
+                    self._keep(content)
 
     def replace_tensors(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Stand-ins are where tensors were that are no state, for tracing writes real ones: id of each -> the tensor, its stand-in."""
@@ -68,7 +87,7 @@ class Kept:
             if type(item) is tuple:
                 parts = tuple(map(stand_in, item))
                 return item if _same(parts, item) else parts
-            if not isinstance(item, torch.Tensor) or id(item) in self._held or isinstance(item, nn.Parameter):
+            if not isinstance(item, torch.Tensor) or id(item) in self._tensors or isinstance(item, nn.Parameter):
                 return item
             if id(item) not in made:
                 made[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
@@ -84,63 +103,15 @@ class Kept:
         return {id(new): (originals[key], new) for key, new in made.items()}
 
 
-class Surroundings:
-    """What the functions of a model refer to outside of it, as it was: containers and numbers in their globals and closures."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._before = [
-            (function, home, name, home[name], _shallow(home[name]), copy.copy(home[name])) for function, home, name in _references(module)
-        ]
-
-    def changed(self) -> list[tuple[FunctionType, str]]:
-        """The functions and names that refer to another number or container, or to one that holds something else."""
-        return [(function, name) for function, home, name, _, before, _ in self._before if _shallow(home[name]) != before]
-
-    def restore(self) -> None:
-        """All is as it was."""
-        for _, home, name, item, before, held in self._before:
-            if _shallow(home[name]) != before:
-                home[name] = item
-                if not isinstance(item, _SIMPLE):
-                    _refill(item, held)
+def _held(thing: Any) -> Any:
+    """The parts of a container in a plain one: a class of the user's may do anything in its methods."""
+    if isinstance(thing, dict):
+        return dict(dict.items(thing))
+    return set(thing) if isinstance(thing, set) else list(thing)
 
 
-class _Cells:
-    """The variables of a closure by name."""
-
-    def __init__(self, function: FunctionType) -> None:
-        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-
-    def __getitem__(self, name: str) -> Any:
-        return self._cells[name].cell_contents
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._cells[name].cell_contents = value
-
-
-def _references(module: nn.Module) -> Iterator[tuple[FunctionType, Any, str]]:
-    """The user's functions that run with a module, and the names in their globals and closures that hold numbers or containers."""
-    hooks = (hook for owner in module.modules() for hook in (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values()))
-    classes = dict.fromkeys(cls for owner in module.modules() for cls in type(owner).__mro__)
-    methods = (vars(cls).values() for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins"))
-    for function in dict.fromkeys(f for f in (*hooks, *chain.from_iterable(methods)) if isinstance(f, FunctionType)):
-        cells = _Cells(function)
-        for home, names in ((function.__globals__, function.__code__.co_names), (cells, function.__code__.co_freevars)):
-            for name in names:
-                try:
-                    item = home[name]
-                except (KeyError, ValueError):  # a builtin, an attribute, or a cell that is still empty
-                    continue
-                if isinstance(item, (list, dict, set, deque)) or (isinstance(item, _SIMPLE) and item is not None):
-                    yield function, home, name
-
-
-def _shallow(item: Any) -> Any:
-    """Equal for the same number, and for the same container while it holds the same objects."""
-    if isinstance(item, _SIMPLE):
-        return type(item), repr(item)
-    parts = chain.from_iterable(item.items()) if isinstance(item, dict) else item
-    return id(item), [repr(part) if isinstance(part, _SIMPLE) else id(part) for part in parts]
+def _parts(held: Any) -> Any:
+    return held.values() if isinstance(held, dict) else held
 
 
 def _refill(thing: Any, held: Any) -> None:
@@ -150,7 +121,7 @@ def _refill(thing: Any, held: Any) -> None:
 
 def content_of(thing: Any) -> Any:
     """The container in which `thing` keeps its parts, None for what has none or is not the user's."""
-    if isinstance(thing, (list, dict, set, deque, tuple)):
+    if isinstance(thing, _CONTAINERS):
         return thing
     foreign = isinstance(thing, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType))
     if foreign or type(thing).__module__.partition(".")[0] in ("torch", "builtins"):
@@ -158,12 +129,19 @@ def content_of(thing: Any) -> Any:
     return getattr(thing, "__dict__", None)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """True when both containers hold the same objects in the same order."""
-    if isinstance(one, set):
-        return bool(one == other)
-    pairs = (one.items(), other.items()) if isinstance(one, dict) else (enumerate(one), enumerate(other))
-    return len(one) == len(other) and all(k == n and a is b for (k, a), (n, b) in zip(*pairs, strict=True))
+def _same(thing: Any, held: Any) -> bool:
+    """True when a container holds these objects in this order."""
+    if isinstance(thing, set):
+        return {*map(id, thing)} == {*map(id, held)}
+    now = _held(thing)
+    if isinstance(now, dict):
+        now, held = [part for pair in now.items() for part in pair], [part for pair in held.items() for part in pair]
+    return len(now) == len(held) and all(map(alike, now, held))
+
+
+def alike(one: Any, other: Any) -> bool:
+    """True for one and the same object, and for equal numbers and texts."""
+    return one is other or (isinstance(one, SIMPLE) and type(one) is type(other) and repr(one) == repr(other))
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -179,7 +157,7 @@ def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) 
 
     With `settled`, tensors are equal to tensors and other objects to those of their class.
     """
-    if isinstance(item, _SIMPLE):
+    if isinstance(item, SIMPLE):
         return type(item), repr(item)
     content = content_of(item)
     if content is None or id(content) in inside:
@@ -196,7 +174,7 @@ def brief(item: Any) -> str:
     if isinstance(item, torch.Tensor):
         with torch._C.DisableTorchFunction():
             return f"a tensor {list(item.shape)}"
-    if isinstance(item, _SIMPLE):
+    if isinstance(item, SIMPLE):
         return f"{item!r:.40}"
     content = content_of(item)
     return f"a {type(item).__name__}" + (f" of {len(content)}" if content is item else "")
@@ -211,42 +189,25 @@ def gpus(*trees: Any) -> list[int]:
     return sorted(places)
 
 
-def random_state(devices: list[int]) -> Callable[[], None]:
-    """What sets torch's generators, of the CPU and of these CUDA devices, as they are now."""
-    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-
-    def restore() -> None:
-        torch.random.set_rng_state(on_cpu)
-        for place, state in zip(devices, on_gpus, strict=True):
-            torch.cuda.set_rng_state(state, place)
-
-    return restore
+def is_pythons(file: str) -> bool:
+    """True for a source file of Python's own library, and for what has no file."""
+    return file.startswith("<") or (file.startswith(_PYTHON_DIR) and "-packages" not in file)
 
 
-def generators() -> dict[str, tuple[Any, Callable[[Any], None]]]:
-    """Name of each global generator -> its state, and what sets it."""
-    found: dict[str, tuple[Any, Callable[[Any], None]]] = {
-        "torch's generator": (torch.get_rng_state().tolist(), lambda state: None),  # a fork is open around the capture
-        "Python's random": (random.getstate(), random.setstate),
-    }
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        found["numpy.random"] = (numpy.get_state(legacy=False), numpy.set_state)
-    return found
+def is_users(file: str) -> bool:
+    """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
+    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons(file)
 
 
-def user_line() -> tuple[str, int, str]:
-    """File, line and function of the innermost frame that is the user's, neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith((TORCH_DIR, OWN_DIR, "<")):
-            return code.co_filename, frame.f_lineno, code.co_name
+def user_line(frame: FrameType | None = None) -> Line:
+    """File, line and function of the innermost frame that is the user's, from `frame` or the caller on."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
-def shown(line: tuple[str, int, str]) -> str:
+def shown(line: Line) -> str:
     """A line for a message, with its source."""
     return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"
 

@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagecut.frontend.kept import Surroundings, generators, gpus, place_of, shown, user_line
+from stagecut.frontend.draws import Generators
+from stagecut.frontend.kept import RETURN_IT, Contents, gpus, place_of, shown, user_line
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
+from stagecut.frontend.surroundings import Surroundings
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.objects import hides_tensors, opened
 
@@ -166,12 +168,14 @@ class Leaves:
         for path in self.paths:
             owner = model.get_submodule(path)
             owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
-        around, random_states = Surroundings(self.module), generators()
-        with torch.random.fork_rng(gpus(self.module, inputs)), torch.enable_grad():
-            model(*inputs[0], **inputs[1])
-        around.restore()
-        for state, put_back in random_states.values():
-            put_back(state)
+        around = Surroundings(self.module)
+        generators = Generators(around.generators)
+        try:
+            with torch.random.fork_rng(gpus(self.module, inputs)), torch.enable_grad():
+                model(*inputs[0], **inputs[1])
+        finally:
+            around.restore()
+            generators.restore()
         return calls
 
     def _recording(self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]) -> Any:
@@ -184,8 +188,15 @@ class Leaves:
             given = [a for a in tree_flatten((args, kwargs))[0] if _is_tensor(a)]
             parameters = dict(owner.named_parameters())
             before = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
+            containers = Contents([args, kwargs])
             with OpWatch() as watch:
                 result = run(*args, **kwargs)
+            if containers.changed():
+                raise CaptureError(
+                    f"module '{path}' is kept whole{self._because(path)} and changes a container it is given, which no stage would",
+                    where=place_of(type(owner)),
+                    hint=RETURN_IT,
+                )
             if watch.split:
                 raise SplitError(
                     f"a split point lies inside module '{path}', which is kept whole" + self._because(path),

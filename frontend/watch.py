@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,26 +22,29 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
+from stagecut.frontend.draws import Generators, is_generator
 from stagecut.frontend.function import functions_whole
 from stagecut.frontend.kept import (
     HOOKS,
+    RETURN_IT,
+    Contents,
     Kept,
-    Surroundings,
     attributes,
     brief,
     content_of,
     fingerprint,
-    generators,
     place_of,
     shown,
     user_line,
 )
 from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, TORCH_DIR, storage_of
+from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, storage_of
 from stagecut.frontend.modes import ModeReads
+from stagecut.frontend.pinpoint import LineFinder
+from stagecut.frontend.surroundings import Surroundings
+from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, refusing
+from stagecut.frontend.visible import GradFlags
 from stagecut.ir.errors import CaptureError
-
-_KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
 
 
 def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leaves: Leaves) -> ExportedProgram:
@@ -51,14 +55,11 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
     """
     _refuse_backward_hooks(module, leaves.paths)
     first = Watch(module)
-    exported = export(first)
+    try:
+        exported = export(first)
+    except _Lost as error:
+        raise CaptureError(error.what, where=_line_of(error, module, export), hint=error.hint) from None
     leaves.remarks[:] = first.notes
-    if first.drawn:
-        raise CaptureError(
-            f"forward draws from {first.drawn} or seeds it, and a trace would keep what was drawn",
-            where=place_of(type(module)),
-            hint="draw with torch functions, such as torch.rand(()), seed outside of the model, " + _KEEP_WHOLE,
-        )
     if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
 
         def carrying(left: dict[tuple[str, str], Any]) -> str:
@@ -69,6 +70,22 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
             groups.setdefault((type(module.get_submodule(path)), name), {})[path, name] = value
         raise first.refusal(next(iter(_guilty(list(groups.values()), carrying) or first.left)), for_good=again == SETTLED)
     return first.checked(exported)
+
+
+class _Lost(CaptureError):
+    """Forward did what no trace holds; `happened` tells whether it has, while a watch is open."""
+
+    def __init__(self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.happened = happened
+
+
+def _line_of(error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]) -> str:
+    """The line that does it, found in another trace."""
+    watch = Watch(module, find=error.happened)
+    with suppress(Exception):
+        export(watch)
+    return shown(watch.finder.line) if watch.finder and watch.finder.line else error.where
 
 
 def _guilty(groups: list[dict[tuple[str, str], Any]], carrying: Callable[[dict[tuple[str, str], Any]], str]) -> dict[tuple[str, str], Any]:
@@ -118,7 +135,12 @@ def _same_constant(one: Any, other: Any) -> bool:
 class Watch:
     """Open while a module is traced. `checked` says afterwards whether the trace holds all that forward did."""
 
-    def __init__(self, module: nn.Module, carried: dict[tuple[str, str], Any] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        carried: dict[tuple[str, str], Any] | None = None,
+        find: Callable[[Watch], Any] | None = None,
+    ) -> None:
         self._module = module
         self._carried = carried or {}
         self._stack = ExitStack()
@@ -133,7 +155,8 @@ class Watch:
         self._changed: dict[tuple[str, str], str] = {}
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.notes: list[str] = []
-        self.drawn = ""
+        self.finder = LineFinder(lambda: find(self)) if find else None
+        self._held: set[int] = set()
         self.left: dict[tuple[str, str], Any] = {}
         self.ends: dict[tuple[str, str], Any] = {}
 
@@ -147,10 +170,10 @@ class Watch:
         from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 
         trace: Any = importlib.import_module("torch.export._trace")
-        self._stack.callback(self._compare_random, generators())
         kept, self._around = Kept(self._module), Surroundings(self._module)
-        self._stack.callback(self._around.restore)
-        self._stack.callback(kept.restore)
+        self._generators = Generators([*self._around.generators, *filter(is_generator, kept.parts())])
+        for before in (self._generators, self._around, kept):
+            self._stack.callback(before.restore)
         self._tensors = kept.replace_tensors()
         for (path, name), value in self._carried.items():
             module: nn.Module = self._module.get_submodule(path)
@@ -166,23 +189,23 @@ class Watch:
         self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self._reads.noting())
-        for owner, name, why in _UNTRACEABLE:
-            self._patch(owner, name, _refusing(getattr(owner, name), why))
+        self._stack.enter_context(GradFlags(lambda: self._held))
+        for owner, name, what in NOTED:
+            self._patch(owner, name, self._remarking(getattr(owner, name), what))
+        for owner, name, why in UNTRACEABLE:
+            self._patch(owner, name, refusing(getattr(owner, name), why))
+        self._patch(torch.random, "default_generator", Unread(torch.default_generator))
         self._stack.enter_context(functions_whole(self.notes, lambda: shown(user_line())))
         for handle in (
-            self._module.register_forward_pre_hook(self._begin, prepend=True),
+            self._module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             self._module.register_forward_hook(self._end),
         ):
             self._stack.callback(handle.remove)
+        if self.finder:
+            self._stack.callback(self.finder.stop)
 
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
-
-    def _compare_random(self, before: dict[str, Any]) -> None:
-        for name, (state, restore) in before.items():
-            if repr(generators()[name][0]) != repr(state):
-                self.drawn = name
-                restore(state)
 
     def _patch(self, owner: Any, name: str, new: Any) -> None:
         self._stack.callback(setattr, owner, name, getattr(owner, name))
@@ -195,9 +218,20 @@ class Watch:
 
         return setattr_
 
+    def _remarking(self, plain: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def remark(*args: Any, **kwargs: Any) -> Any:
+            note = f"{what}: {shown(user_line())}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return plain(*args, **kwargs)
+
+        return remark
+
     # --- while forward is traced ------------------------------------------------------------------
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, _: nn.Module, *given: Any) -> None:
+        self._given = Contents(given)
+        self._held = {id(t) for t in (*tree_leaves(given), *self._module.parameters(), *self._module.buffers())}
         self._lines.clear()
         self._state = dict(_state(self._module))
         self._versions = {key: tensor._version for key, tensor in self._state.items() if tensor is not None}
@@ -207,15 +241,13 @@ class Watch:
         self._start = {key: (value, fingerprint(value), brief(value)) for key, value in attributes(self._module)}
         self._children = dict(_children(self._module))
         self._numbers = {key: set(hooks) for key, hooks in _hooks(self._module)}
+        if self.finder:
+            self.finder.start()
 
     def _end(self, *_: Any) -> None:
-        for function, name in self._around.changed():
-            what = f"'{name}', which lies outside of the model, is changed while forward runs, and the stages would not"
-            code = function.__code__
-            where = f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
-            if function not in self._hooks:
-                raise CaptureError(what, where=where, hint="return what it collects as an output, make a number a buffer, " + _KEEP_WHOLE)
-            self.notes.append(f"{what}: {where}")  # a hook that looks on
+        if self.finder:
+            self.finder.stop()
+        self._refuse_lost()
         self._write_back()
         for key, child in _children(self._module):
             self.ends[key] = type(child)
@@ -236,6 +268,35 @@ class Watch:
                 self._changed[key] = f"{was} -> {brief(value)}"
                 if not _is_constant(value):
                     self.left[key] = _carry(value)
+
+    def _refuse_lost(self) -> None:
+        """Raises CaptureError where forward draws from a generator that is not torch's, or changes what lies around it or is given."""
+        where = place_of(type(self._module))
+        if source := self._generators.drawn():
+            raise _Lost(
+                f"forward draws from {source} or seeds it, and a trace would keep what was drawn",
+                lambda watch: watch._generators.drawn(),
+                where=where,
+                hint=DRAW,
+            )
+        if self._given.changed():
+            raise _Lost(
+                "forward changes a container it is given, and the stages would not",
+                lambda watch: watch._given.changed(),
+                where=where,
+                hint=RETURN_IT,
+            )
+        for owner, name in self._around.changed():
+            what = f"'{name}', which lies outside of the model, is changed while forward runs, and the stages would not"
+            place = place_of(owner) if isinstance(owner, type) else _beginning(owner)
+            if owner not in self._hooks:
+                raise _Lost(
+                    what,
+                    partial(_changes, owner, name),
+                    where=place,
+                    hint="return what it collects as an output, make a number a buffer, " + KEEP_WHOLE,
+                )
+            self.notes.append(f"{what}: {place}")  # a hook that looks on
 
     def _write_back(self) -> None:
         """Buffers that were given another tensor get its values, behind everything else that forward does."""
@@ -277,7 +338,7 @@ class Watch:
         raise CaptureError(
             f"forward assigns the {kind} '{f'{path}.{name}'.lstrip('.')}': {why}",
             where=self._where(path, name),
-            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + _KEEP_WHOLE,
+            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + KEEP_WHOLE,
         )
 
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
@@ -294,7 +355,7 @@ class Watch:
                 raise CaptureError(
                     "forward calls torch.func.grad, vjp or jacrev, of which a trace keeps example values as constants",
                     where=place_of(type(self._module)),
-                    hint="use torch.autograd.grad(..., create_graph=True), " + _KEEP_WHOLE,
+                    hint="use torch.autograd.grad(..., create_graph=True), " + KEEP_WHOLE,
                 )
             if id(value) in self._tensors:
                 exported.constants[name] = self._tensors[id(value)][0]
@@ -315,6 +376,15 @@ class Watch:
         owner = self._module.get_submodule(path)
         line = self._lines.get((id(owner), name))
         return shown(line) if line else place_of(type(owner))
+
+
+def _changes(owner: Any, name: str, watch: Watch) -> bool:
+    return (owner, name) in watch._around.changed()
+
+
+def _beginning(function: FunctionType) -> str:
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
 
 
 def _children(module: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module | None]]:
@@ -350,35 +420,6 @@ class Unsettled(CaptureError):
     def __init__(self, what: str, path: str, *, where: str, hint: str) -> None:
         super().__init__(what, where=where, hint=hint)
         self.path = path
-
-
-class Untraceable(RuntimeError):
-    """Forward does what no trace holds. `hint` says what to do instead."""
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.hint = hint
-
-
-_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + _KEEP_WHOLE
-_SEED = "seed outside of the model, " + _KEEP_WHOLE
-_UNTRACEABLE = (
-    (torch.Tensor, "register_hook", _HOOK),
-    (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
-    *((module, name, _SEED) for module in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
-)
-"""Functions that leave no op in a trace, and what to do instead of calling them in forward."""
-
-
-def _refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
-    """`function`, which the model may not call; torch may."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_code.co_filename.startswith(TORCH_DIR):
-            return function(*args, **kwargs)
-        raise Untraceable(f"{function.__name__}() is called in forward, which leaves nothing in a trace", hint)
-
-    return refuse
 
 
 def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from stagecut.backend.modules import copied
 from stagecut.backend.run import run_stages
 from stagecut.frontend.call import is_size
-from stagecut.frontend.kept import gpus, random_state
+from stagecut.frontend.kept import gpus
+from stagecut.frontend.surroundings import random_state
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.objects import opened
@@ -86,8 +87,9 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
     reference, stages = _copies(model, pipe)
     program = pipe.program
     places = gpus(model, args, kwargs)
-    with torch.random.fork_rng(places), torch.set_grad_enabled(gradients):
-        seed_again = random_state(places)
+    with torch.random.fork_rng(places), torch.set_grad_enabled(gradients), ExitStack() as stack:
+        seed_again = random_state(model, places)
+        stack.callback(seed_again)
         mine = _fresh((tuple(args), dict(kwargs)))
         try:
             with _gradients_apart(model):
@@ -123,7 +125,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
 
 def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
     """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
-    seed_again = random_state(gpus(reference, inputs))
+    seed_again = random_state(reference, gpus(reference, inputs))
     inputs = tree_map(lambda leaf: leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, inputs, is_leaf=is_size)
     args, kwargs = _fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     expected = tree_flatten(opened(reference(*args, **kwargs)))[0]

@@ -323,6 +323,55 @@ def inputs_named_as_python(self, self_, input):
     return x + input
 
 
+# --- containers that are given --------------------------------------------------------------------------
+
+GIVEN = "container it is given"
+
+
+@case(X, {"h": Y, "n": 1}, stages=2, has=A)
+def given_dict_read(self, x, cache):
+    cache["n"] = 1
+    x = self.a(x) + cache["h"]
+    pipe_split()
+    return x * cache.get("g", cache["h"])
+
+
+@case(X, {"h": Y}, refused=GIVEN, has=A)
+def given_dict_holds_another_tensor(self, x, cache):
+    x = self.a(x)
+    cache["h"] = cache["h"] + x
+    pipe_split()
+    return x * cache["h"]
+
+
+@case(X, {"h": Y}, refused=GIVEN, has=A)
+def given_dict_that_grows(self, x, cache):
+    cache["k"] = x = self.a(x)
+    pipe_split()
+    return x + cache["h"]
+
+
+@case(X, [Y, X], refused=GIVEN)
+def given_list_popped(self, x, given):
+    x = x + given.pop()
+    pipe_split()
+    return x * given[0]
+
+
+@case(X, {"all": (Y, [Y])}, refused=GIVEN)
+def given_list_inside_appended(self, x, given):
+    given["all"][1].append(x)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused=GIVEN, kw={"result": Result(Y)})
+def given_object_changed(self, x, *, result):
+    result.hidden = x * 2
+    pipe_split()
+    return x * result.logits
+
+
 @pytest.mark.filterwarnings("ignore:.*Dim.*:UserWarning")
 @pytest.mark.parametrize(("one", "how"), case.params())
 def test_interface(one: Case, how: str) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
 
 import numpy
 import pytest
 import torch
 from edge import Case, Family, check, linear, t
+from torch import initial_seed, nn
 from torch import manual_seed as seed
-from torch import nn
 from torch.nn import functional as F
 
 from stagecut import pipe_split
 
 case = Family()
+NUMPYS, PYTHONS = numpy.random.default_rng(0), random.Random(0)
 X = t(4, 4)
 
 
@@ -187,6 +190,50 @@ def seeding_by_another_name(self, x):
     return x * 2
 
 
+@case(X, refused="fork_rng")
+def fork_of_the_generator(self, x):
+    with torch.random.fork_rng():
+        noise = torch.rand(4, dtype=torch.float64)
+    pipe_split()
+    return x + noise
+
+
+class Forks(nn.Module):
+    """Draws in a fork."""
+
+    def forward(self, x):
+        with torch.random.fork_rng():
+            return x + torch.rand(4, dtype=x.dtype)
+
+
+@case(X, stages=2, has={"m": Forks})
+def fork_in_a_submodule(self, x):
+    x = self.m(x * torch.rand(4, dtype=torch.float64))
+    pipe_split()
+    return x + torch.rand(4, dtype=torch.float64)
+
+
+@case(X, refused="initial_seed")
+def seed_read_in_the_model(self, x):
+    x = x * (initial_seed() % 7)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="get_rng_state")
+def state_of_the_generator_returned(self, x):
+    x = x * 2
+    pipe_split()
+    return x, torch.get_rng_state()
+
+
+@case(X, refused="get_rng_state")
+def state_of_the_generator_of_a_gpu(self, x):
+    x = x * torch.cuda.get_rng_state().sum()
+    pipe_split()
+    return x * 2
+
+
 @case(X, refused="Python's random")
 def python_random(self, x):
     x = x * random.random()
@@ -197,6 +244,55 @@ def python_random(self, x):
 @case(X, refused="numpy")
 def numpy_random(self, x):
     x = x * float(numpy.random.rand())
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="numpy.*Generator")
+def generator_of_numpys(self, x):
+    x = x * NUMPYS.random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="numpy.*Generator", has={"draws": lambda: [numpy.random.default_rng(0)]})
+def generator_of_numpys_in_an_attribute(self, x):
+    x = x * self.draws[0].random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="random.Random")
+def generator_of_pythons(self, x):
+    x = x * PYTHONS.gauss(0, 1)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2)
+def generator_that_is_made_with_a_seed(self, x):
+    x = x * numpy.random.default_rng(3).random() * random.Random(3).random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def generator_that_is_made_without_a_seed(self, x):
+    x = x * numpy.random.default_rng().random()
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def random_bytes(self, x):
+    x = x * os.urandom(1)[0]
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="urandom")
+def secret_number(self, x):
+    x = x * secrets.randbelow(9)
     pipe_split()
     return x * 2
 

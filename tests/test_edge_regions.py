@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -668,6 +668,109 @@ def number_of_the_file_counted_up(self, x):
     x = x * CALLS
     pipe_split()
     return x * 2
+
+
+@lru_cache
+def table(size):
+    """A constant that is made once."""
+    return torch.arange(float(size), dtype=torch.float64)
+
+
+@case(X, stages=2)
+def constant_in_a_cache_of_functools(self, x):
+    x = x * table(4)
+    pipe_split()
+    return x + table(4)
+
+
+class ConstantInTheClass(nn.Module):
+    """Fills an attribute of its class in the first call."""
+
+    TABLE = None
+
+    def forward(self, x):
+        if ConstantInTheClass.TABLE is None:
+            ConstantInTheClass.TABLE = torch.ones(4)
+        pipe_split()
+        return x * self.TABLE
+
+
+class CallsCountedInTheClass(nn.Module):
+    """Counts its calls in its class, under a name that is not there before."""
+
+    def forward(self, x):
+        CallsCountedInTheClass.calls = getattr(self, "calls", 0) + 1
+        pipe_split()
+        return x * self.calls
+
+
+for cls in (ConstantInTheClass, CallsCountedInTheClass):
+    case(X, refused="TABLE|calls")(cls)
+
+
+class ConstantInADefault(nn.Module):
+    """Fills the default of an argument in the first call."""
+
+    def made(self, size, memo={}):  # noqa: B006
+        if size not in memo:
+            memo[size] = torch.ones(size)
+        return memo[size]
+
+    def forward(self, x):
+        x = x * self.made(4)
+        pipe_split()
+        return x * 2
+
+
+case(X, refused="memo")(ConstantInADefault)
+
+
+@case(X, has=AB, refused="saved_tensors_hooks")
+def hooks_on_saved_tensors(self, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 2, lambda packed: packed):
+        x = self.a(x).tanh()
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2, has=AB)
+def saved_tensors_on_the_cpu(self, x):
+    with torch.autograd.graph.save_on_cpu():
+        x = self.a(x).tanh()
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, refused="sets requires_grad")
+def parameter_frozen_for_a_while(self, x):
+    self.a.requires_grad_(False)
+    x = self.a(x)
+    self.a.requires_grad_(True)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, refused="sets requires_grad")
+def parameter_frozen_by_assignment(self, x):
+    self.a.weight.requires_grad = False
+    x = self.a(x)
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, has=AB, grad=False, refused="sets requires_grad")
+def input_made_to_require_gradient(self, x):
+    x = self.a(x.requires_grad_())
+    pipe_split()
+    return self.b(x)
+
+
+@case(X, stages=2, has=AB)
+def requires_grad_set_to_what_it_is(self, x):
+    self.a.requires_grad_(True)
+    x = self.a(x.requires_grad_()).detach().requires_grad_()
+    pipe_split()
+    return self.b(x)
 
 
 @case(X, has={"a": linear, "seen": list}, refused="seen")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from edge import HOW, Case, assert_same, buffer, check, linear, snapshot, t, weight
@@ -294,6 +296,45 @@ def test_effects_are_those_of_a_real_run(inner: Any, shown: list[str]) -> None:
     (line,) = [line for line in text(pipe.program).splitlines() if "module.inner" in line]
     for part in shown:
         assert part in line
+
+
+class Grows(nn.Module):
+    """Puts what it computes into the dict it is given."""
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["x"] = x * 2
+        return x
+
+
+def test_a_whole_module_that_changes_a_container_it_is_given_is_refused() -> None:
+    """Its stage would change another one."""
+
+    def forward(inner: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        cache: dict[str, torch.Tensor] = {}
+        return inner(x, cache) + cache["x"]  # type: ignore[no-any-return]
+
+    with pytest.raises(CaptureError, match="'inner' is kept whole and changes a container") as caught:
+        pipeline(outer(Grows, forward)(), (X,), leaf_modules=["inner"])
+    assert "Grows.forward" in caught.value.where
+    assert caught.value.hint
+
+
+PYTHONS, NUMPYS = random.Random(0), numpy.random.default_rng(0)
+
+
+class Draws(nn.Module):
+    """Draws with generators that are not torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (random.random() + PYTHONS.random() + NUMPYS.random() + float(numpy.random.rand()))
+
+
+def test_a_whole_module_draws_what_it_draws_in_the_model() -> None:
+    """The check gives both the same numbers, and the generators are as they were."""
+    before = random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state
+    pipe = pipeline(Net(Draws()), (X,), leaf_modules=["inner"], check="auto")
+    assert (random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state) == before
+    assert pipe.verify(X).ok
 
 
 # --- cuts in and around it ------------------------------------------------------------------------------

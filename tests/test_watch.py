@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import warnings
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -28,8 +32,12 @@ def patched() -> list[Any]:
     return [
         *(vars(nn.Module).get(name) for name in names),
         *(vars(torch.Tensor).get(name) for name in ("register_hook", "register_post_accumulate_grad_hook")),
-        *(getattr(torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
+        torch.random.default_generator,
+        *(getattr(torch.cuda, name) for name in torch.cuda.random.__all__),
         vars(torch.autograd.Function)["apply"],
+        torch.nn.attention._sdpa_kernel,
+        *(vars(cls)["__init__"] for cls in (torch.autograd.graph.saved_tensors_hooks, torch.autograd.graph.save_on_cpu)),
+        os.urandom,
         export._detect_attribute_assignment,
         export.register_buffer_assignment_hook,
         len(torch.overrides._get_current_function_mode_stack()),
@@ -147,6 +155,93 @@ def test_a_number_of_the_file_is_as_it_was() -> None:
     assert CALLS == 0
 
 
+@lru_cache
+def scale() -> torch.Tensor:
+    """A constant that is made once."""
+    return torch.arange(4.0)
+
+
+class Caching(nn.Module):
+    """Fills caches of all kinds outside of the instance, `where` says which."""
+
+    HELD: Any = None
+    NESTED: dict[str, dict[str, torch.Tensor]] = {"a": {}}
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def default(self, *, memo: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+        memo[:] = memo or [torch.arange(4.0)]
+        return memo[0]
+
+    def forward(self, x: torch.Tensor, fails: bool = False) -> torch.Tensor:
+        if self.where == "cache":
+            x = x * scale()
+        if self.where == "class":
+            Caching.HELD = torch.arange(4.0) if Caching.HELD is None else Caching.HELD
+            x = x * Caching.HELD
+        if self.where == "nested":
+            x = x * self.NESTED["a"].setdefault("b", torch.arange(4.0))
+        if self.where == "added":
+            Caching.ADDED = torch.arange(4.0)  # type: ignore[attr-defined]
+            x = x * Caching.ADDED  # type: ignore[attr-defined]
+        if self.where == "default":
+            x = x * self.default()
+        if self.where == "helper":
+            x = x * helper("h")
+        if fails and x.sum() > 0:
+            return x
+        return x * 2
+
+
+KNOWN: dict[str, torch.Tensor] = {}
+
+
+def helper(name: str) -> torch.Tensor:
+    """Keeps what it makes in the file."""
+    if name not in KNOWN:
+        KNOWN[name] = torch.arange(4.0)
+    return KNOWN[name]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("where", ["cache", "class", "nested", "added", "default", "helper"])
+def test_no_fake_tensor_stays_in_a_cache_outside_of_the_model(where: str, fails: bool) -> None:
+    model = Caching(where)
+    with pytest.raises(CaptureError) if fails or where != "cache" else nullcontext():
+        pipeline(model, (X, fails), check=None)
+    assert (scale.cache_info().currsize, Caching.HELD, Caching.NESTED, KNOWN) == (0, None, {"a": {}}, {})
+    assert "ADDED" not in vars(Caching)
+    assert Caching.default.__kwdefaults__ == {"memo": []}
+
+
+DRAWS = random.Random(1)
+
+
+def test_a_generator_is_as_it_was() -> None:
+    state = DRAWS.getstate()
+    with pytest.raises(CaptureError, match=r"random\.Random"):
+        pipeline(Model(lambda *_: DRAWS.random()), (X,))
+    assert DRAWS.getstate() == state
+
+
+def test_who_traces_lines_goes_on_after_a_line_was_found() -> None:
+    seen: list[str] = []
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        seen.append(event)
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(CaptureError, match="'CALLS'"):
+            capture(Counting(), (X,), {})
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+
+
 def test_capture_under_no_grad_is_that_under_grad() -> None:
     """The gradient of what the model computes outside of its own regions must not depend on where pipeline() is called."""
     with torch.no_grad():
@@ -181,6 +276,26 @@ def test_a_function_that_is_traced_through_is_noted() -> None:
     assert len(pipe.notes) == 1
     assert "gradient of Run" in pipe.notes[0]
     assert "test_watch.py" in pipe.notes[0]
+
+
+def chooses(self: Any, x: torch.Tensor) -> None:
+    """Attention of a chosen kind, twice in one line of this file."""
+    for _ in range(2):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            F.scaled_dot_product_attention(x, x, x)
+
+
+def offloads(self: Any, x: torch.Tensor) -> None:
+    """Asks for what backward needs to be moved."""
+    with torch.autograd.graph.save_on_cpu():
+        x.tanh()
+
+
+@pytest.mark.parametrize(("does", "what"), [(chooses, "sdpa_kernel"), (offloads, "save_on_cpu")])
+def test_what_is_lost_and_changes_no_result_is_noted_once(does: Any, what: str) -> None:
+    (note,) = pipeline(Model(does), (X,)).notes
+    assert f"{what}() is lost" in note
+    assert "test_watch.py" in note
 
 
 class Merging(nn.Module):

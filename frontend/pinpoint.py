@@ -1,0 +1,42 @@
+"""Which line of the user's does something: found by looking behind every line, in a trace that is made for nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from stagecut.frontend.kept import Line, is_users, user_line
+
+
+class LineFinder:
+    """Between `start` and `stop`, `line` becomes the first line of the user's behind which `happened` is true."""
+
+    def __init__(self, happened: Callable[[], Any]) -> None:
+        self._happened = happened
+        self._last: Line | None = None
+        self._outer: Any = None
+        self.line: Line | None = None
+
+    def start(self) -> None:
+        """Every function that is called from now on is followed."""
+        self._outer = sys.gettrace()
+        sys.settrace(self._step)
+
+    def stop(self) -> None:
+        """None is; who followed before does again."""
+        if sys.gettrace() == self._step:
+            sys.settrace(self._outer)
+            self._look()
+
+    def _step(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not is_users(frame.f_code.co_filename):
+            return None
+        self._look()
+        self._last = user_line(frame.f_back if event == "return" else frame)  # behind a call goes on the line that made it
+        return None if self.line else self._step
+
+    def _look(self) -> None:
+        if self.line is None and self._last is not None and self._happened():
+            self.line = self._last

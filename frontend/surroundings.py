@@ -1,0 +1,193 @@
+"""What the functions and classes of a model refer to outside of it: globals, closures, defaults, class attributes, caches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import _lru_cache_wrapper
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut.frontend.draws import Generators, is_generator
+from stagecut.frontend.kept import SIMPLE, Contents, alike, is_users
+
+_ABSENT: Any = object()
+_STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)
+"""What a name can refer to that a call may leave for the next one; None is not yet anything."""
+
+
+class Surroundings:
+    """What lies around a model, as it was: numbers, tensors and containers of any depth."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
+        functions, caches = _reached(module, [*self._classes])
+        self._caches = [(cached, cached.cache_info()) for cached in caches]
+        places = [*_references(functions), *((cls, _Attributes(cls), name) for cls in self._classes for name in _own(cls))]
+        found = [(owner, home, name, _now(home, name)) for owner, home, name in places]
+        self._names = [place for place in found if isinstance(place[-1], _STATE) or place[-1] is _ABSENT]
+        held = [(owner, name, item) for owner, _, name, item in found] + [*_defaults(functions)]
+        self._contents = [(owner, name, Contents([item], objects=False)) for owner, name, item in held if isinstance(item, _STATE)]
+        self.generators = [item for _, _, item in held if is_generator(item)]
+
+    def changed(self) -> list[tuple[Any, str]]:
+        """The functions and classes, and the names in them that refer to something else or to a container that holds something else."""
+        named = [(owner, name) for owner, home, name, before in self._names if _is_other(before, _now(home, name))]
+        added = [(cls, name) for cls in self._classes for name in self._added(cls)]
+        return named + added + [(owner, name) for owner, name, contents in self._contents if contents.changed()]
+
+    def restore(self) -> None:
+        """All is as it was; caches that were filled are empty."""
+        for _, home, name, before in self._names:
+            if not _is_other(before, _now(home, name)):
+                continue
+            if before is _ABSENT:
+                del home[name]
+            else:
+                home[name] = before
+        for cls in self._classes:
+            for name in self._added(cls):
+                delattr(cls, name)
+        for _, _, contents in self._contents:
+            contents.restore()
+        for cached, info in self._caches:
+            if cached.cache_info() != info:
+                cached.cache_clear()
+
+    def _added(self, cls: type) -> list[str]:
+        return [name for name, item in _own(cls).items() if name not in self._classes[cls] and _is_other(_ABSENT, item)]
+
+
+def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
+    """What sets torch's generators, of the CPU and of these CUDA devices, and all others that a model can reach, as they are now."""
+    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    others = Generators(Surroundings(module).generators)
+
+    def restore() -> None:
+        torch.random.set_rng_state(on_cpu)
+        for place, state in zip(devices, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, place)
+        others.restore()
+
+    return restore
+
+
+def _is_other(before: Any, now: Any) -> bool:
+    """True for another number, tensor or container. What was nothing may become what is none of these: a module, a logger."""
+    if before is _ABSENT or before is None:
+        return now is not None and isinstance(now, _STATE)
+    return not alike(before, now)
+
+
+def _now(home: Any, name: str) -> Any:
+    try:
+        return home[name]
+    except (KeyError, ValueError):  # a builtin, an attribute, or a cell that is still empty
+        return _ABSENT
+
+
+class _Cells:
+    """The variables of a closure by name."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cells[name].cell_contents
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._cells[name].cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._cells[name].cell_contents
+
+
+class _Attributes:
+    """The attributes of a class by name."""
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self._cls)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._cls, name, value)
+
+
+def _classes(module: nn.Module) -> list[type]:
+    """The user's classes of all modules, with their bases."""
+    found = dict.fromkeys(cls for owner in module.modules() for cls in type(owner).__mro__)
+    return [cls for cls in found if cls.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc")]
+
+
+def _own(cls: type) -> dict[str, Any]:
+    return {name: item for name, item in vars(cls).items() if not (name.startswith("__") and name.endswith("__"))}
+
+
+def _reached(module: nn.Module, classes: list[type]) -> tuple[dict[FunctionType, FunctionType], list[Any]]:
+    """The user's functions that may run with a module, those in globals and closures included, and the caches around such.
+
+    A function that only a hook reaches stands with that hook, all others with themselves.
+    """
+    hooks = [hook for owner in module.modules() for hook in (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values())]
+    own = [item for place in (*classes, *module.modules()) for item in vars(place).values()]
+    todo = [(_function(hook), _function(hook)) for hook in hooks] + [(None, item) for item in own]
+    found: dict[FunctionType, FunctionType] = {}
+    caches: dict[int, Any] = {}
+    while todo:
+        owner, item = todo.pop()
+        function = _function(item)
+        if function is None or function in found or not is_users(function.__code__.co_filename):
+            continue
+        if isinstance(item, _lru_cache_wrapper):
+            caches[id(item)] = item
+        found[function] = owner or function
+        todo += [(owner, _now(home, name)) for home, name in _variables(function)]
+    return found, [*caches.values()]
+
+
+def _function(item: Any) -> FunctionType | None:
+    """The function in a method, a property or a cache."""
+    if isinstance(item, (staticmethod, classmethod, MethodType)):
+        return _function(item.__func__)
+    if isinstance(item, property):
+        return _function(item.fget)
+    if isinstance(item, _lru_cache_wrapper):
+        return _function(item.__wrapped__)
+    return item if isinstance(item, FunctionType) else None
+
+
+def _variables(function: FunctionType) -> Iterator[tuple[Any, str]]:
+    """The names in the globals and the closure of a function that its code uses, with their homes."""
+    cells = _Cells(function)
+    yield from ((function.__globals__, name) for name in dict.fromkeys(_global_names(function.__code__)))
+    yield from ((cells, name) for name in function.__code__.co_freevars)
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _global_names(inner)
+
+
+def _references(functions: dict[FunctionType, FunctionType]) -> Iterator[tuple[FunctionType, Any, str]]:
+    """The functions and the variables they use, a global under the first function only."""
+    seen: set[tuple[int, str]] = set()
+    for function, owner in functions.items():
+        for home, name in _variables(function):
+            if (id(home), name) not in seen:
+                seen.add((id(home), name))
+                yield owner, home, name
+
+
+def _defaults(functions: dict[FunctionType, FunctionType]) -> Iterator[tuple[FunctionType, str, Any]]:
+    """The functions and the defaults of their arguments."""
+    for function, owner in functions.items():
+        positional, defaults = function.__code__.co_varnames[: function.__code__.co_argcount], function.__defaults__ or ()
+        for name, item in (*zip(reversed(positional), reversed(defaults), strict=False), *(function.__kwdefaults__ or {}).items()):
+            yield owner, name, item

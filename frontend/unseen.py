@@ -1,0 +1,78 @@
+"""Calls that leave no op in a trace: what to do instead of them, or what is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stagecut.frontend.kept import is_pythons, is_users
+from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
+
+KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
+DRAW = "draw with torch functions, such as torch.rand(()), seed outside of the model, " + KEEP_WHOLE
+SEED = "seed, fork and read the state of generators outside of the model, " + KEEP_WHOLE
+
+
+class Untraceable(RuntimeError):
+    """Forward does what no trace holds. `hint` says what to do instead."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
+class Unread:
+    """Stands in `torch.random` for its generator, so that all functions there refuse the model, by whatever name; torch may call them."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def __getattr__(self, name: str) -> Any:
+        frame, called = sys._getframe(1), name
+        while frame.f_back is not None and frame.f_code.co_filename in (torch.random.__file__, contextlib.__file__):
+            if frame.f_code.co_filename == torch.random.__file__:
+                called = frame.f_code.co_name
+            frame = frame.f_back
+        if not frame.f_code.co_filename.startswith((TORCH_DIR, OWN_DIR)):
+            raise Untraceable(f"{called}() is called in forward, which leaves nothing in a trace", SEED)
+        return getattr(self._generator, name)
+
+
+_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + KEEP_WHOLE
+UNTRACEABLE: tuple[tuple[Any, str, str], ...] = (
+    (torch.Tensor, "register_hook", _HOOK),
+    (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
+    (torch.autograd.graph.saved_tensors_hooks, "__init__", "open it around the call, " + KEEP_WHOLE),
+    (os, "urandom", DRAW),
+    (random, "_urandom", DRAW),  # the same for SystemRandom, secrets, and numpy's generators without a seed
+    *((module, name, SEED) for module in (torch.cuda, torch.cuda.random) for name in torch.cuda.random.__all__),
+)
+"""Functions that leave no op in a trace, and what to do instead of calling them in forward."""
+
+NOTED: tuple[tuple[Any, str, str], ...] = (
+    (torch.nn.attention, "_sdpa_kernel", "sdpa_kernel() is lost: the stages leave it to torch how attention is computed, to rounding"),
+    (torch.autograd.graph.save_on_cpu, "__init__", "save_on_cpu() is lost: the stages keep what backward needs where it is"),
+)
+"""Functions that leave no op in a trace and change no result beyond rounding, and what is lost."""
+
+
+def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
+    """`function`, which the model may not call, nor Python's library for it; torch may."""
+
+    name = function.__qualname__.removesuffix(".__init__")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and is_pythons(frame.f_code.co_filename):
+            frame = frame.f_back
+        if not is_users(frame.f_code.co_filename):
+            return function(*args, **kwargs)
+        raise Untraceable(f"{name}() is called in forward, which leaves nothing in a trace", hint)
+
+    return refuse
