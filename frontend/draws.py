@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Source(NamedTuple):
@@ -43,12 +44,17 @@ def is_generator(item: Any) -> bool:
 
 def _global() -> list[_Source]:
     found = [
-        _Source("torch's generator", lambda: torch.get_rng_state().tolist(), lambda _: None),
+        _Source("torch's generator", _state, lambda _: None),
         _Source("Python's random", random.getstate, random.setstate),
     ]
     if numpy := sys.modules.get("numpy.random"):
         found.append(_Source("numpy.random", lambda: numpy.get_state(legacy=False), numpy.set_state))
     return found
+
+
+def _state() -> list[int]:
+    with _disable_current_modes():  # looking on is no part of a trace
+        return torch.get_rng_state().tolist()
 
 
 def _source(generator: Any) -> _Source:

@@ -55,10 +55,11 @@ class FindSplits:
             found = [span for alias in names[name] for span in spans.get(alias, ())]
             if not found:
                 known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
+                exists = any(full.startswith(f"{name}.") for full in program.name_owners())
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=_asked(name, side),
-                    hint=f"a split point is at m(x), not at m.forward(x); {nearest(name, known)}",
+                    hint="a split point is at m(x), not at m.forward(x); " * exists + nearest(name, known),
                 )
             cuts |= {first if side == BEGINNING else last + 1: _asked(name, side) for first, last in found}
         return cuts

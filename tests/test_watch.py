@@ -337,3 +337,7 @@ def test_a_follower_says_nothing_at_the_switch() -> None:
         warnings.simplefilter("error")
         pipe.eval()
     assert torch.equal(pipe(X)[0], X * 2)
+
+
+def test_looking_at_generators_is_no_part_of_the_trace() -> None:
+    assert [entry.name for entry in pipeline(nn.Linear(4, 4), (X,)).program.state] == ["weight", "bias"]
