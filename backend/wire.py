@@ -115,19 +115,22 @@ def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
     return item.new_empty_strided(item.shape, strides).copy_(item)
 
 
+_WRITES = ("is a view and is being modified inplace", "with out=... arguments don't support automatic differentiation")
+
+
 @contextmanager
 def writes_explained(stage: int) -> Iterator[None]:
-    """torch's refusal to write into one of several views, raised inside, is a StagecutError that says what it has to do with a cut.
+    """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it has to do with a cut.
 
-    Nobody can tell from outside whether what a module kept whole makes carries gradient, so where it crosses it does.
+    Into one of several views, or by `out=`. Nobody can tell from outside whether what a module kept whole makes carries gradient, so where it crosses it does.
     """
     try:
         yield
     except RuntimeError as error:
-        if "is a view and is being modified inplace" not in str(error):
+        if not any(refusal in str(error) for refusal in _WRITES):
             raise
         raise StagecutError(
-            f"stage {stage} writes into one of several views of a tensor that crosses and carries gradient: {str(error).split('.')[0]}",
+            f"stage {stage} writes in a way that torch refuses where what crosses carries gradient: {str(error).splitlines()[0]}",
             hint="write into a clone; or, where what a module kept whole makes carries none, detach() it behind the module",
         ).with_traceback(error.__traceback__) from None
 

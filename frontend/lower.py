@@ -183,6 +183,8 @@ class Lowering:
             elif node.target in _SWITCHES:
                 context = _switched(node, self.tree(node.args[:4], env), context, outer)
                 env[node] = None
+            elif node.meta.get(SAME):
+                env[node] = self.tree(node.args[0], env)
             elif node.op != "placeholder":
                 env[node] = self.call(node, env, ops, context, Seen(node.meta.get("val")))
         raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")

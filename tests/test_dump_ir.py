@@ -209,6 +209,7 @@ def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixtu
     ("arguments", "why"),
     [
         (["--report", "--passes", "canonicalize"], "costs are those of linked programs"),
+        (["--format", "dot", "--passes", "canonicalize"], "a picture of stages is of a linked program, this one is traced"),
         (["--report", "--device", "H1000"], "did you mean 'H100' or 'H200' or 'A100'?\n"),
         (["--report", "--device", "cpu"], "did you mean 'CPU'?\n"),
         (["--report", "--schedule", "ZBVZeroBubble"], "an even number of --stages, or another --schedule"),

@@ -486,3 +486,32 @@ def test_no_error_names_a_line_of_the_standard_library() -> None:
     with pytest.raises(CaptureError) as caught:
         pipeline(model, (X,))
     assert "contextlib" not in caught.value.where
+
+
+class Quiet(nn.Module):
+    """A dropout that is off, where no gradient is recorded: it returns the very tensor, with all its history."""
+
+    def __init__(self, drop: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.drop(x, 0.5, self.training)
+        pipe_split()
+        return x * 2
+
+
+@pytest.mark.parametrize("drop", [F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d])
+def test_a_dropout_that_is_off_under_no_grad_keeps_the_gradient(drop: Callable[..., torch.Tensor]) -> None:
+    given = X.view(2, 4, 1).clone().requires_grad_() if drop is F.dropout1d else X.clone().requires_grad_()
+    pipe = pipeline(Quiet(drop).eval(), (given,), check=None)
+    for box in (Mailbox(pipe.program, pipe.stages), None):
+        given.grad = None
+        if box is None:
+            pipe.module()(given).sum().backward()
+        else:
+            box.forward([given])[0].sum().backward()
+            box.backward()
+            given.grad = box.input_gradients()[0]
+        assert torch.equal(given.grad, torch.full_like(given, 2.0))

@@ -45,7 +45,7 @@ CUT_REFUSALS = (
     "which may or may not be the tensor it was given",
     "which is kept whole",
 )
-RUN_REFUSALS = ("is written in one stage and read or written in another", "writes into one of several views of a tensor that crosses")
+RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
 
 LIMIT = 30

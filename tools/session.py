@@ -169,8 +169,11 @@ class Session:
         from stagecut.backend.dot import to_dot, to_svg
 
         options = self._options
-        if program.phase != "linked":
-            raise InputError(f"pictures are of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
+        if program.phase != "linked" and (options.level == "stages" or options.only):
+            raise InputError(
+                f"a picture of stages is of a linked program, this one is {program.phase}",
+                hint="run all passes, --passes all; or draw the whole of it, --level modules or --level ops",
+            )
         stage = int(options.only[0].removeprefix("stage=")) if options.only else None
         level = "modules" if stage is not None and options.level == "stages" else options.level
         make = to_svg if options.format == "svg" else to_dot
