@@ -122,7 +122,8 @@ _WRITES = ("is a view and is being modified inplace", "with out=... arguments do
 def writes_explained(stage: int) -> Iterator[None]:
     """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it has to do with a cut.
 
-    Into one of several views, or by `out=`. Nobody can tell from outside whether what a module kept whole makes carries gradient, so where it crosses it does.
+    Into one of several views, or by `out=`. Nobody can tell from outside whether what a module kept whole makes carries gradient, so
+    where it crosses it does.
     """
     try:
         yield
