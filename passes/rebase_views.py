@@ -59,8 +59,12 @@ class _Aliases:
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
+        whole = {root for value in written if not isinstance((root := self._steps(value)[0]).owner, Op)}  # inputs and state need not cross
         for value in self._received(op.operands, here):
-            beside = found.get(self._steps(value)[0], [value])
+            root = self._steps(value)[0]
+            if root in whole:
+                found.setdefault(root, [])
+            beside = found.get(root, [value])
             if value not in beside:
                 beside.append(value)
         return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}

@@ -217,6 +217,21 @@ def test_a_write_into_a_received_part_of_a_tensor_finds_the_strides_it_knows() -
     assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x])[0], model(x))
 
 
+def test_an_input_is_written_from_a_part_of_itself_that_was_taken_in_another_stage() -> None:
+    """What is read while it is written shares its storage, as in the model: torch does not look where a tensor is no dense one."""
+
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            row = x[0]
+            pipe_split()
+            x.add_(row)
+            return x * 1
+
+    model, x = Part(), torch.randn(4, 7).t()
+    pipe = pipeline(model, (x.clone(),), check=None)
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+
+
 class _Assigns(nn.Module):
     """Gives a buffer a new tensor, while the old one goes on being read or written under another name."""
 
