@@ -232,6 +232,25 @@ def test_an_input_is_written_from_a_part_of_itself_that_was_taken_in_another_sta
     assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
 
 
+def test_what_is_broadcast_to_its_own_shape_is_itself() -> None:
+    """A loss does it to what it compares; a view taken anew behind the cut would read what was written before."""
+
+    class Compared(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = x + 0.5
+            F.mse_loss(x, y)
+            y.addcmul_(y, y, value=0.5)
+            pipe_split()
+            part = (x * y).sum(1)
+            x.copy_(y)
+            return part
+
+    model, x = Compared(), torch.randn(7, 4)
+    pipe = pipeline(model, (x.clone(),))
+    assert not any("broadcast" in op.target for op in pipe.program.all_ops())
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+
+
 class _Assigns(nn.Module):
     """Gives a buffer a new tensor, while the old one goes on being read or written under another name."""
 
