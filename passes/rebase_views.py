@@ -116,8 +116,10 @@ class _Aliases:
             if value is base:
                 continue
             derived, steps = base, self._steps(value)[1]
+            anew: dict[Value, Value] = {}  # an operand that only lends its shape may be one of the views on the way
             for view, index in reversed(steps[: len(steps) - known]):
-                derived = self._twin(view, index, derived, base, stage.index, twins).results[index]
+                derived = self._twin(view, index, derived, base, stage.index, twins, anew).results[index]
+                anew[view.results[index]] = derived
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
         return crossing != [base]
 
@@ -136,8 +138,10 @@ class _Aliases:
                 found.append((len(steps), self._member(value) is not root, value))
         return min(found, key=lambda item: item[:2])[2] if found else None
 
-    def _twin(self, view: Op, index: int, base: Value, whole: Value, here: int, twins: dict[tuple[Op, Value], Op]) -> Op:
-        """The view op on `base`, which is `whole` or a view of it, in stage `here`."""
+    def _twin(
+        self, view: Op, index: int, base: Value, whole: Value, here: int, twins: dict[tuple[Op, Value], Op], anew: dict[Value, Value]
+    ) -> Op:
+        """The view op on `base`, which is `whole` or a view of it, in stage `here`; `anew` are the views of `whole` there are already."""
         if view.has_effect:
             raise SplitError(
                 f"stage {here} writes the result of {view.target}, which may or may not be the tensor it was given",
@@ -148,6 +152,7 @@ class _Aliases:
             viewed = view.effects.viewed(index)
             steps = self._steps(whole)  # an operand that only lends its shape may be the whole itself
             now = {operand: whole for operand in view.operands if self._steps(operand) == steps}
+            now |= {operand: anew[member] for operand in view.operands if (member := self._member(operand)) in anew}
             if viewed is not None:
                 now[view.operands[viewed]] = base
             twin = twins[view, base] = view.copy(now)

@@ -251,6 +251,21 @@ def test_what_is_broadcast_to_its_own_shape_is_itself() -> None:
     assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
 
 
+def test_a_view_that_lends_its_shape_to_a_view_of_it_is_taken_anew_too() -> None:
+    class Spread(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = x.t()
+            wide = turned[..., :1].expand_as(turned)
+            x[:, :2] = x[:, 2:] * 2
+            pipe_split()
+            x[:, :2] = x[:, 2:] * 3
+            return wide.clone()
+
+    model, x = Spread(), torch.randn(7, 4)
+    pipe = pipeline(model, (x.clone(),))
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+
+
 class _Assigns(nn.Module):
     """Gives a buffer a new tensor, while the old one goes on being read or written under another name."""
 
