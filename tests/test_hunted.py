@@ -266,6 +266,25 @@ def test_a_view_that_lends_its_shape_to_a_view_of_it_is_taken_anew_too() -> None
     assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
 
 
+def test_a_view_that_is_read_for_nothing_may_be_written_as_in_the_model() -> None:
+    """torch refuses to write a view whose base was given a gradient since, unless somebody read the view in between."""
+
+    class Stale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = x.t()
+            x[0] = self.p * 2
+            torch.sigmoid(turned)
+            turned.mul_(0.5)
+            return self.p * 3
+
+    model, x = Stale(), torch.randn(7, 4)
+    assert torch.equal(pipeline(model, (x.clone(),)).module()(x.clone()), model(x.clone()))
+
+
 class _Assigns(nn.Module):
     """Gives a buffer a new tensor, while the old one goes on being read or written under another name."""
 
