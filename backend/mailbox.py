@@ -139,7 +139,9 @@ class Mailbox:
             pairs = [(v, sent, self._gradient(v, index)) for v, sent in zip(block.outputs, self._sent[index], strict=True)]
             # a view made under no_grad says that it requires grad, but nothing flows through it
             live = [(t, g) for v, t, g in pairs if g is not None and carries_grad(v.type) and t.requires_grad]
-            if live:
+            if not live:
+                continue
+            with writes_explained(index):
                 torch.autograd.backward([t for t, _ in live], [g for _, g in live])
 
     def _gradient(self, value: Value, index: int) -> torch.Tensor | None:

@@ -115,15 +115,19 @@ def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
     return item.new_empty_strided(item.shape, strides).copy_(item)
 
 
-_WRITES = ("is a view and is being modified inplace", "with out=... arguments don't support automatic differentiation")
+_WRITES = (
+    "is a view and is being modified inplace",
+    "with out=... arguments don't support automatic differentiation",
+    "needed for gradient computation has been modified by an inplace operation",
+)
 
 
 @contextmanager
 def writes_explained(stage: int) -> Iterator[None]:
     """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it has to do with a cut.
 
-    Into one of several views, or by `out=`. Nobody can tell from outside whether what a module kept whole makes carries gradient, so
-    where it crosses it does.
+    Into one of several views, by `out=`, or into what backward needs. Nobody can tell from outside whether what a module kept whole makes
+    carries gradient, so where it crosses it does.
     """
     try:
         yield

@@ -12,6 +12,7 @@ import ast
 import copy
 import inspect
 import linecache
+import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -112,6 +113,8 @@ class ModeReads(TorchFunctionMode):
             func(*args)
             self._switch_grad(args[0])
             return None
+        if func is torch.Tensor.contiguous and get_proxy_mode() is not None:
+            return _contiguous(func(*args, **kwargs), *args, **kwargs)
         if func not in _FLAGGED or get_proxy_mode() is None:
             return func(*args, **kwargs)
         if func in _IDENTITIES:
@@ -169,6 +172,34 @@ class ModeReads(TorchFunctionMode):
     def choices(self) -> dict[str, str]:
         """Module path -> where Python chose by its mode."""
         return {path: read.place for read in reversed(self._reads) for path in self._paths[read.owner]}
+
+
+def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What `contiguous()` made of a tensor; of what a dropout returned, by an op of its own where a trace has nothing to do.
+
+    In a trace a dropout makes a new tensor. One that is off returns its operand, whose elements may lie anyhow.
+    """
+    if made is not given or args or kwargs or not _is_of_dropout(given):
+        return made
+    same = torch.ops.aten.alias.default(given)
+    _last_node().meta[SAME] = True
+    return torch.ops.aten.contiguous.default(same)  # type: ignore[no-any-return]
+
+
+def _is_of_dropout(tensor: torch.Tensor) -> bool:
+    """True for what a dropout returned, and for views of it."""
+    tracer: Any = get_proxy_mode()
+    slot = get_proxy_slot(tensor, tracer.tracer, None)
+    node = slot.proxy.node if slot is not None else None
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if "dropout" in getattr(node.target, "__name__", ""):
+            return True
+        schema = getattr(node.target, "_schema", None)
+        alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
+        if node.target is not operator.getitem and (alias is None or alias.is_write):
+            return False
+        node = node.args[0] if node.args else None  # type: ignore[assignment]
+    return False
 
 
 def _chooses(owner: nn.Module) -> bool:

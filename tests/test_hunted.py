@@ -583,3 +583,69 @@ def test_a_dropout_that_is_off_under_no_grad_keeps_the_gradient(drop: Callable[.
             box.backward()
             given.grad = box.input_gradients()[0]
         assert torch.equal(given.grad, torch.full_like(given, 2.0))
+
+
+class Heads(nn.Module):
+    """A dropout of a part of a wider tensor, laid out anew behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.drop = nn.Linear(4, 12), nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        q, k, _ = self.qkv(x).chunk(3, -1)
+        pipe_split()
+        q = self.drop(q)
+        laid = q.contiguous()
+        return laid.view(-1, 2), q[:1].contiguous().view(-1), q, k
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_dropout_that_is_off_returns_is_laid_out_anew(training: bool) -> None:
+    """In a trace what a dropout returns lies in order already; in a run without it, it is a part of a wider tensor."""
+    model = Heads().train(training)
+    pipe = pipeline(model, (X,))
+    for mode in (training, not training):
+        model.train(mode), pipe.train(mode)
+        runs = []
+        for run in (model, pipe.module()):
+            torch.manual_seed(1)
+            runs.append(run(X))
+        for one, other in zip(*runs, strict=True):
+            assert torch.equal(one, other)
+        places = [[t.untyped_storage().data_ptr() for t in found] for found in runs]
+        assert [place.index(p) for place in places for p in place][:4] == [place.index(p) for place in places for p in place][4:]
+        assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([X])[0].isfinite().all(), torch.tensor(True))
+
+
+def test_a_write_into_what_backward_needs_is_explained() -> None:
+    """Where what a module kept whole made carries none, the model may write what its backward would need."""
+
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sort(-1).values
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sorts = Sorts()
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            made = self.sorts(x)
+            pipe_split()
+            y.copy_(made)
+            product = made * y
+            y.clamp_(max=0.5)
+            return product * 2
+
+    model, inputs = Copies(), (torch.randn(3, 4), torch.randn(3, 4))
+    pipe = pipeline(model, inputs, leaf_modules=["sorts"], check=None)
+    box = Mailbox(pipe.program, pipe.stages)
+    out = box.forward([*inputs])[0]
+    out.sum().backward()
+    with pytest.raises(StagecutError, match="stage 1 writes in a way that torch refuses"):
+        box.backward()

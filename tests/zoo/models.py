@@ -269,7 +269,7 @@ ARCHITECTURES = (
     _recurrent("Mamba2ForCausalLM", state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
     _recurrent("FalconMambaForCausalLM", state_size=4),
     _recurrent("RecurrentGemmaForCausalLM", lru_width=32, attention_window_size=8),
-    replace(_recurrent("RwkvForCausalLM", context_length=64, attention_hidden_size=32), warm=True),
+    replace(_recurrent("RwkvForCausalLM", context_length=64, attention_hidden_size=32, use_cache=False), warm=True),  # no backward with one
     _recurrent("JambaForCausalLM", mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, num_experts=2, attn_layer_period=2,
                attn_layer_offset=1),
     _recurrent("BambaForCausalLM", mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, attn_layer_indices=[1]),
