@@ -187,7 +187,7 @@ def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: A
 
 
 def _is_of_dropout(tensor: torch.Tensor) -> bool:
-    """True for what a dropout returned, and for views of it."""
+    """True for what a dropout returned, for views of it, and for what was written into those."""
     tracer: Any = get_proxy_mode()
     slot = get_proxy_slot(tensor, tracer.tracer, None)
     node = slot.proxy.node if slot is not None else None
@@ -196,7 +196,7 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
             return True
         schema = getattr(node.target, "_schema", None)
         alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
-        if node.target is not operator.getitem and (alias is None or alias.is_write):
+        if node.target is not operator.getitem and alias is None:
             return False
         node = node.args[0] if node.args else None  # type: ignore[assignment]
     return False

@@ -593,7 +593,8 @@ class Heads(nn.Module):
         self.qkv, self.drop = nn.Linear(4, 12), nn.Dropout(0.1)
 
     def forward(self, x: torch.Tensor) -> Any:
-        q, k, _ = self.qkv(x).chunk(3, -1)
+        made = self.qkv(x)
+        q, k = made[:, :4], made[:, 4:8]
         pipe_split()
         q = self.drop(q)
         laid = q.contiguous()
@@ -616,6 +617,18 @@ def test_what_a_dropout_that_is_off_returns_is_laid_out_anew(training: bool) -> 
         places = [[t.untyped_storage().data_ptr() for t in found] for found in runs]
         assert [place.index(p) for place in places for p in place][:4] == [place.index(p) for place in places for p in place][4:]
         assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([X])[0].isfinite().all(), torch.tensor(True))
+
+
+def test_what_is_written_into_a_dropout_that_is_off_is_laid_out_anew() -> None:
+    class Written(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            made = x * 2
+            part = F.dropout(made[:, 2:], 0.5, self.training)
+            part.add_(1)
+            return part.contiguous(), made
+
+    laid, made = pipeline(Written().eval(), (X,))(X)
+    assert laid.untyped_storage().data_ptr() != made.untyped_storage().data_ptr()
 
 
 def test_a_write_into_what_backward_needs_is_explained() -> None:
