@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.types import TensorType
 
 BEFORE = -1
 """Position of everything that is there before the first op: user inputs and state."""
@@ -84,6 +85,17 @@ def storage_root(value: Value) -> Value:
             break
         value = unwritten(value.owner.operands[viewed])
     return value
+
+
+def is_what_it_wrote(op: Op, result: int) -> bool:
+    """True when a result is the very tensor that its op wrote. An in-place op returns that, a module kept whole any view of it."""
+    viewed = op.effects.viewed(result)
+    if viewed is None or viewed not in op.effects.writes:
+        return False
+    if not op.target.startswith(("module.", "extern.")):
+        return True
+    kinds = [value.type for value in (op.results[result], op.operands[viewed])]
+    return len({(kind.dtype, kind.shape, kind.strides) for kind in kinds if isinstance(kind, TensorType)}) == 1
 
 
 def unwritten(value: Value) -> Value:

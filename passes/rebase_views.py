@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
+from stagecut.ir.outline import is_what_it_wrote
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class _Aliases:
             viewed = op.effects.viewed(index)
             if viewed is None:
                 break
-            if viewed not in op.effects.writes:  # an in-place op returns its operand itself
+            if not is_what_it_wrote(op, index):
                 steps.append((op, index))
             member = self._member(op.operands[viewed])
         return member, steps

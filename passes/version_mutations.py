@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, StateEntry, Value
-from stagecut.ir.outline import positions
+from stagecut.ir.outline import is_what_it_wrote, positions
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class _AliasClasses:
 
     def _move_anchors(self, op: Op) -> None:
         """A root nobody reads gets no new version. What an in-place op returns is then all of it that is still in use, up to date."""
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed in op.effects.writes and viewed is not None and self._root[result] in self._lost:
+        for index, result in enumerate(op.results):
+            if is_what_it_wrote(op, index) and self._root[result] in self._lost:
                 self._anchor[self._root[result]] = result
         self._lost = set()
 

@@ -662,3 +662,35 @@ def test_a_write_into_what_backward_needs_is_explained() -> None:
     out.sum().backward()
     with pytest.raises(StagecutError, match="stage 1 writes in a way that torch refuses"):
         box.backward()
+
+
+class Spreads(nn.Module):
+    """Writes what it is given, and returns a view of it in which every element of a row is its first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)[..., :1].expand_as(x)
+
+
+class Reads(nn.Module):
+    def __init__(self, out: bool) -> None:
+        super().__init__()
+        self.spreads, self.out = Spreads(), out
+
+    def forward(self, x: torch.Tensor) -> Any:
+        spread = self.spreads(x)
+        pipe_split()
+        if self.out:
+            x.add_(1)
+        return spread * 3, x
+
+
+def test_a_view_that_a_module_kept_whole_returns_of_what_it_wrote_is_not_what_it_wrote() -> None:
+    pipe = pipeline(Reads(False), (X.clone(),), leaf_modules=["spreads"])
+    for run in (lambda x: pipe(x), lambda x: Mailbox(pipe.program, pipe.stages).forward([x])):
+        assert torch.equal(run(X.clone())[0], (X * 6)[:, :1].expand(2, 4))
+    with pytest.raises(StagecutError, match=r"stage 1 writes the result of module\.spreads"):
+        pipeline(Reads(True), (X.clone(),), leaf_modules=["spreads"])
