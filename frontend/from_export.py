@@ -37,8 +37,8 @@ def lower_export(
     if module is not None and CHOICES in exported.graph_module.meta:
         bindings.switches, places = switches(module)
         lowering.fixed = exported.graph_module.meta[FIXED]
-        whole = {call.path for call in (leaf_calls or {}).values()}
-        set_inside = {p: where for p, where in lowering.fixed.items() if any(f"{p}.".startswith(f"{path}.") for path in whole)}
+        whole = tuple(f"{call.path}." for call in (leaf_calls or {}).values())
+        set_inside = {path: where for path, where in lowering.fixed.items() if f"{path}.".startswith(whole)}
         bindings.branches = exported.graph_module.meta[CHOICES] | places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:

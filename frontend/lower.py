@@ -44,7 +44,7 @@ from stagecut.ir.graph import (
     transform,
 )
 from stagecut.ir.targets import name_of
-from stagecut.ir.types import NONE, TensorType
+from stagecut.ir.types import NONE, same_layout
 
 TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -216,7 +216,7 @@ class Lowering:
             return self._inline(graph, operands, ops, (*outer, inner))
         tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
         if name == "aten.broadcast_tensors.default":  # what has that shape already is returned as it is
-            tree = [given if _is_alike(made, given) else made for made, given in zip(tree, args[0], strict=True)]
+            tree = [given if same_layout(made.type, given.type) else made for made, given in zip(tree, args[0], strict=True)]
         if step in _CLOSING:
             self._whole = self._whole[:-1]
         return tree
@@ -552,12 +552,6 @@ _COPIES = frozenset({"aten.lift_fresh_copy.default"})
 """Ops whose fake results share storage with an operand, but whose real ones do not."""
 
 _DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and not name.startswith("aten.native"))
-
-
-def _is_alike(one: Value, other: Value) -> bool:
-    """True for tensors of the same dtype and the same place of every element."""
-    kinds = [value.type for value in (one, other) if isinstance(value.type, TensorType)]
-    return len(kinds) == 2 and len({(kind.dtype, kind.shape, kind.strides) for kind in kinds}) == 1
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:

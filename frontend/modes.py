@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
@@ -77,6 +76,7 @@ class ModeReads(TorchFunctionMode):
             self._paths.setdefault(id(owner), []).append(path)
         self._reads: list[_Read] = []
         self._set: dict[int, str] = {}
+        self._calls: dict[str, dict[_Span, ast.Call] | None] = {}
         self._grad: bool | None = None
 
     @contextmanager
@@ -121,14 +121,12 @@ class ModeReads(TorchFunctionMode):
             given = inspect.signature(func).bind(*args, **kwargs)
             given.apply_defaults()
             if not given.arguments["training"] and not given.arguments["inplace"]:
-                alias = torch.ops.aten.alias.default(given.arguments["input"])
-                _last_node().meta[SAME] = True
-                given.arguments["input"] = alias
+                given.arguments["input"] = _itself(given.arguments["input"])
                 args, kwargs = given.args, given.kwargs
         result = func(*args, **kwargs)
         caller = _caller()
         if not caller.f_code.co_filename.startswith(TORCH_DIR):
-            _last_node().meta[FOLLOWS] = self._followed(func, caller)
+            last_node().meta[FOLLOWS] = self._followed(func, caller)
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
@@ -146,16 +144,16 @@ class ModeReads(TorchFunctionMode):
             if object is not None and not hasattr(object, "_stagecut_grad"):
                 object._stagecut_grad = self._grad
             self._grad = enabled
-        if get_proxy_mode() is not None and _last_node().target is torch._C._set_grad_enabled:
-            _last_node().meta[GRAD] = self._grad
+        if get_proxy_mode() is not None and last_node().target is torch._C._set_grad_enabled:
+            last_node().meta[GRAD] = self._grad
 
     def _followed(self, func: Any, caller: FrameType) -> tuple[str, ...]:
         """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its own."""
         span, frame = _span(caller), (id(caller), caller.f_code)
         here = [r for r in self._reads if r.frame == frame]
-        lines = linecache.getlines(caller.f_code.co_filename)
-        if lines:
-            flag = _argument("".join(lines), span, *_FLAGGED[func])
+        calls = self._calls_in(caller.f_code.co_filename)
+        if calls is not None:
+            flag = _argument(calls.get(span), *_FLAGGED[func])
             found = next((r for r in here if r.span == flag), None)
         else:  # code without a source: what is read last inside the call
             found = next((r for r in reversed(here) if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]), None)
@@ -163,6 +161,13 @@ class ModeReads(TorchFunctionMode):
             return ()
         self._reads.remove(found)
         return tuple(self._paths[found.owner])
+
+    def _calls_in(self, file: str) -> dict[_Span, ast.Call] | None:
+        """All calls in a source file, by where they stand; None without a source."""
+        if file not in self._calls:
+            lines = linecache.getlines(file)
+            self._calls[file] = _calls("".join(lines)) if lines else None
+        return self._calls[file]
 
     @property
     def fixed(self) -> dict[str, str]:
@@ -181,16 +186,19 @@ def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: A
     """
     if made is not given or args or kwargs or not _is_of_dropout(given):
         return made
-    same = torch.ops.aten.alias.default(given)
-    _last_node().meta[SAME] = True
-    return torch.ops.aten.contiguous.default(same)  # type: ignore[no-any-return]
+    return torch.ops.aten.contiguous.default(_itself(given))  # type: ignore[no-any-return]
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor for the tracer, so that it does not take what comes of it for `tensor`; none for the stages."""
+    alias: torch.Tensor = torch.ops.aten.alias.default(tensor)
+    last_node().meta[SAME] = True
+    return alias
 
 
 def _is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for what a dropout returned, for views of it, and for what was written into those."""
-    tracer: Any = get_proxy_mode()
-    slot = get_proxy_slot(tensor, tracer.tracer, None)
-    node = slot.proxy.node if slot is not None else None
+    node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
         if "dropout" in getattr(node.target, "__name__", ""):
             return True
@@ -212,18 +220,15 @@ def _chooses(owner: nn.Module) -> bool:
 _Span = tuple[int, int, int, int]
 
 
-def _argument(source: str, call: _Span, position: int, name: str) -> _Span | None:
+def _argument(made: ast.Call | None, position: int, name: str) -> _Span | None:
     """Where an argument of a call stands in the source, None where it is not given as such."""
-    made = _calls(source).get(call)
     if made is None or any(isinstance(item, ast.Starred) for item in made.args[: position + 1]):
         return None
     given = made.args[position] if position < len(made.args) else next((k.value for k in made.keywords if k.arg == name), None)
     return _place(given) if given is not None else None
 
 
-@lru_cache(maxsize=256)
 def _calls(source: str) -> dict[_Span, ast.Call]:
-    """All calls in a source, by where they stand."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
@@ -249,9 +254,17 @@ def _caller() -> FrameType:
     return frame
 
 
-def _last_node() -> Any:
+def last_node() -> Any:
+    """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
     return next(reversed(tracer.tracer.graph.nodes))
+
+
+def node_of(tensor: torch.Tensor) -> fx.Node | None:
+    """The node that stands for a tensor in the trace that is being made, None for none."""
+    tracer: Any = get_proxy_mode()
+    slot = get_proxy_slot(tensor, tracer.tracer, None)
+    return slot.proxy.node if slot is not None else None
 
 
 def switches(module: nn.Module) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:

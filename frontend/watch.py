@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.draws import Generators, is_generator
@@ -39,7 +38,7 @@ from stagecut.frontend.kept import (
 )
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, storage_of
-from stagecut.frontend.modes import ModeReads
+from stagecut.frontend.modes import ModeReads, last_node, node_of
 from stagecut.frontend.pinpoint import LineFinder
 from stagecut.frontend.surroundings import Surroundings
 from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, refusing
@@ -312,8 +311,7 @@ class Watch:
 
     def _mark(self, key: tuple[str, str, str], tensor: torch.Tensor) -> torch.Tensor:
         """The last op of the trace stands for the assignment to a buffer."""
-        tracer: Any = get_proxy_mode()
-        node = next(reversed(tracer.tracer.graph.nodes))
+        node = last_node()
         node.meta[ASSIGNED] = True
         line = self._lines.get((id(self._module.get_submodule(key[0])), key[2]))
         if line:
@@ -491,9 +489,8 @@ def _is_constant(item: Any) -> bool:
 
 
 def _depends(tensor: torch.Tensor) -> bool:
-    tracer: Any = get_proxy_mode()
-    slot = get_proxy_slot(tensor, tracer.tracer, None)
-    todo = [slot.proxy.node] if slot is not None else []
+    made = node_of(tensor)
+    todo = [made] if made is not None else []
     seen: set[fx.Node] = set()
     while todo:
         node = todo.pop()

@@ -244,6 +244,11 @@ class Op:
         return e.effect or e.random or bool(e.writes)
 
     @property
+    def is_users(self) -> bool:
+        """True for a call of the user's own code: of a module kept whole, or of a function."""
+        return self.target.startswith(("module.", "extern."))
+
+    @property
     def is_view(self) -> bool:
         """True when the op does nothing but take views of its operands."""
         return bool(self.effects.views) and None not in self.effects.views and not self.effects.writes

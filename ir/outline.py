@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import same_layout
 
 BEFORE = -1
 """Position of everything that is there before the first op: user inputs and state."""
@@ -79,12 +79,18 @@ def modules_of(stage: Stage, most: int = 4) -> list[str]:
 def storage_root(value: Value) -> Value:
     """The value in whose storage `value` lives: what it is a version or a view of."""
     value = unwritten(value)
-    while isinstance(value.owner, Op):
-        viewed = value.owner.effects.viewed(value.owner.results.index(value))
-        if viewed is None:
-            break
-        value = unwritten(value.owner.operands[viewed])
+    while (base := viewed_value(value)) is not None:
+        value = unwritten(base)
     return value
+
+
+def viewed_value(value: Value) -> Value | None:
+    """The value that `value` was made a view of, None for what is no view."""
+    op = value.owner
+    if not isinstance(op, Op) or value not in op.results:
+        return None
+    viewed = op.effects.viewed(op.results.index(value))
+    return None if viewed is None else op.operands[viewed]
 
 
 def is_what_it_wrote(op: Op, result: int) -> bool:
@@ -92,10 +98,7 @@ def is_what_it_wrote(op: Op, result: int) -> bool:
     viewed = op.effects.viewed(result)
     if viewed is None or viewed not in op.effects.writes:
         return False
-    if not op.target.startswith(("module.", "extern.")):
-        return True
-    kinds = [value.type for value in (op.results[result], op.operands[viewed])]
-    return len({(kind.dtype, kind.shape, kind.strides) for kind in kinds if isinstance(kind, TensorType)}) == 1
+    return not op.is_users or same_layout(op.results[result].type, op.operands[viewed].type)
 
 
 def unwritten(value: Value) -> Value:

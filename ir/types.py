@@ -90,6 +90,13 @@ def value_bytes(kind: Type) -> int | None:
     return kind.nbytes() if isinstance(kind, TensorType) else 8
 
 
+def same_layout(one: Type, other: Type) -> bool:
+    """True for tensor types of one dtype, in which every element lies in the same place."""
+    if not isinstance(one, TensorType) or not isinstance(other, TensorType):
+        return False
+    return (one.dtype, one.shape, one.strides) == (other.dtype, other.shape, other.strides)
+
+
 def carries_grad(kind: Type) -> bool:
     """True for a tensor type marked as carrying gradient."""
     return isinstance(kind, TensorType) and kind.grad

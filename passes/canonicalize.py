@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.outline import viewed_value
 
 GUARDS = frozenset(
     {
@@ -37,15 +38,10 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
     for op in reversed(ops):
         keep = op.is_split or (op.target not in GUARDS and (op.has_effect or any(value in written for value in op.operands)))
-        written.update(op.operands[i] for i in op.effects.writes if _is_view(op.operands[i]))
+        written.update(op.operands[i] for i in op.effects.writes if viewed_value(op.operands[i]) is not None)
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
-
-
-def _is_view(value: Value) -> bool:
-    op = value.owner
-    return isinstance(op, Op) and value in op.results and op.effects.viewed(op.results.index(value)) is not None
 
 
 def _idle_markers(ops: list[Op]) -> set[Op]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from stagecut.ir.graph import Context, Op, Program, Value
-from stagecut.ir.types import TensorType, carries_grad
+from stagecut.ir.types import TensorType, carries_grad, same_layout
 
 _CUTTING: tuple[str, ...] = (
     "data",
@@ -75,11 +75,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
     """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So does a module or a
     function of the user's that returns what it is given."""
-    result, operand = op.results[index].type, op.operands[viewed].type
-    whole = op.target.startswith(("module.", "extern."))
-    if not (whole or _name(op) in _CONVERSIONS) or not isinstance(result, TensorType) or not isinstance(operand, TensorType):
-        return False
-    return (result.dtype, result.shape, result.strides) == (operand.dtype, operand.shape, operand.strides)
+    return (op.is_users or _name(op) in _CONVERSIONS) and same_layout(op.results[index].type, op.operands[viewed].type)
 
 
 def _passes_on(op: Op) -> bool:

@@ -243,7 +243,7 @@ class _Window:
 
 def _is_cheap(op: Op, cheap: set[Value]) -> bool:
     """True for what stages make anew instead of receiving it."""
-    if op.has_effect or op.regions or op.target.startswith(("module.", "extern.")) or is_heavy(op):
+    if op.has_effect or op.regions or op.is_users or is_heavy(op):
         return False
     if any(carries_grad(result.type) for result in op.results):
         return False

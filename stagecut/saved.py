@@ -103,7 +103,7 @@ def _stage(index: int, count: int) -> int:
 
 def _refuse_whole(program: Program) -> None:
     """Raises SavedError naming what the program calls that only this process has."""
-    whole = dict.fromkeys(op.target for op in nested_ops(program.all_ops()) if op.target.startswith(("module.", "extern.")))
+    whole = dict.fromkeys(op.target for op in nested_ops(program.all_ops()) if op.is_users)
     if whole:
         names = ", ".join(f"'{name.partition('.')[2]}'" for name in whole)
         raise SavedError(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
-from stagecut import SplitPoint, load, pipe_split, pipeline
+from stagecut import Pipe, SplitPoint, load, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
 from stagecut.ir.errors import CaptureError, InputError, StagecutError
 
@@ -202,6 +202,13 @@ def test_an_op_that_writes_what_it_is_told_returns_that() -> None:
     assert getattr(add.results[0].type, "grad", False)
 
 
+def same_across_processes(model: nn.Module, x: torch.Tensor, **options: Any) -> Pipe:
+    """The pipe of a model, whose stages give the same as separate processes would run them."""
+    pipe = pipeline(model, (x.clone(),), **options)
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+    return pipe
+
+
 def test_a_write_into_a_received_part_of_a_tensor_finds_the_strides_it_knows() -> None:
     """torch refuses to write a dense tensor from a part of itself, and does not look where the tensor is no dense one."""
 
@@ -227,9 +234,7 @@ def test_an_input_is_written_from_a_part_of_itself_that_was_taken_in_another_sta
             x.add_(row)
             return x * 1
 
-    model, x = Part(), torch.randn(4, 7).t()
-    pipe = pipeline(model, (x.clone(),), check=None)
-    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+    same_across_processes(Part(), torch.randn(4, 7).t(), check=None)
 
 
 def test_what_is_broadcast_to_its_own_shape_is_itself() -> None:
@@ -245,10 +250,8 @@ def test_what_is_broadcast_to_its_own_shape_is_itself() -> None:
             x.copy_(y)
             return part
 
-    model, x = Compared(), torch.randn(7, 4)
-    pipe = pipeline(model, (x.clone(),))
+    pipe = same_across_processes(Compared(), torch.randn(7, 4))
     assert not any("broadcast" in op.target for op in pipe.program.all_ops())
-    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
 
 
 def test_a_view_that_lends_its_shape_to_a_view_of_it_is_taken_anew_too() -> None:
@@ -261,9 +264,7 @@ def test_a_view_that_lends_its_shape_to_a_view_of_it_is_taken_anew_too() -> None
             x[:, :2] = x[:, 2:] * 3
             return wide.clone()
 
-    model, x = Spread(), torch.randn(7, 4)
-    pipe = pipeline(model, (x.clone(),))
-    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([x.clone()])[0], model(x.clone()))
+    same_across_processes(Spread(), torch.randn(7, 4))
 
 
 def test_a_view_that_is_read_for_nothing_may_be_written_as_in_the_model() -> None:
