@@ -102,11 +102,11 @@ def distinct_tensors(tree: Any) -> Any:
 
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:
     name, text = type(module).__name__, str(error)
-    if (odd := _NO_META.search(text)) is not None:
+    if (odd := _ODD.search(text)) is not None:
         return CaptureError(
-            f"{name} returns a {odd[1]}, which is neither a tensor nor plain data",
+            f"{name} returns a {odd[1] or odd[2]}, which is neither a tensor nor plain data",
             where=place_of(type(module)),
-            hint="return tensors, numbers and texts; of an Enum, its value",
+            hint="return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as attributes",
         )
     return CaptureError(
         f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text)])}",
@@ -115,7 +115,7 @@ def _refusal(module: nn.Module, error: Exception) -> CaptureError:
     )
 
 
-_NO_META = re.compile(r"^'(\w+)' object has no attribute 'meta'$")
+_ODD = re.compile(r"^'(\w+)' object has no attribute 'meta'$|^Found <class '([\w.]+)'> in output")
 """How torch.export fails on what a model must not return."""
 
 _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)

@@ -3,7 +3,8 @@
 torch's pytrees know tuples, lists, dicts and classes that are registered. An object of another class is a leaf to them, with all tensors
 in it: the cache that a decoder returns, or a plain dataclass. `opened` puts a node in its place whose children are the attributes that
 hold tensors, numbers and text. When the tree is put together again, an object of the class stands there: it has those attributes, and
-all others with the values they had in the trace. Its `__init__` is not run.
+all others with the values they had in the trace. Its `__init__` is not run. What never changes, a dtype or a member of an enum, is put
+there as a `Constant`: a node without children.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
+from enum import Enum
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +25,10 @@ _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
 """What a trace can return."""
 _CLOSED = (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module, tuple, list, dict, set, frozenset)
 """Objects of these are no containers of attributes."""
+_PLAIN = (int, float, bool, str, type(None))
 _CONTAINERS = (list, dict, set)
+_CONSTANT = (Enum, complex, bytes, range, torch.dtype, torch.layout, torch.memory_format)
+"""What no trace can return, and what is the same in each call that follows it, and on every device."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,15 @@ class Opened:
     parts: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A value of the trace. As a node of a pytree, it is put together as the value itself."""
+
+    value: Any
+
+
 def _together(parts: Iterable[Any], shape: Shape) -> Any:
-    made: Any = object.__new__(shape.kind)
+    made = _blank(shape.kind)
     for name, value in shape.others.items():
         object.__setattr__(made, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value)
     for name, part in zip(shape.names, parts, strict=True):
@@ -62,6 +74,13 @@ register_pytree_node(
     serialized_type_name="stagecut.ir.objects.Opened",
     flatten_with_keys_fn=lambda node: ([(GetAttrKey(n), part) for n, part in zip(node.shape.names, node.parts, strict=True)], node.shape),
 )
+register_pytree_node(
+    Constant,
+    lambda node: ([], node.value),
+    lambda _, value: copy.copy(value),
+    serialized_type_name="stagecut.ir.objects.Constant",
+    flatten_with_keys_fn=lambda node: ([], node.value),
+)
 
 
 class _Closed(Exception):
@@ -69,7 +88,8 @@ class _Closed(Exception):
 
 
 def opened(tree: Any) -> Any:
-    """`tree`, and in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`.
+    """`tree`; in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`; of what never changes, a
+    `Constant`.
 
     An object that holds itself stays a leaf; so does one that has slots, that holds another one without tensors but with a size that
     varies, or a tensor in one container with what no trace can return.
@@ -78,10 +98,23 @@ def opened(tree: Any) -> Any:
 
 
 def _opened_if_it_can_be(leaf: Any) -> Any:
+    if _is_constant(leaf):
+        return Constant(leaf)
     try:
         return _open(leaf, ())
     except _Closed:
         return leaf
+
+
+def _is_constant(leaf: Any) -> bool:
+    if isinstance(leaf, (set, frozenset)):
+        return all(isinstance(item, _CONSTANT) or type(item) in _PLAIN for item in leaf)
+    return isinstance(leaf, _CONSTANT)
+
+
+def _blank(kind: type) -> Any:
+    """An object of that class without attributes. Raises TypeError for a class that is made of more, in C."""
+    return SimpleNamespace.__new__(kind) if issubclass(kind, SimpleNamespace) else object.__new__(kind)
 
 
 def _has_only_attributes(leaf: Any) -> bool:
@@ -89,14 +122,16 @@ def _has_only_attributes(leaf: Any) -> bool:
     if isinstance(leaf, _CLOSED) or not hasattr(leaf, "__dict__") or any(vars(cls).get("__slots__") for cls in type(leaf).__mro__):
         return False
     try:
-        object.__new__(type(leaf))
-    except TypeError:  # it is made of more, in C
+        _blank(type(leaf))
+    except TypeError:
         return False
     return True
 
 
 def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
-    """The object as `Opened`; `empty_too`, also one without tensors, else that stays as it is."""
+    """The object as `Opened`; `empty_too`, also one without tensors and a constant, else those stay as they are."""
+    if empty_too and _is_constant(leaf):
+        return Constant(leaf)
     if not _has_only_attributes(leaf):
         return leaf
     if any(leaf is item for item in around):

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec
 
 from stagecut.frontend.call import ABSENT, CallSpec
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.objects import Opened
+from stagecut.ir.objects import Constant, Opened
 
 MAX_DEPTH = 64
 """Deepest nesting of arguments and outputs that is read."""
@@ -147,9 +147,10 @@ def _form(spec: TreeSpec, what: str) -> Any:
     children = [_form(child, what) for child in _children(spec)]
     if spec.type is namedtuple:  # torch takes the function for the type of all its tuples
         return ["namedtuple", {"class": _name(spec.context), "fields": list(spec.context._fields)}, children]
-    if spec.type is Opened:
+    if spec.type in (Opened, Constant):
+        kind = spec.context.kind if spec.type is Opened else type(spec.context)
         raise SavedError(
-            f"{what} of the model is a {_name(spec.context.kind)}, an object that load could not make without code of its class",
+            f"{what} of the model holds a {_name(kind)}, an object that load could not make without code of its class",
             hint="return tuples, lists, dicts, or classes registered by torch.utils._pytree; call a decoder with use_cache=False",
         )
     name = _name(spec.type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -134,11 +135,39 @@ def returns_an_object_that_holds_a_size(self, x):
     return Layer(a, a.relu())
 
 
-@case(X, has=A, refused="returns a Color, which is neither a tensor nor plain data")
+@case(X, stages=2, has=A)
 def returns_an_enum(self, x):
     a = self.a(x)
     pipe_split()
     return {"color": Color.RED, "relu": a.relu()}
+
+
+@case(X, stages=2, has=A)
+def returns_what_never_changes(self, x):
+    a = self.a(x)
+    pipe_split()
+    return a.relu(), a.dtype, 1j, b"ab", range(3), {1, "b"}
+
+
+@case(X, stages=2, has=A)
+def returns_a_namespace(self, x):
+    a = self.a(x)
+    pipe_split()
+    return SimpleNamespace(relu=a.relu(), color=Color.RED, rest=(None, x.shape), mixed=[a, a.dtype])
+
+
+@case(X, has=A, refused="returns a set, which is neither a tensor nor plain data")
+def returns_a_set_of_tensors(self, x):
+    a = self.a(x)
+    pipe_split()
+    return {a.relu()}
+
+
+@case(X, has=A, refused="returns a torch.device, which is neither a tensor nor plain data")
+def returns_a_device(self, x):
+    a = self.a(x)
+    pipe_split()
+    return a.relu(), a.device
 
 
 @case(X, has=A, refused="Ring|pytree")

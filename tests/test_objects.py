@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_structure, tree_unflatten
 
 from stagecut import StagecutError, pipe_split, pipeline
 from stagecut.ir.objects import Opened, hides_tensors, opened
@@ -80,10 +80,27 @@ def test_its_tensors_are_leaves_by_name() -> None:
     assert torch.equal(tree_map(lambda leaf: leaf * 2, opened(Plain(a=X))).a, X * 2)
 
 
-@pytest.mark.parametrize("item", [3, "a", None, X, X.dtype, Plain(a=1), Slots(X), Failing(X), nn.Linear(2, 2), Plain(a=[X, X.dtype])])
+@pytest.mark.parametrize(
+    "item", [3, "a", None, X, X.device, {X}, Plain(a=1), Slots(X), Failing(X), nn.Linear(2, 2), Plain(a=[X, X.device])]
+)
 def test_everything_else_stays(item: Any) -> None:
     assert opened(item) is item
-    assert hides_tensors(item) == ("tensor" in repr(getattr(item, "a", None)))
+    assert hides_tensors(item) == ("tensor" in repr(getattr(item, "a", item)) and not isinstance(item, torch.Tensor))
+
+
+@pytest.mark.parametrize("item", [X.dtype, 1j, b"a", range(3), {1, None}, frozenset("ab"), torch.strided])
+def test_what_never_changes_is_part_of_the_structure(item: Any) -> None:
+    flat, spec = tree_flatten(opened([X, item]))
+    assert len(flat) == 1
+    assert tree_unflatten(flat, spec)[1] == item
+    assert again(Plain(a=[X, item])).a[1] == item
+    assert spec != tree_structure(opened([X, 2j]))
+
+
+def test_a_set_is_a_new_one_each_time() -> None:
+    flat, spec = tree_flatten(opened((X, {1})))
+    tree_unflatten(flat, spec)[1].add(2)
+    assert tree_unflatten(flat, spec)[1] == {1}
 
 
 def test_an_object_that_holds_itself_stays() -> None:
@@ -143,6 +160,6 @@ def test_a_module_kept_whole_may_not_hide_tensors() -> None:
 
 
 def test_a_pipe_that_returns_an_object_is_not_saved(tmp_path: Any) -> None:
-    with pytest.raises(StagecutError, match=r"the output of the model is a (tests\.)?test_objects\.Plain") as caught:
+    with pytest.raises(StagecutError, match=r"the output of the model holds a (tests\.)?test_objects\.Plain") as caught:
         pipeline(Inner(), (X,)).save(tmp_path / "pipe")
     assert "use_cache=False" in caught.value.hint
