@@ -1,4 +1,4 @@
-"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew."""
+"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew. So does what is read around."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class RebaseViews:
     """A stage that writes a value receives its storage once.
 
     Two values that share storage arrive in another process as two tensors, and a write to one would not show in the
-    other. So the stage receives only the value they are views of, and takes the views itself.
+    other. So the stage receives only the value they are views of, and takes the views itself. It does so too for a view around which
+    as_strided reads: a view arrives without the rest of its storage.
     """
 
     name = "rebase-views"
@@ -26,6 +27,7 @@ class RebaseViews:
         changed = False
         for stage in program.stages:
             changed |= aliases.rebase(stage)
+            changed |= aliases.surround(stage)
         if changed:
             _remove_dead_views(program)
         return changed
@@ -41,6 +43,7 @@ class _Aliases:
         for op in program.all_ops():
             for old, new in op.versions.items():
                 self._version_of[new] = self._version_of.get(old, old)
+        self._written = set(self._version_of.values())
 
     def rebase(self, stage: Stage) -> bool:
         """No two values of one storage cross into `stage` and are written there; True when that took a change."""
@@ -112,6 +115,31 @@ class _Aliases:
             )
         if base is None:
             return False
+        self._retake(base, crossing, stage, twins)
+        return crossing != [base]
+
+    def surround(self, stage: Stage) -> bool:
+        """What as_strided reads around is in `stage` as a whole; True when that took a change."""
+        twins: dict[tuple[Op, Value], Op] = {}
+        changed = False
+        for op in [op for op in stage.ops if op.reads_around]:
+            for value in self._received([op.operands[0]], stage.index):
+                root = self._steps(value)[0]
+                if self._member(value) is root:
+                    continue
+                if root in self._written:
+                    raise SplitError(
+                        f"stage {stage.index} has a part of a tensor that is written, and {op.target} may read the rest of it",
+                        where=op.where(),
+                        hint="cut so that this op lies in the stage that makes the tensor, or index the tensor instead",
+                    )
+                self._retake(root, [value], stage, twins)
+                changed = True
+        stage.ops[:0] = twins.values()
+        return changed
+
+    def _retake(self, base: Value, crossing: list[Value], stage: Stage, twins: dict[tuple[Op, Value], Op]) -> None:
+        """The stage takes the views `crossing` of `base` itself."""
         known = len(self._steps(base)[1])
         for value in crossing:
             if value is base:
@@ -122,7 +150,6 @@ class _Aliases:
                 derived = self._twin(view, index, derived, base, stage.index, twins, anew).results[index]
                 anew[view.results[index]] = derived
             value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
-        return crossing != [base]
 
     def _shows(self, op: Op, root: Value) -> bool:
         """True when what `op` writes is read later through another value in the storage of `root`."""

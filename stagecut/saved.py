@@ -150,7 +150,7 @@ def _refuse_overlaps(program: Program, state: list[tuple[StateEntry, torch.Tenso
 def _refuse_restrided(program: Program, state: Mapping[StateEntry, torch.Tensor]) -> None:
     """as_strided reads the memory around a tensor, which is not saved with it."""
     for op in nested_ops(program.all_ops()):
-        entry = storage_root(op.operands[0]).owner if op.target.startswith("aten.as_strided") else None
+        entry = storage_root(op.operands[0]).owner if op.reads_around else None
         if isinstance(entry, StateEntry) and entry in state and not covers_storage(state[entry]):
             raise SavedError(
                 f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",

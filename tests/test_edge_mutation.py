@@ -193,6 +193,41 @@ def as_strided_view_crosses(self, x):
     return x
 
 
+@case(X, stages=2, has={"a": linear})
+def as_strided_around_a_received_part(self, x):
+    a = self.a(x)
+    part = a[1:]
+    pipe_split()
+    return part.as_strided((2, 2), (4, 1), 0) * 2, part + 1
+
+
+@case(X, stages=2, has={"a": linear})
+def as_strided_around_a_part_of_a_parameter(self, x):
+    part = self.a.weight[1:]
+    x = self.a(x)
+    pipe_split()
+    return x * part.as_strided((4,), (4,), 0)
+
+
+@case(X, stages=2, has={"a": linear})
+def as_strided_around_a_view_of_what_crosses(self, x):
+    a = self.a(x)
+    part = a[1:]
+    pipe_split()
+    wide = part[1:].as_strided((2, 2), (4, 1), 0)
+    wide.add_(1)
+    return a * 2, part * 3
+
+
+@case(X, has={"a": linear}, refused="has a part of a tensor that is written, and aten.as_strided.default may read the rest")
+def as_strided_around_a_part_of_what_is_written(self, x):
+    a = self.a(x)
+    part = a[1:]
+    a.add_(1)
+    pipe_split()
+    return part.as_strided((2, 2), (4, 1), 0) * 2
+
+
 @case(X, stages=2)
 def diagonal_view_crosses(self, x):
     x = x * 2
