@@ -76,10 +76,18 @@ class Code:
 def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None) -> list[torch.Tensor]:
     """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any.
 
-    Raises StagecutError for other sizes: the trace behind the module knows those of the example.
+    Raises StagecutError for other sizes, or another number of tensors: the trace behind the module knows those of the example.
     """
     found = [leaf for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
-    for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=sizes is not None)):
+    if sizes is None:
+        return found
+    if len(found) != len(sizes):
+        raise StagecutError(
+            f"'{path}' returns {len(found)} tensor{'s' * (len(found) != 1)} in this call; the trace expects {len(sizes)}",
+            where=f"module '{path}', which is kept whole",
+            hint="let it return as many in each call: zeros for what it leaves out",
+        )
+    for place, (tensor, want) in enumerate(zip(found, sizes, strict=True)):
         shape = tuple(tensor.shape)
         if len(shape) != len(want) or any(w is not None and n != w for n, w in zip(shape, want, strict=True)):
             raise StagecutError(

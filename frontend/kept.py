@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import os
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import FrameType, FunctionType, MethodType, ModuleType
@@ -22,6 +24,9 @@ Line = tuple[str, int, str]
 _PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
 SIMPLE = (int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque, tuple)
+
+_MOST = 2**26
+"""The most bytes of a plain array that are looked at."""
 
 RETURN_IT = "leave lists, dicts and objects that are given as they are: make new ones and return them"
 
@@ -41,7 +46,7 @@ class Contents:
         todo = [*items]
         while todo:
             item = todo.pop()
-            thing = content_of(item) if objects or isinstance(item, _CONTAINERS) else None
+            thing = content_of(item) if objects or isinstance(item, _CONTAINERS) or is_memory(item) else None
             if thing is not None and id(thing) not in self._before:
                 todo += _parts(self._keep(thing))
 
@@ -107,21 +112,36 @@ def _held(thing: Any) -> Any:
     """The parts of a container in a plain one: a class of the user's may do anything in its methods."""
     if isinstance(thing, dict):
         return dict(dict.items(thing))
+    if is_memory(thing):
+        return copy.copy(thing)
     return set(thing) if isinstance(thing, set) else list(thing)
 
 
 def _parts(held: Any) -> Any:
+    if is_memory(held):
+        return ()
     return held.values() if isinstance(held, dict) else held
 
 
 def _refill(thing: Any, held: Any) -> None:
+    if is_memory(thing):
+        thing[... if hasattr(thing, "shape") else slice(None)] = held
+        return
     thing.clear()
     (thing.extend if isinstance(thing, (list, deque)) else thing.update)(held)
 
 
+def is_memory(thing: Any) -> bool:
+    """True for what holds numbers in a piece of memory and is no tensor: an array of numpy's or of Python's, a bytearray."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(thing, numpy.ndarray):
+        return not thing.dtype.hasobject and bool(thing.flags.writeable) and thing.nbytes <= _MOST
+    return isinstance(thing, (bytearray, array)) and len(thing) <= _MOST
+
+
 def content_of(thing: Any) -> Any:
     """The container in which `thing` keeps its parts, None for what has none or is not the user's."""
-    if isinstance(thing, _CONTAINERS):
+    if isinstance(thing, _CONTAINERS) or is_memory(thing):
         return thing
     foreign = isinstance(thing, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType))
     if foreign or type(thing).__module__.partition(".")[0] in ("torch", "builtins"):
@@ -131,6 +151,8 @@ def content_of(thing: Any) -> Any:
 
 def _same(thing: Any, held: Any) -> bool:
     """True when a container holds these objects in this order."""
+    if is_memory(thing):
+        return thing.tobytes() == held.tobytes() if hasattr(thing, "tobytes") else bool(thing == held)
     if isinstance(thing, set):
         return {*map(id, thing)} == {*map(id, held)}
     now = _held(thing)
@@ -162,6 +184,8 @@ def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) 
     content = content_of(item)
     if content is None or id(content) in inside:
         return (torch.Tensor if isinstance(item, SYMBOLS) else type(item)) if settled else id(item)
+    if is_memory(item):
+        return type(item), bytes(item) if isinstance(item, bytearray) else item.tobytes()
     below = (*inside, id(content))
     if isinstance(content, dict):
         return type(item), [(fingerprint(k, settled, below), fingerprint(v, settled, below)) for k, v in content.items()]
@@ -177,7 +201,7 @@ def brief(item: Any) -> str:
     if isinstance(item, SIMPLE):
         return f"{item!r:.40}"
     content = content_of(item)
-    return f"a {type(item).__name__}" + (f" of {len(content)}" if content is item else "")
+    return f"a {type(item).__name__}" + (f" of {len(content)}" if isinstance(item, _CONTAINERS) else "")
 
 
 def gpus(*trees: Any) -> list[int]:

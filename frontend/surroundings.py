@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stagecut.frontend.draws import Generators, is_generator
-from stagecut.frontend.kept import SIMPLE, Contents, alike, is_users
+from stagecut.frontend.kept import SIMPLE, Contents, alike, is_memory, is_users
 
 _ABSENT: Any = object()
 _STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)
@@ -30,7 +30,9 @@ class Surroundings:
         found = [(owner, home, name, _now(home, name)) for owner, home, name in places]
         self._names = [place for place in found if isinstance(place[-1], _STATE) or place[-1] is _ABSENT]
         held = [(owner, name, item) for owner, _, name, item in found] + [*_defaults(functions)]
-        self._contents = [(owner, name, Contents([item], objects=False)) for owner, name, item in held if isinstance(item, _STATE)]
+        self._contents = [
+            (owner, name, Contents([item], objects=False)) for owner, name, item in held if isinstance(item, _STATE) or is_memory(item)
+        ]
         self.generators = [item for _, _, item in held if is_generator(item)]
 
     def changed(self) -> list[tuple[Any, str]]:

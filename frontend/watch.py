@@ -32,6 +32,7 @@ from stagecut.frontend.kept import (
     brief,
     content_of,
     fingerprint,
+    is_memory,
     place_of,
     shown,
     user_line,
@@ -472,6 +473,8 @@ def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
     content = content_of(item)
     if content is None or id(content) in inside:
         return item
+    if is_memory(item):
+        return copy.copy(item)
     below = (*inside, id(content))
     if isinstance(item, (list, set, deque)) or type(item) is tuple:
         return type(item)(_carry(part, below) for part in item)

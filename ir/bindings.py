@@ -18,9 +18,9 @@ class Bindings:
     functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
     classes: module path -> class name. branches: module path -> where its forward branches on `training`.
     switches: module path -> mode -> the flags below it, where train() is the user's own. notes: what capture did.
-    call: how user arguments become the flat list of inputs. sources: the files that ops name are this machine's, so that their lines
-    may be shown. extras: module path -> what its get_extra_state returned, and where that stands. device: where the stages are made,
-    None for where the model was traced.
+    whole: path of a module that capture keeps whole by itself -> why. call: how user arguments become the flat list of inputs.
+    sources: the files that ops name are this machine's, so that their lines may be shown. extras: module path -> what its
+    get_extra_state returned, and where that stands. device: where the stages are made, None for where the model was traced.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class Bindings:
     sources: bool = False
     device: Any = None
     notes: list[str] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """The names of the model's state, extra state among it, in its order."""

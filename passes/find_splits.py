@@ -20,11 +20,13 @@ class FindSplits:
     policy: a function of the program that returns positions in the list of ops (markers not counted) in
         front of which to cut.
     also: module path -> the other paths of the same module object.
+    whole: module path -> why the module is kept whole.
     """
 
     at: tuple[tuple[str, str], ...] = ()
     policy: Callable[[Program], Sequence[int]] | None = None
     also: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
     name = "find-splits"
 
     def run(self, program: Program) -> bool:
@@ -54,6 +56,7 @@ class FindSplits:
                 raise SplitError(f"'{side}' is no side of module '{name}'", hint=nearest(side, (BEGINNING, END)))
             found = [span for alias in names[name] for span in spans.get(alias, ())]
             if not found:
+                self._refuse_inside(names[name], ops, _asked(name, side))
                 known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
                 exists = any(full.startswith(f"{name}.") for full in program.name_owners())
                 raise SplitError(
@@ -63,6 +66,16 @@ class FindSplits:
                 )
             cuts |= {first if side == BEGINNING else last + 1: _asked(name, side) for first, last in found}
         return cuts
+
+    def _refuse_inside(self, names: Sequence[str], ops: list[Op], asked: str) -> None:
+        """Raises SplitError when a module, by any of its names, lies inside one that is kept whole."""
+        around = (leaf for leaf in dict.fromkeys(map(_leaf_path, ops)) if leaf and any(name.startswith(f"{leaf}.") for name in names))
+        for leaf in around:
+            raise SplitError(
+                f"a split point lies inside module '{leaf}', which is kept whole" + (f": {self.whole[leaf]}" if leaf in self.whole else ""),
+                where=asked,
+                hint=f"cut at '{leaf}'" + ", or change that line so that torch.export can trace it" * (leaf in self.whole),
+            )
 
     def _chosen(self, program: Program) -> dict[int, str]:
         if self.policy is None:

@@ -21,6 +21,7 @@ from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
 from stagecut.frontend.from_fx import lower_graph_module
+from stagecut.frontend.kept import place_of
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.bindings import Bindings
@@ -37,6 +38,7 @@ from stagecut.passes.recompute import Recompute
 from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
+from stagecut.repeat import changing
 from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def pipeline(
     if stages is not None and split_spec:
         raise InputError("stages= and split_spec= both say where to cut", hint="give one of them")
     trace = Trace(program)
-    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module)), *_asked(routes or {}, tied)))
+    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *_asked(routes or {}, tied)))
     validate(trace, program)
     pipe = Pipe(program, bindings)
     pipe.plan = plans[0] if plans else None
@@ -164,7 +166,7 @@ def lower(
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
     exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
-    bindings.extras = _extras(module)
+    bindings.extras, bindings.whole = _extras(module), leaves.reasons
     bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
     return program, bindings, exported
 
@@ -193,6 +195,13 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
         pipe.notes += (f"not compared with the model: {error}",)
         return
     if not report.ok:
+        if (path := changing(module, args, kwargs)) is not None:
+            raise CheckError(
+                f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
+                "inputs, parameters, buffers and torch's random numbers",
+                where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
+                hint="make it a buffer (register_buffer, changed in place) or an input",
+            )
         raise CheckError(
             f"the pipe does not compute what the model computes: {report.differences[0]}",
             where=f"{len(report.differences)} difference(s) in one run on the example inputs",

@@ -197,6 +197,53 @@ def test_state_outside_of_buffers_is_found_by_the_second_call() -> None:
     assert {d.partition(":")[0] for d in report.differences} == {"an output of a second call"}
 
 
+class Iterates(nn.Module):
+    """Reads a number that no watch on attributes sees change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(range(1, 99))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.numbers)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inner, self.behind = nn.Linear(4, 4), Iterates(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.before(x))
+        pipe_split()
+        return self.behind(x)
+
+
+def test_the_module_that_computes_something_else_in_each_call_is_named() -> None:
+    with pytest.raises(CheckError, match="computes something else in each call") as caught:
+        pipeline(Around(), (torch.randn(3, 4),))
+    assert "Iterates.forward, module 'inner'" in caught.value.where
+    assert "buffer" in caught.value.hint
+
+
+class Choosy(nn.Module):
+    """Takes only some values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting() and x.max() < 1:
+            raise ValueError("too small")
+        y = x * 2
+        pipe_split()
+        return y + 1
+
+
+def test_a_model_that_takes_only_some_values_is_compared_on_the_first_call() -> None:
+    report = pipeline(Choosy(), (torch.ones(3),)).verify(torch.ones(3))
+    assert report.ok
+    assert report.compared["outputs"] == 1
+    assert "outputs of a second call" not in report.compared
+
+
 def verified(change: Any) -> Report:
     """The report on a pipe of which `change` changed the stages."""
     model = Plain()
@@ -347,7 +394,7 @@ ONE = torch.tensor([1.0, 100.0])
 )
 def test_how_near(one: Any, other: Any, difference: str | None) -> None:
     """Relative to the largest element for floating point, exact for everything else."""
-    found = check._difference("it", one, other)
+    found = check.difference("it", one, other)
     if difference is None:
         assert found is None
     else:

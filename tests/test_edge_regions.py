@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 
+import numpy as np
 import pytest
 import torch
 from edge import Case, Family, buffer, check, linear, t, weight
@@ -21,6 +22,7 @@ L32 = {"a": lambda: nn.Linear(4, 4), "b": lambda: nn.Linear(4, 4)}
 AB = {"a": linear, "b": linear}
 SPLIT = r"pipe_split|split point"
 CALLS = 0
+SEEN = np.zeros(2)
 
 
 def amp(enabled=True, dtype=torch.bfloat16):
@@ -851,6 +853,44 @@ def number_in_an_object_counted_up(self, x):
     x = x * self.box.n
     pipe_split()
     return x * 2
+
+
+@case(X, refused="'seen' \\(a ndarray -> a ndarray\\)", has={"seen": lambda: np.zeros(2)})
+def array_attribute_counted_up(self, x):
+    self.seen[0] += 1
+    x = x * float(self.seen[0])
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="'seen' \\(a bytearray -> a bytearray\\)", has={"seen": bytearray})
+def bytearray_attribute_appended(self, x):
+    self.seen.append(1)
+    x = x * len(self.seen)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="SEEN")
+def array_of_the_file_counted_up(self, x):
+    SEEN[0] += 1
+    x = x * float(SEEN[0])
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused="computes something else in each call", has={"numbers": lambda: iter(range(1, 99))})
+def iterator_attribute_advanced(self, x):
+    x = x * next(self.numbers)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2, has={"scale": lambda: np.full(4, 3.0)})
+def array_attribute_read(self, x):
+    x = x * torch.from_numpy(self.scale)
+    pipe_split()
+    return x * float(self.scale[0])
 
 
 @case(X, stages=2, has={"cache": lambda: None})

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 from helpers import Bless, diff_of, leaves_alone, load
+from torch import nn
 
+from stagecut import SplitPoint, pipeline
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Program
 from stagecut.ir.parser import parse
@@ -68,6 +71,30 @@ def test_unknown_module_lists_the_nearest(name: str, close: str) -> None:
         FindSplits(((name, END),)).run(program)
     assert close in caught.value.hint
     assert caught.value.where == f"split point at the end of '{name}'"
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lin(x)
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_inside_a_module_kept_whole() -> None:
+    """The message says why it is."""
+    model = nn.Sequential(Branching(), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    with pytest.raises(SplitError, match=r"lies inside module '0', which is kept whole: GuardOn.* in forward: return x \* 2 if") as caught:
+        pipeline(model, (x,), split_spec={"0.lin": SplitPoint.END})
+    assert caught.value.hint == "cut at '0', or change that line so that torch.export can trace it"
+    with pytest.raises(SplitError, match=r"lies inside module '1', which is kept whole\n") as caught:
+        pipeline(
+            nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU())), (x,), split_spec={"1.0": SplitPoint.BEGINNING}, leaf_modules=["1"]
+        )
+    assert caught.value.hint == "cut at '1'"
 
 
 def test_unknown_side() -> None:

@@ -356,6 +356,29 @@ def test_another_size_than_traced_of_what_a_module_kept_whole_returns_is_refused
         pipe(-torch.ones(3, 4))
 
 
+def test_another_number_of_tensors_than_traced_of_what_a_module_kept_whole_returns_is_refused() -> None:
+    """As of a decoder that leaves out layers, and fills no cache for them."""
+
+    class Some(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x, *[x * 2] * int(x.sum() > 0)]
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.some = Some()
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            made = self.some(x)
+            pipe_split()
+            return [y + 1 for y in made]
+
+    pipe = pipeline(Outer(), (torch.ones(3, 4),), leaf_modules=["some"])
+    with pytest.raises(StagecutError, match="'some' returns 1 tensor in this call; the trace expects 2") as caught:
+        pipe(-torch.ones(3, 4))
+    assert caught.value.hint
+
+
 def test_a_size_that_is_the_batch_by_chance_is_refused() -> None:
     class Seven(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Does a model compute the same when it is called again? Asked when a pipe does not compute what its model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from stagecut.backend.modules import copied
+from stagecut.check import difference, fresh
+from stagecut.frontend.kept import gpus
+from stagecut.frontend.surroundings import random_state
+from stagecut.ir.objects import opened
+
+
+@dataclass
+class _Call:
+    path: str
+    given: list[Any]
+    made: list[Any]
+
+
+def changing(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The path of the innermost module that gives other results in a second call, with equal inputs, parameters, buffers and random
+    numbers of torch's; None where all results are alike, and where that cannot be told. Runs a copy of `model` twice."""
+    try:
+        twin = copied(model)[0]
+        state = {tensor: tensor.detach().clone() for tensor in (*twin.parameters(), *twin.buffers())}
+        first, second = (_calls(twin, state, args, kwargs, random_state(model, gpus(model, args, kwargs))) for _ in range(2))
+    except Exception:  # whatever the code of a model raises when it is called again
+        return None
+    for one, other in zip(first, second, strict=False):
+        if one.path != other.path:
+            return ""
+        if _same(one.given, other.given) and not _same(one.made, other.made):
+            return one.path
+    return None if len(first) == len(second) else ""
+
+
+def _calls(
+    twin: nn.Module,
+    state: Mapping[torch.Tensor, torch.Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    seed_again: Callable[[], None],
+) -> list[_Call]:
+    """The calls of all modules, inner ones before those around them."""
+    calls: list[_Call] = []
+    given: list[list[Any]] = []
+    hooks = []
+    for path, module in twin.named_modules():
+        hooks += [
+            module.register_forward_pre_hook(lambda _, args, kwargs: given.append(_leaves((args, kwargs))), with_kwargs=True),
+            module.register_forward_hook(lambda _, args, result, path=path: calls.append(_Call(path, given.pop(), _leaves(result)))),
+        ]
+    try:
+        with torch.no_grad():
+            for tensor, before in state.items():
+                tensor.copy_(before)
+        own_args, own_kwargs = fresh((tuple(args), dict(kwargs)))
+        twin(*own_args, **own_kwargs)
+    finally:
+        seed_again()
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(opened(tree))]
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(difference("", one, other) is None for one, other in zip(some, others, strict=True))
