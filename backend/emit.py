@@ -346,7 +346,7 @@ class _Function:
         if kind == "module":
             args, kwargs, _ = op.args
             called = f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
-            return f"tensors_of({called}, {rest!r}, {self._sizes(op)})" if op.form == "tensors" else called
+            return self._tensors_of(called, f"{rest!r}, {self._sizes(op)}", op)
         if kind == "method":
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
@@ -354,10 +354,16 @@ class _Function:
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
             called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
-            return f"tensors_of({called})" if op.form == "tensors" else called
+            return self._tensors_of(called, repr(op.target.partition(".")[2]), op)
         if is_iteration(op):
             return self._tree_text(op.args[0], op, regions)
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
+
+    def _tensors_of(self, called: str, about: str, op: Op) -> str:
+        if op.beside is None:
+            return called
+        beside = f", beside=({', '.join(self._literal(item, op) for item in op.beside)},)" if op.beside else ""
+        return f"tensors_of({called}, {about}{beside})"
 
     def _sizes(self, op: Op) -> str:
         """What the results of a module kept whole must be sized, by the sizes of its arguments where they vary."""
@@ -391,7 +397,7 @@ class _Function:
             return "", []
         wish = _wish(op)
         names = [self._define(v, wish) if v in used else "_" for v in op.results]
-        if op.form == "tensors":
+        if op.beside is not None:
             return f"({', '.join(names)},)", []
         if op.form is None:
             return ", ".join(names), []

@@ -7,7 +7,7 @@ import linecache
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import count
+from itertools import count, zip_longest
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, StagecutError
-from stagecut.ir.objects import opened
+from stagecut.ir.objects import opened, plain
 from stagecut.ir.targets import BUILTINS, attribute
 
 _serial = count()
@@ -73,12 +73,24 @@ class Code:
         return {"functions": self.functions, "title": self.title, "_made": {}, "_kinds": {}}
 
 
-def tensors_of(result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None) -> list[torch.Tensor]:
-    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any.
+def tensors_of(
+    result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None, beside: tuple[Any, ...] = ()
+) -> list[torch.Tensor]:
+    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any; `beside` are the numbers
+    and texts that must be there too.
 
-    Raises StagecutError for other sizes, or another number of tensors: the trace behind the module knows those of the example.
+    Raises StagecutError for others: the trace behind the module knows those of the example.
     """
-    found = [leaf for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves(opened(result))
+    found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    others = plain(leaves)
+    if (beside or sizes is not None) and repr(others) != repr([*beside]):
+        now, then = next(pair for pair in zip_longest(others, beside, fillvalue="nothing") if repr(pair[0]) != repr(pair[1]))
+        raise StagecutError(
+            f"'{path}' returns {now!r} in this call, and {then!r} stands in the trace",
+            where=f"module '{path}', which is kept whole",
+            hint="return a tensor, or keep what reads the number whole too: leaf_modules=[...]",
+        )
     if sizes is None:
         return found
     if len(found) != len(sizes):

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example, giving_sizes, is_size
@@ -20,7 +21,7 @@ from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
 from stagecut.ir.errors import CaptureError, StagecutError
-from stagecut.ir.objects import opening
+from stagecut.ir.objects import opening, plain
 
 MOST_RETRIES = 8
 """How often a capture is tried again with one more class of modules kept whole, before it gives up."""
@@ -36,27 +37,37 @@ def capture(
     """The exported program of `module` on the example inputs, and the modules it keeps whole.
 
     Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the failing line joins
-    them, with a note. Raises InputError when the inputs do not fit the signature, CaptureError when the model cannot be traced.
+    them, with a note; where a size that depends on data stops the model's own code, the one that makes that size. Raises InputError
+    when the inputs do not fit the signature, CaptureError when the model cannot be traced.
     """
     check_example(module, args, kwargs)
     inputs = distinct_tensors((tuple(args), dict(kwargs)))
     leaves = Leaves(module, inputs)
     for path in leaf_modules:
         leaves.add(path)
+    origins: dict[type, CaptureError] = {}
+    retries = 0
     while True:
         try:
-            return _export(module, inputs, dynamic_shapes, leaves), leaves
+            exported = _export(module, inputs, dynamic_shapes, leaves)
+            for call in leaves.calls.values():
+                if (refusal := origins.get(type(module.get_submodule(call.path)))) and plain(call.out_flat):
+                    raise refusal  # a branch on a number it returns, and not on a size
+            return exported, leaves
         except Unsettled as error:
-            if not error.path or error.path in leaves.paths or len(leaves.reasons) == MOST_RETRIES or not leaves.can_run():
+            if not error.path or error.path in leaves.paths or retries == MOST_RETRIES or not leaves.can_run():
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
         except StagecutError:
             raise
         except Exception as error:
-            path = _failing_module(module, error, leaves.paths)
-            if not path or len(leaves.reasons) == MOST_RETRIES or not leaves.can_run():
-                raise _refusal(module, error) from error
+            path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error)
+            if not path and (path := _origin(module, error, leaves.paths)):
+                origins[type(module.get_submodule(path))] = refusal
+            if not path or retries == MOST_RETRIES or not leaves.can_run():
+                raise refusal from error
             leaves.add_class(path, f"{_first_line(error)} at {_user_frame(error)}")
+        retries += 1
 
 
 def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
@@ -78,11 +89,29 @@ def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str
     paths = {id(vars(m)): path for path, m in module.named_modules()}  # a tracer may stand another object in front of the module's dict
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name in _FORWARDS:  # other methods fail on behalf of the module that calls them
-            found = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "") or found
-    while found in known:  # it failed as a whole too: the module around it
-        found = found.rpartition(".")[0]
+        if frame.f_code.co_name not in _FORWARDS:  # other methods fail on behalf of the module that calls them
+            continue
+        path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
+        if path in known:  # it failed as a whole too: the module around it
+            break
+        found = path or found
     return found
+
+
+def _origin(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
+    """Where only a number that depends on data is in the way: the path of the submodule that first makes one of those, '' for none."""
+    symbols = getattr(getattr(error, "cond", None), "free_symbols", None)
+    if not isinstance(error, GuardOnDataDependentSymNode) or not symbols:
+        return ""
+    tracers = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    graph: Any = next((tracer.graph for tracer in tracers if isinstance(tracer, fx.Tracer) and hasattr(tracer, "graph")), fx.Graph())
+    paths = {path for path, _ in module.named_modules()}
+    for node in graph.nodes:
+        made = getattr(getattr(node.meta.get("val"), "node", None), "expr", None)
+        if node.op == "call_function" and getattr(made, "free_symbols", set()) & symbols:
+            path = [*node.meta.get("nn_module_stack", ("",))][-1].removeprefix("_export_root").removeprefix(".")
+            return path if path in paths and path not in known else ""
+    return ""
 
 
 def distinct_tensors(tree: Any) -> Any:

@@ -81,6 +81,10 @@ class OpWatch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class CalledOtherwise(TypeError):
+    """The model calls a module otherwise where it is traced: a module around it may be kept whole instead."""
+
+
 @dataclass
 class Leaves:
     """The modules of a model that are kept whole during one capture."""
@@ -155,7 +159,11 @@ class Leaves:
             if call is None:
                 raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
             call.in_flat, call.in_spec = tree_flatten((args, kwargs))
-            given, numbers = ([a for a in call.in_flat if isinstance(a, kind)] for kind in (torch.Tensor, SYMBOLIC))
+            given = [a for a in call.in_flat if isinstance(a, torch.Tensor)]
+            numbers = [a for a in call.in_flat if isinstance(a, SYMBOLIC)]
+            real = call.in_shapes
+            if [tensor.dim() for tensor in given] != [len(shape) for shape in real]:
+                raise CalledOtherwise(f"'{path}' is given {len(given)} tensors in the trace, {len(real)} in a real run, or others")
             tensors = iter(torch.ops.stagecut.leaf(key, given, numbers))
             return tree_unflatten([next(tensors) if _is_tensor(o) else o for o in call.out_flat], call.out_spec)
 

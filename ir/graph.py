@@ -249,6 +249,13 @@ class Op:
         return self.target.startswith(("module.", "extern."))
 
     @property
+    def beside(self) -> tuple[Any, ...] | None:
+        """Of an op that returns tensors anywhere in a structure: the numbers and texts that are there too, in order. None for others."""
+        if self.form == "tensors":
+            return ()
+        return self.form[1:] if isinstance(self.form, tuple) and self.form[:1] == ("tensors",) else None
+
+    @property
     def reads_around(self) -> bool:
         """True for an op that may read all of the storage in which its first operand lies."""
         return self.target.startswith("aten.as_strided")

@@ -15,6 +15,7 @@ import torch
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.objects import opened
 from stagecut.ir.outline import unwritten
 from stagecut.ir.targets import attribute, check_op, constant, resolve
 
@@ -166,8 +167,8 @@ def _flat(op: Op, result: Any) -> list[Any]:
     """The results of an op, in the order the op lists them."""
     if not op.results:
         return []
-    if op.form == "tensors":
-        return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    if op.beside is not None:
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
     if op.form is not None:
         found: dict[int, Any] = {}
         _match(op.form, result, found)

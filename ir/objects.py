@@ -25,7 +25,7 @@ _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
 """What a trace can return."""
 _CLOSED = (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module, tuple, list, dict, set, frozenset)
 """Objects of these are no containers of attributes."""
-_PLAIN = (int, float, bool, str, type(None))
+_PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
 _CONSTANT = (Enum, complex, bytes, range, torch.dtype, torch.layout, torch.memory_format)
 """What no trace can return, and what is the same in each call that follows it, and on every device."""
@@ -108,7 +108,7 @@ def _opened_if_it_can_be(leaf: Any) -> Any:
 
 def _is_constant(leaf: Any) -> bool:
     if isinstance(leaf, (set, frozenset)):
-        return all(isinstance(item, _CONSTANT) or type(item) in _PLAIN for item in leaf)
+        return all(isinstance(item, _CONSTANT) or item is None or type(item) in _PLAIN for item in leaf)
     return isinstance(leaf, _CONSTANT)
 
 
@@ -159,6 +159,11 @@ def _holds(part: Any, kinds: Any) -> bool:
 
 def _is_data(part: Any) -> bool:
     return all(isinstance(item, _DATA) for item in tree_leaves(part))
+
+
+def plain(leaves: Iterable[Any]) -> list[Any]:
+    """The numbers and texts among some leaves; those of a class derived from one of Python's as one of Python's."""
+    return [next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
 
 
 def hides_tensors(leaf: Any) -> bool:

@@ -77,7 +77,8 @@ def pipeline(
     stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan` tells what was found.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
     leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object. Where tracing
-        fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so.
+        fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so. The sizes
+        of the tensors it returns, and the numbers among them, are those of the example: a call in which they are others raises.
     routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it themselves) or 'relay' (it
         is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper way is taken, and
         'recompute' only where no gradient flows, so that gradients stay bit for bit the model's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
+from stagecut.backend.mailbox import Mailbox
 from stagecut.frontend.leaf import Leaves
-from stagecut.ir.errors import CaptureError, SplitError
+from stagecut.ir.errors import CaptureError, SplitError, StagecutError
 from stagecut.ir.graph import Op
 from stagecut.ir.printer import text
 
@@ -368,3 +370,134 @@ def test_a_split_point_inside_a_whole_module_is_refused() -> None:
 def test_a_whole_module_can_be_cut_before_and_behind(point: SplitPoint, held: list[str]) -> None:
     pipe = pipeline(nn.Sequential(linear(), linear(), linear()), (X,), split_spec={"1": point}, leaf_modules=["1"])
     assert ["".join(sorted({name[0] for name in stage.state_dict()})) for stage in pipe.stages] == held
+
+
+# --- numbers that a module kept whole returns, and where it stops tracing ----------------------------------
+
+
+class Counts(nn.Module):
+    """Tensors, and numbers among them."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"twice": x * 2, "size": x.shape[0], "mean": [x.mean().item(), None, "text"]}
+
+
+class Reads(nn.Module):
+    """Computes with a number that a submodule returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.behind = Counts(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.inner(x)
+        pipe_split()
+        return self.behind(made["twice"]) * made["mean"][0] + made["size"]
+
+
+def test_a_number_that_a_whole_module_returns_is_that_of_the_trace_or_the_call_fails() -> None:
+    x = torch.randn(3, 4)
+    pipe = pipeline(Reads(), (x,), leaf_modules=["inner"], check=None)
+    assert leaf_ops(pipe)[0].beside == (3, x.mean().item(), "text")
+    pipe(x)
+    for run in (pipe, Mailbox(pipe.program, pipe.stages).forward):
+        with pytest.raises(
+            StagecutError, match=rf"'inner' returns {re.escape(repr((-x).mean().item()))} in this call, and .* stands in the trace"
+        ):
+            run(*([-x] if run is pipe else [[-x]]))
+    with pytest.raises(StagecutError, match=r"(?s)'inner' returns .* in the trace.*kept whole.*return a tensor"):
+        pipeline(Reads(), (x,), leaf_modules=["inner"])
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return self.lin(x) * (2 if x.sum() > 0 else 3)
+
+
+class MoreWhenTraced(nn.Module):
+    """A layer that gives its part a mask only where it is traced, as some libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Masked()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x, x.abs() if torch.compiler.is_exporting() else None)
+
+
+def test_where_a_module_is_called_otherwise_when_traced_the_one_around_it_is_kept_whole() -> None:
+    model = nn.Sequential(MoreWhenTraced(), nn.Linear(4, 4))
+    pipe = pipeline(model, (torch.randn(3, 4),))
+    assert [op.target for op in leaf_ops(pipe)] == ["module.0"]
+    assert "'0.part' is given 2 tensors in the trace, 1 in a real run" in pipe.notes[0]
+    assert pipe.verify(torch.randn(3, 4)).ok
+
+
+class Stack(nn.Module):
+    """Its layers lie in a list, which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Masked(), Masked()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, x.abs() if torch.compiler.is_exporting() else None)
+        return x
+
+
+def test_a_list_of_modules_is_not_kept_whole_for_what_lies_in_it() -> None:
+    pipe = pipeline(nn.Sequential(Stack(), nn.Linear(4, 4)), (torch.randn(3, 4),))
+    assert [op.target for op in leaf_ops(pipe)] == ["module.0"]
+    with pytest.raises(CaptureError, match=r"'layers\.0' is given 2 tensors in the trace, 1 in a real run"):
+        pipeline(Stack(), (torch.randn(3, 4),))
+
+
+class Pads(nn.Module):
+    """A size that only the run knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.lin = nn.Buffer(torch.tensor(3)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(self.lin(x), (self.count, 0))  # type: ignore[arg-type]
+
+
+class Asks(nn.Module):
+    """Branches on what a submodule returns, or on its size."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        pipe_split()
+        return x * 2 if (y.shape[1] if isinstance(y, torch.Tensor) and y.dim() else y) > 6 else x * 3
+
+
+def test_what_makes_a_size_on_which_the_model_branches_is_kept_whole() -> None:
+    pipe = pipeline(Asks(nn.Sequential(Pads(), nn.Identity())), (torch.randn(3, 4),))
+    assert [op.target for op in leaf_ops(pipe)] == ["module.inner.0"]
+    assert "module 'inner.0' and all of its class are kept whole: GuardOnDataDependentSymNode" in pipe.notes[0]
+
+
+class Sums(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x.sum().item()
+
+
+class Finds(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.nonzero().t()
+
+
+@pytest.mark.parametrize("inner", [Sums(), Finds()])
+def test_a_branch_on_a_number_or_on_how_many_there_are_is_refused(inner: nn.Module) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)data-dependent.*return x \* 2 if .*torch\.where"):
+        pipeline(Asks(inner), (torch.randn(3, 4),))
