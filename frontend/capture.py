@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def capture(
         except StagecutError:
             raise
         except Exception as error:
-            path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error)
+            path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
             if not path and (path := _origin(module, error, leaves.paths)):
                 origins[type(module.get_submodule(path))] = refusal
             if not path or retries == MOST_RETRIES or not leaves.can_run():
@@ -129,7 +129,8 @@ def distinct_tensors(tree: Any) -> Any:
     return tree_map(once, tree, is_leaf=is_size)
 
 
-def _refusal(module: nn.Module, error: Exception) -> CaptureError:
+def _refusal(module: nn.Module, error: Exception, whole: Mapping[str, str]) -> CaptureError:
+    """What to tell the user; `whole` are the modules that capture has tried to keep whole before, and why."""
     name, text = type(module).__name__, str(error)
     if (odd := _ODD.search(text)) is not None:
         return CaptureError(
@@ -137,8 +138,9 @@ def _refusal(module: nn.Module, error: Exception) -> CaptureError:
             where=place_of(type(module)),
             hint="return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as attributes",
         )
+    before = [f"before that, in module '{path}': {reason}" for path, reason in whole.items()][:1]
     return CaptureError(
-        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text)])}",
+        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *before])}",
         where=_user_frame(error, type(module)),
         hint=_advice(error),
     )
