@@ -354,16 +354,16 @@ class _Function:
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
             called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
-            return self._tensors_of(called, repr(op.target.partition(".")[2]), op)
+            return self._tensors_of(called, f"{rest!r}, None", op)
         if is_iteration(op):
             return self._tree_text(op.args[0], op, regions)
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
 
     def _tensors_of(self, called: str, about: str, op: Op) -> str:
-        if op.beside is None:
+        if op.returned is None:
             return called
-        beside = f", beside=({', '.join(self._literal(item, op) for item in op.beside)},)" if op.beside else ""
-        return f"tensors_of({called}, {about}{beside})"
+        returned = f", ({', '.join(self._literal(item, op) for item in op.returned)},)" if op.returned else ""
+        return f"tensors_of({called}, {about}{returned})"
 
     def _sizes(self, op: Op) -> str:
         """What the results of a module kept whole must be sized, by the sizes of its arguments where they vary."""
@@ -397,7 +397,7 @@ class _Function:
             return "", []
         wish = _wish(op)
         names = [self._define(v, wish) if v in used else "_" for v in op.results]
-        if op.beside is not None:
+        if op.returned is not None:
             return f"({', '.join(names)},)", []
         if op.form is None:
             return ", ".join(names), []

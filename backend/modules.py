@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, StagecutError
-from stagecut.ir.objects import opened, plain
+from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.targets import BUILTINS, attribute
 
 _serial = count()
@@ -73,38 +73,35 @@ class Code:
         return {"functions": self.functions, "title": self.title, "_made": {}, "_kinds": {}}
 
 
-def tensors_of(
-    result: Any, path: str = "", sizes: Sequence[Sequence[int | None]] | None = None, beside: tuple[Any, ...] = ()
-) -> list[torch.Tensor]:
-    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any; `beside` are the numbers
-    and texts that must be there too.
+def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | None, returned: tuple[Any, ...] = ()) -> list[torch.Tensor]:
+    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any; `returned` says where
+    the tensors must be, and which numbers and texts beside them.
 
     Raises StagecutError for others: the trace behind the module knows those of the example.
     """
-    leaves = tree_leaves(opened(result))
+    tree, where = opened(result), f"module '{path}', which is kept whole"
+    leaves = tree_leaves(tree)
     found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    others = plain(leaves)
-    if (beside or sizes is not None) and repr(others) != repr([*beside]):
-        now, then = next(pair for pair in zip_longest(others, beside, fillvalue="nothing") if repr(pair[0]) != repr(pair[1]))
-        raise StagecutError(
-            f"'{path}' returns {now!r} in this call, and {then!r} stands in the trace",
-            where=f"module '{path}', which is kept whole",
-            hint="return a tensor, or keep what reads the number whole too: leaf_modules=[...]",
-        )
-    if sizes is None:
-        return found
-    if len(found) != len(sizes):
+    if sizes is not None and len(found) != len(sizes):
         raise StagecutError(
             f"'{path}' returns {len(found)} tensor{'s' * (len(found) != 1)} in this call; the trace expects {len(sizes)}",
-            where=f"module '{path}', which is kept whole",
+            where=where,
             hint="let it return as many in each call: zeros for what it leaves out",
         )
-    for place, (tensor, want) in enumerate(zip(found, sizes, strict=True)):
+    now, then = [places(tree), *plain(leaves)], [*(returned or ("",))]
+    if (returned or sizes is not None) and repr(now) != repr(then):
+        one, other = next(pair for pair in zip_longest(now, then, fillvalue="nothing") if repr(pair[0]) != repr(pair[1]))
+        raise StagecutError(
+            f"'{path}' returns {one!r} in this call; {other!r} stands in the trace",
+            where=where,
+            hint="return tensors, in one structure, or keep what reads the rest whole too: leaf_modules=[...]",
+        )
+    for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=False)):
         shape = tuple(tensor.shape)
         if len(shape) != len(want) or any(w is not None and n != w for n, w in zip(shape, want, strict=True)):
             raise StagecutError(
                 f"tensor {place} of what '{path}' returns is {list(shape)}; the trace expects {list(want)}",
-                where=f"module '{path}', which is kept whole",
+                where=where,
                 hint="its size depends on data, or as no size of its inputs: keep what reads it whole too; "
                 "with dynamic_shapes, give the example a batch that is no other size of the model",
             )

@@ -48,6 +48,7 @@ def main() -> None:
         optimizer.zero_grad()
         if driver.is_last and (step % 5 == 0 or step == args.steps - 1):
             print(f"step {step:3}: loss {torch.stack(losses).mean().item():.4f}", flush=True)
+    dist.barrier()  # torch may abort in a process that leaves while others still talk to it
     dist.destroy_process_group()
 
 

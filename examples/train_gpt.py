@@ -121,6 +121,7 @@ def main() -> None:
                     raise SystemExit(f"step {step}: loss {loss} in stages, {expected.item()} in one process")
     if driver.is_last:
         print(f"loss {loss:.4f} after {args.steps} steps" + ", as in one process" * args.compare)
+    dist.barrier()  # torch may abort in a process that leaves while others still talk to it
     dist.destroy_process_group()
 
 

@@ -97,10 +97,15 @@ class Leaves:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> None:
-        """The module at `path` is kept whole, and with it all modules inside."""
+        """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules stands for each of them, for nobody
+        calls it."""
         owners = {name: owner for name, owner in self.module.named_modules(remove_duplicate=False) if name}
         if path not in owners:
             raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, owners))
+        if isinstance(owners[path], (nn.ModuleList, nn.ModuleDict)):
+            for name, _ in owners[path].named_children():
+                self.add(f"{path}.{name}")
+            return
         path = next(name for name, owner in owners.items() if owner is owners[path])
         self.paths = [p for p in self.paths if not p.startswith(path + ".")] + [path]
 

@@ -43,7 +43,7 @@ from stagecut.ir.graph import (
     scope_fqn,
     transform,
 )
-from stagecut.ir.objects import plain
+from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE, same_layout
 
@@ -331,8 +331,10 @@ class Lowering:
             ) from error
 
     def _append_whole(self, node: fx.Node, op: Op, call: LeafCall, tensors: list[Any], written: list[Any], ops: list[Op]) -> list[Value]:
-        beside = plain(call.out_flat) if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat) else ()
-        op.form = ("tensors", *beside) if beside else "tensors"
+        op.form = "tensors"
+        if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat):
+            returned = [places(opened(tree_unflatten(call.out_flat, call.out_spec))), *plain(call.out_flat)]
+            op.form = ("tensors", *returned) if returned != [""] else "tensors"
         for traced in node.meta["val"]:
             self._result(op, traced.detach(), node.name)
         views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)

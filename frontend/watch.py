@@ -337,7 +337,8 @@ class Watch:
         raise CaptureError(
             f"forward assigns the {kind} '{f'{path}.{name}'.lstrip('.')}': {why}",
             where=self._where(path, name),
-            hint="write into it: self.name.copy_(...), a buffer of the final size made in __init__, " + KEEP_WHOLE,
+            hint="where only the first call does so, call the model once before; else write into it: self.name.copy_(...), "
+            "a buffer of the final size made in __init__, " + KEEP_WHOLE,
         )
 
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:

@@ -249,8 +249,9 @@ class Op:
         return self.target.startswith(("module.", "extern."))
 
     @property
-    def beside(self) -> tuple[Any, ...] | None:
-        """Of an op that returns tensors anywhere in a structure: the numbers and texts that are there too, in order. None for others."""
+    def returned(self) -> tuple[Any, ...] | None:
+        """Of an op that returns tensors anywhere in a structure: where they are in it, and the numbers and texts that are there too, in
+        order; () for nothing but tensors in a row. None for other ops."""
         if self.form == "tensors":
             return ()
         return self.form[1:] if isinstance(self.form, tuple) and self.form[:1] == ("tensors",) else None

@@ -167,7 +167,7 @@ def _flat(op: Op, result: Any) -> list[Any]:
     """The results of an op, in the order the op lists them."""
     if not op.results:
         return []
-    if op.beside is not None:
+    if op.returned is not None:
         return [leaf for leaf in torch.utils._pytree.tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
     if op.form is not None:
         found: dict[int, Any] = {}

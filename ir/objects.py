@@ -18,7 +18,7 @@ from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_leaves, tree_map
+from torch.utils._pytree import GetAttrKey, keystr, register_pytree_node, tree_flatten_with_path, tree_leaves, tree_map
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
@@ -164,6 +164,13 @@ def _is_data(part: Any) -> bool:
 def plain(leaves: Iterable[Any]) -> list[Any]:
     """The numbers and texts among some leaves; those of a class derived from one of Python's as one of Python's."""
     return [next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
+
+
+def places(tree: Any) -> str:
+    """Where the tensors of an opened tree are in it, '' for nothing but tensors in a row, or a single one."""
+    paths = tree_flatten_with_path(tree)[0]
+    found = " ".join(keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor))
+    return "" if found in ("", " ".join(f"[{place}]" for place in range(len(paths)))) else found
 
 
 def hides_tensors(leaf: Any) -> bool:

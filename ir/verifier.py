@@ -89,7 +89,7 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
 
 
 def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    if op.form is not None and op.beside is None and list(_places(op.form)) != list(range(len(op.results))):
+    if op.form is not None and op.returned is None and list(_places(op.form)) != list(range(len(op.results))):
         yield "V17", f"the form does not name each result once, in order, in {_show(p, op)}"
 
 

@@ -238,7 +238,8 @@ class Choosy(nn.Module):
 
 
 def test_a_model_that_takes_only_some_values_is_compared_on_the_first_call() -> None:
-    report = pipeline(Choosy(), (torch.ones(3),)).verify(torch.ones(3))
+    model = Choosy()
+    report = pipeline(model, (torch.ones(3),)).verify(torch.ones(3))
     assert report.ok
     assert report.compared["outputs"] == 1
     assert "outputs of a second call" not in report.compared

@@ -334,7 +334,8 @@ class Draws(nn.Module):
 def test_a_whole_module_draws_what_it_draws_in_the_model() -> None:
     """The check gives both the same numbers, and the generators are as they were."""
     before = random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state
-    pipe = pipeline(Net(Draws()), (X,), leaf_modules=["inner"], check="auto")
+    model = Net(Draws())
+    pipe = pipeline(model, (X,), leaf_modules=["inner"], check="auto")
     assert (random.getstate(), PYTHONS.getstate(), NUMPYS.bit_generator.state) == before
     assert pipe.verify(X).ok
 
@@ -398,15 +399,47 @@ class Reads(nn.Module):
 def test_a_number_that_a_whole_module_returns_is_that_of_the_trace_or_the_call_fails() -> None:
     x = torch.randn(3, 4)
     pipe = pipeline(Reads(), (x,), leaf_modules=["inner"], check=None)
-    assert leaf_ops(pipe)[0].beside == (3, x.mean().item(), "text")
+    assert leaf_ops(pipe)[0].returned == ("['twice']", 3, x.mean().item(), "text")
     pipe(x)
     for run in (pipe, Mailbox(pipe.program, pipe.stages).forward):
         with pytest.raises(
-            StagecutError, match=rf"'inner' returns {re.escape(repr((-x).mean().item()))} in this call, and .* stands in the trace"
+            StagecutError, match=rf"'inner' returns {re.escape(repr((-x).mean().item()))} in this call; .* stands in the trace"
         ):
             run(*([-x] if run is pipe else [[-x]]))
-    with pytest.raises(StagecutError, match=r"(?s)'inner' returns .* in the trace.*kept whole.*return a tensor"):
+    with pytest.raises(StagecutError, match=r"(?s)'inner' returns .* in the trace.*kept whole.*return tensors"):
         pipeline(Reads(), (x,), leaf_modules=["inner"])
+
+
+class Keys(nn.Module):
+    """As many tensors, in another order or another place."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.other:
+            return {"a": x, "b": x * 2} if x.sum() > 0 else {"b": x * 2, "a": x}
+        return (x, None) if x.sum() > 0 else (None, x)
+
+
+class Takes(nn.Module):
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.keys = Keys(other)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.keys(x)
+        pipe_split()
+        return made["a"] - made["b"] * 3 if isinstance(made, dict) else made[0] + 1
+
+
+@pytest.mark.parametrize(("other", "then"), [(True, r"\['b'\] \['a'\]"), (False, r"\[1\]")])
+def test_the_structure_that_a_whole_module_returns_is_that_of_the_trace_or_the_call_fails(other: bool, then: str) -> None:
+    pipe = pipeline(Takes(other), (torch.ones(3),), leaf_modules=["keys"])
+    pipe(torch.ones(3) * 2)
+    with pytest.raises(StagecutError, match=f"'keys' returns .{then}. in this call"):
+        pipe(-torch.ones(3))
 
 
 class Masked(nn.Module):
@@ -457,6 +490,14 @@ def test_a_list_of_modules_is_not_kept_whole_for_what_lies_in_it() -> None:
         CaptureError, match=r"'layers\.0' is given 2 .* 1 in a real run, or others; before that, in module 'layers\.0': GuardOn"
     ):
         pipeline(Stack(), (torch.randn(3, 4),))
+
+
+def test_a_list_of_modules_stands_for_each_of_them() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.ReLU()])])
+    leaves = Leaves(model, ())
+    leaves.add("layers")
+    assert leaves.paths == ["layers.0", "layers.1.0", "layers.1.1"]
 
 
 class Pads(nn.Module):
