@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
@@ -43,7 +44,7 @@ class _Aliases:
         for op in program.all_ops():
             for old, new in op.versions.items():
                 self._version_of[new] = self._version_of.get(old, old)
-        self._written = set(self._version_of.values())
+        self._ops = program.all_ops
 
     def rebase(self, stage: Stage) -> bool:
         """No two values of one storage cross into `stage` and are written there; True when that took a change."""
@@ -124,8 +125,8 @@ class _Aliases:
         changed = False
         for op in [op for op in stage.ops if op.reads_around]:
             for value in self._received([op.operands[0]], stage.index):
-                root = self._steps(value)[0]
-                if self._member(value) is root:
+                root, steps = self._steps(value)
+                if not steps:  # no part of it: all of it
                     continue
                 if root in self._written:
                     raise SplitError(
@@ -137,6 +138,20 @@ class _Aliases:
                 changed = True
         stage.ops[:0] = twins.values()
         return changed
+
+    @cached_property
+    def _written(self) -> set[Value]:
+        """The roots of all storages that are written."""
+        roots: dict[Value, Value] = {}
+        written: set[Value] = set()
+        for op in self._ops():
+            written.update(roots.get(self._member(op.operands[i]), self._member(op.operands[i])) for i in op.effects.writes)
+            for index, value in enumerate(op.results):
+                viewed = op.effects.viewed(index)
+                if viewed is not None:
+                    base = self._member(op.operands[viewed])
+                    roots[value] = roots.get(base, base)
+        return written
 
     def _retake(self, base: Value, crossing: list[Value], stage: Stage, twins: dict[tuple[Op, Value], Op]) -> None:
         """The stage takes the views `crossing` of `base` itself."""

@@ -219,6 +219,23 @@ def as_strided_around_a_view_of_what_crosses(self, x):
     return a * 2, part * 3
 
 
+@case(X, stages=2, has={"a": linear})
+def as_strided_around_all_of_what_was_written(self, x):
+    a = self.a(x)
+    same = a.mul_(2)
+    pipe_split()
+    wide = same.as_strided((2, 2), (4, 1), 0)
+    same.add_(1)
+    return same, wide * 3
+
+
+@case(X, stages=2, grad=False)
+def as_strided_around_a_written_input(self, x):
+    x.relu_()
+    pipe_split()
+    return x.as_strided((2, 2), (4, 1), 0)
+
+
 @case(X, has={"a": linear}, refused="has a part of a tensor that is written, and aten.as_strided.default may read the rest")
 def as_strided_around_a_part_of_what_is_written(self, x):
     a = self.a(x)

@@ -44,6 +44,7 @@ CUT_REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
     "which is kept whole",
+    "has a part of a tensor that is written",
 )
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
