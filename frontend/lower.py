@@ -44,6 +44,7 @@ from stagecut.ir.graph import (
     transform,
 )
 from stagecut.ir.objects import opened, places, plain
+from stagecut.ir.outline import viewed_value
 from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE, same_layout
 
@@ -254,6 +255,7 @@ class Lowering:
         op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, node.target, seen)
+        _refuse_resized_views(op)
         if _identity_views(op):
             op.results[0].type = op.operands[0].type
         ops.append(op)
@@ -542,6 +544,18 @@ class _SchemaEffects:
             item = op.args[position] if position < len(op.args) else op.kwargs.get(name)
             found += [op.operands.index(value) for value in leaves(item)]
         return tuple(found)
+
+
+def _refuse_resized_views(op: Op) -> None:
+    """Raises CaptureError for `out=` of a view that has another size: torch makes it another view, over what lies behind it."""
+    for out in leaves([item for name, item in op.kwargs.items() if name.startswith("out")]):
+        sizes = {getattr(value.type, "shape", ()) for value in (out, *op.results[:1])}
+        if len(op.results) == 1 and len(sizes) > 1 and viewed_value(out) is not None and op.effects.writes:
+            raise CaptureError(
+                "an operation writes its result to out=, a view of another size, which torch would resize over the tensor it is a view of",
+                where=op.where(),
+                hint="give out= a tensor of the size of the result, or assign the result: x[:] = ...",
+            )
 
 
 def _with_defaults(target: Any, args: tuple[Any, ...], position: int) -> tuple[Any, ...]:

@@ -343,6 +343,14 @@ def out_argument(self, x):
     return y * 2 + x
 
 
+@case(X, stages=2, grad=False)
+def out_argument_that_is_resized(self, x):
+    made = torch.empty(0, dtype=torch.float64)
+    pipe_split()
+    torch.add(x, x, out=made)
+    return made * 2
+
+
 @case(X, stages=2)
 def functional_inplace_relu(self, x):
     x = x * 2

@@ -237,6 +237,22 @@ def test_an_input_is_written_from_a_part_of_itself_that_was_taken_in_another_sta
     same_across_processes(Part(), torch.randn(4, 7).t(), check=None)
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_out_that_is_a_view_of_another_size_is_refused() -> None:
+    """torch makes it a view of that size, over what lies behind it in the tensor it is a view of."""
+
+    class Over(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            part = x[:, :2]
+            pipe_split()
+            torch.add(x, x, out=part)
+            return part
+
+    with pytest.raises(CaptureError, match="out=, a view of another size") as caught:
+        pipeline(Over(), (torch.randn(7, 4),))
+    assert "test_hunted.py" in caught.value.where
+
+
 def test_what_is_broadcast_to_its_own_shape_is_itself() -> None:
     """A loss does it to what it compares; a view taken anew behind the cut would read what was written before."""
 
