@@ -44,7 +44,7 @@ from stagecut.ir.graph import (
     transform,
 )
 from stagecut.ir.objects import opened, places, plain
-from stagecut.ir.outline import viewed_value
+from stagecut.ir.outline import storage_root, viewed_value
 from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE, same_layout
 
@@ -148,6 +148,7 @@ class Lowering:
         self.program = program
         self.bindings = bindings
         self._storage: dict[Value, int] = {}
+        self._twins: set[Value] = set()
         self._scopes: dict[tuple[str, ...], Scope] = {}
         self._locs: dict[str, Loc | None] = {}
         self._targets: dict[Any, str] = {}
@@ -256,6 +257,7 @@ class Lowering:
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, node.target, seen)
         _refuse_resized_views(op)
+        self._refuse_written_twins(op)
         if _identity_views(op):
             op.results[0].type = op.operands[0].type
         ops.append(op)
@@ -346,8 +348,23 @@ class Lowering:
             call.random,
             effect=True,
         )
+        self._refuse_written_twins(op)
+        homes = [storage_of(leaf) for leaf in call.out_flat if isinstance(leaf, torch.Tensor)]
+        alone = (viewed is not None or home is None or homes.count(home) == 1 for home, viewed in zip(homes, views, strict=True))
+        self._twins.update(result for result, lone in zip(op.results, alone, strict=True) if not lone)
         ops.append(op)
         return list(op.results)
+
+    def _refuse_written_twins(self, op: Op) -> None:
+        """Raises CaptureError for a write into one of two results of a module kept whole that share memory: none is a view of another."""
+        for place in op.effects.writes if self._twins else ():
+            made = storage_root(op.operands[place])
+            if made in self._twins and isinstance(made.owner, Op):
+                raise CaptureError(
+                    "what a module kept whole returned is written, and it shares memory with something else that it returned",
+                    where=f"{op.where()}; {made.owner.where()}",
+                    hint="write a clone: x = x.clone()",
+                )
 
     def _inline(self, graph: fx.Graph, operands: tuple[Any, ...], ops: list[Op], context: tuple[Context, ...]) -> Any:
         parameters = [n for n in graph.nodes if n.op == "placeholder"]

@@ -500,6 +500,36 @@ def test_a_list_of_modules_stands_for_each_of_them() -> None:
     assert leaves.paths == ["layers.0", "layers.1.0", "layers.1.1"]
 
 
+class Twice(nn.Module):
+    """Returns one tensor twice, and a part of it."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = x.tanh()
+        return y, y, y[0]
+
+
+class WritesTwin(nn.Module):
+    def __init__(self, part: int) -> None:
+        super().__init__()
+        self.inner, self.part = Twice(), part
+
+    def forward(self, x: torch.Tensor) -> Any:
+        made = [*self.inner(x)]
+        pipe_split()
+        if self.part < 3:
+            made[self.part][..., 0].add_(1)
+        return made
+
+
+def test_a_write_into_one_of_two_results_that_share_memory_is_refused() -> None:
+    x = torch.randn(3, 4)
+    for part in range(3):
+        with pytest.raises(CaptureError, match=r"shares memory with something else that it returned\n  at: .*test_leaf"):
+            pipeline(WritesTwin(part), (x,), leaf_modules=["inner"])
+    model = WritesTwin(3)
+    assert pipeline(model, (x,), leaf_modules=["inner"]).verify(x).ok
+
+
 class Pads(nn.Module):
     """A size that only the run knows."""
 

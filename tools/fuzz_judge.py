@@ -40,6 +40,7 @@ from stagecut.tools.fuzz_plans import (
 from stagecut.tools.fuzz_shrink import smaller
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
+TRACE_REFUSALS = ("cannot be traced", "a view of another size", "shares memory with something else that it returned")
 CUT_REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
@@ -194,7 +195,7 @@ def _guard(name: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except CaptureError as error:
-        if "cannot be traced" in error.what:
+        if any(known in error.what for known in TRACE_REFUSALS):
             raise
         raise _Failed(name, _lines(error)) from error
     except StagecutError as error:
