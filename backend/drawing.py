@@ -38,7 +38,10 @@ _SAMPLES = {"send": "<B>&#8212;&#8212;&gt;</B>", "relay": "<B>&#8211; &#8211; &g
             "recompute": "<B>&#8211; &#8211; o</B>", "tied": "<B>&#8212;&#8212;&#8212;</B>"}  # fmt: skip
 
 _NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": "#7d8790", "fontsize": "11", "margin": "0.12,0.07"}
-_FONT = {"fontname": "Helvetica,Arial,sans-serif", "fontcolor": "#1d252c"}
+_FONT = {
+    "fontname": "Helvetica",
+    "fontcolor": "#1d252c",
+}  # one name: renderers without fonts know how wide it is, and take a list for Times
 _ROUND = {"shape": "ellipse", "fontsize": "10", "margin": "0.04,0.02"}
 INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3ea"}
 

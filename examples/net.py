@@ -1,7 +1,7 @@
 """A small model with a skip connection and a parameter used in two stages.
 
 dump-ir examples/net.py:make
-dump-ir examples/net.py:make --format dot | dot -Tsvg > stages.svg
+dump-ir examples/net.py:make --format svg > stages.svg
 """
 
 from typing import Any

@@ -448,11 +448,11 @@ class Pipe(nn.Module):
 
         return to_dot(self.program)
 
-    def to_svg(self, *, level: str = "stages", stage: int | None = None, depth: int | None = None) -> str:
-        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.backend.dot.to_svg`. Needs the program `dot`."""
+    def to_svg(self, *, level: str = "stages", stage: int | None = None, depth: int | None = None, renderer: str | None = None) -> str:
+        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.backend.dot.to_svg`, which says what draws it."""
         from stagecut.backend.dot import to_svg
 
-        return to_svg(self.program, level=level, stage=stage, depth=depth)
+        return to_svg(self.program, level=level, stage=stage, depth=depth, renderer=renderer)
 
     def __str__(self) -> str:
         return text(self.program)

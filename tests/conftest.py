@@ -1,8 +1,9 @@
-"""Golden files: `pytest --bless` rewrites what a test compares with."""
+"""Golden files: `pytest --bless` rewrites what a test compares with. What was skipped is told, one line a reason."""
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,13 @@ GOLDEN = Path(__file__).parent / "golden"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--bless`."""
     parser.addoption("--bless", action="store_true", help="rewrite the golden files with what the tests see now")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many tests were skipped for each reason."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 @pytest.fixture

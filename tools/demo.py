@@ -41,7 +41,7 @@ def _check(architecture: Architecture) -> tuple[Pipe, bool, bool, bool]:
     _write(f"{architecture.name}-before.ir", text(program))
     pipe = pipeline(model, (), kwargs, split_spec=dict.fromkeys(architecture.cuts, SplitPoint.BEGINNING))
     _write(f"{architecture.name}-after.ir", str(pipe))
-    _write(f"{architecture.name}.dot", pipe.to_dot())
+    _write(f"{architecture.name}.svg", pipe.to_svg())
     got = pipe.module()(**kwargs)
     found = _gradients(model, got.loss)  # the stages hold the model's own parameters
     stage_names = {name for i in range(pipe.num_stages) for name in pipe.get_stage_module(i).state_dict()}

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/PICTURES.md: `python -m stagecut.tools.pictures [FOLDER [NAME ...]]`."""
+"""Draws the pictures of docs/PICTURES.md, the same bytes on every machine: `python -m stagecut.tools.pictures [FOLDER [NAME ...]]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stagecut.backend.render import PURE
 from stagecut.balance import Setting
 from stagecut.frontend.markers import SplitPoint, pipe_split
 from stagecut.pipe import pipeline
@@ -39,11 +40,11 @@ class Net(nn.Module):
 
 
 def _net(**view: object) -> str:
-    return pipeline(Net(), (torch.zeros(8, dtype=torch.long),)).to_svg(**view)  # type: ignore[arg-type]
+    return pipeline(Net(), (torch.zeros(8, dtype=torch.long),)).to_svg(**view, renderer=PURE)  # type: ignore[arg-type]
 
 
 def _unet() -> str:
-    return pipeline(UNet(8, 4), (torch.randn(2, 3, 64, 64),), stages=4, check=None).to_svg()
+    return pipeline(UNet(8, 4), (torch.randn(2, 3, 64, 64),), stages=4, check=None).to_svg(renderer=PURE)
 
 
 def _llama() -> str:
@@ -51,7 +52,7 @@ def _llama() -> str:
     example = MODELS["Llama 405B"]()
     cuts = dict.fromkeys(example.layers[8::8], SplitPoint.BEGINNING)
     pipe = pipeline(example.model, example.args, example.kwargs, split_spec=cuts, check=None)
-    return pipe.to_svg(level="modules", stage=3)
+    return pipe.to_svg(level="modules", stage=3, renderer=PURE)
 
 
 def _schedule(name: str, stages: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
 from stagecut.ir.printer import excerpt, text
 from stagecut.ir.validator import Trace, validate
@@ -208,13 +208,11 @@ class Session:
     def _page(self, program: Program) -> str:
         from stagecut.backend.dot import to_svg
         from stagecut.backend.page import to_html
+        from stagecut.backend.render import find_renderer
 
         history = [(s.title, s.text, s.seconds) for s in self._history]
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        try:
-            graph = to_svg(program)
-        except StagecutError:  # without the program dot the page draws stages by itself
-            graph = None
+        graph = to_svg(program) if find_renderer() else None  # the page draws stages by itself then
         return to_html(history, program, costs, costs.timeline.to_svg(), graph, title=program.name)
