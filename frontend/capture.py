@@ -19,6 +19,7 @@ from stagecut.frontend.eager import FORWARDS, EagerPath
 from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.known import KnownValues
 from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
@@ -67,10 +68,9 @@ def capture(
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
         except Exception as error:
-            failing = _failing_module(module, error, leaves.paths)
-            if eager.fall_back(failing, f"{_first_line(error)} at {_user_frame(error)}"):
+            if eager.fall_back(error, f"{_first_line(error)} at {_user_frame(error)}"):
                 continue
-            path, refusal = failing, _refusal(module, error, leaves.reasons)
+            path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
             if not path and (path := _origin(module, error, leaves.paths)):
                 origins[type(module.get_submodule(path))] = refusal
             if not path or retries == MOST_RETRIES or not leaves.can_run():
@@ -83,7 +83,8 @@ def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves,
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
         seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
-        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), KnownValues(), ends, opening(module), eager.open(), watch:
+        quiet, unchanged = quiet_torch(), opening(module)
+        with quiet, seeds, torch.enable_grad(), leaves.standing_in(), visible(), KnownValues(), ends, unchanged, eager.open(), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)

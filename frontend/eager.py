@@ -1,16 +1,16 @@
-"""The trace takes the path of the eager run: what asks whether it is traced is told no, and values that no input went into are known."""
+"""The trace takes the path of the eager run: code that asks whether it is traced is told no."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-
 
 from stagecut.frontend.kept import is_users
 
@@ -28,54 +28,60 @@ _ANSWERS: dict[int, Callable[[], bool]] = {}
 FORWARDS = ("_call_impl", "forward")
 """The functions that run a module."""
 
+_Asker = tuple[type, CodeType]
+"""A function that asks, itself or by others, and the class of the module it runs for."""
+
 
 class EagerPath:
-    """While open, code of the user's that asks whether it is traced is told no, as in the eager run.
+    """While open, the user's code that asks whether it is traced is told no, as in the eager run; torch's own code hears the truth.
 
-    Where that path cannot be traced, `fall_back` lets a class of modules have the answer of the trace. `notes` tells which, and why.
+    Where the eager path cannot be traced, `fall_back` lets the function that failed, or the nearest around it that asked, hear the
+    truth too. `notes` tells which functions those are, and why.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._paths = {id(vars(owner)): path for path, owner in module.named_modules()}
-        self._module = module
-        self._asked: dict[type, None] = {}
-        self._traced: dict[type, str] = {}
+        self._kinds = {id(vars(owner)): type(owner) for owner in module.modules()}
+        self._root = type(module)
+        self._asked: dict[_Asker, None] = {}
+        self._told: dict[_Asker, str] = {}
 
     @property
     def notes(self) -> list[str]:
-        """The classes whose code takes the path it has for tracing, why, and what that costs."""
+        """The functions that take the path they have for tracing, why, and what that costs."""
         return [
-            f"{kind.__name__} asks whether it is traced and takes the path for that, as its eager one cannot be traced: {reason}; "
-            "the stages may run other, slower ops there than the model, such as attention with a mask"
-            for kind, reason in self._traced.items()
+            f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its eager one cannot be traced: "
+            f"{reason}; the stages may run other ops there than the model, such as attention with a mask"
+            for (kind, code), reason in self._told.items()
         ]
 
-    def fall_back(self, path: str, reason: str) -> bool:
-        """The class of the innermost module around the one at `path` that was told no is told the truth from now on; False where none was."""
-        parts = path.split(".") if path else []
-        for end in range(len(parts), -1, -1):
-            kind = type(self._module.get_submodule(".".join(parts[:end])))
-            if kind in self._asked and kind not in self._traced:
-                self._traced[kind] = reason
-                return True
-        return False
+    def fall_back(self, error: BaseException, reason: str) -> bool:
+        """Of the functions that `error` went through, the innermost that asked hears the truth from now on; False where none asked."""
+        kind = self._root
+        passed: list[_Asker] = []
+        for frame, _ in walk_tb(error.__traceback__):
+            kind = self._module_of(frame) or kind
+            passed.append((kind, frame.f_code))
+        pending = next((asker for asker in reversed(passed) if asker in self._asked and asker not in self._told), None)
+        if pending is not None:
+            self._told[pending] = reason
+        return pending is not None
 
     def fall_back_everywhere(self, reason: str) -> bool:
-        """All classes that were told no are told the truth from now on; False where there are none."""
-        pending = [kind for kind in self._asked if kind not in self._traced]
-        self._traced |= dict.fromkeys(pending, reason)
+        """All functions that asked hear the truth from now on; False where there are no more."""
+        pending = [asker for asker in self._asked if asker not in self._told]
+        self._told |= dict.fromkeys(pending, reason)
         return bool(pending)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """The questions of the user's code are answered, those of torch's as ever."""
+        """What stands for the model while it is traced hears our answers."""
         own = [(question, question.__code__) for question in _QUESTIONS]
         package: Any = torch._subclasses
         try:
             for number, (question, _) in enumerate(own):
                 _ANSWERS[number] = self._answer(question)
                 question.__code__ = _asking(number)
-            package.__class__ = _subclasses(self._tells_the_truth)
+            package.__class__ = _subclasses(self._hears_the_truth)
             yield
         finally:
             package.__class__ = ModuleType
@@ -89,28 +95,37 @@ class EagerPath:
             asker: FrameType | None = sys._getframe(2)
             while asker is not None and asker.f_code.co_name in _NAMES:  # torch has a question under several names
                 asker = asker.f_back
-            return asker is not None and self._tells_the_truth(asker) and truth()
+            return asker is not None and self._hears_the_truth(asker) and truth()
 
         return answer
 
-    def _tells_the_truth(self, asker: FrameType) -> bool:
-        """Whether the frame that asks gets the answer of the trace: torch's own code does, and modules whose eager path cannot be traced."""
-        if not is_users(asker.f_code.co_filename):
+    def _hears_the_truth(self, frame: FrameType) -> bool:
+        """True for torch's own code, and where the eager path cannot be traced."""
+        if not is_users(frame.f_code.co_filename):
             return True
-        kind = self._kind_around(asker)
-        if kind in self._traced:
+        codes, kind = self._call(frame)
+        askers = [(kind, code) for code in codes]
+        if any(asker in self._told for asker in askers):
             return True
-        self._asked[kind] = None
+        self._asked |= dict.fromkeys(askers)
         return False
 
-    def _kind_around(self, frame: FrameType | None) -> type:
-        """The class of the innermost module of the model that a frame runs for."""
-        while frame is not None:
-            path = self._paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)))
-            if path is not None and frame.f_code.co_name in FORWARDS:
-                return type(self._module.get_submodule(path))
-            frame = frame.f_back
-        return type(self._module)
+    def _call(self, frame: FrameType) -> tuple[list[CodeType], type]:
+        """The functions from the one that a frame runs out to the forward of the module it runs for, and the class of that module."""
+        codes: list[CodeType] = []
+        outer: FrameType | None = frame
+        while outer is not None:
+            codes.append(outer.f_code)
+            if (kind := self._module_of(outer)) is not None:
+                return codes, kind
+            outer = outer.f_back
+        return codes, self._root
+
+    def _module_of(self, frame: FrameType) -> type | None:
+        """The class of the module whose forward a frame runs, None for another function."""
+        if frame.f_code.co_name not in FORWARDS:
+            return None
+        return self._kinds.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)))
 
 
 def _asking(number: int) -> CodeType:
@@ -125,10 +140,10 @@ class _Nothing:
     """A class that no tensor is of."""
 
 
-def _subclasses(tells_the_truth: Callable[[FrameType], bool]) -> type[ModuleType]:
+def _subclasses(hears_the_truth: Callable[[FrameType], bool]) -> type[ModuleType]:
     """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds one that no tensor is of."""
 
     def fake_tensor(package: ModuleType) -> Any:
-        return vars(package)["FakeTensor"] if tells_the_truth(sys._getframe(1)) else _Nothing
+        return vars(package)["FakeTensor"] if hears_the_truth(sys._getframe(1)) else _Nothing
 
     return type("_Subclasses", (ModuleType,), {"FakeTensor": property(fake_tensor)})

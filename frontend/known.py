@@ -39,6 +39,9 @@ _READS = frozenset(
 )
 """Functions that look at the values of tensors."""
 
+_CHANGES_NO_VALUE = torch.ops.aten.detach_.default
+"""An op in place that leaves the values as they are; torch puts it behind every tensor that is made of Python's numbers."""
+
 
 class KnownValues(TorchFunctionMode):
     """While open, who looks at a value that is known gets it: the path of the trace is that of the eager run."""
@@ -105,7 +108,7 @@ def _is_constant(node: fx.Node) -> bool:
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
     if not all(isinstance(size, int) for size in sizes) or _count(sizes) > MOST_ELEMENTS:
         return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._opname
+    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._opname
 
 
 def _count(sizes: Any) -> int:
@@ -121,7 +124,7 @@ def _is_written(node: fx.Node) -> bool:
             if not isinstance(target, OpOverload):
                 if target is not operator.getitem:
                     return True
-            elif target._schema.is_mutable:
+            elif _writes(target):
                 return True
             elif all(argument.alias_info is None for argument in target._schema.arguments):
                 continue
@@ -129,6 +132,10 @@ def _is_written(node: fx.Node) -> bool:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+def _writes(target: OpOverload) -> bool:
+    return target._schema.is_mutable and target is not _CHANGES_NO_VALUE
 
 
 def _attribute(node: fx.Node) -> Any:
