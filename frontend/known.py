@@ -66,9 +66,11 @@ class KnownValues(TorchFunctionMode):
         cone = _cone(node, self._values) if node is not None else None
         if cone is None:
             return None
+        self._values |= {step: _attribute(step) for step in cone if step.op == "get_attr"}
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
             for step in cone:
-                self._values[step] = _computed(step, self._values)
+                if step.op != "get_attr":
+                    self._values[step] = _computed(step, self._values)
         value: torch.Tensor = self._values[node]  # type: ignore[index]
         return value
 
@@ -144,8 +146,6 @@ def _attribute(node: fx.Node) -> Any:
 
 
 def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return _attribute(node)
     args, kwargs = (tree_map(lambda leaf: _operand(leaf, known), tree) for tree in (node.args, node.kwargs))
     function: Any = node.target
     return function(*args, **kwargs)
