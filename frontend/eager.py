@@ -44,6 +44,7 @@ class EagerPath:
         self._root = type(module)
         self._asked: dict[_Asker, None] = {}
         self._told: dict[_Asker, str] = {}
+        self._in_vain: set[_Asker] = set()
 
     @property
     def notes(self) -> list[str]:
@@ -55,16 +56,23 @@ class EagerPath:
         ]
 
     def fall_back(self, error: BaseException, reason: str) -> bool:
-        """Of the functions that `error` went through, the innermost that asked hears the truth from now on; False where none asked."""
+        """Of the functions that `error` went through, the innermost that asked hears the truth from now on; False where none asked.
+
+        One that failed for the same reason when it last heard the truth hears ours again.
+        """
+        last = next(reversed(self._told), None)
+        if last is not None and self._told[last] == reason:
+            del self._told[last]
+            self._in_vain.add(last)
         kind = self._root
         passed: list[_Asker] = []
         for frame, _ in walk_tb(error.__traceback__):
             kind = self._module_of(frame) or kind
             passed.append((kind, frame.f_code))
-        pending = next((asker for asker in reversed(passed) if asker in self._asked and asker not in self._told), None)
-        if pending is not None:
-            self._told[pending] = reason
-        return pending is not None
+        pending = [asker for asker in reversed(passed) if asker in self._asked and asker not in self._told and asker not in self._in_vain]
+        if pending:
+            self._told[pending[0]] = reason
+        return bool(pending)
 
     def fall_back_everywhere(self, reason: str) -> bool:
         """All functions that asked hear the truth from now on; False where there are no more."""

@@ -77,8 +77,13 @@ def test_the_mask_and_what_makes_it_are_gone() -> None:
 
 
 def test_a_graph_module_is_rewritten_too() -> None:
-    pipe = pipeline(fx.symbolic_trace(Attends()), (torch.randn(2, 1, 5, 8),))
-    assert [op.kwargs["is_causal"] for op in pipe.program.all_ops() if "attention" in op.target] == [True, True]
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    mask = graph.call_function(torch.tril, (graph.call_function(torch.ones, (5, 5), {"dtype": torch.bool}),))
+    graph.output(graph.call_function(F.scaled_dot_product_attention, (x, x, x), {"attn_mask": mask}))
+    pipe = pipeline(fx.GraphModule({}, graph), (torch.randn(2, 1, 5, 8),))
+    (attention,) = pipe.program.all_ops()
+    assert attention.kwargs == {"attn_mask": None, "is_causal": True}
 
 
 def test_a_result_that_would_lie_otherwise_keeps_its_mask() -> None:

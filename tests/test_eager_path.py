@@ -113,6 +113,25 @@ def test_where_the_eager_path_is_refused_that_of_a_trace_is_taken() -> None:
     assert "calls" in pipe.notes[0]
 
 
+def test_a_function_that_fails_on_both_paths_is_told_no_again_and_its_module_is_kept_whole() -> None:
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.sin() if torch.compiler.is_compiling() else x.cos()
+            return x + 1 if x.sum() > 0 else x - 1
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.part(x) if torch.compiler.is_compiling() else self.part(x) * 2
+
+    pipe = _compares(Whole, torch.randn(3))
+    assert _targets(pipe) == ["module.part", "aten.mul.Tensor"]
+    assert len(pipe.notes) == 1
+
+
 # --- values that are known ----------------------------------------------------------------------------
 
 
