@@ -15,8 +15,11 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.call import check_example, giving_sizes, is_size
+from stagecut.frontend.eager import FORWARDS, EagerPath
 from stagecut.frontend.kept import gpus, is_users, place_of
+from stagecut.frontend.known import KnownValues
 from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
@@ -46,21 +49,27 @@ def capture(
     for path in leaf_modules:
         leaves.add(path)
     origins: dict[type, CaptureError] = {}
+    eager = EagerPath(module)
     retries = 0
     while True:
         try:
-            exported = _export(module, inputs, dynamic_shapes, leaves)
+            exported = _export(module, inputs, dynamic_shapes, leaves, eager)
             for call in leaves.calls.values():
                 if (refusal := origins.get(type(module.get_submodule(call.path)))) and plain(call.out_flat):
                     raise refusal  # a branch on a number it returns, and not on a size
+            leaves.remarks += eager.notes
             return exported, leaves
-        except Unsettled as error:
+        except StagecutError as error:
+            if eager.fall_back_everywhere(f"{error.what} at {error.where}"):
+                continue
+            if not isinstance(error, Unsettled):
+                raise
             if not error.path or error.path in leaves.paths or retries == MOST_RETRIES or not leaves.can_run():
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
-        except StagecutError:
-            raise
         except Exception as error:
+            if eager.fall_back(error, f"{_first_line(error)} at {_user_frame(error)}"):
+                continue
             path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
             if not path and (path := _origin(module, error, leaves.paths)):
                 origins[type(module.get_submodule(path))] = refusal
@@ -70,18 +79,15 @@ def capture(
         retries += 1
 
 
-def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves) -> ExportedProgram:
+def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves, eager: EagerPath) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
         seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
-        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), ends, opening(module), watch:
+        quiet, unchanged = quiet_torch(), opening(module)
+        with quiet, seeds, torch.enable_grad(), leaves.standing_in(), visible(), KnownValues(), ends, unchanged, eager.open(), watch:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)
-
-
-_FORWARDS = ("_call_impl", "forward")
-"""The functions that run a module."""
 
 
 def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
@@ -89,7 +95,7 @@ def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str
     paths = {id(vars(m)): path for path, m in module.named_modules()}  # a tracer may stand another object in front of the module's dict
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name not in _FORWARDS:  # other methods fail on behalf of the module that calls them
+        if frame.f_code.co_name not in FORWARDS:  # other methods fail on behalf of the module that calls them
             continue
         path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
         if path in known:  # it failed as a whole too: the module around it

@@ -186,7 +186,7 @@ class Lowering:
             elif node.target in _SWITCHES:
                 context = _switched(node, self.tree(node.args[:4], env), context, outer)
                 env[node] = None
-            elif node.meta.get(SAME):
+            elif node.meta.get(SAME) or _detaches_a_constant(node):
                 env[node] = self.tree(node.args[0], env)
             elif node.op != "placeholder":
                 env[node] = self.call(node, env, ops, context, Seen(node.meta.get("val")))
@@ -682,6 +682,12 @@ def _switched(node: fx.Node, args: tuple[Any, ...], context: tuple[Context, ...]
     asked = node.meta.get(GRAD, None if args[0] == _grad_mode(outer) else args[0])
     marks = [mark for mark in inner if mark.kind not in ("no_grad", "enable_grad")]
     return (*outer, *marks) if asked is None else (*outer, *marks, Context("enable_grad" if asked else "no_grad"))
+
+
+def _detaches_a_constant(node: fx.Node) -> bool:
+    """True for the op that torch puts behind every tensor made of Python's numbers: it detaches what carries no gradient."""
+    source = node.args[0] if node.target is torch.ops.aten.detach_.default else None
+    return isinstance(source, fx.Node) and source.target is torch.ops.aten.lift_fresh_copy.default
 
 
 def _grad_mode(context: tuple[Context, ...]) -> bool:

@@ -18,6 +18,9 @@ PHASES = ("traced", "partitioned", "linked")
 SPLIT = "stagecut.split"
 """Target of the op that marks a boundary between two stages."""
 
+CAUSAL, OPEN = "causal", "open"
+"""Kinds of attention masks: one that hides just the future, one that hides nothing."""
+
 
 class Loc(NamedTuple):
     """The user's source line an op comes from."""

@@ -24,6 +24,7 @@ from stagecut.frontend.from_fx import lower_graph_module
 from stagecut.frontend.kept import place_of
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.ir.attention import Masks
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Program
@@ -32,6 +33,7 @@ from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
 from stagecut.ir.verifier import verify
 from stagecut.passes.base import Pass
+from stagecut.passes.causal_attention import CausalAttention
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.recompute import Recompute
@@ -157,6 +159,18 @@ def lower(
     leaf_modules: Sequence[str] = (),
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, what it is bound to, and the exported program where there was one."""
+    program, bindings, exported = _lowered(module, args, kwargs, dynamic_shapes, leaf_modules)
+    unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
+    if unmasked:
+        bindings.notes.append(
+            f"{len(unmasked)} attention(s) run without their mask, which is exactly the causal one or hides nothing: first {unmasked[0].where()}"
+        )
+    return program, bindings, exported
+
+
+def _lowered(
+    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any, leaf_modules: Sequence[str]
+) -> tuple[Program, Bindings, ExportedProgram | None]:
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
     if args is None and kwargs is None:

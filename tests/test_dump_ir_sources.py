@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stagecut.tools.dump_ir import main
-from stagecut.tools.quiet import quiet_torch
+from stagecut.frontend.quiet import quiet_torch
 
 FILES = {
     "wrong_syntax.py": "import torch\ndef make(:\n    pass\n",

@@ -76,7 +76,7 @@ def test_a_failure_is_found_made_smaller_and_shown_by_a_script(tmp_path: Path) -
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 1, result.stderr
     assert "differs" in result.stdout
-    assert "is_exporting" in script.read_text(encoding="utf-8")
+    assert "detect_fake_mode" in script.read_text(encoding="utf-8")
 
 
 def test_the_script_of_a_program_that_holds_exits_with_0(tmp_path: Path) -> None:

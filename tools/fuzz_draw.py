@@ -249,7 +249,7 @@ def _read(table: str) -> list[_Op]:
 
 
 OPS = _read(_OPS)
-PLANTED = _Op(10_000, "m", "({0} * 2 if torch.compiler.is_exporting() else {0} * 3)", True)
+PLANTED = _Op(10_000, "m", "({0} * 2 if torch._guards.detect_fake_mode() else {0} * 3)", True)
 """An op that means something else when traced, for tests of the fuzzer: no splitter can get it right."""
 
 LAYERS: tuple[tuple[str, str], ...] = (

@@ -106,7 +106,7 @@ def _exported(path: Path, trusted: bool) -> Source:
 
 def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> Source:
     from stagecut.pipe import lower
-    from stagecut.tools.quiet import quiet_torch
+    from stagecut.frontend.quiet import quiet_torch
 
     with quiet_torch():
         program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)

@@ -1,0 +1,157 @@
+"""The trace takes the path of the eager run: code that asks whether it is traced is told no."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut.frontend.kept import is_users
+
+_QUESTIONS = (
+    torch.compiler.is_compiling,
+    torch.compiler.is_exporting,
+    torch.compiler.is_dynamo_compiling,
+    torch.jit.is_tracing,
+)
+"""Functions that tell whether code is traced."""
+
+_NAMES = frozenset(question.__name__ for question in _QUESTIONS)
+_ANSWERS: dict[int, Callable[[], bool]] = {}
+
+FORWARDS = ("_call_impl", "forward")
+"""The functions that run a module."""
+
+_Asker = tuple[type, CodeType]
+"""A function that asks, itself or by others, and the class of the module it runs for."""
+
+
+class EagerPath:
+    """While open, the user's code that asks whether it is traced is told no, as in the eager run; torch's own code hears the truth.
+
+    Where the eager path cannot be traced, `fall_back` lets the function that failed, or the nearest around it that asked, hear the
+    truth too. `notes` tells which functions those are, and why.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kinds = {id(vars(owner)): type(owner) for owner in module.modules()}
+        self._root = type(module)
+        self._asked: dict[_Asker, None] = {}
+        self._told: dict[_Asker, str] = {}
+        self._in_vain: set[_Asker] = set()
+
+    @property
+    def notes(self) -> list[str]:
+        """The functions that take the path they have for tracing, why, and what that costs."""
+        return [
+            f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its eager one cannot be traced: "
+            f"{reason}; the stages may run other ops there than the model, such as attention with a mask"
+            for (kind, code), reason in self._told.items()
+        ]
+
+    def fall_back(self, error: BaseException, reason: str) -> bool:
+        """Of the functions that `error` went through, the innermost that asked hears the truth from now on; False where none asked.
+
+        One that failed for the same reason when it last heard the truth hears ours again.
+        """
+        last = next(reversed(self._told), None)
+        if last is not None and self._told[last] == reason:
+            del self._told[last]
+            self._in_vain.add(last)
+        kind = self._root
+        passed: list[_Asker] = []
+        for frame, _ in walk_tb(error.__traceback__):
+            kind = self._module_of(frame) or kind
+            passed.append((kind, frame.f_code))
+        pending = [asker for asker in reversed(passed) if asker in self._asked and asker not in self._told and asker not in self._in_vain]
+        if pending:
+            self._told[pending[0]] = reason
+        return bool(pending)
+
+    def fall_back_everywhere(self, reason: str) -> bool:
+        """All functions that asked hear the truth from now on; False where there are no more."""
+        pending = [asker for asker in self._asked if asker not in self._told]
+        self._told |= dict.fromkeys(pending, reason)
+        return bool(pending)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """What stands for the model while it is traced hears our answers."""
+        own = [(question, question.__code__) for question in _QUESTIONS]
+        package: Any = torch._subclasses
+        try:
+            for number, (question, _) in enumerate(own):
+                _ANSWERS[number] = self._answer(question)
+                question.__code__ = _asking(number)
+            package.__class__ = _subclasses(self._hears_the_truth)
+            yield
+        finally:
+            package.__class__ = ModuleType
+            for question, code in own:
+                question.__code__ = code
+
+    def _answer(self, question: Callable[[], bool]) -> Callable[[], bool]:
+        truth = FunctionType(question.__code__, question.__globals__)
+
+        def answer() -> bool:
+            asker: FrameType | None = sys._getframe(2)
+            while asker is not None and asker.f_code.co_name in _NAMES:  # torch has a question under several names
+                asker = asker.f_back
+            return asker is not None and self._hears_the_truth(asker) and truth()
+
+        return answer
+
+    def _hears_the_truth(self, frame: FrameType) -> bool:
+        """True for torch's own code, and where the eager path cannot be traced."""
+        if not is_users(frame.f_code.co_filename):
+            return True
+        codes, kind = self._call(frame)
+        askers = [(kind, code) for code in codes]
+        if any(asker in self._told for asker in askers):
+            return True
+        self._asked |= dict.fromkeys(askers)
+        return False
+
+    def _call(self, frame: FrameType) -> tuple[list[CodeType], type]:
+        """The functions from the one that a frame runs out to the forward of the module it runs for, and the class of that module."""
+        codes: list[CodeType] = []
+        outer: FrameType | None = frame
+        while outer is not None:
+            codes.append(outer.f_code)
+            if (kind := self._module_of(outer)) is not None:
+                return codes, kind
+            outer = outer.f_back
+        return codes, self._root
+
+    def _module_of(self, frame: FrameType) -> type | None:
+        """The class of the module whose forward a frame runs, None for another function."""
+        if frame.f_code.co_name not in FORWARDS:
+            return None
+        return self._kinds.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)))
+
+
+def _asking(number: int) -> CodeType:
+    """The code of a function that gives an answer of ours. The function stays itself: whoever has imported it asks it too."""
+    scope: dict[str, Any] = {}
+    exec(f"def question():\n    from stagecut.frontend.eager import _ANSWERS\n    return _ANSWERS[{number}]()", scope)
+    code: CodeType = scope["question"].__code__
+    return code
+
+
+class _Nothing:
+    """A class that no tensor is of."""
+
+
+def _subclasses(hears_the_truth: Callable[[FrameType], bool]) -> type[ModuleType]:
+    """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds one that no tensor is of."""
+
+    def fake_tensor(package: ModuleType) -> Any:
+        return vars(package)["FakeTensor"] if hears_the_truth(sys._getframe(1)) else _Nothing
+
+    return type("_Subclasses", (ModuleType,), {"FakeTensor": property(fake_tensor)})

@@ -1,0 +1,157 @@
+"""Values that no input, no state and no random number goes into are known while a model is traced, and forward may branch on them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from stagecut.frontend.modes import node_of
+
+MOST_ELEMENTS = 2**24
+"""The size of the largest tensor that is computed while a model is traced."""
+
+_READS = frozenset(
+    {
+        torch.Tensor.__bool__,
+        torch.Tensor.__int__,
+        torch.Tensor.__float__,
+        torch.Tensor.__complex__,
+        torch.Tensor.__index__,
+        torch.Tensor.__contains__,
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.is_nonzero,
+        torch.Tensor.equal,
+        torch.Tensor.allclose,
+        torch.is_nonzero,
+        torch.equal,
+        torch.allclose,
+    }
+)
+"""Functions that look at the values of tensors."""
+
+_CHANGES_NO_VALUE = torch.ops.aten.detach_.default
+"""An op in place that leaves the values as they are; torch puts it behind every tensor that is made of Python's numbers."""
+
+
+class KnownValues(TorchFunctionMode):
+    """While open, who looks at a value that is known gets it: the path of the trace is that of the eager run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: dict[fx.Node, Any] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _READS or get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        known = [self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args]
+        if any(value is None and arg is not None for value, arg in zip(known, args, strict=True)):
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            return func(*known, **kwargs)
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The real tensor that `tensor` stands for in the trace, None where it depends on more than constants."""
+        node = node_of(tensor)
+        cone = _cone(node, self._values) if node is not None else None
+        if cone is None:
+            return None
+        self._values |= {step: _attribute(step) for step in cone if step.op == "get_attr"}
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            for step in cone:
+                if step.op != "get_attr":
+                    self._values[step] = _computed(step, self._values)
+        value: torch.Tensor = self._values[node]  # type: ignore[index]
+        return value
+
+
+def _cone(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node] | None:
+    """What `node` is made of and is not known yet, in order; None where that is more than constants, or is written."""
+    steps: dict[fx.Node, None] = {}
+    todo = [(node, False)]
+    while todo:
+        step, is_ready = todo.pop()
+        if is_ready:
+            steps[step] = None
+        elif step not in known and step not in steps:
+            if not _is_constant(step) or _is_written(step):
+                return None
+            todo.append((step, True))
+            todo += [(operand, False) for operand in step.all_input_nodes]
+    return None if any(_is_written(step) for step in known.keys() & _inputs(steps)) else list(steps)
+
+
+def _inputs(steps: dict[fx.Node, None]) -> set[fx.Node]:
+    return {operand for step in steps for operand in step.all_input_nodes}
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """True for an op that makes the same of constants in every call, no larger than what is worth computing."""
+    if node.op == "get_attr":
+        return isinstance(_attribute(node), torch.Tensor)
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "prims"):
+        return False
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    if not all(isinstance(size, int) for size in sizes) or _count(sizes) > MOST_ELEMENTS:
+        return False
+    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._opname
+
+
+def _count(sizes: Any) -> int:
+    return int(torch.Size(sizes).numel())
+
+
+def _is_written(node: fx.Node) -> bool:
+    """True when an op writes into what `node` made, or into a view of it."""
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            target = user.target
+            if not isinstance(target, OpOverload):
+                if target is not operator.getitem:
+                    return True
+            elif _writes(target):
+                return True
+            elif all(argument.alias_info is None for argument in target._schema.arguments):
+                continue
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _writes(target: OpOverload) -> bool:
+    return target._schema.is_mutable and target is not _CHANGES_NO_VALUE
+
+
+def _attribute(node: fx.Node) -> Any:
+    tracer: Any = get_proxy_mode()
+    return getattr(tracer.tracer.root, str(node.target), None)
+
+
+def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    args, kwargs = (tree_map(lambda leaf: _operand(leaf, known), tree) for tree in (node.args, node.kwargs))
+    function: Any = node.target
+    return function(*args, **kwargs)
+
+
+def _operand(leaf: Any, known: dict[fx.Node, Any]) -> Any:
+    if isinstance(leaf, fx.Node):
+        return known[leaf]
+    return torch.device("cpu") if leaf == torch.device("meta") else leaf

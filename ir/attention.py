@@ -1,0 +1,78 @@
+"""What attention may do without its mask: which masks hide just the future, and where the result lies without one. Needs torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.constants import Constants
+from stagecut.ir.graph import CAUSAL, OPEN, Program, Value
+from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
+
+
+class Masks:
+    """What is known of the attention masks of a program."""
+
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        self._constants = Constants(program, bindings)
+        self._kinds: dict[Value, str | None] = {}
+
+    def kind(self, mask: Value, query: Value, key: Value, value: Value, result: Value) -> str | None:
+        """The kind of a mask that attention may do without: CAUSAL or OPEN; None where it is neither or not known.
+
+        And None where the result would lie otherwise in memory without it, for what comes behind may rely on that.
+        """
+        types = [operand.type for operand in (query, key, value)]
+        tensors = [kind for kind in types if isinstance(kind, TensorType) and _is_known(kind)]
+        if len(tensors) < 3:
+            return None
+        if mask not in self._kinds:
+            tensor = self._constants.value(mask)
+            self._kinds[mask] = mask_kind(tensor, tensors[0].shape[-2], tensors[1].shape[-2]) if tensor is not None else None
+        kind = self._kinds[mask]
+        return kind if kind is not None and all(_strides(tensors, kind, grad) == _laid(result) for grad in (False, True)) else None
+
+
+def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
+    """CAUSAL for an attention mask that hides just the future, OPEN for one that hides nothing, None for another.
+
+    A boolean mask is True where a query sees a key. Another one is added to the scores: 0 where a query sees a key, else -inf or the
+    least finite number. No mask is CAUSAL where there are more keys than queries, or fewer: torch lets the first query see the first key.
+    """
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
+        return None
+    if bool(seen.all()):
+        return OPEN
+    if queries != keys or mask.shape[-2:] != (queries, keys):
+        return None
+    future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
+    return CAUSAL if bool((seen == ~future).all()) else None
+
+
+def _is_known(kind: TensorType) -> bool:
+    return all(isinstance(size, int) for size in (*kind.shape, *(kind.strides or ())))
+
+
+def _laid(value: Value) -> tuple[Any, ...]:
+    kind = value.type
+    if not isinstance(kind, TensorType):
+        return ()
+    return kind.strides or contiguous_strides(kind.shape)  # type: ignore[arg-type]
+
+
+def _strides(kinds: list[TensorType], mask: str, grad: bool) -> tuple[int, ...]:
+    """Where the elements of attention without a mask lie."""
+    with FakeTensorMode(), torch.enable_grad():
+        query, key, value = (_fake(kind).requires_grad_(grad) for kind in kinds)
+        heads_differ = query.dim() > 3 and query.shape[-3] != key.shape[-3]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=mask == CAUSAL, enable_gqa=heads_differ).stride()
+
+
+def _fake(kind: TensorType) -> torch.Tensor:
+    strides = kind.strides or contiguous_strides(kind.shape)  # type: ignore[arg-type]
+    return torch.empty_strided(kind.shape, strides, dtype=getattr(torch, DTYPES[kind.dtype]), device=kind.device)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""Values that are the same in every call: no input, no trained or written state, no random number goes into them. Needs torch."""
+
+from __future__ import annotations
+
+import torch
+
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.interp import Environment, Machine
+from stagecut.ir.outline import storage_root
+from stagecut.ir.types import TensorType
+
+MOST_ELEMENTS = 2**24
+"""The size of the largest tensor that is computed."""
+
+
+class Constants:
+    """What the values of a traced program hold that are the same in every call."""
+
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        self._machine = Machine(bindings)
+        self._bindings = bindings
+        self._places = {op: place for place, op in enumerate(program.ops)}
+        self._written = {storage_root(op.operands[i]) for op in program.ops for i in op.effects.writes}
+        self._values: Environment = {}
+        self._varying: set[Value] = set()
+
+    def value(self, value: Value) -> torch.Tensor | None:
+        """The tensor that `value` is in every call, None where it may differ, or is too large to be worth the time."""
+        steps: dict[Op, None] = {}
+        todo = [value]
+        while todo:
+            operand = todo.pop()
+            if operand in self._values or operand.owner in steps:
+                continue
+            if not self._is_constant(operand):
+                self._varying.add(operand)
+                return None
+            if isinstance(operand.owner, Op):
+                steps[operand.owner] = None
+                todo += operand.owner.operands
+        with torch.no_grad():
+            self._machine.run(sorted(steps, key=self._places.__getitem__), self._values)
+        result = self._values[value]
+        return result if isinstance(result, torch.Tensor) and not result.is_meta else None
+
+    def _is_constant(self, value: Value) -> bool:
+        """True where the op that makes `value` makes the same of the same; its tensor is there where it is a constant of the model."""
+        if value in self._varying or not _is_small(value) or storage_root(value) in self._written:
+            return False
+        if isinstance(value.owner, StateEntry):
+            return self._lift(value, value.owner)
+        return isinstance(value.owner, Op) and _is_pure(value.owner)
+
+    def _lift(self, value: Value, entry: StateEntry) -> bool:
+        tensor = self._bindings.tensors.get(entry.name)
+        if entry.kind != "const" or tensor is None or tensor.is_meta:
+            return False
+        self._values[value] = tensor
+        return True
+
+
+def _is_small(value: Value) -> bool:
+    """True for a tensor of known sizes that is not too large."""
+    if not isinstance(value.type, TensorType) or not all(isinstance(size, int) for size in value.type.shape):
+        return False
+    return torch.Size(value.type.shape).numel() <= MOST_ELEMENTS
+
+
+def _is_pure(op: Op) -> bool:
+    """True for an op of torch's that computes its results from its operands, and does nothing else."""
+    if op.has_effect or op.is_users or op.regions or "empty" in op.target:
+        return False
+    return not any(context.kind in ("transform", "checkpoint") for context in op.context)

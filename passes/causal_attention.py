@@ -1,0 +1,60 @@
+"""Attention whose mask hides just the future asks for causal attention instead, for which torch has faster kernels than for masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stagecut.ir.graph import CAUSAL, Op, Program, Value
+
+ATTENTION = ("aten.scaled_dot_product_attention.default", "torch.nn.functional.scaled_dot_product_attention")
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
+"""A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where it can do without; else None."""
+
+
+@dataclass(frozen=True)
+class CausalAttention:
+    """An attention whose mask is proved to be CAUSAL or OPEN has no mask.
+
+    kind: what is known of a mask. Nothing, by default: text alone does not run its ops.
+    """
+
+    name = "causal-attention"
+    kind: MaskKind = lambda mask, query, key, value, result: None
+
+    def run(self, program: Program) -> bool:
+        return bool(self.unmasked(program))
+
+    def unmasked(self, program: Program) -> list[Op]:
+        """The attentions that have no mask any more."""
+        if program.phase != "traced":
+            return []
+        return [op for op in program.ops if op.target in ATTENTION and self._unmask(op)]
+
+    def _unmask(self, op: Op) -> bool:
+        arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs
+        read = [arguments.get(name) for name in ("attn_mask", "query", "key", "value")]
+        values = [operand for operand in read if isinstance(operand, Value)]
+        draws = arguments.get("dropout_p", 0.0) != 0.0  # other kernels draw other numbers
+        if len(values) < 4 or draws or arguments.get("is_causal", False) is not False:
+            return False
+        kind = self.kind(*values, op.results[0])
+        if kind is None:
+            return False
+        _set(op, {"attn_mask": None} | ({"is_causal": True} if kind == CAUSAL else {}))
+        return True
+
+
+def _set(op: Op, new: dict[str, Any]) -> None:
+    """The op has `new` arguments, by position where it had them by position."""
+    args, kwargs = list(op.args), dict(op.kwargs)
+    for name, value in new.items():
+        position = _NAMES.index(name)
+        if position < len(args):
+            args[position] = value
+        else:
+            kwargs[name] = value
+    op.set_operands(tuple(args), kwargs)
