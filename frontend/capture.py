@@ -23,7 +23,7 @@ from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
-from stagecut.ir.errors import CaptureError, StagecutError
+from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.objects import opening, plain
 
 MOST_RETRIES = 8
@@ -161,7 +161,7 @@ _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return without_addresses(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
 
 
 def _user_frame(error: Exception, cls: type | None = None) -> str:

@@ -34,7 +34,7 @@ HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"
 HOOKS += ("_forward_hooks_always_called",)
 """Where a module keeps the hooks on its forward."""
 
-_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+_INTERNAL = dict.fromkeys([*vars(nn.Module()), "forward"])
 """What every module has: no attributes of the user's."""
 
 

@@ -231,8 +231,10 @@ class Leaves:
                 views=shared_with(out_flat, given),
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written
-                written_state=frozenset(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w)
-                | {name for name, _ in owner.named_buffers()},
+                written_state=(
+                    *(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w),
+                    *(name for name, _ in owner.named_buffers()),
+                ),
                 random=watch.drew,
             )  # fmt: skip
             return result

@@ -135,7 +135,7 @@ class LeafCall:
     out_spec: TreeSpec
     views: tuple[int | None, ...] = ()
     written_inputs: tuple[int, ...] = ()
-    written_state: frozenset[str] = frozenset()
+    written_state: tuple[str, ...] = ()
     random: bool = False
     function: Any = None
     in_shapes: Sequence[tuple[int, ...]] = ()

@@ -257,7 +257,7 @@ def _caller() -> FrameType:
 def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
-    return next(reversed(tracer.tracer.graph.nodes))
+    return next(iter(reversed(tracer.tracer.graph.nodes)))  # what torch 2.11 reverses is no iterator
 
 
 def node_of(tensor: torch.Tensor) -> fx.Node | None:

@@ -301,7 +301,7 @@ class Watch:
     def _write_back(self) -> None:
         """Buffers that were given another tensor get its values, behind everything else that forward does."""
         now = dict(_state(self._module))
-        for key in self._state.keys() | now.keys():
+        for key in dict.fromkeys([*self._state, *now]):
             if now.get(key) is not self._state.get(key):
                 self._refuse_assignment(key, self._state.get(key), now.get(key))
         assigned = [(key, self._state[key], new) for key, new in now.items() if new is not self._state.get(key)]

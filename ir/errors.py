@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
+
+
+def without_addresses(text: str) -> str:
+    """`text`, where objects print as they do in every process."""
+    return _ADDRESS.sub("", text)
 
 
 class StagecutError(Exception):
@@ -22,7 +30,7 @@ class StagecutError(Exception):
             lines.append(f"  at: {where}")
         if hint:
             lines.append(f"  try: {hint}")
-        super().__init__("\n".join(lines))
+        super().__init__(without_addresses("\n".join(lines)))
 
 
 class CaptureError(StagecutError):

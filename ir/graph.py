@@ -418,11 +418,12 @@ class Program:
 
     def remove_ops(self, dead: set[Op]) -> None:
         """The `dead` ops are gone, and transfers of what they define. Nothing outside them may use that."""
-        for op in dead:
+        gone = [op for op in self.all_ops() if op in dead]
+        for op in gone:
             for value in op.definitions():
                 if any(user not in dead for user in value.uses):
                     raise StagecutError(f"{op.target} cannot be removed: its result is still used", where=op.where())
-        for op in dead:
+        for op in gone:
             op.drop()
         self.ops = [op for op in self.ops if op not in dead]
         self.transfers = [t for t in self.transfers if t.value.owner not in dead and (t.made is None or t.made.owner not in dead)]

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import GetAttrKey, keystr, register_pytree_node, tree_flatten_with_path, tree_leaves, tree_map
 
+from stagecut.ir.errors import without_addresses
+
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
 """What a trace can return."""
@@ -170,7 +172,7 @@ def places(tree: Any) -> str:
     """Where the tensors of an opened tree are in it, '' for nothing but tensors in a row, or a single one."""
     paths = tree_flatten_with_path(tree)[0]
     found = " ".join(keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor))
-    return "" if found in ("", " ".join(f"[{place}]" for place in range(len(paths)))) else found
+    return "" if found in ("", " ".join(f"[{place}]" for place in range(len(paths)))) else without_addresses(found)
 
 
 def hides_tensors(leaf: Any) -> bool:

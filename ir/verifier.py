@@ -231,15 +231,16 @@ def _linked(p: Program) -> Iterator[tuple[str, str]]:
 
 
 def _stage_inputs(stage: Stage, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
-    listed, read = set(stage.inputs), set()
+    listed, read = dict.fromkeys(stage.inputs), set()
     for op in stage.ops:
         for value in op.reads:
             read.add(value)
             held = isinstance(value.owner, StateEntry) and value.owner in stage.state
             if homes.get(value) != stage.index and value not in listed and not held:
                 yield "V11", f"stage {stage.index} reads {value!r}, which it neither defines, receives nor holds"
-    for value in listed - read:
-        yield "V11", f"stage {stage.index} lists input {value!r}, which it never reads"
+    for value in listed:
+        if value not in read:
+            yield "V11", f"stage {stage.index} lists input {value!r}, which it never reads"
     if len(listed) != len(stage.inputs):
         yield "V11", f"stage {stage.index} lists an input twice"
 
@@ -256,7 +257,7 @@ def _stage_outputs(stage: Stage, homes: dict[Value, int], needed: dict[Value, in
 
 
 def _transfers(p: Program) -> Iterator[tuple[str, str]]:
-    wanted = {(value, stage.index) for stage in p.stages for value in stage.inputs}
+    wanted = dict.fromkeys((value, stage.index) for stage in p.stages for value in stage.inputs)
     count = Counter((t.value, t.target) for t in p.transfers if t.made is None)
     for value, target in wanted:
         if count[value, target] != 1:

@@ -98,9 +98,9 @@ _REGIONS = {"checkpoint": "a checkpointed region", "transform": "a vmap"}
 def _refuse_cuts_through_regions(ops: list[Op], asked: dict[Op, str]) -> None:
     """Returns when no marker stands between two ops of a region that runs as a whole; raises SplitError naming the first that does."""
     last = {region: index for index, op in enumerate(ops) for region in _regions(op)}
-    begun: set[Context] = set()
+    begun: dict[Context, None] = {}
     for index, op in enumerate(ops):
-        begun.update(_regions(op))
+        begun |= dict.fromkeys(_regions(op))
         cut = next((region for region in begun if op.is_split and index < last[region]), None)
         if cut is not None:
             raise SplitError(

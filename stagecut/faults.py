@@ -196,7 +196,7 @@ def _break_connections(group: Any) -> None:
 
     gloo has no abort, but a receive that times out closes all connections of its group.
     """
-    for kind in {"cuda", "cpu"} & {device.type for device in group._device_types}:
+    for kind in sorted({"cuda", "cpu"} & {device.type for device in group._device_types}):
         backend = group._get_backend(torch.device(kind))
         if backend.name() != "gloo":
             backend.abort()

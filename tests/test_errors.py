@@ -59,3 +59,9 @@ def test_verify_error() -> None:
 )
 def test_nearest(name: str, known: list[str], phrase: str) -> None:
     assert nearest(name, known) == phrase
+
+
+def test_an_object_in_a_message_prints_as_in_every_process() -> None:
+    assert str(StagecutError(f"no literal: {object()!r}", where="at 0x1", hint="<f at 0x1f> or <g>")) == (
+        "no literal: <object object>\n  at: at 0x1\n  try: <f> or <g>"
+    )

@@ -73,7 +73,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any], rtol: float) ->
 
     All else is bit for bit.
     """
-    wrong = [f"{name} is {'missing' if name in expected else 'new'}" for name in expected.keys() ^ found.keys()]
+    wrong = [f"{name} is {'missing' if name in expected else 'new'}" for name in sorted(expected.keys() ^ found.keys())]
     for name, one in expected.items():
         other = found.get(name)
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):

@@ -111,8 +111,8 @@ def compare(program: Program, before: Run, after: Run) -> None:
             raise Difference(f"output {place} is something else", where=_where(owner, stages) if isinstance(owner, Op) else "")
     if not torch.equal(before.random, after.random):
         raise Difference("random numbers are drawn otherwise")
-    for name in before.gradients.keys() & after.gradients.keys():
-        if not _close(before.gradients[name], after.gradients[name]):
+    for name, gradient in before.gradients.items():
+        if name in after.gradients and not _close(gradient, after.gradients[name]):
             raise Difference(f"the gradient of '{name}' differs", where=f"state '{name}'")
 
 
