@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagecut.balance import AtModules, Balanced, Markers, Setting
+    from stagecut.built_stage import build_stage
     from stagecut.costs import Device
-    from stagecut.distributed import Driver, build_stage
+    from stagecut.distributed import Driver
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import StagecutError
     from stagecut.ir.parser import parse
@@ -28,7 +29,7 @@ _HOMES = {
     "Setting": "stagecut.balance",
     "Device": "stagecut.costs",
     "Driver": "stagecut.distributed",
-    "build_stage": "stagecut.distributed",
+    "build_stage": "stagecut.built_stage",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
     "load": "stagecut.saved",

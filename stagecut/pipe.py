@@ -381,13 +381,13 @@ class Pipe(nn.Module):
         The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
         output tensors in order. Raises StagecutError for what cannot cross between processes.
         """
-        from stagecut.distributed import make_stage
+        from stagecut.built_stage import make_stage
 
         return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""
-        from stagecut.distributed import PipeInfo
+        from stagecut.built_stage import PipeInfo
 
         return PipeInfo(self)
 
