@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,10 @@ class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
     """A tensor at a boundary has another shape or dtype than the program says."""
 
 
+_scaled: WeakKeyDictionary[Pipe, set[int]] = WeakKeyDictionary()
+"""Pipe -> its stages whose gradients have been scaled in this step."""
+
+
 class BuiltStage(PipelineStage):
     """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
 
@@ -48,6 +53,7 @@ class BuiltStage(PipelineStage):
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
         last = index == len(program.stages) - 1
+        _scaled.setdefault(pipe, set())
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
@@ -105,6 +111,24 @@ class BuiltStage(PipelineStage):
             self.dw_builder, last_backward = (lambda: _nothing), bwd_chunk_id + 1 == self.chunks
         return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
+    def clear_runtime_states(self) -> None:
+        """As torch's, which calls it when a step begins."""
+        super().clear_runtime_states()
+        _scaled[self.pipe].discard(self.stage_index)
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """As torch's, but what several stages of this rank share is scaled once a step, by the last of them.
+
+        torch scales each stage behind its own backwards, and others may still add to the gradient of a parameter then.
+        """
+        _scaled[self.pipe].add(self.stage_index)
+        mine = [stage for stage, rank in self.stage_index_to_group_rank.items() if rank == self.group_rank]
+        to_come = [self.pipe.stages[stage] for stage in mine if stage not in _scaled[self.pipe]]
+        left = {parameter for stage in to_come for parameter in stage.parameters()}
+        for parameter in self.submod.parameters():
+            if parameter.grad is not None and parameter not in left:
+                parameter.grad.div_(grad_scale_factor)
+
     def _given(self, args: Any, kwargs: Any) -> list[Any]:
         try:
             return self.pipe.flatten(args, kwargs)
@@ -123,6 +147,17 @@ class BuiltStage(PipelineStage):
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """The pipe checks what the model is called with."""
+
+    def _validate_stage_tensors(self, desc: str, expected: Any, actual: Any) -> None:
+        """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.
+
+        The first stage receives nothing: its arguments are the model's, and the pipe checks them. Where no gradient comes back, torch
+        sends zeros, so that None is right for any gradient.
+        """
+        if self.is_first and expected is self._stage_meta.inputs:
+            return
+        there = [(want, tensor) for want, tensor in zip(expected, actual, strict=True) if tensor is not None]
+        super()._validate_stage_tensors(desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there))
 
 
 def _nothing() -> None:

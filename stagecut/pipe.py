@@ -385,6 +385,15 @@ class Pipe(nn.Module):
 
         return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
+    @property
+    def replicated_params(self) -> list[dict[str, str]]:
+        """For each parameter that several stages have: the stage, as `split_gm` calls it, -> the parameter's name there.
+
+        Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be made.
+        """
+        shared = [entry for entry in self.program.state if entry.kind == "param" and len(entry.stages) > 1]
+        return [{f"submod_pp_{i}": self.program.stages[i].state[entry][0] for i in entry.stages} for entry in shared]
+
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""
         from stagecut.built_stage import PipeInfo
