@@ -100,12 +100,11 @@ def pipeline(
     """
     if check not in CHECKS:
         raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
+    _refuse_two_wishes({"stages": stages, "split_spec": split_spec, "split_policy": split_policy})
     program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
     at = _split_points(split_spec or {}, module)
     plans: list[Plan] = []
     policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
-    if stages is not None and split_spec:
-        raise InputError("stages= and split_spec= both say where to cut", hint="give one of them")
     trace = Trace(program)
     run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *_asked(routes or {}, tied)))
     validate(trace, program)
@@ -116,6 +115,14 @@ def pipeline(
         pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
+
+
+def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
+    """Returns when at most one of the arguments that say where to cut is given."""
+    given = [f"{name}=" for name, wish in wishes.items() if wish is not None]
+    if len(given) > 1:
+        hint = "split_policy=Balanced(stages, ...)" if "split_spec=" not in given else "give one of them"
+        raise InputError(f"{' and '.join(given)} both say where to cut", hint=hint)
 
 
 def _policy(
@@ -131,8 +138,6 @@ def _policy(
         return as_cuts(chosen, exported) if chosen is not None else None
     from stagecut.balance import Balanced
 
-    if stages is not None and chosen is not None:
-        raise InputError("stages= and split_policy= both say where to cut", hint="split_policy=Balanced(stages, ...)")
     balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
 
     def cuts(program: Program) -> list[int]:
