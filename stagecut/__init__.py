@@ -9,6 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.distributed.pipelining import (
+        PipelineStage,
+        Schedule1F1B,
+        ScheduleDualPipeV,
+        ScheduleGPipe,
+        ScheduleInterleaved1F1B,
+        ScheduleInterleavedZeroBubble,
+        ScheduleLoopedBFS,
+        ScheduleZBVZeroBubble,
+    )
+
     from stagecut.balance import AtModules, Balanced, Markers, Setting
     from stagecut.built_stage import build_stage
     from stagecut.costs import Device
@@ -40,6 +51,18 @@ _HOMES = {
     "parse": "stagecut.ir.parser",
     "text": "stagecut.ir.printer",
 }
+_TORCHS = (
+    "PipelineStage",
+    "Schedule1F1B",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleZBVZeroBubble",
+)
+"""What torch.distributed.pipelining has besides, so that `import stagecut as pp` stands where that was imported."""
+_HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 
 __all__ = [
     "AtModules",
@@ -48,6 +71,14 @@ __all__ = [
     "Driver",
     "Markers",
     "Pipe",
+    "PipelineStage",
+    "Schedule1F1B",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleZBVZeroBubble",
     "Setting",
     "SplitPoint",
     "StagecutError",

@@ -11,9 +11,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
 
+from stagecut.backend.fx_view import refuse_torchs_stage, split_graph
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
@@ -232,14 +234,21 @@ class _StaticStage(BuiltStage):
 
 @dataclass(frozen=True)
 class PipeInfo:
-    """What `build_stage` needs to know of a pipe."""
+    """What `build_stage` needs to know of a pipe: ours, and torch's own where that runs the stages right."""
 
     pipe: Pipe
+    has_loss_and_backward: bool = False
 
     @property
     def num_stages(self) -> int:
         """How many stages there are."""
         return self.pipe.num_stages
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The calls of the stages, for torch's own stage class. Raises StagecutError when that class would get the pipe wrong."""
+        refuse_torchs_stage(self.pipe.program)
+        return split_graph(self.pipe.program)
 
 
 def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:

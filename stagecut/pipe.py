@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
+from stagecut.backend.fx_view import PREFIX, split_module
 from stagecut.backend.modules import Stage, stored
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
@@ -271,6 +272,9 @@ class Pipe(nn.Module):
         self.plan: Plan | None = None
         self.training = bindings.training.get("", True)
 
+    has_loss_and_backward = False
+    """torch's, for it can put a backward into the graph; here autograd makes it."""
+
     @property
     def num_stages(self) -> int:
         """How many stages there are."""
@@ -391,13 +395,22 @@ class Pipe(nn.Module):
         return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
     @property
+    def split_gm(self) -> fx.GraphModule:
+        """The stages as torch's frontend has them: children `submod_pp_0` and so on of a graph that calls them on flat inputs."""
+        return split_module(self.program, self.stages)
+
+    @property
     def replicated_params(self) -> list[dict[str, str]]:
-        """For each parameter that several stages have: the stage, as `split_gm` calls it, -> the parameter's name there.
+        """For each parameter of several stages: the stage, as `split_gm` calls it -> the parameter's name there.
 
         Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be made.
         """
         shared = [entry for entry in self.program.state if entry.kind == "param" and len(entry.stages) > 1]
-        return [{f"submod_pp_{i}": self.program.stages[i].state[entry][0] for i in entry.stages} for entry in shared]
+        return [{f"{PREFIX}{i}": self.program.stages[i].state[entry][0] for i in entry.stages} for entry in shared]
+
+    def print_readable(self) -> None:
+        """Prints the calls of the stages, and every stage as Python."""
+        print(self.split_gm.code.strip(), *(stage.code for stage in self.stages), sep="\n\n")  # noqa: T201 what the method is for
 
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""

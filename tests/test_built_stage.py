@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from cluster.matrix import SCHEDULES, on_ranks, stages_of, try_all
 from torch import nn
+from torch.distributed.pipelining import build_stage as torch_build_stage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from stagecut import Pipe, pipe_split, pipeline
+from stagecut import Pipe, StagecutError, pipe_split, pipeline
 from stagecut.schedules import V, homes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -144,3 +145,120 @@ def _aside(model: nn.Module, pipe: Pipe) -> str:
         for name, grad in _trained(model, pipe, schedule, lambda out, want: nn.functional.mse_loss(out[0], want), (x, x), target).items():
             torch.testing.assert_close(grad, reference.get_parameter(name).grad)
     return "ok"
+
+
+# --- torch's own build_stage ---------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Two values cross, one of them without gradient; an input by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("shift", torch.randn(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x)) + y
+        shift = self.shift * 2  # type: ignore[operator]
+        pipe_split()
+        return self.second(x) + shift  # type: ignore[no-any-return]
+
+
+def test_torch_s_own_build_stage_takes_a_stage_of_ours() -> None:
+    """The stage is given as the module, `pipe.info()` as what torch asks of a pipe."""
+    torch.manual_seed(0)
+    model = Chain()
+    pipe = pipeline(model, (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+    assert on_ranks(2, _torchs_stage, model, pipe) == ["ok", "ok"]
+
+
+def _torchs_stage(model: nn.Module, pipe: Pipe) -> str:
+    rank, device = dist.get_rank(), torch.device("cpu")
+    x, y, target = (torch.randn(2 * MICRO_BATCHES, 4) for _ in range(3))
+    reference = deepcopy(model)
+    expected = reference(x, y=y)
+    nn.functional.mse_loss(expected, target).backward()
+    for schedule in ("GPipe", "1F1B"):
+        pipe.zero_grad()
+        stage = torch_build_stage(pipe.get_stage_module(rank), rank, pipe.info(), device)  # type: ignore[arg-type]
+        made = get_schedule_class(schedule)(stage, MICRO_BATCHES, loss_fn=nn.functional.mse_loss)  # type: ignore[call-arg, arg-type]
+        out = made.step(x, y=y) if rank == 0 else made.step(target=target)
+        if rank == 1:
+            torch.testing.assert_close(out, expected)
+        for name, parameter in pipe.stages[rank].named_parameters():
+            torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad)
+    return "ok"
+
+
+class Skip(Chain):
+    """The input is read again behind the cut."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = torch.relu(self.first(x))
+        pipe_split()
+        return self.second(z) + y  # type: ignore[no-any-return]
+
+
+class Turned(Chain):
+    """What crosses is a transposed view."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = (torch.relu(self.first(x)) + y).t()
+        pipe_split()
+        return self.second(z.t())  # type: ignore[no-any-return]
+
+
+class Early(Chain):
+    """The first stage makes an output."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        z = torch.relu(self.first(x)) + y
+        pipe_split()
+        return self.second(z), z
+
+
+class Shared(Chain):
+    """One layer in both stages."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = torch.relu(self.first(x)) + y
+        pipe_split()
+        return self.first(z)  # type: ignore[no-any-return]
+
+
+class Twice(Chain):
+    """One weight meets what was received in two places, where torch's split of the backward takes the graph apart twice."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = torch.relu(self.first(x)) + y
+        pipe_split()
+        return self.second(torch.relu(self.second(z)))  # type: ignore[no-any-return]
+
+
+class Writing(Chain):
+    """The second stage writes into what it receives."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = torch.relu(self.first(x)) + y
+        pipe_split()
+        return self.second(z.mul_(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Skip, "the first stage does not take the model's inputs"),
+        (Turned, "torch sends tensors of known sizes that are contiguous"),
+        (Early, "the last stage does not return the model's outputs"),
+        (Shared, "scales the gradient of 'first.weight' once for each stage"),
+        (Twice, "its split of the backward misses weights"),
+        (Writing, "is written again while torch sends or keeps it"),
+    ],
+)
+def test_torch_s_own_build_stage_is_refused_what_it_gets_wrong(kind: type[nn.Module], why: str) -> None:
+    """By name, and with what to call instead; before a rank waits for another."""
+    pipe = pipeline(kind(), (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+    with pytest.raises(StagecutError, match=why) as caught:
+        _ = pipe.info().graph
+    assert "pipe.build_stage(" in caught.value.hint
