@@ -79,6 +79,7 @@ class _Emitter:
         names = Namer(self.reserved)
         parameters = {v: names(_local_name(v.hint) or "x") for v in block.inputs}
         root.input_names = tuple(parameters.values())
+        root.input_types, root.output_types = (tuple(v.type for v in values) for values in (block.inputs, block.outputs))
         tree = _Tree(root, self)
         tree.hold(block)
         for path in self.bindings.extras if block.index == 0 else ():  # what no stage reads is stored too

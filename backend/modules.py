@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.targets import BUILTINS, attribute
+from stagecut.ir.types import Type
 
 _serial = count()
 
@@ -322,6 +323,15 @@ class Stage(StageModule):
 
     index: int = -1
     input_names: tuple[str, ...] = ()
+    input_types: tuple[Type, ...] = ()
+    output_types: tuple[Type, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The inputs and outputs as nodes, which torch's own stage class asks for; what is between them is not in it."""
+        from stagecut.backend.fx_view import stage_graph
+
+        return stage_graph(self.input_names, self.input_types, self.output_types)
 
     @property
     def code(self) -> str:

@@ -9,9 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.distributed.pipelining import (
+        PipelineStage,
+        Schedule1F1B,
+        ScheduleDualPipeV,
+        ScheduleGPipe,
+        ScheduleInterleaved1F1B,
+        ScheduleInterleavedZeroBubble,
+        ScheduleLoopedBFS,
+        ScheduleZBVZeroBubble,
+    )
+
     from stagecut.balance import AtModules, Balanced, Markers, Setting
+    from stagecut.built_stage import build_stage
     from stagecut.costs import Device
-    from stagecut.distributed import Driver, build_stage
+    from stagecut.distributed import Driver
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import StagecutError
     from stagecut.ir.parser import parse
@@ -28,7 +40,7 @@ _HOMES = {
     "Setting": "stagecut.balance",
     "Device": "stagecut.costs",
     "Driver": "stagecut.distributed",
-    "build_stage": "stagecut.distributed",
+    "build_stage": "stagecut.built_stage",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
     "load": "stagecut.saved",
@@ -39,6 +51,18 @@ _HOMES = {
     "parse": "stagecut.ir.parser",
     "text": "stagecut.ir.printer",
 }
+_TORCHS = (
+    "PipelineStage",
+    "Schedule1F1B",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleZBVZeroBubble",
+)
+"""What torch.distributed.pipelining has besides, so that `import stagecut as pp` stands where that was imported."""
+_HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 
 __all__ = [
     "AtModules",
@@ -47,6 +71,14 @@ __all__ = [
     "Driver",
     "Markers",
     "Pipe",
+    "PipelineStage",
+    "Schedule1F1B",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleZBVZeroBubble",
     "Setting",
     "SplitPoint",
     "StagecutError",

@@ -1,34 +1,25 @@
-"""Stages on torch.distributed: `build_stage` gives torch's own PipelineStage, `Driver` runs a schedule of them.
-
-Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every schedule that torch has runs every model.
-"""
+"""`Driver` runs a schedule of stages on torch.distributed, one process a rank, and trains a model with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._common_utils import clean_tensor_name
-from torch.distributed.pipelining import PipelineStage, _utils
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from stagecut.backend.mailbox import refuse_feedback, written_inputs
-from stagecut.backend.modules import StageModule
-from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, fed_inputs, lives_in_buffer, port, writable, writes_explained
+from stagecut.backend.wire import boundaries, fed_inputs
+from stagecut.built_stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.faults import Faults
 from stagecut.frontend.call import check_inputs
-from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.objects import opened
 from stagecut.ir.printer import fingerprint
 from stagecut.ir.types import TensorType
@@ -37,204 +28,6 @@ from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
     from stagecut.pipe import Pipe
-
-_TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getattr(_utils, "PipeliningShapeError")  # noqa: B009
-
-Group = dist.ProcessGroup | None
-_STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
-"""True for the torch whose schedules take every value at a boundary for one with a gradient."""
-
-
-class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
-    """A tensor at a boundary has another shape or dtype than the program says."""
-
-
-class BuiltStage(PipelineStage):
-    """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
-
-    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs it reads from
-    `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
-    """
-
-    def __init__(self, pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
-        program = pipe.program
-        refuse_feedback(program, pipe.training)
-        lists = boundaries(program, fed_inputs(program) if fed else frozenset())
-        last = index == len(program.stages) - 1
-        self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
-        self.microbatches: list[list[Any]] = []
-        self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
-        self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
-        self._owned = written_inputs(self.block)
-        self._strides = {p.value: p.strides for p in self.received}
-        self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
-        self._fed = [(i, v) for i, v in enumerate(program.inputs) if (v in self.block.inputs or index == 0) and v not in self._strides]
-        metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
-        whole = index > 0 and backward_is_whole(
-            self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
-        )
-        runner = (lambda: _nothing) if whole else None
-        super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group, dw_builder=runner)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
-        """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
-        if self.fed:
-            args, kwargs = (), {f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed}
-        try:
-            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
-        except RuntimeError as error:
-            if isinstance(error.__cause__, StagecutError):
-                raise error.__cause__ from None
-            raise
-        if self.is_last and self.results is not None and self.fed:
-            self.results[fwd_chunk_id] = tuple(t.detach() for t in _as_tuple(output))
-        return output
-
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what crossed apart, runs the stage, and packs what it hands on."""
-        values: dict[Value, Any] = {}
-        if self.fed:
-            values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
-        elif self.is_first:
-            values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
-        values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
-        inputs = [writable(values[v], self._strides.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
-        with writes_explained(self.stage_index):
-            results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
-        values |= zip(self.block.outputs, results, strict=True)
-        for p in self.sent:
-            self._check(p, values[p.value])
-        buffers = {storage_of(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
-        packed = [p.pack(values[p.value], self.device) for p in self.sent]
-        for place, (p, tensor) in enumerate(zip(self.sent, packed, strict=True)):
-            if p.value in self._kept or storage_of(tensor) in buffers:
-                packed[place] = tensor.clone()  # it is written again before it is read
-        return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False) -> Any:
-        """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it apart."""
-        if not full_backward and self.stage_index and not (self.dw_builder is None and _is_plain(self.submod)):
-            self.dw_builder, last_backward = (lambda: _nothing), bwd_chunk_id + 1 == self.chunks
-        return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-
-    def _given(self, args: Any, kwargs: Any) -> list[Any]:
-        try:
-            return self.pipe.flatten(args, kwargs)
-        except InputError as error:
-            raise MismatchError(error.what, where=error.where, hint=error.hint) from error
-
-    def _check(self, p: Port, item: Any) -> None:
-        if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
-            return
-        what = "dtype" if item.dtype != p.dtype else "shape"
-        raise MismatchError(
-            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, expected {p.dtype}{list(p.shape)}",
-            where=p.value.owner.where() if isinstance(p.value.owner, Op) else "",
-            hint="a hook or a wrapper of the stage changes what it returns",
-        )
-
-    def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
-        """The pipe checks what the model is called with."""
-
-
-def _nothing() -> None:
-    """The weights' part of a backward that was run as a whole."""
-
-
-def _is_plain(module: torch.nn.Module) -> bool:
-    """True for a stage as it was made: nothing in it is wrapped, sharded or compiled."""
-    return all(
-        isinstance(part, StageModule) and not isinstance(part, FSDPModule) and part._compiled_call_impl is None for part in module.modules()
-    )
-
-
-class _StaticStage(BuiltStage):
-    """For torch 2.11: gradients flow for the ports that carry one, and for no other."""
-
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        wanted = self.has_backward and torch.is_grad_enabled()
-        infos = self.args_recv_info[fwd_chunk_id]
-        return tuple(
-            info.buffer.detach().requires_grad_(p.grad and wanted)  # type: ignore[union-attr]
-            for info, p in zip(infos, self.received, strict=True)
-        )
-
-    def _prepare_forward_infra(self, num_microbatches: int, args: Any, kwargs: Any = None) -> Any:  # type: ignore[override]
-        backward, self.has_backward = self.has_backward, False
-        made = super()._prepare_forward_infra(num_microbatches, args, kwargs)
-        self.has_backward = backward
-        return made
-
-    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
-        for info, tensor in zip(self.args_recv_info[mb_index], _as_tuple(prev_stage_outputs), strict=True):
-            info.buffer = tensor.detach()
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=False):
-            info.buffer = torch.zeros_like(info.buffer) if p.grad and grad is None else grad
-
-    def _create_grad_recv_info(self, act_send_info: Any) -> Any:
-        infos = super()._create_grad_recv_info(act_send_info)
-        for info, p in zip(infos, self.sent, strict=False):
-            if not p.grad:
-                info.buffer = None
-        return infos
-
-    def _get_recv_ops(self, recv_infos: Any) -> Any:
-        return super()._get_recv_ops(tuple(info for info in recv_infos if getattr(info, "buffer", None) is not None))
-
-    def _get_init_p2p_neighbors_ops(self) -> Any:
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
-
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
-        if backward_type != "input":
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
-        live = [i for i, t in enumerate(outputs) if t.requires_grad]
-        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
-        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
-        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        by_input = dict(zip(map(id, wanted), found, strict=True))
-        return tuple(by_input.get(id(t)) for t in inputs), groups
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
-        if self.has_backward and not self.is_first:
-            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
-            self.grad_send_info = [self.stage_index - 1 for p in self.received if p.grad]
-            filled = [torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device) if g is None else g for p, g in grads if p.grad]
-            self.bwd_cache[bwd_chunk_id] = tuple(filled)
-        return super().get_bwd_send_ops(bwd_chunk_id)
-
-
-@dataclass(frozen=True)
-class PipeInfo:
-    """What `build_stage` needs to know of a pipe."""
-
-    pipe: Pipe
-
-    @property
-    def num_stages(self) -> int:
-        """How many stages there are."""
-        return self.pipe.num_stages
-
-
-def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:
-    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`: the stage, or a wrapper."""
-    made: BuiltStage = pipe_info.pipe.build_stage(stage_index, device, group)
-    made.submod = stage_module
-    return made
-
-
-def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
-    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
-    if not 0 <= index < pipe.num_stages:
-        raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
-    if device.type != "meta" and any(t.is_meta for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())):
-        refuse_meta(pipe.program, pipe.stages[index])
-    pipe.stages[index].to(device)
-    return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
 
 
 class Driver:
@@ -342,7 +135,7 @@ class Driver:
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         """The user's loss of one micro-batch; torch passes its number for a target."""
         index = int(number)
-        result = self._structure(_as_tuple(output), index)
+        result = self._structure(as_tuple(output), index)
         assert self.loss_fn is not None
         loss = self.loss_fn(result, self._targets[index]) if self._targets else self.loss_fn(result)
         self._losses.append(loss.detach())
@@ -475,10 +268,6 @@ def _join(*items: Any) -> Any:
     if items[0].dim():
         return torch.cat(items)
     return torch.stack(items).mean() if items[0].is_floating_point() else items[0]
-
-
-def _as_tuple(output: Any) -> tuple[Any, ...]:
-    return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, ...], list[StateEntry]]]:

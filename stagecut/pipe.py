@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
+from stagecut.backend.fx_view import PREFIX, split_module
 from stagecut.backend.modules import Stage, stored
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
@@ -102,12 +103,11 @@ def pipeline(
     """
     if check not in CHECKS:
         raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
+    _refuse_two_wishes({"stages": stages, "split_spec": split_spec, "split_policy": split_policy})
     program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
     at = _split_points(split_spec or {}, module)
     plans: list[Plan] = []
     policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
-    if stages is not None and split_spec:
-        raise InputError("stages= and split_spec= both say where to cut", hint="give one of them")
     trace = Trace(program)
     run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *_asked(routes or {}, tied)))
     validate(trace, program)
@@ -118,6 +118,14 @@ def pipeline(
         pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
+
+
+def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
+    """Returns when at most one of the arguments that say where to cut is given."""
+    given = [f"{name}=" for name, wish in wishes.items() if wish is not None]
+    if len(given) > 1:
+        hint = "split_policy=Balanced(stages, ...)" if "split_spec=" not in given else "give one of them"
+        raise InputError(f"{' and '.join(given)} both say where to cut", hint=hint)
 
 
 def _policy(
@@ -133,8 +141,6 @@ def _policy(
         return as_cuts(chosen, exported) if chosen is not None else None
     from stagecut.balance import Balanced
 
-    if stages is not None and chosen is not None:
-        raise InputError("stages= and split_policy= both say where to cut", hint="split_policy=Balanced(stages, ...)")
     balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
 
     def cuts(program: Program) -> list[int]:
@@ -280,6 +286,9 @@ class Pipe(nn.Module):
         self.plan: Plan | None = None
         self.training = bindings.training.get("", True)
 
+    has_loss_and_backward = False
+    """torch's, for it can put a backward into the graph; here autograd makes it."""
+
     @property
     def num_stages(self) -> int:
         """How many stages there are."""
@@ -395,13 +404,31 @@ class Pipe(nn.Module):
         The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
         output tensors in order. Raises StagecutError for what cannot cross between processes.
         """
-        from stagecut.distributed import make_stage
+        from stagecut.built_stage import make_stage
 
         return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
+    @property
+    def split_gm(self) -> fx.GraphModule:
+        """The stages as torch's frontend has them: children `submod_pp_0` and so on of a graph that calls them on flat inputs."""
+        return split_module(self.program, self.stages)
+
+    @property
+    def replicated_params(self) -> list[dict[str, str]]:
+        """For each parameter of several stages: the stage, as `split_gm` calls it -> the parameter's name there.
+
+        Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be made.
+        """
+        shared = [entry for entry in self.program.state if entry.kind == "param" and len(entry.stages) > 1]
+        return [{f"{PREFIX}{i}": self.program.stages[i].state[entry][0] for i in entry.stages} for entry in shared]
+
+    def print_readable(self) -> None:
+        """Prints the calls of the stages, and every stage as Python."""
+        print(self.split_gm.code.strip(), *(stage.code for stage in self.stages), sep="\n\n")  # noqa: T201 what the method is for
+
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""
-        from stagecut.distributed import PipeInfo
+        from stagecut.built_stage import PipeInfo
 
         return PipeInfo(self)
 

@@ -204,6 +204,21 @@ def test_split_policy(policy: Callable[..., Any]) -> None:
     assert_does_the_same(model, pipe, (X, Y))
 
 
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"split_spec": {"mlp1": SplitPoint.BEGINNING}, "split_policy": before_each_relu},
+        {"split_spec": {}, "split_policy": before_relus},
+        {"split_spec": {"mlp1": SplitPoint.BEGINNING}, "stages": 2},
+        {"stages": 2, "split_policy": before_relus},
+    ],
+)
+def test_only_one_argument_says_where_to_cut(wishes: dict[str, Any]) -> None:
+    """One of two would be taken in silence."""
+    with pytest.raises(InputError, match=r"= and split_\w+= both say where to cut"):
+        pipeline(FourMlps().double(), (X, Y), **wishes)
+
+
 def test_a_model_without_splits_is_one_stage() -> None:
     """Nothing to cut, nothing lost."""
     model = FourMlps().double()

@@ -61,6 +61,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _enter(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    dist.set_debug_level_from_env()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     answer = work(*args)
     torch.save(answer, Path(folder) / str(rank))
