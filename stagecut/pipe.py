@@ -168,9 +168,8 @@ def lower(
     program, bindings, exported = _lowered(module, args, kwargs, dynamic_shapes, leaf_modules)
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:
-        bindings.notes.append(
-            f"{len(unmasked)} attention(s) run without their mask, which is exactly the causal one or hides nothing: first {unmasked[0].where()}"
-        )
+        why = "which hides just the future, or nothing"
+        bindings.notes.append(f"{len(unmasked)} attentions run without their mask, {why}: the first at {unmasked[0].where()}")
     return program, bindings, exported
 
 

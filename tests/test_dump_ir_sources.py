@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stagecut.tools.dump_ir import main
 from stagecut.frontend.quiet import quiet_torch
+from stagecut.tools.dump_ir import main
 
 FILES = {
     "wrong_syntax.py": "import torch\ndef make(:\n    pass\n",

@@ -105,8 +105,8 @@ def _exported(path: Path, trusted: bool) -> Source:
 
 
 def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> Source:
-    from stagecut.pipe import lower
     from stagecut.frontend.quiet import quiet_torch
+    from stagecut.pipe import lower
 
     with quiet_torch():
         program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)
