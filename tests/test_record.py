@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks, stages_of
-from torch import nn
+from torch import multiprocessing, nn
 from torch.distributed.pipelining import ScheduleGPipe
 from zoo.cuts import equal_ops
 
@@ -78,24 +80,47 @@ def _check_times(line: Timeline) -> None:
 
 
 def test_stages_of_one_s_own_are_measured_on_a_common_clock() -> None:
-    lines = on_ranks(2, _own_stages, _pipe(2))
+    """Time is a number that all processes read, each from a zero of its own, and only the first stage's forward takes any: one second.
+
+    So the first rank's micro-batch m takes from m to m + 1, the second's starts behind it, and all is over at COUNT, to the digit.
+    """
+    context = multiprocessing.get_context("fork")
+    lines = on_ranks(2, _own_stages, _pipe(2), context.Value("d", 0.0), context.Event())
     assert lines[0] == lines[1]
     forwards = {(e.rank, e.step.microbatch): e for e in lines[0].events if e.step.kind == FORWARD}
     assert len(forwards) == 2 * COUNT
     for m in range(COUNT):
-        assert forwards[0, m].end - forwards[0, m].start > 0.02
-        assert forwards[1, m].start > forwards[0, m].end - 0.01
+        assert (forwards[0, m].start, forwards[0, m].end) == (m, m + 1)
+        assert m + 1 <= forwards[1, m].start <= forwards[1, m].end <= COUNT
+    assert max(e.end for e in lines[0].events) == COUNT
 
 
-def _own_stages(pipe: Pipe) -> Timeline:
+def _own_stages(pipe: Pipe, now: Any, first_waits: Any) -> Timeline:
+    """Rank 1 comes to the recording 100 seconds after rank 0, which waits for it: what is counted from before that would come out later."""
     rank = dist.get_rank()
     stage = pipe.build_stage(rank, "cpu")
-    if rank == 0:
-        stage.submod.register_forward_hook(lambda *_: time.sleep(0.02))
-    schedule = ScheduleGPipe(stage, COUNT, loss_fn=_loss)
-    with record(stage) as recording:
-        _step(schedule, rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: now.value + 1000 * rank)
+        if rank == 0:
+            patch.setattr(dist, "barrier", partial(_tell_and_meet, dist.barrier, first_waits))
+            stage.submod.register_forward_hook(lambda *_: _pass(now, 1))
+        else:
+            assert first_waits.wait(60)
+            _pass(now, 100)
+        with record(stage) as recording:
+            dist.all_reduce(torch.zeros(1))  # both have their zero before time goes on
+            _step(ScheduleGPipe(stage, COUNT, loss_fn=_loss), rank)
     return recording.timeline
+
+
+def _tell_and_meet(barrier: Callable[..., None], first_waits: Any, group: Any) -> None:
+    first_waits.set()
+    barrier(group)
+
+
+def _pass(now: Any, seconds: float) -> None:
+    with now.get_lock():
+        now.value += seconds
 
 
 def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
