@@ -18,8 +18,9 @@ from stagecut.frontend.call import check_example, giving_sizes, is_size
 from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.unseen import Untraceable
-from stagecut.frontend.visible import REPLACED, visible
+from stagecut.frontend.visible import visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.objects import opening, plain
 
@@ -61,6 +62,7 @@ def capture(
         except StagecutError:
             raise
         except Exception as error:
+            raise_ours(error)
             path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
             if not path and (path := _origin(module, error, leaves.paths)):
                 origins[type(module.get_submodule(path))] = refusal
@@ -168,7 +170,7 @@ def _user_frame(error: Exception, cls: type | None = None) -> str:
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, Untraceable):
+    if isinstance(error, Untraceable) and error.hint:
         return error.hint
     name = type(error).__name__
     text = str(error)
@@ -176,8 +178,6 @@ def _advice(error: Exception) -> str:
         return (
             "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the module whole: leaf_modules=[...]"
         )
-    if REPLACED in text:
-        return "write into the tensor under torch.no_grad(), as in tensor.copy_(new), or keep the module whole: leaf_modules=[...]"
     if "dynamic" in text and "constraint" in text.lower():
         fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")
         suggested = "; ".join(line.strip() for line in fixes if line.strip())

@@ -37,8 +37,6 @@ def _checkpoint_fake(number: int, begins: bool, preserve_rng_state: bool) -> Non
 
 has_side_effect(torch.ops.stagecut.checkpoint.default)
 
-REPLACED = "the .data of a tensor is replaced"
-
 
 @contextmanager
 def visible() -> Iterator[None]:
@@ -101,7 +99,10 @@ class _DataAsOp(TorchFunctionMode):
         if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
             tensor, new = args
             if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata or new.shape != tensor.shape:
-                raise RuntimeError(REPLACED)
+                raise Untraceable(
+                    "the .data of a tensor is replaced",
+                    "write into the tensor under torch.no_grad(), as in tensor.copy_(new), " + KEEP_WHOLE,
+                )
             return None  # `tensor.data += 1` ends with an assignment of what was written in place
         if getattr(func, "__name__", "") == "__bool__" and isinstance(args[0], FakeTensor):
             frame = sys._getframe(1)
