@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
 from stagecut.ir.objects import opened
@@ -71,10 +72,12 @@ class CallSpec:
 
     def output_names(self) -> tuple[str, ...]:
         """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not known, or a bare tensor."""
-        with suppress(Exception):  # the user's own class, made of nothing here
+        try:
             paths = tree_flatten_with_path(opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves)))[0]
-            return tuple(_path_text(path) for path, _ in paths)
-        return ()
+        except Exception as error:  # the user's own class, made of nothing here
+            raise_ours(error)
+            return ()
+        return tuple(_path_text(path) for path, _ in paths)
 
     def _rebind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = [*self.parameters, *(n for n in self.positional if n not in self.parameters)]

@@ -21,8 +21,9 @@ from stagecut.frontend.known import KnownValues
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.unseen import Untraceable
-from stagecut.frontend.visible import REPLACED, visible
+from stagecut.frontend.visible import visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.objects import opening, plain
 
@@ -68,6 +69,7 @@ def capture(
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
         except Exception as error:
+            raise_ours(error)
             if eager.fall_back(error, f"{_first_line(error)} at {_user_frame(error)}"):
                 continue
             path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
@@ -174,7 +176,7 @@ def _user_frame(error: Exception, cls: type | None = None) -> str:
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, Untraceable):
+    if isinstance(error, Untraceable) and error.hint:
         return error.hint
     name = type(error).__name__
     text = str(error)
@@ -182,8 +184,6 @@ def _advice(error: Exception) -> str:
         return (
             "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the module whole: leaf_modules=[...]"
         )
-    if REPLACED in text:
-        return "write into the tensor under torch.no_grad(), as in tensor.copy_(new), or keep the module whole: leaf_modules=[...]"
     if "dynamic" in text and "constraint" in text.lower():
         fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")
         suggested = "; ".join(line.strip() for line in fixes if line.strip())

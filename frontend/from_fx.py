@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from stagecut.frontend.call import ABSENT, CallSpec
+from stagecut.frontend.leaf import Looking
 from stagecut.frontend.lower import Lowering, Seen, state_entries, undeclared_writes, user_loc
 from stagecut.frontend.types import type_of
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.graph import Op, Program, Value, leaves
 from stagecut.ir.types import NONE
@@ -81,7 +82,7 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     return inputs
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Looking):
     """Notices ops that draw random numbers, and writes that no version counter shows."""
 
     def __init__(self) -> None:
@@ -89,10 +90,10 @@ class _Watch(TorchDispatchMode):
         self.drew = False
         self.wrote: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What it does is noted."""
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         self.wrote.update(map(id, undeclared_writes(str(func), args)))
-        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(fx.Interpreter):
@@ -123,6 +124,7 @@ class _Recorder(fx.Interpreter):
             with _Watch() as watch:
                 result = super().run_node(n)
         except Exception as error:
+            raise_ours(error)
             raise CaptureError(
                 f"node '{n.name}' ({n.op} {n.target}) fails on the example inputs: {type(error).__name__}: {error}",
                 where=str(user_loc(n.meta.get("stack_trace") or "") or "the graph"),

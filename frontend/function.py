@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.leaf import OpWatch
 from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, shared_with
+from stagecut.frontend.unseen import Untraceable
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 
@@ -26,7 +27,7 @@ _keys = count()
 
 @torch.library.impl("stagecut::function", "CompositeExplicitAutograd")
 def _function(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
-    raise RuntimeError("stagecut::function stands in for an autograd.Function during capture and cannot be run")
+    raise Untraceable("stagecut::function stands in for an autograd.Function during capture and cannot be run")
 
 
 @torch.library.register_fake("stagecut::function")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from stagecut.frontend.lower import OWN_DIR, SYMBOLS, TORCH_DIR
+from stagecut.frontend.lower import SYMBOLS, TORCH_DIR
+from stagecut.ir.blame import OWN_DIR
 
 Line = tuple[str, int, str]
 """File, line and function."""

@@ -22,6 +22,7 @@ from stagecut.frontend.kept import RETURN_IT, Contents, gpus, place_of, shown, u
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.surroundings import Surroundings
+from stagecut.frontend.unseen import Untraceable
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.objects import hides_tensors, opened
 
@@ -33,7 +34,7 @@ _CALLS: dict[str, LeafCall] = {}
 
 @torch.library.impl("stagecut::leaf", "CompositeExplicitAutograd")
 def _leaf(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
-    raise RuntimeError("stagecut::leaf stands in for a module during capture and cannot be run")
+    raise Untraceable("stagecut::leaf stands in for a module during capture and cannot be run")
 
 
 @torch.library.register_fake("stagecut::leaf")
@@ -64,7 +65,33 @@ def _is_tensor(item: Any) -> bool:
     return isinstance(item, torch.Tensor)
 
 
-class OpWatch(TorchDispatchMode):
+class Looking(TorchDispatchMode):
+    """Sees every op while it is open. What seeing raises comes out when it is closed.
+
+    In the midst of an op torch would take a TypeError for the answer of an operand, or end the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._error: Exception | None = None
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An op is about to run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            self.see(func, args, kwargs or {})
+        except Exception as error:
+            self._error = self._error or error
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self._error is not None:
+            raise self._error
+
+
+class OpWatch(Looking):
     """Notices ops that draw random numbers, and the storages that are written."""
 
     def __init__(self) -> None:
@@ -73,15 +100,15 @@ class OpWatch(TorchDispatchMode):
         self.wrote: set[int | None] = set()
         self.split = ""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What it does is noted."""
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         if is_marker(func):
             self.split = self.split or shown(user_line())
-        self.wrote.update(written_by(func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        self.wrote.update(written_by(func, args, kwargs))
 
 
-class CalledOtherwise(TypeError):
+class CalledOtherwise(Untraceable):
     """The model calls a module otherwise where it is traced: a module around it may be kept whole instead."""
 
 
@@ -147,7 +174,7 @@ class Leaves:
         finally:
             for path, owner in modules.items():
                 if own[path] is None:
-                    del owner.__dict__["forward"]
+                    owner.__dict__.pop("forward", None)
                 else:
                     owner.__dict__["forward"] = own[path]
             for key in self.calls:

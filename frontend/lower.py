@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.types import literal, type_of
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.blame import OWN_DIR, raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import (
     PURE,
@@ -49,7 +50,6 @@ from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE, same_layout
 
 TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 MODE_ARGUMENT: dict[str, int] = {
     "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
@@ -328,6 +328,7 @@ class Lowering:
         except CaptureError:
             raise
         except Exception as error:  # a class that looks at the tensors it is made of, such as a PackedSequence
+            raise_ours(error)
             raise CaptureError(
                 f"'{call.path}' is kept whole and is given an object of a class that no operand can be: {call.in_spec}: {error}",
                 where=str(loc or ""),

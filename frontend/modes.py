@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from stagecut.frontend.kept import attributes, fingerprint, shown, user_line
 from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
+from stagecut.frontend.unseen import Untraceable
+from stagecut.ir.blame import raise_ours
 
 _IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout})
 """Functions that return, outside of training, the very tensor they are given: a tracer then takes one for the other."""
@@ -280,7 +282,8 @@ def switches(module: nn.Module) -> tuple[dict[str, dict[bool, dict[str, bool]]],
             continue
         try:
             flags[path] = {mode: _flags_after(owner, mode) for mode in (True, False)}
-        except Exception:
+        except Exception as error:
+            raise_ours(error)
             places[path] = f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {type(owner).__name__}.train"
     return flags, places
 
@@ -292,7 +295,7 @@ def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
     before = fingerprint_of(made)
     made.train(mode)
     if fingerprint_of(made) != before:
-        raise ValueError("train() changes more than flags")
+        raise Untraceable("train() changes more than flags")
     return {path: part.training for path, part in made.named_modules(remove_duplicate=False)}
 
 

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from stagecut.frontend.kept import is_pythons, is_users
-from stagecut.frontend.lower import OWN_DIR, TORCH_DIR
+from stagecut.frontend.lower import TORCH_DIR
+from stagecut.ir.blame import OWN_DIR, OnPurpose
 
 KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
 DRAW = "draw with torch functions, such as torch.rand(()), seed outside of the model, " + KEEP_WHOLE
 SEED = "seed, fork and read the state of generators outside of the model, " + KEEP_WHOLE
 
 
-class Untraceable(RuntimeError):
+class Untraceable(OnPurpose):
     """Forward does what no trace holds. `hint` says what to do instead."""
 
-    def __init__(self, what: str, hint: str) -> None:
+    def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
         self.hint = hint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterator
@@ -36,8 +37,6 @@ def _checkpoint_fake(number: int, begins: bool, preserve_rng_state: bool) -> Non
 
 
 has_side_effect(torch.ops.stagecut.checkpoint.default)
-
-REPLACED = "the .data of a tensor is replaced"
 
 
 @contextmanager
@@ -101,7 +100,10 @@ class _DataAsOp(TorchFunctionMode):
         if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
             tensor, new = args
             if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata or new.shape != tensor.shape:
-                raise RuntimeError(REPLACED)
+                raise Untraceable(
+                    "the .data of a tensor is replaced",
+                    "write into the tensor under torch.no_grad(), as in tensor.copy_(new), " + KEEP_WHOLE,
+                )
             return None  # `tensor.data += 1` ends with an assignment of what was written in place
         if getattr(func, "__name__", "") == "__bool__" and isinstance(args[0], FakeTensor):
             frame = sys._getframe(1)
@@ -159,28 +161,40 @@ def _raises(steps: list[dis.Instruction], at: int) -> bool:
     return False
 
 
+_AROUND = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+"""The generator of torch's around a checkpointed region: its name since torch 2.14, and before."""
+
+
 @contextmanager
 def _checkpoints_marked() -> Iterator[None]:
     """torch.utils.checkpoint runs its function plainly, between two marks."""
+    module = torch.utils.checkpoint
+    around = next(name for name in _AROUND if hasattr(module, name))
+    signature = inspect.signature(getattr(module, around))
     numbers = count()
 
-    def marked(_: Any, preserve_rng_state: bool = True, context_fn: Any = None, *__: Any, **___: Any) -> Iterator[None]:
-        if context_fn not in (None, torch.utils.checkpoint.noop_context_fn):
-            warnings.warn("a checkpoint's context_fn is not kept: the stages compute all of the region again", stacklevel=5)
+    def region(preserve_rng_state: bool) -> Iterator[None]:
         number = next(numbers)
         torch.ops.stagecut.checkpoint(number, True, preserve_rng_state)
         yield
         torch.ops.stagecut.checkpoint(number, False, preserve_rng_state)
 
+    def marked(*args: Any, **kwargs: Any) -> Iterator[None]:
+        asked = signature.bind(*args, **kwargs)
+        asked.apply_defaults()
+        if asked.arguments["context_fn"] not in (None, module.noop_context_fn):
+            what = "a checkpoint's context_fn is not kept: the stages compute all of the region again"
+            warnings.warn_explicit(what, UserWarning, *user_line()[:2])
+        return region(asked.arguments["preserve_rng_state"])
+
     class Reentrant:
         @staticmethod
         def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-            region = marked(function, preserve_rng_state)
-            next(region)
+            inside = region(preserve_rng_state)
+            next(inside)
             result = function(*args)
-            next(region, None)
+            next(inside, None)
             return result
 
-    module = torch.utils.checkpoint
-    with patch.object(module, "_checkpoint_without_reentrant_generator", marked), patch.object(module, "CheckpointFunction", Reentrant):
+    with patch.object(module, around, marked), patch.object(module, "CheckpointFunction", Reentrant):
         yield

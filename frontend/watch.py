@@ -11,7 +11,7 @@ import importlib
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -42,8 +42,9 @@ from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, storage_o
 from stagecut.frontend.modes import ModeReads, last_node, node_of
 from stagecut.frontend.pinpoint import LineFinder
 from stagecut.frontend.surroundings import Surroundings
-from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, refusing
+from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, Untraceable, refusing
 from stagecut.frontend.visible import GradFlags
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 
 
@@ -83,8 +84,10 @@ class _Lost(CaptureError):
 def _line_of(error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]) -> str:
     """The line that does it, found in another trace."""
     watch = Watch(module, find=error.happened)
-    with suppress(Exception):
+    try:
         export(watch)
+    except Exception as other:
+        raise_ours(other)
     return shown(watch.finder.line) if watch.finder and watch.finder.line else error.where
 
 
@@ -107,7 +110,8 @@ def _again(module: nn.Module, export: Any, first: Watch, exported: ExportedProgr
     second = Watch(module, left)
     try:
         again = export(second)
-    except Exception:
+    except Exception as error:
+        raise_ours(error)
         return READ
     if any(second.ends[key] != first.ends[key] for key in left):
         return READ
@@ -463,7 +467,7 @@ class _Gone(torch.Tensor):
 _GONE = torch.Tensor._make_subclass(_Gone, torch.empty(0))
 
 
-class LeftBehind(RuntimeError):
+class LeftBehind(Untraceable):
     """Forward reads a tensor that an earlier call left in an attribute."""
 
 

@@ -16,6 +16,7 @@ from stagecut.backend.run import run_stages
 from stagecut.frontend.call import is_size
 from stagecut.frontend.kept import gpus
 from stagecut.frontend.surroundings import random_state
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.objects import opened
@@ -97,6 +98,7 @@ def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[s
         except CannotCompare:
             raise
         except Exception as error:
+            raise_ours(error)
             raise CannotCompare(f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}") from error
         seed_again()
         mine = fresh((tuple(args), dict(kwargs)))
@@ -130,7 +132,8 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
     args, kwargs = fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     try:
         expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
-    except Exception:  # it refuses these values
+    except Exception as error:  # it refuses these values
+        raise_ours(error)
         return []
     seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*fresh(inputs)))
@@ -141,6 +144,7 @@ def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Any]]:
     try:
         return copied(model)[0], copied(*pipe.stages)
     except Exception as error:
+        raise_ours(error)
         raise CannotCompare(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
 
 
@@ -197,8 +201,8 @@ def _loss(output: torch.Tensor) -> torch.Tensor:
     """A scalar that depends on every element differently, so that gradients tell elements apart."""
     output = output if output.layout is torch.strided else output.to_dense()
     flat = torch.view_as_real(output).flatten() if output.is_complex() else output.flatten()
-    weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device).to(flat.dtype)
-    return (flat * weights).sum().to(torch.float64)
+    weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device)
+    return (flat.double() * weights).sum()  # nobody multiplies in float8
 
 
 def fresh(tree: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stagecut.backend.wire import evaluate
 from stagecut.frontend.lower import storage_of
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
 from stagecut.ir.interp import Machine, enter
@@ -209,14 +210,22 @@ class _Counter:
 
     def _run(self, op: Op, trains: bool) -> _Seen | None:
         """What the op does on the meta device, None when it cannot run there."""
-        with suppress(Exception):
+        try:
             forward, backward, kept, extra = self._count(op, trains)
-            seconds = None
-            if self.place is not None:
-                with suppress(Exception):
-                    seconds = self._time(op, trains, self.place)
-            return _Seen(forward, backward, kept, extra, seconds)
-        return None
+        except Exception as error:
+            raise_ours(error)
+            return None
+        return _Seen(forward, backward, kept, extra, self._seconds(op, trains))
+
+    def _seconds(self, op: Op, trains: bool) -> tuple[float, float] | None:
+        """What the op takes where it is timed, None when it cannot run there."""
+        if self.place is None:
+            return None
+        try:
+            return self._time(op, trains, self.place)
+        except Exception as error:
+            raise_ours(error)
+            return None
 
     def _tensors(self, op: Op, trains: bool, place: torch.device) -> dict[Value, Any]:
         """A tensor for each operand: the same type, on `place`, no leaf where it carries gradient, for the op may write it."""

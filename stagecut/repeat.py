@@ -14,6 +14,7 @@ from stagecut.backend.modules import copied
 from stagecut.check import difference, fresh
 from stagecut.frontend.kept import gpus
 from stagecut.frontend.surroundings import random_state
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.objects import opened
 
 
@@ -31,7 +32,8 @@ def changing(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         twin = copied(model)[0]
         state = {tensor: tensor.detach().clone() for tensor in (*twin.parameters(), *twin.buffers())}
         first, second = (_calls(twin, state, args, kwargs, random_state(model, gpus(model, args, kwargs))) for _ in range(2))
-    except Exception:  # whatever the code of a model raises when it is called again
+    except Exception as error:  # whatever the code of a model raises when it is called again
+        raise_ours(error)
         return None
     for one, other in zip(first, second, strict=False):
         if one.path != other.path:

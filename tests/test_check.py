@@ -428,3 +428,13 @@ def test_a_report_counts_by_kind() -> None:
     report.note("outputs", "it differs")
     report.note("state", None)
     assert str(report) == "DIFFERENT: compared 2 outputs, 1 state\nit differs"
+
+
+def test_outputs_in_float8_are_compared() -> None:
+    class Narrow(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).to(torch.float8_e4m3fn)
+
+    pipe = pipeline(Narrow(4, 4), (torch.ones(2, 4),))
+    assert pipe.notes == ()
+    assert pipe.verify(torch.ones(2, 4)).compared["gradients"] == 2

@@ -1,0 +1,294 @@
+"""Bugs of ours come out as they are: none keeps a module whole, none is tried again, none is told as a limit of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from stagecut import pipe_split, pipeline
+from stagecut.frontend import (
+    call,
+    capture,
+    draws,
+    from_export,
+    from_fx,
+    function,
+    kept,
+    leaf,
+    lower,
+    markers,
+    modes,
+    pinpoint,
+    policy,
+    surroundings,
+    types,
+    unseen,
+    visible,
+    watch,
+)
+from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
+from stagecut.ir.errors import StagecutError
+
+FRONTEND = Path(capture.__file__).parent
+
+
+class Squared(torch.autograd.Function):
+    """A function with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """The square."""
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """Its derivative."""
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+class Chooses(nn.Module):
+    """Is kept whole: it branches on a value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input, doubled where it is positive."""
+        return x * 2 if x.sum() > 0 else x
+
+
+class Switches(nn.Linear):
+    """Has a train() of its own."""
+
+    def train(self, mode: bool = True) -> Switches:
+        """As any other."""
+        return super().train(mode)
+
+
+class Everything(nn.Module):
+    """Does something for each part of the frontend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.chooses, self.last = nn.Linear(4, 4), Chooses(), Switches(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.rng = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What all of it makes of the input."""
+        self.mean = self.mean * 0.5 + x.detach().mean(0)
+        with torch.no_grad():
+            shift = self.mean.data.contiguous()
+        x = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=False)
+        x = F.alpha_dropout(Squared.apply(x), 0.1, self.training) + shift  # type: ignore[no-untyped-call]
+        if x.shape[0] and self.training:
+            x = self.chooses(x)
+        pipe_split()
+        return {"y": self.last(x)}
+
+
+def cut() -> None:
+    pipeline(Everything(), (torch.ones(2, 4),), check=None)
+
+
+def cut_graph() -> None:
+    pipeline(fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), (torch.ones(2, 4),), check=None)
+
+
+def cut_by_policy() -> None:
+    def cuts(graph: fx.GraphModule) -> fx.GraphModule:
+        return graph
+
+    pipeline(nn.Linear(4, 4), (torch.ones(2, 4),), split_policy=cuts, check=None)
+
+
+SEEN: list[int] = []
+
+
+class Appends(nn.Module):
+    """Is refused: it changes a list that lies around it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input."""
+        SEEN.append(1)
+        return x
+
+
+def refuse() -> None:
+    pipeline(Appends(), (torch.ones(2, 4),), check=None)
+
+
+def planted(code: CodeType, error: str) -> CodeType:
+    """Code that does nothing but raise, and stands where `code` stands."""
+    scope: dict[str, Any] = {}
+    exec(compile(f"def broken(*args, **kwargs):\n    raise TypeError({error!r})", code.co_filename, "exec"), scope)
+    broken: CodeType = scope["broken"].__code__
+    return broken.replace(co_name=code.co_name, co_freevars=code.co_freevars)
+
+
+@contextmanager
+def broken(victim: Any, error: str) -> Iterator[None]:
+    """While open, a function raises."""
+    victim = getattr(victim, "__wrapped__", victim)
+    before = victim.__code__
+    victim.__code__ = planted(before, error)
+    try:
+        yield
+    finally:
+        victim.__code__ = before
+
+
+PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
+    (call.check_example, cut),
+    (call.giving_sizes, cut),
+    (call._path_text, cut),
+    (capture.distinct_tensors, cut),
+    (capture._failing_module, cut),
+    (draws._state, cut),
+    (draws.Generators.drawn, cut),
+    (from_export._placeholders, cut),
+    (from_export._write_back, cut),
+    (from_fx._Recorder.run_node, cut_graph),
+    (from_fx._Watch.see, cut_graph),
+    (function._one_op, cut),
+    (function._function_fake, cut),
+    (kept.Contents._keep, cut),
+    (kept.user_line, cut),
+    (leaf._leaf_fake, cut),
+    (leaf.OpWatch.see, cut),
+    (leaf.Leaves._stand_in, cut),
+    (leaf.Leaves._record, cut),
+    (lower.written_by, cut),
+    (lower.Lowering._leaf, cut),
+    (markers.is_marker, cut),
+    (markers.pipe_split, cut),
+    (modes.last_node, cut),
+    (modes.node_of, cut),
+    (modes._empty, cut),
+    (modes.ModeReads._note, cut),
+    (modes.ModeReads._switch_grad, cut),
+    (pinpoint.LineFinder._look, refuse),
+    (pinpoint.LineFinder.start, refuse),
+    (policy._nodes_behind_splits, cut_by_policy),
+    (surroundings.Surroundings.changed, cut),
+    (surroundings._reached, cut),
+    (types.type_of, cut),
+    (unseen.refusing, cut),
+    (visible._DataAsOp.__torch_function__, cut),
+    (visible.GradFlags.__torch_function__, cut),
+    (visible._outcome_that_goes_on, cut),
+    (watch.Watch._begin, cut),
+    (watch.Watch._write_back, cut),
+    (watch._children, cut),
+]
+
+
+@pytest.mark.parametrize(("victim", "run"), PLACES, ids=lambda item: getattr(item, "__qualname__", str(item)))
+def test_a_bug_of_ours_comes_out_as_it_is(victim: Callable[..., Any], run: Callable[[], None]) -> None:
+    with broken(victim, "planted"), pytest.raises(TypeError, match="planted"):
+        run()
+
+
+def test_each_file_that_runs_during_capture_has_a_place() -> None:
+    files = {path.name for path in FRONTEND.glob("*.py")} - {"__init__.py"}
+    assert {Path(victim.__code__.co_filename).name for victim in (getattr(v, "__wrapped__", v) for v, _ in PLACES)} == files
+
+
+def test_no_module_is_kept_whole_for_a_bug_of_ours() -> None:
+    """As on a version of torch in which something that we call is another."""
+    with broken(modes.last_node, "planted"), pytest.raises(TypeError, match="planted") as caught:
+        pipeline(nn.Sequential(nn.Linear(4, 4), Everything()), (torch.ones(2, 4),))
+    assert caught.traceback[-1].path.name == "modes.py"
+
+
+@pytest.mark.parametrize("victim", [call.check_inputs, kept.gpus, surroundings.random_state])
+def test_a_bug_of_ours_is_no_reason_not_to_compare(victim: Callable[..., Any]) -> None:
+    with broken(victim, "planted"), pytest.raises(TypeError, match="planted"):
+        pipeline(nn.Linear(4, 4), (torch.ones(2, 4),))
+
+
+CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a text is added": lambda x: torch.add("a", x),  # type: ignore[call-overload]
+    "a text multiplies": lambda x: x * "a",  # type: ignore[operator]
+    "no such argument": lambda x: F.dropout(x, probability=0.5),  # type: ignore[call-arg]
+    "no such dim": lambda x: x.sum(7),
+    "shapes that do not fit": lambda x: x @ x,
+    "a grad mode": lambda x: torch.set_grad_enabled("yes") and x,  # type: ignore[arg-type]
+    "a function of the user's own": lambda x: Squared.apply(x, x),  # type: ignore[no-untyped-call]
+    "in a checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.add, x, "a", use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_the_model_calls_wrongly_is_no_bug_of_ours(what: str, whole: bool) -> None:
+    """Torch raises such errors in C, where the last frame of Python's is the one of ours that handed the call on."""
+
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return CALLS[what](x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.last = Calls(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.last(self.calls(x))
+
+    with pytest.raises(StagecutError, match=re.escape(__file__)):
+        pipeline(Outer(), (torch.ones(2, 4),), leaf_modules=["calls"] if whole else [])
+
+
+def raised(source: str, ours: bool, **scope: Any) -> BaseException:
+    """What `f()` of the source raises, which stands in a file of ours or in one of the user's."""
+    exec(compile(source, f"{OWN_DIR}frontend/made_up.py" if ours else "/home/user/model.py", "exec"), scope)
+    try:
+        scope["f"]()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+BUG = "def bug():\n    return {}['key']\n"
+WRAPS = "def f():\n    try:\n        bug()\n    except Exception as error:\n        raise ValueError('wrapped')"
+
+
+def bug() -> Any:
+    """A function of ours that has a bug."""
+    scope: dict[str, Any] = {}
+    exec(compile(BUG, f"{OWN_DIR}frontend/made_up.py", "exec"), scope)
+    return scope["bug"]()
+
+
+@pytest.mark.parametrize("way", ["", " from error"])
+def test_a_bug_of_ours_that_others_wrap_is_found(way: str) -> None:
+    error = raised(WRAPS + way, ours=False, bug=bug)
+    with pytest.raises(KeyError):
+        raise_ours(error)
+
+
+def test_what_our_code_catches_it_expected() -> None:
+    raise_ours(raised(WRAPS.replace("ValueError('wrapped')", "user()"), ours=True, bug=bug, user=lambda: int("no number")))
+
+
+def test_what_is_hidden_on_purpose_stays_hidden() -> None:
+    raise_ours(raised(WRAPS + " from None", ours=False, bug=bug))
+
+
+@pytest.mark.parametrize("error", [StagecutError("refused"), OnPurpose("no trace holds it"), RecursionError(), MemoryError()])
+def test_what_we_raise_on_purpose_is_no_bug(error: BaseException) -> None:
+    raise_ours(raised("def f():\n    raise error", ours=True, error=error))
+
+
+def test_a_call_that_is_handed_on_fails_for_who_made_it() -> None:
+    raise_ours(raised("def f():\n    given('a', 'b')\ndef given(*args):\n    return int(*args)", ours=True))
+    with pytest.raises(TypeError):
+        raise_ours(raised("def f():\n    return int('a', 'b')", ours=True))
