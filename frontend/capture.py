@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from stagecut.frontend.call import check_example, giving_sizes, is_size
 from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.scopes import scopes
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import REPLACED, visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
@@ -74,7 +75,7 @@ def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves)
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
         seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
-        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), ends, opening(module), watch:
+        with seeds, torch.enable_grad(), leaves.standing_in(), visible(), ends, opening(module), watch, scopes(module):
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)
