@@ -181,13 +181,7 @@ class StageModule(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """The module at a path of the model, also where its name hides one of ours, and inside what torch wraps around modules."""
-        module: nn.Module = self
-        for name in target.split(".") if target else ():
-            found = next((layer._modules[name] for layer in layers(module) if name in layer._modules), None)
-            if found is None:
-                raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
-            module = found
-        return module
+        return submodule(self, target)
 
     def train(self, mode: bool = True) -> StageModule:
         """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
@@ -267,8 +261,19 @@ def _equal_leaves(one: Any, other: Any) -> bool:
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module"
-_WRAPPED = (CHECKPOINTED, "_orig_mod")
+UNSEEN_LAYERS = (CHECKPOINTED, "_orig_mod")
 """Under which name activation checkpointing and torch.compile have the module they are wrapped around."""
+
+
+def submodule(root: nn.Module, target: str) -> nn.Module:
+    """The module at a path below `root`, as `StageModule.get_submodule` finds it."""
+    module = root
+    for name in target.split(".") if target else ():
+        found = next((layer._modules[name] for layer in layers(module) if name in layer._modules), None)
+        if found is None:
+            raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
+        module = found
+    return module
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -280,7 +285,7 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
     while layer is not None:
         yield layer
         modules = layer._modules  # no dict where torch.jit has made the module
-        layer = next((modules[name] for name in _WRAPPED if name in modules), None)
+        layer = next((modules[name] for name in UNSEEN_LAYERS if name in modules), None)
 
 
 def stored(name: str) -> str:

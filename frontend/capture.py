@@ -20,6 +20,7 @@ from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.known import KnownValues
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.quiet import quiet_torch
+from stagecut.frontend.scopes import scopes
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import visible
 from stagecut.frontend.watch import Unsettled, Watch, watched
@@ -85,8 +86,19 @@ def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves,
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
         seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
-        quiet, unchanged = quiet_torch(), opening(module)
-        with quiet, seeds, torch.enable_grad(), leaves.standing_in(), visible(), KnownValues(), ends, unchanged, eager.open(), watch:
+        with (
+            quiet_torch(),
+            seeds,
+            torch.enable_grad(),
+            leaves.standing_in(),
+            visible(),
+            KnownValues(),
+            ends,
+            opening(module),
+            eager.open(),
+            watch,
+            scopes(module),
+        ):
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     return watched(module, export, leaves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import os
 import sys
@@ -240,7 +241,7 @@ def shown(line: Line) -> str:
 def place_of(cls: type) -> str:
     """Where the forward of a module class stands."""
     try:
-        code = cls.forward.__code__  # type: ignore[attr-defined]
+        code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
         return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
     except AttributeError:
         return f"class {cls.__name__}"

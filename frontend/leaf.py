@@ -21,6 +21,7 @@ from stagecut.frontend.draws import Generators
 from stagecut.frontend.kept import RETURN_IT, Contents, gpus, place_of, shown, user_line
 from stagecut.frontend.lower import SYMBOLIC, LeafCall, shared_with, storage_of, written_by
 from stagecut.frontend.markers import is_marker
+from stagecut.frontend.scopes import goes_past_call
 from stagecut.frontend.surroundings import Surroundings
 from stagecut.frontend.unseen import Untraceable
 from stagecut.ir.errors import CaptureError, SplitError, nearest
@@ -169,7 +170,7 @@ class Leaves:
         own = {path: m.__dict__.get("forward") for path, m in modules.items()}
         try:
             for path, owner in modules.items():
-                owner.__dict__["forward"] = self._stand_in(path)
+                owner.__dict__["forward"] = self._stand_in(path, owner)
             yield
         finally:
             for path, owner in modules.items():
@@ -180,7 +181,7 @@ class Leaves:
             for key in self.calls:
                 _CALLS.pop(key, None)
 
-    def _stand_in(self, path: str) -> Any:
+    def _stand_in(self, path: str, owner: nn.Module) -> Any:
         count = 0
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -190,6 +191,13 @@ class Leaves:
             call = self.calls.get(key)
             if call is None:
                 raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
+            if goes_past_call(owner):
+                raise CaptureError(
+                    f"module '{path}' is kept whole{self._because(path)}, and its forward is called past its hooks or its __call__; "
+                    "a stage calls the module",
+                    where=shown(user_line()),
+                    hint="call the module: m(x)",
+                )
             call.in_flat, call.in_spec = tree_flatten((args, kwargs))
             given = [a for a in call.in_flat if isinstance(a, torch.Tensor)]
             numbers = [a for a in call.in_flat if isinstance(a, SYMBOLIC)]

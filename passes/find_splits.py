@@ -62,7 +62,7 @@ class FindSplits:
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=_asked(name, side),
-                    hint="a split point is at m(x), not at m.forward(x); " * exists + nearest(name, known),
+                    hint="a split point is at a call m(x), or m.forward(x) of a module without hooks; " * exists + nearest(name, known),
                 )
             cuts |= {first if side == BEGINNING else last + 1: _asked(name, side) for first, last in found}
         return cuts

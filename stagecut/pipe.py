@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
 from stagecut.backend.fx_view import PREFIX, split_module
-from stagecut.backend.modules import Stage, stored
+from stagecut.backend.modules import Stage
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
 from stagecut.frontend.call import CallSpec, check_inputs
@@ -33,6 +33,7 @@ from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
 from stagecut.ir.verifier import verify
+from stagecut.names import Named
 from stagecut.passes.base import Pass
 from stagecut.passes.causal_attention import CausalAttention
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
@@ -262,11 +263,11 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     return {name: [other for other in group if other != name] for group in names.values() if len(group) > 1 for name in group}
 
 
-class Pipe(nn.Module):
+class Pipe(Named):
     """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
 
     `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe is
-    differentiable end to end.
+    differentiable end to end. Its modules and tensors are under the model's names, those of all stages together.
     """
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
@@ -275,9 +276,7 @@ class Pipe(nn.Module):
         self.program = program
         self.stages: list[Stage] = emit(program, bindings)
         self._call_spec: CallSpec | None = bindings.call
-        for stage in self.stages:
-            self.add_module(f"stage_{stage.index}", stage)
-        self._names = dict.fromkeys(bindings.names())
+        self._name(self.stages, bindings.names())
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
@@ -435,43 +434,6 @@ class Pipe(nn.Module):
         """The pipe as a module with the model's own signature and output structure."""
         return PipedModel(self)
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters under the model's names."""
-        yield from self._named((stage.named_parameters("", recurse, False) for stage in self.stages), prefix, remove_duplicate)
-
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's buffers under the model's names."""
-        yield from self._named((stage.named_buffers("", recurse, False) for stage in self.stages), prefix, remove_duplicate)
-
-    def _named(self, streams: Iterable[Iterator[tuple[str, Any]]], prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
-        """Named tensors of all stages in the model's order; of a tied one the first name only, where duplicates are removed."""
-        found = {name: tensor for stream in streams for name, tensor in stream}
-        seen: set[int] = set()
-        for name in [*self._names, *(n for n in found if n not in self._names)]:
-            tensor = found.get(name)
-            if tensor is not None and not (remove_duplicate and id(tensor) in seen):
-                seen.add(id(tensor))
-                yield f"{prefix}.{name}" if prefix else name, tensor
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's state dict: the same names in the same order."""
-        merged: dict[str, Any] = {}
-        for stage in self.stages:
-            merged |= stage.state_dict(*args, **kwargs)
-        ordered = {name: merged.pop(name) for name in map(stored, self._names) if name in merged}
-        return ordered | merged
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict of the unsplit model into the stages."""
-        own = self.state_dict()
-        missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
-        if strict and (missing or unexpected):
-            raise RuntimeError(f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys {unexpected}")
-        for stage in self.stages:
-            names = stage.state_dict()
-            stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
-        return nn.modules.module._IncompatibleKeys(missing, unexpected)
-
     def __getstate__(self) -> dict[str, Any]:
         """The program goes as text: its ops and values point at each other, deeper than a copy can recurse."""
         state = self.__dict__.copy()
@@ -504,31 +466,24 @@ def _is_meta(item: object) -> bool:
     return isinstance(item, torch.Tensor) and item.is_meta
 
 
-class PipedModel(nn.Module):
+class PipedModel(Named):
     """A pipe behind the model's own signature: same arguments, same output structure, same state names."""
+
+    _pipe: Pipe
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        self.pipe = pipe
+        object.__setattr__(self, "_pipe", pipe)  # no child: the children are the model's modules
+        self._name(pipe.stages, pipe._names)
         self.training = pipe.training
 
+    def train(self, mode: bool = True) -> PipedModel:
+        """Switches the pipe."""
+        self._pipe.train(mode)
+        self.training = mode
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self.pipe(*args, **kwargs)
-        spec = self.pipe._call_spec
+        flat = self._pipe(*args, **kwargs)
+        spec = self._pipe._call_spec
         return spec.unflatten(flat) if spec is not None else flat
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters under the model's names."""
-        return self.pipe.named_parameters(prefix, recurse, remove_duplicate)
-
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's buffers under the model's names."""
-        return self.pipe.named_buffers(prefix, recurse, remove_duplicate)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's state dict."""
-        return self.pipe.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict of the unsplit model."""
-        return self.pipe.load_state_dict(state_dict, strict, assign)

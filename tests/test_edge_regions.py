@@ -944,7 +944,7 @@ def gradient_through_a_module_in_forward(self, x):
     return self.b(x) - force
 
 
-@case(X, has=AB, spec={"b": SplitPoint.BEGINNING}, refused=r"(?s)no op of the program runs in a call of module 'b'.*not at m\.forward")
+@case(X, has=AB, spec={"b": SplitPoint.BEGINNING})
 def split_at_a_module_whose_forward_is_called(self, x):
     return self.b.forward(self.a(x))
 

@@ -216,7 +216,7 @@ def test_what_was_cut_off_gets_no_gradient() -> None:
     assert [x.requires_grad for x in box._received[1]] == [False] * len(box._received[1])
     grad = box.gradients()["w"]
     assert grad is not None
-    assert_same(grad, (X @ pipe.get_parameter("stage_0.w")).detach()[(X @ pipe.get_parameter("stage_0.w")).argmax(1)], "grad of w")
+    assert_same(grad, (X @ pipe.get_parameter("w")).detach()[(X @ pipe.get_parameter("w")).argmax(1)], "grad of w")
 
 
 # --- state that flows backward --------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Calls of modules that a tracer gives no name or a wrong one: `m.forward(x)`, and `layers[1:3]` in a model that shares modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from types import FunctionType
+from typing import Any
+from unittest.mock import patch
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+from torch.fx.experimental import proxy_tensor
+
+_calling: list[int] = []
+"""The modules that are called now in a trace, outermost first. A tracer puts other objects in front of a module's dict, which is one."""
+
+
+@contextmanager
+def scopes(module: nn.Module) -> Iterator[None]:
+    """While open, a tracer knows these calls by the model's paths.
+
+    `m.forward(x)` of a module in `module` counts as a call of m, unless m has hooks: a call would run them.
+    """
+    tracer: Any = proxy_tensor._ModuleStackTracer
+    run = tracer.call_module
+
+    def call_module(self: Any, owner: nn.Module, *call: Any) -> Any:
+        _calling.append(id(vars(owner)))
+        try:
+            return run(self, owner, *call)
+        finally:
+            _calling.pop()
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(tracer, "call_module", call_module))
+        stack.enter_context(patch.object(tracer, "path_of_module", _unsliced(tracer.path_of_module)))
+        for cls in _classes_with_forward(module):
+            stack.enter_context(patch.object(cls, "forward", _as_call(vars(cls)["forward"])))
+        yield
+
+
+def goes_past_call(module: nn.Module) -> bool:
+    """True where `module`, whose forward runs now in a trace, was not called, and a call would run more than that."""
+    has_call = any("__call__" in vars(cls) for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)])
+    return id(vars(module)) not in _calling[-1:] and (_has_hooks(module) or has_call)
+
+
+def _as_call(forward: FunctionType) -> Callable[..., Any]:
+    @wraps(forward)
+    def as_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() or id(vars(self)) in _calling[-1:] or _has_hooks(self):  # dynamo traces what is in a region
+            return forward(self, *args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)  # not a __call__ of the class, which may have called forward
+
+    return as_call
+
+
+def _classes_with_forward(module: nn.Module) -> list[type]:
+    """The classes, bases among them, that define a forward of a module."""
+    classes = dict.fromkeys(cls for owner in module.modules() for cls in type(owner).__mro__ if cls is not nn.Module)
+    return [cls for cls in classes if isinstance(vars(cls).get("forward"), FunctionType)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+_SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
+
+
+def _unsliced(path_of_module: Callable[..., str]) -> Callable[..., str]:
+    """`path_of_module` of a tracer, with the model's path for a part of a slice. The slice itself is no module of the model."""
+
+    def path_in_model(tracer: Any, module: nn.Module) -> str:
+        path = path_of_module(tracer, module)
+        return _resolved(tracer.scope_root, path.split(".")) if "slice(" in path else path
+
+    return path_in_model
+
+
+def _resolved(root: nn.Module, parts: list[str]) -> str:
+    """The path in the model: a list counts its parts anew in a slice, a Sequential does not."""
+    owner, names = root, None
+    found: list[str] = []
+    for part in parts:
+        if bounds := _SLICE.fullmatch(part):
+            chosen = slice(*(None if bound == "None" else int(bound) for bound in bounds.groups()))
+            names = (list(owner._modules) if names is None else names)[chosen]
+            continue
+        found.append(names[int(part)] if names is not None and isinstance(owner, nn.ModuleList) else part)
+        owner, names = owner.get_submodule(found[-1]), None
+    if names is not None:
+        raise proxy_tensor._ModuleNotInstalledAsSubmoduleError
+    return ".".join(found)

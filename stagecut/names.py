@@ -1,0 +1,189 @@
+"""A pipe under the model's own names: the module tree, the tensors and the state dict of the model, over all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut.backend.modules import UNSEEN_LAYERS, Stage, layers, stored, submodule
+from stagecut.ir.errors import StagecutError, UnknownNameError
+
+
+class Everywhere(MutableMapping[str, Any]):
+    """What several modules have by name. What is put in is put into each module that has the name.
+
+    kind: `_parameters`, `_buffers` or `_modules`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], kind: str) -> None:
+        self._parts, self._kind = modules, kind
+
+    def _places(self) -> Iterator[dict[str, Any]]:
+        return (getattr(layer, self._kind) for module in self._parts for layer in layers(module))
+
+    def __getitem__(self, name: str) -> Any:
+        there = [place[name] for place in self._places() if name in place]
+        if not there:
+            raise KeyError(name)
+        return joined(there) if self._kind == "_modules" else there[0]
+
+    def __setitem__(self, name: str, item: Any) -> None:
+        homes = [place for place in self._places() if name in place]
+        if not homes:
+            raise UnknownNameError(f"the model has no '{name}' here", hint="put it into a stage: pipe.stages[i]")
+        for home in homes:
+            home[name] = item
+
+    def __delitem__(self, name: str) -> None:
+        for place in self._places():
+            place.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for place in self._places() for name in place if name not in UNSEEN_LAYERS))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+KINDS = ("_parameters", "_buffers", "_modules")
+
+
+class Joined(nn.Module):
+    """A module of the model of which several stages have a part. What runs are the parts."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._parts = parts
+        self.training = parts[0].training
+        self._non_persistent_buffers_set = {name for part in parts for name in part._non_persistent_buffers_set}
+        self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
+
+    def train(self, mode: bool = True) -> Joined:
+        """Switches every part."""
+        for part in self._parts:
+            part.train(mode)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *state: Any) -> None:
+        _load(self._parts, *state)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise StagecutError("several stages have a part of this module, and it does not run as a whole", hint="take the part of a stage")
+
+    forward = register_forward_hook = register_forward_pre_hook = _refuse
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse
+
+
+def joined(parts: Sequence[nn.Module]) -> nn.Module:
+    """The one module that is there, or the parts of it in several stages as one."""
+    distinct = list(dict.fromkeys(parts))
+    return distinct[0] if len(distinct) == 1 else Joined(distinct)
+
+
+class Named(nn.Module):
+    """A module made of stages that has the module tree and the names of the model.
+
+    Where a name of the model is also one of ours, such as `stages`, the attribute is ours; what takes a name finds the model's.
+    """
+
+    _stages: list[Stage]
+    _names: dict[str, None]
+
+    def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
+        """From here on its tree is that of these stages, and `names` are the model's, in its order."""
+        self._stages, self._names = stages, dict.fromkeys(names)
+        self.__dict__.update({kind: Everywhere(stages, kind) for kind in KINDS})
+
+    def train(self, mode: bool = True) -> Any:
+        """Switches every stage."""
+        for stage in self._stages:
+            stage.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for stage in self._stages:
+            stage._apply(fn, recurse)
+        return self
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module at a path of the model: that of the one stage that has it, or the parts of it in several as one."""
+        return submodule(self, target)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of that name."""
+        parameter: nn.Parameter = self._tensor("_parameters", target)
+        return parameter
+
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """The buffer of that name."""
+        buffer: torch.Tensor = self._tensor("_buffers", target)
+        return buffer
+
+    def _tensor(self, kind: str, target: str) -> Any:
+        path, _, name = target.rpartition(".")
+        places = (getattr(layer, kind) for layer in layers(self.get_submodule(path)))
+        found = next((place[name] for place in places if name in place), None)
+        if found is None:
+            raise AttributeError(f"the model has no {kind.strip('_')[:-1]} '{target}'")
+        return found
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters under the model's names."""
+        yield from self._named((stage.named_parameters("", recurse, False) for stage in self._stages), prefix, remove_duplicate)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's buffers under the model's names."""
+        yield from self._named((stage.named_buffers("", recurse, False) for stage in self._stages), prefix, remove_duplicate)
+
+    def _named(self, streams: Iterable[Iterator[tuple[str, Any]]], prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+        """Named tensors of all stages in the model's order; of a tied one the first name only, where duplicates are removed."""
+        found = {name: tensor for stream in streams for name, tensor in stream}
+        seen: set[int] = set()
+        for name in [*self._names, *(n for n in found if n not in self._names)]:
+            tensor = found.get(name)
+            if tensor is not None and not (remove_duplicate and id(tensor) in seen):
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state dict: the same names in the same order."""
+        merged: dict[str, Any] = {}
+        for stage in self._stages:
+            merged |= stage.state_dict(prefix=prefix, keep_vars=keep_vars)
+        names = [prefix + stored(name) for name in self._names]
+        ordered = {name: merged.pop(name) for name in names if name in merged} | merged
+        if destination is None:
+            return ordered
+        destination.update(ordered)
+        return destination  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict of the unsplit model into the stages."""
+        own = self.state_dict()
+        missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys {unexpected}")
+        for stage in self._stages:
+            names = stage.state_dict()
+            stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _load_from_state_dict(self, *state: Any) -> None:
+        """What a module around this one calls before it goes on to the model's modules."""
+        _load(self._stages, *state)
+
+
+def _load(parts: Sequence[nn.Module], *how: Any) -> None:
+    """As nn.Module's `_load_from_state_dict`, for each part; what none of them expects is unexpected."""
+    *state, missing, unexpected, errors = how
+    lacking: list[str] = []
+    odd: list[list[str]] = [[] for _ in parts]
+    for part, names in zip(parts, odd, strict=True):
+        load: Any = part._load_from_state_dict
+        load(*state, lacking, names, errors)
+    missing += dict.fromkeys(lacking)
+    unexpected += [name for name in odd[0] if all(name in others for others in odd)]
