@@ -100,6 +100,7 @@ class _GraphLowering:
         """The tensor behind each value, kept alive: memory that is let go gives its identity to another."""
         self._homes: dict[Value, int] = {}
         self.outputs: Any = None
+        lowering.whole = frozenset(str(node.target) for node in module.graph.nodes if node.op == "call_module")
         for entry in self._program.state:
             lowering._storage.pop(entry.value, None)
             self._note(entry.value, state[entry.name])
@@ -140,8 +141,7 @@ class _GraphLowering:
 
     def _replace(self, node: fx.Node, ran: Ran) -> None:
         """Who reads a tensor behind a node that gave it another shape, or detached it, reads what the node returned: the same object."""
-        as_it_stands = self._program.ops[-1].target == self._lowering.target(node)
-        if ran.flagged and as_it_stands:
+        if ran.flagged and self._program.ops[-1].target == self._lowering.target(node):  # no `detach_`
             raise _changed(node, "requires_grad", "set it outside of the model, or use detach()")
         for tensor in (*ran.reshaped, *ran.flagged):
             old = [value for value, fake in self._fakes.items() if fake is tensor and value is not self._env[node]]
@@ -183,9 +183,7 @@ class _GraphLowering:
         owner = self._bindings.modules[path] = self._module.get_submodule(path)
         state = list(dict.fromkeys(e.value for name, e in self._owners.items() if name.startswith(path + ".")))
         args = (self._lowering.tree(tuple(node.args), self._env), self._lowering.tree(dict(node.kwargs), self._env), state)
-        scope = self._lowering.scope(node)
-        inside = bool(scope) and ".".join(f.name for f in scope) == path
-        op = Op(f"module.{path}", args, scope=scope[:-1] if inside else scope, context=self._context, loc=self._lowering.loc(node))
+        op = Op(f"module.{path}", args, scope=self._lowering.scope(node), context=self._context, loc=self._lowering.loc(node))
         tree = self._lowering._results(op, ran.value, node.name)
         op.effects = self._lowering._effects(op, path, Seen(ran.value, (), ran.random, not is_torchs(owner)))
         self._remember(tree, ran.value)

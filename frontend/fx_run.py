@@ -78,7 +78,8 @@ class FakeRun(fx.Interpreter):
         """Every node has run once on fakes of `inputs`, and was visited."""
         self._visit = visit
         fakes = [tree_map(self._fake, item) for item in inputs]
-        stand_ins = torch.nn.utils.stateless._reparametrize_module(self.module, self.state, tie_weights=False)
+        # stacked: put back in reverse order, else a module of two names keeps a fake
+        stand_ins = torch.nn.utils.stateless._reparametrize_module(self.module, self.state, tie_weights=False, stack_weights=True)
         with self._mode, stand_ins, torch.set_grad_enabled(torch.is_grad_enabled()):  # the graph may switch the mode and leave it so
             self.run(*fakes, enable_io_processing=False)
 

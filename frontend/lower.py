@@ -161,6 +161,8 @@ class Lowering:
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
+        self.whole: frozenset[str] = frozenset()
+        """Paths of modules of which nothing inside is a module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -510,7 +512,8 @@ class Lowering:
         if node.op == "call_method":
             if not str(node.target).isidentifier():
                 raise CaptureError(f"call_method target {node.target!r} is no identifier", hint="rename the method in the graph")
-            return f"method.{node.target}"
+            written_out = getattr(operator, str(node.target), None) if str(node.target).startswith("__") else None
+            return f"method.{node.target}" if written_out is None else str(name_of(written_out))
         if node.op == "call_module":
             return f"module.{node.target}"
         target: Any = node.target
@@ -531,7 +534,7 @@ class Lowering:
         key = tuple(stack)
         scope = self._scopes.get(key)
         if scope is None:
-            scope = self._scopes[key] = _scope([(k, v[0]) for k, v in stack.items()])
+            scope = self._scopes[key] = _outside(_scope([(k, v[0]) for k, v in stack.items()]), self.whole)
         return scope
 
     def loc(self, node: fx.Node) -> Loc | None:
@@ -744,6 +747,20 @@ def _scope(stack: list[tuple[str, str]]) -> Scope:
             scope.append(Frame(fqn[len(above) + 1 :] if above else fqn, call))
             above = fqn
     return tuple(scope)
+
+
+def _outside(scope: Scope, whole: frozenset[str]) -> Scope:
+    """The frames of a scope that lie around the first module of `whole`."""
+    for depth in range(len(scope) if whole else 0):
+        if not whole.isdisjoint(_paths_to(scope_fqn(scope[: depth + 1]))):
+            return scope[:depth]
+    return scope
+
+
+def _paths_to(path: str) -> list[str]:
+    """A module path and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def user_loc(trace: str) -> Loc | None:

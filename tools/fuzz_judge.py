@@ -40,12 +40,18 @@ from stagecut.tools.fuzz_plans import (
 from stagecut.tools.fuzz_shrink import smaller
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
-TRACE_REFUSALS = ("cannot be traced", "a view of another size", "shares memory with something else that it returned")
+TRACE_REFUSALS = (
+    "cannot be traced",
+    "DataDependentOutputException",
+    "a view of another size",
+    "shares memory with something else that it returned",
+)
 CUT_REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
     "which is kept whole",
     "has a part of a tensor that is written",
+    "which the model does not have",  # a graph has the modules that it calls
 )
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
@@ -90,11 +96,11 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def draw(seed: int, index: int, plant: bool = False) -> tuple[ModelPlan, int]:
+def draw(seed: int, index: int, plant: bool = False, graphs: float = 0.0) -> tuple[ModelPlan, int]:
     """Plan `index` of `seed`, which runs forward and backward as it is, and how many attempts that took."""
     for attempt in range(200):
         with suppress(Exception):  # a model that does not even draw or run is of no use
-            plan = draw_plan(seed, index, attempt, plant)
+            plan = draw_plan(seed, index, attempt, plant, graphs)
             if runs(plan) is not None:
                 return plan, attempt
     raise StagecutError(f"no plan {index} of seed {seed} runs")
@@ -272,6 +278,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut.tools.fuzz_graphs import symbolic
 '''
 _RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
 expected = outcome(twin, twin, calls())
