@@ -95,15 +95,16 @@ class FakeRun(fx.Interpreter):
         """The value of a node, which has been visited."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         looks = [_Look(item) for item in _tensors((args, kwargs))]
-        state = [_Look(tensor) for tensor in self.state.values()] if n.op == "call_module" else []
+        leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        state = [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())] if leaf is not None else []
         containers = Contents([args, kwargs], objects=False)
         with _named(n), _Watch() as watch:
             result = super().run_node(n)
         _refuse_unseen(n, containers, watch)
         wrote = {look.home for look in (*looks, *state) if look.is_written} | {home for home in watch.wrote if home is not None}
         random = watch.drew
-        if n.op == "call_module":
-            other, draws = _in_other_mode(self.fetch_attr(str(n.target)), args, kwargs)
+        if leaf is not None:
+            other, draws = _in_other_mode(leaf, args, kwargs)
             wrote |= other
             random |= draws
         reshaped = tuple(look.tensor for look in looks if look.is_reshaped)

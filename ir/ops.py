@@ -46,6 +46,15 @@ def module_path(op: Op) -> str:
     return op.target.removeprefix("module.") if op.target.startswith("module.") else ""
 
 
+GUARDS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
+"""Ops that a tracer adds to check its own assumptions; they compute nothing."""
+
+
+def is_guard(op: Op) -> bool:
+    """True for one of GUARDS."""
+    return base_name(op) in GUARDS
+
+
 def reads_around(op: Op) -> bool:
     """True for an op that may read all of the storage in which its first operand lies."""
     return base_name(op).startswith("as_strided")

@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.ops import is_guard
 from stagecut.ir.outline import viewed_value
-
-GUARDS = frozenset(
-    {
-        "aten._assert_tensor_metadata.default",
-        "aten._assert_scalar.default",
-        "aten.sym_constrain_range.default",
-        "aten.sym_constrain_range_for_size.default",
-    }
-)
-"""Ops a tracer adds to check its own assumptions; they compute nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
     written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
     for op in reversed(ops):
-        keep = op.is_split or (op.target not in GUARDS and (op.has_effect or any(value in written for value in op.operands)))
+        keep = op.is_split or (not is_guard(op) and (op.has_effect or any(value in written for value in op.operands)))
         written.update(op.operands[i] for i in op.effects.writes if viewed_value(op.operands[i]) is not None)
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
