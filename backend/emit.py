@@ -366,11 +366,9 @@ class _Function:
         watch = self._emitter.promises.of(op)
         if not watch.unwritten and not watch.apart:
             return function
-        given, apart = (self._named_values(values) for values in (watch.unwritten, watch.apart))
-        return f"reads_only({function}, {what!r}, {given}, {apart})"
-
-    def _named_values(self, values: Mapping[str, Value]) -> str:
-        return "{" + ", ".join(f"{name!r}: {self._value(value, self._path)}" for name, value in values.items()) + "}"
+        given = [f"{name!r}: {self._value(value, self._path)}" for name, value in watch.unwritten.items()]
+        apart = [f"{name!r}: ({self._value(value, self._path)}, {places})" for name, (value, places) in watch.apart.items()]
+        return f"reads_only({function}, {what!r}, {{{', '.join(given)}}}, {{{', '.join(apart)}}})"
 
     def _tensors_of(self, called: str, about: str, op: Op) -> str:
         if op.returned is None:

@@ -109,12 +109,13 @@ def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | N
 
 
 def reads_only(
-    function: Callable[..., Any], what: str, given: dict[str, torch.Tensor], apart: dict[str, torch.Tensor]
+    function: Callable[..., Any], what: str, given: dict[str, torch.Tensor], apart: dict[str, tuple[torch.Tensor, Sequence[int]]]
 ) -> Callable[..., Any]:
     """`function`, the user's own code, to be called once: it raises StagecutError where it does what it did not do in the trace, and what
     other stages would not see.
 
-    It writes none of `given`, and returns nothing that shares memory with one of `apart`. Both are tensors by the names of the arguments.
+    It writes none of `given`. Of the tensors that it returns, those at the places beside a tensor of `apart` share no memory with that one.
+    Both go by the names of the arguments.
     """
     if torch.compiler.is_compiling():
         return function
@@ -125,16 +126,16 @@ def reads_only(
         for name, (tensor, version) in before.items():
             if tensor._version != version:
                 raise StagecutError(
-                    f"{what} writes {name} in this call, and did not in the trace: another stage has it too, and would not see that",
+                    f"{what} writes {name} in this call, which the trace does not show: another stage has it too, and would not see that",
                     where=f"{what}, which is kept whole",
                     hint="give an example in which it writes that; or write a clone and return it; or let one stage have all that use it",
                 )
-        made = {_memory(leaf) for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)} if apart else set()
-        for name, tensor in apart.items():
-            if _memory(tensor) in made:
+        made = [_memory(leaf) for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)] if apart else []
+        for name, (tensor, others) in apart.items():
+            if any(made[place] == _memory(tensor) for place in others if place < len(made)):
                 raise StagecutError(
-                    f"{what} returns a part of {name} in this call, and did not in the trace: one of them is written, and another stage "
-                    "would not see that in the other",
+                    f"{what} returns a part of {name} in this call, which the trace does not show: one of them is written, and another "
+                    "stage would not see that in the other",
                     where=f"{what}, which is kept whole",
                     hint="return a clone; or let one stage have all that use it",
                 )

@@ -13,17 +13,20 @@ from functools import cached_property
 from typing import Any
 
 from stagecut.ir.bindings import Bindings, is_torchs
-from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
 from stagecut.ir.ops import module_path
 from stagecut.ir.types import TensorType
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a call must not write, and with what its results must share no memory, by the names of the arguments."""
+    """What a call must not write, and what it must not return a part of, by the names of the arguments.
+
+    With each of the latter go the places, among the tensors returned, of those for which it matters.
+    """
 
     unwritten: dict[str, Value] = field(default_factory=dict)
-    apart: dict[str, Value] = field(default_factory=dict)
+    apart: dict[str, tuple[Value, list[int]]] = field(default_factory=dict)
 
 
 NOTHING = Promise()
@@ -43,11 +46,19 @@ class Promises:
             return NOTHING
         given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
         written = {op.operands[place] for place in op.effects.writes}
-        viewed = {op.operands[place] for place in op.effects.views if place is not None}
-        made = {self._memory.root(result) for result in op.results}
         unwritten = {name: value for name, value in given.items() if value not in written and self._memory.is_shared(value)}
-        apart = {name: value for name, value in given.items() if value not in viewed and self._memory.may_differ(value, made)}
+        apart = {name: (value, places) for name, value in given.items() if (places := self._apart(op, value))}
         return Promise(unwritten, apart)
+
+    def _apart(self, op: Op, value: Value) -> list[int]:
+        """The places of the returned tensors that are no parts of `value` in the trace, and must be none in a call."""
+        views = op.effects.views or (None,) * len(op.results)
+        tensors = [(result, viewed) for result, viewed in zip(op.results, views, strict=True) if isinstance(result.type, TensorType)]
+        return [
+            place
+            for place, (result, viewed) in enumerate(tensors)
+            if (viewed is None or op.operands[viewed] is not value) and self._memory.must_not_meet(value, result)
+        ]
 
     @cached_property
     def _memory(self) -> _Memory:
@@ -115,10 +126,10 @@ class _Memory:
         """True where more than one stage has that memory, or a copy of it."""
         return len(self._stages.get(self.root(value), ())) > 1
 
-    def may_differ(self, value: Value, made: set[Value]) -> bool:
-        """True where it shows in another stage whether `value` and what is `made` of it share memory: one is written, one is elsewhere."""
-        roots = {self.root(value), *made}
-        return bool(roots & self._written) and any(len(self._stages.get(root, ())) > 1 for root in roots)
+    def must_not_meet(self, value: Value, other: Value) -> bool:
+        """True where it shows in another stage whether two values share memory: they do not in the trace, one is written, one elsewhere."""
+        roots = {self.root(value), self.root(other)}
+        return len(roots) > 1 and bool(roots & self._written) and (self.is_shared(value) or self.is_shared(other))
 
     def _use(self, value: Value, stage: int) -> None:
         self._stages.setdefault(self.root(value), set()).add(stage)
@@ -130,6 +141,8 @@ class _Memory:
             self._roots[result] = self.root(copied if viewed is None else op.operands[viewed])
         for old, new in op.versions.items():
             self._roots[new] = self.root(old)
-        self._written.update(self.root(op.operands[place]) for place in op.effects.writes)
+        own = set(leaves(op.args[2])) if module_path(op) else set()  # of which only is known that it may be written
+        written = (op.operands[place] for place in op.effects.writes)
+        self._written.update(self.root(value) for value in written if value not in own)
         for value in (*op.operands, *op.results):
             self._use(value, stage)

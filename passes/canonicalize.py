@@ -29,10 +29,15 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
     for op in reversed(ops):
         keep = op.is_split or (not is_guard(op) and (op.has_effect or any(value in written for value in op.operands)))
-        written.update(op.operands[i] for i in op.effects.writes if viewed_value(op.operands[i]) is not None)
+        written.update(op.operands[i] for i in op.effects.writes if _may_be_view(op.operands[i]))
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
+
+
+def _may_be_view(value: Value) -> bool:
+    """True for a view, and for what the caller or the model brings along: of that nobody knows."""
+    return viewed_value(value) is not None or not isinstance(value.owner, Op)
 
 
 def _idle_markers(ops: list[Op]) -> set[Op]:

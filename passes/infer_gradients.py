@@ -70,6 +70,8 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     own = carries_grad(op.operands[viewed].type) and not _cuts(op)
     if viewed in op.effects.writes:
         return grad or own
+    if op.is_users and grad:  # in another call it may return something else
+        return True
     return own if _returns_operand(op, index, viewed) else grad and own
 
 

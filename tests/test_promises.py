@@ -58,7 +58,9 @@ def test_a_write_that_the_trace_did_not_have_is_refused() -> None:
     box = Mailbox(pipe.program, pipe.stages)
     assert torch.equal(box.forward([DOWN])[0], model(DOWN))
     for run in (pipe, lambda x: box.forward([x])):
-        with pytest.raises(StagecutError, match=r"module 'inner' writes argument 'given' in this call, and did not in the trace") as caught:
+        with pytest.raises(
+            StagecutError, match=r"module 'inner' writes argument 'given' in this call, which the trace does not show"
+        ) as caught:
             run(UP)
         assert caught.value.where == "module 'inner', which is kept whole"
         assert "clone" in caught.value.hint
@@ -116,7 +118,9 @@ class Reads(nn.Module):
 
 def test_a_view_that_the_trace_did_not_have_is_refused_where_it_is_written() -> None:
     pipe = whole(Reads(True), DOWN)
-    with pytest.raises(StagecutError, match=r"module 'inner' returns a part of argument 'given' in this call, and did not in the trace"):
+    with pytest.raises(
+        StagecutError, match=r"module 'inner' returns a part of argument 'given' in this call, which the trace does not show"
+    ):
         pipe(UP)
 
 
@@ -158,7 +162,7 @@ class Switches(nn.Module):
 def test_an_autograd_function_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(Switches(), (UP,))
     monkeypatch.setitem(LIMIT, "rows", 1)
-    with pytest.raises(StagecutError, match=r"function 'Switched' writes argument 1 in this call, and did not in the trace"):
+    with pytest.raises(StagecutError, match=r"function 'Switched' writes argument 1 in this call, which the trace does not show"):
         pipe(UP)
 
 
@@ -286,6 +290,39 @@ def test_inference_tensors_have_no_versions() -> None:
         assert torch.equal(pipe(DOWN.clone())[0], model(DOWN.clone()))
 
 
+class Holds(nn.Module):
+    """Returns a buffer of its own."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.inner, self.write = Table(), write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table, y = self.inner(x)
+        pipe_split()
+        if self.write:
+            table.add_(1)
+        return y + table  # type: ignore[no-any-return]
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table, x * self.table
+
+
+def test_a_buffer_of_its_own_may_be_returned_and_not_be_written_elsewhere() -> None:
+    """As a rotary embedding returns its cache. A write behind the cut would be lost to the next step."""
+    model = Holds(False)
+    pipe = whole(model, UP)
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([UP])[0], model(UP))
+    with pytest.raises(StagecutError, match=r"module 'inner' returns a part of its own 'inner\.table' in this call"):
+        whole(Holds(True), UP)
+
+
 # --- gradients of what is written -----------------------------------------------------------------------
 
 
@@ -348,3 +385,40 @@ def test_statistics_of_a_module_carry_none() -> None:
     grads = {old.hint: getattr(new.type, "grad", None) for old, new in op.versions.items()}
     assert grads["zeros"] is True
     assert grads["fill.mean"] is False
+
+
+class Chooses(nn.Module):
+    """Returns a part of what it is given, or what its parameters make of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x)[:2] if x.sum() > 0 else x[:2]  # type: ignore[no-any-return]
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Chooses(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        pipe_split()
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("example", [UP, DOWN], ids=["with parameters", "a view"])
+def test_what_a_module_returns_carries_gradient_in_either_branch(example: torch.Tensor) -> None:
+    """In the example it may be a view of an input that carries none."""
+    model = Chosen()
+    pipe = whole(model, example)
+    box = Mailbox(pipe.program, pipe.stages)
+    for x in (DOWN, UP):
+        box.forward([x])[0].sum().backward()
+        box.backward()
+    model(UP).sum().backward()
+    gradient = box.gradients()["inner.lin.weight"]
+    assert gradient is not None
+    assert torch.equal(gradient, model.inner.lin.weight.grad)  # type: ignore[arg-type]

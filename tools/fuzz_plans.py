@@ -203,7 +203,7 @@ def _function(code: str, args: tuple[str, ...], gives: bool) -> Callable[..., An
 def do(step: Step, module: nn.Module, env: dict[str, Any]) -> None:
     """Runs one step: `env` gains its results."""
     function = _function(step.code, step.args, bool(step.outs or step.body))
-    result = function(module, *[env[a] for a in step.args if not a.startswith("self.")])
+    result: Any = function(module, *[env[a] for a in step.args if not a.startswith("self.")])
     if step.body:
         with result:
             for inner in step.body:
@@ -211,7 +211,9 @@ def do(step: Step, module: nn.Module, env: dict[str, Any]) -> None:
     elif len(step.outs) == 1:
         env[step.outs[0]] = result
     else:
-        items = [result[place] for place in range(len(step.outs))] if isinstance(result, fx.Proxy) else result
+        items: Any = result
+        if isinstance(items, fx.Proxy):  # it cannot be iterated over
+            items = [result[place] for place in range(len(step.outs))]
         env.update(zip(step.outs, items if step.outs else (), strict=True))
 
 
