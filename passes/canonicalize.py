@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
@@ -28,11 +29,21 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
     written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
     for op in reversed(ops):
-        keep = op.is_split or (not is_guard(op) and (op.has_effect or any(value in written for value in op.operands)))
+        keep = op.is_split or (
+            not is_guard(op) and (op.has_effect or any(base in written for value in op.operands for base in _bases(value)))
+        )
         written.update(op.operands[i] for i in op.effects.writes if _may_be_view(op.operands[i]))
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
+
+
+def _bases(value: Value) -> Iterator[Value]:
+    """A value, and what it is a view of."""
+    base: Value | None = value
+    while base is not None:
+        yield base
+        base = viewed_value(base)
 
 
 def _may_be_view(value: Value) -> bool:

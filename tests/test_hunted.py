@@ -823,18 +823,23 @@ def test_operators_that_a_graph_has_as_methods() -> None:
 class WritesTwice(nn.Module):
     """An input that is a view, written through another view and then itself. What is read between has torch bring it up to date."""
 
+    def __init__(self, read: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.read = read
+
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y[:, 1] += x[:, 0]
-        y.double()
+        self.read(y)
         y.mul_(0.5)
         return y
 
 
+@pytest.mark.parametrize("read", [lambda y: y.double(), lambda y: torch.complex(y.float(), y.float())])
 @pytest.mark.parametrize("graph", [True, False])
-def test_an_input_that_is_a_view_is_read_between_two_writes(graph: bool) -> None:
-    """Without that, torch takes it for a leaf that requires grad, in the model too."""
-    model = WritesTwice()
-    given = lambda: (torch.ones(3, 4).requires_grad_(), torch.ones(4, 3).t())  # noqa: E731
+def test_an_input_that_is_a_view_is_read_between_two_writes(graph: bool, read: Callable[[torch.Tensor], Any]) -> None:
+    """Without that, torch takes it for a leaf that requires grad, in the model too. float() of floats is the view itself."""
+    model = WritesTwice(read)
+    given = lambda: (torch.ones(3, 4).requires_grad_(), torch.ones(4, 3).t())
     pipe = pipeline(fx.GraphModule(model, Assigning().trace(model)) if graph else model, given(), check=None)
     assert torch.equal(pipe(*given())[0], model(*given()))
 
@@ -847,3 +852,25 @@ class Assigns(fx.Proxy):
 class Assigning(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Assigns(node, self)
+
+
+class Forgets(nn.Module):
+    """Writes what it is given, and returns it without its history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = x.detach()
+        made.fill_(0.25)
+        return made
+
+
+def test_what_a_module_kept_whole_writes_and_returns_detached_is_refused() -> None:
+    """A stage behind it took what was written for what was returned, and sent a gradient back."""
+    model = Net(lambda self, x: self.forgets(self.a(x)) * self.b(x))
+    model.forgets = Forgets()
+    with pytest.raises(CaptureError, match="'forgets' is kept whole and returns what it writes as a tensor of another history") as caught:
+        pipeline(model, (X,), leaf_modules=["forgets"])
+    assert "test_hunted.py" in caught.value.where
