@@ -21,6 +21,7 @@ from torch import nn
 
 from stagecut.backend.calls import callee, is_iteration
 from stagecut.backend.modules import OURS, Code, Stage, StageModule, printable
+from stagecut.backend.promises import Promises
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
@@ -43,7 +44,7 @@ from stagecut.ir.outline import Positions, positions, unwritten, written_in
 from stagecut.ir.targets import DEVICE, check_op, constant
 from stagecut.ir.types import TensorType
 
-_OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of __debug__"
+_OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of reads_only __debug__"
 _RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
 _TAKEN = frozenset(vars(nn.Module()))
@@ -72,6 +73,7 @@ class _Emitter:
         self.reserved = _RESERVED | {name.replace(".", "_") for name in bindings.functions}
         self._lines: dict[Any, str] = {}
         self.unseen = _unseen(program, bindings)
+        self.promises = Promises(program, bindings)
 
     def stage(self, block: StageBlock) -> Stage:
         root = Stage(self.program.name, "", self.code, self.home)
@@ -346,7 +348,7 @@ class _Function:
         kind, _, rest = op.target.partition(".")
         if kind == "module":
             args, kwargs, _ = op.args
-            called = f"{self._leaf(rest, op)}({self._arguments(op, args, kwargs, regions)})"
+            called = f"{self._watched(self._leaf(rest, op), f'module {rest!r}', op)}({self._arguments(op, args, kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, {self._sizes(op)}", op)
         if kind == "method":
             receiver = self._tree_text(op.args[0], op, regions)
@@ -354,11 +356,20 @@ class _Function:
         if kind == "extern":
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
-            called = f"extern_{rest}({self._arguments(op, op.args, op.kwargs, regions)})"
+            called = f"{self._watched(f'extern_{rest}', f'function {rest!r}', op)}({self._arguments(op, op.args, op.kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, None", op)
         if is_iteration(op):
             return self._tree_text(op.args[0], op, regions)
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
+
+    def _watched(self, function: str, what: str, op: Op) -> str:
+        """What is called for the user's own code: where other stages would not see what it might do in another call, it is watched."""
+        watch = self._emitter.promises.of(op)
+        if not watch.unwritten and not watch.apart:
+            return function
+        given = [f"{name!r}: {self._value(value, self._path)}" for name, value in watch.unwritten.items()]
+        apart = [f"{name!r}: ({self._value(value, self._path)}, {places})" for name, (value, places) in watch.apart.items()]
+        return f"reads_only({function}, {what!r}, {{{', '.join(given)}}}, {{{', '.join(apart)}}})"
 
     def _tensors_of(self, called: str, about: str, op: Op) -> str:
         if op.returned is None:

@@ -109,13 +109,57 @@ def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | N
     return found
 
 
+def reads_only(
+    function: Callable[..., Any], what: str, given: dict[str, torch.Tensor], apart: dict[str, tuple[torch.Tensor, Sequence[int]]]
+) -> Callable[..., Any]:
+    """`function`, the user's own code, to be called once: it raises StagecutError where it does what it did not do in the trace, and what
+    other stages would not see.
+
+    It writes none of `given`. Of the tensors that it returns, those at the places beside a tensor of `apart` share no memory with that one.
+    Both go by the names of the arguments.
+    """
+    if torch.compiler.is_compiling():
+        return function
+    before = {name: (tensor, tensor._version) for name, tensor in given.items() if not tensor.is_inference()}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        for name, (tensor, version) in before.items():
+            if tensor._version != version:
+                raise StagecutError(
+                    f"{what} writes {name} in this call, which the trace does not show: another stage has it too, and would not see that",
+                    where=f"{what}, which is kept whole",
+                    hint="give an example in which it writes that; or write a clone and return it; or let one stage have all that use it",
+                )
+        made = [_memory(leaf) for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)] if apart else []
+        for name, (tensor, others) in apart.items():
+            if any(made[place] == _memory(tensor) for place in others if place < len(made)):
+                raise StagecutError(
+                    f"{what} returns a part of {name} in this call, which the trace does not show: one of them is written, and another "
+                    "stage would not see that in the other",
+                    where=f"{what}, which is kept whole",
+                    hint="return a clone; or let one stage have all that use it",
+                )
+        return result
+
+    return run
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The identity of the memory in which a tensor lies; its own where torch does not tell."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
+
+
 def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """The global names that generated code may use."""
     import math
     import operator
 
     fixed: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": _builtins()}
-    fixed["tensors_of"] = tensors_of
+    fixed |= {"tensors_of": tensors_of, "reads_only": reads_only}
     return fixed | {"inf": math.inf, "nan": math.nan} | {n.replace(".", "_"): f for n, f in functions.items()}
 
 

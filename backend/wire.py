@@ -16,6 +16,7 @@ import torch
 
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
+from stagecut.ir.ops import module_path
 from stagecut.ir.outline import storage_root
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
@@ -206,7 +207,7 @@ def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> b
     takes a graph apart twice where a weight meets received values in two places. What a module kept whole or a body does
     inside is not known.
     """
-    if any(op.target.startswith("module.") or op.regions or any(c.kind in WHOLE for c in op.context) for op in block.ops):
+    if any(module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context) for op in block.ops):
         return True
     meets = set(received)
     own = {entry.value for entry in block.state if entry.kind == "param"}

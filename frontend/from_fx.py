@@ -1,27 +1,26 @@
 """fx.GraphModule -> Program: any graph, from symbolic_trace or made by hand, with all six kinds of node.
 
-The graph is run once on fake tensors, node by node. That run shows what fx does not record: types, which
-operands a node writes (their version counters move), and whether it draws random numbers.
+The graph is run once on fake tensors (`fx_run`), and each node is lowered when it has run, while its tensors are what it made of them.
 """
 
 from __future__ import annotations
 
 import keyword
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.frontend.call import ABSENT, CallSpec
-from stagecut.frontend.leaf import Looking
-from stagecut.frontend.lower import Lowering, Seen, state_entries, undeclared_writes, user_loc
+from stagecut.frontend.fx_run import FakeRun, Ran, home_of, place_of_node
+from stagecut.frontend.lower import SWITCHES, Lowering, Seen, state_entries, switched
 from stagecut.frontend.types import type_of
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.blame import raise_ours
+from stagecut.ir.bindings import Bindings, is_torchs
 from stagecut.ir.errors import CaptureError, InputError
-from stagecut.ir.graph import Op, Program, Value, leaves
+from stagecut.ir.graph import Context, Op, Program, StateEntry, Value, leaves, substitute
+from stagecut.ir.targets import name_of
 from stagecut.ir.types import NONE
 
 
@@ -35,10 +34,11 @@ def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     program, bindings = Program(type(module).__name__), Bindings(sources=True)
     lowering = Lowering(program, bindings)
     program.state = state_entries(module, bindings, lowering.note_storage)
-    recorder = _Recorder(module)
-    lowerer = _GraphLowering(module, lowering, recorder.record(inputs))
-    outputs = lowerer.lower()
-    flat, out_spec = tree_flatten(outputs)
+    _refuse_endless(module)
+    run = FakeRun(module)
+    graph = _GraphLowering(module, lowering, run.state)
+    run.visit(inputs, graph.node)
+    flat, out_spec = tree_flatten(graph.outputs)
     program.set_outputs(flat)
     names = tuple(n.target for n in module.graph.nodes if n.op == "placeholder")
     _, in_spec = tree_flatten((tuple(inputs), {}))
@@ -82,153 +82,151 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     return inputs
 
 
-class _Watch(Looking):
-    """Notices ops that draw random numbers, and writes that no version counter shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drew = False
-        self.wrote: set[int] = set()
-
-    def see(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What it does is noted."""
-        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
-        self.wrote.update(map(id, undeclared_writes(str(func), args)))
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph on fake tensors and keeps what each node showed."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.seen: dict[fx.Node, Seen] = {}
-        self.state: dict[str, Any] = {}
-
-    def record(self, inputs: list[Any]) -> _Recorder:
-        """This recorder, after one run on fakes of `inputs`."""
-        fake = lambda t: self.mode.from_tensor(t) if isinstance(t, torch.Tensor) else t  # noqa: E731
-        tensors = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)]
-        memo: dict[int, Any] = {}
-        self.state = {name: memo.setdefault(id(t), fake(t)) for name, t in tensors}
-        with self.mode, torch.nn.utils.stateless._reparametrize_module(self.module, self.state, tie_weights=False):
-            self.run(*[tree_map(fake, i) for i in inputs], enable_io_processing=False)
-        return self
-
-    def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        operands = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-        watched = [*operands, *(self.state.values() if n.op == "call_module" else ())]
-        before = [t._version for t in watched]
-        try:
-            with _Watch() as watch:
-                result = super().run_node(n)
-        except Exception as error:
-            raise_ours(error)
-            raise CaptureError(
-                f"node '{n.name}' ({n.op} {n.target}) fails on the example inputs: {type(error).__name__}: {error}",
-                where=str(user_loc(n.meta.get("stack_trace") or "") or "the graph"),
-                hint="the graph must run as it is on mb_args / mb_kwargs",
-            ) from error
-        wrote = {id(t) for t, version in zip(watched, before, strict=True) if t._version != version}
-        self.seen[n] = Seen(result, tuple(wrote | watch.wrote), watch.drew)
-        return result
+def _refuse_endless(module: fx.GraphModule) -> None:
+    if not any(node.op == "output" for node in module.graph.nodes):
+        raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
 
 
 class _GraphLowering:
-    """Walks a recorded graph and appends its ops to the program."""
+    """Appends the op of each node that has run to the program. `outputs` is what the graph returns."""
 
-    def __init__(self, module: fx.GraphModule, lowering: Lowering, recorder: _Recorder) -> None:
-        self._module, self._lowering, self._recorder = module, lowering, recorder
+    def __init__(self, module: fx.GraphModule, lowering: Lowering, state: dict[str, torch.Tensor]) -> None:
+        self._module, self._lowering = module, lowering
         self._program, self._bindings = lowering.program, lowering.bindings
         self._owners = self._program.name_owners()
         self._env: dict[fx.Node, Any] = {}
-        self._fakes: dict[Value, int] = {e.value: id(recorder.state[e.name]) for e in self._program.state}
+        self._context: tuple[Context, ...] = ()
+        self._fakes: dict[Value, torch.Tensor] = {}
+        """The tensor behind each value, kept alive: memory that is let go gives its identity to another."""
+        self._homes: dict[Value, int] = {}
+        self.outputs: Any = None
+        lowering.whole = frozenset(str(node.target) for node in module.graph.nodes if node.op == "call_module")
         for entry in self._program.state:
             lowering._storage.pop(entry.value, None)
-            lowering.note_storage(entry.value, recorder.state[entry.name])
+            self._note(entry.value, state[entry.name])
 
-    def lower(self) -> Any:
-        for node in self._module.graph.nodes:
-            if node.op == "output":
-                return self._lowering.tree(node.args[0], self._env)
-            self._env[node] = self._node(node)
-        raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
+    def node(self, node: fx.Node, ran: Ran) -> None:
+        """The op of a node is in the program, and its results stand for the node."""
+        if node.op == "output":
+            self.outputs = self._lowering.tree(node.args[0], self._env)
+        elif node.op == "placeholder":
+            self._env[node] = self._placeholder(node, ran.value)
+        elif node.op == "get_attr":
+            self._env[node] = self._attribute(node, ran.value)
+        elif node.target in SWITCHES:
+            self._context = switched(node, self._lowering.tree(node.args[:4], self._env), self._context, ())
+            self._env[node] = None
+        elif (place := self._field(node, ran.value)) is not None:
+            self._env[node] = self._env[node.args[0]][place]  # type: ignore[index]
+        else:
+            self._env[node] = self._leaf(node, ran) if node.op == "call_module" else self._call(node, ran)
+            self._replace(node, ran)
 
-    def _node(self, node: fx.Node) -> Any:
-        seen = self._recorder.seen[node]
-        if node.op == "placeholder":
-            return self._placeholder(node, seen.value)
-        if node.op == "get_attr":
-            return self._attribute(node, seen.value)
-        if node.op == "call_module":
-            return self._leaf(node, seen)
-        wrote = set(seen.writes or ())
+    def _field(self, node: fx.Node, value: Any) -> int | None:
+        """The place of what a node takes by name from several results, as in `x.max(0).values`. None for other nodes."""
+        source = node.args[0] if node.target is getattr else None
+        container = self._env[source] if isinstance(source, fx.Node) else None
+        items = container if isinstance(container, (tuple, list)) else ()
+        return next((place for place, item in enumerate(items) if self._fakes.get(item) is value), None)
+
+    def _call(self, node: fx.Node, ran: Ran) -> Any:
         before = len(self._program.ops)
-        tree = self._lowering.call(node, self._env, self._program.ops, (), Seen(seen.value, (), seen.random, _is_foreign(node)))
+        seen = Seen(ran.value, (), ran.random, _is_foreign(node))
+        tree = self._lowering.call(node, self._env, self._program.ops, self._context, seen)
+        self._remember(tree, ran.value)
         for op in self._program.ops[before:]:
-            self._set_writes(op, wrote)
-        self._remember(tree, seen.value)
+            if op.target == self._lowering.target(node):  # else it takes a view, where the node has another shape in place
+                self._set_writes(op, ran)
         return tree
+
+    def _replace(self, node: fx.Node, ran: Ran) -> None:
+        """Who reads a tensor behind a node that gave it another shape, or detached it, reads what the node returned: the same object."""
+        if ran.flagged and self._program.ops[-1].target == self._lowering.target(node):  # no `detach_`
+            raise _changed(node, "requires_grad", "set it outside of the model, or use detach()")
+        for tensor in (*ran.reshaped, *ran.flagged):
+            old = [value for value, fake in self._fakes.items() if fake is tensor and value is not self._env[node]]
+            if ran.value is not tensor or not all(isinstance(value.owner, Op) for value in old):
+                raise _changed(node, "the shape", "take a view, as in x = x.t()")
+            swap = dict.fromkeys(old, self._env[node])
+            self._env = {reader: substitute(tree, swap) for reader, tree in self._env.items()}
 
     def _placeholder(self, node: fx.Node, fake: Any) -> Any:
         flat, spec = tree_flatten(fake)
         values = [self._program.add_input(type_of(leaf) if leaf is not None else NONE, node.name) for leaf in flat]
         for value, leaf in zip(values, flat, strict=True):
-            self._lowering.note_storage(value, leaf)
-            self._fakes[value] = id(leaf)
-        from torch.utils._pytree import tree_unflatten
-
+            self._note(value, leaf)
         return tree_unflatten(values, spec)
 
     def _attribute(self, node: fx.Node, fake: Any) -> Any:
         name = str(node.target)
         if name in self._owners:
             return self._owners[name].value
+        if isinstance(fake, fx.GraphModule):
+            raise CaptureError(
+                f"the graph runs another graph, '{name}', as a part of an op",
+                where=place_of_node(node),
+                hint="hand over the model itself, or its ExportedProgram",
+            )
         if not isinstance(fake, torch.Tensor):
             return self._lowering.tree(fake, self._env)
-        from stagecut.ir.graph import StateEntry
-
         entry = StateEntry((name,), "const", type_of(fake))
-        entry.tensor = entry.storage = len(self._program.state)
+        entry.tensor = len(self._program.state)
+        entry.storage = next((e.storage for e in self._program.state if self._home(e.value) == home_of(fake)), entry.tensor)
         self._program.state.append(entry)
         self._owners[name] = entry
         self._bindings.tensors[name] = _real_attribute(self._module, name)
-        self._lowering.note_storage(entry.value, fake)
+        self._note(entry.value, fake)
         return entry.value
 
-    def _leaf(self, node: fx.Node, seen: Seen) -> Any:
+    def _leaf(self, node: fx.Node, ran: Ran) -> Any:
         path = str(node.target)
-        self._bindings.modules[path] = self._module.get_submodule(path)
+        owner = self._bindings.modules[path] = self._module.get_submodule(path)
         state = list(dict.fromkeys(e.value for name, e in self._owners.items() if name.startswith(path + ".")))
         args = (self._lowering.tree(tuple(node.args), self._env), self._lowering.tree(dict(node.kwargs), self._env), state)
-        scope = self._lowering.scope(node)
-        inside = bool(scope) and ".".join(f.name for f in scope) == path
-        op = Op(f"module.{path}", args, scope=scope[:-1] if inside else scope, loc=self._lowering.loc(node))
-        tree = self._lowering._results(op, seen.value, node.name)
-        op.effects = self._lowering._effects(op, path, Seen(seen.value, (), seen.random))
-        self._set_writes(op, set(seen.writes or ()))
+        op = Op(f"module.{path}", args, scope=self._lowering.scope(node), context=self._context, loc=self._lowering.loc(node))
+        tree = self._lowering._results(op, ran.value, node.name)
+        op.effects = self._lowering._effects(op, path, Seen(ran.value, (), ran.random, not is_torchs(owner)))
+        self._remember(tree, ran.value)
+        self._set_writes(op, ran)
         self._program.ops.append(op)
-        self._remember(tree, seen.value)
         return tree
 
-    def _set_writes(self, op: Op, wrote: set[int]) -> None:
-        from dataclasses import replace
+    def _set_writes(self, op: Op, ran: Ran) -> None:
+        """The op writes what the node wrote: the very tensors, where they are seen, else all that share their memory."""
+        named = [value for value in op.operands if id(self._fakes.get(value)) in ran.named]
+        known = {self._home(value) for value in named}
+        written = [*named, *(v for v in op.operands if self._home(v) in ran.wrote - known)]
+        places = tuple(dict.fromkeys(op.operands.index(value) for value in written))
+        if places:
+            op.effects = replace(op.effects, writes=places, views=self._lowering._views(op, places))
+        self._lowering.refuse_written_twins(op)
+        if op.is_users:
+            self._lowering.note_twins(op, [self._home(result) for result in op.results])
 
-        positions = tuple(i for i, v in enumerate(op.operands) if self._fakes.get(v) in wrote)
-        if positions:
-            op.effects = replace(op.effects, writes=tuple(dict.fromkeys(op.operands.index(op.operands[i]) for i in positions)))
+    def _home(self, value: Value) -> int | None:
+        return self._homes.get(value)
+
+    def _note(self, value: Value, fake: Any) -> None:
+        self._lowering.note_storage(value, fake)
+        if isinstance(fake, torch.Tensor):
+            self._fakes.setdefault(value, fake)
+            self._homes.setdefault(value, home_of(fake))
 
     def _remember(self, tree: Any, value: Any) -> None:
-        for result, leaf in zip(leaves(tree), tree_flatten(value)[0], strict=False):
-            if isinstance(leaf, torch.Tensor):
-                self._fakes.setdefault(result, id(leaf))
+        for result, leaf in zip(leaves(tree), tree_leaves(value), strict=False):
+            self._note(result, leaf)
+
+
+def _changed(node: fx.Node, what: str, hint: str) -> CaptureError:
+    return CaptureError(
+        f"node '{node.name}' ({node.op} {node.target}) changes {what} of a tensor that it is given",
+        where=place_of_node(node),
+        hint=hint,
+    )
 
 
 def _is_foreign(node: fx.Node) -> bool:
     """True for a function nobody has declared pure: the user's own."""
-    from stagecut.ir.targets import name_of
-
     return node.op == "call_function" and name_of(node.target) is None  # type: ignore[arg-type]
 
 

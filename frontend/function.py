@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.leaf import OpWatch
-from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, shared_with
+from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, shared_with, storage_of
 from stagecut.frontend.unseen import Untraceable
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
@@ -96,7 +96,7 @@ def _one_op(cls: Any, plain: Callable[..., Any], flat: list[Any], spec: Any, sho
     call = LeafCall(
         cls.__name__, flat, spec, out_flat, out_spec,
         views=shared_with(out, given),
-        written_inputs=tuple(place for place, tensor in enumerate(given) if tensor._version != before[place]),
+        written_inputs=tuple(place for place, t in enumerate(given) if t._version != before[place] or storage_of(t) in watch.wrote),
         random=watch.drew,
         function=plain,
     )  # fmt: skip

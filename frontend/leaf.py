@@ -260,10 +260,19 @@ class Leaves:
                     where=place_of(type(owner)),
                     hint="return tensors in tuples, lists, dicts or objects whose attributes are data",
                 )
+            views = shared_with(out_flat, given)
+            returned = [item for item in out_flat if _is_tensor(item)]
+            for item, place in zip(returned, views, strict=True):
+                if place is not None and wrote[place] and item.requires_grad != given[place].requires_grad:
+                    raise CaptureError(
+                        f"module '{path}' is kept whole{self._because(path)} and returns what it writes as a tensor of another history",
+                        where=place_of(type(owner)),
+                        hint="return the tensor itself, or write and return a clone",
+                    )
             out_flat = [item.detach() if _is_tensor(item) else item for item in out_flat]
             calls[key] = LeafCall(
                 path, [], out_spec, out_flat, out_spec, in_shapes=[tuple(t.shape) for t in given],
-                views=shared_with(out_flat, given),
+                views=views,
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written
                 written_state=(

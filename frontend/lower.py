@@ -45,8 +45,9 @@ from stagecut.ir.graph import (
     transform,
 )
 from stagecut.ir.objects import opened, places, plain
-from stagecut.ir.outline import storage_root, viewed_value
-from stagecut.ir.targets import name_of
+from stagecut.ir.ops import out_of_place
+from stagecut.ir.outline import is_what_it_wrote, storage_root, viewed_value
+from stagecut.ir.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
 TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -160,6 +161,8 @@ class Lowering:
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
+        self.whole: frozenset[str] = frozenset()
+        """Paths of modules of which nothing inside is a module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -183,8 +186,8 @@ class Lowering:
                 return self.tree(node.args[0], env)
             if node.op == "get_attr":
                 env[node] = _attribute(node)
-            elif node.target in _SWITCHES:
-                context = _switched(node, self.tree(node.args[:4], env), context, outer)
+            elif node.target in SWITCHES:
+                context = switched(node, self.tree(node.args[:4], env), context, outer)
                 env[node] = None
             elif node.meta.get(SAME) or _detaches_a_constant(node):
                 env[node] = self.tree(node.args[0], env)
@@ -199,7 +202,7 @@ class Lowering:
             container = env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
             if isinstance(container, (tuple, list, dict)):
                 return container[node.args[1]]  # type: ignore[index]
-        name = self._target(node)
+        name = self.target(node)
         if name == CHECKPOINT:
             return self._checkpoint(*node.args)  # type: ignore[arg-type]
         step = target.__name__ if getattr(target, "__module__", "") == _VMAP else ""
@@ -245,19 +248,22 @@ class Lowering:
     ) -> Any:
         scope = self.scope(node)
         regions: list[Region] = []
+        target: Any = node.target
+        if (view := out_of_place(name)) and _is_made(args[0]):
+            name, target = view, getattr(target, "__name__", target) if not name.startswith("aten.") else resolve(view)
         args = transform(args, lambda a: self._region(a, regions, self.loc(node)) if isinstance(a, fx.GraphModule) else a)
         position = MODE_ARGUMENT.get(name)
         if position is not None and not (name in _NORM_OPS and args[3] is None):  # a norm without statistics knows no modes
-            args = self._follow_mode(_with_defaults(node.target, args, position), position, scope, node)
+            args = self._follow_mode(_with_defaults(target, args, position), position, scope, node)
         if name in _NORM_OPS and args[5:6] == (Mode(False),):
             self._count_batch(scope, ops, context)
         if name == "aten.add_.Tensor" and self._is_batch_count(args, scope):
             args = (args[0], Mode(True))
         op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
-        op.effects = self._effects(op, node.target, seen)
+        op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
-        self._refuse_written_twins(op)
+        self.refuse_written_twins(op)
         if _identity_views(op):
             op.results[0].type = op.operands[0].type
         ops.append(op)
@@ -349,14 +355,18 @@ class Lowering:
             call.random,
             effect=True,
         )
-        self._refuse_written_twins(op)
-        homes = [storage_of(leaf) for leaf in call.out_flat if isinstance(leaf, torch.Tensor)]
-        alone = (viewed is not None or home is None or homes.count(home) == 1 for home, viewed in zip(homes, views, strict=True))
-        self._twins.update(result for result, lone in zip(op.results, alone, strict=True) if not lone)
+        self.refuse_written_twins(op)
+        self.note_twins(op, [storage_of(leaf) for leaf in call.out_flat if isinstance(leaf, torch.Tensor)])
         ops.append(op)
         return list(op.results)
 
-    def _refuse_written_twins(self, op: Op) -> None:
+    def note_twins(self, op: Op, homes: Sequence[int | None]) -> None:
+        """The results that share memory with another one are known; `homes` says where each lies."""
+        for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
+            if home is not None and op.effects.viewed(place) is None and homes.count(home) > 1:
+                self._twins.add(result)
+
+    def refuse_written_twins(self, op: Op) -> None:
         """Raises CaptureError for a write into one of two results of a module kept whole that share memory: none is a view of another."""
         for place in op.effects.writes if self._twins else ():
             made = storage_root(op.operands[place])
@@ -499,11 +509,12 @@ class Lowering:
 
     # --- names and places -------------------------------------------------------------------------
 
-    def _target(self, node: fx.Node) -> str:
+    def target(self, node: fx.Node) -> str:
         if node.op == "call_method":
             if not str(node.target).isidentifier():
                 raise CaptureError(f"call_method target {node.target!r} is no identifier", hint="rename the method in the graph")
-            return f"method.{node.target}"
+            written_out = getattr(operator, str(node.target), None) if str(node.target).startswith("__") else None
+            return f"method.{node.target}" if written_out is None else str(name_of(written_out))
         if node.op == "call_module":
             return f"module.{node.target}"
         target: Any = node.target
@@ -524,7 +535,7 @@ class Lowering:
         key = tuple(stack)
         scope = self._scopes.get(key)
         if scope is None:
-            scope = self._scopes[key] = _scope([(k, v[0]) for k, v in stack.items()])
+            scope = self._scopes[key] = _outside(_scope([(k, v[0]) for k, v in stack.items()]), self.whole)
         return scope
 
     def loc(self, node: fx.Node) -> Loc | None:
@@ -562,6 +573,16 @@ class _SchemaEffects:
             item = op.args[position] if position < len(op.args) else op.kwargs.get(name)
             found += [op.operands.index(value) for value in leaves(item)]
         return tuple(found)
+
+
+def _is_made(value: Any) -> bool:
+    """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned it."""
+    while isinstance(value, Value) and isinstance(value.owner, Op):
+        op, place = value.owner, value.owner.results.index(value)
+        if not is_what_it_wrote(op, place):
+            return True
+        value = op.operands[op.effects.views[place] or 0]
+    return False
 
 
 def _refuse_resized_views(op: Op) -> None:
@@ -609,11 +630,16 @@ def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     return [statistics for statistics in args[3:5] if statistics is not None]
 
 
-def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
-    """The storages that a call of an op writes."""
+def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The tensors that a call of an op writes."""
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
     written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [storage_of(tensor) for tensor in tree_leaves([written, undeclared_writes(str(func), args)])]
+    return [item for item in tree_leaves([written, undeclared_writes(str(func), args)]) if isinstance(item, torch.Tensor)]
+
+
+def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
+    """The storages that a call of an op writes."""
+    return [storage_of(tensor) for tensor in written_tensors(func, args, kwargs)]
 
 
 def shared_with(made: Iterable[Any], given: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
@@ -668,11 +694,11 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
 
 
 _ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-_SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
+SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
 """Calls that change the contexts of all ops behind them."""
 
 
-def _switched(node: fx.Node, args: tuple[Any, ...], context: tuple[Context, ...], outer: tuple[Context, ...]) -> tuple[Context, ...]:
+def switched(node: fx.Node, args: tuple[Any, ...], context: tuple[Context, ...], outer: tuple[Context, ...]) -> tuple[Context, ...]:
     """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs from that around the graph."""
     if node.target is _ENTER:
         return (*context, Context("autocast", args))
@@ -728,6 +754,20 @@ def _scope(stack: list[tuple[str, str]]) -> Scope:
             scope.append(Frame(fqn[len(above) + 1 :] if above else fqn, call))
             above = fqn
     return tuple(scope)
+
+
+def _outside(scope: Scope, whole: frozenset[str]) -> Scope:
+    """The frames of a scope that lie around the first module of `whole`."""
+    for depth in range(len(scope) if whole else 0):
+        if not whole.isdisjoint(_paths_to(scope_fqn(scope[: depth + 1]))):
+            return scope[:depth]
+    return scope
+
+
+def _paths_to(path: str) -> list[str]:
+    """A module path and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def user_loc(trace: str) -> Loc | None:

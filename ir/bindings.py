@@ -42,3 +42,8 @@ class Bindings:
         extras = [f"{path}.{EXTRA}".removeprefix(".") for path in self.extras]
         order = {path: place for place, path in enumerate(self.training if extras else ())}
         return sorted([*self.tensors, *extras], key=lambda name: order.get(name.rpartition(".")[0], len(order)))
+
+
+def is_torchs(module: Any) -> bool:
+    """True for a module whose code, with that of all modules in it, is torch's own: of that, one run in each mode shows what it does."""
+    return all(type(part).__module__.startswith("torch.nn.") for part in module.modules())

@@ -260,11 +260,6 @@ class Op:
         return self.form[1:] if isinstance(self.form, tuple) and self.form[:1] == ("tensors",) else None
 
     @property
-    def reads_around(self) -> bool:
-        """True for an op that may read all of the storage in which its first operand lies."""
-        return self.target.startswith("aten.as_strided")
-
-    @property
     def is_view(self) -> bool:
         """True when the op does nothing but take views of its operands."""
         return bool(self.effects.views) and None not in self.effects.views and not self.effects.writes

@@ -14,6 +14,7 @@ from typing import Any
 
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
+from stagecut.ir.ops import is_guard
 from stagecut.ir.types import TensorType, Type
 
 Key = tuple[str, int, int]
@@ -89,15 +90,12 @@ def _result_keys(op: Op, position: int, keys: dict[Value, Key]) -> Iterator[tupl
         yield result, keys.get(base, ("op", position, index)) if base is not None else ("op", position, index)
 
 
-GUARDS = ("aten._assert_tensor_metadata.", "aten._assert_scalar.", "aten.sym_constrain_range")
-
-
 def _needed(ops: list[Op], output: Op) -> set[Op]:
     """Ops that must run: those with an effect, and all that the output or a needed op reads."""
     needed: set[Op] = set()
     wanted = set(output.operands)
     for op in reversed(ops):
-        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not op.target.startswith(GUARDS) and not op.is_split
+        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not is_guard(op) and not op.is_split
         if acts or any(r in wanted for r in op.results):
             needed.add(op)
             wanted.update(op.operands)

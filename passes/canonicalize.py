@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.ops import is_guard
 from stagecut.ir.outline import viewed_value
-
-GUARDS = frozenset(
-    {
-        "aten._assert_tensor_metadata.default",
-        "aten._assert_scalar.default",
-        "aten.sym_constrain_range.default",
-        "aten.sym_constrain_range_for_size.default",
-    }
-)
-"""Ops a tracer adds to check its own assumptions; they compute nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +29,26 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
     written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
     for op in reversed(ops):
-        keep = op.is_split or (op.target not in GUARDS and (op.has_effect or any(value in written for value in op.operands)))
-        written.update(op.operands[i] for i in op.effects.writes if viewed_value(op.operands[i]) is not None)
+        keep = op.is_split or (
+            not is_guard(op) and (op.has_effect or any(base in written for value in op.operands for base in _bases(value)))
+        )
+        written.update(op.operands[i] for i in op.effects.writes if _may_be_view(op.operands[i]))
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
+
+
+def _bases(value: Value) -> Iterator[Value]:
+    """A value, and what it is a view of."""
+    base: Value | None = value
+    while base is not None:
+        yield base
+        base = viewed_value(base)
+
+
+def _may_be_view(value: Value) -> bool:
+    """True for a view, and for what the caller or the model brings along: of that nobody knows."""
+    return viewed_value(value) is not None or not isinstance(value.owner, Op)
 
 
 def _idle_markers(ops: list[Op]) -> set[Op]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Program, Scope
+from stagecut.ir.ops import module_path
 
 BEGINNING, END = "beginning", "end"
 _Call = tuple[str, Scope]
@@ -57,7 +58,7 @@ class FindSplits:
             found = [span for alias in names[name] for span in spans.get(alias, ())]
             if not found:
                 self._refuse_inside(names[name], ops, _asked(name, side))
-                known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [_leaf_path(op)])])
+                known = dict.fromkeys(fqn for op in ops for fqn in [*_prefixes(op.scope), *filter(None, [module_path(op)])])
                 exists = any(full.startswith(f"{name}.") for full in program.name_owners())
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
@@ -69,7 +70,7 @@ class FindSplits:
 
     def _refuse_inside(self, names: Sequence[str], ops: list[Op], asked: str) -> None:
         """Raises SplitError when a module, by any of its names, lies inside one that is kept whole."""
-        around = (leaf for leaf in dict.fromkeys(map(_leaf_path, ops)) if leaf and any(name.startswith(f"{leaf}.") for name in names))
+        around = (leaf for leaf in dict.fromkeys(map(module_path, ops)) if leaf and any(name.startswith(f"{leaf}.") for name in names))
         for leaf in around:
             raise SplitError(
                 f"a split point lies inside module '{leaf}', which is kept whole" + (f": {self.whole[leaf]}" if leaf in self.whole else ""),
@@ -125,11 +126,6 @@ def _prefixes(scope: Scope) -> list[str]:
     return names
 
 
-def _leaf_path(op: Op) -> str:
-    """The path of the module an op calls as a whole, '' for any other op."""
-    return op.target.removeprefix("module.") if op.target.startswith("module.") else ""
-
-
 def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, int]]]:
     """Per wanted module, the first and last op of each of its calls."""
     calls: dict[_Call, tuple[int, int]] = {}
@@ -137,7 +133,7 @@ def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, in
     for index, op in enumerate(ops):
         if op.scope not in matches:
             matches[op.scope] = [(n, op.scope[: i + 1]) for i, n in enumerate(_prefixes(op.scope)) if n in wanted]
-        leaf = [(_leaf_path(op), (*op.scope, Frame(op.target, index)))] if _leaf_path(op) in wanted else []
+        leaf = [(module_path(op), (*op.scope, Frame(op.target, index)))] if module_path(op) in wanted else []
         for call in matches[op.scope] + leaf:
             calls[call] = (calls[call][0] if call in calls else index, index)
     spans: dict[str, list[tuple[int, int]]] = {}

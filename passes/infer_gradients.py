@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stagecut.ir.graph import Context, Op, Program, Value
+from stagecut.ir.graph import Context, Op, Program, Value, leaves
+from stagecut.ir.ops import base_name, module_path
 from stagecut.ir.types import TensorType, carries_grad, same_layout
 
 _CUTTING: tuple[str, ...] = (
@@ -45,7 +46,7 @@ class InferGradients:
         for op in program.all_ops():
             grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
             changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
-            written = {home.get(op.operands[i], op.operands[i]) for i in op.effects.writes} if grad and _passes_on(op) else set()
+            written = {home.get(value, value) for value in _carriers(op)} if grad else set()
             changed |= _mark(op.versions.values(), [home.get(v, v) in written or carries_grad(v.type) for v in op.versions])
             home |= {new: home.get(old, old) for old, new in op.versions.items()}
             if not _cuts(op):
@@ -69,30 +70,33 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     own = carries_grad(op.operands[viewed].type) and not _cuts(op)
     if viewed in op.effects.writes:
         return grad or own
+    if op.is_users and grad:  # in another call it may return something else
+        return True
     return own if _returns_operand(op, index, viewed) else grad and own
 
 
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
     """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So does a module or a
     function of the user's that returns what it is given."""
-    return (op.is_users or _name(op) in _CONVERSIONS) and same_layout(op.results[index].type, op.operands[viewed].type)
+    return (op.is_users or base_name(op) in _CONVERSIONS) and same_layout(op.results[index].type, op.operands[viewed].type)
 
 
-def _passes_on(op: Op) -> bool:
-    """True when what `op` writes carries the gradient of its operands.
+def _carriers(op: Op) -> list[Value]:
+    """What `op` writes that carries the gradient of its operands afterwards.
 
-    An in-place op returns what it wrote, or nothing. An op with results of its own writes statistics on the side.
+    An op of torch that is in place returns what it wrote, or nothing; one with results of its own writes statistics on the side. The
+    user's code may write any tensor that it is given; what a module writes of its own are statistics.
     """
-    return not op.results or any(viewed is not None for viewed in op.effects.views)
+    written = [op.operands[place] for place in op.effects.writes]
+    if op.is_users:
+        own = set(leaves(op.args[2])) if module_path(op) else set()
+        return [value for value in written if value not in own]
+    in_place = not op.results or any(viewed is not None for viewed in op.effects.views)
+    return written if in_place else []
 
 
 def _cuts(op: Op) -> bool:
-    return _name(op) in _CUTTING
-
-
-def _name(op: Op) -> str:
-    parts = op.target.split(".")
-    return parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
+    return base_name(op) in _CUTTING
 
 
 def _mark(values: Iterable[Value], grads: list[bool]) -> bool:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
+from stagecut.ir.ops import reads_around
 from stagecut.ir.outline import is_what_it_wrote
 
 
@@ -123,7 +124,7 @@ class _Aliases:
         """What as_strided reads around is in `stage` as a whole; True when that took a change."""
         twins: dict[tuple[Op, Value], Op] = {}
         changed = False
-        for op in [op for op in stage.ops if op.reads_around]:
+        for op in [op for op in stage.ops if reads_around(op)]:
             for value in self._received([op.operands[0]], stage.index):
                 root, steps = self._steps(value)
                 if not steps:  # no part of it: all of it

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
+from stagecut.ir.ops import base_name, library_name, module_path
 from stagecut.ir.outline import storage_root
 from stagecut.ir.types import carries_grad, value_bytes
 
@@ -189,7 +190,7 @@ class _Work:
         return plain and self._is_repeatable(op.results[0], op)
 
     def _is_repeatable(self, value: Value, op: Op) -> bool:
-        if op.has_effect or op.regions or op.target.startswith("module.") or any(context.kind in WHOLE for context in op.context):
+        if op.has_effect or op.regions or module_path(op) or any(context.kind in WHOLE for context in op.context):
             return False
         return value in op.results and not any(v in self._written for v in op.definitions())
 
@@ -225,5 +226,5 @@ def _bytes(value: Value, times: int) -> int | None:
 
 
 def is_heavy(op: Op) -> bool:
-    """True for an op that computes more than it moves."""
-    return any(part in HEAVY for part in op.target.split("."))
+    """True for an op that computes more than it moves, and for one of another library, of which nobody knows."""
+    return base_name(op) in HEAVY or bool(library_name(op))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SHARES, Op, Program, StateEntry, closest_name, scope_fqn
+from stagecut.ir.ops import module_path
 
 REPLICATE, FEEDBACK, TRANSMIT = SHARES
 EVERY = "*"
@@ -46,7 +47,7 @@ class ShareState:
 
     def _is_sent(self, entry: StateEntry) -> bool:
         named = bool({*entry.names} & {*self.transmit})
-        whole = next((op for op in entry.value.uses if op.target.startswith("module.")), None)
+        whole = next((op for op in entry.value.uses if module_path(op)), None)
         if named and whole is not None:
             raise SplitError(f"'{entry.name}' cannot be transmitted: a module kept whole holds it", where=whole.where(), hint=REPLICATE)
         return named or (EVERY in self.transmit and entry.kind == "param" and whole is None)

@@ -21,6 +21,7 @@ from stagecut.costs import Device, OpCost, device, op_costs, program_ops, state_
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
+from stagecut.ir.ops import module_path
 from stagecut.ir.outline import unwritten
 from stagecut.ir.types import carries_grad, value_bytes
 from stagecut.passes.recompute import is_heavy
@@ -611,8 +612,7 @@ def _slowest(problem: Problem, cuts: Sequence[int], placement: Sequence[int]) ->
 
 def runs_in(op: Op, path: str) -> bool:
     """True for an op in a call of the module at `path`, or of one inside."""
-    name = scope_fqn(op.scope)
-    return name == path or name.startswith(path + ".") or op.target == f"module.{path}" or op.target.startswith(f"module.{path}.")
+    return any(name == path or name.startswith(path + ".") for name in (scope_fqn(op.scope), module_path(op)))
 
 
 @dataclass(frozen=True)

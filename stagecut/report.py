@@ -12,6 +12,7 @@ from stagecut.balance import STATE_OF, Line, Plan, Setting, by_rank
 from stagecut.costs import Device, op_costs, program_ops, state_bytes
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, Stage, Transfer
+from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
 from stagecut.ir.printer import size_text, value_names
 from stagecut.ir.types import carries_grad, value_bytes
@@ -250,8 +251,8 @@ def bindings_of(pipe: Pipe) -> Bindings:
     for stage in pipe.stages:
         found.functions |= stage._code.functions
         for op in pipe.program.stages[stage.index].ops:
-            if op.target.startswith("module."):
-                found.modules[op.target.removeprefix("module.")] = stage.get_submodule(op.target.removeprefix("module."))
+            if path := module_path(op):
+                found.modules[path] = stage.get_submodule(path)
     return found
 
 

@@ -20,6 +20,7 @@ from stagecut.ir.graph import Op, Program
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.verifier import verify
+from stagecut.tools.fuzz_check import mailbox
 
 X = torch.randn(4, 4)
 fx.wrap("user_function")
@@ -31,11 +32,12 @@ def user_function(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
 
 
 def check(module: fx.GraphModule, *args: Any, stages: int, **options: Any) -> Pipe:
-    """The pipe of `module`, after it did what the module does: outputs, gradients, state and names."""
-    twin = deepcopy(module)
+    """The pipe of `module`, after it did what the module does: outputs, gradients, state and names; in one process, and in boxes."""
+    twin = copied(module)
     pipe = pipeline(module, args, **options)
     assert pipe.num_stages == stages
     assert list(pipe.state_dict()) == list(module.state_dict())
+    check_in_boxes(twin, pipe, args)
     torch.manual_seed(0)
     expected = tree_leaves(twin(*args))
     torch.manual_seed(0)
@@ -53,6 +55,20 @@ def check(module: fx.GraphModule, *args: Any, stages: int, **options: Any) -> Pi
     printed = text(pipe.program)
     assert text(parse(printed)) == printed
     return pipe
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy. A plain attribute stays one: fx would make a buffer of it."""
+    twin = deepcopy(module)
+    for name in [name for name in twin._buffers if name not in module._buffers]:
+        twin.__dict__[name] = twin._buffers.pop(name)
+    return twin
+
+
+def check_in_boxes(module: fx.GraphModule, pipe: Pipe, args: tuple[Any, ...]) -> None:
+    """Stages that share nothing but what is sent do what the module does."""
+    wrong = mailbox(copied(module), pipe, (deepcopy(args), {}), (deepcopy(args), {}), 1e-6)
+    assert not wrong, "\n".join(wrong)
 
 
 def assert_equal(found: Any, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
@@ -734,3 +735,142 @@ def test_a_view_that_a_module_kept_whole_returns_of_what_it_wrote_is_not_what_it
         assert torch.equal(run(X.clone())[0], (X * 6)[:, :1].expand(2, 4))
     with pytest.raises(StagecutError, match=r"stage 1 writes the result of module\.spreads"):
         pipeline(Reads(True), (X.clone(),), leaf_modules=["spreads"])
+
+
+class Twice(nn.Module):
+    """A part that holds a norm, which the model has under a name of its own too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.part = nn.Sequential(self.norm, nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(self.norm(x)) + self.norm.running_mean
+
+
+class WholeParts(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name == "part" or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_graph_with_a_module_of_two_names_is_left_as_it_was() -> None:
+    """The run on fakes left one in it."""
+    model = Twice()
+    module = fx.GraphModule(model, WholeParts().trace(model))
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    pipeline(module, (X,), check=None)
+    for name, tensor in module.state_dict().items():
+        assert type(tensor) is torch.Tensor, name
+        assert torch.equal(tensor, state[name]), name
+
+
+class Inner(nn.Module):
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared(x) * 2
+
+
+class Sharing(nn.Module):
+    """Two modules with one part; the first is kept whole, the second traced through: a graph names the part by its place in the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.part, self.other = Inner(shared), Inner(shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.part(x)) + self.part.shared[0].bias
+
+
+def test_a_graph_that_keeps_a_module_whole_and_runs_a_part_of_it() -> None:
+    model = Sharing()
+    module = fx.GraphModule(model, WholeParts().trace(model))
+    pipe = pipeline(module, (X,), split_policy=lambda program: [1], check="gradients")
+    assert pipe.num_stages == 2
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([X])[0], model(X))
+
+
+class Dunder(nn.Module):
+    """A tensor that is no proxy is indexed and written by one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        self.register_buffer("index", torch.tensor([2, 1, 0, 3]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.arange(4.0)
+        table[self.mask] = 2.0
+        return x + table + torch.arange(4.0)[self.index]
+
+
+class WithBuffers(fx.Tracer):
+    proxy_buffer_attributes = True
+
+
+def test_operators_that_a_graph_has_as_methods() -> None:
+    model = Dunder()
+    module = fx.GraphModule(model, WithBuffers().trace(model))
+    assert {"__setitem__", "__getitem__"} <= {node.target for node in module.graph.nodes}
+    pipe = pipeline(module, (X,), split_policy=lambda program: [2])
+    assert {"operator.setitem", "operator.getitem"} <= {op.target for op in pipe.program.all_ops()}
+
+
+class WritesTwice(nn.Module):
+    """An input that is a view, written through another view and then itself. What is read between has torch bring it up to date."""
+
+    def __init__(self, read: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y[:, 1] += x[:, 0]
+        self.read(y)
+        y.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("read", [lambda y: y.double(), lambda y: torch.complex(y.float(), y.float())])
+@pytest.mark.parametrize("graph", [True, False])
+def test_an_input_that_is_a_view_is_read_between_two_writes(graph: bool, read: Callable[[torch.Tensor], Any]) -> None:
+    """Without that, torch takes it for a leaf that requires grad, in the model too. float() of floats is the view itself."""
+    model = WritesTwice(read)
+    given = lambda: (torch.ones(3, 4).requires_grad_(), torch.ones(4, 3).t())
+    pipe = pipeline(fx.GraphModule(model, Assigning().trace(model)) if graph else model, given(), check=None)
+    assert torch.equal(pipe(*given())[0], model(*given()))
+
+
+class Assigns(fx.Proxy):
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
+
+
+class Assigning(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Assigns(node, self)
+
+
+class Forgets(nn.Module):
+    """Writes what it is given, and returns it without its history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = x.detach()
+        made.fill_(0.25)
+        return made
+
+
+def test_what_a_module_kept_whole_writes_and_returns_detached_is_refused() -> None:
+    """A stage behind it took what was written for what was returned, and sent a gradient back."""
+    model = Net(lambda self, x: self.forgets(self.a(x)) * self.b(x))
+    model.forgets = Forgets()
+    with pytest.raises(CaptureError, match="'forgets' is kept whole and returns what it writes as a tensor of another history") as caught:
+        pipeline(model, (X,), leaf_modules=["forgets"])
+    assert "test_hunted.py" in caught.value.where

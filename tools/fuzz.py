@@ -25,12 +25,15 @@ from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verd
 from stagecut.tools.fuzz_plans import size, source
 
 CHUNK = 20
+GRAPHS = 0.25
+"""Which share of programs is handed over as fx graphs, unless the command line says otherwise."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What a worker needs to know: the seed, every how many programs the slow checks run too, and whether a bug is planted.
 
+    `graphs` is the share of programs that are traced symbolically first.
     Scripts that show failures go to the folder `scripts`, if there is one.
     """
 
@@ -39,6 +42,7 @@ class Job:
     shrink_seconds: float = 60
     plant: bool = False
     scripts: Path | None = None
+    graphs: float = 0.0
 
 
 @dataclass
@@ -103,7 +107,7 @@ def run_chunk(job: Job, indices: list[int]) -> list[tuple[int, int, Verdict]]:
     """Index, attempts to draw and verdict of each program."""
     found = []
     for index in indices:
-        plan, attempts = draw(job.seed, index, job.plant)
+        plan, attempts = draw(job.seed, index, job.plant, job.graphs)
         found.append((index, attempts, judge(plan, _is_deep(job, index), index)))
     return found
 
@@ -114,7 +118,7 @@ def _is_deep(job: Job, index: int) -> bool:
 
 def run_shrink(job: Job, index: int, verdict: Verdict) -> Failure:
     """The failing program `index`, made smaller, with its script."""
-    plan, _ = draw(job.seed, index, job.plant)
+    plan, _ = draw(job.seed, index, job.plant, job.graphs)
     small, found = shrink(plan, verdict, index, job.shrink_seconds)
     return Failure([index], found.lines, reproducer(small, found, index), (size(plan), size(small)))
 
@@ -228,17 +232,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--deep-every", type=int, default=10, help="every how many programs single passes are checked too; 0 never (default 10)"
     )
+    parser.add_argument(
+        "--graphs", type=float, default=GRAPHS, help=f"share of programs that are fx graphs, from 0 to 1 (default {GRAPHS})"
+    )
     parser.add_argument("--shrink-seconds", type=float, default=60, help="time to make one failure smaller (default 60)")
     parser.add_argument("--coverage", type=Path, help="write op names and how often they were seen to this JSON file")
     parser.add_argument("--scripts", type=Path, help="write the script of every failure to this folder as well")
     parser.add_argument("--show", action="store_true", help="print the source of the programs instead of running them")
     options = parser.parse_args(argv)
-    job = Job(options.seed, options.deep_every, options.shrink_seconds, scripts=options.scripts)
+    job = Job(options.seed, options.deep_every, options.shrink_seconds, scripts=options.scripts, graphs=options.graphs)
     programs = range(options.start, options.start + options.programs)
     if options.show:
         quiet()
         for index in programs:
-            print(f"# --- program {index}\n{source(draw(job.seed, index)[0])}")
+            print(f"# --- program {index}\n{source(draw(job.seed, index, graphs=job.graphs)[0])}")
         return 0
     with show_progress(len(programs)) as progress:
         report = fuzz(programs, job, options.jobs, progress)

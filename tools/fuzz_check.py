@@ -18,6 +18,7 @@ from stagecut.frontend.capture import distinct_tensors
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Mode, Op, Program, Value
 from stagecut.ir.interp import run
+from stagecut.ir.ops import base_name
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
@@ -112,9 +113,9 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     Of a batch norm of what is not contiguous, a trace has other strides than a run.
     """
     wrong: list[str] = []
-    off = any("dropout" in op.target and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
-    off = off or any("batch_norm" in op.target and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
-    whole = any(op.target.startswith("module.") for op in pipe.program.all_ops())
+    off = any("dropout" in base_name(op) and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
+    off = off or any("batch_norm" in base_name(op) and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
+    whole = any(op.is_users for op in pipe.program.all_ops())
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
     for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
 

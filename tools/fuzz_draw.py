@@ -514,8 +514,11 @@ def _usual(item: Any) -> bool:
     return type(item) is int
 
 
-def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False) -> ModelPlan:
-    """The plan number `index` of `seed`. It fits together, but nobody has gone backward through it: if it fails, try again."""
+def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False, graphs: float = 0.0) -> ModelPlan:
+    """The plan number `index` of `seed`. It fits together, but nobody has gone backward through it: if it fails, try again.
+
+    A share of them, `graphs`, is traced symbolically: there `pipe_split()` leaves no node, so something else must cut.
+    """
     rng = random.Random(f"{seed}:{index}:{attempt}")
     torch.manual_seed(index)
     draw = _Draw(rng, plant)
@@ -535,7 +538,7 @@ def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False) -> M
     cuts = tuple(rng.randrange(60) for _ in range(rng.choice((0, 0, 1, 1, 2))))
     if not cuts and not spec and not any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps)):
         cuts = (rng.randrange(60),)
-    return replace(
+    plan = replace(
         plan,
         after=after,
         spec=spec,
@@ -546,6 +549,15 @@ def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False) -> M
         sent=rng.random() < 0.15,
         again=rng.random() < 0.4,
     )
+    return _as_graph(rng, plan) if rng.random() < graphs else plan
+
+
+def _as_graph(rng: random.Random, plan: ModelPlan) -> ModelPlan:
+    called = {s.code.partition("(")[0] for s in steps_of(plan.blocks[0].steps) if s.outs and s.code.startswith("self.c")}
+    paths = sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
+    whole = (rng.choice(paths),) if paths and rng.random() < 0.4 else ()
+    cuts = (*plan.cuts, *(rng.randrange(60) for _ in range(rng.choice((1, 1, 2)))))
+    return replace(plan, graph=True, dynamic=False, whole=whole, cuts=cuts)
 
 
 def _draw_inputs(rng: random.Random) -> tuple[tuple[Given, ...], tuple[Input, ...]]:

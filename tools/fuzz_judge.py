@@ -40,12 +40,19 @@ from stagecut.tools.fuzz_plans import (
 from stagecut.tools.fuzz_shrink import smaller
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
-TRACE_REFUSALS = ("cannot be traced", "a view of another size", "shares memory with something else that it returned")
+TRACE_REFUSALS = (
+    "cannot be traced",
+    "DataDependentOutputException",
+    "a view of another size",
+    "returns what it writes as a tensor of another history",
+    "shares memory with something else that it returned",
+)
 CUT_REFUSALS = (
     "no op of the program runs in a call of module",
     "which may or may not be the tensor it was given",
     "which is kept whole",
     "has a part of a tensor that is written",
+    "which the model does not have",  # a graph has the modules that it calls
 )
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
@@ -90,11 +97,11 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def draw(seed: int, index: int, plant: bool = False) -> tuple[ModelPlan, int]:
+def draw(seed: int, index: int, plant: bool = False, graphs: float = 0.0) -> tuple[ModelPlan, int]:
     """Plan `index` of `seed`, which runs forward and backward as it is, and how many attempts that took."""
     for attempt in range(200):
         with suppress(Exception):  # a model that does not even draw or run is of no use
-            plan = draw_plan(seed, index, attempt, plant)
+            plan = draw_plan(seed, index, attempt, plant, graphs)
             if runs(plan) is not None:
                 return plan, attempt
     raise StagecutError(f"no plan {index} of seed {seed} runs")
@@ -108,10 +115,11 @@ def calls(plan: ModelPlan) -> list[fuzz_check.Call]:
 def runs(plan: ModelPlan) -> dict[str, Any] | None:
     """What the model itself does, None when it cannot even run: then there is nothing to hold a pipe to."""
     try:
-        model = build(plan)
-        expected = fuzz_check.outcome(model, model, calls(plan))
-        for args, kwargs in calls(plan) * MORE_CALLS:  # what it counts may run out of a range
-            model(*args, **kwargs)
+        with torch.enable_grad():  # a graph that fails leaves the mode as it is
+            model = build(plan)
+            expected = fuzz_check.outcome(model, model, calls(plan))
+            for args, kwargs in calls(plan) * MORE_CALLS:  # what it counts may run out of a range
+                model(*args, **kwargs)
     except Exception:
         return None
     if any(p.grad_fn is not None for p in model.parameters()) or any(b.requires_grad for b in model.buffers()):
@@ -135,7 +143,7 @@ def judge(plan: ModelPlan, deep: bool = False, seed: int = 0) -> Verdict:
         return Verdict("invalid")
     verdict = Verdict(PASSED)
     try:
-        with _time_limit(), route_costs(plan):
+        with _time_limit(), route_costs(plan), torch.enable_grad():
             _judge(plan, expected, verdict, deep, seed)
     except _Failed as failed:
         verdict.kind, verdict.check, verdict.lines = FAILED, failed.check, failed.lines
@@ -272,6 +280,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut.tools.fuzz_graphs import symbolic
 '''
 _RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
 expected = outcome(twin, twin, calls())

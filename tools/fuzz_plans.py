@@ -15,12 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
 from stagecut.frontend.markers import SplitPoint, pipe_split
 from stagecut.passes import recompute
+from stagecut.tools.fuzz_graphs import symbolic
 
 EXAMPLE_BATCH, OTHER_BATCH = 7, 5
 """The batch size of the example inputs, and the one a model with a dynamic batch is also called with."""
@@ -118,7 +119,7 @@ class ModelPlan(Plan):
 
     spec: (module path, side) pairs for `split_spec`; cuts: positions for a policy, modulo the number of ops; whole:
     paths for `leaf_modules`; after: lines that set up the model once it is built; sent: tied parameters are transmitted; again: all that
-    can be is computed again instead of sent.
+    can be is computed again instead of sent; graph: what is cut is its symbolic trace, in which the paths of `whole` are one node each.
     """
 
     blocks: tuple[Block, ...]
@@ -133,6 +134,7 @@ class ModelPlan(Plan):
     dynamic: bool = False
     sent: bool = False
     again: bool = False
+    graph: bool = False
 
 
 # --- reading a plan -----------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def size(plan: ModelPlan) -> int:
     count += len(plan.blocks) + len(plan.given) + len(plan.spec) + len(plan.cuts) + len(plan.whole) + len(plan.after)
     count += len(list(leaves(plan.output))) + _nodes(plan.output) + sum(_nodes(i.tree) + i.keyword for i in plan.inputs)
     codes = [g.code for g in plan.given]
-    return count + plan.training + plan.dynamic + sum("requires_grad" in c for c in codes)
+    return count + plan.training + plan.dynamic + plan.graph + sum("requires_grad" in c for c in codes)
 
 
 def _nodes(tree: Tree) -> int:
@@ -201,7 +203,7 @@ def _function(code: str, args: tuple[str, ...], gives: bool) -> Callable[..., An
 def do(step: Step, module: nn.Module, env: dict[str, Any]) -> None:
     """Runs one step: `env` gains its results."""
     function = _function(step.code, step.args, bool(step.outs or step.body))
-    result = function(module, *[env[a] for a in step.args if not a.startswith("self.")])
+    result: Any = function(module, *[env[a] for a in step.args if not a.startswith("self.")])
     if step.body:
         with result:
             for inner in step.body:
@@ -209,7 +211,10 @@ def do(step: Step, module: nn.Module, env: dict[str, Any]) -> None:
     elif len(step.outs) == 1:
         env[step.outs[0]] = result
     else:
-        env.update(zip(step.outs, result if step.outs else (), strict=True))
+        items: Any = result
+        if isinstance(items, fx.Proxy):  # it cannot be iterated over
+            items = [result[place] for place in range(len(step.outs))]
+        env.update(zip(step.outs, items if step.outs else (), strict=True))
 
 
 @lru_cache(maxsize=10_000)
@@ -310,7 +315,7 @@ def build(plan: ModelPlan) -> nn.Module:
     model: nn.Module = kind(plan, Maker(plan.blocks)).train(plan.training)
     for line in plan.after:
         exec(_after(line), {"model": model})
-    return model
+    return symbolic(model, plan.whole) if plan.graph else model
 
 
 @lru_cache(maxsize=10_000)
@@ -356,7 +361,7 @@ def options(plan: ModelPlan) -> dict[str, Any]:
         found["split_spec"] = {path: SplitPoint[side] for path, side in plan.spec}
     if plan.cuts:
         found["split_policy"] = _policy(plan.cuts)
-    if plan.whole:
+    if plan.whole and not plan.graph:
         found["leaf_modules"] = list(plan.whole)
     if plan.dynamic:
         found["dynamic_shapes"] = dynamic_shapes(plan)
@@ -465,7 +470,7 @@ def _make(plan: ModelPlan) -> Iterator[str]:
     yield "    torch.manual_seed(0)"
     yield f"    model = {plan.blocks[0].name}().train({plan.training})"
     yield from (f"    {line}" for line in plan.after)
-    yield "    return model"
+    yield f"    return symbolic(model, {plan.whole})" if plan.graph else "    return model"
 
 
 def _inputs(plan: ModelPlan) -> Iterator[str]:
@@ -485,7 +490,7 @@ def _options(plan: ModelPlan) -> str:
     if plan.cuts:
         count = "(sum(not op.is_split for op in program.ops) + 1)"
         lines.append(f'options["split_policy"] = lambda program: [cut % {count} for cut in {list(plan.cuts)}]')
-    if plan.whole:
+    if plan.whole and not plan.graph:
         lines.append(f'options["leaf_modules"] = {list(plan.whole)}')
     if plan.dynamic:
         dims = {g.name: "{" + ", ".join(f"{d}: batch" for d in g.dims) + "}" if g.dims else "None" for g in plan.given}

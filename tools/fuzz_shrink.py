@@ -42,6 +42,8 @@ def _plainer_settings(plan: ModelPlan) -> Iterator[ModelPlan]:
         yield replace(plan, whole=plan.whole[:i] + plan.whole[i + 1 :])
     if plan.dynamic:
         yield replace(plan, dynamic=False)
+    if plan.graph:
+        yield replace(plan, graph=False)
     if plan.training:
         yield replace(plan, training=False)
     for i, given in enumerate(plan.given):

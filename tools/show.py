@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.ops import module_path
 from stagecut.ir.printer import size_text
 from stagecut.ir.types import value_bytes
 
@@ -94,7 +95,7 @@ def _part(program: Program, spec: str) -> Callable[[Op], bool]:
 
 def _path(op: Op) -> str:
     """The module that an op is in, or that it is, when the module is kept whole."""
-    return op.target.removeprefix("module.") if op.target.startswith("module.") else scope_fqn(op.scope)
+    return module_path(op) or scope_fqn(op.scope)
 
 
 def _runs_in(op: Op, path: str) -> bool:

@@ -1,0 +1,148 @@
+"""What the trace says that the user's own code leaves alone, as far as other stages rely on it.
+
+A module kept whole was seen to run once. In another call it may take another branch: write what it is given, or return a part of it. Who
+shares that memory in the same stage sees it, as in the model. Another stage has a copy and does not, so the stage has to notice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from stagecut.ir.bindings import Bindings, is_torchs
+from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
+from stagecut.ir.ops import module_path
+from stagecut.ir.types import TensorType
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a call must not write, and what it must not return a part of, by the names of the arguments.
+
+    With each of the latter go the places, among the tensors returned, of those for which it matters.
+    """
+
+    unwritten: dict[str, Value] = field(default_factory=dict)
+    apart: dict[str, tuple[Value, list[int]]] = field(default_factory=dict)
+
+
+NOTHING = Promise()
+
+
+class Promises:
+    """What the calls of the user's code in a program must not do."""
+
+    def __init__(self, program: Program, bindings: Bindings) -> None:
+        self._program, self._bindings = program, bindings
+
+    def of(self, op: Op) -> Promise:
+        """What `op`, a call of the user's code, must not do. Torch's own modules do in each call what they did in the trace."""
+        path = module_path(op)
+        owner = self._bindings.modules.get(path) if path else self._bindings.functions.get(op.target)
+        if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner)):
+            return NOTHING
+        given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
+        written = {op.operands[place] for place in op.effects.writes}
+        unwritten = {name: value for name, value in given.items() if value not in written and self._memory.is_shared(value)}
+        apart = {name: (value, places) for name, value in given.items() if (places := self._apart(op, value))}
+        return Promise(unwritten, apart)
+
+    def _apart(self, op: Op, value: Value) -> list[int]:
+        """The places of the returned tensors that are no parts of `value` in the trace, and must be none in a call."""
+        views = op.effects.views or (None,) * len(op.results)
+        tensors = [(result, viewed) for result, viewed in zip(op.results, views, strict=True) if isinstance(result.type, TensorType)]
+        return [
+            place
+            for place, (result, viewed) in enumerate(tensors)
+            if (viewed is None or op.operands[viewed] is not value) and self._memory.must_not_meet(value, result)
+        ]
+
+    @cached_property
+    def _memory(self) -> _Memory:
+        return _Memory(self._program)
+
+
+def _arguments(op: Op, owner: Any) -> Iterator[tuple[str, Value]]:
+    """The values given to the user's code, and what to call them: as its signature does, else by place. Last, what a module holds."""
+    args, kwargs, state = op.args if module_path(op) else (op.args, op.kwargs, ())
+    names = _parameters(owner)
+    for place, item in enumerate(args):
+        yield from _leaves(item, f"argument '{names[place]}'" if place < len(names) else f"argument {place}")
+    for name, item in kwargs.items():
+        yield from _leaves(item, f"argument '{name}'")
+    for value in state:
+        owned = value.owner
+        yield from _leaves(value, f"its own '{owned.name}'" if isinstance(owned, StateEntry) else "its own state")
+
+
+def _parameters(owner: Any) -> list[str]:
+    """The names of the parameters by place of the user's code, as far as it names them."""
+    try:
+        parameters = inspect.signature(getattr(owner, "forward", owner)).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
+    if isinstance(tree, Value):
+        yield name, tree
+    elif isinstance(tree, (tuple, list)):
+        for place, item in enumerate(tree):
+            yield from _leaves(item, f"{name}[{place}]")
+    elif isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from _leaves(item, f"{name}[{key!r}]")
+
+
+class _Memory:
+    """Which values lie in one memory, which memory several stages have, and which is written."""
+
+    def __init__(self, program: Program) -> None:
+        self._roots: dict[Value, Value] = {}
+        self._stages: dict[Value, set[int]] = {}
+        self._written: set[Value] = set()
+        homes: dict[int, Value] = {}
+        for entry in program.state:
+            self._roots[entry.value] = homes.setdefault(entry.storage, entry.value) if entry.storage >= 0 else entry.value
+            self._stages.setdefault(self.root(entry.value), set()).update(entry.stages)
+        for stage in program.stages:
+            for op in stage.ops:
+                self._add(op, stage.index)
+            last = stage is program.stages[-1]
+            for value in (*stage.inputs, *stage.outputs):
+                self._use(value, stage.index)
+            for value in () if last else stage.outputs:
+                self._use(value, stage.index + 1)
+
+    def root(self, value: Value) -> Value:
+        """The first value in the memory of `value`. What a stage computes anew counts as what it is a copy of."""
+        return self._roots.get(value, value)
+
+    def is_shared(self, value: Value) -> bool:
+        """True where more than one stage has that memory, or a copy of it."""
+        return len(self._stages.get(self.root(value), ())) > 1
+
+    def must_not_meet(self, value: Value, other: Value) -> bool:
+        """True where it shows in another stage whether two values share memory: they do not in the trace, one is written, one elsewhere."""
+        roots = {self.root(value), self.root(other)}
+        return len(roots) > 1 and bool(roots & self._written) and (self.is_shared(value) or self.is_shared(other))
+
+    def _use(self, value: Value, stage: int) -> None:
+        self._stages.setdefault(self.root(value), set()).add(stage)
+
+    def _add(self, op: Op, stage: int) -> None:
+        for place, result in enumerate(op.results):
+            viewed = op.effects.viewed(place)
+            copied = op.origin.results[place] if op.origin is not None else result
+            self._roots[result] = self.root(copied if viewed is None else op.operands[viewed])
+        for old, new in op.versions.items():
+            self._roots[new] = self.root(old)
+        own = set(leaves(op.args[2])) if module_path(op) else set()  # of which only is known that it may be written
+        written = (op.operands[place] for place in op.effects.writes)
+        self._written.update(self.root(value) for value in written if value not in own)
+        for value in (*op.operands, *op.results):
+            self._use(value, stage)

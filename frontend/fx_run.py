@@ -1,0 +1,217 @@
+"""One run of a graph on fake tensors, node by node: it shows what fx does not record.
+
+That is the types of values, which tensors a node writes, and whether it draws random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from stagecut.frontend.kept import RETURN_IT, Contents
+from stagecut.frontend.leaf import OpWatch
+from stagecut.frontend.lower import storage_of, user_loc, written_tensors
+from stagecut.frontend.markers import is_marker
+from stagecut.ir.bindings import is_torchs
+from stagecut.ir.blame import raise_ours
+from stagecut.ir.errors import CaptureError, SplitError
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What running a node showed: its value, the memory that it writes, whether it draws random numbers.
+
+    named: the tensors that it writes, by id, as far as they are seen. reshaped: the tensors given that have another shape now, and
+    flagged: those that carry gradient now or do so no more, though nothing was written. In both, the object itself was changed, and not
+    only what is in it.
+    """
+
+    value: Any
+    wrote: frozenset[int]
+    named: frozenset[int]
+    random: bool
+    reshaped: tuple[torch.Tensor, ...] = ()
+    flagged: tuple[torch.Tensor, ...] = ()
+
+
+Visit = Callable[[fx.Node, Ran], None]
+"""Is called with each node when it has run."""
+
+
+def home_of(tensor: torch.Tensor) -> int:
+    """The identity of the memory in which a tensor lies; its own where torch does not tell."""
+    storage = storage_of(tensor)
+    return -id(tensor) if storage is None else storage
+
+
+class _Watch(OpWatch):
+    """Notices also which tensors ops write, by id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: set[int] = set()
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What it does is noted."""
+        self.named.update(map(id, written_tensors(func, args, kwargs)))
+        super().see(func, args, kwargs)
+
+
+class FakeRun(fx.Interpreter):
+    """Runs a graph on fake tensors. `state` are those that stand for parameters and buffers, by name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._visit: Visit = lambda node, ran: None
+        self.state: dict[str, torch.Tensor] = {}
+        twins: dict[int, torch.Tensor] = {}
+        for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+            self.state[name] = twins.setdefault(id(tensor), self._mode.from_tensor(tensor))
+
+    def visit(self, inputs: list[Any], visit: Visit) -> None:
+        """Every node has run once on fakes of `inputs`, and was visited."""
+        self._visit = visit
+        fakes = [tree_map(self._fake, item) for item in inputs]
+        # stacked: put back in reverse order, else a module of two names keeps a fake
+        stand_ins = torch.nn.utils.stateless._reparametrize_module(self.module, self.state, tie_weights=False, stack_weights=True)
+        with self._mode, stand_ins, torch.set_grad_enabled(torch.is_grad_enabled()):  # the graph may switch the mode and leave it so
+            self.run(*fakes, enable_io_processing=False)
+
+    def _fake(self, item: Any) -> Any:
+        return self._mode.from_tensor(item) if isinstance(item, torch.Tensor) else item
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A constant is a fake too: so its views are seen to be views."""
+        found = super().get_attr(target, args, kwargs)
+        return found if isinstance(found, FakeTensor) else self._fake(found)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node, which has been visited."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        looks = [_Look(item) for item in _tensors((args, kwargs))]
+        leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        state = [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())] if leaf is not None else []
+        containers = Contents([args, kwargs], objects=False)
+        with _named(n), _Watch() as watch:
+            result = super().run_node(n)
+        _refuse_unseen(n, containers, watch)
+        wrote = {look.home for look in (*looks, *state) if look.is_written} | {home for home in watch.wrote if home is not None}
+        random = watch.drew
+        if leaf is not None:
+            other, draws = _in_other_mode(leaf, args, kwargs)
+            wrote |= other
+            random |= draws
+        reshaped = tuple(look.tensor for look in looks if look.is_reshaped)
+        flagged = tuple(look.tensor for look in looks if look.is_flagged)
+        self._visit(n, Ran(result, frozenset(wrote), frozenset(watch.named), random, reshaped, flagged))
+        return result
+
+
+class _Look:
+    """A tensor, and what it was when it was looked at."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.home = home_of(tensor)
+        self._version = tensor._version
+        self._shape = _shape_of(tensor)
+        self._grad = tensor.requires_grad
+
+    @property
+    def is_written(self) -> bool:
+        return self.tensor._version != self._version
+
+    @property
+    def is_reshaped(self) -> bool:
+        return _shape_of(self.tensor) != self._shape
+
+    @property
+    def is_flagged(self) -> bool:
+        return self.tensor.requires_grad != self._grad and not self.is_written
+
+
+def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    return tuple(tensor.shape), strides, home_of(tensor)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
+
+
+def _in_other_mode(module: nn.Module, args: Any, kwargs: Any) -> tuple[set[int], bool]:
+    """The memory that a module writes with its training flags the other way round, and whether it draws random numbers then.
+
+    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run shows one branch.
+    """
+    given = _tensors((args, kwargs))
+    twins = {id(tensor): tensor.detach().clone() for tensor in given}
+    homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in given}
+    may_write_all = not is_torchs(module)
+    watch = OpWatch()
+    try:
+        with _flags_turned(module), torch.no_grad(), watch:
+            module(*tree_map(lambda item: twins.get(id(item), item), args), **tree_map(lambda item: twins.get(id(item), item), kwargs))
+    except Exception as error:  # such as a norm in training that is given one sample
+        raise_ours(error)
+        may_write_all = True
+    wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
+    if may_write_all:
+        wrote.update(map(home_of, module.buffers()))
+    return wrote, watch.drew
+
+
+@contextmanager
+def _flags_turned(module: nn.Module) -> Iterator[None]:
+    """While open, each training flag in `module` is the other one."""
+    flags = {part: part.training for part in module.modules()}
+    try:
+        for part, flag in flags.items():
+            part.training = not flag
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+
+
+@contextmanager
+def _named(node: fx.Node) -> Iterator[None]:
+    """What fails in a node is an error that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise_ours(error)
+        raise CaptureError(
+            f"node '{node.name}' ({node.op} {node.target}) fails on the example inputs: {type(error).__name__}: {error}",
+            where=place_of_node(node),
+            hint="the graph must run as it is on mb_args / mb_kwargs",
+        ) from error
+
+
+def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
+    """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would do neither."""
+    if containers.changed():
+        raise CaptureError(
+            f"node '{node.name}' ({node.op} {node.target}) changes a container it is given, which no stage would",
+            where=place_of_node(node),
+            hint=RETURN_IT,
+        )
+    if watch.split and not is_marker(node.target):
+        raise SplitError(
+            f"a split point lies inside node '{node.name}' ({node.op} {node.target}), which is kept whole",
+            where=watch.split,
+            hint="put it into the graph: graph.call_function(pipe_split)",
+        )
+
+
+def place_of_node(node: fx.Node) -> str:
+    """The user's line of a node, as far as the graph knows it."""
+    return str(user_loc(node.meta.get("stack_trace") or "") or "the graph")
