@@ -18,7 +18,7 @@ _QUESTIONS = (
     torch.compiler.is_compiling,
     torch.compiler.is_exporting,
     torch.compiler.is_dynamo_compiling,
-    torch.jit.is_tracing,
+    torch.jit.is_tracing,  # type: ignore[attr-defined]
 )
 """Functions that tell whether code is traced."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.interp import Environment, Machine
+from stagecut.ir.ops import base_name
 from stagecut.ir.outline import storage_root
 from stagecut.ir.types import TensorType
 
@@ -62,13 +65,14 @@ class Constants:
 
 def _is_small(value: Value) -> bool:
     """True for a tensor of known sizes that is not too large."""
-    if not isinstance(value.type, TensorType) or not all(isinstance(size, int) for size in value.type.shape):
+    if not isinstance(value.type, TensorType):
         return False
-    return torch.Size(value.type.shape).numel() <= MOST_ELEMENTS
+    sizes = [size for size in value.type.shape if isinstance(size, int)]
+    return len(sizes) == len(value.type.shape) and math.prod(sizes) <= MOST_ELEMENTS
 
 
 def _is_pure(op: Op) -> bool:
     """True for an op of torch's that computes its results from its operands, and does nothing else."""
-    if op.has_effect or op.is_users or op.regions or "empty" in op.target:
+    if op.has_effect or op.is_users or op.regions or "empty" in base_name(op):
         return False
     return not any(context.kind in ("transform", "checkpoint") for context in op.context)

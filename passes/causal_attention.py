@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stagecut.ir.graph import CAUSAL, Op, Program, Value
+from stagecut.ir.ops import base_name
 
-ATTENTION = ("aten.scaled_dot_product_attention.default", "torch.nn.functional.scaled_dot_product_attention")
+ATTENTION = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
 """A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where it can do without; else None."""
+
+
+def _unknown(mask: Value, query: Value, key: Value, value: Value, result: Value) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class CausalAttention:
     """
 
     name = "causal-attention"
-    kind: MaskKind = lambda mask, query, key, value, result: None
+    kind: MaskKind = field(default=_unknown)
 
     def run(self, program: Program) -> bool:
         return bool(self.unmasked(program))
@@ -32,7 +37,7 @@ class CausalAttention:
         """The attentions that have no mask any more."""
         if program.phase != "traced":
             return []
-        return [op for op in program.ops if op.target in ATTENTION and self._unmask(op)]
+        return [op for op in program.ops if base_name(op) == ATTENTION and self._unmask(op)]
 
     def _unmask(self, op: Op) -> bool:
         arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs
@@ -41,7 +46,8 @@ class CausalAttention:
         draws = arguments.get("dropout_p", 0.0) != 0.0  # other kernels draw other numbers
         if len(values) < 4 or draws or arguments.get("is_causal", False) is not False:
             return False
-        kind = self.kind(*values, op.results[0])
+        mask, query, key, value = values
+        kind = self.kind(mask, query, key, value, op.results[0])
         if kind is None:
             return False
         _set(op, {"attn_mask": None} | ({"is_causal": True} if kind == CAUSAL else {}))
