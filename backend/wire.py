@@ -106,6 +106,14 @@ class Port:
         return tensor.permute(places).expand(self.shape)
 
 
+def own(p: Port, item: Any, device: torch.device) -> torch.Tensor:
+    """`item` as torch's schedules take it from the last stage: a tensor that is no view, with history only where a gradient comes back."""
+    if p.shape is None:
+        return p.pack(item, device)
+    refuse_quantized(p.value, item)
+    return _own(item) if p.grad else item.detach()
+
+
 def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
     """A copy of a tensor that a stage may write, with these strides, else its own: torch refuses some writes by how elements lie."""
     if not isinstance(item, torch.Tensor):

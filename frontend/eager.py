@@ -60,19 +60,24 @@ class EagerPath:
 
         One that failed for the same reason when it last heard the truth hears ours again.
         """
+        passed = self._passed(error)
         last = next(reversed(self._told), None)
-        if last is not None and self._told[last] == reason:
+        if last in passed and self._told[last] == reason:
             del self._told[last]
             self._in_vain.add(last)
+        pending = [asker for asker in reversed(passed) if asker in self._asked and asker not in self._told and asker not in self._in_vain]
+        if pending:
+            self._told[pending[0]] = reason
+        return bool(pending)
+
+    def _passed(self, error: BaseException) -> list[_Asker]:
+        """The functions that `error` went through, the outermost first."""
         kind = self._root
         passed: list[_Asker] = []
         for frame, _ in walk_tb(error.__traceback__):
             kind = self._module_of(frame) or kind
             passed.append((kind, frame.f_code))
-        pending = [asker for asker in reversed(passed) if asker in self._asked and asker not in self._told and asker not in self._in_vain]
-        if pending:
-            self._told[pending[0]] = reason
-        return bool(pending)
+        return passed
 
     def fall_back_everywhere(self, reason: str) -> bool:
         """All functions that asked hear the truth from now on; False where there are no more."""

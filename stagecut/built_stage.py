@@ -5,6 +5,7 @@ Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,7 +20,18 @@ from stagecut.backend.fx_view import refuse_torchs_stage, split_graph
 from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, backward_is_whole, boundaries, fed_inputs, lives_in_buffer, port, writable, writes_explained
+from stagecut.backend.wire import (
+    Port,
+    Sizes,
+    backward_is_whole,
+    boundaries,
+    fed_inputs,
+    lives_in_buffer,
+    own,
+    port,
+    writable,
+    writes_explained,
+)
 from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
@@ -100,12 +112,20 @@ class BuiltStage(PipelineStage):
         values |= zip(self.block.outputs, results, strict=True)
         for p in self.sent:
             self._check(p, values[p.value])
-        buffers = {storage_of(t) for t in args if isinstance(t, torch.Tensor)} if self.is_last else set()
+        if self.is_last:
+            return self._returned(values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)})
         packed = [p.pack(values[p.value], self.device) for p in self.sent]
-        for place, (p, tensor) in enumerate(zip(self.sent, packed, strict=True)):
-            if p.value in self._kept or storage_of(tensor) in buffers:
-                packed[place] = tensor.clone()  # it is written again before it is read
-        return packed[0] if self.is_last and len(packed) == 1 else tuple(packed)
+        return tuple(self._kept_apart(p, tensor, set()) for p, tensor in zip(self.sent, packed, strict=True))
+
+    def _returned(self, values: Mapping[Value, Any], buffers: set[int | None]) -> Any:
+        """What the model returns, as it lies in memory: nobody receives it."""
+        tensors = [own(p, values[p.value], self.device) for p in self.sent]
+        outputs = tuple(self._kept_apart(p, tensor, buffers) for p, tensor in zip(self.sent, tensors, strict=True))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _kept_apart(self, p: Port, tensor: torch.Tensor, buffers: set[int | None]) -> torch.Tensor:
+        """A copy of what is written again before it is read: a buffer of the model, or one of `buffers`, which torch receives into."""
+        return tensor.clone() if p.value in self._kept or storage_of(tensor) in buffers else tensor
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False) -> Any:
         """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it apart."""
@@ -149,6 +169,9 @@ class BuiltStage(PipelineStage):
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
         """The pipe checks what the model is called with."""
+
+    def _validate_fwd_outputs(self, outputs: Any) -> None:
+        """`_check` has: torch 2.11 compares strides too, and a compiler may pad rows."""
 
     def _validate_stage_tensors(self, desc: str, expected: Any, actual: Any) -> None:
         """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.

@@ -295,19 +295,49 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+LARGE = 2**20
+"""From so many elements on, a gradient is summed where it lies: to pack it costs more than a message of its own."""
+
+
 def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group) -> None:
-    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none has one."""
+    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none has one.
+
+    The host waits for the device only where a gradient is missing here.
+    """
     for dtype in dict.fromkeys(same[0].dtype for same in replicas):
         mine = [same for same in replicas if same[0].dtype == dtype]
-        grads = [[_local(p.grad.detach()) for p in same if p.grad is not None] for same in mine]
-        parts = [torch.stack(g).sum(0) if g else torch.zeros_like(_local(same[0])) for g, same in zip(grads, mine, strict=True)]
-        packed = torch.cat([*(p.flatten() for p in parts), parts[0].new_tensor([float(bool(g)) for g in grads])])
-        *sums, counts = _total(packed, ranks, group).split([*(p.numel() for p in parts), len(mine)])
-        for same, made, count in zip(mine, sums, counts.tolist(), strict=True):
-            for parameter in same if count else ():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                _local(parameter.grad).copy_(made.view_as(_local(parameter)))
+        parts = [_gradient(same) for same in mine]
+        missing = [place for place, same in enumerate(mine) if all(p.grad is None for p in same)]
+        counts = parts[0].new_ones(len(mine))
+        for place in missing:
+            counts[place] = 0
+        small = [place for place, part in enumerate(parts) if part.numel() < LARGE or not part.is_contiguous()]
+        packed = torch.cat([*(parts[place].flatten() for place in small), counts])
+        *sums, counts = _total(packed, ranks, group).split([*(parts[place].numel() for place in small), len(mine)])
+        totals = dict(zip(small, sums, strict=True))
+        totals |= {place: _total(part, ranks, group) for place, part in enumerate(parts) if place not in totals}
+        nowhere = {place for place in missing if not counts[place].item()}
+        for place, same in enumerate(mine):
+            if place not in nowhere:
+                _give(same, totals[place])
+
+
+def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """The sum of the gradients of the replicas here: where there is one, that itself; zeros where there is none."""
+    grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
+    if not grads:
+        return torch.zeros_like(_local(same[0]))
+    return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+
+
+def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
+    """All replicas here have `total` for their gradient."""
+    for parameter in same:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = _local(parameter.grad)
+        if grad.data_ptr() != total.data_ptr():
+            grad.copy_(total.view_as(grad))
 
 
 def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
