@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def _lines(picture: Path) -> list[str]:
     """A picture line by line, without the numbers of source lines in its tooltips, which are other ones in another torch."""
-    return re.sub(r"(\w\.py):\d+", r"\1", picture.read_text(encoding="utf-8")).split("\n")
+    return re.sub(r"(\w\.py):\d+((, |&#45;)\d+)*", r"\1", picture.read_text(encoding="utf-8")).split("\n")
 
 
 def test_the_page_shows_every_picture() -> None:
