@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 import graphviz
 
@@ -148,8 +149,14 @@ def total_text(values: Iterable[Value]) -> str:
 
 def value_tip(value: Value, name: str) -> str:
     """What a pointer over a value is shown: name, type, bytes, and where it is made."""
-    made = value.owner.where() if isinstance(value.owner, Op) else ""
+    made = _place(value.owner) if isinstance(value.owner, Op) else ""
     return "\n".join(filter(None, (f"{name} : {value.type}", total_text([value]), made)))
+
+
+def _place(op: Op) -> str:
+    """Where an op comes from. Its file is without its folder, as in text: a picture is the same wherever the model and torch lie."""
+    where = op.where()
+    return PurePath(op.loc.file).name + where.removeprefix(op.loc.file) if op.loc else where
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

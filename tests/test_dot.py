@@ -130,9 +130,17 @@ def test_user_text_stays_text(name: str, level: str, renderer: str) -> None:
 def test_tooltips_say_where_a_thing_comes_from() -> None:
     program = load("pictures")
     stages, modules = _tooltips(drawn(program)), _tooltips(drawn(program, level="modules"))
-    assert stages["value-a"] == "%a : f32[4] grad\n16 B\nsrc/model.py:4, module 'embed', op aten.mul.Tensor\nsend to stage 1"
+    assert stages["value-a"] == "%a : f32[4] grad\n16 B\nmodel.py:4, module 'embed', op aten.mul.Tensor\nsend to stage 1"
     assert "\nrelay to stage 4, through stages 1-3" in next(tip for name, tip in stages.items() if name.startswith("values-"))
     assert modules["module-blocks.0"].startswith("blocks.0\nstands for blocks.0, 2 more\nmodel.py:8-9\n@blocks.0.w : f32[4] grad\n")
+
+
+def test_a_picture_is_the_same_wherever_the_model_lies() -> None:
+    here = load("pictures")
+    there = parse(text(here).replace('"src/model.py"', '"/home/somebody/lib/model.py"'))
+    assert text(here) != text(there)
+    for view in VIEWS.values():
+        assert to_dot(here, **view) == to_dot(there, **view)
 
 
 # --- the stage graph
