@@ -1,4 +1,8 @@
-"""Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from others."""
+"""Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from others.
+
+Whether that matters shows in traces with other draws: of the lowest and the highest one, a number that is compared with another lies on
+each side. A model that waits for one number out of very many can hide that from them.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+LOWEST, MIDDLE, HIGHEST = 0, 0x80102204, 0x12DD9BB3
+"""Words in the state of a Mersenne Twister from which it makes 32 zeros, a one and 31 zeros, and 32 ones."""
+
+STEERS = (LOWEST, MIDDLE, HIGHEST, None)
+"""What `Generators.steer` takes: what is drawn next is as low as can be, in the middle, as high as can be, or another than before."""
+
+_WORDS, _STEERED = 624, 400
+
 
 class _Source(NamedTuple):
-    """A generator: what to call it, what reads its state, and what sets it."""
+    """A generator: what to call it, what reads its state, what sets it, and where it can be steered, what puts words into a state."""
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], Any]
+    put: Callable[[Any, Callable[[list[int]], list[int]]], Any] | None = None
 
 
 class Generators:
@@ -28,6 +41,16 @@ class Generators:
     def drawn(self) -> str:
         """A generator that is not as it was, '' for none."""
         return next((source.name for source, state in self._before if repr(source.read()) != repr(state)), "")
+
+    def can_be_steered(self) -> bool:
+        """True when `steer` reaches all that are not as they were."""
+        return all(source.put is not None or repr(source.read()) == repr(state) for source, state in self._before)
+
+    def steer(self, word: int | None) -> None:
+        """The next draws of those that can be steered are as STEERS says, a few hundred of them; then they go on at random."""
+        for source, state in self._before:
+            if source.put is not None:
+                source.write(source.put(state, lambda words: _steered(words, word)))
 
     def restore(self) -> None:
         """All are as they were, except torch's: forks are open around what is traced and recorded."""
@@ -45,11 +68,38 @@ def is_generator(item: Any) -> bool:
 def _global() -> list[_Source]:
     found = [
         _Source("torch's generator", _state, lambda _: None),
-        _Source("Python's random", random.getstate, random.setstate),
+        _Source("Python's random", random.getstate, random.setstate, _put_pythons),
     ]
     if numpy := sys.modules.get("numpy.random"):
-        found.append(_Source("numpy.random", lambda: numpy.get_state(legacy=False), numpy.set_state))
+        found.append(_numpys("numpy.random", numpy))
     return found
+
+
+def _steered(words: list[int], word: int | None) -> list[int]:
+    """The words of a Mersenne Twister. Those that are read next are `word`; later the others mix in, so that nothing repeats for ever."""
+    if word is None:
+        return [(7 * other + 1) % 2**32 for other in words]
+    return words[: _WORDS - _STEERED] + [word] * _STEERED
+
+
+def _put_pythons(state: Any, change: Callable[[list[int]], list[int]]) -> Any:
+    version, words, _ = state
+    return version, (*change(list(words[:_WORDS])), _WORDS - _STEERED), None
+
+
+def _put_numpys(state: Any, change: Callable[[list[int]], list[int]]) -> Any:
+    import numpy
+
+    key = state["state"]["key"]
+    words = numpy.array(change(key.tolist()), dtype=key.dtype)
+    return state | {"state": {"key": words, "pos": _WORDS - _STEERED}, "has_gauss": 0}
+
+
+def _numpys(name: str, generator: Any) -> _Source:
+    def read() -> Any:
+        return generator.get_state(legacy=False)
+
+    return _Source(name, read, generator.set_state, _put_numpys if read()["bit_generator"] == "MT19937" else None)
 
 
 def _state() -> list[int]:
@@ -60,8 +110,8 @@ def _state() -> list[int]:
 def _source(generator: Any) -> _Source:
     name = f"a generator ({type(generator).__module__}.{type(generator).__name__})"
     if isinstance(generator, random.Random):
-        return _Source(name, generator.getstate, generator.setstate)
+        return _Source(name, generator.getstate, generator.setstate, _put_pythons if type(generator) is random.Random else None)
     bits = getattr(generator, "bit_generator", None)  # numpy's Generator draws from one
     if bits is None:
-        return _Source(name, lambda: generator.get_state(legacy=False), generator.set_state)
+        return _numpys(name, generator)
     return _Source(name, lambda: bits.state, lambda state: setattr(bits, "state", state))

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from stagecut.frontend.draws import Generators, is_generator
+from stagecut.frontend.draws import STEERS, Generators, is_generator
 from stagecut.frontend.function import functions_whole
 from stagecut.frontend.kept import (
     HOOKS,
@@ -60,6 +60,11 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
         exported = export(first)
     except _Lost as error:
         raise CaptureError(error.what, where=_line_of(error, module, export), hint=error.hint) from None
+    if first.drew:
+        if not _draws_for_nothing(module, export, exported):
+            lost = _draw(first.drew, module)
+            raise CaptureError(lost.what, where=_line_of(lost, module, export), hint=lost.hint)
+        first.notes.append(f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw")
     leaves.remarks[:] = first.notes
     if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
 
@@ -79,6 +84,15 @@ class _Lost(CaptureError):
     def __init__(self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str) -> None:
         super().__init__(what, where=where, hint=hint)
         self.happened = happened
+
+
+def _draw(source: str, module: nn.Module) -> _Lost:
+    return _Lost(
+        f"forward draws from {source} or seeds it, and a trace would keep what was drawn",
+        lambda watch: watch._generators.drawn(),
+        where=place_of(type(module)),
+        hint=DRAW,
+    )
 
 
 def _line_of(error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]) -> str:
@@ -118,6 +132,19 @@ def _again(module: nn.Module, export: Any, first: Watch, exported: ExportedProgr
     return SAME_TRACE if _equal(exported, again) else SETTLED
 
 
+def _draws_for_nothing(module: nn.Module, export: Callable[[Watch], ExportedProgram], exported: ExportedProgram) -> bool:
+    """True when forward does the same whatever it draws from generators that are not torch's."""
+    for word in STEERS:
+        watch = Watch(module, steer=partial(Generators.steer, word=word))
+        try:
+            again = export(watch)
+        except Exception:
+            return False
+        if not _equal(exported, again):
+            return False
+    return True
+
+
 def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
     constants = [list(program.constants.values()) for program in (one, other)]
     return _text(one) == _text(other) and len(constants[0]) == len(constants[1]) and all(map(_same_constant, *constants))
@@ -144,8 +171,11 @@ class Watch:
         module: nn.Module,
         carried: dict[tuple[str, str], Any] | None = None,
         find: Callable[[Watch], Any] | None = None,
+        steer: Callable[[Generators], None] = lambda _: None,
     ) -> None:
         self._module = module
+        self._steer = steer
+        self.drew = ""
         self._carried = carried or {}
         self._stack = ExitStack()
         self._reads = ModeReads(module)
@@ -178,6 +208,7 @@ class Watch:
         self._generators = Generators([*self._around.generators, *filter(is_generator, kept.parts())])
         for before in (self._generators, self._around, kept):
             self._stack.callback(before.restore)
+        self._steer(self._generators)
         self._tensors = kept.replace_tensors()
         for (path, name), value in self._carried.items():
             module: nn.Module = self._module.get_submodule(path)
@@ -274,20 +305,16 @@ class Watch:
                     self.left[key] = _carry(value)
 
     def _refuse_lost(self) -> None:
-        """Raises CaptureError where forward draws from a generator that is not torch's, or changes what lies around it or is given."""
-        where = place_of(type(self._module))
+        """Raises CaptureError where forward changes what lies around it or is given, or draws from what cannot be steered."""
         if source := self._generators.drawn():
-            raise _Lost(
-                f"forward draws from {source} or seeds it, and a trace would keep what was drawn",
-                lambda watch: watch._generators.drawn(),
-                where=where,
-                hint=DRAW,
-            )
+            self.drew = source
+            if not self._generators.can_be_steered():
+                raise _draw(source, self._module)
         if self._given.changed():
             raise _Lost(
                 "forward changes a container it is given, and the stages would not",
                 lambda watch: watch._given.changed(),
-                where=where,
+                where=place_of(type(self._module)),
                 hint=RETURN_IT,
             )
         for owner, name in self._around.changed():

@@ -133,6 +133,15 @@ class BuiltStage(PipelineStage):
             self.dw_builder, last_backward = (lambda: _nothing), bwd_chunk_id + 1 == self.chunks
         return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """As torch's; nothing in an eval, which under V schedules hands gradients on all the same."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """As torch's; nothing in an eval."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def clear_runtime_states(self) -> None:
         """As torch's, which calls it when a step begins."""
         super().clear_runtime_states()
@@ -218,6 +227,8 @@ class _StaticStage(BuiltStage):
             info.buffer = tensor.detach()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if not self.has_backward:
+            return
         for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=False):
             info.buffer = torch.zeros_like(info.buffer) if p.grad and grad is None else grad
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.pipelining import build_stage as torch_build_stage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from stagecut import Pipe, StagecutError, pipe_split, pipeline
+from stagecut import Driver, Pipe, StagecutError, pipe_split, pipeline
 from stagecut.schedules import V, homes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -144,6 +144,128 @@ def _aside(model: nn.Module, pipe: Pipe) -> str:
     for schedule in ("GPipe", "1F1B"):
         for name, grad in _trained(model, pipe, schedule, lambda out, want: nn.functional.mse_loss(out[0], want), (x, x), target).items():
             torch.testing.assert_close(grad, reference.get_parameter(name).grad)
+    return "ok"
+
+
+# --- what torch tests of its own stages -----------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Four blocks, a default argument, a skip from the first to the last one, a buffer that is read in two stages."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.register_buffer("shift", torch.randn(4))
+        self.every = 4 // stages
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        start = x if y is None else x + y
+        for place, block in enumerate(self.blocks):
+            if place and place % self.every == 0:
+                pipe_split()
+            x = torch.relu(block(x)) + self.shift
+        return x + start
+
+
+def _schedule(pipe: Pipe, name: str, loss_fn: Any = None) -> tuple[Any, list[Any], list[int]]:
+    """A schedule of torch's with this rank's stages, the stages, and their numbers."""
+    kind = get_schedule_class(name)
+    mine = [i for i, home in enumerate(homes(pipe.num_stages, dist.get_world_size(), name in V)) if home == dist.get_rank()]
+    stages = [pipe.build_stage(i, "cpu") for i in mine]
+    return kind(stages[0] if issubclass(kind, PipelineScheduleSingle) else stages, MICRO_BATCHES, loss_fn=loss_fn), stages, mine
+
+
+def _returned(made: Any, mine: list[int], last: int, args: Any, kwargs: Any, how: str, **target: Any) -> Any:
+    """One step or eval on this rank: the model's arguments on the first stage's, the target on the last one's."""
+    given = (args, kwargs) if 0 in mine else ((), {})
+    return getattr(made, how)(*given[0], **given[1], **(target if last in mine else {}))
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_steps_and_evals_take_turns_on_one_schedule(stages: int) -> None:
+    """Outputs, losses and gradients are the model's in each; nothing is left in a stage behind a step."""
+    torch.manual_seed(0)
+    model = Deep(stages)
+    pipe = pipeline(model, (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+    schedules = tuple(s for s in SCHEDULES if stages_of(s, 2) == stages)
+    assert on_ranks(2, _turns, model, pipe, schedules) == ["ok", "ok"]
+
+
+def _turns(model: nn.Module, pipe: Pipe, schedules: tuple[str, ...]) -> str:
+    loss_fn, last = nn.MSELoss(reduction="sum"), pipe.num_stages - 1
+    for name in schedules:
+        made, stages, mine = _schedule(pipe, name, loss_fn)
+        reference = deepcopy(model)
+        pipe.zero_grad()
+        for how in ("step", "step", "eval", "step"):
+            x, y, target = (torch.randn(2 * MICRO_BATCHES, 4) for _ in range(3))
+            losses: list[torch.Tensor] = []
+            output = _returned(made, mine, last, (x,), {"y": y}, how, target=target, losses=losses)
+            expected = reference(x, y=y)
+            if last in mine:
+                torch.testing.assert_close(output, expected)
+                torch.testing.assert_close(sum(losses), loss_fn(expected, target))
+            if how == "step":
+                reference.zero_grad()
+                (loss_fn(expected, target) / MICRO_BATCHES).backward()
+                for stage in stages:
+                    assert (stage.fwd_cache, stage.backward_state) == ({}, {})
+                    assert not any(grad is not None for grads in stage.bwd_cache.values() for grad in grads)
+                    for path, parameter in stage.submod.named_parameters():
+                        torch.testing.assert_close(parameter.grad, reference.get_parameter(path).grad)
+                        parameter.grad = None
+        for stage in stages:
+            stage.clear_runtime_states()
+            assert not stage.output_chunks
+    return "ok"
+
+
+def test_the_driver_evaluates_under_every_schedule() -> None:
+    """Before, between and behind steps."""
+    for stages in (2, 4):
+        model = Deep(stages)
+        pipe = pipeline(model, (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
+        schedules = tuple(s for s in SCHEDULES if stages_of(s, 2) == stages)
+        assert on_ranks(2, _driven, model, pipe, schedules) == ["ok", "ok"]
+
+
+def _driven(model: nn.Module, pipe: Pipe, schedules: tuple[str, ...]) -> str:
+    for name in schedules:
+        driver = Driver(pipe, name, MICRO_BATCHES, lambda out: out.square().mean())
+        for how in ("eval", "step", "eval", "eval", "step"):
+            x, y = torch.randn(2 * MICRO_BATCHES, 4), torch.randn(2 * MICRO_BATCHES, 4)
+            output, losses = getattr(driver, how)(x, y=y)
+            if driver.is_last:
+                torch.testing.assert_close(output, model(x, y))
+                torch.testing.assert_close(torch.stack(losses).mean(), output.square().mean())
+    return "ok"
+
+
+def test_forward_only_in_a_ring() -> None:
+    """What the last stage returns goes into the first one again."""
+    model = Deep(2).eval()
+    pipe = pipeline(model, (torch.randn(2, 4),), check=None)
+    assert on_ranks(2, _ring, model, pipe) == ["ok", "ok"]
+
+
+def _ring(model: nn.Module, pipe: Pipe) -> str:
+    from torch.distributed.pipelining import _ScheduleForwardOnly
+
+    stage = pipe.build_stage(dist.get_rank(), "cpu")
+    made = _ScheduleForwardOnly(stage, MICRO_BATCHES)
+    expected = torch.randn(2 * MICRO_BATCHES, 4) / 10
+    x = expected.clone()
+    for _ in range(5):
+        if stage.is_first:
+            made.step(x)
+            dist.recv(x, src=1)
+        else:
+            dist.send(made.step().detach(), dst=0)
+        with torch.no_grad():
+            expected = model(expected)
+        if stage.is_first:
+            torch.testing.assert_close(x, expected)
     return "ok"
 
 

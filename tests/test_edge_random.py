@@ -241,6 +241,31 @@ def python_random(self, x):
     return x * 2
 
 
+@case(X, stages=2, modes=(False,), has={"a": linear})
+def number_that_only_training_reads(self, x):
+    chance = random.uniform(0, 1)
+    x = x * 2 if self.training and chance < 0.9 else self.a(x)
+    pipe_split()
+    return x * 2
+
+
+@case(X, refused=r"Python's random.*\n.*chance = random.uniform", has={"a": linear})
+def layers_that_training_leaves_out(self, x):
+    chance = random.uniform(0, 1)
+    x = x * 2 if self.training and chance < 0.01 else self.a(x)
+    pipe_split()
+    return x * 2
+
+
+@case(X, stages=2)
+def numbers_that_nobody_reads(self, x):
+    random.shuffle([random.random() < 2, random.randint(0, 5), random.gauss(0, 1), random.normalvariate(0, 1)])
+    numpy.random.rand(3), numpy.random.normal(size=3), numpy.random.permutation(4), PYTHONS.betavariate(1, 2)
+    x = x * 3
+    pipe_split()
+    return x * 2
+
+
 @case(X, refused="numpy")
 def numpy_random(self, x):
     x = x * float(numpy.random.rand())

@@ -222,7 +222,9 @@ DRAWS = random.Random(1)
 def test_a_generator_is_as_it_was() -> None:
     state = DRAWS.getstate()
     with pytest.raises(CaptureError, match=r"random\.Random"):
-        pipeline(Model(lambda *_: DRAWS.random()), (X,))
+        pipeline(Model(lambda _, x: x.mul_(DRAWS.random())), (X,))
+    assert DRAWS.getstate() == state
+    pipeline(Model(lambda *_: DRAWS.random()), (X,), check=None)
     assert DRAWS.getstate() == state
 
 
