@@ -89,7 +89,7 @@ def _carriers(op: Op) -> list[Value]:
     """
     written = [op.operands[place] for place in op.effects.writes]
     if op.is_users:
-        own = set(leaves(op.args[2])) if module_path(op) else set()
+        own = set(leaves(op.args[2:])) if module_path(op) else set()
         return [value for value in written if value not in own]
     in_place = not op.results or any(viewed is not None for viewed in op.effects.views)
     return written if in_place else []

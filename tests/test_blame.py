@@ -19,16 +19,21 @@ from stagecut.frontend import (
     call,
     capture,
     draws,
+    eager,
     from_export,
     from_fx,
     function,
+    fx_run,
     kept,
+    known,
     leaf,
     lower,
     markers,
     modes,
     pinpoint,
     policy,
+    quiet,
+    scopes,
     surroundings,
     types,
     unseen,
@@ -125,6 +130,18 @@ def refuse() -> None:
     pipeline(Appends(), (torch.ones(2, 4),), check=None)
 
 
+class Asks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input, on the eager path."""
+        if torch.compiler.is_compiling() or torch.arange(3).sum() != 3:
+            raise ValueError("no path of the eager run")
+        return x.sin()
+
+
+def ask() -> None:
+    pipeline(Asks(), (torch.ones(2, 4),), check=None)
+
+
 def planted(code: CodeType, error: str) -> CodeType:
     """Code that does nothing but raise, and stands where `code` stands."""
     scope: dict[str, Any] = {}
@@ -153,14 +170,20 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (capture._failing_module, cut),
     (draws._state, cut),
     (draws.Generators.drawn, cut),
+    (eager.EagerPath._call, ask),
+    (eager._subclasses, ask),
     (from_export._placeholders, cut),
     (from_export._write_back, cut),
-    (from_fx._Recorder.run_node, cut_graph),
-    (from_fx._Watch.see, cut_graph),
+    (from_fx._bind, cut_graph),
+    (from_fx._GraphLowering.node, cut_graph),
+    (fx_run.FakeRun.run_node, cut_graph),
+    (fx_run._Watch.see, cut_graph),
     (function._one_op, cut),
     (function._function_fake, cut),
     (kept.Contents._keep, cut),
     (kept.user_line, cut),
+    (known.KnownValues.value, ask),
+    (known._cone, ask),
     (leaf._leaf_fake, cut),
     (leaf.OpWatch.see, cut),
     (leaf.Leaves._stand_in, cut),
@@ -176,6 +199,8 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (modes.ModeReads._switch_grad, cut),
     (pinpoint.LineFinder._look, refuse),
     (pinpoint.LineFinder.start, refuse),
+    (quiet.quiet_torch, cut),
+    (scopes._classes_with_forward, cut),
     (policy._nodes_behind_splits, cut_by_policy),
     (surroundings.Surroundings.changed, cut),
     (surroundings._reached, cut),

@@ -538,6 +538,8 @@ def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False, grap
     cuts = tuple(rng.randrange(60) for _ in range(rng.choice((0, 0, 1, 1, 2))))
     if not cuts and not spec and not any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps)):
         cuts = (rng.randrange(60),)
+    if spec:  # one thing says where to cut
+        cuts = ()
     plan = replace(
         plan,
         after=after,
@@ -557,7 +559,7 @@ def _as_graph(rng: random.Random, plan: ModelPlan) -> ModelPlan:
     paths = sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
     whole = (rng.choice(paths),) if paths and rng.random() < 0.4 else ()
     cuts = (*plan.cuts, *(rng.randrange(60) for _ in range(rng.choice((1, 1, 2)))))
-    return replace(plan, graph=True, dynamic=False, whole=whole, cuts=cuts)
+    return replace(plan, graph=True, dynamic=False, whole=whole, cuts=cuts, spec=())
 
 
 def _draw_inputs(rng: random.Random) -> tuple[tuple[Given, ...], tuple[Input, ...]]:
