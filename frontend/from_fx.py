@@ -127,7 +127,8 @@ class _GraphLowering:
         source = node.args[0] if node.target is getattr else None
         container = self._env[source] if isinstance(source, fx.Node) else None
         items = container if isinstance(container, (tuple, list)) else ()
-        return next((place for place, item in enumerate(items) if self._fakes.get(item) is value), None)
+        held = [self._fakes.get(item) if isinstance(item, Value) else None for item in items]
+        return next((place for place, fake in enumerate(held) if fake is not None and fake is value), None)
 
     def _call(self, node: fx.Node, ran: Ran) -> Any:
         before = len(self._program.ops)
