@@ -1,4 +1,4 @@
-"""Stages on torch.distributed, in forked processes on gloo. `make distributed` runs the whole matrix."""
+"""Stages on torch.distributed, in processes on gloo. `make distributed` runs the whole matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from torch.export import Dim
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.distributed import MismatchError, _agree, placement
 from stagecut.ir.printer import _ON_DEVICE
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
-from torch import multiprocessing, nn
+from cluster.ranks import read_work, start
+from torch import nn
 from zoo.cuts import equal_ops
 
 from stagecut import Driver, StagecutError, checkpoint, faults, pipe_split, pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LIMIT = 40
 
 
@@ -49,13 +50,9 @@ def chain() -> Any:
 
 def outcomes(ranks: int, meet: str, work: Callable[..., Any], *args: Any) -> list[str]:
     """What each rank ended with: its answer, its error, or the signal. Fails when one is still there after LIMIT seconds."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faults, "GRACE", 2.0)
+    with tempfile.TemporaryDirectory() as folder:
         where = f"tcp://localhost:{_free_port()}" if meet == "tcp" else f"file://{folder}/meet"
-        context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=_enter, args=(rank, ranks, where, folder, work, args)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
+        processes = start(ranks, Path(folder), partial(_enter, where), work, args)
         end = time.monotonic() + LIMIT
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -67,14 +64,15 @@ def outcomes(ranks: int, meet: str, work: Callable[..., Any], *args: Any) -> lis
         return [file.read_text() if file.exists() else f"exit {p.exitcode}" for file, p in zip(files, processes, strict=True)]
 
 
-def _enter(rank: int, ranks: int, where: str, folder: str, work: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
+def _enter(where: str, rank: int, ranks: int, folder: Path) -> None:
+    work = read_work(folder)
+    faults.GRACE = 2.0
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
     try:
-        answer = str(work(*args))
+        answer = str(work())
     except StagecutError as error:
         answer = f"{type(error).__name__}: {error}\n  from {type(error.__cause__).__name__}"
-    (Path(folder) / str(rank)).write_text(answer)
+    (folder / str(rank)).write_text(answer)
     time.sleep(1.0 if rank == 0 and where.startswith("tcp") else 0.0)  # it holds the store
     os._exit(0)
 
