@@ -1,10 +1,16 @@
 # make demo   set up .venv and run the main job on four real architectures
 # make test   set up .venv, then lint, types, tests
+# make test-torch TORCH=2.11.0   the part of the tests that depends on torch most, on that version, in a venv of its own
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests bench balance zoo distributed clean
+TORCH ?= 2.11.0
+OTHER := .venv-torch-$(TORCH)
+# a dozen architectures, all schedules, files, the table of edge cases, one program in every process
+PART := $(addprefix tests/test_,zoo.py distributed.py saved.py edge_*.py one_program.py blame.py)
+
+.PHONY: demo test lint types tests test-torch bench balance zoo distributed clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.demo
@@ -21,6 +27,9 @@ types: $(READY)
 
 tests: $(READY)
 	$(BIN)/pytest -q -n 2
+
+test-torch: $(OTHER)/.ready
+	$(OTHER)/bin/pytest -q -n 2 $(PART)
 
 bench: $(READY)
 	$(BIN)/python -m stagecut.tools.bench
@@ -39,5 +48,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
+.venv-torch-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	grep -v '^torch==' constraints.txt > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/pip install -q --disable-pip-version-check -c .venv-torch-$*/constraints.txt -e '.[test]' torch==$*
+	touch $@
+
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-torch-* out build dist *.egg-info

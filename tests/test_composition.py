@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from stagecut import Driver, Pipe, SplitPoint, pipeline
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo looks at its inputs
 ]
 Wrap = Callable[[nn.Module, int], nn.Module]

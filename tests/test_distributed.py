@@ -1,4 +1,4 @@
-"""Stages on torch.distributed, in forked processes on gloo. `make distributed` runs the whole matrix."""
+"""Stages on torch.distributed, in processes on gloo. `make distributed` runs the whole matrix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.built_stage import MismatchError
 from stagecut.distributed import _agree, placement
 from stagecut.ir.printer import _ON_DEVICE
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
@@ -18,7 +17,6 @@ from torch.export import Dim
 
 from stagecut import Driver, SplitPoint, pipe_split, pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 PAGE = (Path(__file__).parent.parent / "docs" / "DISTRIBUTED.md").read_text()
 
 

@@ -17,14 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
-from torch import multiprocessing, nn
+from cluster.ranks import read_work, start
+from torch import nn
 from zoo.cuts import equal_ops
 
 from stagecut import Driver, StagecutError, checkpoint, faults, pipe_split, pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LIMIT = 300
 """Seconds after which a rank hangs: far more than any takes, far less than the half hour after which the group itself gives up."""
+
+OTHERS_ENDED = "others ended"
+"""The file that says so to the first rank."""
 
 
 class Chain(nn.Module):
@@ -52,20 +55,13 @@ def chain() -> Any:
 
 def outcomes(ranks: int, meet: str, work: Callable[..., Any], *args: Any) -> list[str]:
     """What each rank ended with: its answer, its error, or the signal. Fails when one is still there after LIMIT seconds."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faults, "INTERVAL", 0.1)  # the shorter it is, the more of GRACE is left to a machine that is busy
-        patch.setattr(faults, "GRACE", 4.0)
+    with tempfile.TemporaryDirectory() as folder:
         where = f"tcp://localhost:{_free_port()}" if meet == "tcp" else f"file://{folder}/meet"
-        context = multiprocessing.get_context("fork")
-        others_ended = context.Event()
-        enter = partial(_enter, ranks, where, folder, others_ended, work, args)
-        processes = [context.Process(target=enter, args=(rank,)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
+        processes = start(ranks, Path(folder), partial(_enter, where), work, args)
         end = time.monotonic() + LIMIT
         for process in reversed(processes):
             if process is processes[0]:
-                others_ended.set()
+                (Path(folder) / OTHERS_ENDED).touch()
             process.join(max(0.0, end - time.monotonic()))
         hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
@@ -75,16 +71,26 @@ def outcomes(ranks: int, meet: str, work: Callable[..., Any], *args: Any) -> lis
         return [file.read_text() if file.exists() else f"exit {p.exitcode}" for file, p in zip(files, processes, strict=True)]
 
 
-def _enter(ranks: int, where: str, folder: str, others_ended: Any, work: Callable[..., Any], args: Any, rank: int) -> None:
-    torch.set_num_threads(1)
+def _wait_for(file: Path) -> None:
+    """Returns when another rank has made the file. Fails after half of LIMIT seconds."""
+    end = time.monotonic() + LIMIT / 2
+    while not file.exists():
+        assert time.monotonic() < end, f"nobody made {file.name}"
+        time.sleep(0.05)
+
+
+def _enter(where: str, rank: int, ranks: int, folder: Path) -> None:
+    work = read_work(folder)
+    faults.INTERVAL = 0.1  # the shorter it is, the more of GRACE is left to a machine that is busy
+    faults.GRACE = 4.0
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
     try:
-        answer = str(work(*args))
+        answer = str(work())
     except StagecutError as error:
         answer = f"{type(error).__name__}: {error}\n  from {type(error.__cause__).__name__}"
-    (Path(folder) / str(rank)).write_text(answer)
-    if rank == 0 and where.startswith("tcp"):
-        others_ended.wait(LIMIT)  # it holds the store
+    (folder / str(rank)).write_text(answer)
+    if rank == 0 and where.startswith("tcp"):  # it holds the store
+        _wait_for(folder / OTHERS_ENDED)
     os._exit(0)
 
 
@@ -165,48 +171,45 @@ def test_an_error_in_the_loss_is_told_to_all() -> None:
         assert text.startswith("RankError: rank 2 (stage 2) failed: ZeroDivisionError: no loss\n  at: test_faults.py:")
 
 
-def test_who_waits_for_a_rank_that_waits_comes_out() -> None:
+def test_who_waits_for_a_rank_that_waits_comes_out(tmp_path: Path) -> None:
     """Rank 2 fails and lives on until all are out: rank 0 waits for rank 1, and rank 1 for what rank 2 would have sent."""
-    found = outcomes(3, "file", _lives_on, chain(), multiprocessing.get_context("fork").Barrier(3))
+    found = outcomes(3, "file", _lives_on, chain(), tmp_path)
     assert all(text.startswith("rank 2 (stage 2) failed: ValueError") for text in found)
 
 
-def _lives_on(pipe: Any, all_out: Any) -> str:
+def _lives_on(pipe: Any, out: Path) -> str:
     with pytest.raises(faults.RankError) as caught:
         _steps(pipe, 2, 1, _fails_in_a_hook)
-    all_out.wait(LIMIT)
+    (out / str(dist.get_rank())).touch()
+    for rank in range(3):
+        _wait_for(out / str(rank))
     return str(caught.value)
 
 
-def test_a_rank_that_is_busy_is_not_taken_for_dead() -> None:
+def test_a_rank_that_is_busy_is_not_taken_for_dead(tmp_path: Path) -> None:
     """Rank 0 is in a backward before rank 2 is killed, and until rank 1 has its verdict."""
-    context = multiprocessing.get_context("fork")
-    found = outcomes(3, "tcp", _killed_while_one_is_busy, chain(), context.Event(), context.Event())
+    found = outcomes(3, "tcp", _killed_while_one_is_busy, chain(), tmp_path / "busy", tmp_path / "verdict")
     assert found[2] == "exit -9"
     for text in found[:2]:
         assert text.startswith("RankError: rank 2 (stage 2) does not answer")
 
 
-def _killed_while_one_is_busy(pipe: Any, busy: Any, verdict: Any) -> str:
+def _killed_while_one_is_busy(pipe: Any, busy: Path, verdict: Path) -> str:
     calls, rank = count(1), dist.get_rank()
     if rank == 0:
         pipe.stages[0].first.weight.register_hook(lambda _: _busy(busy, verdict) if next(calls) == 2 else None)
     if rank == 2:
-        pipe.stages[2].register_forward_pre_hook(lambda *_: _wait(busy) if next(calls) == 3 else None)
+        pipe.stages[2].register_forward_pre_hook(lambda *_: _wait_for(busy) if next(calls) == 3 else None)
     try:
         return _steps(pipe, 2, 0, _killed_in_forward)
     finally:
         if rank == 1:
-            verdict.set()
+            verdict.touch()
 
 
-def _busy(busy: Any, verdict: Any) -> None:
-    busy.set()
-    _wait(verdict)
-
-
-def _wait(event: Any) -> None:
-    assert event.wait(LIMIT / 2)
+def _busy(busy: Path, verdict: Path) -> None:
+    busy.touch()
+    _wait_for(verdict)
 
 
 def test_pipelines_side_by_side_know_their_own_ranks() -> None:

@@ -22,7 +22,6 @@ from zoo.cuts import equal_ops
 from stagecut import Driver, Pipe, StagecutError, pipe_split, pipeline
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
 
@@ -269,7 +268,7 @@ def test_ranks_train_a_model_that_was_never_whole(tmp_path: Path) -> None:
     _, pipe = net(tie=True)
     x = torch.randn(4, 4)
     answers = on_ranks(2, _train, pipe, tmp_path, x)
-    reference(x).square().mean().backward()  # not before: autograd's threads do not survive a fork
+    reference(x).square().mean().backward()
     for answer in answers:
         assert len(answer) == 2
         for name, grad in answer.items():

@@ -23,8 +23,6 @@ from stagecut.balance import Setting
 from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
 from stagecut.timeline import Timeline, orders, record
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
 COUNT = 4
 
 

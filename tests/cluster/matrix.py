@@ -1,12 +1,14 @@
 """Trains a model on several ranks and beside it the unsplit model: losses, gradients, buffers and replicas must agree.
 
-The parent traces and cuts the model; the ranks are forked from it, so that nothing is traced twice.
+The parent traces and cuts the model, and the ranks are given the pipe, so that nothing is traced twice.
 """
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cluster.models import SUBJECTS, Subject
-from torch import multiprocessing, nn
+from cluster.ranks import read_work, start
+from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from zoo.cuts import equal_ops
 
@@ -53,20 +56,45 @@ def try_all(name: str, schedules: tuple[str, ...], ranks: int) -> dict[str, str]
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(*args)` gives on each of so many forked ranks of a gloo group."""
+    """What `work(*args)` gives on each of so many ranks of a gloo group. Raises RanksFailed when one gives nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(_enter, (ranks, folder, work, args), ranks, start_method="fork")
-        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(ranks)]
+        processes = start(ranks, Path(folder), _enter, work, args)
+        _wait(processes)
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        failed = [rank for rank, file in enumerate(files) if processes[rank].exitcode or not file.exists()]
+        if failed:
+            told = [file.with_suffix(".error").read_text() for file in files if file.with_suffix(".error").exists()]
+            raise RanksFailed("\n".join([f"ranks {failed} of {ranks}", *told]))
+        return [torch.load(file, weights_only=False) for file in files]
 
 
-def _enter(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.set_debug_level_from_env()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    answer = work(*args)
-    torch.save(answer, Path(folder) / str(rank))
-    dist.barrier()
-    dist.destroy_process_group()
+class RanksFailed(Exception):
+    """Ranks ended without an answer; the message has what they raised."""
+
+
+def _wait(processes: Sequence[Any]) -> None:
+    """All have ended; when one fails the others are killed."""
+    while any(process.is_alive() for process in processes):
+        sentinels = [process.sentinel for process in processes if process.is_alive()]
+        multiprocessing.connection.wait(sentinels)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+    for process in processes:
+        process.join()
+
+
+def _enter(rank: int, ranks: int, folder: Path) -> None:
+    try:
+        work = read_work(folder)
+        dist.set_debug_level_from_env()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+        torch.save(work(), folder / str(rank))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise
 
 
 def _train_each(model: nn.Module, pipe: Pipe, subject: Subject, schedules: list[str]) -> list[str]:

@@ -22,6 +22,15 @@ class Subject:
     loss: Callable[[Any], torch.Tensor]
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Callable[[str], Subject], tuple[str]]:
+        """Other processes know it by its name."""
+        return subject_of, (next(name for name, subject in SUBJECTS.items() if subject is self),)
+
+
+def subject_of(name: str) -> Subject:
+    """The one of that name."""
+    return SUBJECTS[name]
+
 
 class Masked(nn.Module):
     """Every layer adds a mask of 2 MiB to its scores, which costs less to compute again than to send."""

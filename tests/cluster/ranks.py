@@ -1,0 +1,55 @@
+"""Processes that stand for ranks. A server forks them that has computed nothing: autograd's threads do not survive a fork.
+
+Those threads are there where torch knows CUDA, with a GPU or without one, as soon as a process has gone backward.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+PRELOADED = [
+    "cluster.models",
+    "stagecut.checkpoint",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.albert.modeling_albert",
+]
+
+
+def start(
+    ranks: int, folder: Path, enter: Callable[[int, int, Path], None], work: Callable[..., Any], args: Any
+) -> list[ForkServerProcess]:
+    """A process for each rank, which calls `enter(rank, ranks, folder)`; `read_work(folder)` is what it shall do."""
+    torch.save((work, args, warnings.filters), folder / "work")
+    processes = [_context().Process(target=enter, args=(rank, ranks, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def read_work(folder: Path) -> Callable[[], Any]:
+    """What a rank shall do, with arguments of its own; warnings are errors where they were."""
+    work, args, filters = torch.load(folder / "work", weights_only=False)
+    warnings.filters[:] = filters  # type: ignore[index]
+    torch.set_num_threads(1)
+    return lambda: work(*args)
+
+
+@cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    return context
