@@ -53,12 +53,14 @@ OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 MODE_ARGUMENT: dict[str, int] = {
     "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
-    "aten.feature_alpha_dropout.default": 2, "aten.native_dropout.default": 2, "aten.dropout_.default": 2,
-    "aten.batch_norm.default": 5, "aten.instance_norm.default": 5, "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
+    "aten.dropout_.default": 2, "aten.feature_dropout_.default": 2, "aten.alpha_dropout_.default": 2,
+    "aten.feature_alpha_dropout.default": 2, "aten.feature_alpha_dropout_.default": 2, "aten.native_dropout.default": 2,
+    "aten.batch_norm.default": 5, "aten.native_batch_norm.default": 5, "aten.instance_norm.default": 5,
+    "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
     "aten.lstm.input": 6, "aten.gru.input": 6, "aten.rnn_tanh.input": 6, "aten.rnn_relu.input": 6,
     "aten.lstm.data": 7, "aten.gru.data": 7, "aten.rnn_tanh.data": 7, "aten.rnn_relu.data": 7,
 }  # fmt: skip
-"""Ops with a training flag -> its position among the operands."""
+"""Ops with a training flag -> its position among the operands, as torch's schemas have it."""
 
 _VMAP = "torch._functorch.predispatch"
 """Where the functions live that open and close a vmap: none of them may be left out or moved."""

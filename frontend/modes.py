@@ -36,8 +36,10 @@ _IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
 
 _FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys((*_IDENTITIES, F.dropout), (2, "training"))
 _FLAGGED |= {F.rrelu: (3, "training"), F.batch_norm: (5, "training"), F.instance_norm: (5, "use_input_stats")}
-_FLAGGED |= dict.fromkeys((torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout), (2, "train"))
-_FLAGGED |= {torch.rrelu: (3, "training"), torch.batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
+_DROPOUTS = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+_FLAGGED |= dict.fromkeys([getattr(torch, name + end) for name in _DROPOUTS for end in ("", "_")], (2, "train"))
+_FLAGGED |= {torch.rrelu: (3, "training"), torch.rrelu_: (3, "training"), torch.batch_norm: (5, "training")}
+_FLAGGED |= {torch.native_dropout: (2, "train"), torch.native_batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
 """Functions with a training flag, and where it stands among their arguments and by what name."""
 
 
@@ -126,7 +128,7 @@ class ModeReads(TorchFunctionMode):
         result = func(*args, **kwargs)
         caller = _caller()
         if not caller.f_code.co_filename.startswith(TORCH_DIR):
-            last_node().meta[FOLLOWS] = self._followed(func, caller)
+            _last_call().meta[FOLLOWS] = self._followed(func, caller)
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
@@ -258,6 +260,14 @@ def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
     return next(reversed(tracer.tracer.graph.nodes))
+
+
+def _last_call() -> Any:
+    """The newest node that calls something: not one that takes a part of what a call returned."""
+    node = last_node()
+    while node.target is operator.getitem:
+        node = node.prev
+    return node
 
 
 def node_of(tensor: torch.Tensor) -> fx.Node | None:

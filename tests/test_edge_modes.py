@@ -52,6 +52,41 @@ def dropout_in_place(self, x):
     return self.drop(x + 1)
 
 
+def dropped_in_place(kind, size):
+    """A dropout of that kind in place, in front of a cut and behind it."""
+
+    def forward(self, x):
+        x = self.drop(x * 2)
+        pipe_split()
+        return self.drop(x + 1)
+
+    forward.__name__ = f"{kind.__name__.lower()}_in_place"
+    case(t(*size), stages=2, has={"drop": lambda: kind(0.5, inplace=True)}, **BOTH)(forward)
+
+
+dropped_in_place(nn.Dropout1d, (4, 3, 4))
+dropped_in_place(nn.Dropout2d, (4, 3, 2, 2))
+dropped_in_place(nn.Dropout3d, (4, 3, 2, 2, 1))
+dropped_in_place(nn.AlphaDropout, (4, 4))
+dropped_in_place(nn.FeatureAlphaDropout, (4, 3, 2, 2))
+
+
+@case(X, stages=2, **BOTH)
+def dropouts_in_place_by_torchs_own_names(self, x):
+    x = torch.dropout_(x * 2, 0.5, self.training)
+    x = torch.feature_dropout_(x[..., None] * 2, 0.5, self.training)
+    pipe_split()
+    x = torch.feature_alpha_dropout_(x * 2, 0.5, train=self.training)
+    return torch.alpha_dropout_(x * 2, 0.5, self.training)
+
+
+@case(X, stages=2, **BOTH)
+def dropouts_with_flags_of_their_own(self, x):
+    x = torch.native_dropout(x, 0.5, True)[0]
+    pipe_split()
+    return torch.alpha_dropout_(x * 2, 0.5, True)
+
+
 @case(X, stages=2, has={"drop": lambda: nn.Dropout(0.0)}, **BOTH)
 def dropout_of_rate_zero(self, x):
     x = self.drop(x * 2)
