@@ -459,12 +459,12 @@ class Lowering:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
         path = scope_fqn(scope)
-        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
-            return args
         followed = node.meta.get(FOLLOWS, (path,))
         if path not in followed:
             if followed:
-                self.bindings.branches[path] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
+                self.bindings.choices[followed[0]] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
+            return args
+        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
             return args
         return (*args[:position], Mode(args[position]), *args[position + 1 :])
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stagecut.costs import Device
     from stagecut.distributed import Driver, build_stage
     from stagecut.frontend.markers import SplitPoint, pipe_split
-    from stagecut.ir.errors import StagecutError
+    from stagecut.ir.errors import ModeError, StagecutError
     from stagecut.ir.parser import parse
     from stagecut.ir.printer import text
     from stagecut.pipe import Pipe, pipeline
@@ -35,6 +35,7 @@ _HOMES = {
     "load_stage": "stagecut.saved",
     "SplitPoint": "stagecut.frontend.markers",
     "pipe_split": "stagecut.frontend.markers",
+    "ModeError": "stagecut.ir.errors",
     "StagecutError": "stagecut.ir.errors",
     "parse": "stagecut.ir.parser",
     "text": "stagecut.ir.printer",
@@ -46,6 +47,7 @@ __all__ = [
     "Device",
     "Driver",
     "Markers",
+    "ModeError",
     "Pipe",
     "Setting",
     "SplitPoint",

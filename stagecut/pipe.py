@@ -14,9 +14,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage, stored
+from stagecut.backend.modules import Stage, stored, switching
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
+from stagecut.frontend.both_modes import follow, refuse_to_follow
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
@@ -25,8 +26,8 @@ from stagecut.frontend.kept import place_of
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
-from stagecut.ir.graph import Program
+from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
+from stagecut.ir.graph import BY_MODE, Program
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
@@ -100,20 +101,31 @@ def pipeline(
     """
     if check not in CHECKS:
         raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
-    program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
-    at = _split_points(split_spec or {}, module)
-    plans: list[Plan] = []
-    policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
     if stages is not None and split_spec:
         raise InputError("stages= and split_spec= both say where to cut", hint="give one of them")
-    trace = Trace(program)
-    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *_asked(routes or {}, tied)))
-    validate(trace, program)
-    pipe = Pipe(program, bindings)
-    pipe.plan = plans[0] if plans else None
+    at = _split_points(split_spec or {}, module)
+    passes = [*_asked(routes or {}, tied)]
+
+    def compiled(one_mode: str = "") -> Pipe:
+        program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules, [name for name, _ in at], one_mode)
+        plans: list[Plan] = []
+        try:
+            policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
+            trace = Trace(program)
+            run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *passes))
+        except SplitError as error:
+            if one_mode or not any(op.target == BY_MODE for op in program.all_ops()):
+                raise
+            return compiled(f"both modes together cannot be cut so: {error.what}")
+        validate(trace, program)
+        pipe = Pipe(program, bindings)
+        pipe.plan = plans[0] if plans else None
+        return pipe
+
+    pipe = compiled()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
-        pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
+        pipe._sizes = check_inputs(pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
@@ -155,8 +167,14 @@ def lower(
     kwargs: dict[str, Any] | None,
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
+    asked: Iterable[str] = (),
+    one_mode: str = "",
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
-    """The traced program of `module`, what it is bound to, and the exported program where there was one."""
+    """The traced program of `module`, what it is bound to, and the exported program where there was one.
+
+    It does what the module does in train and in eval mode, as far as that can be, or in that of now alone, for a reason in `one_mode`.
+    The module is cut at the modules that are `asked`.
+    """
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
     if args is None and kwargs is None:
@@ -165,8 +183,20 @@ def lower(
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
-    exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
+    args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
+    exported, leaves = capture(module, args, kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
+
+    def again() -> tuple[Program, Bindings]:
+        other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths)
+        if more := [path for path in kept.paths if path not in leaves.paths]:
+            raise CaptureError(f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], ""))
+        return lower_export(other, module, kept.calls)
+
+    if one_mode:
+        refuse_to_follow(bindings, bindings.choices, one_mode)
+    else:
+        follow(module, (program, bindings), again, asked)
     bindings.extras, bindings.whole = _extras(module), leaves.reasons
     bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
     return program, bindings, exported
@@ -265,6 +295,15 @@ class Pipe(nn.Module):
         self._sizes: dict[str, int] = {}
         self.plan: Plan | None = None
         self.training = bindings.training.get("", True)
+
+    def train(self, mode: bool = True) -> Pipe:
+        """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the model does there.
+
+        `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where the stages hold one mode only.
+        """
+        with switching(self.stages, mode):
+            super().train(mode)
+        return self
 
     @property
     def num_stages(self) -> int:
@@ -471,6 +510,12 @@ class PipedModel(nn.Module):
         super().__init__()
         self.pipe = pipe
         self.training = pipe.training
+
+    def train(self, mode: bool = True) -> PipedModel:
+        """As `Pipe.train`."""
+        with switching(self.pipe.stages, mode):
+            super().train(mode)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.pipe(*args, **kwargs)
