@@ -377,6 +377,11 @@ class Stage(StageModule):
     input_names: tuple[str, ...] = ()
 
     @property
+    def holds_one_mode(self) -> bool:
+        """True when a switch of the whole stage to the other mode is refused."""
+        return any(part._branch for part in self.modules() if isinstance(part, StageModule))
+
+    @property
     def code(self) -> str:
         """The stage as readable Python: its forward, then that of every submodule, with the user's source lines."""
         return "\n".join(self._listing())

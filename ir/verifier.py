@@ -100,9 +100,12 @@ def _is_by_mode(op: Op) -> bool:
 
 
 def _yields(region: Region) -> int:
-    """How many values a region yields: one of them stands by itself."""
+    """How many values a region yields, of which one stands by itself; -1 for what else it may yield."""
     tree = region.output.args[0]
-    return 1 if isinstance(tree, Value) else len(tree) if isinstance(tree, tuple) and len(tree) != 1 else -1
+    if isinstance(tree, Value):
+        return 1
+    flat = isinstance(tree, tuple) and len(tree) != 1 and all(isinstance(item, Value) for item in tree)
+    return len(tree) if flat else -1
 
 
 def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage, stored, switching
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
+from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
 from stagecut.frontend.both_modes import follow, refuse_to_follow
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
@@ -87,7 +87,7 @@ def pipeline(
         gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on as a value).
     check: what to compare with the model afterwards, by one run of both on copies with the example inputs: 'outputs',
         'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when the model is real and
-        its state no larger than CHECK_BYTES, else None.
+        its state no larger than CHECK_BYTES, else None. Where the stages hold two modes that were traced each, both are compared.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
     its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
@@ -190,7 +190,9 @@ def lower(
     def again() -> tuple[Program, Bindings]:
         other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths)
         if more := [path for path in kept.paths if path not in leaves.paths]:
-            raise CaptureError(f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], ""))
+            raise CaptureError(
+                f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], "")
+            )
         return lower_export(other, module, kept.calls)
 
     if one_mode:
@@ -218,27 +220,38 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
         return
     if not is_real(module, (args, kwargs)):
         raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
-    try:
-        report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
-    except CannotCompare as error:
-        if check != "auto":
-            raise
-        pipe.notes += (f"not compared with the model: {error}",)
-        return
-    if not report.ok:
-        if (path := changing(module, args, kwargs)) is not None:
-            raise CheckError(
-                f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
-                "inputs, parameters, buffers and torch's random numbers",
-                where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
-                hint="make it a buffer (register_buffer, changed in place) or an input",
-            )
-        raise CheckError(
-            f"the pipe does not compute what the model computes: {report.differences[0]}",
-            where=f"{len(report.differences)} difference(s) in one run on the example inputs",
-            hint="keep the module that computes it whole: leaf_modules=[...]; "
-            "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+    modes = (False, True) if holds_both_modes(pipe.program) and not any(stage.holds_one_mode for stage in pipe.stages) else (False,)
+    for switched in modes:
+        try:
+            report = compare(module, pipe, args, kwargs, gradients=check != "outputs", switched=switched)
+        except CannotCompare as error:
+            if check != "auto":
+                raise
+            pipe.notes += (f"not compared with the model{_mode(pipe, switched)}: {error}",)
+            continue
+        if not report.ok:
+            raise _difference(module, pipe, args, kwargs, report, switched)
+
+
+def _mode(pipe: Pipe, switched: bool) -> str:
+    """The mode in which was compared, where it is not that of the cut."""
+    return f" in {'eval' if pipe.training else 'train'} mode" if switched else ""
+
+
+def _difference(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report, switched: bool) -> CheckError:
+    if (path := changing(module, args, kwargs)) is not None:
+        return CheckError(
+            f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
+            "inputs, parameters, buffers and torch's random numbers",
+            where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
+            hint="make it a buffer (register_buffer, changed in place) or an input",
         )
+    return CheckError(
+        f"the pipe does not compute what the model computes{_mode(pipe, switched)}: {report.differences[0]}",
+        where=f"{len(report.differences)} difference(s) in one run on the example inputs",
+        hint="keep the module that computes it whole: leaf_modules=[...]; "
+        "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+    )
 
 
 def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator[Pass]:
@@ -346,7 +359,7 @@ class Pipe(nn.Module):
         return flat
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
-        """Runs the original model and the pipe on the same arguments and compares them.
+        """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and compares them.
 
         Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither the model nor
         the pipe nor the random state changes. Raises StagecutError when the original model is gone or cannot be copied.

@@ -359,7 +359,13 @@ def test_a_branch_in_a_module_of_torch_is_followed(make, how: str) -> None:
     """Attention drops by a rate that Python computes from the mode."""
 
     def forward(self, x):
-        x = self.m(x) if isinstance(self.m, nn.TransformerEncoderLayer) else self.m(x, x, x) if self.m.batch_first is False else self.m(x, x)
+        x = (
+            self.m(x)
+            if isinstance(self.m, nn.TransformerEncoderLayer)
+            else self.m(x, x, x)
+            if self.m.batch_first is False
+            else self.m(x, x)
+        )
         x = x[0] if isinstance(x, tuple) else x
         pipe_split()
         return x * 2
