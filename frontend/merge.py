@@ -200,21 +200,35 @@ class Alignment:
 
 
 def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
-    """Ops that may be the same in both, one by one, and what lies between them."""
-    keys = [_key(op) for op in ours], [_key(op) for op in theirs]
+    """Ops that may be the same in both, one by one, and what lies between them. The split points are, where there are as many."""
+    mine, yours = _between_splits(ours), _between_splits(theirs)
+    if len(mine) != len(yours):
+        mine, yours = [[*ours]], [[*theirs]]
     parts: list[Part] = []
-    for tag, start, stop, begin, end in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
-        if tag == "equal":
-            parts += [Part([one], [other], True) for one, other in zip(ours[start:stop], theirs[begin:end], strict=True)]
-        else:
-            parts.append(Part(list(ours[start:stop]), list(theirs[begin:end])))
+    for one, other in zip(mine, yours, strict=True):
+        for tag, start, stop, begin, end in SequenceMatcher(None, [*map(_key, one)], [*map(_key, other)], autojunk=False).get_opcodes():
+            if tag == "equal":
+                parts += [Part([a], [b], True) for a, b in zip(one[start:stop], other[begin:end], strict=True)]
+            else:
+                parts.append(Part(one[start:stop], other[begin:end]))
     return parts
 
 
+def _between_splits(ops: Sequence[Op]) -> list[list[Op]]:
+    """The ops from one split point to the next; each split point by itself."""
+    runs: list[list[Op]] = [[]]
+    for op in ops:
+        if op.is_split:
+            runs += [[op], []]
+        else:
+            runs[-1].append(op)
+    return runs
+
+
 def _key(op: Op) -> Any:
-    """Equal for ops that can stand for each other: all but operands. A checkpoint changes no result."""
+    """Equal for ops that can stand for each other: all but operands. Neither a checkpoint nor the number of a call changes a result."""
     context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
-    return op.target, op.scope, repr(context), tuple(str(bare(r.type)) for r in op.results), repr(op.form), len(op.regions)
+    return op.target, scope_fqn(op.scope), repr(context), tuple(str(bare(r.type)) for r in op.results), repr(op.form), len(op.regions)
 
 
 def bare(kind: Type) -> Type:

@@ -509,7 +509,8 @@ class Pipe(nn.Module):
     def __str__(self) -> str:
         return text(self.program)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"Pipe({self.program.name}: {self.num_stages} stages, {'train' if self.training else 'eval'} mode)"
 
 
 def _is_meta(item: object) -> bool:
