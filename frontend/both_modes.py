@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from stagecut.frontend.lower import returns_what_it_is_given
 from stagecut.frontend.merge import Alignment, CannotFollow, Flags, Merge
 from stagecut.frontend.watch import same_constant
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError, InputError, SplitError
-from stagecut.ir.graph import Namer, Op, Program
+from stagecut.ir.graph import Namer, Op, Program, scope_fqn
 from stagecut.ir.printer import nested_ops
 from stagecut.ir.targets import resolve
 from stagecut.ir.verifier import verify
@@ -49,6 +51,16 @@ def refuse_to_follow(bindings: Bindings, choices: dict[str, str], why: str) -> N
     """The stages cannot follow these modules to the other mode, and say so when they are to."""
     bindings.branches |= {path: f"{place}: {why}" for path, place in choices.items()}
     bindings.choices = {}
+
+
+def hold_one_mode(traced: Traced, why: str) -> None:
+    """The program does what the model does in the mode of now alone."""
+    program, bindings = traced
+    choices = dict(bindings.choices)
+    for op in filter(returns_what_it_is_given, program.ops):
+        op.effects = replace(op.effects, views=())
+        choices[scope_fqn(op.scope)] = op.where()
+    refuse_to_follow(bindings, choices, why)
 
 
 @contextmanager

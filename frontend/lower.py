@@ -260,7 +260,7 @@ class Lowering:
         op.effects = self._effects(op, node.target, seen)
         _refuse_resized_views(op)
         self._refuse_written_twins(op)
-        if _identity_views(op):
+        if _identity_views(op) and not (isinstance(op.args[2], Mode) and _is_expanded(op.operands[0].type)):
             op.results[0].type = op.operands[0].type
         ops.append(op)
         return tree
@@ -592,10 +592,21 @@ _DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and no
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:
-    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells."""
-    if op.target in _DROPOUTS and op.args[2:3] in ((False,), (Mode(False),)):
+    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells. So may one that
+    follows its module."""
+    if op.target in _DROPOUTS and len(op.args) > 2 and (op.args[2] is False or isinstance(op.args[2], Mode)):
         return (0,)
     return ()
+
+
+def returns_what_it_is_given(op: Op) -> bool:
+    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other mode."""
+    return op.target in _DROPOUTS and not op.effects.writes and isinstance(op.args[2], Mode) and op.args[2].captured
+
+
+def _is_expanded(kind: Any) -> bool:
+    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is not."""
+    return 0 in (getattr(kind, "strides", None) or ())
 
 
 def _never_draws(op: Op) -> bool:

@@ -17,12 +17,13 @@ from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage, stored, switching
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
-from stagecut.frontend.both_modes import follow, refuse_to_follow
+from stagecut.frontend.both_modes import follow, hold_one_mode
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
 from stagecut.frontend.from_fx import lower_graph_module
 from stagecut.frontend.kept import place_of
+from stagecut.frontend.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.bindings import Bindings
@@ -114,7 +115,7 @@ def pipeline(
             trace = Trace(program)
             run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *passes))
         except SplitError as error:
-            if one_mode or not any(op.target == BY_MODE for op in program.all_ops()):
+            if one_mode or not any(op.target == BY_MODE or returns_what_it_is_given(op) for op in program.all_ops()):
                 raise
             return compiled(f"both modes together cannot be cut so: {error.what}")
         validate(trace, program)
@@ -196,7 +197,7 @@ def lower(
         return lower_export(other, module, kept.calls)
 
     if one_mode:
-        refuse_to_follow(bindings, bindings.choices, one_mode)
+        hold_one_mode((program, bindings), one_mode)
     else:
         follow(module, (program, bindings), again, asked)
     bindings.extras, bindings.whole = _extras(module), leaves.reasons

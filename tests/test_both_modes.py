@@ -246,6 +246,13 @@ def test_both_modes(one: Case, how: str) -> None:
     check(one, how)
 
 
+@case(X[:1].expand(4, 4), stages=2, has={"drop": nn.Dropout}, grad=False, **BOTH)
+def a_dropout_of_an_expanded_tensor(self, x):
+    x = self.drop(x.exp()[:1].expand(4, 4))
+    pipe_split()
+    return x + 1
+
+
 # --- what cannot be followed --------------------------------------------------------------------------
 
 refused = Family()
@@ -317,6 +324,28 @@ def test_what_cannot_be_followed_is_an_error_at_the_switch(name: str) -> None:
             assert any(line in str(caught.value) for line in (*one.lines(), "DropPath.forward")), caught.value
             assert "pipeline(model." in caught.value.hint
             assert {module.training for module in pipe.modules()} == {training}
+
+
+def written_behind_a_dropout(self, x):
+    """In eval mode the write shows in both."""
+    x = self.a(x)
+    y = self.drop(x)
+    pipe_split()
+    y = torch.relu_(y)
+    return x + y
+
+
+def test_a_cut_that_is_right_in_train_mode_only_is_made_and_the_switch_refused() -> None:
+    """What the dropout returns is written in another stage than what it was given lives in: in eval mode both are one."""
+    one = Case("written", written_behind_a_dropout, (X,), stages=2, has={"a": linear, "drop": nn.Dropout})
+    for how in HOW:
+        check(one, how)
+    pipe = one.cut(one.build())
+    with pytest.raises(ModeError, match=r"both modes together cannot be cut so: stage 1 writes the result of aten\.dropout") as caught:
+        pipe.eval()
+    assert any(line in str(caught.value) for line in one.lines())
+    with pytest.raises(StagecutError, match=r"stage 1 writes the result of aten\.dropout"):
+        one.cut(one.build().eval())
 
 
 class Merges(nn.Module):
