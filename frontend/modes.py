@@ -73,9 +73,9 @@ class ModeReads(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._paths: dict[int, list[str]] = {}
+        self._paths: dict[int, list[str]] = {}  # by the module's dict: a tracer may stand another object in front of that
         for path, owner in module.named_modules(remove_duplicate=False):
-            self._paths.setdefault(id(owner), []).append(path)
+            self._paths.setdefault(id(vars(owner)), []).append(path)
         self._reads: list[_Read] = []
         self._set: dict[int, str] = {}
         self._trees: dict[str, _Tree | None] = {}
@@ -93,7 +93,7 @@ class ModeReads(TorchFunctionMode):
         def write(owner: nn.Module, mode: bool) -> None:
             owner.__dict__["training"] = mode
             if get_proxy_mode() is not None:
-                self._set[id(owner)] = shown(user_line())
+                self._set[id(vars(owner))] = shown(user_line())
 
         nn.Module.training = property(read, write)  # type: ignore[assignment]
         try:
@@ -104,14 +104,14 @@ class ModeReads(TorchFunctionMode):
 
     def _note(self, owner: nn.Module, frame: FrameType) -> None:
         torchs = frame.f_code.co_filename.startswith(TORCH_DIR)
-        if id(owner) not in self._paths or (torchs and not _chooses(owner)):
+        if id(vars(owner)) not in self._paths or (torchs and not _chooses(owner)):
             return
         span = _span(frame)
         choice = self._choices_in(frame.f_code.co_filename).get(span)
         if choice is not None and _is_the_same(choice, frame):
             return
         place = f"{frame.f_code.co_filename}:{frame.f_lineno}, {type(owner).__name__}.{frame.f_code.co_name}"
-        self._reads.append(_Read(id(owner), (id(frame), frame.f_code), span, place))
+        self._reads.append(_Read(id(vars(owner)), (id(frame), frame.f_code), span, place))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

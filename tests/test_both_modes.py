@@ -34,6 +34,19 @@ class DropPath(nn.Module):
         return x / 0.5 * torch.rand(x.shape[0], 1, dtype=x.dtype).add(0.5).floor_()
 
 
+class Rate(nn.Module):
+    """Attention that drops by a rate in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.a = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)[None, None]
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.0 if not self.training else self.rate)
+
+
 @case(X, stages=2, has={"a": linear, "one": DropPath, "other": DropPath}, **BOTH)
 def paths_are_dropped(self, x):
     x = x + self.one(self.a(x))
@@ -246,6 +259,21 @@ def test_both_modes(one: Case, how: str) -> None:
     check(one, how)
 
 
+@case(X, stages=2, **BOTH)
+class TwoNames(nn.Module):
+    """A module with two names, before which torch's tracer puts objects of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.other = Rate(0.3)
+
+    def forward(self, x):
+        x = self.one(x)[0, 0] * (2 if self.training else 3)
+        pipe_split()
+        F.dropout(x, 0.5, self.training)
+        return self.other(x)
+
+
 @case(X[:1].expand(4, 4), stages=2, has={"drop": nn.Dropout}, grad=False, **BOTH)
 def a_dropout_of_an_expanded_tensor(self, x):
     x = self.drop(x.exp()[:1].expand(4, 4))
@@ -391,20 +419,6 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-class Rate(nn.Module):
-    """Attention that drops by a rate in training."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.a = linear()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.a(x)[None, None]
-        pipe_split()
-        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.0 if not self.training else self.rate)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_second_trace_is_made_where_python_chooses_only(training: bool, traces: list[bool]) -> None:
     """Flags of ops are followed without one, and a choice between equal numbers is none."""
@@ -459,7 +473,9 @@ class Two(nn.Module):
         self.one, self.other = Rate(0.5), Rate(0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.other(self.one(x)[0, 0])[0, 0]
+        x = self.one(x)[0, 0]
+        pipe_split()
+        return self.other(x)[0, 0]
 
 
 class Outer(nn.Module):
