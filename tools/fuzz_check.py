@@ -262,14 +262,14 @@ def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float)
     mode = not pipe.training
     if not _runs(copy.deepcopy(model).train(mode), *copy.deepcopy(call)):
         return []
+    flags = [(part, part.training) for part in pipe.modules()]
     try:
-        pipe.train(mode)
+        return mailbox(model.train(mode), pipe.train(mode), call, other, rtol)
     except ModeError:
         return []
-    try:
-        return mailbox(model.train(mode), pipe, call, other, rtol)
     finally:
-        pipe.train(not mode)
+        for part, flag in flags:
+            part.training = flag
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
