@@ -268,22 +268,23 @@ class Lowering:
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
         """True for the line of a BatchNorm in training that counts batches: in eval mode it must add nothing."""
         counter = self._batch_count(scope)
-        counts = counter is not None and isinstance(args[0], Value) and written_in_place(args[0], counter) and args[1:] == (1,)
-        return counts and self.bindings.training.get(scope_fqn(scope)) is True
+        if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
+            return False
+        same = [entry.value for entry in self.program.state if entry.tensor == counter.tensor]  # a module may have several names
+        return any(written_in_place(args[0], value) for value in same) and self.bindings.training.get(scope_fqn(scope)) is True
 
-    def _batch_count(self, scope: Scope) -> Value | None:
+    def _batch_count(self, scope: Scope) -> StateEntry | None:
         path = scope_fqn(scope)
         if "BatchNorm" not in self.bindings.classes.get(path, "") or path in self.fixed:
             return None
-        entry = self.program.name_owners().get(f"{path}.num_batches_tracked")
-        return entry.value if entry is not None else None
+        return self.program.name_owners().get(f"{path}.num_batches_tracked")
 
     def _count_batch(self, scope: Scope, ops: list[Op], context: tuple[Context, ...]) -> None:
         """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
         counter = self._batch_count(scope)
         if counter is None:
             return
-        op = Op("aten.add_.Tensor", (counter, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
+        op = Op("aten.add_.Tensor", (counter.value, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
         op.add_result(counter.type, "count")
         ops.append(op)
 

@@ -173,6 +173,18 @@ def batch_norm_called_twice(self, x):
     return x + 1
 
 
+@case(X, stages=2, **BOTH)
+class NormWithTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = self.other = nn.ModuleList([norm()])
+
+    def forward(self, x):
+        x = self.one[0](x)
+        pipe_split()
+        return x + 1
+
+
 @case(X, stages=2, has={"a": norm}, **BOTH)
 def norm_frozen_in_forward(self, x):
     self.a.eval()

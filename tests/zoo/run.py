@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these architectures or families")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     return parser.parse_args()
 
 
