@@ -25,6 +25,7 @@ from stagecut.backend.promises import Promises
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
+    BY_MODE,
     Context,
     Mode,
     Namer,
@@ -37,10 +38,12 @@ from stagecut.ir.graph import (
     Value,
     closest_name,
     leaves,
+    literals,
     scope_fqn,
 )
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions, unwritten, written_in
+from stagecut.ir.printer import nested_ops
 from stagecut.ir.targets import DEVICE, check_op, constant
 from stagecut.ir.types import TensorType
 
@@ -89,6 +92,7 @@ class _Emitter:
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
         _set_training(root, self.bindings, self.unseen)
+        _tie_flags(root, block)
         return root
 
     def comment(self, op: Op) -> str:
@@ -180,6 +184,18 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
         while path not in modules:
             path = path.rpartition(".")[0]
         modules[path]._branch = modules[path]._branch or place
+
+
+def _tie_flags(root: Stage, block: StageBlock) -> None:
+    """Modules of a stage whose flags decide one thing together know of each other: they are switched together or not at all."""
+    modules = {path: module for path, module in root.named_modules() if isinstance(module, StageModule)}
+    for op in nested_ops(block.ops):
+        path = scope_fqn(op.scope)
+        tied = [other for item in literals((op.args, op.kwargs)) if isinstance(item, Mode) for other in item.others]
+        for other in tied:
+            if other in modules and path in modules and other != path:
+                modules[path]._together = {other: op.where(), **modules[path]._together}
+                modules[other]._together = {path: op.where(), **modules[other]._together}
 
 
 def _main_device(program: Program) -> str:
@@ -358,6 +374,10 @@ class _Function:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
             called = f"{self._watched(f'extern_{rest}', f'function {rest!r}', op)}({self._arguments(op, op.args, op.kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, None", op)
+        if op.target == BY_MODE:
+            flag, _, _, operands = op.args
+            given = ", ".join(self._tree_text(item, op, regions) for item in operands)
+            return f"({regions[0]} if {self._literal(flag, op)} else {regions[1]})({given})"
         if is_iteration(op):
             return self._tree_text(op.args[0], op, regions)
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
@@ -499,7 +519,7 @@ class _Function:
 
     def _literal(self, item: Any, op: Op) -> str:
         if isinstance(item, Mode):
-            return "self.training"
+            return self._mode(item, op)
         if isinstance(item, Token):
             return self._token(item, op)
         if isinstance(item, complex) and not cmath.isfinite(item):
@@ -507,6 +527,17 @@ class _Function:
         if item is None or item is ... or isinstance(item, (bool, int, float, complex, str)):
             return repr(item)
         raise EmitError(f"a literal of type {type(item).__name__} cannot be written", where=op.where())
+
+    def _mode(self, item: Mode, op: Op) -> str:
+        """A literal that follows the flag of the module its op is in: inside a region that may lie deeper than the function."""
+        path = scope_fqn(op.scope)
+        below = path[len(self._path) + 1 if self._path else 0 :] if path != self._path else ""
+        if below:
+            self._tree.node(path)
+        flag = f"{_attributes('self', below.split('.'))}.training" if below else "self.training"
+        if item.is_flag:
+            return flag
+        return f"({self._literal(item.training, op)} if {flag} else {self._literal(item.evaluating, op)})"
 
     def _token(self, token: Token, op: Op) -> str:
         device = DEVICE.fullmatch(token.text)

@@ -21,7 +21,7 @@ from stagecut.backend.modules import Stage, copied, find
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import refuse_quantized, writable, writes_explained
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Mode, Op, Program, StateEntry, Value
+from stagecut.ir.graph import BY_MODE, Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.ops import base_name
 from stagecut.ir.outline import storage_root, unwritten, writes_of, written_in
@@ -66,7 +66,7 @@ def _refuse_writes_past_autograd(program: Program) -> None:
 
 
 def _follows_mode(op: Op) -> bool:
-    return any(isinstance(item, Mode) for item in op.args)
+    return any(isinstance(item, Mode) and item.is_flag for item in op.args) and op.target != BY_MODE
 
 
 def _touches(op: Op, entry: StateEntry) -> bool:

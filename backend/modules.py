@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import linecache
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import count, zip_longest
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.ir.bindings import EXTRA
-from stagecut.ir.errors import EmitError, StagecutError
+from stagecut.ir.errors import EmitError, ModeError, StagecutError
 from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.targets import BUILTINS, attribute
 from stagecut.ir.types import Type
@@ -184,6 +185,7 @@ class StageModule(nn.Module):
     _path = ""
     _branch = ""
     _captured = True
+    _together: dict[str, str] = {}
     _switches: dict[bool, dict[str, bool]] = {}
     _extra: tuple[Any, str] | None = None
     _code: Code
@@ -228,13 +230,9 @@ class StageModule(nn.Module):
         return submodule(self, target)
 
     def train(self, mode: bool = True) -> StageModule:
-        """Switches dropout and norms. Warns where the user's forward chose by mode in Python: the trace kept one choice."""
-        if self._branch and mode != self._captured:
-            kept = "train" if self._captured else "eval"
-            warnings.warn(
-                f"{self._branch} chooses by mode in Python (self.training): the stages keep the choice of {kept} mode", stacklevel=2
-            )
-        super().train(mode)
+        """Switches all that the model switches. Raises ModeError, and switches nothing, where the stages hold one mode only."""
+        with switching([self], mode):
+            super().train(mode)
         modules = dict(self.named_modules()) if self._switches else {}
         for path, flag in self._switches.get(mode, {}).items():
             if path in modules:
@@ -279,6 +277,61 @@ class StageModule(nn.Module):
         super().__setstate__(state)
         self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]  # the model may have a module of this name
         self._take_kind()
+
+
+_switched = ContextVar("_switched", default=False)
+"""True while modules are being switched: what could be refused has been looked at."""
+
+
+@contextmanager
+def switching(modules: Sequence[nn.Module], mode: bool) -> Iterator[None]:
+    """Open while `modules` are switched. Raises ModeError before, where a module in them cannot be in the mode it would be in then."""
+    if _switched.get():
+        yield
+        return
+    for module in modules:
+        _refuse_switch(module, mode)
+    token = _switched.set(True)
+    try:
+        yield
+    finally:
+        _switched.reset(token)
+
+
+def _refuse_switch(module: nn.Module, mode: bool) -> None:
+    flags: dict[nn.Module, bool] = {}
+    _flags_after(module, mode, flags)
+    after = {part._path: flag for part, flag in flags.items() if isinstance(part, StageModule)}
+    for part, flag in flags.items():
+        if not isinstance(part, StageModule):
+            continue
+        if part._branch and flag != part._captured:
+            raise ModeError(
+                f"the stages hold what the model does in {_MODES[part._captured]} mode, and cannot be switched to {_MODES[flag]} mode",
+                where=part._branch,
+                hint=f"cut the model in {_MODES[flag]} mode as well: pipeline(model.{_MODES[flag]}(), ...)",
+            )
+        odd = next((other for other in part._together if after.get(other, part.training) != flag), None)
+        if odd is not None:
+            raise ModeError(
+                f"'{part._path}' does what the flags of both '{part._path}' and '{odd}' say, and would be in {_MODES[flag]} mode alone",
+                where=part._together[odd],
+                hint=f"switch a module around both, or cut the model with these flags: pipeline(model, ...) after .{_MODES[flag]}()",
+            )
+
+
+_MODES = {True: "train", False: "eval"}
+
+
+def _flags_after(module: nn.Module, mode: bool, flags: dict[nn.Module, bool]) -> None:
+    """`flags` gains what train(mode) of `module` makes of the flags of all modules in it."""
+    flags[module] = mode
+    for child in module.children():
+        _flags_after(child, mode, flags)
+    switches = module._switches.get(mode) if isinstance(module, StageModule) else None
+    if switches:
+        parts = dict(module.named_modules())
+        flags |= {parts[path]: flag for path, flag in switches.items() if path in parts}
 
 
 def _blank(is_stage: bool) -> StageModule:
@@ -381,6 +434,11 @@ class Stage(StageModule):
         from stagecut.backend.fx_view import stage_graph
 
         return stage_graph(self.input_names, self.input_types, self.output_types)
+
+    @property
+    def holds_one_mode(self) -> bool:
+        """True when a switch of the whole stage to the other mode is refused."""
+        return any(part._branch for part in self.modules() if isinstance(part, StageModule))
 
     @property
     def code(self) -> str:

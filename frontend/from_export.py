@@ -39,7 +39,7 @@ def lower_export(
         lowering.fixed = exported.graph_module.meta[FIXED]
         whole = tuple(f"{call.path}." for call in (leaf_calls or {}).values())
         set_inside = {path: where for path, where in lowering.fixed.items() if f"{path}.".startswith(whole)}
-        bindings.branches = exported.graph_module.meta[CHOICES] | places | set_inside
+        bindings.choices, bindings.branches = dict(exported.graph_module.meta[CHOICES]), places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:
         if node.target is torch.ops.aten.copy_.default:  # who reads the tensor behind it kept the old one

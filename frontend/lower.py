@@ -54,12 +54,14 @@ TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 
 MODE_ARGUMENT: dict[str, int] = {
     "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
-    "aten.feature_alpha_dropout.default": 2, "aten.native_dropout.default": 2, "aten.dropout_.default": 2,
-    "aten.batch_norm.default": 5, "aten.instance_norm.default": 5, "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
+    "aten.dropout_.default": 2, "aten.feature_dropout_.default": 2, "aten.alpha_dropout_.default": 2,
+    "aten.feature_alpha_dropout.default": 2, "aten.feature_alpha_dropout_.default": 2, "aten.native_dropout.default": 2,
+    "aten.batch_norm.default": 5, "aten.native_batch_norm.default": 5, "aten.instance_norm.default": 5,
+    "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
     "aten.lstm.input": 6, "aten.gru.input": 6, "aten.rnn_tanh.input": 6, "aten.rnn_relu.input": 6,
     "aten.lstm.data": 7, "aten.gru.data": 7, "aten.rnn_tanh.data": 7, "aten.rnn_relu.data": 7,
 }  # fmt: skip
-"""Ops with a training flag -> its position among the operands."""
+"""Ops with a training flag -> its position among the operands, as torch's schemas have it."""
 
 _VMAP = "torch._functorch.predispatch"
 """Where the functions live that open and close a vmap: none of them may be left out or moved."""
@@ -264,7 +266,7 @@ class Lowering:
         op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
         self.refuse_written_twins(op)
-        if _identity_views(op):
+        if _identity_views(op) and not (isinstance(op.args[2], Mode) and _is_expanded(op.operands[0].type)):
             op.results[0].type = op.operands[0].type
         ops.append(op)
         return tree
@@ -272,22 +274,23 @@ class Lowering:
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
         """True for the line of a BatchNorm in training that counts batches: in eval mode it must add nothing."""
         counter = self._batch_count(scope)
-        counts = counter is not None and isinstance(args[0], Value) and written_in_place(args[0], counter) and args[1:] == (1,)
-        return counts and self.bindings.training.get(scope_fqn(scope)) is True
+        if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
+            return False
+        same = [entry.value for entry in self.program.state if entry.tensor == counter.tensor]  # a module may have several names
+        return any(written_in_place(args[0], value) for value in same) and self.bindings.training.get(scope_fqn(scope)) is True
 
-    def _batch_count(self, scope: Scope) -> Value | None:
+    def _batch_count(self, scope: Scope) -> StateEntry | None:
         path = scope_fqn(scope)
         if "BatchNorm" not in self.bindings.classes.get(path, "") or path in self.fixed:
             return None
-        entry = self.program.name_owners().get(f"{path}.num_batches_tracked")
-        return entry.value if entry is not None else None
+        return self.program.name_owners().get(f"{path}.num_batches_tracked")
 
     def _count_batch(self, scope: Scope, ops: list[Op], context: tuple[Context, ...]) -> None:
         """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
         counter = self._batch_count(scope)
         if counter is None:
             return
-        op = Op("aten.add_.Tensor", (counter, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
+        op = Op("aten.add_.Tensor", (counter.value, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
         op.add_result(counter.type, "count")
         ops.append(op)
 
@@ -468,12 +471,12 @@ class Lowering:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
         path = scope_fqn(scope)
-        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
-            return args
         followed = node.meta.get(FOLLOWS, (path,))
         if path not in followed:
             if followed:
-                self.bindings.branches[path] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
+                self.bindings.choices[followed[0]] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
+            return args
+        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
             return args
         return (*args[:position], Mode(args[position]), *args[position + 1 :])
 
@@ -612,10 +615,21 @@ _DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and no
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:
-    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells."""
-    if op.target in _DROPOUTS and op.args[2:3] in ((False,), (Mode(False),)):
+    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells. So may one that
+    follows its module."""
+    if op.target in _DROPOUTS and len(op.args) > 2 and (op.args[2] is False or isinstance(op.args[2], Mode)):
         return (0,)
     return ()
+
+
+def returns_what_it_is_given(op: Op) -> bool:
+    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other mode."""
+    return op.target in _DROPOUTS and not op.effects.writes and isinstance(op.args[2], Mode) and op.args[2].captured
+
+
+def _is_expanded(kind: Any) -> bool:
+    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is not."""
+    return 0 in (getattr(kind, "strides", None) or ())
 
 
 def _never_draws(op: Op) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from types import CodeType, FrameType
+from types import CodeType, FrameType, NoneType
 from typing import Any
 
 import torch
@@ -38,8 +38,10 @@ _IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
 
 _FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys((*_IDENTITIES, F.dropout), (2, "training"))
 _FLAGGED |= {F.rrelu: (3, "training"), F.batch_norm: (5, "training"), F.instance_norm: (5, "use_input_stats")}
-_FLAGGED |= dict.fromkeys((torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout), (2, "train"))
-_FLAGGED |= {torch.rrelu: (3, "training"), torch.batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
+_DROPOUTS = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+_FLAGGED |= dict.fromkeys([getattr(torch, name + end) for name in _DROPOUTS for end in ("", "_")], (2, "train"))
+_FLAGGED |= {torch.rrelu: (3, "training"), torch.rrelu_: (3, "training"), torch.batch_norm: (5, "training")}
+_FLAGGED |= {torch.native_dropout: (2, "train"), torch.native_batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
 """Functions with a training flag, and where it stands among their arguments and by what name."""
 
 
@@ -73,12 +75,12 @@ class ModeReads(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._paths: dict[int, list[str]] = {}
+        self._paths: dict[int, list[str]] = {}  # by the module's dict: a tracer may stand another object in front of that
         for path, owner in module.named_modules(remove_duplicate=False):
-            self._paths.setdefault(id(owner), []).append(path)
+            self._paths.setdefault(id(vars(owner)), []).append(path)
         self._reads: list[_Read] = []
         self._set: dict[int, str] = {}
-        self._calls: dict[str, dict[_Span, ast.Call] | None] = {}
+        self._trees: dict[str, _Tree | None] = {}
         self._grad: bool | None = None
 
     @contextmanager
@@ -93,7 +95,7 @@ class ModeReads(TorchFunctionMode):
         def write(owner: nn.Module, mode: bool) -> None:
             owner.__dict__["training"] = mode
             if get_proxy_mode() is not None:
-                self._set[id(owner)] = shown(user_line())
+                self._set[id(vars(owner))] = shown(user_line())
 
         nn.Module.training = property(read, write)  # type: ignore[assignment]
         try:
@@ -104,10 +106,14 @@ class ModeReads(TorchFunctionMode):
 
     def _note(self, owner: nn.Module, frame: FrameType) -> None:
         torchs = frame.f_code.co_filename.startswith(TORCH_DIR)
-        if id(owner) not in self._paths or (torchs and not _chooses(owner)):
+        if id(vars(owner)) not in self._paths or (torchs and not _chooses(owner)):
+            return
+        span = _span(frame)
+        choice = self._choices_in(frame.f_code.co_filename).get(span)
+        if choice is not None and _is_the_same(choice, frame):
             return
         place = f"{frame.f_code.co_filename}:{frame.f_lineno}, {type(owner).__name__}.{frame.f_code.co_name}"
-        self._reads.append(_Read(id(owner), (id(frame), frame.f_code), _span(frame), place))
+        self._reads.append(_Read(id(vars(owner)), (id(frame), frame.f_code), span, place))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,7 +134,7 @@ class ModeReads(TorchFunctionMode):
         result = func(*args, **kwargs)
         caller = _caller()
         if not caller.f_code.co_filename.startswith(TORCH_DIR):
-            last_node().meta[FOLLOWS] = self._followed(func, caller)
+            _last_call().meta[FOLLOWS] = self._followed(func, caller)
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
@@ -153,9 +159,9 @@ class ModeReads(TorchFunctionMode):
         """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its own."""
         span, frame = _span(caller), (id(caller), caller.f_code)
         here = [r for r in self._reads if r.frame == frame]
-        calls = self._calls_in(caller.f_code.co_filename)
-        if calls is not None:
-            flag = _argument(calls.get(span), *_FLAGGED[func])
+        tree = self._tree_of(caller.f_code.co_filename)
+        if tree is not None:
+            flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             found = next((r for r in here if r.span == flag), None)
         else:  # code without a source: what is read last inside the call
             found = next((r for r in reversed(here) if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]), None)
@@ -164,12 +170,16 @@ class ModeReads(TorchFunctionMode):
         self._reads.remove(found)
         return tuple(self._paths[found.owner])
 
-    def _calls_in(self, file: str) -> dict[_Span, ast.Call] | None:
-        """All calls in a source file, by where they stand; None without a source."""
-        if file not in self._calls:
+    def _tree_of(self, file: str) -> _Tree | None:
+        """What a source file has of interest; None without a source."""
+        if file not in self._trees:
             lines = linecache.getlines(file)
-            self._calls[file] = _calls("".join(lines)) if lines else None
-        return self._calls[file]
+            self._trees[file] = _Tree.of("".join(lines)) if lines else None
+        return self._trees[file]
+
+    def _choices_in(self, file: str) -> dict[_Span, ast.IfExp]:
+        tree = self._tree_of(file)
+        return tree.choices if tree is not None else {}
 
     @property
     def fixed(self) -> dict[str, str]:
@@ -214,8 +224,8 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
 
 def _chooses(owner: nn.Module) -> bool:
     """True for a module of torch's own whose forward chooses by mode in Python, where the trace shows no flag."""
-    if isinstance(owner, nn.MultiheadAttention):
-        return bool(owner.dropout)
+    if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+        return True  # they drop by a rate that Python computes, and have a way of their own in eval mode
     return isinstance(owner, _BatchNorm) and owner.momentum is None and not owner.__dict__["training"]
 
 
@@ -230,12 +240,39 @@ def _argument(made: ast.Call | None, position: int, name: str) -> _Span | None:
     return _place(given) if given is not None else None
 
 
-def _calls(source: str) -> dict[_Span, ast.Call]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return {}
-    return {_place(node): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+@dataclass(frozen=True)
+class _Tree:
+    """All calls in a source file, and all `a if x.training else b` by where their flag stands."""
+
+    calls: dict[_Span, ast.Call]
+    choices: dict[_Span, ast.IfExp]
+
+    @staticmethod
+    def of(source: str) -> _Tree:
+        try:
+            nodes = [*ast.walk(ast.parse(source))]
+        except (SyntaxError, ValueError, RecursionError):
+            nodes = []
+        choices = {_place(_unnegated(node.test)): node for node in nodes if isinstance(node, ast.IfExp)}
+        return _Tree({_place(node): node for node in nodes if isinstance(node, ast.Call)}, choices)
+
+
+def _unnegated(test: ast.expr) -> ast.expr:
+    return test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else test
+
+
+def _is_the_same(choice: ast.IfExp, frame: FrameType) -> bool:
+    """True where both sides are one number, as in `0.0 if not self.training else self.rate` with a rate of 0.0: nothing is chosen."""
+    sides = []
+    for side in (choice.body, choice.orelse):
+        if not all(isinstance(node, (ast.Constant, ast.Name, ast.Attribute, ast.Load)) for node in ast.walk(side)):
+            return False
+        try:
+            sides.append(eval(compile(ast.Expression(side), "<choice>", "eval"), frame.f_globals, frame.f_locals))
+        except Exception:  # the side that is not taken may not be there
+            return False
+    one, other = sides
+    return type(one) is type(other) and isinstance(one, (bool, int, float, str, NoneType)) and one == other
 
 
 def _place(node: ast.expr) -> _Span:
@@ -260,6 +297,14 @@ def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
     return next(iter(reversed(tracer.tracer.graph.nodes)))  # what torch 2.11 reverses is no iterator
+
+
+def _last_call() -> Any:
+    """The newest node that calls something: not one that takes a part of what a call returned."""
+    node = last_node()
+    while node.target is operator.getitem:
+        node = node.prev
+    return node
 
 
 def node_of(tensor: torch.Tensor) -> fx.Node | None:

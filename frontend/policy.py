@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from stagecut.frontend.markers import is_marker
 from stagecut.ir.errors import SplitError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import BY_MODE, Op, Program
 
 Cuts = Callable[[Program], Sequence[int]]
 """A policy in our own form: the positions of ops in front of which to cut, split markers not counted."""
@@ -49,5 +49,24 @@ def _positions(followers: list[list[str]], program: Program) -> list[int]:
     """The first op behind each split that is still in the program: a value's hint is its node's name."""
     ops = [op for op in program.ops if not op.is_split]
     index = {value.hint: position for position, op in reversed([*enumerate(ops)]) for value in op.results}
-    found = ([index[name] for name in names if name in index] for names in followers)
-    return [min(positions) for positions in found if positions]
+    for position, op in enumerate(ops):
+        index |= _inside(op, position)
+    found: list[int] = []
+    for names in followers:
+        positions = [index[name] for name in names if name in index]
+        if positions and positions[0] == INSIDE:
+            raise SplitError("the split policy cuts where the model goes another way in each mode", hint="cut in front of it or behind it")
+        found += [min(position for position in positions if position != INSIDE)] if positions else []
+    return found
+
+
+INSIDE = -1
+"""The position of what is no op of the program, but inside of one."""
+
+
+def _inside(op: Op, position: int) -> dict[str, int]:
+    """The names of what an op does in one mode only: those of the first op in it stand for its beginning."""
+    if op.target != BY_MODE:
+        return {}
+    run = op.regions[0 if op.args[0].captured else 1].ops
+    return {value.hint: INSIDE if inner is not run[0] else position for inner in run for value in inner.results}

@@ -147,7 +147,7 @@ def _draws_for_nothing(module: nn.Module, export: Callable[[Watch], ExportedProg
 
 def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
     constants = [list(program.constants.values()) for program in (one, other)]
-    return _text(one) == _text(other) and len(constants[0]) == len(constants[1]) and all(map(_same_constant, *constants))
+    return _text(one) == _text(other) and len(constants[0]) == len(constants[1]) and all(map(same_constant, *constants))
 
 
 def _text(exported: ExportedProgram) -> list[str]:
@@ -155,7 +155,8 @@ def _text(exported: ExportedProgram) -> list[str]:
     return [re.sub(r"#\d+", "", str(m.graph)) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
 
 
-def _same_constant(one: Any, other: Any) -> bool:
+def same_constant(one: Any, other: Any) -> bool:
+    """True for two constants of traces that have equal values; on the meta device, for two of one type."""
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return one is other
     if one.is_meta or other.is_meta:  # no values to compare

@@ -16,7 +16,8 @@ class Bindings:
 
     tensors: state name -> tensor, for every name. modules: path -> the user's module, kept for leaf ops.
     functions: `extern.NAME` -> the user's function. training: module path -> its `training` flag when captured.
-    classes: module path -> class name. branches: module path -> where its forward branches on `training`.
+    classes: module path -> class name. choices: path of a module by whose `training` Python chose in the trace -> where.
+    branches: path of a module whose mode the stages cannot follow -> where and why.
     switches: module path -> mode -> the flags below it, where train() is the user's own. notes: what capture did.
     whole: path of a module that capture keeps whole by itself -> why. call: how user arguments become the flat list of inputs.
     sources: the files that ops name are this machine's, so that their lines may be shown. extras: module path -> what its
@@ -28,6 +29,7 @@ class Bindings:
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     training: dict[str, bool] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     switches: dict[str, dict[bool, dict[str, bool]]] = field(default_factory=dict)
     extras: dict[str, tuple[Any, str]] = field(default_factory=dict)

@@ -49,6 +49,10 @@ class EmitError(StagecutError):
     """A program could not be turned into executable stages."""
 
 
+class ModeError(StagecutError):
+    """The stages cannot follow a switch to train or eval mode. Nothing is switched."""
+
+
 class PassError(StagecutError):
     """A pass was misused: an unknown name, a wrong order, or a wrong claim about its own effect."""
 

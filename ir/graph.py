@@ -17,6 +17,8 @@ from stagecut.ir.types import Type, carries_grad
 PHASES = ("traced", "partitioned", "linked")
 SPLIT = "stagecut.split"
 """Target of the op that marks a boundary between two stages."""
+BY_MODE = "stagecut.by_mode"
+"""Target of the op that does one thing in training and another in evaluation, as (flag, <0>, <1>, [operands]): a region for each."""
 
 CAUSAL, OPEN = "causal", "open"
 """Kinds of attention masks: one that hides just the future, one that hides nothing."""
@@ -56,9 +58,25 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A literal that follows the emitted module's own `training` flag; `captured` is its value in the trace."""
+    """A literal that follows the `training` flag of the module it stands in: one thing in training, another in evaluation.
+
+    captured: the flag in the trace. others: paths of modules whose flags decide as well, so that all must be switched together.
+    """
 
     captured: bool
+    training: Any = True
+    evaluating: Any = False
+    others: tuple[str, ...] = ()
+
+    @property
+    def now(self) -> Any:
+        """What the literal is in the trace."""
+        return self.training if self.captured else self.evaluating
+
+    @property
+    def is_flag(self) -> bool:
+        """True for the flag itself."""
+        return self.training is True and self.evaluating is False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +240,8 @@ class Op:
         """A twin of this op that reads `swap[v]` in place of `v`, with results of its own and this op as its origin."""
         args, kwargs = (substitute(self.args, swap), substitute(self.kwargs, swap)) if swap else (self.args, self.kwargs)
         twin = Op(
-            self.target, args, kwargs, effects=self.effects, scope=self.scope, context=self.context, loc=self.loc, form=self.form
+            self.target, args, kwargs, effects=self.effects, scope=self.scope, context=self.context, loc=self.loc, form=self.form,
+            regions=tuple(region.copy() for region in self.regions),
         )  # fmt: skip
         twin.origin = self.origin or self
         for result in self.results:
@@ -280,6 +299,18 @@ class Region:
 
     def __init__(self, name: str, params: list[Value], ops: list[Op], output: Op) -> None:
         self.name, self.params, self.ops, self.output = name, params, ops, output
+
+    def copy(self) -> Region:
+        """A twin of this region, with values of its own."""
+        swap = {param: Value(param.type, param.hint) for param in self.params}
+        ops: list[Op] = []
+        for op in self.ops:
+            twin = op.copy(swap)
+            twin.origin = None
+            ops.append(twin)
+            swap |= zip(op.results, twin.results, strict=True)
+        params = [swap[param] for param in self.params]
+        return Region(self.name, params, ops, Op("output", substitute(self.output.args, swap)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,6 +479,19 @@ def leaves(tree: Any) -> Iterator[Value]:
             yield from leaves(item)
     elif isinstance(tree, slice):
         yield from leaves((tree.start, tree.stop, tree.step))
+
+
+def literals(tree: Any) -> Iterator[Any]:
+    """What is no value in a nested operand structure, left to right."""
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from literals(item)
+    elif isinstance(tree, dict):
+        yield from literals(list(tree.values()))
+    elif isinstance(tree, slice):
+        yield from literals((tree.start, tree.stop, tree.step))
+    elif type(tree) is not Value:
+        yield tree
 
 
 def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.graph import BY_MODE, WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.objects import opened
 from stagecut.ir.outline import unwritten
 from stagecut.ir.targets import attribute, check_op, constant, resolve
@@ -115,6 +115,9 @@ class Machine:
             return getattr(args[0], rest)(*args[1:], **kwargs)
         if op.target == "builtins.getattr":
             return attribute(*args, **kwargs)
+        if op.target == BY_MODE:
+            training, in_training, in_evaluation, operands = args
+            return (in_training if training else in_evaluation)(*operands)
         if kind == "extern":
             return self._bindings.functions[op.target](*args, **kwargs)
         if kind == "module":
@@ -147,7 +150,7 @@ class Machine:
         if isinstance(leaf, RegionRef):
             return functions[leaf.index]
         if isinstance(leaf, Mode):
-            return leaf.captured
+            return leaf.now
         if isinstance(leaf, Token):
             return constant(leaf)
         return self.lookup(leaf, env)

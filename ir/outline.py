@@ -94,11 +94,11 @@ def viewed_value(value: Value) -> Value | None:
 
 
 def is_what_it_wrote(op: Op, result: int) -> bool:
-    """True when a result is the very tensor that its op wrote. An in-place op returns that, a module kept whole any view of it."""
+    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept whole any view of it."""
     viewed = op.effects.viewed(result)
     if viewed is None or viewed not in op.effects.writes:
         return False
-    return not op.is_users or same_layout(op.results[result].type, op.operands[viewed].type)
+    return not (op.is_users or op.regions) or same_layout(op.results[result].type, op.operands[viewed].type)
 
 
 def unwritten(value: Value) -> Value:

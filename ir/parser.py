@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -584,10 +584,10 @@ class _Parser:
             inner = self._need(_DEVICE_NAME, "a device name")[0]
             self._expect(")")
             return Token(f"device({inner})")
-        if word in ("slice", "complex", "mode") and self._accept("("):
+        if word in _CALLED and self._accept("("):
             items = self._list(self._tree)
             try:
-                return {"slice": slice, "complex": complex, "mode": Mode}[word](*items)
+                return _CALLED[word](*items)
             except (TypeError, ValueError):
                 self._fail(f"bad {word}(...)", start)
         self._fail(f"unknown literal '{word}'", start)
@@ -644,6 +644,18 @@ class _Parser:
             if not is_expression(size):
                 self._fail(f"'{size[:40]}' is no size: a number, or an expression over sizes such as 2*s0", start)
         return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
+
+
+def _mode(captured: Any, training: Any = True, evaluating: Any = False, *others: Any) -> Mode:
+    """The literal of these parts. Raises TypeError for what none can have."""
+    plain = all(isinstance(item, (str, int, float, complex, NoneType, Token)) for item in (training, evaluating))
+    if not isinstance(captured, bool) or not plain or not all(isinstance(path, str) for path in others):
+        raise TypeError
+    return Mode(captured, training, evaluating, others)
+
+
+_CALLED: dict[str, Callable[..., Any]] = {"slice": slice, "complex": complex, "mode": _mode}
+"""Literals that are written as a call."""
 
 
 def is_expression(text: str) -> bool:

@@ -286,7 +286,7 @@ def literal(item: Any) -> str:
     if isinstance(item, Token):
         return item.text
     if isinstance(item, Mode):
-        return f"mode({item.captured})"
+        return _mode(item)
     if isinstance(item, RegionRef):
         return f"<{item.index}>"
     if isinstance(item, complex):
@@ -294,6 +294,11 @@ def literal(item: Any) -> str:
     if isinstance(item, float) and not math.isfinite(item):
         return "nan" if math.isnan(item) else ("inf" if item > 0 else "-inf")
     return "..." if item is ... else repr(item)
+
+
+def _mode(item: Mode) -> str:
+    parts = [] if item.is_flag and not item.others else [literal(item.training), literal(item.evaluating)]
+    return f"mode({', '.join([str(item.captured), *parts, *map(literal, item.others)])})"
 
 
 def target_text(target: str) -> str:

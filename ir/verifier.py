@@ -9,6 +9,7 @@ In every phase
   V6  a region sees only its own parameters, and every region reference is an operand and names a region of its op
   V7  a value that was written is not read again under its old version
   V17 a form names each result of its op once
+  V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters; each yields its results
 Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
@@ -30,7 +31,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import SPLIT, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value
+from stagecut.ir.graph import BY_MODE, SPLIT, Mode, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value, literals
 from stagecut.ir.printer import line_printer, nested_ops
 
 
@@ -74,7 +75,7 @@ def _ops(p: Program) -> Iterator[tuple[str, str]]:
     for value in p.output.operands:
         if value not in defined:
             yield "V1", f"the output names {value!r}, which is not defined"
-    if any(isinstance(item, RegionRef) for item in _literals(p.output.args)):
+    if any(isinstance(item, RegionRef) for item in literals(p.output.args)):
         yield "V6", "the output names a region"
 
 
@@ -86,6 +87,25 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     yield from _effects(p, op)
     yield from _form(p, op)
     yield from _regions(p, op)
+    if op.target == BY_MODE and not _is_by_mode(op):
+        yield "V18", f"not a flag, two regions and their operands, or other results than they yield, in {_show(p, op)}"
+
+
+def _is_by_mode(op: Op) -> bool:
+    if [type(item) for item in op.args] != [Mode, RegionRef, RegionRef, list] or op.kwargs or op.form is not None:
+        return False
+    flag, training, evaluating, operands = op.args
+    fits = (len(region.params) == len(operands) and _yields(region) == len(op.results) for region in op.regions)
+    return flag.is_flag and (training.index, evaluating.index, len(op.regions)) == (0, 1, 2) and all(fits)
+
+
+def _yields(region: Region) -> int:
+    """How many values a region yields, of which one stands by itself; -1 for what else it may yield."""
+    tree = region.output.args[0]
+    if isinstance(tree, Value):
+        return 1
+    flat = isinstance(tree, tuple) and len(tree) != 1 and all(isinstance(item, Value) for item in tree)
+    return len(tree) if flat else -1
 
 
 def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
@@ -122,7 +142,7 @@ def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
 
 
 def _regions(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    for item in _literals((op.args, op.kwargs)):
+    for item in literals((op.args, op.kwargs)):
         if isinstance(item, RegionRef) and not 0 <= item.index < len(op.regions):
             yield "V6", f"region <{item.index}> does not exist in {_show(p, op)}"
     for region in op.regions:
@@ -139,21 +159,13 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
         yield from _effects(p, op)
         yield from _form(p, op)
         yield from _regions(p, op)
-    if any(isinstance(item, RegionRef) for item in _literals(region.output.args)):
+        if op.target == BY_MODE and not _is_by_mode(op):
+            yield "V18", f"not a flag, two regions and their operands, or other results than they yield, in {_show(p, op)}"
+    if any(isinstance(item, RegionRef) for item in literals(region.output.args)):
         yield "V6", f"region {region.name} yields a region"
     for value in region.output.operands:
         if value not in inside:
             yield "V6", f"region {region.name} yields {value!r} from outside"
-
-
-def _literals(tree: object) -> Iterator[object]:
-    if isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from _literals(item)
-    elif isinstance(tree, dict):
-        yield from _literals(list(tree.values()))
-    elif not isinstance(tree, Value):
-        yield tree
 
 
 def _every_op(p: Program) -> Iterator[Op]:

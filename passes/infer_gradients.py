@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stagecut.ir.graph import Context, Op, Program, Value, leaves
+from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value, leaves
 from stagecut.ir.ops import base_name, module_path
 from stagecut.ir.types import TensorType, carries_grad, same_layout
 
@@ -41,11 +41,17 @@ class InferGradients:
     name = "infer-gradients"
 
     def run(self, program: Program) -> bool:
+        return self._infer(program.all_ops())
+
+    def _infer(self, ops: Iterable[Op]) -> bool:
         changed = False
         home: dict[Value, Value] = {}  # a view -> the tensor whose history it shares
-        for op in program.all_ops():
+        for op in ops:
             grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
-            changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
+            if op.target == BY_MODE:
+                changed |= self._by_mode(op)
+            else:
+                changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
             written = {home.get(value, value) for value in _carriers(op)} if grad else set()
             changed |= _mark(op.versions.values(), [home.get(v, v) in written or carries_grad(v.type) for v in op.versions])
             home |= {new: home.get(old, old) for old, new in op.versions.items()}
@@ -53,6 +59,17 @@ class InferGradients:
                 viewed = [(r, op.operands[v]) for r, v in zip(op.results, op.effects.views, strict=False) if v is not None]
                 home |= {result: home.get(base, base) for result, base in viewed}
         return changed
+
+    def _by_mode(self, op: Op) -> bool:
+        """A result carries gradient when what a region yields for it does, in one mode at least."""
+        operands: list[Value] = op.args[3]
+        changed = False
+        grads = [False] * len(op.results)
+        for region in op.regions:
+            changed |= _mark(region.params, [carries_grad(value.type) for value in operands])
+            changed |= self._infer(region.ops)
+            grads = [before or carries_grad(value.type) for before, value in zip(grads, region.output.operands, strict=True)]
+        return _mark(op.results, grads) or changed
 
 
 def grad_enabled(context: tuple[Context, ...]) -> bool:
@@ -91,7 +108,7 @@ def _carriers(op: Op) -> list[Value]:
     if op.is_users:
         own = set(leaves(op.args[2:])) if module_path(op) else set()
         return [value for value in written if value not in own]
-    in_place = not op.results or any(viewed is not None for viewed in op.effects.views)
+    in_place = op.target == BY_MODE or not op.results or any(viewed is not None for viewed in op.effects.views)
     return written if in_place else []
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stagecut.costs import Device
     from stagecut.distributed import Driver
     from stagecut.frontend.markers import SplitPoint, pipe_split
-    from stagecut.ir.errors import StagecutError
+    from stagecut.ir.errors import ModeError, StagecutError
     from stagecut.ir.parser import parse
     from stagecut.ir.printer import text
     from stagecut.pipe import Pipe, pipeline
@@ -47,6 +47,7 @@ _HOMES = {
     "load_stage": "stagecut.saved",
     "SplitPoint": "stagecut.frontend.markers",
     "pipe_split": "stagecut.frontend.markers",
+    "ModeError": "stagecut.ir.errors",
     "StagecutError": "stagecut.ir.errors",
     "parse": "stagecut.ir.parser",
     "text": "stagecut.ir.printer",
@@ -70,6 +71,7 @@ __all__ = [
     "Device",
     "Driver",
     "Markers",
+    "ModeError",
     "Pipe",
     "PipelineStage",
     "Schedule1F1B",

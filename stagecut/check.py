@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from stagecut.backend.modules import copied
+from stagecut.backend.modules import Stage, StageModule, copied
 from stagecut.backend.run import run_stages
 from stagecut.frontend.call import is_size
 from stagecut.frontend.kept import gpus
 from stagecut.frontend.surroundings import random_state
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value, literals
 from stagecut.ir.objects import opened
 from stagecut.ir.types import TensorType
 
@@ -83,9 +83,24 @@ class _Run:
     state: dict[str, torch.Tensor]
 
 
-def compare(model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True) -> Report:
-    """A report on `pipe` against `model` on one call. Works on copies; the random state is put back afterwards."""
+def holds_both_modes(program: Program) -> bool:
+    """True when train and eval mode were traced, because Python chose by them: what one run shows of one says nothing of the other."""
+    return any(op.target == BY_MODE or any(map(_is_choice, literals((op.args, op.kwargs)))) for op in program.all_ops())
+
+
+def _is_choice(item: Any) -> bool:
+    return isinstance(item, Mode) and not item.is_flag
+
+
+def compare(
+    model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True, switched: bool = False
+) -> Report:
+    """A report on `pipe` against `model` on one call, in the mode of the pipe, or with `switched` in the other one.
+
+    Works on copies; the random state is put back afterwards.
+    """
     reference, stages = _copies(model, pipe)
+    _into_mode(reference, stages, pipe.training, switched)
     program = pipe.program
     places = gpus(model, args, kwargs)
     with torch.random.fork_rng(places), torch.set_grad_enabled(gradients), ExitStack() as stack:
@@ -140,12 +155,26 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
     return list(zip(expected, found, strict=False))  # where the numbers differ, the first call has told
 
 
-def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Any]]:
+def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Stage]]:
     try:
         return copied(model)[0], copied(*pipe.stages)
     except Exception as error:
         raise_ours(error)
         raise CannotCompare(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
+
+
+def _into_mode(reference: nn.Module, stages: Sequence[Stage], training: bool, switched: bool) -> None:
+    """The copy of the model is in the mode of the pipe, module by module; or both are in the other one."""
+    if switched:
+        for module in (reference, *stages):
+            module.train(not training)
+        return
+    if reference.training != training:
+        reference.train(training)
+    own = dict(reference.named_modules(remove_duplicate=False))
+    for part in (part for stage in stages for part in stage.modules() if isinstance(part, StageModule)):
+        if part._path in own:
+            own[part._path].training = part.training
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from stagecut.backend.mailbox import refuse_feedback
 from stagecut.backend.wire import boundaries, fed_inputs
 from stagecut.built_stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.faults import Faults
@@ -97,12 +98,14 @@ class Driver:
         return self._run(args, kwargs, target, "step")
 
     def eval(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
-        """As `step`, forward only."""
+        """As `step`, forward only. The mode stays: `pipe.eval()` and `pipe.train()`, on every rank, switch dropout and norms."""
         with torch.no_grad():
             return self._run(args, kwargs, target, "eval")
 
     def _run(self, args: Any, kwargs: Any, target: Any, how: str) -> tuple[Any, list[torch.Tensor]]:
         with self.faults.alike():
+            if any(entry.share == "feedback" for entry in self.pipe.program.state):
+                refuse_feedback(self.pipe.program, self.pipe.training)  # the pipe may have been switched since the stages were made
             sizes = self._split(args, kwargs)
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
             schedule, stages = self._prepared(sizes)

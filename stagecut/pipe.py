@@ -15,20 +15,22 @@ from torch.export import ExportedProgram
 
 from stagecut.backend.emit import emit
 from stagecut.backend.fx_view import PREFIX, split_module
-from stagecut.backend.modules import Stage
+from stagecut.backend.modules import Stage, switching
 from stagecut.backend.run import release_plan, run_stages
-from stagecut.check import CannotCompare, CheckError, Report, compare, is_cheap, is_real
+from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
+from stagecut.frontend.both_modes import follow, hold_one_mode
 from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
 from stagecut.frontend.from_fx import lower_graph_module
 from stagecut.frontend.kept import place_of
+from stagecut.frontend.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.attention import Masks
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
-from stagecut.ir.graph import Program
+from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
+from stagecut.ir.graph import BY_MODE, Program
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
@@ -90,7 +92,7 @@ def pipeline(
         gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on as a value).
     check: what to compare with the model afterwards, by one run of both on copies with the example inputs: 'outputs',
         'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when the model is real and
-        its state no larger than CHECK_BYTES, else None.
+        its state no larger than CHECK_BYTES, else None. Where the stages hold two modes that were traced each, both are compared.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
     its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
@@ -105,18 +107,29 @@ def pipeline(
     if check not in CHECKS:
         raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
     _refuse_two_wishes({"stages": stages, "split_spec": split_spec, "split_policy": split_policy})
-    program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules)
     at = _split_points(split_spec or {}, module)
-    plans: list[Plan] = []
-    policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
-    trace = Trace(program)
-    run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *_asked(routes or {}, tied)))
-    validate(trace, program)
-    pipe = Pipe(program, bindings)
-    pipe.plan = plans[0] if plans else None
+    passes = [*_asked(routes or {}, tied)]
+
+    def compiled(one_mode: str = "") -> Pipe:
+        program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules, [name for name, _ in at], one_mode)
+        plans: list[Plan] = []
+        try:
+            policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
+            trace = Trace(program)
+            run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *passes))
+        except SplitError as error:
+            if one_mode or not any(op.target == BY_MODE or returns_what_it_is_given(op) for op in program.all_ops()):
+                raise
+            return compiled(f"both modes together cannot be cut so: {error.what}")
+        validate(trace, program)
+        pipe = Pipe(program, bindings)
+        pipe.plan = plans[0] if plans else None
+        return pipe
+
+    pipe = compiled()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
-        pipe._sizes = check_inputs(program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
+        pipe._sizes = check_inputs(pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
@@ -164,9 +177,15 @@ def lower(
     kwargs: dict[str, Any] | None,
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
+    asked: Iterable[str] = (),
+    one_mode: str = "",
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
-    """The traced program of `module`, what it is bound to, and the exported program where there was one."""
-    program, bindings, exported = _lowered(module, args, kwargs, dynamic_shapes, leaf_modules)
+    """The traced program of `module`, what it is bound to, and the exported program where there was one.
+
+    It does what the module does in train and in eval mode, as far as that can be, or in that of now alone, for a reason in `one_mode`.
+    The module is cut at the modules that are `asked`.
+    """
+    program, bindings, exported = _lowered(module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode)
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:
         why = "which hides just the future, or nothing"
@@ -175,7 +194,13 @@ def lower(
 
 
 def _lowered(
-    module: Model, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, dynamic_shapes: Any, leaf_modules: Sequence[str]
+    module: Model,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any] | None,
+    dynamic_shapes: Any,
+    leaf_modules: Sequence[str],
+    asked: Iterable[str],
+    one_mode: str,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
@@ -185,8 +210,22 @@ def _lowered(
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
-    exported, leaves = capture(module, () if args is None else args, {} if kwargs is None else kwargs, dynamic_shapes, leaf_modules)
+    args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
+    exported, leaves = capture(module, args, kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
+
+    def again() -> tuple[Program, Bindings]:
+        other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths)
+        if more := [path for path in kept.paths if path not in leaves.paths]:
+            raise CaptureError(
+                f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], "")
+            )
+        return lower_export(other, module, kept.calls)
+
+    if one_mode:
+        hold_one_mode((program, bindings), one_mode)
+    else:
+        follow(module, (program, bindings), again, asked)
     bindings.extras, bindings.whole = _extras(module), leaves.reasons
     bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
     return program, bindings, exported
@@ -208,27 +247,38 @@ def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[st
         return
     if not is_real(module, (args, kwargs)):
         raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
-    try:
-        report = compare(module, pipe, args, kwargs, gradients=check != "outputs")
-    except CannotCompare as error:
-        if check != "auto":
-            raise
-        pipe.notes += (f"not compared with the model: {error}",)
-        return
-    if not report.ok:
-        if (path := changing(module, args, kwargs)) is not None:
-            raise CheckError(
-                f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
-                "inputs, parameters, buffers and torch's random numbers",
-                where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
-                hint="make it a buffer (register_buffer, changed in place) or an input",
-            )
-        raise CheckError(
-            f"the pipe does not compute what the model computes: {report.differences[0]}",
-            where=f"{len(report.differences)} difference(s) in one run on the example inputs",
-            hint="keep the module that computes it whole: leaf_modules=[...]; "
-            "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+    modes = (False, True) if holds_both_modes(pipe.program) and not any(stage.holds_one_mode for stage in pipe.stages) else (False,)
+    for switched in modes:
+        try:
+            report = compare(module, pipe, args, kwargs, gradients=check != "outputs", switched=switched)
+        except CannotCompare as error:
+            if check != "auto":
+                raise
+            pipe.notes += (f"not compared with the model{_mode(pipe, switched)}: {error}",)
+            continue
+        if not report.ok:
+            raise _difference(module, pipe, args, kwargs, report, switched)
+
+
+def _mode(pipe: Pipe, switched: bool) -> str:
+    """The mode in which was compared, where it is not that of the cut."""
+    return f" in {'eval' if pipe.training else 'train'} mode" if switched else ""
+
+
+def _difference(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report, switched: bool) -> CheckError:
+    if (path := changing(module, args, kwargs)) is not None:
+        return CheckError(
+            f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
+            "inputs, parameters, buffers and torch's random numbers",
+            where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
+            hint="make it a buffer (register_buffer, changed in place) or an input",
         )
+    return CheckError(
+        f"the pipe does not compute what the model computes{_mode(pipe, switched)}: {report.differences[0]}",
+        where=f"{len(report.differences)} difference(s) in one run on the example inputs",
+        hint="keep the module that computes it whole: leaf_modules=[...]; "
+        "pipe = pipeline(..., check=None); print(pipe.verify(...)) lists all differences",
+    )
 
 
 def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator[Pass]:
@@ -287,6 +337,15 @@ class Pipe(Named):
     has_loss_and_backward = False
     """torch's, for it can put a backward into the graph; here autograd makes it."""
 
+    def train(self, mode: bool = True) -> Pipe:
+        """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the model does there.
+
+        `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where the stages hold one mode only.
+        """
+        with switching(self.stages, mode):
+            super().train(mode)
+        return self
+
     @property
     def num_stages(self) -> int:
         """How many stages there are."""
@@ -328,7 +387,7 @@ class Pipe(Named):
         return flat
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
-        """Runs the original model and the pipe on the same arguments and compares them.
+        """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and compares them.
 
         Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither the model nor
         the pipe nor the random state changes. Raises StagecutError when the original model is gone or cannot be copied.
@@ -459,7 +518,8 @@ class Pipe(Named):
     def __str__(self) -> str:
         return text(self.program)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"Pipe({self.program.name}: {self.num_stages} stages, {'train' if self.training else 'eval'} mode)"
 
 
 def _is_meta(item: object) -> bool:
@@ -478,7 +538,7 @@ class PipedModel(Named):
         self.training = pipe.training
 
     def train(self, mode: bool = True) -> PipedModel:
-        """Switches the pipe."""
+        """As `Pipe.train`."""
         self._pipe.train(mode)
         self.training = mode
         return self

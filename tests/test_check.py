@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -65,9 +64,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     real = check.compare
 
-    def compare(*args: Any, gradients: bool = True) -> Report:
+    def compare(*args: Any, gradients: bool = True, switched: bool = False) -> Report:
         seen.append(gradients)
-        return real(*args, gradients=gradients)
+        return real(*args, gradients=gradients, switched=switched)
 
     monkeypatch.setattr("stagecut.pipe.compare", compare)
     return seen
@@ -270,10 +269,9 @@ def _frozen(pipe: Pipe) -> None:
     pipe.stages[0].get_submodule("a")._parameters["bias"] = nn.Parameter(torch.zeros(4, dtype=torch.float64), requires_grad=False)
 
 
-def _eval(pipe: Pipe) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot follow is what the check is to find
-        pipe.eval()
+def _other_rate(pipe: Pipe) -> None:
+    (text,) = pipe.stages[0]._texts
+    pipe.stages[0]._texts[:] = [text.replace("0.5", "0.25")]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +281,7 @@ def _eval(pipe: Pipe) -> None:
         (_other_buffer, ["state 'steps' afterwards: differs by up to 5, where the largest element is 1"]),
         (_name_lost, ["state names differ: ['idle.bias']", "state 'idle.bias' afterwards"]),
         (_frozen, ["gradient of 'a.bias': torch.float64[4] in the model, None in the pipe"]),
-        (_eval, ["output 1 (stage 0, ", "an output of a second call"]),
+        (_other_rate, ["output 1 (stage 0, ", "an output of a second call"]),
     ],
 )
 def test_verify_lists_what_differs(change: Any, found: list[str]) -> None:
@@ -438,3 +436,39 @@ def test_outputs_in_float8_are_compared() -> None:
     pipe = pipeline(Narrow(4, 4), (torch.ones(2, 4),))
     assert pipe.notes == ()
     assert pipe.verify(torch.ones(2, 4)).compared["gradients"] == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_verify_compares_in_the_mode_that_the_pipe_is_in(training: bool) -> None:
+    """Whatever mode the model is in, and with what was switched by itself."""
+    model = Chosen().train(training)
+    pipe = pipeline(model, (X,))
+    assert pipe.train(not training).verify(X).ok
+    assert model.training is training
+    pipe.stages[1].get_submodule("drop").train(training)
+    assert pipe.verify(X).ok
+    model.train(not training)
+    assert pipe.train(training).verify(X).ok
+
+
+class Chosen(nn.Module):
+    """Does something else in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        pipe_split()
+        return self.drop(x) * (2 if self.training else 3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_both_modes_are_compared_where_both_were_traced(training: bool, counted: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the mode that the model is not in shows at the cut."""
+    pipeline(Chosen().train(training), (X,))
+    assert counted == [True, True]
+    monkeypatch.setattr(emit._Function, "_mode", lambda self, item, op: "self.training" if item.is_flag else repr(item.now))
+    with pytest.raises(CheckError, match=f"does not compute what the model computes in {'eval' if training else 'train'} mode: output 0"):
+        pipeline(Chosen().train(training), (X,))

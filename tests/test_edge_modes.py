@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 
 import pytest
 import torch
-from edge import Case, Family, Posted, check, compare_call, linear, t
+from edge import HOW, Case, Family, Posted, check, compare_call, linear, t
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import StagecutError, pipe_split, pipeline
+from stagecut import ModeError, StagecutError, pipe_split, pipeline
 
 case = Family()
 X = t(4, 4)
@@ -50,6 +49,41 @@ def dropout_in_place(self, x):
     x = self.drop(x * 2)
     pipe_split()
     return self.drop(x + 1)
+
+
+def dropped_in_place(kind, size):
+    """A dropout of that kind in place, in front of a cut and behind it."""
+
+    def forward(self, x):
+        x = self.drop(x * 2)
+        pipe_split()
+        return self.drop(x + 1)
+
+    forward.__name__ = f"{kind.__name__.lower()}_in_place"
+    case(t(*size), stages=2, has={"drop": lambda: kind(0.5, inplace=True)}, **BOTH)(forward)
+
+
+dropped_in_place(nn.Dropout1d, (4, 3, 4))
+dropped_in_place(nn.Dropout2d, (4, 3, 2, 2))
+dropped_in_place(nn.Dropout3d, (4, 3, 2, 2, 1))
+dropped_in_place(nn.AlphaDropout, (4, 4))
+dropped_in_place(nn.FeatureAlphaDropout, (4, 3, 2, 2))
+
+
+@case(X, stages=2, **BOTH)
+def dropouts_in_place_by_torchs_own_names(self, x):
+    x = torch.dropout_(x * 2, 0.5, self.training)
+    x = torch.feature_dropout_(x[..., None] * 2, 0.5, self.training)
+    pipe_split()
+    x = torch.feature_alpha_dropout_(x * 2, 0.5, train=self.training)
+    return torch.alpha_dropout_(x * 2, 0.5, self.training)
+
+
+@case(X, stages=2, **BOTH)
+def dropouts_with_flags_of_their_own(self, x):
+    x = torch.native_dropout(x, 0.5, True)[0]
+    pipe_split()
+    return torch.alpha_dropout_(x * 2, 0.5, True)
 
 
 @case(X, stages=2, has={"drop": lambda: nn.Dropout(0.0)}, **BOTH)
@@ -137,6 +171,18 @@ def batch_norm_called_twice(self, x):
     x = self.a(self.a(x) * 2)
     pipe_split()
     return x + 1
+
+
+@case(X, stages=2, **BOTH)
+class NormWithTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = self.other = nn.ModuleList([norm()])
+
+    def forward(self, x):
+        x = self.one[0](x)
+        pipe_split()
+        return x + 1
 
 
 @case(X, stages=2, has={"a": norm}, **BOTH)
@@ -304,48 +350,60 @@ CHOOSING += [looks_the_rate_up, asks_a_module_that_is_not_called, asks_all_of_se
 SAID = pytest.mark.parametrize("training", [True, False])
 
 
-@SAID
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("forward", CHOOSING)
-def test_a_python_branch_is_said_at_the_switch(forward, training: bool) -> None:
-    """The stages keep one side; a switch to the other names the line, a switch to the same says nothing."""
-    one = Case(forward.__name__, forward, (X,), has={"unused": nn.Dropout, "several": lambda: nn.ModuleList([nn.Dropout()])})
-    pipe = one.cut(one.build().train(training))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipe.train(training)
-    with pytest.warns(UserWarning, match=r"by mode|self\.training") as said:
-        pipe.train(not training)
-    assert any(line in str(w.message) for w in said for line in one.lines())
+def test_a_python_branch_is_followed(forward, how: str) -> None:
+    """Whatever Python does with the mode: both modes are traced, and the stages hold both."""
+    has = {"unused": nn.Dropout, "several": lambda: nn.ModuleList([nn.Dropout()])}
+    check(Case(forward.__name__, forward, (X,), has=has, **BOTH), how)
 
 
-@SAID
-@pytest.mark.parametrize("make", [lambda: nn.TransformerEncoderLayer(4, 2, 8), lambda: nn.MultiheadAttention(4, 2, dropout=0.5)])
-def test_a_branch_in_a_module_of_torch_is_said_at_the_switch(make, training: bool) -> None:
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoderLayer(4, 2, 8),
+        lambda: nn.MultiheadAttention(4, 2, dropout=0.5),
+        lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True),
+    ],
+)
+def test_a_branch_in_a_module_of_torch_is_followed(make, how: str) -> None:
     """Attention drops by a rate that Python computes from the mode."""
 
     def forward(self, x):
-        x = self.m(x, x, x)[0] if isinstance(self.m, nn.MultiheadAttention) else self.m(x)
+        x = (
+            self.m(x)
+            if isinstance(self.m, nn.TransformerEncoderLayer)
+            else self.m(x, x, x)
+            if self.m.batch_first is False
+            else self.m(x, x)
+        )
+        x = x[0] if isinstance(x, tuple) else x
         pipe_split()
         return x * 2
 
-    one = Case("m", forward, (X[None],), has={"m": lambda: make().double()})
-    pipe = one.cut(one.build().train(training))
-    with pytest.warns(UserWarning, match="training"):
-        pipe.train(not training)
+    check(Case("m", forward, (X[None],), has={"m": lambda: make().double()}, rtol=1e-9, **BOTH), how)
 
 
-def test_a_cumulative_average_that_starts_in_eval_mode_is_said_at_the_switch() -> None:
-    """In eval mode nothing in the trace tells a momentum that changes with the count from one of nought."""
+def cumulative(self, x):
+    """In train mode it reads how many batches there were, which no trace can."""
+    x = self.a(x)
+    pipe_split()
+    return x * 2
 
-    def forward(self, x):
-        x = self.a(x)
-        pipe_split()
-        return x * 2
 
-    one = Case("cumulative", forward, (X,), has={"a": lambda: nn.BatchNorm1d(4, momentum=None).double()})
+def test_what_one_mode_has_to_keep_whole_is_an_error_at_the_switch_or_kept_whole_in_both() -> None:
+    """The error says which module, and with that one in leaf_modules its own code runs in both modes."""
+    one = Case("cumulative", cumulative, (X,), has={"a": lambda: nn.BatchNorm1d(4, momentum=None).double()})
     pipe = one.cut(one.build().eval())
-    with pytest.warns(UserWarning, match="BatchNorm1d.forward chooses by mode"):
+    with pytest.raises(ModeError, match=r"leaf_modules=\['a'\]"):
         pipe.train()
+    assert not any(module.training for module in pipe.modules())
+    for training in (True, False):
+        model, twin = one.build().train(training), one.build().train(not training)
+        pipe = pipeline(model, (X,), leaf_modules=["a"]).train(not training)
+        compare_call(one, twin, pipe.module(), 0)
+        compare_call(one, twin.train(training), pipe.train(training).module(), 1)
 
 
 class Frozen(nn.Module):
@@ -365,8 +423,9 @@ class Frozen(nn.Module):
 def test_a_flag_set_in_forward_on_a_module_kept_whole_is_said_at_the_switch() -> None:
     """Its own code runs in the stage, behind the switch."""
     pipe = pipeline(Frozen().eval(), (X,), leaf_modules=["whole"])
-    with pytest.warns(UserWarning, match=r"self\.whole\.eval\(\) chooses by mode"):
+    with pytest.raises(ModeError, match=r"self\.whole\.eval\(\)"):
         pipe.train()
+    assert not any(module.training for module in pipe.modules())
 
 
 def test_a_flag_is_followed_in_code_without_a_source() -> None:

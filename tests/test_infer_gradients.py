@@ -18,6 +18,10 @@ def test_a_write_makes_a_version_carry_gradient(bless: Bless) -> None:
     bless("infer-gradients-versions.diff", diff_of(InferGradients(), load("gradients", VersionMutations())))
 
 
+def test_what_differs_by_mode_carries_gradient_where_one_way_does(bless: Bless) -> None:
+    bless("infer-gradients-by-mode.diff", diff_of(InferGradients(), load("by-mode", VersionMutations())))
+
+
 def test_right_marks_stay() -> None:
     leaves_alone(InferGradients(), load("clean"))
 

@@ -25,6 +25,16 @@ TRACED = "program @P phase=traced {{\n  input %x : f32[4]\n  state @w : param f3
 STAGED = "program @P phase=partitioned {{\n  input %x : f32[4]\n{}\n  output (%x)\n}}"
 LINKED = "program @P phase=linked {{\n  input %x : f32[4]\n  state @w : param f32[4] names(@v) stages(0)\n{}\n}}"
 
+_BY_MODE = """
+  %a = stagecut.by_mode({}, <0>, <1>, {}) : f32[4] {{  # error: V18
+    region training (%p : f32[4]) {{
+      yield %p
+    }}
+    region evaluation (%q : f32[4]) {{
+      yield {}
+    }}
+  }}"""
+
 IN_TEXT = {
     "region value read outside": TRACED.format("""
   extern.f(<0>) {
@@ -74,6 +84,19 @@ IN_TEXT = {
     "old version written": TRACED.format("""
   aten.relu_.default(@w) writes(@w -> %w.1)
   aten.relu_.default(@w) writes(@w -> %w.2)  # error: V7"""),
+    "another way in each mode, of one region": TRACED.format("""
+  %a = stagecut.by_mode(mode(True), <0>, <0>, [%x]) : f32[4] {  # error: V18
+    region training (%p : f32[4]) {
+      yield %p
+    }
+  }"""),
+    "another way in each mode, without a flag": TRACED.format(_BY_MODE.format("mode(True, 1, 2)", "[%x]", "%q")),
+    "another way in each mode, of more operands than parameters": TRACED.format(_BY_MODE.format("mode(True)", "[%x, @w]", "%q")),
+    "another way in each mode, that yields a tuple": TRACED.format(_BY_MODE.format("mode(True)", "[%x]", "(%q,)")),
+    "another way in each mode, that yields a number": TRACED.format(_BY_MODE.format("mode(True)", "[%x]", "1")),
+    "another way in each mode, inside a region": TRACED.format(
+        "  extern.f(<0>) {\n    region r (%y : f32[4]) {" + _BY_MODE.format("False", "[%y]", "%q") + "\n  yield (%a)\n}\n}"
+    ),
     "transfer in a traced program": TRACED.format("  transfer %x : input -> 0 feed  # error: V8"),
     "marker in a stage": STAGED.format("""
   stage 0 {
@@ -432,7 +455,7 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 18)}
+    assert listed == {f"V{n}" for n in range(1, 19)}
     assert listed == in_text | {rule for rule, _ in MUTATED}
 
 

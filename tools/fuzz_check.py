@@ -5,6 +5,7 @@ Checks take the model itself, not a plan: a reproducer calls them, or holds thei
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 from stagecut.backend.mailbox import Mailbox
 from stagecut.frontend.capture import distinct_tensors
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.graph import Mode, Op, Program, Value
+from stagecut.ir.errors import ModeError
+from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value
 from stagecut.ir.interp import run
 from stagecut.ir.ops import base_name
 from stagecut.ir.parser import parse
@@ -109,13 +111,14 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     """Where what a stage returns is not of the type that the IR gives it.
 
     A view made under no_grad says that it requires grad, and so does what comes of it, though nothing flows through it. What a
-    module kept whole does inside is not known. A dropout that is off returns what it gets, strides and all; in a trace it does not.
+    module kept whole does inside is not known, and what differs by mode carries gradient where it does in one of the two. A dropout that
+    is off returns what it gets, strides and all; in a trace it does not.
     Of a batch norm of what is not contiguous, a trace has other strides than a run.
     """
     wrong: list[str] = []
     off = any("dropout" in base_name(op) and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
     off = off or any("batch_norm" in base_name(op) and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
-    whole = any(op.is_users for op in pipe.program.all_ops())
+    whole = any(op.is_users or op.target == BY_MODE for op in pipe.program.all_ops())
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
     for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
 
@@ -252,6 +255,31 @@ def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) 
     for n, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         wants[f"state {n}"], gives[f"state {n}"] = tensor.detach(), state[n].detach() if n in state else None
     return differences(wants, gives, rtol)
+
+
+def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) -> list[str]:
+    """What differs as in `mailbox` when both are switched to the other mode. Nothing where the stages say that they cannot be, or where
+    the model fails in that mode."""
+    mode = not pipe.training
+    if not _runs(copy.deepcopy(model).train(mode), *copy.deepcopy(call)):
+        return []
+    flags = [(part, part.training) for part in pipe.modules()]
+    try:
+        return mailbox(model.train(mode), pipe.train(mode), call, other, rtol)
+    except ModeError:
+        return []
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True when forward and backward go through."""
+    try:
+        backward(tree_flatten(model(*args, **kwargs))[0])
+    except Exception:
+        return False
+    return True
 
 
 def _summed(flat: list[Any], gradients: list[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:

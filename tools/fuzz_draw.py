@@ -177,6 +177,12 @@ _OPS = """
 1 m | {0} + torch.empty_like({0}).normal_()
 1 w | {0}.bernoulli_(0.5)
 1 f | F.alpha_dropout({0}, 0.5, self.training)
+# what Python chooses by the mode
+1 f | {0} * (0.5 if self.training else 0.25)
+1 f | ({0} if self.training else {0} * 0.5)
+1 ff | ({0} + {1} if self.training else {0} - {1})
+1 f | ({0} * torch.rand_like({0}) if self.training else {0}.tanh())
+1 w ! {0}.mul_(0.5 if self.training else 0.25)
 # in place, for their value
 3 ff | ({0} * 0.5).add_({1})
 2 ff | {0}.clone().mul_({1}).relu_()

@@ -170,6 +170,10 @@ def _judge(plan: ModelPlan, expected: dict[str, Any], verdict: Verdict, deep: bo
         _check("mailbox", lambda: fuzz_check.mailbox(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), rtol))
     except StagecutError as error:
         verdict.refusals.append(_blank(error))
+    try:
+        _check("switched", lambda: fuzz_check.switched(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), rtol))
+    except StagecutError as error:
+        verdict.refusals.append(_blank(error))
     _check("run", lambda: fuzz_check.differences(expected, fuzz_check.outcome(model, pipe.module(), calls(plan)), rtol))
     if seed % 5 == 0:
         _check("verify", lambda: fuzz_check.verified(pipe, inputs(plan)))
@@ -209,7 +213,7 @@ def _guard(name: str, action: Callable[[], Any]) -> Any:
     except StagecutError as error:
         if isinstance(error, SplitError) and any(known in str(error) for known in CUT_REFUSALS):
             raise
-        if name == "mailbox" and any(known in str(error) for known in RUN_REFUSALS):
+        if name in ("mailbox", "switched") and any(known in str(error) for known in RUN_REFUSALS):
             raise
         raise _Failed(name, _lines(error)) from error
     except _Failed:
@@ -302,6 +306,10 @@ wrong = fuzz_check.round_trip(pipe.program)
     "mailbox": """pipe = pipeline(model, *inputs({first}), **options)
 print(pipe)
 wrong = fuzz_check.mailbox(twin, pipe, inputs({first}), inputs({first}), {rtol})
+""",
+    "switched": """pipe = pipeline(model, *inputs({first}), **options)
+print(pipe)
+wrong = fuzz_check.switched(twin, pipe, inputs({first}), inputs({first}), {rtol})
 """,
     "verify": """pipe = pipeline(model, *inputs({first}), **options)
 print(pipe)

@@ -1,4 +1,4 @@
-"""Cuts an architecture of the zoo and compares the pipe with a copy of the model, in eval and in train mode."""
+"""Cuts an architecture of the zoo in eval and in train mode, and compares the pipe with a copy of the model in both modes each time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from zoo.cuts import cut_points, equal_ops
 from zoo.models import Architecture
 
-from stagecut import Pipe, SplitPoint, pipeline
+from stagecut import ModeError, Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
 from stagecut.ir.objects import opened, opening
 
@@ -33,16 +33,21 @@ class Wrong(Exception):
     """Something the pipe does not do as the model does."""
 
 
+ONE_MODE = "one mode"
+"""How the result begins of a pipe that is right in the mode it was cut in, and refuses to be switched to the other."""
+
+
 def check(architecture: Architecture, stages: int) -> str:
-    """'ok', or the first thing that is wrong."""
+    """'ok', what begins with ONE_MODE, or the first thing that is wrong. Cut in each mode, and switched to the other and back."""
+    refused = ""
     for mode in architecture.modes:
         try:
-            _check(architecture, stages, training=mode == "train")
+            refused = _check(architecture, stages, training=mode == "train") or refused
         except Wrong as error:
             return f"{mode}: {error}"
         except Exception as error:
             return f"{mode}: {_summary(error)}"
-    return "ok"
+    return refused or "ok"
 
 
 def _summary(error: Exception) -> str:
@@ -52,24 +57,59 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {next((line.strip() for line in str(error).splitlines() if line.strip()), 'no message')}"
 
 
-def _check(architecture: Architecture, stages: int, training: bool) -> None:
+def _check(architecture: Architecture, stages: int, training: bool) -> str:
     torch.manual_seed(0)
     model, inputs = architecture.make().train(training), architecture.inputs()
     if architecture.warm:
         _run(model, inputs)
-    twin, traced = deepcopy(model), deepcopy(model)
+    twin = deepcopy(model)
     pipe = _cut(model, inputs, stages, architecture.leaves)
     _unchanged(model, twin)
     _same_names(pipe, twin)
+    first = _compare(pipe, twin, inputs)
+    if not training:
+        _same_tree("the model itself afterwards: output", _run(model, inputs), first.output, 1e-6)
+    return _switch(pipe, twin, inputs, training) if len(architecture.modes) > 1 else ""
+
+
+def _switch(pipe: Pipe, twin: nn.Module, inputs: dict[str, Any], training: bool) -> str:
+    """Compares in the other mode, and again in the first; says so where the stages refuse to go there."""
+    for mode in (not training, training):
+        name = "train" if mode else "eval"
+        try:
+            pipe.train(mode)
+        except ModeError as error:
+            if pipe.training is not training or any(stage.training is not training for stage in pipe.stages):
+                raise Wrong("a refused switch has switched something") from None
+            return f"{ONE_MODE}: cut in {'train' if training else 'eval'} mode: {error.where}"
+        try:
+            _compare(pipe, twin.train(mode), inputs)
+        except Wrong as error:
+            raise Wrong(f"switched to {name} mode: {error}") from error
+    return ""
+
+
+def _compare(pipe: Pipe, twin: nn.Module, inputs: dict[str, Any]) -> Step:
+    """The step of the model, which that of the pipe is equal to."""
+    traced = _copy(twin)
     expected, found = _step(twin, inputs), _step(pipe.module(), inputs)
     try:
         _same_step(found, expected, 1e-6)
     except Wrong as error:
         _same_step(found, expected, 1e-3)
+        if traced is None:
+            raise
         _same_step(found, _step(_exported(traced, inputs, error), inputs), 0)
     _same_tensors("after the step, buffer", dict(pipe.named_buffers()), _held(pipe, dict(twin.named_buffers())), 1e-6)
-    if not training:
-        _same_tree("the model itself afterwards: output", _run(model, inputs), expected.output, 1e-6)
+    return expected
+
+
+def _copy(model: nn.Module) -> nn.Module | None:
+    """A copy, None of a model that keeps what its last call made."""
+    try:
+        return deepcopy(model)
+    except RuntimeError:
+        return None
 
 
 def _cut(model: nn.Module, inputs: dict[str, Any], stages: int, leaves: tuple[str, ...]) -> Pipe:

@@ -1,4 +1,4 @@
-"""Cuts every architecture of the zoo into two and four stages, each in a process of its own, and prints a table."""
+"""Cuts every architecture of the zoo into two and four stages in both modes, each in a process of its own, and prints a table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zoo.check import ONE_MODE
 from zoo.models import ARCHITECTURES, Architecture
 
 STAGES = (2, 4)
@@ -28,27 +29,37 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zoo.check", "transformers"])
-    start, wrong = time.perf_counter(), Counter[int]()
+    start, wrong, one_mode = time.perf_counter(), Counter[int](), Counter[int]()
     _say(f"{'architecture':46}2 stages  4 stages")
     with ThreadPoolExecutor(options.jobs) as pool:
         for architecture, results in zip(chosen, pool.map(lambda a: _in_process(context, a, options.timeout), chosen), strict=True):
             found = dict(zip(STAGES, results, strict=True))
-            bad = {stages: result for stages, result in found.items() if result != "ok"}
-            _say(f"{architecture.name:46}" + "".join(f"{'WRONG' if stages in bad else 'ok':10}" for stages in STAGES).rstrip())
-            for stages, result in bad.items():
-                _say(f"    {stages} stages, {result[:300]}")
-            wrong.update(bad.keys())
+            _say(f"{architecture.name:46}" + "".join(f"{_word(result):10}" for result in results).rstrip())
+            for stages, result in found.items():
+                if result != "ok":
+                    _say(f"    {stages} stages, {result[:300]}")
+            wrong.update(stages for stages, result in found.items() if _word(result) == "WRONG")
+            one_mode.update(stages for stages, result in found.items() if _word(result) == ONE_MODE)
     for stages in STAGES:
-        _say(f"{stages} stages: {len(chosen) - wrong[stages]} of {len(chosen)} ok")
+        right = len(chosen) - wrong[stages]
+        _say(
+            f"{stages} stages: {right} of {len(chosen)} ok, {right - one_mode[stages]} of them switched to the other mode and back; "
+            f"{one_mode[stages]} refuse to switch"
+        )
     _say(f"{time.perf_counter() - start:.0f} s")
     return 1 if wrong else 0
+
+
+def _word(result: str) -> str:
+    """The result in the table."""
+    return result if result == "ok" else ONE_MODE if result.startswith(ONE_MODE) else "WRONG"
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these architectures or families")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     return parser.parse_args()
 
 

@@ -1,0 +1,138 @@
+"""A model whose trace differs between train and eval mode is traced in both, and the program does what it does in either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut.frontend.lower import returns_what_it_is_given
+from stagecut.frontend.merge import Alignment, CannotFollow, Flags, Merge
+from stagecut.frontend.watch import same_constant
+from stagecut.ir.bindings import Bindings
+from stagecut.ir.errors import CaptureError, InputError, SplitError
+from stagecut.ir.graph import Namer, Op, Program, scope_fqn
+from stagecut.ir.printer import nested_ops
+from stagecut.ir.targets import resolve
+from stagecut.ir.verifier import verify
+
+Traced = tuple[Program, Bindings]
+
+
+def follow(module: nn.Module, traced: Traced, again: Callable[[], Traced], asked: Iterable[str]) -> None:
+    """The traced program does what `module` does in either mode, where Python chose by `training` while it was traced.
+
+    Where it cannot, `bindings.branches` says so of each module by whose flag was chosen, where, and why. `again` traces the module as it
+    stands then; it has the flags and the state that it had, afterwards. `asked` are the modules at which the user cuts.
+    """
+    bindings = traced[1]
+    if not bindings.choices:
+        return
+    choices = dict(bindings.choices)
+    try:
+        if bindings.branches:
+            raise CannotFollow(f"its mode is more than flags: {next(iter(bindings.branches.values()))}")
+        with in_other_mode(module):
+            other = _traced(module, again)
+        choices |= {path: place for path, place in other[1].choices.items() if path not in choices}
+        _merge(module, traced, other, choices, asked)
+    except CannotFollow as error:
+        refuse_to_follow(bindings, choices, str(error))
+        return
+    stays = {path: place for path, place in choices.items() if bindings.training.get(path) == other[1].training.get(path)}
+    refuse_to_follow(bindings, stays, "its flag was not that of the model")
+
+
+def refuse_to_follow(bindings: Bindings, choices: dict[str, str], why: str) -> None:
+    """The stages cannot follow these modules to the other mode, and say so when they are to."""
+    bindings.branches |= {path: f"{place}: {why}" for path, place in choices.items()}
+    bindings.choices = {}
+
+
+def hold_one_mode(traced: Traced, why: str) -> None:
+    """The program does what the model does in the mode of now alone."""
+    program, bindings = traced
+    choices = dict(bindings.choices)
+    for op in filter(returns_what_it_is_given, program.ops):
+        op.effects = replace(op.effects, views=())
+        choices[scope_fqn(op.scope)] = op.where()
+    refuse_to_follow(bindings, choices, why)
+
+
+@contextmanager
+def in_other_mode(module: nn.Module) -> Iterator[None]:
+    """While open, `module` is in the mode that it is not in; afterwards all flags are as before."""
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        module.train(not module.training)
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
+def _traced(module: nn.Module, again: Callable[[], Traced]) -> Traced:
+    try:
+        return again()
+    except (CaptureError, SplitError, InputError) as error:
+        mode = "train" if module.training else "eval"
+        raise CannotFollow(f"in {mode} mode it cannot be traced: {error.what} ({error.where})") from error
+
+
+def _merge(module: nn.Module, traced: Traced, other: Traced, choices: dict[str, str], asked: Iterable[str]) -> None:
+    (program, bindings), (theirs, others) = traced, other
+    if bindings.call.out_spec != others.call.out_spec:
+        raise CannotFollow("the model returns another structure in the other mode")
+    if bindings.call.ranges != others.call.ranges:
+        raise CannotFollow("the other mode takes other sizes")
+    functions = _with_our_names(theirs, bindings, others)
+
+    def equal(mine: str, yours: str) -> bool:
+        one, other = bindings.tensors[mine], others.tensors[yours]
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_constant(one, other)
+
+    flags = Flags(bindings.training, others.training, list(choices), _first_names(module))
+    merge = Merge(Alignment(program, theirs, equal, filled), flags, asked)
+    merge.run()
+    bindings.functions |= functions
+    bindings.modules |= others.modules
+    bindings.tensors |= {entry.name: others.tensors[name] for name, entry in merge.constants.items()}
+    bindings.choices = {}
+    verify(program, after="both modes were made one")
+
+
+def _with_our_names(theirs: Program, bindings: Bindings, others: Bindings) -> dict[str, Callable[..., Any]]:
+    """Their program calls the user's functions by the names that ours has; those that only they have, by new ones."""
+    namer = Namer(bindings.functions)
+    known = {function: name for name, function in bindings.functions.items()}
+    names = {name: known.get(function) or namer(name) for name, function in others.functions.items()}
+    for op in nested_ops(theirs.all_ops()):
+        op.target = names.get(op.target, op.target)
+    return {names[name]: function for name, function in others.functions.items()}
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Module path -> the first path of the same module."""
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(owner), path) for path, owner in module.named_modules(remove_duplicate=False)}
+
+
+def filled(op: Op, like: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an op of torch, with those that `like` gives and it leaves out as its schema has them."""
+    target = resolve(op.target) if op.target.startswith(("aten.", "torch.ops.")) else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return op.args, op.kwargs
+    args, kwargs = list(op.args), dict(op.kwargs)
+    for place, argument in enumerate(target._schema.arguments):
+        wanted = place < len(like.args) or argument.name in like.kwargs
+        if not wanted or place < len(args) or argument.name in kwargs or not argument.has_default_value():
+            continue
+        if place == len(args) and not argument.kwarg_only:
+            args.append(argument.default_value)
+        else:
+            kwargs[argument.name] = argument.default_value
+    return tuple(args), {key: kwargs[key] for key in sorted(kwargs)}

@@ -1,0 +1,557 @@
+"""Two traces of one model, one in each mode -> one program that does what the model does in either.
+
+The ops of both are aligned. Where an op differs in literals only, these follow the flag of its module. Where the ops differ, one op stands
+for both runs, with a region for each mode. So all that comes behind sees one program, with the same stages and boundaries in both modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from typing import Any
+
+from stagecut.ir.graph import (
+    BY_MODE,
+    WHOLE,
+    Context,
+    Effects,
+    Mode,
+    Namer,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    Scope,
+    StateEntry,
+    Value,
+    scope_fqn,
+    substitute,
+    transform,
+)
+from stagecut.ir.outline import storage_root, viewed_value
+from stagecut.ir.types import TensorType, Type
+
+Pair = tuple[Value, Value]
+"""What stands in the same place in both traces."""
+
+
+class CannotFollow(Exception):
+    """The two traces do not make one program; the text says why."""
+
+
+@dataclass
+class Part:
+    """What both traces have next: an op that is the same in both, or a run of ops for each.
+
+    joins are the pairs of values that are one value behind the part, and the op that reads them first, None for the output.
+    """
+
+    ours: list[Op]
+    theirs: list[Op]
+    shared: bool = False
+    joins: dict[Pair, Op | None] = field(default_factory=dict)
+
+    @property
+    def ops(self) -> list[Op]:
+        """All of both."""
+        return [*self.ours, *self.theirs]
+
+
+class _Conflict(Exception):
+    """The parts from `first` to `last` must be one, for what one of them makes another one needs in one mode only."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(first, last)
+        self.first, self.last = first, last
+
+
+class Alignment:
+    """The parts of two traced programs, and which values of theirs are which of ours.
+
+    `same_constant` tells whether two constants of these names have equal values; `filled` gives the arguments of an op, with those
+    that another one gives and it leaves out.
+    """
+
+    def __init__(
+        self,
+        ours: Program,
+        theirs: Program,
+        same_constant: Callable[[str, str], bool],
+        filled: Callable[[Op, Op], tuple[tuple[Any, ...], dict[str, Any]]],
+    ) -> None:
+        self.ours, self.theirs = ours, theirs
+        self.same_constant, self.filled = same_constant, filled
+        self._inputs = dict(self._interface())
+        self.partner: dict[Value, Value] = {}
+        self._place: dict[Value, int] = {}
+        self._alone: set[Value] = set()
+        self.parts = _aligned(ours.ops, theirs.ops)
+        while True:
+            try:
+                self._walk()
+                return
+            except _Conflict as conflict:
+                self._unite(conflict.first, conflict.last)
+
+    def _interface(self) -> Iterator[Pair]:
+        """Inputs and state, theirs first."""
+        ours, theirs = self.ours, self.theirs
+        if [bare(v.type) for v in ours.inputs] != [bare(v.type) for v in theirs.inputs]:
+            raise CannotFollow("it takes other inputs there")
+        yield from zip(theirs.inputs, ours.inputs, strict=True)
+        owners = ours.name_owners()
+        for entry in theirs.state:
+            if entry.kind != "const":
+                yield entry.value, owners[entry.name].value
+
+    def _unite(self, first: int, last: int) -> None:
+        """Those parts, and the runs beside them, are one run."""
+        while first > 0 and not self.parts[first - 1].shared:
+            first -= 1
+        while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
+            last += 1
+        parts = self.parts[first : last + 1]
+        self.parts[first : last + 1] = [Part([op for p in parts for op in p.ours], [op for p in parts for op in p.theirs])]
+
+    # --- one walk over all parts, which ends where two of them must be one ------------------------
+
+    def _walk(self) -> None:
+        self.partner, self._place, self._alone = dict(self._inputs), {}, set()
+        for number, part in enumerate(self.parts):
+            part.joins = {}
+            self._visit(part, number)
+            self._place |= {value: number for op in part.ops for value in op.results}
+        for one, other in zip(self.ours.outputs, self.theirs.outputs, strict=True):
+            if isinstance(one, Value) != isinstance(other, Value) or not (isinstance(one, Value) or same_literal(one, other)):
+                raise CannotFollow("it returns something else there")
+            if isinstance(one, Value):
+                self._meet(one, other, len(self.parts), None)
+
+    def _visit(self, part: Part, number: int) -> None:
+        if not part.shared:
+            made = {value for op in part.ops for value in op.results}
+            for value in (value for op in part.ops for value in op.operands if value in self._alone and value not in made):
+                raise _Conflict(self._place[value], number)
+            self._alone |= made
+            return
+        one, other = part.ours[0], part.theirs[0]
+        pairs = self.pairs(one, other)
+        if pairs is None:
+            raise _Conflict(number, number)
+        for mine, yours in pairs:
+            if isinstance(mine, Value):
+                self._meet(mine, yours, number, one)
+        self.partner |= zip(other.results, one.results, strict=True)
+
+    def _meet(self, mine: Value, yours: Value, number: int, reader: Op | None) -> None:
+        """The two values are one, or are made one behind the part that makes them."""
+        if self.partner.get(yours) is mine or self._are_equal_constants(mine, yours):
+            self.partner[yours] = mine
+            return
+        homes = [self._place[value] for value in (mine, yours) if value in self._alone]
+        where = max(homes) if homes else self._run_before(number)
+        first = min([where, *homes])
+        last = max(where, *(self._place.get(value, -1) for value in (mine, yours)))
+        if first < where or last > where:
+            raise _Conflict(first, last)
+        if bare(mine.type) != bare(yours.type):
+            if reader is None:
+                raise CannotFollow("it returns tensors of another type or size there")
+            raise _Conflict(where, number)
+        self.parts[where].joins.setdefault((mine, yours), reader)
+
+    def _run_before(self, number: int) -> int:
+        """The number of a run right in front of that part."""
+        if not number or self.parts[number - 1].shared:
+            self.parts.insert(number, Part([], []))
+            raise _Conflict(number, number)
+        return number - 1
+
+    def _are_equal_constants(self, mine: Value, yours: Value) -> bool:
+        one, other = mine.owner, yours.owner
+        constants = isinstance(one, StateEntry) and isinstance(other, StateEntry) and one.kind == other.kind == "const"
+        return constants and self.same_constant(one.name, other.name)  # type: ignore[union-attr]
+
+    # --- pairs ------------------------------------------------------------------------------------
+
+    def pairs(self, one: Op, other: Op) -> list[tuple[Any, Any]] | None:
+        """The leaves of the operands of both, in order; None where they are not built alike."""
+        (args, kwargs), (others, keywords) = (one.args, one.kwargs), (other.args, other.kwargs)
+        if len(args) != len(others) or kwargs.keys() != keywords.keys():
+            (args, kwargs), (others, keywords) = self.filled(one, other), self.filled(other, one)
+        if kwargs.keys() != keywords.keys() or not all(map(self._same_region, one.regions, other.regions)):
+            return None
+        found: list[tuple[Any, Any]] = []
+        alike = _zip((args, kwargs), (others, {key: keywords[key] for key in kwargs}), found)
+        return found if alike else None
+
+    def _same_region(self, one: Region, other: Region) -> bool:
+        """True for regions of equal ops. Nothing in them differs by mode, or the op they are of is another one in each."""
+        if [p.type for p in one.params] != [p.type for p in other.params] or [*map(_key, one.ops)] != [*map(_key, other.ops)]:
+            return False
+        partner = dict(zip(other.params, one.params, strict=True))
+        for mine, yours in zip([*one.ops, one.output], [*other.ops, other.output], strict=True):
+            pairs = self.pairs(mine, yours)
+            if pairs is None or not all(partner.get(b) is a if isinstance(a, Value) else same_literal(a, b) for a, b in pairs):
+                return False
+            partner |= zip(yours.results, mine.results, strict=True)
+        return True
+
+
+def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
+    """Ops that may be the same in both, one by one, and what lies between them. The split points are, where there are as many."""
+    mine, yours = _between_splits(ours), _between_splits(theirs)
+    if len(mine) != len(yours):
+        mine, yours = [[*ours]], [[*theirs]]
+    parts: list[Part] = []
+    for one, other in zip(mine, yours, strict=True):
+        for tag, start, stop, begin, end in SequenceMatcher(None, [*map(_key, one)], [*map(_key, other)], autojunk=False).get_opcodes():
+            if tag == "equal":
+                parts += [Part([a], [b], True) for a, b in zip(one[start:stop], other[begin:end], strict=True)]
+            else:
+                parts.append(Part(one[start:stop], other[begin:end]))
+    return parts
+
+
+def _between_splits(ops: Sequence[Op]) -> list[list[Op]]:
+    """The ops from one split point to the next; each split point by itself."""
+    runs: list[list[Op]] = [[]]
+    for op in ops:
+        if op.is_split:
+            runs += [[op], []]
+        else:
+            runs[-1].append(op)
+    return runs
+
+
+def _key(op: Op) -> Any:
+    """Equal for ops that can stand for each other: all but operands. Neither a checkpoint nor the number of a call changes a result."""
+    context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
+    return op.target, scope_fqn(op.scope), repr(context), tuple(str(bare(r.type)) for r in op.results), repr(op.form), len(op.regions)
+
+
+def bare(kind: Type) -> Type:
+    """A type without its gradient, which a trace does not know."""
+    return replace(kind, grad=False) if isinstance(kind, TensorType) and kind.grad else kind
+
+
+def _zip(one: Any, other: Any, found: list[tuple[Any, Any]]) -> bool:
+    """`found` gains the pairs of leaves; False where the trees are not built alike."""
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(_zip(a, b, found) for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and [*one] == [*other] and all(_zip(item, other[key], found) for key, item in one.items())
+    if isinstance(one, slice):
+        return isinstance(other, slice) and _zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), found)
+    if isinstance(one, Value) != isinstance(other, Value) or isinstance(other, (tuple, list, dict, slice)):
+        return False
+    found.append((one, other))
+    return True
+
+
+def same_literal(one: Any, other: Any) -> bool:
+    """Equal, where 1 is not True and nan is nan. Two that follow a flag do so in both traces."""
+    if isinstance(one, Mode) and isinstance(other, Mode):
+        return same_literal(one.training, other.training) and same_literal(one.evaluating, other.evaluating)
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
+
+
+@dataclass
+class Flags:
+    """The `training` flags in both traces by module path, and by whose Python chose. `canonical` is the first path of a module."""
+
+    ours: Mapping[str, bool]
+    theirs: Mapping[str, bool]
+    readers: Sequence[str]
+    canonical: Mapping[str, str]
+
+    def switch(self, path: str) -> bool:
+        """True when the module has one flag in one trace and the other in the other."""
+        return path in self.ours and self.ours[path] != self.theirs.get(path)
+
+    def others(self, path: str, scopes: Iterable[str]) -> tuple[str, ...]:
+        """The modules besides that one whose flag may be why ops in `scopes` differ: who chose around them, or else who chose at all."""
+        around = {above for scope in scopes for above in _above(scope)}
+        chose = [reader for reader in self.readers if reader in around] or self.readers
+        own = self.canonical.get(path, path)
+        return tuple(sorted({self.canonical.get(reader, reader) for reader in chose if self.switch(reader)} - {own}))
+
+
+def _above(path: str) -> Iterator[str]:
+    """A module path, and those of all modules around it."""
+    yield ""
+    parts = path.split(".")
+    yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+class Merge:
+    """Makes one program of two. All that can be wrong is found before anything changes."""
+
+    def __init__(self, alignment: Alignment, flags: Flags, asked: Iterable[str]) -> None:
+        self._both, self._flags = alignment, flags
+        self._parts = alignment.parts
+        self._runs = [[part.ours for part in self._parts], [part.theirs for part in self._parts]]
+        self._trains = 0 if flags.ours[""] else 1
+        self._joined: dict[Pair, Value] = {}
+        self.constants: dict[str, StateEntry] = {}
+        self._namer = Namer(alignment.ours.name_owners())
+        self._memory = [_Memory(runs, program) for runs, program in zip(self._runs, (alignment.ours, alignment.theirs), strict=True)]
+        for number, part in enumerate(self._parts):
+            if part.shared:
+                self._check_flag(part)
+            else:
+                self._check_way(number, part, [*asked])
+                self._check_memory(number, part)
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    def _check_flag(self, part: Part) -> None:
+        op = part.ours[0]
+        path = scope_fqn(op.scope)
+        if not self._flags.switch(path) and any(_differ(pair) for pair in self._both.pairs(op, part.theirs[0]) or ()):
+            raise CannotFollow(f"what '{path}' does changes with the mode of others, while its own flag stays, {op.where()}")
+
+    def _check_way(self, number: int, part: Part, asked: list[str]) -> None:
+        if any(op.is_split for op in part.ops):
+            raise CannotFollow("it goes another way there across a split point")
+        for path in asked:
+            inside = [f"{scope_fqn(op.scope)}.".startswith(f"{path}.") for op in part.ops]
+            if any(inside) and not all(inside):
+                raise CannotFollow(f"it goes another way there across a split point, at module '{path}'")
+        for runs in self._runs:
+            here = _transforms(runs[number]) - {*self._context(number)}
+            if here & {mark for other, ops in enumerate(runs) if other != number for mark in _transforms(ops)}:
+                raise CannotFollow("it goes another way there inside a vmap")
+
+    def _check_memory(self, number: int, part: Part) -> None:
+        """Raises CannotFollow where what is written behind a run shares memory in one of the two modes only, and is read there."""
+        seen: tuple[set[Value], set[Value]] = (set(), set())
+        for pair in part.joins:
+            if self._viewed(number, pair) is not None:
+                continue
+            roots = [_root_in(value, self._runs[side][number]) for side, value in enumerate(pair)]
+            outside = [side for side, root in enumerate(roots) if root.owner not in self._runs[side][number]]
+            shared = len(outside) == 2 or any(root in before for root, before in zip(roots, seen, strict=True))
+            written = any(memory.is_written_behind(root, number) for memory, root in zip(self._memory, roots, strict=True))
+            if written and (shared or (outside and self._is_read(number, roots[outside[0]], outside[0]))):
+                raise CannotFollow(f"what is written shares memory with another tensor in one of the two modes only, {_where(part)}")
+            for root, before in zip(roots, seen, strict=True):
+                before.add(root)
+
+    def _is_read(self, number: int, value: Value, side: int) -> bool:
+        """True when what a run returns in one mode only, as it was before the run, is read behind it by its own name."""
+        mine = self._ours(value) if side else value
+        yours = value if side else next((v for v, partner in self._both.partner.items() if partner is mine), None)
+        if yours is None or not isinstance(storage_root(mine).owner, Op):
+            return True
+        names = (mine, yours)
+        runs = [other for other, part in enumerate(self._parts) if other > number and not part.shared]
+        return self._memory[1 - side].is_read_behind(names[1 - side], number) or self._memory[side].is_read_in(names[side], runs)
+
+    # --- the merged program -----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Our program does what the model does in either mode; theirs is used up."""
+        ours, theirs = self._both.ours, self._both.theirs
+        ops = [
+            self._shared(number, part) if part.shared else self._by_mode(number, part)
+            for number, part in enumerate(self._parts)
+            if part.ops or part.joins
+        ]
+        pairs = zip(ours.outputs, theirs.outputs, strict=True)
+        ours.set_outputs([self._joined.get((a, b), a) if isinstance(a, Value) else a for a, b in pairs])
+        ours.ops = ops
+        ours.state += self.constants.values()
+        for part in self._parts:
+            for op in part.theirs if part.shared else ():
+                op.drop()
+        theirs.output.drop()
+
+    def _shared(self, number: int, part: Part) -> Op:
+        one, other = part.ours[0], part.theirs[0]
+        pairs = self._both.pairs(one, other)
+        assert pairs is not None
+        made = iter([self._leaf(pair, one) for pair in pairs])
+        alike = len(one.args) == len(other.args) and one.kwargs.keys() == other.kwargs.keys()
+        args, kwargs = transform((one.args, one.kwargs) if alike else self._both.filled(one, other), lambda _: next(made))
+        one.set_operands(args, kwargs)
+        one.context = (one, other)[self._trains].context
+        first, second = one.effects, other.effects
+        if first != second:
+            writes = tuple(dict.fromkeys((*first.writes, *second.writes)))
+            one.effects = Effects(writes, first.views, first.random or second.random, first.effect or second.effect)
+        return one
+
+    def _leaf(self, pair: tuple[Any, Any], op: Op) -> Any:
+        """What stands for a pair of operands: the value that both are, or a literal that follows the flag."""
+        mine, yours = pair
+        if isinstance(mine, Value):
+            return self._joined.get((mine, yours), mine)
+        if not _differ(pair):
+            return mine
+        path = scope_fqn(op.scope)
+        flag = self._flags.ours[path]
+        training, evaluating = (_now(mine), _now(yours)) if flag else (_now(yours), _now(mine))
+        return Mode(flag, training, evaluating, self._flags.others(path, [path]))
+
+    def _by_mode(self, number: int, part: Part) -> Op:
+        """The op that stands for a run of ours and one of theirs."""
+        context = self._context(number)
+        scope = self._scope(part)
+        path = scope_fqn(scope)
+        readers = [op for op in part.joins.values() if op is not None]
+        flag = Mode(self._flags.ours[path], others=self._flags.others(path, [scope_fqn(op.scope) for op in (*part.ops, *readers)]))
+        operands = self._operands(number, part)
+        effects = self._effects(number, part, operands)
+        loc = next((op.loc for op in (*part.ops, *readers) if op.loc), None)
+        regions = [self._region(number, part, operands, side) for side in ((0, 1) if self._trains == 0 else (1, 0))]
+        op = Op(
+            BY_MODE, (flag, RegionRef(0), RegionRef(1), operands),
+            effects=effects, scope=scope, context=context, loc=loc, regions=(*regions,),
+        )  # fmt: skip
+        for mine, yours in part.joins:
+            self._joined[mine, yours] = op.add_result(bare(mine.type), mine.hint)
+        return op
+
+    def _region(self, number: int, part: Part, operands: list[Value], side: int) -> Region:
+        params = [Value(value.type, value.hint) for value in operands]
+        place = {value: place for place, value in enumerate(operands)}
+        run = self._runs[side][number]
+        swap = {value: params[place[self._ours(value) if side else value]] for value in self._outer(number, part, side)}
+        for op in run:
+            op.set_operands(substitute(op.args, swap), substitute(op.kwargs, swap))
+            op.context = tuple(mark for mark in op.context if mark.kind not in WHOLE)
+        yielded = tuple(swap.get(pair[side], pair[side]) for pair in part.joins)
+        return Region(_NAMES[side != self._trains], params, run, Op("output", (yielded[0] if len(yielded) == 1 else yielded,)))
+
+    def _outer(self, number: int, part: Part, side: int) -> list[Value]:
+        """The values from before that a run reads or returns, in the names of its side."""
+        run = self._runs[side][number]
+        made = {value for op in run for value in op.results}
+        read = [value for op in run for value in op.operands]
+        return [value for value in dict.fromkeys([*read, *(pair[side] for pair in part.joins)]) if value not in made]
+
+    def _operands(self, number: int, part: Part) -> list[Value]:
+        sides = (self._trains, 1 - self._trains)
+        found = [self._ours(value) if side else value for side in sides for value in self._outer(number, part, side)]
+        return [*dict.fromkeys(found)]
+
+    def _ours(self, value: Value) -> Value:
+        """Which value of ours one of theirs is. A constant that only their trace has becomes one of ours."""
+        mine = self._both.partner.get(value)
+        if mine is not None:
+            return mine
+        entry = value.owner
+        assert isinstance(entry, StateEntry)
+        known = next((e for e in self._both.ours.state if e.kind == "const" and self._both.same_constant(e.name, entry.name)), None)
+        if known is None and entry.name not in self.constants:
+            made = self.constants[entry.name] = StateEntry((self._namer(entry.name),), "const", entry.type)
+            made.tensor = made.storage = len(self._both.ours.state) + len(self.constants) - 1
+        self._both.partner[value] = (known or self.constants[entry.name]).value
+        return self._both.partner[value]
+
+    def _effects(self, number: int, part: Part, operands: list[Value]) -> Effects:
+        place = {value: place for place, value in enumerate(operands)}
+        writes: dict[int, None] = {}
+        for side in (0, 1):
+            for op in self._runs[side][number]:
+                for root in (_root_in(op.operands[i], self._runs[side][number]) for i in op.effects.writes):
+                    if root.owner not in self._runs[side][number]:
+                        writes[place[self._ours(root) if side else root]] = None
+        viewed = [self._viewed(number, pair) for pair in part.joins]
+        views = tuple(None if value is None else place[value] for value in viewed)
+        inside = [op.effects for op in part.ops]
+        random, effect = any(e.random for e in inside), any(e.effect for e in inside)
+        return Effects((*writes,), views if any(v is not None for v in views) else (), random, effect)
+
+    def _viewed(self, number: int, pair: Pair) -> Value | None:
+        """The value of ours that what a run returns is a view of in both modes."""
+        mine, yours = (_root_in(value, self._runs[side][number]) for side, value in enumerate(pair))
+        if mine.owner in self._runs[0][number] or yours.owner in self._runs[1][number]:
+            return None
+        return mine if self._ours(yours) is mine else None
+
+    def _scope(self, part: Part) -> Scope:
+        """The innermost module call around a run whose module has another flag in each mode."""
+        scopes = [op.scope for op in part.ops or part.joins.values() if op is not None]
+        scope = _common(scopes) if len(scopes) == len(part.ops or part.joins) else ()
+        while scope and not self._flags.switch(scope_fqn(scope)):
+            scope = scope[:-1]
+        return scope
+
+    def _context(self, number: int) -> tuple[Context, ...]:
+        """The regions around a run that are one piece, as they are in training."""
+        runs = self._runs[self._trains]
+        between = 0 < number < len(runs) - 1 and runs[number - 1] and runs[number + 1]
+        near = runs[number] or ([runs[number - 1][-1], runs[number + 1][0]] if between else [])
+        return _common([tuple(mark for mark in op.context if mark.kind in WHOLE) for op in near])
+
+
+_NAMES = ("training", "evaluation")
+
+
+class _Memory:
+    """Which parts of one trace write which memory, and which read it."""
+
+    def __init__(self, runs: list[list[Op]], program: Program) -> None:
+        self._writers: dict[Any, set[int]] = {}
+        self._readers: dict[Any, set[int]] = {}
+        for number, ops in enumerate(runs):
+            for op in ops:
+                for value in op.operands:
+                    self._readers.setdefault(_memory(value), set()).add(number)
+                for place in op.effects.writes:
+                    self._writers.setdefault(_memory(op.operands[place]), set()).add(number)
+        for value in program.output.operands:
+            self._readers.setdefault(_memory(value), set()).add(len(runs))
+
+    def is_written_behind(self, value: Value, number: int) -> bool:
+        """True when a part behind that one writes the memory of a value."""
+        return any(writer > number for writer in self._writers.get(_memory(value), ()))
+
+    def is_read_behind(self, value: Value, number: int) -> bool:
+        """True when a part behind that one reads the memory of a value."""
+        return any(reader > number for reader in self._readers.get(_memory(value), ()))
+
+    def is_read_in(self, value: Value, parts: list[int]) -> bool:
+        """True when one of these parts reads it."""
+        return not self._readers.get(_memory(value), set()).isdisjoint(parts)
+
+
+def _memory(value: Value) -> Any:
+    """Equal for values that lie in the same memory."""
+    root = storage_root(value)
+    return ("state", root.owner.storage) if isinstance(root.owner, StateEntry) else root
+
+
+def _root_in(value: Value, run: list[Op]) -> Value:
+    """What a value is a view of, as far as `run` makes it one."""
+    while value.owner in run and (base := viewed_value(value)) is not None:
+        value = base
+    return value
+
+
+def _differ(pair: tuple[Any, Any]) -> bool:
+    return not isinstance(pair[0], Value) and not same_literal(*pair)
+
+
+def _now(item: Any) -> Any:
+    return item.now if isinstance(item, Mode) else item
+
+
+def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What all paths begin with."""
+    common = paths[0] if paths else ()
+    for path in paths:
+        while path[: len(common)] != common:
+            common = common[:-1]
+    return common
+
+
+def _transforms(ops: Iterable[Op]) -> set[Context]:
+    return {mark for op in ops for mark in op.context if mark.kind == "transform"}
+
+
+def _where(part: Part) -> str:
+    return next((op.where() for op in (*part.ops, *part.joins.values()) if op is not None), "")
