@@ -23,7 +23,7 @@ from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.scopes import scopes
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import visible
-from stagecut.frontend.watch import Unsettled, Watch, watched
+from stagecut.frontend.watch import Unsettled, Watch, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.objects import opening, plain
@@ -153,11 +153,7 @@ def _refusal(module: nn.Module, error: Exception, whole: Mapping[str, str]) -> C
     """What to tell the user; `whole` are the modules that capture has tried to keep whole before, and why."""
     name, text = type(module).__name__, str(error)
     if (odd := _ODD.search(text)) is not None:
-        return CaptureError(
-            f"{name} returns a {odd[1] or odd[2]}, which is neither a tensor nor plain data",
-            where=place_of(type(module)),
-            hint="return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as attributes",
-        )
+        return odd_output(module, odd[1] or odd[2])
     before = [f"before that, in module '{path}': {reason}" for path, reason in whole.items()][:1]
     return CaptureError(
         f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *before])}",

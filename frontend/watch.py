@@ -280,9 +280,12 @@ class Watch:
         if self.finder:
             self.finder.start()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, _: nn.Module, __: Any, result: Any) -> None:
         if self.finder:
             self.finder.stop()
+        for leaf in tree_leaves(result):
+            if type(leaf).__hash__ is None:  # torch 2.11 looks for its class among others by hash
+                raise odd_output(self._module, type(leaf).__name__)
         self._refuse_lost()
         self._write_back()
         for key, child in _children(self._module):
@@ -408,6 +411,15 @@ class Watch:
         owner = self._module.get_submodule(path)
         line = self._lines.get((id(owner), name))
         return shown(line) if line else place_of(type(owner))
+
+
+def odd_output(module: nn.Module, kind: str) -> CaptureError:
+    """What to say of a class that no trace returns."""
+    return CaptureError(
+        f"{type(module).__name__} returns a {kind}, which is neither a tensor nor plain data",
+        where=place_of(type(module)),
+        hint="return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as attributes",
+    )
 
 
 def _changes(owner: Any, name: str, watch: Watch) -> bool:

@@ -10,6 +10,8 @@ import torch
 from zoo.check import ONE_MODE, check
 from zoo.models import ARCHITECTURES
 
+from stagecut import pipeline
+
 SAMPLE = {
     "LlamaForCausalLM": 4,
     "FalconForCausalLM alibi": 2,
@@ -62,3 +64,15 @@ def test_layers_that_are_dropped_by_chance_follow_or_refuse() -> None:
 def test_names_are_unique() -> None:
     names = [a.name for a in ARCHITECTURES]
     assert len(names) == len(set(names)) >= 60
+
+
+SIX = (
+    "LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_no_module_is_kept_whole_by_itself(name: str) -> None:
+    (architecture,) = (a for a in ARCHITECTURES if a.name == name)
+    pipe = pipeline(architecture.make().eval(), mb_kwargs=architecture.inputs(), stages=2)
+    assert pipe.notes == ()
