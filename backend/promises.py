@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from stagecut.ir.bindings import Bindings, is_torchs
-from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
-from stagecut.ir.ops import module_path
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.ops import module_path, state_of
 from stagecut.ir.types import TensorType
 
 
@@ -141,7 +141,7 @@ class _Memory:
             self._roots[result] = self.root(copied if viewed is None else op.operands[viewed])
         for old, new in op.versions.items():
             self._roots[new] = self.root(old)
-        own = set(leaves(op.args[2])) if module_path(op) else set()  # of which only is known that it may be written
+        own = set(state_of(op))  # of which only is known that it may be written
         written = (op.operands[place] for place in op.effects.writes)
         self._written.update(self.root(value) for value in written if value not in own)
         for value in (*op.operands, *op.results):
