@@ -45,8 +45,9 @@ class Promises:
         if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner)):
             return NOTHING
         given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
-        written = {op.operands[place] for place in op.effects.writes}
-        unwritten = {name: value for name, value in given.items() if value not in written and self._memory.is_shared(value)}
+        root = self._memory.root
+        written = {root(op.operands[place]) for place in op.effects.writes}  # a write shows in all views of it
+        unwritten = {name: value for name, value in given.items() if root(value) not in written and self._memory.is_shared(value)}
         apart = {name: (value, places) for name, value in given.items() if (places := self._apart(op, value))}
         return Promise(unwritten, apart)
 
