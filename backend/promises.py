@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from stagecut.ir.bindings import Bindings, is_torchs
-from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
-from stagecut.ir.ops import module_path
+from stagecut.ir.graph import Op, Program, StateEntry, Value
+from stagecut.ir.ops import module_path, state_of
 from stagecut.ir.types import TensorType
 
 
@@ -45,8 +45,9 @@ class Promises:
         if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner)):
             return NOTHING
         given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
-        written = {op.operands[place] for place in op.effects.writes}
-        unwritten = {name: value for name, value in given.items() if value not in written and self._memory.is_shared(value)}
+        root = self._memory.root
+        written = {root(op.operands[place]) for place in op.effects.writes}  # a write shows in all views of it
+        unwritten = {name: value for name, value in given.items() if root(value) not in written and self._memory.is_shared(value)}
         apart = {name: (value, places) for name, value in given.items() if (places := self._apart(op, value))}
         return Promise(unwritten, apart)
 
@@ -141,7 +142,7 @@ class _Memory:
             self._roots[result] = self.root(copied if viewed is None else op.operands[viewed])
         for old, new in op.versions.items():
             self._roots[new] = self.root(old)
-        own = set(leaves(op.args[2])) if module_path(op) else set()  # of which only is known that it may be written
+        own = set(state_of(op))  # of which only is known that it may be written
         written = (op.operands[place] for place in op.effects.writes)
         self._written.update(self.root(value) for value in written if value not in own)
         for value in (*op.operands, *op.results):

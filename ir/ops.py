@@ -7,7 +7,7 @@ no rule reads a target: it asks for the base name, and the user's code has none.
 
 from __future__ import annotations
 
-from stagecut.ir.graph import Op
+from stagecut.ir.graph import Op, Value, leaves
 
 _REGISTERED = "torch.ops."
 """How the targets of ops begin that other libraries register."""
@@ -44,6 +44,11 @@ def library_name(op: Op) -> str:
 def module_path(op: Op) -> str:
     """The path of the module that an op calls as a whole. '' for all else."""
     return op.target.removeprefix("module.") if op.target.startswith("module.") else ""
+
+
+def state_of(op: Op) -> list[Value]:
+    """What the module holds that an op calls as a whole. Nothing for all else."""
+    return list(leaves(op.args[2:3])) if module_path(op) else []
 
 
 GUARDS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})

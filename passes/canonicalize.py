@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
@@ -27,28 +26,48 @@ class Canonicalize:
 
 def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
-    written: set[Value] = set()  # views that are written behind; who reads one before has torch bring its history up to date for the write
-    for op in reversed(ops):
-        keep = op.is_split or (
-            not is_guard(op) and (op.has_effect or any(base in written for value in op.operands for base in _bases(value)))
-        )
-        written.update(op.operands[i] for i in op.effects.writes if _may_be_view(op.operands[i]))
+    behind: set[Value] = set()  # what is written behind the present op, and the roots of that
+    roots = _roots(ops)
+    before = _first_writes(ops, roots)
+    for place, op in reversed([*enumerate(ops)]):
+        renews = any(_is_renewed(v, roots.get(v, v), behind, before.get(roots.get(v, v), place) < place) for v in op.operands)
+        keep = op.is_split or (not is_guard(op) and (op.has_effect or renews))
+        for index in op.effects.writes:
+            value = op.operands[index]
+            behind.update((value, roots.get(value, value)))
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
 
 
-def _bases(value: Value) -> Iterator[Value]:
-    """A value, and what it is a view of."""
-    base: Value | None = value
-    while base is not None:
-        yield base
-        base = viewed_value(base)
+def _is_renewed(value: Value, root: Value, behind: set[Value], before: bool) -> bool:
+    """True for a value of which reading has torch bring the history up to date, for a write behind it.
+
+    That is a view. What the caller or the model brings along may be one too: its history is out of date where it was written before.
+    """
+    if value in behind and viewed_value(value) is not None:
+        return True
+    return before and root in behind and not isinstance(root.owner, Op)
 
 
-def _may_be_view(value: Value) -> bool:
-    """True for a view, and for what the caller or the model brings along: of that nobody knows."""
-    return viewed_value(value) is not None or not isinstance(value.owner, Op)
+def _roots(ops: list[Op]) -> dict[Value, Value]:
+    """View -> what it is a view of in the end."""
+    roots: dict[Value, Value] = {}
+    for op in ops:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None:
+                roots[result] = roots.get(op.operands[viewed], op.operands[viewed])
+    return roots
+
+
+def _first_writes(ops: list[Op], roots: dict[Value, Value]) -> dict[Value, int]:
+    """Root -> the place of the first op that writes it or a view of it."""
+    first: dict[Value, int] = {}
+    for place, op in enumerate(ops):
+        for index in op.effects.writes:
+            value = op.operands[index]
+            first.setdefault(roots.get(value, value), place)
+    return first
 
 
 def _idle_markers(ops: list[Op]) -> set[Op]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value, leaves
-from stagecut.ir.ops import base_name, module_path
+from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value
+from stagecut.ir.ops import base_name, state_of
 from stagecut.ir.types import TensorType, carries_grad, same_layout
 
 _CUTTING: tuple[str, ...] = (
@@ -106,7 +106,7 @@ def _carriers(op: Op) -> list[Value]:
     """
     written = [op.operands[place] for place in op.effects.writes]
     if op.is_users:
-        own = set(leaves(op.args[2:])) if module_path(op) else set()
+        own = set(state_of(op))
         return [value for value in written if value not in own]
     in_place = op.target == BY_MODE or not op.results or any(viewed is not None for viewed in op.effects.views)
     return written if in_place else []

@@ -79,6 +79,34 @@ def test_the_argument_is_named_by_its_place_in_a_structure() -> None:
         pipe(UP)
 
 
+class GivesBoth(nn.Module):
+    """A module that a graph keeps whole writes a tensor, and is given a part of it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Doubles()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = x * 3
+        y = self.inner(made, made[0])
+        return made + y
+
+
+class Doubles(Writes):
+    def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        x.add_(x)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_a_part_of_what_is_written_is_written_too() -> None:
+    """The trace says so, without naming the part."""
+    model = GivesBoth()
+    module = fx.GraphModule(model, KeepsWrites().trace(model))
+    pipe = pipeline(module, (UP,), split_spec={"inner": SplitPoint.END})
+    assert pipe.num_stages == 2
+    assert torch.equal(Mailbox(pipe.program, pipe.stages).forward([UP])[0], model(UP))
+
+
 def test_what_no_other_stage_has_may_be_written() -> None:
     """Nothing is watched there, and nothing costs."""
     model = Around(Writes(), cut=False)
