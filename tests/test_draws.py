@@ -100,7 +100,7 @@ def test_only_a_model_that_draws_is_traced_again(monkeypatch: pytest.MonkeyPatch
         return export(*args, **kwargs)
 
     monkeypatch.setattr(capture.torch.export, "export", counting)
-    pipeline(Drawing(UNREAD["a number in eval mode"]).eval(), (X,), check=None)
+    pipeline(nn.Linear(X.shape[-1], 2), (X,), check=None)
     assert len(traced) == 1
     pipeline(Drawing(UNREAD["a rate of nothing"]).eval(), (X,), check=None)
     assert len(traced) == 1 + 5
