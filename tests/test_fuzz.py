@@ -34,7 +34,8 @@ def from_source(plan: ModelPlan) -> dict[str, object]:
     """What the source of a plan defines."""
     head = "import torch\nfrom torch import nn\nfrom torch.export import Dim\nfrom torch.nn import functional as F\n"
     scope: dict[str, object] = {}
-    exec(head + "from stagecut import SplitPoint, pipe_split\n" + source(plan), scope)
+    head += "from stagecut import SplitPoint, pipe_split\nfrom stagecut.tools.fuzz_graphs import symbolic\n"
+    exec(head + source(plan), scope)
     return scope
 
 
@@ -44,6 +45,27 @@ def test_forty_programs_hold() -> None:
     assert not report.failures, str(report)
     assert not report.untraceable, str(report)
     assert len(report.ops) > 40
+
+
+def test_forty_graphs_hold() -> None:
+    """All of them are traced symbolically first."""
+    report = fuzz(range(40), Job(SEED, graphs=1.0), 0, Silent())
+    assert report.programs == 40
+    assert not report.failures, str(report)
+    assert any(op.startswith("method.") for op in report.ops)
+    assert any(op.startswith("operator.") for op in report.ops)
+    assert any(op.startswith("module.") for op in report.ops)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_the_two_back_ends_agree_on_graphs(index: int) -> None:
+    plan, _ = draw(SEED, index, graphs=1.0)
+    scope = from_source(plan)
+    assert plan.graph
+    model = build(plan)
+    written = scope["make"]()  # type: ignore[operator]
+    again = [scope["inputs"](7, seed) for seed in (0, 1)]  # type: ignore[operator]
+    assert not differences(outcome(model, model, calls(plan)), outcome(written, written, again), 0)
 
 
 def test_a_seed_draws_the_same_programs_again() -> None:
