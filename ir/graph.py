@@ -280,8 +280,9 @@ class Op:
 
     @property
     def is_view(self) -> bool:
-        """True when the op does nothing but take views of its operands."""
-        return bool(self.effects.views) and None not in self.effects.views and not self.effects.writes
+        """True when the op does nothing but take views of its operands. A dropout that returns its operand when it is off does more."""
+        does_more = self.effects.writes or self.effects.random
+        return bool(self.effects.views) and None not in self.effects.views and not does_more
 
     def where(self) -> str:
         """The place of the op for an error message: source line and module path."""

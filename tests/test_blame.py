@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from stagecut import pipe_split, pipeline
 from stagecut.frontend import (
+    align,
+    both_modes,
     call,
     capture,
     draws,
@@ -29,6 +31,7 @@ from stagecut.frontend import (
     leaf,
     lower,
     markers,
+    merge,
     modes,
     pinpoint,
     policy,
@@ -142,6 +145,16 @@ def ask() -> None:
     pipeline(Asks(), (torch.ones(2, 4),), check=None)
 
 
+class TwoWays(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Something else in each mode."""
+        return x.sin() if self.training else x.cos() * 2
+
+
+def choose() -> None:
+    pipeline(TwoWays(), (torch.ones(2, 4),), check=None)
+
+
 def planted(code: CodeType, error: str) -> CodeType:
     """Code that does nothing but raise, and stands where `code` stands."""
     scope: dict[str, Any] = {}
@@ -163,6 +176,10 @@ def broken(victim: Any, error: str) -> Iterator[None]:
 
 
 PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
+    (align.Alignment._walk, choose),
+    (align._aligned, choose),
+    (both_modes.in_other_mode, choose),
+    (both_modes._merge, choose),
     (call.check_example, cut),
     (call.giving_sizes, cut),
     (call._path_text, cut),
@@ -192,6 +209,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (lower.Lowering._leaf, cut),
     (markers.is_marker, cut),
     (markers.pipe_split, cut),
+    (merge.Merge._by_mode, choose),
     (modes.last_node, cut),
     (modes.node_of, cut),
     (modes._empty, cut),
