@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = [
     "cluster.models",
     "stagecut.checkpoint",
@@ -50,6 +51,7 @@ def read_work(folder: Path) -> Callable[[], Any]:
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+    paths = [*filter(None, sys.path), str(ROOT)]  # pytest names a test's module after its folder, which only some ways to start it find
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
     return context
