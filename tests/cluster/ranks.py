@@ -41,6 +41,7 @@ def start(
 
 def read_work(folder: Path) -> Callable[[], Any]:
     """What a rank shall do, with arguments of its own; warnings are errors where they were."""
+    sys.path.append(str(ROOT))  # pytest names a test's module after its folder, which only some ways to start it find
     work, args, filters = torch.load(folder / "work", weights_only=False)
     warnings.filters[:] = filters  # type: ignore[index]
     torch.set_num_threads(1)
@@ -51,7 +52,6 @@ def read_work(folder: Path) -> Callable[[], Any]:
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    paths = [*filter(None, sys.path), str(ROOT)]  # pytest names a test's module after its folder, which only some ways to start it find
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         forkserver.ensure_running()
     return context
