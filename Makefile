@@ -50,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 
 .venv-torch-%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-torch-$*
-	grep -v '^torch==' constraints.txt > .venv-torch-$*/constraints.txt
+	grep -vE '^(torch|setuptools)==' constraints.txt > .venv-torch-$*/constraints.txt
 	.venv-torch-$*/bin/pip install -q --disable-pip-version-check -c .venv-torch-$*/constraints.txt -e '.[test]' torch==$*
 	touch $@
 

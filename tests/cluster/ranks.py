@@ -40,6 +40,7 @@ def start(
 
 def read_work(folder: Path) -> Callable[[], Any]:
     """What a rank shall do, with arguments of its own; warnings are errors where they were."""
+    sys.path.append(str(Path(__file__).parents[2]))  # pytest may know the module of `work` as one of the package `tests`
     work, args, filters = torch.load(folder / "work", weights_only=False)
     warnings.filters[:] = filters  # type: ignore[index]
     torch.set_num_threads(1)
