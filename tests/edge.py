@@ -55,7 +55,8 @@ class Case:
 
     stages: how many there must be. modes: the training flags it is captured under. switch: also called in the other mode.
     grad: whether floating inputs require gradient. rtol: how near gradients must be where the default is too strict.
-    refused: what pipeline() must say instead, as a pattern, before torch `traced_since` where that is given; feedback: the same for running the stages in several processes.
+    refused: what pipeline() must say instead, as a pattern; where `traced_since` is a version of torch, before that one.
+    feedback: the same for running the stages in several processes.
     bug: why it fails today, or why in one way of running, as {how: why}.
     """
 
