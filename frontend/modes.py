@@ -33,13 +33,13 @@ from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
 from stagecut.frontend.unseen import Untraceable
 from stagecut.ir.blame import raise_ours
 
-_IDENTITIES = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout})
-"""Functions that return, outside of training, the very tensor they are given: a tracer then takes one for the other."""
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_BARE_DROPOUTS = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+_BARE = inspect.signature(lambda input, p, train: None)  # theirs, for Python cannot see it
 
-_FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys((*_IDENTITIES, F.dropout), (2, "training"))
+_FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys(_DROPOUTS, (2, "training")) | dict.fromkeys(_BARE_DROPOUTS, (2, "train"))
 _FLAGGED |= {F.rrelu: (3, "training"), F.batch_norm: (5, "training"), F.instance_norm: (5, "use_input_stats")}
-_DROPOUTS = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-_FLAGGED |= dict.fromkeys([getattr(torch, name + end) for name in _DROPOUTS for end in ("", "_")], (2, "train"))
+_FLAGGED |= dict.fromkeys((torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_), (2, "train"))
 _FLAGGED |= {torch.rrelu: (3, "training"), torch.rrelu_: (3, "training"), torch.batch_norm: (5, "training")}
 _FLAGGED |= {torch.native_dropout: (2, "train"), torch.native_batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
 """Functions with a training flag, and where it stands among their arguments and by what name."""
@@ -125,12 +125,8 @@ class ModeReads(TorchFunctionMode):
             return _contiguous(func(*args, **kwargs), *args, **kwargs)
         if func not in _FLAGGED or get_proxy_mode() is None:
             return func(*args, **kwargs)
-        if func in _IDENTITIES:
-            given = inspect.signature(func).bind(*args, **kwargs)
-            given.apply_defaults()
-            if not given.arguments["training"] and not given.arguments["inplace"]:
-                given.arguments["input"] = _itself(given.arguments["input"])
-                args, kwargs = given.args, given.kwargs
+        if func in _DROPOUTS or func in _BARE_DROPOUTS:
+            args, kwargs = _apart(func, args, kwargs)
         result = func(*args, **kwargs)
         caller = _caller()
         if not caller.f_code.co_filename.startswith(TORCH_DIR):
@@ -199,6 +195,16 @@ def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: A
     if made is not given or args or kwargs or not _is_of_dropout(given):
         return made
     return torch.ops.aten.contiguous.default(_itself(given))  # type: ignore[no-any-return]
+
+
+def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The operands of a dropout. One that is off returns the very tensor it is given, and a tracer would take one for the other."""
+    given = (inspect.signature(func) if func in _DROPOUTS else _BARE).bind(*args, **kwargs)
+    given.apply_defaults()
+    if given.arguments[_FLAGGED[func][1]] or given.arguments.get("inplace"):
+        return args, kwargs
+    given.arguments["input"] = _itself(given.arguments["input"])
+    return given.args, given.kwargs
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

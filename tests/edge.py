@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from stagecut import Pipe, StagecutError, pipeline
@@ -54,7 +55,8 @@ class Case:
 
     stages: how many there must be. modes: the training flags it is captured under. switch: also called in the other mode.
     grad: whether floating inputs require gradient. rtol: how near gradients must be where the default is too strict.
-    refused: what pipeline() must say instead, as a pattern; feedback: the same for running the stages in several processes.
+    refused: what pipeline() must say instead, as a pattern; where `traced_since` is a version of torch, before that one.
+    feedback: the same for running the stages in several processes.
     bug: why it fails today, or why in one way of running, as {how: why}.
     """
 
@@ -74,6 +76,7 @@ class Case:
     dynamic: Any = None
     calls: tuple[tuple[Any, ...], ...] = ()
     refused: str = ""
+    traced_since: str = ""
     feedback: str = ""
     bug: str | dict[str, str] = ""
     how: tuple[str, ...] = HOW
@@ -153,7 +156,7 @@ class Family:
 def check(case: Case, how: str) -> None:
     """The stages of the case do what its model does, in every mode it names; or it is refused as it says."""
     for training in case.modes:
-        if case.refused:
+        if case.refused and not (case.traced_since and TorchVersion(torch.__version__) >= case.traced_since):
             check_refused(case, training)
         else:
             check_equal(case, how, training)
