@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import StagecutError, pipe_split, pipeline
+from stagecut import ModeError, StagecutError, pipe_split, pipeline
 from stagecut.frontend.capture import capture
 from stagecut.frontend.kept import attributes, fingerprint
 from stagecut.ir.errors import CaptureError
@@ -317,10 +317,11 @@ class Merging(nn.Module):
         return F.relu(x)
 
 
-def test_a_train_of_the_users_that_does_more_is_said_at_the_switch() -> None:
+def test_a_train_of_the_users_that_does_more_is_an_error_at_the_switch() -> None:
     pipe = pipeline(Merging(), (X,))
-    with pytest.warns(UserWarning, match=r"test_watch.py:\d+, Merging.train"):
+    with pytest.raises(ModeError, match=r"test_watch\.py:\d+, Merging\.train"):
         pipe.eval()
+    assert all(module.training for module in pipe.modules())
 
 
 def test_a_follower_says_nothing_at_the_switch() -> None:
