@@ -82,8 +82,8 @@ def test_stages_of_one_s_own_are_measured_on_a_common_clock() -> None:
 
     So the first rank's micro-batch m takes from m to m + 1, the second's starts behind it, and all is over at COUNT, to the digit.
     """
-    context = multiprocessing.get_context("fork")
-    lines = on_ranks(2, _own_stages, _pipe(2), context.Value("d", 0.0), context.Event())
+    with multiprocessing.Manager() as shared:
+        lines = on_ranks(2, _own_stages, _pipe(2), shared.Value("d", 0.0), shared.Event(), shared.Lock())
     assert lines[0] == lines[1]
     forwards = {(e.rank, e.step.microbatch): e for e in lines[0].events if e.step.kind == FORWARD}
     assert len(forwards) == 2 * COUNT
@@ -93,7 +93,7 @@ def test_stages_of_one_s_own_are_measured_on_a_common_clock() -> None:
     assert max(e.end for e in lines[0].events) == COUNT
 
 
-def _own_stages(pipe: Pipe, now: Any, first_waits: Any) -> Timeline:
+def _own_stages(pipe: Pipe, now: Any, first_waits: Any, lock: Any) -> Timeline:
     """Rank 1 comes to the recording 100 seconds after rank 0, which waits for it: what is counted from before that would come out later."""
     rank = dist.get_rank()
     stage = pipe.build_stage(rank, "cpu")
@@ -101,10 +101,10 @@ def _own_stages(pipe: Pipe, now: Any, first_waits: Any) -> Timeline:
         patch.setattr(time, "perf_counter", lambda: now.value + 1000 * rank)
         if rank == 0:
             patch.setattr(dist, "barrier", partial(_tell_and_meet, dist.barrier, first_waits))
-            stage.submod.register_forward_hook(lambda *_: _pass(now, 1))
+            stage.submod.register_forward_hook(lambda *_: _pass(now, lock, 1))
         else:
             assert first_waits.wait(60)
-            _pass(now, 100)
+            _pass(now, lock, 100)
         with record(stage) as recording:
             dist.all_reduce(torch.zeros(1))  # both have their zero before time goes on
             _step(ScheduleGPipe(stage, COUNT, loss_fn=_loss), rank)
@@ -116,8 +116,8 @@ def _tell_and_meet(barrier: Callable[..., None], first_waits: Any, group: Any) -
     barrier(group)
 
 
-def _pass(now: Any, seconds: float) -> None:
-    with now.get_lock():
+def _pass(now: Any, lock: Any, seconds: float) -> None:
+    with lock:
         now.value += seconds
 
 

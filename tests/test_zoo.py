@@ -75,4 +75,4 @@ SIX = (
 def test_no_module_is_kept_whole_by_itself(name: str) -> None:
     (architecture,) = (a for a in ARCHITECTURES if a.name == name)
     pipe = pipeline(architecture.make().eval(), mb_kwargs=architecture.inputs(), stages=2)
-    assert pipe.notes == ()
+    assert not [note for note in pipe.notes if "kept whole" in note]

@@ -263,7 +263,7 @@ def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float)
     mode = not pipe.training
     if not _runs(copy.deepcopy(model).train(mode), *copy.deepcopy(call)):
         return []
-    flags = [(part, part.training) for part in pipe.modules()]
+    flags = [(part, part.training) for part in (pipe, *(part for stage in pipe.stages for part in stage.modules()))]
     try:
         return mailbox(model.train(mode), pipe.train(mode), call, other, rtol)
     except ModeError:

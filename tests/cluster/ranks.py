@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 PRELOADED = [
     "cluster.models",
     "stagecut.checkpoint",
@@ -32,7 +33,7 @@ def start(
     ranks: int, folder: Path, enter: Callable[[int, int, Path], None], work: Callable[..., Any], args: Any
 ) -> list[ForkServerProcess]:
     """A process for each rank, which calls `enter(rank, ranks, folder)`; `read_work(folder)` is what it shall do."""
-    torch.save((work, args, warnings.filters), folder / "work")
+    torch.save((work, args, warnings.filters, os.environ.get(DEBUG, "OFF")), folder / "work")
     processes = [_context().Process(target=enter, args=(rank, ranks, folder)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -40,9 +41,9 @@ def start(
 
 
 def read_work(folder: Path) -> Callable[[], Any]:
-    """What a rank shall do, with arguments of its own; warnings are errors where they were."""
+    """What a rank shall do, with arguments of its own; warnings are errors where they were, and torch checks as much as it was told to."""
     sys.path.append(str(ROOT))  # pytest names a test's module after its folder, which only some ways to start it find
-    work, args, filters = torch.load(folder / "work", weights_only=False)
+    work, args, filters, os.environ[DEBUG] = torch.load(folder / "work", weights_only=False)
     warnings.filters[:] = filters  # type: ignore[index]
     torch.set_num_threads(1)
     return lambda: work(*args)
