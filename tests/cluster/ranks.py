@@ -51,6 +51,7 @@ def read_work(folder: Path) -> Callable[[], Any]:
 
 @cache
 def _context() -> ForkServerContext:
+    sys.path.append(str(ROOT))  # ranks take it over before they know what to enter
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
