@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -15,9 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.modes import node_of
-
-MOST_ELEMENTS = 2**24
-"""The size of the largest tensor that is computed while a model is traced."""
+from stagecut.ir.constants import MOST_ELEMENTS
 
 _READS = frozenset(
     {
@@ -52,7 +51,8 @@ class KnownValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _READS or get_proxy_mode() is None:
+        by_name = any(isinstance(arg, FakeTensor) for arg in kwargs.values())
+        if func not in _READS or by_name or get_proxy_mode() is None:
             return func(*args, **kwargs)
         known = [self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args]
         if any(value is None and arg is not None for value, arg in zip(known, args, strict=True)):
@@ -63,36 +63,33 @@ class KnownValues(TorchFunctionMode):
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real tensor that `tensor` stands for in the trace, None where it depends on more than constants."""
         node = node_of(tensor)
-        cone = _cone(node, self._values) if node is not None else None
+        cone = _cone(node) if node is not None else None
         if cone is None:
             return None
-        self._values |= {step: _attribute(step) for step in cone if step.op == "get_attr"}
+        steps = [step for step in cone if step not in self._values]
+        self._values |= {step: _attribute(step) for step in steps if step.op == "get_attr"}
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-            for step in cone:
+            for step in steps:
                 if step.op != "get_attr":
                     self._values[step] = _computed(step, self._values)
         value: torch.Tensor = self._values[node]  # type: ignore[index]
         return value
 
 
-def _cone(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node] | None:
-    """What `node` is made of and is not known yet, in order; None where that is more than constants, or is written."""
+def _cone(node: fx.Node) -> list[fx.Node] | None:
+    """What `node` is made of, in order; None where that is more than constants, or is written by now, which it may not have been before."""
     steps: dict[fx.Node, None] = {}
     todo = [(node, False)]
     while todo:
         step, is_ready = todo.pop()
         if is_ready:
             steps[step] = None
-        elif step not in known and step not in steps:
+        elif step not in steps:
             if not _is_constant(step) or _is_written(step):
                 return None
             todo.append((step, True))
             todo += [(operand, False) for operand in step.all_input_nodes]
-    return None if any(_is_written(step) for step in known.keys() & _inputs(steps)) else list(steps)
-
-
-def _inputs(steps: dict[fx.Node, None]) -> set[fx.Node]:
-    return {operand for step in steps for operand in step.all_input_nodes}
+    return list(steps)
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -108,13 +105,9 @@ def _is_constant(node: fx.Node) -> bool:
         return False
     value = node.meta.get("val")
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    if not all(isinstance(size, int) for size in sizes) or _count(sizes) > MOST_ELEMENTS:
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
         return False
     return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._opname
-
-
-def _count(sizes: Any) -> int:
-    return int(torch.Size(sizes).numel())
 
 
 def _is_written(node: fx.Node) -> bool:

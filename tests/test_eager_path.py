@@ -186,6 +186,54 @@ def test_a_constant_that_is_written_through_a_view_is_not_known() -> None:
         pipeline(Written(), (torch.randn(3),))
 
 
+def _through_its_base(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    constant = torch.zeros(3)
+    return constant[:1], constant
+
+
+def _through_a_view(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    constant = torch.zeros(3)
+    return constant, constant.view(3, 1)
+
+
+@pytest.mark.parametrize("made", [_through_its_base, _through_a_view])
+@pytest.mark.parametrize("look", [torch.Tensor.any, torch.Tensor.sum])
+def test_a_constant_that_was_known_before_it_was_written_is_not_known_any_more(made: Any, look: Any) -> None:
+    class WrittenLater(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            read, written = made(x)
+            if look(read):
+                return x.sin()
+            written.add_(x.view_as(written))
+            return x.cos() if look(read) else x.tan()
+
+    with pytest.raises(Exception, match="branches on a value"):
+        pipeline(WrittenLater(), (torch.ones(3),), check=None)
+
+
+def test_the_same_tensor_is_not_known_any_more_once_a_view_of_it_was_written() -> None:
+    class Flagged(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flag = torch.zeros(())
+            view = flag.view(1)
+            if flag:
+                return x.sin()
+            view.copy_(x[:1])
+            return x.cos() if flag else x.tan()
+
+    with pytest.raises(Exception, match="branches on a value"):
+        pipeline(Flagged(), (torch.ones(3),), check=None)
+
+
+def test_values_that_are_compared_by_name_are_left_to_torch() -> None:
+    class ByName(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() if torch.equal(torch.ones(3), other=x) else x.cos()
+
+    with pytest.raises(Exception, match="ByName cannot be traced"):
+        pipeline(ByName(), (torch.ones(3),), check=None)
+
+
 def test_a_size_that_varies_is_not_known() -> None:
     class Sized(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
