@@ -68,10 +68,12 @@ class KnownValues(TorchFunctionMode):
             return None
         steps = [step for step in cone if step not in self._values]
         self._values |= {step: _attribute(step) for step in steps if step.op == "get_attr"}
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
             for step in steps:
                 if step.op != "get_attr":
                     self._values[step] = _computed(step, self._values)
+        if any(_is_cast(step, self._values[step]) for step in cone):
+            return None
         value: torch.Tensor = self._values[node]  # type: ignore[index]
         return value
 
@@ -142,6 +144,12 @@ def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     args, kwargs = (tree_map(lambda leaf: _operand(leaf, known), tree) for tree in (node.args, node.kwargs))
     function: Any = node.target
     return function(*args, **kwargs)
+
+
+def _is_cast(node: fx.Node, value: Any) -> bool:
+    """True where autocast has the op compute in another dtype, and round otherwise, than its operands alone would."""
+    traced = node.meta.get("val")
+    return isinstance(traced, torch.Tensor) and isinstance(value, torch.Tensor) and traced.dtype != value.dtype
 
 
 def _operand(leaf: Any, known: dict[fx.Node, Any]) -> Any:

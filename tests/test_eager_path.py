@@ -234,6 +234,25 @@ def test_values_that_are_compared_by_name_are_left_to_torch() -> None:
         pipeline(ByName(), (torch.ones(3),), check=None)
 
 
+@pytest.mark.parametrize("looks_inside", [True, False])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_autocast_around_a_known_value_is_that_of_its_op(made_inside: bool, looks_inside: bool) -> None:
+    """1.001 is 1.0 in bfloat16 alone. Where autocast has made the value, it is not known; where it is only looked at there, it is."""
+
+    class Cast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=made_inside):
+                value = torch.full((2, 2), 1.001) @ torch.eye(2)
+            with torch.autocast("cpu", torch.bfloat16, enabled=looks_inside):
+                return x.sin() if (value == 1.0).any() else x.cos()
+
+    if made_inside:
+        with pytest.raises(Exception, match="branches on a value"):
+            pipeline(Cast(), (torch.ones(3),), check=None)
+    else:
+        assert _targets(_compares(Cast, torch.ones(3))) == ["aten.cos.default"]
+
+
 def test_a_size_that_varies_is_not_known() -> None:
     class Sized(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
