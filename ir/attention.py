@@ -34,7 +34,9 @@ class Masks:
             tensor = self._constants.value(mask)
             self._kinds[mask] = mask_kind(tensor, tensors[0].shape[-2], tensors[1].shape[-2]) if tensor is not None else None
         kind = self._kinds[mask]
-        return kind if kind is not None and all(_strides(tensors, kind, grad) == _laid(result) for grad in (False, True)) else None
+        if kind is None or not isinstance(result.type, TensorType):
+            return None
+        return kind if all(_strides_without(kind, tensors, grad) == _strides(result.type) for grad in (False, True)) else None
 
 
 def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
@@ -58,15 +60,12 @@ def _is_known(kind: TensorType) -> bool:
     return all(isinstance(size, int) for size in (*kind.shape, *(kind.strides or ())))
 
 
-def _laid(value: Value) -> tuple[Any, ...]:
-    kind = value.type
-    if not isinstance(kind, TensorType):
-        return ()
+def _strides(kind: TensorType) -> tuple[Any, ...]:
     return kind.strides or contiguous_strides(kind.shape)  # type: ignore[arg-type]
 
 
-def _strides(kinds: list[TensorType], mask: str, grad: bool) -> tuple[int, ...]:
-    """Where the elements of attention without a mask lie."""
+def _strides_without(mask: str, kinds: list[TensorType], grad: bool) -> tuple[int, ...]:
+    """Where the elements of attention without a mask of that kind lie."""
     with FakeTensorMode(), torch.enable_grad():
         query, key, value = (_fake(kind).requires_grad_(grad) for kind in kinds)
         heads_differ = query.dim() > 3 and query.shape[-3] != key.shape[-3]
@@ -74,5 +73,4 @@ def _strides(kinds: list[TensorType], mask: str, grad: bool) -> tuple[int, ...]:
 
 
 def _fake(kind: TensorType) -> torch.Tensor:
-    strides = kind.strides or contiguous_strides(kind.shape)  # type: ignore[arg-type]
-    return torch.empty_strided(kind.shape, strides, dtype=getattr(torch, DTYPES[kind.dtype]), device=kind.device)  # type: ignore[arg-type]
+    return torch.empty_strided(kind.shape, _strides(kind), dtype=getattr(torch, DTYPES[kind.dtype]), device=kind.device)  # type: ignore[arg-type]

@@ -67,17 +67,8 @@ class Joined(nn.Module):
             part.train(mode)
         return super().train(mode)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        _load(self._parts, (state_dict, prefix, local_metadata, strict), missing_keys, unexpected_keys, error_msgs)
+    def _load_from_state_dict(self, *call: Any) -> None:
+        _load(self._parts, *call)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StagecutError("several stages have a part of this module, and it does not run as a whole", hint="take the part of a stage")
@@ -181,22 +172,14 @@ class Named(nn.Module):
             stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *call: Any) -> None:
         """What a module around this one calls before it goes on to the model's modules."""
-        _load(self._stages, (state_dict, prefix, local_metadata, strict), missing_keys, unexpected_keys, error_msgs)
+        _load(self._stages, *call)
 
 
-def _load(parts: Sequence[nn.Module], state: tuple[Any, ...], missing: list[str], unexpected: list[str], errors: list[str]) -> None:
+def _load(parts: Sequence[nn.Module], *call: Any) -> None:
     """As nn.Module's `_load_from_state_dict`, for each part; what none of them expects is unexpected."""
+    *state, missing, unexpected, errors = call
     lacking: list[str] = []
     odd: list[list[str]] = [[] for _ in parts]
     for part, names in zip(parts, odd, strict=True):

@@ -92,6 +92,35 @@ def _own_schedules(model: nn.Module, pipe: Any) -> str:
     return "ok"
 
 
+class Turned(Net):
+    """Complex numbers and a transposed tensor come out of the last stage."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+        x = torch.relu(self.first(x)) + y
+        pipe_split()
+        late = self.second(x)
+        return {"complex": torch.complex(late, x), "transposed": late.t().reshape(4, -1).t()}
+
+
+def test_what_the_last_stage_returns_is_what_the_model_returns() -> None:
+    torch.manual_seed(0)
+    model, inputs = Turned(), (torch.randn(4, 4), torch.randn(4, 4))
+    pipe = pipeline(model, tuple(x[:2] for x in inputs), check=None)
+    assert on_ranks(2, _returned, model, pipe, inputs) == ["ok", "ok"]
+
+
+def _returned(model: nn.Module, pipe: Any, inputs: tuple[torch.Tensor, ...]) -> str:
+    driver = Driver(pipe, "1F1B", 2, lambda output, target: (output["complex"].abs() - target).square().mean())
+    output, _ = driver.step(*inputs, target=torch.ones(4, 4))
+    expected = [model(*(x[i : i + 2] for x in inputs)) for i in (0, 2)]
+    for name in expected[0] if driver.is_last else ():
+        torch.testing.assert_close(output[name], torch.cat([part[name] for part in expected]).detach())
+    sum((part["complex"].abs() - 1).square().mean() / 2 for part in expected).backward()
+    for name, parameter in pipe.get_stage_module(dist.get_rank()).named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad)
+    return "ok"
+
+
 def test_a_boundary_of_another_type_is_noticed_before_it_is_sent() -> None:
     pipe = pipeline(Plain(), (torch.randn(2, 4),), {"y": torch.randn(2, 4)}, check=None)
     assert on_ranks(2, _wrong_types, pipe) == ["ok", "ok"]
