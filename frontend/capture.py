@@ -38,8 +38,9 @@ def capture(
     kwargs: dict[str, Any],
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
-) -> tuple[ExportedProgram, Leaves]:
-    """The exported program of `module` on the example inputs, and the modules it keeps whole.
+    eager: EagerPath | None = None,
+) -> tuple[ExportedProgram, Leaves, EagerPath]:
+    """The exported program of `module` on the example inputs, the modules it keeps whole, and the paths where code asks if it is traced.
 
     Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the failing line joins
     them, with a note; where a size that depends on data stops the model's own code, the one that makes that size. Raises InputError
@@ -51,7 +52,7 @@ def capture(
     for path in leaf_modules:
         leaves.add(path)
     origins: dict[type, CaptureError] = {}
-    eager = EagerPath(module)
+    eager = eager or EagerPath(module)
     retries = 0
     while True:
         try:
@@ -60,7 +61,7 @@ def capture(
                 if (refusal := origins.get(type(module.get_submodule(call.path)))) and plain(call.out_flat):
                     raise refusal  # a branch on a number it returns, and not on a size
             leaves.remarks += eager.notes
-            return exported, leaves
+            return exported, leaves, eager
         except StagecutError as error:
             if eager.fall_back_everywhere(f"{error.what} at {error.where}"):
                 continue

@@ -51,7 +51,38 @@ class Everywhere(MutableMapping[str, Any]):
 KINDS = ("_parameters", "_buffers", "_modules")
 
 
-class Joined(nn.Module):
+class Parts(nn.Module):
+    """A module of which each of several modules has a part. What is switched and loaded are the parts."""
+
+    _parts: Sequence[nn.Module]
+
+    def train(self, mode: bool = True) -> Any:
+        """Switches every part."""
+        for part in self._parts:
+            part.train(mode)
+        self.training = mode
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """What a module around this one calls. What none of the parts expects is unexpected."""
+        missing: list[str] = []
+        odd: list[list[str]] = [[] for _ in self._parts]
+        for part, names in zip(self._parts, odd, strict=True):
+            part._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, names, error_msgs)
+        missing_keys += dict.fromkeys(missing)
+        unexpected_keys += [name for name in odd[0] if all(name in others for others in odd)]
+
+
+class Joined(Parts):
     """A module of the model of which several stages have a part. What runs are the parts."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -60,15 +91,6 @@ class Joined(nn.Module):
         self.training = parts[0].training
         self._non_persistent_buffers_set = {name for part in parts for name in part._non_persistent_buffers_set}
         self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
-
-    def train(self, mode: bool = True) -> Joined:
-        """Switches every part."""
-        for part in self._parts:
-            part.train(mode)
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *call: Any) -> None:
-        _load(self._parts, *call)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StagecutError("several stages have a part of this module, and it does not run as a whole", hint="take the part of a stage")
@@ -83,7 +105,7 @@ def joined(parts: Sequence[nn.Module]) -> nn.Module:
     return distinct[0] if len(distinct) == 1 else Joined(distinct)
 
 
-class Named(nn.Module):
+class Named(Parts):
     """A module made of stages that has the module tree and the names of the model.
 
     Where a name of the model is also one of ours, such as `stages`, the attribute is ours; what takes a name finds the model's.
@@ -94,15 +116,8 @@ class Named(nn.Module):
 
     def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
         """From here on its tree is that of these stages, and `names` are the model's, in its order."""
-        self._stages, self._names = stages, dict.fromkeys(names)
+        self._stages, self._parts, self._names = stages, stages, dict.fromkeys(names)
         self.__dict__.update({kind: Everywhere(stages, kind) for kind in KINDS})
-
-    def train(self, mode: bool = True) -> Any:
-        """Switches every stage."""
-        for stage in self._stages:
-            stage.train(mode)
-        self.training = mode
-        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for stage in self._stages:
@@ -171,19 +186,3 @@ class Named(nn.Module):
             names = stage.state_dict()
             stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
-
-    def _load_from_state_dict(self, *call: Any) -> None:
-        """What a module around this one calls before it goes on to the model's modules."""
-        _load(self._stages, *call)
-
-
-def _load(parts: Sequence[nn.Module], *call: Any) -> None:
-    """As nn.Module's `_load_from_state_dict`, for each part; what none of them expects is unexpected."""
-    *state, missing, unexpected, errors = call
-    lacking: list[str] = []
-    odd: list[list[str]] = [[] for _ in parts]
-    for part, names in zip(parts, odd, strict=True):
-        load: Any = part._load_from_state_dict
-        load(*state, lacking, names, errors)
-    missing += dict.fromkeys(lacking)
-    unexpected += [name for name in odd[0] if all(name in others for others in odd)]

@@ -211,11 +211,11 @@ def _lowered(
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
-    exported, leaves = capture(module, args, kwargs, dynamic_shapes, leaf_modules)
+    exported, leaves, eager = capture(module, args, kwargs, dynamic_shapes, leaf_modules)
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
-        other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths)
+        other, kept, _ = capture(module, args, kwargs, dynamic_shapes, leaves.paths, eager)  # by the same paths: only modes differ
         if more := [path for path in kept.paths if path not in leaves.paths]:
             raise CaptureError(
                 f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], "")

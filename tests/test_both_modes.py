@@ -551,6 +551,35 @@ def test_what_chose_by_another_flag_than_that_of_the_model_stays(training: bool)
 # --- text, copies, files ------------------------------------------------------------------------------
 
 
+class Asks(nn.Module):
+    """Its own path cannot be traced in training, so it takes the one for tracing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return x * 2
+        return x + x if not self.training or x.sum() > 0 else 2 * x
+
+
+class Asked(nn.Module):
+    """Has two modes for another reason too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.asks, self.rate = linear(), Asks(), Rate(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rate(self.asks(self.a(x)))  # type: ignore[no-any-return]
+
+
+def test_both_modes_are_traced_by_the_same_path() -> None:
+    """One that is taken for tracing is taken in both, as it is for Beit and Wav2Vec2Conformer."""
+    pipe = pipeline(Asked().train(), (X,))
+    targets = [op.target for op in pipe.program.all_ops()]
+    assert "aten.mul.Tensor" in targets
+    assert "aten.add.Tensor" not in targets
+    assert BY_MODE not in targets
+
+
 def test_the_text_shows_both_ways_and_reads_back() -> None:
     """A literal that differs, and a run of ops that does."""
 

@@ -123,6 +123,34 @@ def test_a_hook_of_a_module_that_is_called_by_its_forward_does_not_run() -> None
             pipeline(model, (X,), leaf_modules=[path])
 
 
+class Positions(nn.Embedding):
+    """Makes the positions itself, and has a second method for positions that are given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.arange(len(x)))
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        return super().forward(positions)
+
+
+class Positioned(nn.Module):
+    """Asks for the forward of a base from outside of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.linear = Positions(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x + self.positions(x)) * self.positions.at(torch.tensor([3, 2]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("whole", [[], ["positions"]])
+def test_the_forward_of_a_base_is_no_call_of_the_module(whole: list[str]) -> None:
+    """A call would run another forward. ProphetNet does this."""
+    model = Positioned().double()
+    assert_does_the_same(model, pipeline(model, (X,), leaf_modules=whole, split_spec={"linear": SplitPoint.END}), (X,))
+
+
 class Branching(Model):
     """Calls layers inside the branches of a conditional, which torch traces in another way."""
 
