@@ -283,7 +283,7 @@ def _profiled(run: Callable[[], Any]) -> tuple[dict[str, int], float]:
         torch.cuda.synchronize()
     counts: dict[str, int] = {}
     for event in profile.events() or ():
-        if event.device_type is torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             counts[event.name] = counts.get(event.name, 0) + 1
     return counts, median(times[2:])
 

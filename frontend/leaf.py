@@ -125,12 +125,12 @@ class Leaves:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> None:
-        """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules stands for each of them, for nobody
-        calls it."""
+        """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules without
+        a forward stands for each of them, for nobody calls it."""
         owners = {name: owner for name, owner in self.module.named_modules(remove_duplicate=False) if name}
         if path not in owners:
             raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, owners))
-        if isinstance(owners[path], (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(owners[path], (nn.ModuleList, nn.ModuleDict)) and type(owners[path]).forward is nn.Module.forward:
             for name, _ in owners[path].named_children():
                 self.add(f"{path}.{name}")
             return

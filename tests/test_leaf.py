@@ -500,6 +500,30 @@ def test_a_list_of_modules_stands_for_each_of_them() -> None:
     assert leaves.paths == ["layers.0", "layers.1.0", "layers.1.1"]
 
 
+class Experts(nn.ModuleDict):
+    """Sends rows to the experts that they hit, by a loop over data."""
+
+    def __init__(self) -> None:
+        super().__init__({str(i): nn.Linear(4, 4) for i in range(3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hit = x.argmax(1).remainder(3)
+        result = torch.zeros_like(x)
+        for expert in hit.unique():
+            rows = torch.where(hit == expert)[0]
+            result = result.index_add(0, rows, self[str(int(expert))](x[rows]))
+        return result
+
+
+def test_a_dict_of_modules_with_a_forward_is_kept_whole_itself() -> None:
+    """The experts of SwitchTransformers are one."""
+    model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Linear(4, 4))
+    x = torch.randn(6, 4)
+    pipe = pipeline(model, (x,), split_spec={"2": SplitPoint.BEGINNING})
+    assert [op.target for op in leaf_ops(pipe)] == ["module.1"]
+    assert pipe.verify(torch.randn(6, 4)).ok
+
+
 class Twice(nn.Module):
     """Returns one tensor twice, and a part of it."""
 
