@@ -126,6 +126,7 @@ def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
 
 _WRITES = (
     "is a view and is being modified inplace",
+    "A view was created in no_grad mode and is being modified inplace",
     "with out=... arguments don't support automatic differentiation",
     "needed for gradient computation has been modified by an inplace operation",
 )

@@ -189,6 +189,7 @@ class _GraphLowering:
         op.effects = self._lowering._effects(op, path, Seen(ran.value, (), ran.random, not is_torchs(owner)))
         self._remember(tree, ran.value)
         self._set_writes(op, ran)
+        self._set_views(op, ran)
         self._program.ops.append(op)
         return tree
 
@@ -203,6 +204,15 @@ class _GraphLowering:
         self._lowering.refuse_written_twins(op)
         if op.is_users:
             self._lowering.note_twins(op, [self._home(result) for result in op.results])
+
+    def _set_views(self, op: Op, ran: Ran) -> None:
+        """A result is a view, too, of what it lies in when the module is in the other mode."""
+        homes = [self._home(value) for value in op.operands]
+        other = [homes.index(home) if home is not None and home in homes else None for home in ran.views]
+        if len(other) == len(op.results) and any(place is not None for place in other):
+            views = op.effects.views or (None,) * len(op.results)
+            both = tuple(place if viewed is None else viewed for viewed, place in zip(views, other, strict=True))
+            op.effects = replace(op.effects, views=both)
 
     def _home(self, value: Value) -> int | None:
         return self._homes.get(value)

@@ -28,15 +28,17 @@ from stagecut.ir.errors import CaptureError, SplitError
 class Ran:
     """What running a node showed: its value, the memory that it writes, whether it draws random numbers.
 
-    named: the tensors that it writes, by id, as far as they are seen. reshaped: the tensors given that have another shape now, and
-    flagged: those that carry gradient now or do so no more, though nothing was written. In both, the object itself was changed, and not
-    only what is in it.
+    named: the tensors that it writes, by id, as far as they are seen. views: for each tensor that it returns with its training flags the
+    other way round, the memory given in which that lies; nothing where it has no flags. reshaped: the tensors given that have another
+    shape now, and flagged: those that carry gradient now or do so no more, though nothing was written. In both, the object itself was
+    changed, and not only what is in it.
     """
 
     value: Any
     wrote: frozenset[int]
     named: frozenset[int]
     random: bool
+    views: tuple[int | None, ...] = ()
     reshaped: tuple[torch.Tensor, ...] = ()
     flagged: tuple[torch.Tensor, ...] = ()
 
@@ -60,7 +62,8 @@ class _Watch(OpWatch):
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """What it does is noted."""
-        self.named.update(map(id, written_tensors(func, args, kwargs)))
+        for tensor in written_tensors(func, args, kwargs):
+            self.named.update(map(id, (tensor, tensor._base)))  # `x[0] = y` writes into a view that only the op has
         super().see(func, args, kwargs)
 
 
@@ -104,14 +107,14 @@ class FakeRun(fx.Interpreter):
             result = super().run_node(n)
         _refuse_unseen(n, containers, watch)
         wrote = {look.home for look in (*looks, *state) if look.is_written} | {home for home in watch.wrote if home is not None}
-        random = watch.drew
+        random, views = watch.drew, ()
         if leaf is not None:
-            other, draws = _in_other_mode(leaf, args, kwargs)
+            other, draws, views = _in_other_mode(leaf, args, kwargs)
             wrote |= other
             random |= draws
         reshaped = tuple(look.tensor for look in looks if look.is_reshaped)
         flagged = tuple(look.tensor for look in looks if look.is_flagged)
-        self._visit(n, Ran(result, frozenset(wrote), frozenset(watch.named), random, reshaped, flagged))
+        self._visit(n, Ran(result, frozenset(wrote), frozenset(watch.named), random, views, reshaped, flagged))
         return result
 
 
@@ -147,8 +150,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
 
 
-def _in_other_mode(module: nn.Module, args: Any, kwargs: Any) -> tuple[set[int], bool]:
-    """The memory that a module writes with its training flags the other way round, and whether it draws random numbers then.
+def _in_other_mode(module: nn.Module, args: Any, kwargs: Any) -> tuple[set[int], bool, tuple[int | None, ...]]:
+    """The memory that a module writes with its training flags the other way round, whether it draws random numbers then, and for each
+    tensor that it returns the memory given in which that lies: of a dropout that is off, that of what it is given.
 
     A module that cannot run like that may write all its buffers. So may one of the user's, of which a run shows one branch.
     """
@@ -157,16 +161,18 @@ def _in_other_mode(module: nn.Module, args: Any, kwargs: Any) -> tuple[set[int],
     homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in given}
     may_write_all = not is_torchs(module)
     watch = OpWatch()
+    returned: Any = ()
     try:
         with _flags_turned(module), torch.no_grad(), watch:
-            module(*tree_map(lambda item: twins.get(id(item), item), args), **tree_map(lambda item: twins.get(id(item), item), kwargs))
+            twin_args, twin_kwargs = tree_map(lambda item: twins.get(id(item), item), (args, kwargs))
+            returned = module(*twin_args, **twin_kwargs)
     except Exception as error:  # such as a norm in training that is given one sample
         raise_ours(error)
         may_write_all = True
     wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
     if may_write_all:
         wrote.update(map(home_of, module.buffers()))
-    return wrote, watch.drew
+    return wrote, watch.drew, tuple(homes.get(home_of(item)) for item in _tensors(returned))
 
 
 @contextmanager

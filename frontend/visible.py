@@ -81,6 +81,19 @@ def _inference_mode_as_no_grad() -> Iterator[None]:
         cls.__enter__, cls.__exit__ = enter, leave
 
 
+def _into_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` writes into `out=`. A trace knows the size that `out` had, and not the one that torch would give it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="An output with one or more elements was resized")
+            return func(*args, **kwargs)
+    except UserWarning:
+        raise Untraceable(
+            "an operation writes its result to out=, a tensor of another size, which torch would resize",
+            "give out= a tensor of the size of the result, or assign the result: x[:] = ...",
+        ) from None
+
+
 _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
@@ -105,6 +118,8 @@ class _DataAsOp(TorchFunctionMode):
                     "write into the tensor under torch.no_grad(), as in tensor.copy_(new), " + KEEP_WHOLE,
                 )
             return None  # `tensor.data += 1` ends with an assignment of what was written in place
+        if kwargs is not None and kwargs.get("out") is not None:
+            return _into_out(func, args, kwargs)
         if getattr(func, "__name__", "") == "__bool__" and isinstance(args[0], FakeTensor):
             frame = sys._getframe(1)
             while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # other modes, inside of this one

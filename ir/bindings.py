@@ -47,5 +47,5 @@ class Bindings:
 
 
 def is_torchs(module: Any) -> bool:
-    """True for a module whose code, with that of all modules in it, is torch's own: of that, one run in each mode shows what it does."""
+    """True for a module whose code, with that of all modules in it, is torch's own: one run in each mode shows what it does."""
     return all(type(part).__module__.startswith("torch.nn.") for part in module.modules())

@@ -51,6 +51,12 @@ def state_of(op: Op) -> list[Value]:
     return list(leaves(op.args[2:3])) if module_path(op) else []
 
 
+CUTTING = (
+    *("data", "detach", "detach_", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+)
+"""Ops whose results never carry gradient."""
+
 GUARDS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
 """Ops that a tracer adds to check its own assumptions; they compute nothing."""
 

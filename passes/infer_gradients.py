@@ -6,23 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value
-from stagecut.ir.ops import base_name, state_of
+from stagecut.ir.ops import CUTTING, base_name, state_of
 from stagecut.ir.types import TensorType, carries_grad, same_layout
-
-_CUTTING: tuple[str, ...] = (
-    "data",
-    "detach",
-    "detach_",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-)
-_CUTTING += ("new_zeros", "new_ones", "new_full", "new_empty")
-"""Ops whose results never carry gradient."""
 
 _CONVERSIONS = frozenset(
     {
@@ -113,7 +98,7 @@ def _carriers(op: Op) -> list[Value]:
 
 
 def _cuts(op: Op) -> bool:
-    return base_name(op) in _CUTTING
+    return base_name(op) in CUTTING
 
 
 def _mark(values: Iterable[Value], grads: list[bool]) -> bool:

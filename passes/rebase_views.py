@@ -7,8 +7,9 @@ from functools import cached_property
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
-from stagecut.ir.ops import reads_around
+from stagecut.ir.ops import CUTTING, base_name, reads_around
 from stagecut.ir.outline import is_what_it_wrote
+from stagecut.ir.types import carries_grad
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class _Aliases:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values from other stages through which `op` writes, which it renews, or reads while it writes, where they must
-        be unified."""
-        written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
+        """By root, the values from other stages through which `op` writes, which it renews and somebody reads, or which it reads while
+        it writes, where they must be unified."""
+        written = [*(op.operands[i] for i in op.effects.writes), *(old for old, new in op.versions.items() if new.uses)]
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
@@ -129,7 +130,7 @@ class _Aliases:
                 root, steps = self._steps(value)
                 if not steps:  # no part of it: all of it
                     continue
-                if root in self._written:
+                if root in self._written or _loses(value, steps):
                     raise SplitError(
                         f"stage {stage.index} has a part of a tensor that is written, and {op.target} may read the rest of it",
                         where=op.where(),
@@ -170,15 +171,16 @@ class _Aliases:
     def _shows(self, op: Op, root: Value) -> bool:
         """True when what `op` writes is read later through another value in the storage of `root`."""
         written = {op.operands[i] for i in op.effects.writes}
-        return any(old not in written and self._steps(old)[0] is root for old in op.versions)
+        return any(new.uses and old not in written and self._steps(old)[0] is root for old, new in op.versions.items())
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
-        """The value at hand that all of `crossing` are or are views of, the root of their storage where that is one."""
-        paths = [self._steps(value)[1] for value in crossing]
+        """The value at hand that all of `crossing` are or are views of, gradient and all; the root where that is one."""
+        paths = {value: self._steps(value)[1] for value in crossing}
         found: list[tuple[int, bool, Value]] = []
         for value in dict.fromkeys([*op.reads, *crossing]):
             origin, steps = self._steps(value)
-            if origin is root and all(path[len(path) - len(steps) :] == steps for path in paths):
+            leads = all(path[len(path) - len(steps) :] == steps for path in paths.values())
+            if origin is root and leads and not any(_loses(view, path[: len(path) - len(steps)]) for view, path in paths.items()):
                 found.append((len(steps), self._member(value) is not root, value))
         return min(found, key=lambda item: item[:2])[2] if found else None
 
@@ -203,6 +205,11 @@ class _Aliases:
             self._stage_of[twin] = here
             self._home.update(dict.fromkeys(twin.results, here))
         return twins[view, base]
+
+
+def _loses(value: Value, steps: list[tuple[Op, int]]) -> bool:
+    """True when `value` carries gradient, and taken anew by `steps` it would not: what was written into a detached tensor does so."""
+    return carries_grad(value.type) and any(base_name(op) in CUTTING for op, _ in steps)
 
 
 def _remove_dead_views(program: Program) -> None:

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stagecut.ir.graph import Op, Value
-from stagecut.ir.ops import base_name, library_name, module_path, out_of_place, reads_around
+from stagecut.ir.ops import CUTTING, base_name, library_name, module_path, out_of_place, reads_around
 from stagecut.ir.targets import name_of, resolve
 from stagecut.ir.types import TensorType
-from stagecut.passes.infer_gradients import _CONVERSIONS, _CUTTING
+from stagecut.passes.infer_gradients import _CONVERSIONS
 from stagecut.passes.recompute import HEAVY
 
 X = Value(TensorType("f32", (4,)), "x")
-KNOWN = sorted({*_CUTTING, *_CONVERSIONS, *HEAVY, "as_strided", "scaled_dot_product_attention", "rms_norm", "grouped_mm"})
+KNOWN = sorted({*CUTTING, *_CONVERSIONS, *HEAVY, "as_strided", "scaled_dot_product_attention", "rms_norm", "grouped_mm"})
 
 SPELLINGS = {
     "aten.detach.default": "detach",

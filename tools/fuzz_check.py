@@ -111,16 +111,16 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     """Where what a stage returns is not of the type that the IR gives it.
 
     A view made under no_grad says that it requires grad, and so does what comes of it, though nothing flows through it. What a
-    module kept whole does inside is not known, and what differs by mode carries gradient where it does in one of the two: under no_grad
-    a dropout that is off returns what it gets, gradient and all. It returns the strides too; in a trace it does not.
+    module kept whole does inside is not known, and what differs by mode carries gradient where it does in one of the two: a dropout that is
+    off returns what it gets, so that a write into it is seen there. It returns the strides too; in a trace it does not.
     Of a batch norm of what is not contiguous, a trace has other strides than a run.
     """
     wrong: list[str] = []
     off = any("dropout" in base_name(op) and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
     off = off or any("batch_norm" in base_name(op) and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
     whole = any(op.is_users or op.target == BY_MODE for op in pipe.program.all_ops())
+    whole = whole or any(isinstance(arg, Mode) for op in pipe.program.all_ops() for arg in op.args)
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
-    whole = whole or (detached and any(isinstance(arg, Mode) for op in pipe.program.all_ops() for arg in op.args))
     for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
 
         def look(module: nn.Module, inputs: Any, result: Any, outputs: list[Value] = block.outputs) -> None:
