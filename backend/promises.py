@@ -39,13 +39,10 @@ class Promises:
         self._program, self._bindings = program, bindings
 
     def of(self, op: Op) -> Promise:
-        """What `op`, a call of the user's code, must not do.
-
-        Torch's own modules do in each call what they did in the trace, but for a dropout: when it is off it returns what it is given.
-        """
+        """What `op`, a call of the user's code, must not do. Torch's own modules do in each call what they did when they were looked at."""
         path = module_path(op)
         owner = self._bindings.modules.get(path) if path else self._bindings.functions.get(op.target)
-        if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner) and not _drops(owner)):
+        if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner)):
             return NOTHING
         given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
         root = self._memory.root
@@ -100,10 +97,6 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
     elif isinstance(tree, dict):
         for key, item in tree.items():
             yield from _leaves(item, f"{name}[{key!r}]")
-
-
-def _drops(module: Any) -> bool:
-    return any(type(part).__module__ == "torch.nn.modules.dropout" for part in module.modules())
 
 
 class _Memory:

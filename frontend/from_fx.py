@@ -14,7 +14,8 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.frontend.call import ABSENT, CallSpec
-from stagecut.frontend.fx_run import FakeRun, Ran, home_of, place_of_node
+from stagecut.frontend.fx_run import FakeRun, Ran, place_of_node
+from stagecut.frontend.leaf import home_of
 from stagecut.frontend.lower import SWITCHES, Lowering, Seen, state_entries, switched
 from stagecut.frontend.types import type_of
 from stagecut.ir.bindings import Bindings, is_torchs

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from stagecut.frontend.kept import RETURN_IT, Contents
-from stagecut.frontend.leaf import OpWatch
-from stagecut.frontend.lower import storage_of, user_loc, written_tensors
+from stagecut.frontend.leaf import OpWatch, home_of, in_other_mode, tensors_in
+from stagecut.frontend.lower import user_loc, written_tensors
 from stagecut.frontend.markers import is_marker
-from stagecut.ir.bindings import is_torchs
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
 
@@ -45,12 +44,6 @@ class Ran:
 
 Visit = Callable[[fx.Node, Ran], None]
 """Is called with each node when it has run."""
-
-
-def home_of(tensor: torch.Tensor) -> int:
-    """The identity of the memory in which a tensor lies; its own where torch does not tell."""
-    storage = storage_of(tensor)
-    return -id(tensor) if storage is None else storage
 
 
 class _Watch(OpWatch):
@@ -99,7 +92,7 @@ class FakeRun(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node, which has been visited."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        looks = [_Look(item) for item in _tensors((args, kwargs))]
+        looks = [_Look(item) for item in tensors_in((args, kwargs))]
         leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         state = [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())] if leaf is not None else []
         containers = Contents([args, kwargs], objects=False)
@@ -107,11 +100,10 @@ class FakeRun(fx.Interpreter):
             result = super().run_node(n)
         _refuse_unseen(n, containers, watch)
         wrote = {look.home for look in (*looks, *state) if look.is_written} | {home for home in watch.wrote if home is not None}
-        random, views = watch.drew, ()
+        random, views = watch.drew, tuple[int | None, ...]()
         if leaf is not None:
-            other, draws, views = _in_other_mode(leaf, args, kwargs)
-            wrote |= other
-            random |= draws
+            other = in_other_mode(leaf, leaf, args, kwargs)
+            wrote, random, views = wrote | other.wrote, random or other.drew, other.homes
         reshaped = tuple(look.tensor for look in looks if look.is_reshaped)
         flagged = tuple(look.tensor for look in looks if look.is_flagged)
         self._visit(n, Ran(result, frozenset(wrote), frozenset(watch.named), random, views, reshaped, flagged))
@@ -144,48 +136,6 @@ class _Look:
 def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
     return tuple(tensor.shape), strides, home_of(tensor)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
-
-
-def _in_other_mode(module: nn.Module, args: Any, kwargs: Any) -> tuple[set[int], bool, tuple[int | None, ...]]:
-    """The memory that a module writes with its training flags the other way round, whether it draws random numbers then, and for each
-    tensor that it returns the memory given in which that lies: of a dropout that is off, that of what it is given.
-
-    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run shows one branch.
-    """
-    given = _tensors((args, kwargs))
-    twins = {id(tensor): tensor.detach().clone() for tensor in given}
-    homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in given}
-    may_write_all = not is_torchs(module)
-    watch = OpWatch()
-    returned: Any = ()
-    try:
-        with _flags_turned(module), torch.no_grad(), watch:
-            twin_args, twin_kwargs = tree_map(lambda item: twins.get(id(item), item), (args, kwargs))
-            returned = module(*twin_args, **twin_kwargs)
-    except Exception as error:  # such as a norm in training that is given one sample
-        raise_ours(error)
-        may_write_all = True
-    wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
-    if may_write_all:
-        wrote.update(map(home_of, module.buffers()))
-    return wrote, watch.drew, tuple(homes.get(home_of(item)) for item in _tensors(returned))
-
-
-@contextmanager
-def _flags_turned(module: nn.Module) -> Iterator[None]:
-    """While open, each training flag in `module` is the other one."""
-    flags = {part: part.training for part in module.modules()}
-    try:
-        for part, flag in flags.items():
-            part.training = not flag
-        yield
-    finally:
-        for part, flag in flags.items():
-            part.training = flag
 
 
 @contextmanager

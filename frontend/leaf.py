@@ -7,15 +7,16 @@ model; so does what the module writes, which outputs share storage with inputs, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stagecut.frontend.draws import Generators
 from stagecut.frontend.kept import RETURN_IT, Contents, gpus, place_of, shown, user_line
@@ -24,6 +25,8 @@ from stagecut.frontend.markers import is_marker
 from stagecut.frontend.scopes import goes_past_call
 from stagecut.frontend.surroundings import Surroundings
 from stagecut.frontend.unseen import Untraceable
+from stagecut.ir.bindings import is_torchs
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.objects import hides_tensors, opened
 
@@ -107,6 +110,66 @@ class OpWatch(Looking):
         if is_marker(func):
             self.split = self.split or shown(user_line())
         self.wrote.update(written_by(func, args, kwargs))
+
+
+def home_of(tensor: torch.Tensor) -> int:
+    """The identity of the memory in which a tensor lies; its own where torch does not tell."""
+    storage = storage_of(tensor)
+    return -id(tensor) if storage is None else storage
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class OtherMode:
+    """What a module does with its training flags the other way round.
+
+    wrote: the memory given, and its own, that it writes. drew: it draws random numbers. homes: for each tensor that it returns, the memory
+    given in which that lies; a dropout that is off returns what it is given.
+    """
+
+    wrote: set[int]
+    drew: bool
+    homes: tuple[int | None, ...]
+
+
+def in_other_mode(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> OtherMode:
+    """What `run`, which runs `module`, does with the flags of the module the other way round.
+
+    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run shows one branch.
+    """
+    given = tensors_in((args, kwargs))
+    twins = {id(tensor): tensor.detach().clone() for tensor in given}
+    homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in given}
+    may_write_all = not is_torchs(module)
+    watch = OpWatch()
+    returned: Any = ()
+    try:
+        with _flags_turned(module), torch.no_grad(), watch:
+            twin_args, twin_kwargs = tree_map(lambda item: twins.get(id(item), item), (args, kwargs))
+            returned = run(*twin_args, **twin_kwargs)
+    except Exception as error:  # such as a norm in training that is given one sample
+        raise_ours(error)
+        may_write_all = True
+    wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
+    if may_write_all:
+        wrote.update(map(home_of, module.buffers()))
+    return OtherMode(wrote, watch.drew, tuple(homes.get(home_of(item)) for item in tensors_in(returned)))
+
+
+@contextmanager
+def _flags_turned(module: nn.Module) -> Iterator[None]:
+    """While open, each training flag in `module` is the other one."""
+    flags = {part: part.training for part in module.modules()}
+    try:
+        for part, flag in flags.items():
+            part.training = not flag
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
 
 
 class CalledOtherwise(Untraceable):
@@ -260,10 +323,17 @@ class Leaves:
                     where=place_of(type(owner)),
                     hint="return tensors in tuples, lists, dicts or objects whose attributes are data",
                 )
-            views = shared_with(out_flat, given)
+            views, drew = shared_with(out_flat, given), watch.drew
+            if is_torchs(owner):
+                other = in_other_mode(owner, run, args, kwargs)
+                own = [home_of(tensor) for tensor in given]
+                wrote[: len(given)] = [was or home in other.wrote for was, home in zip(wrote, own, strict=False)]
+                drew |= other.drew
+                views = tuple(own.index(h) if v is None and h in own else v for v, h in zip_longest(views, other.homes[: len(views)]))
             returned = [item for item in out_flat if _is_tensor(item)]
             for item, place in zip(returned, views, strict=True):
-                if place is not None and wrote[place] and item.requires_grad != given[place].requires_grad:
+                there = given[place] if place is not None and wrote[place] else None
+                if there is not None and storage_of(item) == storage_of(there) and item.requires_grad != there.requires_grad:
                     raise CaptureError(
                         f"module '{path}' is kept whole{self._because(path)} and returns what it writes as a tensor of another history",
                         where=place_of(type(owner)),
@@ -279,7 +349,7 @@ class Leaves:
                     *(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w),
                     *(name for name, _ in owner.named_buffers()),
                 ),
-                random=watch.drew,
+                random=drew,
             )  # fmt: skip
             return result
 

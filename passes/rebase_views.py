@@ -60,9 +60,9 @@ class _Aliases:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values from other stages through which `op` writes, which it renews and somebody reads, or which it reads while
-        it writes, where they must be unified."""
-        written = [*(op.operands[i] for i in op.effects.writes), *(old for old, new in op.versions.items() if new.uses)]
+        """By root, the values from other stages through which `op` writes, which it renews, or reads while it writes, where they must
+        be unified."""
+        written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
@@ -110,6 +110,9 @@ class _Aliases:
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
         base = self._base(root, crossing, op)
+        if base is None:  # then nobody need see the write who does not read it
+            crossing = [v for v in crossing if v in op.operands or v not in op.versions or op.versions[v].uses]
+            base = self._base(root, crossing, op)
         if base is None and self._shows(op, root):
             raise SplitError(
                 f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and does not have that tensor",
