@@ -32,7 +32,7 @@ from stagecut.backend.drawing import (
     type_text,
     value_tip,
 )  # fmt: skip
-from stagecut.ir.graph import Op, Program, Scope, Stage, StateEntry, Value
+from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
 from stagecut.ir.outline import writes_of
 from stagecut.ir.printer import Printer, fqn_text, scope_text, target_text
 
@@ -301,9 +301,8 @@ def _counted(ops: Iterable[Op]) -> list[str]:
     return list(dict.fromkeys(_short_target(op.target) for op in ops))
 
 
-def _short_target(target: str) -> str:
-    parts = target.split(".")
-    return parts[1] if parts[0] == "aten" and len(parts) > 1 else target_text(target)
+def _short_target(target: Target) -> str:
+    return target.name if target.kind is Kind.ATEN else target_text(target)
 
 
 def _lines(ops: Iterable[Op]) -> list[str]:

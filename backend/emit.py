@@ -27,6 +27,7 @@ from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
     BY_MODE,
     Context,
+    Kind,
     Mode,
     Namer,
     Op,
@@ -361,15 +362,15 @@ class _Function:
 
     def _spell(self, op: Op, regions: list[str]) -> str:
         check_op(op)
-        kind, _, rest = op.target.partition(".")
-        if kind == "module":
+        kind, rest = op.target.kind, op.target.name
+        if kind is Kind.MODULE:
             args, kwargs, _ = op.args
             called = f"{self._watched(self._leaf(rest, op), f'module {rest!r}', op)}({self._arguments(op, args, kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, {self._sizes(op)}", op)
-        if kind == "method":
+        if kind is Kind.METHOD:
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
-        if kind == "extern":
+        if kind is Kind.EXTERN:
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
             called = f"{self._watched(f'extern_{rest}', f'function {rest!r}', op)}({self._arguments(op, op.args, op.kwargs, regions)})"
@@ -591,8 +592,7 @@ def _local_name(wish: str) -> str:
 
 def _wish(op: Op) -> str:
     """The wished name of an op's results: `aten.add.Tensor` -> `add`."""
-    parts = op.target.split(".")
-    return parts[1] if parts[0] in ("aten", "method", "extern") else parts[-1] if parts[-1] != "default" else parts[-2]
+    return op.target.name.rpartition(".")[2] or str(op.target)
 
 
 def _holds_dict(form: Any) -> bool:

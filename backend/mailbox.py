@@ -23,7 +23,7 @@ from stagecut.backend.wire import refuse_quantized, writable, writes_explained
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.ops import base_name
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.types import carries_grad
 
@@ -52,7 +52,7 @@ def _refuse_writes_past_autograd(program: Program) -> None:
     for stage in program.stages:
         here = set(stage.ops)
         for op in stage.ops:
-            if base_name(op) != "data" or not carries_grad(op.operands[0].type):
+            if not facts(op).past_autograd or not carries_grad(op.operands[0].type):
                 continue
             root = storage_root(op.operands[0])
             if isinstance(root.owner, StateEntry) or root.owner in here or (root.owner is None and root.uses.keys() <= here):

@@ -16,7 +16,7 @@ from stagecut.frontend.merge import Flags, Merge
 from stagecut.frontend.watch import same_constant
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError, InputError, SplitError
-from stagecut.ir.graph import Namer, Op, Program, scope_fqn
+from stagecut.ir.graph import Kind, Namer, Op, Program, Target, scope_fqn
 from stagecut.ir.printer import nested_ops
 from stagecut.ir.targets import resolve
 from stagecut.ir.verifier import verify
@@ -112,7 +112,7 @@ def _with_our_names(theirs: Program, bindings: Bindings, others: Bindings) -> di
     known = {function: name for name, function in bindings.functions.items()}
     names = {name: known.get(function) or namer(name) for name, function in others.functions.items()}
     for op in nested_ops(theirs.all_ops()):
-        op.target = names.get(op.target, op.target)
+        op.target = Target(names.get(op.target, op.target))
     return {names[name]: function for name, function in others.functions.items()}
 
 
@@ -124,7 +124,7 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 
 def filled(op: Op, like: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an op of torch, with those that `like` gives and it leaves out as its schema has them."""
-    target = resolve(op.target) if op.target.startswith(("aten.", "torch.ops.")) else None
+    target = resolve(op.target) if op.target.kind in (Kind.ATEN, Kind.LIBRARY) else None
     if not isinstance(target, torch._ops.OpOverload):
         return op.args, op.kwargs
     args, kwargs = list(op.args), dict(op.kwargs)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from stagecut.frontend.modes import node_of
 from stagecut.ir.constants import MOST_ELEMENTS
+from stagecut.ir.ops import facts_of
 
 _READS = frozenset(
     {
@@ -109,7 +110,7 @@ def _is_constant(node: fx.Node) -> bool:
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
         return False
-    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._opname
+    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and not facts_of(target._opname).uninitialised
 
 
 def _is_written(node: fx.Node) -> bool:

@@ -30,6 +30,7 @@ from stagecut.ir.graph import (
     Context,
     Effects,
     Frame,
+    Kind,
     Loc,
     Mode,
     Namer,
@@ -39,29 +40,19 @@ from stagecut.ir.graph import (
     RegionRef,
     Scope,
     StateEntry,
+    Target,
     Value,
     leaves,
     scope_fqn,
     transform,
 )
 from stagecut.ir.objects import opened, places, plain
-from stagecut.ir.ops import out_of_place
+from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
 from stagecut.ir.outline import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
 TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-
-MODE_ARGUMENT: dict[str, int] = {
-    "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.alpha_dropout.default": 2,
-    "aten.dropout_.default": 2, "aten.feature_dropout_.default": 2, "aten.alpha_dropout_.default": 2,
-    "aten.feature_alpha_dropout.default": 2, "aten.feature_alpha_dropout_.default": 2, "aten.native_dropout.default": 2,
-    "aten.batch_norm.default": 5, "aten.native_batch_norm.default": 5, "aten.instance_norm.default": 5,
-    "aten.rrelu.default": 3, "aten.rrelu_.default": 3,
-    "aten.lstm.input": 6, "aten.gru.input": 6, "aten.rnn_tanh.input": 6, "aten.rnn_relu.input": 6,
-    "aten.lstm.data": 7, "aten.gru.data": 7, "aten.rnn_tanh.data": 7, "aten.rnn_relu.data": 7,
-}  # fmt: skip
-"""Ops with a training flag -> its position among the operands, as torch's schemas have it."""
 
 _VMAP = "torch._functorch.predispatch"
 """Where the functions live that open and close a vmap: none of them may be left out or moved."""
@@ -73,11 +64,11 @@ _CLOSING = ("_vmap_decrement_nesting", "_jvp_decrement_nesting")
 CHECKPOINT = "torch.ops.stagecut.checkpoint.default"
 """The op that stands where a checkpointed region begins and where it ends."""
 
+COUNT = "aten.add_.Tensor"
+"""The op by which a batch norm counts its batches."""
+
 _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 """The module stack of a node that the tracer added, such as the size of an input."""
-
-_NORMS = ("batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "instance_norm")
-_NORM_OPS = frozenset(f"aten.{name}.default" for name in _NORMS)
 
 
 @dataclass(slots=True)
@@ -223,7 +214,7 @@ class Lowering:
             inner, graph, operands = wrapped
             return self._inline(graph, operands, ops, (*outer, inner))
         tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
-        if name == "aten.broadcast_tensors.default":  # what has that shape already is returned as it is
+        if isinstance(tree, list) and facts(ops[-1]).returns_operand:  # what has that shape already is returned as it is
             tree = [given if same_layout(made.type, given.type) else made for made, given in zip(tree, args[0], strict=True)]
         if step in _CLOSING:
             self._whole = self._whole[:-1]
@@ -251,22 +242,24 @@ class Lowering:
         scope = self.scope(node)
         regions: list[Region] = []
         target: Any = node.target
-        if (view := out_of_place(name)) and _is_made(args[0]):
-            name, target = view, getattr(target, "__name__", target) if not name.startswith("aten.") else resolve(view)
+        called = Target(name)
+        if (view := out_of_place(called)) and _is_made(args[0]):
+            target = resolve(view) if called.kind is Kind.ATEN else getattr(target, "__name__", target)
+            called = Target(view)
         args = transform(args, lambda a: self._region(a, regions, self.loc(node)) if isinstance(a, fx.GraphModule) else a)
-        position = MODE_ARGUMENT.get(name)
-        if position is not None and not (name in _NORM_OPS and args[3] is None):  # a norm without statistics knows no modes
+        position, statistics = flag_position(called), facts_of(called.name).statistics
+        if position is not None and not (statistics and args[statistics[0]] is None):  # a norm without statistics knows no modes
             args = self._follow_mode(_with_defaults(target, args, position), position, scope, node)
-        if name in _NORM_OPS and args[5:6] == (Mode(False),):
+        if position is not None and statistics and args[position : position + 1] == (Mode(False),):
             self._count_batch(scope, ops, context)
-        if name == "aten.add_.Tensor" and self._is_batch_count(args, scope):
+        if called == COUNT and self._is_batch_count(args, scope):
             args = (args[0], Mode(True))
-        op = Op(name, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
+        op = Op(called, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
         self.refuse_written_twins(op)
-        if _identity_views(op) and not (isinstance(op.args[2], Mode) and _is_expanded(op.operands[0].type)):
+        if _identity_views(op) and not (isinstance(flag(op), Mode) and _is_expanded(op.operands[0].type)):
             op.results[0].type = op.operands[0].type
         ops.append(op)
         return tree
@@ -290,7 +283,7 @@ class Lowering:
         counter = self._batch_count(scope)
         if counter is None:
             return
-        op = Op("aten.add_.Tensor", (counter.value, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
+        op = Op(COUNT, (counter.value, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
         op.add_result(counter.type, "count")
         ops.append(op)
 
@@ -487,7 +480,7 @@ class Lowering:
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
         writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
-        views = () if op.target in _COPIES else self._views(op, writes) or _identity_views(op)
+        views = () if facts(op).copies else self._views(op, writes) or _identity_views(op)
         random, effect = (schema.random and not _never_draws(op)) or seen.random, schema.effect or seen.effect
         if not (writes or views or random or effect):
             return PURE
@@ -608,23 +601,18 @@ def _with_defaults(target: Any, args: tuple[Any, ...], position: int) -> tuple[A
     return (*args, *(a.default_value for a in rest)) if all(a.has_default_value() for a in rest) else args
 
 
-_COPIES = frozenset({"aten.lift_fresh_copy.default"})
-"""Ops whose fake results share storage with an operand, but whose real ones do not."""
-
-_DROPOUTS = frozenset(name for name in MODE_ARGUMENT if "dropout" in name and not name.startswith("aten.native"))
-
-
 def _identity_views(op: Op) -> tuple[int | None, ...]:
     """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells. So may one that
     follows its module."""
-    if op.target in _DROPOUTS and len(op.args) > 2 and (op.args[2] is False or isinstance(op.args[2], Mode)):
+    if facts(op).off_is_operand and (flag(op) is False or isinstance(flag(op), Mode)):
         return (0,)
     return ()
 
 
 def returns_what_it_is_given(op: Op) -> bool:
     """True for a dropout that is on in the trace, and returns the very tensor it is given in the other mode."""
-    return op.target in _DROPOUTS and not op.effects.writes and isinstance(op.args[2], Mode) and op.args[2].captured
+    mode = flag(op)
+    return facts(op).off_is_operand and not op.effects.writes and isinstance(mode, Mode) and mode.captured
 
 
 def _is_expanded(kind: Any) -> bool:
@@ -634,14 +622,16 @@ def _is_expanded(kind: Any) -> bool:
 
 def _never_draws(op: Op) -> bool:
     """True for a dropout that is off in either mode."""
-    return op.target in _DROPOUTS and op.args[2:3] == (False,) and not isinstance(op.args[2], Mode)
+    return facts(op).off_is_operand and flag(op) is False
 
 
 def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     """The running statistics that a norm in training updates, of which its schema says nothing."""
-    if target not in _NORM_OPS or len(args) < 6 or args[5] is False:
+    called = Target(target)
+    places, position = facts_of(called.name).statistics, flag_position(called)
+    if not places or position is None or position >= len(args) or args[position] is False:
         return []
-    return [statistics for statistics in args[3:5] if statistics is not None]
+    return [args[place] for place in places if args[place] is not None]
 
 
 def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -670,7 +660,7 @@ def written_in_place(value: Value, target: Value) -> bool:
     """True when `value` is `target` as in-place ops returned it: no new tensor."""
     while value is not target:
         op = value.owner
-        if not isinstance(op, Op) or not op.target.startswith("aten.") or len(op.results) != 1:
+        if not isinstance(op, Op) or op.target.kind is not Kind.ATEN or len(op.results) != 1:
             return False
         viewed = op.effects.viewed(0)
         if viewed is None or viewed not in op.effects.writes:

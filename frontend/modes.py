@@ -32,17 +32,29 @@ from stagecut.frontend.kept import attributes, fingerprint, shown, user_line
 from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
 from stagecut.frontend.unseen import Untraceable
 from stagecut.ir.blame import raise_ours
+from stagecut.ir.ops import facts_of
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-_BARE_DROPOUTS = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+_DIMENSIONS = "123d"
+"""How the names of some functions end: `dropout2d`."""
+
+
+def _flagged(home: Any) -> dict[Any, tuple[int, str]]:
+    """The functions of a module of torch's with a training flag -> where it stands among their arguments, and by what name."""
+    found: dict[Any, tuple[int, str]] = {}
+    for name, function in vars(home).items():
+        if (position := facts_of(name.rstrip(_DIMENSIONS)).training.get("default")) is None or not callable(function):
+            continue
+        if inspect.isfunction(function):
+            found[function] = (position, [*inspect.signature(function).parameters][position])
+        else:
+            found[function] = (position, getattr(torch.ops.aten, name).default._schema.arguments[position].name)
+    return found
+
+
+_FLAGGED = _flagged(F) | _flagged(torch)
+_DROPOUTS = {function for function in _flagged(F) if facts_of(function.__name__.rstrip(_DIMENSIONS)).off_is_operand}
+_BARE_DROPOUTS = {function for function in _flagged(torch) if facts_of(function.__name__).returns_operand}
 _BARE = inspect.signature(lambda input, p, train: None)  # theirs, for Python cannot see it
-
-_FLAGGED: dict[Any, tuple[int, str]] = dict.fromkeys(_DROPOUTS, (2, "training")) | dict.fromkeys(_BARE_DROPOUTS, (2, "train"))
-_FLAGGED |= {F.rrelu: (3, "training"), F.batch_norm: (5, "training"), F.instance_norm: (5, "use_input_stats")}
-_FLAGGED |= dict.fromkeys((torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_), (2, "train"))
-_FLAGGED |= {torch.rrelu: (3, "training"), torch.rrelu_: (3, "training"), torch.batch_norm: (5, "training")}
-_FLAGGED |= {torch.native_dropout: (2, "train"), torch.native_batch_norm: (5, "training"), torch.instance_norm: (5, "use_input_stats")}
-"""Functions with a training flag, and where it stands among their arguments and by what name."""
 
 
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/visible.py")
@@ -218,7 +230,7 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for what a dropout returned, for views of it, and for what was written into those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if "dropout" in getattr(node.target, "__name__", ""):
+        if isinstance(node.target, torch._ops.OpOverload) and facts_of(node.target._opname).off_is_operand:
             return True
         schema = getattr(node.target, "_schema", None)
         alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None

@@ -9,7 +9,7 @@ import torch
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.interp import Environment, Machine
-from stagecut.ir.ops import base_name
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import storage_root
 from stagecut.ir.types import TensorType
 
@@ -73,6 +73,6 @@ def _is_small(value: Value) -> bool:
 
 def _is_pure(op: Op) -> bool:
     """True for an op of torch's that computes its results from its operands, and does nothing else."""
-    if op.has_effect or op.is_users or op.regions or "empty" in base_name(op):
+    if op.has_effect or op.is_users or op.regions or facts(op).uninitialised:
         return False
     return not any(context.kind in ("transform", "checkpoint") for context in op.context)

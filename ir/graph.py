@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from typing import Any, NamedTuple
 
 from stagecut.ir.errors import StagecutError
@@ -22,6 +24,53 @@ BY_MODE = "stagecut.by_mode"
 
 CAUSAL, OPEN = "causal", "open"
 """Kinds of attention masks: one that hides just the future, one that hides nothing."""
+
+
+class Kind(Enum):
+    """Whose code an op calls."""
+
+    ATEN = "an overload of torch.ops.aten"
+    LIBRARY = "an op that a library registered, torch.ops.NAMESPACE.NAME"
+    TORCH = "a function of torch or of one of its modules"
+    METHOD = "a method of a tensor or a container"
+    PYTHON = "a function of operator, math or builtins"
+    MODULE = "a module of the user's, called as a whole"
+    EXTERN = "a function of the user's"
+    OWN = "ours"
+
+
+class Target(str):
+    """What an op calls, as text: `aten.add.Tensor`, `method.view`, `module.layers.0`.
+
+    kind: whose code it is. name: its name without namespace and overload; for a module its path. overload: `Tensor`, '' for none.
+    """
+
+    __slots__ = ("kind", "name", "overload")
+    kind: Kind
+    name: str
+    overload: str
+
+    def __new__(cls, text: str) -> Target:
+        target = super().__new__(cls, text)
+        target.kind, target.name, target.overload = _parts(text)
+        return target
+
+
+def _parts(text: str) -> tuple[Kind, str, str]:
+    head, _, rest = text.partition(".")
+    if text.startswith("torch.ops."):
+        _, name, overload = (*rest.split(".", 3)[1:], "", "", "")[:3]
+        return Kind.LIBRARY, name, overload
+    if head == "aten":
+        name, _, overload = rest.partition(".")
+        return Kind.ATEN, name, overload
+    if head == "torch":
+        return Kind.TORCH, rest.rpartition(".")[2], ""
+    return _HEADS.get(head, Kind.PYTHON), rest, ""
+
+
+_HEADS = {"method": Kind.METHOD, "module": Kind.MODULE, "extern": Kind.EXTERN, "stagecut": Kind.OWN}
+_target = cache(Target)
 
 
 class Loc(NamedTuple):
@@ -176,7 +225,7 @@ class Op:
         form: Any = None,
         regions: tuple[Region, ...] = (),
     ) -> None:
-        self.target = target
+        self.target = _target(target)
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.operands: list[Value] = []
@@ -268,7 +317,7 @@ class Op:
     @property
     def is_users(self) -> bool:
         """True for a call of the user's own code: of a module kept whole, or of a function."""
-        return self.target.startswith(("module.", "extern."))
+        return self.target.kind in (Kind.MODULE, Kind.EXTERN)
 
     @property
     def returned(self) -> tuple[Any, ...] | None:

@@ -14,7 +14,7 @@ import torch
 
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import BY_MODE, WHOLE, Context, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.graph import BY_MODE, WHOLE, Context, Kind, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.objects import opened
 from stagecut.ir.outline import unwritten
 from stagecut.ir.targets import attribute, check_op, constant, resolve
@@ -110,18 +110,18 @@ class Machine:
         functions = [self._function(region) for region in op.regions]
         args, kwargs = (transform(tree, lambda leaf: self._leaf(leaf, env, functions)) for tree in (op.args, op.kwargs))
         check_op(op)
-        kind, _, rest = op.target.partition(".")
-        if kind == "method":
-            return getattr(args[0], rest)(*args[1:], **kwargs)
+        kind, name = op.target.kind, op.target.name
+        if kind is Kind.METHOD:
+            return getattr(args[0], name)(*args[1:], **kwargs)
         if op.target == "builtins.getattr":
             return attribute(*args, **kwargs)
         if op.target == BY_MODE:
             training, in_training, in_evaluation, operands = args
             return (in_training if training else in_evaluation)(*operands)
-        if kind == "extern":
+        if kind is Kind.EXTERN:
             return self._bindings.functions[op.target](*args, **kwargs)
-        if kind == "module":
-            return self._module(rest, args, op, env)
+        if kind is Kind.MODULE:
+            return self._module(name, args, op, env)
         return resolve(op.target)(*args, **kwargs)
 
     def _module(self, path: str, args: Any, op: Op, env: Environment) -> Any:

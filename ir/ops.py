@@ -1,33 +1,155 @@
-"""What an op is called, by the kind of its target. No torch here.
+"""What is known of single ops of torch that their schemas do not say: one table, by the name of the op. No torch here.
 
 One op of torch has many spellings: `aten.detach.default` in an exported program, `torch.detach` and `method.detach` in a GraphModule,
 `builtins.getattr(x, "data")` for an attribute. The user's own code may have any name at all: a module `enc.data`, a function `detach`. So
-no rule reads a target: it asks for the base name, and the user's code has none.
+no rule reads a target: it asks for the facts of an op, and the user's code has none. An op that the table does not know behaves as its
+schema says.
 """
 
 from __future__ import annotations
 
-from stagecut.ir.graph import Op, Value, leaves
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-_REGISTERED = "torch.ops."
-"""How the targets of ops begin that other libraries register."""
+from stagecut.ir.graph import Kind, Op, Target, Value, leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an op of torch. Each fact names who asks for it."""
+
+    training: Mapping[str, int] = field(default_factory=dict)
+    """Overload -> the position of its training flag. Lowering: the flag follows the module's."""
+    off_is_operand: bool = False
+    """With its flag off it returns the very tensor that it is given. Lowering: the result is a view."""
+    statistics: tuple[int, ...] = ()
+    """Arguments that it writes with its flag on, though its schema does not say so. Lowering."""
+    copies: bool = False
+    """Its result is a new tensor, though one in a trace shares storage with the operand. Lowering."""
+    reshapes: bool = False
+    """In place it gives a tensor another shape, or detaches it, and writes nothing in memory. Lowering takes the view instead."""
+    cuts_gradient: bool = False
+    """Its results never carry gradient. Infer-gradients."""
+    returns_operand: bool = False
+    """Where there is nothing to do it returns the very tensor that it is given, with its history. Infer-gradients, lowering."""
+    guard: bool = False
+    """A tracer adds it to check its own assumptions; it computes nothing. Canonicalize, validator."""
+    attention: bool = False
+    """It is scaled_dot_product_attention. Causal-attention; costs: on a GPU it keeps operands, result and a number a row."""
+    heavy: bool = False
+    """It computes more than it moves. Recompute, balance: it is never done twice unasked."""
+    reads_around: bool = False
+    """It may read all of the storage in which its first operand lies. Rebase-views, files."""
+    past_autograd: bool = False
+    """What is written into its result, backward does not know of. Mailbox."""
+    uninitialised: bool = False
+    """Its result is whatever the memory held. Constants, checks of passes."""
+    norm_of_rows: bool = False
+    """Costs: on a GPU it keeps its operand and a number a row."""
+    grouped_product: bool = False
+    """Costs: it is a product of matrices in groups, for which torch has no formula."""
+    iteration: str = ""
+    """The overload that Python's own unpacking of its operand stands for. Emission."""
+    bindings: Mapping[str, str] = field(default_factory=dict)
+    """Overload -> torch's binding that takes the same arguments in the same order and calls just that overload. Emission."""
+
+
+NOTHING = Facts()
+"""What is known of the user's own code."""
+
+
+def _facts() -> dict[str, Facts]:
+    table: dict[str, Facts] = {}
+
+    def know(names: str | Iterable[str], **facts: Any) -> None:
+        for name in names.split() if isinstance(names, str) else names:
+            table[name] = replace(table.get(name, NOTHING), **facts)
+
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+        know((name, f"{name}_"), training={"default": 2}, off_is_operand=True)
+    know("native_dropout", training={"default": 2})
+    know("rrelu rrelu_", training={"default": 3})
+    know("batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm instance_norm", training={"default": 5}, statistics=(3, 4))
+    know("lstm gru rnn_tanh rnn_relu", training={"input": 6, "data": 7})
+    know("_cudnn_rnn", training={"default": 12})
+    know("miopen_rnn", training={"default": 10})
+    know("lift_fresh_copy", copies=True)
+    know("t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_", reshapes=True)
+
+    know("data detach detach_", cuts_gradient=True)
+    know("zeros_like ones_like full_like empty_like rand_like randn_like randint_like", cuts_gradient=True)
+    know("new_zeros new_ones new_full new_empty new_empty_strided new_tensor", cuts_gradient=True)
+    know("to type_as contiguous flatten positive lift_fresh broadcast_tensors atleast_1d atleast_2d atleast_3d", returns_operand=True)
+    know("float double half bfloat16 int long bool cpu cuda real conj resolve_conj resolve_neg", returns_operand=True)
+    know("dropout feature_dropout alpha_dropout feature_alpha_dropout", returns_operand=True)
+    know("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size", guard=True)
+
+    know("mm bmm addmm baddbmm addbmm matmul linear bilinear einsum dot vdot mv addmv addr cdist tensordot chain_matmul", heavy=True)
+    know("conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d", heavy=True)
+    know("convolution_overrideable convolution_backward cudnn_convolution _slow_conv2d_forward _scaled_mm", heavy=True)
+    know("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu", heavy=True)
+    for kernel in ("_flash_attention", "_efficient_attention"):
+        know((f"{kernel}_forward", f"{kernel}_backward"), heavy=True)
+    for kernel in ("flash", "efficient", "cudnn"):
+        know((f"_scaled_dot_product_{kernel}_attention", f"_scaled_dot_product_{kernel}_attention_backward"), heavy=True)
+    know("higher_order.flex_attention higher_order.flex_attention_backward", heavy=True)
+    know("scaled_dot_product_attention", attention=True)
+    know("rms_norm _fused_rms_norm", norm_of_rows=True)
+    know("_grouped_mm grouped_mm transformers.grouped_mm_fallback", grouped_product=True, heavy=True)
+
+    know("as_strided as_strided_ as_strided_copy as_strided_scatter", reads_around=True)
+    know("data", past_autograd=True)
+    know("empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided", uninitialised=True)
+    know("_empty_affine_quantized _empty_per_channel_affine_quantized", uninitialised=True)
+
+    know("unbind", iteration="int")
+    for home, overloads in _BINDINGS.items():
+        for name, _, overload in (one.partition(".") for one in overloads.split()):
+            know((name,), bindings={overload: f"{home}.{name}"})
+    return table
+
+
+_BINDINGS = {
+    "torch": """
+        add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg.default rsqrt.default sqrt.default exp.default tanh.default
+        sigmoid.default sin.default cos.default relu.default mean.dim softmax.int dropout.default matmul.default mm.default bmm.default
+        embedding.default layer_norm.default rms_norm.default group_norm.default batch_norm.default conv1d.default conv2d.default
+        cat.default stack.default chunk.default transpose.int permute.default unsqueeze.default squeeze.dim flatten.using_ints
+        unflatten.int reshape.default
+    """,
+    "torch.nn.functional": "linear.default gelu.default scaled_dot_product_attention.default",
+    "torch.Tensor": "view.default expand.default contiguous.default",
+    "torch._C._nn": "silu.default",
+}
+
+FACTS: Mapping[str, Facts] = _facts()
+"""Name of an op of torch, or namespace and name of an op of another library -> what is known of it."""
 
 _SYMBOLS = {"pos": "positive"}
 """Functions of `operator` that torch knows by another name."""
 
 
+def facts(op: Op) -> Facts:
+    """What is known of the op that `op` calls, however it is spelled. NOTHING for the user's own code."""
+    return FACTS.get(base_name(op) or library_name(op), NOTHING)
+
+
+def facts_of(name: str) -> Facts:
+    """What is known of the op of torch of that name."""
+    return FACTS.get(name, NOTHING)
+
+
 def base_name(op: Op) -> str:
     """The name of an op of torch, however it is spelled: without namespace and overload. '' for all that is not torch's."""
-    kind, _, rest = op.target.partition(".")
-    if kind == "aten":
-        return rest.partition(".")[0]
-    if kind == "method":
-        return rest
-    if kind == "operator":
-        return _SYMBOLS.get(rest, rest)
-    if kind == "torch" and not op.target.startswith(_REGISTERED):
-        return rest.rpartition(".")[2]
-    return _attribute(op) if op.target == "builtins.getattr" else ""
+    target = op.target
+    if target.kind in (Kind.ATEN, Kind.METHOD, Kind.TORCH):
+        return target.name
+    if target.kind is not Kind.PYTHON:
+        return ""
+    if target.startswith("operator."):
+        return _SYMBOLS.get(target.name, target.name)
+    return _attribute(op) if target == "builtins.getattr" else ""
 
 
 def _attribute(op: Op) -> str:
@@ -36,14 +158,20 @@ def _attribute(op: Op) -> str:
 
 
 def library_name(op: Op) -> str:
-    """The name of an op that another library registered, without its overload. '' for all else."""
-    parts = op.target.removeprefix(_REGISTERED).split(".")
-    return parts[1] if op.target.startswith(_REGISTERED) and len(parts) > 1 else ""
+    """Namespace and name of an op that another library registered. '' for all else."""
+    if op.target.kind is not Kind.LIBRARY or not op.target.name:
+        return ""
+    return f"{op.target.split('.')[2]}.{op.target.name}"
+
+
+def is_heavy(op: Op) -> bool:
+    """True for an op that computes more than it moves, and for one of another library, of which nobody knows."""
+    return facts(op).heavy or bool(library_name(op))
 
 
 def module_path(op: Op) -> str:
     """The path of the module that an op calls as a whole. '' for all else."""
-    return op.target.removeprefix("module.") if op.target.startswith("module.") else ""
+    return op.target.name if op.target.kind is Kind.MODULE else ""
 
 
 def state_of(op: Op) -> list[Value]:
@@ -51,38 +179,24 @@ def state_of(op: Op) -> list[Value]:
     return list(leaves(op.args[2:3])) if module_path(op) else []
 
 
-CUTTING = (
-    *("data", "detach", "detach_", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
-    *("new_zeros", "new_ones", "new_full", "new_empty"),
-)
-"""Ops whose results never carry gradient."""
-
-GUARDS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
-"""Ops that a tracer adds to check its own assumptions; they compute nothing."""
+def flag_position(target: Target) -> int | None:
+    """Where the training flag stands among the arguments of an overload; None for an overload without one, and for other spellings."""
+    return FACTS.get(target.name, NOTHING).training.get(target.overload) if target.kind is Kind.ATEN else None
 
 
-def is_guard(op: Op) -> bool:
-    """True for one of GUARDS."""
-    return base_name(op) in GUARDS
+def flag(op: Op) -> Any:
+    """The training flag of an op: a bool or a mode. None for an op without one."""
+    position = flag_position(op.target)
+    return op.args[position] if position is not None and position < len(op.args) else None
 
 
-def reads_around(op: Op) -> bool:
-    """True for an op that may read all of the storage in which its first operand lies."""
-    return base_name(op).startswith("as_strided")
-
-
-_RESHAPES = frozenset({"t_", "transpose_", "swapaxes_", "swapdims_", "unsqueeze_", "squeeze_", "as_strided_", "detach_"})
-
-
-def out_of_place(target: str) -> str:
+def out_of_place(target: Target) -> str:
     """The target of the view that an op takes which gives a tensor another shape in place, or detaches it. '' for other ops.
 
     Nothing in the memory is written, and the other views of it keep their shapes.
     """
-    kind, _, rest = target.partition(".")
-    name, _, overload = rest.partition(".") if kind == "aten" else (rest, "", "")
-    if kind not in ("aten", "method", "torch") or name not in _RESHAPES:
+    if target.kind not in (Kind.ATEN, Kind.METHOD, Kind.TORCH) or not facts_of(target.name).reshapes:
         return ""
-    if kind != "aten":
+    if target.kind is not Kind.ATEN:
         return target.removesuffix("_")
-    return f"aten.{name[:-1]}.{'int' if name == 'transpose_' else overload}"
+    return f"aten.{target.name[:-1]}.{'int' if target.name == 'transpose_' else target.overload}"

@@ -12,7 +12,24 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from stagecut.ir.graph import SPLIT, Context, Mode, Namer, Op, Program, Region, RegionRef, Scope, Stage, StateEntry, Token, Transfer, Value
+from stagecut.ir.graph import (
+    SPLIT,
+    Context,
+    Kind,
+    Mode,
+    Namer,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    Scope,
+    Stage,
+    StateEntry,
+    Target,
+    Token,
+    Transfer,
+    Value,
+)
 from stagecut.ir.types import OBJECT, value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
@@ -301,12 +318,11 @@ def _mode(item: Mode) -> str:
     return f"mode({', '.join([str(item.captured), *parts, *map(literal, item.others)])})"
 
 
-def target_text(target: str) -> str:
+def target_text(target: Target) -> str:
     """A target as it is printed: dotted, with parts quoted that are no plain words."""
-    head, _, rest = target.partition(".")
-    if head == "module" and not _PLAIN_FQN.match(rest):
-        return f"module.{json.dumps(rest)}"
-    return target
+    if target.kind is Kind.MODULE and not _PLAIN_FQN.match(target.name):
+        return f"module.{json.dumps(target.name)}"
+    return str(target)
 
 
 def scope_text(scope: Scope) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stagecut.ir.errors import EmitError
-from stagecut.ir.graph import Op, Token
+from stagecut.ir.graph import Kind, Op, Token
 
 BUILTINS = frozenset("getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split())
 _OPERATOR = frozenset(
@@ -100,16 +100,16 @@ def _is_harmless(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> boo
 
 def check_op(op: Op) -> None:
     """Returns when calling `op` can reach nothing but tensor code; raises EmitError otherwise."""
-    kind, _, name = op.target.partition(".")
-    if kind == "method" and (name.startswith("_") or name in _REFUSED or not any(hasattr(c, name) for c in _CONTAINERS)):
+    kind, name = op.target.kind, op.target.name
+    if kind is Kind.METHOD and (name.startswith("_") or name in _REFUSED or not any(hasattr(c, name) for c in _CONTAINERS)):
         raise EmitError(f"'{name}' is no method that may be called", where=op.where())
-    if kind == "method" and not op.args:
+    if kind is Kind.METHOD and not op.args:
         raise EmitError("a method needs something to be called on", where=op.where())
-    if kind == "module" and not _is_leaf_call(op.args):
+    if kind is Kind.MODULE and not _is_leaf_call(op.args):
         raise EmitError("a module takes (positional operands), {keywords}, [state]", where=op.where())
     if op.target == "builtins.getattr" and not (len(op.args) > 1 and isinstance(op.args[1], str) and _is_public(op.args[1])):
         raise EmitError(f"attribute {op.args[1:2]!r} may not be read", where=op.where(), hint="public attributes of tensors may be")
-    if op.target.startswith("torch.ops.higher_order.") and not op.regions:
+    if op.target.kind is Kind.LIBRARY and op.target.startswith("torch.ops.higher_order.") and not op.regions:
         raise EmitError(f"'{op.target}' runs regions, and has none", where=op.where(), hint="a program holds functions as regions only")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
-from stagecut.ir.ops import is_guard
+from stagecut.ir.ops import facts
 from stagecut.ir.types import TensorType, Type
 
 Key = tuple[str, int, int]
@@ -95,7 +95,7 @@ def _needed(ops: list[Op], output: Op) -> set[Op]:
     needed: set[Op] = set()
     wanted = set(output.operands)
     for op in reversed(ops):
-        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not is_guard(op) and not op.is_split
+        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not facts(op).guard and not op.is_split
         if acts or any(r in wanted for r in op.results):
             needed.add(op)
             wanted.update(op.operands)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecut.ir.graph import Op, Program, Value
-from stagecut.ir.ops import is_guard
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import viewed_value
 
 
@@ -31,7 +31,7 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     before = _first_writes(ops, roots)
     for place, op in reversed([*enumerate(ops)]):
         renews = any(_is_renewed(v, roots.get(v, v), behind, before.get(roots.get(v, v), place) < place) for v in op.operands)
-        keep = op.is_split or (not is_guard(op) and (op.has_effect or renews))
+        keep = op.is_split or (not facts(op).guard and (op.has_effect or renews))
         for index in op.effects.writes:
             value = op.operands[index]
             behind.update((value, roots.get(value, value)))

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecut.ir.graph import CAUSAL, Op, Program, Value
-from stagecut.ir.ops import base_name
+from stagecut.ir.ops import facts
 
-ATTENTION = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
@@ -37,7 +36,7 @@ class CausalAttention:
         """The attentions that have no mask any more."""
         if program.phase != "traced":
             return []
-        return [op for op in program.ops if base_name(op) == ATTENTION and self._unmask(op)]
+        return [op for op in program.ops if facts(op).attention and self._unmask(op)]
 
     def _unmask(self, op: Op) -> bool:
         arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs

@@ -6,17 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value
-from stagecut.ir.ops import CUTTING, base_name, state_of
+from stagecut.ir.ops import facts, state_of
 from stagecut.ir.types import TensorType, carries_grad, same_layout
-
-_CONVERSIONS = frozenset(
-    {
-        *("to", "type_as", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
-        *("conj", "resolve_conj", "resolve_neg", "real", "positive", "flatten", "ravel", "lift_fresh", "float", "double", "half"),
-        *("bfloat16", "int", "long", "bool", "cpu", "cuda", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
-    }
-)
-"""Ops that return the tensor they are given where there is nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class InferGradients:
         changed = False
         home: dict[Value, Value] = {}  # a view -> the tensor whose history it shares
         for op in ops:
-            grad = grad_enabled(op.context) and not _cuts(op) and any(carries_grad(v.type) for v in op.operands)
+            grad = grad_enabled(op.context) and not facts(op).cuts_gradient and any(carries_grad(v.type) for v in op.operands)
             if op.target == BY_MODE:
                 changed |= self._by_mode(op)
             else:
@@ -40,7 +31,7 @@ class InferGradients:
             written = {home.get(value, value) for value in _carriers(op)} if grad else set()
             changed |= _mark(op.versions.values(), [home.get(v, v) in written or carries_grad(v.type) for v in op.versions])
             home |= {new: home.get(old, old) for old, new in op.versions.items()}
-            if not _cuts(op):
+            if not facts(op).cuts_gradient:
                 viewed = [(r, op.operands[v]) for r, v in zip(op.results, op.effects.views, strict=False) if v is not None]
                 home |= {result: home.get(base, base) for result, base in viewed}
         return changed
@@ -69,7 +60,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     viewed = op.effects.viewed(index)
     if viewed is None:
         return grad
-    own = carries_grad(op.operands[viewed].type) and not _cuts(op)
+    own = carries_grad(op.operands[viewed].type) and not facts(op).cuts_gradient
     if viewed in op.effects.writes:
         return grad or own
     if op.is_users and grad:  # in another call it may return something else
@@ -80,7 +71,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
     """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So does a module or a
     function of the user's that returns what it is given."""
-    return (op.is_users or base_name(op) in _CONVERSIONS) and same_layout(op.results[index].type, op.operands[viewed].type)
+    return (op.is_users or facts(op).returns_operand) and same_layout(op.results[index].type, op.operands[viewed].type)
 
 
 def _carriers(op: Op) -> list[Value]:
@@ -95,10 +86,6 @@ def _carriers(op: Op) -> list[Value]:
         return [value for value in written if value not in own]
     in_place = op.target == BY_MODE or not op.results or any(viewed is not None for viewed in op.effects.views)
     return written if in_place else []
-
-
-def _cuts(op: Op) -> bool:
-    return base_name(op) in CUTTING
 
 
 def _mark(values: Iterable[Value], grads: list[bool]) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
-from stagecut.ir.ops import CUTTING, base_name, reads_around
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import is_what_it_wrote
 from stagecut.ir.types import carries_grad
 
@@ -128,7 +128,7 @@ class _Aliases:
         """What as_strided reads around is in `stage` as a whole; True when that took a change."""
         twins: dict[tuple[Op, Value], Op] = {}
         changed = False
-        for op in [op for op in stage.ops if reads_around(op)]:
+        for op in [op for op in stage.ops if facts(op).reads_around]:
             for value in self._received([op.operands[0]], stage.index):
                 root, steps = self._steps(value)
                 if not steps:  # no part of it: all of it
@@ -212,7 +212,7 @@ class _Aliases:
 
 def _loses(value: Value, steps: list[tuple[Op, int]]) -> bool:
     """True when `value` carries gradient, and taken anew by `steps` it would not: what was written into a detached tensor does so."""
-    return carries_grad(value.type) and any(base_name(op) in CUTTING for op, _ in steps)
+    return carries_grad(value.type) and any(facts(op).cuts_gradient for op, _ in steps)
 
 
 def _remove_dead_views(program: Program) -> None:

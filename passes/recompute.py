@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
-from stagecut.ir.ops import base_name, library_name, module_path
+from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.outline import storage_root
 from stagecut.ir.types import carries_grad, value_bytes
 
@@ -18,15 +18,6 @@ MEMORY = 64
 
 DEEPEST = 64
 """How many ops in a row are looked at, at most."""
-
-HEAVY = frozenset(
-    {
-        *("mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "linear", "bilinear", "einsum", "dot", "vdot", "mv", "addmv", "addr"),
-        *("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        *("scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "cdist", "tensordot", "chain_matmul"),
-    }
-)
-"""Ops that compute more than they move: never done twice unless the user asks for it."""
 
 RECOMPUTE, RELAY = "recompute", "relay"
 
@@ -223,8 +214,3 @@ def _bytes(value: Value, times: int) -> int | None:
     """Bytes of a value, `times` over; None when its size is symbolic."""
     size = value_bytes(value.type)
     return None if size is None else size * times
-
-
-def is_heavy(op: Op) -> bool:
-    """True for an op that computes more than it moves, and for one of another library, of which nobody knows."""
-    return base_name(op) in HEAVY or bool(library_name(op))

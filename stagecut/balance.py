@@ -21,10 +21,9 @@ from stagecut.costs import Device, OpCost, device, op_costs, program_ops, state_
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
-from stagecut.ir.ops import module_path
+from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.outline import unwritten
 from stagecut.ir.types import carries_grad, value_bytes
-from stagecut.passes.recompute import is_heavy
 from stagecut.schedules import SCHEDULES, SINGLE, V, homes
 
 CLOSE = 1e-9

@@ -25,7 +25,7 @@ from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
 from stagecut.ir.interp import Machine, enter
-from stagecut.ir.ops import base_name, library_name
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import storage_root
 from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
 
@@ -263,7 +263,7 @@ class _Counter:
             if trains:
                 _backward(result, env)
             total = counter.get_total_flops()
-        if "grouped_mm" in (base_name(op) or library_name(op)) and not forward:  # ops of other libraries that torch has no formula for
+        if facts(op).grouped_product and not forward:
             forward = 2 * env[op.operands[0]].numel() * env[op.operands[1]].shape[-1]
             total = forward * 3
         homes: dict[int | None, tuple[str, int]] = {}
@@ -273,10 +273,10 @@ class _Counter:
         for place, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
                 homes[storage_of(env[value])] = ("operand", place)
-        if "scaled_dot_product_attention" in base_name(op):  # on meta it is taken apart; kernels keep operands, result and a row of sums
+        if facts(op).attention:  # on meta it is taken apart; kernels keep operands, result and a row of sums
             places = [("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)]
             return forward, total - forward, (*places, ("result", 0)), made[0].numel() // max(1, made[0].shape[-1]) * 4
-        if "rms_norm" in base_name(op):  # so is this; its kernel keeps its operand and a number for each row
+        if facts(op).norm_of_rows:  # so is this; its kernel keeps its operand and a number for each row
             return forward, total - forward, (("operand", 0),), made[0].numel() // max(1, made[0].shape[-1]) * 4
         extra = {storage_of(t): t.untyped_storage().nbytes() for t in kept if storage_of(t) not in homes}
         found = tuple(dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes))

@@ -27,7 +27,7 @@ from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
 from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
-from stagecut.ir.ops import reads_around
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import storage_root
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
@@ -151,7 +151,7 @@ def _refuse_overlaps(program: Program, state: list[tuple[StateEntry, torch.Tenso
 def _refuse_restrided(program: Program, state: Mapping[StateEntry, torch.Tensor]) -> None:
     """as_strided reads the memory around a tensor, which is not saved with it."""
     for op in nested_ops(program.all_ops()):
-        entry = storage_root(op.operands[0]).owner if reads_around(op) else None
+        entry = storage_root(op.operands[0]).owner if facts(op).reads_around else None
         if isinstance(entry, StateEntry) and entry in state and not covers_storage(state[entry]):
             raise SavedError(
                 f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",

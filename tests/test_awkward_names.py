@@ -12,7 +12,7 @@ from torch import fx, nn
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
 from stagecut.ir.graph import Op
-from stagecut.passes.recompute import is_heavy
+from stagecut.ir.ops import is_heavy
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 NAMES = (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stagecut.backend.calls import BINDINGS, callee
+from stagecut.backend.calls import callee
+from stagecut.ir.ops import FACTS
 from stagecut.ir.parser import parse
 from stagecut.ir.targets import resolve
 
@@ -51,6 +52,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "mul.Tensor": (T, T),
     "div.Tensor": (T, T),
 }
+
+
+BINDINGS = {f"aten.{name}.{overload}": binding for name, facts in FACTS.items() for overload, binding in facts.bindings.items()}
 
 
 @pytest.mark.parametrize("target", BINDINGS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import load
 
-from stagecut.ir.graph import Frame, Loc, Mode, Op, Program, RegionRef, Token, Value
+from stagecut.ir.graph import Frame, Loc, Mode, Op, Program, RegionRef, Target, Token, Value
 from stagecut.ir.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
 from stagecut.ir.types import NONE, TensorType
 
@@ -93,8 +93,8 @@ def test_scope() -> None:
 
 
 def test_target() -> None:
-    assert target_text("module.layers.0") == "module.layers.0"
-    assert target_text("module.we ird") == 'module."we ird"'
+    assert target_text(Target("module.layers.0")) == "module.layers.0"
+    assert target_text(Target("module.we ird")) == 'module."we ird"'
 
 
 def test_line_of_shows_broken_ops_too() -> None:

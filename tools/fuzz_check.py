@@ -20,7 +20,7 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import ModeError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value
 from stagecut.ir.interp import run
-from stagecut.ir.ops import base_name
+from stagecut.ir.ops import facts, flag
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
 from stagecut.ir.types import TensorType
@@ -116,8 +116,8 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     Of a batch norm of what is not contiguous, a trace has other strides than a run.
     """
     wrong: list[str] = []
-    off = any("dropout" in base_name(op) and op.args[2:3] in ((False,), (Mode(False),)) for op in pipe.program.all_ops())
-    off = off or any("batch_norm" in base_name(op) and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
+    off = any(facts(op).off_is_operand and flag(op) in (False, Mode(False)) for op in pipe.program.all_ops())
+    off = off or any(facts(op).statistics and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
     whole = any(op.is_users or op.target == BY_MODE for op in pipe.program.all_ops())
     whole = whole or any(isinstance(arg, Mode) for op in pipe.program.all_ops() for arg in op.args)
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)

@@ -13,7 +13,7 @@ from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Program
 from stagecut.ir.interp import run
-from stagecut.ir.ops import base_name
+from stagecut.ir.ops import facts
 from stagecut.ir.outline import writes_of
 from stagecut.ir.printer import line_of
 from stagecut.ir.types import DTYPES, ScalarType, TensorType
@@ -22,9 +22,6 @@ from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
 
 SEED = 5
-_UNINITIALISED = ("empty", "new_empty")
-"""Ops whose results are whatever the memory held."""
-
 TOLERANCE = 1e-4
 """Relative: gradients of several uses may be summed in another order."""
 
@@ -98,7 +95,7 @@ def compare(program: Program, before: Run, after: Run) -> None:
     stages = {op: stage.index for stage in program.stages for op in stage.ops}
     for op, results in after.results.items():
         wanted = before.results.get(op)
-        if wanted is not None and not base_name(op).startswith(_UNINITIALISED) and not all(map(_same, wanted, results)):
+        if wanted is not None and not facts(op).uninitialised and not all(map(_same, wanted, results)):
             raise Difference(f"{line_of(program, op).strip()}\n  computes something else than before", where=_where(op, stages))
     for name, tensor in before.state.items():
         if not _same(tensor, after.state.get(name)):
