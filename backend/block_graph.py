@@ -32,8 +32,8 @@ from stagecut.backend.drawing import (
     type_text,
     value_tip,
 )  # fmt: skip
+from stagecut.ir.aliases import writes_of
 from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
-from stagecut.ir.outline import writes_of
 from stagecut.ir.printer import Printer, fqn_text, scope_text, target_text
 
 MOST = 6

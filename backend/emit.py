@@ -22,6 +22,7 @@ from torch import nn
 from stagecut.backend.calls import callee, is_iteration
 from stagecut.backend.modules import OURS, Code, Stage, StageModule, printable
 from stagecut.backend.promises import Promises
+from stagecut.ir.aliases import unwritten, written_in
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
@@ -43,7 +44,7 @@ from stagecut.ir.graph import (
     scope_fqn,
 )
 from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.outline import Positions, positions, unwritten, written_in
+from stagecut.ir.outline import Positions, positions
 from stagecut.ir.printer import nested_ops
 from stagecut.ir.targets import DEVICE, check_op, constant
 from stagecut.ir.types import TensorType
@@ -470,18 +471,11 @@ class _Function:
         if name is not None:
             return name
         state = self._state(value, self._path, reader)
-        if state is None and isinstance(value.owner, Op):
-            state = self._renewed(value, value.owner, reader)
+        if state is None and value.version_of is not None:  # the tensor it is a version of, written in place
+            return self._value(value.version_of, reader)
         if state is None:
             raise EmitError(f"{value!r} is not available in module '{self._path}' of stage {self._block.index}")
         return state
-
-    def _renewed(self, value: Value, owner: Op, reader: str) -> str | None:
-        """A version is the tensor it is a version of, written in place."""
-        for old, new in owner.versions.items():
-            if new is value:
-                return self._value(old, reader)
-        return None
 
     def _state(self, value: Value, path: str, reader: str) -> str | None:
         """How state is spelled inside the module at `path`, None when it lies outside of it."""

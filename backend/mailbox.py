@@ -20,11 +20,11 @@ import torch
 from stagecut.backend.modules import Stage, copied, find
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import refuse_quantized, writable, writes_explained
+from stagecut.ir.aliases import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, StateEntry, Value
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.types import carries_grad
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from stagecut.ir.aliases import Aliases
 from stagecut.ir.bindings import Bindings, is_torchs
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.ops import module_path, state_of
@@ -103,12 +104,10 @@ class _Memory:
     """Which values lie in one memory, which memory several stages have, and which is written."""
 
     def __init__(self, program: Program) -> None:
-        self._roots: dict[Value, Value] = {}
+        self._aliases = Aliases(program.all_ops(), program.state)
         self._stages: dict[Value, set[int]] = {}
         self._written: set[Value] = set()
-        homes: dict[int, Value] = {}
         for entry in program.state:
-            self._roots[entry.value] = homes.setdefault(entry.storage, entry.value) if entry.storage >= 0 else entry.value
             self._stages.setdefault(self.root(entry.value), set()).update(entry.stages)
         for stage in program.stages:
             for op in stage.ops:
@@ -121,7 +120,9 @@ class _Memory:
 
     def root(self, value: Value) -> Value:
         """The first value in the memory of `value`. What a stage computes anew counts as what it is a copy of."""
-        return self._roots.get(value, value)
+        root = self._aliases.root(value)
+        origin = root.owner.origin if isinstance(root.owner, Op) else None
+        return root if origin is None else self._aliases.root(origin.results[root.index])
 
     def is_shared(self, value: Value) -> bool:
         """True where more than one stage has that memory, or a copy of it."""
@@ -136,12 +137,6 @@ class _Memory:
         self._stages.setdefault(self.root(value), set()).add(stage)
 
     def _add(self, op: Op, stage: int) -> None:
-        for place, result in enumerate(op.results):
-            viewed = op.effects.viewed(place)
-            copied = op.origin.results[place] if op.origin is not None else result
-            self._roots[result] = self.root(copied if viewed is None else op.operands[viewed])
-        for old, new in op.versions.items():
-            self._roots[new] = self.root(old)
         own = set(state_of(op))  # of which only is known that it may be written
         written = (op.operands[place] for place in op.effects.writes)
         self._written.update(self.root(value) for value in written if value not in own)

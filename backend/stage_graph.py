@@ -31,8 +31,8 @@ from stagecut.backend.drawing import (
     type_text,
     value_tip,
 )  # fmt: skip
+from stagecut.ir.aliases import written_in
 from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
-from stagecut.ir.outline import written_in
 from stagecut.ir.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3

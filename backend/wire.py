@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.ops import module_path
-from stagecut.ir.outline import storage_root
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 

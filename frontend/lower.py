@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.types import literal, type_of
+from stagecut.ir.aliases import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import OWN_DIR, raise_ours
 from stagecut.ir.errors import CaptureError
@@ -48,7 +49,6 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
-from stagecut.ir.outline import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
@@ -574,10 +574,9 @@ class _SchemaEffects:
 def _is_made(value: Any) -> bool:
     """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned it."""
     while isinstance(value, Value) and isinstance(value.owner, Op):
-        op, place = value.owner, value.owner.results.index(value)
-        if not is_what_it_wrote(op, place):
+        if not is_what_it_wrote(value):
             return True
-        value = op.operands[op.effects.views[place] or 0]
+        value = viewed_value(value)
     return False
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stagecut.frontend.align import Alignment, CannotFollow, Pair, Part, bare, same_literal
+from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.graph import (
     BY_MODE,
     WHOLE,
@@ -29,7 +30,6 @@ from stagecut.ir.graph import (
     substitute,
     transform,
 )
-from stagecut.ir.outline import storage_root, viewed_value
 
 
 @dataclass
@@ -102,10 +102,11 @@ class Merge:
     def _check_memory(self, number: int, part: Part) -> None:
         """Raises CannotFollow where what is written behind a run shares memory in one of the two modes only, and is read there."""
         seen: tuple[set[Value], set[Value]] = (set(), set())
+        aliases = self._aliases(number)
         for pair in part.joins:
-            if self._viewed(number, pair) is not None:
+            if self._viewed(number, aliases, pair) is not None:
                 continue
-            roots = [_root_in(value, self._runs[side][number]) for side, value in enumerate(pair)]
+            roots = [own.root(value) for own, value in zip(aliases, pair, strict=True)]
             outside = [side for side, root in enumerate(roots) if root.owner not in self._runs[side][number]]
             shared = len(outside) == 2 or any(root in before for root, before in zip(roots, seen, strict=True))
             written = any(memory.is_written_behind(root, number) for memory, root in zip(self._memory, roots, strict=True))
@@ -229,20 +230,23 @@ class Merge:
     def _effects(self, number: int, part: Part, operands: list[Value]) -> Effects:
         place = {value: place for place, value in enumerate(operands)}
         writes: dict[int, None] = {}
-        for side in (0, 1):
-            for op in self._runs[side][number]:
-                for root in (_root_in(op.operands[i], self._runs[side][number]) for i in op.effects.writes):
-                    if root.owner not in self._runs[side][number]:
-                        writes[place[self._ours(root) if side else root]] = None
-        viewed = [self._viewed(number, pair) for pair in part.joins]
+        aliases = self._aliases(number)
+        for side, own in enumerate(aliases):
+            inside = set(self._runs[side][number])
+            for _, root in own.writes:
+                if root.owner not in inside:
+                    writes[place[self._ours(root) if side else root]] = None
+        viewed = [self._viewed(number, aliases, pair) for pair in part.joins]
         views = tuple(None if value is None else place[value] for value in viewed)
-        inside = [op.effects for op in part.ops]
-        random, effect = any(e.random for e in inside), any(e.effect for e in inside)
+        random, effect = any(op.effects.random for op in part.ops), any(op.effects.effect for op in part.ops)
         return Effects((*writes,), views if any(v is not None for v in views) else (), random, effect)
 
-    def _viewed(self, number: int, pair: Pair) -> Value | None:
+    def _aliases(self, number: int) -> list[Aliases]:
+        return [Aliases(runs[number]) for runs in self._runs]
+
+    def _viewed(self, number: int, aliases: list[Aliases], pair: Pair) -> Value | None:
         """The value of ours that what a run returns is a view of in both modes."""
-        mine, yours = (_root_in(value, self._runs[side][number]) for side, value in enumerate(pair))
+        mine, yours = (own.root(value) for own, value in zip(aliases, pair, strict=True))
         if mine.owner in self._runs[0][number] or yours.owner in self._runs[1][number]:
             return None
         return mine if self._ours(yours) is mine else None
@@ -270,41 +274,29 @@ class _Memory:
     """Which parts of one trace write which memory, and which read it."""
 
     def __init__(self, runs: list[list[Op]], program: Program) -> None:
-        self._writers: dict[Any, set[int]] = {}
-        self._readers: dict[Any, set[int]] = {}
+        self._writers: dict[Value, set[int]] = {}
+        self._readers: dict[Value, set[int]] = {}
+        self._root = Aliases((op for ops in runs for op in ops), program.state).root
         for number, ops in enumerate(runs):
             for op in ops:
                 for value in op.operands:
-                    self._readers.setdefault(_memory(value), set()).add(number)
+                    self._readers.setdefault(self._root(value), set()).add(number)
                 for place in op.effects.writes:
-                    self._writers.setdefault(_memory(op.operands[place]), set()).add(number)
+                    self._writers.setdefault(self._root(op.operands[place]), set()).add(number)
         for value in program.output.operands:
-            self._readers.setdefault(_memory(value), set()).add(len(runs))
+            self._readers.setdefault(self._root(value), set()).add(len(runs))
 
     def is_written_behind(self, value: Value, number: int) -> bool:
         """True when a part behind that one writes the memory of a value."""
-        return any(writer > number for writer in self._writers.get(_memory(value), ()))
+        return any(writer > number for writer in self._writers.get(self._root(value), ()))
 
     def is_read_behind(self, value: Value, number: int) -> bool:
         """True when a part behind that one reads the memory of a value."""
-        return any(reader > number for reader in self._readers.get(_memory(value), ()))
+        return any(reader > number for reader in self._readers.get(self._root(value), ()))
 
     def is_read_in(self, value: Value, parts: list[int]) -> bool:
         """True when one of these parts reads it."""
-        return not self._readers.get(_memory(value), set()).isdisjoint(parts)
-
-
-def _memory(value: Value) -> Any:
-    """Equal for values that lie in the same memory."""
-    root = storage_root(value)
-    return ("state", root.owner.storage) if isinstance(root.owner, StateEntry) else root
-
-
-def _root_in(value: Value, run: list[Op]) -> Value:
-    """What a value is a view of, as far as `run` makes it one."""
-    while value.owner in run and (base := viewed_value(value)) is not None:
-        value = base
-    return value
+        return not self._readers.get(self._root(value), set()).isdisjoint(parts)
 
 
 def _differ(pair: tuple[Any, Any]) -> bool:

@@ -6,11 +6,11 @@ import math
 
 import torch
 
+from stagecut.ir.aliases import Aliases
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.interp import Environment, Machine
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import storage_root
 from stagecut.ir.types import TensorType
 
 MOST_ELEMENTS = 2**24
@@ -24,7 +24,7 @@ class Constants:
         self._machine = Machine(bindings)
         self._bindings = bindings
         self._places = {op: place for place, op in enumerate(program.ops)}
-        self._written = {storage_root(op.operands[i]) for op in program.ops for i in op.effects.writes}
+        self._aliases = Aliases(program.ops)
         self._values: Environment = {}
         self._varying: set[Value] = set()
 
@@ -49,7 +49,7 @@ class Constants:
 
     def _is_constant(self, value: Value) -> bool:
         """True where the op that makes `value` makes the same of the same; its tensor is there where it is a constant of the model."""
-        if value in self._varying or not _is_small(value) or storage_root(value) in self._written:
+        if value in self._varying or not _is_small(value) or self._aliases.is_written(value):
             return False
         if isinstance(value.owner, StateEntry):
             return self._lift(value, value.owner)

@@ -169,15 +169,18 @@ PURE = Effects()
 class Value:
     """One definition. `owner` is the op or state entry that defines it, None for a user input.
 
+    `index` is its place among the results of its op. A version has none: it is what `version_of` is behind a write of its op.
     `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op to None, in order.
     """
 
-    __slots__ = ("hint", "owner", "type", "uses")
+    __slots__ = ("hint", "index", "owner", "type", "uses", "version_of")
 
     def __init__(self, kind: Type, hint: str = "", owner: Op | StateEntry | None = None) -> None:
         self.type = kind
         self.hint = hint
         self.owner = owner
+        self.index = 0
+        self.version_of: Value | None = None
         self.uses: dict[Op, None] = {}
 
     def __repr__(self) -> str:
@@ -246,12 +249,14 @@ class Op:
     def add_result(self, kind: Type, hint: str = "") -> Value:
         """A new result value, after those already there."""
         value = Value(kind, hint, self)
+        value.index = len(self.results)
         self.results.append(value)
         return value
 
     def add_version(self, old: Value, hint: str) -> Value:
         """A new version of `old`, which this op writes; it stands for the same storage after the write."""
         new = Value(old.type, hint, self)
+        new.version_of = old
         self.versions[old] = new
         old.uses[self] = None
         return new
@@ -283,6 +288,7 @@ class Op:
         if old in self.versions:
             old.uses.pop(self, None)
             self.versions = {swap.get(k, k): v for k, v in self.versions.items()}
+            self.versions[new].version_of = new
         self.set_operands(substitute(self.args, swap), substitute(self.kwargs, swap))
 
     def copy(self, swap: dict[Value, Value]) -> Op:

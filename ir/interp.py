@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from stagecut.ir.aliases import unwritten
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, WHOLE, Context, Kind, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
 from stagecut.ir.objects import opened
-from stagecut.ir.outline import unwritten
 from stagecut.ir.targets import attribute, check_op, constant, resolve
 
 Environment = dict[Value, Any]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+from stagecut.ir.aliases import unwritten, viewed_value
 from stagecut.ir.errors import UnknownNameError, nearest
 from stagecut.ir.graph import Loc, Op, Program, Region, StateEntry, Transfer, Value, leaves, scope_fqn
 from stagecut.ir.printer import Printer, size_text, target_text
@@ -230,11 +231,6 @@ class Lives:
         return {copy: value for value, copies in self._copies.items() for copy in copies}
 
     @cached_property
-    def _written(self) -> dict[Value, tuple[Value, Op]]:
-        """Version -> the value it is a version of, and the op that wrote."""
-        return {new: (old, op) for op in self._numbers for old, new in op.versions.items()}
-
-    @cached_property
     def _returned(self) -> dict[Value, list[int]]:
         return _grouped((value, place) for place, item in enumerate(self._program.outputs) for value in leaves([item]))
 
@@ -286,26 +282,25 @@ class Lives:
             return "param", self._params[value]
         if not isinstance(value.owner, Op):
             return "input", None
-        return ("version" if value in self._written else "result"), value.owner
+        return ("result" if value.version_of is None else "version"), value.owner
 
     def _viewed(self, value: Value, kind: str) -> str | None:
-        if kind != "result" or not isinstance(value.owner, Op):
-            return None
-        position = value.owner.effects.viewed(value.owner.results.index(value))
-        return None if position is None else self._names[value.owner.operands[position]]
+        viewed = viewed_value(value) if kind == "result" else None
+        return None if viewed is None else self._names[viewed]
 
     def _versions(self, value: Value) -> tuple[Version, ...]:
         """The line of versions a value stands in; made once for all of its members."""
         if value not in self._lines_of_versions:
             line = self._line_of(value)
-            made = tuple(Version(self._names[v], self._place(self._written[v][1]) if v in self._written else None) for v in line)
+            made = tuple(Version(self._names[v], self._writer(v)) for v in line)
             self._lines_of_versions |= dict.fromkeys(line, made)
         return self._lines_of_versions[value]
 
+    def _writer(self, value: Value) -> Place | None:
+        return self._place(value.owner) if value.version_of is not None and isinstance(value.owner, Op) else None
+
     def _line_of(self, value: Value) -> list[Value]:
-        while value in self._written:
-            value = self._written[value][0]
-        line = [value]
+        line = [unwritten(value)]
         for version in line:
             line += [op.versions[version] for op in version.uses if version in op.versions][:1]
         return line

@@ -7,10 +7,9 @@ before the interval, live-out when it is used at or after its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
-from stagecut.ir.types import same_layout
 
 BEFORE = -1
 """Position of everything that is there before the first op: user inputs and state."""
@@ -74,51 +73,3 @@ def modules_of(stage: Stage, most: int = 4) -> list[str]:
     while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
         depth -= 1
     return list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
-
-
-def storage_root(value: Value) -> Value:
-    """The value in whose storage `value` lives: what it is a version or a view of."""
-    value = unwritten(value)
-    while (base := viewed_value(value)) is not None:
-        value = unwritten(base)
-    return value
-
-
-def viewed_value(value: Value) -> Value | None:
-    """The value that `value` was made a view of, None for what is no view."""
-    op = value.owner
-    if not isinstance(op, Op) or value not in op.results:
-        return None
-    viewed = op.effects.viewed(op.results.index(value))
-    return None if viewed is None else op.operands[viewed]
-
-
-def is_what_it_wrote(op: Op, result: int) -> bool:
-    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept whole any view of it."""
-    viewed = op.effects.viewed(result)
-    if viewed is None or viewed not in op.effects.writes:
-        return False
-    return not (op.is_users or op.regions) or same_layout(op.results[result].type, op.operands[viewed].type)
-
-
-def unwritten(value: Value) -> Value:
-    """The value that `value` is a version of, itself when it is none."""
-    while isinstance(value.owner, Op) and value not in value.owner.results:
-        value = next(old for old, new in value.owner.versions.items() if new is value)
-    return value
-
-
-def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
-    """Those of `values` that `ops` write in place, directly or through a view."""
-    return {value for _, value in writes_of(ops, values)}
-
-
-def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, Value]]:
-    """Every write in place of one of `values`, directly or through a view, and the op that does it."""
-    root = {value: value for value in values}
-    for op in ops:
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None and op.operands[viewed] in root:
-                root[result] = root[op.operands[viewed]]
-        root |= {new: root[old] for old, new in op.versions.items() if old in root}
-        yield from ((op, root[op.operands[i]]) for i in op.effects.writes if op.operands[i] in root)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecut.ir.aliases import Aliases, viewed_value
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import viewed_value
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Canonicalize:
 def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
     behind: set[Value] = set()  # what is written behind the present op, and the roots of that
-    roots = _roots(ops)
-    before = _first_writes(ops, roots)
+    aliases = Aliases(ops)
+    before = _first_writes(ops, aliases)
     for place, op in reversed([*enumerate(ops)]):
-        renews = any(_is_renewed(v, roots.get(v, v), behind, before.get(roots.get(v, v), place) < place) for v in op.operands)
+        roots = [(value, aliases.root(value)) for value in op.operands]
+        renews = any(_is_renewed(value, root, behind, before.get(root, place) < place) for value, root in roots)
         keep = op.is_split or (not facts(op).guard and (op.has_effect or renews))
         for index in op.effects.writes:
             value = op.operands[index]
-            behind.update((value, roots.get(value, value)))
+            behind.update((value, aliases.root(value)))
         if not keep and all(user in dead for value in op.definitions() for user in value.uses):
             dead.add(op)
     return dead
@@ -50,23 +51,12 @@ def _is_renewed(value: Value, root: Value, behind: set[Value], before: bool) -> 
     return before and root in behind and not isinstance(root.owner, Op)
 
 
-def _roots(ops: list[Op]) -> dict[Value, Value]:
-    """View -> what it is a view of in the end."""
-    roots: dict[Value, Value] = {}
-    for op in ops:
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None:
-                roots[result] = roots.get(op.operands[viewed], op.operands[viewed])
-    return roots
-
-
-def _first_writes(ops: list[Op], roots: dict[Value, Value]) -> dict[Value, int]:
+def _first_writes(ops: list[Op], aliases: Aliases) -> dict[Value, int]:
     """Root -> the place of the first op that writes it or a view of it."""
+    places = {op: place for place, op in enumerate(ops)}
     first: dict[Value, int] = {}
-    for place, op in enumerate(ops):
-        for index in op.effects.writes:
-            value = op.operands[index]
-            first.setdefault(roots.get(value, value), place)
+    for op, root in aliases.writes:
+        first.setdefault(root, places[op])
     return first
 
 

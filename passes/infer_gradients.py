@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from stagecut.ir.aliases import Aliases
 from stagecut.ir.graph import BY_MODE, Context, Op, Program, Value
 from stagecut.ir.ops import facts, state_of
 from stagecut.ir.types import TensorType, carries_grad, same_layout
@@ -21,19 +22,16 @@ class InferGradients:
 
     def _infer(self, ops: Iterable[Op]) -> bool:
         changed = False
-        home: dict[Value, Value] = {}  # a view -> the tensor whose history it shares
+        ops = [*ops]
+        history = Aliases(ops, shares=lambda op: not facts(op).cuts_gradient)
         for op in ops:
             grad = grad_enabled(op.context) and not facts(op).cuts_gradient and any(carries_grad(v.type) for v in op.operands)
             if op.target == BY_MODE:
                 changed |= self._by_mode(op)
             else:
                 changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
-            written = {home.get(value, value) for value in _carriers(op)} if grad else set()
-            changed |= _mark(op.versions.values(), [home.get(v, v) in written or carries_grad(v.type) for v in op.versions])
-            home |= {new: home.get(old, old) for old, new in op.versions.items()}
-            if not facts(op).cuts_gradient:
-                viewed = [(r, op.operands[v]) for r, v in zip(op.results, op.effects.views, strict=False) if v is not None]
-                home |= {result: home.get(base, base) for result, base in viewed}
+            written = set(map(history.root, _carriers(op))) if grad else set()
+            changed |= _mark(op.versions.values(), [history.root(v) in written or carries_grad(v.type) for v in op.versions])
         return changed
 
     def _by_mode(self, op: Op) -> bool:

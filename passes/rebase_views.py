@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from stagecut.ir.aliases import Aliases, is_what_it_wrote, unwritten, viewed_value
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import is_what_it_wrote
 from stagecut.ir.types import carries_grad
 
 
@@ -26,26 +26,22 @@ class RebaseViews:
     def run(self, program: Program) -> bool:
         if program.phase != "partitioned" or any(stage.state for stage in program.stages):
             return False
-        aliases = _Aliases(program)
+        stages = _Stages(program)
         changed = False
         for stage in program.stages:
-            changed |= aliases.rebase(stage)
-            changed |= aliases.surround(stage)
+            changed |= stages.rebase(stage)
+            changed |= stages.surround(stage)
         if changed:
             _remove_dead_views(program)
         return changed
 
 
-class _Aliases:
-    """Where values are defined, and what each is a version or a view of."""
+class _Stages:
+    """Where values are defined, and what they are views of."""
 
     def __init__(self, program: Program) -> None:
         self._home: dict[Value, int] = {v: stage.index for stage in program.stages for op in stage.ops for v in op.definitions()}
         self._stage_of: dict[Op, int] = {op: stage.index for stage in program.stages for op in stage.ops}
-        self._version_of: dict[Value, Value] = {}
-        for op in program.all_ops():
-            for old, new in op.versions.items():
-                self._version_of[new] = self._version_of.get(old, old)
         self._ops = program.all_ops
 
     def rebase(self, stage: Stage) -> bool:
@@ -83,29 +79,18 @@ class _Aliases:
 
     def _entry(self, value: Value, here: int) -> Value:
         """The value `value` was made a view of in stage `here`. What a write made there is its own: that write saw to the rest."""
-        while self._home.get(value) == here and isinstance(value.owner, Op) and value in value.owner.results:
-            op = value.owner
-            viewed = op.effects.viewed(op.results.index(value))
-            if viewed is None or viewed in op.effects.writes:
-                return value
-            value = op.operands[viewed]
+        while self._home.get(value) == here and (base := viewed_value(value)) is not None and not _is_of_write(value):
+            value = base
         return value
-
-    def _member(self, value: Value) -> Value:
-        return self._version_of.get(value, value)
 
     def _steps(self, value: Value) -> tuple[Value, list[tuple[Op, int]]]:
         """The root of a value's storage, and the view ops that lead from it to the value, last first."""
         steps: list[tuple[Op, int]] = []
-        member = self._member(value)
-        while isinstance(member.owner, Op):
-            op, index = member.owner, member.owner.results.index(member)
-            viewed = op.effects.viewed(index)
-            if viewed is None:
-                break
-            if not is_what_it_wrote(op, index):
-                steps.append((op, index))
-            member = self._member(op.operands[viewed])
+        member = unwritten(value)
+        while (base := viewed_value(member)) is not None:
+            if isinstance(member.owner, Op) and not is_what_it_wrote(member):
+                steps.append((member.owner, member.index))
+            member = unwritten(base)
         return member, steps
 
     def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
@@ -147,16 +132,7 @@ class _Aliases:
     @cached_property
     def _written(self) -> set[Value]:
         """The roots of all storages that are written."""
-        roots: dict[Value, Value] = {}
-        written: set[Value] = set()
-        for op in self._ops():
-            written.update(roots.get(self._member(op.operands[i]), self._member(op.operands[i])) for i in op.effects.writes)
-            for index, value in enumerate(op.results):
-                viewed = op.effects.viewed(index)
-                if viewed is not None:
-                    base = self._member(op.operands[viewed])
-                    roots[value] = roots.get(base, base)
-        return written
+        return Aliases(self._ops()).written
 
     def _retake(self, base: Value, crossing: list[Value], stage: Stage, twins: dict[tuple[Op, Value], Op]) -> None:
         """The stage takes the views `crossing` of `base` itself."""
@@ -184,7 +160,7 @@ class _Aliases:
             origin, steps = self._steps(value)
             leads = all(path[len(path) - len(steps) :] == steps for path in paths.values())
             if origin is root and leads and not any(_loses(view, path[: len(path) - len(steps)]) for view, path in paths.items()):
-                found.append((len(steps), self._member(value) is not root, value))
+                found.append((len(steps), unwritten(value) is not root, value))
         return min(found, key=lambda item: item[:2])[2] if found else None
 
     def _twin(
@@ -201,13 +177,18 @@ class _Aliases:
             viewed = view.effects.viewed(index)
             steps = self._steps(whole)  # an operand that only lends its shape may be the whole itself
             now = {operand: whole for operand in view.operands if self._steps(operand) == steps}
-            now |= {operand: anew[member] for operand in view.operands if (member := self._member(operand)) in anew}
+            now |= {operand: anew[member] for operand in view.operands if (member := unwritten(operand)) in anew}
             if viewed is not None:
                 now[view.operands[viewed]] = base
             twin = twins[view, base] = view.copy(now)
             self._stage_of[twin] = here
             self._home.update(dict.fromkeys(twin.results, here))
         return twins[view, base]
+
+
+def _is_of_write(value: Value) -> bool:
+    """True for a view of what its op writes."""
+    return isinstance(value.owner, Op) and value.owner.effects.viewed(value.index) in value.owner.effects.writes
 
 
 def _loses(value: Value, steps: list[tuple[Op, int]]) -> bool:

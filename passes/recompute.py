@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
 from stagecut.ir.ops import is_heavy, module_path
-from stagecut.ir.outline import storage_root
 from stagecut.ir.types import carries_grad, value_bytes
 
 START = 256 * 1024
@@ -51,7 +51,7 @@ class _Work:
     def __init__(self, program: Program, routes: dict[str, str]) -> None:
         self._program, self._routes = program, routes
         self._home = {op: stage.index for stage in program.stages for op in stage.ops}
-        self._written = _written(program)
+        self._aliases = Aliases(program.all_ops(), program.state)
         self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
         self._returned = {storage_root(value) for value in program.output.operands}
         """Storage that the caller gets: who shares it there must go on to."""
@@ -117,7 +117,7 @@ class _Work:
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or computing it."""
-        if value in self._written:
+        if self._aliases.is_written(value):
             return None
         if self._is_there(value, stage, asked):
             return 0
@@ -183,7 +183,7 @@ class _Work:
     def _is_repeatable(self, value: Value, op: Op) -> bool:
         if op.has_effect or op.regions or module_path(op) or any(context.kind in WHOLE for context in op.context):
             return False
-        return value in op.results and not any(v in self._written for v in op.definitions())
+        return value.version_of is None and not any(map(self._aliases.is_written, op.definitions()))
 
     def refuse_unknown(self) -> None:
         """Raises SplitError for a route of a value that does not cross."""
@@ -194,20 +194,6 @@ class _Work:
             if route not in (RECOMPUTE, RELAY) or (route == RECOMPUTE and name not in self._crossing):
                 allowed = "'recompute' or 'relay'" if name in self._crossing else "'relay': it is an input of the model"
                 raise SplitError(f"'{route}' is no route for '{name}'", hint=allowed)
-
-
-def _written(program: Program) -> set[Value]:
-    """The values whose storage some op writes: a copy of what makes them, or of what reads them, would miss the write."""
-    storage: dict[Value, object] = {entry.value: entry.storage if entry.storage >= 0 else entry for entry in program.state}
-    touched: set[object] = set()
-    for op in program.all_ops():
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None:
-                storage[result] = storage.get(op.operands[viewed], op.operands[viewed])
-        storage |= {new: storage.get(old, old) for old, new in op.versions.items()}
-        touched |= {storage.get(v, v) for v in (*op.versions, *(op.operands[i] for i in op.effects.writes))}
-    every = {v for op in program.all_ops() for v in op.reads} | set(storage)
-    return {value for value in every if storage.get(value, value) in touched}
 
 
 def _bytes(value: Value, times: int) -> int | None:

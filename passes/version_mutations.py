@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecut.ir.aliases import Aliases, is_what_it_wrote, unwritten, viewed_value
 from stagecut.ir.graph import Op, Program, StateEntry, Value
-from stagecut.ir.outline import is_what_it_wrote, positions
+from stagecut.ir.outline import positions
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class VersionMutations:
         ops = [*program.all_ops()]
         if not any(op.effects.writes for op in ops) or any(op.versions for op in ops):
             return False
-        classes = _AliasClasses(program)
+        classes = _Classes(program, ops)
         for index, op in enumerate(ops):
             classes.rename_operands(op)
             if op.effects.writes:
@@ -28,27 +29,27 @@ class VersionMutations:
         return any(op.versions for op in ops)
 
 
-class _AliasClasses:
+class _Classes:
     """Values that share storage, by root, and the current version of each value written so far."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, ops: list[Op]) -> None:
         self._last = positions(program).last
+        self._aliases = Aliases(ops, program.state)
         self._current: dict[Value, Value] = {}
-        self._root: dict[Value, Value] = {}
         self._members: dict[Value, list[Value]] = {}
         self._count: dict[Value, int] = {}
         self._anchor: dict[Value, Value | None] = {}
         self._lost: set[Value] = set()
-        self._version_of: dict[Value, Value] = {}
-        homes: dict[int, Value] = {}
         for entry in program.state:
-            root = homes.setdefault(entry.storage, entry.value)
-            self._join(entry.value, root)
+            self._join(entry.value)
 
-    def _join(self, value: Value, root: Value) -> None:
-        self._root[value] = root
+    def _join(self, value: Value) -> None:
+        root = self._root(value)
         self._members.setdefault(root, []).append(value)
         self._anchor.setdefault(root, root)
+
+    def _root(self, value: Value) -> Value:
+        return self._aliases.root(unwritten(value))
 
     def rename_operands(self, op: Op) -> None:
         for value in dict.fromkeys(op.operands):
@@ -56,29 +57,28 @@ class _AliasClasses:
                 op.replace_operand(value, self._current[value])
 
     def add_results(self, op: Op) -> None:
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None:
-                base = op.operands[viewed]
-                if base not in self._root:
-                    self._join(base, base)
-                self._join(result, self._root[base])
+        for result in op.results:
+            if (base := viewed_value(result)) is not None:
+                if self._root(base) not in self._members:
+                    self._join(base)
+                self._join(result)
         self._move_anchors(op)
 
     def _move_anchors(self, op: Op) -> None:
-        """A root nobody reads gets no new version. What an in-place op returns is then all of it that is still in use, up to date."""
-        for index, result in enumerate(op.results):
-            if is_what_it_wrote(op, index) and self._root[result] in self._lost:
-                self._anchor[self._root[result]] = result
+        """If nothing reads the root any more, the result of an in-place op stands for the whole tensor from here on."""
+        for result in op.results:
+            if is_what_it_wrote(result) and self._root(result) in self._lost:
+                self._anchor[self._root(result)] = result
         self._lost = set()
 
     def write(self, op: Op, index: int) -> None:
         """Everything in the classes `op` writes that is read later, or is state, gets a new version: what `op` names first."""
         written = [op.operands[position] for position in op.effects.writes]
         for value in written:
-            if value not in self._root:
-                self._join(value, value)
+            if self._root(value) not in self._members:
+                self._join(value)
         rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
-        roots = dict.fromkeys(self._root[value] for value in written)
+        roots = dict.fromkeys(map(self._root, written))
         members = [member for root in roots for member in self._alive(root, index, len(written))]
         for root in roots:
             anchor = self._anchor[root]
@@ -98,17 +98,9 @@ class _AliasClasses:
         self._members[root] = members
         return members
 
-    def _member(self, value: Value) -> Value:
-        """The value a version is a version of."""
-        return self._version_of.get(value, value)
-
     def _now(self, member: Value) -> Value:
         return self._current.get(member, member)
 
     def _renew(self, op: Op, member: Value) -> None:
-        now = self._now(member)
         number = self._count[member] = self._count.get(member, 0) + 1
-        new = op.add_version(now, f"{member.hint}.{number}")
-        self._current[member] = new
-        self._version_of[new] = member
-        self._root[new] = self._root[member]
+        self._current[member] = op.add_version(self._now(member), f"{member.hint}.{number}")

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stagecut.backend.wire import evaluate
 from stagecut.frontend.lower import storage_of
+from stagecut.ir.aliases import storage_root
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
 from stagecut.ir.interp import Machine, enter
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import storage_root
 from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
 
 Sizes = Mapping[str, int]

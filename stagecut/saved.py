@@ -25,10 +25,10 @@ from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage, StageModule, stored
 from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
 from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
+from stagecut.ir.aliases import storage_root
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
 from stagecut.ir.ops import facts
-from stagecut.ir.outline import storage_root
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagecut.costs import DEVICES, Device, OpCost, device, op_costs, program_ops
+from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program
-from stagecut.ir.outline import storage_root
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from stagecut.backend.mailbox import Mailbox
 from stagecut.frontend.capture import distinct_tensors
+from stagecut.ir.aliases import Aliases
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import ModeError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value
@@ -191,20 +192,16 @@ def shuffled(lowered: Callable[[], tuple[Program, Bindings]], splits: FindSplits
 
 def shuffle(program: Program, rng: random.Random) -> list[Op]:
     """The ops in another order: uses behind definitions, effects in order, reads and writes of one storage in order."""
-    root: dict[Value, Any] = {entry.value: ("state", entry.storage) for entry in program.state}
+    root = Aliases(program.ops, program.state).root
     waits: dict[Op, set[Op]] = {}
     home = {r: op for op in program.ops for r in op.results}
-    written: dict[Any, list[Op]] = {}
-    touched: dict[Any, list[Op]] = {}
+    written: dict[Value, list[Op]] = {}
+    touched: dict[Value, list[Op]] = {}
     last: Op | None = None
     for op in program.ops:
         before = {home[v] for v in op.operands if v in home}
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None:
-                base = op.operands[viewed]
-                root[result] = root.get(base, base)
-        places = {root.get(v, v) for v in [*op.operands, *op.results]}
-        writes = {root.get(op.operands[i], op.operands[i]) for i in op.effects.writes}
+        places = {root(value) for value in (*op.operands, *op.results)}
+        writes = {root(op.operands[i]) for i in op.effects.writes}
         before |= {o for place in places for o in written.get(place, ())} | {o for place in writes for o in touched.get(place, ())}
         if op.has_effect or op.is_split:
             before |= {last} if last is not None else set()

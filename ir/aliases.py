@@ -1,0 +1,102 @@
+"""Which values share storage, and who writes it. No torch here.
+
+A value is a version of another one, a view of another one, or the first in its storage: its root. `Aliases` finds the roots of a run of
+ops in one pass. The functions ask for one value, and follow it through the whole program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from stagecut.ir.graph import Op, StateEntry, Value
+from stagecut.ir.types import same_layout
+
+
+def unwritten(value: Value) -> Value:
+    """The value that `value` is a version of, itself when it is none."""
+    while value.version_of is not None:
+        value = value.version_of
+    return value
+
+
+def viewed_value(value: Value) -> Value | None:
+    """The value that `value` was made a view of, None for what is no view."""
+    op = value.owner
+    if not isinstance(op, Op) or value.version_of is not None:
+        return None
+    viewed = op.effects.viewed(value.index)
+    return None if viewed is None else op.operands[viewed]
+
+
+def storage_root(value: Value) -> Value:
+    """The value in whose storage `value` lives: what it is a version or a view of."""
+    value = unwritten(value)
+    while (base := viewed_value(value)) is not None:
+        value = unwritten(base)
+    return value
+
+
+def is_what_it_wrote(value: Value) -> bool:
+    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept whole any view of it."""
+    op, viewed = value.owner, viewed_value(value)
+    if not isinstance(op, Op) or viewed is None or op.effects.viewed(value.index) not in op.effects.writes:
+        return False
+    return not (op.is_users or op.regions) or same_layout(value.type, viewed.type)
+
+
+def _shares(op: Op) -> bool:
+    return True
+
+
+class Aliases:
+    """What shares storage in a run of ops, as far as these ops make it so.
+
+    What they do not define is a root, and so is each of `roots`. State that overlaps in memory has one root. `shares`: whether what an op
+    takes a view of shares with the result what is asked for: the storage, or only the history.
+    """
+
+    def __init__(
+        self,
+        ops: Iterable[Op],
+        state: Iterable[StateEntry] = (),
+        roots: Iterable[Value] = (),
+        shares: Callable[[Op], bool] = _shares,
+    ) -> None:
+        self._roots: dict[Value, Value] = {root: root for root in roots}
+        self.writes: list[tuple[Op, Value]] = []
+        """Every write in place, in order: the op, and the root of what it writes."""
+        homes: dict[int, Value] = {}
+        for entry in state:
+            self._roots[entry.value] = homes.setdefault(entry.storage, entry.value) if entry.storage >= 0 else entry.value
+        for op in ops:
+            self._add(op, shares(op))
+        self.written = {root for _, root in self.writes}
+        """The roots of all storage that is written."""
+
+    def _add(self, op: Op, shares: bool) -> None:
+        root = self.root
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is not None and shares:
+                self._roots.setdefault(result, root(op.operands[viewed]))
+        for old, new in op.versions.items():
+            self._roots.setdefault(new, root(old))
+        self.writes += [(op, root(op.operands[place])) for place in op.effects.writes]
+
+    def root(self, value: Value) -> Value:
+        """The first value in the storage of `value`."""
+        return self._roots.get(value, value)
+
+    def is_written(self, value: Value) -> bool:
+        """True when an op writes the storage of `value`."""
+        return self.root(value) in self.written
+
+
+def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, Value]]:
+    """Every write in place of one of `values`, directly or through a view, and the op that does it."""
+    roots = dict.fromkeys(values)
+    return ((op, root) for op, root in Aliases(ops, roots=roots).writes if root in roots)
+
+
+def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
+    """Those of `values` that `ops` write in place, directly or through a view."""
+    return {value for _, value in writes_of(ops, values)}
