@@ -14,17 +14,18 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.call import check_example, giving_sizes, is_size
+from stagecut.frontend.call import check_example, giving_sizes
 from stagecut.frontend.eager import FORWARDS, EagerPath
-from stagecut.frontend.kept import gpus, is_users, place_of
 from stagecut.frontend.known import KnownValues
 from stagecut.frontend.leaf import Leaves
 from stagecut.frontend.quiet import quiet_torch
 from stagecut.frontend.scopes import scopes
+from stagecut.frontend.source import gpus, is_users, place_of
 from stagecut.frontend.unseen import Untraceable
 from stagecut.frontend.visible import visible
 from stagecut.frontend.watch import Unsettled, Watch, odd_output, watched
 from stagecut.ir.blame import raise_ours
+from stagecut.ir.call import is_size
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.objects import opening, plain
 
@@ -98,11 +99,12 @@ def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves,
             opening(module),
             eager.open(),
             watch,
+            functions_whole(watch.notes, lambda: shown(user_line())),
             scopes(module),
         ):
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
-    return watched(module, export, leaves)
+    return watched(module, export, leaves.paths, leaves.remarks)
 
 
 def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:

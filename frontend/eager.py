@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.kept import is_users
+from stagecut.frontend.source import is_users
 
 _QUESTIONS = (
     torch.compiler.is_compiling,

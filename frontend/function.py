@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.leaf import OpWatch
-from stagecut.frontend.lower import CALL, SYMBOLIC, LeafCall, shared_with, storage_of
+from stagecut.frontend.marks import CALL, SYMBOLIC, LeafCall
 from stagecut.frontend.unseen import Untraceable
+from stagecut.ir.storage import shared_with, storage_of
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 

@@ -8,21 +8,22 @@ every op inside them, so that a cut through one needs no special case.
 from __future__ import annotations
 
 import operator
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from stagecut.frontend.markers import is_marker
+from stagecut.frontend.marks import CALL, CHECKPOINT, FOLLOWS, FUNCTION, GRAD, LEAF, SAME, SYMBOLIC, SYMBOLS, LeafCall
+from stagecut.frontend.source import user_loc
 from stagecut.frontend.types import literal, type_of
 from stagecut.ir.aliases import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.blame import OWN_DIR, raise_ours
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import (
     PURE,
@@ -49,10 +50,9 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
+from stagecut.ir.storage import storage_of, undeclared_writes
 from stagecut.ir.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
-
-TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 
 _VMAP = "torch._functorch.predispatch"
 """Where the functions live that open and close a vmap: none of them may be left out or moved."""
@@ -60,9 +60,6 @@ _VMAP = "torch._functorch.predispatch"
 _OPENING = ("_vmap_increment_nesting", "_jvp_increment_nesting")
 _CLOSING = ("_vmap_decrement_nesting", "_jvp_decrement_nesting")
 """Those with which a transform begins and ends."""
-
-CHECKPOINT = "torch.ops.stagecut.checkpoint.default"
-"""The op that stands where a checkpointed region begins and where it ends."""
 
 COUNT = "aten.add_.Tensor"
 """The op by which a batch norm counts its batches."""
@@ -79,60 +76,6 @@ class Seen:
     writes: tuple[int, ...] | None = None
     random: bool = False
     effect: bool = False
-
-
-ASSIGNED = "stagecut_assigned"
-"""Marks, in the meta of a node, the copy that stands for `self.buffer = new`."""
-
-LEAF = "torch.ops.stagecut.leaf.default"
-"""The op that stands in for a module kept whole."""
-
-FUNCTION = "torch.ops.stagecut.function.default"
-"""The op that stands in for an autograd.Function of the user's."""
-
-CALL = "stagecut_call"
-"""Where, in the meta of a node, the call of such a function is kept."""
-
-GRAD = "stagecut_grad"
-"""Where, in the meta of a switch of the grad mode, the mode is that forward asks for behind it, None for that of its caller."""
-
-FOLLOWS = "stagecut_follows"
-"""Where, in the meta of an op with a training flag, the paths of the module are whose flag it takes; none for a flag of its own."""
-
-SAME = "stagecut_same"
-"""Marks, in the meta of a node, an alias that stands for its operand itself."""
-
-CHOICES = "stagecut_choices"
-"""Where, in the meta of a traced module, the places are at which Python chose by mode: by module path."""
-
-FIXED = "stagecut_fixed"
-"""Where, in the meta of a traced module, the paths of modules are whose training flag forward sets itself, with the line."""
-
-SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-"""Numbers that the trace computes: they depend on sizes or on data."""
-
-SYMBOLS = (torch.Tensor, *SYMBOLIC)
-"""What stands for data while a model is traced."""
-
-
-@dataclass
-class LeafCall:
-    """One call of what is kept whole: how tensors and symbolic numbers sit in its arguments and results, and what it does besides.
-
-    `path` is the module's, `function` the user's function where it is none.
-    """
-
-    path: str
-    in_flat: list[Any]
-    in_spec: TreeSpec
-    out_flat: list[Any]
-    out_spec: TreeSpec
-    views: tuple[int | None, ...] = ()
-    written_inputs: tuple[int, ...] = ()
-    written_state: tuple[str, ...] = ()
-    random: bool = False
-    function: Any = None
-    in_shapes: Sequence[tuple[int, ...]] = ()
 
 
 class Lowering:
@@ -624,33 +567,6 @@ def _never_draws(op: Op) -> bool:
     return facts(op).off_is_operand and flag(op) is False
 
 
-def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
-    """The running statistics that a norm in training updates, of which its schema says nothing."""
-    called = Target(target)
-    places, position = facts_of(called.name).statistics, flag_position(called)
-    if not places or position is None or position >= len(args) or args[position] is False:
-        return []
-    return [args[place] for place in places if args[place] is not None]
-
-
-def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The tensors that a call of an op writes."""
-    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
-    written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [item for item in tree_leaves([written, undeclared_writes(str(func), args)]) if isinstance(item, torch.Tensor)]
-
-
-def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
-    """The storages that a call of an op writes."""
-    return [storage_of(tensor) for tensor in written_tensors(func, args, kwargs)]
-
-
-def shared_with(made: Iterable[Any], given: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
-    """For each tensor among `made`, the place of the first of `given` whose storage it shares, None for one of its own."""
-    homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}
-    return tuple(homes.get(storage_of(item)) for item in made if isinstance(item, torch.Tensor))
-
-
 def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
     return tuple(op.operands.index(value) for value in undeclared_writes(op.target, op.args))
 
@@ -666,16 +582,6 @@ def written_in_place(value: Value, target: Value) -> bool:
             return False
         value = op.operands[viewed]
     return True
-
-
-def storage_of(value: Any) -> int | None:
-    """The identity of a tensor's storage, None for what has none."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _holds_values(value: Any) -> bool:
@@ -771,22 +677,6 @@ def _paths_to(path: str) -> list[str]:
     """A module path and those of the modules around it."""
     parts = path.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-def user_loc(trace: str) -> Loc | None:
-    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost frame."""
-    last: Loc | None = None
-    for line in reversed(trace.splitlines()):
-        text = line.strip()
-        if not text.startswith('File "') or text.startswith('File "<eval_with_key>'):
-            continue
-        path, _, rest = text[6:].partition('", line ')
-        number = rest.partition(",")[0]
-        loc = Loc(path, int(number)) if number.isdigit() else None
-        if loc and not path.startswith((TORCH_DIR, OWN_DIR)):
-            return loc
-        last = last or loc
-    return last
 
 
 def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[Value, Any], None]) -> list[StateEntry]:

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.kept import attributes, fingerprint, shown, user_line
-from stagecut.frontend.lower import FOLLOWS, GRAD, SAME, TORCH_DIR
+from stagecut.frontend.kept import attributes, fingerprint
+from stagecut.frontend.marks import FOLLOWS, GRAD, SAME
+from stagecut.frontend.source import TORCH_DIR, shown, user_line
 from stagecut.frontend.unseen import Untraceable
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.ops import facts_of

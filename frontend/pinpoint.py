@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from stagecut.frontend.kept import Line, is_users, user_line
+from stagecut.frontend.source import Line, is_users, user_line
 
 
 class LineFinder:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from stagecut.frontend.draws import Generators, is_generator
-from stagecut.frontend.kept import SIMPLE, Contents, alike, is_memory, is_users
+from stagecut.frontend.kept import SIMPLE, Contents, alike, is_memory
+from stagecut.frontend.source import is_users
 
 _ABSENT: Any = object()
 _STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from stagecut.ir.graph import Token
-from stagecut.ir.types import DTYPES, NONE, OBJECT, Dim, ScalarType, TensorType, Type, contiguous_strides
-
-SHORT: dict[torch.dtype, str] = {getattr(torch, full): short for short, full in DTYPES.items() if hasattr(torch, full)}
-"""torch dtype -> its short name."""
+from stagecut.ir.storage import SHORT
+from stagecut.ir.types import NONE, OBJECT, Dim, ScalarType, TensorType, Type, contiguous_strides
 
 
 def _dim(size: Any) -> Dim:

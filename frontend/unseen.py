@@ -6,13 +6,13 @@ import contextlib
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.kept import is_pythons, is_users
-from stagecut.frontend.lower import TORCH_DIR
+from stagecut.frontend.source import TORCH_DIR, is_pythons, is_users
 from stagecut.ir.blame import OWN_DIR, OnPurpose
 
 KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
@@ -77,3 +77,25 @@ def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
         raise Untraceable(f"{name}() is called in forward, which leaves nothing in a trace", hint)
 
     return refuse
+
+
+_SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+
+
+class GradFlags(TorchFunctionMode):
+    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to nothing else."""
+
+    def __init__(self, held: Callable[[], Container[int]]) -> None:
+        super().__init__()
+        self._held = held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SETS and id(args[0]) in self._held():
+            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+            if wanted != args[0].requires_grad:
+                raise Untraceable(
+                    "forward sets requires_grad of an input, a parameter or a buffer, which leaves nothing in a trace",
+                    "set it outside of the model, or use detach() in forward, " + KEEP_WHOLE,
+                )
+        return func(*args, **kwargs)

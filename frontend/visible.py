@@ -6,7 +6,7 @@ import dis
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from types import FrameType
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.kept import shown, user_line
+from stagecut.frontend.source import shown, user_line
 from stagecut.frontend.unseen import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
 
@@ -128,28 +128,6 @@ class _DataAsOp(TorchFunctionMode):
             if outcome is not None:
                 return outcome
         return func(*args, **(kwargs or {}))
-
-
-_SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
-
-
-class GradFlags(TorchFunctionMode):
-    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to nothing else."""
-
-    def __init__(self, held: Callable[[], Container[int]]) -> None:
-        super().__init__()
-        self._held = held
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _SETS and id(args[0]) in self._held():
-            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-            if wanted != args[0].requires_grad:
-                raise Untraceable(
-                    "forward sets requires_grad of an input, a parameter or a buffer, which leaves nothing in a trace",
-                    "set it outside of the model, or use detach() in forward, " + KEEP_WHOLE,
-                )
-        return func(*args, **kwargs)
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:

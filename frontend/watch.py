@@ -22,39 +22,27 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.draws import STEERS, Generators, is_generator
-from stagecut.frontend.function import functions_whole
-from stagecut.frontend.kept import (
-    HOOKS,
-    RETURN_IT,
-    Contents,
-    Kept,
-    attributes,
-    brief,
-    content_of,
-    fingerprint,
-    is_memory,
-    place_of,
-    shown,
-    user_line,
-)
-from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.lower import ASSIGNED, CHOICES, FIXED, SYMBOLS, storage_of
+from stagecut.frontend.kept import HOOKS, RETURN_IT, Contents, Kept, attributes, brief, content_of, fingerprint, is_memory
+from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
 from stagecut.frontend.modes import ModeReads, last_node, node_of
 from stagecut.frontend.pinpoint import LineFinder
+from stagecut.frontend.source import place_of, shown, user_line
 from stagecut.frontend.surroundings import Surroundings
-from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, Unread, Untraceable, refusing
-from stagecut.frontend.visible import GradFlags
+from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, GradFlags, Unread, Untraceable, refusing
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
+from stagecut.ir.storage import storage_of
 
 
-def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leaves: Leaves) -> ExportedProgram:
+def watched(
+    module: nn.Module, export: Callable[[Watch], ExportedProgram], whole: Sequence[str], remarks: list[str]
+) -> ExportedProgram:
     """What `export` returns, which opens the watch it is given around the trace.
 
     Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all calls when this one is
     the same and changes nothing further. Raises CaptureError with the source line otherwise.
     """
-    _refuse_backward_hooks(module, leaves.paths)
+    _refuse_backward_hooks(module, whole)
     first = Watch(module)
     try:
         exported = export(first)
@@ -65,7 +53,7 @@ def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], leave
             lost = _draw(first.drew, module)
             raise CaptureError(lost.what, where=_line_of(lost, module, export), hint=lost.hint)
         first.notes.append(f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw")
-    leaves.remarks[:] = first.notes
+    remarks[:] = first.notes
     if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
 
         def carrying(left: dict[tuple[str, str], Any]) -> str:
@@ -231,7 +219,6 @@ class Watch:
         for owner, name, why in UNTRACEABLE:
             self._patch(owner, name, refusing(getattr(owner, name), why))
         self._patch(torch.random, "default_generator", Unread(torch.default_generator))
-        self._stack.enter_context(functions_whole(self.notes, lambda: shown(user_line())))
         for handle in (
             self._module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             self._module.register_forward_hook(self._end),

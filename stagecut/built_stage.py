@@ -32,9 +32,9 @@ from stagecut.backend.wire import (
     writable,
     writes_explained,
 )
-from stagecut.frontend.lower import storage_of
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
+from stagecut.ir.storage import storage_of
 from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils import _pytree
 from torch.utils._pytree import TreeSpec
 
-from stagecut.frontend.call import ABSENT, CallSpec
+from stagecut.ir.call import ABSENT, CallSpec
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.objects import Constant, Opened
 

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from stagecut.backend.modules import Stage, StageModule, copied
 from stagecut.backend.run import run_stages
-from stagecut.frontend.call import is_size
-from stagecut.frontend.kept import gpus
+from stagecut.frontend.source import gpus
 from stagecut.frontend.surroundings import random_state
 from stagecut.ir.blame import raise_ours
+from stagecut.ir.call import is_size
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value, literals
 from stagecut.ir.objects import opened

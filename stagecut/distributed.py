@@ -18,7 +18,7 @@ from stagecut.backend.mailbox import refuse_feedback
 from stagecut.backend.wire import boundaries, fed_inputs
 from stagecut.built_stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.faults import Faults
-from stagecut.frontend.call import check_inputs
+from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.objects import opened

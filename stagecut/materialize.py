@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagecut.backend.modules import Stage, StageModule, find, put, stored
 from stagecut.checkpoint import CheckpointError, Reader, check_fits
-from stagecut.frontend.lower import storage_of, written_by
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
+from stagecut.ir.storage import storage_of, written_by
 from stagecut.state import entries, held, persistent
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ from stagecut.backend.modules import Stage, switching
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
 from stagecut.frontend.both_modes import follow, hold_one_mode
-from stagecut.frontend.call import CallSpec, check_inputs
 from stagecut.frontend.capture import capture
 from stagecut.frontend.from_export import lower_export
 from stagecut.frontend.from_fx import lower_graph_module
-from stagecut.frontend.kept import place_of
 from stagecut.frontend.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.frontend.source import place_of
 from stagecut.ir.attention import Masks
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.call import CallSpec, check_inputs
 from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import BY_MODE, Program
 from stagecut.ir.parser import parse

@@ -14,8 +14,8 @@ from stagecut import pipeline
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
 from stagecut.backend.wire import evaluate
-from stagecut.frontend.call import check_inputs
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.interp import run
 from stagecut.ir.parser import parse

@@ -36,7 +36,7 @@ from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend import emit
 from stagecut.backend.modules import StageModule
 from stagecut.frontend import lower
-from stagecut.frontend.call import CallSpec
+from stagecut.ir.call import CallSpec
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Effects, Mode, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.outline import Positions

@@ -35,8 +35,8 @@ from torch import nn
 import stagecut
 from stagecut.backend.emit import emit
 from stagecut.files import digest_of
-from stagecut.frontend.call import check_inputs
 from stagecut.ir.bindings import Bindings
+from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, text

@@ -1,0 +1,83 @@
+"""Which file and line is the user's."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from stagecut.ir.blame import OWN_DIR
+from stagecut.ir.graph import Loc
+
+Line = tuple[str, int, str]
+"""File, line and function."""
+
+
+_PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
+
+
+def gpus(*trees: Any) -> list[int]:
+    """The CUDA devices on which tensors of modules and trees lie."""
+    tensors: list[Any] = []
+    for tree in trees:
+        tensors += [*tree.parameters(), *tree.buffers()] if isinstance(tree, nn.Module) else tree_leaves(tree)
+    places = {t.device.index or 0 for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
+    return sorted(places)
+
+
+def is_pythons(file: str) -> bool:
+    """True for a source file of Python's own library, and for what has no file."""
+    return file.startswith("<") or (file.startswith(_PYTHON_DIR) and "-packages" not in file)
+
+
+def is_users(file: str) -> bool:
+    """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
+    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons(file)
+
+
+def user_line(frame: FrameType | None = None) -> Line:
+    """File, line and function of the innermost frame that is the user's, from `frame` or the caller on."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+
+
+def shown(line: Line) -> str:
+    """A line for a message, with its source."""
+    return f"{line[0]}:{line[1]} in {line[2]}: {linecache.getline(line[0], line[1]).strip()}"
+
+
+def place_of(cls: type) -> str:
+    """Where the forward of a module class stands."""
+    try:
+        code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
+        return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
+    except AttributeError:
+        return f"class {cls.__name__}"
+
+
+TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+
+
+def user_loc(trace: str) -> Loc | None:
+    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost frame."""
+    last: Loc | None = None
+    for line in reversed(trace.splitlines()):
+        text = line.strip()
+        if not text.startswith('File "') or text.startswith('File "<eval_with_key>'):
+            continue
+        path, _, rest = text[6:].partition('", line ')
+        number = rest.partition(",")[0]
+        loc = Loc(path, int(number)) if number.isdigit() else None
+        if loc and not path.startswith((TORCH_DIR, OWN_DIR)):
+            return loc
+        last = last or loc
+    return last
