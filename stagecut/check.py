@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from stagecut.backend.modules import Stage, StageModule, copied
 from stagecut.backend.run import run_stages
 from stagecut.frontend.source import gpus
-from stagecut.frontend.surroundings import random_state
+from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.call import is_size
 from stagecut.ir.errors import StagecutError

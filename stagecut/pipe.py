@@ -18,11 +18,11 @@ from stagecut.backend.fx_view import PREFIX, split_module
 from stagecut.backend.modules import Stage, switching
 from stagecut.backend.run import release_plan, run_stages
 from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
-from stagecut.frontend.both_modes import follow, hold_one_mode
-from stagecut.frontend.capture import capture
-from stagecut.frontend.from_export import lower_export
-from stagecut.frontend.from_fx import lower_graph_module
-from stagecut.frontend.lower import returns_what_it_is_given
+from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.lower.both_modes import follow, hold_one_mode
+from stagecut.frontend.lower.from_export import lower_export
+from stagecut.frontend.lower.from_fx import lower_graph_module
+from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.frontend.source import place_of

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from stagecut.backend.modules import copied
 from stagecut.check import difference, fresh
 from stagecut.frontend.source import gpus
-from stagecut.frontend.surroundings import random_state
+from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.objects import opened
 

@@ -15,38 +15,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from stagecut import pipe_split, pipeline
-from stagecut.frontend import (
-    align,
-    both_modes,
-    call,
-    capture,
-    draws,
-    eager,
-    from_export,
-    from_fx,
-    function,
-    fx_run,
-    kept,
-    known,
-    leaf,
-    lower,
-    markers,
-    merge,
-    modes,
-    pinpoint,
-    policy,
-    quiet,
-    scopes,
-    surroundings,
-    types,
-    unseen,
-    visible,
-    watch,
-)
+from stagecut.frontend import markers, policy, source
+from stagecut.frontend.capture import capture, eager, example, functions, known, quiet, rewrites, scopes, whole
+from stagecut.frontend.lower import align, both_modes, from_export, from_fx, fx_run, lower, merge, types
+from stagecut.frontend.watch import attributes, forbidden, generators, line, training, watch
+from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
+from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import StagecutError
 
-FRONTEND = Path(capture.__file__).parent
+FRONTEND = Path(source.__file__).parent
 
 
 class Squared(torch.autograd.Function):
@@ -180,13 +158,12 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (align._aligned, choose),
     (both_modes.in_other_mode, choose),
     (both_modes._merge, choose),
-    (call.check_example, cut),
-    (call.giving_sizes, cut),
-    (call._path_text, cut),
+    (example.check_example, cut),
+    (example.giving_sizes, cut),
     (capture.distinct_tensors, cut),
     (capture._failing_module, cut),
-    (draws._state, cut),
-    (draws.Generators.drawn, cut),
+    (generators._state, cut),
+    (generators.Generators.drawn, cut),
     (eager.EagerPath._call, ask),
     (eager._subclasses, ask),
     (from_export._placeholders, cut),
@@ -195,38 +172,37 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (from_fx._GraphLowering.node, cut_graph),
     (fx_run.FakeRun.run_node, cut_graph),
     (fx_run._Watch.see, cut_graph),
-    (function._one_op, cut),
-    (function._function_fake, cut),
-    (kept.Contents._keep, cut),
-    (kept.user_line, cut),
+    (functions._one_op, cut),
+    (functions._function_fake, cut),
+    (attributes.Contents._keep, cut),
+    (source.user_line, cut),
     (known.KnownValues.value, ask),
     (known._cone, ask),
-    (leaf._leaf_fake, cut),
-    (leaf.OpWatch.see, cut),
-    (leaf.Leaves._stand_in, cut),
-    (leaf.Leaves._record, cut),
-    (lower.written_by, cut),
+    (whole._leaf_fake, cut),
+    (whole.OpWatch.see, cut),
+    (whole.Leaves._stand_in, cut),
+    (whole.Leaves._record, cut),
     (lower.Lowering._leaf, cut),
     (markers.is_marker, cut),
     (markers.pipe_split, cut),
     (merge.Merge._by_mode, choose),
-    (modes.last_node, cut),
-    (modes.node_of, cut),
-    (modes._empty, cut),
-    (modes.ModeReads._note, cut),
-    (modes.ModeReads._switch_grad, cut),
-    (pinpoint.LineFinder._look, refuse),
-    (pinpoint.LineFinder.start, refuse),
+    (training.last_node, cut),
+    (training.node_of, cut),
+    (training._empty, cut),
+    (training.ModeReads._note, cut),
+    (training.ModeReads._switch_grad, cut),
+    (line.LineFinder._look, refuse),
+    (line.LineFinder.start, refuse),
     (quiet.quiet_torch, cut),
     (scopes._classes_with_forward, cut),
     (policy._nodes_behind_splits, cut_by_policy),
-    (surroundings.Surroundings.changed, cut),
-    (surroundings._reached, cut),
+    (globals_.Surroundings.changed, cut),
+    (globals_._reached, cut),
     (types.type_of, cut),
-    (unseen.refusing, cut),
-    (visible._DataAsOp.__torch_function__, cut),
-    (visible.GradFlags.__torch_function__, cut),
-    (visible._outcome_that_goes_on, cut),
+    (forbidden.refusing, cut),
+    (rewrites._DataAsOp.__torch_function__, cut),
+    (forbidden.GradFlags.__torch_function__, cut),
+    (rewrites._outcome_that_goes_on, cut),
     (watch.Watch._begin, cut),
     (watch.Watch._write_back, cut),
     (watch._children, cut),
@@ -240,18 +216,18 @@ def test_a_bug_of_ours_comes_out_as_it_is(victim: Callable[..., Any], run: Calla
 
 
 def test_each_file_that_runs_during_capture_has_a_place() -> None:
-    files = {path.name for path in FRONTEND.glob("*.py")} - {"__init__.py"}
+    files = {path.name for path in FRONTEND.rglob("*.py") if "def " in path.read_text(encoding="utf-8")}
     assert {Path(victim.__code__.co_filename).name for victim in (getattr(v, "__wrapped__", v) for v, _ in PLACES)} == files
 
 
 def test_no_module_is_kept_whole_for_a_bug_of_ours() -> None:
     """As on a version of torch in which something that we call is another."""
-    with broken(modes.last_node, "planted"), pytest.raises(TypeError, match="planted") as caught:
+    with broken(training.last_node, "planted"), pytest.raises(TypeError, match="planted") as caught:
         pipeline(nn.Sequential(nn.Linear(4, 4), Everything()), (torch.ones(2, 4),))
-    assert caught.traceback[-1].path.name == "modes.py"
+    assert caught.traceback[-1].path.name == "training.py"
 
 
-@pytest.mark.parametrize("victim", [call.check_inputs, kept.gpus, surroundings.random_state])
+@pytest.mark.parametrize("victim", [check_inputs, source.gpus, globals_.random_state])
 def test_a_bug_of_ours_is_no_reason_not_to_compare(victim: Callable[..., Any]) -> None:
     with broken(victim, "planted"), pytest.raises(TypeError, match="planted"):
         pipeline(nn.Linear(4, 4), (torch.ones(2, 4),))

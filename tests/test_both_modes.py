@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import stagecut
 from stagecut import ModeError, SplitPoint, StagecutError, parse, pipe_split, pipeline, text
-from stagecut.frontend import both_modes
-from stagecut.frontend.capture import capture
+from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.lower import both_modes
 from stagecut.ir import interp
 from stagecut.ir.graph import BY_MODE
 

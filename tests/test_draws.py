@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from stagecut import StagecutError, pipeline
-from stagecut.frontend import capture
-from stagecut.frontend.draws import HIGHEST, LOWEST, MIDDLE, Generators
+from stagecut.frontend.capture import capture
+from stagecut.frontend.watch.generators import HIGHEST, LOWEST, MIDDLE, Generators
 
 X = torch.randn(2, 4)
 OWN, NUMPYS = random.Random(3), numpy.random.RandomState(3)

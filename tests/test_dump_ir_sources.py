@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecut.frontend.quiet import quiet_torch
+from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.tools.dump_ir import main
 
 FILES = {

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import pipe_split as torch_split
 from torch.utils._pytree import tree_leaves
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
-from stagecut.frontend.from_fx import lower_graph_module
+from stagecut.frontend.lower.from_fx import lower_graph_module
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Op, Program
 from stagecut.ir.parser import parse

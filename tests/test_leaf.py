@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 from stagecut.backend.mailbox import Mailbox
-from stagecut.frontend.leaf import Leaves
+from stagecut.frontend.capture.whole import Leaves
 from stagecut.ir.errors import CaptureError, SplitError, StagecutError
 from stagecut.ir.graph import Op
 from stagecut.ir.printer import text

@@ -35,7 +35,7 @@ from torch import nn
 from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend import emit
 from stagecut.backend.modules import StageModule
-from stagecut.frontend import lower
+from stagecut.frontend.lower import lower
 from stagecut.ir.call import CallSpec
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Effects, Mode, Op, Program, Stage, StateEntry, Value
@@ -257,7 +257,7 @@ def one_tensor_twice(self, x, y):
 
 @mutant(one_tensor_twice, "verify calls")
 def one_tensor_given_twice_taken_for_one_input(patch: Patch) -> None:
-    patch.setattr("stagecut.frontend.capture.distinct_tensors", lambda tree: tree)
+    patch.setattr("stagecut.frontend.capture.capture.distinct_tensors", lambda tree: tree)
 
 
 # --- (2) stages numbered by first use -------------------------------------------------------------------
@@ -496,7 +496,7 @@ def written_source(self, x):
 
 @mutant(written_source, "validator golden")
 def sources_copied_although_written(patch: Patch) -> None:
-    patch.setattr(recompute, "_written", lambda program: set())
+    patch.setattr(recompute.Aliases, "is_written", lambda self, value: False)
 
 
 # --- (8) mode burned in ---------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from stagecut import pipe_split
-from stagecut.frontend.capture import capture
-from stagecut.frontend.from_export import lower_export
+from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.lower.from_export import lower_export
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import Program, Value

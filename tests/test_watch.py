@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from stagecut import ModeError, StagecutError, pipe_split, pipeline
-from stagecut.frontend.capture import capture
-from stagecut.frontend.kept import attributes, fingerprint
+from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.watch.attributes import attributes, fingerprint
 from stagecut.ir.errors import CaptureError
 
 X = torch.randn(3, 4)

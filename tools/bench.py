@@ -19,9 +19,9 @@ from torch.distributed.pipelining._IR import Pipe as TorchPipe
 from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.export import ExportedProgram
 
-from stagecut.frontend.capture import capture
-from stagecut.frontend.from_export import lower_export
-from stagecut.frontend.lower import Lowering
+from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.lower.from_export import lower_export
+from stagecut.frontend.lower.lower import Lowering
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.types import TensorType

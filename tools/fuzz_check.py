@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from stagecut.backend.mailbox import Mailbox
-from stagecut.frontend.capture import distinct_tensors
+from stagecut.frontend.capture.capture import distinct_tensors
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import ModeError

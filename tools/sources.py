@@ -105,7 +105,7 @@ def _exported(path: Path, trusted: bool) -> Source:
 
 
 def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> Source:
-    from stagecut.frontend.quiet import quiet_torch
+    from stagecut.frontend.capture.quiet import quiet_torch
     from stagecut.pipe import lower
 
     with quiet_torch():

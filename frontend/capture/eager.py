@@ -144,7 +144,7 @@ class EagerPath:
 def _asking(number: int) -> CodeType:
     """The code of a function that gives an answer of ours. The function stays itself: whoever has imported it asks it too."""
     scope: dict[str, Any] = {}
-    exec(f"def question():\n    from stagecut.frontend.eager import _ANSWERS\n    return _ANSWERS[{number}]()", scope)
+    exec(f"def question():\n    from stagecut.frontend.capture.eager import _ANSWERS\n    return _ANSWERS[{number}]()", scope)
     code: CodeType = scope["question"].__code__
     return code
 

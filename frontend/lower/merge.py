@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagecut.frontend.align import Alignment, CannotFollow, Pair, Part, bare, same_literal
+from stagecut.frontend.lower.align import Alignment, CannotFollow, Pair, Part, bare, same_literal
 from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.graph import (
     BY_MODE,

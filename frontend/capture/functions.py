@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagecut.frontend.leaf import OpWatch
+from stagecut.frontend.capture.whole import OpWatch
 from stagecut.frontend.marks import CALL, SYMBOLIC, LeafCall
-from stagecut.frontend.unseen import Untraceable
+from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.ir.storage import shared_with, storage_of
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from stagecut.frontend.fx_run import FakeRun, Ran, place_of_node
-from stagecut.frontend.leaf import home_of
-from stagecut.frontend.lower import SWITCHES, Lowering, Seen, state_entries, switched
-from stagecut.frontend.types import type_of
+from stagecut.frontend.capture.whole import home_of
+from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
+from stagecut.frontend.lower.lower import SWITCHES, Lowering, Seen, state_entries, switched
+from stagecut.frontend.lower.types import type_of
 from stagecut.ir.bindings import Bindings, is_torchs
 from stagecut.ir.call import ABSENT, CallSpec
 from stagecut.ir.errors import CaptureError, InputError

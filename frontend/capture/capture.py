@@ -14,16 +14,17 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.call import check_example, giving_sizes
-from stagecut.frontend.eager import FORWARDS, EagerPath
-from stagecut.frontend.known import KnownValues
-from stagecut.frontend.leaf import Leaves
-from stagecut.frontend.quiet import quiet_torch
-from stagecut.frontend.scopes import scopes
-from stagecut.frontend.source import gpus, is_users, place_of
-from stagecut.frontend.unseen import Untraceable
-from stagecut.frontend.visible import visible
-from stagecut.frontend.watch import Unsettled, Watch, odd_output, watched
+from stagecut.frontend.capture.eager import FORWARDS, EagerPath
+from stagecut.frontend.capture.example import check_example, giving_sizes
+from stagecut.frontend.capture.functions import functions_whole
+from stagecut.frontend.capture.known import KnownValues
+from stagecut.frontend.capture.quiet import quiet_torch
+from stagecut.frontend.capture.rewrites import visible
+from stagecut.frontend.capture.scopes import scopes
+from stagecut.frontend.capture.whole import Leaves
+from stagecut.frontend.source import gpus, is_users, place_of, shown, user_line
+from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.watch import Unsettled, Watch, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.call import is_size
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses

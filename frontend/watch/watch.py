@@ -21,22 +21,20 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from stagecut.frontend.draws import STEERS, Generators, is_generator
-from stagecut.frontend.kept import HOOKS, RETURN_IT, Contents, Kept, attributes, brief, content_of, fingerprint, is_memory
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
-from stagecut.frontend.modes import ModeReads, last_node, node_of
-from stagecut.frontend.pinpoint import LineFinder
 from stagecut.frontend.source import place_of, shown, user_line
-from stagecut.frontend.surroundings import Surroundings
-from stagecut.frontend.unseen import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, GradFlags, Unread, Untraceable, refusing
+from stagecut.frontend.watch.attributes import HOOKS, RETURN_IT, Contents, Kept, attributes, brief, content_of, fingerprint, is_memory
+from stagecut.frontend.watch.forbidden import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, GradFlags, Unread, Untraceable, refusing
+from stagecut.frontend.watch.generators import STEERS, Generators, is_generator
+from stagecut.frontend.watch.globals import Surroundings
+from stagecut.frontend.watch.line import LineFinder
+from stagecut.frontend.watch.training import ModeReads, last_node, node_of
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.storage import storage_of
 
 
-def watched(
-    module: nn.Module, export: Callable[[Watch], ExportedProgram], whole: Sequence[str], remarks: list[str]
-) -> ExportedProgram:
+def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], whole: Sequence[str], remarks: list[str]) -> ExportedProgram:
     """What `export` returns, which opens the watch it is given around the trace.
 
     Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all calls when this one is

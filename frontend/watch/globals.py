@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.draws import Generators, is_generator
-from stagecut.frontend.kept import SIMPLE, Contents, alike, is_memory
 from stagecut.frontend.source import is_users
+from stagecut.frontend.watch.attributes import SIMPLE, Contents, alike, is_memory
+from stagecut.frontend.watch.generators import Generators, is_generator
 
 _ABSENT: Any = object()
 _STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)

@@ -10,10 +10,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
 
-from stagecut.frontend.lower import Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.lower.lower import Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
-from stagecut.frontend.modes import switches
-from stagecut.frontend.types import specialised, type_of
+from stagecut.frontend.watch.training import switches
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.call import ABSENT, CallSpec, parameters_of
 from stagecut.ir.errors import CaptureError

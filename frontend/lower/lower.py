@@ -17,10 +17,10 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_unflatten
 
+from stagecut.frontend.lower.types import literal, type_of
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import CALL, CHECKPOINT, FOLLOWS, FUNCTION, GRAD, LEAF, SAME, SYMBOLIC, SYMBOLS, LeafCall
 from stagecut.frontend.source import user_loc
-from stagecut.frontend.types import literal, type_of
 from stagecut.ir.aliases import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import raise_ours

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.kept import attributes, fingerprint
 from stagecut.frontend.marks import FOLLOWS, GRAD, SAME
 from stagecut.frontend.source import TORCH_DIR, shown, user_line
-from stagecut.frontend.unseen import Untraceable
+from stagecut.frontend.watch.attributes import attributes, fingerprint
+from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.ops import facts_of
 
@@ -58,7 +58,7 @@ _BARE_DROPOUTS = {function for function in _flagged(torch) if facts_of(function.
 _BARE = inspect.signature(lambda input, p, train: None)  # theirs, for Python cannot see it
 
 
-_GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/visible.py")
+_GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/capture/rewrites.py")
 """Files with the context managers that switch the grad mode."""
 
 _PLUMBING = (
@@ -66,8 +66,9 @@ _PLUMBING = (
     "torch/overrides.py",
     "proxy_tensor.py",
     "non_strict_utils.py",
-    "frontend/visible.py",
-    "frontend/function.py",
+    "frontend/capture/rewrites.py",
+    "frontend/capture/functions.py",
+    "frontend/watch/forbidden.py",
 )
 """Files whose frames lie between the call of such a function and us."""
 

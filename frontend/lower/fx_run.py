@@ -15,10 +15,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.kept import RETURN_IT, Contents
-from stagecut.frontend.leaf import OpWatch, home_of, in_other_mode, tensors_in
+from stagecut.frontend.capture.whole import OpWatch, home_of, in_other_mode, tensors_in
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.source import user_loc
+from stagecut.frontend.watch.attributes import RETURN_IT, Contents
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
 from stagecut.ir.storage import written_tensors

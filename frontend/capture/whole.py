@@ -18,14 +18,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from stagecut.frontend.draws import Generators
-from stagecut.frontend.kept import RETURN_IT, Contents
+from stagecut.frontend.capture.scopes import goes_past_call
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import SYMBOLIC, LeafCall
-from stagecut.frontend.scopes import goes_past_call
 from stagecut.frontend.source import gpus, place_of, shown, user_line
-from stagecut.frontend.surroundings import Surroundings
-from stagecut.frontend.unseen import Untraceable
+from stagecut.frontend.watch.attributes import RETURN_IT, Contents
+from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.generators import Generators
+from stagecut.frontend.watch.globals import Surroundings
 from stagecut.ir.bindings import is_torchs
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError, nearest

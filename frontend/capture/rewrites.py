@@ -20,7 +20,7 @@ from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
 from stagecut.frontend.source import shown, user_line
-from stagecut.frontend.unseen import KEEP_WHOLE, Untraceable
+from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
 
 torch.library.define("stagecut::checkpoint", "(int number, bool begins, bool preserve_rng_state) -> ()")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.align import Alignment, CannotFollow
-from stagecut.frontend.lower import returns_what_it_is_given
-from stagecut.frontend.merge import Flags, Merge
-from stagecut.frontend.watch import same_constant
+from stagecut.frontend.lower.align import Alignment, CannotFollow
+from stagecut.frontend.lower.lower import returns_what_it_is_given
+from stagecut.frontend.lower.merge import Flags, Merge
+from stagecut.frontend.watch.watch import same_constant
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Kind, Namer, Op, Program, Target, scope_fqn
