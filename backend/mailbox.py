@@ -17,65 +17,13 @@ from typing import Any
 
 import torch
 
+from stagecut.backend.crossing import refuse_feedback, written_inputs
 from stagecut.backend.modules import Stage, copied, find
 from stagecut.backend.run import results_of
 from stagecut.backend.wire import refuse_quantized, writable, writes_explained
-from stagecut.ir.aliases import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import BY_MODE, Mode, Op, Program, StateEntry, Value
-from stagecut.ir.graph import Stage as StageBlock
-from stagecut.ir.ops import facts
+from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.types import carries_grad
-
-
-def refuse_feedback(program: Program, training: bool = True) -> None:
-    """Returns when every write stays in one stage; raises StagecutError naming what would have to flow backward.
-
-    Out of training, what ops with a training flag write does not count.
-    """
-    _refuse_writes_past_autograd(program)
-    for entry in program.state:
-        if entry.share != "feedback":
-            continue
-        ops = [op for stage in program.stages for op in stage.ops if _touches(op, entry)]
-        if not training and all(_follows_mode(op) for op in ops if op.effects.writes):
-            continue
-        raise StagecutError(
-            f"'{entry.name}' is written in one stage and read or written in another, so the next step would read a stale copy",
-            where="; ".join(dict.fromkeys(op.where() for op in ops[:4])),
-            hint="cut so that all of it lies in one stage; one process can run this pipe, several cannot",
-        )
-
-
-def _refuse_writes_past_autograd(program: Program) -> None:
-    """Raises StagecutError where a stage writes through `.data` what another one made: backward there would see the old values."""
-    for stage in program.stages:
-        here = set(stage.ops)
-        for op in stage.ops:
-            if not facts(op).past_autograd or not carries_grad(op.operands[0].type):
-                continue
-            root = storage_root(op.operands[0])
-            if isinstance(root.owner, StateEntry) or root.owner in here or (root.owner is None and root.uses.keys() <= here):
-                continue
-            for writer, _ in writes_of(stage.ops, op.results):
-                raise StagecutError(
-                    f"stage {stage.index} writes {root!r} through .data, which backward sees where it was made, and another stage made it",
-                    where=writer.where(),
-                    hint="cut so that both lie in one stage, or write into a clone; one process can run this pipe, several cannot",
-                )
-
-
-def _follows_mode(op: Op) -> bool:
-    return any(isinstance(item, Mode) and item.is_flag for item in op.args) and op.target != BY_MODE
-
-
-def _touches(op: Op, entry: StateEntry) -> bool:
-    return any(unwritten(value) is entry.value for value in op.reads)
-
-
-def written_inputs(block: StageBlock) -> set[Value]:
-    """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot be leaves."""
-    return written_in(block.ops, block.inputs)
 
 
 class Mailbox:

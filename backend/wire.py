@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
-from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import WHOLE, Op, Program, Stage, StateEntry, Value
-from stagecut.ir.ops import module_path
-from stagecut.ir.sizes import expression
+from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.sizes import evaluate
 from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 
 Sizes = Mapping[str, int]
@@ -179,19 +176,6 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     return found
 
 
-@cache
-def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
-    """The number an expression over sizes stands for, None when it is open or unknown."""
-    import sympy
-
-    symbols = {name: sympy.Symbol(name) for name, _ in sizes}
-    try:
-        found = expression(text, symbols).subs({symbols[name]: number for name, number in sizes})
-    except StagecutError:
-        return None
-    return int(found) if found.is_Integer else None
-
-
 def _cannot_cross(value: Value, why: str) -> StagecutError:
     where = value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
     return StagecutError(f"{value!r} cannot cross to another process: {why}", where=where, hint="cut where it does not cross")
@@ -201,33 +185,6 @@ def refuse_quantized(value: Value, item: Any) -> None:
     """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes those for tensors of floats."""
     if isinstance(item, torch.Tensor) and item.is_quantized:
         raise _cannot_cross(value, f"it is quantized ({item.dtype}), and its scale is nothing that is sent")
-
-
-def lives_in_buffer(value: Value) -> bool:
-    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write it."""
-    owner = storage_root(value).owner
-    return isinstance(owner, StateEntry) and owner.kind == "buffer"
-
-
-def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
-    """True when the backward of a stage must not be split into one for its inputs and one for its weights.
-
-    torch's split follows each weight to where it meets a received value: it misses a weight with another way out, and
-    takes a graph apart twice where a weight meets received values in two places. What a module kept whole or a body does
-    inside is not known.
-    """
-    if any(module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context) for op in block.ops):
-        return True
-    meets = set(received)
-    own = {entry.value for entry in block.state if entry.kind == "param"}
-    for op in block.ops:
-        carrying = [value for value in op.definitions() if carries_grad(value.type)]
-        if any(value in meets for value in op.operands):
-            meets.update(carrying)
-        elif any(value in own for value in op.operands):
-            own.update(carrying)
-    here = set(block.ops)
-    return any(value in own for value in sent) or any(sum(user in here for user in value.uses) > 1 for value in own)
 
 
 def fed_inputs(program: Program) -> frozenset[Value]:

@@ -77,3 +77,16 @@ def _functions() -> dict[str, Callable[..., Any]]:
     import sympy
 
     return _OWN | {name: getattr(sympy, own) for name, own in _FUNCTIONS.items()}
+
+
+@cache
+def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
+    """The number an expression over sizes stands for, None when it is open or unknown."""
+    import sympy
+
+    symbols = {name: sympy.Symbol(name) for name, _ in sizes}
+    try:
+        found = expression(text, symbols).subs({symbols[name]: number for name, number in sizes})
+    except StagecutError:
+        return None
+    return int(found) if found.is_Integer else None

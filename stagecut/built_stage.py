@@ -16,22 +16,11 @@ from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
 
+from stagecut.backend.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
 from stagecut.backend.fx_view import refuse_torchs_stage, split_graph
-from stagecut.backend.mailbox import refuse_feedback, written_inputs
 from stagecut.backend.modules import StageModule
 from stagecut.backend.run import results_of
-from stagecut.backend.wire import (
-    Port,
-    Sizes,
-    backward_is_whole,
-    boundaries,
-    fed_inputs,
-    lives_in_buffer,
-    own,
-    port,
-    writable,
-    writes_explained,
-)
+from stagecut.backend.wire import Port, Sizes, boundaries, fed_inputs, own, port, writable, writes_explained
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
 from stagecut.ir.storage import storage_of

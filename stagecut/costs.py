@@ -18,7 +18,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from stagecut.backend.wire import evaluate
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import raise_ours
@@ -26,6 +25,7 @@ from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
 from stagecut.ir.interp import Machine, enter
 from stagecut.ir.ops import facts
+from stagecut.ir.sizes import evaluate
 from stagecut.ir.storage import storage_of
 from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
 

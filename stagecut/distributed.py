@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from stagecut.backend.mailbox import refuse_feedback
+from stagecut.backend.crossing import refuse_feedback
 from stagecut.backend.wire import boundaries, fed_inputs
 from stagecut.built_stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.faults import Faults

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from stagecut.schedules import BACKWARD, FORWARD, INPUT, WEIGHT
 
 if TYPE_CHECKING:
-    from stagecut.timeline import Event, Timeline
+    from stagecut.schedules import Event
+    from stagecut.timeline import Timeline
 
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward for the inputs", WEIGHT: "backward for the weights"}
 COLORS = {

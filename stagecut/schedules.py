@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 SINGLE = ("GPipe", "1F1B")
 """One stage a rank."""
 
@@ -20,3 +22,22 @@ FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
 def homes(stages: int, ranks: int, mirrored: bool) -> list[int]:
     """Stage -> rank, in turn or there and back again."""
     return [min(i, 2 * ranks - 1 - i) if mirrored else i % ranks for i in range(stages)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a rank: what it does, for which stage and which micro-batch."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step and when it runs, in seconds."""
+
+    step: Step
+    rank: int
+    start: float
+    end: float

@@ -20,29 +20,10 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from stagecut.balance import Setting
 from stagecut.gantt import gantt
 from stagecut.ir.errors import StagecutError
-from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
+from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT, Event, Step
 
 if TYPE_CHECKING:
     from stagecut.distributed import Driver
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a rank: what it does, for which stage and which micro-batch."""
-
-    kind: str
-    stage: int
-    microbatch: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """A step and when it runs, in seconds."""
-
-    step: Step
-    rank: int
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from torch import nn
 from stagecut import pipeline
 from stagecut.backend.emit import emit
 from stagecut.backend.modules import Stage
-from stagecut.backend.wire import evaluate
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import EmitError, StagecutError
 from stagecut.ir.interp import run
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text
-from stagecut.ir.sizes import expression
+from stagecut.ir.sizes import evaluate, expression
 from stagecut.ir.verifier import verify
 
 X = torch.arange(4.0)

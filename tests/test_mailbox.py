@@ -12,7 +12,8 @@ from torch import nn
 
 from stagecut import Pipe, StagecutError, pipe_split, pipeline
 from stagecut.backend import mailbox
-from stagecut.backend.mailbox import Mailbox, refuse_feedback, written_inputs
+from stagecut.backend.crossing import refuse_feedback, written_inputs
+from stagecut.backend.mailbox import Mailbox
 from stagecut.ir.parser import parse
 
 X = t(4, 4)
