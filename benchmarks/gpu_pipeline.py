@@ -34,7 +34,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from stagecut import SplitPoint, pipeline
-from stagecut.distributed import placement
+from stagecut.backend.ranks.driver import placement
 
 Step = Callable[[], float]
 

@@ -20,31 +20,31 @@ if TYPE_CHECKING:
         ScheduleZBVZeroBubble,
     )
 
-    from stagecut.balance import AtModules, Balanced, Markers, Setting
-    from stagecut.built_stage import build_stage
-    from stagecut.costs import Device
-    from stagecut.distributed import Driver
+    from stagecut.backend.costs.balance import AtModules, Balanced, Markers, Setting
+    from stagecut.backend.costs.ops import Device
+    from stagecut.backend.files.saved import load_stage
+    from stagecut.backend.ranks.driver import Driver
+    from stagecut.backend.ranks.stage import build_stage
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import ModeError, StagecutError
     from stagecut.ir.parser import parse
     from stagecut.ir.printer import text
-    from stagecut.pipe import Pipe, pipeline
-    from stagecut.saved import load, load_stage
+    from stagecut.pipe import Pipe, load, pipeline
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AtModules": "stagecut.balance",
-    "Balanced": "stagecut.balance",
-    "Markers": "stagecut.balance",
-    "Setting": "stagecut.balance",
-    "Device": "stagecut.costs",
-    "Driver": "stagecut.distributed",
-    "build_stage": "stagecut.built_stage",
+    "AtModules": "stagecut.backend.costs.balance",
+    "Balanced": "stagecut.backend.costs.balance",
+    "Markers": "stagecut.backend.costs.balance",
+    "Setting": "stagecut.backend.costs.balance",
+    "Device": "stagecut.backend.costs.ops",
+    "Driver": "stagecut.backend.ranks.driver",
+    "build_stage": "stagecut.backend.ranks.stage",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
-    "load": "stagecut.saved",
-    "load_stage": "stagecut.saved",
+    "load": "stagecut.pipe",
+    "load_stage": "stagecut.backend.files.saved",
     "SplitPoint": "stagecut.frontend.markers",
     "pipe_split": "stagecut.frontend.markers",
     "ModeError": "stagecut.ir.errors",

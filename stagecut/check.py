@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from stagecut.backend.modules import Stage, StageModule, copied
-from stagecut.backend.run import run_stages
+from stagecut.backend.stages.modules import Stage, StageModule, copied
+from stagecut.backend.stages.run import run_stages
+from stagecut.backend.stages.staged import Staged
 from stagecut.frontend.source import gpus
 from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
@@ -21,10 +22,6 @@ from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value, literals
 from stagecut.ir.objects import opened
 from stagecut.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
-
 
 CHECK_BYTES = 2**28
 """The largest state, in bytes, that is compared by default."""
@@ -93,7 +90,7 @@ def _is_choice(item: Any) -> bool:
 
 
 def compare(
-    model: nn.Module, pipe: Pipe, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True, switched: bool = False
+    model: nn.Module, pipe: Staged, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True, switched: bool = False
 ) -> Report:
     """A report on `pipe` against `model` on one call, in the mode of the pipe, or with `switched` in the other one.
 
@@ -140,7 +137,7 @@ def compare(
     return report
 
 
-def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any]) -> list[tuple[Any, Any]]:
+def _second_call(reference: nn.Module, inputs: Any, pipe: Staged, stages: list[Any]) -> list[tuple[Any, Any]]:
     """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
     seed_again = random_state(reference, gpus(reference, inputs))
     inputs = tree_map(lambda leaf: leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, inputs, is_leaf=is_size)
@@ -155,7 +152,7 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Pipe, stages: list[Any
     return list(zip(expected, found, strict=False))  # where the numbers differ, the first call has told
 
 
-def _copies(model: nn.Module, pipe: Pipe) -> tuple[nn.Module, list[Stage]]:
+def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
     try:
         return copied(model)[0], copied(*pipe.stages)
     except Exception as error:

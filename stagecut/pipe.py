@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from stagecut.backend.emit import emit
-from stagecut.backend.fx_view import PREFIX, split_module
-from stagecut.backend.modules import Stage, switching
-from stagecut.backend.run import release_plan, run_stages
+from stagecut.backend.stages.fx_view import PREFIX, split_module
+from stagecut.backend.stages.names import Named
+from stagecut.backend.stages.staged import Staged
 from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
@@ -28,14 +27,10 @@ from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.frontend.source import place_of
 from stagecut.ir.attention import Masks
 from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import CallSpec, check_inputs
+from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import BY_MODE, Program
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
 from stagecut.ir.validator import Trace, validate
-from stagecut.ir.verifier import verify
-from stagecut.names import Named
 from stagecut.passes.base import Pass
 from stagecut.passes.causal_attention import CausalAttention
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
@@ -45,11 +40,10 @@ from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 from stagecut.repeat import changing
-from stagecut.state import refuse_meta
 
 if TYPE_CHECKING:
-    from stagecut.balance import Plan, Setting
-    from stagecut.report import Report as StageCosts
+    from stagecut.backend.costs.balance import Plan, Setting
+    from stagecut.backend.costs.report import Report as StageCosts
 
 CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -153,7 +147,7 @@ def _policy(
     """What chooses the cuts; where they are searched, `plans` gains what was found."""
     if stages is None and not hasattr(chosen, "plan"):
         return as_cuts(chosen, exported) if chosen is not None else None
-    from stagecut.balance import Balanced
+    from stagecut.backend.costs.balance import Balanced
 
     balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
 
@@ -313,78 +307,10 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     return {name: [other for other in group if other != name] for group in names.values() if len(group) > 1 for name in group}
 
 
-class Pipe(Named):
-    """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
+class Pipe(Staged):
+    """A model cut into stages, and all that can be done with it: compared, costed, saved, drawn, run on ranks."""
 
-    `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe is
-    differentiable end to end. Its modules and tensors are under the model's names, those of all stages together.
-    """
-
-    def __init__(self, program: Program, bindings: Bindings) -> None:
-        super().__init__()
-        verify(program)
-        self.program = program
-        self.stages: list[Stage] = emit(program, bindings)
-        self._call_spec: CallSpec | None = bindings.call
-        self._name(self.stages, bindings.names())
-        self._plan = release_plan(program)
-        self.notes: tuple[str, ...] = tuple(bindings.notes)
-        self._model: Callable[[], nn.Module | None] | None = None
-        self._sizes: dict[str, int] = {}
-        self.plan: Plan | None = None
-        self.training = bindings.training.get("", True)
-
-    has_loss_and_backward = False
-    """torch's, for it can put a backward into the graph; here autograd makes it."""
-
-    def train(self, mode: bool = True) -> Pipe:
-        """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the model does there.
-
-        `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where the stages hold one mode only.
-        """
-        with switching(self.stages, mode):
-            super().train(mode)
-        return self
-
-    @property
-    def num_stages(self) -> int:
-        """How many stages there are."""
-        return len(self.stages)
-
-    def get_stage_module(self, stage_idx: int) -> Stage:
-        """The module of stage `stage_idx`. Raises ValueError when there is no such stage."""
-        if not 0 <= stage_idx < self.num_stages:
-            raise ValueError(f"Invalid stage index {stage_idx}! There are {self.num_stages} stages.")
-        return self.stages[stage_idx]
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Runs all stages in order on the model's own arguments; the flat tuple of output leaves.
-
-        Raises StagecutError where a stage is on the meta device and the arguments are not.
-        """
-        flat = self.flatten(args, kwargs)
-        try:
-            results = run_stages(self.program, self.stages, self._plan, flat)
-        except RuntimeError:
-            self._refuse_meta(flat)
-            raise
-        if any(map(_is_meta, results)):  # not every op refuses a mixture of devices
-            self._refuse_meta(flat)
-        return results
-
-    def _refuse_meta(self, flat: Sequence[Any]) -> None:
-        """Returns when all stages are real, or the inputs are on meta as well; otherwise raises StagecutError."""
-        if not any(map(_is_meta, flat)):
-            for stage in self.stages:
-                refuse_meta(self.program, stage)
-
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the trace."""
-        flat = self._call_spec.flatten(args, dict(kwargs)) if self._call_spec is not None else list(args)
-        if len(flat) != len(self.program.inputs):
-            raise InputError(f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}")
-        check_inputs(self.program.inputs, flat, self._call_spec.ranges if self._call_spec is not None else None)
-        return flat
+    plan: Plan | None
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and compares them.
@@ -403,8 +329,8 @@ class Pipe(Named):
         `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices, by which schedule: that of the search where
         the cuts were searched. With `profile_on`, a torch device, ops are timed there instead of estimated.
         """
-        from stagecut.balance import Setting
-        from stagecut.report import bindings_of, report
+        from stagecut.backend.costs.balance import Setting
+        from stagecut.backend.costs.report import bindings_of, report
 
         chosen = setting or (self.plan.setting if self.plan else Setting())
         return report(self.program, chosen, self.plan, self._sizes, bindings_of(self), profile_on)
@@ -440,7 +366,7 @@ class Pipe(Named):
         Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source lacks or has in
         another shape or dtype. No stage has changed then.
         """
-        from stagecut.materialize import materialize
+        from stagecut.backend.files.materialize import materialize
 
         chosen = [stages] if isinstance(stages, int) else list(stages)
         materialize(self, chosen, source, torch.device(device), init_fn, values or {}, rename, cast, seed)
@@ -451,7 +377,7 @@ class Pipe(Named):
         It appears whole or not at all. With `stages`, only those are saved, beside those that other ranks save of the same pipe to the
         same folder; the others may be on meta. Raises SavedError for what no file can hold: modules kept whole, functions of yours.
         """
-        from stagecut.saved import save
+        from stagecut.backend.files.saved import save
 
         save(self, folder, stages)
 
@@ -461,7 +387,7 @@ class Pipe(Named):
         The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
         output tensors in order. Raises StagecutError for what cannot cross between processes.
         """
-        from stagecut.built_stage import make_stage
+        from stagecut.backend.ranks.stage import make_stage
 
         return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
 
@@ -485,7 +411,7 @@ class Pipe(Named):
 
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""
-        from stagecut.built_stage import PipeInfo
+        from stagecut.backend.ranks.stage import PipeInfo
 
         return PipeInfo(self)
 
@@ -493,37 +419,32 @@ class Pipe(Named):
         """The pipe as a module with the model's own signature and output structure."""
         return PipedModel(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The program goes as text: its ops and values point at each other, deeper than a copy can recurse."""
-        state = self.__dict__.copy()
-        del state["_plan"], state["_model"]
-        return state | {"program": text(self.program)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        program = parse(state["program"])
-        super().__setstate__(state | {"program": program, "_plan": release_plan(program), "_model": None})
-
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""
-        from stagecut.backend.dot import to_dot  # the rest runs where graphviz is not installed
+        from stagecut.backend.pictures.dot import to_dot
 
         return to_dot(self.program)
 
     def to_svg(self, *, level: str = "stages", stage: int | None = None, depth: int | None = None, renderer: str | None = None) -> str:
-        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.backend.dot.to_svg`, which says what draws it."""
-        from stagecut.backend.dot import to_svg
+        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which says what draws it."""
+        from stagecut.backend.pictures.dot import to_svg
 
         return to_svg(self.program, level=level, stage=stage, depth=depth, renderer=renderer)
 
-    def __str__(self) -> str:
-        return text(self.program)
 
-    def __repr__(self) -> str:
-        return f"Pipe({self.program.name}: {self.num_stages} stages, {'train' if self.training else 'eval'} mode)"
+def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: torch.device | str = "cpu", ops: Collection[str] = ()) -> Pipe:
+    """The pipe that was saved in `folder`, on `device`. With `stages`, only those are read and real; the others are on meta.
 
+    It computes bit for bit what the saved one computed, and its state has the same names, order, modes and ties. Nothing of the folder
+    is run, and nothing is imported: classes of arguments and outputs must be imported before. `ops` are namespaces of operators of
+    yours, as in `torch.ops.NAMESPACE`, that the program may call. What is not kept: hooks, the plan of a search, and the model for
+    `pipe.verify`.
 
-def _is_meta(item: object) -> bool:
-    return isinstance(item, torch.Tensor) and item.is_meta
+    Raises SavedError for a folder that is damaged, incomplete, or of a newer format.
+    """
+    from stagecut.backend.files.saved import restored
+
+    return restored(Pipe, folder, stages, device, ops)
 
 
 class PipedModel(Named):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from stagecut.backend.modules import copied
+from stagecut.backend.stages.modules import copied
 from stagecut.check import difference, fresh
 from stagecut.frontend.source import gpus
 from stagecut.frontend.watch.globals import random_state

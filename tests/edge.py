@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from stagecut import Pipe, StagecutError, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.objects import opened
 
 PIPE, MAILBOX = "pipe", "mailbox"

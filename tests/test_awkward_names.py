@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.graph import Op
 from stagecut.ir.ops import is_heavy
 

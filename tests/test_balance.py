@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stagecut import AtModules, Balanced, Device, Markers, Setting, pipe_split, pipeline
-from stagecut.balance import Line, Problem, _window_max
-from stagecut.costs import DEVICES, OpCost
+from stagecut.backend.costs.balance import Line, Problem, _window_max
+from stagecut.backend.costs.ops import DEVICES, OpCost
 from stagecut.ir.errors import InputError, SplitError
 from stagecut.ir.graph import Op, Value
 from stagecut.ir.types import TensorType

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import build_stage as torch_build_stage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from stagecut import Driver, Pipe, StagecutError, pipe_split, pipeline
-from stagecut.schedules import V, homes
+from stagecut.backend.schedules import V, homes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stagecut.backend.calls import callee
+from stagecut.backend.stages.spell import callee
 from stagecut.ir.ops import FACTS
 from stagecut.ir.parser import parse
 from stagecut.ir.targets import resolve

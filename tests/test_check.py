@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from stagecut import Pipe, StagecutError, check, pipe_split, pipeline
-from stagecut.backend import emit
+from stagecut.backend.stages import emit
 from stagecut.check import CannotCompare, CheckError, Report, is_cheap
 from stagecut.ir.errors import InputError
 

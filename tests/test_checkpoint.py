@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from stagecut import Driver, StagecutError, checkpoint
-from stagecut.backend.modules import StageModule
+from stagecut import Driver, StagecutError
+from stagecut.backend.files import checkpoint
+from stagecut.backend.stages.modules import StageModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),

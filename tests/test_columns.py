@@ -9,7 +9,7 @@ from helpers import CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecut.backend.columns import Columns, align, columns_of
+from stagecut.backend.page.columns import Columns, align, columns_of
 
 LINES = st.lists(
     st.sampled_from(["%a = x()", "%a = y()", "%b = x()", "}", "  }", "holds @w", "    %c, %d = f(%a)", "stage 0 {"]), max_size=12

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from stagecut.costs import DEVICES, Device, OpCost, device, op_costs, program_ops
+from stagecut.backend.costs.ops import DEVICES, Device, OpCost, device, op_costs, program_ops
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program

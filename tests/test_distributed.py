@@ -14,8 +14,8 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.export import Dim
 
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
-from stagecut.built_stage import MismatchError
-from stagecut.distributed import _agree, placement
+from stagecut.backend.ranks.driver import _agree, placement
+from stagecut.backend.ranks.stage import MismatchError
 from stagecut.ir.printer import _ON_DEVICE
 
 

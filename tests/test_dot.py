@@ -19,10 +19,10 @@ from torch import nn
 
 import stagecut
 from stagecut import SplitPoint, pipeline
-from stagecut.backend.dot import to_dot, to_svg
-from stagecut.backend.drawing import PENS, pen, plain, rich, short, some, spans
-from stagecut.backend.render import PURE, RENDERERS, find_renderer
-from stagecut.backend.stage_graph import hops
+from stagecut.backend.pictures.dot import to_dot, to_svg
+from stagecut.backend.pictures.drawing import PENS, pen, plain, rich, short, some, spans
+from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
+from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program, scope_fqn
 from stagecut.ir.parser import parse

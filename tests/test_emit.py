@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline
-from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage, StageModule
+from stagecut.backend.stages.emit import emit
+from stagecut.backend.stages.modules import Stage, StageModule
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.parser import parse

@@ -21,7 +21,9 @@ from cluster.ranks import read_work, start
 from torch import nn
 from zoo.cuts import equal_ops
 
-from stagecut import Driver, StagecutError, checkpoint, faults, pipe_split, pipeline
+from stagecut import Driver, StagecutError, pipe_split, pipeline
+from stagecut.backend.files import checkpoint
+from stagecut.backend.ranks import faults
 
 LIMIT = 300
 """Seconds after which a rank hangs: far more than any takes, far less than the half hour after which the group itself gives up."""

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from stagecut import Pipe, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import CaptureError, SplitError, StagecutError
 from stagecut.tools.fuzz_check import differences, mailbox, outcome
 

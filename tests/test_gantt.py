@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stagecut.balance import Setting
-from stagecut.gantt import BOX, COLORS, LEFT, ROW, gantt
-from stagecut.schedules import SCHEDULES, SINGLE, Event, Step
-from stagecut.timeline import Timeline, simulate
+from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.timeline import Timeline, simulate
+from stagecut.backend.pictures.gantt import BOX, COLORS, LEFT, ROW, gantt
+from stagecut.backend.schedules import SCHEDULES, SINGLE, Event, Step
 
 SVG = "{http://www.w3.org/2000/svg}"
 SHAPES = [(schedule, 4, 8) for schedule in SCHEDULES] + [("1F1B", 16, 64), ("Interleaved1F1B", 16, 64)]

@@ -11,8 +11,8 @@ from helpers import refusal
 from torch import nn
 
 from stagecut import pipeline
-from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage
+from stagecut.backend.stages.emit import emit
+from stagecut.backend.stages.modules import Stage
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import EmitError, StagecutError

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 
 from stagecut import Pipe, SplitPoint, load, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import CaptureError, InputError, StagecutError
 
 CUT = {"b": SplitPoint.BEGINNING}

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.frontend.capture.whole import Leaves
 from stagecut.ir.errors import CaptureError, SplitError, StagecutError
 from stagecut.ir.graph import Op

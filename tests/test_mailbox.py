@@ -11,9 +11,9 @@ from edge import assert_same, buffer, linear, snapshot, t, weight
 from torch import nn
 
 from stagecut import Pipe, StagecutError, pipe_split, pipeline
-from stagecut.backend import mailbox
-from stagecut.backend.crossing import refuse_feedback, written_inputs
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks import mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
+from stagecut.backend.stages.crossing import refuse_feedback, written_inputs
 from stagecut.ir.parser import parse
 
 X = t(4, 4)

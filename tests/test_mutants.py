@@ -33,8 +33,8 @@ from helpers import CASES
 from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline
-from stagecut.backend import emit
-from stagecut.backend.modules import StageModule
+from stagecut.backend.stages import emit
+from stagecut.backend.stages.modules import StageModule
 from stagecut.frontend.lower import lower
 from stagecut.ir.call import CallSpec
 from stagecut.ir.errors import InputError
@@ -573,7 +573,7 @@ def released_too_early(patch: Patch) -> None:
     def plan(program: Program) -> list[list[Value]]:
         return [[v for v in stage.outputs if v not in program.output.operands] for stage in program.stages]
 
-    patch.setattr("stagecut.pipe.release_plan", plan)
+    patch.setattr("stagecut.backend.stages.staged.release_plan", plan)
 
 
 @mutant(skips, "mailbox golden")

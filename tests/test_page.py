@@ -16,7 +16,7 @@ import pytest
 from helpers import load
 from pages import BAD, CLOSE, History, linked, long, tampered
 
-from stagecut.backend.page import findings, page_data, to_html
+from stagecut.backend.page.page import findings, page_data, to_html
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
 from stagecut.ir.printer import text

@@ -10,7 +10,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from pages import History, linked, long, tampered
 
-from stagecut.backend.page import to_html
+from stagecut.backend.page.page import to_html
 from stagecut.ir.graph import Program
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import Bless
 
-from stagecut.backend.render import PURE
+from stagecut.backend.pictures.render import PURE
 from stagecut.tools.dump_ir import main as dump_ir
 from stagecut.tools.pictures import FOLDER, PICTURES, main
 
@@ -35,7 +35,7 @@ def test_committed_pictures_are_what_is_drawn(name: str, tmp_path: Path) -> None
 def test_the_picture_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bless: Bless) -> None:
     """As its command draws it where no `dot` is on the PATH."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("stagecut.backend.render.RENDERERS", (PURE,))
+    monkeypatch.setattr("stagecut.backend.pictures.render.RENDERERS", (PURE,))
     assert dump_ir(["examples/net.py:make", "--format", "svg"]) == 0
     bless("../../docs/stages.svg", capsys.readouterr().out)
 

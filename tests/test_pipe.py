@@ -15,7 +15,7 @@ from torch.distributed.pipelining import pipe_split as torch_split
 from torch.utils import _pytree as pytree
 
 from stagecut import Pipe, SplitPoint, StagecutError, pipe_split, pipeline
-from stagecut.backend.modules import StageModule
+from stagecut.backend.stages.modules import StageModule
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Program
 from stagecut.ir.verifier import verify

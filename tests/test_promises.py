@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from stagecut import Pipe, SplitPoint, StagecutError, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 
 UP, DOWN = torch.linspace(0.5, 1, 12).view(3, 4), torch.linspace(-1, -0.5, 12).view(3, 4)
 """An input for which a branch is taken, and one for which it is not."""

@@ -11,7 +11,7 @@ from helpers import Bless, diff_of, leaves_alone, load
 from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import SplitError, VerifyError
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text

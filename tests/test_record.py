@@ -19,9 +19,9 @@ from torch.distributed.pipelining import ScheduleGPipe
 from zoo.cuts import equal_ops
 
 from stagecut import Driver, Pipe, StagecutError, pipeline
-from stagecut.balance import Setting
-from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
-from stagecut.timeline import Timeline, orders, record
+from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.timeline import Timeline, orders, record
+from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
 
 COUNT = 4
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import load
 
-from stagecut.backend.dot import to_dot, to_svg
-from stagecut.backend.render import PURE, RENDERERS, find_renderer, render
+from stagecut.backend.pictures.dot import to_dot, to_svg
+from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer, render
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.tools.dump_ir import main
 

@@ -14,8 +14,8 @@ from test_balance import IDS, Blocks
 from torch import nn
 
 from stagecut import Device, Pipe, Setting, pipeline
-from stagecut.costs import state_bytes
-from stagecut.report import Report, TooLarge
+from stagecut.backend.costs.ops import state_bytes
+from stagecut.backend.costs.report import Report, TooLarge
 
 
 def _report(setting: Setting | None = None, **options: Any) -> tuple[Pipe, Report]:

@@ -26,9 +26,9 @@ from torch.utils import _pytree
 
 import stagecut
 from stagecut import Driver, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
-from stagecut.backend.modules import find
-from stagecut.callform import SavedError
-from stagecut.files import digest_of
+from stagecut.backend.files.manifest import SavedError
+from stagecut.backend.files.untrusted import digest_of
+from stagecut.backend.stages.modules import find
 from stagecut.ir.printer import text
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -659,7 +659,8 @@ def test_program_of_a_stranger_is_refused(old: str, new: str, folder: Path, monk
     for index in (0, 1):
         edit(folder / f"stage-{index}.json", lambda d: d.update(tensors={n.replace(old[1:], new[1:]): t for n, t in d["tensors"].items()}))
     monkeypatch.setattr(
-        "stagecut.saved.fingerprint", lambda program: json.loads((folder / "manifest.json").read_text())["program"]["fingerprint"]
+        "stagecut.backend.files.saved.fingerprint",
+        lambda program: json.loads((folder / "manifest.json").read_text())["program"]["fingerprint"],
     )
     refused(folder)
 

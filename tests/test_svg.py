@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from helpers import load
 
-from stagecut.backend.svg import clean_svg, stage_picture
+from stagecut.backend.page.svg import clean_svg, stage_picture
 from stagecut.ir.errors import InputError
 
 SPACE = "{http://www.w3.org/2000/svg}"

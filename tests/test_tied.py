@@ -10,7 +10,7 @@ from edge import assert_same
 from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import InputError, SplitError
 from stagecut.ir.parser import parse
 from stagecut.ir.printer import text

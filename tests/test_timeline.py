@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 
-from stagecut.balance import Setting
+from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, orders, simulate
+from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.ir.errors import StagecutError
-from stagecut.schedules import SCHEDULES, SINGLE
-from stagecut.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, orders, simulate
 
 
 def _setting(schedule: str, count: int = 8, training: bool = True) -> tuple[Setting, int]:

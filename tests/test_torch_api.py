@@ -9,7 +9,7 @@ from test_pipe import Aliased, FourMlps, Skipping, X, Y
 from torch import fx, nn
 
 import stagecut as pp
-from stagecut.schedules import SCHEDULES
+from stagecut.backend.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize("name", torchs.__all__)

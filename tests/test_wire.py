@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecut import Pipe, StagecutError, parse, pipe_split, pipeline
-from stagecut.backend.crossing import backward_is_whole
-from stagecut.backend.mailbox import Mailbox
-from stagecut.backend.wire import boundaries, port
+from stagecut.backend.ranks.mailbox import Mailbox
+from stagecut.backend.ranks.wire import boundaries, port
+from stagecut.backend.stages.crossing import backward_is_whole
 from stagecut.frontend.lower.types import tensor_type
 from stagecut.ir.graph import Value
 from stagecut.ir.types import OBJECT, ScalarType, TensorType

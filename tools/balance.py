@@ -17,8 +17,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from stagecut.balance import Balanced, Line, Problem, Setting, runs_in
-from stagecut.costs import DEVICES, state_bytes
+from stagecut.backend.costs.balance import Balanced, Line, Problem, Setting, runs_in
+from stagecut.backend.costs.ops import DEVICES, state_bytes
 from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower

@@ -214,7 +214,7 @@ def _policy(options: argparse.Namespace) -> Any:
     options.plan = None
     if options.stages is None:
         return None
-    from stagecut.balance import Balanced, Setting
+    from stagecut.backend.costs.balance import Balanced, Setting
 
     balanced = Balanced(options.stages, Setting(options.device, options.schedule, options.microbatches), budget=math.inf)
 

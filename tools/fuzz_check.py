@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from stagecut.backend.mailbox import Mailbox
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.frontend.capture.capture import distinct_tensors
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.bindings import Bindings

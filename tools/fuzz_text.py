@@ -33,8 +33,8 @@ import torch
 from torch import nn
 
 import stagecut
-from stagecut.backend.emit import emit
-from stagecut.files import digest_of
+from stagecut.backend.files.untrusted import digest_of
+from stagecut.backend.stages.emit import emit
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import StagecutError

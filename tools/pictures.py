@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stagecut.backend.render import PURE
-from stagecut.balance import Setting
+from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.timeline import simulate
+from stagecut.backend.pictures.render import PURE
 from stagecut.frontend.markers import SplitPoint, pipe_split
 from stagecut.pipe import pipeline
-from stagecut.timeline import simulate
 from stagecut.tools.balance_models import MODELS, UNet
 
 FOLDER = Path("docs/pictures")

@@ -20,7 +20,7 @@ from stagecut.tools.show import Stats, Steps, Writer, diff, only, stats_of, tabl
 from stagecut.tools.sources import Source, load
 
 if TYPE_CHECKING:
-    from stagecut.report import Report
+    from stagecut.backend.costs.report import Report
 
 MOST_DRAWN = 50_000
 """Steps of a timeline that a browser still shows."""
@@ -158,7 +158,7 @@ class Session:
         if format == "text":
             return text(program) if keep is None else excerpt(program, keep)
         if format == "json":
-            from stagecut.backend.data import to_json
+            from stagecut.backend.pictures.data import to_json
 
             return to_json(program, keep or (lambda op: True))
         if format == "html":
@@ -166,7 +166,7 @@ class Session:
         return self._graph(program)
 
     def _graph(self, program: Program) -> str:
-        from stagecut.backend.dot import to_dot, to_svg
+        from stagecut.backend.pictures.dot import to_dot, to_svg
 
         options = self._options
         if program.phase != "linked" and (options.level == "stages" or options.only):
@@ -192,8 +192,8 @@ class Session:
         self._writer.final(f"timeline.{format}", made)
 
     def _costs(self, program: Program, most: int) -> Report:
-        from stagecut.balance import Setting
-        from stagecut.report import report
+        from stagecut.backend.costs.balance import Setting
+        from stagecut.backend.costs.report import report
 
         options = self._options
         if program.phase != "linked":
@@ -206,9 +206,9 @@ class Session:
         return report(program, Setting(options.device, options.schedule, count), options.plan)
 
     def _page(self, program: Program) -> str:
-        from stagecut.backend.dot import to_svg
-        from stagecut.backend.page import to_html
-        from stagecut.backend.render import find_renderer
+        from stagecut.backend.page.page import to_html
+        from stagecut.backend.pictures.dot import to_svg
+        from stagecut.backend.pictures.render import find_renderer
 
         history = [(s.title, s.text, s.seconds) for s in self._history]
         if program.phase != "linked":

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 PRELOADED = [
     "cluster.models",
-    "stagecut.checkpoint",
+    "stagecut.backend.files.checkpoint",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.albert.modeling_albert",
 ]

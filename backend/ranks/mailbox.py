@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from stagecut.backend.crossing import refuse_feedback, written_inputs
-from stagecut.backend.modules import Stage, copied, find
-from stagecut.backend.run import results_of
-from stagecut.backend.wire import refuse_quantized, writable, writes_explained
+from stagecut.backend.ranks.wire import refuse_quantized, writable, writes_explained
+from stagecut.backend.stages.crossing import refuse_feedback, written_inputs
+from stagecut.backend.stages.modules import Stage, copied, find
+from stagecut.backend.stages.run import results_of
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.types import carries_grad

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from stagecut.backend.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
+from stagecut.backend.stages.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Namer, Program, Value
 from stagecut.ir.types import DTYPES, TensorType, Type, carries_grad

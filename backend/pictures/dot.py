@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import graphviz
 
-from stagecut.backend.block_graph import block_graph
-from stagecut.backend.drawing import BACKSLASH
-from stagecut.backend.render import render
-from stagecut.backend.stage_graph import stage_graph
+from stagecut.backend.pictures.blocks import block_graph
+from stagecut.backend.pictures.drawing import BACKSLASH
+from stagecut.backend.pictures.render import render
+from stagecut.backend.pictures.stages import stage_graph
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stagecut.backend.modules import Stage
+from stagecut.backend.stages.modules import Stage
 from stagecut.ir.graph import Program, Value
 from stagecut.ir.graph import Stage as StageBlock
 

@@ -8,8 +8,7 @@ from pathlib import PurePath
 
 import graphviz
 
-from stagecut.backend.blocks import Block, Folded, folded
-from stagecut.backend.drawing import (
+from stagecut.backend.pictures.drawing import (
     INPUT,
     OUTPUT,
     Ids,
@@ -31,7 +30,8 @@ from stagecut.backend.drawing import (
     total_text,
     type_text,
     value_tip,
-)  # fmt: skip
+)
+from stagecut.backend.pictures.folded import Block, Folded, folded
 from stagecut.ir.aliases import writes_of
 from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
 from stagecut.ir.printer import Printer, fqn_text, scope_text, target_text

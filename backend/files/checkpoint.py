@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from stagecut.backend.ranks.driver import Driver
+from stagecut.backend.stages.state import entries, held, lost_hint, persistent, refuse_meta
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.state import entries, held, lost_hint, persistent, refuse_meta
-
-if TYPE_CHECKING:
-    from stagecut.distributed import Driver
 
 T = TypeVar("T")
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))

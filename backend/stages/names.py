@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.backend.modules import UNSEEN_LAYERS, Stage, layers, stored, submodule
+from stagecut.backend.stages.modules import UNSEEN_LAYERS, Stage, layers, stored, submodule
 from stagecut.ir.errors import StagecutError, UnknownNameError
 
 

@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from stagecut.backend.stages.fx_view import stage_graph
 from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, ModeError, StagecutError
 from stagecut.ir.objects import opened, places, plain
@@ -431,8 +432,6 @@ class Stage(StageModule):
     @property
     def graph(self) -> fx.Graph:
         """The inputs and outputs as nodes, which torch's own stage class asks for; what is between them is not in it."""
-        from stagecut.backend.fx_view import stage_graph
-
         return stage_graph(self.input_names, self.input_types, self.output_types)
 
     @property

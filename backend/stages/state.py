@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from stagecut.backend.modules import Stage, find, stored
+from stagecut.backend.stages.modules import Stage, find, stored
 from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry

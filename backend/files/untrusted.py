@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stagecut.callform import SavedError
+from stagecut.backend.files.manifest import SavedError
 
 MAX_JSON = 64 << 20
 """Bytes of a manifest that are read at most."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import graphviz
 
-from stagecut.backend.drawing import (
+from stagecut.backend.pictures.drawing import (
     INPUT,
     OUTPUT,
     TIED,
@@ -30,7 +30,7 @@ from stagecut.backend.drawing import (
     total_text,
     type_text,
     value_tip,
-)  # fmt: skip
+)
 from stagecut.ir.aliases import written_in
 from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
 from stagecut.ir.printer import fqn_text, scope_text, size_text, value_names

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.backend.calls import callee, is_iteration
-from stagecut.backend.modules import OURS, Code, Stage, StageModule, printable
-from stagecut.backend.promises import Promises
+from stagecut.backend.stages.modules import OURS, Code, Stage, StageModule, printable
+from stagecut.backend.stages.promises import Promises
+from stagecut.backend.stages.spell import callee, is_iteration
 from stagecut.ir.aliases import unwritten, written_in
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError

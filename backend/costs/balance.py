@@ -17,14 +17,14 @@ from functools import cached_property
 
 import torch
 
-from stagecut.costs import Device, OpCost, device, op_costs, program_ops, state_bytes
+from stagecut.backend.costs.ops import Device, OpCost, device, op_costs, program_ops, state_bytes
+from stagecut.backend.schedules import SCHEDULES, SINGLE, V, homes
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
 from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.types import carries_grad, value_bytes
-from stagecut.schedules import SCHEDULES, SINGLE, V, homes
 
 CLOSE = 1e-9
 """How near, in relation to it, the found time is to the smallest one."""

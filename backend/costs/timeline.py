@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,11 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from stagecut.balance import Setting
-from stagecut.gantt import gantt
+from stagecut.backend.costs.balance import Setting
+from stagecut.backend.pictures.gantt import gantt
+from stagecut.backend.ranks.driver import Driver
+from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT, Event, Step
 from stagecut.ir.errors import StagecutError
-from stagecut.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT, Event, Step
-
-if TYPE_CHECKING:
-    from stagecut.distributed import Driver
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,6 @@ def record(what: Driver | PipelineStage | Sequence[PipelineStage], group: dist.P
     time of the call. What is between steps, waiting and sending, belongs to none. Steps take their usual way otherwise, and the stages
     are as before at the end.
     """
-    from stagecut.distributed import Driver
 
     together: Callable[[], AbstractContextManager[Any]] = nullcontext
     if isinstance(what, Driver):

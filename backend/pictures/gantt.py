@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from stagecut.schedules import BACKWARD, FORWARD, INPUT, WEIGHT
-
-if TYPE_CHECKING:
-    from stagecut.schedules import Event
-    from stagecut.timeline import Timeline
+from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Event
 
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward for the inputs", WEIGHT: "backward for the weights"}
 COLORS = {
@@ -25,6 +21,30 @@ COLORS = {
 LEFT, RIGHT, TOP, ROW, BOX = 74, 84, 62, 30, 24
 LEAST, MOST, ROOMS = 640.0, 3600.0, (24.0, 15.0)
 """The narrowest and the widest time axis, and how wide the box of a usual step should be where ranks have few steps, or many."""
+
+
+class Timeline(Protocol):
+    """What is drawn: steps of ranks and when they run, with the seconds of all and the share in which ranks wait."""
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """The steps."""
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+
+    @property
+    def title(self) -> str:
+        """What stands above."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end."""
+
+    @property
+    def bubble(self) -> float:
+        """The part of the ranks' time in which they wait."""
 
 
 class Axis(NamedTuple):

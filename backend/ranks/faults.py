@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.pipelining import PipelineStage
 
-from stagecut.backend.modules import StageModule
+from stagecut.backend.stages.modules import StageModule
 from stagecut.ir.errors import StagecutError
 
 INTERVAL = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,21 +14,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from stagecut.backend.crossing import refuse_feedback
-from stagecut.backend.wire import boundaries, fed_inputs
-from stagecut.built_stage import BuiltStage, Group, as_tuple, make_stage
-from stagecut.faults import Faults
+from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
+from stagecut.backend.ranks.wire import boundaries, fed_inputs
+from stagecut.backend.schedules import SCHEDULES, V, homes
+from stagecut.backend.stages.crossing import refuse_feedback
+from stagecut.backend.stages.staged import Staged
+from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.objects import opened
 from stagecut.ir.printer import fingerprint
 from stagecut.ir.types import TensorType
-from stagecut.schedules import SCHEDULES, V, homes
-from stagecut.state import refuse_meta
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
 
 
 class Driver:
@@ -44,7 +42,7 @@ class Driver:
 
     def __init__(
         self,
-        pipe: Pipe,
+        pipe: Staged,
         schedule: str = "1F1B",
         n_microbatches: int = 1,
         loss_fn: Callable[..., torch.Tensor] | None = None,
@@ -93,7 +91,7 @@ class Driver:
         Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's rank, (None, [])
         elsewhere. With a loss function, gradients are accumulated, divided by the number of micro-batches.
 
-        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies (`stagecut.faults`).
+        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies (backend/ranks/faults.py).
         """
         return self._run(args, kwargs, target, "step")
 
@@ -282,7 +280,7 @@ def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, .
     return sorted(by_ranks.items(), key=lambda item: item[0])
 
 
-def _held(pipe: Pipe, entries: Sequence[StateEntry], stages: Sequence[int]) -> list[list[torch.nn.Parameter]]:
+def _held(pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]) -> list[list[torch.nn.Parameter]]:
     """The tensors this rank holds for each parameter: several where stages of this rank were sharded each by itself."""
     found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
     for index in stages:

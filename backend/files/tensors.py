@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.callform import SavedError
+from stagecut.backend.files.manifest import SavedError
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 

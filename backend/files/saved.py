@@ -14,17 +14,20 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 from torch import nn
 
 import stagecut
-from stagecut.backend.emit import emit
-from stagecut.backend.modules import Stage, StageModule, stored
-from stagecut.callform import SHAPE, SavedError, check, from_json, to_json
-from stagecut.files import check_tensors, digest_of, read_json, read_text, write_json
+from stagecut.backend.files.manifest import SHAPE, SavedError, check, from_json, to_json
+from stagecut.backend.files.tensors import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
+from stagecut.backend.files.untrusted import check_tensors, digest_of, read_json, read_text, write_json
+from stagecut.backend.stages.emit import emit
+from stagecut.backend.stages.modules import Stage, StageModule, stored
+from stagecut.backend.stages.staged import Staged
+from stagecut.backend.stages.state import entries, held, lost_hint, refuse_meta
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
@@ -33,11 +36,6 @@ from stagecut.ir.parser import parse
 from stagecut.ir.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.verifier import verify
-from stagecut.state import entries, held, lost_hint, refuse_meta
-from stagecut.tensorfile import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
 
 FORMAT = 1
 """The format that is written, and the newest that is read."""
@@ -58,7 +56,7 @@ _SIDE = {
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def save(pipe: Pipe, folder: str | Path, stages: Iterable[int] | None = None) -> None:
+def save(pipe: Staged, folder: str | Path, stages: Iterable[int] | None = None) -> None:
     """As `Pipe.save`."""
     folder = _folder(folder)
     if folder.name in ("", ".."):
@@ -110,11 +108,11 @@ def _refuse_whole(program: Program) -> None:
         raise SavedError(
             f"the pipe calls code of yours that a file cannot hold: {names}",
             where="modules kept whole and functions of yours",
-            hint="make it traceable, without leaf_modules=; or save its state: pipe.state_dict(), stagecut.checkpoint",
+            hint="make it traceable, without leaf_modules=; or save its state: pipe.state_dict(), stagecut.backend.files.checkpoint",
         )
 
 
-def _state(pipe: Pipe, stage: Stage) -> dict[StateEntry, torch.Tensor]:
+def _state(pipe: Staged, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     """The tensors a stage holds. Raises SavedError for one that cannot be written or would be lost."""
     refuse_meta(pipe.program, stage)
     known = {stored(name) for names in pipe.program.stages[stage.index].state.values() for name in names}
@@ -126,7 +124,7 @@ def _state(pipe: Pipe, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     return {entry: _held(pipe, stage, entry) for entry in entries(pipe.program, [stage.index])}
 
 
-def _held(pipe: Pipe, stage: Stage, entry: StateEntry) -> torch.Tensor:
+def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
     first, *others = held(pipe.program, [stage], entry)
     if others:
         raise SavedError(f"the names of '{entry.name}' are different tensors now", where=f"stage {stage.index}", hint="tie them again")
@@ -164,7 +162,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
-def _write_program(pipe: Pipe, mark: str, folder: Path) -> None:
+def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
     (folder / "program.ir").write_text(text(pipe.program), encoding="utf-8", newline="\n")
     modules: dict[str, Any] = {}
     for stage in pipe.stages:
@@ -238,18 +236,13 @@ def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> Non
 # --- reading ------------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: torch.device | str = "cpu", ops: Collection[str] = ()) -> Pipe:
-    """The pipe that was saved in `folder`, on `device`. With `stages`, only those are read and real; the others are on meta.
+Restored = TypeVar("Restored", bound=Staged)
 
-    It computes bit for bit what the saved one computed, and its state has the same names, order, modes and ties. Nothing of the folder
-    is run, and nothing is imported: classes of arguments and outputs must be imported before. `ops` are namespaces of operators of
-    yours, as in `torch.ops.NAMESPACE`, that the program may call. What is not kept: hooks, the plan of a search, and the model for
-    `pipe.verify`.
 
-    Raises SavedError for a folder that is damaged, incomplete, or of a newer format.
-    """
-    from stagecut.pipe import Pipe
-
+def restored(
+    kind: type[Restored], folder: str | Path, stages: Iterable[int] | None, device: torch.device | str, ops: Collection[str]
+) -> Restored:
+    """The pipe that was saved in `folder`, as `stagecut.load` says, as one of that class."""
     saved = _Saved(_folder(folder), device, ops)
     sides = {index: saved.side(index) for index in _chosen(stages, saved.count)}
     tensors: dict[StateEntry, torch.Tensor] = {}
@@ -259,7 +252,7 @@ def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: tor
     tensors = {e: tensors[e] if e in tensors else _absent(e) for e in saved.program.state if e.stages}
     saved.bind(tensors)
     saved.program.output_names = saved.bindings.call.output_names() if saved.bindings.call else ()
-    pipe = Pipe(saved.program, saved.bindings)
+    pipe = kind(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)
     pipe.training, pipe._sizes = saved.manifest["training"], saved.manifest["sizes"]
@@ -343,7 +336,9 @@ def _device(device: torch.device | str) -> torch.device:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not os.path.lexists(path):
-        raise SavedError(f"there is no saved pipe in '{folder}'", hint="pipe.save(folder) makes one; stagecut.checkpoint reads checkpoints")
+        raise SavedError(
+            f"there is no saved pipe in '{folder}'", hint="pipe.save(folder) makes one; stagecut.backend.files.checkpoint reads checkpoints"
+        )
     manifest: dict[str, Any] = _checked(read_json(path), _MANIFEST, path)
     return manifest
 

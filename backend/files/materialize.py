@@ -7,21 +7,19 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagecut.backend.modules import Stage, StageModule, find, put, stored
-from stagecut.checkpoint import CheckpointError, Reader, check_fits
+from stagecut.backend.files.checkpoint import CheckpointError, Reader, check_fits
+from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
+from stagecut.backend.stages.staged import Staged
+from stagecut.backend.stages.state import entries, held, persistent
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.storage import storage_of, written_by
-from stagecut.state import entries, held, persistent
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
 
 InitFn = Callable[[nn.Module], Any]
 
@@ -43,7 +41,7 @@ class Source(Protocol):
 
 
 def materialize(
-    pipe: Pipe,
+    pipe: Staged,
     indices: Iterable[int],
     source: str | Path | None,
     device: torch.device,
@@ -80,7 +78,7 @@ def materialize(
 
 
 def _install(
-    pipe: Pipe,
+    pipe: Staged,
     stages: Sequence[Stage],
     made: Mapping[StateEntry, torch.Tensor],
     now: Mapping[StateEntry, torch.Tensor],
@@ -112,7 +110,7 @@ def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
 
 
 def _by_entry(
-    pipe: Pipe, values: Mapping[str, torch.Tensor], now: Mapping[StateEntry, torch.Tensor], cast: bool
+    pipe: Staged, values: Mapping[str, torch.Tensor], now: Mapping[StateEntry, torch.Tensor], cast: bool
 ) -> dict[StateEntry, torch.Tensor]:
     """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one without values."""
     owners = {known: entry for name, entry in pipe.program.name_owners().items() for known in (name, stored(name))}
@@ -128,7 +126,7 @@ def _by_entry(
     return found
 
 
-def _elsewhere(pipe: Pipe, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
+def _elsewhere(pipe: Staged, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
     """The tensor that another stage of this process has for `entry` already."""
     tensors = (find(pipe.stages[index], pipe.program.stages[index].state[entry][0]) for index in entry.stages)
     return next((t for t in tensors if t is not None and not t.is_meta and t.device == _indexed(device)), None)
@@ -219,7 +217,7 @@ def _opened(file: Path) -> Any:
 
 
 def _initial(
-    pipe: Pipe, wanted: Sequence[StateEntry], init_fn: InitFn | None, device: torch.device, seed: int
+    pipe: Staged, wanted: Sequence[StateEntry], init_fn: InitFn | None, device: torch.device, seed: int
 ) -> dict[StateEntry, torch.Tensor]:
     """What `init_fn` makes of the wanted tensors: it is called for every module of a twin of the model in which only they are real."""
     if not wanted or init_fn is None:
@@ -256,7 +254,7 @@ def _make_real(twin: nn.Module, entry: StateEntry, device: torch.device) -> torc
     return fresh
 
 
-def _held_now(pipe: Pipe, entry: StateEntry) -> torch.Tensor:
+def _held_now(pipe: Staged, entry: StateEntry) -> torch.Tensor:
     return next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,18 +16,16 @@ from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
 
-from stagecut.backend.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
-from stagecut.backend.fx_view import refuse_torchs_stage, split_graph
-from stagecut.backend.modules import StageModule
-from stagecut.backend.run import results_of
-from stagecut.backend.wire import Port, Sizes, boundaries, fed_inputs, own, port, writable, writes_explained
+from stagecut.backend.ranks.wire import Port, Sizes, boundaries, fed_inputs, own, port, writable, writes_explained
+from stagecut.backend.stages.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
+from stagecut.backend.stages.fx_view import refuse_torchs_stage, split_graph
+from stagecut.backend.stages.modules import StageModule
+from stagecut.backend.stages.run import results_of
+from stagecut.backend.stages.staged import Staged
+from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
 from stagecut.ir.storage import storage_of
-from stagecut.state import refuse_meta
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
 
 _TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getattr(_utils, "PipeliningShapeError")  # noqa: B009
 
@@ -40,7 +38,7 @@ class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
     """A tensor at a boundary has another shape or dtype than the program says."""
 
 
-_scaled: WeakKeyDictionary[Pipe, set[int]] = WeakKeyDictionary()
+_scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 """Pipe -> its stages whose gradients have been scaled in this step."""
 
 
@@ -51,7 +49,7 @@ class BuiltStage(PipelineStage):
     `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
     """
 
-    def __init__(self, pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
+    def __init__(self, pipe: Staged, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
         program = pipe.program
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
@@ -259,7 +257,7 @@ class _StaticStage(BuiltStage):
 class PipeInfo:
     """What `build_stage` needs to know of a pipe: ours, and torch's own where that runs the stages right."""
 
-    pipe: Pipe
+    pipe: Staged
     has_loss_and_backward: bool = False
 
     @property
@@ -276,12 +274,12 @@ class PipeInfo:
 
 def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:
     """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`: the stage, or a wrapper."""
-    made: BuiltStage = pipe_info.pipe.build_stage(stage_index, device, group)
+    made = make_stage(pipe_info.pipe, stage_index, torch.device(device), group, pipe_info.pipe._sizes, False)
     made.submod = stage_module
     return made
 
 
-def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
+def make_stage(pipe: Staged, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stagecut.backend.columns import columns_of
-from stagecut.backend.svg import clean_svg, stage_picture
+from stagecut.backend.costs.report import Report, StageReport
+from stagecut.backend.page.columns import columns_of
+from stagecut.backend.page.svg import clean_svg, stage_picture
 from stagecut.ir.graph import Op, Program
 from stagecut.ir.life import Crossing, Lives, Place, StateLife, Use, ValueLife
 from stagecut.ir.printer import file_names, fqn_text, nested_ops, size_text, value_names
-
-if TYPE_CHECKING:
-    from stagecut.report import Report, StageReport
 
 History = Sequence[tuple[str, str, float]]
 """(pass, IR text after it, seconds), beginning with ("input", text, 0)."""
@@ -56,7 +54,7 @@ def to_html(
 
 
 def _read(name: str) -> str:
-    return (files("stagecut.backend") / "page" / name).read_text(encoding="utf-8")
+    return (files("stagecut.backend.page") / name).read_text(encoding="utf-8")
 
 
 def _json(data: Any) -> str:

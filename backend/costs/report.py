@@ -6,20 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stagecut.balance import STATE_OF, Line, Plan, Setting, by_rank
-from stagecut.costs import Device, op_costs, program_ops, state_bytes
+from stagecut.backend.costs.balance import STATE_OF, Line, Plan, Setting, by_rank
+from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
+from stagecut.backend.costs.timeline import Timeline, simulate
+from stagecut.backend.stages.staged import Staged
 from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
 from stagecut.ir.printer import size_text, value_names
 from stagecut.ir.types import carries_grad, value_bytes
-from stagecut.timeline import Timeline, simulate
-
-if TYPE_CHECKING:
-    from stagecut.pipe import Pipe
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def report(
     )  # fmt: skip
 
 
-def bindings_of(pipe: Pipe) -> Bindings:
+def bindings_of(pipe: Staged) -> Bindings:
     """The user's modules and functions that the stages of a pipe call."""
     found = Bindings()
     for stage in pipe.stages:
