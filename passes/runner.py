@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import PassError
 from stagecut.ir.graph import Program
-from stagecut.ir.printer import text
-from stagecut.ir.verifier import verify
+from stagecut.ir.text.printer import text
 from stagecut.passes.base import Pass
 
 

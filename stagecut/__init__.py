@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from stagecut.backend.ranks.stage import build_stage
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import ModeError, StagecutError
-    from stagecut.ir.parser import parse
-    from stagecut.ir.printer import text
+    from stagecut.ir.text.parser import parse
+    from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, load, pipeline
 
 __version__ = "0.1.0"
@@ -49,8 +49,8 @@ _HOMES = {
     "pipe_split": "stagecut.frontend.markers",
     "ModeError": "stagecut.ir.errors",
     "StagecutError": "stagecut.ir.errors",
-    "parse": "stagecut.ir.parser",
-    "text": "stagecut.ir.printer",
+    "parse": "stagecut.ir.text.parser",
+    "text": "stagecut.ir.text.printer",
 }
 _TORCHS = (
     "PipelineStage",

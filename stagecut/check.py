@@ -17,10 +17,10 @@ from stagecut.backend.stages.staged import Staged
 from stagecut.frontend.source import gpus
 from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
-from stagecut.ir.call import is_size
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value, literals
-from stagecut.ir.objects import opened
+from stagecut.ir.run.call import is_size
+from stagecut.ir.run.objects import opened
 from stagecut.ir.types import TensorType
 
 CHECK_BYTES = 2**28

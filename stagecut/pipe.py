@@ -25,12 +25,12 @@ from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.frontend.source import place_of
-from stagecut.ir.attention import Masks
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import check_inputs
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import BY_MODE, Program
-from stagecut.ir.validator import Trace, validate
+from stagecut.ir.run.attention import Masks
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.call import check_inputs
 from stagecut.passes.base import Pass
 from stagecut.passes.causal_attention import CausalAttention
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits

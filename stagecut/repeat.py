@@ -15,7 +15,7 @@ from stagecut.check import difference, fresh
 from stagecut.frontend.source import gpus
 from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
-from stagecut.ir.objects import opened
+from stagecut.ir.run.objects import opened
 
 
 @dataclass

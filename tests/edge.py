@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from stagecut import Pipe, StagecutError, pipeline
 from stagecut.backend.ranks.mailbox import Mailbox
-from stagecut.ir.objects import opened
+from stagecut.ir.run.objects import opened
 
 PIPE, MAILBOX = "pipe", "mailbox"
 HOW = (PIPE, MAILBOX)

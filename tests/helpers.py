@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import ParseError, VerifyError
 from stagecut.ir.graph import Op, Program, Value
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text, value_names
-from stagecut.ir.verifier import verify
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text, value_names
 from stagecut.passes.base import Pass
 
 CASES = Path(__file__).parent / "cases"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from helpers import load
 
 from stagecut.ir.graph import Program
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 

@@ -21,8 +21,8 @@ from stagecut.frontend.lower import align, both_modes, from_export, from_fx, fx_
 from stagecut.frontend.watch import attributes, forbidden, generators, line, training, watch
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
-from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import StagecutError
+from stagecut.ir.run.call import check_inputs
 
 FRONTEND = Path(source.__file__).parent
 

@@ -17,8 +17,8 @@ import stagecut
 from stagecut import ModeError, SplitPoint, StagecutError, parse, pipe_split, pipeline, text
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower import both_modes
-from stagecut.ir import interp
 from stagecut.ir.graph import BY_MODE
+from stagecut.ir.run import interp
 
 case = Family()
 X = t(4, 4)

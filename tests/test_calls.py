@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stagecut.backend.stages.spell import callee
 from stagecut.ir.ops import FACTS
-from stagecut.ir.parser import parse
-from stagecut.ir.targets import resolve
+from stagecut.ir.run.targets import resolve
+from stagecut.ir.text.parser import parse
 
 T = torch.randn(2, 3, 4)
 IMAGE = torch.randn(2, 4, 6, 6)

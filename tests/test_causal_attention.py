@@ -11,9 +11,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from stagecut import pipeline
-from stagecut.ir.attention import Masks, mask_kind
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import CAUSAL, OPEN
+from stagecut.ir.run.attention import Masks, mask_kind
+from stagecut.ir.run.bindings import Bindings
 from stagecut.passes.causal_attention import CausalAttention
 
 

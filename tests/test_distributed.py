@@ -16,7 +16,7 @@ from torch.export import Dim
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.backend.ranks.driver import _agree, placement
 from stagecut.backend.ranks.stage import MismatchError
-from stagecut.ir.printer import _ON_DEVICE
+from stagecut.ir.text.printer import _ON_DEVICE
 
 
 @pytest.mark.parametrize(

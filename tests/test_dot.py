@@ -25,8 +25,8 @@ from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
 from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program, scope_fqn
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import Printer, text, value_names
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import Printer, text, value_names
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 VIEWS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.tools.dump_ir import main
 
 ROOT = Path(__file__).parent.parent

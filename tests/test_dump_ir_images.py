@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.tools.dump_ir import main
 
 

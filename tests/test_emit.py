@@ -14,9 +14,9 @@ from torch import nn
 from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, StageModule
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
-from stagecut.ir.parser import parse
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.text.parser import parse
 
 X = torch.randn(4, 4)
 

@@ -12,7 +12,7 @@ from torch import nn
 from stagecut import SplitPoint, pipeline
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Program
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 
 

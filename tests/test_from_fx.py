@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 from stagecut.frontend.lower.from_fx import lower_graph_module
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Op, Program
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
-from stagecut.ir.verifier import verify
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.tools.fuzz_check import mailbox
 
 X = torch.randn(4, 4)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 from stagecut.tools import fuzz_text
 from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, quiet
 from stagecut.tools.fuzz_text import CASES, DAMAGES, TooSlow, damaged, fuzz, judge_text, limits, main, outcome, shrink

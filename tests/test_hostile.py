@@ -13,14 +13,14 @@ from torch import nn
 from stagecut import pipeline
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import check_inputs
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import EmitError, StagecutError
-from stagecut.ir.interp import run
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.call import check_inputs
+from stagecut.ir.run.interp import run
 from stagecut.ir.sizes import evaluate, expression
-from stagecut.ir.verifier import verify
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 
 X = torch.arange(4.0)
 NEG = "%y = aten.neg.default(%x) : f32[4]"

@@ -20,7 +20,7 @@ from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.frontend.capture.whole import Leaves
 from stagecut.ir.errors import CaptureError, SplitError, StagecutError
 from stagecut.ir.graph import Op
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 
 X = t(4, 4)
 

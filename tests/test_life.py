@@ -9,8 +9,8 @@ from helpers import CASES, load
 
 from stagecut.ir.errors import StagecutError, UnknownNameError
 from stagecut.ir.graph import Loc, Program
-from stagecut.ir.life import Crossing, Holding, Lives, life_of_state, life_of_value
-from stagecut.ir.parser import parse
+from stagecut.ir.text.life import Crossing, Holding, Lives, life_of_state, life_of_value
+from stagecut.ir.text.parser import parse
 from stagecut.passes.pipeline import default_pipeline
 
 TOKEN = re.compile(r'@"(?:[^"\\]|\\.)*"|[%@][\w.]+')

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from helpers import Bless, diff_of, leaves_alone, load, named
 
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.route import Route
 from stagecut.passes.share_state import ShareState

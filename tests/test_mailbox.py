@@ -14,7 +14,7 @@ from stagecut import Pipe, StagecutError, pipe_split, pipeline
 from stagecut.backend.ranks import mailbox
 from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.backend.stages.crossing import refuse_feedback, written_inputs
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 
 X = t(4, 4)
 

@@ -36,12 +36,12 @@ from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.stages import emit
 from stagecut.backend.stages.modules import StageModule
 from stagecut.frontend.lower import lower
-from stagecut.ir.call import CallSpec
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Effects, Mode, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.outline import Positions
+from stagecut.ir.run.call import CallSpec
 from stagecut.ir.types import TensorType
-from stagecut.ir.validator import Trace, validate
 from stagecut.passes import canonicalize, infer_gradients, liveness, recompute, route, share_state, version_mutations
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_structure, tree_unflatten
 
 from stagecut import StagecutError, pipe_split, pipeline
-from stagecut.ir.objects import Opened, hides_tensors, opened
+from stagecut.ir.run.objects import Opened, hides_tensors, opened
 
 X = torch.arange(12.0).view(3, 4)
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BlockPlan, Do, ModelPlan, model_plans
 
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import fingerprint
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import fingerprint
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2026)

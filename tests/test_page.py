@@ -19,7 +19,7 @@ from pages import BAD, CLOSE, History, linked, long, tampered
 from stagecut.backend.page.page import findings, page_data, to_html
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><title>drawn</title></svg>'

@@ -9,8 +9,8 @@ import pytest
 from helpers import CASES, load, refusal
 
 from stagecut.ir.graph import Op, Program, Region, Value, transform
-from stagecut.ir.parser import MAX_DEPTH, parse
-from stagecut.ir.printer import text
+from stagecut.ir.text.parser import MAX_DEPTH, parse
+from stagecut.ir.text.printer import text
 from stagecut.passes.pipeline import default_pipeline
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from helpers import Bless, diff_of, leaves_alone, load
 
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.partition import Partition
 

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from stagecut import Pipe, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.backend.stages.modules import StageModule
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Program
-from stagecut.ir.verifier import verify
 
 Split = Callable[[], None]
 splits = pytest.mark.parametrize("split", [pipe_split, torch_split], ids=["stagecut", "torch"])

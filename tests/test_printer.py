@@ -9,7 +9,7 @@ import pytest
 from helpers import load
 
 from stagecut.ir.graph import Frame, Loc, Mode, Op, Program, RegionRef, Target, Token, Value
-from stagecut.ir.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
+from stagecut.ir.text.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
 from stagecut.ir.types import NONE, TensorType
 
 F32 = TensorType("f32", (4,))

@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_flatten
 from stagecut import pipe_split
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower.from_export import lower_export
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import Program, Value
-from stagecut.ir.interp import run
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.interp import run
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.ir.types import TensorType, Type
-from stagecut.ir.verifier import verify
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import NAMES, PASSES, default_pipeline
 from stagecut.passes.runner import run_passes

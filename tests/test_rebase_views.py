@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from helpers import Bless, defining, diff_of, leaves_alone, load, named
 
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Program
-from stagecut.ir.parser import parse
-from stagecut.ir.validator import Trace, validate
+from stagecut.ir.text.parser import parse
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition
 from stagecut.passes.rebase_views import RebaseViews

@@ -12,10 +12,10 @@ from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.ranks.mailbox import Mailbox
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import SplitError, VerifyError
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
-from stagecut.ir.verifier import verify
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.passes.partition import Partition
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.recompute import Recompute

@@ -29,7 +29,7 @@ from stagecut import Driver, Pipe, SplitPoint, StagecutError, pipe_split, pipeli
 from stagecut.backend.files.manifest import SavedError
 from stagecut.backend.files.untrusted import digest_of
 from stagecut.backend.stages.modules import find
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stagecut.ir.errors import EmitError
-from stagecut.ir.parser import parse
-from stagecut.ir.targets import check_op, name_of, resolve
+from stagecut.ir.run.targets import check_op, name_of, resolve
+from stagecut.ir.text.parser import parse
 
 
 @pytest.mark.parametrize(

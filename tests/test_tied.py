@@ -12,8 +12,8 @@ from torch import nn
 from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import InputError, SplitError
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 
 IDS = torch.randint(0, 11, (3, 5))
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from helpers import load, rules_broken
 
-from stagecut.ir import validator
+from stagecut.ir.check import validator
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import Context, Op, Program, StateEntry, Value
 from stagecut.ir.ops import FACTS
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.ir.types import TensorType
-from stagecut.ir.validator import Trace, validate
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 

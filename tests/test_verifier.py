@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 from helpers import defining, load, named, rules_broken
 
+from stagecut.ir.check.verifier import __doc__ as INVARIANTS
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import SPLIT, Op, Program, StateEntry, Transfer, Value
-from stagecut.ir.parser import parse
+from stagecut.ir.text.parser import parse
 from stagecut.ir.types import NONE, TensorType
-from stagecut.ir.verifier import __doc__ as INVARIANTS
-from stagecut.ir.verifier import verify
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes

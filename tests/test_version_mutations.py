@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from helpers import Bless, defining, diff_of, leaves_alone, load, named
 
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 from stagecut.passes.version_mutations import VersionMutations
 
 

@@ -22,10 +22,10 @@ from torch.export import ExportedProgram
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.lower import Lowering
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.graph import Program, StateEntry
+from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import TensorType
-from stagecut.ir.validator import Trace, validate
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe

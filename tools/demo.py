@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stagecut.frontend.markers import SplitPoint
-from stagecut.ir.printer import text
+from stagecut.ir.text.printer import text
 from stagecut.pipe import Pipe, lower, pipeline
 from stagecut.tools.architectures import ARCHITECTURES, Architecture
 

@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_flatten
 from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.frontend.capture.capture import distinct_tensors
 from stagecut.ir.aliases import Aliases
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import ModeError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value
-from stagecut.ir.interp import run
 from stagecut.ir.ops import facts, flag
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.interp import run
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.ir.types import TensorType
-from stagecut.ir.verifier import verify
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes

@@ -35,12 +35,12 @@ from torch import nn
 import stagecut
 from stagecut.backend.files.untrusted import digest_of
 from stagecut.backend.stages.emit import emit
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import check_inputs
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import fingerprint, text
-from stagecut.ir.verifier import verify
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.call import check_inputs
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import fingerprint, text
 from stagecut.pipe import pipeline
 from stagecut.tools.fuzz import Failure, Report, show_progress
 from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, quiet

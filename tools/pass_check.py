@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from stagecut.ir.aliases import writes_of
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Program
-from stagecut.ir.interp import run
 from stagecut.ir.ops import facts
-from stagecut.ir.printer import line_of
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.interp import run
+from stagecut.ir.text.printer import line_of
 from stagecut.ir.types import DTYPES, ScalarType, TensorType
-from stagecut.ir.verifier import verify
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
 

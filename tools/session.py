@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
-from stagecut.ir.printer import excerpt, text
-from stagecut.ir.validator import Trace, validate
+from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
 from stagecut.tools.command_line import spelled
@@ -144,7 +144,7 @@ class Session:
         value, state = self._options.trace_value, self._options.trace_param
         if value is None and state is None:
             return False
-        from stagecut.ir.life import life_of_state, life_of_value
+        from stagecut.ir.text.life import life_of_state, life_of_value
 
         if value is not None:
             self._writer.final("value.txt", f"{life_of_value(program, value)}\n")

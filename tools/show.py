@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
-from stagecut.ir.printer import size_text
+from stagecut.ir.text.printer import size_text
 from stagecut.ir.types import value_bytes
 
 _COLORS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}

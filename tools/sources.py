@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program
-from stagecut.ir.parser import parse
-from stagecut.ir.verifier import verify
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.text.parser import parse
 
 
 @dataclass

@@ -20,10 +20,10 @@ import torch
 from stagecut.backend.costs.ops import Device, OpCost, device, op_costs, program_ops, state_bytes
 from stagecut.backend.schedules import SCHEDULES, SINGLE, V, homes
 from stagecut.ir.aliases import unwritten
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
 from stagecut.ir.ops import is_heavy, module_path
+from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import carries_grad, value_bytes
 
 CLOSE = 1e-9

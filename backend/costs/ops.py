@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from stagecut.ir.aliases import storage_root
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
-from stagecut.ir.interp import Machine, enter
 from stagecut.ir.ops import facts
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.interp import Machine, enter
+from stagecut.ir.run.storage import storage_of
 from stagecut.ir.sizes import evaluate
-from stagecut.ir.storage import storage_of
 from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
 
 Sizes = Mapping[str, int]

@@ -12,11 +12,11 @@ from stagecut.backend.costs.balance import STATE_OF, Line, Plan, Setting, by_ran
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
-from stagecut.ir.printer import size_text, value_names
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.text.printer import size_text, value_names
 from stagecut.ir.types import carries_grad, value_bytes
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from torch.utils import _pytree
 from torch.utils._pytree import TreeSpec
 
-from stagecut.ir.call import ABSENT, CallSpec
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.objects import Constant, Opened
+from stagecut.ir.run.call import ABSENT, CallSpec
+from stagecut.ir.run.objects import Constant, Opened
 
 MAX_DEPTH = 64
 """Deepest nesting of arguments and outputs that is read."""

@@ -19,7 +19,7 @@ from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held, persistent
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.ir.storage import storage_of, written_by
+from stagecut.ir.run.storage import storage_of, written_by
 
 InitFn = Callable[[nn.Module], Any]
 

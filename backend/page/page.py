@@ -16,8 +16,8 @@ from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.svg import clean_svg, stage_picture
 from stagecut.ir.graph import Op, Program
-from stagecut.ir.life import Crossing, Lives, Place, StateLife, Use, ValueLife
-from stagecut.ir.printer import file_names, fqn_text, nested_ops, size_text, value_names
+from stagecut.ir.text.life import Crossing, Lives, Place, StateLife, Use, ValueLife
+from stagecut.ir.text.printer import file_names, fqn_text, nested_ops, size_text, value_names
 
 History = Sequence[tuple[str, str, float]]
 """(pass, IR text after it, seconds), beginning with ("input", text, 0)."""

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program, Transfer
 from stagecut.ir.outline import modules_of
-from stagecut.ir.printer import size_text, value_names
+from stagecut.ir.text.printer import size_text, value_names
 from stagecut.ir.types import value_bytes
 
 _DRAWN = frozenset(

@@ -34,7 +34,7 @@ from stagecut.backend.pictures.drawing import (
 from stagecut.backend.pictures.folded import Block, Folded, folded
 from stagecut.ir.aliases import writes_of
 from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
-from stagecut.ir.printer import Printer, fqn_text, scope_text, target_text
+from stagecut.ir.text.printer import Printer, fqn_text, scope_text, target_text
 
 MOST = 6
 """How many values cross with a node each; where there are more, those from one place to the same others share one."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Transfer, Value
-from stagecut.ir.printer import scope_text, value_names
+from stagecut.ir.text.printer import scope_text, value_names
 from stagecut.ir.types import value_bytes
 
 FORMAT = 1

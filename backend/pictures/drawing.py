@@ -10,7 +10,7 @@ from pathlib import PurePath
 import graphviz
 
 from stagecut.ir.graph import Namer, Op, Program, StateEntry, Value
-from stagecut.ir.printer import fqn_text, size_text
+from stagecut.ir.text.printer import fqn_text, size_text
 from stagecut.ir.types import TensorType, value_bytes
 
 BACKSLASH = "\u2216\u2060"

@@ -33,7 +33,7 @@ from stagecut.backend.pictures.drawing import (
 )
 from stagecut.ir.aliases import written_in
 from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
-from stagecut.ir.printer import fqn_text, scope_text, size_text, value_names
+from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3
 """How many values between two stages have an edge each; more are one edge. A value made anew or fed to more stages is named in them."""

@@ -21,11 +21,11 @@ from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import refuse_meta
-from stagecut.ir.call import check_inputs
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program, StateEntry, Value
-from stagecut.ir.objects import opened
-from stagecut.ir.printer import fingerprint
+from stagecut.ir.run.call import check_inputs
+from stagecut.ir.run.objects import opened
+from stagecut.ir.text.printer import fingerprint
 from stagecut.ir.types import TensorType
 
 

@@ -25,7 +25,7 @@ from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
-from stagecut.ir.storage import storage_of
+from stagecut.ir.run.storage import storage_of
 
 _TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getattr(_utils, "PipeliningShapeError")  # noqa: B009
 

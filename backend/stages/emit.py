@@ -23,7 +23,6 @@ from stagecut.backend.stages.modules import OURS, Code, Stage, StageModule, prin
 from stagecut.backend.stages.promises import Promises
 from stagecut.backend.stages.spell import callee, is_iteration
 from stagecut.ir.aliases import unwritten, written_in
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
     BY_MODE,
@@ -45,8 +44,9 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions
-from stagecut.ir.printer import nested_ops
-from stagecut.ir.targets import DEVICE, check_op, constant
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.targets import DEVICE, check_op, constant
+from stagecut.ir.text.printer import nested_ops
 from stagecut.ir.types import TensorType
 
 _OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of reads_only __debug__"

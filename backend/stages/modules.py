@@ -18,10 +18,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.backend.stages.fx_view import stage_graph
-from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import EmitError, ModeError, StagecutError
-from stagecut.ir.objects import opened, places, plain
-from stagecut.ir.targets import BUILTINS, attribute
+from stagecut.ir.run.bindings import EXTRA
+from stagecut.ir.run.objects import opened, places, plain
+from stagecut.ir.run.targets import BUILTINS, attribute
 from stagecut.ir.types import Type
 
 _serial = count()

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from stagecut.ir.aliases import Aliases
-from stagecut.ir.bindings import Bindings, is_torchs
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.ops import module_path, state_of
+from stagecut.ir.run.bindings import Bindings, is_torchs
 from stagecut.ir.types import TensorType
 
 

@@ -12,7 +12,7 @@ import torch
 
 from stagecut.ir.graph import Kind, Op, Value
 from stagecut.ir.ops import facts
-from stagecut.ir.targets import resolve
+from stagecut.ir.run.targets import resolve
 from stagecut.ir.types import TensorType
 
 

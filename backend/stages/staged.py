@@ -13,13 +13,13 @@ from stagecut.backend.stages.modules import Stage, switching
 from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.run import release_plan, run_stages
 from stagecut.backend.stages.state import refuse_meta
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import CallSpec, check_inputs
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
-from stagecut.ir.parser import parse
-from stagecut.ir.printer import text
-from stagecut.ir.verifier import verify
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.call import CallSpec, check_inputs
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 
 
 class Staged(Named):

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from stagecut.backend.stages.modules import Stage, find, stored
-from stagecut.ir.bindings import EXTRA
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
+from stagecut.ir.run.bindings import EXTRA
 
 
 def held(program: Program, stages: Iterable[Stage], entry: StateEntry) -> Iterator[torch.Tensor]:

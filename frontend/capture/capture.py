@@ -26,9 +26,9 @@ from stagecut.frontend.source import gpus, is_users, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.watch import Unsettled, Watch, odd_output, watched
 from stagecut.ir.blame import raise_ours
-from stagecut.ir.call import is_size
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
-from stagecut.ir.objects import opening, plain
+from stagecut.ir.run.call import is_size
+from stagecut.ir.run.objects import opening, plain
 
 MOST_RETRIES = 8
 """How often a capture is tried again with one more class of modules kept whole, before it gives up."""

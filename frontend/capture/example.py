@@ -14,8 +14,8 @@ from torch.utils._pytree import (
     tree_map,
 )
 
-from stagecut.ir.call import is_size
 from stagecut.ir.errors import InputError
+from stagecut.ir.run.call import is_size
 
 
 @contextmanager

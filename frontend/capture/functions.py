@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from stagecut.frontend.capture.whole import OpWatch
 from stagecut.frontend.marks import CALL, SYMBOLIC, LeafCall
 from stagecut.frontend.watch.forbidden import Untraceable
-from stagecut.ir.storage import shared_with, storage_of
+from stagecut.ir.run.storage import shared_with, storage_of
 
 torch.library.define("stagecut::function", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 

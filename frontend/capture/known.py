@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from stagecut.frontend.watch.training import node_of
-from stagecut.ir.constants import MOST_ELEMENTS
 from stagecut.ir.ops import facts_of
+from stagecut.ir.run.constants import MOST_ELEMENTS
 
 _READS = frozenset(
     {

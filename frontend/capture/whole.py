@@ -26,11 +26,11 @@ from stagecut.frontend.watch.attributes import RETURN_IT, Contents
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
-from stagecut.ir.bindings import is_torchs
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError, nearest
-from stagecut.ir.objects import hides_tensors, opened
-from stagecut.ir.storage import shared_with, storage_of, written_by
+from stagecut.ir.run.bindings import is_torchs
+from stagecut.ir.run.objects import hides_tensors, opened
+from stagecut.ir.run.storage import shared_with, storage_of, written_by
 
 torch.library.define("stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
 

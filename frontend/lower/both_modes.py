@@ -14,12 +14,12 @@ from stagecut.frontend.lower.align import Alignment, CannotFollow
 from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.lower.merge import Flags, Merge
 from stagecut.frontend.watch.watch import same_constant
-from stagecut.ir.bindings import Bindings
+from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Kind, Namer, Op, Program, Target, scope_fqn
-from stagecut.ir.printer import nested_ops
-from stagecut.ir.targets import resolve
-from stagecut.ir.verifier import verify
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.targets import resolve
+from stagecut.ir.text.printer import nested_ops
 
 Traced = tuple[Program, Bindings]
 

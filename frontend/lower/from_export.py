@@ -14,10 +14,10 @@ from stagecut.frontend.lower.lower import Lowering, Seen, state_entries, written
 from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
 from stagecut.frontend.watch.training import switches
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.call import ABSENT, CallSpec, parameters_of
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import Effects, Op, Program, StateEntry, Value
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.call import ABSENT, CallSpec, parameters_of
 from stagecut.ir.types import TensorType
 
 

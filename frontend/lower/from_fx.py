@@ -17,11 +17,11 @@ from stagecut.frontend.capture.whole import home_of
 from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
 from stagecut.frontend.lower.lower import SWITCHES, Lowering, Seen, state_entries, switched
 from stagecut.frontend.lower.types import type_of
-from stagecut.ir.bindings import Bindings, is_torchs
-from stagecut.ir.call import ABSENT, CallSpec
 from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.graph import Context, Op, Program, StateEntry, Value, leaves, substitute
-from stagecut.ir.targets import name_of
+from stagecut.ir.run.bindings import Bindings, is_torchs
+from stagecut.ir.run.call import ABSENT, CallSpec
+from stagecut.ir.run.targets import name_of
 from stagecut.ir.types import NONE
 
 

@@ -21,7 +21,7 @@ from stagecut.frontend.source import user_loc
 from stagecut.frontend.watch.attributes import RETURN_IT, Contents
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
-from stagecut.ir.storage import written_tensors
+from stagecut.ir.run.storage import written_tensors
 
 
 @dataclass(frozen=True)

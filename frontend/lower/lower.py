@@ -22,7 +22,6 @@ from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import CALL, CHECKPOINT, FOLLOWS, FUNCTION, GRAD, LEAF, SAME, SYMBOLIC, SYMBOLS, LeafCall
 from stagecut.frontend.source import user_loc
 from stagecut.ir.aliases import is_what_it_wrote, storage_root, viewed_value
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import (
@@ -48,10 +47,11 @@ from stagecut.ir.graph import (
     scope_fqn,
     transform,
 )
-from stagecut.ir.objects import opened, places, plain
 from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
-from stagecut.ir.storage import storage_of, undeclared_writes
-from stagecut.ir.targets import name_of, resolve
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.objects import opened, places, plain
+from stagecut.ir.run.storage import storage_of, undeclared_writes
+from stagecut.ir.run.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
 _VMAP = "torch._functorch.predispatch"

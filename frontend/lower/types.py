@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stagecut.ir.graph import Token
-from stagecut.ir.storage import SHORT
+from stagecut.ir.run.storage import SHORT
 from stagecut.ir.types import NONE, OBJECT, Dim, ScalarType, TensorType, Type, contiguous_strides
 
 

@@ -31,7 +31,7 @@ from stagecut.frontend.watch.line import LineFinder
 from stagecut.frontend.watch.training import ModeReads, last_node, node_of
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
-from stagecut.ir.storage import storage_of
+from stagecut.ir.run.storage import storage_of
 
 
 def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], whole: Sequence[str], remarks: list[str]) -> ExportedProgram:

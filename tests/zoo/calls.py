@@ -21,7 +21,7 @@ from zoo.cuts import cut_points
 from zoo.models import ARCHITECTURES, Architecture
 
 from stagecut import SplitPoint, pipeline
-from stagecut.ir.objects import opened
+from stagecut.ir.run.objects import opened
 
 DOZEN = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM",

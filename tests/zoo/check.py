@@ -16,7 +16,7 @@ from zoo.models import Architecture
 
 from stagecut import ModeError, Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
-from stagecut.ir.objects import opened, opening
+from stagecut.ir.run.objects import opened, opening
 
 State = dict[str, torch.Tensor]
 

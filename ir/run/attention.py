@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from stagecut.ir.bindings import Bindings
-from stagecut.ir.constants import Constants
 from stagecut.ir.graph import CAUSAL, OPEN, Program, Value
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.constants import Constants
 from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 
 

@@ -1,4 +1,4 @@
-"""text -> program. Reads what `stagecut.ir.printer` prints; errors point at file:line:column."""
+"""text -> program. Reads what `stagecut.ir.text.printer` prints; errors point at file:line:column."""
 
 from __future__ import annotations
 

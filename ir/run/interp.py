@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from stagecut.ir.aliases import unwritten
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, WHOLE, Context, Kind, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
-from stagecut.ir.objects import opened
-from stagecut.ir.targets import attribute, check_op, constant, resolve
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.objects import opened
+from stagecut.ir.run.targets import attribute, check_op, constant, resolve
 
 Environment = dict[Value, Any]
 

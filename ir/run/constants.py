@@ -7,10 +7,10 @@ import math
 import torch
 
 from stagecut.ir.aliases import Aliases
-from stagecut.ir.bindings import Bindings
 from stagecut.ir.graph import Op, Program, StateEntry, Value
-from stagecut.ir.interp import Environment, Machine
 from stagecut.ir.ops import facts
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.interp import Environment, Machine
 from stagecut.ir.types import TensorType
 
 MOST_ELEMENTS = 2**24

@@ -32,7 +32,7 @@ from functools import lru_cache
 
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import BY_MODE, SPLIT, Mode, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value, literals
-from stagecut.ir.printer import line_printer, nested_ops
+from stagecut.ir.text.printer import line_printer, nested_ops
 
 
 def verify(program: Program, *, after: str = "") -> None:

@@ -73,14 +73,14 @@ register_pytree_node(
     Opened,
     lambda node: (list(node.parts), node.shape),
     _together,
-    serialized_type_name="stagecut.ir.objects.Opened",
+    serialized_type_name="stagecut.ir.run.objects.Opened",
     flatten_with_keys_fn=lambda node: ([(GetAttrKey(n), part) for n, part in zip(node.shape.names, node.parts, strict=True)], node.shape),
 )
 register_pytree_node(
     Constant,
     lambda node: ([], node.value),
     lambda _, value: copy.copy(value),
-    serialized_type_name="stagecut.ir.objects.Constant",
+    serialized_type_name="stagecut.ir.run.objects.Constant",
     flatten_with_keys_fn=lambda node: ([], node.value),
 )
 

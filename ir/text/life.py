@@ -17,7 +17,7 @@ from typing import TypeVar
 from stagecut.ir.aliases import unwritten, viewed_value
 from stagecut.ir.errors import UnknownNameError, nearest
 from stagecut.ir.graph import Loc, Op, Program, Region, StateEntry, Transfer, Value, leaves, scope_fqn
-from stagecut.ir.printer import Printer, size_text, target_text
+from stagecut.ir.text.printer import Printer, size_text, target_text
 from stagecut.ir.types import carries_grad, value_bytes
 
 K = TypeVar("K")

@@ -13,9 +13,9 @@ from torch.utils._pytree import MappingKey, TreeSpec, keystr, tree_flatten, tree
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
-from stagecut.ir.objects import opened
+from stagecut.ir.run.objects import opened
+from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
-from stagecut.ir.storage import SHORT
 from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
 
 Ranges = Mapping[str, tuple[int | None, int | None]]

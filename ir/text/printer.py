@@ -1,4 +1,4 @@
-"""program -> text. The one printer there is; `stagecut.ir.parser` reads its output back."""
+"""program -> text. The one printer there is; `stagecut.ir.text.parser` reads its output back."""
 
 from __future__ import annotations
 
