@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -20,7 +21,6 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-import stagecut
 from stagecut.backend.files.manifest import SHAPE, SavedError, check, from_json, to_json
 from stagecut.backend.files.tensors import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
 from stagecut.backend.files.untrusted import check_tensors, digest_of, read_json, read_text, write_json
@@ -169,7 +169,7 @@ def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
         modules |= {module._path: _module_form(module) for module in _own(stage)}
     program = {"sha256": digest_of(folder / "program.ir"), "fingerprint": mark, "stages": pipe.num_stages}
     manifest = {
-        "format": FORMAT, "stagecut": stagecut.__version__, "torch": torch.__version__, "program": program, "names": list(pipe._names),
+        "format": FORMAT, "stagecut": version("stagecut"), "torch": torch.__version__, "program": program, "names": list(pipe._names),
         "training": pipe.training, "modules": modules, "sizes": pipe._sizes, "notes": list(pipe.notes),
         "call": None if pipe._call_spec is None else to_json(pipe._call_spec),
     }  # fmt: skip
@@ -348,7 +348,7 @@ def _checked(data: Any, shape: Any, path: Path) -> Any:
     version = data.get("format") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT:
         raise SavedError(
-            f"'{path.name}' has format {version}, this stagecut {stagecut.__version__} reads {FORMAT}",
+            f"'{path.name}' has format {version}, this stagecut {version('stagecut')} reads {FORMAT}",
             where=str(path.parent),
             hint="update",
         )
