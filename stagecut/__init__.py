@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stagecut.ir.version import VERSION
+
 if TYPE_CHECKING:
     from torch.distributed.pipelining import (
         PipelineStage,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, load, pipeline
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "AtModules": "stagecut.backend.costs.balance",

@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -36,6 +35,7 @@ from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import fingerprint, nested_ops, text
 from stagecut.ir.types import DTYPES, TensorType
+from stagecut.ir.version import VERSION
 
 FORMAT = 1
 """The format that is written, and the newest that is read."""
@@ -169,7 +169,7 @@ def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
         modules |= {module._path: _module_form(module) for module in _own(stage)}
     program = {"sha256": digest_of(folder / "program.ir"), "fingerprint": mark, "stages": pipe.num_stages}
     manifest = {
-        "format": FORMAT, "stagecut": version("stagecut"), "torch": torch.__version__, "program": program, "names": list(pipe._names),
+        "format": FORMAT, "stagecut": VERSION, "torch": torch.__version__, "program": program, "names": list(pipe._names),
         "training": pipe.training, "modules": modules, "sizes": pipe._sizes, "notes": list(pipe.notes),
         "call": None if pipe._call_spec is None else to_json(pipe._call_spec),
     }  # fmt: skip
@@ -348,7 +348,7 @@ def _checked(data: Any, shape: Any, path: Path) -> Any:
     version = data.get("format") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT:
         raise SavedError(
-            f"'{path.name}' has format {version}, this stagecut {version('stagecut')} reads {FORMAT}",
+            f"'{path.name}' has format {version}, this stagecut {VERSION} reads {FORMAT}",
             where=str(path.parent),
             hint="update",
         )
