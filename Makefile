@@ -13,7 +13,7 @@ PART := $(addprefix tests/test_,zoo.py distributed.py saved.py edge_*.py one_pro
 .PHONY: demo test lint types tests test-torch bench balance zoo distributed clean
 
 demo: $(READY)
-	$(BIN)/python -m stagecut.tools.demo
+	$(BIN)/python -m stagecut.tools.bench.demo
 
 test: lint types tests
 
@@ -32,10 +32,10 @@ test-torch: $(OTHER)/.ready
 	$(OTHER)/bin/pytest -q -n 2 $(PART)
 
 bench: $(READY)
-	$(BIN)/python -m stagecut.tools.bench
+	$(BIN)/python -m stagecut.tools.bench.compile
 
 balance: $(READY)
-	$(BIN)/python -m stagecut.tools.balance
+	$(BIN)/python -m stagecut.tools.bench.balance
 
 zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py --jobs 2

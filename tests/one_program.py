@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fuzz.judge import quiet
+from fuzz.plans import build, inputs, options
 from strategies import BlockPlan, Do, ModelPlan, build_model
 from torch import nn
 from torch.nn import functional as F
@@ -19,8 +21,6 @@ from zoo.models import ARCHITECTURES
 
 from stagecut import pipe_split, pipeline
 from stagecut.ir.errors import StagecutError
-from stagecut.tools.fuzz_judge import quiet
-from stagecut.tools.fuzz_plans import build, inputs, options
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any], dict[str, Any]]
 """A model, its arguments by position and by keyword, and what else pipeline() is told."""
@@ -105,7 +105,7 @@ def _named(name: str) -> Call:
     if name in MODELS:
         return MODELS[name](), (torch.ones(2, 4, requires_grad=True),), {}, {}
     if name.startswith("fuzz "):
-        from stagecut.tools.fuzz_judge import draw
+        from fuzz.judge import draw
 
         plan = draw(*map(int, name.split()[1:]))[0]
         return build(plan), *inputs(plan), options(plan)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.ir.graph import scope_fqn
 from stagecut.pipe import lower
-from stagecut.tools.balance_models import MODELS
+from stagecut.tools.bench.models import MODELS
 
 BILLIONS = {
     "GPT-2 XL": (1.558, 48),

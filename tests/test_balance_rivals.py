@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecut.tools.balance_rivals import blockpartition, equal_counts, equal_sums, partition_balanced
+from stagecut.tools.bench.rivals import blockpartition, equal_counts, equal_sums, partition_balanced
 
 Costs = Sequence[float]
 RIVALS: dict[str, Callable[[Costs, int], list[int]]] = {

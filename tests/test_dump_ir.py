@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stagecut.ir.text.parser import parse
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 ROOT = Path(__file__).parent.parent
 NET = f"{ROOT}/examples/net.py:make"
@@ -161,7 +161,7 @@ def test_wrong_command_line_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_closed_pipe_ends_quietly() -> None:
-    command = f"{sys.executable} -m stagecut.tools.dump_ir {NET} | head -c 10"
+    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {NET} | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "program @N"
     assert done.stderr == ""
@@ -176,7 +176,7 @@ def test_closed_pipe_ends_quietly() -> None:
 )
 def test_closed_streams(command: str, why: str) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m stagecut.tools.dump_ir {command}"], capture_output=True, text=True, check=False
+        ["bash", "-c", f"{sys.executable} -m stagecut.tools.dump_ir.main {command}"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -184,7 +184,7 @@ def test_closed_streams(command: str, why: str) -> None:
 
 
 def test_closed_streams_that_nobody_needs(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m stagecut.tools.dump_ir {NET} -o {tmp_path} <&- >&- 2>&-"
+    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {NET} -o {tmp_path} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     assert parse((tmp_path / "program.ir").read_text()).name == "Net"
     failing = subprocess.run(["bash", "-c", command.replace(":make", ":mak")], capture_output=True, check=False)
@@ -472,7 +472,7 @@ def test_numbers_are_positive(option: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_full_disk_is_no_traceback() -> None:
-    command = f"{sys.executable} -m stagecut.tools.dump_ir {NET} > /dev/full"
+    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {NET} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("dump-ir: error: ")
@@ -483,7 +483,10 @@ def test_an_exported_program_with_markers_opens(hard: str, capsys: pytest.Captur
     code += f"torch.export.save(torch.export.export(m, a, k), {str(tmp_path / 'hard.pt2')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     done = subprocess.run(
-        [sys.executable, "-m", "stagecut.tools.dump_ir", str(tmp_path / "hard.pt2"), "--trust"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "stagecut.tools.dump_ir", str(tmp_path / "hard.pt2"), "--trust"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "stages=2" in done.stdout

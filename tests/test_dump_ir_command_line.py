@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stagecut.tools.command_line import RULES, given, misuse, spelled
-from stagecut.tools.dump_ir import main, parser
+from stagecut.tools.dump_ir.main import main, parser
+from stagecut.tools.dump_ir.options import RULES, given, misuse, spelled
 
 MISUSED = [
     ("m.py:f --config a=1", "--config needs a SOURCE hf:NAME"),

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 ROOT = Path(__file__).parent.parent
 MODELS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagecut.ir.text.parser import parse
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

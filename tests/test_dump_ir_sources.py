@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stagecut.frontend.capture.quiet import quiet_torch
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 FILES = {
     "wrong_syntax.py": "import torch\ndef make(:\n    pass\n",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz.check import mailbox
 from torch import fx, nn
 from torch.distributed.pipelining import pipe_split as torch_split
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,6 @@ from stagecut.ir.errors import CaptureError, InputError, SplitError
 from stagecut.ir.graph import Op, Program
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
-from stagecut.tools.fuzz_check import mailbox
 
 X = torch.randn(4, 4)
 fx.wrap("user_function")

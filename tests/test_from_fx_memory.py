@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz.check import differences, mailbox, outcome
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.ir.errors import CaptureError, SplitError, StagecutError
-from stagecut.tools.fuzz_check import differences, mailbox, outcome
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 

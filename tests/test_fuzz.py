@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from stagecut.tools.fuzz import Job, Report, Silent, fuzz, main
-from stagecut.tools.fuzz_check import differences, outcome
-from stagecut.tools.fuzz_judge import FAILED, Verdict, calls, draw, judge, quiet, reproducer, shrink
-from stagecut.tools.fuzz_plans import ModelPlan, build, inputs, size, source
+from fuzz.check import differences, outcome
+from fuzz.judge import FAILED, Verdict, calls, draw, judge, quiet, reproducer, shrink
+from fuzz.plans import ModelPlan, build, inputs, size, source
+from fuzz.run import Job, Report, Silent, fuzz, main
 
 SEED = 2026
 
@@ -34,7 +33,7 @@ def from_source(plan: ModelPlan) -> dict[str, object]:
     """What the source of a plan defines."""
     head = "import torch\nfrom torch import nn\nfrom torch.export import Dim\nfrom torch.nn import functional as F\n"
     scope: dict[str, object] = {}
-    head += "from stagecut import SplitPoint, pipe_split\nfrom stagecut.tools.fuzz_graphs import symbolic\n"
+    head += "from stagecut import SplitPoint, pipe_split\nfrom fuzz.graphs import symbolic\n"
     exec(head + source(plan), scope)
     return scope
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from fuzz import text as fuzz_text
+from fuzz.judge import FAILED, PASSED, REFUSED, quiet
+from fuzz.text import CASES, DAMAGES, TooSlow, damaged, fuzz, judge_text, limits, main, outcome, shrink
 
 from stagecut.ir.text.printer import text
-from stagecut.tools import fuzz_text
-from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, quiet
-from stagecut.tools.fuzz_text import CASES, DAMAGES, TooSlow, damaged, fuzz, judge_text, limits, main, outcome, shrink
 
 SOURCE = (CASES / "linked.ir").read_text(encoding="utf-8")
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from stagecut.tools.hugging_face import make
+from stagecut.tools.dump_ir.hugging_face import make
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "swin", "gemma3", "wav2vec2", "bert", "t5", "whisper", "clip", "llava"])

@@ -267,7 +267,7 @@ def test_iterations_are_what_python_unpacks() -> None:
 # --- one table -------------------------------------------------------------------------------------------
 
 PRODUCT = ("ir", "passes", "frontend", "backend", "stagecut", "tools")
-BY_CHANCE = {"ir/text/parser.py", "ir/sizes.py", "tools/fuzz_draw.py", "tools/fuzz_plans.py", "tools/fuzz_text.py"}
+BY_CHANCE = {"ir/text/parser.py", "ir/sizes.py", "tests/fuzz/draw.py", "tests/fuzz/plans.py", "tests/fuzz/text.py"}
 """Files with words of our text, of sizes and of random models, some of which are names of ops too."""
 
 

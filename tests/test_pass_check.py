@@ -14,7 +14,7 @@ from stagecut.passes.partition import Partition
 from stagecut.passes.resolve_aliases import ResolveAliases
 from stagecut.passes.route import Route
 from stagecut.passes.version_mutations import VersionMutations
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 MODEL = """
 import torch

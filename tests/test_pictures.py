@@ -9,8 +9,8 @@ import pytest
 from helpers import Bless
 
 from stagecut.backend.pictures.render import PURE
-from stagecut.tools.dump_ir import main as dump_ir
-from stagecut.tools.pictures import FOLDER, PICTURES, main
+from stagecut.tools.bench.pictures import FOLDER, PICTURES, main
+from stagecut.tools.dump_ir.main import main as dump_ir
 
 ROOT = Path(__file__).parent.parent
 

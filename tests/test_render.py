@@ -10,7 +10,7 @@ from helpers import load
 from stagecut.backend.pictures.dot import to_dot, to_svg
 from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer, render
 from stagecut.ir.errors import InputError, StagecutError
-from stagecut.tools.dump_ir import main
+from stagecut.tools.dump_ir.main import main
 
 NET = str(Path(__file__).parent.parent / "examples" / "net.py") + ":make"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stagecut.tools.dump_ir import main, parser
+from stagecut.tools.dump_ir.main import main, parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("DUMP_IR.md", "READ_THE_IR.md", "FIND_A_WRONG_GRADIENT.md", "FIND_A_SLOW_STAGE.md")

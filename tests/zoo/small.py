@@ -15,7 +15,7 @@ from multiprocessing.context import ForkContext
 
 import torch
 
-from stagecut.tools.hugging_face import make
+from stagecut.tools.dump_ir.hugging_face import make
 
 MEMORY = 12 * 2**30
 """Bytes of address space that one model may take."""

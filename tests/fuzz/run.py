@@ -1,6 +1,6 @@
 """Draws random models, cuts them at random places and holds the stages to what the model does.
 
-    python -m stagecut.tools.fuzz --programs 20000 --seed 1 --jobs 2
+    python tests/fuzz/run.py --programs 20000 --seed 1 --jobs 2
 
 Every failure is made smaller and printed as a script that shows it by itself. Exit status 1 when there was one.
 """
@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
-from stagecut.tools.fuzz_plans import size, source
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, it finds its neighbours
+
+from fuzz.judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
+from fuzz.plans import size, source
 
 CHUNK = 20
 GRAPHS = 0.25

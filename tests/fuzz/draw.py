@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
-
-from stagecut.tools.fuzz_plans import (
+from fuzz.plans import (
     EXAMPLE_BATCH,
     Block,
     DrawnModule,
@@ -29,6 +27,7 @@ from stagecut.tools.fuzz_plans import (
     read,
     steps_of,
 )
+from torch import nn
 
 F64 = "dtype=torch.float64"
 

@@ -12,7 +12,7 @@ from torch import nn
 from stagecut.frontend.markers import SplitPoint
 from stagecut.ir.text.printer import text
 from stagecut.pipe import Pipe, lower, pipeline
-from stagecut.tools.architectures import ARCHITECTURES, Architecture
+from stagecut.tools.bench.architectures import ARCHITECTURES, Architecture
 
 OUT = Path("out")
 

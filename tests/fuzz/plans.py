@@ -15,13 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from fuzz.graphs import symbolic
 from torch import fx, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
 from stagecut.frontend.markers import SplitPoint, pipe_split
 from stagecut.passes import recompute
-from stagecut.tools.fuzz_graphs import symbolic
 
 EXAMPLE_BATCH, OTHER_BATCH = 7, 5
 """The batch size of the example inputs, and the one a model with a dynamic batch is also called with."""

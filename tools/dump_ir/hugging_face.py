@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stagecut.ir.errors import InputError, nearest
-from stagecut.tools.sources import settings
+from stagecut.tools.dump_ir.sources import settings
 
 _SIZES = {
     64: "hidden_size d_model n_embd dim hidden_dim word_embed_proj_dim encoder_hidden_size projection_dim embedding_size",

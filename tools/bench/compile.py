@@ -29,7 +29,7 @@ from stagecut.ir.types import TensorType
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe
-from stagecut.tools.architectures import ARCHITECTURES, llama_405b
+from stagecut.tools.bench.architectures import ARCHITECTURES, llama_405b
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,18 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten
-
-from stagecut.ir.errors import CaptureError, SplitError, StagecutError
-from stagecut.passes.find_splits import FindSplits
-from stagecut.pipe import Pipe, _other_names, _split_points, lower, pipeline
-from stagecut.tools import fuzz_check
-from stagecut.tools.fuzz_draw import draw_plan
-from stagecut.tools.fuzz_plans import (
+from fuzz import check as fuzz_check
+from fuzz.draw import draw_plan
+from fuzz.plans import (
     EXAMPLE_BATCH,
     OTHER_BATCH,
     ModelPlan,
@@ -37,7 +32,13 @@ from stagecut.tools.fuzz_plans import (
     source,
     tolerance,
 )
-from stagecut.tools.fuzz_shrink import smaller
+from fuzz.shrink import smaller
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from stagecut.ir.errors import CaptureError, SplitError, StagecutError
+from stagecut.passes.find_splits import FindSplits
+from stagecut.pipe import Pipe, _other_names, _split_points, lower, pipeline
 
 PASSED, FAILED, REFUSED, UNTRACEABLE = "passed", "failed", "refused", "untraceable"
 TRACE_REFUSALS = (
@@ -56,6 +57,8 @@ CUT_REFUSALS = (
 )
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
+
+TESTS = Path(__file__).parent.parent
 
 LIMIT = 30
 """Seconds a program may take."""
@@ -284,7 +287,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
-from stagecut.tools.fuzz_graphs import symbolic
+
+sys.path.append({tests!r})
+from fuzz import check as fuzz_check
+from fuzz.graphs import symbolic
 '''
 _RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
 expected = outcome(twin, twin, calls())
@@ -331,12 +337,10 @@ _OTHERS["shuffled"] = _OTHERS["passes"].replace("passes(lowered, splits, flat)",
 
 def reproducer(plan: ModelPlan, verdict: Verdict, seed: int = 0) -> str:
     """A script that builds the model of `plan`, cuts it, and exits with 1 when what failed still fails."""
-    head = _HEAD.format(title=verdict.signature.replace('"', "'").replace("\\", "/"))
+    head = _HEAD.format(title=verdict.signature.replace('"', "'").replace("\\", "/"), tests=str(TESTS))
     parts = [source(plan)]
     if verdict.check in _OTHERS:
-        head += (
-            "from stagecut.passes.find_splits import FindSplits\nfrom stagecut.pipe import lower\nfrom stagecut.tools import fuzz_check\n"
-        )
+        head += "from stagecut.passes.find_splits import FindSplits\nfrom stagecut.pipe import lower\n"
         body = _OTHERS[verdict.check]
     else:
         functions = (fuzz_check.outcome, fuzz_check.backward, fuzz_check.differences)

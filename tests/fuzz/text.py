@@ -1,6 +1,6 @@
 """Damages IR texts and saved pipes, and holds parser, verifier, emitter and loader to one rule: right, or refused by a StagecutError.
 
-    python -m stagecut.tools.fuzz_text --inputs 100000 --seed 1 --jobs 2
+    python tests/fuzz/text.py --inputs 100000 --seed 1 --jobs 2
 
 Each input has a limit in time and memory; opening a socket, starting a process or writing a file is a failure. A failing text is made
 smaller and printed. Exit status 1 when there was one.
@@ -42,8 +42,11 @@ from stagecut.ir.run.call import check_inputs
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import fingerprint, text
 from stagecut.pipe import pipeline
-from stagecut.tools.fuzz import Failure, Report, show_progress
-from stagecut.tools.fuzz_judge import FAILED, PASSED, REFUSED, quiet
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, it finds its neighbours
+
+from fuzz.judge import FAILED, PASSED, REFUSED, quiet
+from fuzz.run import Failure, Report, show_progress
 
 CASES = Path(__file__).resolve().parent.parent / "tests" / "cases"
 SECONDS = 20

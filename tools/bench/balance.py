@@ -1,6 +1,6 @@
 """How near the automatic cuts come to the bound, and how far other ways to balance stay from it, on models of published sizes.
 
-    python -m stagecut.tools.balance --models "Llama 8B" --stages 4 8 16
+    python -m stagecut.tools.bench.balance --models "Llama 8B" --stages 4 8 16
 
 Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any cuts. All ways are
 judged by the same costs: a roofline of one device. Nothing is run; models are on the meta device.
@@ -22,8 +22,8 @@ from stagecut.backend.costs.ops import DEVICES, state_bytes
 from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower
-from stagecut.tools.balance_models import MODELS
-from stagecut.tools.balance_rivals import blockpartition, equal_counts, equal_sums, partition_balanced
+from stagecut.tools.bench.models import MODELS
+from stagecut.tools.bench.rivals import blockpartition, equal_counts, equal_sums, partition_balanced
 
 WAYS = ("stagecut", "stagecut, free links", "equal layers", "equal parameters", "torchgpipe", "DeepSpeed <= 0.10")
 

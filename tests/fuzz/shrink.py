@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from stagecut.tools.fuzz_plans import Block, Given, Input, Member, ModelPlan, Node, Step, Tree, leaves, steps_of
+from fuzz.plans import Block, Given, Input, Member, ModelPlan, Node, Step, Tree, leaves, steps_of
 
 
 def smaller(plan: ModelPlan) -> Iterator[ModelPlan]:

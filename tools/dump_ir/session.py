@@ -15,9 +15,9 @@ from stagecut.ir.graph import Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
-from stagecut.tools.command_line import spelled
-from stagecut.tools.show import Stats, Steps, Writer, diff, only, stats_of, table, times
-from stagecut.tools.sources import Source, load
+from stagecut.tools.dump_ir.options import spelled
+from stagecut.tools.dump_ir.show import Stats, Steps, Writer, diff, only, stats_of, table, times
+from stagecut.tools.dump_ir.sources import Source, load
 
 if TYPE_CHECKING:
     from stagecut.backend.costs.report import Report
@@ -84,7 +84,7 @@ class Session:
         if not (options.check_each or options.bisect):
             run_passes(source.program, passes, check=options.verify_each, after=self._after)
             return
-        from stagecut.tools.pass_check import Feed, check_passes, random_feed
+        from stagecut.tools.dump_ir.pass_check import Feed, check_passes, random_feed
 
         if source.bindings is not None and source.inputs is not None:
             feed = Feed(source.inputs, source.bindings)

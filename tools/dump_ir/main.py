@@ -15,8 +15,8 @@ from stagecut.ir.graph import Program
 from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import NAMES, default_pipeline, pass_by_name
-from stagecut.tools.command_line import given, misuse, spelled
-from stagecut.tools.session import Session
+from stagecut.tools.dump_ir.options import given, misuse, spelled
+from stagecut.tools.dump_ir.session import Session
 
 EXAMPLES = """\
 examples:

@@ -1,4 +1,7 @@
-"""Draws the pictures of docs/PICTURES.md, the same bytes on every machine: `python -m stagecut.tools.pictures [FOLDER [NAME ...]]`."""
+"""Draws the pictures of docs/PICTURES.md, the same bytes on every machine.
+
+python -m stagecut.tools.bench.pictures [FOLDER [NAME ...]]
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from stagecut.backend.costs.timeline import simulate
 from stagecut.backend.pictures.render import PURE
 from stagecut.frontend.markers import SplitPoint, pipe_split
 from stagecut.pipe import pipeline
-from stagecut.tools.balance_models import MODELS, UNet
+from stagecut.tools.bench.models import MODELS, UNet
 
 FOLDER = Path("docs/pictures")
 

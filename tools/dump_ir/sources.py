@@ -57,7 +57,7 @@ def load(options: Namespace) -> Source:
     if source.endswith(".pt2"):
         return _exported(Path(source), options.trust)
     if source.startswith("hf:") and source != "hf:":
-        from stagecut.tools.hugging_face import make
+        from stagecut.tools.dump_ir.hugging_face import make
 
         model, args, kwargs = _guard(lambda: make(source[3:], options), f"making '{source}'")
         return _traced(model, args, kwargs, options.leaf)
