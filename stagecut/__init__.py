@@ -24,11 +24,31 @@ if TYPE_CHECKING:
 
     from stagecut.backend.costs.balance import AtModules, Balanced, Markers, Setting
     from stagecut.backend.costs.ops import Device
+    from stagecut.backend.costs.timeline import record
+    from stagecut.backend.files import checkpoint
+    from stagecut.backend.files.checkpoint import CheckpointError
+    from stagecut.backend.files.manifest import SavedError
+    from stagecut.backend.files.materialize import MaterializeError
     from stagecut.backend.files.saved import load_stage
+    from stagecut.backend.page.page import to_html
+    from stagecut.backend.pictures.dot import to_dot, to_svg
     from stagecut.backend.ranks.driver import Driver
-    from stagecut.backend.ranks.stage import build_stage
+    from stagecut.backend.ranks.faults import RankError
+    from stagecut.backend.ranks.stage import MismatchError, build_stage
+    from stagecut.check import CannotCompare, CheckError
     from stagecut.frontend.markers import SplitPoint, pipe_split
-    from stagecut.ir.errors import ModeError, StagecutError
+    from stagecut.ir.errors import (
+        CaptureError,
+        EmitError,
+        InputError,
+        ModeError,
+        ParseError,
+        PassError,
+        SplitError,
+        StagecutError,
+        UnknownNameError,
+        VerifyError,
+    )
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, load, pipeline
@@ -36,6 +56,26 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOMES = {
+    "CannotCompare": "stagecut.check",
+    "CaptureError": "stagecut.ir.errors",
+    "CheckError": "stagecut.check",
+    "CheckpointError": "stagecut.backend.files.checkpoint",
+    "EmitError": "stagecut.ir.errors",
+    "InputError": "stagecut.ir.errors",
+    "MismatchError": "stagecut.backend.ranks.stage",
+    "MaterializeError": "stagecut.backend.files.materialize",
+    "ParseError": "stagecut.ir.errors",
+    "PassError": "stagecut.ir.errors",
+    "RankError": "stagecut.backend.ranks.faults",
+    "SavedError": "stagecut.backend.files.manifest",
+    "SplitError": "stagecut.ir.errors",
+    "UnknownNameError": "stagecut.ir.errors",
+    "VerifyError": "stagecut.ir.errors",
+    "checkpoint": "stagecut.backend.files",
+    "record": "stagecut.backend.costs.timeline",
+    "to_dot": "stagecut.backend.pictures.dot",
+    "to_html": "stagecut.backend.page.page",
+    "to_svg": "stagecut.backend.pictures.dot",
     "AtModules": "stagecut.backend.costs.balance",
     "Balanced": "stagecut.backend.costs.balance",
     "Markers": "stagecut.backend.costs.balance",
@@ -70,12 +110,24 @@ _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 __all__ = [
     "AtModules",
     "Balanced",
+    "CannotCompare",
+    "CaptureError",
+    "CheckError",
+    "CheckpointError",
     "Device",
     "Driver",
+    "EmitError",
+    "InputError",
     "Markers",
+    "MaterializeError",
+    "MismatchError",
     "ModeError",
+    "ParseError",
+    "PassError",
     "Pipe",
     "PipelineStage",
+    "RankError",
+    "SavedError",
     "Schedule1F1B",
     "ScheduleDualPipeV",
     "ScheduleGPipe",
@@ -84,22 +136,31 @@ __all__ = [
     "ScheduleLoopedBFS",
     "ScheduleZBVZeroBubble",
     "Setting",
+    "SplitError",
     "SplitPoint",
     "StagecutError",
+    "UnknownNameError",
+    "VerifyError",
     "build_stage",
+    "checkpoint",
     "load",
     "load_stage",
     "parse",
     "pipe_split",
     "pipeline",
+    "record",
     "text",
+    "to_dot",
+    "to_html",
+    "to_svg",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'stagecut' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return getattr(home, name) if hasattr(home, name) else import_module(f"{_HOMES[name]}.{name}")
 
 
 def __dir__() -> list[str]:
