@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import networkx
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -115,51 +117,48 @@ def simulate(setting: Setting, forward: Sequence[float], backward: Sequence[floa
     """
     stages = len(forward)
     placement = setting.placement(stages)
-    waiting = [[*steps] for steps in orders(setting, stages)]
-    free = [0.0] * len(waiting)
-    done: dict[Step, float] = {}
+    seconds = {FORWARD: forward, BACKWARD: backward, INPUT: [b / 2 for b in backward], WEIGHT: [b / 2 for b in backward]}
+    ranks = orders(setting, stages)
+    graph = _step_graph(ranks, placement, sent)
+    ends: dict[Step, float] = {}
     events: list[Event] = []
-    places = [0] * len(waiting)
-
-    def ready(step: Step) -> float | None:
-        """When what a step needs is there, None while that is not known."""
-        s, m = step.stage, step.microbatch
-        if step.kind == FORWARD:
-            needs = [(Step(FORWARD, s - 1, m), _at(sent, s - 1))] if s else []
-        elif step.kind == WEIGHT:
-            needs = [(Step(INPUT, s, m), 0.0)]
-        else:
-            needs = [(Step(FORWARD, s, m), 0.0)]
-            if s < stages - 1:
-                later = next((k for k in (BACKWARD, INPUT) if Step(k, s + 1, m) in done), BACKWARD)
-                needs.append((Step(later, s + 1, m), _at(sent, s)))
-        times = [done[need] + (delay if placement[need.stage] != placement[s] else 0.0) for need, delay in needs if need in done]
-        return max(times, default=0.0) if len(times) == len(needs) else None
-
-    def length(step: Step) -> float:
-        if step.kind == FORWARD:
-            return forward[step.stage]
-        return backward[step.stage] * (1.0 if step.kind == BACKWARD else 0.5)
-
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(waiting):
-            while places[rank] < len(steps) and (start := ready(steps[places[rank]])) is not None:
-                step = steps[places[rank]]
-                begin = max(start, free[rank])
-                free[rank] = done[step] = begin + length(step)
-                events.append(Event(step, rank, begin, free[rank]))
-                places[rank] += 1
-                moved = True
-    if any(place < len(steps) for place, steps in zip(places, waiting, strict=True)):
-        raise StagecutError(f"the order of {setting.schedule} waits for itself")
+    try:
+        for step in networkx.topological_sort(graph):
+            start = max((ends[need] + delay for need, _, delay in graph.in_edges(step, data="delay")), default=0.0)
+            ends[step] = start + seconds[step.kind][step.stage]
+            events.append(Event(step, placement[step.stage], start, ends[step]))
+    except networkx.NetworkXUnfeasible:
+        raise StagecutError(f"the order of {setting.schedule} waits for itself") from None
     title = f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
-    return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(waiting), title)
+    return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(ranks), title)
 
 
-def _at(sent: Sequence[float], stage: int) -> float:
-    return sent[stage] if stage < len(sent) else 0.0
+def _step_graph(ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent: Sequence[float]) -> networkx.DiGraph[Step]:
+    """An edge from each step to those that wait for it: the next step of its rank, and those that need what it makes."""
+    steps = [step for rank in ranks for step in rank]
+    known = set(steps)
+    graph: networkx.DiGraph[Step] = networkx.DiGraph()
+    graph.add_nodes_from(steps)
+    for rank in ranks:
+        graph.add_edges_from(pairwise(rank), delay=0.0)
+    for step in steps:
+        for need in _needs(step, known):
+            there = placement[need.stage] == placement[step.stage]
+            between = min(need.stage, step.stage)
+            graph.add_edge(need, step, delay=0.0 if there or between >= len(sent) else sent[between])
+    return graph
+
+
+def _needs(step: Step, known: set[Step]) -> list[Step]:
+    """The steps whose results a step needs, of those that there are."""
+    stage, microbatch = step.stage, step.microbatch
+    if step.kind == FORWARD:
+        needs = [Step(FORWARD, stage - 1, microbatch)]
+    elif step.kind == WEIGHT:
+        needs = [Step(INPUT, stage, microbatch)]
+    else:
+        needs = [Step(FORWARD, stage, microbatch), *(Step(kind, stage + 1, microbatch) for kind in (BACKWARD, INPUT))]
+    return [need for need in needs if need in known]
 
 
 class Recording:
