@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, it fin
 from fuzz.judge import FAILED, PASSED, REFUSED, quiet
 from fuzz.run import Failure, Report, show_progress
 
-CASES = Path(__file__).resolve().parent.parent / "tests" / "cases"
+CASES = Path(__file__).resolve().parent.parent / "cases"
 SECONDS = 20
 """What one input may take."""
 MEMORY = 4 << 30
