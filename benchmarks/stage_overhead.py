@@ -1,10 +1,12 @@
-"""Forward and backward of stagecut's stages against the same blocks cut by hand, on one device, without a schedule.
+"""Forward and backward of stagecut's stages against the same blocks cut by hand, on one device, without a
+schedule.
 
 python benchmarks/stage_overhead.py                        # on a GPU
 python benchmarks/stage_overhead.py --device cpu --small   # a tiny model, to try the script
 
-The model is that of gpu_pipeline.py in two stages. With long sequences the GPU is the slower part, with short ones the process that starts
-its kernels, which is where a stage could cost more. The ways alternate; a ratio is the median of those of neighbours.
+The model is that of gpu_pipeline.py in two stages. With long sequences the GPU is the slower part, with short
+ones the process that starts its kernels, which is where a stage could cost more. The ways alternate; a ratio
+is the median of those of neighbours.
 """
 
 import argparse
@@ -34,7 +36,9 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def stepper(stages: list[nn.Module], tokens: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+def stepper(
+    stages: list[nn.Module], tokens: torch.Tensor, target: torch.Tensor
+) -> Callable[[], None]:
     """Forward and backward through the stages, four micro-batches."""
 
     def step() -> None:
@@ -51,14 +55,24 @@ def ratio(size: Size, device: torch.device, compiled: str) -> tuple[float, float
     """Speed of stagecut's stages over that of stages by hand, and the seconds of a step by hand."""
     torch.manual_seed(0)
     with device:
-        model = Llama(size).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-        tokens, target = (torch.randint(size.vocabulary, (size.batch, size.length)) for _ in range(2))
+        model = Llama(size).to(
+            torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
+        tokens, target = (
+            torch.randint(size.vocabulary, (size.batch, size.length)) for _ in range(2)
+        )
     half = size.blocks // 2
-    pipe = pipeline(model, (tokens,), split_spec={f"blocks.{half}": SplitPoint.BEGINNING}, check=None)
+    pipe = pipeline(
+        model,
+        (tokens,),
+        split_spec={f"blocks.{half}": SplitPoint.BEGINNING},
+        check=None,
+    )
     by_hand = [model.part(0, half), model.part(half, size.blocks)]
     for stage in [*pipe.stages, *by_hand]:
         compile_in_place(stage, compiled)
-    ours, hand = stepper(list(pipe.stages), tokens, target), stepper(by_hand, tokens, target)
+    ours = stepper(list(pipe.stages), tokens, target)
+    hand = stepper(by_hand, tokens, target)
     for step in (ours, hand, ours, hand):
         step()
     pairs = []
@@ -71,17 +85,31 @@ def ratio(size: Size, device: torch.device, compiled: str) -> tuple[float, float
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model")
     args = parser.parse_args()
     size, device = SMALL if args.small else Size(), torch.device(args.device)
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, torch {torch.__version__}")
-    print(f"{'sequence':>10} {'compiled':10}{'by hand, ms':>14}{'speed, stagecut / by hand':>28}", flush=True)
-    for length, compiled in [(n, c) for n in (size.length, size.length // 16) for c in ("", "blocks", "stages")]:
+    print(
+        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, torch {torch.__version__}"
+    )
+    print(
+        f"{'sequence':>10} {'compiled':10}{'by hand, ms':>14}{'speed, stagecut / by hand':>28}",
+        flush=True,
+    )
+    for length, compiled in [
+        (n, c)
+        for n in (size.length, size.length // 16)
+        for c in ("", "blocks", "stages")
+    ]:
         torch.compiler.reset()
         found, took = ratio(replace(size, length=length), device, compiled)
-        print(f"{length:>10} {compiled or '-':10}{1000 * took:>14.1f}{found:>28.3f}", flush=True)
+        print(
+            f"{length:>10} {compiled or '-':10}{1000 * took:>14.1f}{found:>28.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A small language model with a large vocabulary: its head costs as much as many layers. docs/FIND_A_SLOW_STAGE.md cuts it.
+"""A small language model with a large vocabulary: its head costs as much as many layers.
+docs/FIND_A_SLOW_STAGE.md cuts it.
 
 dump-ir examples/language_model.py:make --stages 4 --report
 """
@@ -12,14 +13,18 @@ from torch import nn
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, vocabulary: int = 32_000, width: int = 512, layers: int = 8) -> None:
+    def __init__(
+        self, vocabulary: int = 32_000, width: int = 512, layers: int = 8
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(layers))

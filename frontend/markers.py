@@ -24,18 +24,28 @@ def _pipe_split_fake() -> None:
 has_side_effect(torch.ops.stagecut.pipe_split.default)
 
 _OPS = ("stagecut.pipe_split", "pippy._pipe_split")
-_FUNCTIONS = (("stagecut.frontend.markers", "pipe_split"), ("torch.distributed.pipelining._IR", "pipe_split"))
+_FUNCTIONS = (
+    ("stagecut.frontend.markers", "pipe_split"),
+    ("torch.distributed.pipelining._IR", "pipe_split"),
+)
 
 
 def is_marker(target: Any) -> bool:
-    """True for what marks a boundary when called: our op and that of torch.distributed.pipelining, and the functions around them."""
+    """True for what marks a boundary when called: our op and that of torch.distributed.pipelining, and the
+    functions around them.
+    """
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(target).removesuffix(".default") in _OPS
-    return (getattr(target, "__module__", ""), getattr(target, "__name__", "")) in _FUNCTIONS
+    return (
+        getattr(target, "__module__", ""),
+        getattr(target, "__name__", ""),
+    ) in _FUNCTIONS
 
 
 def pipe_split() -> None:
-    """Marks the boundary between two stages at this place of a model's forward. Does nothing when run eagerly."""
+    """Marks the boundary between two stages at this place of a model's forward. Does nothing when run
+    eagerly.
+    """
     torch.ops.stagecut.pipe_split()
 
 

@@ -1,4 +1,6 @@
-"""What the parts of the frontend tell each other: keys in the meta of nodes, ops that stand in for others, calls of what is kept whole."""
+"""What the parts of the frontend tell each other: keys in the meta of nodes, ops that stand in for others,
+calls of what is kept whole.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ CALL = "stagecut_call"
 
 
 GRAD = "stagecut_grad"
-"""Where, in the meta of a switch of the grad mode, the mode is that forward asks for behind it, None for that of its caller."""
+"""Where, in the meta of a switch of the grad mode, the mode is that forward asks for behind it, None for that
+of its caller.
+"""
 
 
 FOLLOWS = "stagecut_follows"
-"""Where, in the meta of an op with a training flag, the paths of the module are whose flag it takes; none for a flag of its own."""
+"""Where, in the meta of an op with a training flag, the paths of the module are whose flag it takes; none for
+a flag of its own.
+"""
 
 
 SAME = "stagecut_same"
@@ -46,7 +52,9 @@ CHOICES = "stagecut_choices"
 
 
 FIXED = "stagecut_fixed"
-"""Where, in the meta of a traced module, the paths of modules are whose training flag forward sets itself, with the line."""
+"""Where, in the meta of a traced module, the paths of modules are whose training flag forward sets itself,
+with the line.
+"""
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -59,7 +67,8 @@ SYMBOLS = (torch.Tensor, *SYMBOLIC)
 
 @dataclass
 class LeafCall:
-    """One call of what is kept whole: how tensors and symbolic numbers sit in its arguments and results, and what it does besides.
+    """One call of what is kept whole: how tensors and symbolic numbers sit in its arguments and results, and
+    what it does besides.
 
     `path` is the module's, `function` the user's function where it is none.
     """

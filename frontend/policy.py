@@ -27,12 +27,14 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
         return policy
     if exported is None:
         raise SplitError(
-            "a policy that edits the traced GraphModule needs a model to trace", hint="put the split calls into the graph itself"
+            "a policy that edits the traced GraphModule needs a model to trace",
+            hint="put the split calls into the graph itself",
         )
     edited = policy(exported.module(check_guards=False))
     if not isinstance(edited, fx.GraphModule):
         raise SplitError(
-            f"the split policy returned {type(edited).__name__}, not a GraphModule", hint="return the module with pipe_split calls added"
+            f"the split policy returned {type(edited).__name__}, not a GraphModule",
+            hint="return the module with pipe_split calls added",
         )
     followers = _nodes_behind_splits(edited)
     return lambda program: _positions(followers, program)
@@ -41,22 +43,37 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
 def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
     """For each split call, the names of all nodes behind it."""
     names = [n.name for n in edited.graph.nodes]
-    splits = [i for i, n in enumerate(edited.graph.nodes) if n.op == "call_function" and is_marker(n.target)]
+    splits = [
+        i
+        for i, n in enumerate(edited.graph.nodes)
+        if n.op == "call_function" and is_marker(n.target)
+    ]
     return [names[i + 1 :] for i in splits]
 
 
 def _positions(followers: list[list[str]], program: Program) -> list[int]:
     """The first op behind each split that is still in the program: a value's hint is its node's name."""
     ops = [op for op in program.ops if not op.is_split]
-    index = {value.hint: position for position, op in reversed([*enumerate(ops)]) for value in op.results}
+    index = {
+        value.hint: position
+        for position, op in reversed([*enumerate(ops)])
+        for value in op.results
+    }
     for position, op in enumerate(ops):
         index |= _inside(op, position)
     found: list[int] = []
     for names in followers:
         positions = [index[name] for name in names if name in index]
         if positions and positions[0] == INSIDE:
-            raise SplitError("the split policy cuts where the model goes another way in each mode", hint="cut in front of it or behind it")
-        found += [min(position for position in positions if position != INSIDE)] if positions else []
+            raise SplitError(
+                "the split policy cuts where the model goes another way in each mode",
+                hint="cut in front of it or behind it",
+            )
+        found += (
+            [min(position for position in positions if position != INSIDE)]
+            if positions
+            else []
+        )
     return found
 
 
@@ -69,4 +86,8 @@ def _inside(op: Op, position: int) -> dict[str, int]:
     if op.target != BY_MODE:
         return {}
     run = op.regions[0 if op.args[0].captured else 1].ops
-    return {value.hint: INSIDE if inner is not run[0] else position for inner in run for value in inner.results}
+    return {
+        value.hint: INSIDE if inner is not run[0] else position
+        for inner in run
+        for value in inner.results
+    }

@@ -27,14 +27,24 @@ def gpus(*trees: Any) -> list[int]:
     """The CUDA devices on which tensors of modules and trees lie."""
     tensors: list[Any] = []
     for tree in trees:
-        tensors += [*tree.parameters(), *tree.buffers()] if isinstance(tree, nn.Module) else tree_leaves(tree)
-    places = {t.device.index or 0 for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
+        tensors += (
+            [*tree.parameters(), *tree.buffers()]
+            if isinstance(tree, nn.Module)
+            else tree_leaves(tree)
+        )
+    places = {
+        t.device.index or 0
+        for t in tensors
+        if isinstance(t, torch.Tensor) and t.device.type == "cuda"
+    }
     return sorted(places)
 
 
 def is_pythons(file: str) -> bool:
     """True for a source file of Python's own library, and for what has no file."""
-    return file.startswith("<") or (file.startswith(_PYTHON_DIR) and "-packages" not in file)
+    return file.startswith("<") or (
+        file.startswith(_PYTHON_DIR) and "-packages" not in file
+    )
 
 
 def is_users(file: str) -> bool:
@@ -68,7 +78,9 @@ TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 
 
 def user_loc(trace: str) -> Loc | None:
-    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost frame."""
+    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost
+    frame.
+    """
     last: Loc | None = None
     for line in reversed(trace.splitlines()):
         text = line.strip()

@@ -1,7 +1,8 @@
 """Which values share storage, and who writes it. No torch here.
 
-A value is a version of another one, a view of another one, or the first in its storage: its root. `Aliases` finds the roots of a run of
-ops in one pass. The functions ask for one value, and follow it through the whole program.
+A value is a version of another one, a view of another one, or the first in its storage: its root. `Aliases`
+finds the roots of a run of ops in one pass. The functions ask for one value, and follow it through the whole
+program.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ def storage_root(value: Value) -> Value:
 
 
 def is_what_it_wrote(value: Value) -> bool:
-    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept whole any view of it."""
+    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept
+    whole any view of it.
+    """
     op, viewed = value.owner, viewed_value(value)
-    if not isinstance(op, Op) or viewed is None or op.effects.viewed(value.index) not in op.effects.writes:
+    if (
+        not isinstance(op, Op)
+        or viewed is None
+        or op.effects.viewed(value.index) not in op.effects.writes
+    ):
         return False
     return not (op.is_users or op.regions) or same_layout(value.type, viewed.type)
 
@@ -51,8 +58,9 @@ def _shares(op: Op) -> bool:
 class Aliases:
     """What shares storage in a run of ops, as far as these ops make it so.
 
-    What they do not define is a root, and so is each of `roots`. State that overlaps in memory has one root. `shares`: whether what an op
-    takes a view of shares with the result what is asked for: the storage, or only the history.
+    What they do not define is a root, and so is each of `roots`. State that overlaps in memory has one root.
+    `shares`: whether what an op takes a view of shares with the result what is asked for: the storage, or
+    only the history.
     """
 
     def __init__(
@@ -67,7 +75,11 @@ class Aliases:
         """Every write in place, in order: the op, and the root of what it writes."""
         homes: dict[int, Value] = {}
         for entry in state:
-            self._roots[entry.value] = homes.setdefault(entry.storage, entry.value) if entry.storage >= 0 else entry.value
+            self._roots[entry.value] = (
+                homes.setdefault(entry.storage, entry.value)
+                if entry.storage >= 0
+                else entry.value
+            )
         for op in ops:
             self._add(op, shares(op))
         self.written = {root for _, root in self.writes}
@@ -94,7 +106,9 @@ class Aliases:
 def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, Value]]:
     """Every write in place of one of `values`, directly or through a view, and the op that does it."""
     roots = dict.fromkeys(values)
-    return ((op, root) for op, root in Aliases(ops, roots=roots).writes if root in roots)
+    return (
+        (op, root) for op, root in Aliases(ops, roots=roots).writes if root in roots
+    )
 
 
 def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:

@@ -9,10 +9,17 @@ from types import TracebackType
 from stagecut.ir.errors import StagecutError
 
 OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FOLDERS = (OWN_DIR, *(os.path.realpath(OWN_DIR + name) + os.sep for name in ("ir", "passes", "frontend", "backend", "tools")))
+_FOLDERS = (
+    OWN_DIR,
+    *(
+        os.path.realpath(OWN_DIR + name) + os.sep
+        for name in ("ir", "passes", "frontend", "backend", "tools")
+    ),
+)
 
 _HANDS_ON = dis.opmap["CALL_FUNCTION_EX"]
-"""A call `f(*args, **kwargs)`: it hands on what the model gave, to a function of the model's or of torch's."""
+"""A call `f(*args, **kwargs)`: it hands on what the model gave, to a function of the model's or of torch's.
+"""
 
 
 class OnPurpose(Exception):
@@ -20,7 +27,9 @@ class OnPurpose(Exception):
 
 
 def raise_ours(error: BaseException) -> None:
-    """Returns when the model, or torch in its name, is to blame for `error`. A bug of ours in it, or behind it, is raised as it is."""
+    """Returns when the model, or torch in its name, is to blame for `error`. A bug of ours in it, or behind
+    it, is raised as it is.
+    """
     link: BaseException | None = error
     while link is not None:
         if _is_bug(link):
@@ -30,7 +39,10 @@ def raise_ours(error: BaseException) -> None:
 
 def _is_bug(error: BaseException) -> bool:
     """True for what is raised in a frame of ours. Where a stack or the memory ends, nobody is to blame."""
-    if isinstance(error, (StagecutError, OnPurpose, RecursionError, MemoryError)) or error.__traceback__ is None:
+    if (
+        isinstance(error, (StagecutError, OnPurpose, RecursionError, MemoryError))
+        or error.__traceback__ is None
+    ):
         return False
     last = error.__traceback__
     while last.tb_next is not None:
@@ -39,8 +51,12 @@ def _is_bug(error: BaseException) -> bool:
 
 
 def _behind(error: BaseException) -> BaseException | None:
-    """The exception that `error` was raised for, or while it was handled. One that our own code caught, it expected."""
-    other = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    """The exception that `error` was raised for, or while it was handled. One that our own code caught, it
+    expected.
+    """
+    other = error.__cause__ or (
+        None if error.__suppress_context__ else error.__context__
+    )
     if other is None or other.__traceback__ is None or _is_ours(other.__traceback__):
         return None
     return other

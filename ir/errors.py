@@ -68,7 +68,9 @@ _SHOWN = 200
 class ParseError(StagecutError):
     """IR text could not be read. The message points at file:line:column with a caret."""
 
-    def __init__(self, what: str, *, file: str, line: int, column: int, source: str) -> None:
+    def __init__(
+        self, what: str, *, file: str, line: int, column: int, source: str
+    ) -> None:
         self.file, self.line, self.column = file, line, column
         left = max(0, column - _SHOWN)
         source, before = source[left : column + _SHOWN], source[left : column - 1]
@@ -82,7 +84,14 @@ class VerifyError(StagecutError):
     def __init__(self, violations: list[str], *, after: str = "") -> None:
         self.violations = violations
         head = f"invalid program after pass '{after}'" if after else "invalid program"
-        super().__init__("\n".join([f"{head}: {len(violations)} violation(s)", *("  " + v for v in violations)]))
+        super().__init__(
+            "\n".join(
+                [
+                    f"{head}: {len(violations)} violation(s)",
+                    *("  " + v for v in violations),
+                ]
+            )
+        )
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

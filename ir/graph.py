@@ -20,7 +20,9 @@ PHASES = ("traced", "partitioned", "linked")
 SPLIT = "stagecut.split"
 """Target of the op that marks a boundary between two stages."""
 BY_MODE = "stagecut.by_mode"
-"""Target of the op that does one thing in training and another in evaluation, as (flag, <0>, <1>, [operands]): a region for each."""
+"""Target of the op that does one thing in training and another in evaluation, as (flag, <0>, <1>,
+[operands]): a region for each.
+"""
 
 CAUSAL, OPEN = "causal", "open"
 """Kinds of attention masks: one that hides just the future, one that hides nothing."""
@@ -42,7 +44,8 @@ class Kind(Enum):
 class Target(str):
     """What an op calls, as text: `aten.add.Tensor`, `method.view`, `module.layers.0`.
 
-    kind: whose code it is. name: its name without namespace and overload; for a module its path. overload: `Tensor`, '' for none.
+    kind: whose code it is. name: its name without namespace and overload; for a module its path. overload:
+    `Tensor`, '' for none.
     """
 
     __slots__ = ("kind", "name", "overload")
@@ -69,7 +72,12 @@ def _parts(text: str) -> tuple[Kind, str, str]:
     return _HEADS.get(head, Kind.PYTHON), rest, ""
 
 
-_HEADS = {"method": Kind.METHOD, "module": Kind.MODULE, "extern": Kind.EXTERN, "stagecut": Kind.OWN}
+_HEADS = {
+    "method": Kind.METHOD,
+    "module": Kind.MODULE,
+    "extern": Kind.EXTERN,
+    "stagecut": Kind.OWN,
+}
 _target = cache(Target)
 
 
@@ -107,9 +115,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A literal that follows the `training` flag of the module it stands in: one thing in training, another in evaluation.
+    """A literal that follows the `training` flag of the module it stands in: one thing in training, another
+    in evaluation.
 
-    captured: the flag in the trace. others: paths of modules whose flags decide as well, so that all must be switched together.
+    captured: the flag in the trace. others: paths of modules whose flags decide as well, so that all must be
+    switched together.
     """
 
     captured: bool
@@ -132,7 +142,8 @@ class Mode:
 class Context:
     """A dynamic context an op runs under: a mode, or a region that is one piece.
 
-    Regions are `checkpoint(number, preserve_rng_state)`, which backward computes again, and `transform(number)`, a vmap.
+    Regions are `checkpoint(number, preserve_rng_state)`, which backward computes again, and
+    `transform(number)`, a vmap.
     """
 
     kind: str
@@ -169,13 +180,16 @@ PURE = Effects()
 class Value:
     """One definition. `owner` is the op or state entry that defines it, None for a user input.
 
-    `index` is its place among the results of its op. A version has none: it is what `version_of` is behind a write of its op.
-    `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op to None, in order.
+    `index` is its place among the results of its op. A version has none: it is what `version_of` is behind a
+    write of its op. `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op to
+    None, in order.
     """
 
     __slots__ = ("hint", "index", "owner", "type", "uses", "version_of")
 
-    def __init__(self, kind: Type, hint: str = "", owner: Op | StateEntry | None = None) -> None:
+    def __init__(
+        self, kind: Type, hint: str = "", owner: Op | StateEntry | None = None
+    ) -> None:
         self.type = kind
         self.hint = hint
         self.owner = owner
@@ -186,7 +200,9 @@ class Value:
     def __repr__(self) -> str:
         return f"%{self.hint or '?'}"
 
-    def replace_uses(self, new: Value, where: Callable[[Op], bool] = lambda op: True) -> None:
+    def replace_uses(
+        self, new: Value, where: Callable[[Op], bool] = lambda op: True
+    ) -> None:
         """Every using op for which `where` holds names `new` instead of this value.
 
         An op that wrote both made a version of each; they are one from here on.
@@ -206,14 +222,25 @@ class Op:
     """One operation: a target applied to nested operands, with flat results.
 
     `versions` maps each value this op writes (directly or through an alias) to its version afterwards;
-    `origin` is the op this one is a copy of. Operands change only through `set_operands` and `replace_operand`,
-    so use lists cannot go stale.
+    `origin` is the op this one is a copy of. Operands change only through `set_operands` and
+    `replace_operand`, so use lists cannot go stale.
     """
 
     __slots__ = (
-        "args", "context", "effects", "form", "kwargs", "loc", "operands", "origin", "regions", "results", "scope", "target",
+        "args",
+        "context",
+        "effects",
+        "form",
+        "kwargs",
+        "loc",
+        "operands",
+        "origin",
+        "regions",
+        "results",
+        "scope",
+        "target",
         "versions",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -266,7 +293,9 @@ class Op:
         """The values the op needs: its operands, then the aliases it renews without naming them."""
         if not self.versions:
             return self.operands
-        return self.operands + [old for old in self.versions if old not in self.operands]
+        return self.operands + [
+            old for old in self.versions if old not in self.operands
+        ]
 
     def definitions(self) -> Iterator[Value]:
         """Results, then versions."""
@@ -292,12 +321,25 @@ class Op:
         self.set_operands(substitute(self.args, swap), substitute(self.kwargs, swap))
 
     def copy(self, swap: dict[Value, Value]) -> Op:
-        """A twin of this op that reads `swap[v]` in place of `v`, with results of its own and this op as its origin."""
-        args, kwargs = (substitute(self.args, swap), substitute(self.kwargs, swap)) if swap else (self.args, self.kwargs)
+        """A twin of this op that reads `swap[v]` in place of `v`, with results of its own and this op as its
+        origin.
+        """
+        args, kwargs = (
+            (substitute(self.args, swap), substitute(self.kwargs, swap))
+            if swap
+            else (self.args, self.kwargs)
+        )
         twin = Op(
-            self.target, args, kwargs, effects=self.effects, scope=self.scope, context=self.context, loc=self.loc, form=self.form,
+            self.target,
+            args,
+            kwargs,
+            effects=self.effects,
+            scope=self.scope,
+            context=self.context,
+            loc=self.loc,
+            form=self.form,
             regions=tuple(region.copy() for region in self.regions),
-        )  # fmt: skip
+        )
         twin.origin = self.origin or self
         for result in self.results:
             twin.add_result(result.type, result.hint)
@@ -327,17 +369,28 @@ class Op:
 
     @property
     def returned(self) -> tuple[Any, ...] | None:
-        """Of an op that returns tensors anywhere in a structure: where they are in it, and the numbers and texts that are there too, in
-        order; () for nothing but tensors in a row. None for other ops."""
+        """Of an op that returns tensors anywhere in a structure: where they are in it, and the numbers and
+        texts that are there too, in order; () for nothing but tensors in a row. None for other ops.
+        """
         if self.form == "tensors":
             return ()
-        return self.form[1:] if isinstance(self.form, tuple) and self.form[:1] == ("tensors",) else None
+        return (
+            self.form[1:]
+            if isinstance(self.form, tuple) and self.form[:1] == ("tensors",)
+            else None
+        )
 
     @property
     def is_view(self) -> bool:
-        """True when the op does nothing but take views of its operands. A dropout that returns its operand when it is off does more."""
+        """True when the op does nothing but take views of its operands. A dropout that returns its operand
+        when it is off does more.
+        """
         does_more = self.effects.writes or self.effects.random
-        return bool(self.effects.views) and None not in self.effects.views and not does_more
+        return (
+            bool(self.effects.views)
+            and None not in self.effects.views
+            and not does_more
+        )
 
     def where(self) -> str:
         """The place of the op for an error message: source line and module path."""
@@ -353,7 +406,9 @@ class Region:
 
     __slots__ = ("name", "ops", "output", "params")
 
-    def __init__(self, name: str, params: list[Value], ops: list[Op], output: Op) -> None:
+    def __init__(
+        self, name: str, params: list[Value], ops: list[Op], output: Op
+    ) -> None:
         self.name, self.params, self.ops, self.output = name, params, ops, output
 
     def copy(self) -> Region:
@@ -366,7 +421,9 @@ class Region:
             ops.append(twin)
             swap |= zip(op.results, twin.results, strict=True)
         params = [swap[param] for param in self.params]
-        return Region(self.name, params, ops, Op("output", substitute(self.output.args, swap)))
+        return Region(
+            self.name, params, ops, Op("output", substitute(self.output.args, swap))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,8 +440,9 @@ KINDS = ("param", "buffer", "const")
 class StateEntry:
     """One distinct tensor of the model: all its names, and which storage it lives in.
 
-    `transient` are the names that stay out of the state_dict. `tensor` and `storage` are identities: entries with
-    equal `tensor` are one tensor under two names (merged by resolve-aliases), with equal `storage` overlap in memory.
+    `transient` are the names that stay out of the state_dict. `tensor` and `storage` are identities: entries
+    with equal `tensor` are one tensor under two names (merged by resolve-aliases), with equal `storage`
+    overlap in memory.
     """
 
     names: tuple[str, ...]
@@ -428,7 +486,8 @@ ROUTES = ("send", "relay", "feed", "recompute")
 
 @dataclass(eq=False)
 class Transfer:
-    """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed from the first one.
+    """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed
+    from the first one.
 
     By the route `recompute` nothing travels: the stage computes the value itself, as `made`.
     """
@@ -442,7 +501,11 @@ class Transfer:
     @property
     def hops(self) -> int:
         """How many stages a relayed value passes through."""
-        return max(0, self.target - (0 if self.source is None else self.source + 1)) if self.route == "relay" else 0
+        return (
+            max(0, self.target - (0 if self.source is None else self.source + 1))
+            if self.route == "relay"
+            else 0
+        )
 
     @property
     def via(self) -> tuple[int, ...]:
@@ -455,8 +518,8 @@ class Transfer:
 class Program:
     """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase.
 
-    output_names: for people, where each output lies in what the model returns (`logits`, `hidden[1]`), where that is known. As hints
-    of values, it means nothing; it is not in the text.
+    output_names: for people, where each output lies in what the model returns (`logits`, `hidden[1]`), where
+    that is known. As hints of values, it means nothing; it is not in the text.
     """
 
     def __init__(self, name: str) -> None:
@@ -495,7 +558,9 @@ class Program:
     def raise_phase(self, phase: str) -> None:
         """The program is in `phase`, which must not lie before the present one."""
         if PHASES.index(phase) < PHASES.index(self.phase):
-            raise StagecutError(f"a program's phase only rises: it is '{self.phase}', not yet '{phase}'")
+            raise StagecutError(
+                f"a program's phase only rises: it is '{self.phase}', not yet '{phase}'"
+            )
         self.phase = phase
 
     def remove_ops(self, dead: set[Op]) -> None:
@@ -504,11 +569,19 @@ class Program:
         for op in gone:
             for value in op.definitions():
                 if any(user not in dead for user in value.uses):
-                    raise StagecutError(f"{op.target} cannot be removed: its result is still used", where=op.where())
+                    raise StagecutError(
+                        f"{op.target} cannot be removed: its result is still used",
+                        where=op.where(),
+                    )
         for op in gone:
             op.drop()
         self.ops = [op for op in self.ops if op not in dead]
-        self.transfers = [t for t in self.transfers if t.value.owner not in dead and (t.made is None or t.made.owner not in dead)]
+        self.transfers = [
+            t
+            for t in self.transfers
+            if t.value.owner not in dead
+            and (t.made is None or t.made.owner not in dead)
+        ]
         for stage in self.stages:
             stage.ops = [op for op in stage.ops if op not in dead]
 
@@ -559,17 +632,25 @@ def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: transform(item, leaf) for key, item in tree.items()}
     if isinstance(tree, slice):
-        return slice(transform(tree.start, leaf), transform(tree.stop, leaf), transform(tree.step, leaf))
+        return slice(
+            transform(tree.start, leaf),
+            transform(tree.stop, leaf),
+            transform(tree.step, leaf),
+        )
     return leaf(tree)
 
 
 def substitute(tree: Any, swap: dict[Value, Value]) -> Any:
     """`tree` with every value replaced that `swap` has a new value for."""
-    return transform(tree, lambda item: swap.get(item, item) if type(item) is Value else item)
+    return transform(
+        tree, lambda item: swap.get(item, item) if type(item) is Value else item
+    )
 
 
 def closest_name(names: tuple[str, ...], path: str) -> str:
-    """The name of a tied tensor that lies nearest to the module at `path`: the longest common module path wins."""
+    """The name of a tied tensor that lies nearest to the module at `path`: the longest common module path
+    wins.
+    """
     if len(names) == 1:
         return names[0]
     parts = path.split(".")

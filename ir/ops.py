@@ -1,9 +1,10 @@
-"""What is known of single ops of torch that their schemas do not say: one table, by the name of the op. No torch here.
+"""What is known of single ops of torch that their schemas do not say: one table, by the name of the op. No
+torch here.
 
-One op of torch has many spellings: `aten.detach.default` in an exported program, `torch.detach` and `method.detach` in a GraphModule,
-`builtins.getattr(x, "data")` for an attribute. The user's own code may have any name at all: a module `enc.data`, a function `detach`. So
-no rule reads a target: it asks for the facts of an op, and the user's code has none. An op that the table does not know behaves as its
-schema says.
+One op of torch has many spellings: `aten.detach.default` in an exported program, `torch.detach` and
+`method.detach` in a GraphModule, `builtins.getattr(x, "data")` for an attribute. The user's own code may have
+any name at all: a module `enc.data`, a function `detach`. So no rule reads a target: it asks for the facts of
+an op, and the user's code has none. An op that the table does not know behaves as its schema says.
 """
 
 from __future__ import annotations
@@ -28,15 +29,21 @@ class Facts:
     copies: bool = False
     """Its result is a new tensor, though one in a trace shares storage with the operand. Lowering."""
     reshapes: bool = False
-    """In place it gives a tensor another shape, or detaches it, and writes nothing in memory. Lowering takes the view instead."""
+    """In place it gives a tensor another shape, or detaches it, and writes nothing in memory. Lowering takes
+    the view instead.
+    """
     cuts_gradient: bool = False
     """Its results never carry gradient. Infer-gradients."""
     returns_operand: bool = False
-    """Where there is nothing to do it returns the very tensor that it is given, with its history. Infer-gradients, lowering."""
+    """Where there is nothing to do it returns the very tensor that it is given, with its history.
+    Infer-gradients, lowering.
+    """
     guard: bool = False
     """A tracer adds it to check its own assumptions; it computes nothing. Canonicalize, validator."""
     attention: bool = False
-    """It is scaled_dot_product_attention. Causal-attention; costs: on a GPU it keeps operands, result and a number a row."""
+    """It is scaled_dot_product_attention. Causal-attention; costs: on a GPU it keeps operands, result and a
+    number a row.
+    """
     heavy: bool = False
     """It computes more than it moves. Recompute, balance: it is never done twice unasked."""
     reads_around: bool = False
@@ -52,7 +59,9 @@ class Facts:
     iteration: str = ""
     """The overload that Python's own unpacking of its operand stands for. Emission."""
     bindings: Mapping[str, str] = field(default_factory=dict)
-    """Overload -> torch's binding that takes the same arguments in the same order and calls just that overload. Emission."""
+    """Overload -> torch's binding that takes the same arguments in the same order and calls just that
+    overload. Emission.
+    """
 
 
 NOTHING = Facts()
@@ -66,42 +75,99 @@ def _facts() -> dict[str, Facts]:
         for name in names.split() if isinstance(names, str) else names:
             table[name] = replace(table.get(name, NOTHING), **facts)
 
-    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+    for name in (
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+    ):
         know((name, f"{name}_"), training={"default": 2}, off_is_operand=True)
     know("native_dropout", training={"default": 2})
     know("rrelu rrelu_", training={"default": 3})
-    know("batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm instance_norm", training={"default": 5}, statistics=(3, 4))
+    know(
+        "batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm instance_norm",
+        training={"default": 5},
+        statistics=(3, 4),
+    )
     know("lstm gru rnn_tanh rnn_relu", training={"input": 6, "data": 7})
     know("_cudnn_rnn", training={"default": 12})
     know("miopen_rnn", training={"default": 10})
     know("lift_fresh_copy", copies=True)
-    know("t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_", reshapes=True)
+    know(
+        "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_",
+        reshapes=True,
+    )
 
     know("data detach detach_", cuts_gradient=True)
-    know("zeros_like ones_like full_like empty_like rand_like randn_like randint_like", cuts_gradient=True)
-    know("new_zeros new_ones new_full new_empty new_empty_strided new_tensor", cuts_gradient=True)
-    know("to type_as contiguous flatten positive lift_fresh broadcast_tensors atleast_1d atleast_2d atleast_3d", returns_operand=True)
-    know("float double half bfloat16 int long bool cpu cuda real conj resolve_conj resolve_neg", returns_operand=True)
-    know("dropout feature_dropout alpha_dropout feature_alpha_dropout", returns_operand=True)
-    know("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size", guard=True)
+    know(
+        "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
+        cuts_gradient=True,
+    )
+    know(
+        "new_zeros new_ones new_full new_empty new_empty_strided new_tensor",
+        cuts_gradient=True,
+    )
+    know(
+        "to type_as contiguous flatten positive lift_fresh broadcast_tensors atleast_1d atleast_2d "
+        "atleast_3d",
+        returns_operand=True,
+    )
+    know(
+        "float double half bfloat16 int long bool cpu cuda real conj resolve_conj resolve_neg",
+        returns_operand=True,
+    )
+    know(
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout",
+        returns_operand=True,
+    )
+    know(
+        "_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size",
+        guard=True,
+    )
 
-    know("mm bmm addmm baddbmm addbmm matmul linear bilinear einsum dot vdot mv addmv addr cdist tensordot chain_matmul", heavy=True)
-    know("conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d", heavy=True)
-    know("convolution_overrideable convolution_backward cudnn_convolution _slow_conv2d_forward _scaled_mm", heavy=True)
+    know(
+        "mm bmm addmm baddbmm addbmm matmul linear bilinear einsum dot vdot mv addmv addr cdist tensordot "
+        "chain_matmul",
+        heavy=True,
+    )
+    know(
+        "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d",
+        heavy=True,
+    )
+    know(
+        "convolution_overrideable convolution_backward cudnn_convolution _slow_conv2d_forward _scaled_mm",
+        heavy=True,
+    )
     know("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu", heavy=True)
     for kernel in ("_flash_attention", "_efficient_attention"):
         know((f"{kernel}_forward", f"{kernel}_backward"), heavy=True)
     for kernel in ("flash", "efficient", "cudnn"):
-        know((f"_scaled_dot_product_{kernel}_attention", f"_scaled_dot_product_{kernel}_attention_backward"), heavy=True)
+        know(
+            (
+                f"_scaled_dot_product_{kernel}_attention",
+                f"_scaled_dot_product_{kernel}_attention_backward",
+            ),
+            heavy=True,
+        )
     know("higher_order.flex_attention higher_order.flex_attention_backward", heavy=True)
     know("scaled_dot_product_attention", attention=True)
     know("rms_norm _fused_rms_norm", norm_of_rows=True)
-    know("_grouped_mm grouped_mm transformers.grouped_mm_fallback", grouped_product=True, heavy=True)
+    know(
+        "_grouped_mm grouped_mm transformers.grouped_mm_fallback",
+        grouped_product=True,
+        heavy=True,
+    )
 
     know("as_strided as_strided_ as_strided_copy as_strided_scatter", reads_around=True)
     know("data", past_autograd=True)
-    know("empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided", uninitialised=True)
-    know("_empty_affine_quantized _empty_per_channel_affine_quantized", uninitialised=True)
+    know(
+        "empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided",
+        uninitialised=True,
+    )
+    know(
+        "_empty_affine_quantized _empty_per_channel_affine_quantized",
+        uninitialised=True,
+    )
 
     know("unbind", iteration="int")
     for home, overloads in _BINDINGS.items():
@@ -112,11 +178,13 @@ def _facts() -> dict[str, Facts]:
 
 _BINDINGS = {
     "torch": """
-        add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg.default rsqrt.default sqrt.default exp.default tanh.default
-        sigmoid.default sin.default cos.default relu.default mean.dim softmax.int dropout.default matmul.default mm.default bmm.default
-        embedding.default layer_norm.default rms_norm.default group_norm.default batch_norm.default conv1d.default conv2d.default
-        cat.default stack.default chunk.default transpose.int permute.default unsqueeze.default squeeze.dim flatten.using_ints
-        unflatten.int reshape.default
+        add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg.default
+        rsqrt.default sqrt.default exp.default tanh.default sigmoid.default sin.default
+        cos.default relu.default mean.dim softmax.int dropout.default matmul.default
+        mm.default bmm.default embedding.default layer_norm.default rms_norm.default
+        group_norm.default batch_norm.default conv1d.default conv2d.default cat.default
+        stack.default chunk.default transpose.int permute.default unsqueeze.default
+        squeeze.dim flatten.using_ints unflatten.int reshape.default
     """,
     "torch.nn.functional": "linear.default gelu.default scaled_dot_product_attention.default",
     "torch.Tensor": "view.default expand.default contiguous.default",
@@ -141,7 +209,9 @@ def facts_of(name: str) -> Facts:
 
 
 def base_name(op: Op) -> str:
-    """The name of an op of torch, however it is spelled: without namespace and overload. '' for all that is not torch's."""
+    """The name of an op of torch, however it is spelled: without namespace and overload. '' for all that is
+    not torch's.
+    """
     target = op.target
     if target.kind in (Kind.ATEN, Kind.METHOD, Kind.TORCH):
         return target.name
@@ -165,7 +235,9 @@ def library_name(op: Op) -> str:
 
 
 def is_heavy(op: Op) -> bool:
-    """True for an op that computes more than it moves, and for one of another library, of which nobody knows."""
+    """True for an op that computes more than it moves, and for one of another library, of which nobody
+    knows.
+    """
     return facts(op).heavy or bool(library_name(op))
 
 
@@ -180,22 +252,34 @@ def state_of(op: Op) -> list[Value]:
 
 
 def flag_position(target: Target) -> int | None:
-    """Where the training flag stands among the arguments of an overload; None for an overload without one, and for other spellings."""
-    return FACTS.get(target.name, NOTHING).training.get(target.overload) if target.kind is Kind.ATEN else None
+    """Where the training flag stands among the arguments of an overload; None for an overload without one,
+    and for other spellings.
+    """
+    return (
+        FACTS.get(target.name, NOTHING).training.get(target.overload)
+        if target.kind is Kind.ATEN
+        else None
+    )
 
 
 def flag(op: Op) -> Any:
     """The training flag of an op: a bool or a mode. None for an op without one."""
     position = flag_position(op.target)
-    return op.args[position] if position is not None and position < len(op.args) else None
+    return (
+        op.args[position] if position is not None and position < len(op.args) else None
+    )
 
 
 def out_of_place(target: Target) -> str:
-    """The target of the view that an op takes which gives a tensor another shape in place, or detaches it. '' for other ops.
+    """The target of the view that an op takes which gives a tensor another shape in place, or detaches it. ''
+    for other ops.
 
     Nothing in the memory is written, and the other views of it keep their shapes.
     """
-    if target.kind not in (Kind.ATEN, Kind.METHOD, Kind.TORCH) or not facts_of(target.name).reshapes:
+    if (
+        target.kind not in (Kind.ATEN, Kind.METHOD, Kind.TORCH)
+        or not facts_of(target.name).reshapes
+    ):
         return ""
     if target.kind is not Kind.ATEN:
         return target.removesuffix("_")

@@ -67,7 +67,9 @@ def positions(program: Program) -> Positions:
 
 
 def modules_of(stage: Stage, most: int = 4) -> list[str]:
-    """The modules a stage runs, at the deepest depth at which they are no more than `most`, or at the outermost."""
+    """The modules a stage runs, at the deepest depth at which they are no more than `most`, or at the
+    outermost.
+    """
     paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
     depth = max((p.count(".") + 1 for p in paths), default=0)
     while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:

@@ -1,4 +1,6 @@
-"""Expressions over sizes as sympy has them, built node by node: nothing in the text is ever evaluated as Python."""
+"""Expressions over sizes as sympy has them, built node by node: nothing in the text is ever evaluated as
+Python.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,30 @@ MAX_DEPTH = 100
 """Deepest nesting of an expression."""
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 _FUNCTIONS = {
-    "Max": "Max", "Min": "Min", "Mod": "Mod", "PythonMod": "Mod", "floor": "floor", "ceiling": "ceiling", "Abs": "Abs", "sqrt": "sqrt",
-}  # fmt: skip
+    "Max": "Max",
+    "Min": "Min",
+    "Mod": "Mod",
+    "PythonMod": "Mod",
+    "floor": "floor",
+    "ceiling": "ceiling",
+    "Abs": "Abs",
+    "sqrt": "sqrt",
+}
 _OWN: dict[str, Callable[..., Any]] = {
-    "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "CeilDiv": lambda a, b: -(-a // b),
-    "IntTrueDiv": operator.truediv, "ToFloat": lambda a: a,
-}  # fmt: skip
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "CeilDiv": lambda a, b: -(-a // b),
+    "IntTrueDiv": operator.truediv,
+    "ToFloat": lambda a: a,
+}
 """Functions of torch's own for which sympy has none."""
 
 
@@ -38,8 +54,18 @@ def expression(text: str, symbols: Mapping[str, Any]) -> Any:
     """
     try:
         return _build(ast.parse(text.strip(), mode="eval").body, symbols, 0)
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        raise StagecutError(f"'{text[:80]}' is no expression over sizes", hint="numbers, names, + - * / // % and Max, Min, floor") from None
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ):
+        raise StagecutError(
+            f"'{text[:80]}' is no expression over sizes",
+            hint="numbers, names, + - * / // % and Max, Min, floor",
+        ) from None
 
 
 def _build(node: ast.expr, symbols: Mapping[str, Any], depth: int) -> Any:
@@ -51,7 +77,9 @@ def _build(node: ast.expr, symbols: Mapping[str, Any], depth: int) -> Any:
     return found
 
 
-def _node(node: ast.expr, symbols: Mapping[str, Any], inner: Callable[[ast.expr], Any]) -> Any:
+def _node(
+    node: ast.expr, symbols: Mapping[str, Any], inner: Callable[[ast.expr], Any]
+) -> Any:
     import sympy
 
     match node:
@@ -63,11 +91,15 @@ def _node(node: ast.expr, symbols: Mapping[str, Any], inner: Callable[[ast.expr]
             return symbols[name] if name in symbols else sympy.Symbol(name)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -inner(operand)
-        case ast.BinOp(op=ast.Pow(), left=base, right=ast.Constant(value=int() as power)) if 0 <= power <= MAX_POWER:
+        case ast.BinOp(
+            op=ast.Pow(), left=base, right=ast.Constant(value=int() as power)
+        ) if 0 <= power <= MAX_POWER:
             return inner(base) ** power
         case ast.BinOp(op=op, left=left, right=right) if type(op) in _BINARY:
             return _BINARY[type(op)](inner(left), inner(right))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _functions():
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if (
+            name in _functions()
+        ):
             return _functions()[name](*map(inner, args))
     raise ValueError("not in the language of sizes")
 
@@ -86,7 +118,9 @@ def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
 
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}
     try:
-        found = expression(text, symbols).subs({symbols[name]: number for name, number in sizes})
+        found = expression(text, symbols).subs(
+            {symbols[name]: number for name, number in sizes}
+        )
     except StagecutError:
         return None
     return int(found) if found.is_Integer else None

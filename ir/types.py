@@ -9,16 +9,41 @@ Dim = int | str
 """A size: a number, or an expression over symbols such as `s0` or `2*s0`."""
 
 DTYPES: dict[str, str] = {
-    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
-    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8",
-    "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "b8": "bool",
-    "c128": "complex128", "c64": "complex64", "c32": "complex32",
-    "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
-    "f8e4m3fnuz": "float8_e4m3fnuz", "f8e5m2fnuz": "float8_e5m2fnuz", "f8e8m0fnu": "float8_e8m0fnu",
-}  # fmt: skip
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u64": "uint64",
+    "u32": "uint32",
+    "u16": "uint16",
+    "u8": "uint8",
+    "b8": "bool",
+    "c128": "complex128",
+    "c64": "complex64",
+    "c32": "complex32",
+    "f8e4m3fn": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+    "f8e4m3fnuz": "float8_e4m3fnuz",
+    "f8e5m2fnuz": "float8_e5m2fnuz",
+    "f8e8m0fnu": "float8_e8m0fnu",
+}
 """Short name -> torch's name, for every dtype a value may have."""
 
-_BYTES = {"c128": 16, "c64": 8, "f64": 8, "i64": 8, "u64": 8, "c32": 4, "f32": 4, "i32": 4, "u32": 4}
+_BYTES = {
+    "c128": 16,
+    "c64": 8,
+    "f64": 8,
+    "i64": 8,
+    "u64": 8,
+    "c32": 4,
+    "f32": 4,
+    "i32": 4,
+    "u32": 4,
+}
 _BYTES |= {"f16": 2, "bf16": 2, "i16": 2, "u16": 2}
 
 
@@ -46,7 +71,9 @@ class TensorType:
         """Bytes of the elements, or None when a size is symbolic."""
         if any(isinstance(d, str) for d in self.shape):
             return None
-        return math.prod(d for d in self.shape if isinstance(d, int)) * dtype_bytes(self.dtype)
+        return math.prod(d for d in self.shape if isinstance(d, int)) * dtype_bytes(
+            self.dtype
+        )
 
     def __str__(self) -> str:
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -59,7 +86,9 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class ScalarType:
-    """A Python scalar. `expr` is its symbolic expression (`s0`), or the literal it was specialised to (`5`)."""
+    """A Python scalar. `expr` is its symbolic expression (`s0`), or the literal it was specialised to
+    (`5`).
+    """
 
     kind: str
     expr: str | None = None
@@ -94,7 +123,11 @@ def same_layout(one: Type, other: Type) -> bool:
     """True for tensor types of one dtype, in which every element lies in the same place."""
     if not isinstance(one, TensorType) or not isinstance(other, TensorType):
         return False
-    return (one.dtype, one.shape, one.strides) == (other.dtype, other.shape, other.strides)
+    return (one.dtype, one.shape, one.strides) == (
+        other.dtype,
+        other.shape,
+        other.strides,
+    )
 
 
 def carries_grad(kind: Type) -> bool:

@@ -26,17 +26,24 @@ class Canonicalize:
 
 def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
-    behind: set[Value] = set()  # what is written behind the present op, and the roots of that
+    behind: set[Value] = (
+        set()
+    )  # what is written behind the present op, and the roots of that
     aliases = Aliases(ops)
     before = _first_writes(ops, aliases)
     for place, op in reversed([*enumerate(ops)]):
         roots = [(value, aliases.root(value)) for value in op.operands]
-        renews = any(_is_renewed(value, root, behind, before.get(root, place) < place) for value, root in roots)
+        renews = any(
+            _is_renewed(value, root, behind, before.get(root, place) < place)
+            for value, root in roots
+        )
         keep = op.is_split or (not facts(op).guard and (op.has_effect or renews))
         for index in op.effects.writes:
             value = op.operands[index]
             behind.update((value, aliases.root(value)))
-        if not keep and all(user in dead for value in op.definitions() for user in value.uses):
+        if not keep and all(
+            user in dead for value in op.definitions() for user in value.uses
+        ):
             dead.add(op)
     return dead
 
@@ -44,7 +51,8 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
 def _is_renewed(value: Value, root: Value, behind: set[Value], before: bool) -> bool:
     """True for a value of which reading has torch bring the history up to date, for a write behind it.
 
-    That is a view. What the caller or the model brings along may be one too: its history is out of date where it was written before.
+    That is a view. What the caller or the model brings along may be one too: its history is out of date where
+    it was written before.
     """
     if value in behind and viewed_value(value) is not None:
         return True

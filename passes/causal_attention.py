@@ -1,4 +1,6 @@
-"""Attention whose mask hides just the future asks for causal attention instead, for which torch has faster kernels than for masks."""
+"""Attention whose mask hides just the future asks for causal attention instead, for which torch has faster
+kernels than for masks.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,14 @@ from stagecut.ir.ops import facts
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
-"""A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where it can do without; else None."""
+"""A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where it can do without;
+else None.
+"""
 
 
-def _unknown(mask: Value, query: Value, key: Value, value: Value, result: Value) -> str | None:
+def _unknown(
+    mask: Value, query: Value, key: Value, value: Value, result: Value
+) -> str | None:
     return None
 
 
@@ -42,7 +48,9 @@ class CausalAttention:
         arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs
         read = [arguments.get(name) for name in ("attn_mask", "query", "key", "value")]
         values = [operand for operand in read if isinstance(operand, Value)]
-        draws = arguments.get("dropout_p", 0.0) != 0.0  # other kernels draw other numbers
+        draws = (
+            arguments.get("dropout_p", 0.0) != 0.0
+        )  # other kernels draw other numbers
         if len(values) < 4 or draws or arguments.get("is_causal", False) is not False:
             return False
         mask, query, key, value = values

@@ -25,13 +25,26 @@ class InferGradients:
         ops = [*ops]
         history = Aliases(ops, shares=lambda op: not facts(op).cuts_gradient)
         for op in ops:
-            grad = grad_enabled(op.context) and not facts(op).cuts_gradient and any(carries_grad(v.type) for v in op.operands)
+            grad = (
+                grad_enabled(op.context)
+                and not facts(op).cuts_gradient
+                and any(carries_grad(v.type) for v in op.operands)
+            )
             if op.target == BY_MODE:
                 changed |= self._by_mode(op)
             else:
-                changed |= _mark(op.results, [_result_grad(op, i, grad) for i in range(len(op.results))])
+                changed |= _mark(
+                    op.results,
+                    [_result_grad(op, i, grad) for i in range(len(op.results))],
+                )
             written = set(map(history.root, _carriers(op))) if grad else set()
-            changed |= _mark(op.versions.values(), [history.root(v) in written or carries_grad(v.type) for v in op.versions])
+            changed |= _mark(
+                op.versions.values(),
+                [
+                    history.root(v) in written or carries_grad(v.type)
+                    for v in op.versions
+                ],
+            )
         return changed
 
     def _by_mode(self, op: Op) -> bool:
@@ -40,21 +53,30 @@ class InferGradients:
         changed = False
         grads = [False] * len(op.results)
         for region in op.regions:
-            changed |= _mark(region.params, [carries_grad(value.type) for value in operands])
+            changed |= _mark(
+                region.params, [carries_grad(value.type) for value in operands]
+            )
             changed |= self._infer(region.ops)
-            grads = [before or carries_grad(value.type) for before, value in zip(grads, region.output.operands, strict=True)]
+            grads = [
+                before or carries_grad(value.type)
+                for before, value in zip(grads, region.output.operands, strict=True)
+            ]
         return _mark(op.results, grads) or changed
 
 
 def grad_enabled(context: tuple[Context, ...]) -> bool:
-    """True when gradients are recorded under `context`: never in inference mode, else as the innermost grad mode says."""
+    """True when gradients are recorded under `context`: never in inference mode, else as the innermost grad
+    mode says.
+    """
     kinds = [entry.kind for entry in context]
     modes = [kind for kind in kinds if kind in ("no_grad", "enable_grad")]
     return "inference_mode" not in kinds and (not modes or modes[-1] == "enable_grad")
 
 
 def _result_grad(op: Op, index: int, grad: bool) -> bool:
-    """A view carries the gradient of what it views; an operand written in place keeps its own, whatever the mode."""
+    """A view carries the gradient of what it views; an operand written in place keeps its own, whatever the
+    mode.
+    """
     viewed = op.effects.viewed(index)
     if viewed is None:
         return grad
@@ -67,22 +89,30 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
 
 
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
-    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So does a module or a
-    function of the user's that returns what it is given."""
-    return (op.is_users or facts(op).returns_operand) and same_layout(op.results[index].type, op.operands[viewed].type)
+    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So
+    does a module or a function of the user's that returns what it is given.
+    """
+    return (op.is_users or facts(op).returns_operand) and same_layout(
+        op.results[index].type, op.operands[viewed].type
+    )
 
 
 def _carriers(op: Op) -> list[Value]:
     """What `op` writes that carries the gradient of its operands afterwards.
 
-    An op of torch that is in place returns what it wrote, or nothing; one with results of its own writes statistics on the side. The
-    user's code may write any tensor that it is given; what a module writes of its own are statistics.
+    An op of torch that is in place returns what it wrote, or nothing; one with results of its own writes
+    statistics on the side. The user's code may write any tensor that it is given; what a module writes of its
+    own are statistics.
     """
     written = [op.operands[place] for place in op.effects.writes]
     if op.is_users:
         own = set(state_of(op))
         return [value for value in written if value not in own]
-    in_place = op.target == BY_MODE or not op.results or any(viewed is not None for viewed in op.effects.views)
+    in_place = (
+        op.target == BY_MODE
+        or not op.results
+        or any(viewed is not None for viewed in op.effects.views)
+    )
     return written if in_place else []
 
 

@@ -10,10 +10,12 @@ from stagecut.ir.outline import positions
 
 @dataclass(frozen=True)
 class Liveness:
-    """Every stage lists its inputs and outputs, and every value that crosses has a transfer to each stage that uses it.
+    """Every stage lists its inputs and outputs, and every value that crosses has a transfer to each stage
+    that uses it.
 
-    Inputs: the user inputs it reads in signature order, then the rest as the stages before it list them. Outputs: parameters
-    it sends on, then values in order of definition; those of the last stage in the order the model returns them.
+    Inputs: the user inputs it reads in signature order, then the rest as the stages before it list them.
+    Outputs: parameters it sends on, then values in order of definition; those of the last stage in the order
+    the model returns them.
     """
 
     name = "liveness"
@@ -28,11 +30,25 @@ class Liveness:
             _send_parameters(program, live, order)
             stage.inputs = _in_order(live, order)
             stage.outputs = where.live_outs(stage.ops)
-            order |= {v: (stage.index, len(program.state) + place) for place, v in enumerate(stage.outputs)}
-        _send_parameters(program, [v for v in program.output.operands if v.owner not in program.stages[-1].state], order)
+            order |= {
+                v: (stage.index, len(program.state) + place)
+                for place, v in enumerate(stage.outputs)
+            }
+        _send_parameters(
+            program,
+            [
+                v
+                for v in program.output.operands
+                if v.owner not in program.stages[-1].state
+            ],
+            order,
+        )
         _returned_last(program)
         for stage in program.stages:
-            program.transfers += [Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index) for v in stage.inputs]
+            program.transfers += [
+                Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index)
+                for v in stage.inputs
+            ]
         return _linked(program)
 
 
@@ -44,7 +60,9 @@ def _in_order(live: list[Value], order: dict[Value, tuple[int, int]]) -> list[Va
     return sorted(live, key=order.__getitem__)
 
 
-def _send_parameters(program: Program, live: list[Value], order: dict[Value, tuple[int, int]]) -> None:
+def _send_parameters(
+    program: Program, live: list[Value], order: dict[Value, tuple[int, int]]
+) -> None:
     """The stages that hold the parameters among `live` list them first among their outputs."""
     for value in live:
         if isinstance(value.owner, StateEntry) and value not in order:
@@ -57,5 +75,9 @@ def _send_parameters(program: Program, live: list[Value], order: dict[Value, tup
 def _returned_last(program: Program) -> None:
     last = program.stages[-1]
     own = set(last.outputs)
-    returned = [v for v in dict.fromkeys(program.output.operands) if v in own or v.owner in last.state]
+    returned = [
+        v
+        for v in dict.fromkeys(program.output.operands)
+        if v in own or v.owner in last.state
+    ]
     last.outputs = returned

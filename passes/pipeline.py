@@ -68,6 +68,8 @@ def pass_by_name(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     known = [f.name for f in fields(kind)]
     for option in options or {}:
         if option not in known:
-            raise PassError(f"pass '{name}' has no option '{option}'", hint=nearest(option, known))
+            raise PassError(
+                f"pass '{name}' has no option '{option}'", hint=nearest(option, known)
+            )
     made: Pass = kind(**(options or {}))
     return made

@@ -1,4 +1,6 @@
-"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew. So does what is read around."""
+"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew. So
+does what is read around.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,17 @@ from stagecut.ir.types import carries_grad
 class RebaseViews:
     """A stage that writes a value receives its storage once.
 
-    Two values that share storage arrive in another process as two tensors, and a write to one would not show in the
-    other. So the stage receives only the value they are views of, and takes the views itself. It does so too for a view around which
-    as_strided reads: a view arrives without the rest of its storage.
+    Two values that share storage arrive in another process as two tensors, and a write to one would not show
+    in the other. So the stage receives only the value they are views of, and takes the views itself. It does
+    so too for a view around which as_strided reads: a view arrives without the rest of its storage.
     """
 
     name = "rebase-views"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "partitioned" or any(stage.state for stage in program.stages):
+        if program.phase != "partitioned" or any(
+            stage.state for stage in program.stages
+        ):
             return False
         stages = _Stages(program)
         changed = False
@@ -40,12 +44,21 @@ class _Stages:
     """Where values are defined, and what they are views of."""
 
     def __init__(self, program: Program) -> None:
-        self._home: dict[Value, int] = {v: stage.index for stage in program.stages for op in stage.ops for v in op.definitions()}
-        self._stage_of: dict[Op, int] = {op: stage.index for stage in program.stages for op in stage.ops}
+        self._home: dict[Value, int] = {
+            v: stage.index
+            for stage in program.stages
+            for op in stage.ops
+            for v in op.definitions()
+        }
+        self._stage_of: dict[Op, int] = {
+            op: stage.index for stage in program.stages for op in stage.ops
+        }
         self._ops = program.all_ops
 
     def rebase(self, stage: Stage) -> bool:
-        """No two values of one storage cross into `stage` and are written there; True when that took a change."""
+        """No two values of one storage cross into `stage` and are written there; True when that took a
+        change.
+        """
         twins: dict[tuple[Op, Value], Op] = {}
         changed = False
         for op in list(stage.ops):
@@ -56,13 +69,18 @@ class _Stages:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values from other stages through which `op` writes, which it renews, or reads while it writes, where they must
-        be unified."""
+        """By root, the values from other stages through which `op` writes, which it renews, or reads while it
+        writes, where they must be unified.
+        """
         written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
-        whole = {root for value in written if not isinstance((root := self._steps(value)[0]).owner, Op)}  # inputs and state need not cross
+        whole = {
+            root
+            for value in written
+            if not isinstance((root := self._steps(value)[0]).owner, Op)
+        }  # inputs and state need not cross
         for value in self._received(op.operands, here):
             root = self._steps(value)[0]
             if root in whole:
@@ -70,7 +88,11 @@ class _Stages:
             beside = found.get(root, [value])
             if value not in beside:
                 beside.append(value)
-        return {root: values for root, values in found.items() if len(values) > 1 or not isinstance(root.owner, Op)}
+        return {
+            root: values
+            for root, values in found.items()
+            if len(values) > 1 or not isinstance(root.owner, Op)
+        }
 
     def _received(self, values: list[Value], here: int) -> list[Value]:
         """The values from other stages that these are or are views of, each once."""
@@ -78,8 +100,14 @@ class _Stages:
         return [value for value in entries if self._home.get(value, here) != here]
 
     def _entry(self, value: Value, here: int) -> Value:
-        """The value `value` was made a view of in stage `here`. What a write made there is its own: that write saw to the rest."""
-        while self._home.get(value) == here and (base := viewed_value(value)) is not None and not _is_of_write(value):
+        """The value `value` was made a view of in stage `here`. What a write made there is its own: that
+        write saw to the rest.
+        """
+        while (
+            self._home.get(value) == here
+            and (base := viewed_value(value)) is not None
+            and not _is_of_write(value)
+        ):
             value = base
         return value
 
@@ -93,14 +121,26 @@ class _Stages:
             member = unwritten(base)
         return member, steps
 
-    def _derive(self, root: Value, crossing: list[Value], op: Op, stage: Stage, twins: dict[tuple[Op, Value], Op]) -> bool:
+    def _derive(
+        self,
+        root: Value,
+        crossing: list[Value],
+        op: Op,
+        stage: Stage,
+        twins: dict[tuple[Op, Value], Op],
+    ) -> bool:
         base = self._base(root, crossing, op)
         if base is None:  # then nobody need see the write who does not read it
-            crossing = [v for v in crossing if v in op.operands or v not in op.versions or op.versions[v].uses]
+            crossing = [
+                v
+                for v in crossing
+                if v in op.operands or v not in op.versions or op.versions[v].uses
+            ]
             base = self._base(root, crossing, op)
         if base is None and self._shows(op, root):
             raise SplitError(
-                f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and does not have that tensor",
+                f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and "
+                "does not have that tensor",
                 where=op.where(),
                 hint="cut so that the views and the write lie in one stage, or clone what is written",
             )
@@ -120,9 +160,13 @@ class _Stages:
                     continue
                 if root in self._written or _loses(value, steps):
                     raise SplitError(
-                        f"stage {stage.index} has a part of a tensor that is written, and {op.target} may read the rest of it",
+                        f"stage {stage.index} has a part of a tensor that is written, and {op.target} may "
+                        "read the rest of it",
                         where=op.where(),
-                        hint="cut so that this op lies in the stage that makes the tensor, or index the tensor instead",
+                        hint=(
+                            "cut so that this op lies in the stage that makes the tensor, or index the "
+                            "tensor instead"
+                        ),
                     )
                 self._retake(root, [value], stage, twins)
                 changed = True
@@ -134,50 +178,96 @@ class _Stages:
         """The roots of all storages that are written."""
         return Aliases(self._ops()).written
 
-    def _retake(self, base: Value, crossing: list[Value], stage: Stage, twins: dict[tuple[Op, Value], Op]) -> None:
+    def _retake(
+        self,
+        base: Value,
+        crossing: list[Value],
+        stage: Stage,
+        twins: dict[tuple[Op, Value], Op],
+    ) -> None:
         """The stage takes the views `crossing` of `base` itself."""
         known = len(self._steps(base)[1])
         for value in crossing:
             if value is base:
                 continue
             derived, steps = base, self._steps(value)[1]
-            anew: dict[Value, Value] = {}  # an operand that only lends its shape may be one of the views on the way
+            anew: dict[
+                Value, Value
+            ] = {}  # an operand that only lends its shape may be one of the views on the way
             for view, index in reversed(steps[: len(steps) - known]):
-                derived = self._twin(view, index, derived, base, stage.index, twins, anew).results[index]
+                derived = self._twin(
+                    view, index, derived, base, stage.index, twins, anew
+                ).results[index]
                 anew[view.results[index]] = derived
-            value.replace_uses(derived, lambda user: self._stage_of.get(user) == stage.index)
+            value.replace_uses(
+                derived, lambda user: self._stage_of.get(user) == stage.index
+            )
 
     def _shows(self, op: Op, root: Value) -> bool:
         """True when what `op` writes is read later through another value in the storage of `root`."""
         written = {op.operands[i] for i in op.effects.writes}
-        return any(new.uses and old not in written and self._steps(old)[0] is root for old, new in op.versions.items())
+        return any(
+            new.uses and old not in written and self._steps(old)[0] is root
+            for old, new in op.versions.items()
+        )
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
-        """The value at hand that all of `crossing` are or are views of, gradient and all; the root where that is one."""
+        """The value at hand that all of `crossing` are or are views of, gradient and all; the root where that
+        is one.
+        """
         paths = {value: self._steps(value)[1] for value in crossing}
         found: list[tuple[int, bool, Value]] = []
         for value in dict.fromkeys([*op.reads, *crossing]):
             origin, steps = self._steps(value)
-            leads = all(path[len(path) - len(steps) :] == steps for path in paths.values())
-            if origin is root and leads and not any(_loses(view, path[: len(path) - len(steps)]) for view, path in paths.items()):
+            leads = all(
+                path[len(path) - len(steps) :] == steps for path in paths.values()
+            )
+            if (
+                origin is root
+                and leads
+                and not any(
+                    _loses(view, path[: len(path) - len(steps)])
+                    for view, path in paths.items()
+                )
+            ):
                 found.append((len(steps), unwritten(value) is not root, value))
         return min(found, key=lambda item: item[:2])[2] if found else None
 
     def _twin(
-        self, view: Op, index: int, base: Value, whole: Value, here: int, twins: dict[tuple[Op, Value], Op], anew: dict[Value, Value]
+        self,
+        view: Op,
+        index: int,
+        base: Value,
+        whole: Value,
+        here: int,
+        twins: dict[tuple[Op, Value], Op],
+        anew: dict[Value, Value],
     ) -> Op:
-        """The view op on `base`, which is `whole` or a view of it, in stage `here`; `anew` are the views of `whole` there are already."""
+        """The view op on `base`, which is `whole` or a view of it, in stage `here`; `anew` are the views of
+        `whole` there are already.
+        """
         if view.has_effect:
             raise SplitError(
-                f"stage {here} writes the result of {view.target}, which may or may not be the tensor it was given",
+                f"stage {here} writes the result of {view.target}, which may or may not be the tensor it "
+                "was given",
                 where=view.where(),
                 hint="cut so that this op and the write lie in one stage, or clone its result",
             )
         if (view, base) not in twins:
             viewed = view.effects.viewed(index)
-            steps = self._steps(whole)  # an operand that only lends its shape may be the whole itself
-            now = {operand: whole for operand in view.operands if self._steps(operand) == steps}
-            now |= {operand: anew[member] for operand in view.operands if (member := unwritten(operand)) in anew}
+            steps = self._steps(
+                whole
+            )  # an operand that only lends its shape may be the whole itself
+            now = {
+                operand: whole
+                for operand in view.operands
+                if self._steps(operand) == steps
+            }
+            now |= {
+                operand: anew[member]
+                for operand in view.operands
+                if (member := unwritten(operand)) in anew
+            }
             if viewed is not None:
                 now[view.operands[viewed]] = base
             twin = twins[view, base] = view.copy(now)
@@ -188,11 +278,16 @@ class _Stages:
 
 def _is_of_write(value: Value) -> bool:
     """True for a view of what its op writes."""
-    return isinstance(value.owner, Op) and value.owner.effects.viewed(value.index) in value.owner.effects.writes
+    return (
+        isinstance(value.owner, Op)
+        and value.owner.effects.viewed(value.index) in value.owner.effects.writes
+    )
 
 
 def _loses(value: Value, steps: list[tuple[Op, int]]) -> bool:
-    """True when `value` carries gradient, and taken anew by `steps` it would not: what was written into a detached tensor does so."""
+    """True when `value` carries gradient, and taken anew by `steps` it would not: what was written into a
+    detached tensor does so.
+    """
     return carries_grad(value.type) and any(facts(op).cuts_gradient for op, _ in steps)
 
 
@@ -202,7 +297,11 @@ def _remove_dead_views(program: Program) -> None:
     for stage in reversed(program.stages):
         idle: set[Op] = set()
         for op in reversed(stage.ops):
-            if not op.has_effect and all(user in dead or user in idle for v in op.definitions() for user in v.uses):
+            if not op.has_effect and all(
+                user in dead or user in idle
+                for v in op.definitions()
+                for user in v.uses
+            ):
                 idle.add(op)
         if len(idle) < len(stage.ops):
             dead |= idle

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.errors import SplitError, nearest
-from stagecut.ir.graph import PURE, WHOLE, Op, Program, Stage, StateEntry, Transfer, Value
+from stagecut.ir.graph import (
+    PURE,
+    WHOLE,
+    Op,
+    Program,
+    Stage,
+    StateEntry,
+    Transfer,
+    Value,
+)
 from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.types import carries_grad, value_bytes
 
@@ -14,7 +23,8 @@ START = 256 * 1024
 """What starting an op costs: the bytes a link of 50 GB/s (400 Gb/s InfiniBand) carries in 5 microseconds."""
 
 MEMORY = 64
-"""Bytes an op reads and writes in the time in which that link carries one, with a memory of 3.35 TB/s (H100)."""
+"""Bytes an op reads and writes in the time in which that link carries one, with a memory of 3.35 TB/s (H100).
+"""
 
 DEEPEST = 64
 """How many ops in a row are looked at, at most."""
@@ -24,12 +34,14 @@ RECOMPUTE, RELAY = "recompute", "relay"
 
 @dataclass(frozen=True)
 class Recompute:
-    """A value that is cheaper to compute than to send is computed in every stage that reads it; ops left without readers are gone.
+    """A value that is cheaper to compute than to send is computed in every stage that reads it; ops left
+    without readers are gone.
 
-    Only what no write, no random number and no gradient touches, so results and gradients stay bit for bit the same. Costs are
-    in bytes sent: START for each op, and what it reads and writes over MEMORY, against the value's bytes times the stages it
-    travels; a view costs nothing. Ops without operands (arange, full, zeros) are always computed where they are read. A buffer or
-    a constant that is read there is held there too.
+    Only what no write, no random number and no gradient touches, so results and gradients stay bit for bit
+    the same. Costs are in bytes sent: START for each op, and what it reads and writes over MEMORY, against
+    the value's bytes times the stages it travels; a view costs nothing. Ops without operands (arange, full,
+    zeros) are always computed where they are read. A buffer or a constant that is read there is held there
+    too.
 
     routes: (name of a value, 'recompute' or 'relay') as the user wants it, whatever it costs.
     """
@@ -38,7 +50,11 @@ class Recompute:
     name = "recompute"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "partitioned" or program.transfers or any(stage.state for stage in program.stages):
+        if (
+            program.phase != "partitioned"
+            or program.transfers
+            or any(stage.state for stage in program.stages)
+        ):
             return False
         work = _Work(program, dict(self.routes))
         for stage in program.stages:
@@ -52,7 +68,9 @@ class _Work:
         self._program, self._routes = program, routes
         self._home = {op: stage.index for stage in program.stages for op in stage.ops}
         self._aliases = Aliases(program.all_ops(), program.state)
-        self._reach: dict[Value, int] = {value: len(program.stages) - 1 for value in program.output.operands}
+        self._reach: dict[Value, int] = {
+            value: len(program.stages) - 1 for value in program.output.operands
+        }
         self._returned = {storage_root(value) for value in program.output.operands}
         """Storage that the caller gets: who shares it there must go on to."""
         self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
@@ -63,20 +81,34 @@ class _Work:
 
     def visit(self, stage: Stage) -> None:
         """Decides for what `stage` defines and later ones read. Earlier stages are decided."""
-        idle = all(self._is_source(op) for op in stage.ops)  # the user asked for this stage: do not leave it empty
+        idle = all(
+            self._is_source(op) for op in stage.ops
+        )  # the user asked for this stage: do not leave it empty
         for op in stage.ops:
             for value in op.definitions():
-                later = sorted({here for user in value.uses if (here := self._home.get(user, 0)) > stage.index})
+                later = sorted(
+                    {
+                        here
+                        for user in value.uses
+                        if (here := self._home.get(user, 0)) > stage.index
+                    }
+                )
                 if later:
                     self._crossing.add(value.hint)
                     asked = self._routes.get(value.hint)
                     source = self._is_source(op) and not idle
-                    if asked != RELAY and (asked == RECOMPUTE or source or not carries_grad(value.type)):
-                        self._decide(value, stage.index, later, source, asked == RECOMPUTE)
+                    if asked != RELAY and (
+                        asked == RECOMPUTE or source or not carries_grad(value.type)
+                    ):
+                        self._decide(
+                            value, stage.index, later, source, asked == RECOMPUTE
+                        )
                     if value not in self._twins[later[-1]]:
                         self._reach[value] = max(later[-1], self._reach.get(value, 0))
 
-    def _decide(self, value: Value, here: int, later: list[int], source: bool, asked: bool) -> None:
+    def _decide(
+        self, value: Value, here: int, later: list[int], source: bool, asked: bool
+    ) -> None:
         limit = None if source or asked else _bytes(value, later[-1] - here)
         if not (source or asked) and (limit is None or value in self._reach):
             return
@@ -85,7 +117,8 @@ class _Work:
             one = self._cost(value, stage, 0, asked)
             if one is None and asked:
                 raise SplitError(
-                    f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has effects, or so is what it needs",
+                    f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has "
+                    "effects, or so is what it needs",
                     where=value.owner.where() if isinstance(value.owner, Op) else "",
                     hint="leave its route to the compiler",
                 )
@@ -97,17 +130,32 @@ class _Work:
         for stage in later:
             twin = self._make(value, stage, asked)
             self._needs[stage].clear()  # more is there now
-            value.replace_uses(twin, lambda user, stage=stage: self._home.get(user) == stage)  # type: ignore[misc]
-            self._program.transfers.append(Transfer(value, here, stage, RECOMPUTE, twin))
+            here_now = {user for user in value.uses if self._home.get(user) == stage}
+            value.replace_uses(twin, here_now.__contains__)
+            self._program.transfers.append(
+                Transfer(value, here, stage, RECOMPUTE, twin)
+            )
 
     def _cost(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
-        """What computing `value` in `stage` costs, None when it cannot or must not be. What is made of one value twice is counted twice."""
+        """What computing `value` in `stage` costs, None when it cannot or must not be. What is made of one
+        value twice is counted twice.
+        """
         op = value.owner
-        if not isinstance(op, Op) or not self._is_repeatable(value, op) or depth > DEEPEST:
+        if (
+            not isinstance(op, Op)
+            or not self._is_repeatable(value, op)
+            or depth > DEEPEST
+        ):
             return None
         if not asked and (is_heavy(op) or storage_root(value) in self._returned):
             return None
-        cost = 0 if op.is_view else START + sum(value_bytes(v.type) or 0 for v in (*op.operands, *op.results)) // MEMORY
+        cost = (
+            0
+            if op.is_view
+            else START
+            + sum(value_bytes(v.type) or 0 for v in (*op.operands, *op.results))
+            // MEMORY
+        )
         for operand in dict.fromkeys(op.operands):
             one = self._need(operand, stage, depth, asked)
             if one is None:
@@ -116,21 +164,30 @@ class _Work:
         return cost
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
-        """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or computing it."""
+        """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or
+        computing it.
+        """
         if self._aliases.is_written(value):
             return None
         if self._is_there(value, stage, asked):
             return 0
         known = self._needs[stage]
         if value not in known:
-            made, sent = self._cost(value, stage, depth + 1, False), self._sent(value, stage)
-            known[value] = min((cost for cost in (made, sent) if cost is not None), default=None)
+            made = self._cost(value, stage, depth + 1, False)
+            sent = self._sent(value, stage)
+            known[value] = min(
+                (cost for cost in (made, sent) if cost is not None), default=None
+            )
         return known[value]
 
     def _is_there(self, value: Value, stage: int, asked: bool) -> bool:
         owner = value.owner
         if isinstance(owner, StateEntry):
-            return asked or owner.kind != "param" or any(self._home.get(user) == stage for user in value.uses)
+            return (
+                asked
+                or owner.kind != "param"
+                or any(self._home.get(user) == stage for user in value.uses)
+            )
         if owner is None or value in self._twins[stage]:
             return True
         return self._home[owner] == stage or self._reach.get(value, -1) >= stage
@@ -148,7 +205,8 @@ class _Work:
         swap: dict[Value, Value] = {}
         for operand in dict.fromkeys(op.operands):
             if not self._is_there(operand, stage, asked):
-                made, sent = self._cost(operand, stage, 1, False), self._sent(operand, stage)
+                made = self._cost(operand, stage, 1, False)
+                sent = self._sent(operand, stage)
                 if made is not None and (sent is None or made < sent):
                     self._make(operand, stage, False)
                 else:
@@ -170,29 +228,54 @@ class _Work:
         gone: set[Op] = set()
         candidates = {*self._copied, *(op for ops in self._arriving for op in ops)}
         for op in reversed([*self._program.all_ops()]):
-            if op in candidates and all(set(v.uses) <= gone for v in op.definitions()) and left[self._home[op]] > 1:
+            if (
+                op in candidates
+                and all(set(v.uses) <= gone for v in op.definitions())
+                and left[self._home[op]] > 1
+            ):
                 left[self._home[op]] -= 1
                 gone.add(op)
         self._program.remove_ops(gone)
         return bool(self._copied)
 
     def _is_source(self, op: Op) -> bool:
-        plain = not op.operands and not op.regions and op.effects == PURE and len(op.results) == 1
+        plain = (
+            not op.operands
+            and not op.regions
+            and op.effects == PURE
+            and len(op.results) == 1
+        )
         return plain and self._is_repeatable(op.results[0], op)
 
     def _is_repeatable(self, value: Value, op: Op) -> bool:
-        if op.has_effect or op.regions or module_path(op) or any(context.kind in WHOLE for context in op.context):
+        if (
+            op.has_effect
+            or op.regions
+            or module_path(op)
+            or any(context.kind in WHOLE for context in op.context)
+        ):
             return False
-        return value.version_of is None and not any(map(self._aliases.is_written, op.definitions()))
+        return value.version_of is None and not any(
+            map(self._aliases.is_written, op.definitions())
+        )
 
     def refuse_unknown(self) -> None:
         """Raises SplitError for a route of a value that does not cross."""
         known = sorted(self._crossing | {value.hint for value in self._program.inputs})
         for name, route in self._routes.items():
             if name not in known:
-                raise SplitError(f"routes names '{name}', which no stage needs from another", hint=nearest(name, known))
-            if route not in (RECOMPUTE, RELAY) or (route == RECOMPUTE and name not in self._crossing):
-                allowed = "'recompute' or 'relay'" if name in self._crossing else "'relay': it is an input of the model"
+                raise SplitError(
+                    f"routes names '{name}', which no stage needs from another",
+                    hint=nearest(name, known),
+                )
+            if route not in (RECOMPUTE, RELAY) or (
+                route == RECOMPUTE and name not in self._crossing
+            ):
+                allowed = (
+                    "'recompute' or 'relay'"
+                    if name in self._crossing
+                    else "'relay': it is an input of the model"
+                )
                 raise SplitError(f"'{route}' is no route for '{name}'", hint=allowed)
 
 

@@ -25,10 +25,15 @@ class ResolveAliases:
 
 
 def _merge(first: StateEntry, other: StateEntry) -> None:
-    named = [e for e in (first, other) if e.kind != "const"] or [first, other]  # a lifted constant's name is the tracer's, not the model's
-    first.names, first.transient = sum((e.names for e in named), ()), frozenset().union(*(e.transient for e in named))
+    named = [e for e in (first, other) if e.kind != "const"] or [
+        first,
+        other,
+    ]  # a lifted constant's name is the tracer's, not the model's
+    first.names = sum((e.names for e in named), ())
+    first.transient = frozenset().union(*(e.transient for e in named))
     first.kind = min(first.kind, other.kind, key=KINDS.index)
     if first.type != other.type:
-        first.type = replace(first.type, grad=first.requires_grad or other.requires_grad)  # type: ignore[arg-type]
+        grad = first.requires_grad or other.requires_grad
+        first.type = replace(first.type, grad=grad)  # type: ignore[arg-type]
         first.value.type = first.type
     other.value.replace_uses(first.value)

@@ -15,7 +15,9 @@ from stagecut.passes.base import Pass
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One run of one pass: its place in the list, whether it changed the program, and how long it took in seconds."""
+    """One run of one pass: its place in the list, whether it changed the program, and how long it took in
+    seconds.
+    """
 
     index: int
     name: str
@@ -46,7 +48,11 @@ def run_passes(
         if check:
             verify(program, after=step.name)
             if changed != (text(program) != before):
-                claim = "left the program as it was but says it changed it" if changed else "changed the program but says it did not"
+                claim = (
+                    "left the program as it was but says it changed it"
+                    if changed
+                    else "changed the program but says it did not"
+                )
                 raise PassError(f"pass '{step.name}' {claim}")
         records.append(record)
         after(record, program)

@@ -17,9 +17,10 @@ EVERY = "*"
 class ShareState:
     """Every state name is held by a stage.
 
-    An entry several stages read is shared: `replicate` when no op writes it (each stage has a copy, gradients are
-    summed), `feedback` when a later stage writes what an earlier one reads in the next step, `transmit` where the user
-    asks for it: the first stage that reads a parameter holds it and sends it on, and gets its gradient back.
+    An entry several stages read is shared: `replicate` when no op writes it (each stage has a copy, gradients
+    are summed), `feedback` when a later stage writes what an earlier one reads in the next step, `transmit`
+    where the user asks for it: the first stage that reads a parameter holds it and sends it on, and gets its
+    gradient back.
 
     transmit: names of parameters, or EVERY.
     """
@@ -28,7 +29,9 @@ class ShareState:
     name = "share-state"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "partitioned" or any(stage.state for stage in program.stages):
+        if program.phase != "partitioned" or any(
+            stage.state for stage in program.stages
+        ):
             return False
         home = {op: stage.index for stage in program.stages for op in stage.ops}
         places = _module_places(program)
@@ -49,19 +52,30 @@ class ShareState:
         named = bool({*entry.names} & {*self.transmit})
         whole = next((op for op in entry.value.uses if module_path(op)), None)
         if named and whole is not None:
-            raise SplitError(f"'{entry.name}' cannot be transmitted: a module kept whole holds it", where=whole.where(), hint=REPLICATE)
-        return named or (EVERY in self.transmit and entry.kind == "param" and whole is None)
+            raise SplitError(
+                f"'{entry.name}' cannot be transmitted: a module kept whole holds it",
+                where=whole.where(),
+                hint=REPLICATE,
+            )
+        return named or (
+            EVERY in self.transmit and entry.kind == "param" and whole is None
+        )
 
 
 def _refuse_unknown(transmit: tuple[str, ...], program: Program) -> None:
     owners = program.name_owners()
     for name in transmit:
         if name != EVERY and name not in owners:
-            raise SplitError(f"tied names '{name}', which the model does not have", hint=nearest(name, owners))
+            raise SplitError(
+                f"tied names '{name}', which the model does not have",
+                hint=nearest(name, owners),
+            )
 
 
 def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:
-    """Stage -> module paths of the ops in it that read `entry`, in stage order. Returning it counts for the last stage."""
+    """Stage -> module paths of the ops in it that read `entry`, in stage order. Returning it counts for the
+    last stage.
+    """
     readers: dict[int, list[str]] = {}
     for op in entry.value.uses:
         readers.setdefault(home.get(op, last), []).append(scope_fqn(op.scope))
@@ -69,7 +83,10 @@ def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, lis
 
 
 def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) -> None:
-    held = {stage: {closest_name(entry.names, path) for path in paths} for stage, paths in readers.items()}
+    held = {
+        stage: {closest_name(entry.names, path) for path in paths}
+        for stage, paths in readers.items()
+    }
     claimed = set().union(*held.values())
     first = next(iter(held))
     held[first] |= set(entry.names) - claimed

@@ -11,7 +11,9 @@ from stagecut.ir.outline import positions
 
 @dataclass(frozen=True)
 class VersionMutations:
-    """Every use names the version it sees, so that the order of reads and writes shows in the operands alone."""
+    """Every use names the version it sees, so that the order of reads and writes shows in the operands
+    alone.
+    """
 
     name = "version-mutations"
 
@@ -65,21 +67,29 @@ class _Classes:
         self._move_anchors(op)
 
     def _move_anchors(self, op: Op) -> None:
-        """If nothing reads the root any more, the result of an in-place op stands for the whole tensor from here on."""
+        """If nothing reads the root any more, the result of an in-place op stands for the whole tensor from
+        here on.
+        """
         for result in op.results:
             if is_what_it_wrote(result) and self._root(result) in self._lost:
                 self._anchor[self._root(result)] = result
         self._lost = set()
 
     def write(self, op: Op, index: int) -> None:
-        """Everything in the classes `op` writes that is read later, or is state, gets a new version: what `op` names first."""
+        """Everything in the classes `op` writes that is read later, or is state, gets a new version: what
+        `op` names first.
+        """
         written = [op.operands[position] for position in op.effects.writes]
         for value in written:
             if self._root(value) not in self._members:
                 self._join(value)
         rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
         roots = dict.fromkeys(map(self._root, written))
-        members = [member for root in roots for member in self._alive(root, index, len(written))]
+        members = [
+            member
+            for root in roots
+            for member in self._alive(root, index, len(written))
+        ]
         for root in roots:
             anchor = self._anchor[root]
             if anchor is not None and anchor not in members:
@@ -89,11 +99,20 @@ class _Classes:
             self._renew(op, member)
 
     def _alive(self, root: Value, index: int, written: int) -> list[Value]:
-        """Members read later, and state. The anchor, which is the whole tensor, lives as long as two values share its
-        storage, or while it is the user's: what is written can then be derived from it anew."""
-        members = [m for m in self._members[root] if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)]
+        """Members read later, and state. The anchor, which is the whole tensor, lives as long as two values
+        share its storage, or while it is the user's: what is written can then be derived from it anew.
+        """
+        members = [
+            m
+            for m in self._members[root]
+            if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)
+        ]
         anchor = self._anchor[root]
-        if anchor is not None and anchor not in members and (root.owner is None or len(members) + written > 1):
+        if (
+            anchor is not None
+            and anchor not in members
+            and (root.owner is None or len(members) + written > 1)
+        ):
             members.insert(0, anchor)
         self._members[root] = members
         return members
@@ -103,4 +122,6 @@ class _Classes:
 
     def _renew(self, op: Op, member: Value) -> None:
         number = self._count[member] = self._count.get(member, 0) + 1
-        self._current[member] = op.add_version(self._now(member), f"{member.hint}.{number}")
+        self._current[member] = op.add_version(
+            self._now(member), f"{member.hint}.{number}"
+        )

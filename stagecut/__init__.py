@@ -104,7 +104,9 @@ _TORCHS = (
     "ScheduleLoopedBFS",
     "ScheduleZBVZeroBubble",
 )
-"""What torch.distributed.pipelining has besides, so that `import stagecut as pp` stands where that was imported."""
+"""What torch.distributed.pipelining has besides, so that `import stagecut as pp` stands where that was
+imported.
+"""
 _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 
 __all__ = [
@@ -160,7 +162,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'stagecut' has no attribute '{name}'")
     home = import_module(_HOMES[name])
-    return getattr(home, name) if hasattr(home, name) else import_module(f"{_HOMES[name]}.{name}")
+    return (
+        getattr(home, name)
+        if hasattr(home, name)
+        else import_module(f"{_HOMES[name]}.{name}")
+    )
 
 
 def __dir__() -> list[str]:

@@ -29,16 +29,27 @@ CHECK_BYTES = 2**28
 
 def is_real(model: nn.Module, inputs: Any) -> bool:
     """True when all tensors of `model` and `inputs` have values."""
-    return all(t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor) for t in _tensors(model, inputs))
+    return all(
+        t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor)
+        for t in _tensors(model, inputs)
+    )
 
 
 def is_cheap(model: nn.Module, inputs: Any) -> bool:
     """True when running a copy of `model` on a copy of `inputs` is possible and costs little."""
-    return is_real(model, inputs) and sum(t.numel() * t.element_size() for t in _tensors(model, inputs)) <= CHECK_BYTES
+    return (
+        is_real(model, inputs)
+        and sum(t.numel() * t.element_size() for t in _tensors(model, inputs))
+        <= CHECK_BYTES
+    )
 
 
 def _tensors(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers(), *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor))]
+    return [
+        *model.parameters(),
+        *model.buffers(),
+        *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)),
+    ]
 
 
 class CheckError(StagecutError):
@@ -51,7 +62,9 @@ class CannotCompare(StagecutError):
 
 @dataclass
 class Report:
-    """What `verify` compared. `differences` is empty when everything was equal; `compared` counts the comparisons by kind."""
+    """What `verify` compared. `differences` is empty when everything was equal; `compared` counts the
+    comparisons by kind.
+    """
 
     compared: dict[str, int] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
@@ -63,7 +76,12 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.compared.items())
-        return "\n".join([f"{'equal' if self.ok else 'DIFFERENT'}: compared {counts}", *self.differences])
+        return "\n".join(
+            [
+                f"{'equal' if self.ok else 'DIFFERENT'}: compared {counts}",
+                *self.differences,
+            ]
+        )
 
     def note(self, kind: str, found: str | None) -> None:
         """One comparison of `kind` was made; `found` says what differs, None for equal."""
@@ -81,8 +99,13 @@ class _Run:
 
 
 def holds_both_modes(program: Program) -> bool:
-    """True when train and eval mode were traced, because Python chose by them: what one run shows of one says nothing of the other."""
-    return any(op.target == BY_MODE or any(map(_is_choice, literals((op.args, op.kwargs)))) for op in program.all_ops())
+    """True when train and eval mode were traced, because Python chose by them: what one run shows of one says
+    nothing of the other.
+    """
+    return any(
+        op.target == BY_MODE or any(map(_is_choice, literals((op.args, op.kwargs))))
+        for op in program.all_ops()
+    )
 
 
 def _is_choice(item: Any) -> bool:
@@ -90,9 +113,16 @@ def _is_choice(item: Any) -> bool:
 
 
 def compare(
-    model: nn.Module, pipe: Staged, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True, switched: bool = False
+    model: nn.Module,
+    pipe: Staged,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    gradients: bool = True,
+    switched: bool = False,
 ) -> Report:
-    """A report on `pipe` against `model` on one call, in the mode of the pipe, or with `switched` in the other one.
+    """A report on `pipe` against `model` on one call, in the mode of the pipe, or with `switched` in the
+    other one.
 
     Works on copies; the random state is put back afterwards.
     """
@@ -100,48 +130,104 @@ def compare(
     _into_mode(reference, stages, pipe.training, switched)
     program = pipe.program
     places = gpus(model, args, kwargs)
-    with torch.random.fork_rng(places), torch.set_grad_enabled(gradients), ExitStack() as stack:
+    with (
+        torch.random.fork_rng(places),
+        torch.set_grad_enabled(gradients),
+        ExitStack() as stack,
+    ):
         seed_again = random_state(model, places)
         stack.callback(seed_again)
         mine = fresh((tuple(args), dict(kwargs)))
         try:
             with _gradients_apart(model):
-                expected = _observe(lambda: reference(*mine[0], **mine[1]), reference, mine, gradients)
+                expected = _observe(
+                    lambda: reference(*mine[0], **mine[1]), reference, mine, gradients
+                )
         except CannotCompare:
             raise
         except Exception as error:
             raise_ours(error)
-            raise CannotCompare(f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}") from error
+            raise CannotCompare(
+                f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}"
+            ) from error
         seed_again()
         mine = fresh((tuple(args), dict(kwargs)))
         flat = pipe.flatten(*mine)
-        found = _observe(lambda: run_stages(program, stages, pipe._plan, flat), _Holder(program, stages), mine, gradients)
+        found = _observe(
+            lambda: run_stages(program, stages, pipe._plan, flat),
+            _Holder(program, stages),
+            mine,
+            gradients,
+        )
         again = _second_call(reference, (tuple(args), dict(kwargs)), pipe, stages)
     report = Report()
     tolerance = _program_tolerance(program)
     _compare_outputs(report, program, expected.outputs, found.outputs)
     for one, other in again:
-        report.note("outputs of a second call", difference("an output of a second call", one, other))
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        report.note(
+            "outputs of a second call",
+            difference("an output of a second call", one, other),
+        )
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     for name, tensor in expected.state.items():
         if name not in own:
             continue  # copying a GraphModule makes buffers of its constants
-        report.note("state", difference(f"state '{name}' afterwards", tensor, found.state.get(name)))
-    largest = max((_plain(g).abs().max().item() for g in expected.gradients.values() if g is not None and g.numel()), default=0.0)
+        report.note(
+            "state",
+            difference(f"state '{name}' afterwards", tensor, found.state.get(name)),
+        )
+    largest = max(
+        (
+            _plain(g).abs().max().item()
+            for g in expected.gradients.values()
+            if g is not None and g.numel()
+        ),
+        default=0.0,
+    )
     for name, grad in expected.gradients.items():
         allowed = max(tolerance, _summed(grad))
-        report.note("gradients", difference(f"gradient of '{name}'", grad, found.gradients.get(name), allowed, largest))
-    for index, (one, other) in enumerate(zip(expected.input_gradients, found.input_gradients, strict=True)):
-        report.note("input gradients", difference(f"gradient of input {index}", one, other, max(tolerance, _summed(one))))
+        report.note(
+            "gradients",
+            difference(
+                f"gradient of '{name}'",
+                grad,
+                found.gradients.get(name),
+                allowed,
+                largest,
+            ),
+        )
+    for index, (one, other) in enumerate(
+        zip(expected.input_gradients, found.input_gradients, strict=True)
+    ):
+        report.note(
+            "input gradients",
+            difference(
+                f"gradient of input {index}", one, other, max(tolerance, _summed(one))
+            ),
+        )
     _compare_names(report, model, stages)
     return report
 
 
-def _second_call(reference: nn.Module, inputs: Any, pipe: Staged, stages: list[Any]) -> list[tuple[Any, Any]]:
-    """Outputs of the model and of the stages when called once more, with other values: what only the first call knew shows here."""
+def _second_call(
+    reference: nn.Module, inputs: Any, pipe: Staged, stages: list[Any]
+) -> list[tuple[Any, Any]]:
+    """Outputs of the model and of the stages when called once more, with other values: what only the first
+    call knew shows here.
+    """
     seed_again = random_state(reference, gpus(reference, inputs))
-    inputs = tree_map(lambda leaf: leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, inputs, is_leaf=is_size)
-    args, kwargs = fresh(inputs)  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
+    inputs = tree_map(
+        lambda leaf: (
+            leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
+        ),
+        inputs,
+        is_leaf=is_size,
+    )
+    args, kwargs = fresh(
+        inputs
+    )  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
     try:
         expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     except Exception as error:  # it refuses these values
@@ -149,7 +235,9 @@ def _second_call(reference: nn.Module, inputs: Any, pipe: Staged, stages: list[A
         return []
     seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*fresh(inputs)))
-    return list(zip(expected, found, strict=False))  # where the numbers differ, the first call has told
+    return list(
+        zip(expected, found, strict=False)
+    )  # where the numbers differ, the first call has told
 
 
 def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
@@ -157,10 +245,14 @@ def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
         return copied(model)[0], copied(*pipe.stages)
     except Exception as error:
         raise_ours(error)
-        raise CannotCompare(f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}") from error
+        raise CannotCompare(
+            f"{type(model).__name__} cannot be copied, so it cannot be compared: {error}"
+        ) from error
 
 
-def _into_mode(reference: nn.Module, stages: Sequence[Stage], training: bool, switched: bool) -> None:
+def _into_mode(
+    reference: nn.Module, stages: Sequence[Stage], training: bool, switched: bool
+) -> None:
     """The copy of the model is in the mode of the pipe, module by module; or both are in the other one."""
     if switched:
         for module in (reference, *stages):
@@ -169,26 +261,38 @@ def _into_mode(reference: nn.Module, stages: Sequence[Stage], training: bool, sw
     if reference.training != training:
         reference.train(training)
     own = dict(reference.named_modules(remove_duplicate=False))
-    for part in (part for stage in stages for part in stage.modules() if isinstance(part, StageModule)):
+    for part in (
+        part
+        for stage in stages
+        for part in stage.modules()
+        if isinstance(part, StageModule)
+    ):
         if part._path in own:
             own[part._path].training = part.training
 
 
 @contextmanager
 def _gradients_apart(model: nn.Module) -> Iterator[None]:
-    """Gradients of `model` are as before afterwards. Raises CannotCompare when what ran, a copy, computed with parameters of `model`."""
+    """Gradients of `model` are as before afterwards. Raises CannotCompare when what ran, a copy, computed
+    with parameters of `model`.
+    """
     parameters = dict(model.named_parameters())
     before = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
     try:
         yield
-        shared = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        shared = [
+            name for name, parameter in parameters.items() if parameter.grad is not None
+        ]
     finally:
         for name, parameter in parameters.items():
             parameter.grad = before[name]
     if shared:
-        raise CannotCompare(f"a copy of {type(model).__name__} still computes with the parameter '{shared[0]}' of the original")
+        raise CannotCompare(
+            f"a copy of {type(model).__name__} still computes with the parameter '{shared[0]}' of the "
+            "original"
+        )
 
 
 class _Holder:
@@ -197,12 +301,16 @@ class _Holder:
     def __init__(self, program: Program, stages: Sequence[nn.Module]) -> None:
         self._stages = stages
 
-    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """All of them, tied ones under every name."""
         for stage in self._stages:
             yield from stage.named_parameters(remove_duplicate=remove_duplicate)
 
-    def named_buffers(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_buffers(
+        self, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """All of them, aliased ones under every name."""
         for stage in self._stages:
             yield from stage.named_buffers(remove_duplicate=remove_duplicate)
@@ -210,40 +318,71 @@ class _Holder:
 
 def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
     outputs = tree_flatten(opened(run()))[0]
-    leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)]
+    leaves = [
+        leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)
+    ]
     parameters = dict(holder.named_parameters(remove_duplicate=False))
     if gradients:
         for parameter in parameters.values():
             parameter.grad = None
-        losses = [_loss(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+        losses = [
+            _loss(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad
+        ]
         if losses:
             torch.stack(losses).sum().backward()
-    state = {n: t.detach().clone() for n, t in (parameters | dict(holder.named_buffers(remove_duplicate=False))).items()}
+    state = {
+        n: t.detach().clone()
+        for n, t in (
+            parameters | dict(holder.named_buffers(remove_duplicate=False))
+        ).items()
+    }
     grads = {name: p.grad for name, p in parameters.items()} if gradients else {}
-    return _Run(outputs, grads, [leaf.grad if leaf.is_leaf else None for leaf in leaves] if gradients else [], state)
+    return _Run(
+        outputs,
+        grads,
+        [leaf.grad if leaf.is_leaf else None for leaf in leaves] if gradients else [],
+        state,
+    )
 
 
 def _loss(output: torch.Tensor) -> torch.Tensor:
     """A scalar that depends on every element differently, so that gradients tell elements apart."""
     output = output if output.layout is torch.strided else output.to_dense()
-    flat = torch.view_as_real(output).flatten() if output.is_complex() else output.flatten()
-    weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device)
+    flat = (
+        torch.view_as_real(output).flatten()
+        if output.is_complex()
+        else output.flatten()
+    )
+    weights = torch.linspace(
+        0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device
+    )
     return (flat.double() * weights).sum()  # nobody multiplies in float8
 
 
 def fresh(tree: Any) -> Any:
     def clone(leaf: Any) -> Any:
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+        return (
+            leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+        )
 
     return tree_map(clone, tree, is_leaf=is_size)
 
 
-def _compare_outputs(report: Report, program: Program, expected: list[Any], found: list[Any]) -> None:
+def _compare_outputs(
+    report: Report, program: Program, expected: list[Any], found: list[Any]
+) -> None:
     if len(expected) != len(found):
-        report.note("outputs", f"the model returns {len(expected)} leaves, the pipe {len(found)}")
+        report.note(
+            "outputs",
+            f"the model returns {len(expected)} leaves, the pipe {len(found)}",
+        )
         return
     for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-        report.note("outputs", difference(f"output {index}{_where(program, index)}", one, other))
+        report.note(
+            "outputs", difference(f"output {index}{_where(program, index)}", one, other)
+        )
 
 
 def _where(program: Program, index: int) -> str:
@@ -254,38 +393,65 @@ def _where(program: Program, index: int) -> str:
     return f" (stage {stage}, {leaf.owner.where()})"
 
 
-def _compare_names(report: Report, model: nn.Module, stages: Sequence[nn.Module]) -> None:
+def _compare_names(
+    report: Report, model: nn.Module, stages: Sequence[nn.Module]
+) -> None:
     names = {name for stage in stages for name in stage.state_dict()}
     odd = sorted(names ^ set(model.state_dict()))
     report.note("names", f"state names differ: {odd[:5]}" if odd else None)
 
 
-_ROUNDING = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5, torch.complex64: 1e-5}
+_ROUNDING = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+}
 """What a sum in another order may change, relative to the largest element. For all other dtypes 2e-2."""
 
 
 def _summed(gradient: torch.Tensor | None) -> float:
-    """What a gradient may differ by, relative to its largest element: it is a sum of sums, and often of large ones that cancel out."""
+    """What a gradient may differ by, relative to its largest element: it is a sum of sums, and often of large
+    ones that cancel out.
+    """
     return 10 * _ROUNDING.get(gradient.dtype, 0.0) if gradient is not None else 0.0
 
 
 def _program_tolerance(program: Program) -> float:
     """What gradients may differ by: their sums pass through the least precise dtype of the program."""
-    dtypes = {v.type.dtype for op in program.all_ops() for v in op.results if isinstance(v.type, TensorType)}
-    return 2e-2 if dtypes & {"bf16", "f16"} or any(d.startswith("f8") for d in dtypes) else 0.0
+    dtypes = {
+        v.type.dtype
+        for op in program.all_ops()
+        for v in op.results
+        if isinstance(v.type, TensorType)
+    }
+    return (
+        2e-2
+        if dtypes & {"bf16", "f16"} or any(d.startswith("f8") for d in dtypes)
+        else 0.0
+    )
 
 
-def difference(what: str, one: Any, other: Any, tolerance: float = 0.0, among: float = 0.0) -> str | None:
-    """What differs by more than rounding, a hundredth of that of `among`, the largest of all numbers of this kind, always allowed."""
+def difference(
+    what: str, one: Any, other: Any, tolerance: float = 0.0, among: float = 0.0
+) -> str | None:
+    """What differs by more than rounding, a hundredth of that of `among`, the largest of all numbers of this
+    kind, always allowed.
+    """
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         same = one is other or (type(one) is type(other) and one == other)
-        return None if same else f"{what}: {_brief(one)} in the model, {_brief(other)} in the pipe"
+        return (
+            None
+            if same
+            else f"{what}: {_brief(one)} in the model, {_brief(other)} in the pipe"
+        )
     if one.requires_grad != other.requires_grad:
         return f"{what}: requires_grad is {one.requires_grad} in the model, {other.requires_grad} in the pipe"
     if one.layout != other.layout:
         return f"{what}: {one.layout} in the model, {other.layout} in the pipe"
     if one.dtype != other.dtype or one.shape != other.shape:
-        return f"{what}: {one.dtype}{list(one.shape)} in the model, {other.dtype}{list(other.shape)} in the pipe"
+        mine, yours = (f"{t.dtype}{list(t.shape)}" for t in (one, other))
+        return f"{what}: {mine} in the model, {yours} in the pipe"
     kind = one.dtype
     one, other = _plain(one), _plain(other)
     if torch.equal(one, other):
@@ -293,18 +459,37 @@ def difference(what: str, one: Any, other: Any, tolerance: float = 0.0, among: f
     scale = one.abs()[one.isfinite()].max().item() if one.isfinite().any() else 0.0
     if kind.is_floating_point or kind.is_complex:
         allowed = max(tolerance, _ROUNDING.get(kind, 2e-2))
-        if torch.allclose(one, other, rtol=allowed, atol=max(allowed * scale, 1e-2 * allowed * among), equal_nan=True):
+        if torch.allclose(
+            one,
+            other,
+            rtol=allowed,
+            atol=max(allowed * scale, 1e-2 * allowed * among),
+            equal_nan=True,
+        ):
             return None
-    return f"{what}: differs by up to {(one - other).abs().max().item():.3g}, where the largest element is {scale:.3g}"
+    return (
+        f"{what}: differs by up to {(one - other).abs().max().item():.3g}, where the largest element is "
+        f"{scale:.3g}"
+    )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in a type that can be compared: dense, of the widest dtype. Large integers stay integers."""
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    """The same numbers in a type that can be compared: dense, of the widest dtype. Large integers stay
+    integers.
+    """
+    dense = (
+        tensor.detach()
+        if tensor.layout is torch.strided
+        else tensor.detach().to_dense()
+    )
     if dense.dtype is torch.int64:
         return dense
     return dense.to(torch.complex128 if dense.is_complex() else torch.float64)
 
 
 def _brief(item: Any) -> str:
-    return f"{item.dtype}{list(item.shape)}" if isinstance(item, torch.Tensor) else f"{item!r:.60}"
+    return (
+        f"{item.dtype}{list(item.shape)}"
+        if isinstance(item, torch.Tensor)
+        else f"{item!r:.60}"
+    )

@@ -16,7 +16,15 @@ from torch.export import ExportedProgram
 from stagecut.backend.stages.fx_view import PREFIX, split_module
 from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.staged import Staged
-from stagecut.check import CannotCompare, CheckError, Report, compare, holds_both_modes, is_cheap, is_real
+from stagecut.check import (
+    CannotCompare,
+    CheckError,
+    Report,
+    compare,
+    holds_both_modes,
+    is_cheap,
+    is_real,
+)
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
@@ -26,7 +34,13 @@ from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.frontend.source import place_of
 from stagecut.ir.check.validator import Trace, validate
-from stagecut.ir.errors import CaptureError, InputError, SplitError, StagecutError, nearest
+from stagecut.ir.errors import (
+    CaptureError,
+    InputError,
+    SplitError,
+    StagecutError,
+    nearest,
+)
 from stagecut.ir.graph import BY_MODE, Program
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
@@ -71,25 +85,29 @@ def pipeline(
     mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
-        added, or one with a parameter named `program`, which takes the Program and returns the positions of ops
-        in front of which to cut.
-        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
-    stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan` tells what was found.
-    dynamic_shapes: sizes that may vary, as for `torch.export.export`.
-    leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object. Where tracing
-        fails inside a submodule, the smallest one around the failing line is kept whole by itself; `pipe.notes` says so. The sizes
-        of the tensors it returns, and the numbers among them, are those of the example: a call in which they are others raises.
-    routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it themselves) or 'relay' (it
-        is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper way is taken, and
-        'recompute' only where no gradient flows, so that gradients stay bit for bit the model's.
-    tied: what happens to a parameter that several stages read, for all or by name: 'replicate' (each stage has a copy, their
-        gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on as a value).
-    check: what to compare with the model afterwards, by one run of both on copies with the example inputs: 'outputs',
-        'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when the model is real and
-        its state no larger than CHECK_BYTES, else None. Where the stages hold two modes that were traced each, both are compared.
+        added, or one with a parameter named `program`, which takes the Program and returns the positions of
+        ops in front of which to cut. `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by
+        predicted times and memory. stages: cut into so many stages, as `Balanced(stages)` does but without a
+        limit for memory. `pipe.plan` tells what was found. dynamic_shapes: sizes that may vary, as for
+        `torch.export.export`. leaf_modules: paths of modules to keep whole: each call is one op that calls
+        the user's own module object. Where tracing
+        fails inside a submodule, the smallest one around the failing line is kept whole by itself;
+        `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them, are those of
+        the example: a call in which they are others raises. routes: name of a value, as `print(pipe)` shows
+        it -> 'recompute' (the stages that read it compute it themselves) or 'relay' (it
+        is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper
+        way is taken, and 'recompute' only where no gradient flows, so that gradients stay bit for bit the
+        model's. tied: what happens to a parameter that several stages read, for all or by name: 'replicate'
+        (each stage has a copy, their
+        gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on
+    as a value). check: what to compare with the model afterwards, by one run of both on copies with the
+    example inputs: 'outputs',
+        'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when
+        the model is real and its state no larger than CHECK_BYTES, else None. Where the stages hold two modes
+        that were traced each, both are compared.
 
-    Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
-    its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
+    Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
+    hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
 
     Raises
     ------
@@ -99,20 +117,49 @@ def pipeline(
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
     if check not in CHECKS:
-        raise InputError(f"check={check!r} is not known", hint=nearest(str(check), [str(c) for c in CHECKS]))
-    _refuse_two_wishes({"stages": stages, "split_spec": split_spec, "split_policy": split_policy})
+        raise InputError(
+            f"check={check!r} is not known",
+            hint=nearest(str(check), [str(c) for c in CHECKS]),
+        )
+    _refuse_two_wishes(
+        {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
+    )
     at = _split_points(split_spec or {}, module)
     passes = [*_asked(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
-        program, bindings, exported = lower(module, mb_args, mb_kwargs, dynamic_shapes, leaf_modules, [name for name, _ in at], one_mode)
+        program, bindings, exported = lower(
+            module,
+            mb_args,
+            mb_kwargs,
+            dynamic_shapes,
+            leaf_modules,
+            [name for name, _ in at],
+            one_mode,
+        )
         plans: list[Plan] = []
         try:
-            policy = _policy(split_policy, stages, exported, plans, lambda: _sizes_of(program, bindings, mb_args, mb_kwargs), bindings)
+            policy = _policy(
+                split_policy,
+                stages,
+                exported,
+                plans,
+                lambda: _sizes_of(program, bindings, mb_args, mb_kwargs),
+                bindings,
+            )
             trace = Trace(program)
-            run_passes(program, default_pipeline(FindSplits(at, policy, _other_names(module), bindings.whole), *passes))
+            run_passes(
+                program,
+                default_pipeline(
+                    FindSplits(at, policy, _other_names(module), bindings.whole),
+                    *passes,
+                ),
+            )
         except SplitError as error:
-            if one_mode or not any(op.target == BY_MODE or returns_what_it_is_given(op) for op in program.all_ops()):
+            if one_mode or not any(
+                op.target == BY_MODE or returns_what_it_is_given(op)
+                for op in program.all_ops()
+            ):
                 raise
             return compiled(f"both modes together cannot be cut so: {error.what}")
         validate(trace, program)
@@ -123,7 +170,9 @@ def pipeline(
     pipe = compiled()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
-        pipe._sizes = check_inputs(pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {}))
+        pipe._sizes = check_inputs(
+            pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
+        )
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
@@ -132,7 +181,11 @@ def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
     """Returns when at most one of the arguments that say where to cut is given."""
     given = [f"{name}=" for name, wish in wishes.items() if wish is not None]
     if len(given) > 1:
-        hint = "split_policy=Balanced(stages, ...)" if "split_spec=" not in given else "give one of them"
+        hint = (
+            "split_policy=Balanced(stages, ...)"
+            if "split_spec=" not in given
+            else "give one of them"
+        )
         raise InputError(f"{' and '.join(given)} both say where to cut", hint=hint)
 
 
@@ -158,7 +211,12 @@ def _policy(
     return cuts
 
 
-def _sizes_of(program: Program, bindings: Bindings, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> dict[str, int]:
+def _sizes_of(
+    program: Program,
+    bindings: Bindings,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any] | None,
+) -> dict[str, int]:
     """The symbolic sizes in a call."""
     if bindings.call is None or (args is None and kwargs is None):
         return {}
@@ -176,14 +234,18 @@ def lower(
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, what it is bound to, and the exported program where there was one.
 
-    It does what the module does in train and in eval mode, as far as that can be, or in that of now alone, for a reason in `one_mode`.
-    The module is cut at the modules that are `asked`.
+    It does what the module does in train and in eval mode, as far as that can be, or in that of now alone,
+    for a reason in `one_mode`. The module is cut at the modules that are `asked`.
     """
-    program, bindings, exported = _lowered(module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode)
+    program, bindings, exported = _lowered(
+        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
+    )
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:
         why = "which hides just the future, or nothing"
-        bindings.notes.append(f"{len(unmasked)} attentions run without their mask, {why}: the first at {unmasked[0].where()}")
+        bindings.notes.append(
+            f"{len(unmasked)} attentions run without their mask, {why}: the first at {unmasked[0].where()}"
+        )
     return program, bindings, exported
 
 
@@ -199,20 +261,30 @@ def _lowered(
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
     if args is None and kwargs is None:
-        raise InputError("example inputs are needed to trace a module", hint="pass mb_args=(x, ...) and/or mb_kwargs={...}")
+        raise InputError(
+            "example inputs are needed to trace a module",
+            hint="pass mb_args=(x, ...) and/or mb_kwargs={...}",
+        )
     if isinstance(module, fx.GraphModule):
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
-        raise InputError(f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}")
+        raise InputError(
+            f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}"
+        )
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
-    exported, leaves, eager = capture(module, args, kwargs, dynamic_shapes, leaf_modules)
+    exported, leaves, eager = capture(
+        module, args, kwargs, dynamic_shapes, leaf_modules
+    )
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
-        other, kept, _ = capture(module, args, kwargs, dynamic_shapes, leaves.paths, eager)  # by the same paths: only modes differ
+        other, kept, _ = capture(
+            module, args, kwargs, dynamic_shapes, leaves.paths, eager
+        )  # by the same paths: only modes differ
         if more := [path for path in kept.paths if path not in leaves.paths]:
             raise CaptureError(
-                f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']", where=kept.reasons.get(more[0], "")
+                f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']",
+                where=kept.reasons.get(more[0], ""),
             )
         return lower_export(other, module, kept.calls)
 
@@ -221,7 +293,13 @@ def _lowered(
     else:
         follow(module, (program, bindings), again, asked)
     bindings.extras, bindings.whole = _extras(module), leaves.reasons
-    bindings.notes = [*leaves.notes, *(f"the stages keep the extra state that module '{path}' has at the cut" for path in bindings.extras)]
+    bindings.notes = [
+        *leaves.notes,
+        *(
+            f"the stages keep the extra state that module '{path}' has at the cut"
+            for path in bindings.extras
+        ),
+    ]
     return program, bindings, exported
 
 
@@ -232,23 +310,49 @@ def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
         get = type(owner).get_extra_state
         if get is not nn.Module.get_extra_state:
             code = get.__code__
-            found[path] = owner.get_extra_state(), f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}"
+            found[path] = (
+                owner.get_extra_state(),
+                f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}",
+            )
     return found
 
 
-def _check(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], check: str | None) -> None:
+def _check(
+    module: nn.Module,
+    pipe: Pipe,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    check: str | None,
+) -> None:
     if check is None or (check == "auto" and not is_cheap(module, (args, kwargs))):
         return
     if not is_real(module, (args, kwargs)):
-        raise CannotCompare(f"{type(module).__name__} has tensors without values, on the meta device", hint="check=None")
-    modes = (False, True) if holds_both_modes(pipe.program) and not any(stage.holds_one_mode for stage in pipe.stages) else (False,)
+        raise CannotCompare(
+            f"{type(module).__name__} has tensors without values, on the meta device",
+            hint="check=None",
+        )
+    modes = (
+        (False, True)
+        if holds_both_modes(pipe.program)
+        and not any(stage.holds_one_mode for stage in pipe.stages)
+        else (False,)
+    )
     for switched in modes:
         try:
-            report = compare(module, pipe, args, kwargs, gradients=check != "outputs", switched=switched)
+            report = compare(
+                module,
+                pipe,
+                args,
+                kwargs,
+                gradients=check != "outputs",
+                switched=switched,
+            )
         except CannotCompare as error:
             if check != "auto":
                 raise
-            pipe.notes += (f"not compared with the model{_mode(pipe, switched)}: {error}",)
+            pipe.notes += (
+                f"not compared with the model{_mode(pipe, switched)}: {error}",
+            )
             continue
         if not report.ok:
             raise _difference(module, pipe, args, kwargs, report, switched)
@@ -259,12 +363,25 @@ def _mode(pipe: Pipe, switched: bool) -> str:
     return f" in {'eval' if pipe.training else 'train'} mode" if switched else ""
 
 
-def _difference(module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report, switched: bool) -> CheckError:
+def _difference(
+    module: nn.Module,
+    pipe: Pipe,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    report: Report,
+    switched: bool,
+) -> CheckError:
     if (path := changing(module, args, kwargs)) is not None:
         return CheckError(
-            f"{type(module).__name__} computes something else in each call, and the stages would not: what goes in is more than its "
+            f"{type(module).__name__} computes something else in each call, and the stages would not: what "
+            "goes in is more than its "
             "inputs, parameters, buffers and torch's random numbers",
-            where=", ".join([place_of(type(module.get_submodule(path))), *([f"module '{path}'"] if path else [])]),
+            where=", ".join(
+                [
+                    place_of(type(module.get_submodule(path))),
+                    *([f"module '{path}'"] if path else []),
+                ]
+            ),
             hint="make it a buffer (register_buffer, changed in place) or an input",
         )
     return CheckError(
@@ -282,18 +399,34 @@ def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator
     by_name = {EVERY: tied} if isinstance(tied, str) else dict(tied)
     for way in by_name.values():
         if way not in (REPLICATE, TRANSMIT):
-            raise InputError(f"tied={way!r} is not known", hint=nearest(way, [REPLICATE, TRANSMIT]))
+            raise InputError(
+                f"tied={way!r} is not known", hint=nearest(way, [REPLICATE, TRANSMIT])
+            )
     yield ShareState(tuple(name for name, way in by_name.items() if way == TRANSMIT))
 
 
-def _split_points(spec: Mapping[str, SplitPoint], module: Model) -> tuple[tuple[str, str], ...]:
-    known = [name for name, _ in module.named_modules(remove_duplicate=False) if name] if isinstance(module, nn.Module) else []
+def _split_points(
+    spec: Mapping[str, SplitPoint], module: Model
+) -> tuple[tuple[str, str], ...]:
+    known = (
+        [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+        if isinstance(module, nn.Module)
+        else []
+    )
     points = []
     for name, point in spec.items():
         if known and name not in known:
-            raise SplitError(f"split_spec names module '{name}', which the model does not have", hint=nearest(name, known))
-        if not isinstance(point, Enum) or type(point).__name__ != "SplitPoint":  # that of torch.distributed.pipelining will do
-            raise SplitError(f"split_spec['{name}'] is {point!r}, not a SplitPoint", hint="SplitPoint.BEGINNING or SplitPoint.END")
+            raise SplitError(
+                f"split_spec names module '{name}', which the model does not have",
+                hint=nearest(name, known),
+            )
+        if (
+            not isinstance(point, Enum) or type(point).__name__ != "SplitPoint"
+        ):  # that of torch.distributed.pipelining will do
+            raise SplitError(
+                f"split_spec['{name}'] is {point!r}, not a SplitPoint",
+                hint="SplitPoint.BEGINNING or SplitPoint.END",
+            )
         points.append((name, BEGINNING if point.name == "BEGINNING" else END))
     return tuple(points)
 
@@ -304,36 +437,54 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     if isinstance(module, nn.Module):
         for name, owner in module.named_modules(remove_duplicate=False):
             names.setdefault(id(owner), []).append(name)
-    return {name: [other for other in group if other != name] for group in names.values() if len(group) > 1 for name in group}
+    return {
+        name: [other for other in group if other != name]
+        for group in names.values()
+        if len(group) > 1
+        for name in group
+    }
 
 
 class Pipe(Staged):
-    """A model cut into stages, and all that can be done with it: compared, costed, saved, drawn, run on ranks."""
+    """A model cut into stages, and all that can be done with it: compared, costed, saved, drawn, run on
+    ranks.
+    """
 
     plan: Plan | None
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
-        """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and compares them.
+        """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
+        compares them.
 
-        Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither the model nor
-        the pipe nor the random state changes. Raises StagecutError when the original model is gone or cannot be copied.
+        Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither
+        the model nor the pipe nor the random state changes. Raises StagecutError when the original model is
+        gone or cannot be copied.
         """
         model = self._model() if self._model is not None else None
         if model is None:
-            raise StagecutError("there is no model to compare with", hint="keep the model alive; an ExportedProgram has none")
+            raise StagecutError(
+                "there is no model to compare with",
+                hint="keep the model alive; an ExportedProgram has none",
+            )
         return compare(model, self, args, kwargs)
 
-    def report(self, setting: Setting | None = None, *, profile_on: str | None = None) -> StageCosts:
-        """What the stages cost: time, memory by kind, what crosses by which route and why, the bubble, the speed-up.
+    def report(
+        self, setting: Setting | None = None, *, profile_on: str | None = None
+    ) -> StageCosts:
+        """What the stages cost: time, memory by kind, what crosses by which route and why, the bubble, the
+        speed-up.
 
-        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices, by which schedule: that of the search where
-        the cuts were searched. With `profile_on`, a torch device, ops are timed there instead of estimated.
+        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices, by which schedule:
+        that of the search where the cuts were searched. With `profile_on`, a torch device, ops are timed
+        there instead of estimated.
         """
         from stagecut.backend.costs.balance import Setting
         from stagecut.backend.costs.report import bindings_of, report
 
         chosen = setting or (self.plan.setting if self.plan else Setting())
-        return report(self.program, chosen, self.plan, self._sizes, bindings_of(self), profile_on)
+        return report(
+            self.program, chosen, self.plan, self._sizes, bindings_of(self), profile_on
+        )
 
     def materialize(
         self,
@@ -347,67 +498,105 @@ class Pipe(Staged):
         cast: bool = False,
         seed: int = 0,
     ) -> None:
-        """These stages are real and on `device`; the others are as before. For a model that was cut on the meta device.
+        """These stages are real and on `device`; the others are as before. For a model that was cut on the
+        meta device.
 
         A tensor gets its value from the first that has one:
 
-        values: tensors by the model's names. A value the stage has already stays when there is none here and none in the source.
-        source: a checkpoint that has every persistent tensor, of which no other is read: a .safetensors file, a folder with
-            `model.safetensors` or `model.safetensors.index.json`, or one of torch.distributed.checkpoint. `rename` gives the name in
-            the checkpoint for a name of the model. With `cast`, floats of another dtype become the model's.
-        init_fn: called with every module of a copy of the model in which what it shall initialise is real, inner modules first, such
-            as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or `model._init_weights`. With a source,
-            only what no checkpoint holds is left for it: buffers that are not persistent. What it draws depends on `seed` and the
-            tensor's name, not on the cut.
+        values: tensors by the model's names. A value the stage has already stays when there is none here and
+        none in the source. source: a checkpoint that has every persistent tensor, of which no other is read:
+        a .safetensors file, a folder with
+            `model.safetensors` or `model.safetensors.index.json`, or one of torch.distributed.checkpoint.
+            `rename` gives the name in the checkpoint for a name of the model. With `cast`, floats of another
+            dtype become the model's. init_fn: called with every module of a copy of the model in which what
+            it shall initialise is real, inner modules first, such
+            as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or
+            `model._init_weights`. With a source, only what no checkpoint holds is left for it: buffers that
+            are not persistent. What it draws depends on `seed` and the tensor's name, not on the cut.
 
-        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A module kept whole is
-        the model's own, and becomes real in the model too.
+        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
+        module kept whole is the model's own, and becomes real in the model too.
 
-        Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source lacks or has in
-        another shape or dtype. No stage has changed then.
+        Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source
+        lacks or has in another shape or dtype. No stage has changed then.
         """
         from stagecut.backend.files.materialize import materialize
 
         chosen = [stages] if isinstance(stages, int) else list(stages)
-        materialize(self, chosen, source, torch.device(device), init_fn, values or {}, rename, cast, seed)
+        materialize(
+            self,
+            chosen,
+            source,
+            torch.device(device),
+            init_fn,
+            values or {},
+            rename,
+            cast,
+            seed,
+        )
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
-        """`folder` holds the pipe: IR text, tensors, and how the model is called. `stagecut.load(folder)` gives it again.
+        """`folder` holds the pipe: IR text, tensors, and how the model is called. `stagecut.load(folder)`
+        gives it again.
 
-        It appears whole or not at all. With `stages`, only those are saved, beside those that other ranks save of the same pipe to the
-        same folder; the others may be on meta. Raises SavedError for what no file can hold: modules kept whole, functions of yours.
+        It appears whole or not at all. With `stages`, only those are saved, beside those that other ranks
+        save of the same pipe to the same folder; the others may be on meta. Raises SavedError for what no
+        file can hold: modules kept whole, functions of yours.
         """
         from stagecut.backend.files.saved import save
 
         save(self, folder, stages)
 
-    def build_stage(self, stage_index: int, device: torch.device | str, group: Any = None) -> Any:
-        """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of torch's schedules.
+    def build_stage(
+        self, stage_index: int, device: torch.device | str, group: Any = None
+    ) -> Any:
+        """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of
+        torch's schedules.
 
-        The first stage takes the model's own arguments and hands on what later stages need; the last returns the model's
-        output tensors in order. Raises StagecutError for what cannot cross between processes.
+        The first stage takes the model's own arguments and hands on what later stages need; the last returns
+        the model's output tensors in order. Raises StagecutError for what cannot cross between processes.
         """
         from stagecut.backend.ranks.stage import make_stage
 
-        return make_stage(self, stage_index, torch.device(device), group, self._sizes, False)
+        return make_stage(
+            self, stage_index, torch.device(device), group, self._sizes, False
+        )
 
     @property
     def split_gm(self) -> fx.GraphModule:
-        """The stages as torch's frontend has them: children `submod_pp_0` and so on of a graph that calls them on flat inputs."""
+        """The stages as torch's frontend has them: children `submod_pp_0` and so on of a graph that calls
+        them on flat inputs.
+        """
         return split_module(self.program, self.stages)
 
     @property
     def replicated_params(self) -> list[dict[str, str]]:
-        """For each parameter of several stages: the stage, as `split_gm` calls it -> the parameter's name there.
+        """For each parameter of several stages: the stage, as `split_gm` calls it -> the parameter's name
+        there.
 
-        Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be made.
+        Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be
+        made.
         """
-        shared = [entry for entry in self.program.state if entry.kind == "param" and len(entry.stages) > 1]
-        return [{f"{PREFIX}{i}": self.program.stages[i].state[entry][0] for i in entry.stages} for entry in shared]
+        shared = [
+            entry
+            for entry in self.program.state
+            if entry.kind == "param" and len(entry.stages) > 1
+        ]
+        return [
+            {
+                f"{PREFIX}{i}": self.program.stages[i].state[entry][0]
+                for i in entry.stages
+            }
+            for entry in shared
+        ]
 
     def print_readable(self) -> None:
         """Prints the calls of the stages, and every stage as Python."""
-        print(self.split_gm.code.strip(), *(stage.code for stage in self.stages), sep="\n\n")  # noqa: T201 what the method is for
+        print(  # noqa: T201 what the method is for
+            self.split_gm.code.strip(),
+            *(stage.code for stage in self.stages),
+            sep="\n\n",
+        )
 
     def info(self) -> Any:
         """What `stagecut.build_stage` needs to know of the pipe."""
@@ -425,20 +614,38 @@ class Pipe(Staged):
 
         return to_dot(self.program)
 
-    def to_svg(self, *, level: str = "stages", stage: int | None = None, depth: int | None = None, renderer: str | None = None) -> str:
-        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which says what draws it."""
+    def to_svg(
+        self,
+        *,
+        level: str = "stages",
+        stage: int | None = None,
+        depth: int | None = None,
+        renderer: str | None = None,
+    ) -> str:
+        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which says
+        what draws it.
+        """
         from stagecut.backend.pictures.dot import to_svg
 
-        return to_svg(self.program, level=level, stage=stage, depth=depth, renderer=renderer)
+        return to_svg(
+            self.program, level=level, stage=stage, depth=depth, renderer=renderer
+        )
 
 
-def load(folder: str | Path, stages: Iterable[int] | None = None, *, device: torch.device | str = "cpu", ops: Collection[str] = ()) -> Pipe:
-    """The pipe that was saved in `folder`, on `device`. With `stages`, only those are read and real; the others are on meta.
+def load(
+    folder: str | Path,
+    stages: Iterable[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    ops: Collection[str] = (),
+) -> Pipe:
+    """The pipe that was saved in `folder`, on `device`. With `stages`, only those are read and real; the
+    others are on meta.
 
-    It computes bit for bit what the saved one computed, and its state has the same names, order, modes and ties. Nothing of the folder
-    is run, and nothing is imported: classes of arguments and outputs must be imported before. `ops` are namespaces of operators of
-    yours, as in `torch.ops.NAMESPACE`, that the program may call. What is not kept: hooks, the plan of a search, and the model for
-    `pipe.verify`.
+    It computes bit for bit what the saved one computed, and its state has the same names, order, modes and
+    ties. Nothing of the folder is run, and nothing is imported: classes of arguments and outputs must be
+    imported before. `ops` are namespaces of operators of yours, as in `torch.ops.NAMESPACE`, that the program
+    may call. What is not kept: hooks, the plan of a search, and the model for `pipe.verify`.
 
     Raises SavedError for a folder that is damaged, incomplete, or of a newer format.
     """
@@ -454,7 +661,9 @@ class PipedModel(Named):
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        object.__setattr__(self, "_pipe", pipe)  # no child: the children are the model's modules
+        object.__setattr__(
+            self, "_pipe", pipe
+        )  # no child: the children are the model's modules
         self._name(pipe.stages, pipe._names)
         self.training = pipe.training
 

@@ -1,4 +1,6 @@
-"""Does a model compute the same when it is called again? Asked when a pipe does not compute what its model does."""
+"""Does a model compute the same when it is called again? Asked when a pipe does not compute what its model
+does.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,32 @@ class _Call:
     made: list[Any]
 
 
-def changing(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """The path of the innermost module that gives other results in a second call, with equal inputs, parameters, buffers and random
-    numbers of torch's; None where all results are alike, and where that cannot be told. Runs a copy of `model` twice."""
+def changing(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The path of the innermost module that gives other results in a second call, with equal inputs,
+    parameters, buffers and random numbers of torch's; None where all results are alike, and where that cannot
+    be told. Runs a copy of `model` twice.
+    """
     try:
         twin = copied(model)[0]
-        state = {tensor: tensor.detach().clone() for tensor in (*twin.parameters(), *twin.buffers())}
-        first, second = (_calls(twin, state, args, kwargs, random_state(model, gpus(model, args, kwargs))) for _ in range(2))
-    except Exception as error:  # whatever the code of a model raises when it is called again
+        state = {
+            tensor: tensor.detach().clone()
+            for tensor in (*twin.parameters(), *twin.buffers())
+        }
+        first, second = (
+            _calls(
+                twin,
+                state,
+                args,
+                kwargs,
+                random_state(model, gpus(model, args, kwargs)),
+            )
+            for _ in range(2)
+        )
+    except (
+        Exception
+    ) as error:  # whatever the code of a model raises when it is called again
         raise_ours(error)
         return None
     for one, other in zip(first, second, strict=False):
@@ -56,8 +76,15 @@ def _calls(
     hooks = []
     for path, module in twin.named_modules():
         hooks += [
-            module.register_forward_pre_hook(lambda _, args, kwargs: given.append(_leaves((args, kwargs))), with_kwargs=True),
-            module.register_forward_hook(lambda _, args, result, path=path: calls.append(_Call(path, given.pop(), _leaves(result)))),
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: given.append(_leaves((args, kwargs))),
+                with_kwargs=True,
+            ),
+            module.register_forward_hook(
+                lambda _, args, result, path=path: calls.append(
+                    _Call(path, given.pop(), _leaves(result))
+                )
+            ),
         ]
     try:
         with torch.no_grad():
@@ -73,8 +100,14 @@ def _calls(
 
 
 def _leaves(tree: Any) -> list[Any]:
-    return [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(opened(tree))]
+    return [
+        leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in tree_leaves(opened(tree))
+    ]
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(difference("", one, other) is None for one, other in zip(some, others, strict=True))
+    return len(some) == len(others) and all(
+        difference("", one, other) is None
+        for one, other in zip(some, others, strict=True)
+    )

@@ -1,9 +1,11 @@
-"""Finds the cuts: the slowest stage is as fast as it can be, within the memory of every device, with a bound to show for it.
+"""Finds the cuts: the slowest stage is as fast as it can be, within the memory of every device, with a bound
+to show for it.
 
-Ops stand in a line, and a stage is an interval of it. Its time is that of its ops and of what crosses at both its ends. For a
-time B, a scan from the left marks where a stage may end so that none takes longer than B; bisection finds the smallest such B.
-That is exact over all cuts of the line, and a scan costs a few vector operations for each stage. Where ranks have several stages it is
-where a search by moving cuts begins, which is exact for up to FEW ways to cut.
+Ops stand in a line, and a stage is an interval of it. Its time is that of its ops and of what crosses at both
+its ends. For a time B, a scan from the left marks where a stage may end so that none takes longer than B;
+bisection finds the smallest such B. That is exact over all cuts of the line, and a scan costs a few vector
+operations for each stage. Where ranks have several stages it is where a search by moving cuts begins, which
+is exact for up to FEW ways to cut.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from functools import cached_property
 
 import torch
 
-from stagecut.backend.costs.ops import Device, OpCost, device, op_costs, program_ops, state_bytes
+from stagecut.backend.costs.ops import (
+    Device,
+    OpCost,
+    device,
+    op_costs,
+    program_ops,
+    state_bytes,
+)
 from stagecut.backend.schedules import SCHEDULES, SINGLE, V, homes
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.errors import InputError, SplitError, nearest
@@ -43,7 +52,8 @@ STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 class Setting:
     """Where and how the stages will run.
 
-    device: for all ranks, or one for each. ranks: how many, where a rank has several stages. optimizer: a key of STATE_OF.
+    device: for all ranks, or one for each. ranks: how many, where a rank has several stages. optimizer: a key
+    of STATE_OF.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -54,14 +64,22 @@ class Setting:
     ranks: int | None = None
 
     def placement(self, stages: int) -> list[int]:
-        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the ranks."""
+        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
+        ranks.
+        """
         if self.schedule not in SCHEDULES:
-            raise InputError(f"there is no schedule '{self.schedule}'", hint=nearest(self.schedule, SCHEDULES))
+            raise InputError(
+                f"there is no schedule '{self.schedule}'",
+                hint=nearest(self.schedule, SCHEDULES),
+            )
         if self.schedule in SINGLE:
             return homes(stages, stages, False)
         ranks = self.ranks or max(1, stages // 2)
         if stages % ranks or (self.schedule in V and stages != 2 * ranks):
-            raise InputError(f"{self.schedule} cannot place {stages} stages on {ranks} ranks", hint="pass ranks=, a divisor of the stages")
+            raise InputError(
+                f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
+                hint="pass ranks=, a divisor of the stages",
+            )
         return homes(stages, ranks, self.schedule in V)
 
     def devices(self, stages: int) -> list[Device]:
@@ -70,7 +88,10 @@ class Setting:
             return [device(self.device)] * stages
         placement = self.placement(stages)
         if max(placement) >= len(self.device):
-            raise InputError(f"{max(placement) + 1} ranks, but {len(self.device)} devices", hint="give one for each rank")
+            raise InputError(
+                f"{max(placement) + 1} ranks, but {len(self.device)} devices",
+                hint="give one for each rank",
+            )
         return [device(self.device[home]) for home in placement]
 
     def in_flight(self, stages: int) -> list[int]:
@@ -86,7 +107,9 @@ class Setting:
         if self.schedule in V:
             return [min(count, ranks)] * stages
         local, factor = stages // ranks, 2 if self.schedule == "Interleaved1F1B" else 1
-        warm = [(local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in placement]
+        warm = [
+            (local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in placement
+        ]
         return [min(count, math.ceil(each / local)) for each in warm]
 
 
@@ -102,7 +125,13 @@ class Line:
     _seconds: dict[Device, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(program: Program, setting: Setting, sizes: Mapping[str, int], bindings: Bindings | None, measure_on: str | None) -> Line:
+    def of(
+        program: Program,
+        setting: Setting,
+        sizes: Mapping[str, int],
+        bindings: Bindings | None,
+        measure_on: str | None,
+    ) -> Line:
         """The line of a program."""
         ops = program_ops(program)
         returned = frozenset(program.output.operands)
@@ -110,7 +139,9 @@ class Line:
 
     @cached_property
     def crossing(self) -> torch.Tensor:
-        """Bytes that cross in front of each op, forward and, when training, back; user inputs and what is made anew do not."""
+        """Bytes that cross in front of each op, forward and, when training, back; user inputs and what is
+        made anew do not.
+        """
         at = {op: place for place, op in enumerate(self.ops)}
         steps = torch.zeros(len(self.ops) + 2, dtype=torch.float64)
         cheap: set[Value] = set()
@@ -120,12 +151,24 @@ class Line:
                 if anew:
                     cheap.add(value)
                     continue
-                last = len(self.ops) if value in self.returned else max((at.get(user, place) for user in value.uses), default=place)
+                last = (
+                    len(self.ops)
+                    if value in self.returned
+                    else max(
+                        (at.get(user, place) for user in value.uses), default=place
+                    )
+                )
                 if last > place:
-                    size = self._bytes(value) * (2 if self.setting.training and carries_grad(value.type) else 1)
+                    size = self._bytes(value) * (
+                        2 if self.setting.training and carries_grad(value.type) else 1
+                    )
                     steps[place + 1] += size
                     steps[last + 1] -= size
-        return steps.cumsum(0)[: len(self.ops) + 1].clamp(min=0.0).index_fill(0, torch.tensor([0, len(self.ops)]), 0.0)
+        return (
+            steps.cumsum(0)[: len(self.ops) + 1]
+            .clamp(min=0.0)
+            .index_fill(0, torch.tensor([0, len(self.ops)]), 0.0)
+        )
 
     def _bytes(self, value: Value) -> int:
         return value_bytes(value.type) or 0
@@ -134,7 +177,12 @@ class Line:
     def divisible(self) -> torch.Tensor:
         """Where the line may be cut: not inside a region that runs as a whole."""
         free = torch.ones(len(self.ops) + 1, dtype=torch.bool)
-        last = {c: place for place, op in enumerate(self.ops) for c in op.context if c.kind in WHOLE}
+        last = {
+            c: place
+            for place, op in enumerate(self.ops)
+            for c in op.context
+            if c.kind in WHOLE
+        }
         for place, op in enumerate(self.ops):
             for context in op.context:
                 if context.kind in WHOLE:
@@ -144,7 +192,10 @@ class Line:
     def seconds(self, where: Device) -> torch.Tensor:
         """Seconds of each op on a device."""
         if where not in self._seconds:
-            self._seconds[where] = torch.tensor([cost.on(where, self.setting.training) for cost in self.costs], dtype=torch.float64)
+            self._seconds[where] = torch.tensor(
+                [cost.on(where, self.setting.training) for cost in self.costs],
+                dtype=torch.float64,
+            )
         return self._seconds[where]
 
     def depth(self) -> torch.Tensor:
@@ -152,15 +203,24 @@ class Line:
         found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for place in range(1, len(self.ops)):
             one, other = self.ops[place - 1].scope, self.ops[place].scope
-            found[place] = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+            found[place] = next(
+                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+                min(len(one), len(other)),
+            )
         return found
 
     def held(self, op: Op) -> list[StateEntry]:
         """The state an op reads."""
-        return [entry for v in op.reads if isinstance(entry := unwritten(v).owner, StateEntry)]
+        return [
+            entry
+            for v in op.reads
+            if isinstance(entry := unwritten(v).owner, StateEntry)
+        ]
 
     def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
-        """Bytes of a stage: of its state with gradients and optimizer, of what it keeps for the backward, of gradients on their way."""
+        """Bytes of a stage: of its state with gradients and optimizer, of what it keeps for the backward, of
+        gradients on their way.
+        """
         window = _Window(self)
         for place in range(begin, end):
             window.add(place)
@@ -173,16 +233,27 @@ class Line:
 
     @cached_property
     def things(self) -> list[list[tuple[object, int, int]]]:
-        """What each op holds while it is in a stage: a thing, bytes that are there once, bytes for every micro-batch in flight."""
-        return [self._things(op, cost, place) for place, (op, cost) in enumerate(zip(self.ops, self.costs, strict=True))]
+        """What each op holds while it is in a stage: a thing, bytes that are there once, bytes for every
+        micro-batch in flight.
+        """
+        return [
+            self._things(op, cost, place)
+            for place, (op, cost) in enumerate(zip(self.ops, self.costs, strict=True))
+        ]
 
-    def _things(self, op: Op, cost: OpCost, place: int) -> list[tuple[object, int, int]]:
-        things: list[tuple[object, int, int]] = [(v, 0, self._bytes(v)) for v in cost.kept] if self.setting.training else []
+    def _things(
+        self, op: Op, cost: OpCost, place: int
+    ) -> list[tuple[object, int, int]]:
+        things: list[tuple[object, int, int]] = (
+            [(v, 0, self._bytes(v)) for v in cost.kept] if self.setting.training else []
+        )
         if self.setting.training and cost.extra:
             things.append((place, 0, cost.extra))
         for entry in dict.fromkeys(self.held(op)):
             size, trained = state_bytes([entry])
-            copies = 1 + STATE_OF[self.setting.optimizer] if self.setting.training else 0
+            copies = (
+                1 + STATE_OF[self.setting.optimizer] if self.setting.training else 0
+            )
             things.append((entry, size + trained * copies, 0))
         return things
 
@@ -197,7 +268,10 @@ class Line:
         found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
             window.add(end - 1)
-            while begin < end and window.static + window.kept * in_flight + window.passing > budget:
+            while (
+                begin < end
+                and window.static + window.kept * in_flight + window.passing > budget
+            ):
                 window.remove(begin)
                 begin += 1
             found[end] = begin
@@ -205,11 +279,15 @@ class Line:
 
 
 class _Window:
-    """An interval that grows to the right and shrinks from the left, and the bytes of what it holds, each thing once."""
+    """An interval that grows to the right and shrinks from the left, and the bytes of what it holds, each
+    thing once.
+    """
 
     def __init__(self, line: Line) -> None:
         self._line, self._count = line, dict[object, int]()
-        self._largest: deque[tuple[int, int]] = deque()  # the places of ops whose gradients take more than those of any later one
+        self._largest: deque[tuple[int, int]] = (
+            deque()
+        )  # the places of ops whose gradients take more than those of any later one
         self.static = self.kept = 0
 
     @property
@@ -247,7 +325,12 @@ def _is_cheap(op: Op, cheap: set[Value]) -> bool:
         return False
     if any(carries_grad(result.type) for result in op.results):
         return False
-    return all(v.owner is None or v in cheap or (isinstance(v.owner, StateEntry) and v.owner.kind != "param") for v in op.operands)
+    return all(
+        v.owner is None
+        or v in cheap
+        or (isinstance(v.owner, StateEntry) and v.owner.kind != "param")
+        for v in op.operands
+    )
 
 
 # --- the search ---------------------------------------------------------------------------------------
@@ -257,9 +340,9 @@ def _is_cheap(op: Op, cheap: set[Value]) -> bool:
 class Problem:
     """A line to cut into `len(times)` stages.
 
-    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that what crosses at each place takes.
-    starts: per stage and end, the first beginning that fits its memory, None for all. allowed: per cut (0, ..., stages) and place,
-    whether the cut may be there.
+    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that what
+    crosses at each place takes. starts: per stage and end, the first beginning that fits its memory, None for
+    all. allowed: per cut (0, ..., stages) and place, whether the cut may be there.
     """
 
     times: list[torch.Tensor]
@@ -271,13 +354,19 @@ class Problem:
         """Seconds of each stage between `cuts`, the first and the last place among them."""
         return [
             float(t[b] - t[a] + link[a] + link[b])
-            for t, link, a, b in zip(self.times, self.links, cuts[:-1], cuts[1:], strict=True)
-        ]  # fmt: skip
+            for t, link, a, b in zip(
+                self.times, self.links, cuts[:-1], cuts[1:], strict=True
+            )
+        ]
 
     def fits(self, cuts: Sequence[int]) -> bool:
         """True when every cut is allowed where it is and every stage fits its memory."""
-        inside = self.starts is None or all(cuts[i] >= int(s[cuts[i + 1]]) for i, s in enumerate(self.starts))
-        return inside and all(bool(mask[cut]) for mask, cut in zip(self.allowed, cuts, strict=True))
+        inside = self.starts is None or all(
+            cuts[i] >= int(s[cuts[i + 1]]) for i, s in enumerate(self.starts)
+        )
+        return inside and all(
+            bool(mask[cut]) for mask, cut in zip(self.allowed, cuts, strict=True)
+        )
 
     def within(self, most: float) -> list[int] | None:
         """Cuts with which no stage takes more than `most` seconds, None when there are none."""
@@ -285,14 +374,18 @@ class Problem:
         reached[0][1:] = False
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
             best = self._best(torch.where(reached[i], time - link, -math.inf), i)
-            reached.append((best > -math.inf) & (best >= time + link - most) & self.allowed[i + 1])
+            reached.append(
+                (best > -math.inf) & (best >= time + link - most) & self.allowed[i + 1]
+            )
         cuts = [len(self.times[0]) - 1]
         if not reached[-1][cuts[0]]:
             return None
         for i in reversed(range(len(self.times))):
             end = cuts[0]
             begin = int(self.starts[i][end]) if self.starts is not None else 0
-            best = torch.where(reached[i], self.times[i] - self.links[i], -math.inf)[begin:end]
+            best = torch.where(reached[i], self.times[i] - self.links[i], -math.inf)[
+                begin:end
+            ]
             cuts.insert(0, begin + int(best.argmax()))
         return cuts
 
@@ -323,17 +416,26 @@ class Problem:
         starts = None
         if self.starts is not None:
             starts = [torch.searchsorted(places, s[places]) for s in self.starts]
-        return Problem([t[places] for t in self.times], [x[places] for x in self.links], starts, [a[places] for a in self.allowed])
+        return Problem(
+            [t[places] for t in self.times],
+            [x[places] for x in self.links],
+            starts,
+            [a[places] for a in self.allowed],
+        )
 
     def cheapest(self, most: float, price: torch.Tensor) -> list[int] | None:
-        """Of the cuts with which no stage takes more than `most`, those with the smallest sum of prices. Quadratic in the places."""
+        """Of the cuts with which no stage takes more than `most`, those with the smallest sum of prices.
+        Quadratic in the places.
+        """
         count = len(price)
         total = torch.full((count,), math.inf, dtype=torch.float64)
         total[0] = 0.0
         origins: list[torch.Tensor] = []
         ends, begins = torch.arange(count)[:, None], torch.arange(count)[None, :]
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            fits = (time[:, None] - time[None, :] + link[:, None] + link[None, :] <= most) & (begins < ends)
+            fits = (
+                time[:, None] - time[None, :] + link[:, None] + link[None, :] <= most
+            ) & (begins < ends)
             if self.starts is not None:
                 fits &= begins >= self.starts[i][:, None]
             sums = torch.where(fits, total[None, :], math.inf)
@@ -354,12 +456,17 @@ def _window_max(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     while 2 ** len(tables) <= len(values):
         half = 2 ** (len(tables) - 1)
         last = tables[-1]
-        tables.append(torch.cat([torch.maximum(last[:-half], last[half:]), last[-half:]]))
+        tables.append(
+            torch.cat([torch.maximum(last[:-half], last[half:]), last[-half:]])
+        )
     ends = torch.arange(len(values))
     length = ends - starts
     level = torch.log2(length.clamp(min=1).double()).floor().long()
     stacked = torch.stack(tables)
-    found = torch.maximum(stacked[level, starts.clamp(max=len(values) - 1)], stacked[level, (ends - 2**level).clamp(min=0)])
+    found = torch.maximum(
+        stacked[level, starts.clamp(max=len(values) - 1)],
+        stacked[level, (ends - 2**level).clamp(min=0)],
+    )
     return torch.where(length > 0, found, -math.inf)
 
 
@@ -378,8 +485,9 @@ def by_rank(placement: Sequence[int], seconds: Iterable[float]) -> list[float]:
 class Plan:
     """Cuts, and what they come to.
 
-    cuts: the positions of ops in front of which to cut. seconds, memory: per stage, predicted. bound: no stage order and no cuts can have
-    a slowest rank below it. best: the slowest stage of the best cuts of this order; the chosen ones may be slower within the tolerance.
+    cuts: the positions of ops in front of which to cut. seconds, memory: per stage, predicted. bound: no
+    stage order and no cuts can have a slowest rank below it. best: the slowest stage of the best cuts of this
+    order; the chosen ones may be slower within the tolerance.
     """
 
     cuts: tuple[int, ...]
@@ -410,10 +518,11 @@ class Plan:
 class Balanced:
     """A policy: cuts so that the slowest stage is as fast as can be, and every stage fits its device.
 
-    stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins: module path -> the stage it
-    runs in, counted from the end when negative. tolerance: how much slower than the best the slowest stage may be for cuts at
-    module boundaries and fewer bytes that cross. budget: the part of a device's memory to fill. profile_on: a torch device on
-    which ops are timed, instead of a roofline. Called with a program it returns the cuts, and `plan` tells more.
+    stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins:
+    module path -> the stage it runs in, counted from the end when negative. tolerance: how much slower than
+    the best the slowest stage may be for cuts at module boundaries and fewer bytes that cross. budget: the
+    part of a device's memory to fill. profile_on: a torch device on which ops are timed, instead of a
+    roofline. Called with a program it returns the cuts, and `plan` tells more.
     """
 
     stages: int | None = None
@@ -426,14 +535,22 @@ class Balanced:
     def __call__(self, program: Program) -> list[int]:
         return list(self.plan(program).cuts)
 
-    def plan(self, program: Program, sizes: Mapping[str, int] | None = None, bindings: Bindings | None = None) -> Plan:
+    def plan(
+        self,
+        program: Program,
+        sizes: Mapping[str, int] | None = None,
+        bindings: Bindings | None = None,
+    ) -> Plan:
         """The cuts of a traced program and what they come to.
 
-        Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what would fit; InputError for
-        a pin of an unknown module or stage.
+        Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
+        would fit; InputError for a pin of an unknown module or stage.
         """
         if self.setting.optimizer not in STATE_OF:
-            raise InputError(f"optimizer '{self.setting.optimizer}' is not known", hint=nearest(self.setting.optimizer, STATE_OF))
+            raise InputError(
+                f"optimizer '{self.setting.optimizer}' is not known",
+                hint=nearest(self.setting.optimizer, STATE_OF),
+            )
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
@@ -468,12 +585,18 @@ class Balanced:
             return None
         while least - tried > 1:  # more stages hold less, so halving finds the fewest
             middle = (tried + least) // 2
-            tried, least = (tried, middle) if self._fits(line, middle) else (middle, least)
+            tried, least = (
+                (tried, middle) if self._fits(line, middle) else (middle, least)
+            )
         return least
 
     def _every_device(self) -> list[Device]:
         given = self.setting.device
-        return [device(given)] if isinstance(given, Device | str) else [device(d) for d in given]
+        return (
+            [device(given)]
+            if isinstance(given, Device | str)
+            else [device(d) for d in given]
+        )
 
     def problem(self, line: Line) -> Problem:
         """What is searched: the times and limits of so many stages of a line."""
@@ -481,31 +604,58 @@ class Balanced:
 
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):
-            raise SplitError(f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty")
+            raise SplitError(
+                f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty"
+            )
         problem = self._problem(line, stages, scale)
         cuts = problem.best()
         if cuts is None:
             return None
-        placement, flights = self.setting.placement(stages), self.setting.in_flight(stages)
+        placement = self.setting.placement(stages)
+        flights = self.setting.in_flight(stages)
         best = max(problem.stage_seconds(cuts))
         cuts = self._cleaner(line, problem, cuts, best)
         if self.setting.schedule not in SINGLE:
             cuts = _shift(problem, cuts, placement)
-        memory = [sum(line.memory(a, b, n)) for a, b, n in zip(cuts[:-1], cuts[1:], flights, strict=True)]
+        memory = [
+            sum(line.memory(a, b, n))
+            for a, b, n in zip(cuts[:-1], cuts[1:], flights, strict=True)
+        ]
         seconds = problem.stage_seconds(cuts)
-        return Plan(tuple(cuts[1:-1]), tuple(seconds), tuple(memory), tuple(placement), self._bound(line, stages), best, self.setting)
+        return Plan(
+            tuple(cuts[1:-1]),
+            tuple(seconds),
+            tuple(memory),
+            tuple(placement),
+            self._bound(line, stages),
+            best,
+            self.setting,
+        )
 
     def _problem(self, line: Line, stages: int, scale: float) -> Problem:
         devices, flights = self.setting.devices(stages), self.setting.in_flight(stages)
         zero = torch.zeros(1, dtype=torch.float64)
-        sums = {d: torch.cat([zero, line.seconds(d).cumsum(0)]) for d in dict.fromkeys(devices)}
-        links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}  # each way is waited for at one of its ends
+        sums = {
+            d: torch.cat([zero, line.seconds(d).cumsum(0)])
+            for d in dict.fromkeys(devices)
+        }
+        links = {
+            d: line.crossing / d.link_bandwidth / 2 for d in sums
+        }  # each way is waited for at one of its ends
         budgets = [d.memory * self.budget * scale for d in devices]
         starts = None
         static, kept, passing = line.whole
-        if any(static + kept * n + passing > b for n, b in zip(flights, budgets, strict=True)):
+        if any(
+            static + kept * n + passing > b
+            for n, b in zip(flights, budgets, strict=True)
+        ):
             starts = [line.starts(b, n) for n, b in zip(flights, budgets, strict=True)]
-        return Problem([sums[d] for d in devices], [links[d] for d in devices], starts, self._allowed(line, stages))
+        return Problem(
+            [sums[d] for d in devices],
+            [links[d] for d in devices],
+            starts,
+            self._allowed(line, stages),
+        )
 
     def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
         """Where each cut may be: outside of regions, and so that pinned modules lie in their stages."""
@@ -515,19 +665,38 @@ class Balanced:
             stage = pin + stages if pin < 0 else pin
             inside = [i for i, op in enumerate(line.ops) if runs_in(op, path)]
             if not inside or not 0 <= stage < stages:
-                known = dict.fromkeys(scope_fqn(op.scope) for op in line.ops if op.scope)
-                what = f"module '{path}', which runs no op" if not inside else f"stage {pin} of {stages}"
-                raise InputError(f"pins names {what}", hint=nearest(path, known) if not inside else "count from 0, or from the end")
+                known = dict.fromkeys(
+                    scope_fqn(op.scope) for op in line.ops if op.scope
+                )
+                what = (
+                    f"module '{path}', which runs no op"
+                    if not inside
+                    else f"stage {pin} of {stages}"
+                )
+                raise InputError(
+                    f"pins names {what}",
+                    hint=nearest(path, known)
+                    if not inside
+                    else "count from 0, or from the end",
+                )
             for cut, mask in enumerate(allowed):
                 mask &= places <= inside[0] if cut <= stage else places > inside[-1]
         return allowed
 
-    def _cleaner(self, line: Line, problem: Problem, cuts: list[int], best: float) -> list[int]:
-        """Cuts at the outermost module boundaries, with the fewest bytes, that are within the tolerance of the best."""
+    def _cleaner(
+        self, line: Line, problem: Problem, cuts: list[int], best: float
+    ) -> list[int]:
+        """Cuts at the outermost module boundaries, with the fewest bytes, that are within the tolerance of
+        the best.
+        """
         most, depth, price = best * (1 + self.tolerance), line.depth(), line.crossing
         ends = torch.tensor([0, len(line.ops)])
         for level in range(int(depth.max()) + 1):
-            places = torch.unique(torch.cat([ends, torch.nonzero((depth <= level) & line.divisible).flatten()]))
+            places = torch.unique(
+                torch.cat(
+                    [ends, torch.nonzero((depth <= level) & line.divisible).flatten()]
+                )
+            )
             if not len(cuts) <= len(places) <= 1500:
                 continue
             fewer = problem.only(places)
@@ -539,7 +708,8 @@ class Balanced:
     def _bound(self, line: Line, stages: int) -> float:
         """What no slowest rank can be below, whatever the order of ops and the cuts.
 
-        The total over all ranks; the largest op; of the n * ranks + 1 largest ops the n + 1 smallest, for some rank has so many of them.
+        The total over all ranks; the largest op; of the n * ranks + 1 largest ops the n + 1 smallest, for
+        some rank has so many of them.
         """
         homes = self.setting.placement(stages)
         devices = dict(zip(homes, self.setting.devices(stages), strict=True))
@@ -555,23 +725,37 @@ class Balanced:
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
         """Which stage is over its memory by how much, and what would fit."""
         if self._problem(line, stages, math.inf).within(math.inf) is None:
-            return SplitError(f"no cuts into {stages} stages are possible", hint="pins contradict each other, or regions are too large")
+            return SplitError(
+                f"no cuts into {stages} stages are possible",
+                hint="pins contradict each other, or regions are too large",
+            )
         low, high = 1.0, 2.0
         while not self._fits(line, stages, high):
             low, high = high, 2 * high
         for _ in range(10):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._fits(line, stages, middle) else (middle, high)
+            low, high = (
+                (low, middle) if self._fits(line, stages, middle) else (middle, high)
+            )
         plan = self._cut(line, stages, high)
         assert plan is not None
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]
         over = max(range(stages), key=lambda i: plan.memory[i] / limits[i])
         fits = self._fewest(line, stages + 1)
-        more = f"{fits} stages would fit" if fits else f"devices with {plan.memory[over] / self.budget / 2**30:.1f} GiB would fit"
+        more = (
+            f"{fits} stages would fit"
+            if fits
+            else f"devices with {plan.memory[over] / self.budget / 2**30:.1f} GiB would fit"
+        )
         return SplitError(
-            f"{stages} stages do not fit: with the best cuts for memory, stage {over} takes {plan.memory[over] / 2**30:.2f} GiB, "
-            f"{(plan.memory[over] - limits[over]) / 2**30:.2f} GiB more than the {limits[over] / 2**30:.2f} GiB that it may",
-            hint=f"{more}; fewer or smaller micro-batches, a schedule with fewer in flight, or activation checkpointing take less",
+            f"{stages} stages do not fit: with the best cuts for memory, stage {over} takes "
+            f"{plan.memory[over] / 2**30:.2f} GiB, "
+            f"{(plan.memory[over] - limits[over]) / 2**30:.2f} GiB more than the {limits[over] / 2**30:.2f} "
+            "GiB that it may",
+            hint=(
+                f"{more}; fewer or smaller micro-batches, a schedule with fewer in flight, or activation "
+                "checkpointing take less"
+            ),
         )
 
     def _fits(self, line: Line, stages: int, scale: float = 1.0) -> bool:
@@ -582,19 +766,35 @@ class Balanced:
 
 
 def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[int]:
-    """Cuts with which the slowest rank is faster, where ranks have several stages: the best of all where there are few, else the best
-    that moving one cut or two at a time leads to."""
+    """Cuts with which the slowest rank is faster, where ranks have several stages: the best of all where
+    there are few, else the best that moving one cut or two at a time leads to.
+    """
     count, stages = len(problem.times[0]) - 1, len(placement)
     if math.comb(count - 1, stages - 1) <= FEW:
-        everything = ([0, *inner, count] for inner in itertools.combinations(range(1, count), stages - 1))
-        return min(filter(problem.fits, everything), key=lambda some: _slowest(problem, some, placement))
+        everything = (
+            [0, *inner, count]
+            for inner in itertools.combinations(range(1, count), stages - 1)
+        )
+        return min(
+            filter(problem.fits, everything),
+            key=lambda some: _slowest(problem, some, placement),
+        )
     best, step = _slowest(problem, cuts, placement), max(1, count // 8)
     while step:
         moved = False
         single = [{cut: way} for cut in range(1, stages) for way in (-step, step)]
-        for move in [*single, *({**one, **other} for one, other in itertools.combinations(single, 2) if one.keys() != other.keys())]:
+        for move in [
+            *single,
+            *(
+                {**one, **other}
+                for one, other in itertools.combinations(single, 2)
+                if one.keys() != other.keys()
+            ),
+        ]:
             other = [place + move.get(cut, 0) for cut, place in enumerate(cuts)]
-            if not all(a < b for a, b in itertools.pairwise(other)) or not problem.fits(other):
+            if not all(a < b for a, b in itertools.pairwise(other)) or not problem.fits(
+                other
+            ):
                 continue
             now = _slowest(problem, other, placement)
             if now < best:
@@ -603,7 +803,9 @@ def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[
     return cuts
 
 
-def _slowest(problem: Problem, cuts: Sequence[int], placement: Sequence[int]) -> tuple[float, float]:
+def _slowest(
+    problem: Problem, cuts: Sequence[int], placement: Sequence[int]
+) -> tuple[float, float]:
     """Seconds of the slowest rank, and how unequal all are."""
     sums = by_rank(placement, problem.stage_seconds(cuts))
     return max(sums), sum(s * s for s in sums)
@@ -611,7 +813,10 @@ def _slowest(problem: Problem, cuts: Sequence[int], placement: Sequence[int]) ->
 
 def runs_in(op: Op, path: str) -> bool:
     """True for an op in a call of the module at `path`, or of one inside."""
-    return any(name == path or name.startswith(path + ".") for name in (scope_fqn(op.scope), module_path(op)))
+    return any(
+        name == path or name.startswith(path + ".")
+        for name in (scope_fqn(op.scope), module_path(op))
+    )
 
 
 @dataclass(frozen=True)
@@ -624,7 +829,9 @@ class Markers:
 
 @dataclass(frozen=True)
 class AtModules:
-    """A policy that cuts in front of the first op of each of these modules. Raises SplitError for one that runs no op."""
+    """A policy that cuts in front of the first op of each of these modules. Raises SplitError for one that
+    runs no op.
+    """
 
     paths: Sequence[str]
 
@@ -635,6 +842,9 @@ class AtModules:
             place = next((i for i, op in enumerate(ops) if runs_in(op, path)), None)
             if place is None:
                 known = dict.fromkeys(scope_fqn(op.scope) for op in ops if op.scope)
-                raise SplitError(f"no op of the program runs in module '{path}'", hint=nearest(path, known))
+                raise SplitError(
+                    f"no op of the program runs in module '{path}'",
+                    hint=nearest(path, known),
+                )
             cuts.append(place)
         return cuts

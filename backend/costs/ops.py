@@ -1,8 +1,8 @@
 """What every op of a program costs: FLOPs, bytes moved, bytes kept for the backward, seconds on a device.
 
 FLOPs are counted by torch's own formulas: each distinct op runs once on the meta device under
-`torch.utils.flop_counter.FlopCounterMode`, forward and backward. What autograd keeps is what its hooks for saved tensors
-see there. Seconds are those of a roofline, the larger of computing and moving, or measured.
+`torch.utils.flop_counter.FlopCounterMode`, forward and backward. What autograd keeps is what its hooks for
+saved tensors see there. Seconds are those of a roofline, the larger of computing and moving, or measured.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ Sizes = Mapping[str, int]
 class Device:
     """An accelerator, as a roofline sees it.
 
-    flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long). bandwidth, link_bandwidth:
-    bytes per second of its memory, and to a neighbour, one way. memory: bytes. overhead: seconds that starting an op takes. reached:
-    the part of `flops` that large matrix products come to.
+    flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long).
+    bandwidth, link_bandwidth: bytes per second of its memory, and to a neighbour, one way. memory: bytes.
+    overhead: seconds that starting an op takes. reached: the part of `flops` that large matrix products come
+    to.
     """
 
     name: str
@@ -52,7 +53,10 @@ class Device:
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
         """How long an op takes: the longer of computing and moving, and its start."""
         slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)
-        return max(flops * slow / (self.flops * self.reached), moved / self.bandwidth) + self.overhead
+        return (
+            max(flops * slow / (self.flops * self.reached), moved / self.bandwidth)
+            + self.overhead
+        )
 
 
 GiB = 2**30
@@ -68,7 +72,9 @@ DEVICES = {
         Device("CPU", 0.2e12, 20e9, 16 * GiB, 5e9, 5e-6, 0.5),
     )
 }
-"""Known devices, with the numbers of their makers' data sheets: dense 16-bit FLOPs, and one way of the link to a neighbour."""
+"""Known devices, with the numbers of their makers' data sheets: dense 16-bit FLOPs, and one way of the link
+to a neighbour.
+"""
 
 
 def device(wanted: Device | str) -> Device:
@@ -76,17 +82,22 @@ def device(wanted: Device | str) -> Device:
     if isinstance(wanted, Device):
         return wanted
     if wanted not in DEVICES:
-        raise InputError(f"device '{wanted}' is not known", hint=f"{nearest(wanted, DEVICES)}; or give a Device(...)")
+        raise InputError(
+            f"device '{wanted}' is not known",
+            hint=f"{nearest(wanted, DEVICES)}; or give a Device(...)",
+        )
     return DEVICES[wanted]
 
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one op costs. flops and moved (bytes read and written) are of the forward, those with `backward_` of the backward.
+    """What one op costs. flops and moved (bytes read and written) are of the forward, those with `backward_`
+    of the backward.
 
-    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides. passing: bytes of the
-    gradients that its backward reads and makes. seconds: measured, forward
-    and backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes only'.
+    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides.
+    passing: bytes of the gradients that its backward reads and makes. seconds: measured, forward and
+    backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes
+    only'.
     """
 
     flops: float = 0.0
@@ -113,10 +124,19 @@ class OpCost:
 
 
 def op_costs(
-    ops: Sequence[Op], sizes: Sizes | None = None, bindings: Bindings | None = None, measure_on: torch.device | str | None = None
+    ops: Sequence[Op],
+    sizes: Sizes | None = None,
+    bindings: Bindings | None = None,
+    measure_on: torch.device | str | None = None,
 ) -> list[OpCost]:
-    """The cost of each op. `sizes` gives the symbolic ones. With `measure_on`, each distinct op runs there on random values, timed."""
-    counter = _Counter(dict(sizes or {}), bindings or Bindings(), torch.device(measure_on) if measure_on is not None else None)
+    """The cost of each op. `sizes` gives the symbolic ones. With `measure_on`, each distinct op runs there on
+    random values, timed.
+    """
+    counter = _Counter(
+        dict(sizes or {}),
+        bindings or Bindings(),
+        torch.device(measure_on) if measure_on is not None else None,
+    )
     return [counter.cost(op) for op in ops]
 
 
@@ -151,16 +171,34 @@ class _Counter:
                 self.seen[key] = self._run(op, trains)
             found = self.seen[key]
         if found is None:
-            return OpCost(moved=moved, backward_moved=1.5 * moved if trains else 0.0, passing=self._passing(op), dtype=_dtype(op))
-        kept = [op.operands[i] if kind == "operand" else op.results[i] for kind, i in found.kept]
+            return OpCost(
+                moved=moved,
+                backward_moved=1.5 * moved if trains else 0.0,
+                passing=self._passing(op),
+                dtype=_dtype(op),
+            )
+        kept = [
+            op.operands[i] if kind == "operand" else op.results[i]
+            for kind, i in found.kept
+        ]
         if again:  # the region keeps what comes into it
-            kept = [v for v in op.operands if not (isinstance(v.owner, Op) and v.owner.context == op.context)]
+            kept = [
+                v
+                for v in op.operands
+                if not (isinstance(v.owner, Op) and v.owner.context == op.context)
+            ]
         return OpCost(
             found.flops,
             moved,
             found.backward_flops + (found.flops if again else 0.0),
             (1.5 * moved if trains else 0.0) + (moved if again else 0.0),
-            tuple(dict.fromkeys(root for root in map(storage_root, kept) if isinstance(root.owner, Op))),
+            tuple(
+                dict.fromkeys(
+                    root
+                    for root in map(storage_root, kept)
+                    if isinstance(root.owner, Op)
+                )
+            ),
             0 if again else found.extra,
             self._passing(op),
             _dtype(op),
@@ -175,8 +213,12 @@ class _Counter:
         return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
 
     def _passing(self, op: Op) -> int:
-        given = [v for v in dict.fromkeys(op.operands) if not isinstance(v.owner, StateEntry)]
-        return sum(self.nbytes(v) for v in (*given, *op.results) if carries_grad(v.type))
+        given = [
+            v for v in dict.fromkeys(op.operands) if not isinstance(v.owner, StateEntry)
+        ]
+        return sum(
+            self.nbytes(v) for v in (*given, *op.results) if carries_grad(v.type)
+        )
 
     def nbytes(self, value: Value) -> int:
         """Bytes of a value, 0 for what is no tensor."""
@@ -206,7 +248,10 @@ class _Counter:
         return made.reshape([made.shape[dim] for dim in order]).permute(places)
 
     def _signature(self, op: Op) -> str:
-        tree = transform((op.args, op.kwargs), lambda leaf: leaf.type if isinstance(leaf, Value) else leaf)
+        tree = transform(
+            (op.args, op.kwargs),
+            lambda leaf: leaf.type if isinstance(leaf, Value) else leaf,
+        )
         return f"{op.target} {tree} {op.context} {id(op) if op.regions else ''}"
 
     def _run(self, op: Op, trains: bool) -> _Seen | None:
@@ -229,7 +274,9 @@ class _Counter:
             return None
 
     def _tensors(self, op: Op, trains: bool, place: torch.device) -> dict[Value, Any]:
-        """A tensor for each operand: the same type, on `place`, no leaf where it carries gradient, for the op may write it."""
+        """A tensor for each operand: the same type, on `place`, no leaf where it carries gradient, for the op
+        may write it.
+        """
         env: dict[Value, Any] = {}
         for value in op.operands:
             kind = value.type
@@ -248,7 +295,9 @@ class _Counter:
             env[value] = made.requires_grad_().clone() if trains and kind.grad else made
         return env
 
-    def _count(self, op: Op, trains: bool) -> tuple[float, float, tuple[tuple[str, int], ...], int]:
+    def _count(
+        self, op: Op, trains: bool
+    ) -> tuple[float, float, tuple[tuple[str, int], ...], int]:
         env = self._tensors(op, trains, torch.device("meta"))
         kept: list[torch.Tensor] = []
 
@@ -257,7 +306,11 @@ class _Counter:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.set_grad_enabled(trains), hooks, FlopCounterMode(display=False) as counter:
+        with (
+            torch.set_grad_enabled(trains),
+            hooks,
+            FlopCounterMode(display=False) as counter,
+        ):
             result = _apply(op, env, self.bindings)
             forward = counter.get_total_flops()
             if trains:
@@ -273,16 +326,42 @@ class _Counter:
         for place, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
                 homes[storage_of(env[value])] = ("operand", place)
-        if facts(op).attention:  # on meta it is taken apart; kernels keep operands, result and a row of sums
-            places = [("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)]
-            return forward, total - forward, (*places, ("result", 0)), made[0].numel() // max(1, made[0].shape[-1]) * 4
-        if facts(op).norm_of_rows:  # so is this; its kernel keeps its operand and a number for each row
-            return forward, total - forward, (("operand", 0),), made[0].numel() // max(1, made[0].shape[-1]) * 4
-        extra = {storage_of(t): t.untyped_storage().nbytes() for t in kept if storage_of(t) not in homes}
-        found = tuple(dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes))
+        if (
+            facts(op).attention
+        ):  # on meta it is taken apart; kernels keep operands, result and a row of sums
+            places = [
+                ("operand", i)
+                for i, v in enumerate(op.operands)
+                if carries_grad(v.type)
+            ]
+            return (
+                forward,
+                total - forward,
+                (*places, ("result", 0)),
+                made[0].numel() // max(1, made[0].shape[-1]) * 4,
+            )
+        if (
+            facts(op).norm_of_rows
+        ):  # so is this; its kernel keeps its operand and a number for each row
+            return (
+                forward,
+                total - forward,
+                (("operand", 0),),
+                made[0].numel() // max(1, made[0].shape[-1]) * 4,
+            )
+        extra = {
+            storage_of(t): t.untyped_storage().nbytes()
+            for t in kept
+            if storage_of(t) not in homes
+        }
+        found = tuple(
+            dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes)
+        )
         return forward, total - forward, found, sum(extra.values())
 
-    def _time(self, op: Op, trains: bool, place: torch.device, budget: float = 0.05) -> tuple[float, float]:
+    def _time(
+        self, op: Op, trains: bool, place: torch.device, budget: float = 0.05
+    ) -> tuple[float, float]:
         """Median seconds of the forward and the backward; at most a few runs, within `budget` seconds."""
         runs: list[tuple[float, float]] = []
         begin = time.perf_counter()
@@ -296,7 +375,9 @@ class _Counter:
                     _backward(result, env)
                 runs.append((middle - start, _now(place) - middle))
         runs = runs[1:]
-        return sorted(r[0] for r in runs)[len(runs) // 2], sorted(r[1] for r in runs)[len(runs) // 2]
+        return sorted(r[0] for r in runs)[len(runs) // 2], sorted(r[1] for r in runs)[
+            len(runs) // 2
+        ]
 
 
 def _now(place: torch.device) -> float:
@@ -315,10 +396,18 @@ def _apply(op: Op, env: dict[Value, Any], bindings: Bindings) -> Any:
 
 
 def _backward(result: Any, env: dict[Value, Any]) -> None:
-    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    inputs = [t for t in env.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    outputs = [
+        leaf
+        for leaf in tree_leaves(result)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    inputs = [
+        t for t in env.values() if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
     if outputs and inputs:
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        torch.autograd.grad(
+            outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True
+        )
 
 
 def _dtype(op: Op) -> str:
@@ -327,14 +416,22 @@ def _dtype(op: Op) -> str:
         if context.kind == "autocast" and len(context.args) > 2 and context.args[2]:
             text = getattr(context.args[1], "text", "")
             return "bf16" if "16" in text else "f32"
-    kinds = [v.type.dtype for v in (*op.operands, *op.results) if isinstance(v.type, TensorType) and v.type.differentiable]
+    kinds = [
+        v.type.dtype
+        for v in (*op.operands, *op.results)
+        if isinstance(v.type, TensorType) and v.type.differentiable
+    ]
     return max(kinds, key=dtype_bytes, default="f32")
 
 
 def state_bytes(entries: Iterable[StateEntry]) -> tuple[int, int]:
     """Bytes of these tensors, and of those among them that are trained."""
-    sizes = [(e, e.type.nbytes() or 0) for e in entries if isinstance(e.type, TensorType)]
-    return sum(size for _, size in sizes), sum(size for e, size in sizes if e.kind == "param" and e.requires_grad)
+    sizes = [
+        (e, e.type.nbytes() or 0) for e in entries if isinstance(e.type, TensorType)
+    ]
+    return sum(size for _, size in sizes), sum(
+        size for e, size in sizes if e.kind == "param" and e.requires_grad
+    )
 
 
 def program_ops(program: Program) -> list[Op]:

@@ -1,4 +1,6 @@
-"""What the stages of a pipe cost: time, memory, what crosses and why, as a table, as JSON and as a picture."""
+"""What the stages of a pipe cost: time, memory, what crosses and why, as a table, as JSON and as a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from stagecut.ir.types import carries_grad, value_bytes
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in bytes by kind,
-    `passing` being gradients that one op's backward reads and makes.
+    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in
+    bytes by kind, `passing` being gradients that one op's backward reads and makes.
 
-    parameters counts elements. received, sent: bytes forward, what is relayed through the stage among them. sources: how many ops have
-    their costs from where.
+    parameters counts elements. received, sent: bytes forward, what is relayed through the stage among them.
+    sources: how many ops have their costs from where.
     """
 
     index: int
@@ -59,7 +61,9 @@ class Crossing:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A rank whose stages together need more memory than its device has; in bytes. kind: what takes the most of it."""
+    """A rank whose stages together need more memory than its device has; in bytes. kind: what takes the most
+    of it.
+    """
 
     rank: int
     stages: tuple[int, ...]
@@ -70,14 +74,24 @@ class TooLarge:
 
     def __str__(self) -> str:
         numbers = ", ".join(map(str, self.stages))
-        who = f"stage {numbers} needs" if len(self.stages) == 1 else f"the stages {numbers} of rank {self.rank} need"
-        return f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: {_REMEDIES[self.kind in _HELD]}"
+        who = (
+            f"stage {numbers} needs"
+            if len(self.stages) == 1
+            else f"the stages {numbers} of rank {self.rank} need"
+        )
+        return (
+            f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: "
+            f"{_REMEDIES[self.kind in _HELD]}"
+        )
 
 
 _HELD = ("parameters", "gradients", "optimizer")
 _REMEDIES = {
     True: "more stages, a device with more memory, or an optimizer that keeps less",
-    False: "smaller micro-batches, a schedule with fewer in flight, activation checkpointing, more stages, or a device with more memory",
+    False: (
+        "smaller micro-batches, a schedule with fewer in flight, activation checkpointing, more stages, or "
+        "a device with more memory"
+    ),
 }
 """What makes a rank smaller: where what it holds takes the most, and where the activations do."""
 
@@ -86,10 +100,11 @@ _REMEDIES = {
 class Report:
     """The stages and crossings of a pipe under a setting, and what they come to.
 
-    seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up: over one device that does
-    all of it. balance: the mean of the ranks' times over that of the slowest one. slowest: the slowest rank, with what
-    its links take; bound: what no slowest rank can be below; best: the slowest rank of the best cuts; in seconds, None where the cuts were
-    not searched. too_large: the ranks that do not fit their devices.
+    seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up:
+    over one device that does all of it. balance: the mean of the ranks' times over that of the slowest one.
+    slowest: the slowest rank, with what its links take; bound: what no slowest rank can be below; best: the
+    slowest rank of the best cuts; in seconds, None where the cuts were not searched. too_large: the ranks
+    that do not fit their devices.
     """
 
     stages: tuple[StageReport, ...]
@@ -109,36 +124,71 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON, the timeline left out."""
-        data: dict[str, Any] = {name: item for name, item in asdict(self).items() if name != "timeline"}
+        data: dict[str, Any] = {
+            name: item for name, item in asdict(self).items() if name != "timeline"
+        }
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        head = ("stage", "rank", "time", "share", "forward", "backward", "FLOPs", "params", "memory", "kept", "in", "out", "ops", "modules")
+        head = (
+            "stage",
+            "rank",
+            "time",
+            "share",
+            "forward",
+            "backward",
+            "FLOPs",
+            "params",
+            "memory",
+            "kept",
+            "in",
+            "out",
+            "ops",
+            "modules",
+        )
         rows = [head, *map(_row, self.stages)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         for row in rows:
-            yield "  ".join([*(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1]])
+            yield "  ".join(
+                [
+                    *(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)),
+                    row[-1],
+                ]
+            )
         yield from (f"too large: {one}" for one in self.too_large)
         yield ""
         yield (
-            f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes {_time(self.seconds)}, "
-            f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} times as fast as one device"
+            f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes "
+            f"{_time(self.seconds)}, "
+            f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} "
+            "times as fast as one device"
         )
-        if self.slowest is not None and self.best is not None and self.bound is not None:
+        if (
+            self.slowest is not None
+            and self.best is not None
+            and self.bound is not None
+        ):
             yield (
-                f"with its links the slowest rank takes {_time(self.slowest)}; {_time(self.best)} by the best cuts of this order, "
+                f"with its links the slowest rank takes {_time(self.slowest)}; {_time(self.best)} by the "
+                "best cuts of this order, "
                 f"and no order of ops can be below {_time(self.bound)}"
             )
         sources = {kind for s in self.stages for kind in s.sources}
-        yield "costs: " + ", ".join(f"{kind} for {sum(s.sources.get(kind, 0) for s in self.stages)} ops" for kind in sorted(sources))
+        yield "costs: " + ", ".join(
+            f"{kind} for {sum(s.sources.get(kind, 0) for s in self.stages)} ops"
+            for kind in sorted(sources)
+        )
         if self.crossings:
             yield ""
         for c in self.crossings:
             size = "dynamic" if c.bytes is None else size_text(c.bytes)
-            yield f"{c.value:24} {'input' if c.source is None else c.source!s:>5} -> {c.target:<3} {c.route:10} {size:>10}  {c.why}"
+            yield (
+                f"{c.value:24} {'input' if c.source is None else c.source!s:>5} -> {c.target:<3} "
+                f"{c.route:10} {size:>10}  {c.why}"
+            )
 
     def to_svg(self) -> str:
         """Two bars for each stage, its time and its memory by kind, as an SVG picture."""
@@ -147,20 +197,33 @@ class Report:
         fullest = max((sum(s.memory.values()) for s in self.stages), default=0) or 1
         over = {index for one in self.too_large for index in one.stages}
         parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" height="{row * len(self.stages) + 60}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" '
+            f'height="{row * len(self.stages) + 60}" '
             'font-family="Helvetica, sans-serif" font-size="12">'
         ]
-        for i, (name, color) in enumerate([("forward", _COLORS[0]), ("backward", _COLORS[1]), *zip(_KINDS, _COLORS[2:], strict=True)]):
-            parts.append(f'<rect x="{left + 118 * i}" y="8" width="12" height="12" fill="{color}"/>')
+        for i, (name, color) in enumerate(
+            [
+                ("forward", _COLORS[0]),
+                ("backward", _COLORS[1]),
+                *zip(_KINDS, _COLORS[2:], strict=True),
+            ]
+        ):
+            parts.append(
+                f'<rect x="{left + 118 * i}" y="8" width="12" height="12" fill="{color}"/>'
+            )
             parts.append(f'<text x="{left + 118 * i + 17}" y="19">{name}</text>')
         for place, s in enumerate(self.stages):
             top = 36 + row * place
             parts.append(f"<g><title>{escape(', '.join(s.modules))}</title>")
             parts.append(f'<text x="8" y="{top + 25}">stage {s.index}</text>')
             times = [s.forward, s.backward]
-            parts += _bar(left, top, wide / slowest, times, _COLORS[:2], _time(sum(times)))
+            parts += _bar(
+                left, top, wide / slowest, times, _COLORS[:2], _time(sum(times))
+            )
             sizes = [float(s.memory[kind]) for kind in _KINDS]
-            label = size_text(sum(s.memory.values())) + (", too large" if s.index in over else "")
+            label = size_text(sum(s.memory.values())) + (
+                ", too large" if s.index in over else ""
+            )
             parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], label)
             parts.append("</g>")
         return "\n".join([*parts, "</svg>\n"])
@@ -168,17 +231,35 @@ class Report:
 
 def _row(s: StageReport) -> tuple[str, ...]:
     return (
-        str(s.index), str(s.rank), _time(s.forward + s.backward), f"{100 * s.share:.1f} %", _time(s.forward), _time(s.backward),
-        _count(s.flops), _count(s.parameters), size_text(sum(s.memory.values())), size_text(s.memory["activations"]),
-        size_text(s.received), size_text(s.sent), str(s.ops), ", ".join(s.modules),
-    )  # fmt: skip
+        str(s.index),
+        str(s.rank),
+        _time(s.forward + s.backward),
+        f"{100 * s.share:.1f} %",
+        _time(s.forward),
+        _time(s.backward),
+        _count(s.flops),
+        _count(s.parameters),
+        size_text(sum(s.memory.values())),
+        size_text(s.memory["activations"]),
+        size_text(s.received),
+        size_text(s.sent),
+        str(s.ops),
+        ", ".join(s.modules),
+    )
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")
 _COLORS = ("#4c78a8", "#9ecae9", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b", "#e45756")
 
 
-def _bar(left: float, top: float, scale: float, sizes: list[float], colors: tuple[str, ...], label: str) -> Iterator[str]:
+def _bar(
+    left: float,
+    top: float,
+    scale: float,
+    sizes: list[float],
+    colors: tuple[str, ...],
+    label: str,
+) -> Iterator[str]:
     x = left
     for size, color in zip(sizes, colors, strict=True):
         yield f'<rect x="{x:.1f}" y="{top}" width="{size * scale:.1f}" height="17" fill="{color}"/>'
@@ -208,39 +289,78 @@ def report(
     bindings: Bindings | None = None,
     profile_on: str | None = None,
 ) -> Report:
-    """What the stages of a linked program cost under `setting`. Raises InputError when they do not fit its schedule."""
+    """What the stages of a linked program cost under `setting`. Raises InputError when they do not fit its
+    schedule.
+    """
     count = len(program.stages)
-    placement, devices, flights = setting.placement(count), setting.devices(count), setting.in_flight(count)
+    placement = setting.placement(count)
+    devices = setting.devices(count)
+    flights = setting.in_flight(count)
     ops = program_ops(program)
     costs = dict(zip(ops, op_costs(ops, sizes, bindings, profile_on), strict=True))
     crossings = tuple(_crossings(program))
     times: list[tuple[float, float]] = []
     for stage, where in zip(program.stages, devices, strict=True):
         forward = sum(costs[op].on(where, False) for op in stage.ops)
-        times.append((forward, sum(costs[op].on(where, setting.training) for op in stage.ops) - forward))
+        times.append(
+            (
+                forward,
+                sum(costs[op].on(where, setting.training) for op in stage.ops)
+                - forward,
+            )
+        )
     total = sum(map(sum, times)) or 1.0
     crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
     stages = []
     for stage, (forward, backward) in zip(program.stages, times, strict=True):
-        line = Line(stage.ops, [costs[op] for op in stage.ops], setting, frozenset(stage.outputs))
+        line = Line(
+            stage.ops,
+            [costs[op] for op in stage.ops],
+            setting,
+            frozenset(stage.outputs),
+        )
         i = stage.index
         stages.append(
             StageReport(
-                i, placement[i], _modules(stage), len(stage.ops), sum(costs[op].flops for op in stage.ops), forward, backward,
-                (forward + backward) / total, sum(_elements(e.type) for e in stage.state if e.kind == "param"),
-                _memory(stage, line, setting, flights[i]), crossing[i - 1] if i else 0, crossing[i] if i < count - 1 else 0,
+                i,
+                placement[i],
+                _modules(stage),
+                len(stage.ops),
+                sum(costs[op].flops for op in stage.ops),
+                forward,
+                backward,
+                (forward + backward) / total,
+                sum(_elements(e.type) for e in stage.state if e.kind == "param"),
+                _memory(stage, line, setting, flights[i]),
+                crossing[i - 1] if i else 0,
+                crossing[i] if i < count - 1 else 0,
                 _sources([costs[op].source for op in stage.ops]),
             )
-        )  # fmt: skip
-    delays = [size / where.link_bandwidth for size, where in zip(crossing, devices, strict=False)]
-    line_of_time = simulate(setting, [f for f, _ in times], [b for _, b in times], delays)
+        )
+    delays = [
+        size / where.link_bandwidth
+        for size, where in zip(crossing, devices, strict=False)
+    ]
+    line_of_time = simulate(
+        setting, [f for f, _ in times], [b for _, b in times], delays
+    )
     ranks = by_rank(placement, map(sum, times))
     return Report(
-        tuple(stages), crossings, ", ".join(dict.fromkeys(d.name for d in devices)), setting.schedule, setting.n_microbatches,
-        line_of_time.seconds, line_of_time.bubble, setting.n_microbatches * total / (line_of_time.seconds or 1.0),
-        sum(ranks) / len(ranks) / (max(ranks) or 1.0), plan.bottleneck if plan else None, plan.bound if plan else None,
-        plan.best if plan else None, tuple(_too_large(stages, devices)), line_of_time,
-    )  # fmt: skip
+        tuple(stages),
+        crossings,
+        ", ".join(dict.fromkeys(d.name for d in devices)),
+        setting.schedule,
+        setting.n_microbatches,
+        line_of_time.seconds,
+        line_of_time.bubble,
+        setting.n_microbatches * total / (line_of_time.seconds or 1.0),
+        sum(ranks) / len(ranks) / (max(ranks) or 1.0),
+        plan.bottleneck if plan else None,
+        plan.bound if plan else None,
+        plan.best if plan else None,
+        tuple(_too_large(stages, devices)),
+        line_of_time,
+    )
 
 
 def bindings_of(pipe: Staged) -> Bindings:
@@ -265,17 +385,32 @@ def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str
     trained = trained if setting.training else 0
     _, kept, passing = line.memory(0, len(stage.ops), flight)
     optimizer = trained * STATE_OF[setting.optimizer]
-    return {"parameters": held, "gradients": trained, "optimizer": optimizer, "activations": kept, "passing": passing}
+    return {
+        "parameters": held,
+        "gradients": trained,
+        "optimizer": optimizer,
+        "activations": kept,
+        "passing": passing,
+    }
 
 
 def _too_large(stages: list[StageReport], devices: list[Device]) -> Iterator[TooLarge]:
     """The ranks whose stages need more than their device has."""
-    for rank, where in sorted({s.rank: where for s, where in zip(stages, devices, strict=True)}.items()):
+    for rank, where in sorted(
+        {s.rank: where for s, where in zip(stages, devices, strict=True)}.items()
+    ):
         mine = [s for s in stages if s.rank == rank]
         sums = {kind: sum(s.memory[kind] for s in mine) for kind in _KINDS}
         if sum(sums.values()) > where.memory:
             most = max(sums, key=lambda kind: sums[kind])
-            yield TooLarge(rank, tuple(s.index for s in mine), sum(sums.values()), where.name, int(where.memory), most)
+            yield TooLarge(
+                rank,
+                tuple(s.index for s in mine),
+                sum(sums.values()),
+                where.name,
+                int(where.memory),
+                most,
+            )
 
 
 def _elements(kind: Any) -> int:
@@ -291,14 +426,29 @@ def _sources(kinds: list[str]) -> dict[str, int]:
 
 def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
     """Bytes forward between a stage and the next: each value once, however many stages read it."""
-    passing = {c.value: c.bytes or 0 for c in crossings if c.route in ("send", "relay") and (c.source or 0) <= stage < c.target}
+    passing = {
+        c.value: c.bytes or 0
+        for c in crossings
+        if c.route in ("send", "relay") and (c.source or 0) <= stage < c.target
+    }
     return sum(passing.values())
 
 
 def _crossings(program: Program) -> Iterator[Crossing]:
     names = value_names(program)
-    for t in sorted(program.transfers, key=lambda t: (t.target, -1 if t.source is None else t.source)):
-        yield Crossing(names[t.value], t.source, t.target, t.route or "", value_bytes(t.value.type), carries_grad(t.value.type), _why(t))
+    for t in sorted(
+        program.transfers,
+        key=lambda t: (t.target, -1 if t.source is None else t.source),
+    ):
+        yield Crossing(
+            names[t.value],
+            t.source,
+            t.target,
+            t.route or "",
+            value_bytes(t.value.type),
+            carries_grad(t.value.type),
+            _why(t),
+        )
 
 
 def _why(t: Transfer) -> str:
@@ -311,4 +461,8 @@ def _why(t: Transfer) -> str:
     through = f", handed on by {', '.join(map(str, t.via))}" if t.via else ""
     if not isinstance(t.value.owner, Op):
         return "a tied parameter that is sent" + through
-    return ("its gradient comes back" if carries_grad(t.value.type) else "costs more to compute again") + through
+    return (
+        "its gradient comes back"
+        if carries_grad(t.value.type)
+        else "costs more to compute again"
+    ) + through

@@ -1,4 +1,6 @@
-"""What each rank does when: predicted, from the order of steps that a schedule of torch's has, or measured by `record`."""
+"""What each rank does when: predicted, from the order of steps that a schedule of torch's has, or measured by
+`record`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,15 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from stagecut.backend.costs.balance import Setting
 from stagecut.backend.pictures.gantt import gantt
 from stagecut.backend.ranks.driver import Driver
-from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT, Event, Step
+from stagecut.backend.schedules import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    SINGLE,
+    WEIGHT,
+    Event,
+    Step,
+)
 from stagecut.ir.errors import StagecutError
 
 
@@ -49,11 +59,16 @@ class Timeline:
         """The events in Chrome's trace format, in order of their start; microseconds."""
         events = [
             {
-                "name": f"{e.step.kind}{e.step.microbatch} stage {e.step.stage}", "ph": "X", "pid": 0, "tid": e.rank,
-                "ts": 1e6 * e.start, "dur": 1e6 * (e.end - e.start), "cat": e.step.kind,
+                "name": f"{e.step.kind}{e.step.microbatch} stage {e.step.stage}",
+                "ph": "X",
+                "pid": 0,
+                "tid": e.rank,
+                "ts": 1e6 * e.start,
+                "dur": 1e6 * (e.end - e.start),
+                "cat": e.step.kind,
             }
             for e in sorted(self.events, key=lambda e: e.start)
-        ]  # fmt: skip
+        ]
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def to_svg(self) -> str:
@@ -66,12 +81,26 @@ def orders(setting: Setting, stages: int) -> list[list[Step]]:
     placement = setting.placement(stages)
     ranks, count = max(placement) + 1, setting.n_microbatches
     if not setting.training:
-        return [[Step(FORWARD, s, m) for m in range(count) for s, home in enumerate(placement) if home == rank] for rank in range(ranks)]
+        return [
+            [
+                Step(FORWARD, s, m)
+                for m in range(count)
+                for s, home in enumerate(placement)
+                if home == rank
+            ]
+            for rank in range(ranks)
+        ]
     if setting.schedule in SINGLE:
-        ahead = [count if setting.schedule == "GPipe" else min(count, stages - s) for s in range(stages)]
+        ahead = [
+            count if setting.schedule == "GPipe" else min(count, stages - s)
+            for s in range(stages)
+        ]
         return [[*_one_ahead(s, count, ahead[s])] for s in range(stages)]
     order = _torch_order(setting.schedule, stages, ranks, count)
-    return [[step for action in order[rank] for step in _steps(action)] for rank in range(ranks)]
+    return [
+        [step for action in order[rank] for step in _steps(action)]
+        for rank in range(ranks)
+    ]
 
 
 def _one_ahead(stage: int, count: int, ahead: int) -> Iterator[Step]:
@@ -83,17 +112,33 @@ def _one_ahead(stage: int, count: int, ahead: int) -> Iterator[Step]:
             yield Step(FORWARD, stage, i)
 
 
-def _torch_order(schedule: str, stages: int, ranks: int, count: int) -> dict[int, list[Any]]:
+def _torch_order(
+    schedule: str, stages: int, ranks: int, count: int
+) -> dict[int, list[Any]]:
     """The order that torch's schedule computes in its constructor; that looks at numbers only."""
-    known = [SimpleNamespace(stage_index=i, group_size=ranks, group_rank=0, num_stages=stages, is_first=i == 0, is_last=i == stages - 1,
-                             submod=nn.Identity(), device="cpu", has_backward=True) for i in range(stages // ranks)]  # fmt: skip
+    known = [
+        SimpleNamespace(
+            stage_index=i,
+            group_size=ranks,
+            group_rank=0,
+            num_stages=stages,
+            is_first=i == 0,
+            is_last=i == stages - 1,
+            submod=nn.Identity(),
+            device="cpu",
+            has_backward=True,
+        )
+        for i in range(stages // ranks)
+    ]
     logger = logging.getLogger("torch.distributed.pipelining.schedules")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         made = get_schedule_class(schedule)(known, count, loss_fn=lambda *_: None)
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise StagecutError(f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}") from error
+        raise StagecutError(
+            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}"
+        ) from error
     finally:
         logger.setLevel(level)
     order: dict[int, list[Any]] = made.pipeline_order
@@ -109,32 +154,59 @@ def _steps(action: Any) -> Iterator[Step]:
             yield Step(kind, part.stage_index, part.microbatch_index)
 
 
-def simulate(setting: Setting, forward: Sequence[float], backward: Sequence[float], sent: Sequence[float] = ()) -> Timeline:
-    """When every step runs, if stages take these seconds for a micro-batch, and what they send on that long to arrive, each way.
+def simulate(
+    setting: Setting,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    sent: Sequence[float] = (),
+) -> Timeline:
+    """When every step runs, if stages take these seconds for a micro-batch, and what they send on that long
+    to arrive, each way.
 
-    A split backward takes half for its inputs and half for its weights. Each rank does its steps in order, as soon as what they
-    need is there.
+    A split backward takes half for its inputs and half for its weights. Each rank does its steps in order, as
+    soon as what they need is there.
     """
     stages = len(forward)
     placement = setting.placement(stages)
-    seconds = {FORWARD: forward, BACKWARD: backward, INPUT: [b / 2 for b in backward], WEIGHT: [b / 2 for b in backward]}
+    seconds = {
+        FORWARD: forward,
+        BACKWARD: backward,
+        INPUT: [b / 2 for b in backward],
+        WEIGHT: [b / 2 for b in backward],
+    }
     ranks = orders(setting, stages)
     graph = _step_graph(ranks, placement, sent)
     ends: dict[Step, float] = {}
     events: list[Event] = []
     try:
         for step in networkx.topological_sort(graph):
-            start = max((ends[need] + delay for need, _, delay in graph.in_edges(step, data="delay")), default=0.0)
+            start = max(
+                (
+                    ends[need] + delay
+                    for need, _, delay in graph.in_edges(step, data="delay")
+                ),
+                default=0.0,
+            )
             ends[step] = start + seconds[step.kind][step.stage]
             events.append(Event(step, placement[step.stage], start, ends[step]))
     except networkx.NetworkXUnfeasible:
-        raise StagecutError(f"the order of {setting.schedule} waits for itself") from None
-    title = f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
-    return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(ranks), title)
+        raise StagecutError(
+            f"the order of {setting.schedule} waits for itself"
+        ) from None
+    title = (
+        f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
+    )
+    return Timeline(
+        tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(ranks), title
+    )
 
 
-def _step_graph(ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent: Sequence[float]) -> networkx.DiGraph[Step]:
-    """An edge from each step to those that wait for it: the next step of its rank, and those that need what it makes."""
+def _step_graph(
+    ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent: Sequence[float]
+) -> networkx.DiGraph[Step]:
+    """An edge from each step to those that wait for it: the next step of its rank, and those that need what
+    it makes.
+    """
     steps = [step for rank in ranks for step in rank]
     known = set(steps)
     graph: networkx.DiGraph[Step] = networkx.DiGraph()
@@ -145,7 +217,11 @@ def _step_graph(ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent:
         for need in _needs(step, known):
             there = placement[need.stage] == placement[step.stage]
             between = min(need.stage, step.stage)
-            graph.add_edge(need, step, delay=0.0 if there or between >= len(sent) else sent[between])
+            graph.add_edge(
+                need,
+                step,
+                delay=0.0 if there or between >= len(sent) else sent[between],
+            )
     return graph
 
 
@@ -157,7 +233,10 @@ def _needs(step: Step, known: set[Step]) -> list[Step]:
     elif step.kind == WEIGHT:
         needs = [Step(INPUT, stage, microbatch)]
     else:
-        needs = [Step(FORWARD, stage, microbatch), *(Step(kind, stage + 1, microbatch) for kind in (BACKWARD, INPUT))]
+        needs = [
+            Step(FORWARD, stage, microbatch),
+            *(Step(kind, stage + 1, microbatch) for kind in (BACKWARD, INPUT)),
+        ]
     return [need for need in needs if need in known]
 
 
@@ -169,25 +248,35 @@ class Recording:
 
     @property
     def timeline(self) -> Timeline:
-        """The measured steps of all ranks. Raises StagecutError while they are still measured, and when a step failed."""
+        """The measured steps of all ranks. Raises StagecutError while they are still measured, and when a
+        step failed.
+        """
         if self._timeline is None:
-            raise StagecutError("there is no timeline yet", hint="read it behind the `with` block, which must not end with an error")
+            raise StagecutError(
+                "there is no timeline yet",
+                hint="read it behind the `with` block, which must not end with an error",
+            )
         return self._timeline
 
 
 @contextmanager
-def record(what: Driver | PipelineStage | Sequence[PipelineStage], group: dist.ProcessGroup | None = None) -> Iterator[Recording]:
-    """Measures every step that these stages, or those of a driver, run inside; all ranks of the group do it together.
+def record(
+    what: Driver | PipelineStage | Sequence[PipelineStage],
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[Recording]:
+    """Measures every step that these stages, or those of a driver, run inside; all ranks of the group do it
+    together.
 
         with record(driver) as recording:
             driver.step(x)
         recording.timeline.to_svg()
 
-    Every rank has the timeline of all ranks afterwards. All meet at a barrier first, and each counts from there on its own clock, so
-    times of two ranks are as far off as they leave the barrier apart, some ten microseconds on one host. The first step starts
-    at 0. On a GPU a step is from when its first kernel may run to when its last one is done, by CUDA events; elsewhere it is the
-    time of the call. What is between steps, waiting and sending, belongs to none. Steps take their usual way otherwise, and the stages
-    are as before at the end.
+    Every rank has the timeline of all ranks afterwards. All meet at a barrier first, and each counts from
+    there on its own clock, so times of two ranks are as far off as they leave the barrier apart, some ten
+    microseconds on one host. The first step starts at 0. On a GPU a step is from when its first kernel may
+    run to when its last one is done, by CUDA events; elsewhere it is the time of the call. What is between
+    steps, waiting and sending, belongs to none. Steps take their usual way otherwise, and the stages are as
+    before at the end.
     """
 
     together: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -195,7 +284,9 @@ def record(what: Driver | PipelineStage | Sequence[PipelineStage], group: dist.P
         driver, stages, title = [what], list[PipelineStage](), _title(what)
         group, device, together = what.group, what.device, what.faults.together
     else:
-        driver, stages, title = [], [what] if isinstance(what, PipelineStage) else list(what), "measured"
+        driver = []
+        stages = [what] if isinstance(what, PipelineStage) else list(what)
+        title = "measured"
         device = stages[0].device if stages else torch.device("cpu")
     recording = Recording()
     with together():
@@ -240,7 +331,11 @@ class _Meter:
         if id(stage) not in self._watched:
             self._watched.add(id(stage))
             for name in _METHODS:
-                self._put(stage, name, partial(self._timed, getattr(stage, name), name, stage.stage_index))
+                self._put(
+                    stage,
+                    name,
+                    partial(self._timed, getattr(stage, name), name, stage.stage_index),
+                )
 
     def watch_made(self, driver: Driver) -> None:
         """So are those of all stages of a driver, which it makes when it first needs them."""
@@ -265,23 +360,40 @@ class _Meter:
 
     def timeline(self, title: str) -> Timeline:
         """The steps of all ranks, from the first start on."""
-        rank, ranks = (dist.get_rank(self._group), dist.get_world_size(self._group)) if self._meets else (0, 1)
-        mine = [Event(step, rank, self._since(start), self._since(end)) for step, start, end in self._marks]
+        rank, ranks = (
+            (dist.get_rank(self._group), dist.get_world_size(self._group))
+            if self._meets
+            else (0, 1)
+        )
+        mine = [
+            Event(step, rank, self._since(start), self._since(end))
+            for step, start, end in self._marks
+        ]
         everywhere: list[Any] = [mine] * ranks
         if self._meets:
             dist.all_gather_object(everywhere, mine, group=self._group)
-        events = sorted((e for part in everywhere for e in part), key=lambda e: (e.start, e.rank))
+        events = sorted(
+            (e for part in everywhere for e in part), key=lambda e: (e.start, e.rank)
+        )
         first = events[0].start if events else 0.0
-        return Timeline(tuple(replace(e, start=e.start - first, end=e.end - first) for e in events), ranks, title)
+        return Timeline(
+            tuple(replace(e, start=e.start - first, end=e.end - first) for e in events),
+            ranks,
+            title,
+        )
 
     def _put(self, owner: Any, name: str, method: Any) -> None:
         self._changed.append((owner, name, vars(owner).get(name)))
         vars(owner)[name] = method
 
-    def _timed(self, method: Any, name: str, stage: int, chunk: int, *args: Any, **kwargs: Any) -> Any:
+    def _timed(
+        self, method: Any, name: str, stage: int, chunk: int, *args: Any, **kwargs: Any
+    ) -> Any:
         start = self._now()
         result = method(chunk, *args, **kwargs)
-        self._marks.append((Step(_kind(name, args, kwargs), stage, chunk), start, self._now()))
+        self._marks.append(
+            (Step(_kind(name, args, kwargs), stage, chunk), start, self._now())
+        )
         return result
 
     def _now(self) -> Any:

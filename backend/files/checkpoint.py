@@ -1,8 +1,9 @@
 """Checkpoints of a pipe that runs on many ranks: each saves its own stages, anything may load them.
 
-They are checkpoints of torch.distributed.checkpoint under the model's own names, `model.NAME`, `optim.state.NAME.KEY` and
-`optim.param_groups.NAME.KEY`, as torch's flattened optimizer state has them. So they load into the unsplit model by torch's own
-functions, into a pipe with another number of stages by `load`, and the other way round.
+They are checkpoints of torch.distributed.checkpoint under the model's own names, `model.NAME`,
+`optim.state.NAME.KEY` and `optim.param_groups.NAME.KEY`, as torch's flattened optimizer state has them. So
+they load into the unsplit model by torch's own functions, into a pipe with another number of stages by
+`load`, and the other way round.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stagecut.backend.ranks.driver import Driver
-from stagecut.backend.stages.state import entries, held, lost_hint, persistent, refuse_meta
+from stagecut.backend.stages.state import (
+    entries,
+    held,
+    lost_hint,
+    persistent,
+    refuse_meta,
+)
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 
@@ -40,11 +47,17 @@ class CheckpointError(StagecutError):
     """A checkpoint is missing, does not fit the model, or could not be written."""
 
 
-def save(driver: Driver, optimizer: Optimizer | None, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-    """`folder` holds the model, the optimizer and what rank 0 gives as `extra`. Every rank calls it; all see the same file system.
+def save(
+    driver: Driver,
+    optimizer: Optimizer | None,
+    folder: str | Path,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """`folder` holds the model, the optimizer and what rank 0 gives as `extra`. Every rank calls it; all see
+    the same file system.
 
-    It appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are saved once; all names of a
-    tied tensor lead to it.
+    It appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are saved
+    once; all names of a tied tensor lead to it.
 
     Raises CheckpointError on every rank when the folder is there already or a rank cannot write.
     """
@@ -53,20 +66,33 @@ def save(driver: Driver, optimizer: Optimizer | None, folder: str | Path, extra:
     with driver.faults.together(agreed=(StagecutError,)):
         state = together(driver.group, lambda: _state(driver, optimizer, extra))
         on_first(driver.group, lambda: _clear(folder, aside))
-        aliases = {f"model.{names[0]}": names[1:] for entry in driver.pipe.program.state if (names := persistent(entry))}
+        aliases = {
+            f"model.{names[0]}": names[1:]
+            for entry in driver.pipe.program.state
+            if (names := persistent(entry))
+        }
         try:
-            state_dict_saver.save(state, storage_writer=_Writer(aside, aliases), process_group=driver.group)
+            state_dict_saver.save(
+                state,
+                storage_writer=_Writer(aside, aliases),
+                process_group=driver.group,
+            )
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}") from error
+            raise CheckpointError(
+                f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}"
+            ) from error
         on_first(driver.group, lambda: _publish(aside, folder))
 
 
-def load(driver: Driver, optimizer: Optimizer | None, folder: str | Path) -> dict[str, Any]:
-    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns what was saved as `extra`.
+def load(
+    driver: Driver, optimizer: Optimizer | None, folder: str | Path
+) -> dict[str, Any]:
+    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns what was saved
+    as `extra`.
 
-    Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model. It holds pickles: load
-    only what you trust.
+    Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model.
+    It holds pickles: load only what you trust.
 
     Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
     """
@@ -75,9 +101,19 @@ def load(driver: Driver, optimizer: Optimizer | None, folder: str | Path) -> dic
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The whole checkpoint in `folder` with the highest number at the end of its name, None when there is none."""
-    found = [(int(number[0]), path) for path in Path(folder).glob("*/") if (number := re.findall(r"\d+$", path.name))]
-    whole = [(number, path) for number, path in found if (path / ".metadata").is_file() and not path.name.startswith(".")]
+    """The whole checkpoint in `folder` with the highest number at the end of its name, None when there is
+    none.
+    """
+    found = [
+        (int(number[0]), path)
+        for path in Path(folder).glob("*/")
+        if (number := re.findall(r"\d+$", path.name))
+    ]
+    whole = [
+        (number, path)
+        for number, path in found
+        if (path / ".metadata").is_file() and not path.name.startswith(".")
+    ]
     return max(whole)[1] if whole else None
 
 
@@ -100,12 +136,16 @@ class _Writer(FileSystemWriter):
             ]
         for name, others in self._aliases.items():
             for alias in others:
-                metadata.state_dict_metadata[f"model.{alias}"] = metadata.state_dict_metadata[name]
+                metadata.state_dict_metadata[f"model.{alias}"] = (
+                    metadata.state_dict_metadata[name]
+                )
                 metadata.planner_data[f"model.{alias}"] = ("model", alias)
         super().finish(metadata, results)
 
 
-def _state(driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def _state(
+    driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What this rank saves."""
     state: dict[str, Any] = {"model": _model_state(driver)}
     if optimizer is not None:
@@ -116,24 +156,47 @@ def _state(driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any]
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
-    """Name -> tensor of what this rank saves: each entry is saved by the rank that has the first stage that holds it."""
+    """Name -> tensor of what this rank saves: each entry is saved by the rank that has the first stage that
+    holds it.
+    """
     pipe = driver.pipe
     for index in driver.stage_indices:
         refuse_meta(pipe.program, pipe.stages[index])
     named = {name for entry in pipe.program.state for name in persistent(entry)}
-    strange = [name for i in driver.stage_indices for name in pipe.stages[i].state_dict() if name not in named]
+    strange = [
+        name
+        for i in driver.stage_indices
+        for name in pipe.stages[i].state_dict()
+        if name not in named
+    ]
     if strange:
         raise CheckpointError(
             f"'{strange[0]}' is no tensor of the traced model, it would be lost",
             hint=lost_hint(strange[0], "register it before the model is cut"),
         )
-    mine = [entry for entry in pipe.program.state if entry.stages and entry.stages[0] in driver.stage_indices and persistent(entry)]
-    state = {persistent(entry)[0]: next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry)).detach() for entry in mine}
-    sharded = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
+    mine = [
+        entry
+        for entry in pipe.program.state
+        if entry.stages
+        and entry.stages[0] in driver.stage_indices
+        and persistent(entry)
+    ]
+    state = {
+        persistent(entry)[0]: next(
+            held(pipe.program, [pipe.stages[entry.stages[0]]], entry)
+        ).detach()
+        for entry in mine
+    }
+    sharded = next(
+        (name for name, tensor in state.items() if isinstance(tensor, DTensor)), None
+    )
     if sharded is not None:
         raise CheckpointError(
             f"'{sharded}' is sharded over ranks of other pipelines, which this one does not know",
-            hint="save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: its names are the model's",
+            hint=(
+                "save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: its "
+                "names are the model's"
+            ),
         )
     return state
 
@@ -147,11 +210,16 @@ def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
             entry = _entry_of(parameter, homes)
             if entry.stages[0] not in driver.stage_indices:
                 continue
-            state |= {f"param_groups.{entry.name}.{key}": item for key, item in group.items() if key not in ("params", "param_names")}
+            state |= {
+                f"param_groups.{entry.name}.{key}": item
+                for key, item in group.items()
+                if key not in ("params", "param_names")
+            }
             for key, item in optimizer.state.get(parameter, {}).items():
                 if not isinstance(item, _PLAIN):
                     raise CheckpointError(
-                        f"optimizer state '{key}' of '{entry.name}' is a {type(item).__name__}", hint="only tensors and numbers are saved"
+                        f"optimizer state '{key}' of '{entry.name}' is a {type(item).__name__}",
+                        hint="only tensors and numbers are saved",
                     )
                 state[f"state.{entry.name}.{key}"] = item
     return state
@@ -160,15 +228,24 @@ def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
 def _homes(driver: Driver) -> dict[int, StateEntry]:
     """id of a parameter -> its entry, for those of this rank."""
     pipe, stages = driver.pipe, [driver.pipe.stages[i] for i in driver.stage_indices]
-    mine = [entry for entry in entries(pipe.program, driver.stage_indices) if entry.kind == "param"]
-    return {id(tensor): entry for entry in mine for tensor in held(pipe.program, stages, entry)}
+    mine = [
+        entry
+        for entry in entries(pipe.program, driver.stage_indices)
+        if entry.kind == "param"
+    ]
+    return {
+        id(tensor): entry
+        for entry in mine
+        for tensor in held(pipe.program, stages, entry)
+    }
 
 
 def _entry_of(parameter: torch.Tensor, homes: Mapping[int, StateEntry]) -> StateEntry:
     found = homes.get(id(parameter))
     if found is None:
         raise CheckpointError(
-            f"the optimizer has a parameter of shape {list(parameter.shape)} that no stage of this rank holds",
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that no stage of this rank "
+            "holds",
             hint="make it with driver.parameters(), after materialize()",
         )
     return found
@@ -176,7 +253,10 @@ def _entry_of(parameter: torch.Tensor, homes: Mapping[int, StateEntry]) -> State
 
 def _clear(folder: Path, aside: Path) -> None:
     if folder.exists():
-        raise CheckpointError(f"'{folder}' is there already", hint="give every checkpoint a folder of its own, such as run/step-100")
+        raise CheckpointError(
+            f"'{folder}' is there already",
+            hint="give every checkpoint a folder of its own, such as run/step-100",
+        )
     shutil.rmtree(aside, ignore_errors=True)  # what a save that was killed left
     folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -208,32 +288,67 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.known: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+            self.known: dict[str, Any] = (
+                FileSystemReader(folder).read_metadata().state_dict_metadata
+            )
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(
-                f"there is no checkpoint in '{folder}'", hint="checkpoint.latest(folder) finds the last whole one"
+                f"there is no checkpoint in '{folder}'",
+                hint="checkpoint.latest(folder) finds the last whole one",
             ) from None
 
-    def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool = False) -> str:
-        """The key of a tensor as `tensor` under any of the model's names for it: `model.NAME`, or the bare name.
+    def key_for(
+        self, names: Sequence[str], tensor: torch.Tensor, cast: bool = False
+    ) -> str:
+        """The key of a tensor as `tensor` under any of the model's names for it: `model.NAME`, or the bare
+        name.
 
         Raises CheckpointError when there is none.
         """
-        key = next((key for name in names for key in (f"model.{name}", name) if key in self.known), None)
+        key = next(
+            (
+                key
+                for name in names
+                for key in (f"model.{name}", name)
+                if key in self.known
+            ),
+            None,
+        )
         if key is None:
-            known = [name.removeprefix("model.") for name in self.known if not name.startswith(("optim.", "extra"))]
-            raise CheckpointError(f"'{names[0]}' is not in the checkpoint", where=str(self.folder), hint=nearest(names[0], known))
+            known = [
+                name.removeprefix("model.")
+                for name in self.known
+                if not name.startswith(("optim.", "extra"))
+            ]
+            raise CheckpointError(
+                f"'{names[0]}' is not in the checkpoint",
+                where=str(self.folder),
+                hint=nearest(names[0], known),
+            )
         found = self.known[key]
         if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"'{key}' is no tensor in the checkpoint", where=str(self.folder))
-        check_fits(names[0], tensor, tuple(found.size), found.properties.dtype, str(self.folder), cast)
+            raise CheckpointError(
+                f"'{key}' is no tensor in the checkpoint", where=str(self.folder)
+            )
+        check_fits(
+            names[0],
+            tensor,
+            tuple(found.size),
+            found.properties.dtype,
+            str(self.folder),
+            cast,
+        )
         return key
 
     def read(self, into: dict[str, Any]) -> None:
-        """Every tensor of `into` is filled, everything else replaced, with what the checkpoint has under its key."""
+        """Every tensor of `into` is filled, everything else replaced, with what the checkpoint has under its
+        key.
+        """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            state_dict_loader.load(into, storage_reader=FileSystemReader(self.folder), no_dist=True)
+            state_dict_loader.load(
+                into, storage_reader=FileSystemReader(self.folder), no_dist=True
+            )
 
     def template(self, key: str, device: torch.device) -> Any:
         """Something for `read` to fill under `key`."""
@@ -243,14 +358,34 @@ class Reader:
         return torch.empty(found.size, dtype=found.properties.dtype, device=device)
 
 
-def check_fits(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, where: str, cast: bool = False) -> None:
-    """Returns when a tensor of that shape and dtype can be loaded into `tensor`; raises CheckpointError else."""
+def check_fits(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    where: str,
+    cast: bool = False,
+) -> None:
+    """Returns when a tensor of that shape and dtype can be loaded into `tensor`; raises CheckpointError
+    else.
+    """
     if shape != tuple(tensor.shape):
-        raise CheckpointError(f"'{name}' has shape {list(shape)}, that of the model {list(tensor.shape)}", where=where)
-    floats = dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
+        raise CheckpointError(
+            f"'{name}' has shape {list(shape)}, that of the model {list(tensor.shape)}",
+            where=where,
+        )
+    floats = (
+        dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
+    )
     if dtype != tensor.dtype and not (cast and floats):
-        hint = "build the model in that dtype before it is cut" + (", or materialize(..., cast=True)" if floats else "")
-        raise CheckpointError(f"'{name}' is {dtype}, that of the model {tensor.dtype}", where=where, hint=hint)
+        hint = "build the model in that dtype before it is cut" + (
+            ", or materialize(..., cast=True)" if floats else ""
+        )
+        raise CheckpointError(
+            f"'{name}' is {dtype}, that of the model {tensor.dtype}",
+            where=where,
+            hint=hint,
+        )
 
 
 def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str, Any]:
@@ -274,55 +409,100 @@ def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str
             other.copy_(first)
     if slots is not None:
         slots.fill(wanted)
-    return dict(torch.load(io.BytesIO(wanted["extra"]), weights_only=False)) if "extra" in wanted else {}
+    return (
+        dict(torch.load(io.BytesIO(wanted["extra"]), weights_only=False))
+        if "extra" in wanted
+        else {}
+    )
 
 
 class _Slots:
-    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has none for a parameter."""
+    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has none
+    for a parameter.
+    """
 
     def __init__(self, driver: Driver, optimizer: Optimizer, reader: Reader) -> None:
         self.optimizer = optimizer
-        self.groups: list[list[tuple[torch.Tensor, dict[str, str], dict[str, str]]]] = []
+        self.groups: list[
+            list[tuple[torch.Tensor, dict[str, str], dict[str, str]]]
+        ] = []
         saved = _saved_optimizer(reader.known)
         homes = _homes(driver)
         for group in optimizer.param_groups:
             self.groups.append([])
             for parameter in group["params"]:
                 entry = _entry_of(parameter, homes)
-                name = next((name for name in entry.names if ("param_groups", name) in saved), None)
+                name = next(
+                    (name for name in entry.names if ("param_groups", name) in saved),
+                    None,
+                )
                 if name is None:
                     raise CheckpointError(
                         f"there is no optimizer state of '{entry.name}' in the checkpoint",
                         where=str(reader.folder),
                         hint=nearest(entry.name, (known for _, known in saved)),
                     )
-                self.groups[-1].append((parameter, saved["param_groups", name], saved.get(("state", name), {})))
+                self.groups[-1].append(
+                    (
+                        parameter,
+                        saved["param_groups", name],
+                        saved.get(("state", name), {}),
+                    )
+                )
 
     def templates(self, reader: Reader) -> dict[str, Any]:
-        """Key -> what `Reader.read` fills. As in torch, a step count lies on the CPU unless a kernel reads it."""
+        """Key -> what `Reader.read` fills. As in torch, a step count lies on the CPU unless a kernel reads
+        it.
+        """
         found: dict[str, Any] = {}
-        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for group, members in zip(
+            self.optimizer.param_groups, self.groups, strict=True
+        ):
             on_device = group.get("capturable") or group.get("fused")
             for parameter, settings, state in members:
-                found |= {full: reader.template(full, torch.device("cpu")) for full in settings.values()}
+                found |= {
+                    full: reader.template(full, torch.device("cpu"))
+                    for full in settings.values()
+                }
                 for key, full in state.items():
-                    found[full] = reader.template(full, parameter.device if key != "step" or on_device else torch.device("cpu"))
+                    found[full] = reader.template(
+                        full,
+                        parameter.device
+                        if key != "step" or on_device
+                        else torch.device("cpu"),
+                    )
         return found
 
     def fill(self, read: Mapping[str, Any]) -> None:
         """The optimizer has the settings and the state that were read."""
         groups = []
-        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for group, members in zip(
+            self.optimizer.param_groups, self.groups, strict=True
+        ):
             mine = {key: item for key, item in group.items() if key != "params"}
-            settings = [{key: read[full] for key, full in settings.items()} for _, settings, _ in members]
+            settings = [
+                {key: read[full] for key, full in settings.items()}
+                for _, settings, _ in members
+            ]
             for key, item in (settings[0] if settings else {}).items():
                 if any(other.get(key) != item for other in settings):
-                    raise CheckpointError(f"parameters of one group were saved with several values of '{key}'", hint="group them as before")
-            groups.append(mine | (settings[0] if settings else {}) | {"params": list(range(len(members)))})
+                    raise CheckpointError(
+                        f"parameters of one group were saved with several values of '{key}'",
+                        hint="group them as before",
+                    )
+            groups.append(
+                mine
+                | (settings[0] if settings else {})
+                | {"params": list(range(len(members)))}
+            )
         self.optimizer.load_state_dict({"state": {}, "param_groups": groups})
-        for parameter, _, state in (member for members in self.groups for member in members):
+        for parameter, _, state in (
+            member for members in self.groups for member in members
+        ):
             if state:  # set here, for load_state_dict casts to the parameter's dtype
-                self.optimizer.state[parameter] = {key: read[full] for key, full in state.items()}
+                self.optimizer.state[parameter] = {
+                    key: read[full] for key, full in state.items()
+                }
 
 
 def _saved_optimizer(known: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -353,7 +533,9 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     found: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, None if error is None else str(error) or type(error).__name__, group)
+    dist.all_gather_object(
+        found, None if error is None else str(error) or type(error).__name__, group
+    )
     if isinstance(error, StagecutError):
         raise error
     failed = next((rank for rank, text in enumerate(found) if text is not None), None)

@@ -1,7 +1,9 @@
-"""How a model is called <-> JSON. Pytrees are made of built-in containers, and of classes that this process has registered already.
+"""How a model is called <-> JSON. Pytrees are made of built-in containers, and of classes that this process
+has registered already.
 
-Nothing is imported and no name is looked up outside of torch's registry of pytree nodes; a named tuple must be in a module that is
-imported already. `torch.utils._pytree.treespec_loads` is not used: what it reads may import modules.
+Nothing is imported and no name is looked up outside of torch's registry of pytree nodes; a named tuple must
+be in a module that is imported already. `torch.utils._pytree.treespec_loads` is not used: what it reads may
+import modules.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ _TORCH_OWN = ("torch.Size", "torch.return_types.", "torch.fx.immutable_collectio
 _SHORT = {"builtins.tuple": "tuple", "builtins.list": "list", "builtins.dict": "dict"}
 _LONG = {short: name for name, short in _SHORT.items()}
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_MADE: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "dict": dict, "complex": lambda parts: complex(*parts)}
+_MADE: dict[str, Callable[[list[Any]], Any]] = {
+    "tuple": tuple,
+    "dict": dict,
+    "complex": lambda parts: complex(*parts),
+}
 _KEYED = ("dict", "collections.OrderedDict")
 
 
@@ -35,11 +41,15 @@ class SavedError(StagecutError):
 
 
 def to_json(call: CallSpec) -> dict[str, Any]:
-    """The calling convention as JSON. A default that is no plain literal is left out: it must be given in every call."""
+    """The calling convention as JSON. A default that is no plain literal is left out: it must be given in
+    every call.
+    """
     return {
         "positional": list(call.positional),
         "keywords": list(call.keywords),
-        "parameters": [[name, *_default(item)] for name, item in call.parameters.items()],
+        "parameters": [
+            [name, *_default(item)] for name, item in call.parameters.items()
+        ],
         "inputs": _form(call.in_spec, "an argument"),
         "outputs": _form(call.out_spec, "the output"),
         "ranges": {symbol: list(limits) for symbol, limits in call.ranges.items()},
@@ -47,27 +57,47 @@ def to_json(call: CallSpec) -> dict[str, Any]:
 
 
 SHAPE = {
-    "positional": [str], "keywords": [str], "parameters": [list], "inputs": object, "outputs": object, "ranges": {"*": [(int, None)]},
-}  # fmt: skip
+    "positional": [str],
+    "keywords": [str],
+    "parameters": [list],
+    "inputs": object,
+    "outputs": object,
+    "ranges": {"*": [(int, None)]},
+}
 """What `check` must find true of the JSON form."""
 
 
 def from_json(data: dict[str, Any], inputs: int, outputs: int) -> CallSpec:
-    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for what is none."""
+    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for what is
+    none.
+    """
     in_spec, out_spec = _spec(data["inputs"], 0), _spec(data["outputs"], 0)
     if in_spec.num_leaves != inputs or out_spec.num_leaves != outputs:
-        raise SavedError(f"the call has {in_spec.num_leaves} inputs and {out_spec.num_leaves} outputs, the program {inputs} and {outputs}")
+        raise SavedError(
+            f"the call has {in_spec.num_leaves} inputs and {out_spec.num_leaves} outputs, the program "
+            f"{inputs} and {outputs}"
+        )
     parts = _children(in_spec)
     if in_spec.type is not tuple or [part.type for part in parts] != [tuple, dict]:
         raise SavedError("the inputs of a call are a tuple and a dict")
-    if len(_children(parts[0])) != len(data["positional"]) or parts[1].context != data["keywords"]:
+    if (
+        len(_children(parts[0])) != len(data["positional"])
+        or parts[1].context != data["keywords"]
+    ):
         raise SavedError("the inputs of the call do not fit the names of its arguments")
     parameters = {}
     for name, *default in data["parameters"]:
         check(name, str, "a parameter")
         parameters[name] = literal(default[0]) if default else ABSENT
     ranges = {symbol: _limits(item) for symbol, item in data["ranges"].items()}
-    return CallSpec(tuple(data["positional"]), tuple(data["keywords"]), parameters, in_spec, out_spec, ranges)
+    return CallSpec(
+        tuple(data["positional"]),
+        tuple(data["keywords"]),
+        parameters,
+        in_spec,
+        out_spec,
+        ranges,
+    )
 
 
 def _limits(item: list[int | None]) -> tuple[int | None, int | None]:
@@ -90,7 +120,11 @@ def _default(item: Any) -> Iterator[Any]:
 
 def plain(item: Any) -> Any:
     """A literal as JSON that tells tuples from lists. Raises TypeError for anything else."""
-    if item is None or type(item) in (bool, int, str) or (type(item) is float and math.isfinite(item)):
+    if (
+        item is None
+        or type(item) in (bool, int, str)
+        or (type(item) is float and math.isfinite(item))
+    ):
         return item
     if type(item) is float:
         return {"float": repr(item)}
@@ -145,13 +179,23 @@ def _form(spec: TreeSpec, what: str) -> Any:
     if _is_leaf(spec):
         return None
     children = [_form(child, what) for child in _children(spec)]
-    if spec.type is namedtuple:  # torch takes the function for the type of all its tuples
-        return ["namedtuple", {"class": _name(spec.context), "fields": list(spec.context._fields)}, children]
+    if (
+        spec.type is namedtuple
+    ):  # torch takes the function for the type of all its tuples
+        return [
+            "namedtuple",
+            {"class": _name(spec.context), "fields": list(spec.context._fields)},
+            children,
+        ]
     if spec.type in (Opened, Constant):
         kind = spec.context.kind if spec.type is Opened else type(spec.context)
         raise SavedError(
-            f"{what} of the model holds a {_name(kind)}, an object that load could not make without code of its class",
-            hint="return tuples, lists, dicts, or classes registered by torch.utils._pytree; call a decoder with use_cache=False",
+            f"{what} of the model holds a {_name(kind)}, an object that load could not make without code of "
+            "its class",
+            hint=(
+                "return tuples, lists, dicts, or classes registered by torch.utils._pytree; call a decoder "
+                "with use_cache=False"
+            ),
         )
     name = _name(spec.type)
     try:
@@ -161,7 +205,10 @@ def _form(spec: TreeSpec, what: str) -> Any:
     except TypeError as error:
         raise SavedError(
             f"{what} of the model is a {name}, whose structure cannot be written down: {error}",
-            hint="let forward take and return tuples, lists, dicts, or classes registered by torch.utils._pytree with a plain context",
+            hint=(
+                "let forward take and return tuples, lists, dicts, or classes registered by "
+                "torch.utils._pytree with a plain context"
+            ),
         ) from None
 
 
@@ -170,14 +217,23 @@ def _spec(form: Any, depth: int) -> TreeSpec:
         return _pytree.tree_structure(0)
     if depth > MAX_DEPTH:
         raise SavedError(f"arguments or outputs are nested more than {MAX_DEPTH} deep")
-    if not (isinstance(form, list) and len(form) == 3 and isinstance(form[0], str) and isinstance(form[2], list)):
+    if not (
+        isinstance(form, list)
+        and len(form) == 3
+        and isinstance(form[0], str)
+        and isinstance(form[2], list)
+    ):
         raise SavedError("a node of a pytree is [class, context, children]")
     name: str = form[0]
     context, forms = form[1:]
     children = [_spec(child, depth + 1) for child in forms]
     if name == "namedtuple":
         check(context, {"class": str, "fields": [str]}, "a named tuple")
-        return TreeSpec(namedtuple, _named_tuple(context["class"], context["fields"], len(children)), children)
+        return TreeSpec(
+            namedtuple,
+            _named_tuple(context["class"], context["fields"], len(children)),
+            children,
+        )
     node, context = _registered(_LONG.get(name, name)), literal(context)
     _check_context(name, context, len(children))
     return TreeSpec(node, context, children)
@@ -190,7 +246,9 @@ def _check_context(name: str, context: Any, children: int) -> None:
     if name not in _KEYED:
         return
     try:
-        fits = isinstance(context, list) and len(set(context)) == len(context) == children
+        fits = (
+            isinstance(context, list) and len(set(context)) == len(context) == children
+        )
     except TypeError:
         fits = False
     if not fits:
@@ -202,19 +260,32 @@ def _name(node: Any) -> str:
 
 
 def _may_be_read(name: str) -> bool:
-    """False for classes behind whose contexts there is more than data: a factory of values, a function of torch's own."""
-    return name != "collections.defaultdict" and (not name.startswith("torch.") or name.startswith(_TORCH_OWN))
+    """False for classes behind whose contexts there is more than data: a factory of values, a function of
+    torch's own.
+    """
+    return name != "collections.defaultdict" and (
+        not name.startswith("torch.") or name.startswith(_TORCH_OWN)
+    )
 
 
 def _registered(name: str) -> type:
-    found = next((node for node in _pytree.SUPPORTED_NODES if isinstance(node, type) and _name(node) == name), None)
+    found = next(
+        (
+            node
+            for node in _pytree.SUPPORTED_NODES
+            if isinstance(node, type) and _name(node) == name
+        ),
+        None,
+    )
     if found is None or not _may_be_read(name):
         raise _unknown(name)
     return found
 
 
 def _named_tuple(name: str, fields: list[str], children: int) -> type:
-    """The named tuple of that name, when its module is imported already. No attribute is computed on the way."""
+    """The named tuple of that name, when its module is imported already. No attribute is computed on the
+    way.
+    """
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         found: Any = sys.modules.get(".".join(parts[:split]))
@@ -231,7 +302,10 @@ def _named_tuple(name: str, fields: list[str], children: int) -> type:
 def _unknown(name: str) -> SavedError:
     return SavedError(
         f"the model takes or returns a {name[:200]}, which this process does not know",
-        hint="import the module that defines it, and registers it with torch.utils._pytree, before load: load imports nothing by itself",
+        hint=(
+            "import the module that defines it, and registers it with torch.utils._pytree, before load: "
+            "load imports nothing by itself"
+        ),
     )
 
 
@@ -239,9 +313,14 @@ def _unknown(name: str) -> SavedError:
 
 
 def check(data: Any, shape: Any, where: str) -> Any:
-    """`data`, when it has that shape: a type, None, [shape of each], {"*": shape of each}, {key: shape}, or a tuple of choices."""
+    """`data`, when it has that shape: a type, None, [shape of each], {"*": shape of each}, {key: shape}, or a
+    tuple of choices.
+    """
     if not _fits(data, shape):
-        raise SavedError(f"{where} is not as it was written", hint="the file is damaged, or was made by something else")
+        raise SavedError(
+            f"{where} is not as it was written",
+            hint="the file is damaged, or was made by something else",
+        )
     return data
 
 
@@ -255,5 +334,7 @@ def _fits(data: Any, shape: Any) -> bool:
     if isinstance(shape, dict):
         if type(data) is not dict or ("*" not in shape and data.keys() != shape.keys()):
             return False
-        return all(_fits(item, shape.get(key, shape.get("*"))) for key, item in data.items())
+        return all(
+            _fits(item, shape.get(key, shape.get("*"))) for key, item in data.items()
+        )
     return type(data) is shape

@@ -1,4 +1,6 @@
-"""Stages of a model that was cut on the meta device become real: each process makes its own stages and nothing else."""
+"""Stages of a model that was cut on the meta device become real: each process makes its own stages and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Source(Protocol):
     """Something tensors are read from by name."""
 
     def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool) -> str:
-        """The key of a tensor as `tensor` under any of these names. Raises CheckpointError when there is none."""
+        """The key of a tensor as `tensor` under any of these names. Raises CheckpointError when there is
+        none.
+        """
         ...
 
     def read(self, into: dict[str, Any]) -> None:
@@ -51,30 +55,52 @@ def materialize(
     cast: bool,
     seed: int,
 ) -> None:
-    """As `Pipe.materialize`. Everything is checked before anything is read, and read before a stage changes."""
+    """As `Pipe.materialize`. Everything is checked before anything is read, and read before a stage
+    changes.
+    """
     stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
     mine = entries(pipe.program, [stage.index for stage in stages])
     now = {entry: next(held(pipe.program, stages, entry)) for entry in mine}
     _refuse_overlaps(now)
     given = _by_entry(pipe, values, now, cast)
-    known = {entry: real for entry in mine if now[entry].is_meta and (real := _elsewhere(pipe, entry, device)) is not None}
+    known = {
+        entry: real
+        for entry in mine
+        if now[entry].is_meta and (real := _elsewhere(pipe, entry, device)) is not None
+    }
     reader: Source | None = None if source is None else _open(Path(source))
     keys: dict[StateEntry, str] = {}
     for entry in mine if reader is not None else ():
         names = [name if rename is None else rename(name) for name in persistent(entry)]
         if names and entry not in given and entry not in known and reader is not None:
             keys[entry] = reader.key_for(names, now[entry], cast)
-    lacking = [entry for entry in mine if now[entry].is_meta and not (entry in given or entry in known or entry in keys)]
+    lacking = [
+        entry
+        for entry in mine
+        if now[entry].is_meta
+        and not (entry in given or entry in known or entry in keys)
+    ]
     if lacking and init_fn is None:
         raise _no_value(lacking, source)
 
     made = known | _initial(pipe, lacking, init_fn, device, seed)
-    made |= {e: now[e].detach() if not now[e].is_meta else torch.empty_like(now[e].detach(), device=device) for e in (*given, *keys)}
+    made |= {
+        e: now[e].detach()
+        if not now[e].is_meta
+        else torch.empty_like(now[e].detach(), device=device)
+        for e in (*given, *keys)
+    }
     for entry, tensor in given.items():
         made[entry].copy_(tensor)
     if reader is not None:
         reader.read({key: made[entry] for entry, key in keys.items()})
-    _install(pipe, stages, {entry: tensor for entry, tensor in made.items() if now[entry].is_meta}, now, device)
+    _install(
+        pipe,
+        stages,
+        {entry: tensor for entry, tensor in made.items() if now[entry].is_meta},
+        now,
+        device,
+    )
 
 
 def _install(
@@ -105,45 +131,90 @@ def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
         other = seen.setdefault(storage_of(tensor), entry)
         if tensor.is_meta and other is not entry:
             raise MaterializeError(
-                f"'{other.name}' and '{entry.name}' lie in one storage", hint="make one from the other in forward, not in __init__"
+                f"'{other.name}' and '{entry.name}' lie in one storage",
+                hint="make one from the other in forward, not in __init__",
             )
 
 
 def _by_entry(
-    pipe: Staged, values: Mapping[str, torch.Tensor], now: Mapping[StateEntry, torch.Tensor], cast: bool
+    pipe: Staged,
+    values: Mapping[str, torch.Tensor],
+    now: Mapping[StateEntry, torch.Tensor],
+    cast: bool,
 ) -> dict[StateEntry, torch.Tensor]:
-    """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one without values."""
-    owners = {known: entry for name, entry in pipe.program.name_owners().items() for known in (name, stored(name))}
+    """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one
+    without values.
+    """
+    owners = {
+        known: entry
+        for name, entry in pipe.program.name_owners().items()
+        for known in (name, stored(name))
+    }
     found: dict[StateEntry, torch.Tensor] = {}
     for name, tensor in values.items():
         if name not in owners:
-            raise MaterializeError(f"values has '{name}', which the model does not have", hint=nearest(name, owners))
+            raise MaterializeError(
+                f"values has '{name}', which the model does not have",
+                hint=nearest(name, owners),
+            )
         if tensor.is_meta:
             raise MaterializeError(f"values['{name}'] is on the meta device itself")
         if owners[name] in now:
-            check_fits(name, now[owners[name]], tuple(tensor.shape), tensor.dtype, "values", cast)
+            check_fits(
+                name,
+                now[owners[name]],
+                tuple(tensor.shape),
+                tensor.dtype,
+                "values",
+                cast,
+            )
             found[owners[name]] = tensor.detach()
     return found
 
 
-def _elsewhere(pipe: Staged, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
+def _elsewhere(
+    pipe: Staged, entry: StateEntry, device: torch.device
+) -> torch.Tensor | None:
     """The tensor that another stage of this process has for `entry` already."""
-    tensors = (find(pipe.stages[index], pipe.program.stages[index].state[entry][0]) for index in entry.stages)
-    return next((t for t in tensors if t is not None and not t.is_meta and t.device == _indexed(device)), None)
+    tensors = (
+        find(pipe.stages[index], pipe.program.stages[index].state[entry][0])
+        for index in entry.stages
+    )
+    return next(
+        (
+            t
+            for t in tensors
+            if t is not None and not t.is_meta and t.device == _indexed(device)
+        ),
+        None,
+    )
 
 
 def _indexed(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def _no_value(lacking: Sequence[StateEntry], source: str | Path | None) -> MaterializeError:
-    names = ", ".join(f"'{entry.name}'" for entry in lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+def _no_value(
+    lacking: Sequence[StateEntry], source: str | Path | None
+) -> MaterializeError:
+    names = ", ".join(f"'{entry.name}'" for entry in lacking[:5]) + (
+        f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    )
     if source is None:
-        return MaterializeError(f"nothing gives values to {names}", hint="give a checkpoint, init_fn=..., or values={name: tensor}")
-    kinds = dict.fromkeys("constants" if entry.kind == "const" else "non-persistent buffers" for entry in lacking)
+        return MaterializeError(
+            f"nothing gives values to {names}",
+            hint="give a checkpoint, init_fn=..., or values={name: tensor}",
+        )
+    kinds = dict.fromkeys(
+        "constants" if entry.kind == "const" else "non-persistent buffers"
+        for entry in lacking
+    )
     return MaterializeError(
         f"no checkpoint holds {' and '.join(kinds)}, and these were made on meta: {names}",
-        hint="values={name: tensor}, or an init_fn that computes them in their module; a tensor that forward makes must not be on meta",
+        hint=(
+            "values={name: tensor}, or an init_fn that computes them in their module; a tensor that forward "
+            "makes must not be on meta"
+        ),
     )
 
 
@@ -157,14 +228,21 @@ def _open(path: Path) -> Source:
 
 
 class _Safetensors:
-    """A .safetensors file, or a folder with `model.safetensors` or `model.safetensors.index.json` and the files it names."""
+    """A .safetensors file, or a folder with `model.safetensors` or `model.safetensors.index.json` and the
+    files it names.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, Path] = {}
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {name: path / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+            self.files = {
+                name: path / file
+                for name, file in json.loads(index.read_text(encoding="utf-8"))[
+                    "weight_map"
+                ].items()
+            }
             return
         file = path if path.is_file() else path / "model.safetensors"
         if not file.is_file():
@@ -179,9 +257,15 @@ class _Safetensors:
         """As `Source` says."""
         key = next((name for name in names if name in self.files), None)
         if key is None:
-            raise CheckpointError(f"'{names[0]}' is not in the checkpoint", where=str(self.path), hint=nearest(names[0], self.files))
+            raise CheckpointError(
+                f"'{names[0]}' is not in the checkpoint",
+                where=str(self.path),
+                hint=nearest(names[0], self.files),
+            )
         found = self._tensor(key)
-        check_fits(key, tensor, tuple(found.shape), found.dtype, str(self.files[key]), cast)
+        check_fits(
+            key, tensor, tuple(found.shape), found.dtype, str(self.files[key]), cast
+        )
         return key
 
     def read(self, into: dict[str, Any]) -> None:
@@ -190,10 +274,16 @@ class _Safetensors:
             tensor.copy_(self._tensor(key))
 
     def _tensor(self, key: str) -> torch.Tensor:
-        """A tensor that lies in the mapped file: nothing is read yet. Each has a map of its own, or what was read would stay in memory."""
+        """A tensor that lies in the mapped file: nothing is read yet. Each has a map of its own, or what was
+        read would stay in memory.
+        """
         with _opened(self.files[key]) as handle:
             if key not in handle.keys():  # noqa: SIM118  # it is no mapping
-                raise CheckpointError(f"'{key}' is not where the index says", where=str(self.files[key]), hint="load the checkpoint again")
+                raise CheckpointError(
+                    f"'{key}' is not where the index says",
+                    where=str(self.files[key]),
+                    hint="load the checkpoint again",
+                )
             found: torch.Tensor = handle.get_tensor(key)
             return found
 
@@ -202,46 +292,82 @@ def _opened(file: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise CheckpointError("safetensors is not installed", hint="pip install 'stagecut[safetensors]'") from None
+        raise CheckpointError(
+            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
+        ) from None
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(
-            f"'{file.name}' is missing, though the index names it", where=str(file.parent), hint="load it again"
+            f"'{file.name}' is missing, though the index names it",
+            where=str(file.parent),
+            hint="load it again",
         ) from None
     except SafetensorError as error:
-        raise CheckpointError(f"'{file.name}' cannot be read: {error}", where=str(file), hint="load it again") from error
+        raise CheckpointError(
+            f"'{file.name}' cannot be read: {error}",
+            where=str(file),
+            hint="load it again",
+        ) from error
 
 
 # --- initial values -----------------------------------------------------------------------------------
 
 
 def _initial(
-    pipe: Staged, wanted: Sequence[StateEntry], init_fn: InitFn | None, device: torch.device, seed: int
+    pipe: Staged,
+    wanted: Sequence[StateEntry],
+    init_fn: InitFn | None,
+    device: torch.device,
+    seed: int,
 ) -> dict[StateEntry, torch.Tensor]:
-    """What `init_fn` makes of the wanted tensors: it is called for every module of a twin of the model in which only they are real."""
+    """What `init_fn` makes of the wanted tensors: it is called for every module of a twin of the model in
+    which only they are real.
+    """
     if not wanted or init_fn is None:
         return {}
     model = pipe._model() if pipe._model is not None else None
     if model is None:
-        raise MaterializeError("there is no model whose modules init_fn could be called with", hint="keep the model alive, or give values=")
+        raise MaterializeError(
+            "there is no model whose modules init_fn could be called with",
+            hint="keep the model alive, or give values=",
+        )
     twin = deepcopy(model)
     real = {entry.name: _make_real(twin, entry, device) for entry in wanted}
-    streams = _Streams({name: tensor for name, tensor in real.items() if tensor is not None}, seed)
+    streams = _Streams(
+        {name: tensor for name, tensor in real.items() if tensor is not None}, seed
+    )
     streams.run(twin, init_fn, device)
     made: dict[StateEntry, torch.Tensor] = {}
     for entry in wanted:
         _, last, place = _slot(twin, entry.name)
         tensor = None if place is None else place[last]
-        if tensor is None or tensor.is_meta or (tensor is real[entry.name] and entry.name not in streams.written):
-            raise MaterializeError(f"init_fn gave no value to '{entry.name}'", hint="initialise it there, or give values={name: tensor}")
-        check_fits(entry.name, _held_now(pipe, entry), tuple(tensor.shape), tensor.dtype, "init_fn")
+        if (
+            tensor is None
+            or tensor.is_meta
+            or (tensor is real[entry.name] and entry.name not in streams.written)
+        ):
+            raise MaterializeError(
+                f"init_fn gave no value to '{entry.name}'",
+                hint="initialise it there, or give values={name: tensor}",
+            )
+        check_fits(
+            entry.name,
+            _held_now(pipe, entry),
+            tuple(tensor.shape),
+            tensor.dtype,
+            "init_fn",
+        )
         made[entry] = tensor.detach().to(device)
     return made
 
 
-def _make_real(twin: nn.Module, entry: StateEntry, device: torch.device) -> torch.Tensor | None:
-    """A tensor without values, which the twin holds under all names of `entry`; None when it has none of them."""
+def _make_real(
+    twin: nn.Module, entry: StateEntry, device: torch.device
+) -> torch.Tensor | None:
+    """A tensor without values, which the twin holds under all names of `entry`; None when it has none of
+    them.
+    """
     fresh: torch.Tensor | None = None
     for name in entry.names:
         owner, last, place = _slot(twin, name)
@@ -249,7 +375,11 @@ def _make_real(twin: nn.Module, entry: StateEntry, device: torch.device) -> torc
             continue
         if fresh is None:
             fresh = torch.empty_like(place[last].detach(), device=device)
-            fresh = nn.Parameter(fresh, requires_grad=place[last].requires_grad) if entry.kind == "param" else fresh
+            fresh = (
+                nn.Parameter(fresh, requires_grad=place[last].requires_grad)
+                if entry.kind == "param"
+                else fresh
+            )
         setattr(owner, last, fresh)
     return fresh
 
@@ -259,15 +389,25 @@ def _held_now(pipe: Staged, entry: StateEntry) -> torch.Tensor:
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The module a tensor of the model belongs to, its name there, and the dict it is in; None where the model has none of that name."""
+    """The module a tensor of the model belongs to, its name there, and the dict it is in; None where the
+    model has none of that name.
+    """
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
     places = (owner._parameters, owner._buffers, owner.__dict__)
-    return owner, last, next((place for place in places if isinstance(place.get(last), torch.Tensor)), None)
+    return (
+        owner,
+        last,
+        next(
+            (place for place in places if isinstance(place.get(last), torch.Tensor)),
+            None,
+        ),
+    )
 
 
 class _Streams(TorchDispatchMode):
-    """Each tensor draws random numbers of its own, so that its values depend on the seed and its name, not on where the model is cut.
+    """Each tensor draws random numbers of its own, so that its values depend on the seed and its name, not on
+    where the model is cut.
 
     `written` are the names of the tensors that were written.
     """
@@ -275,12 +415,16 @@ class _Streams(TorchDispatchMode):
     def __init__(self, real: Mapping[str, torch.Tensor], seed: int) -> None:
         super().__init__()
         self.written: set[str] = set()
-        self._names: dict[int | None, str] = {storage_of(tensor): name for name, tensor in real.items()}
+        self._names: dict[int | None, str] = {
+            storage_of(tensor): name for name, tensor in real.items()
+        }
         self._seed = seed
         self._draws: dict[str, int] = {}
 
     def run(self, model: nn.Module, init_fn: InitFn, device: torch.device) -> None:
-        """`init_fn` has been called with every module of `model`, inner ones first. The random state is as before."""
+        """`init_fn` has been called with every module of `model`, inner ones first. The random state is as
+        before.
+        """
         paths = {module: path for path, module in model.named_modules()}
 
         def call(module: nn.Module) -> None:
@@ -290,9 +434,15 @@ class _Streams(TorchDispatchMode):
         with _own_random_state(device), torch.no_grad(), self:
             model.apply(call)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        names = [self._names[home] for home in written_by(func, args, kwargs) if home in self._names]
+        names = [
+            self._names[home]
+            for home in written_by(func, args, kwargs)
+            if home in self._names
+        ]
         self.written.update(names)
         if not names or torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)

@@ -1,8 +1,8 @@
 """A pipe as files: `save` writes IR text, tensors and how the model is called; `load` gives the pipe again.
 
-A folder holds `program.ir`, `manifest.json` (alike on all ranks), and for each stage K `stage-K.safetensors` and `stage-K.json`, so
-that each rank can save and load its own stages. There is no pickle, and no name in the files leads to anything but itself: loading
-what a stranger wrote runs nothing of it. (docs/SAVED.md)
+A folder holds `program.ir`, `manifest.json` (alike on all ranks), and for each stage K `stage-K.safetensors`
+and `stage-K.json`, so that each rank can save and load its own stages. There is no pickle, and no name in the
+files leads to anything but itself: loading what a stranger wrote runs nothing of it. (docs/SAVED.md)
 """
 
 from __future__ import annotations
@@ -21,8 +21,21 @@ import torch
 from torch import nn
 
 from stagecut.backend.files.manifest import SHAPE, SavedError, check, from_json, to_json
-from stagecut.backend.files.tensors import Description, check_storable, covers_storage, extent, read_tensors, write_tensors
-from stagecut.backend.files.untrusted import check_tensors, digest_of, read_json, read_text, write_json
+from stagecut.backend.files.tensors import (
+    Description,
+    check_storable,
+    covers_storage,
+    extent,
+    read_tensors,
+    write_tensors,
+)
+from stagecut.backend.files.untrusted import (
+    check_tensors,
+    digest_of,
+    read_json,
+    read_text,
+    write_json,
+)
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, StageModule, stored
 from stagecut.backend.stages.staged import Staged
@@ -42,15 +55,32 @@ FORMAT = 1
 KNOWN_OPS = frozenset("aten prims higher_order quantized torchvision".split())
 """Namespaces of registered operators that `load` allows by itself."""
 _MODES = {"train": True, "eval": False}
-_MODULE = {"class": str, "captured": bool, "branch": str, "switches": {"*": {"*": bool}}}
+_MODULE = {
+    "class": str,
+    "captured": bool,
+    "branch": str,
+    "switches": {"*": {"*": bool}},
+}
 _MANIFEST = {
-    "format": int, "stagecut": str, "torch": str, "program": {"sha256": str, "fingerprint": str, "stages": int}, "names": [str],
-    "training": bool, "modules": {"*": _MODULE}, "sizes": {"*": int}, "notes": [str], "call": (SHAPE, None),
-}  # fmt: skip
+    "format": int,
+    "stagecut": str,
+    "torch": str,
+    "program": {"sha256": str, "fingerprint": str, "stages": int},
+    "names": [str],
+    "training": bool,
+    "modules": {"*": _MODULE},
+    "sizes": {"*": int},
+    "notes": [str],
+    "call": (SHAPE, None),
+}
 _SIDE = {
-    "format": int, "fingerprint": str, "stage": int, "sha256": str, "training": {"*": bool},
+    "format": int,
+    "fingerprint": str,
+    "stage": int,
+    "sha256": str,
+    "training": {"*": bool},
     "tensors": {"*": {"requires_grad": bool, "strides": ([int], None)}},
-}  # fmt: skip
+}
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -60,26 +90,45 @@ def save(pipe: Staged, folder: str | Path, stages: Iterable[int] | None = None) 
     """As `Pipe.save`."""
     folder = _folder(folder)
     if folder.name in ("", ".."):
-        raise SavedError(f"a save makes a folder of its own, '{folder}' is none", hint='pipe.save("run/pipe")')
+        raise SavedError(
+            f"a save makes a folder of its own, '{folder}' is none",
+            hint='pipe.save("run/pipe")',
+        )
     chosen = [pipe.stages[index] for index in _chosen(stages, pipe.num_stages)]
     _refuse_whole(pipe.program)
     state = {stage.index: _state(pipe, stage) for stage in chosen}
-    _refuse_restrided(pipe.program, {entry: tensor for tensors in state.values() for entry, tensor in tensors.items()})
-    _refuse_overlaps(pipe.program, [item for tensors in state.values() for item in tensors.items()])
+    _refuse_restrided(
+        pipe.program,
+        {
+            entry: tensor
+            for tensors in state.values()
+            for entry, tensor in tensors.items()
+        },
+    )
+    _refuse_overlaps(
+        pipe.program, [item for tensors in state.values() for item in tensors.items()]
+    )
     mark = fingerprint(pipe.program)
     with _writing(folder) as aside:
         _write_program(pipe, mark, aside)
         for stage in chosen:
             _write_stage(stage, mark, state[stage.index], aside)
         if not _moved(aside, folder):
-            _join(mark, aside, folder, None if stages is None else [stage.index for stage in chosen])
+            _join(
+                mark,
+                aside,
+                folder,
+                None if stages is None else [stage.index for stage in chosen],
+            )
 
 
 def _folder(folder: str | Path) -> Path:
     try:
         return Path(folder)
     except TypeError:
-        raise SavedError(f"{folder!r} is no folder", hint='a str or a Path, such as "run/pipe"') from None
+        raise SavedError(
+            f"{folder!r} is no folder", hint='a str or a Path, such as "run/pipe"'
+        ) from None
 
 
 def _chosen(stages: Iterable[int] | None, count: int) -> list[int]:
@@ -87,70 +136,110 @@ def _chosen(stages: Iterable[int] | None, count: int) -> list[int]:
     if stages is None:
         return [*range(count)]
     if isinstance(stages, str) or not isinstance(stages, Iterable):
-        raise SavedError(f"stages={stages!r} is no list of stages", hint="stages=[0, 1], or leave it out for all")
+        raise SavedError(
+            f"stages={stages!r} is no list of stages",
+            hint="stages=[0, 1], or leave it out for all",
+        )
     return sorted({_stage(index, count) for index in stages})
 
 
 def _stage(index: int, count: int) -> int:
     """`index`, when that is one of `count` stages. Raises SavedError otherwise."""
     if not isinstance(index, int):
-        raise SavedError(f"{index!r} is no stage", hint="stages are numbers, the first one is 0")
+        raise SavedError(
+            f"{index!r} is no stage", hint="stages are numbers, the first one is 0"
+        )
     if not 0 <= index < count:
-        raise SavedError(f"there is no stage {index}, there are {count}", hint=f"0 to {count - 1}")
+        raise SavedError(
+            f"there is no stage {index}, there are {count}", hint=f"0 to {count - 1}"
+        )
     return index
 
 
 def _refuse_whole(program: Program) -> None:
     """Raises SavedError naming what the program calls that only this process has."""
-    whole = dict.fromkeys(op.target for op in nested_ops(program.all_ops()) if op.is_users)
+    whole = dict.fromkeys(
+        op.target for op in nested_ops(program.all_ops()) if op.is_users
+    )
     if whole:
         names = ", ".join(f"'{name.partition('.')[2]}'" for name in whole)
         raise SavedError(
             f"the pipe calls code of yours that a file cannot hold: {names}",
             where="modules kept whole and functions of yours",
-            hint="make it traceable, without leaf_modules=; or save its state: pipe.state_dict(), stagecut.backend.files.checkpoint",
+            hint=(
+                "make it traceable, without leaf_modules=; or save its state: pipe.state_dict(), "
+                "stagecut.backend.files.checkpoint"
+            ),
         )
 
 
 def _state(pipe: Staged, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     """The tensors a stage holds. Raises SavedError for one that cannot be written or would be lost."""
     refuse_meta(pipe.program, stage)
-    known = {stored(name) for names in pipe.program.stages[stage.index].state.values() for name in names}
+    known = {
+        stored(name)
+        for names in pipe.program.stages[stage.index].state.values()
+        for name in names
+    }
     strange = next((name for name in stage.state_dict() if name not in known), None)
     if strange is not None:
         raise SavedError(
-            f"'{strange}' is no tensor of the traced model, it would be lost", hint=lost_hint(strange, "save before the stages are wrapped")
+            f"'{strange}' is no tensor of the traced model, it would be lost",
+            hint=lost_hint(strange, "save before the stages are wrapped"),
         )
-    return {entry: _held(pipe, stage, entry) for entry in entries(pipe.program, [stage.index])}
+    return {
+        entry: _held(pipe, stage, entry)
+        for entry in entries(pipe.program, [stage.index])
+    }
 
 
 def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
     first, *others = held(pipe.program, [stage], entry)
     if others:
-        raise SavedError(f"the names of '{entry.name}' are different tensors now", where=f"stage {stage.index}", hint="tie them again")
+        raise SavedError(
+            f"the names of '{entry.name}' are different tensors now",
+            where=f"stage {stage.index}",
+            hint="tie them again",
+        )
     check_storable(entry, first)
     return first
 
 
-def _refuse_overlaps(program: Program, state: list[tuple[StateEntry, torch.Tensor]]) -> None:
+def _refuse_overlaps(
+    program: Program, state: list[tuple[StateEntry, torch.Tensor]]
+) -> None:
     """Two tensors in one place would become two: what changes one would not change the other."""
     written = {value for op in program.all_ops() for value in op.versions}
     last: dict[int, tuple[int, StateEntry]] = {}
-    for start, end, entry in sorted(((*_extent(tensor), entry) for entry, tensor in dict(state).items()), key=lambda item: item[:2]):
+    for start, end, entry in sorted(
+        ((*_extent(tensor), entry) for entry, tensor in dict(state).items()),
+        key=lambda item: item[:2],
+    ):
         key = entry.storage
         before = last.get(key)
-        if before is not None and start < before[0] and any(e.kind == "param" or e.value in written for e in (entry, before[1])):
+        if (
+            before is not None
+            and start < before[0]
+            and any(e.kind == "param" or e.value in written for e in (entry, before[1]))
+        ):
             raise SavedError(
-                f"'{before[1].name}' and '{entry.name}' lie in the same memory", hint="make one from the other in forward, not in __init__"
+                f"'{before[1].name}' and '{entry.name}' lie in the same memory",
+                hint="make one from the other in forward, not in __init__",
             )
         last[key] = max((end, entry), before or (0, entry), key=lambda item: item[0])
 
 
-def _refuse_restrided(program: Program, state: Mapping[StateEntry, torch.Tensor]) -> None:
+def _refuse_restrided(
+    program: Program, state: Mapping[StateEntry, torch.Tensor]
+) -> None:
     """as_strided reads the memory around a tensor, which is not saved with it."""
     for op in nested_ops(program.all_ops()):
         entry = storage_root(op.operands[0]).owner if facts(op).reads_around else None
-        if isinstance(entry, StateEntry) and entry in state and not covers_storage(state[entry]):
+        if (
+            isinstance(entry, StateEntry)
+            and entry in state
+            and not covers_storage(state[entry])
+        ):
             raise SavedError(
                 f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",
                 where=op.where(),
@@ -159,20 +248,35 @@ def _refuse_restrided(program: Program, state: Mapping[StateEntry, torch.Tensor]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor.shape, tensor.stride()) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + extent(
+        tensor.shape, tensor.stride()
+    ) * tensor.element_size()
 
 
 def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
-    (folder / "program.ir").write_text(text(pipe.program), encoding="utf-8", newline="\n")
+    (folder / "program.ir").write_text(
+        text(pipe.program), encoding="utf-8", newline="\n"
+    )
     modules: dict[str, Any] = {}
     for stage in pipe.stages:
         modules |= {module._path: _module_form(module) for module in _own(stage)}
-    program = {"sha256": digest_of(folder / "program.ir"), "fingerprint": mark, "stages": pipe.num_stages}
+    program = {
+        "sha256": digest_of(folder / "program.ir"),
+        "fingerprint": mark,
+        "stages": pipe.num_stages,
+    }
     manifest = {
-        "format": FORMAT, "stagecut": VERSION, "torch": torch.__version__, "program": program, "names": list(pipe._names),
-        "training": pipe.training, "modules": modules, "sizes": pipe._sizes, "notes": list(pipe.notes),
+        "format": FORMAT,
+        "stagecut": VERSION,
+        "torch": torch.__version__,
+        "program": program,
+        "names": list(pipe._names),
+        "training": pipe.training,
+        "modules": modules,
+        "sizes": pipe._sizes,
+        "notes": list(pipe.notes),
         "call": None if pipe._call_spec is None else to_json(pipe._call_spec),
-    }  # fmt: skip
+    }
     write_json(folder / "manifest.json", manifest)
 
 
@@ -181,30 +285,52 @@ def _own(stage: Stage) -> Iterator[StageModule]:
 
 
 def _module_form(module: StageModule) -> dict[str, Any]:
-    switches = {mode: module._switches[flag] for mode, flag in _MODES.items() if flag in module._switches}
-    return {"class": module._title, "captured": module._captured, "branch": module._branch, "switches": switches}
+    switches = {
+        mode: module._switches[flag]
+        for mode, flag in _MODES.items()
+        if flag in module._switches
+    }
+    return {
+        "class": module._title,
+        "captured": module._captured,
+        "branch": module._branch,
+        "switches": switches,
+    }
 
 
-def _write_stage(stage: Stage, mark: str, state: Mapping[StateEntry, torch.Tensor], folder: Path) -> None:
+def _write_stage(
+    stage: Stage, mark: str, state: Mapping[StateEntry, torch.Tensor], folder: Path
+) -> None:
     file = folder / f"stage-{stage.index}.safetensors"
     described = write_tensors(file, state)
     side = {
-        "format": FORMAT, "fingerprint": mark, "stage": stage.index, "sha256": digest_of(file),
+        "format": FORMAT,
+        "fingerprint": mark,
+        "stage": stage.index,
+        "sha256": digest_of(file),
         "training": {module._path: module.training for module in _own(stage)},
-        "tensors": {name: {"requires_grad": d.requires_grad, "strides": d.strides} for name, d in described.items()},
-    }  # fmt: skip
+        "tensors": {
+            name: {"requires_grad": d.requires_grad, "strides": d.strides}
+            for name, d in described.items()
+        },
+    }
     write_json(folder / f"stage-{stage.index}.json", side)
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which is gone afterwards. Raises SavedError when something cannot be written."""
+    """A folder beside `folder` to write to, which is gone afterwards. Raises SavedError when something cannot
+    be written.
+    """
     aside = folder.with_name(f".{folder.name}.{uuid4().hex[:12]}.partial")
     try:
         aside.mkdir(parents=True)
         yield aside
     except OSError as error:
-        raise SavedError(f"'{folder}' cannot be written: {error.strerror or error}", hint="choose another folder") from error
+        raise SavedError(
+            f"'{folder}' cannot be written: {error.strerror or error}",
+            hint="choose another folder",
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -222,15 +348,34 @@ def _moved(aside: Path, folder: Path) -> bool:
 
 def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> None:
     """The stages written aside stand beside those that other ranks have saved of the same program."""
-    there = [] if stages is None else [index for index in stages if os.path.lexists(folder / f"stage-{index}.json")]
+    there = (
+        []
+        if stages is None
+        else [
+            index for index in stages if os.path.lexists(folder / f"stage-{index}.json")
+        ]
+    )
     if stages is None or there:
-        what = f"stage {there[0]} is in '{folder}' already" if there else f"'{folder}' is there already"
-        raise SavedError(what, hint="give every save a folder of its own, such as run/step-100")
+        what = (
+            f"stage {there[0]} is in '{folder}' already"
+            if there
+            else f"'{folder}' is there already"
+        )
+        raise SavedError(
+            what, hint="give every save a folder of its own, such as run/step-100"
+        )
     if _manifest(folder)["program"]["fingerprint"] != mark:
-        raise SavedError(f"'{folder}' holds another program", hint="build the same model with the same cuts on every rank")
+        raise SavedError(
+            f"'{folder}' holds another program",
+            hint="build the same model with the same cuts on every rank",
+        )
     for index in stages:
-        os.replace(aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors")
-        os.replace(aside / f"stage-{index}.json", folder / f"stage-{index}.json")  # last: it says that the stage is whole
+        os.replace(
+            aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors"
+        )
+        os.replace(
+            aside / f"stage-{index}.json", folder / f"stage-{index}.json"
+        )  # last: it says that the stage is whole
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -240,7 +385,11 @@ Restored = TypeVar("Restored", bound=Staged)
 
 
 def restored(
-    kind: type[Restored], folder: str | Path, stages: Iterable[int] | None, device: torch.device | str, ops: Collection[str]
+    kind: type[Restored],
+    folder: str | Path,
+    stages: Iterable[int] | None,
+    device: torch.device | str,
+    ops: Collection[str],
 ) -> Restored:
     """The pipe that was saved in `folder`, as `stagecut.load` says, as one of that class."""
     saved = _Saved(_folder(folder), device, ops)
@@ -249,9 +398,15 @@ def restored(
     for index, side in sides.items():
         for entry, tensor in saved.state(index, side).items():
             _agree(entry, tensors.setdefault(entry, tensor), tensor)
-    tensors = {e: tensors[e] if e in tensors else _absent(e) for e in saved.program.state if e.stages}
+    tensors = {
+        e: tensors[e] if e in tensors else _absent(e)
+        for e in saved.program.state
+        if e.stages
+    }
     saved.bind(tensors)
-    saved.program.output_names = saved.bindings.call.output_names() if saved.bindings.call else ()
+    saved.program.output_names = (
+        saved.bindings.call.output_names() if saved.bindings.call else ()
+    )
     pipe = kind(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)
@@ -259,8 +414,15 @@ def restored(
     return pipe
 
 
-def load_stage(folder: str | Path, index: int, *, device: torch.device | str = "cpu", ops: Collection[str] = ()) -> Stage:
-    """Stage `index` of the pipe that was saved in `folder`, as a module on `device`. Of the tensors, only its own are read.
+def load_stage(
+    folder: str | Path,
+    index: int,
+    *,
+    device: torch.device | str = "cpu",
+    ops: Collection[str] = (),
+) -> Stage:
+    """Stage `index` of the pipe that was saved in `folder`, as a module on `device`. Of the tensors, only its
+    own are read.
 
     Raises SavedError as `load` does.
     """
@@ -275,17 +437,28 @@ def load_stage(folder: str | Path, index: int, *, device: torch.device | str = "
 class _Saved:
     """A folder whose program has been read and found right."""
 
-    def __init__(self, folder: Path, device: torch.device | str, ops: Collection[str]) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device | str, ops: Collection[str]
+    ) -> None:
         self.folder, self.device = folder, _device(device)
         self.manifest = _manifest(folder)
         told = self.manifest["program"]
-        self.program = parse(read_text(folder / "program.ir", told["sha256"]), "program.ir")
+        self.program = parse(
+            read_text(folder / "program.ir", told["sha256"]), "program.ir"
+        )
         verify(self.program)
         self.count = len(self.program.stages)
         self.fingerprint: str = told["fingerprint"]
         _check_program(self.program, KNOWN_OPS | frozenset(ops))
-        if fingerprint(self.program) != self.fingerprint or told["stages"] != self.count:
-            raise SavedError("program.ir is not the program of manifest.json", where=str(folder), hint="save again")
+        if (
+            fingerprint(self.program) != self.fingerprint
+            or told["stages"] != self.count
+        ):
+            raise SavedError(
+                "program.ir is not the program of manifest.json",
+                where=str(folder),
+                hint="save again",
+            )
         self.bindings = self._bindings()
 
     def _bindings(self) -> Bindings:
@@ -293,9 +466,21 @@ class _Saved:
         found = Bindings(device=self.device, notes=list(self.manifest["notes"]))
         found.training = {path: module["captured"] for path, module in modules.items()}
         found.classes = {path: module["class"] for path, module in modules.items()}
-        found.branches = {path: module["branch"] for path, module in modules.items() if module["branch"]}
-        found.switches = {path: _switches(module["switches"]) for path, module in modules.items() if module["switches"]}
-        found.call = None if call is None else from_json(call, len(self.program.inputs), len(self.program.outputs))
+        found.branches = {
+            path: module["branch"]
+            for path, module in modules.items()
+            if module["branch"]
+        }
+        found.switches = {
+            path: _switches(module["switches"])
+            for path, module in modules.items()
+            if module["switches"]
+        }
+        found.call = (
+            None
+            if call is None
+            else from_json(call, len(self.program.inputs), len(self.program.outputs))
+        )
         return found
 
     def side(self, index: int) -> dict[str, Any]:
@@ -303,25 +488,41 @@ class _Saved:
         path = self.folder / f"stage-{index}.json"
         if not os.path.lexists(path):
             raise SavedError(
-                f"stage {index} is not there: no '{path.name}'", where=str(self.folder), hint="save it where it is: stages=[...]"
+                f"stage {index} is not there: no '{path.name}'",
+                where=str(self.folder),
+                hint="save it where it is: stages=[...]",
             )
         side: dict[str, Any] = _checked(read_json(path), _SIDE, path)
         if side["fingerprint"] != self.fingerprint or side["stage"] != index:
-            raise SavedError(f"'{path.name}' is of another program or another stage", where=str(self.folder), hint="save all stages again")
+            raise SavedError(
+                f"'{path.name}' is of another program or another stage",
+                where=str(self.folder),
+                hint="save all stages again",
+            )
         return side
 
     def state(self, index: int, side: dict[str, Any]) -> dict[StateEntry, torch.Tensor]:
         """The tensors of a stage, checked and read."""
         path = self.folder / f"stage-{index}.safetensors"
         check_tensors(path, side["sha256"])
-        described = {name: Description(**item) for name, item in side["tensors"].items()}
-        return read_tensors(path, entries(self.program, [index]), described, self.device)
+        described = {
+            name: Description(**item) for name, item in side["tensors"].items()
+        }
+        return read_tensors(
+            path, entries(self.program, [index]), described, self.device
+        )
 
     def bind(self, tensors: Mapping[StateEntry, torch.Tensor]) -> None:
         """Every name of the state stands for its tensor, in the order of the model."""
         owners = self.program.name_owners()
-        if len(set(self.manifest["names"])) != len(self.manifest["names"]) or set(self.manifest["names"]) != set(owners):
-            raise SavedError("manifest.json does not list the state of the program", where=str(self.folder), hint="save again")
+        if len(set(self.manifest["names"])) != len(self.manifest["names"]) or set(
+            self.manifest["names"]
+        ) != set(owners):
+            raise SavedError(
+                "manifest.json does not list the state of the program",
+                where=str(self.folder),
+                hint="save again",
+            )
         names = [name for name in self.manifest["names"] if owners[name] in tensors]
         self.bindings.tensors = {name: tensors[owners[name]] for name in names}
 
@@ -330,14 +531,18 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise SavedError(f"there is no device {device!r}: {str(error).splitlines()[0]}", hint='device="cpu"') from None
+        raise SavedError(
+            f"there is no device {device!r}: {str(error).splitlines()[0]}",
+            hint='device="cpu"',
+        ) from None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         raise SavedError(
-            f"there is no saved pipe in '{folder}'", hint="pipe.save(folder) makes one; stagecut.backend.files.checkpoint reads checkpoints"
+            f"there is no saved pipe in '{folder}'",
+            hint="pipe.save(folder) makes one; stagecut.backend.files.checkpoint reads checkpoints",
         )
     manifest: dict[str, Any] = _checked(read_json(path), _MANIFEST, path)
     return manifest
@@ -353,24 +558,37 @@ def _checked(data: Any, shape: Any, path: Path) -> Any:
             hint="update",
         )
     if version != FORMAT:
-        raise SavedError(f"'{path.name}' is no file of a saved pipe", where=str(path.parent))
+        raise SavedError(
+            f"'{path.name}' is no file of a saved pipe", where=str(path.parent)
+        )
     return check(data, shape, f"'{path.name}'")
 
 
 def _switches(modes: Mapping[str, dict[str, bool]]) -> dict[bool, dict[str, bool]]:
     if not modes.keys() <= _MODES.keys():
-        raise SavedError("a module switches in train and eval only", hint="the manifest is damaged")
+        raise SavedError(
+            "a module switches in train and eval only", hint="the manifest is damaged"
+        )
     return {_MODES[mode]: flags for mode, flags in modes.items()}
 
 
 def _check_program(program: Program, namespaces: Collection[str]) -> None:
     """Returns when the program can be loaded: linked, with sized state, flat outputs and known operators."""
     if program.phase != "linked":
-        raise SavedError(f"program.ir is {program.phase}, not linked", hint="save a pipe")
+        raise SavedError(
+            f"program.ir is {program.phase}, not linked", hint="save a pipe"
+        )
     for entry in program.state:
-        if not isinstance(entry.type, TensorType) or any(isinstance(dim, str) for dim in entry.type.shape):
-            raise SavedError(f"'{entry.name}' is no tensor of known size", where="program.ir")
-    if any(not isinstance(leaf, Value) and any(True for _ in leaves(leaf)) for leaf in program.outputs):
+        if not isinstance(entry.type, TensorType) or any(
+            isinstance(dim, str) for dim in entry.type.shape
+        ):
+            raise SavedError(
+                f"'{entry.name}' is no tensor of known size", where="program.ir"
+            )
+    if any(
+        not isinstance(leaf, Value) and any(True for _ in leaves(leaf))
+        for leaf in program.outputs
+    ):
         raise SavedError("the outputs are not flat", where="program.ir")
     _refuse_whole(program)
     for op in nested_ops(program.all_ops()):
@@ -381,14 +599,25 @@ def _check_namespace(op: Op, namespaces: Collection[str]) -> None:
     found = re.match(r"torch\.ops\.(\w+)", op.target)
     if found and found[1] not in namespaces:
         raise SavedError(
-            f"the program calls '{op.target}', an operator of a library", where=op.where(), hint=f'load(..., ops=["{found[1]}"]) allows it'
+            f"the program calls '{op.target}', an operator of a library",
+            where=op.where(),
+            hint=f'load(..., ops=["{found[1]}"]) allows it',
         )
 
 
 def _agree(entry: StateEntry, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Returns when two stages have saved the same bits for a tensor that they share. On meta there are none to compare."""
-    if one is not other and not one.is_meta and not torch.equal(_bits(one), _bits(other)):
-        raise SavedError(f"the stages hold different values for '{entry.name}'", hint="save all stages after the same step")
+    """Returns when two stages have saved the same bits for a tensor that they share. On meta there are none
+    to compare.
+    """
+    if (
+        one is not other
+        and not one.is_meta
+        and not torch.equal(_bits(one), _bits(other))
+    ):
+        raise SavedError(
+            f"the stages hold different values for '{entry.name}'",
+            hint="save all stages after the same step",
+        )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -399,10 +628,18 @@ def _absent(entry: StateEntry) -> torch.Tensor:
     """The tensor of a stage that is not read, on meta."""
     assert isinstance(entry.type, TensorType)
     try:
-        made = torch.empty(entry.type.shape, dtype=getattr(torch, DTYPES[entry.type.dtype]), device="meta")  # type: ignore[arg-type]
+        shape: Any = entry.type.shape
+        dtype = getattr(torch, DTYPES[entry.type.dtype])
+        made = torch.empty(shape, dtype=dtype, device="meta")
     except (RuntimeError, OverflowError, TypeError):
-        raise SavedError(f"'{entry.name}' cannot have the size {entry.type}", where="program.ir") from None
-    return nn.Parameter(made, requires_grad=entry.requires_grad) if entry.kind == "param" else made
+        raise SavedError(
+            f"'{entry.name}' cannot have the size {entry.type}", where="program.ir"
+        ) from None
+    return (
+        nn.Parameter(made, requires_grad=entry.requires_grad)
+        if entry.kind == "param"
+        else made
+    )
 
 
 def _set_modes(stage: Stage, side: Mapping[str, Any]) -> None:

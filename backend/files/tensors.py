@@ -16,14 +16,31 @@ from stagecut.ir.graph import StateEntry
 from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 
 _STORED = {
-    "f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "b8": "BOOL", "f8e4m3fn": "F8_E4M3", "f8e5m2": "F8_E5M2",
-    "i64": "I64", "i32": "I32", "i16": "I16", "i8": "I8", "u64": "U64", "u32": "U32", "u16": "U16", "u8": "U8",
-    "c128": "F64", "c64": "F32", "c32": "F16",
-}  # fmt: skip
+    "f64": "F64",
+    "f32": "F32",
+    "f16": "F16",
+    "bf16": "BF16",
+    "b8": "BOOL",
+    "f8e4m3fn": "F8_E4M3",
+    "f8e5m2": "F8_E5M2",
+    "i64": "I64",
+    "i32": "I32",
+    "i16": "I16",
+    "i8": "I8",
+    "u64": "U64",
+    "u32": "U32",
+    "u16": "U16",
+    "u8": "U8",
+    "c128": "F64",
+    "c64": "F32",
+    "c32": "F16",
+}
 """dtype of the IR -> that of the file: complex numbers as pairs, what safetensors does not know as bytes."""
 _BYTES = "U8"
 _GAPS, _FEW = 64, 2**20
-"""A tensor may lie spread over so many times its elements, and over so many places in any case: what a stranger's strides may cost."""
+"""A tensor may lie spread over so many times its elements, and over so many places in any case: what a
+stranger's strides may cost.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,31 +54,54 @@ class Description:
 def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
     """Returns when a tensor can be written as that of `entry`. Raises SavedError otherwise."""
     kind = entry.type
-    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+    if (
+        type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
+        or tensor.layout is not torch.strided
+    ):
         raise SavedError(
-            f"'{entry.name}' is a {type(tensor).__name__} of layout {tensor.layout}", hint="plain dense tensors are saved; gather it first"
+            f"'{entry.name}' is a {type(tensor).__name__} of layout {tensor.layout}",
+            hint="plain dense tensors are saved; gather it first",
         )
-    if not isinstance(kind, TensorType) or tuple(tensor.shape) != kind.shape or tensor.dtype != getattr(torch, DTYPES[kind.dtype]):
+    if (
+        not isinstance(kind, TensorType)
+        or tuple(tensor.shape) != kind.shape
+        or tensor.dtype != getattr(torch, DTYPES[kind.dtype])
+    ):
         raise SavedError(
-            f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {kind}", hint="cast or resize the model before it is cut"
+            f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {kind}",
+            hint="cast or resize the model before it is cut",
         )
     if not tensor.is_contiguous() and not _may_lie(kind, tensor.shape, tensor.stride()):
         raise SavedError(
-            f"'{entry.name}' has the strides {list(tensor.stride())}, which cannot be kept", hint="make it .contiguous() before the cut"
+            f"'{entry.name}' has the strides {list(tensor.stride())}, which cannot be kept",
+            hint="make it .contiguous() before the cut",
         )
 
 
-def write_tensors(path: Path, state: Mapping[StateEntry, torch.Tensor]) -> dict[str, Description]:
+def write_tensors(
+    path: Path, state: Mapping[StateEntry, torch.Tensor]
+) -> dict[str, Description]:
     """`path` holds the tensors by the first name of each; returns what must be written beside them."""
-    _library().torch.save_file({entry.name: _stored(entry, tensor.detach()) for entry, tensor in state.items()}, path)
-    return {entry.name: Description(tensor.requires_grad, _strides(tensor)) for entry, tensor in state.items()}
+    _library().torch.save_file(
+        {
+            entry.name: _stored(entry, tensor.detach())
+            for entry, tensor in state.items()
+        },
+        path,
+    )
+    return {
+        entry.name: Description(tensor.requires_grad, _strides(tensor))
+        for entry, tensor in state.items()
+    }
 
 
 def _library() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise SavedError("safetensors is not installed", hint="pip install 'stagecut[safetensors]'") from None
+        raise SavedError(
+            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
+        ) from None
     return safetensors
 
 
@@ -84,17 +124,28 @@ def _strides(tensor: torch.Tensor) -> list[int] | None:
 
 
 def _may_lie(kind: TensorType, shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True for strides that are read back: dense ones, and those of the trace, which the program relies on, where gaps are few."""
+    """True for strides that are read back: dense ones, and those of the trace, which the program relies on,
+    where gaps are few.
+    """
     if len(shape) != len(strides):
         return False
     if _is_dense(shape, strides):
         return True
-    return tuple(strides) == kind.strides and min(strides) >= 0 and extent(shape, strides) <= _GAPS * math.prod(shape) + _FEW
+    return (
+        tuple(strides) == kind.strides
+        and min(strides) >= 0
+        and extent(shape, strides) <= _GAPS * math.prod(shape) + _FEW
+    )
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """How many places there are from the first element of a tensor to its last one."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
+    return (
+        sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        + 1
+        if 0 not in shape
+        else 0
+    )
 
 
 def covers_storage(tensor: torch.Tensor) -> bool:
@@ -107,21 +158,34 @@ def _places(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
     """Where each element lies, counted from the first one."""
     found = torch.zeros(tuple(shape), dtype=torch.int64)
     for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        found += (torch.arange(size) * stride).reshape([-1 if at == dim else 1 for at in range(len(shape))])
+        found += (torch.arange(size) * stride).reshape(
+            [-1 if at == dim else 1 for at in range(len(shape))]
+        )
     return found
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """True when each element has a place of its own and no place is left over."""
-    dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1)
+    dims = sorted(
+        (stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1
+    )
     want = contiguous_strides(tuple(size for _, size in reversed(dims)))
-    return 0 not in shape and [stride for stride, _ in reversed(dims)] == list(want) and all(0 < stride < 2**62 for stride in strides)
+    return (
+        0 not in shape
+        and [stride for stride, _ in reversed(dims)] == list(want)
+        and all(0 < stride < 2**62 for stride in strides)
+    )
 
 
 def read_tensors(
-    path: Path, wanted: Sequence[StateEntry], described: Mapping[str, Description], device: torch.device
+    path: Path,
+    wanted: Sequence[StateEntry],
+    described: Mapping[str, Description],
+    device: torch.device,
 ) -> dict[StateEntry, torch.Tensor]:
-    """The wanted tensors on `device`, in memory of their own. Everything is checked before the first is read."""
+    """The wanted tensors on `device`, in memory of their own. Everything is checked before the first is
+    read.
+    """
     library = _library()
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -129,40 +193,79 @@ def read_tensors(
             _check_names(path, names, set(file.keys()), "the file")
             _check_names(path, names, set(described), "what is written beside it")
             for entry in wanted:
-                _check_header(path, entry, file.get_slice(entry.name), described[entry.name])
-            return {entry: _made(entry, file.get_tensor(entry.name), described[entry.name], device) for entry in wanted}
+                _check_header(
+                    path, entry, file.get_slice(entry.name), described[entry.name]
+                )
+            return {
+                entry: _made(
+                    entry, file.get_tensor(entry.name), described[entry.name], device
+                )
+                for entry in wanted
+            }
     except (library.SafetensorError, OSError, RuntimeError) as error:
         raise SavedError(
-            f"'{path.name}' cannot be read: {str(error)[:300]}", where=str(path.parent), hint="copy or save it again"
+            f"'{path.name}' cannot be read: {str(error)[:300]}",
+            where=str(path.parent),
+            hint="copy or save it again",
         ) from error
 
 
 def _check_names(path: Path, want: set[str], there: set[str], where: str) -> None:
     lacking, strange = sorted(want - there), sorted(there - want)
     if lacking or strange:
-        what = f"'{lacking[0]}' is missing" if lacking else f"'{strange[0]}' is no tensor of this stage"
-        raise SavedError(f"{what} in {where}", where=str(path), hint="copy or save it again")
+        what = (
+            f"'{lacking[0]}' is missing"
+            if lacking
+            else f"'{strange[0]}' is no tensor of this stage"
+        )
+        raise SavedError(
+            f"{what} in {where}", where=str(path), hint="copy or save it again"
+        )
 
 
-def _check_header(path: Path, entry: StateEntry, found: Any, described: Description) -> None:
+def _check_header(
+    path: Path, entry: StateEntry, found: Any, described: Description
+) -> None:
     kind = entry.type
     assert isinstance(kind, TensorType)
     pair = (2,) if kind.dtype.startswith("c") else ()
-    if (found.get_dtype(), tuple(found.get_shape())) != (_STORED.get(kind.dtype, _BYTES), (*kind.shape, *pair)):
-        raise SavedError(f"'{entry.name}' is {found.get_dtype()} {found.get_shape()}, the program wants {kind}", where=str(path))
+    if (found.get_dtype(), tuple(found.get_shape())) != (
+        _STORED.get(kind.dtype, _BYTES),
+        (*kind.shape, *pair),
+    ):
+        raise SavedError(
+            f"'{entry.name}' is {found.get_dtype()} {found.get_shape()}, the program wants {kind}",
+            where=str(path),
+        )
     sizes = tuple(dim for dim in kind.shape if isinstance(dim, int))
     if described.strides is not None and not _may_lie(kind, sizes, described.strides):
-        raise SavedError(f"'{entry.name}' cannot have the strides {described.strides[:8]}", where=str(path))
+        raise SavedError(
+            f"'{entry.name}' cannot have the strides {described.strides[:8]}",
+            where=str(path),
+        )
     if described.requires_grad and not kind.differentiable:
-        raise SavedError(f"'{entry.name}' cannot have a gradient: it is {kind}", where=str(path))
+        raise SavedError(
+            f"'{entry.name}' cannot have a gradient: it is {kind}", where=str(path)
+        )
 
 
-def _made(entry: StateEntry, stored: torch.Tensor, described: Description, device: torch.device) -> torch.Tensor:
+def _made(
+    entry: StateEntry,
+    stored: torch.Tensor,
+    described: Description,
+    device: torch.device,
+) -> torch.Tensor:
     dtype = getattr(torch, DTYPES[_dtype(entry)])
-    seen = torch.view_as_complex(stored.clone()) if dtype.is_complex else stored.view(dtype)
+    seen = (
+        torch.view_as_complex(stored.clone())
+        if dtype.is_complex
+        else stored.view(dtype)
+    )
     made = torch.empty(seen.shape, dtype=dtype, device=device)
     if described.strides is not None:
-        made = torch.empty_strided(seen.shape, described.strides, dtype=dtype, device=device)
+        made = torch.empty_strided(
+            seen.shape, described.strides, dtype=dtype, device=device
+        )
     if described.strides is None or _is_dense(seen.shape, described.strides):
         made.copy_(seen)
     elif device.type != "meta":
@@ -175,6 +278,10 @@ def _made(entry: StateEntry, stored: torch.Tensor, described: Description, devic
 def _fill(made: torch.Tensor, seen: torch.Tensor) -> None:
     """`made`, whose elements may share places or have gaps between them, equals `seen`. Gaps are zero."""
     # moved as bytes: not every dtype has index_put
-    flat = torch.zeros(extent(made.shape, made.stride()), seen.element_size(), dtype=torch.uint8)
-    flat[_places(made.shape, made.stride()).reshape(-1)] = seen.contiguous().reshape(-1).view(torch.uint8).reshape(-1, seen.element_size())
+    flat = torch.zeros(
+        extent(made.shape, made.stride()), seen.element_size(), dtype=torch.uint8
+    )
+    flat[_places(made.shape, made.stride()).reshape(-1)] = (
+        seen.contiguous().reshape(-1).view(torch.uint8).reshape(-1, seen.element_size())
+    )
     made.as_strided((len(flat),), (1,)).copy_(flat.reshape(-1).view(seen.dtype))

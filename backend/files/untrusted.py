@@ -1,4 +1,6 @@
-"""Files of a folder that may come from a stranger: no links, nothing but regular files, nothing larger than it may be."""
+"""Files of a folder that may come from a stranger: no links, nothing but regular files, nothing larger than
+it may be.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,31 @@ _AGAIN = "copy the folder again, or save again"
 def opened(path: Path) -> Iterator[BufferedReader]:
     """The regular file at `path`. Raises SavedError for a link and for anything that is not there."""
     try:
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        number = os.open(
+            path,
+            os.O_RDONLY
+            | getattr(os, "O_NOFOLLOW", 0)
+            | getattr(os, "O_NONBLOCK", 0)
+            | getattr(os, "O_CLOEXEC", 0),
+        )
     except FileNotFoundError:
-        raise SavedError(f"'{path.name}' is missing", where=str(path.parent), hint=_AGAIN) from None
+        raise SavedError(
+            f"'{path.name}' is missing", where=str(path.parent), hint=_AGAIN
+        ) from None
     except OSError as error:
-        what = "is a link, which is not followed" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
-        raise SavedError(f"'{path.name}' {what}", where=str(path.parent), hint=_AGAIN) from None
+        what = (
+            "is a link, which is not followed"
+            if error.errno == errno.ELOOP
+            else f"cannot be read: {error.strerror}"
+        )
+        raise SavedError(
+            f"'{path.name}' {what}", where=str(path.parent), hint=_AGAIN
+        ) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise SavedError(f"'{path.name}' is no regular file", where=str(path.parent), hint=_AGAIN)
+        raise SavedError(
+            f"'{path.name}' is no regular file", where=str(path.parent), hint=_AGAIN
+        )
     with os.fdopen(number, "rb") as file:
         yield file
 
@@ -46,7 +64,9 @@ def read(path: Path, most: int) -> bytes:
     with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise SavedError(f"'{path.name}' is larger than {most >> 20} MiB", where=str(path.parent))
+        raise SavedError(
+            f"'{path.name}' is larger than {most >> 20} MiB", where=str(path.parent)
+        )
     return content
 
 
@@ -58,14 +78,20 @@ def read_text(path: Path, digest: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise SavedError(f"'{path.name}' is no text", where=str(path.parent), hint=_AGAIN) from None
+        raise SavedError(
+            f"'{path.name}' is no text", where=str(path.parent), hint=_AGAIN
+        ) from None
 
 
 def check_tensors(path: Path, digest: str) -> None:
     """Returns when a safetensors file has that digest and a header of reasonable length."""
     with opened(path) as file:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-            raise SavedError(f"the header of '{path.name}' is larger than {MAX_HEADER >> 20} MiB", where=str(path.parent), hint=_AGAIN)
+            raise SavedError(
+                f"the header of '{path.name}' is larger than {MAX_HEADER >> 20} MiB",
+                where=str(path.parent),
+                hint=_AGAIN,
+            )
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise differs(path)
@@ -79,15 +105,25 @@ def digest_of(path: Path) -> str:
 
 def differs(path: Path) -> SavedError:
     """What is said of a file that is not what was saved."""
-    return SavedError(f"'{path.name}' is not what was saved: its sha256 differs", where=str(path.parent), hint=_AGAIN)
+    return SavedError(
+        f"'{path.name}' is not what was saved: its sha256 differs",
+        where=str(path.parent),
+        hint=_AGAIN,
+    )
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; no key twice, no constant that JSON does not have."""
     try:
-        return json.loads(read(path, MAX_JSON), object_pairs_hook=_distinct, parse_constant=_refuse)
+        return json.loads(
+            read(path, MAX_JSON), object_pairs_hook=_distinct, parse_constant=_refuse
+        )
     except (ValueError, RecursionError) as error:
-        raise SavedError(f"'{path.name}' is no JSON: {str(error)[:200]}", where=str(path.parent), hint=_AGAIN) from None
+        raise SavedError(
+            f"'{path.name}' is no JSON: {str(error)[:200]}",
+            where=str(path.parent),
+            hint=_AGAIN,
+        ) from None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,4 +139,6 @@ def _refuse(word: str) -> NoReturn:
 
 def write_json(path: Path, data: Any) -> None:
     """`path` holds `data`, the same bytes for the same data."""
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )

@@ -1,8 +1,10 @@
-"""The texts of a program after each pass -> one table of lines, and for each pass how its text differs from the last other one.
+"""The texts of a program after each pass -> one table of lines, and for each pass how its text differs from
+the last other one.
 
-Lines are compared without their indentation, for a pass that puts ops into stages moves all of them to the right. They are aligned by
-what they define (`%relu`, `state @w`, `stage 3`), so that a line which only gained a word is a changed line, not a lost and a new one.
-Aligning takes n log n steps: keys that stand once in both texts are the anchors, as in a patience diff.
+Lines are compared without their indentation, for a pass that puts ops into stages moves all of them to the
+right. They are aligned by what they define (`%relu`, `state @w`, `stage 3`), so that a line which only gained
+a word is a changed line, not a lost and a new one. Aligning takes n log n steps: keys that stand once in both
+texts are the anchors, as in a patience diff.
 """
 
 from __future__ import annotations
@@ -18,14 +20,21 @@ KEPT, LOST, NEW, CHANGED = "=", "-", "+", "~"
 """Kinds of hunks."""
 
 Hunk = tuple[str, int] | tuple[str, list[int]]
-"""Kept and lost lines are counted. New and changed ones, each in the place of one old line, are listed: first, count, first, count, ..."""
+"""Kept and lost lines are counted. New and changed ones, each in the place of one old line, are listed:
+first, count, first, count, ...
+"""
 
-_KEY = re.compile(r"%\S+(?:, %\S+)*(?= = )|(?:state|input) .+?(?= : )|transfer .+? : \S+ -> \d+|stage \d+|(?:program|output|holds)\b|[^(]+")
+_KEY = re.compile(
+    r"%\S+(?:, %\S+)*(?= = )|(?:state|input) .+?(?= : )|transfer .+? : \S+ -> \d+|"
+    r"stage \d+|(?:program|output|holds)\b|[^(]+"
+)
 
 
 @dataclass
 class Column:
-    """A pass: its name, the seconds it took, and how its text differs from the one before. indents: width, count, width, count, ..."""
+    """A pass: its name, the seconds it took, and how its text differs from the one before. indents: width,
+    count, width, count, ...
+    """
 
     name: str
     seconds: float
@@ -53,7 +62,15 @@ def columns_of(history: Sequence[tuple[str, str, float]]) -> Columns:
         new = [known.setdefault(line.lstrip(" "), len(known)) for line in raw]
         made.lines += list(known)[len(made.lines) :]
         hunks = _hunks(old, new, made.lines)
-        made.columns.append(Column(name, seconds, hunks, _counted([len(line) - len(line.lstrip(" ")) for line in raw]), text != before))
+        made.columns.append(
+            Column(
+                name,
+                seconds,
+                hunks,
+                _counted([len(line) - len(line.lstrip(" ")) for line in raw]),
+                text != before,
+            )
+        )
         old, before = new, text
     return made
 
@@ -72,7 +89,13 @@ def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     """The longest rising line of pairs among keys that stand once in both."""
     here, there = Counter(old), Counter(new)
     place = {key: i for i, key in enumerate(old) if here[key] == 1}
-    return _rising([(place[key], j) for j, key in enumerate(new) if key in place and there[key] == 1])
+    return _rising(
+        [
+            (place[key], j)
+            for j, key in enumerate(new)
+            if key in place and there[key] == 1
+        ]
+    )
 
 
 def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -92,7 +115,9 @@ def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def _ends(old: Sequence[str], new: Sequence[str], begin: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+def _ends(
+    old: Sequence[str], new: Sequence[str], begin: tuple[int, int], end: tuple[int, int]
+) -> list[tuple[int, int]]:
     """The equal keys at the beginning and at the end of a gap between two anchors."""
     (a, b), (c, d) = begin, end
     head: list[tuple[int, int]] = []
@@ -107,11 +132,18 @@ def _ends(old: Sequence[str], new: Sequence[str], begin: tuple[int, int], end: t
 
 
 def _hunks(old: list[int], new: list[int], lines: list[str]) -> list[Hunk]:
-    steps = _steps(old, new, align([_key(lines[i]) for i in old], [_key(lines[i]) for i in new]))
-    return [_hunk(kind, [line for _, line in group]) for kind, group in groupby(steps, lambda step: step[0])]
+    steps = _steps(
+        old, new, align([_key(lines[i]) for i in old], [_key(lines[i]) for i in new])
+    )
+    return [
+        _hunk(kind, [line for _, line in group])
+        for kind, group in groupby(steps, lambda step: step[0])
+    ]
 
 
-def _steps(old: list[int], new: list[int], pairs: list[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def _steps(
+    old: list[int], new: list[int], pairs: list[tuple[int, int]]
+) -> Iterator[tuple[str, int]]:
     for (a, b), (c, d) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
         yield from ((LOST, line) for line in old[a + 1 : c])
         yield from ((NEW, line) for line in new[b + 1 : d])
@@ -141,4 +173,6 @@ def _runs(numbers: Sequence[int]) -> list[int]:
 
 def _counted(numbers: Sequence[int]) -> list[int]:
     """Equal numbers in a row, as number, count, number, count, ..."""
-    return [item for number, group in groupby(numbers) for item in (number, len([*group]))]
+    return [
+        item for number, group in groupby(numbers) for item in (number, len([*group]))
+    ]

@@ -1,4 +1,6 @@
-"""A whole compile as one HTML page that needs no other file and no network: stages, graph, timeline, passes, lives of values."""
+"""A whole compile as one HTML page that needs no other file and no network: stages, graph, timeline, passes,
+lives of values.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,27 @@ from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.svg import clean_svg, stage_picture
 from stagecut.ir.graph import Op, Program
 from stagecut.ir.text.life import Crossing, Lives, Place, StateLife, Use, ValueLife
-from stagecut.ir.text.printer import file_names, fqn_text, nested_ops, size_text, value_names
+from stagecut.ir.text.printer import (
+    file_names,
+    fqn_text,
+    nested_ops,
+    size_text,
+    value_names,
+)
 
 History = Sequence[tuple[str, str, float]]
 """(pass, IR text after it, seconds), beginning with ("input", text, 0)."""
 
-_SCRIPTS = ("data.js", "text.js", "columns.js", "tables.js", "life.js", "picture.js", "search.js", "main.js")
+_SCRIPTS = (
+    "data.js",
+    "text.js",
+    "columns.js",
+    "tables.js",
+    "life.js",
+    "picture.js",
+    "search.js",
+    "main.js",
+)
 
 
 def to_html(
@@ -33,14 +50,22 @@ def to_html(
     graph_svg: str | None = None,
     title: str | None = None,
 ) -> str:
-    """The page. `program` is what the last text of `history` shows. Raises InputError for a picture that is no SVG.
+    """The page. `program` is what the last text of `history` shows. Raises InputError for a picture that is
+    no SVG.
 
-    What a part of a picture stands for is told by its id and its classes (`stage-2`, `value-relu_3`, `module-layers.3`), else by its
-    title. Without graph_svg a plain picture of the stages is drawn; no report, no costs; no timeline_svg, no timeline.
+    What a part of a picture stands for is told by its id and its classes (`stage-2`, `value-relu_3`,
+    `module-layers.3`), else by its title. Without graph_svg a plain picture of the stages is drawn; no
+    report, no costs; no timeline_svg, no timeline.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
-    graph = clean_svg(graph_svg) if graph_svg else stage_picture(program) if program.stages else ""
+    graph = (
+        clean_svg(graph_svg)
+        if graph_svg
+        else stage_picture(program)
+        if program.stages
+        else ""
+    )
     parts = {
         "title": escape(title),
         "hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -59,10 +84,16 @@ def _read(name: str) -> str:
 
 def _json(data: Any) -> str:
     """JSON that no parser of HTML takes for a tag or a comment."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
+    return (
+        json.dumps(data, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+    )
 
 
-def page_data(history: History, program: Program, report: Report | None = None) -> dict[str, Any]:
+def page_data(
+    history: History, program: Program, report: Report | None = None
+) -> dict[str, Any]:
     """What the page shows, as plain data. Strings that come often are numbers of the list `strings`."""
     lives, strings = Lives(program), _Strings()
     columns = columns_of(history)
@@ -73,10 +104,16 @@ def page_data(history: History, program: Program, report: Report | None = None) 
     return {
         "name": program.name,
         "phase": program.phase,
-        "ops": [_op(place, line, files, strings) for place, line in zip(places, _lines_of(places, last), strict=True)],
+        "ops": [
+            _op(place, line, files, strings)
+            for place, line in zip(places, _lines_of(places, last), strict=True)
+        ],
         "values": [_value(life, strings) for life in values],
         "state": [_state(life, strings) for life in states],
-        "chains": [*_chains(states), *_chains([life for life in values if life.name not in renamed])],
+        "chains": [
+            *_chains(states),
+            *_chains([life for life in values if life.name not in renamed]),
+        ],
         "ways": [*_ways(values, states, report)],
         "stages": [*_stages(program, report)],
         "report": _totals(report),
@@ -114,42 +151,80 @@ def _lines_of(places: list[Place], lines: list[str]) -> Iterator[int]:
         yield found
 
 
-def _op(place: Place, line: int, files: dict[str, str], strings: _Strings) -> list[int | None]:
-    loc = f"{files.get(place.loc.file, place.loc.file)}:{place.loc.line}" if place.loc else ""
-    return [place.stage, strings(place.target), strings(place.module), strings(loc), line]
+def _op(
+    place: Place, line: int, files: dict[str, str], strings: _Strings
+) -> list[int | None]:
+    loc = (
+        f"{files.get(place.loc.file, place.loc.file)}:{place.loc.line}"
+        if place.loc
+        else ""
+    )
+    return [
+        place.stage,
+        strings(place.target),
+        strings(place.module),
+        strings(loc),
+        line,
+    ]
 
 
 def _value(life: ValueLife, strings: _Strings) -> dict[str, Any]:
     found = {
-        "name": life.name, "kind": life.kind, "type": strings(life.type), "bytes": life.bytes, "uses": _uses(life.uses),
-        "born": life.born.number if life.born else None, "view": life.view_of, "copy": life.copy_of, "copies": life.copies,
+        "name": life.name,
+        "kind": life.kind,
+        "type": strings(life.type),
+        "bytes": life.bytes,
+        "uses": _uses(life.uses),
+        "born": life.born.number if life.born else None,
+        "view": life.view_of,
+        "copy": life.copy_of,
+        "copies": life.copies,
         "returned": life.returned,
-    }  # fmt: skip
-    return {key: item for key, item in found.items() if item not in (None, (), [], "result")}
+    }
+    return {
+        key: item for key, item in found.items() if item not in (None, (), [], "result")
+    }
 
 
 def _chains(lives: list[ValueLife] | list[StateLife]) -> Iterator[list[str]]:
     """Every line of versions once: its members share it."""
-    lines = {id(life.versions): life.versions for life in lives if len(life.versions) > 1}
+    lines = {
+        id(life.versions): life.versions for life in lives if len(life.versions) > 1
+    }
     return ([version.name for version in line] for line in lines.values())
 
 
 def _state(life: StateLife, strings: _Strings) -> dict[str, Any]:
     found = {
-        "name": fqn_text(life.name), "names": [fqn_text(n) for n in life.names], "kind": life.kind, "type": strings(life.type),
-        "bytes": life.bytes, "trained": life.trained, "transient": [fqn_text(n) for n in life.transient], "share": life.share,
-        "held": [[held.stage, [fqn_text(n) for n in held.names]] for held in life.held], "overlaps": [fqn_text(n) for n in life.overlaps],
-        "uses": _uses(life.uses), "returned": life.returned,
-    }  # fmt: skip
-    return {key: item for key, item in found.items() if item not in (None, (), [], False)}
+        "name": fqn_text(life.name),
+        "names": [fqn_text(n) for n in life.names],
+        "kind": life.kind,
+        "type": strings(life.type),
+        "bytes": life.bytes,
+        "trained": life.trained,
+        "transient": [fqn_text(n) for n in life.transient],
+        "share": life.share,
+        "held": [[held.stage, [fqn_text(n) for n in held.names]] for held in life.held],
+        "overlaps": [fqn_text(n) for n in life.overlaps],
+        "uses": _uses(life.uses),
+        "returned": life.returned,
+    }
+    return {
+        key: item for key, item in found.items() if item not in (None, (), [], False)
+    }
 
 
 def _uses(uses: tuple[Use, ...]) -> list[list[Any]]:
     """[op], or [op, what it does] where that is more than reading."""
-    return [[use.place.number] if use.how == "reads" else [use.place.number, use.how] for use in uses]
+    return [
+        [use.place.number] if use.how == "reads" else [use.place.number, use.how]
+        for use in uses
+    ]
 
 
-def _ways(values: list[ValueLife], states: list[StateLife], report: Report | None) -> Iterator[dict[str, Any]]:
+def _ways(
+    values: list[ValueLife], states: list[StateLife], report: Report | None
+) -> Iterator[dict[str, Any]]:
     why = {(c.value, c.target): c.why for c in report.crossings} if report else {}
     found = [(life.name, way) for life in values for way in life.crossings]
     found += [(fqn_text(life.name), way) for life in states for way in life.crossings]
@@ -162,7 +237,9 @@ def _source(way: Crossing) -> int:
 
 
 def _stages(program: Program, report: Report | None) -> Iterator[dict[str, Any]]:
-    costs: dict[int, StageReport] = {stage.index: stage for stage in report.stages} if report else {}
+    costs: dict[int, StageReport] = (
+        {stage.index: stage for stage in report.stages} if report else {}
+    )
     names = value_names(program)
     for stage in program.stages:
         cost = costs.get(stage.index)
@@ -176,7 +253,17 @@ def _stages(program: Program, report: Report | None) -> Iterator[dict[str, Any]]
 def _totals(report: Report | None) -> dict[str, Any] | None:
     if report is None:
         return None
-    kept = ("device", "schedule", "n_microbatches", "seconds", "bubble", "speed_up", "balance", "bound", "best")
+    kept = (
+        "device",
+        "schedule",
+        "n_microbatches",
+        "seconds",
+        "bubble",
+        "speed_up",
+        "balance",
+        "bound",
+        "best",
+    )
     too_large = [index for one in report.too_large for index in one.stages]
     return {**{name: getattr(report, name) for name in kept}, "too_large": too_large}
 
@@ -196,21 +283,36 @@ def findings(program: Program, report: Report | None) -> Iterator[Finding]:
     for entry in program.state:
         if len(entry.stages) > 1 or entry.share:
             stages = ", ".join(map(str, entry.stages))
-            yield f"{fqn_text(entry.name)} is used by several stages (held by {stages}): {entry.share}", f"state:{fqn_text(entry.name)}"
+            yield (
+                f"{fqn_text(entry.name)} is used by several stages (held by {stages}): {entry.share}",
+                f"state:{fqn_text(entry.name)}",
+            )
 
 
 def _time_findings(report: Report) -> Iterator[Finding]:
     slowest = max(report.stages, key=lambda s: s.forward + s.backward)
-    mean = sum(s.forward + s.backward for s in report.stages) / len(report.stages) or 1.0
+    mean = (
+        sum(s.forward + s.backward for s in report.stages) / len(report.stages) or 1.0
+    )
     over = 100 * ((slowest.forward + slowest.backward) / mean - 1)
     others = "the others wait for it" if over >= 2 else "the stages are balanced"
-    yield f"stage {slowest.index} is the slowest, {over:.0f} % above the mean: {others}", f"stage:{slowest.index}"
+    yield (
+        f"stage {slowest.index} is the slowest, {over:.0f} % above the mean: {others}",
+        f"stage:{slowest.index}",
+    )
     if report.bubble > 0.2:
         more = f"{report.n_microbatches} micro-batches for {len(report.stages)} stages"
-        yield f"{100 * report.bubble:.0f} % of the ranks' time is waiting: {more}; more micro-batches make it less", ""
+        yield (
+            f"{100 * report.bubble:.0f} % of the ranks' time is waiting: {more}; more micro-batches make it "
+            "less",
+            "",
+        )
     if report.best and report.best < 0.95 * (slowest.forward + slowest.backward):
         gain = 100 * (1 - report.best / (slowest.forward + slowest.backward))
-        yield f"other cuts of the same order make the slowest stage {gain:.0f} % faster", f"stage:{slowest.index}"
+        yield (
+            f"other cuts of the same order make the slowest stage {gain:.0f} % faster",
+            f"stage:{slowest.index}",
+        )
 
 
 def _memory_findings(report: Report) -> Iterator[Finding]:
@@ -218,14 +320,20 @@ def _memory_findings(report: Report) -> Iterator[Finding]:
     size = sum(fullest.memory.values())
     kind = max(fullest.memory, key=lambda k: fullest.memory[k])
     part = 100 * fullest.memory[kind] / (size or 1)
-    yield f"stage {fullest.index} needs the most memory, {size_text(size)}, {part:.0f} % of it {kind}", f"stage:{fullest.index}"
+    yield (
+        f"stage {fullest.index} needs the most memory, {size_text(size)}, {part:.0f} % of it {kind}",
+        f"stage:{fullest.index}",
+    )
 
 
 def _source_findings(report: Report) -> Iterator[Finding]:
     guessed = sum(s.sources.get("bytes only", 0) for s in report.stages)
     total = sum(s.ops for s in report.stages)
     if guessed > total / 4:
-        yield f"the times of {guessed} of {total} ops are reckoned from their bytes only", ""
+        yield (
+            f"the times of {guessed} of {total} ops are reckoned from their bytes only",
+            "",
+        )
 
 
 def _way_findings(program: Program) -> Iterator[Finding]:
@@ -235,7 +343,10 @@ def _way_findings(program: Program) -> Iterator[Finding]:
     if far is not None and far.via:
         longest = f"{names[far.value]} through {len(far.via)}, to stage {far.target}"
         relayed = len({t.value for t in sent if t.via})
-        yield f"values that other stages hand on: {relayed}, the farthest {longest}", f"{_kind(far.value.owner)}:{names[far.value]}"
+        yield (
+            f"values that other stages hand on: {relayed}, the farthest {longest}",
+            f"{_kind(far.value.owner)}:{names[far.value]}",
+        )
 
 
 def _kind(owner: object) -> str:

@@ -1,4 +1,6 @@
-"""SVG for a page: pictures made elsewhere without what could run or load something, and a plain picture of the stages."""
+"""SVG for a page: pictures made elsewhere without what could run or load something, and a plain picture of
+the stages.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,20 @@ from stagecut.ir.text.printer import size_text, value_names
 from stagecut.ir.types import value_bytes
 
 _DRAWN = frozenset(
-    "svg g defs title desc path rect circle ellipse line polyline polygon text tspan style marker linearGradient radialGradient "
+    "svg g defs title desc path rect circle ellipse line polyline polygon text tspan style marker "
+    "linearGradient radialGradient "
     "stop clipPath pattern use a".split()
 )
-_LOADS = re.compile(r"@import|(?:url|image|image-set|src)\s*\(\s*(?!['\"]?#)|\\", re.IGNORECASE)
+_LOADS = re.compile(
+    r"@import|(?:url|image|image-set|src)\s*\(\s*(?!['\"]?#)|\\", re.IGNORECASE
+)
 _NAMESPACE = "http://www.w3.org/2000/svg"
 
 
 def clean_svg(svg: str) -> str:
-    """The picture as it can stand in a page: no script, no handler, nothing from another place. Raises InputError for what is no SVG."""
+    """The picture as it can stand in a page: no script, no handler, nothing from another place. Raises
+    InputError for what is no SVG.
+    """
     try:
         root = ElementTree.fromstring(svg)
     except ElementTree.ParseError as error:
@@ -43,7 +50,11 @@ def _clean(element: ElementTree.Element) -> None:
     element.tag = _bare(element.tag)
     if element.tag == "style" and _LOADS.search("".join(element.itertext())):
         element.text = ""
-    kept = {_bare(name): item for name, item in element.attrib.items() if _harmless(_bare(name), item)}
+    kept = {
+        _bare(name): item
+        for name, item in element.attrib.items()
+        if _harmless(_bare(name), item)
+    }
     element.attrib.clear()
     element.attrib.update(kept)
     for child in [*element]:
@@ -63,15 +74,22 @@ _WIDE, _HIGH, _GAP, _LEFT = 150, 64, 70, 20
 
 
 def stage_picture(program: Program) -> str:
-    """The stages in a row, an arc for all that goes from one to another. Stages have the ids `stage-0`, ..., arcs a `data-pair`."""
+    """The stages in a row, an arc for all that goes from one to another. Stages have the ids `stage-0`, ...,
+    arcs a `data-pair`.
+    """
     pairs: dict[tuple[int, int], list[Transfer]] = {}
     for t in program.transfers:
         pairs.setdefault((-1 if t.source is None else t.source, t.target), []).append(t)
     reach = max((b - a for a, b in pairs), default=1)
     base = 40 + min(reach, 8) * 24
     width = 2 * _LEFT + (len(program.stages) + 1) * (_WIDE + _GAP)
-    head = f'<svg xmlns="{_NAMESPACE}" viewBox="0 0 {width} {base + _HIGH + 30}" font-family="Helvetica, sans-serif" font-size="12">'
-    return "\n".join([head, *_boxes(program, base), *_arcs(program, pairs, base), "</svg>"])
+    head = (
+        f'<svg xmlns="{_NAMESPACE}" viewBox="0 0 {width} {base + _HIGH + 30}" '
+        'font-family="Helvetica, sans-serif" font-size="12">'
+    )
+    return "\n".join(
+        [head, *_boxes(program, base), *_arcs(program, pairs, base), "</svg>"]
+    )
 
 
 def _x(stage: int) -> int:
@@ -80,13 +98,24 @@ def _x(stage: int) -> int:
 
 def _boxes(program: Program, top: int) -> Iterator[str]:
     if any(t.source is None for t in program.transfers):
-        yield from _box("inputs", "inputs", f"{len(program.inputs)} of the model", -1, top)
+        yield from _box(
+            "inputs", "inputs", f"{len(program.inputs)} of the model", -1, top
+        )
     for stage in program.stages:
         modules = ", ".join(modules_of(stage, 2)) or "the model itself"
-        yield from _box(f"stage-{stage.index}", f"stage {stage.index}", f"{len(stage.ops)} ops", stage.index, top, modules)
+        yield from _box(
+            f"stage-{stage.index}",
+            f"stage {stage.index}",
+            f"{len(stage.ops)} ops",
+            stage.index,
+            top,
+            modules,
+        )
 
 
-def _box(name: str, title: str, second: str, stage: int, top: int, modules: str = "") -> Iterator[str]:
+def _box(
+    name: str, title: str, second: str, stage: int, top: int, modules: str = ""
+) -> Iterator[str]:
     x = _x(stage)
     short = modules if len(modules) <= 24 else modules[:23] + "…"
     yield f'<g class="node" id="{name}"><title>{escape(modules or title)}</title>'
@@ -97,15 +126,25 @@ def _box(name: str, title: str, second: str, stage: int, top: int, modules: str 
     yield "</g>"
 
 
-def _arcs(program: Program, pairs: dict[tuple[int, int], list[Transfer]], top: int) -> Iterator[str]:
+def _arcs(
+    program: Program, pairs: dict[tuple[int, int], list[Transfer]], top: int
+) -> Iterator[str]:
     names = value_names(program)
     for (source, target), found in pairs.items():
-        x, y, high = _x(source) + _WIDE, _x(target), top - 10 - 24 * min(target - source - 1, 8)
-        size = size_text(sum(value_bytes(t.value.type) or 0 for t in found if t.made is None))
+        x = _x(source) + _WIDE
+        y = _x(target)
+        high = top - 10 - 24 * min(target - source - 1, 8)
+        size = size_text(
+            sum(value_bytes(t.value.type) or 0 for t in found if t.made is None)
+        )
         shown = ", ".join(names[t.value] for t in found)
         near = target == source + 1
         row = top + 22 if near else (top + 3 * high) // 4 - 4
-        path = f"M{x} {top + 30}H{y}" if near else f"M{x - 20} {top}C{x - 20} {high} {y + 20} {high} {y + 20} {top}"
+        path = (
+            f"M{x} {top + 30}H{y}"
+            if near
+            else f"M{x - 20} {top}C{x - 20} {high} {y + 20} {high} {y + 20} {top}"
+        )
         yield f'<g class="edge" data-pair="{source} {target}"><title>{escape(shown)}</title>'
         yield f'<path d="{path}" fill="none" stroke="#666" stroke-width="{1.5 if near else 1}"/>'
         yield f'<text x="{(x + y) / 2}" y="{row}" text-anchor="middle">{escape(size)}</text></g>'

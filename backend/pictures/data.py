@@ -15,7 +15,9 @@ FORMAT = 1
 
 
 def to_json(program: Program, keep: Callable[[Op], bool] = lambda op: True) -> str:
-    """The program as JSON: names as the text has them, sizes in bytes, null where symbolic. Ops that `keep` refuses are left out."""
+    """The program as JSON: names as the text has them, sizes in bytes, null where symbolic. Ops that `keep`
+    refuses are left out.
+    """
     return json.dumps(_Data(program, keep).program(), indent=1) + "\n"
 
 
@@ -33,32 +35,65 @@ class _Data:
             data["ops"] = self._ops(p.ops)
         data["stages"] = [self._stage(s) for s in p.stages]
         data["transfers"] = [self._transfer(t) for t in p.transfers]
-        data["outputs"] = [self._names[item] if isinstance(item, Value) else repr(item) for item in p.outputs]
+        data["outputs"] = [
+            self._names[item] if isinstance(item, Value) else repr(item)
+            for item in p.outputs
+        ]
         return data
 
     def _value(self, value: Value) -> dict[str, Any]:
-        return {"name": self._names[value], "type": str(value.type), "bytes": value_bytes(value.type)}
+        return {
+            "name": self._names[value],
+            "type": str(value.type),
+            "bytes": value_bytes(value.type),
+        }
 
     def _entry(self, e: StateEntry) -> dict[str, Any]:
         persistent = [name for name in e.names if name not in e.transient]
-        found = {"names": list(e.names), "kind": e.kind, "persistent": persistent, "stages": list(e.stages), "share": e.share}
+        found = {
+            "names": list(e.names),
+            "kind": e.kind,
+            "persistent": persistent,
+            "stages": list(e.stages),
+            "share": e.share,
+        }
         return {**found, "type": str(e.type), "bytes": value_bytes(e.type)}
 
     def _stage(self, stage: Stage) -> dict[str, Any]:
-        inputs, outputs = ([self._names[v] for v in values] for values in (stage.inputs, stage.outputs))
+        inputs, outputs = (
+            [self._names[v] for v in values] for values in (stage.inputs, stage.outputs)
+        )
         held = [name for names in stage.state.values() for name in names]
-        return {"index": stage.index, "inputs": inputs, "outputs": outputs, "state": held, "ops": self._ops(stage.ops)}
+        return {
+            "index": stage.index,
+            "inputs": inputs,
+            "outputs": outputs,
+            "state": held,
+            "ops": self._ops(stage.ops),
+        }
 
     def _transfer(self, t: Transfer) -> dict[str, Any]:
         made = self._names[t.made] if t.made is not None else None
-        route = {"source": t.source, "target": t.target, "route": t.route, "via": list(t.via), "made": made}
-        return {"value": self._names[t.value], **route, "bytes": value_bytes(t.value.type)}
+        route = {
+            "source": t.source,
+            "target": t.target,
+            "route": t.route,
+            "via": list(t.via),
+            "made": made,
+        }
+        return {
+            "value": self._names[t.value],
+            **route,
+            "bytes": value_bytes(t.value.type),
+        }
 
     def _ops(self, ops: list[Op]) -> list[dict[str, Any]]:
         return [self._op(op) for op in ops if self._keep(op)]
 
     def _op(self, op: Op) -> dict[str, Any]:
-        written = {self._names[old]: self._names[new] for old, new in op.versions.items()}
+        written = {
+            self._names[old]: self._names[new] for old, new in op.versions.items()
+        }
         return {
             "target": op.target,
             "operands": [self._names[v] for v in op.operands],

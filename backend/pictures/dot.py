@@ -14,15 +14,23 @@ from stagecut.ir.graph import Program
 LEVELS = ("stages", "modules", "ops")
 
 
-def to_dot(program: Program, *, level: str = "stages", stage: int | None = None, depth: int | None = None) -> str:
+def to_dot(
+    program: Program,
+    *,
+    level: str = "stages",
+    stage: int | None = None,
+    depth: int | None = None,
+) -> str:
     """The picture of a program in the DOT language.
 
-    level: 'stages' shows what crosses between the stages of a linked program, 'modules' the module calls of one stage and what
-    goes from one to another, 'ops' every op. stage: which stage; None for the whole program. depth: how many levels of modules
-    are opened; what is deeper is one box. Runs of modules of the same ops, shapes and wiring are drawn once, with their number.
+    level: 'stages' shows what crosses between the stages of a linked program, 'modules' the module calls of
+    one stage and what goes from one to another, 'ops' every op. stage: which stage; None for the whole
+    program. depth: how many levels of modules are opened; what is deeper is one box. Runs of modules of the
+    same ops, shapes and wiring are drawn once, with their number.
 
-    Names are those of the IR's text. Every part has an `id`: `stage-2`, `value-relu_3`, `module-layers.3`; all edges and nodes of a
-    value have the class `value-relu_3`, and a module that stands for several has a class for each.
+    Names are those of the IR's text. Every part has an `id`: `stage-2`, `value-relu_3`, `module-layers.3`;
+    all edges and nodes of a value have the class `value-relu_3`, and a module that stands for several has a
+    class for each.
 
     Raises InputError for an unknown level or stage, and for stages of a program that is not linked.
     """
@@ -30,31 +38,53 @@ def to_dot(program: Program, *, level: str = "stages", stage: int | None = None,
 
 
 def to_svg(
-    program: Program, *, level: str = "stages", stage: int | None = None, depth: int | None = None, renderer: str | None = None
+    program: Program,
+    *,
+    level: str = "stages",
+    stage: int | None = None,
+    depth: int | None = None,
+    renderer: str | None = None,
 ) -> str:
     """The picture that `to_dot` describes, as SVG.
 
-    renderer: the program that draws, 'dot' of Graphviz or 'graphviz-pure' of the extra stagecut[pictures]; None for the first that is
-    installed. The second writes the same bytes on every machine. Raises StagecutError where there is none.
+    renderer: the program that draws, 'dot' of Graphviz or 'graphviz-pure' of the extra stagecut[pictures];
+    None for the first that is installed. The second writes the same bytes on every machine. Raises
+    StagecutError where there is none.
     """
-    return render(_graph(program, level, stage, depth).source, renderer).replace(BACKSLASH, "\\")
+    return render(_graph(program, level, stage, depth).source, renderer).replace(
+        BACKSLASH, "\\"
+    )
 
 
-def _graph(program: Program, level: str, stage: int | None, depth: int | None) -> graphviz.Digraph:
+def _graph(
+    program: Program, level: str, stage: int | None, depth: int | None
+) -> graphviz.Digraph:
     if level not in LEVELS:
         raise InputError(f"there is no level '{level}'", hint=nearest(level, LEVELS))
     if level == "stages":
         return _stages(program, stage, depth)
     if stage is not None and not 0 <= stage < len(program.stages):
-        raise InputError(f"there is no stage {stage}", hint=f"the program has {len(program.stages)} stages")
+        raise InputError(
+            f"there is no stage {stage}",
+            hint=f"the program has {len(program.stages)} stages",
+        )
     if depth is not None and depth < 0:
-        raise InputError(f"depth={depth} opens no modules", hint="0 shows one box for each outermost module")
+        raise InputError(
+            f"depth={depth} opens no modules",
+            hint="0 shows one box for each outermost module",
+        )
     return block_graph(program, stage, depth, each_op=level == "ops")
 
 
 def _stages(program: Program, stage: int | None, depth: int | None) -> graphviz.Digraph:
     if program.phase != "linked":
-        raise InputError(f"the stage graph shows linked programs, this one is {program.phase}", hint="run all passes, or level='modules'")
+        raise InputError(
+            f"the stage graph shows linked programs, this one is {program.phase}",
+            hint="run all passes, or level='modules'",
+        )
     if stage is not None or depth is not None:
-        raise InputError("stage= and depth= are for pictures of modules and ops", hint="level='modules'")
+        raise InputError(
+            "stage= and depth= are for pictures of modules and ops",
+            hint="level='modules'",
+        )
     return stage_graph(program)

@@ -14,7 +14,9 @@ from stagecut.ir.text.printer import fqn_text, size_text
 from stagecut.ir.types import TensorType, value_bytes
 
 BACKSLASH = "\u2216\u2060"
-"""What stands for a backslash: dot reads those as escapes, once or twice, wherever they stand. No other text here has the second part."""
+"""What stands for a backslash: dot reads those as escapes, once or twice, wherever they stand. No other text
+here has the second part.
+"""
 
 GREY, TIED, WRITTEN = "#66707a", "#b35c00", "#a33a3a"
 PENS = {
@@ -35,10 +37,22 @@ MEANING = {
     "tied": "tied parameter, replicated",
 }
 
-_SAMPLES = {"send": "<B>&#8212;&#8212;&gt;</B>", "relay": "<B>&#8211; &#8211; &gt;</B>", "feed": "<B>&#183; &#183; &#183; &gt;</B>",
-            "recompute": "<B>&#8211; &#8211; o</B>", "tied": "<B>&#8212;&#8212;&#8212;</B>"}  # fmt: skip
+_SAMPLES = {
+    "send": "<B>&#8212;&#8212;&gt;</B>",
+    "relay": "<B>&#8211; &#8211; &gt;</B>",
+    "feed": "<B>&#183; &#183; &#183; &gt;</B>",
+    "recompute": "<B>&#8211; &#8211; o</B>",
+    "tied": "<B>&#8212;&#8212;&#8212;</B>",
+}
 
-_NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": "#7d8790", "fontsize": "11", "margin": "0.12,0.07"}
+_NODE = {
+    "shape": "box",
+    "style": "rounded,filled",
+    "fillcolor": "white",
+    "color": "#7d8790",
+    "fontsize": "11",
+    "margin": "0.12,0.07",
+}
 _FONT = {
     "fontname": "Helvetica",
     "fontcolor": "#1d252c",
@@ -48,7 +62,9 @@ INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3
 
 
 class Ids:
-    """Gives every part of one picture an id of its own: a kind, a dash, and a name reduced to letters, digits, `_` and `.`."""
+    """Gives every part of one picture an id of its own: a kind, a dash, and a name reduced to letters,
+    digits, `_` and `.`.
+    """
 
     def __init__(self) -> None:
         self._namers: dict[str, Namer] = {}
@@ -75,13 +91,19 @@ def reduced(name: str) -> str:
 
 def plain(text: str) -> str:
     """A DOT string for a tooltip that shows `text`, also where that looks like markup."""
-    shown: str = graphviz.nohtml(_printable(text).replace("&", "&amp;").replace("\n", "&#10;"))
+    shown: str = graphviz.nohtml(
+        _printable(text).replace("&", "&amp;").replace("\n", "&#10;")
+    )
     return shown
 
 
 def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
-    """A label of lines, each a text and its look: `b` bold, `n` as it is, `s` small and grey, else a colour."""
-    rows = "".join(f'<TR><TD ALIGN="{align}">{_look(text, look)}</TD></TR>' for text, look in lines)
+    """A label of lines, each a text and its look: `b` bold, `n` as it is, `s` small and grey, else a
+    colour.
+    """
+    rows = "".join(
+        f'<TR><TD ALIGN="{align}">{_look(text, look)}</TD></TR>' for text, look in lines
+    )
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="{pad}">{rows}</TABLE>>'
 
 
@@ -89,23 +111,41 @@ def _look(text: str, look: str) -> str:
     shown = html.escape(_printable(text).replace("\n", " ")) or " "
     if look == "b":
         return f"<B>{shown}</B>"
-    return shown if look == "n" else f'<FONT POINT-SIZE="9" COLOR="{GREY if look == "s" else look}">{shown}</FONT>'
+    return (
+        shown
+        if look == "n"
+        else f'<FONT POINT-SIZE="9" COLOR="{GREY if look == "s" else look}">{shown}</FONT>'
+    )
 
 
 def _printable(text: str) -> str:
     """`text` without control characters and backslashes."""
-    shown = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    shown = "".join(
+        char if char.isprintable() or char == "\n" else "\ufffd" for char in text
+    )
     return shown.replace("\\", BACKSLASH)
 
 
 def short(text: str, most: int = 48) -> str:
     """`text`, cut in its middle where it is longer than `most`."""
-    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
+    return (
+        text
+        if len(text) <= most
+        else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
+    )
 
 
 def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
     """An empty picture from top to bottom."""
-    look = {"rankdir": "TB", "ranksep": "0.35", "nodesep": "0.3", "pad": "0.2", "labelloc": "t", "labeljust": "l", "fontsize": "14"}
+    look = {
+        "rankdir": "TB",
+        "ranksep": "0.35",
+        "nodesep": "0.3",
+        "pad": "0.2",
+        "labelloc": "t",
+        "labeljust": "l",
+        "fontsize": "14",
+    }
     graph = graphviz.Digraph(name, graph_attr=look | _FONT, node_attr=_NODE | _FONT)
     graph.attr("edge", **_FONT, fontsize="10", arrowsize="0.7")
     graph.attr(label=rich((title, "n")), id=name, tooltip=plain(tooltip))
@@ -113,26 +153,44 @@ def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
 
 
 def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
-    """How an edge of a kind is drawn, the wider the more bytes: 1 point up to 1 KiB, and as much again for each factor of ten above."""
+    """How an edge of a kind is drawn, the wider the more bytes: 1 point up to 1 KiB, and as much again for
+    each factor of ten above.
+    """
     total = sum(size or 0 for size in sizes)
     growth = 0.25 if kind == "inside" else 0.45
-    return PENS[kind] | {"penwidth": f"{1 + growth * math.log10(max(total, 1024) / 1024):.2f}"}
+    return PENS[kind] | {
+        "penwidth": f"{1 + growth * math.log10(max(total, 1024) / 1024):.2f}"
+    }
 
 
 def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
     """A box that says what the kinds of edges mean."""
     cell = '<TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="{}">{}</FONT></TD>'
     known = [kind for kind in MEANING if kind in kinds]
-    rows = [f"<TR>{cell.format(PENS[k]['color'], _SAMPLES[k])}{cell.format(GREY, MEANING[k])}</TR>" for k in known]
+    rows = [
+        f"<TR>{cell.format(PENS[k]['color'], _SAMPLES[k])}{cell.format(GREY, MEANING[k])}</TR>"
+        for k in known
+    ]
     table = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{"".join(rows)}</TABLE>>'
     if rows:
-        graph.node(f"legend-{name}", table, id=f"legend-{name}", tooltip="legend", color="#d5dade", margin="0.05,0.03")
+        graph.node(
+            f"legend-{name}",
+            table,
+            id=f"legend-{name}",
+            tooltip="legend",
+            color="#d5dade",
+            margin="0.05,0.03",
+        )
 
 
 def type_text(value: Value) -> str:
     """A value's type without strides, device and gradient."""
     kind = value.type
-    return f"{kind.dtype}[{','.join(map(str, kind.shape))}]" if isinstance(kind, TensorType) else str(kind)
+    return (
+        f"{kind.dtype}[{','.join(map(str, kind.shape))}]"
+        if isinstance(kind, TensorType)
+        else str(kind)
+    )
 
 
 def bytes_of(values: Iterable[Value]) -> list[int | None]:
@@ -144,24 +202,39 @@ def total_text(values: Iterable[Value]) -> str:
     """The bytes of all values together, `+` behind them where a size is dynamic."""
     sizes = bytes_of(values)
     known = [size for size in sizes if size is not None]
-    return "dynamic" if sizes and not known else size_text(sum(known)) + "+" * (len(known) < len(sizes))
+    return (
+        "dynamic"
+        if sizes and not known
+        else size_text(sum(known)) + "+" * (len(known) < len(sizes))
+    )
 
 
 def value_tip(value: Value, name: str) -> str:
     """What a pointer over a value is shown: name, type, bytes, and where it is made."""
     made = _place(value.owner) if isinstance(value.owner, Op) else ""
-    return "\n".join(filter(None, (f"{name} : {value.type}", total_text([value]), made)))
+    return "\n".join(
+        filter(None, (f"{name} : {value.type}", total_text([value]), made))
+    )
 
 
 def _place(op: Op) -> str:
-    """Where an op comes from. Its file is without its folder, as in text: a picture is the same wherever the model and torch lie."""
+    """Where an op comes from. Its file is without its folder, as in text: a picture is the same wherever the
+    model and torch lie.
+    """
     where = op.where()
-    return PurePath(op.loc.file).name + where.removeprefix(op.loc.file) if op.loc else where
+    return (
+        PurePath(op.loc.file).name + where.removeprefix(op.loc.file)
+        if op.loc
+        else where
+    )
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
-    return ", ".join([short(n) for n in names[:most]] + ([f"{len(names) - most} more"] if len(names) > most else []))
+    return ", ".join(
+        [short(n) for n in names[:most]]
+        + ([f"{len(names) - most} more"] if len(names) > most else [])
+    )
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -178,9 +251,13 @@ def spans(numbers: Iterable[int]) -> str:
 def outputs_text(program: Program, places: Iterable[int]) -> str:
     """`output 0: logits`, or `outputs 1-2: hidden`; without names where the model's result has none."""
     numbers = sorted(set(places))
-    names = [(n, program.output_names[n]) for n in numbers if n < len(program.output_names)]
+    names = [
+        (n, program.output_names[n]) for n in numbers if n < len(program.output_names)
+    ]
     told = [name for n, name in names if name not in ("", f"[{n}]")]
-    return f"output{'s' * (len(numbers) > 1)} {spans(numbers)}" + (f": {some(told)}" if told else "")
+    return f"output{'s' * (len(numbers) > 1)} {spans(numbers)}" + (
+        f": {some(told)}" if told else ""
+    )
 
 
 def stages_text(numbers: Iterable[int]) -> str:
@@ -194,7 +271,9 @@ def is_tied(entry: StateEntry) -> bool:
     return len(entry.names) > 1 or len(entry.stages) > 1
 
 
-def state_lines(states: Iterable[StateEntry], written: set[Value], here: int | None) -> list[tuple[str, str]]:
+def state_lines(
+    states: Iterable[StateEntry], written: set[Value], here: int | None
+) -> list[tuple[str, str]]:
     """A line for each tied tensor of a part, and one for all it writes."""
     states = list(states)
     lines = [(f"tied {_tied(entry, here)}", TIED) for entry in states if is_tied(entry)]

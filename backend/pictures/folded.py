@@ -6,14 +6,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecut.ir.graph import WHOLE, Context, Op, Region, Scope, StateEntry, Value, scope_fqn, transform
+from stagecut.ir.graph import (
+    WHOLE,
+    Context,
+    Op,
+    Region,
+    Scope,
+    StateEntry,
+    Value,
+    scope_fqn,
+    transform,
+)
 
 
 @dataclass(eq=False)
 class Block:
     """A call of a module: what runs in it, in order of its first op.
 
-    `copies` are the calls after it that it stands for, `carried` the values that it hands to the first of them.
+    `copies` are the calls after it that it stands for, `carried` the values that it hands to the first of
+    them.
     """
 
     scope: Scope
@@ -60,7 +71,9 @@ class Folded:
 
 
 def folded(ops: Iterable[Op]) -> Folded:
-    """The tree of calls of `ops`, with runs of neighbours folded that have the same ops, shapes and wiring."""
+    """The tree of calls of `ops`, with runs of neighbours folded that have the same ops, shapes and
+    wiring.
+    """
     tree = Folded(_tree(ops))
     _fold(tree, tree.root)
     return tree
@@ -112,19 +125,26 @@ def _add(tree: Folded, first: Any, copy: _Shape) -> None:
 
 
 class _Shape:
-    """What a block computes, without the names: its ops with their types, and the values it takes from outside in order."""
+    """What a block computes, without the names: its ops with their types, and the values it takes from
+    outside in order.
+    """
 
     def __init__(self, block: Block) -> None:
         self.block, self.path = block, scope_fqn(block.scope) + "."
         self.ops = list(block.ops())
-        self.inside = {value: place for place, value in enumerate(v for op in self.ops for v in _defined(op))}
+        self.inside = {
+            value: place
+            for place, value in enumerate(v for op in self.ops for v in _defined(op))
+        }
         self.outside: dict[Value, int] = {}
         self.lines = [self._op(op) for op in self.ops]
 
     def follows(self, other: _Shape) -> dict[int, int] | None:
-        """None unless this block is a copy of `other` right behind it; which of its values from outside are which of the other's.
+        """None unless this block is a copy of `other` right behind it; which of its values from outside are
+        which of the other's.
 
-        The rest from outside is the same for both, and nobody else reads what `other` computes: no copy differs from the next.
+        The rest from outside is the same for both, and nobody else reads what `other` computes: no copy
+        differs from the next.
         """
         if self.lines != other.lines:
             return None
@@ -135,17 +155,38 @@ class _Shape:
             elif mine is not theirs:
                 return None
         readers = {*self.ops, *other.ops}
-        return links if all(user in readers for op in other.ops for v in op.definitions() for user in v.uses) else None
+        return (
+            links
+            if all(
+                user in readers
+                for op in other.ops
+                for v in op.definitions()
+                for user in v.uses
+            )
+            else None
+        )
 
     def _op(self, op: Op) -> str:
         regions = [self._region(region) for region in op.regions]
         types = [str(value.type) for value in op.definitions()]
         scope = op.scope[len(self.block.scope) :]
-        parts = self._plain((op.args, op.kwargs, [*op.versions])), op.form, op.effects, [*map(_context, op.context)], types, scope, regions
+        parts = (
+            self._plain((op.args, op.kwargs, [*op.versions])),
+            op.form,
+            op.effects,
+            [*map(_context, op.context)],
+            types,
+            scope,
+            regions,
+        )
         return f"{op.target} {parts}"
 
     def _region(self, region: Region) -> Any:
-        return [str(p.type) for p in region.params], [self._op(op) for op in region.ops], self._plain(region.output.args)
+        return (
+            [str(p.type) for p in region.params],
+            [self._op(op) for op in region.ops],
+            self._plain(region.output.args),
+        )
 
     def _plain(self, tree: Any) -> Any:
         return transform(tree, self._leaf)
@@ -157,11 +198,25 @@ class _Shape:
             return "inside", self.inside[item]
         if isinstance(item.owner, StateEntry):
             return self._state(item.owner)
-        return "outside", self.outside.setdefault(item, len(self.outside)), str(item.type)
+        return (
+            "outside",
+            self.outside.setdefault(item, len(self.outside)),
+            str(item.type),
+        )
 
     def _state(self, entry: StateEntry) -> Any:
-        own = [name.removeprefix(self.path) for name in entry.names if name.startswith(self.path)]
-        return own[0] if own else f"@{entry.name}", str(entry.type), entry.kind, entry.share, len(entry.names)
+        own = [
+            name.removeprefix(self.path)
+            for name in entry.names
+            if name.startswith(self.path)
+        ]
+        return (
+            own[0] if own else f"@{entry.name}",
+            str(entry.type),
+            entry.kind,
+            entry.share,
+            len(entry.names),
+        )
 
 
 def _defined(op: Op) -> Iterator[Value]:

@@ -9,7 +9,12 @@ from typing import NamedTuple, Protocol
 
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Event
 
-NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward for the inputs", WEIGHT: "backward for the weights"}
+NAMES = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    INPUT: "backward for the inputs",
+    WEIGHT: "backward for the weights",
+}
 COLORS = {
     FORWARD: ("#7ba3cf", "#b7cde5", "#d7e4f1"),
     BACKWARD: ("#7fb58a", "#b5d6bb", "#d8eadb"),
@@ -20,11 +25,15 @@ COLORS = {
 
 LEFT, RIGHT, TOP, ROW, BOX = 74, 84, 62, 30, 24
 LEAST, MOST, ROOMS = 640.0, 3600.0, (24.0, 15.0)
-"""The narrowest and the widest time axis, and how wide the box of a usual step should be where ranks have few steps, or many."""
+"""The narrowest and the widest time axis, and how wide the box of a usual step should be where ranks have few
+steps, or many.
+"""
 
 
 class Timeline(Protocol):
-    """What is drawn: steps of ranks and when they run, with the seconds of all and the share in which ranks wait."""
+    """What is drawn: steps of ranks and when they run, with the seconds of all and the share in which ranks
+    wait.
+    """
 
     @property
     def events(self) -> Sequence[Event]:
@@ -48,7 +57,9 @@ class Timeline(Protocol):
 
 
 class Axis(NamedTuple):
-    """How seconds are drawn: points for a second, the unit they are labelled in, and a tick each `step` seconds."""
+    """How seconds are drawn: points for a second, the unit they are labelled in, and a tick each `step`
+    seconds.
+    """
 
     scale: float
     unit: str
@@ -67,12 +78,14 @@ class Axis(NamedTuple):
 def gantt(timeline: Timeline) -> str:
     """The timeline as an SVG picture; every box has its exact times as a tooltip."""
     axis = _axis(timeline)
-    wide, high = math.ceil(axis.at(timeline.seconds)) + RIGHT, TOP + ROW * timeline.ranks + 30
+    wide = math.ceil(axis.at(timeline.seconds)) + RIGHT
+    high = TOP + ROW * timeline.ranks + 30
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" '
         'font-family="Helvetica,Arial,sans-serif" font-size="11" fill="#1d252c">',
-        '<defs><pattern id="stagecut-bubble" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect width="5" height="5" fill="#f2f4f6"/><rect width="1.2" height="5" fill="#dce1e5"/></pattern></defs>',
+        '<defs><pattern id="stagecut-bubble" width="5" height="5" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)"><rect width="5" height="5" fill="#f2f4f6"/>'
+        '<rect width="1.2" height="5" fill="#dce1e5"/></pattern></defs>',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
         *_head(timeline, axis),
         *_ruler(timeline, axis),
@@ -91,7 +104,10 @@ def _axis(timeline: Timeline) -> Axis:
     room = ROOMS[len(lengths) > 60 * timeline.ranks]
     wanted = room / lengths[len(lengths) // 2] * total if lengths else LEAST
     scale = min(max(wanted, LEAST), MOST) / total
-    unit, per_second = next(((u, n) for u, n in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if total * n >= 1), ("ns", 1e9))
+    unit, per_second = next(
+        ((u, n) for u, n in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if total * n >= 1),
+        ("ns", 1e9),
+    )
     return Axis(scale, unit, per_second, _round(90 / scale))
 
 
@@ -106,12 +122,17 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
     title = f"{timeline.title}: {share}" if timeline.title else share
     yield f'<text x="12" y="20" font-size="14">{escape(title)}</text>'
     x = 12.0
-    kinds = [kind for kind in NAMES if any(e.step.kind == kind for e in timeline.events)]
+    kinds = [
+        kind for kind in NAMES if any(e.step.kind == kind for e in timeline.events)
+    ]
     for kind in kinds:
         yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{COLORS[kind][0]}"/>'
         yield f'<text x="{x + 18:g}" y="42">{NAMES[kind]}</text>'
         x += 34 + 5.6 * len(NAMES[kind])
-    yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="url(#stagecut-bubble)" stroke="#d0d6db"/>'
+    yield (
+        f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="url(#stagecut-bubble)" '
+        'stroke="#d0d6db"/>'
+    )
     yield f'<text x="{x + 18:g}" y="42">bubble</text>'
     if len({(e.rank, e.step.stage) for e in timeline.events}) > timeline.ranks:
         yield f'<text x="{x + 78:g}" y="42" fill="#66707a">lighter: further stages of a rank</text>'
@@ -122,10 +143,15 @@ def _ruler(timeline: Timeline, axis: Axis) -> Iterator[str]:
     for tick in range(int(timeline.seconds / axis.step * 1.0001) + 1):
         x = axis.at(tick * axis.step)
         yield f'<path d="M{x:.1f} {TOP - 4}V{bottom + 4}" stroke="#e1e5e8"/>'
-        yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#66707a">{axis.label(tick * axis.step)}</text>'
+        label = axis.label(tick * axis.step)
+        yield (
+            f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#66707a">{label}</text>'
+        )
 
 
-def _row(timeline: Timeline, axis: Axis, rank: int, events: list[Event]) -> Iterator[str]:
+def _row(
+    timeline: Timeline, axis: Axis, rank: int, events: list[Event]
+) -> Iterator[str]:
     """What one rank does: the bubble behind, its steps on it, and its share at the end."""
     top = TOP + ROW * rank + (ROW - BOX) / 2
     busy = sum(e.end - e.start for e in events)
@@ -133,29 +159,43 @@ def _row(timeline: Timeline, axis: Axis, rank: int, events: list[Event]) -> Iter
     share = 100 * waits / timeline.seconds if timeline.seconds else 0.0
     yield f'<g id="rank-{rank}"><text x="12" y="{top + 16:g}">rank {rank}</text>'
     yield f"<g><title>rank {rank} waits {axis.label(waits)}, {share:.1f} % of the step</title>"
-    yield f'<rect x="{LEFT}" y="{top:g}" width="{timeline.seconds * axis.scale:.2f}" height="{BOX}" fill="url(#stagecut-bubble)"/></g>'
+    yield (
+        f'<rect x="{LEFT}" y="{top:g}" width="{timeline.seconds * axis.scale:.2f}" height="{BOX}" '
+        'fill="url(#stagecut-bubble)"/></g>'
+    )
     stages = sorted({e.step.stage for e in events})
     for event in events:
         yield from _box(axis, top, event, stages)
-    yield f'<text x="{axis.at(timeline.seconds) + 8:.1f}" y="{top + 16:g}" fill="#66707a">{share:.1f} % idle</text></g>'
+    yield (
+        f'<text x="{axis.at(timeline.seconds) + 8:.1f}" y="{top + 16:g}" fill="#66707a">'
+        f"{share:.1f} % idle</text></g>"
+    )
 
 
 def _box(axis: Axis, top: float, event: Event, stages: list[int]) -> Iterator[str]:
     """One step as a box, with what there is room for in it: its micro-batch, its stage."""
-    step, x, wide = event.step, axis.at(event.start), (event.end - event.start) * axis.scale
+    step = event.step
+    x = axis.at(event.start)
+    wide = (event.end - event.start) * axis.scale
     color = COLORS[step.kind][min(stages.index(step.stage), 2)]
     times = f"{axis.label(event.start)} to {axis.label(event.end)}, {axis.label(event.end - event.start)}"
-    yield f"<g><title>{NAMES[step.kind]} of micro-batch {step.microbatch}, stage {step.stage}, rank {event.rank}\n{times}</title>"
+    yield (
+        f"<g><title>{NAMES[step.kind]} of micro-batch {step.microbatch}, stage {step.stage}, rank "
+        f"{event.rank}\n{times}</title>"
+    )
     edge = ' stroke="white" stroke-width="0.6"' if wide > 3 else ""
     yield f'<rect x="{x:.2f}" y="{top:g}" width="{wide:.2f}" height="{BOX}" fill="{color}"{edge}/>'
     text = _text(step.microbatch, step.stage, wide, len(stages) > 1)
     if text:
-        yield f'<text x="{x + wide / 2:.2f}" y="{top + 16:g}" text-anchor="middle" font-size="10">{text}</text>'
+        middle = x + wide / 2
+        yield f'<text x="{middle:.2f}" y="{top + 16:g}" text-anchor="middle" font-size="10">{text}</text>'
     yield "</g>"
 
 
 def _text(microbatch: int, stage: int, wide: float, several: bool) -> str:
-    """The text for a box of a width: `3`, with `s1` behind it where there is room and the rank has several stages."""
+    """The text for a box of a width: `3`, with `s1` behind it where there is room and the rank has several
+    stages.
+    """
     number = str(microbatch)
     if several and wide >= 5.6 * len(number) + 4.5 * len(str(stage)) + 10:
         return f'{number}<tspan dx="2" fill="#46525c" font-size="8">s{stage}</tspan>'

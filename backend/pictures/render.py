@@ -20,12 +20,15 @@ def find_renderer(names: tuple[str, ...] = RENDERERS) -> str | None:
 
 
 def render(source: str, renderer: str | None = None) -> str:
-    """The SVG of a picture in the DOT language, drawn by this one of RENDERERS, else by the first that is here.
+    """The SVG of a picture in the DOT language, drawn by this one of RENDERERS, else by the first that is
+    here.
 
     Raises StagecutError where there is none and where it fails, InputError for one that is not known.
     """
     if renderer is not None and renderer not in RENDERERS:
-        raise InputError(f"there is no renderer '{renderer}'", hint=nearest(renderer, RENDERERS))
+        raise InputError(
+            f"there is no renderer '{renderer}'", hint=nearest(renderer, RENDERERS)
+        )
     names = RENDERERS if renderer is None else (renderer,)
     program = find_renderer(names)
     if program is None:
@@ -34,7 +37,9 @@ def render(source: str, renderer: str | None = None) -> str:
 
 
 def _path(name: str) -> str | None:
-    """The program of this name beside Python, where pip puts it and the PATH need not lead, or on the PATH."""
+    """The program of this name beside Python, where pip puts it and the PATH need not lead, or on the
+    PATH.
+    """
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
@@ -42,14 +47,29 @@ def _missing(names: tuple[str, ...]) -> StagecutError:
     wanted = " and ".join(f"`{name}`" for name in names)
     return StagecutError(
         f"no program that draws pictures is installed: looked for {wanted}, beside Python and on the PATH",
-        hint='pip install "stagecut[pictures]"; or Graphviz: apt-get install graphviz, brew install graphviz; to_dot needs no program',
+        hint=(
+            'pip install "stagecut[pictures]"; or Graphviz: apt-get install graphviz, '
+            "brew install graphviz; to_dot needs no program"
+        ),
     )
 
 
 def _run(program: str, source: str) -> str:
     try:
-        done = subprocess.run([program, "-Kdot", "-Tsvg"], input=source.encode(), capture_output=True, check=True)
+        done = subprocess.run(
+            [program, "-Kdot", "-Tsvg"],
+            input=source.encode(),
+            capture_output=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
-        raise StagecutError(f"a picture could not be drawn: {error} {said}".rstrip(), hint=f"install it anew: {program}") from error
+        said = (
+            error.stderr.decode(errors="replace").strip()
+            if isinstance(error, subprocess.CalledProcessError)
+            else ""
+        )
+        raise StagecutError(
+            f"a picture could not be drawn: {error} {said}".rstrip(),
+            hint=f"install it anew: {program}",
+        ) from error
     return done.stdout.decode()

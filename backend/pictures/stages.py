@@ -1,4 +1,6 @@
-"""Program -> the graph of its stages: what crosses, by which route and how many bytes, and what the stages share."""
+"""Program -> the graph of its stages: what crosses, by which route and how many bytes, and what the stages
+share.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,15 @@ from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
 from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3
-"""How many values between two stages have an edge each; more are one edge. A value made anew or fed to more stages is named in them."""
+"""How many values between two stages have an edge each; more are one edge. A value made anew or fed to more
+stages is named in them.
+"""
 
 
 class Hop(NamedTuple):
-    """A value on one piece of its way: from a stage, or None for the outside, to the next one that reads it."""
+    """A value on one piece of its way: from a stage, or None for the outside, to the next one that reads
+    it.
+    """
 
     value: Value
     tail: int | None
@@ -54,11 +60,20 @@ def stage_graph(program: Program) -> graphviz.Digraph:
 
 
 def hops(program: Program) -> list[Hop]:
-    """The ways of all crossing values. One that several stages read goes from reader to reader, as it does when it is relayed."""
+    """The ways of all crossing values. One that several stages read goes from reader to reader, as it does
+    when it is relayed.
+    """
     found, at = [], dict[Value, int]()
     for t in sorted(program.transfers, key=lambda t: t.target):
         route = t.route or "send"
-        found.append(Hop(t.value, at.get(t.value, t.source) if route == "relay" else t.source, t.target, route))
+        found.append(
+            Hop(
+                t.value,
+                at.get(t.value, t.source) if route == "relay" else t.source,
+                t.target,
+                route,
+            )
+        )
         if route in ("send", "relay"):
             at[t.value] = t.target
     return found
@@ -67,7 +82,9 @@ def hops(program: Program) -> list[Hop]:
 class _StageGraph:
     def __init__(self, program: Program) -> None:
         self._program, self._names, self._ids = program, value_names(program), Ids()
-        self.graph = canvas("stages", f"{program.name}: {len(program.stages)} stages", program.name)
+        self.graph = canvas(
+            "stages", f"{program.name}: {len(program.stages)} stages", program.name
+        )
         self._homes = homes_of(program)
         self._transfers = {(t.value, t.target): t for t in program.transfers}
         drawn, notes = _told_apart(hops(program))
@@ -83,67 +100,141 @@ class _StageGraph:
     def _stage(self, stage: Stage, notes: list[Hop]) -> None:
         held = [entry.value for entry in stage.state]
         written = written_in(stage.ops, held)
-        lines = [(f"stage {stage.index}", "b"), *((text, "n") for text in modules_text(stage, self._homes))]
-        size = f"{len(stage.ops)} ops, state {total_text(held) if held else size_text(0)}"
+        lines = [
+            (f"stage {stage.index}", "b"),
+            *((text, "n") for text in modules_text(stage, self._homes)),
+        ]
+        size = (
+            f"{len(stage.ops)} ops, state {total_text(held) if held else size_text(0)}"
+        )
         lines += [(size, "s"), *state_lines(stage.state, written, stage.index)]
-        lines += [(f"fed {some(names)}", "s") for names in [self._of(notes, "feed")] if names]
-        lines += [(f"computes again {some(names)}", "s") for names in [self._of(notes, "recompute")] if names]
+        lines += [
+            (f"fed {some(names)}", "s") for names in [self._of(notes, "feed")] if names
+        ]
+        lines += [
+            (f"computes again {some(names)}", "s")
+            for names in [self._of(notes, "recompute")]
+            if names
+        ]
         scopes = dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope)
-        tip = "\n".join([f"stage {stage.index}", *list(scopes)[:40], *(f"holds {fqn_text(e.name)}" for e in [*stage.state][:20])])
+        tip = "\n".join(
+            [
+                f"stage {stage.index}",
+                *list(scopes)[:40],
+                *(f"holds {fqn_text(e.name)}" for e in [*stage.state][:20]),
+            ]
+        )
         color = {"color": WRITTEN} if written else {}
-        self.graph.node(f"stage-{stage.index}", rich(*lines), id=f"stage-{stage.index}", tooltip=plain(tip), fillcolor="#f3f5f7", **color)
+        self.graph.node(
+            f"stage-{stage.index}",
+            rich(*lines),
+            id=f"stage-{stage.index}",
+            tooltip=plain(tip),
+            fillcolor="#f3f5f7",
+            **color,
+        )
 
     def _of(self, notes: list[Hop], route: str) -> list[str]:
         return [self._names[hop.value] for hop in notes if hop.route == route]
 
     def _inputs(self, drawn: list[Hop]) -> dict[Value, str]:
         """Input -> the node it is drawn as; inputs that go the same ways share one when they are many."""
-        ways: dict[Value, list[tuple[int, str]]] = {value: [] for value in self._program.inputs}
+        ways: dict[Value, list[tuple[int, str]]] = {
+            value: [] for value in self._program.inputs
+        }
         for hop in drawn:
             if hop.tail is None and hop.value in ways:
                 ways[hop.value].append((hop.head, hop.route))
         ends: dict[Value, str] = {}
         returned = {item for item in self._program.outputs if isinstance(item, Value)}
         for values in _many(self._program.inputs, lambda v: tuple(ways[v])):
-            if ways[values[0]] or values[0] in returned:  # a number that was fixed in the trace goes nowhere
-                ends |= dict.fromkeys(values, self._end("input", values, INPUT, _input_text(self._names, values)))
+            if (
+                ways[values[0]] or values[0] in returned
+            ):  # a number that was fixed in the trace goes nowhere
+                ends |= dict.fromkeys(
+                    values,
+                    self._end("input", values, INPUT, _input_text(self._names, values)),
+                )
         return ends
 
-    def _end(self, kind: str, values: list[Value], look: dict[str, str], head: str) -> str:
+    def _end(
+        self, kind: str, values: list[Value], look: dict[str, str], head: str
+    ) -> str:
         node = self._ids(kind, self._names[values[0]])
-        lines = [(head, "b"), (type_text(values[0]) if len(values) == 1 else total_text(values), "s")]
-        self.graph.node(node, rich(*lines, align="CENTER"), id=node, tooltip=self._tip(values), **self._classes(values), **look)
+        lines = [
+            (head, "b"),
+            (type_text(values[0]) if len(values) == 1 else total_text(values), "s"),
+        ]
+        self.graph.node(
+            node,
+            rich(*lines, align="CENTER"),
+            id=node,
+            tooltip=self._tip(values),
+            **self._classes(values),
+            **look,
+        )
         return node
 
     def _tip(self, values: Iterable[Value], more: str = "") -> str:
-        return plain("\n".join([*(value_tip(v, self._names[v]) for v in values), *filter(None, [more])]))
+        return plain(
+            "\n".join(
+                [*(value_tip(v, self._names[v]) for v in values), *filter(None, [more])]
+            )
+        )
 
     def _classes(self, values: Iterable[Value], more: str = "") -> dict[str, str]:
-        return {"class": " ".join([*(f"value-{bare(self._names[v])}" for v in values), *more.split()])}
+        return {
+            "class": " ".join(
+                [*(f"value-{bare(self._names[v])}" for v in values), *more.split()]
+            )
+        }
 
     def _edges(self, tail: str, head: int, route: str, values: list[Value]) -> None:
         if len(values) > FEW:
             name = reduced(f"{tail}_{head}_{route}".replace("-", "_"))
-            text = [(f"{len(values)} values, {total_text(values)}", "n"), (some([self._names[v] for v in values]), "s")]
+            text = [
+                (f"{len(values)} values, {total_text(values)}", "n"),
+                (some([self._names[v] for v in values]), "s"),
+            ]
             self._edge(tail, head, route, values, self._ids("values", name), text)
             return
         for value in values:
             name = self._names[value]
-            text = [(name, "n"), (f"{type_text(value)}, {total_text([value])}", "s")] if not tail.startswith("input") else []
-            self._edge(tail, head, route, [value], self._ids.edge(name, f"{head}"), text)
+            text = (
+                [(name, "n"), (f"{type_text(value)}, {total_text([value])}", "s")]
+                if not tail.startswith("input")
+                else []
+            )
+            self._edge(
+                tail, head, route, [value], self._ids.edge(name, f"{head}"), text
+            )
 
-    def _edge(self, tail: str, head: int, route: str, values: list[Value], name: str, text: list[tuple[str, str]]) -> None:
+    def _edge(
+        self,
+        tail: str,
+        head: int,
+        route: str,
+        values: list[Value],
+        name: str,
+        text: list[tuple[str, str]],
+    ) -> None:
         tip = self._tip(values, f"{route} to stage {head}" + self._via(values[0], head))
         look = pen(route, bytes_of(values)) | self._classes(values, f"route-{route}")
         label = rich(*text, pad=2) if text else ""
-        self.graph.edge(tail, f"stage-{head}", label, id=name, tooltip=tip, labeltooltip=tip, **look)
+        self.graph.edge(
+            tail, f"stage-{head}", label, id=name, tooltip=tip, labeltooltip=tip, **look
+        )
 
     def _via(self, value: Value, head: int) -> str:
         via = self._transfers[value, head].via
         return f", through {stages_text(via)}" if via else ""
 
     def _outputs(self, inputs: dict[Value, str]) -> None:
-        home = {value: f"stage-{stage.index}" for stage in self._program.stages for value in stage.outputs}
+        home = {
+            value: f"stage-{stage.index}"
+            for stage in self._program.stages
+            for value in stage.outputs
+        }
         places: dict[Value, list[int]] = {}
         for number, item in enumerate(self._program.outputs):
             if isinstance(item, Value) and (item in home or item in inputs):
@@ -155,7 +246,15 @@ class _StageGraph:
             look = pen("send", bytes_of(values)) | self._classes(values, "route-output")
             name, tip = f"{node}-edge", self._tip(values)
             tail = home.get(values[0]) or inputs[values[0]]
-            self.graph.edge(tail, node, rich(*text, pad=2), id=name, tooltip=tip, labeltooltip=tip, **look)
+            self.graph.edge(
+                tail,
+                node,
+                rich(*text, pad=2),
+                id=name,
+                tooltip=tip,
+                labeltooltip=tip,
+                **look,
+            )
 
     def _tied(self) -> list[str]:
         """Draws the ties of state that several stages have; the kinds of edges that makes."""
@@ -166,13 +265,25 @@ class _StageGraph:
                     pairs.setdefault(pair, []).append(fqn_text(entry.name))
         for (left, right), names in pairs.items():
             tip, name = plain("tied: " + "\n".join(names)), f"tied-{left}-{right}"
-            look = pen("tied", ()) | {"id": name, "tooltip": tip, "labeltooltip": tip, "penwidth": "1.5"}
-            self.graph.edge(f"stage-{left}", f"stage-{right}", rich((some(names, 1), TIED), pad=2), **look)
+            look = pen("tied", ()) | {
+                "id": name,
+                "tooltip": tip,
+                "labeltooltip": tip,
+                "penwidth": "1.5",
+            }
+            self.graph.edge(
+                f"stage-{left}",
+                f"stage-{right}",
+                rich((some(names, 1), TIED), pad=2),
+                **look,
+            )
         return ["tied"] if pairs else []
 
 
 def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
-    """The hops to draw, and those only named in their stage: of what so many stages are fed or make anew that edges say nothing."""
+    """The hops to draw, and those only named in their stage: of what so many stages are fed or make anew that
+    edges say nothing.
+    """
     drawn: list[Hop] = []
     notes: list[Hop] = []
     same: dict[tuple[str, Value], list[Hop]] = {}
@@ -185,7 +296,9 @@ def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
     return drawn, notes
 
 
-def _grouped(drawn: list[Hop], ends: dict[Value, str]) -> dict[tuple[str, int, str], list[Value]]:
+def _grouped(
+    drawn: list[Hop], ends: dict[Value, str]
+) -> dict[tuple[str, int, str], list[Value]]:
     """Tail node, head stage and route -> the values that go there."""
     groups: dict[tuple[str, int, str], list[Value]] = {}
     for hop in drawn:
@@ -199,20 +312,32 @@ def _many(values: list[Value], key: Callable[[Value], Hashable]) -> list[list[Va
     groups: dict[Hashable, list[Value]] = {}
     for value in values:
         groups.setdefault(key(value), []).append(value)
-    return [part for group in groups.values() for part in ([group] if len(group) > FEW else [[value] for value in group])]
+    return [
+        part
+        for group in groups.values()
+        for part in ([group] if len(group) > FEW else [[value] for value in group])
+    ]
 
 
 def _input_text(names: dict[Value, str], values: list[Value]) -> str:
     return f"input {names[values[0]]}" if len(values) == 1 else f"{len(values)} inputs"
 
 
-def modules_text(stage: Stage, homes: Mapping[Scope, set[int]], most: int = 5) -> list[str]:
-    """The modules a stage runs, in a few lines: a whole one by its name, one it runs a part of by what is in it."""
+def modules_text(
+    stage: Stage, homes: Mapping[Scope, set[int]], most: int = 5
+) -> list[str]:
+    """The modules a stage runs, in a few lines: a whole one by its name, one it runs a part of by what is in
+    it.
+    """
     own = [op.scope for op in stage.ops if op.origin is None]
     paths = list(dict.fromkeys(_whole(scope, homes) for scope in own)) or [()]
     around = {path[:length] for path in paths for length in range(len(path))}
     lines = _runs([scope_fqn(path).split(".") for path in paths if path not in around])
-    return lines if len(lines) <= most else [*lines[: most - 1], f"{len(lines) - most + 1} more"]
+    return (
+        lines
+        if len(lines) <= most
+        else [*lines[: most - 1], f"{len(lines) - most + 1} more"]
+    )
 
 
 def homes_of(program: Program) -> dict[Scope, set[int]]:
@@ -227,7 +352,14 @@ def homes_of(program: Program) -> dict[Scope, set[int]]:
 
 def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
     """The outermost call around an op that runs in one stage only, else the innermost there is."""
-    return next((scope[:length] for length in range(1, len(scope) + 1) if len(homes[scope[:length]]) == 1), scope)
+    return next(
+        (
+            scope[:length]
+            for length in range(1, len(scope) + 1)
+            if len(homes[scope[:length]]) == 1
+        ),
+        scope,
+    )
 
 
 def _runs(paths: list[list[str]]) -> list[str]:
@@ -235,7 +367,13 @@ def _runs(paths: list[list[str]]) -> list[str]:
     runs: list[tuple[list[str], list[int]]] = []
     for path in paths:
         number = [int(path[-1])] if path[-1].isdecimal() else []
-        if runs and number and runs[-1][1] and runs[-1][0][:-1] == path[:-1] and number[0] == runs[-1][1][-1] + 1:
+        if (
+            runs
+            and number
+            and runs[-1][1]
+            and runs[-1][0][:-1] == path[:-1]
+            and number[0] == runs[-1][1][-1] + 1
+        ):
             runs[-1][1].append(number[0])
         else:
             runs.append((path, number))
@@ -243,5 +381,8 @@ def _runs(paths: list[list[str]]) -> list[str]:
 
 
 def _line(path: list[str], numbers: list[int]) -> str:
-    name = ".".join([*path[:-1], spans(numbers) if numbers else path[-1]]) or "the model itself"
+    name = (
+        ".".join([*path[:-1], spans(numbers) if numbers else path[-1]])
+        or "the model itself"
+    )
     return f"{name}  x {len(numbers)}" if len(numbers) > 1 else name

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._common_utils import clean_tensor_name
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    get_schedule_class,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -32,12 +36,13 @@ from stagecut.ir.types import TensorType
 class Driver:
     """Runs a pipe on the ranks of a group by one of torch's schedules.
 
-    Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model. Rank r holds
-    stages r, r + ranks, ..., or for V schedules r and its mirror image.
+    Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model.
+    Rank r holds stages r, r + ranks, ..., or for V schedules r and its mirror image.
 
-    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what it returns runs in
-    the module's place: FSDP, DDP, activation checkpointing and torch.compile go there. Without `return_outputs`, `step` and `eval`
-    return None for the outputs, and those of a micro-batch are let go behind its loss.
+    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what
+    it returns runs in the module's place: FSDP, DDP, activation checkpointing and torch.compile go there.
+    Without `return_outputs`, `step` and `eval` return None for the outputs, and those of a micro-batch are
+    let go behind its loss.
     """
 
     def __init__(
@@ -50,20 +55,33 @@ class Driver:
         device: torch.device | str | None = None,
         scale_grads: bool = True,
         return_outputs: bool = True,
-        wrap: Callable[[torch.nn.Module, int], torch.nn.Module] = lambda module, index: module,
+        wrap: Callable[
+            [torch.nn.Module, int], torch.nn.Module
+        ] = lambda module, index: module,
     ) -> None:
-        self.pipe, self.n_microbatches, self.loss_fn, self.group = pipe, n_microbatches, loss_fn, group
+        self.pipe = pipe
+        self.n_microbatches = n_microbatches
+        self.loss_fn = loss_fn
+        self.group = group
         self.schedule_class = _schedule_class(schedule)
         self.device = torch.device(device) if device is not None else _own_device(group)
         self._scale = 1.0 / n_microbatches if scale_grads else 1.0
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
-        self.stage_indices = tuple(i for i, home in enumerate(self.placement) if home == rank)
+        self.stage_indices = tuple(
+            i for i, home in enumerate(self.placement) if home == rank
+        )
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
         self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
-        self._replicas = [(ranks, entries) for ranks, entries in _replicas(pipe.program, self.placement) if rank in ranks]
-        self._schedules: dict[tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]] = {}
+        self._replicas = [
+            (ranks, entries)
+            for ranks, entries in _replicas(pipe.program, self.placement)
+            if rank in ranks
+        ]
+        self._schedules: dict[
+            tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
+        ] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
@@ -76,60 +94,100 @@ class Driver:
 
     @cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
-        """This rank's stages by index, on its device, with what `wrap` puts around them. StagecutError while one is on meta."""
+        """This rank's stages by index, on its device, with what `wrap` puts around them. StagecutError while
+        one is on meta.
+        """
         for i in self.stage_indices:
             refuse_meta(self.pipe.program, self.pipe.stages[i])
-        return {i: self._wrap(self.pipe.stages[i].to(self.device), i) for i in self.stage_indices}
+        return {
+            i: self._wrap(self.pipe.stages[i].to(self.device), i)
+            for i in self.stage_indices
+        }
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters this rank holds, each once, as `modules` has them."""
-        return list(dict.fromkeys(p for i in self.modules for p in self.pipe.stages[i].parameters()))
+        return list(
+            dict.fromkeys(
+                p for i in self.modules for p in self.pipe.stages[i].parameters()
+            )
+        )
 
-    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+    def step(
+        self, *args: Any, target: Any = None, **kwargs: Any
+    ) -> tuple[Any, list[torch.Tensor]]:
         """One step on a whole batch: the model's own arguments, the same on every rank.
 
-        Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's rank, (None, [])
-        elsewhere. With a loss function, gradients are accumulated, divided by the number of micro-batches.
+        Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's
+        rank, (None, []) elsewhere. With a loss function, gradients are accumulated, divided by the number of
+        micro-batches.
 
-        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies (backend/ranks/faults.py).
+        Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies
+        (backend/ranks/faults.py).
         """
         return self._run(args, kwargs, target, "step")
 
-    def eval(self, *args: Any, target: Any = None, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
-        """As `step`, forward only. The mode stays: `pipe.eval()` and `pipe.train()`, on every rank, switch dropout and norms."""
+    def eval(
+        self, *args: Any, target: Any = None, **kwargs: Any
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """As `step`, forward only. The mode stays: `pipe.eval()` and `pipe.train()`, on every rank, switch
+        dropout and norms.
+        """
         with torch.no_grad():
             return self._run(args, kwargs, target, "eval")
 
-    def _run(self, args: Any, kwargs: Any, target: Any, how: str) -> tuple[Any, list[torch.Tensor]]:
+    def _run(
+        self, args: Any, kwargs: Any, target: Any, how: str
+    ) -> tuple[Any, list[torch.Tensor]]:
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
-                refuse_feedback(self.pipe.program, self.pipe.training)  # the pipe may have been switched since the stages were made
+                refuse_feedback(
+                    self.pipe.program, self.pipe.training
+                )  # the pipe may have been switched since the stages were made
             sizes = self._split(args, kwargs)
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
             schedule, stages = self._prepared(sizes)
         for stage in stages:
-            stage.microbatches, stage.results = self._chunks, {} if self._returns else None
-        numbers = torch.arange(self.n_microbatches) if self.is_last and self.loss_fn is not None else None
+            stage.microbatches = self._chunks
+            stage.results = {} if self._returns else None
+        numbers = (
+            torch.arange(self.n_microbatches)
+            if self.is_last and self.loss_fn is not None
+            else None
+        )
         with self.faults.together():
-            getattr(schedule, how)(target=numbers, losses=[] if numbers is not None else None, return_outputs=False)
+            getattr(schedule, how)(
+                target=numbers,
+                losses=[] if numbers is not None else None,
+                return_outputs=False,
+            )
         if not self.is_last:
             return None, []
         results = next(s for s in stages if s.is_last).results
         if results is None:
             return None, self._losses
-        structured = [self._structure(results[i], i) for i in range(self.n_microbatches)]
+        structured = [
+            self._structure(results[i], i) for i in range(self.n_microbatches)
+        ]
         return self._merge(structured), self._losses
 
     def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
         """The schedule and its stages for these sizes, made at their first use."""
         key = tuple(sorted(sizes.items()))
         if key not in self._schedules:
-            stages = [make_stage(self.pipe, i, self.device, self.group, sizes, True) for i in self.stage_indices]
+            stages = [
+                make_stage(self.pipe, i, self.device, self.group, sizes, True)
+                for i in self.stage_indices
+            ]
             for stage in stages:
                 stage.submod = self.modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
-            made = self.schedule_class(stages[0] if single else stages, self.n_microbatches, loss_fn=loss, scale_grads=False)
+            made = self.schedule_class(
+                stages[0] if single else stages,
+                self.n_microbatches,
+                loss_fn=loss,
+                scale_grads=False,
+            )
             self._schedules[key] = made, stages
         return self._schedules[key]
 
@@ -138,7 +196,11 @@ class Driver:
         index = int(number)
         result = self._structure(as_tuple(output), index)
         assert self.loss_fn is not None
-        loss = self.loss_fn(result, self._targets[index]) if self._targets else self.loss_fn(result)
+        loss = (
+            self.loss_fn(result, self._targets[index])
+            if self._targets
+            else self.loss_fn(result)
+        )
         self._losses.append(loss.detach())
         return loss * self._scale
 
@@ -146,18 +208,28 @@ class Driver:
         """The model's own output of one micro-batch."""
         program = self.pipe.program
         made = dict(zip(self._last_boundary, packed, strict=True))
-        given = {v: item for v, item in zip(program.inputs, self._chunks[chunk], strict=True) if v not in made}
+        given = {
+            v: item
+            for v, item in zip(program.inputs, self._chunks[chunk], strict=True)
+            if v not in made
+        }
         flat = [
-            leaf if not isinstance(leaf, Value)
-            else given[leaf] if leaf in given
-            else made[leaf] if isinstance(leaf.type, TensorType) else made[leaf].item()
+            leaf
+            if not isinstance(leaf, Value)
+            else given[leaf]
+            if leaf in given
+            else made[leaf]
+            if isinstance(leaf.type, TensorType)
+            else made[leaf].item()
             for leaf in program.outputs
-        ]  # fmt: skip
+        ]
         spec = self.pipe._call_spec
         return spec.unflatten(flat) if spec is not None else flat
 
     def _merge(self, outputs: list[Any]) -> Any:
-        """The outputs of all micro-batches as those of one batch: joined along dim 0; a number is their mean."""
+        """The outputs of all micro-batches as those of one batch: joined along dim 0; a number is their
+        mean.
+        """
         return tree_map(_join, *map(opened, outputs))
 
     def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
@@ -166,16 +238,28 @@ class Driver:
         flat = spec.flatten(args, kwargs) if spec is not None else list(args)
         inputs, count = self.pipe.program.inputs, self.n_microbatches
         batch = _batch_symbol(inputs)
-        parts = [_chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)]
-        self._chunks = [[_to(part[i], self.device) for part in parts] for i in range(count)]
-        return check_inputs(inputs, self._chunks[0], spec.ranges if spec is not None else None)  # all chunks have the same sizes
+        parts = [
+            _chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)
+        ]
+        self._chunks = [
+            [_to(part[i], self.device) for part in parts] for i in range(count)
+        ]
+        return check_inputs(
+            inputs, self._chunks[0], spec.ranges if spec is not None else None
+        )  # all chunks have the same sizes
 
     def sync_shared_gradients(self) -> None:
-        """Every replica of a tied parameter has the sum of the gradients of all. Each rank of the pipeline calls it."""
+        """Every replica of a tied parameter has the sum of the gradients of all. Each rank of the pipeline
+        calls it.
+        """
         for ranks, entries in self._replicas:
             held = _held(self.pipe, entries, self.stage_indices)
             with self.faults.together():
-                _sum_gradients([same for same in held if len(ranks) > 1 or len(same) > 1], ranks, self.group)
+                _sum_gradients(
+                    [same for same in held if len(ranks) > 1 or len(same) > 1],
+                    ranks,
+                    self.group,
+                )
 
     def attach(self, optimizer: Optimizer) -> None:
         """`sync_shared_gradients` runs before every step of `optimizer`."""
@@ -186,7 +270,10 @@ def _schedule_class(name: str) -> Any:
     try:
         return get_schedule_class(name)
     except ValueError:
-        raise StagecutError(f"there is no schedule '{name}'", hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}") from None
+        raise StagecutError(
+            f"there is no schedule '{name}'",
+            hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}",
+        ) from None
 
 
 def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
@@ -196,10 +283,14 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
     if issubclass(schedule, PipelineScheduleMulti):
         if stages % ranks or (v and stages != 2 * ranks):
             raise StagecutError(
-                f"{name} cannot place {stages} stages on {ranks} ranks", hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple"
+                f"{name} cannot place {stages} stages on {ranks} ranks",
+                hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple",
             )
     elif stages != ranks:
-        raise StagecutError(f"{name} has one stage a rank: {stages} stages, {ranks} ranks", hint=f"cut into {ranks} stages")
+        raise StagecutError(
+            f"{name} has one stage a rank: {stages} stages, {ranks} ranks",
+            hint=f"cut into {ranks} stages",
+        )
     return homes(stages, ranks, v)
 
 
@@ -210,14 +301,17 @@ def _own_device(group: Group) -> torch.device:
 
 
 def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on a device of its own."""
+    """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on
+    a device of its own.
+    """
     mine = (fingerprint(program)[:16], program.name, len(program.stages), *settings)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]
     if odd:
         raise StagecutError(
-            f"the ranks do not run the same program: rank {odd[0]} has {found[odd[0]]}, rank 0 has {found[0]}",
+            f"the ranks do not run the same program: rank {odd[0]} has {found[odd[0]]}, rank 0 has "
+            f"{found[0]}",
             where="fingerprint, model, stages, schedule, micro-batches",
             hint="build the same model with the same cuts on every rank",
         )
@@ -226,24 +320,46 @@ def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
 def _batch_symbol(inputs: Sequence[Value]) -> str | None:
     """The symbolic size that is the batch: that of the first input whose first dim varies."""
     for value in inputs:
-        if isinstance(value.type, TensorType) and value.type.shape and isinstance(value.type.shape[0], str):
+        if (
+            isinstance(value.type, TensorType)
+            and value.type.shape
+            and isinstance(value.type.shape[0], str)
+        ):
             return value.type.shape[0]
     return None
 
 
 def _chunks(value: Value, item: Any, count: int, batch: str | None) -> list[Any]:
-    """One input of the whole batch as that of each micro-batch; what has no batch dimension is the same for all."""
+    """One input of the whole batch as that of each micro-batch; what has no batch dimension is the same for
+    all.
+    """
     kind = value.type
-    if count == 1 or not isinstance(item, torch.Tensor) or not isinstance(kind, TensorType) or item.dim() != len(kind.shape):
+    if (
+        count == 1
+        or not isinstance(item, torch.Tensor)
+        or not isinstance(kind, TensorType)
+        or item.dim() != len(kind.shape)
+    ):
         return [item] * count
-    dim = next((d for d, want in enumerate(kind.shape) if want == batch and batch is not None), None)
+    dim = next(
+        (d for d, want in enumerate(kind.shape) if want == batch and batch is not None),
+        None,
+    )
     if dim is None:
-        dim = next((d for d, want in enumerate(kind.shape) if isinstance(want, int) and item.shape[d] == count * want != want), None)
+        dim = next(
+            (
+                d
+                for d, want in enumerate(kind.shape)
+                if isinstance(want, int) and item.shape[d] == count * want != want
+            ),
+            None,
+        )
     if dim is None:
         return [item] * count
     if item.shape[dim] % count:
         raise InputError(
-            f"input '{value.hint}' has a batch of {item.shape[dim]}, which {count} micro-batches do not divide",
+            f"input '{value.hint}' has a batch of {item.shape[dim]}, which {count} micro-batches do not "
+            "divide",
             hint="pass a multiple of n_microbatches",
         )
     return list(item.chunk(count, dim))
@@ -254,7 +370,11 @@ def _split_target(target: Any, count: int) -> list[Any]:
         return []
 
     def part(item: Any, index: int) -> Any:
-        return item.tensor_split(count)[index] if isinstance(item, torch.Tensor) and item.dim() else item
+        return (
+            item.tensor_split(count)[index]
+            if isinstance(item, torch.Tensor) and item.dim()
+            else item
+        )
 
     return [tree_map(lambda item, i=i: part(item, i), target) for i in range(count)]
 
@@ -271,20 +391,31 @@ def _join(*items: Any) -> Any:
     return torch.stack(items).mean() if items[0].is_floating_point() else items[0]
 
 
-def _replicas(program: Program, homes: Sequence[int]) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
+def _replicas(
+    program: Program, homes: Sequence[int]
+) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
     """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
     for entry in program.state:
         if entry.kind == "param" and len(entry.stages) > 1:
-            by_ranks.setdefault(tuple(sorted({homes[stage] for stage in entry.stages})), []).append(entry)
+            by_ranks.setdefault(
+                tuple(sorted({homes[stage] for stage in entry.stages})), []
+            ).append(entry)
     return sorted(by_ranks.items(), key=lambda item: item[0])
 
 
-def _held(pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]) -> list[list[torch.nn.Parameter]]:
-    """The tensors this rank holds for each parameter: several where stages of this rank were sharded each by itself."""
+def _held(
+    pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]
+) -> list[list[torch.nn.Parameter]]:
+    """The tensors this rank holds for each parameter: several where stages of this rank were sharded each by
+    itself.
+    """
     found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
     for index in stages:
-        names = {clean_tensor_name(name): p for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)}
+        names = {
+            clean_tensor_name(name): p
+            for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)
+        }
         for entry, tensors in zip(entries, found, strict=True):
             if index in entry.stages:
                 tensors[names[pipe.program.stages[index].state[entry][0]]] = None
@@ -297,26 +428,45 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 LARGE = 2**20
-"""From so many elements on, a gradient is summed where it lies: to pack it costs more than a message of its own."""
+"""From so many elements on, a gradient is summed where it lies: to pack it costs more than a message of its
+own.
+"""
 
 
-def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group) -> None:
-    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none has one.
+def _sum_gradients(
+    replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group
+) -> None:
+    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none
+    has one.
 
     The host waits for the device only where a gradient is missing here.
     """
     for dtype in dict.fromkeys(same[0].dtype for same in replicas):
         mine = [same for same in replicas if same[0].dtype == dtype]
         parts = [_gradient(same) for same in mine]
-        missing = [place for place, same in enumerate(mine) if all(p.grad is None for p in same)]
+        missing = [
+            place
+            for place, same in enumerate(mine)
+            if all(p.grad is None for p in same)
+        ]
         counts = parts[0].new_ones(len(mine))
         for place in missing:
             counts[place] = 0
-        small = [place for place, part in enumerate(parts) if part.numel() < LARGE or not part.is_contiguous()]
+        small = [
+            place
+            for place, part in enumerate(parts)
+            if part.numel() < LARGE or not part.is_contiguous()
+        ]
         packed = torch.cat([*(parts[place].flatten() for place in small), counts])
-        *sums, counts = _total(packed, ranks, group).split([*(parts[place].numel() for place in small), len(mine)])
+        *sums, counts = _total(packed, ranks, group).split(
+            [*(parts[place].numel() for place in small), len(mine)]
+        )
         totals = dict(zip(small, sums, strict=True))
-        totals |= {place: _total(part, ranks, group) for place, part in enumerate(parts) if place not in totals}
+        totals |= {
+            place: _total(part, ranks, group)
+            for place, part in enumerate(parts)
+            if place not in totals
+        }
         nowhere = {place for place in missing if not counts[place].item()}
         for place, same in enumerate(mine):
             if place not in nowhere:
@@ -324,7 +474,9 @@ def _sum_gradients(replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[in
 
 
 def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """The sum of the gradients of the replicas here: where there is one, that itself; zeros where there is none."""
+    """The sum of the gradients of the replicas here: where there is one, that itself; zeros where there is
+    none.
+    """
     grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
     if not grads:
         return torch.zeros_like(_local(same[0]))
@@ -344,8 +496,8 @@ def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
 def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
     """The sum of a tensor over some ranks of the group, bit for bit the same on each.
 
-    They send to each other: a group of their own would have to be made by all processes there are, those of other pipelines
-    too.
+    They send to each other: a group of their own would have to be made by all processes there are, those of
+    other pipelines too.
     """
     if len(ranks) == dist.get_world_size(group):
         dist.all_reduce(mine, group=group)
@@ -353,8 +505,13 @@ def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Te
     me = dist.get_rank(group)
     parts = {rank: mine if rank == me else torch.empty_like(mine) for rank in ranks}
     others = [rank for rank in ranks if rank != me]
-    ops = [dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others]
-    ops += [dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank) for rank in others]
+    ops = [
+        dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others
+    ]
+    ops += [
+        dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank)
+        for rank in others
+    ]
     for work in dist.batch_isend_irecv(ops) if ops else ():
         work.wait()
     return torch.stack(list(parts.values())).sum(0)

@@ -1,9 +1,10 @@
 """When one rank fails, all stop with an error that names it, and none waits for what will not come.
 
-Ranks speak through the group's store. One that fails says there what failed and where, then raises a flag. While it is in a
-step every rank watches the flag from a thread: when it goes up, the thread answers that the rank is alive and breaks the rank's
-connections, so that whatever the rank waits for fails. Neighbours of a rank that was killed see its connections close, and raise
-the flag for it; who then neither reports nor answers is the one that is gone. Last resort is the timeout of the group.
+Ranks speak through the group's store. One that fails says there what failed and where, then raises a flag.
+While it is in a step every rank watches the flag from a thread: when it goes up, the thread answers that the
+rank is alive and breaks the rank's connections, so that whatever the rank waits for fails. Neighbours of a
+rank that was killed see its connections close, and raise the flag for it; who then neither reports nor
+answers is the one that is gone. Last resort is the timeout of the group.
 """
 
 from __future__ import annotations
@@ -42,18 +43,27 @@ _COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
 
 
 class RankError(StagecutError):
-    """A rank failed; every rank of the group raises this. The group is broken: start all ranks again from the last checkpoint.
+    """A rank failed; every rank of the group raises this. The group is broken: start all ranks again from the
+    last checkpoint.
 
     `ranks` are those that failed. On a rank that failed by itself, the cause is `__cause__`.
     """
 
-    def __init__(self, what: str, ranks: Sequence[int] = (), *, where: str = "") -> None:
-        super().__init__(what, where=where, hint="start all ranks again from checkpoint.latest(folder)")
+    def __init__(
+        self, what: str, ranks: Sequence[int] = (), *, where: str = ""
+    ) -> None:
+        super().__init__(
+            what,
+            where=where,
+            hint="start all ranks again from checkpoint.latest(folder)",
+        )
         self.ranks = tuple(ranks)
 
 
 class Faults:
-    """Watches what the ranks of a group do together. Every rank makes one; `homes` are the ranks of the stages, by stage."""
+    """Watches what the ranks of a group do together. Every rank makes one; `homes` are the ranks of the
+    stages, by stage.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, homes: Sequence[int]) -> None:
         self._group = group if group is not None else dist.group.WORLD
@@ -70,7 +80,8 @@ class Faults:
 
     @contextmanager
     def together(self, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-        """What is done inside is done by all ranks. Raises RankError when one fails; the group is broken then.
+        """What is done inside is done by all ranks. Raises RankError when one fails; the group is broken
+        then.
 
         What all ranks raise alike is in `agreed`.
         """
@@ -96,7 +107,8 @@ class Faults:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """What is checked inside, every rank checks. When all raise, their errors are raised as they are, and the group can go on.
+        """What is checked inside, every rank checks. When all raise, their errors are raised as they are, and
+        the group can go on.
 
         When only some raise, they fail as in `together`.
         """
@@ -150,7 +162,9 @@ class Faults:
         return report
 
     def _culprit(self, error: Exception) -> RankError:
-        """Who failed, when this rank only saw a connection break. Raises RuntimeError when the store does not answer."""
+        """Who failed, when this rank only saw a connection break. Raises RuntimeError when the store does not
+        answer.
+        """
         answered: set[int] = set()
         found: list[tuple[int, dict[str, Any]]] = []
 
@@ -169,16 +183,33 @@ class Faults:
             return self._error(*found[0])
         gone = [rank for rank in range(self.ranks) if rank not in answered]
         if not gone:
-            return RankError(f"the ranks lost their connection, though all are alive: {_line(error)}")
-        does = "do not answer: they were killed, have ended, or hang" if gone[1:] else "does not answer: it was killed, has ended, or hangs"
-        return RankError(f"{' and '.join(map(self._title, gone))} {does}", [self._global(rank) for rank in gone])
+            return RankError(
+                f"the ranks lost their connection, though all are alive: {_line(error)}"
+            )
+        does = (
+            "do not answer: they were killed, have ended, or hang"
+            if gone[1:]
+            else "does not answer: it was killed, has ended, or hangs"
+        )
+        return RankError(
+            f"{' and '.join(map(self._title, gone))} {does}",
+            [self._global(rank) for rank in gone],
+        )
 
     def _error(self, rank: int, report: dict[str, Any]) -> RankError:
-        return RankError(f"{self._title(rank, report['stage'])} failed: {report['what']}", [self._global(rank)], where=report["where"])
+        return RankError(
+            f"{self._title(rank, report['stage'])} failed: {report['what']}",
+            [self._global(rank)],
+            where=report["where"],
+        )
 
     def _title(self, rank: int, stage: int | None = None) -> str:
         """`rank 2 (stage 2)`: the stage where it failed, or all it has."""
-        mine = [stage] if stage is not None else [index for index, home in enumerate(self._homes) if home == rank]
+        mine = (
+            [stage]
+            if stage is not None
+            else [index for index, home in enumerate(self._homes) if home == rank]
+        )
         return f"rank {self._global(rank)} (stage{'s' if mine[1:] else ''} {' and '.join(map(str, mine))})"
 
     def _global(self, rank: int) -> int:
@@ -196,7 +227,9 @@ def _break_connections(group: Any) -> None:
 
     gloo has no abort, but a receive that times out closes all connections of its group.
     """
-    for kind in sorted({"cuda", "cpu"} & {device.type for device in group._device_types}):
+    for kind in sorted(
+        {"cuda", "cpu"} & {device.type for device in group._device_types}
+    ):
         backend = group._get_backend(torch.device(kind))
         if backend.name() != "gloo":
             backend.abort()
@@ -205,7 +238,9 @@ def _break_connections(group: Any) -> None:
             if peer == group.rank():
                 continue
             try:
-                backend.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(timedelta(milliseconds=1))
+                backend.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(
+                    timedelta(milliseconds=1)
+                )
             except RuntimeError:
                 continue  # it timed out, as it should, or was closed before
 
@@ -232,17 +267,44 @@ def _described(error: BaseException) -> dict[str, Any]:
     error = _origin(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
-    stage = next((index for frame in reversed(frames) if (index := _stage_of(frame)) is not None), None)
-    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or (frames and _waits(frames[-1]))):
+    stage = next(
+        (
+            index
+            for frame in reversed(frames)
+            if (index := _stage_of(frame)) is not None
+        ),
+        None,
+    )
+    if isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or (frames and _waits(frames[-1]))
+    ):
         return {"what": "", "where": "", "stage": stage}
-    module = next((m._path for frame in reversed(frames) if isinstance(m := frame.f_locals.get("self"), StageModule)), "")
+    module = next(
+        (
+            m._path
+            for frame in reversed(frames)
+            if isinstance(m := frame.f_locals.get("self"), StageModule)
+        ),
+        "",
+    )
     place = next(
-        (_place(f, n) for f, n in zip(reversed(frames), reversed(lines), strict=True) if not (_in(f, _TORCH) or _in(f, _OURS))), ""
+        (
+            _place(f, n)
+            for f, n in zip(reversed(frames), reversed(lines), strict=True)
+            if not (_in(f, _TORCH) or _in(f, _OURS))
+        ),
+        "",
     )
     if isinstance(error, StagecutError):
         place = error.where or place
-    where = ", ".join([*([f"module '{module}'"] if module else []), *([place] if place else [])])
-    return {"what": _line(error) if not isinstance(error, StagecutError) else error.what, "where": where, "stage": stage}
+    where = ", ".join(
+        [*([f"module '{module}'"] if module else []), *([place] if place else [])]
+    )
+    return {
+        "what": _line(error) if not isinstance(error, StagecutError) else error.what,
+        "where": where,
+        "stage": stage,
+    }
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -263,7 +325,10 @@ def _stage_of(frame: FrameType) -> int | None:
 
 def _waits(frame: FrameType) -> bool:
     """True for the code of torch that waits for other ranks."""
-    return frame.f_code.co_name == "_wait_batch_p2p" or frame.f_code.co_filename == dist.distributed_c10d.__file__
+    return (
+        frame.f_code.co_name == "_wait_batch_p2p"
+        or frame.f_code.co_filename == dist.distributed_c10d.__file__
+    )
 
 
 def _in(frame: FrameType, folder: Path) -> bool:
@@ -275,5 +340,7 @@ def _place(frame: FrameType, line: int) -> str:
     file = frame.f_code.co_filename
     if not file.startswith("<stagecut "):
         return f"{Path(file).name}:{line}"
-    above = (_COMMENT.match(linecache.getline(file, number)) for number in range(line, 0, -1))
+    above = (
+        _COMMENT.match(linecache.getline(file, number)) for number in range(line, 0, -1)
+    )
     return next((found[1] for found in above if found), "")

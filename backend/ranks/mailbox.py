@@ -1,7 +1,7 @@
 """Running stages as separate processes would: nothing is shared but what is sent.
 
-A run in one process hides the worst bugs of a splitter, for nobody notices there that a port is bound in another order
-or that a copy is stale.
+A run in one process hides the worst bugs of a splitter, for nobody notices there that a port is bound in
+another order or that a copy is stale.
 
     box = Mailbox(pipe.program, pipe.stages)     # StagecutError when state would have to flow backward
     outputs = box.forward(pipe.flatten(args, kwargs))
@@ -29,9 +29,10 @@ from stagecut.ir.types import carries_grad
 class Mailbox:
     """Runs a pipe as separate processes would.
 
-    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, detached storage of the same strides and
-    carries gradient only where the IR says so. Ports are bound by position. Call it with the model's arguments, call
-    backward on a loss of the outputs, then `backward()`; afterwards `gradients()` and `state()` are by the model's names.
+    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, detached storage of the
+    same strides and carries gradient only where the IR says so. Ports are bound by position. Call it with the
+    model's arguments, call backward on a loss of the outputs, then `backward()`; afterwards `gradients()` and
+    `state()` are by the model's names.
 
     Raises StagecutError when state would have to flow from a later stage to an earlier one.
     """
@@ -53,10 +54,21 @@ class Mailbox:
         mail: dict[Value, Any] = {}
         self._fed = dict(zip(program.inputs, flat, strict=True))
         for stage, block in zip(self._stages, program.stages, strict=True):
-            mine = [self._feed(v) if v in self._fed else self._sent_on(v, mail[v]) for v in block.inputs]
+            mine = [
+                self._feed(v) if v in self._fed else self._sent_on(v, mail[v])
+                for v in block.inputs
+            ]
             owned = written_inputs(block)
             with writes_explained(block.index):
-                results = results_of(stage(*[writable(t) if v in owned else t for v, t in zip(block.inputs, mine, strict=True)]), block)
+                results = results_of(
+                    stage(
+                        *[
+                            writable(t) if v in owned else t
+                            for v, t in zip(block.inputs, mine, strict=True)
+                        ]
+                    ),
+                    block,
+                )
             self._received.append(mine)
             self._sent.append(results)
             mail.update(zip(block.outputs, results, strict=True))
@@ -85,9 +97,16 @@ class Mailbox:
         program = self._program
         for index in reversed(range(len(self._stages))):
             block = program.stages[index]
-            pairs = [(v, sent, self._gradient(v, index)) for v, sent in zip(block.outputs, self._sent[index], strict=True)]
+            pairs = [
+                (v, sent, self._gradient(v, index))
+                for v, sent in zip(block.outputs, self._sent[index], strict=True)
+            ]
             # a view made under no_grad says that it requires grad, but nothing flows through it
-            live = [(t, g) for v, t, g in pairs if g is not None and carries_grad(v.type) and t.requires_grad]
+            live = [
+                (t, g)
+                for v, t, g in pairs
+                if g is not None and carries_grad(v.type) and t.requires_grad
+            ]
             if not live:
                 continue
             with writes_explained(index):
@@ -95,9 +114,15 @@ class Mailbox:
 
     def _gradient(self, value: Value, index: int) -> torch.Tensor | None:
         """The sum of what every reader of a value sends back."""
-        found = [leaf.grad for item, leaf in zip(self._program.outputs, self._outputs, strict=True) if item is value and _has_grad(leaf)]
+        found = [
+            leaf.grad
+            for item, leaf in zip(self._program.outputs, self._outputs, strict=True)
+            if item is value and _has_grad(leaf)
+        ]
         for later in range(index + 1, len(self._stages)):
-            for received, leaf in zip(self._program.stages[later].inputs, self._received[later], strict=True):
+            for received, leaf in zip(
+                self._program.stages[later].inputs, self._received[later], strict=True
+            ):
                 if received is value and _has_grad(leaf):
                     found.append(leaf.grad)
         return torch.stack(found).sum(0) if len(found) > 1 else next(iter(found), None)
@@ -108,8 +133,14 @@ class Mailbox:
         for value in self._program.inputs:
             given = self._fed[value]
             found = [given.grad] if _has_grad(given) else []
-            for block, received in zip(self._program.stages, self._received, strict=True):
-                found += [leaf.grad for v, leaf in zip(block.inputs, received, strict=True) if v is value and _has_grad(leaf)]
+            for block, received in zip(
+                self._program.stages, self._received, strict=True
+            ):
+                found += [
+                    leaf.grad
+                    for v, leaf in zip(block.inputs, received, strict=True)
+                    if v is value and _has_grad(leaf)
+                ]
             sums.append(torch.stack(found).sum(0) if found else None)
         return sums
 
@@ -127,7 +158,12 @@ class Mailbox:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every state name -> its tensor afterwards, as its owner holds it."""
-        return {name: self._tensor(e, e.stages[0]) for e in self._program.state if e.kind != "const" for name in e.names}
+        return {
+            name: self._tensor(e, e.stages[0])
+            for e in self._program.state
+            if e.kind != "const"
+            for name in e.names
+        }
 
     def _tensor(self, entry: StateEntry, index: int) -> torch.Tensor:
         name = self._program.stages[index].state[entry][0]
@@ -143,8 +179,12 @@ def _post(item: Any, grad: bool) -> Any:
         return item
     if item.layout is not torch.strided:
         return item.detach().clone().requires_grad_(grad)
-    once = item.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in item.stride())]
-    fresh = torch.empty_strided(once.shape, once.stride(), dtype=item.dtype, device=item.device).copy_(once)
+    once = item.detach()[
+        tuple(slice(0, 1) if step == 0 else slice(None) for step in item.stride())
+    ]
+    fresh = torch.empty_strided(
+        once.shape, once.stride(), dtype=item.dtype, device=item.device
+    ).copy_(once)
     return fresh.expand(item.shape).requires_grad_(grad)
 
 

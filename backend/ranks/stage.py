@@ -1,6 +1,7 @@
 """Stages of a pipe as torch's schedules know them: `build_stage` gives a PipelineStage of torch's.
 
-Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every schedule that torch has runs every model.
+Neighbours exchange flat tuples of contiguous tensors (`backend.wire`), so every schedule that torch has runs
+every model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,22 @@ from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
 
-from stagecut.backend.ranks.wire import Port, Sizes, boundaries, fed_inputs, own, port, writable, writes_explained
-from stagecut.backend.stages.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
+from stagecut.backend.ranks.wire import (
+    Port,
+    Sizes,
+    boundaries,
+    fed_inputs,
+    own,
+    port,
+    writable,
+    writes_explained,
+)
+from stagecut.backend.stages.crossing import (
+    backward_is_whole,
+    lives_in_buffer,
+    refuse_feedback,
+    written_inputs,
+)
 from stagecut.backend.stages.fx_view import refuse_torchs_stage, split_graph
 from stagecut.backend.stages.modules import StageModule
 from stagecut.backend.stages.run import results_of
@@ -27,7 +42,9 @@ from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
 from stagecut.ir.run.storage import storage_of
 
-_TorchMismatch: Any = getattr(_utils, "PipeliningMetadataError", None) or getattr(_utils, "PipeliningShapeError")  # noqa: B009
+_METADATA, _SHAPE = "PipeliningMetadataError", "PipeliningShapeError"
+_MISMATCH = _METADATA if hasattr(_utils, _METADATA) else _SHAPE
+_TorchMismatch: Any = getattr(_utils, _MISMATCH)
 
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
@@ -45,11 +62,19 @@ _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 class BuiltStage(PipelineStage):
     """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
 
-    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs it reads from
-    `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
+    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs it reads
+    from `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
     """
 
-    def __init__(self, pipe: Staged, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> None:
+    def __init__(
+        self,
+        pipe: Staged,
+        index: int,
+        device: torch.device,
+        group: Group,
+        sizes: Sizes,
+        fed: bool,
+    ) -> None:
         program = pipe.program
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
@@ -63,20 +88,46 @@ class BuiltStage(PipelineStage):
         self._owned = written_inputs(self.block)
         self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
-        self._fed = [(i, v) for i, v in enumerate(program.inputs) if (v in self.block.inputs or index == 0) and v not in self._strides]
+        self._fed = [
+            (i, v)
+            for i, v in enumerate(program.inputs)
+            if (v in self.block.inputs or index == 0) and v not in self._strides
+        ]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
         whole = index > 0 and backward_is_whole(
-            self.block, {p.value for p in self.received if p.grad}, {p.value for p in self.sent if p.grad}
+            self.block,
+            {p.value for p in self.received if p.grad},
+            {p.value for p in self.sent if p.grad},
         )
         runner = (lambda: _nothing) if whole else None
-        super().__init__(pipe.stages[index], index, len(program.stages), device, metas[0], metas[1], group=group, dw_builder=runner)
+        super().__init__(
+            pipe.stages[index],
+            index,
+            len(program.stages),
+            device,
+            metas[0],
+            metas[1],
+            group=group,
+            dw_builder=runner,
+        )
 
-    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: Any,
+        kwargs: Any = None,
+        save_forward_output: bool = True,
+    ) -> Any:
         """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
         if self.fed:
-            args, kwargs = (), {f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed}
+            args = ()
+            kwargs = {
+                f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed
+            }
         try:
-            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+            output = super().forward_one_chunk(
+                fwd_chunk_id, args, kwargs, save_forward_output
+            )
         except RuntimeError as error:
             if isinstance(error.__cause__, StagecutError):
                 raise error.__cause__ from None
@@ -91,34 +142,73 @@ class BuiltStage(PipelineStage):
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
         elif self.is_first:
-            values = dict(zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True))
-        values |= {p.value: p.unpack(t) for p, t in zip(self.received, () if self.is_first else args, strict=True)}
-        inputs = [writable(values[v], self._strides.get(v)) if v in self._owned else values[v] for v in self.block.inputs]
+            values = dict(
+                zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True)
+            )
+        values |= {
+            p.value: p.unpack(t)
+            for p, t in zip(self.received, () if self.is_first else args, strict=True)
+        }
+        inputs = [
+            writable(values[v], self._strides.get(v)) if v in self._owned else values[v]
+            for v in self.block.inputs
+        ]
         with writes_explained(self.stage_index):
             results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
         values |= zip(self.block.outputs, results, strict=True)
         for p in self.sent:
             self._check(p, values[p.value])
         if self.is_last:
-            return self._returned(values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)})
+            return self._returned(
+                values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
+            )
         packed = [p.pack(values[p.value], self.device) for p in self.sent]
-        return tuple(self._kept_apart(p, tensor, set()) for p, tensor in zip(self.sent, packed, strict=True))
+        return tuple(
+            self._kept_apart(p, tensor, set())
+            for p, tensor in zip(self.sent, packed, strict=True)
+        )
 
     def _returned(self, values: Mapping[Value, Any], buffers: set[int | None]) -> Any:
         """What the model returns, as it lies in memory: nobody receives it."""
         tensors = [own(p, values[p.value], self.device) for p in self.sent]
-        outputs = tuple(self._kept_apart(p, tensor, buffers) for p, tensor in zip(self.sent, tensors, strict=True))
+        outputs = tuple(
+            self._kept_apart(p, tensor, buffers)
+            for p, tensor in zip(self.sent, tensors, strict=True)
+        )
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _kept_apart(self, p: Port, tensor: torch.Tensor, buffers: set[int | None]) -> torch.Tensor:
-        """A copy of what is written again before it is read: a buffer of the model, or one of `buffers`, which torch receives into."""
-        return tensor.clone() if p.value in self._kept or storage_of(tensor) in buffers else tensor
+    def _kept_apart(
+        self, p: Port, tensor: torch.Tensor, buffers: set[int | None]
+    ) -> torch.Tensor:
+        """A copy of what is written again before it is read: a buffer of the model, or one of `buffers`,
+        which torch receives into.
+        """
+        return (
+            tensor.clone()
+            if p.value in self._kept or storage_of(tensor) in buffers
+            else tensor
+        )
 
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False) -> Any:
-        """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it apart."""
-        if not full_backward and self.stage_index and not (self.dw_builder is None and _is_plain(self.submod)):
-            self.dw_builder, last_backward = (lambda: _nothing), bwd_chunk_id + 1 == self.chunks
-        return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: Any = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> Any:
+        """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it
+        apart.
+        """
+        if (
+            not full_backward
+            and self.stage_index
+            and not (self.dw_builder is None and _is_plain(self.submod))
+        ):
+            self.dw_builder = lambda: _nothing
+            last_backward = bwd_chunk_id + 1 == self.chunks
+        return super().backward_one_chunk(
+            bwd_chunk_id, loss, full_backward, last_backward
+        )
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As torch's; nothing in an eval, which under V schedules hands gradients on all the same."""
@@ -137,11 +227,18 @@ class BuiltStage(PipelineStage):
     def scale_grads(self, grad_scale_factor: int) -> None:
         """As torch's, but what several stages of this rank share is scaled once a step, by the last of them.
 
-        torch scales each stage behind its own backwards, and others may still add to the gradient of a parameter then.
+        torch scales each stage behind its own backwards, and others may still add to the gradient of a
+        parameter then.
         """
         _scaled[self.pipe].add(self.stage_index)
-        mine = [stage for stage, rank in self.stage_index_to_group_rank.items() if rank == self.group_rank]
-        to_come = [self.pipe.stages[stage] for stage in mine if stage not in _scaled[self.pipe]]
+        mine = [
+            stage
+            for stage, rank in self.stage_index_to_group_rank.items()
+            if rank == self.group_rank
+        ]
+        to_come = [
+            self.pipe.stages[stage] for stage in mine if stage not in _scaled[self.pipe]
+        ]
         left = {parameter for stage in to_come for parameter in stage.parameters()}
         for parameter in self.submod.parameters():
             if parameter.grad is not None and parameter not in left:
@@ -149,20 +246,27 @@ class BuiltStage(PipelineStage):
 
     def _sent(self, p: Port, grad: torch.Tensor | None) -> torch.Tensor:
         """The gradient of what crossed at a port, zeros for none."""
-        return torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device) if grad is None else grad
+        return (
+            torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device)
+            if grad is None
+            else grad
+        )
 
     def _given(self, args: Any, kwargs: Any) -> list[Any]:
         try:
             return self.pipe.flatten(args, kwargs)
         except InputError as error:
-            raise MismatchError(error.what, where=error.where, hint=error.hint) from error
+            raise MismatchError(
+                error.what, where=error.where, hint=error.hint
+            ) from error
 
     def _check(self, p: Port, item: Any) -> None:
         if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
             return
         what = "dtype" if item.dtype != p.dtype else "shape"
         raise MismatchError(
-            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, expected {p.dtype}{list(p.shape)}",
+            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, "
+            f"expected {p.dtype}{list(p.shape)}",
             where=p.value.owner.where() if isinstance(p.value.owner, Op) else "",
             hint="a hook or a wrapper of the stage changes what it returns",
         )
@@ -176,13 +280,19 @@ class BuiltStage(PipelineStage):
     def _validate_stage_tensors(self, desc: str, expected: Any, actual: Any) -> None:
         """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.
 
-        The first stage receives nothing: its arguments are the model's, and the pipe checks them. Where no gradient comes back, torch
-        sends zeros, so that None is right for any gradient.
+        The first stage receives nothing: its arguments are the model's, and the pipe checks them. Where no
+        gradient comes back, torch sends zeros, so that None is right for any gradient.
         """
         if self.is_first and expected is self._stage_meta.inputs:
             return
-        there = [(want, tensor) for want, tensor in zip(expected, actual, strict=True) if tensor is not None]
-        super()._validate_stage_tensors(desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there))
+        there = [
+            (want, tensor)
+            for want, tensor in zip(expected, actual, strict=True)
+            if tensor is not None
+        ]
+        super()._validate_stage_tensors(
+            desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there)
+        )
 
 
 def _nothing() -> None:
@@ -192,34 +302,62 @@ def _nothing() -> None:
 def _is_plain(module: torch.nn.Module) -> bool:
     """True for a stage as it was made: nothing in it is wrapped, sharded or compiled."""
     return all(
-        isinstance(part, StageModule) and not isinstance(part, FSDPModule) and part._compiled_call_impl is None for part in module.modules()
+        isinstance(part, StageModule)
+        and not isinstance(part, FSDPModule)
+        and part._compiled_call_impl is None
+        for part in module.modules()
     )
 
 
 class _LiveStage(BuiltStage):
-    """For torch up to 2.12, whose backward for the inputs takes every output for one that carries gradient."""
+    """For torch up to 2.12, whose backward for the inputs takes every output for one that carries
+    gradient.
+    """
 
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+    def backward_maybe_with_nosync(
+        self,
+        backward_type: str,
+        bwd_kwargs: dict[str, Any],
+        last_backward: bool = False,
+    ) -> Any:
         if backward_type != "input":
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
+            return super().backward_maybe_with_nosync(
+                backward_type, bwd_kwargs, last_backward
+            )
+        outputs, grads, inputs = (
+            bwd_kwargs[name]
+            for name in ("stage_output", "output_grads", "input_values")
+        )
         live = [i for i, t in enumerate(outputs) if t.requires_grad]
         wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
-        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
-        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        bwd_kwargs |= {
+            "stage_output": tuple(outputs[i] for i in live),
+            "input_values": wanted,
+        }
+        bwd_kwargs["output_grads"] = (
+            None if grads is None else tuple(grads[i] for i in live)
+        )
+        found, groups = super().backward_maybe_with_nosync(
+            backward_type, bwd_kwargs, last_backward
+        )
         by_input = dict(zip(map(id, wanted), found, strict=True))
         return tuple(by_input.get(id(t)) for t in inputs), groups
 
 
 class _FillingStage(_LiveStage):
-    """For torch 2.12, which sends a gradient for every value that it received, and refuses to where there is none."""
+    """For torch 2.12, which sends a gradient for every value that it received, and refuses to where there is
+    none.
+    """
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
-            self.grad_send_info = [self.stage_index - 1 if p.grad else None for p in self.received]
+            self.grad_send_info = [
+                self.stage_index - 1 if p.grad else None for p in self.received
+            ]
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
-            self.bwd_cache[bwd_chunk_id] = tuple(self._sent(p, grad) if p.grad else None for p, grad in grads)
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                self._sent(p, grad) if p.grad else None for p, grad in grads
+            )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
 
@@ -234,21 +372,32 @@ class _StaticStage(_LiveStage):
             for info, p in zip(infos, self.received, strict=True)
         )
 
-    def _prepare_forward_infra(self, num_microbatches: int, args: Any, kwargs: Any = None) -> Any:  # type: ignore[override]
+    def _prepare_forward_infra(  # type: ignore[override]
+        self, num_microbatches: int, args: Any, kwargs: Any = None
+    ) -> Any:
         backward, self.has_backward = self.has_backward, False
         made = super()._prepare_forward_infra(num_microbatches, args, kwargs)
         self.has_backward = backward
         return made
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
-        for info, tensor in zip(self.args_recv_info[mb_index], as_tuple(prev_stage_outputs), strict=True):
+        for info, tensor in zip(
+            self.args_recv_info[mb_index], as_tuple(prev_stage_outputs), strict=True
+        ):
             info.buffer = tensor.detach()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if not self.has_backward:
             return
-        for info, p, grad in zip(self.grad_recv_info[mb_index], self.sent, next_stage_bwd_outputs, strict=False):
-            info.buffer = torch.zeros_like(info.buffer) if p.grad and grad is None else grad
+        for info, p, grad in zip(
+            self.grad_recv_info[mb_index],
+            self.sent,
+            next_stage_bwd_outputs,
+            strict=False,
+        ):
+            info.buffer = (
+                torch.zeros_like(info.buffer) if p.grad and grad is None else grad
+            )
 
     def _create_grad_recv_info(self, act_send_info: Any) -> Any:
         infos = super()._create_grad_recv_info(act_send_info)
@@ -258,20 +407,38 @@ class _StaticStage(_LiveStage):
         return infos
 
     def _get_recv_ops(self, recv_infos: Any) -> Any:
-        return super()._get_recv_ops(tuple(info for info in recv_infos if getattr(info, "buffer", None) is not None))
+        return super()._get_recv_ops(
+            tuple(
+                info for info in recv_infos if getattr(info, "buffer", None) is not None
+            )
+        )
 
     def _get_init_p2p_neighbors_ops(self) -> Any:
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+        return [
+            op
+            for op in super()._get_init_p2p_neighbors_ops()
+            if op.peer != dist.get_rank()
+        ]
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
-            self.grad_send_info = [self.stage_index - 1 for p in self.received if p.grad]
-            self.bwd_cache[bwd_chunk_id] = tuple(self._sent(p, grad) for p, grad in grads if p.grad)
+            self.grad_send_info = [
+                self.stage_index - 1 for p in self.received if p.grad
+            ]
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                self._sent(p, grad) for p, grad in grads if p.grad
+            )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
 
-_STAGE = _StaticStage if _STATIC_GRADS else BuiltStage if hasattr(PipelineStage, "_get_grad_send_meta") else _FillingStage
+_STAGE = (
+    _StaticStage
+    if _STATIC_GRADS
+    else BuiltStage
+    if hasattr(PipelineStage, "_get_grad_send_meta")
+    else _FillingStage
+)
 
 
 @dataclass(frozen=True)
@@ -288,23 +455,53 @@ class PipeInfo:
 
     @property
     def graph(self) -> fx.Graph:
-        """The calls of the stages, for torch's own stage class. Raises StagecutError when that class would get the pipe wrong."""
+        """The calls of the stages, for torch's own stage class. Raises StagecutError when that class would
+        get the pipe wrong.
+        """
         refuse_torchs_stage(self.pipe.program)
         return split_graph(self.pipe.program)
 
 
-def build_stage(stage_module: Any, stage_index: int, pipe_info: PipeInfo, device: torch.device | str, group: Group = None) -> BuiltStage:
-    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`: the stage, or a wrapper."""
-    made = make_stage(pipe_info.pipe, stage_index, torch.device(device), group, pipe_info.pipe._sizes, False)
+def build_stage(
+    stage_module: Any,
+    stage_index: int,
+    pipe_info: PipeInfo,
+    device: torch.device | str,
+    group: Group = None,
+) -> BuiltStage:
+    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`:
+    the stage, or a wrapper.
+    """
+    made = make_stage(
+        pipe_info.pipe,
+        stage_index,
+        torch.device(device),
+        group,
+        pipe_info.pipe._sizes,
+        False,
+    )
     made.submod = stage_module
     return made
 
 
-def make_stage(pipe: Staged, index: int, device: torch.device, group: Group, sizes: Sizes, fed: bool) -> BuiltStage:
+def make_stage(
+    pipe: Staged,
+    index: int,
+    device: torch.device,
+    group: Group,
+    sizes: Sizes,
+    fed: bool,
+) -> BuiltStage:
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
     if not 0 <= index < pipe.num_stages:
-        raise StagecutError(f"there is no stage {index}", hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}")
-    if device.type != "meta" and any(t.is_meta for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())):
+        raise StagecutError(
+            f"there is no stage {index}",
+            hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}",
+        )
+    if device.type != "meta" and any(
+        t.is_meta
+        for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())
+    ):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
     return _STAGE(pipe, index, device, group, sizes, fed)

@@ -1,7 +1,8 @@
 """What neighbouring stages exchange: flat tuples of contiguous tensors, relayed values among them.
 
-A schedule of torch.distributed knows only neighbours. So the boundary between two stages lists every value that is made
-before it and needed behind it; a stage hands on what it does not use. Both ends compute the same list from the program.
+A schedule of torch.distributed knows only neighbours. So the boundary between two stages lists every value
+that is made before it and needed behind it; a stage hands on what it does not use. Both ends compute the same
+list from the program.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _SCALARS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 
 
 class _Own(torch.autograd.Function):
-    """The tensor itself, no view of another: torch detaches in place what crossed. Its gradient is contiguous."""
+    """The tensor itself, no view of another: torch detaches in place what crossed. Its gradient is
+    contiguous.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -45,9 +48,10 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 class Port:
     """One tensor of a boundary, and how a value becomes it.
 
-    shape and dtype are the value's own, None for a number. order: the dims from the widest stride to the narrowest; repeated:
-    dims along which all elements are one, of which only the first crosses. grad: whether a gradient comes back. strides: those of the
-    value, None where its elements lie one behind the other in the order of its dims.
+    shape and dtype are the value's own, None for a number. order: the dims from the widest stride to the
+    narrowest; repeated: dims along which all elements are one, of which only the first crosses. grad: whether
+    a gradient comes back. strides: those of the value, None where its elements lie one behind the other in
+    the order of its dims.
     """
 
     value: Value
@@ -69,12 +73,19 @@ class Port:
         """The shape that crosses."""
         if self.shape is None:
             return ()
-        crossing = tuple(1 if dim in self.repeated else self.shape[dim] for dim in self.order)
+        crossing = tuple(
+            1 if dim in self.repeated else self.shape[dim] for dim in self.order
+        )
         return (*crossing, 2) if self.dtype.is_complex else crossing
 
     def meta(self) -> torch.Tensor:
         """A tensor without data of the type that crosses."""
-        return torch.empty(self.wire_shape, dtype=self.wire_dtype, device="meta", requires_grad=self.grad)
+        return torch.empty(
+            self.wire_shape,
+            dtype=self.wire_dtype,
+            device="meta",
+            requires_grad=self.grad,
+        )
 
     def pack(self, item: Any, device: torch.device) -> torch.Tensor:
         """`item` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
@@ -87,7 +98,9 @@ class Port:
         tensor = tensor.permute(self.order)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
-        tensor = tensor.contiguous().view(-1).view(tensor.shape)  # contiguous also in dims of one element, which torch 2.11 compares
+        tensor = (
+            tensor.contiguous().view(-1).view(tensor.shape)
+        )  # contiguous also in dims of one element, which torch 2.11 compares
         if self.wire_dtype != tensor.dtype:
             tensor = tensor.view(self.wire_dtype)
         return _own(tensor) if self.grad else tensor.detach()
@@ -98,13 +111,19 @@ class Port:
             return tensor.item()
         tensor = _own(tensor)
         if self.wire_dtype != self.dtype:
-            tensor = torch.view_as_complex(tensor) if self.dtype.is_complex else tensor.view(self.dtype)
+            tensor = (
+                torch.view_as_complex(tensor)
+                if self.dtype.is_complex
+                else tensor.view(self.dtype)
+            )
         places = sorted(range(len(self.order)), key=self.order.__getitem__)
         return tensor.permute(places).expand(self.shape)
 
 
 def own(p: Port, item: Any, device: torch.device) -> torch.Tensor:
-    """`item` as torch's schedules take it from the last stage: a tensor that is no view, with history only where a gradient comes back."""
+    """`item` as torch's schedules take it from the last stage: a tensor that is no view, with history only
+    where a gradient comes back.
+    """
     if p.shape is None:
         return p.pack(item, device)
     refuse_quantized(p.value, item)
@@ -112,10 +131,14 @@ def own(p: Port, item: Any, device: torch.device) -> torch.Tensor:
 
 
 def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
-    """A copy of a tensor that a stage may write, with these strides, else its own: torch refuses some writes by how elements lie."""
+    """A copy of a tensor that a stage may write, with these strides, else its own: torch refuses some writes
+    by how elements lie.
+    """
     if not isinstance(item, torch.Tensor):
         return item
-    strides = item.stride() if strides is None and item.layout is torch.strided else strides
+    strides = (
+        item.stride() if strides is None and item.layout is torch.strided else strides
+    )
     if strides is None or 0 in strides:
         return item.clone()
     return item.new_empty_strided(item.shape, strides).copy_(item)
@@ -131,10 +154,11 @@ _WRITES = (
 
 @contextmanager
 def writes_explained(stage: int) -> Iterator[None]:
-    """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it has to do with a cut.
+    """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it
+    has to do with a cut.
 
-    Into one of several views, by `out=`, or into what backward needs. Nobody can tell from outside whether what a module kept whole makes
-    carries gradient, so where it crosses it does.
+    Into one of several views, by `out=`, or into what backward needs. Nobody can tell from outside whether
+    what a module kept whole makes carries gradient, so where it crosses it does.
     """
     try:
         yield
@@ -142,13 +166,19 @@ def writes_explained(stage: int) -> Iterator[None]:
         if not any(refusal in str(error) for refusal in _WRITES):
             raise
         raise StagecutError(
-            f"stage {stage} writes in a way that torch refuses where what crosses carries gradient: {str(error).splitlines()[0]}",
-            hint="write into a clone; or, where what a module kept whole makes carries none, detach() it behind the module",
+            f"stage {stage} writes in a way that torch refuses where what crosses carries gradient: "
+            f"{str(error).splitlines()[0]}",
+            hint=(
+                "write into a clone; or, where what a module kept whole makes carries none, detach() it "
+                "behind the module"
+            ),
         ).with_traceback(error.__traceback__) from None
 
 
 def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
-    """The port of a value; `as_it_is`: it crosses in its own shape. Raises StagecutError for what cannot cross between processes."""
+    """The port of a value; `as_it_is`: it crosses in its own shape. Raises StagecutError for what cannot
+    cross between processes.
+    """
     kind = value.type
     if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
         return Port(value, None, _SCALARS[kind.kind])
@@ -157,11 +187,15 @@ def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
     shape = tuple(size(dim, sizes, value) for dim in kind.shape)
     dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
     if kind.strides is None or as_it_is:
-        return Port(value, shape, dtype, tuple(range(len(shape))), (), carries_grad(kind))
+        return Port(
+            value, shape, dtype, tuple(range(len(shape))), (), carries_grad(kind)
+        )
     strides = [size(step, sizes, value) for step in kind.strides]
     order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim)))
     repeated = tuple(dim for dim in order if strides[dim] == 0 and shape[dim] > 1)
-    return Port(value, shape, dtype, order, repeated, carries_grad(kind), tuple(strides))
+    return Port(
+        value, shape, dtype, order, repeated, carries_grad(kind), tuple(strides)
+    )
 
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:
@@ -172,30 +206,46 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     if found is None:
         found = evaluate(dim, tuple(sorted(sizes.items())))
     if found is None:
-        raise _cannot_cross(value, f"its size {dim} depends on data, so the receiver cannot know it")
+        raise _cannot_cross(
+            value, f"its size {dim} depends on data, so the receiver cannot know it"
+        )
     return found
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:
-    where = value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
-    return StagecutError(f"{value!r} cannot cross to another process: {why}", where=where, hint="cut where it does not cross")
+    where = (
+        value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
+    )
+    return StagecutError(
+        f"{value!r} cannot cross to another process: {why}",
+        where=where,
+        hint="cut where it does not cross",
+    )
 
 
 def refuse_quantized(value: Value, item: Any) -> None:
-    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes those for tensors of floats."""
+    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes those for tensors
+    of floats.
+    """
     if isinstance(item, torch.Tensor) and item.is_quantized:
-        raise _cannot_cross(value, f"it is quantized ({item.dtype}), and its scale is nothing that is sent")
+        raise _cannot_cross(
+            value,
+            f"it is quantized ({item.dtype}), and its scale is nothing that is sent",
+        )
 
 
 def fed_inputs(program: Program) -> frozenset[Value]:
     """The user inputs that every stage is given which reads them; the others travel from the first one."""
-    return frozenset(program.inputs) - {t.value for t in program.transfers if t.source is None and t.route == "relay"}
+    return frozenset(program.inputs) - {
+        t.value for t in program.transfers if t.source is None and t.route == "relay"
+    }
 
 
 def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
     """Per stage, the values it hands on, in order of definition; for the last one, what the model returns.
 
-    Inputs in `fed` are given to each stage that reads them; the others go to the first stage, which hands them on.
+    Inputs in `fed` are given to each stage that reads them; the others go to the first stage, which hands
+    them on.
     """
     last_stage = len(program.stages) - 1
     made: dict[Value, int] = {value: 0 for value in program.inputs if value not in fed}
@@ -203,7 +253,12 @@ def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
     for stage in program.stages:
         made |= {value: stage.index for value in stage.outputs if value not in made}
         needed |= dict.fromkeys(stage.inputs, stage.index)
-    returned = [value for value in dict.fromkeys(program.output.operands) if value not in fed]
+    returned = [
+        value for value in dict.fromkeys(program.output.operands) if value not in fed
+    ]
     needed |= dict.fromkeys(returned, last_stage)
-    lists = [[v for v, start in made.items() if start <= i < needed.get(v, -1)] for i in range(last_stage)]
+    lists = [
+        [v for v, start in made.items() if start <= i < needed.get(v, -1)]
+        for i in range(last_stage)
+    ]
     return [*lists, returned]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from stagecut.ir.aliases import storage_root, unwritten, writes_of, written_in
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import BY_MODE, WHOLE, Mode, Op, Program, Stage, StateEntry, Value
+from stagecut.ir.graph import (
+    BY_MODE,
+    WHOLE,
+    Mode,
+    Op,
+    Program,
+    Stage,
+    StateEntry,
+    Value,
+)
 from stagecut.ir.ops import facts, module_path
 from stagecut.ir.types import carries_grad
 
 
 def refuse_feedback(program: Program, training: bool = True) -> None:
-    """Returns when every write stays in one stage; raises StagecutError naming what would have to flow backward.
+    """Returns when every write stays in one stage; raises StagecutError naming what would have to flow
+    backward.
 
     Out of training, what ops with a training flag write does not count.
     """
@@ -18,36 +28,52 @@ def refuse_feedback(program: Program, training: bool = True) -> None:
     for entry in program.state:
         if entry.share != "feedback":
             continue
-        ops = [op for stage in program.stages for op in stage.ops if _touches(op, entry)]
+        ops = [
+            op for stage in program.stages for op in stage.ops if _touches(op, entry)
+        ]
         if not training and all(_follows_mode(op) for op in ops if op.effects.writes):
             continue
         raise StagecutError(
-            f"'{entry.name}' is written in one stage and read or written in another, so the next step would read a stale copy",
+            f"'{entry.name}' is written in one stage and read or written in another, so the next step would "
+            "read a stale copy",
             where="; ".join(dict.fromkeys(op.where() for op in ops[:4])),
             hint="cut so that all of it lies in one stage; one process can run this pipe, several cannot",
         )
 
 
 def _refuse_writes_past_autograd(program: Program) -> None:
-    """Raises StagecutError where a stage writes through `.data` what another one made: backward there would see the old values."""
+    """Raises StagecutError where a stage writes through `.data` what another one made: backward there would
+    see the old values.
+    """
     for stage in program.stages:
         here = set(stage.ops)
         for op in stage.ops:
             if not facts(op).past_autograd or not carries_grad(op.operands[0].type):
                 continue
             root = storage_root(op.operands[0])
-            if isinstance(root.owner, StateEntry) or root.owner in here or (root.owner is None and root.uses.keys() <= here):
+            if (
+                isinstance(root.owner, StateEntry)
+                or root.owner in here
+                or (root.owner is None and root.uses.keys() <= here)
+            ):
                 continue
             for writer, _ in writes_of(stage.ops, op.results):
                 raise StagecutError(
-                    f"stage {stage.index} writes {root!r} through .data, which backward sees where it was made, and another stage made it",
+                    f"stage {stage.index} writes {root!r} through .data, which backward sees where it was "
+                    "made, and another stage made it",
                     where=writer.where(),
-                    hint="cut so that both lie in one stage, or write into a clone; one process can run this pipe, several cannot",
+                    hint=(
+                        "cut so that both lie in one stage, or write into a clone; one process can run this "
+                        "pipe, several cannot"
+                    ),
                 )
 
 
 def _follows_mode(op: Op) -> bool:
-    return any(isinstance(item, Mode) and item.is_flag for item in op.args) and op.target != BY_MODE
+    return (
+        any(isinstance(item, Mode) and item.is_flag for item in op.args)
+        and op.target != BY_MODE
+    )
 
 
 def _touches(op: Op, entry: StateEntry) -> bool:
@@ -55,12 +81,16 @@ def _touches(op: Op, entry: StateEntry) -> bool:
 
 
 def written_inputs(block: Stage) -> set[Value]:
-    """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot be leaves."""
+    """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot
+    be leaves.
+    """
     return written_in(block.ops, block.inputs)
 
 
 def lives_in_buffer(value: Value) -> bool:
-    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write it."""
+    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write
+    it.
+    """
     owner = storage_root(value).owner
     return isinstance(owner, StateEntry) and owner.kind == "buffer"
 
@@ -68,11 +98,14 @@ def lives_in_buffer(value: Value) -> bool:
 def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
     """True when the backward of a stage must not be split into one for its inputs and one for its weights.
 
-    torch's split follows each weight to where it meets a received value: it misses a weight with another way out, and
-    takes a graph apart twice where a weight meets received values in two places. What a module kept whole or a body does
-    inside is not known.
+    torch's split follows each weight to where it meets a received value: it misses a weight with another way
+    out, and takes a graph apart twice where a weight meets received values in two places. What a module kept
+    whole or a body does inside is not known.
     """
-    if any(module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context) for op in block.ops):
+    if any(
+        module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context)
+        for op in block.ops
+    ):
         return True
     meets = set(received)
     own = {entry.value for entry in block.state if entry.kind == "param"}
@@ -83,4 +116,6 @@ def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> b
         elif any(value in own for value in op.operands):
             own.update(carrying)
     here = set(block.ops)
-    return any(value in own for value in sent) or any(sum(user in here for user in value.uses) > 1 for value in own)
+    return any(value in own for value in sent) or any(
+        sum(user in here for user in value.uses) > 1 for value in own
+    )

@@ -49,22 +49,35 @@ from stagecut.ir.run.targets import DEVICE, check_op, constant
 from stagecut.ir.text.printer import nested_ops
 from stagecut.ir.types import TensorType
 
-_OWN_WORDS = "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of reads_only __debug__"
+_OWN_WORDS = (
+    "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of "
+    "reads_only __debug__"
+)
 _RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
 _TAKEN = frozenset(vars(nn.Module()))
 """What every nn.Module keeps in itself: a module or tensor of such a name would be in its place."""
 
 
-def emit(program: Program, bindings: Bindings, only: Collection[int] | None = None) -> list[Stage]:
-    """The stages of a linked program, or those of these numbers, as modules that hold the tensors of `bindings`.
+def emit(
+    program: Program, bindings: Bindings, only: Collection[int] | None = None
+) -> list[Stage]:
+    """The stages of a linked program, or those of these numbers, as modules that hold the tensors of
+    `bindings`.
 
     Raises EmitError when the program is not linked, names an unknown op, or lacks a tensor.
     """
     if program.phase != "linked":
-        raise EmitError(f"only a linked program can be emitted, this one is {program.phase}", hint="run all passes first")
+        raise EmitError(
+            f"only a linked program can be emitted, this one is {program.phase}",
+            hint="run all passes first",
+        )
     emitter = _Emitter(program, bindings)
-    return [emitter.stage(block) for block in program.stages if only is None or block.index in only]
+    return [
+        emitter.stage(block)
+        for block in program.stages
+        if only is None or block.index in only
+    ]
 
 
 class _Emitter:
@@ -74,8 +87,12 @@ class _Emitter:
         self.where: Positions = positions(program)
         self.code = Code(bindings.functions, program.name)
         self.device = _main_device(program)
-        self.home = torch.device(self.device if bindings.device is None else bindings.device)
-        self.reserved = _RESERVED | {name.replace(".", "_") for name in bindings.functions}
+        self.home = torch.device(
+            self.device if bindings.device is None else bindings.device
+        )
+        self.reserved = _RESERVED | {
+            name.replace(".", "_") for name in bindings.functions
+        }
         self._lines: dict[Any, str] = {}
         self.unseen = _unseen(program, bindings)
         self.promises = Promises(program, bindings)
@@ -86,10 +103,14 @@ class _Emitter:
         names = Namer(self.reserved)
         parameters = {v: names(_local_name(v.hint) or "x") for v in block.inputs}
         root.input_names = tuple(parameters.values())
-        root.input_types, root.output_types = (tuple(v.type for v in values) for values in (block.inputs, block.outputs))
+        root.input_types, root.output_types = (
+            tuple(v.type for v in values) for values in (block.inputs, block.outputs)
+        )
         tree = _Tree(root, self)
         tree.hold(block)
-        for path in self.bindings.extras if block.index == 0 else ():  # what no stage reads is stored too
+        for path in (
+            self.bindings.extras if block.index == 0 else ()
+        ):  # what no stage reads is stored too
             tree.node(path)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
@@ -100,8 +121,16 @@ class _Emitter:
     def comment(self, op: Op) -> str:
         """The user's source line of an op."""
         if op.loc not in self._lines and op.loc is not None:
-            source = linecache.getline(op.loc.file, op.loc.line).strip() if self.bindings.sources else ""
-            self._lines[op.loc] = printable(f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(": "))
+            source = (
+                linecache.getline(op.loc.file, op.loc.line).strip()
+                if self.bindings.sources
+                else ""
+            )
+            self._lines[op.loc] = printable(
+                f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(
+                    ": "
+                )
+            )
         return self._lines.get(op.loc, "")
 
 
@@ -113,7 +142,9 @@ class _Tree:
         self._emitter = emitter
 
     def node(self, path: str) -> nn.Module:
-        """The module at `path`, made with all modules above it when it is not there yet. Nothing is put into a user's own module."""
+        """The module at `path`, made with all modules above it when it is not there yet. Nothing is put into
+        a user's own module.
+        """
         found = self._nodes.get(path)
         if found is not None:
             return found
@@ -125,7 +156,12 @@ class _Tree:
         _refuse_taken(parent, path, (parent._parameters, parent._buffers))
         found = bindings.modules.get(path)
         if found is None:
-            found = StageModule(bindings.classes.get(path, "Module"), path, self._emitter.code, self._emitter.home)
+            found = StageModule(
+                bindings.classes.get(path, "Module"),
+                path,
+                self._emitter.code,
+                self._emitter.home,
+            )
         self._nodes[path] = parent._modules[name] = found
         return found
 
@@ -139,11 +175,15 @@ class _Tree:
                     continue  # a leaf module of the user's holds its own
                 tensor = self._emitter.bindings.tensors.get(name)
                 if tensor is None:
-                    raise EmitError(f"no tensor is bound to '{name}'", where=f"stage {block.index}")
+                    raise EmitError(
+                        f"no tensor is bound to '{name}'", where=f"stage {block.index}"
+                    )
                 _register(owner, name, tensor, entry)
 
 
-def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateEntry) -> None:
+def _register(
+    owner: StageModule, full: str, tensor: torch.Tensor, entry: StateEntry
+) -> None:
     name = full.rpartition(".")[2]
     if entry.kind == "const":
         owner._constants[name] = tensor
@@ -157,28 +197,49 @@ def _register(owner: StageModule, full: str, tensor: torch.Tensor, entry: StateE
             owner._non_persistent_buffers_set.add(name)
 
 
-def _refuse_taken(owner: StageModule, full: str, others: Iterable[Mapping[str, Any]]) -> None:
-    """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that is in `others` too."""
+def _refuse_taken(
+    owner: StageModule, full: str, others: Iterable[Mapping[str, Any]]
+) -> None:
+    """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that is in
+    `others` too.
+    """
     name = full.rpartition(".")[2]
     if not name or name in _TAKEN or any(name in other for other in others):
-        raise EmitError(f"'{printable(full)}' is no name that a model can have", hint="it is taken by nn.Module, or names two things")
+        raise EmitError(
+            f"'{printable(full)}' is no name that a model can have",
+            hint="it is taken by nn.Module, or names two things",
+        )
 
 
 def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
-    """The branches of modules that are in no stage, or there are the user's own: who is above them has to speak for them."""
+    """The branches of modules that are in no stage, or there are the user's own: who is above them has to
+    speak for them.
+    """
     if not bindings.branches:
         return {}
     scopes = {op.scope for op in program.all_ops()}
-    seen = {scope_fqn(scope[:depth]) for scope in scopes for depth in range(len(scope) + 1)}
+    seen = {
+        scope_fqn(scope[:depth]) for scope in scopes for depth in range(len(scope) + 1)
+    }
     seen |= {name.rpartition(".")[0] for entry in program.state for name in entry.names}
     whole = tuple(f"{path}." for path in bindings.modules)
-    return {path: place for path, place in bindings.branches.items() if path not in seen or f"{path}.".startswith(whole)}
+    return {
+        path: place
+        for path, place in bindings.branches.items()
+        if path not in seen or f"{path}.".startswith(whole)
+    }
 
 
 def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) -> None:
-    modules = {path: module for path, module in root.named_modules() if isinstance(module, StageModule)}
+    modules = {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, StageModule)
+    }
     for path, module in modules.items():
-        module.training = module._captured = bindings.training.get(path, bindings.training.get("", True))
+        module.training = module._captured = bindings.training.get(
+            path, bindings.training.get("", True)
+        )
         module._branch = bindings.branches.get(path, "")
         module._switches = bindings.switches.get(path, {})
         module._extra = bindings.extras.get(path)
@@ -189,15 +250,29 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
 
 
 def _tie_flags(root: Stage, block: StageBlock) -> None:
-    """Modules of a stage whose flags decide one thing together know of each other: they are switched together or not at all."""
-    modules = {path: module for path, module in root.named_modules() if isinstance(module, StageModule)}
+    """Modules of a stage whose flags decide one thing together know of each other: they are switched together
+    or not at all.
+    """
+    modules = {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, StageModule)
+    }
     for op in nested_ops(block.ops):
         path = scope_fqn(op.scope)
-        tied = [other for item in literals((op.args, op.kwargs)) if isinstance(item, Mode) for other in item.others]
+        tied = [
+            other
+            for item in literals((op.args, op.kwargs))
+            if isinstance(item, Mode)
+            for other in item.others
+        ]
         for other in tied:
             if other in modules and path in modules and other != path:
                 modules[path]._together = {other: op.where(), **modules[path]._together}
-                modules[other]._together = {path: op.where(), **modules[other]._together}
+                modules[other]._together = {
+                    path: op.where(),
+                    **modules[other]._together,
+                }
 
 
 def _main_device(program: Program) -> str:
@@ -221,7 +296,14 @@ class _Function:
     """Writes one function: the ops of one call of the module at `path`."""
 
     def __init__(
-        self, emitter: _Emitter, tree: _Tree, block: StageBlock, path: str, depth: int, entered: int, parameters: dict[Value, str]
+        self,
+        emitter: _Emitter,
+        tree: _Tree,
+        block: StageBlock,
+        path: str,
+        depth: int,
+        entered: int,
+        parameters: dict[Value, str],
     ) -> None:
         self._emitter, self._tree, self._block = emitter, tree, block
         self._path, self._depth, self._entered = path, depth, entered
@@ -233,10 +315,23 @@ class _Function:
 
     def write(self, ops: list[Op], outputs: list[Value]) -> str:
         """The text of the function that runs `ops` and returns `outputs`."""
-        lines = ["    " * s.indent + s.text for s in self.body(list(self._group(ops)), outputs, 1)]
-        return "\n".join([f"def forward({', '.join(['self', *self._parameters.values()])}):", *lines]) + "\n"
+        lines = [
+            "    " * s.indent + s.text
+            for s in self.body(list(self._group(ops)), outputs, 1)
+        ]
+        return (
+            "\n".join(
+                [
+                    f"def forward({', '.join(['self', *self._parameters.values()])}):",
+                    *lines,
+                ]
+            )
+            + "\n"
+        )
 
-    def body(self, runs: list[list[Op]], outputs: list[Value], indent: int) -> list[_Statement]:
+    def body(
+        self, runs: list[list[Op]], outputs: list[Value], indent: int
+    ) -> list[_Statement]:
         """The statements that run `runs` and return `outputs`."""
         self._items(runs, self._entered, indent)
         returned = [self._value(v, self._path) for v in outputs]
@@ -263,7 +358,11 @@ class _Function:
         run: list[Op] = []
         for op in ops:
             inside = len(op.scope) > self._depth
-            if run and not (inside and len(run[0].scope) > self._depth and run[0].scope[self._depth] == op.scope[self._depth]):
+            if run and not (
+                inside
+                and len(run[0].scope) > self._depth
+                and run[0].scope[self._depth] == op.scope[self._depth]
+            ):
                 yield run
                 run = []
             run.append(op)
@@ -282,12 +381,18 @@ class _Function:
                 index += 1
                 continue
             stop = index
-            while stop < len(runs) and _common_context(runs[stop])[entered : entered + 1] == context[entered : entered + 1]:
+            while (
+                stop < len(runs)
+                and _common_context(runs[stop])[entered : entered + 1]
+                == context[entered : entered + 1]
+            ):
                 stop += 1
             self._enter(context[entered], runs[index:stop], entered + 1, indent)
             index = stop
 
-    def _enter(self, context: Context, runs: list[list[Op]], entered: int, indent: int) -> None:
+    def _enter(
+        self, context: Context, runs: list[list[Op]], entered: int, indent: int
+    ) -> None:
         if context.kind == "checkpoint":
             self._checkpoint(context, runs, entered, indent)
         elif context.kind == "transform":  # its first and its last op say so themselves
@@ -307,40 +412,93 @@ class _Function:
         path = f"{self._path}.{frame.name}" if self._path else frame.name
         module = self._tree.node(path)
         if not isinstance(module, StageModule):
-            raise EmitError(f"module '{path}' is kept whole, yet ops of its inside are in the program", where=ops[0].where())
+            raise EmitError(
+                f"module '{path}' is kept whole, yet ops of its inside are in the program",
+                where=ops[0].where(),
+            )
         where = self._emitter.where
         inner = [v for v in where.live_ins(ops) if self._state(v, path, path) is None]
         parameters = {v: f"x{i}" for i, v in enumerate(inner)}
         outputs = where.live_outs(ops)
-        writer = _Function(self._emitter, self._tree, self._block, path, self._depth + 1, entered, parameters)
+        writer = _Function(
+            self._emitter,
+            self._tree,
+            self._block,
+            path,
+            self._depth + 1,
+            entered,
+            parameters,
+        )
         number = module.add_call(writer.write(ops, outputs))
         passed = [self._value(v, path) for v in inner]
-        spelled = f"{_attributes('self', frame.name.split('.'))}({', '.join([*passed, *([f'_call={number}'] if number else [])])})"
+        passed += [f"_call={number}"] if number else []
+        spelled = f"{_attributes('self', frame.name.split('.'))}({', '.join(passed)})"
         bound = [self._define(v, frame.name.rpartition(".")[2]) for v in outputs]
         names = {*self._locals_of(inner), *bound}
-        self._out.append(_Statement(indent, f"{', '.join(bound)} = {spelled}" if bound else spelled, names))
+        self._out.append(
+            _Statement(
+                indent, f"{', '.join(bound)} = {spelled}" if bound else spelled, names
+            )
+        )
         self._last_comment = ""
 
-    def _checkpoint(self, context: Context, runs: list[list[Op]], entered: int, indent: int) -> None:
+    def _checkpoint(
+        self, context: Context, runs: list[list[Op]], entered: int, indent: int
+    ) -> None:
         """A function of its own that torch.utils.checkpoint runs, and runs again for the backward."""
         ops, where = [op for run in runs for op in run], self._emitter.where
         inside = set(ops)
         roots = {v: unwritten(v) for v in [*where.live_ins(ops), *where.live_outs(ops)]}
-        given = [v for v in where.live_ins(ops) if self._state(roots[v], self._path, self._path) is None]
+        given = [
+            v
+            for v in where.live_ins(ops)
+            if self._state(roots[v], self._path, self._path) is None
+        ]
         outputs = [v for v in where.live_outs(ops) if roots[v].owner in inside]
         parameters = {v: f"x{i}" for i, v in enumerate(given)}
-        inner = _Function(self._emitter, self._tree, self._block, self._path, self._depth, entered, parameters)
-        written = written_in(ops, given)  # as an argument, torch would refuse to compute with it again
+        inner = _Function(
+            self._emitter,
+            self._tree,
+            self._block,
+            self._path,
+            self._depth,
+            entered,
+            parameters,
+        )
+        written = written_in(
+            ops, given
+        )  # as an argument, torch would refuse to compute with it again
         name = self._names("checkpointed")
         bound = [parameters[v] for v in given if v not in written]
-        bound += [f"{parameters[v]}={self._value(v, self._path)}" for v in given if v in written]
+        bound += [
+            f"{parameters[v]}={self._value(v, self._path)}"
+            for v in given
+            if v in written
+        ]
         self._out.append(_Statement(indent, f"def {name}({', '.join(bound)}):"))
-        self._out += [_Statement(s.indent, s.text) for s in inner.body(runs, outputs, indent + 1)]
-        passed = [name, *(self._value(v, self._path) for v in given if v not in written), "use_reentrant=False"]
-        call = f"torch.utils.checkpoint.checkpoint({', '.join(passed)}{'' if context.args[1] else ', preserve_rng_state=False'})"
+        self._out += [
+            _Statement(s.indent, s.text) for s in inner.body(runs, outputs, indent + 1)
+        ]
+        passed = [
+            name,
+            *(self._value(v, self._path) for v in given if v not in written),
+            "use_reentrant=False",
+        ]
+        passed += [] if context.args[1] else ["preserve_rng_state=False"]
+        call = f"torch.utils.checkpoint.checkpoint({', '.join(passed)})"
         results = [self._define(v, v.hint) for v in outputs]
-        self._local |= {v: self._local[root] for v, root in roots.items() if root in self._local and v not in self._local}
-        self._out.append(_Statement(indent, f"{', '.join(results)} = {call}" if results else call, {*self._locals_of(given), *results}))
+        self._local |= {
+            v: self._local[root]
+            for v, root in roots.items()
+            if root in self._local and v not in self._local
+        }
+        self._out.append(
+            _Statement(
+                indent,
+                f"{', '.join(results)} = {call}" if results else call,
+                {*self._locals_of(given), *results},
+            )
+        )
         self._last_comment = ""
 
     # --- one op ---------------------------------------------------------------------------------
@@ -357,24 +515,40 @@ class _Function:
                 self._local[new] = self._local[old]
         target, unpack = self._targets(op)
         names = self._locals_of([*op.operands, *op.results])
-        self._out.append(_Statement(indent, f"{target} = {call}" if target else call, set() if unpack else set(names)))
+        self._out.append(
+            _Statement(
+                indent,
+                f"{target} = {call}" if target else call,
+                set() if unpack else set(names),
+            )
+        )
         for number, line in enumerate(unpack):
-            self._out.append(_Statement(indent, line, set(names) if number == len(unpack) - 1 else set()))
+            self._out.append(
+                _Statement(
+                    indent, line, set(names) if number == len(unpack) - 1 else set()
+                )
+            )
 
     def _spell(self, op: Op, regions: list[str]) -> str:
         check_op(op)
         kind, rest = op.target.kind, op.target.name
         if kind is Kind.MODULE:
             args, kwargs, _ = op.args
-            called = f"{self._watched(self._leaf(rest, op), f'module {rest!r}', op)}({self._arguments(op, args, kwargs, regions)})"
+            watched = self._watched(self._leaf(rest, op), f"module {rest!r}", op)
+            called = f"{watched}({self._arguments(op, args, kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, {self._sizes(op)}", op)
         if kind is Kind.METHOD:
             receiver = self._tree_text(op.args[0], op, regions)
             return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
         if kind is Kind.EXTERN:
             if op.target not in self._emitter.bindings.functions:
-                raise EmitError(f"function '{op.target}' is not bound", where=op.where(), hint="IR text alone cannot hold user functions")
-            called = f"{self._watched(f'extern_{rest}', f'function {rest!r}', op)}({self._arguments(op, op.args, op.kwargs, regions)})"
+                raise EmitError(
+                    f"function '{op.target}' is not bound",
+                    where=op.where(),
+                    hint="IR text alone cannot hold user functions",
+                )
+            watched = self._watched(f"extern_{rest}", f"function {rest!r}", op)
+            called = f"{watched}({self._arguments(op, op.args, op.kwargs, regions)})"
             return self._tensors_of(called, f"{rest!r}, None", op)
         if op.target == BY_MODE:
             flag, _, _, operands = op.args
@@ -385,32 +559,58 @@ class _Function:
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
 
     def _watched(self, function: str, what: str, op: Op) -> str:
-        """What is called for the user's own code: where other stages would not see what it might do in another call, it is watched."""
+        """What is called for the user's own code: where other stages would not see what it might do in
+        another call, it is watched.
+        """
         watch = self._emitter.promises.of(op)
         if not watch.unwritten and not watch.apart:
             return function
-        given = [f"{name!r}: {self._value(value, self._path)}" for name, value in watch.unwritten.items()]
-        apart = [f"{name!r}: ({self._value(value, self._path)}, {places})" for name, (value, places) in watch.apart.items()]
+        given = [
+            f"{name!r}: {self._value(value, self._path)}"
+            for name, value in watch.unwritten.items()
+        ]
+        apart = [
+            f"{name!r}: ({self._value(value, self._path)}, {places})"
+            for name, (value, places) in watch.apart.items()
+        ]
         return f"reads_only({function}, {what!r}, {{{', '.join(given)}}}, {{{', '.join(apart)}}})"
 
     def _tensors_of(self, called: str, about: str, op: Op) -> str:
         if op.returned is None:
             return called
-        returned = f", ({', '.join(self._literal(item, op) for item in op.returned)},)" if op.returned else ""
+        returned = (
+            f", ({', '.join(self._literal(item, op) for item in op.returned)},)"
+            if op.returned
+            else ""
+        )
         return f"tensors_of({called}, {about}{returned})"
 
     def _sizes(self, op: Op) -> str:
-        """What the results of a module kept whole must be sized, by the sizes of its arguments where they vary."""
+        """What the results of a module kept whole must be sized, by the sizes of its arguments where they
+        vary.
+        """
         known: dict[str, str] = {}
         for value in leaves(op.args[:2]):
             if isinstance(value.type, TensorType):
                 name = self._value(value, self._path)
-                known |= {dim: f"{name}.shape[{place}]" for place, dim in enumerate(value.type.shape) if isinstance(dim, str)}
+                known |= {
+                    dim: f"{name}.shape[{place}]"
+                    for place, dim in enumerate(value.type.shape)
+                    if isinstance(dim, str)
+                }
         rows = [getattr(result.type, "shape", ()) for result in op.results]
-        spelled = [[known.get(dim, "None") if isinstance(dim, str) else str(dim) for dim in row] for row in rows]
+        spelled = [
+            [
+                known.get(dim, "None") if isinstance(dim, str) else str(dim)
+                for dim in row
+            ]
+            for row in rows
+        ]
         return "[" + ", ".join(f"[{', '.join(row)}]" for row in spelled) + "]"
 
-    def _arguments(self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]) -> str:
+    def _arguments(
+        self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]
+    ) -> str:
         parts = [self._tree_text(a, op, regions) for a in args]
         for key, item in kwargs.items():
             if not key.isidentifier() or keyword.iskeyword(key):
@@ -421,8 +621,12 @@ class _Function:
     def _leaf(self, path: str, op: Op) -> str:
         self._tree.node(path)
         if self._path and not path.startswith(self._path + "."):
-            raise EmitError(f"leaf module '{path}' is called from another module", where=op.where())
-        return _attributes("self", path[len(self._path) + 1 if self._path else 0 :].split("."))
+            raise EmitError(
+                f"leaf module '{path}' is called from another module", where=op.where()
+            )
+        return _attributes(
+            "self", path[len(self._path) + 1 if self._path else 0 :].split(".")
+        )
 
     def _targets(self, op: Op) -> tuple[str, list[str]]:
         """What the call is assigned to, and lines that take it apart where a pattern cannot."""
@@ -438,13 +642,19 @@ class _Function:
         if not _holds_dict(op.form):
             return _pattern(op.form, names), []
         whole = self._names(f"{wish}_result")
-        lines = [f"{names[i]} = {whole}{path}" for i, path in _paths(op.form) if names[i] != "_"]
+        lines = [
+            f"{names[i]} = {whole}{path}"
+            for i, path in _paths(op.form)
+            if names[i] != "_"
+        ]
         lines[-1] += f";  del {whole}"
         return whole, lines
 
     def _region(self, region: Region, indent: int) -> str:
         name = self._names(region.name)
-        inner = _Function(self._emitter, self._tree, self._block, self._path, 10**6, 0, {})
+        inner = _Function(
+            self._emitter, self._tree, self._block, self._path, 10**6, 0, {}
+        )
         inner._names = self._names
         inner._local = {p: self._names("x") for p in region.params}
         parameters = list(inner._local.values())
@@ -463,7 +673,11 @@ class _Function:
         return name
 
     def _locals_of(self, values: list[Value]) -> list[str]:
-        return [self._local[v] for v in values if v in self._local and self._local[v].isidentifier()]
+        return [
+            self._local[v]
+            for v in values
+            if v in self._local and self._local[v].isidentifier()
+        ]
 
     def _value(self, value: Value, reader: str) -> str:
         """The expression for a value in this function, read on behalf of the module at `reader`."""
@@ -471,10 +685,14 @@ class _Function:
         if name is not None:
             return name
         state = self._state(value, self._path, reader)
-        if state is None and value.version_of is not None:  # the tensor it is a version of, written in place
+        if (
+            state is None and value.version_of is not None
+        ):  # the tensor it is a version of, written in place
             return self._value(value.version_of, reader)
         if state is None:
-            raise EmitError(f"{value!r} is not available in module '{self._path}' of stage {self._block.index}")
+            raise EmitError(
+                f"{value!r} is not available in module '{self._path}' of stage {self._block.index}"
+            )
         return state
 
     def _state(self, value: Value, path: str, reader: str) -> str | None:
@@ -505,9 +723,17 @@ class _Function:
         if isinstance(tree, list):
             return f"[{', '.join(self._tree_text(t, op, regions) for t in tree)}]"
         if isinstance(tree, dict):
-            return "{" + ", ".join(f"{self._literal(k, op)}: {self._tree_text(v, op, regions)}" for k, v in tree.items()) + "}"
+            return (
+                "{"
+                + ", ".join(
+                    f"{self._literal(k, op)}: {self._tree_text(v, op, regions)}"
+                    for k, v in tree.items()
+                )
+                + "}"
+            )
         if isinstance(tree, slice):
-            return f"slice({', '.join(self._tree_text(t, op, regions) for t in (tree.start, tree.stop, tree.step))})"
+            bounds = (tree.start, tree.stop, tree.step)
+            return f"slice({', '.join(self._tree_text(bound, op, regions) for bound in bounds)})"
         if isinstance(tree, RegionRef):
             return regions[tree.index]
         return self._literal(tree, op)
@@ -519,17 +745,34 @@ class _Function:
             return self._token(item, op)
         if isinstance(item, complex) and not cmath.isfinite(item):
             return f"complex({item.real!r}, {item.imag!r})"
-        if item is None or item is ... or isinstance(item, (bool, int, float, complex, str)):
+        if (
+            item is None
+            or item is ...
+            or isinstance(item, (bool, int, float, complex, str))
+        ):
             return repr(item)
-        raise EmitError(f"a literal of type {type(item).__name__} cannot be written", where=op.where())
+        raise EmitError(
+            f"a literal of type {type(item).__name__} cannot be written",
+            where=op.where(),
+        )
 
     def _mode(self, item: Mode, op: Op) -> str:
-        """A literal that follows the flag of the module its op is in: inside a region that may lie deeper than the function."""
+        """A literal that follows the flag of the module its op is in: inside a region that may lie deeper
+        than the function.
+        """
         path = scope_fqn(op.scope)
-        below = path[len(self._path) + 1 if self._path else 0 :] if path != self._path else ""
+        below = (
+            path[len(self._path) + 1 if self._path else 0 :]
+            if path != self._path
+            else ""
+        )
         if below:
             self._tree.node(path)
-        flag = f"{_attributes('self', below.split('.'))}.training" if below else "self.training"
+        flag = (
+            f"{_attributes('self', below.split('.'))}.training"
+            if below
+            else "self.training"
+        )
         if item.is_flag:
             return flag
         return f"({self._literal(item.training, op)} if {flag} else {self._literal(item.evaluating, op)})"
@@ -537,7 +780,11 @@ class _Function:
     def _token(self, token: Token, op: Op) -> str:
         device = DEVICE.fullmatch(token.text)
         if device:
-            return "self._here.device" if device[1] == self._emitter.device else f'torch.device("{device[1]}")'
+            return (
+                "self._here.device"
+                if device[1] == self._emitter.device
+                else f'torch.device("{device[1]}")'
+            )
         try:
             constant(token)
         except EmitError as error:
@@ -550,8 +797,13 @@ class _Function:
         if context.kind == "autocast":
             device, *rest = context.args
             arguments = ", ".join(self._literal(a, Op("autocast")) for a in rest)
-            return f"torch.autocast({self._literal(device, Op('autocast'))}, {arguments})"
-        raise EmitError(f"unknown context '{context.kind}'", hint="no_grad, enable_grad, inference_mode and autocast are known")
+            return (
+                f"torch.autocast({self._literal(device, Op('autocast'))}, {arguments})"
+            )
+        raise EmitError(
+            f"unknown context '{context.kind}'",
+            hint="no_grad, enable_grad, inference_mode and autocast are known",
+        )
 
 
 def _common_context(run: list[Op]) -> tuple[Context, ...]:
@@ -567,7 +819,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _attributes(owner: str, parts: list[str]) -> str:
-    """`owner.a.b`, through getattr where a part is no identifier and through the registry where it hides one of ours."""
+    """`owner.a.b`, through getattr where a part is no identifier and through the registry where it hides one
+    of ours.
+    """
     for part in parts:
         if _is_ours(part):
             owner = f"{owner}._modules[{part!r}]"
@@ -590,7 +844,9 @@ def _wish(op: Op) -> str:
 
 
 def _holds_dict(form: Any) -> bool:
-    return isinstance(form, dict) or (isinstance(form, (tuple, list)) and any(map(_holds_dict, form)))
+    return isinstance(form, dict) or (
+        isinstance(form, (tuple, list)) and any(map(_holds_dict, form))
+    )
 
 
 def _pattern(form: Any, names: list[str]) -> str:

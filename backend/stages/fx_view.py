@@ -1,4 +1,6 @@
-"""The stages as torch.fx shows them: one graph of calls of stages, and what torch's own stage class asks of each."""
+"""The stages as torch.fx shows them: one graph of calls of stages, and what torch's own stage class asks of
+each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from stagecut.backend.stages.crossing import backward_is_whole, lives_in_buffer, refuse_feedback, written_inputs
+from stagecut.backend.stages.crossing import (
+    backward_is_whole,
+    lives_in_buffer,
+    refuse_feedback,
+    written_inputs,
+)
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Namer, Program, Value
 from stagecut.ir.types import DTYPES, TensorType, Type, carries_grad
@@ -20,7 +27,9 @@ PREFIX = "submod_pp_"
 
 def split_module(program: Program, stages: Sequence[nn.Module]) -> fx.GraphModule:
     """A module that calls the stages, as torch's frontend has it: `submod_pp_0` and so on, on flat inputs."""
-    return fx.GraphModule({f"{PREFIX}{i}": stage for i, stage in enumerate(stages)}, split_graph(program))
+    return fx.GraphModule(
+        {f"{PREFIX}{i}": stage for i, stage in enumerate(stages)}, split_graph(program)
+    )
 
 
 def split_graph(program: Program) -> fx.Graph:
@@ -28,26 +37,52 @@ def split_graph(program: Program) -> fx.Graph:
     graph = fx.Graph()
     names = Namer(keyword.kwlist)
     nodes = {
-        value: _typed(graph.placeholder(names(value.hint if value.hint.isidentifier() else "input")), value.type)
+        value: _typed(
+            graph.placeholder(
+                names(value.hint if value.hint.isidentifier() else "input")
+            ),
+            value.type,
+        )
         for value in program.inputs
     }
     for stage in program.stages:
-        call = graph.create_node("call_module", f"{PREFIX}{stage.index}", tuple(nodes[value] for value in stage.inputs))
+        call = graph.create_node(
+            "call_module",
+            f"{PREFIX}{stage.index}",
+            tuple(nodes[value] for value in stage.inputs),
+        )
         if len(stage.outputs) == 1:
             nodes[stage.outputs[0]] = _typed(call, stage.outputs[0].type)
             continue
-        for place, value in enumerate(stage.outputs):  # each has its node, in this order, which torch counts on
-            nodes[value] = _typed(graph.call_function(operator.getitem, (call, place)), value.type)
-    graph.output(tuple(nodes[leaf] if isinstance(leaf, Value) else leaf for leaf in program.outputs))
+        for place, value in enumerate(
+            stage.outputs
+        ):  # each has its node, in this order, which torch counts on
+            nodes[value] = _typed(
+                graph.call_function(operator.getitem, (call, place)), value.type
+            )
+    graph.output(
+        tuple(
+            nodes[leaf] if isinstance(leaf, Value) else leaf for leaf in program.outputs
+        )
+    )
     return graph
 
 
-def stage_graph(names: Sequence[str], takes: Sequence[Type], gives: Sequence[Type]) -> fx.Graph:
-    """A placeholder for each input of a stage, and an output for each of its outputs, with their types; nothing between."""
+def stage_graph(
+    names: Sequence[str], takes: Sequence[Type], gives: Sequence[Type]
+) -> fx.Graph:
+    """A placeholder for each input of a stage, and an output for each of its outputs, with their types;
+    nothing between.
+    """
     graph = fx.Graph()
     for name, kind in zip(names, takes, strict=True):
         _typed(graph.placeholder(name), kind)
-    graph.output(tuple(_typed(graph.get_attr(f"output_{place}"), kind) for place, kind in enumerate(gives)))
+    graph.output(
+        tuple(
+            _typed(graph.get_attr(f"output_{place}"), kind)
+            for place, kind in enumerate(gives)
+        )
+    )
     return graph
 
 
@@ -71,13 +106,18 @@ def _example(kind: Type) -> torch.Tensor | None:
 
 
 def refuse_torchs_stage(program: Program) -> None:
-    """Returns when torch's own stage class runs these stages right, under each of its schedules; raises StagecutError saying why not."""
+    """Returns when torch's own stage class runs these stages right, under each of its schedules; raises
+    StagecutError saying why not.
+    """
     refuse_feedback(program)
     for what, where in _beyond_torch(program):
         raise StagecutError(
             f"torch's own build_stage cannot run this pipe: {what}",
             where=where,
-            hint="pipe.build_stage(index, device, group), or stagecut.build_stage with the arguments you gave",
+            hint=(
+                "pipe.build_stage(index, device, group), "
+                "or stagecut.build_stage with the arguments you gave"
+            ),
         )
 
 
@@ -88,20 +128,36 @@ def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
         yield "the first stage does not take the model's inputs one by one", "stage 0"
     for entry in program.state:
         if entry.kind == "param" and len(entry.stages) > 1:
-            yield f"it scales the gradient of '{entry.name}' once for each stage of a rank that has it", f"stages {entry.stages}"
+            yield (
+                f"it scales the gradient of '{entry.name}' once for each stage of a rank that has it",
+                f"stages {entry.stages}",
+            )
     if program.stages[-1].outputs != program.outputs:
-        yield "the last stage does not return the model's outputs one by one", f"stage {len(later)}"
+        yield (
+            "the last stage does not return the model's outputs one by one",
+            f"stage {len(later)}",
+        )
     for before, stage in zip(program.stages, later, strict=False):
         if [value for value in before.outputs if value in stage.inputs] != stage.inputs:
-            yield "it reads more than the stage before it hands on, or in another order", f"stage {stage.index}"
+            yield (
+                "it reads more than the stage before it hands on, or in another order",
+                f"stage {stage.index}",
+            )
         for value in stage.inputs:
-            if (kind := _example(value.type)) is None or not kind.is_contiguous() or kind.is_complex():
+            if (
+                (kind := _example(value.type)) is None
+                or not kind.is_contiguous()
+                or kind.is_complex()
+            ):
                 yield (
                     f"{value!r} is {value.type}, and torch sends tensors of known sizes that are contiguous",
                     f"stage {stage.index}",
                 )
             if lives_in_buffer(value) or value in written_inputs(stage):
-                yield f"{value!r} is written again while torch sends or keeps it", f"stage {stage.index}"
+                yield (
+                    f"{value!r} is written again while torch sends or keeps it",
+                    f"stage {stage.index}",
+                )
         if backward_is_whole(stage, _carrying(stage.inputs), _carrying(stage.outputs)):
             yield "its split of the backward misses weights", f"stage {stage.index}"
 

@@ -44,11 +44,16 @@ class Code:
     def kind(self, base: type, text: str) -> type:
         """The class of those modules that do nothing but run `text`.
 
-        Each text has one, for torch.compile tells modules apart by the code of their forward, and takes only a few of one code.
+        Each text has one, for torch.compile tells modules apart by the code of their forward, and takes only
+        a few of one code.
         """
         made = self._kinds.get((base, text))
         if made is None:
-            made = self._kinds[base, text] = type(base.__name__, (base,), {"forward": self.function(text), "__module__": base.__module__})
+            made = self._kinds[base, text] = type(
+                base.__name__,
+                (base,),
+                {"forward": self.function(text), "__module__": base.__module__},
+            )
         return made
 
     def function(self, text: str) -> Callable[..., Any]:
@@ -63,22 +68,41 @@ class Code:
         space = namespace(self.functions)
         try:
             compiled = compile(text, file, "exec")
-        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        except (
+            SyntaxError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise EmitError(
-                f"a stage of {printable(self.title)} cannot be written as Python: {error}", hint="is the IR text damaged?"
+                f"a stage of {printable(self.title)} cannot be written as Python: {error}",
+                hint="is the IR text damaged?",
             ) from None
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(compiled, space)  # the text is generated from verified IR, names and targets are checked
+        exec(
+            compiled, space
+        )  # the text is generated from verified IR, names and targets are checked
         made: Callable[..., Any] = space["forward"]
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"functions": self.functions, "title": self.title, "_made": {}, "_kinds": {}}
+        return {
+            "functions": self.functions,
+            "title": self.title,
+            "_made": {},
+            "_kinds": {},
+        }
 
 
-def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | None, returned: tuple[Any, ...] = ()) -> list[torch.Tensor]:
-    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for any; `returned` says where
-    the tensors must be, and which numbers and texts beside them.
+def tensors_of(
+    result: Any,
+    path: str,
+    sizes: Sequence[Sequence[int | None]] | None,
+    returned: tuple[Any, ...] = (),
+) -> list[torch.Tensor]:
+    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for
+    any; `returned` says where the tensors must be, and which numbers and texts beside them.
 
     Raises StagecutError for others: the trace behind the module knows those of the example.
     """
@@ -87,21 +111,31 @@ def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | N
     found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if sizes is not None and len(found) != len(sizes):
         raise StagecutError(
-            f"'{path}' returns {len(found)} tensor{'s' * (len(found) != 1)} in this call; the trace expects {len(sizes)}",
+            f"'{path}' returns {len(found)} tensor{'s' * (len(found) != 1)} in this call; the trace expects "
+            f"{len(sizes)}",
             where=where,
             hint="let it return as many in each call: zeros for what it leaves out",
         )
     now, then = [places(tree), *plain(leaves)], [*(returned or ("",))]
     if (returned or sizes is not None) and repr(now) != repr(then):
-        one, other = next(pair for pair in zip_longest(now, then, fillvalue="nothing") if repr(pair[0]) != repr(pair[1]))
+        one, other = next(
+            pair
+            for pair in zip_longest(now, then, fillvalue="nothing")
+            if repr(pair[0]) != repr(pair[1])
+        )
         raise StagecutError(
             f"'{path}' returns {one!r} in this call; {other!r} stands in the trace",
             where=where,
-            hint="return tensors, in one structure, or keep what reads the rest whole too: leaf_modules=[...]",
+            hint=(
+                "return tensors, in one structure, "
+                "or keep what reads the rest whole too: leaf_modules=[...]"
+            ),
         )
     for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=False)):
         shape = tuple(tensor.shape)
-        if len(shape) != len(want) or any(w is not None and n != w for n, w in zip(shape, want, strict=True)):
+        if len(shape) != len(want) or any(
+            w is not None and n != w for n, w in zip(shape, want, strict=True)
+        ):
             raise StagecutError(
                 f"tensor {place} of what '{path}' returns is {list(shape)}; the trace expects {list(want)}",
                 where=where,
@@ -112,32 +146,54 @@ def tensors_of(result: Any, path: str, sizes: Sequence[Sequence[int | None]] | N
 
 
 def reads_only(
-    function: Callable[..., Any], what: str, given: dict[str, torch.Tensor], apart: dict[str, tuple[torch.Tensor, Sequence[int]]]
+    function: Callable[..., Any],
+    what: str,
+    given: dict[str, torch.Tensor],
+    apart: dict[str, tuple[torch.Tensor, Sequence[int]]],
 ) -> Callable[..., Any]:
-    """`function`, the user's own code, to be called once: it raises StagecutError where it does what it did not do in the trace, and what
-    other stages would not see.
+    """`function`, the user's own code, to be called once: it raises StagecutError where it does what it did
+    not do in the trace, and what other stages would not see.
 
-    It writes none of `given`. Of the tensors that it returns, those at the places beside a tensor of `apart` share no memory with that one.
-    Both go by the names of the arguments.
+    It writes none of `given`. Of the tensors that it returns, those at the places beside a tensor of `apart`
+    share no memory with that one. Both go by the names of the arguments.
     """
     if torch.compiler.is_compiling():
         return function
-    before = {name: (tensor, tensor._version) for name, tensor in given.items() if not tensor.is_inference()}
+    before = {
+        name: (tensor, tensor._version)
+        for name, tensor in given.items()
+        if not tensor.is_inference()
+    }
 
     def run(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         for name, (tensor, version) in before.items():
             if tensor._version != version:
                 raise StagecutError(
-                    f"{what} writes {name} in this call, which the trace does not show: another stage has it too, and would not see that",
+                    f"{what} writes {name} in this call, which the trace does not show: another stage has "
+                    "it too, and would not see that",
                     where=f"{what}, which is kept whole",
-                    hint="give an example in which it writes that; or write a clone and return it; or let one stage have all that use it",
+                    hint=(
+                        "give an example in which it writes that; or write a clone and return it; or let "
+                        "one stage have all that use it"
+                    ),
                 )
-        made = [_memory(leaf) for leaf in tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)] if apart else []
+        made = (
+            [
+                _memory(leaf)
+                for leaf in tree_leaves(opened(result))
+                if isinstance(leaf, torch.Tensor)
+            ]
+            if apart
+            else []
+        )
         for name, (tensor, others) in apart.items():
-            if any(made[place] == _memory(tensor) for place in others if place < len(made)):
+            if any(
+                made[place] == _memory(tensor) for place in others if place < len(made)
+            ):
                 raise StagecutError(
-                    f"{what} returns a part of {name} in this call, which the trace does not show: one of them is written, and another "
+                    f"{what} returns a part of {name} in this call, which the trace does not show: one of "
+                    "them is written, and another "
                     "stage would not see that in the other",
                     where=f"{what}, which is kept whole",
                     hint="return a clone; or let one stage have all that use it",
@@ -160,18 +216,32 @@ def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     import math
     import operator
 
-    fixed: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "math": math, "builtins": _builtins()}
+    fixed: dict[str, Any] = {
+        "torch": torch,
+        "aten": torch.ops.aten,
+        "operator": operator,
+        "math": math,
+        "builtins": _builtins(),
+    }
     fixed |= {"tensors_of": tensors_of, "reads_only": reads_only}
-    return fixed | {"inf": math.inf, "nan": math.nan} | {n.replace(".", "_"): f for n, f in functions.items()}
+    return (
+        fixed
+        | {"inf": math.inf, "nan": math.nan}
+        | {n.replace(".", "_"): f for n, f in functions.items()}
+    )
 
 
 @cache
 def _builtins() -> ModuleType:
-    """The builtin functions that a program may call. Its getattr gives data only, so that no op gets hold of a function."""
+    """The builtin functions that a program may call. Its getattr gives data only, so that no op gets hold of
+    a function.
+    """
     import builtins
 
     module = ModuleType("builtins")
-    vars(module).update({name: getattr(builtins, name) for name in BUILTINS}, getattr=attribute)
+    vars(module).update(
+        {name: getattr(builtins, name) for name in BUILTINS}, getattr=attribute
+    )
     return module
 
 
@@ -218,20 +288,30 @@ class StageModule(nn.Module):
         """A module with one text runs it without a detour."""
         base = Stage if isinstance(self, Stage) else StageModule
         kind = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
-        object.__setattr__(self, "__class__", kind)  # the model may have a module of this name
+        object.__setattr__(
+            self, "__class__", kind
+        )  # the model may have a module of this name
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (isinstance(self, Stage),), self.__getstate__()  # a class that was made here cannot be found by its name
+        return (
+            _blank,
+            (isinstance(self, Stage),),
+            self.__getstate__(),
+        )  # a class that was made here cannot be found by its name
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model, also where its name hides one of ours, and inside what torch wraps around modules."""
+        """The module at a path of the model, also where its name hides one of ours, and inside what torch
+        wraps around modules.
+        """
         return submodule(self, target)
 
     def train(self, mode: bool = True) -> StageModule:
-        """Switches all that the model switches. Raises ModeError, and switches nothing, where the stages hold one mode only."""
+        """Switches all that the model switches. Raises ModeError, and switches nothing, where the stages hold
+        one mode only.
+        """
         with switching([self], mode):
             super().train(mode)
         modules = dict(self.named_modules()) if self._switches else {}
@@ -243,30 +323,47 @@ class StageModule(nn.Module):
     def _get_name(self) -> str:
         return self._title
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StageModule:
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> StageModule:
         super()._apply(fn, recurse)
         moved = {name: fn(tensor) for name, tensor in self._constants.items()}
-        self.__dict__.update(_constants=moved, _here=fn(self._here))  # the model may have state of these names
+        self.__dict__.update(
+            _constants=moved, _here=fn(self._here)
+        )  # the model may have state of these names
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._extra is not None:
             destination[prefix + EXTRA] = self._extra[0]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
         """Takes names that the model's own state dict has: activation checkpointing leaves itself out there.
 
-        Raises StagecutError for another extra state than that of the cut: what set_extra_state makes of it, the trace would not follow.
+        Raises StagecutError for another extra state than that of the cut: what set_extra_state makes of it,
+        the trace would not follow.
         """
-        if self._extra is not None and not _equal(state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]):
+        if self._extra is not None and not _equal(
+            state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]
+        ):
             raise StagecutError(
                 f"'{prefix}{EXTRA}' is another one than when the model was cut",
                 where=self._extra[1],
                 hint="load it into the model before that is cut; or leave the name out, with strict=False",
             )
-        for name in [name for name in state_dict if name.startswith(prefix)] if CHECKPOINTED in self._modules else ():
-            state_dict[f"{prefix}{CHECKPOINTED}.{name[len(prefix) :]}"] = state_dict.pop(name)
+        for name in (
+            [name for name in state_dict if name.startswith(prefix)]
+            if CHECKPOINTED in self._modules
+            else ()
+        ):
+            state_dict[f"{prefix}{CHECKPOINTED}.{name[len(prefix) :]}"] = (
+                state_dict.pop(name)
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,7 +373,9 @@ class StageModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]  # the model may have a module of this name
+        self.__dict__["_forwards"] = [
+            self._code.function(text) for text in self._texts
+        ]  # the model may have a module of this name
         self._take_kind()
 
 
@@ -286,7 +385,9 @@ _switched = ContextVar("_switched", default=False)
 
 @contextmanager
 def switching(modules: Sequence[nn.Module], mode: bool) -> Iterator[None]:
-    """Open while `modules` are switched. Raises ModeError before, where a module in them cannot be in the mode it would be in then."""
+    """Open while `modules` are switched. Raises ModeError before, where a module in them cannot be in the
+    mode it would be in then.
+    """
     if _switched.get():
         yield
         return
@@ -302,22 +403,38 @@ def switching(modules: Sequence[nn.Module], mode: bool) -> Iterator[None]:
 def _refuse_switch(module: nn.Module, mode: bool) -> None:
     flags: dict[nn.Module, bool] = {}
     _flags_after(module, mode, flags)
-    after = {part._path: flag for part, flag in flags.items() if isinstance(part, StageModule)}
+    after = {
+        part._path: flag
+        for part, flag in flags.items()
+        if isinstance(part, StageModule)
+    }
     for part, flag in flags.items():
         if not isinstance(part, StageModule):
             continue
         if part._branch and flag != part._captured:
             raise ModeError(
-                f"the stages hold what the model does in {_MODES[part._captured]} mode, and cannot be switched to {_MODES[flag]} mode",
+                f"the stages hold what the model does in {_MODES[part._captured]} mode, and cannot be "
+                f"switched to {_MODES[flag]} mode",
                 where=part._branch,
                 hint=f"cut the model in {_MODES[flag]} mode as well: pipeline(model.{_MODES[flag]}(), ...)",
             )
-        odd = next((other for other in part._together if after.get(other, part.training) != flag), None)
+        odd = next(
+            (
+                other
+                for other in part._together
+                if after.get(other, part.training) != flag
+            ),
+            None,
+        )
         if odd is not None:
             raise ModeError(
-                f"'{part._path}' does what the flags of both '{part._path}' and '{odd}' say, and would be in {_MODES[flag]} mode alone",
+                f"'{part._path}' does what the flags of both '{part._path}' and '{odd}' say, and would be "
+                f"in {_MODES[flag]} mode alone",
                 where=part._together[odd],
-                hint=f"switch a module around both, or cut the model with these flags: pipeline(model, ...) after .{_MODES[flag]}()",
+                hint=(
+                    "switch a module around both, or cut the model with these flags: pipeline(model, ...) "
+                    f"after .{_MODES[flag]}()"
+                ),
             )
 
 
@@ -354,7 +471,9 @@ def _equal_leaves(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     try:
         return type(one) is type(other) and bool(one == other)
-    except Exception:  # the class of what a user's get_extra_state returns may compare as it likes
+    except (
+        Exception
+    ):  # the class of what a user's get_extra_state returns may compare as it likes
         return False
 
 
@@ -367,9 +486,18 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
     """The module at a path below `root`, as `StageModule.get_submodule` finds it."""
     module = root
     for name in target.split(".") if target else ():
-        found = next((layer._modules[name] for layer in layers(module) if name in layer._modules), None)
+        found = next(
+            (
+                layer._modules[name]
+                for layer in layers(module)
+                if name in layer._modules
+            ),
+            None,
+        )
         if found is None:
-            raise AttributeError(f"{module._get_name()} has no module '{name}', looked for as '{target}'")
+            raise AttributeError(
+                f"{module._get_name()} has no module '{name}', looked for as '{target}'"
+            )
         module = found
     return module
 
@@ -377,7 +505,8 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
 def layers(module: nn.Module) -> Iterator[nn.Module]:
     """`module`, and while activation checkpointing or torch.compile is wrapped around a module, that one.
 
-    A name is that of the outermost layer that has it: of what was wrapped after the cut, paths do not tell, of what was before, they do.
+    A name is that of the outermost layer that has it: of what was wrapped after the cut, paths do not tell,
+    of what was before, they do.
     """
     layer: nn.Module | None = module
     while layer is not None:
@@ -387,14 +516,22 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def stored(name: str) -> str:
-    """A name of the model's state as its state dict has it: activation checkpointing leaves itself out there."""
+    """A name of the model's state as its state dict has it: activation checkpointing leaves itself out
+    there.
+    """
     return name.replace(f"{CHECKPOINTED}.", "")
 
 
-def _store_as_the_model(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _store_as_the_model(
+    module: nn.Module, state: dict[str, Any], prefix: str, _: Any
+) -> None:
     """What lies in a checkpointed module is in a state dict under the names the model's own has."""
     inner = f"{prefix}{CHECKPOINTED}."
-    for name in [name for name in state if name.startswith(inner)] if CHECKPOINTED in module._modules else ():
+    for name in (
+        [name for name in state if name.startswith(inner)]
+        if CHECKPOINTED in module._modules
+        else ()
+    ):
         state[prefix + name[len(inner) :]] = state.pop(name)
 
 
@@ -431,17 +568,23 @@ class Stage(StageModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The inputs and outputs as nodes, which torch's own stage class asks for; what is between them is not in it."""
+        """The inputs and outputs as nodes, which torch's own stage class asks for; what is between them is
+        not in it.
+        """
         return stage_graph(self.input_names, self.input_types, self.output_types)
 
     @property
     def holds_one_mode(self) -> bool:
         """True when a switch of the whole stage to the other mode is refused."""
-        return any(part._branch for part in self.modules() if isinstance(part, StageModule))
+        return any(
+            part._branch for part in self.modules() if isinstance(part, StageModule)
+        )
 
     @property
     def code(self) -> str:
-        """The stage as readable Python: its forward, then that of every submodule, with the user's source lines."""
+        """The stage as readable Python: its forward, then that of every submodule, with the user's source
+        lines.
+        """
         return "\n".join(self._listing())
 
     def _listing(self) -> Iterator[str]:
@@ -483,7 +626,14 @@ def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
 def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
     path, _, last = name.rpartition(".")
     module = stage.get_submodule(path)
-    return next((layer for layer in layers(module) if any(last in place for place in _places(layer))), module), last
+    return next(
+        (
+            layer
+            for layer in layers(module)
+            if any(last in place for place in _places(layer))
+        ),
+        module,
+    ), last
 
 
 def _places(module: nn.Module) -> tuple[Any, ...]:

@@ -1,4 +1,6 @@
-"""A pipe under the model's own names: the module tree, the tensors and the state dict of the model, over all stages."""
+"""A pipe under the model's own names: the module tree, the tensors and the state dict of the model, over all
+stages.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.backend.stages.modules import UNSEEN_LAYERS, Stage, layers, stored, submodule
+from stagecut.backend.stages.modules import (
+    UNSEEN_LAYERS,
+    Stage,
+    layers,
+    stored,
+    submodule,
+)
 from stagecut.ir.errors import StagecutError, UnknownNameError
 
 
@@ -22,7 +30,11 @@ class Everywhere(MutableMapping[str, Any]):
         self._parts, self._kind = modules, kind
 
     def _places(self) -> Iterator[dict[str, Any]]:
-        return (getattr(layer, self._kind) for module in self._parts for layer in layers(module))
+        return (
+            getattr(layer, self._kind)
+            for module in self._parts
+            for layer in layers(module)
+        )
 
     def __getitem__(self, name: str) -> Any:
         there = [place[name] for place in self._places() if name in place]
@@ -33,7 +45,10 @@ class Everywhere(MutableMapping[str, Any]):
     def __setitem__(self, name: str, item: Any) -> None:
         homes = [place for place in self._places() if name in place]
         if not homes:
-            raise UnknownNameError(f"the model has no '{name}' here", hint="put it into a stage: pipe.stages[i]")
+            raise UnknownNameError(
+                f"the model has no '{name}' here",
+                hint="put it into a stage: pipe.stages[i]",
+            )
         for home in homes:
             home[name] = item
 
@@ -42,7 +57,14 @@ class Everywhere(MutableMapping[str, Any]):
             place.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name for place in self._places() for name in place if name not in UNSEEN_LAYERS))
+        return iter(
+            dict.fromkeys(
+                name
+                for place in self._places()
+                for name in place
+                if name not in UNSEEN_LAYERS
+            )
+        )
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -77,9 +99,13 @@ class Parts(nn.Module):
         missing: list[str] = []
         odd: list[list[str]] = [[] for _ in self._parts]
         for part, names in zip(self._parts, odd, strict=True):
-            part._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, names, error_msgs)
+            part._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, names, error_msgs
+            )
         missing_keys += dict.fromkeys(missing)
-        unexpected_keys += [name for name in odd[0] if all(name in others for others in odd)]
+        unexpected_keys += [
+            name for name in odd[0] if all(name in others for others in odd)
+        ]
 
 
 class Joined(Parts):
@@ -89,14 +115,21 @@ class Joined(Parts):
         super().__init__()
         self._parts = parts
         self.training = parts[0].training
-        self._non_persistent_buffers_set = {name for part in parts for name in part._non_persistent_buffers_set}
+        self._non_persistent_buffers_set = {
+            name for part in parts for name in part._non_persistent_buffers_set
+        }
         self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise StagecutError("several stages have a part of this module, and it does not run as a whole", hint="take the part of a stage")
+        raise StagecutError(
+            "several stages have a part of this module, and it does not run as a whole",
+            hint="take the part of a stage",
+        )
 
     forward = register_forward_hook = register_forward_pre_hook = _refuse
-    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse
+    register_full_backward_hook = register_full_backward_pre_hook = (
+        register_backward_hook
+    ) = _refuse
 
 
 def joined(parts: Sequence[nn.Module]) -> nn.Module:
@@ -108,7 +141,8 @@ def joined(parts: Sequence[nn.Module]) -> nn.Module:
 class Named(Parts):
     """A module made of stages that has the module tree and the names of the model.
 
-    Where a name of the model is also one of ours, such as `stages`, the attribute is ours; what takes a name finds the model's.
+    Where a name of the model is also one of ours, such as `stages`, the attribute is ours; what takes a name
+    finds the model's.
     """
 
     _stages: list[Stage]
@@ -125,7 +159,9 @@ class Named(Parts):
         return self
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model: that of the one stage that has it, or the parts of it in several as one."""
+        """The module at a path of the model: that of the one stage that has it, or the parts of it in several
+        as one.
+        """
         return submodule(self, target)
 
     def get_parameter(self, target: str) -> nn.Parameter:
@@ -146,16 +182,35 @@ class Named(Parts):
             raise AttributeError(f"the model has no {kind.strip('_')[:-1]} '{target}'")
         return found
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters under the model's names."""
-        yield from self._named((stage.named_parameters("", recurse, False) for stage in self._stages), prefix, remove_duplicate)
+        yield from self._named(
+            (stage.named_parameters("", recurse, False) for stage in self._stages),
+            prefix,
+            remove_duplicate,
+        )
 
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's buffers under the model's names."""
-        yield from self._named((stage.named_buffers("", recurse, False) for stage in self._stages), prefix, remove_duplicate)
+        yield from self._named(
+            (stage.named_buffers("", recurse, False) for stage in self._stages),
+            prefix,
+            remove_duplicate,
+        )
 
-    def _named(self, streams: Iterable[Iterator[tuple[str, Any]]], prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
-        """Named tensors of all stages in the model's order; of a tied one the first name only, where duplicates are removed."""
+    def _named(
+        self,
+        streams: Iterable[Iterator[tuple[str, Any]]],
+        prefix: str,
+        remove_duplicate: bool,
+    ) -> Iterator[tuple[str, Any]]:
+        """Named tensors of all stages in the model's order; of a tied one the first name only, where
+        duplicates are removed.
+        """
         found = {name: tensor for stream in streams for name, tensor in stream}
         seen: set[int] = set()
         for name in [*self._names, *(n for n in found if n not in self._names)]:
@@ -164,7 +219,9 @@ class Named(Parts):
                 seen.add(id(tensor))
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The model's state dict: the same names in the same order."""
         merged: dict[str, Any] = {}
         for stage in self._stages:
@@ -176,13 +233,23 @@ class Named(Parts):
         destination.update(ordered)
         return destination  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Loads a state dict of the unsplit model into the stages."""
         own = self.state_dict()
-        missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+        missing = [n for n in own if n not in state_dict]
+        unexpected = [n for n in state_dict if n not in own]
         if strict and (missing or unexpected):
-            raise RuntimeError(f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys {unexpected}")
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys "
+                f"{unexpected}"
+            )
         for stage in self._stages:
             names = stage.state_dict()
-            stage.load_state_dict({n: t for n, t in state_dict.items() if n in names}, strict=False, assign=assign)
+            stage.load_state_dict(
+                {n: t for n, t in state_dict.items() if n in names},
+                strict=False,
+                assign=assign,
+            )
         return nn.modules.module._IncompatibleKeys(missing, unexpected)

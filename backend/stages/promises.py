@@ -1,7 +1,8 @@
 """What the trace says that the user's own code leaves alone, as far as other stages rely on it.
 
-A module kept whole was seen to run once. In another call it may take another branch: write what it is given, or return a part of it. Who
-shares that memory in the same stage sees it, as in the model. Another stage has a copy and does not, so the stage has to notice.
+A module kept whole was seen to run once. In another call it may take another branch: write what it is given,
+or return a part of it. Who shares that memory in the same stage sees it, as in the model. Another stage has a
+copy and does not, so the stage has to notice.
 """
 
 from __future__ import annotations
@@ -40,26 +41,55 @@ class Promises:
         self._program, self._bindings = program, bindings
 
     def of(self, op: Op) -> Promise:
-        """What `op`, a call of the user's code, must not do. Torch's own modules do in each call what they did when they were looked at."""
+        """What `op`, a call of the user's code, must not do. Torch's own modules do in each call what they
+        did when they were looked at.
+        """
         path = module_path(op)
-        owner = self._bindings.modules.get(path) if path else self._bindings.functions.get(op.target)
-        if len(self._program.stages) < 2 or (path and owner is not None and is_torchs(owner)):
+        owner = (
+            self._bindings.modules.get(path)
+            if path
+            else self._bindings.functions.get(op.target)
+        )
+        if len(self._program.stages) < 2 or (
+            path and owner is not None and is_torchs(owner)
+        ):
             return NOTHING
-        given = {name: value for name, value in _arguments(op, owner) if isinstance(value.type, TensorType)}
+        given = {
+            name: value
+            for name, value in _arguments(op, owner)
+            if isinstance(value.type, TensorType)
+        }
         root = self._memory.root
-        written = {root(op.operands[place]) for place in op.effects.writes}  # a write shows in all views of it
-        unwritten = {name: value for name, value in given.items() if root(value) not in written and self._memory.is_shared(value)}
-        apart = {name: (value, places) for name, value in given.items() if (places := self._apart(op, value))}
+        written = {
+            root(op.operands[place]) for place in op.effects.writes
+        }  # a write shows in all views of it
+        unwritten = {
+            name: value
+            for name, value in given.items()
+            if root(value) not in written and self._memory.is_shared(value)
+        }
+        apart = {
+            name: (value, places)
+            for name, value in given.items()
+            if (places := self._apart(op, value))
+        }
         return Promise(unwritten, apart)
 
     def _apart(self, op: Op, value: Value) -> list[int]:
-        """The places of the returned tensors that are no parts of `value` in the trace, and must be none in a call."""
+        """The places of the returned tensors that are no parts of `value` in the trace, and must be none in a
+        call.
+        """
         views = op.effects.views or (None,) * len(op.results)
-        tensors = [(result, viewed) for result, viewed in zip(op.results, views, strict=True) if isinstance(result.type, TensorType)]
+        tensors = [
+            (result, viewed)
+            for result, viewed in zip(op.results, views, strict=True)
+            if isinstance(result.type, TensorType)
+        ]
         return [
             place
             for place, (result, viewed) in enumerate(tensors)
-            if (viewed is None or op.operands[viewed] is not value) and self._memory.must_not_meet(value, result)
+            if (viewed is None or op.operands[viewed] is not value)
+            and self._memory.must_not_meet(value, result)
         ]
 
     @cached_property
@@ -68,25 +98,41 @@ class Promises:
 
 
 def _arguments(op: Op, owner: Any) -> Iterator[tuple[str, Value]]:
-    """The values given to the user's code, and what to call them: as its signature does, else by place. Last, what a module holds."""
+    """The values given to the user's code, and what to call them: as its signature does, else by place. Last,
+    what a module holds.
+    """
     args, kwargs, state = op.args if module_path(op) else (op.args, op.kwargs, ())
     names = _parameters(owner)
     for place, item in enumerate(args):
-        yield from _leaves(item, f"argument '{names[place]}'" if place < len(names) else f"argument {place}")
+        yield from _leaves(
+            item,
+            f"argument '{names[place]}'" if place < len(names) else f"argument {place}",
+        )
     for name, item in kwargs.items():
         yield from _leaves(item, f"argument '{name}'")
     for value in state:
         owned = value.owner
-        yield from _leaves(value, f"its own '{owned.name}'" if isinstance(owned, StateEntry) else "its own state")
+        yield from _leaves(
+            value,
+            f"its own '{owned.name}'"
+            if isinstance(owned, StateEntry)
+            else "its own state",
+        )
 
 
 def _parameters(owner: Any) -> list[str]:
     """The names of the parameters by place of the user's code, as far as it names them."""
     try:
-        parameters = inspect.signature(getattr(owner, "forward", owner)).parameters.values()
+        parameters = inspect.signature(
+            getattr(owner, "forward", owner)
+        ).parameters.values()
     except (TypeError, ValueError):
         return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
@@ -119,19 +165,29 @@ class _Memory:
                 self._use(value, stage.index + 1)
 
     def root(self, value: Value) -> Value:
-        """The first value in the memory of `value`. What a stage computes anew counts as what it is a copy of."""
+        """The first value in the memory of `value`. What a stage computes anew counts as what it is a copy
+        of.
+        """
         root = self._aliases.root(value)
         origin = root.owner.origin if isinstance(root.owner, Op) else None
-        return root if origin is None else self._aliases.root(origin.results[root.index])
+        return (
+            root if origin is None else self._aliases.root(origin.results[root.index])
+        )
 
     def is_shared(self, value: Value) -> bool:
         """True where more than one stage has that memory, or a copy of it."""
         return len(self._stages.get(self.root(value), ())) > 1
 
     def must_not_meet(self, value: Value, other: Value) -> bool:
-        """True where it shows in another stage whether two values share memory: they do not in the trace, one is written, one elsewhere."""
+        """True where it shows in another stage whether two values share memory: they do not in the trace, one
+        is written, one elsewhere.
+        """
         roots = {self.root(value), self.root(other)}
-        return len(roots) > 1 and bool(roots & self._written) and (self.is_shared(value) or self.is_shared(other))
+        return (
+            len(roots) > 1
+            and bool(roots & self._written)
+            and (self.is_shared(value) or self.is_shared(other))
+        )
 
     def _use(self, value: Value, stage: int) -> None:
         self._stages.setdefault(self.root(value), set()).add(stage)

@@ -24,14 +24,27 @@ def release_plan(program: Program) -> list[list[Value]]:
     return plan
 
 
-def run_stages(program: Program, stages: Sequence[Stage], plan: list[list[Value]], flat: Sequence[Any]) -> tuple[Any, ...]:
+def run_stages(
+    program: Program,
+    stages: Sequence[Stage],
+    plan: list[list[Value]],
+    flat: Sequence[Any],
+) -> tuple[Any, ...]:
     """The flat outputs of the stages, run in order in this process on the flat inputs."""
     values: dict[Value, Any] = dict(zip(program.inputs, flat, strict=True))
     for stage, block, dead in zip(stages, program.stages, plan, strict=True):
-        values.update(zip(block.outputs, results_of(stage(*[values[v] for v in block.inputs]), block), strict=True))
+        values.update(
+            zip(
+                block.outputs,
+                results_of(stage(*[values[v] for v in block.inputs]), block),
+                strict=True,
+            )
+        )
         for value in dead:
             values.pop(value, None)
-    return tuple(values[leaf] if isinstance(leaf, Value) else leaf for leaf in program.outputs)
+    return tuple(
+        values[leaf] if isinstance(leaf, Value) else leaf for leaf in program.outputs
+    )
 
 
 def results_of(result: Any, block: StageBlock) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """How generated code spells the call of an op.
 
-`torch.ops.aten.add.Tensor(x, y)` turns its arguments over by the op's schema in every call; `torch.add(x, y)`, torch's own binding of the
-same op, does not, and takes a microsecond less. Between kernels of a GPU that is noticed.
+`torch.ops.aten.add.Tensor(x, y)` turns its arguments over by the op's schema in every call; `torch.add(x,
+y)`, torch's own binding of the same op, does not, and takes a microsecond less. Between kernels of a GPU that
+is noticed.
 """
 
 from __future__ import annotations
@@ -19,20 +20,44 @@ from stagecut.ir.types import TensorType
 def callee(op: Op) -> str:
     """What generated code calls for an op of torch. Raises EmitError for a name that may not be called."""
     resolve(op.target)
-    binding = facts(op).bindings.get(op.target.overload) if op.target.kind is Kind.ATEN else None
+    binding = (
+        facts(op).bindings.get(op.target.overload)
+        if op.target.kind is Kind.ATEN
+        else None
+    )
     if binding is None or op.kwargs:
         return op.target
-    given = [op.args[place] for place in _tensor_places(op.target) if place < len(op.args)]
-    return binding if all(isinstance(item, Value) and isinstance(item.type, TensorType) for item in given) else op.target
+    given = [
+        op.args[place] for place in _tensor_places(op.target) if place < len(op.args)
+    ]
+    return (
+        binding
+        if all(
+            isinstance(item, Value) and isinstance(item.type, TensorType)
+            for item in given
+        )
+        else op.target
+    )
 
 
 @cache
 def _tensor_places(target: str) -> list[int]:
     arguments = resolve(target)._schema.arguments  # type: ignore[attr-defined]
-    return [place for place, argument in enumerate(arguments) if isinstance(argument.type, torch.TensorType)]
+    return [
+        place
+        for place, argument in enumerate(arguments)
+        if isinstance(argument.type, torch.TensorType)
+    ]
 
 
 def is_iteration(op: Op) -> bool:
-    """True when the results are what Python gets that iterates over the operand. Compilers fuse that better than they do `unbind`."""
+    """True when the results are what Python gets that iterates over the operand. Compilers fuse that better
+    than they do `unbind`.
+    """
     whole = op.form is None and not op.kwargs and op.args[1:] in ((), (0,))
-    return whole and len(op.results) > 1 and op.target.kind is Kind.ATEN and facts(op).iteration == op.target.overload
+    return (
+        whole
+        and len(op.results) > 1
+        and op.target.kind is Kind.ATEN
+        and facts(op).iteration == op.target.overload
+    )

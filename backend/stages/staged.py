@@ -1,4 +1,6 @@
-"""A model cut into stages, as the other parts of the backend take it: a program, and a module for each of its stages."""
+"""A model cut into stages, as the other parts of the backend take it: a program, and a module for each of its
+stages.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ from stagecut.ir.text.printer import text
 class Staged(Named):
     """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
 
-    `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe is
-    differentiable end to end. Its modules and tensors are under the model's names, those of all stages together.
+    `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe
+    is differentiable end to end. Its modules and tensors are under the model's names, those of all stages
+    together.
     """
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
@@ -47,9 +50,11 @@ class Staged(Named):
     """torch's, for it can put a backward into the graph; here autograd makes it."""
 
     def train(self, mode: bool = True) -> Self:
-        """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the model does there.
+        """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the
+        model does there.
 
-        `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where the stages hold one mode only.
+        `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where
+        the stages hold one mode only.
         """
         with switching(self.stages, mode):
             super().train(mode)
@@ -63,7 +68,9 @@ class Staged(Named):
     def get_stage_module(self, stage_idx: int) -> Stage:
         """The module of stage `stage_idx`. Raises ValueError when there is no such stage."""
         if not 0 <= stage_idx < self.num_stages:
-            raise ValueError(f"Invalid stage index {stage_idx}! There are {self.num_stages} stages.")
+            raise ValueError(
+                f"Invalid stage index {stage_idx}! There are {self.num_stages} stages."
+            )
         return self.stages[stage_idx]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -82,34 +89,55 @@ class Staged(Named):
         return results
 
     def _refuse_meta(self, flat: Sequence[Any]) -> None:
-        """Returns when all stages are real, or the inputs are on meta as well; otherwise raises StagecutError."""
+        """Returns when all stages are real, or the inputs are on meta as well; otherwise raises
+        StagecutError.
+        """
         if not any(map(_is_meta, flat)):
             for stage in self.stages:
                 refuse_meta(self.program, stage)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the trace."""
-        flat = self._call_spec.flatten(args, dict(kwargs)) if self._call_spec is not None else list(args)
+        """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the
+        trace.
+        """
+        flat = (
+            self._call_spec.flatten(args, dict(kwargs))
+            if self._call_spec is not None
+            else list(args)
+        )
         if len(flat) != len(self.program.inputs):
-            raise InputError(f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}")
-        check_inputs(self.program.inputs, flat, self._call_spec.ranges if self._call_spec is not None else None)
+            raise InputError(
+                f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}"
+            )
+        check_inputs(
+            self.program.inputs,
+            flat,
+            self._call_spec.ranges if self._call_spec is not None else None,
+        )
         return flat
 
     def __getstate__(self) -> dict[str, Any]:
-        """The program goes as text: its ops and values point at each other, deeper than a copy can recurse."""
+        """The program goes as text: its ops and values point at each other, deeper than a copy can
+        recurse.
+        """
         state = self.__dict__.copy()
         del state["_plan"], state["_model"]
         return state | {"program": text(self.program)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         program = parse(state["program"])
-        super().__setstate__(state | {"program": program, "_plan": release_plan(program), "_model": None})
+        super().__setstate__(
+            state | {"program": program, "_plan": release_plan(program), "_model": None}
+        )
 
     def __str__(self) -> str:
         return text(self.program)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.program.name}: {self.num_stages} stages, {'train' if self.training else 'eval'} mode)"
+        return (
+            f"{type(self).__name__}({self.program.name}: {self.num_stages} stages, "
+            f"{'train' if self.training else 'eval'} mode)"
+        )
 
 
 def _is_meta(item: object) -> bool:

@@ -12,15 +12,20 @@ from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.run.bindings import EXTRA
 
 
-def held(program: Program, stages: Iterable[Stage], entry: StateEntry) -> Iterator[torch.Tensor]:
-    """Every distinct tensor that `stages` hold for `entry`: replicas that became tensors of their own, or the one they share."""
+def held(
+    program: Program, stages: Iterable[Stage], entry: StateEntry
+) -> Iterator[torch.Tensor]:
+    """Every distinct tensor that `stages` hold for `entry`: replicas that became tensors of their own, or the
+    one they share.
+    """
     seen: set[int] = set()
     for stage in stages:
         for name in program.stages[stage.index].state.get(entry, ()):
             tensor = find(stage, name)
             if tensor is None:
                 raise StagecutError(
-                    f"stage {stage.index} does not hold '{name}' any more", hint="leave the names of a stage's state as they are"
+                    f"stage {stage.index} does not hold '{name}' any more",
+                    hint="leave the names of a stage's state as they are",
                 )
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -39,12 +44,20 @@ def refuse_meta(program: Program, stage: Stage) -> None:
 
 def persistent(entry: StateEntry) -> list[str]:
     """The names of an entry that are in the model's state dict, in its order."""
-    return [] if entry.kind == "const" else [stored(name) for name in entry.names if name not in entry.transient]
+    return (
+        []
+        if entry.kind == "const"
+        else [stored(name) for name in entry.names if name not in entry.transient]
+    )
 
 
 def lost_hint(name: str, hint: str) -> str:
     """What to do about a name that is in a stage's state dict and not in the program."""
-    return "extra state is no tensor: torch.save pipe.state_dict() instead" if name.rpartition(".")[2] == EXTRA else hint
+    return (
+        "extra state is no tensor: torch.save pipe.state_dict() instead"
+        if name.rpartition(".")[2] == EXTRA
+        else hint
+    )
 
 
 def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:

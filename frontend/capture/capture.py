@@ -42,11 +42,13 @@ def capture(
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
 ) -> tuple[ExportedProgram, Leaves, EagerPath]:
-    """The exported program of `module` on the example inputs, the modules it keeps whole, and the paths where code asks if it is traced.
+    """The exported program of `module` on the example inputs, the modules it keeps whole, and the paths where
+    code asks if it is traced.
 
-    Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the failing line joins
-    them, with a note; where a size that depends on data stops the model's own code, the one that makes that size. Raises InputError
-    when the inputs do not fit the signature, CaptureError when the model cannot be traced.
+    Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the
+    failing line joins them, with a note; where a size that depends on data stops the model's own code, the
+    one that makes that size. Raises InputError when the inputs do not fit the signature, CaptureError when
+    the model cannot be traced.
     """
     check_example(module, args, kwargs)
     inputs = distinct_tensors((tuple(args), dict(kwargs)))
@@ -60,7 +62,9 @@ def capture(
         try:
             exported = _export(module, inputs, dynamic_shapes, leaves, eager)
             for call in leaves.calls.values():
-                if (refusal := origins.get(type(module.get_submodule(call.path)))) and plain(call.out_flat):
+                if (
+                    refusal := origins.get(type(module.get_submodule(call.path)))
+                ) and plain(call.out_flat):
                     raise refusal  # a branch on a number it returns, and not on a size
             leaves.remarks += eager.notes
             return exported, leaves, eager
@@ -69,14 +73,20 @@ def capture(
                 continue
             if not isinstance(error, Unsettled):
                 raise
-            if not error.path or error.path in leaves.paths or retries == MOST_RETRIES or not leaves.can_run():
+            if (
+                not error.path
+                or error.path in leaves.paths
+                or retries == MOST_RETRIES
+                or not leaves.can_run()
+            ):
                 raise
             leaves.add_class(error.path, f"{error.what} at {error.where}")
         except Exception as error:
             raise_ours(error)
             if eager.fall_back(error, f"{_first_line(error)} at {_user_frame(error)}"):
                 continue
-            path, refusal = _failing_module(module, error, leaves.paths), _refusal(module, error, leaves.reasons)
+            path = _failing_module(module, error, leaves.paths)
+            refusal = _refusal(module, error, leaves.reasons)
             if not path and (path := _origin(module, error, leaves.paths)):
                 origins[type(module.get_submodule(path))] = refusal
             if not path or retries == MOST_RETRIES or not leaves.can_run():
@@ -85,10 +95,17 @@ def capture(
         retries += 1
 
 
-def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves, eager: EagerPath) -> ExportedProgram:
+def _export(
+    module: nn.Module,
+    inputs: Any,
+    dynamic_shapes: Any,
+    leaves: Leaves,
+    eager: EagerPath,
+) -> ExportedProgram:
     def export(watch: Watch) -> ExportedProgram:
         args, kwargs = inputs
-        seeds, ends = torch.random.fork_rng(gpus(module, inputs)), giving_sizes(module, inputs)
+        seeds = torch.random.fork_rng(gpus(module, inputs))
+        ends = giving_sizes(module, inputs)
         with (
             quiet_torch(),
             seeds,
@@ -103,17 +120,27 @@ def _export(module: nn.Module, inputs: Any, dynamic_shapes: Any, leaves: Leaves,
             functions_whole(watch.notes, lambda: shown(user_line())),
             scopes(module),
         ):
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(
+                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
 
     return watched(module, export, leaves.paths, leaves.remarks)
 
 
-def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
-    """The path of the smallest submodule whose forward the error went through and that is not kept whole yet, '' for none."""
-    paths = {id(vars(m)): path for path, m in module.named_modules()}  # a tracer may stand another object in front of the module's dict
+def _failing_module(
+    module: nn.Module, error: BaseException, known: Sequence[str]
+) -> str:
+    """The path of the smallest submodule whose forward the error went through and that is not kept whole yet,
+    '' for none.
+    """
+    paths = {
+        id(vars(m)): path for path, m in module.named_modules()
+    }  # a tracer may stand another object in front of the module's dict
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name not in FORWARDS:  # other methods fail on behalf of the module that calls them
+        if (
+            frame.f_code.co_name not in FORWARDS
+        ):  # other methods fail on behalf of the module that calls them
             continue
         path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
         if path in known:  # it failed as a whole too: the module around it
@@ -123,23 +150,44 @@ def _failing_module(module: nn.Module, error: BaseException, known: Sequence[str
 
 
 def _origin(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
-    """Where only a number that depends on data is in the way: the path of the submodule that first makes one of those, '' for none."""
+    """Where only a number that depends on data is in the way: the path of the submodule that first makes one
+    of those, '' for none.
+    """
     symbols = getattr(getattr(error, "cond", None), "free_symbols", None)
     if not isinstance(error, GuardOnDataDependentSymNode) or not symbols:
         return ""
-    tracers = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    graph: Any = next((tracer.graph for tracer in tracers if isinstance(tracer, fx.Tracer) and hasattr(tracer, "graph")), fx.Graph())
+    tracers = (
+        frame.f_locals.get("self")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    graph: Any = next(
+        (
+            tracer.graph
+            for tracer in tracers
+            if isinstance(tracer, fx.Tracer) and hasattr(tracer, "graph")
+        ),
+        fx.Graph(),
+    )
     paths = {path for path, _ in module.named_modules()}
     for node in graph.nodes:
         made = getattr(getattr(node.meta.get("val"), "node", None), "expr", None)
-        if node.op == "call_function" and getattr(made, "free_symbols", set()) & symbols:
-            path = [*node.meta.get("nn_module_stack", ("",))][-1].removeprefix("_export_root").removeprefix(".")
+        if (
+            node.op == "call_function"
+            and getattr(made, "free_symbols", set()) & symbols
+        ):
+            path = (
+                [*node.meta.get("nn_module_stack", ("",))][-1]
+                .removeprefix("_export_root")
+                .removeprefix(".")
+            )
             return path if path in paths and path not in known else ""
     return ""
 
 
 def distinct_tensors(tree: Any) -> Any:
-    """`tree` with every repeated tensor object replaced by a copy: a tracer takes one tensor given twice for one input."""
+    """`tree` with every repeated tensor object replaced by a copy: a tracer takes one tensor given twice for
+    one input.
+    """
     seen: set[int] = set()
 
     def once(leaf: Any) -> Any:
@@ -153,12 +201,16 @@ def distinct_tensors(tree: Any) -> Any:
     return tree_map(once, tree, is_leaf=is_size)
 
 
-def _refusal(module: nn.Module, error: Exception, whole: Mapping[str, str]) -> CaptureError:
+def _refusal(
+    module: nn.Module, error: Exception, whole: Mapping[str, str]
+) -> CaptureError:
     """What to tell the user; `whole` are the modules that capture has tried to keep whole before, and why."""
     name, text = type(module).__name__, str(error)
     if (odd := _ODD.search(text)) is not None:
         return odd_output(module, odd[1] or odd[2])
-    before = [f"before that, in module '{path}': {reason}" for path, reason in whole.items()][:1]
+    before = [
+        f"before that, in module '{path}': {reason}" for path, reason in whole.items()
+    ][:1]
     return CaptureError(
         f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *before])}",
         where=_user_frame(error, type(module)),
@@ -166,7 +218,9 @@ def _refusal(module: nn.Module, error: Exception, whole: Mapping[str, str]) -> C
     )
 
 
-_ODD = re.compile(r"^'(\w+)' object has no attribute 'meta'$|^Found <class '([\w.]+)'> in output")
+_ODD = re.compile(
+    r"^'(\w+)' object has no attribute 'meta'$|^Found <class '([\w.]+)'> in output"
+)
 """How torch.export fails on what a model must not return."""
 
 _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
@@ -175,11 +229,15 @@ _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_addresses(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+    return without_addresses(
+        f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    )
 
 
 def _user_frame(error: Exception, cls: type | None = None) -> str:
-    """file:line and source of the innermost frame that is the user's, else the place of the forward of `cls`."""
+    """file:line and source of the innermost frame that is the user's, else the place of the forward of
+    `cls`.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
         if is_users(path) and os.path.exists(path):
@@ -194,7 +252,8 @@ def _advice(error: Exception) -> str:
     text = str(error)
     if "DataDependent" in name or "data-dependent" in text.lower():
         return (
-            "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the module whole: leaf_modules=[...]"
+            "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the "
+            "module whole: leaf_modules=[...]"
         )
     if "dynamic" in text and "constraint" in text.lower():
         fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")
@@ -202,7 +261,16 @@ def _advice(error: Exception) -> str:
         hint = "loosen or correct dynamic_shapes: the model fixes a size that was declared to vary"
         return f"{hint}; torch suggests {suggested}" if suggested else hint
     if "Unsupported input type" in text:
-        return "pass tensors, numbers, texts and None in tuples, lists, dicts and registered pytrees; give __init__ what is none of these"
+        return (
+            "pass tensors, numbers, texts and None in tuples, lists, dicts and registered pytrees; give "
+            "__init__ what is none of these"
+        )
     if "pytree" in text:
-        return "pass tuples, lists and dicts; return those, or objects whose attributes are data; or register the class as a pytree"
-    return "make this line traceable by torch.export (no data-dependent Python control flow, no foreign libraries on tensors)"
+        return (
+            "pass tuples, lists and dicts; return those, or objects whose attributes are data; or register "
+            "the class as a pytree"
+        )
+    return (
+        "make this line traceable by torch.export (no data-dependent Python control flow, no foreign "
+        "libraries on tensors)"
+    )

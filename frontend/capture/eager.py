@@ -33,10 +33,11 @@ _Asker = tuple[type, CodeType]
 
 
 class EagerPath:
-    """While open, the user's code that asks whether it is traced is told no, as in the eager run; torch's own code hears the truth.
+    """While open, the user's code that asks whether it is traced is told no, as in the eager run; torch's own
+    code hears the truth.
 
-    Where the eager path cannot be traced, `fall_back` lets the function that failed, or the nearest around it that asked, hear the
-    truth too. `notes` tells which functions those are, and why.
+    Where the eager path cannot be traced, `fall_back` lets the function that failed, or the nearest around it
+    that asked, hear the truth too. `notes` tells which functions those are, and why.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,13 +51,15 @@ class EagerPath:
     def notes(self) -> list[str]:
         """The functions that take the path they have for tracing, why, and what that costs."""
         return [
-            f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its eager one cannot be traced: "
+            f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its "
+            "eager one cannot be traced: "
             f"{reason}; the stages may run other ops there than the model, such as attention with a mask"
             for (kind, code), reason in self._told.items()
         ]
 
     def fall_back(self, error: BaseException, reason: str) -> bool:
-        """Of the functions that `error` went through, the innermost that asked hears the truth from now on; False where none asked.
+        """Of the functions that `error` went through, the innermost that asked hears the truth from now on;
+        False where none asked.
 
         One that failed for the same reason when it last heard the truth hears ours again.
         """
@@ -65,7 +68,13 @@ class EagerPath:
         if last in passed and self._told[last] == reason:
             del self._told[last]
             self._in_vain.add(last)
-        pending = [asker for asker in reversed(passed) if asker in self._asked and asker not in self._told and asker not in self._in_vain]
+        pending = [
+            asker
+            for asker in reversed(passed)
+            if asker in self._asked
+            and asker not in self._told
+            and asker not in self._in_vain
+        ]
         if pending:
             self._told[pending[0]] = reason
         return bool(pending)
@@ -106,7 +115,9 @@ class EagerPath:
 
         def answer() -> bool:
             asker: FrameType | None = sys._getframe(2)
-            while asker is not None and asker.f_code.co_name in _NAMES:  # torch has a question under several names
+            while (
+                asker is not None and asker.f_code.co_name in _NAMES
+            ):  # torch has a question under several names
                 asker = asker.f_back
             return asker is not None and self._hears_the_truth(asker) and truth()
 
@@ -124,7 +135,9 @@ class EagerPath:
         return False
 
     def _call(self, frame: FrameType) -> tuple[list[CodeType], type]:
-        """The functions from the one that a frame runs out to the forward of the module it runs for, and the class of that module."""
+        """The functions from the one that a frame runs out to the forward of the module it runs for, and the
+        class of that module.
+        """
         codes: list[CodeType] = []
         outer: FrameType | None = frame
         while outer is not None:
@@ -138,13 +151,21 @@ class EagerPath:
         """The class of the module whose forward a frame runs, None for another function."""
         if frame.f_code.co_name not in FORWARDS:
             return None
-        return self._kinds.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)))
+        return self._kinds.get(
+            id(getattr(frame.f_locals.get("self"), "__dict__", None))
+        )
 
 
 def _asking(number: int) -> CodeType:
-    """The code of a function that gives an answer of ours. The function stays itself: whoever has imported it asks it too."""
+    """The code of a function that gives an answer of ours. The function stays itself: whoever has imported it
+    asks it too.
+    """
     scope: dict[str, Any] = {}
-    exec(f"def question():\n    from stagecut.frontend.capture.eager import _ANSWERS\n    return _ANSWERS[{number}]()", scope)
+    exec(
+        "def question():\n    from stagecut.frontend.capture.eager import _ANSWERS\n    return "
+        f"_ANSWERS[{number}]()",
+        scope,
+    )
     code: CodeType = scope["question"].__code__
     return code
 
@@ -154,9 +175,15 @@ class _Nothing:
 
 
 def _subclasses(hears_the_truth: Callable[[FrameType], bool]) -> type[ModuleType]:
-    """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds one that no tensor is of."""
+    """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds
+    one that no tensor is of.
+    """
 
     def fake_tensor(package: ModuleType) -> Any:
-        return vars(package)["FakeTensor"] if hears_the_truth(sys._getframe(1)) else _Nothing
+        return (
+            vars(package)["FakeTensor"]
+            if hears_the_truth(sys._getframe(1))
+            else _Nothing
+        )
 
     return type("_Subclasses", (ModuleType,), {"FakeTensor": property(fake_tensor)})

@@ -1,4 +1,6 @@
-"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's structure."""
+"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's
+structure.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ from stagecut.ir.run.call import is_size
 
 @contextmanager
 def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
-    """While open, `module` is given a torch.Size where these inputs have one, in the place of the tracer's tuple."""
+    """While open, `module` is given a torch.Size where these inputs have one, in the place of the tracer's
+    tuple.
+    """
 
     def give(_: Any, args: Any, kwargs: Any) -> Any:
-        return tree_map(lambda example, given: torch.Size(given) if is_size(example) else given, inputs, (args, kwargs), is_leaf=is_size)
+        return tree_map(
+            lambda example, given: torch.Size(given) if is_size(example) else given,
+            inputs,
+            (args, kwargs),
+            is_leaf=is_size,
+        )
 
     if not any(map(is_size, tree_leaves(inputs, is_leaf=is_size))):
         yield
@@ -35,10 +44,17 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
         hook.remove()
 
 
-def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Returns when the example call fits `module.forward`; raises InputError naming the argument otherwise."""
+def check_example(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Returns when the example call fits `module.forward`; raises InputError naming the argument
+    otherwise.
+    """
     if not isinstance(args, tuple | list):
-        raise InputError(f"mb_args must be a tuple, not {type(args).__name__}", hint="write (x,) for a single argument")
+        raise InputError(
+            f"mb_args must be a tuple, not {type(args).__name__}",
+            hint="write (x,) for a single argument",
+        )
     if not isinstance(kwargs, dict):
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
     _check_can_be_called(module)
@@ -53,14 +69,24 @@ def check_example(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str
 
 
 def _check_can_be_called(module: torch.nn.Module) -> None:
-    """Returns for a module with a Python forward whose tensors have sizes; raises InputError naming what has none."""
+    """Returns for a module with a Python forward whose tensors have sizes; raises InputError naming what has
+    none.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(
-            f"the model is a {type(module).__name__}, which torch.jit has compiled: it has no Python forward to trace",
+            f"the model is a {type(module).__name__}, which torch.jit has compiled: it has no Python "
+            "forward to trace",
             where=f"the {module.original_name} given to pipeline()",
             hint="give the nn.Module that it was made of",
         )
-    lazy = next((name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)), None)
+    lazy = next(
+        (
+            name
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            if is_lazy(tensor)
+        ),
+        None,
+    )
     if lazy is not None:
         raise InputError(
             f"'{lazy}' has no size before the first call of its module",

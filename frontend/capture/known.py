@@ -1,4 +1,6 @@
-"""Values that no input, no state and no random number goes into are known while a model is traced, and forward may branch on them."""
+"""Values that no input, no state and no random number goes into are known while a model is traced, and
+forward may branch on them.
+"""
 
 from __future__ import annotations
 
@@ -40,36 +42,56 @@ _READS = frozenset(
 """Functions that look at the values of tensors."""
 
 _CHANGES_NO_VALUE = torch.ops.aten.detach_.default
-"""An op in place that leaves the values as they are; torch puts it behind every tensor that is made of Python's numbers."""
+"""An op in place that leaves the values as they are; torch puts it behind every tensor that is made of
+Python's numbers.
+"""
 
 
 class KnownValues(TorchFunctionMode):
-    """While open, who looks at a value that is known gets it: the path of the trace is that of the eager run."""
+    """While open, who looks at a value that is known gets it: the path of the trace is that of the eager
+    run.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._values: dict[fx.Node, Any] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         by_name = any(isinstance(arg, FakeTensor) for arg in kwargs.values())
         if func not in _READS or by_name or get_proxy_mode() is None:
             return func(*args, **kwargs)
-        known = [self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args]
-        if any(value is None and arg is not None for value, arg in zip(known, args, strict=True)):
+        known = [
+            self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args
+        ]
+        if any(
+            value is None and arg is not None
+            for value, arg in zip(known, args, strict=True)
+        ):
             return func(*args, **kwargs)
         with _disable_current_modes():
             return func(*known, **kwargs)
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The real tensor that `tensor` stands for in the trace, None where it depends on more than constants."""
+        """The real tensor that `tensor` stands for in the trace, None where it depends on more than
+        constants.
+        """
         node = node_of(tensor)
         cone = _cone(node) if node is not None else None
         if cone is None:
             return None
         steps = [step for step in cone if step not in self._values]
-        self._values |= {step: _attribute(step) for step in steps if step.op == "get_attr"}
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
+        self._values |= {
+            step: _attribute(step) for step in steps if step.op == "get_attr"
+        }
+        with (
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+            torch._C._DisableAutocast(),
+            torch.no_grad(),
+        ):
             for step in steps:
                 if step.op != "get_attr":
                     self._values[step] = _computed(step, self._values)
@@ -80,7 +102,9 @@ class KnownValues(TorchFunctionMode):
 
 
 def _cone(node: fx.Node) -> list[fx.Node] | None:
-    """What `node` is made of, in order; None where that is more than constants, or is written by now, which it may not have been before."""
+    """What `node` is made of, in order; None where that is more than constants, or is written by now, which
+    it may not have been before.
+    """
     steps: dict[fx.Node, None] = {}
     todo = [(node, False)]
     while todo:
@@ -96,7 +120,9 @@ def _cone(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """True for an op that makes the same of constants in every call, no larger than what is worth computing."""
+    """True for an op that makes the same of constants in every call, no larger than what is worth
+    computing.
+    """
     if node.op == "get_attr":
         return isinstance(_attribute(node), torch.Tensor)
     if node.op != "call_function":
@@ -108,9 +134,16 @@ def _is_constant(node: fx.Node) -> bool:
         return False
     value = node.meta.get("val")
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
+    if (
+        not all(isinstance(size, int) for size in sizes)
+        or math.prod(sizes) > MOST_ELEMENTS
+    ):
         return False
-    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags and not facts_of(target._opname).uninitialised
+    return (
+        not _writes(target)
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not facts_of(target._opname).uninitialised
+    )
 
 
 def _is_written(node: fx.Node) -> bool:
@@ -124,7 +157,9 @@ def _is_written(node: fx.Node) -> bool:
                     return True
             elif _writes(target):
                 return True
-            elif all(argument.alias_info is None for argument in target._schema.arguments):
+            elif all(
+                argument.alias_info is None for argument in target._schema.arguments
+            ):
                 continue
             if user not in seen:
                 seen.add(user)
@@ -142,15 +177,24 @@ def _attribute(node: fx.Node) -> Any:
 
 
 def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    args, kwargs = (tree_map(lambda leaf: _operand(leaf, known), tree) for tree in (node.args, node.kwargs))
+    args, kwargs = (
+        tree_map(lambda leaf: _operand(leaf, known), tree)
+        for tree in (node.args, node.kwargs)
+    )
     function: Any = node.target
     return function(*args, **kwargs)
 
 
 def _is_cast(node: fx.Node, value: Any) -> bool:
-    """True where autocast has the op compute in another dtype, and round otherwise, than its operands alone would."""
+    """True where autocast has the op compute in another dtype, and round otherwise, than its operands alone
+    would.
+    """
     traced = node.meta.get("val")
-    return isinstance(traced, torch.Tensor) and isinstance(value, torch.Tensor) and traced.dtype != value.dtype
+    return (
+        isinstance(traced, torch.Tensor)
+        and isinstance(value, torch.Tensor)
+        and traced.dtype != value.dtype
+    )
 
 
 def _operand(leaf: Any, known: dict[fx.Node, Any]) -> Any:

@@ -16,15 +16,23 @@ _EXPORT = os.path.join(os.path.dirname(torch.__file__), "export", "")
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """While open, torch logs nothing, and prints no graph of a trace that failed. What the model itself says is heard.
+    """While open, torch logs nothing, and prints no graph of a trace that failed. What the model itself says
+    is heard.
 
-    A capture may fail and be tried again with a module kept whole; of that the program's notes tell. Who sets TORCH_LOGS is not quieted.
+    A capture may fail and be tried again with a module kept whole; of that the program's notes tell. Who sets
+    TORCH_LOGS is not quieted.
     """
     if "TORCH_LOGS" in os.environ or sys.stderr is None:
         yield
         return
-    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
-    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    names = [
+        name
+        for name in logging.root.manager.loggerDict
+        if name.partition(".")[0] == "torch"
+    ]
+    handlers = [
+        handler for name in names for handler in logging.getLogger(name).handlers
+    ]
     for handler in handlers:
         handler.addFilter(_nothing)
     try:

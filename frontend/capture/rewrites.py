@@ -23,7 +23,9 @@ from stagecut.frontend.source import shown, user_line
 from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
 
-torch.library.define("stagecut::checkpoint", "(int number, bool begins, bool preserve_rng_state) -> ()")
+torch.library.define(
+    "stagecut::checkpoint", "(int number, bool begins, bool preserve_rng_state) -> ()"
+)
 
 
 @torch.library.impl("stagecut::checkpoint", "BackendSelect")
@@ -41,9 +43,11 @@ has_side_effect(torch.ops.stagecut.checkpoint.default)
 
 @contextmanager
 def visible() -> Iterator[None]:
-    """inference_mode is recorded as no_grad, `tensor.data` as an op, a checkpointed region as ops where it begins and ends.
+    """inference_mode is recorded as no_grad, `tensor.data` as an op, a checkpointed region as ops where it
+    begins and ends.
 
-    Distributions do not validate what they are given, which would branch on values; an argument `validate_args=True` still does.
+    Distributions do not validate what they are given, which would branch on values; an argument
+    `validate_args=True` still does.
     """
     unchecked = patch.object(torch.distributions.Distribution, "_validate_args", False)
     recorded = _DataAsOp()
@@ -51,12 +55,18 @@ def visible() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if "fake tensor in the exported program constant" not in str(error) or not recorded.differentiated:
+            if (
+                "fake tensor in the exported program constant" not in str(error)
+                or not recorded.differentiated
+            ):
                 raise
             raise CaptureError(
                 "forward computes gradients, which cannot be traced through this model",
                 where=recorded.differentiated,
-                hint="compute them outside of the model; or keep the submodule that does it whole: leaf_modules=[...]",
+                hint=(
+                    "compute them outside of the model; or keep the submodule that does it whole: "
+                    "leaf_modules=[...]"
+                ),
             ) from error
 
 
@@ -82,10 +92,14 @@ def _inference_mode_as_no_grad() -> Iterator[None]:
 
 
 def _into_out(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` writes into `out=`. A trace knows the size that `out` had, and not the one that torch would give it."""
+    """What `func` writes into `out=`. A trace knows the size that `out` had, and not the one that torch would
+    give it.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="An output with one or more elements was resized")
+            warnings.filterwarnings(
+                "error", message="An output with one or more elements was resized"
+            )
             return func(*args, **kwargs)
     except UserWarning:
         raise Untraceable(
@@ -98,31 +112,43 @@ _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backwar
 
 
 class _DataAsOp(TorchFunctionMode):
-    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be recorded is an error.
+    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be
+    recorded is an error.
 
     differentiated: the user's line that first asked for gradients, '' for none.
     """
 
     differentiated = ""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in _GRADIENTS:
             self.differentiated = self.differentiated or shown(user_line())
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return torch.ops.aten.data.default(args[0])
         if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
             tensor, new = args
-            if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata or new.shape != tensor.shape:
+            if (
+                new.untyped_storage()._cdata != tensor.untyped_storage()._cdata
+                or new.shape != tensor.shape
+            ):
                 raise Untraceable(
                     "the .data of a tensor is replaced",
-                    "write into the tensor under torch.no_grad(), as in tensor.copy_(new), " + KEEP_WHOLE,
+                    "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
+                    + KEEP_WHOLE,
                 )
             return None  # `tensor.data += 1` ends with an assignment of what was written in place
         if kwargs is not None and kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
-        if getattr(func, "__name__", "") == "__bool__" and isinstance(args[0], FakeTensor):
+        if getattr(func, "__name__", "") == "__bool__" and isinstance(
+            args[0], FakeTensor
+        ):
             frame = sys._getframe(1)
-            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # other modes, inside of this one
+            while (
+                frame.f_code.co_name == "__torch_function__"
+                and frame.f_back is not None
+            ):  # other modes, inside of this one
                 frame = frame.f_back
             outcome = _outcome_that_goes_on(frame)
             if outcome is not None:
@@ -131,16 +157,29 @@ class _DataAsOp(TorchFunctionMode):
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:
-    """Of a condition that `frame` is at, the value behind which forward goes on where the other does nothing but raise; else None."""
-    steps = [step for step in dis.get_instructions(frame.f_code) if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")]
+    """Of a condition that `frame` is at, the value behind which forward goes on where the other does nothing
+    but raise; else None.
+    """
+    steps = [
+        step
+        for step in dis.get_instructions(frame.f_code)
+        if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")
+    ]
     places = {step.offset: place for place, step in enumerate(steps)}
     at = places.get(frame.f_lasti, len(steps))
     if at < len(steps) and steps[at].opname == "TO_BOOL":
         at += 1
-    if at >= len(steps) or "POP_JUMP" not in steps[at].opname or not steps[at].opname.endswith(("IF_FALSE", "IF_TRUE")):
+    if (
+        at >= len(steps)
+        or "POP_JUMP" not in steps[at].opname
+        or not steps[at].opname.endswith(("IF_FALSE", "IF_TRUE"))
+    ):
         return None
     jumps_on = steps[at].opname.endswith("IF_TRUE")
-    raises = {jumps_on: _raises(steps, places[steps[at].argval]), not jumps_on: _raises(steps, at + 1)}
+    raises = {
+        jumps_on: _raises(steps, places[steps[at].argval]),
+        not jumps_on: _raises(steps, at + 1),
+    }
     return raises[False] if raises[True] != raises[False] else None
 
 
@@ -149,12 +188,19 @@ def _raises(steps: list[dis.Instruction], at: int) -> bool:
     for step in steps[at:]:
         if step.opname == "RAISE_VARARGS":
             return True
-        if "JUMP" in step.opname or "RETURN" in step.opname or "FOR_ITER" in step.opname:
+        if (
+            "JUMP" in step.opname
+            or "RETURN" in step.opname
+            or "FOR_ITER" in step.opname
+        ):
             return False
     return False
 
 
-_AROUND = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+_AROUND = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
+)
 """The generator of torch's around a checkpointed region: its name since torch 2.14, and before."""
 
 
@@ -189,5 +235,8 @@ def _checkpoints_marked() -> Iterator[None]:
             next(inside, None)
             return result
 
-    with patch.object(module, around, marked), patch.object(module, "CheckpointFunction", Reentrant):
+    with (
+        patch.object(module, around, marked),
+        patch.object(module, "CheckpointFunction", Reentrant),
+    ):
         yield

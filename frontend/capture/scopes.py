@@ -1,4 +1,6 @@
-"""Calls of modules that a tracer gives no name or a wrong one: `m.forward(x)`, and `layers[1:3]` in a model that shares modules."""
+"""Calls of modules that a tracer gives no name or a wrong one: `m.forward(x)`, and `layers[1:3]` in a model
+that shares modules.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental import proxy_tensor
 
 _calling: list[int] = []
-"""The modules that are called now in a trace, outermost first. A tracer puts other objects in front of a module's dict, which is one."""
+"""The modules that are called now in a trace, outermost first. A tracer puts other objects in front of a
+module's dict, which is one.
+"""
 
 
 @contextmanager
@@ -36,50 +40,81 @@ def scopes(module: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(tracer, "call_module", call_module))
-        stack.enter_context(patch.object(tracer, "path_of_module", _unsliced(tracer.path_of_module)))
+        stack.enter_context(
+            patch.object(tracer, "path_of_module", _unsliced(tracer.path_of_module))
+        )
         for cls in _classes_with_forward(module):
-            stack.enter_context(patch.object(cls, "forward", _as_call(vars(cls)["forward"])))
+            stack.enter_context(
+                patch.object(cls, "forward", _as_call(vars(cls)["forward"]))
+            )
         yield
 
 
 def goes_past_call(module: nn.Module) -> bool:
-    """True where `module`, whose forward runs now in a trace, was not called, and a call would run more than that."""
-    has_call = any("__call__" in vars(cls) for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)])
+    """True where `module`, whose forward runs now in a trace, was not called, and a call would run more than
+    that.
+    """
+    has_call = any(
+        "__call__" in vars(cls)
+        for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    )
     return id(vars(module)) not in _calling[-1:] and (_has_hooks(module) or has_call)
 
 
 def _as_call(forward: FunctionType) -> Callable[..., Any]:
     @wraps(forward)
     def as_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():  # it traces what is in a region, and must not see what stands below
+        if (
+            is_dynamo_compiling()
+        ):  # it traces what is in a region, and must not see what stands below
             return forward(self, *args, **kwargs)
         asks_a_base = type(self).forward is not as_call
         if asks_a_base or id(vars(self)) in _calling[-1:] or _has_hooks(self):
             return forward(self, *args, **kwargs)
-        return nn.Module.__call__(self, *args, **kwargs)  # not a __call__ of the class, which may have called forward
+        return nn.Module.__call__(
+            self, *args, **kwargs
+        )  # not a __call__ of the class, which may have called forward
 
     return as_call
 
 
 def _classes_with_forward(module: nn.Module) -> list[type]:
     """The classes, bases among them, that define a forward of a module."""
-    classes = dict.fromkeys(cls for owner in module.modules() for cls in type(owner).__mro__ if cls is not nn.Module)
-    return [cls for cls in classes if isinstance(vars(cls).get("forward"), FunctionType)]
+    classes = dict.fromkeys(
+        cls
+        for owner in module.modules()
+        for cls in type(owner).__mro__
+        if cls is not nn.Module
+    )
+    return [
+        cls for cls in classes if isinstance(vars(cls).get("forward"), FunctionType)
+    ]
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
 
 
 _SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
 
 
 def _unsliced(path_of_module: Callable[..., str]) -> Callable[..., str]:
-    """`path_of_module` of a tracer, with the model's path for a part of a slice. The slice itself is no module of the model."""
+    """`path_of_module` of a tracer, with the model's path for a part of a slice. The slice itself is no
+    module of the model.
+    """
 
     def path_in_model(tracer: Any, module: nn.Module) -> str:
         path = path_of_module(tracer, module)
-        return _resolved(tracer.scope_root, path.split(".")) if "slice(" in path else path
+        return (
+            _resolved(tracer.scope_root, path.split(".")) if "slice(" in path else path
+        )
 
     return path_in_model
 
@@ -90,10 +125,16 @@ def _resolved(root: nn.Module, parts: list[str]) -> str:
     found: list[str] = []
     for part in parts:
         if bounds := _SLICE.fullmatch(part):
-            chosen = slice(*(None if bound == "None" else int(bound) for bound in bounds.groups()))
+            chosen = slice(
+                *(None if bound == "None" else int(bound) for bound in bounds.groups())
+            )
             names = (list(owner._modules) if names is None else names)[chosen]
             continue
-        found.append(names[int(part)] if names is not None and isinstance(owner, nn.ModuleList) else part)
+        found.append(
+            names[int(part)]
+            if names is not None and isinstance(owner, nn.ModuleList)
+            else part
+        )
         owner, names = owner.get_submodule(found[-1]), None
     if names is not None:
         raise proxy_tensor._ModuleNotInstalledAsSubmoduleError

@@ -1,7 +1,8 @@
 """Modules kept whole: one op that calls the user's own module object.
 
-During capture an opaque op stands in for the module's forward. Its output types come from one real run of a copy of the
-model; so does what the module writes, which outputs share storage with inputs, and whether it draws random numbers.
+During capture an opaque op stands in for the module's forward. Its output types come from one real run of a
+copy of the model; so does what the module writes, which outputs share storage with inputs, and whether it
+draws random numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from stagecut.ir.run.bindings import is_torchs
 from stagecut.ir.run.objects import hides_tensors, opened
 from stagecut.ir.run.storage import shared_with, storage_of, written_by
 
-torch.library.define("stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]")
+torch.library.define(
+    "stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]"
+)
 
 
 _CALLS: dict[str, LeafCall] = {}
@@ -40,30 +43,46 @@ _CALLS: dict[str, LeafCall] = {}
 
 @torch.library.impl("stagecut::leaf", "CompositeExplicitAutograd")
 def _leaf(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
-    raise Untraceable("stagecut::leaf stands in for a module during capture and cannot be run")
+    raise Untraceable(
+        "stagecut::leaf stands in for a module during capture and cannot be run"
+    )
 
 
 @torch.library.register_fake("stagecut::leaf")
-def _leaf_fake(key: str, args: list[torch.Tensor], numbers: list[Any]) -> list[torch.Tensor]:
+def _leaf_fake(
+    key: str, args: list[torch.Tensor], numbers: list[Any]
+) -> list[torch.Tensor]:
     call = _CALLS[key]
     varying: dict[int, Any] = {
         n: size
         for arg, shape in zip(args, call.in_shapes, strict=True)
         for n, size in zip(shape, arg.shape, strict=True)
-        if isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int)
+        if isinstance(size, torch.SymInt)
+        and not isinstance(size.node.maybe_as_int(), int)
     }
     return [_like(t, varying) for t in call.out_flat if _is_tensor(t)]
 
 
 def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
-    """A tensor as the one a real run made; a size that is that of a varying dim of an argument varies with it (checked in each call)."""
+    """A tensor as the one a real run made; a size that is that of a varying dim of an argument varies with it
+    (checked in each call).
+    """
     if not any(n in varying for n in made.shape):
-        return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+        return torch.empty_strided(
+            made.shape, made.stride(), dtype=made.dtype, device=made.device
+        )
     order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
     places = sorted(range(made.dim()), key=order.__getitem__)
     shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
-    if not any(made.shape[dim] in varying for dim in order[1:]):  # no stride depends on the widest dim
-        return torch.empty_strided([shape[place] for place in places], made.stride(), dtype=made.dtype, device=made.device)
+    if not any(
+        made.shape[dim] in varying for dim in order[1:]
+    ):  # no stride depends on the widest dim
+        return torch.empty_strided(
+            [shape[place] for place in places],
+            made.stride(),
+            dtype=made.dtype,
+            device=made.device,
+        )
     return torch.empty(shape, dtype=made.dtype, device=made.device).permute(places)
 
 
@@ -84,7 +103,9 @@ class Looking(TorchDispatchMode):
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """An op is about to run."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         try:
             self.see(func, args, kwargs or {})
         except Exception as error:
@@ -128,8 +149,9 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 class OtherMode:
     """What a module does with its training flags the other way round.
 
-    wrote: the memory given, and its own, that it writes. drew: it draws random numbers. homes: for each tensor that it returns, the memory
-    given in which that lies; a dropout that is off returns what it is given.
+    wrote: the memory given, and its own, that it writes. drew: it draws random numbers. homes: for each
+    tensor that it returns, the memory given in which that lies; a dropout that is off returns what it is
+    given.
     """
 
     wrote: set[int]
@@ -137,10 +159,13 @@ class OtherMode:
     homes: tuple[int | None, ...]
 
 
-def in_other_mode(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> OtherMode:
+def in_other_mode(
+    module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any
+) -> OtherMode:
     """What `run`, which runs `module`, does with the flags of the module the other way round.
 
-    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run shows one branch.
+    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run
+    shows one branch.
     """
     given = tensors_in((args, kwargs))
     twins = {id(tensor): tensor.detach().clone() for tensor in given}
@@ -150,7 +175,9 @@ def in_other_mode(module: nn.Module, run: Callable[..., Any], args: Any, kwargs:
     returned: Any = ()
     try:
         with _flags_turned(module), torch.no_grad(), watch:
-            twin_args, twin_kwargs = tree_map(lambda item: twins.get(id(item), item), (args, kwargs))
+            twin_args, twin_kwargs = tree_map(
+                lambda item: twins.get(id(item), item), (args, kwargs)
+            )
             returned = run(*twin_args, **twin_kwargs)
     except Exception as error:  # such as a norm in training that is given one sample
         raise_ours(error)
@@ -158,7 +185,11 @@ def in_other_mode(module: nn.Module, run: Callable[..., Any], args: Any, kwargs:
     wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
     if may_write_all:
         wrote.update(map(home_of, module.buffers()))
-    return OtherMode(wrote, watch.drew, tuple(homes.get(home_of(item)) for item in tensors_in(returned)))
+    return OtherMode(
+        wrote,
+        watch.drew,
+        tuple(homes.get(home_of(item)) for item in tensors_in(returned)),
+    )
 
 
 @contextmanager
@@ -190,12 +221,23 @@ class Leaves:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> None:
-        """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules without
-        a forward stands for each of them, for nobody calls it."""
-        owners = {name: owner for name, owner in self.module.named_modules(remove_duplicate=False) if name}
+        """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules
+        without a forward stands for each of them, for nobody calls it.
+        """
+        owners = {
+            name: owner
+            for name, owner in self.module.named_modules(remove_duplicate=False)
+            if name
+        }
         if path not in owners:
-            raise SplitError(f"leaf_modules names module '{path}', which the model does not have", hint=nearest(path, owners))
-        if isinstance(owners[path], (nn.ModuleList, nn.ModuleDict)) and type(owners[path]).forward is nn.Module.forward:
+            raise SplitError(
+                f"leaf_modules names module '{path}', which the model does not have",
+                hint=nearest(path, owners),
+            )
+        if (
+            isinstance(owners[path], (nn.ModuleList, nn.ModuleDict))
+            and type(owners[path]).forward is nn.Module.forward
+        ):
             for name, _ in owners[path].named_children():
                 self.add(f"{path}.{name}")
             return
@@ -204,16 +246,29 @@ class Leaves:
 
     @property
     def notes(self) -> list[str]:
-        """Which modules are kept whole although nobody asked for it, and why; what else the last capture had to say."""
-        kept = {path: reason for path, reason in self.reasons.items() if path in self.paths}
-        return [f"module '{path}' and all of its class are kept whole: {reason}" for path, reason in kept.items()] + self.remarks
+        """Which modules are kept whole although nobody asked for it, and why; what else the last capture had
+        to say.
+        """
+        kept = {
+            path: reason for path, reason in self.reasons.items() if path in self.paths
+        }
+        return [
+            f"module '{path}' and all of its class are kept whole: {reason}"
+            for path, reason in kept.items()
+        ] + self.remarks
 
     def add_class(self, path: str, reason: str) -> None:
-        """All modules of the class of the one at `path` are kept whole: what fails is the code of the class."""
+        """All modules of the class of the one at `path` are kept whole: what fails is the code of the
+        class.
+        """
         self.reasons[path] = reason
         kind = type(self.module.get_submodule(path))
         for name, owner in self.module.named_modules():
-            if name and type(owner) is kind and not any(name.startswith(p + ".") for p in self.paths):
+            if (
+                name
+                and type(owner) is kind
+                and not any(name.startswith(p + ".") for p in self.paths)
+            ):
                 self.add(name)
 
     def _because(self, path: str) -> str:
@@ -221,7 +276,10 @@ class Leaves:
 
     def can_run(self) -> bool:
         """True when the model can be run for real, which recording a leaf's outputs takes."""
-        return not any(isinstance(t, torch._subclasses.FakeTensor) for t in self.module.state_dict().values())
+        return not any(
+            isinstance(t, torch._subclasses.FakeTensor)
+            for t in self.module.state_dict().values()
+        )
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -255,10 +313,13 @@ class Leaves:
             count += 1
             call = self.calls.get(key)
             if call is None:
-                raise CaptureError(f"leaf module '{path}' is called more often in the trace than in a real run")
+                raise CaptureError(
+                    f"leaf module '{path}' is called more often in the trace than in a real run"
+                )
             if goes_past_call(owner):
                 raise CaptureError(
-                    f"module '{path}' is kept whole{self._because(path)}, and its forward is called past its hooks or its __call__; "
+                    f"module '{path}' is kept whole{self._because(path)}, and its forward is called past "
+                    "its hooks or its __call__; "
                     "a stage calls the module",
                     where=shown(user_line()),
                     hint="call the module: m(x)",
@@ -268,19 +329,29 @@ class Leaves:
             numbers = [a for a in call.in_flat if isinstance(a, SYMBOLIC)]
             real = call.in_shapes
             if [tensor.dim() for tensor in given] != [len(shape) for shape in real]:
-                raise CalledOtherwise(f"'{path}' is given {len(given)} tensors in the trace, {len(real)} in a real run, or others")
+                raise CalledOtherwise(
+                    f"'{path}' is given {len(given)} tensors in the trace, {len(real)} in a real run, or "
+                    "others"
+                )
             tensors = iter(torch.ops.stagecut.leaf(key, given, numbers))
-            return tree_unflatten([next(tensors) if _is_tensor(o) else o for o in call.out_flat], call.out_spec)
+            return tree_unflatten(
+                [next(tensors) if _is_tensor(o) else o for o in call.out_flat],
+                call.out_spec,
+            )
 
         return forward
 
     def _record(self) -> dict[str, LeafCall]:
-        """Every call of every leaf module in one run of a copy of the model on copies of the example inputs."""
+        """Every call of every leaf module in one run of a copy of the model on copies of the example
+        inputs.
+        """
         calls: dict[str, LeafCall] = {}
         model, inputs = copy.deepcopy((self.module, self.inputs))
         for path in self.paths:
             owner = model.get_submodule(path)
-            owner.__dict__["forward"] = self._recording(path, owner, owner.forward, calls)
+            owner.__dict__["forward"] = self._recording(
+                path, owner, owner.forward, calls
+            )
         around = Surroundings(self.module)
         generators = Generators(around.generators)
         try:
@@ -291,7 +362,9 @@ class Leaves:
             generators.restore()
         return calls
 
-    def _recording(self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]) -> Any:
+    def _recording(
+        self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]
+    ) -> Any:
         count = 0
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -300,28 +373,38 @@ class Leaves:
             count += 1
             given = [a for a in tree_flatten((args, kwargs))[0] if _is_tensor(a)]
             parameters = dict(owner.named_parameters())
-            before = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
+            before = [
+                (storage_of(t), t._version) for t in (*given, *parameters.values())
+            ]
             containers = Contents([args, kwargs])
             with OpWatch() as watch:
                 result = run(*args, **kwargs)
             if containers.changed():
                 raise CaptureError(
-                    f"module '{path}' is kept whole{self._because(path)} and changes a container it is given, which no stage would",
+                    f"module '{path}' is kept whole{self._because(path)} and changes a container it is "
+                    "given, which no stage would",
                     where=place_of(type(owner)),
                     hint=RETURN_IT,
                 )
             if watch.split:
                 raise SplitError(
-                    f"a split point lies inside module '{path}', which is kept whole" + self._because(path),
+                    f"a split point lies inside module '{path}', which is kept whole"
+                    + self._because(path),
                     where=watch.split,
                     hint="move pipe_split() in front of or behind the module",
                 )
-            after = [(storage_of(t), t._version) for t in (*given, *parameters.values())]
-            wrote = [a != b or a[0] in watch.wrote for a, b in zip(after, before, strict=True)]
+            after = [
+                (storage_of(t), t._version) for t in (*given, *parameters.values())
+            ]
+            wrote = [
+                a != b or a[0] in watch.wrote
+                for a, b in zip(after, before, strict=True)
+            ]
             out_flat, out_spec = tree_flatten(opened(result))
             if (odd := next(filter(hides_tensors, out_flat), None)) is not None:
                 raise CaptureError(
-                    f"module '{path}' is kept whole{self._because(path)} and returns a {type(odd).__name__}, which hides tensors",
+                    f"module '{path}' is kept whole{self._because(path)} and returns a "
+                    f"{type(odd).__name__}, which hides tensors",
                     where=place_of(type(owner)),
                     hint="return tensors in tuples, lists, dicts or objects whose attributes are data",
                 )
@@ -329,30 +412,52 @@ class Leaves:
             if is_torchs(owner):
                 other = in_other_mode(owner, run, args, kwargs)
                 own = [home_of(tensor) for tensor in given]
-                wrote[: len(given)] = [was or home in other.wrote for was, home in zip(wrote, own, strict=False)]
+                wrote[: len(given)] = [
+                    was or home in other.wrote
+                    for was, home in zip(wrote, own, strict=False)
+                ]
                 drew |= other.drew
-                views = tuple(own.index(h) if v is None and h in own else v for v, h in zip_longest(views, other.homes[: len(views)]))
+                views = tuple(
+                    own.index(h) if v is None and h in own else v
+                    for v, h in zip_longest(views, other.homes[: len(views)])
+                )
             returned = [item for item in out_flat if _is_tensor(item)]
             for item, place in zip(returned, views, strict=True):
                 there = given[place] if place is not None and wrote[place] else None
-                if there is not None and storage_of(item) == storage_of(there) and item.requires_grad != there.requires_grad:
+                if (
+                    there is not None
+                    and storage_of(item) == storage_of(there)
+                    and item.requires_grad != there.requires_grad
+                ):
                     raise CaptureError(
-                        f"module '{path}' is kept whole{self._because(path)} and returns what it writes as a tensor of another history",
+                        f"module '{path}' is kept whole{self._because(path)} and returns what it writes as "
+                        "a tensor of another history",
                         where=place_of(type(owner)),
                         hint="return the tensor itself, or write and return a clone",
                     )
-            out_flat = [item.detach() if _is_tensor(item) else item for item in out_flat]
+            out_flat = [
+                item.detach() if _is_tensor(item) else item for item in out_flat
+            ]
             calls[key] = LeafCall(
-                path, [], out_spec, out_flat, out_spec, in_shapes=[tuple(t.shape) for t in given],
+                path,
+                [],
+                out_spec,
+                out_flat,
+                out_spec,
+                in_shapes=[tuple(t.shape) for t in given],
                 views=views,
                 written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
                 # another run may take another branch: every buffer counts as written
                 written_state=(
-                    *(n for n, w in zip(parameters, wrote[len(given) :], strict=True) if w),
+                    *(
+                        n
+                        for n, w in zip(parameters, wrote[len(given) :], strict=True)
+                        if w
+                    ),
                     *(name for name, _ in owner.named_buffers()),
                 ),
                 random=drew,
-            )  # fmt: skip
+            )
             return result
 
         return forward

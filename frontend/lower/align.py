@@ -22,7 +22,8 @@ class CannotFollow(Exception):
 class Part:
     """What both traces have next: an op that is the same in both, or a run of ops for each.
 
-    joins are the pairs of values that are one value behind the part, and the op that reads them first, None for the output.
+    joins are the pairs of values that are one value behind the part, and the op that reads them first, None
+    for the output.
     """
 
     ours: list[Op]
@@ -37,7 +38,9 @@ class Part:
 
 
 class _Conflict(Exception):
-    """The parts from `first` to `last` must be one, for what one of them makes another one needs in one mode only."""
+    """The parts from `first` to `last` must be one, for what one of them makes another one needs in one mode
+    only.
+    """
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__(first, last)
@@ -47,8 +50,8 @@ class _Conflict(Exception):
 class Alignment:
     """The parts of two traced programs, and which values of theirs are which of ours.
 
-    `same_constant` tells whether two constants of these names have equal values; `filled` gives the arguments of an op, with those
-    that another one gives and it leaves out.
+    `same_constant` tells whether two constants of these names have equal values; `filled` gives the arguments
+    of an op, with those that another one gives and it leaves out.
     """
 
     def __init__(
@@ -90,7 +93,12 @@ class Alignment:
         while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
             last += 1
         parts = self.parts[first : last + 1]
-        self.parts[first : last + 1] = [Part([op for p in parts for op in p.ours], [op for p in parts for op in p.theirs])]
+        self.parts[first : last + 1] = [
+            Part(
+                [op for p in parts for op in p.ours],
+                [op for p in parts for op in p.theirs],
+            )
+        ]
 
     # --- one walk over all parts, which ends where two of them must be one ------------------------
 
@@ -101,7 +109,9 @@ class Alignment:
             self._visit(part, number)
             self._place |= {value: number for op in part.ops for value in op.results}
         for one, other in zip(self.ours.outputs, self.theirs.outputs, strict=True):
-            if isinstance(one, Value) != isinstance(other, Value) or not (isinstance(one, Value) or same_literal(one, other)):
+            if isinstance(one, Value) != isinstance(other, Value) or not (
+                isinstance(one, Value) or same_literal(one, other)
+            ):
                 raise CannotFollow("it returns something else there")
             if isinstance(one, Value):
                 self._meet(one, other, len(self.parts), None)
@@ -109,7 +119,12 @@ class Alignment:
     def _visit(self, part: Part, number: int) -> None:
         if not part.shared:
             made = {value for op in part.ops for value in op.results}
-            for value in (value for op in part.ops for value in op.operands if value in self._alone and value not in made):
+            for value in (
+                value
+                for op in part.ops
+                for value in op.operands
+                if value in self._alone and value not in made
+            ):
                 raise _Conflict(self._place[value], number)
             self._alone |= made
             return
@@ -148,45 +163,75 @@ class Alignment:
 
     def _are_equal_constants(self, mine: Value, yours: Value) -> bool:
         one, other = mine.owner, yours.owner
-        constants = isinstance(one, StateEntry) and isinstance(other, StateEntry) and one.kind == other.kind == "const"
+        constants = (
+            isinstance(one, StateEntry)
+            and isinstance(other, StateEntry)
+            and one.kind == other.kind == "const"
+        )
         return constants and self.same_constant(one.name, other.name)  # type: ignore[union-attr]
 
     # --- pairs ------------------------------------------------------------------------------------
 
     def pairs(self, one: Op, other: Op) -> list[tuple[Any, Any]] | None:
         """The leaves of the operands of both, in order; None where they are not built alike."""
-        (args, kwargs), (others, keywords) = (one.args, one.kwargs), (other.args, other.kwargs)
+        (args, kwargs), (others, keywords) = (
+            (one.args, one.kwargs),
+            (other.args, other.kwargs),
+        )
         if len(args) != len(others) or kwargs.keys() != keywords.keys():
-            (args, kwargs), (others, keywords) = self.filled(one, other), self.filled(other, one)
-        if kwargs.keys() != keywords.keys() or not all(map(self._same_region, one.regions, other.regions)):
+            (args, kwargs), (others, keywords) = (
+                self.filled(one, other),
+                self.filled(other, one),
+            )
+        if kwargs.keys() != keywords.keys() or not all(
+            map(self._same_region, one.regions, other.regions)
+        ):
             return None
         found: list[tuple[Any, Any]] = []
-        alike = _zip((args, kwargs), (others, {key: keywords[key] for key in kwargs}), found)
+        alike = _zip(
+            (args, kwargs), (others, {key: keywords[key] for key in kwargs}), found
+        )
         return found if alike else None
 
     def _same_region(self, one: Region, other: Region) -> bool:
-        """True for regions of equal ops. Nothing in them differs by mode, or the op they are of is another one in each."""
-        if [p.type for p in one.params] != [p.type for p in other.params] or [*map(_key, one.ops)] != [*map(_key, other.ops)]:
+        """True for regions of equal ops. Nothing in them differs by mode, or the op they are of is another
+        one in each.
+        """
+        if [p.type for p in one.params] != [p.type for p in other.params] or [
+            *map(_key, one.ops)
+        ] != [*map(_key, other.ops)]:
             return False
         partner = dict(zip(other.params, one.params, strict=True))
-        for mine, yours in zip([*one.ops, one.output], [*other.ops, other.output], strict=True):
+        for mine, yours in zip(
+            [*one.ops, one.output], [*other.ops, other.output], strict=True
+        ):
             pairs = self.pairs(mine, yours)
-            if pairs is None or not all(partner.get(b) is a if isinstance(a, Value) else same_literal(a, b) for a, b in pairs):
+            if pairs is None or not all(
+                partner.get(b) is a if isinstance(a, Value) else same_literal(a, b)
+                for a, b in pairs
+            ):
                 return False
             partner |= zip(yours.results, mine.results, strict=True)
         return True
 
 
 def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
-    """Ops that may be the same in both, one by one, and what lies between them. The split points are, where there are as many."""
+    """Ops that may be the same in both, one by one, and what lies between them. The split points are, where
+    there are as many.
+    """
     mine, yours = _between_splits(ours), _between_splits(theirs)
     if len(mine) != len(yours):
         mine, yours = [[*ours]], [[*theirs]]
     parts: list[Part] = []
     for one, other in zip(mine, yours, strict=True):
-        for tag, start, stop, begin, end in SequenceMatcher(None, [*map(_key, one)], [*map(_key, other)], autojunk=False).get_opcodes():
+        for tag, start, stop, begin, end in SequenceMatcher(
+            None, [*map(_key, one)], [*map(_key, other)], autojunk=False
+        ).get_opcodes():
             if tag == "equal":
-                parts += [Part([a], [b], True) for a, b in zip(one[start:stop], other[begin:end], strict=True)]
+                parts += [
+                    Part([a], [b], True)
+                    for a, b in zip(one[start:stop], other[begin:end], strict=True)
+                ]
             else:
                 parts.append(Part(one[start:stop], other[begin:end]))
     return parts
@@ -204,25 +249,52 @@ def _between_splits(ops: Sequence[Op]) -> list[list[Op]]:
 
 
 def _key(op: Op) -> Any:
-    """Equal for ops that can stand for each other: all but operands. Neither a checkpoint nor the number of a call changes a result."""
+    """Equal for ops that can stand for each other: all but operands. Neither a checkpoint nor the number of a
+    call changes a result.
+    """
     context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
-    return op.target, scope_fqn(op.scope), repr(context), tuple(str(bare(r.type)) for r in op.results), repr(op.form), len(op.regions)
+    return (
+        op.target,
+        scope_fqn(op.scope),
+        repr(context),
+        tuple(str(bare(r.type)) for r in op.results),
+        repr(op.form),
+        len(op.regions),
+    )
 
 
 def bare(kind: Type) -> Type:
     """A type without its gradient, which a trace does not know."""
-    return replace(kind, grad=False) if isinstance(kind, TensorType) and kind.grad else kind
+    return (
+        replace(kind, grad=False)
+        if isinstance(kind, TensorType) and kind.grad
+        else kind
+    )
 
 
 def _zip(one: Any, other: Any, found: list[tuple[Any, Any]]) -> bool:
     """`found` gains the pairs of leaves; False where the trees are not built alike."""
     if isinstance(one, (tuple, list)):
-        return type(one) is type(other) and len(one) == len(other) and all(_zip(a, b, found) for a, b in zip(one, other, strict=True))
+        return (
+            type(one) is type(other)
+            and len(one) == len(other)
+            and all(_zip(a, b, found) for a, b in zip(one, other, strict=True))
+        )
     if isinstance(one, dict):
-        return isinstance(other, dict) and [*one] == [*other] and all(_zip(item, other[key], found) for key, item in one.items())
+        return (
+            isinstance(other, dict)
+            and [*one] == [*other]
+            and all(_zip(item, other[key], found) for key, item in one.items())
+        )
     if isinstance(one, slice):
-        return isinstance(other, slice) and _zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), found)
-    if isinstance(one, Value) != isinstance(other, Value) or isinstance(other, (tuple, list, dict, slice)):
+        return isinstance(other, slice) and _zip(
+            (one.start, one.stop, one.step),
+            (other.start, other.stop, other.step),
+            found,
+        )
+    if isinstance(one, Value) != isinstance(other, Value) or isinstance(
+        other, (tuple, list, dict, slice)
+    ):
         return False
     found.append((one, other))
     return True
@@ -231,5 +303,7 @@ def _zip(one: Any, other: Any, found: list[tuple[Any, Any]]) -> bool:
 def same_literal(one: Any, other: Any) -> bool:
     """Equal, where 1 is not True and nan is nan. Two that follow a flag do so in both traces."""
     if isinstance(one, Mode) and isinstance(other, Mode):
-        return same_literal(one.training, other.training) and same_literal(one.evaluating, other.evaluating)
+        return same_literal(one.training, other.training) and same_literal(
+            one.evaluating, other.evaluating
+        )
     return type(one) is type(other) and (one == other or repr(one) == repr(other))

@@ -1,4 +1,6 @@
-"""A model whose trace differs between train and eval mode is traced in both, and the program does what it does in either."""
+"""A model whose trace differs between train and eval mode is traced in both, and the program does what it
+does in either.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,15 @@ from stagecut.ir.text.printer import nested_ops
 Traced = tuple[Program, Bindings]
 
 
-def follow(module: nn.Module, traced: Traced, again: Callable[[], Traced], asked: Iterable[str]) -> None:
-    """The traced program does what `module` does in either mode, where Python chose by `training` while it was traced.
+def follow(
+    module: nn.Module, traced: Traced, again: Callable[[], Traced], asked: Iterable[str]
+) -> None:
+    """The traced program does what `module` does in either mode, where Python chose by `training` while it
+    was traced.
 
-    Where it cannot, `bindings.branches` says so of each module by whose flag was chosen, where, and why. `again` traces the module as it
-    stands then; it has the flags and the state that it had, afterwards. `asked` are the modules at which the user cuts.
+    Where it cannot, `bindings.branches` says so of each module by whose flag was chosen, where, and why.
+    `again` traces the module as it stands then; it has the flags and the state that it had, afterwards.
+    `asked` are the modules at which the user cuts.
     """
     bindings = traced[1]
     if not bindings.choices:
@@ -36,15 +42,25 @@ def follow(module: nn.Module, traced: Traced, again: Callable[[], Traced], asked
     choices = dict(bindings.choices)
     try:
         if bindings.branches:
-            raise CannotFollow(f"its mode is more than flags: {next(iter(bindings.branches.values()))}")
+            raise CannotFollow(
+                f"its mode is more than flags: {next(iter(bindings.branches.values()))}"
+            )
         with in_other_mode(module):
             other = _traced(module, again)
-        choices |= {path: place for path, place in other[1].choices.items() if path not in choices}
+        choices |= {
+            path: place
+            for path, place in other[1].choices.items()
+            if path not in choices
+        }
         _merge(module, traced, other, choices, asked)
     except CannotFollow as error:
         refuse_to_follow(bindings, choices, str(error))
         return
-    stays = {path: place for path, place in choices.items() if bindings.training.get(path) == other[1].training.get(path)}
+    stays = {
+        path: place
+        for path, place in choices.items()
+        if bindings.training.get(path) == other[1].training.get(path)
+    }
     refuse_to_follow(bindings, stays, "its flag was not that of the model")
 
 
@@ -81,10 +97,18 @@ def _traced(module: nn.Module, again: Callable[[], Traced]) -> Traced:
         return again()
     except (CaptureError, SplitError, InputError) as error:
         mode = "train" if module.training else "eval"
-        raise CannotFollow(f"in {mode} mode it cannot be traced: {error.what} ({error.where})") from error
+        raise CannotFollow(
+            f"in {mode} mode it cannot be traced: {error.what} ({error.where})"
+        ) from error
 
 
-def _merge(module: nn.Module, traced: Traced, other: Traced, choices: dict[str, str], asked: Iterable[str]) -> None:
+def _merge(
+    module: nn.Module,
+    traced: Traced,
+    other: Traced,
+    choices: dict[str, str],
+    asked: Iterable[str],
+) -> None:
     (program, bindings), (theirs, others) = traced, other
     if bindings.call.out_spec != others.call.out_spec:
         raise CannotFollow("the model returns another structure in the other mode")
@@ -94,23 +118,36 @@ def _merge(module: nn.Module, traced: Traced, other: Traced, choices: dict[str, 
 
     def equal(mine: str, yours: str) -> bool:
         one, other = bindings.tensors[mine], others.tensors[yours]
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_constant(one, other)
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_constant(
+            one, other
+        )
 
-    flags = Flags(bindings.training, others.training, list(choices), _first_names(module))
+    flags = Flags(
+        bindings.training, others.training, list(choices), _first_names(module)
+    )
     merge = Merge(Alignment(program, theirs, equal, filled), flags, asked)
     merge.run()
     bindings.functions |= functions
     bindings.modules |= others.modules
-    bindings.tensors |= {entry.name: others.tensors[name] for name, entry in merge.constants.items()}
+    bindings.tensors |= {
+        entry.name: others.tensors[name] for name, entry in merge.constants.items()
+    }
     bindings.choices = {}
     verify(program, after="both modes were made one")
 
 
-def _with_our_names(theirs: Program, bindings: Bindings, others: Bindings) -> dict[str, Callable[..., Any]]:
-    """Their program calls the user's functions by the names that ours has; those that only they have, by new ones."""
+def _with_our_names(
+    theirs: Program, bindings: Bindings, others: Bindings
+) -> dict[str, Callable[..., Any]]:
+    """Their program calls the user's functions by the names that ours has; those that only they have, by new
+    ones.
+    """
     namer = Namer(bindings.functions)
     known = {function: name for name, function in bindings.functions.items()}
-    names = {name: known.get(function) or namer(name) for name, function in others.functions.items()}
+    names = {
+        name: known.get(function) or namer(name)
+        for name, function in others.functions.items()
+    }
     for op in nested_ops(theirs.all_ops()):
         op.target = Target(names.get(op.target, op.target))
     return {names[name]: function for name, function in others.functions.items()}
@@ -119,18 +156,28 @@ def _with_our_names(theirs: Program, bindings: Bindings, others: Bindings) -> di
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Module path -> the first path of the same module."""
     first: dict[int, str] = {}
-    return {path: first.setdefault(id(owner), path) for path, owner in module.named_modules(remove_duplicate=False)}
+    return {
+        path: first.setdefault(id(owner), path)
+        for path, owner in module.named_modules(remove_duplicate=False)
+    }
 
 
 def filled(op: Op, like: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an op of torch, with those that `like` gives and it leaves out as its schema has them."""
+    """The arguments of an op of torch, with those that `like` gives and it leaves out as its schema has
+    them.
+    """
     target = resolve(op.target) if op.target.kind in (Kind.ATEN, Kind.LIBRARY) else None
     if not isinstance(target, torch._ops.OpOverload):
         return op.args, op.kwargs
     args, kwargs = list(op.args), dict(op.kwargs)
     for place, argument in enumerate(target._schema.arguments):
         wanted = place < len(like.args) or argument.name in like.kwargs
-        if not wanted or place < len(args) or argument.name in kwargs or not argument.has_default_value():
+        if (
+            not wanted
+            or place < len(args)
+            or argument.name in kwargs
+            or not argument.has_default_value()
+        ):
             continue
         if place == len(args) and not argument.kwarg_only:
             args.append(argument.default_value)

@@ -10,7 +10,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
 
-from stagecut.frontend.lower.lower import Lowering, Seen, state_entries, written_in_place
+from stagecut.frontend.lower.lower import (
+    Lowering,
+    Seen,
+    state_entries,
+    written_in_place,
+)
 from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
 from stagecut.frontend.watch.training import switches
@@ -22,15 +27,22 @@ from stagecut.ir.types import TensorType
 
 
 def lower_export(
-    exported: ExportedProgram, module: torch.nn.Module | None = None, leaf_calls: dict[str, LeafCall] | None = None
+    exported: ExportedProgram,
+    module: torch.nn.Module | None = None,
+    leaf_calls: dict[str, LeafCall] | None = None,
 ) -> tuple[Program, Bindings]:
-    """The traced program of `exported`. With `module`, state is the module's own tensors; without, the exported ones."""
-    program = Program(type(module).__name__ if module is not None else "ExportedProgram")
+    """The traced program of `exported`. With `module`, state is the module's own tensors; without, the
+    exported ones.
+    """
+    program = Program(
+        type(module).__name__ if module is not None else "ExportedProgram"
+    )
     bindings = Bindings(sources=True)
     lowering = Lowering(program, bindings)
     if module is not None:
         if leaf_calls:
-            lowering.leaf_calls, lowering.leaf_owners = leaf_calls, dict(module.named_modules(remove_duplicate=False))
+            lowering.leaf_calls = leaf_calls
+            lowering.leaf_owners = dict(module.named_modules(remove_duplicate=False))
         program.state = state_entries(module, bindings, lowering.note_storage)
     else:
         program.state = _exported_state(exported, bindings)
@@ -39,17 +51,30 @@ def lower_export(
         bindings.switches, places = switches(module)
         lowering.fixed = exported.graph_module.meta[FIXED]
         whole = tuple(f"{call.path}." for call in (leaf_calls or {}).values())
-        set_inside = {path: where for path, where in lowering.fixed.items() if f"{path}.".startswith(whole)}
-        bindings.choices, bindings.branches = dict(exported.graph_module.meta[CHOICES]), places | set_inside
+        set_inside = {
+            path: where
+            for path, where in lowering.fixed.items()
+            if f"{path}.".startswith(whole)
+        }
+        bindings.choices = dict(exported.graph_module.meta[CHOICES])
+        bindings.branches = places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:
-        if node.target is torch.ops.aten.copy_.default:  # who reads the tensor behind it kept the old one
+        if (
+            node.target is torch.ops.aten.copy_.default
+        ):  # who reads the tensor behind it kept the old one
             node.replace_all_uses_with(node.args[0])
-    outputs = lowering.run([n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ())
+    outputs = lowering.run(
+        [n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ()
+    )
     _finish(exported, program, list(outputs))
     for node in reassigned:
-        if node.target is torch.ops.aten.clone.default:  # of a buffer whose tensor another one is given
-            env[node] = lowering.call(node, env, program.ops, (), Seen(node.meta.get("val")))
+        if (
+            node.target is torch.ops.aten.clone.default
+        ):  # of a buffer whose tensor another one is given
+            env[node] = lowering.call(
+                node, env, program.ops, (), Seen(node.meta.get("val"))
+            )
             clone = program.ops.pop()
             program.ops.insert(lowering.settled(clone.operands[0]), clone)
             continue
@@ -62,13 +87,20 @@ def lower_export(
 
 def _exported_state(exported: ExportedProgram, bindings: Bindings) -> list[StateEntry]:
     signature = exported.graph_signature
-    parameters, transient = set(signature.parameters), frozenset(signature.non_persistent_buffers)
+    parameters = set(signature.parameters)
+    transient = frozenset(signature.non_persistent_buffers)
     tensors: dict[str, Any] = dict(exported.state_dict)
-    tensors |= {name: exported.constants[name] for name in signature.non_persistent_buffers}
+    tensors |= {
+        name: exported.constants[name] for name in signature.non_persistent_buffers
+    }
     entries = []
     numbers: dict[int, int] = {}
     for name, tensor in tensors.items():
-        kind = "param" if name in parameters or isinstance(tensor, torch.nn.Parameter) else "buffer"
+        kind = (
+            "param"
+            if name in parameters or isinstance(tensor, torch.nn.Parameter)
+            else "buffer"
+        )
         entry = StateEntry((name,), kind, type_of(tensor), transient & {name})
         entry.tensor = numbers.setdefault(id(tensor), len(numbers))
         entry.storage = entry.tensor
@@ -77,7 +109,9 @@ def _exported_state(exported: ExportedProgram, bindings: Bindings) -> list[State
     return entries
 
 
-def _placeholders(exported: ExportedProgram, program: Program, bindings: Bindings, lowering: Lowering) -> dict[Any, Any]:
+def _placeholders(
+    exported: ExportedProgram, program: Program, bindings: Bindings, lowering: Lowering
+) -> dict[Any, Any]:
     owners = program.name_owners()
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
     env: dict[Any, Any] = {}
@@ -86,12 +120,19 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
         value = node.meta.get("val")
         if spec.kind is InputKind.USER_INPUT:
             symbolic = isinstance(value, SYMBOLS)
-            env[node] = program.add_input(type_of(value) if symbolic else specialised(value), node.name)
+            env[node] = program.add_input(
+                type_of(value) if symbolic else specialised(value), node.name
+            )
             _as_given(env[node], next(examples, None))
-        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in owners:
+        elif (
+            spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+            and spec.target in owners
+        ):
             env[node] = owners[spec.target].value
         elif spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
-            env[node] = _constant(spec.target, exported.constants[spec.target], program, bindings, owners)
+            env[node] = _constant(
+                spec.target, exported.constants[spec.target], program, bindings, owners
+            )
         else:
             raise _foreign_object(node, spec, lowering)
         lowering.note_storage(env[node], value)
@@ -99,7 +140,9 @@ def _placeholders(exported: ExportedProgram, program: Program, bindings: Binding
 
 
 def _as_given(value: Value, example: Any) -> None:
-    """The input carries gradient when the example does: the traced one has been through all that forward does to it."""
+    """The input carries gradient when the example does: the traced one has been through all that forward does
+    to it.
+    """
     if isinstance(example, torch.Tensor) and isinstance(value.type, TensorType):
         value.type = replace(value.type, grad=example.requires_grad)
 
@@ -109,12 +152,25 @@ def _foreign_object(node: Any, spec: Any, lowering: Lowering) -> CaptureError:
     kind = str(getattr(spec.arg, "class_fqn", "") or spec.kind.name)
     hint = "keep objects with state out of forward"
     if kind.endswith("Generator"):
-        hint = "draw from the default generator (torch.manual_seed): every process would go on with a copy of this one"
+        hint = (
+            "draw from the default generator (torch.manual_seed): every process would go on with a copy of "
+            "this one"
+        )
     place = next((str(loc) for loc in map(lowering.loc, node.users) if loc), "")
-    return CaptureError(f"the model uses a {kind}, which stages in different processes cannot share", where=place, hint=hint)
+    return CaptureError(
+        f"the model uses a {kind}, which stages in different processes cannot share",
+        where=place,
+        hint=hint,
+    )
 
 
-def _constant(name: str, tensor: Any, program: Program, bindings: Bindings, owners: dict[str, StateEntry]) -> Value:
+def _constant(
+    name: str,
+    tensor: Any,
+    program: Program,
+    bindings: Bindings,
+    owners: dict[str, StateEntry],
+) -> Value:
     if name in owners:
         return owners[name].value
     entry = StateEntry((name,), "const", type_of(tensor))
@@ -138,33 +194,52 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
             _write_back(program, inputs[str(spec.target)], item)
         else:
             raise CaptureError(
-                f"output of kind {spec.kind.name} is not supported", hint="export for inference or training without a joint backward graph"
+                f"output of kind {spec.kind.name} is not supported",
+                hint="export for inference or training without a joint backward graph",
             )
     program.set_outputs(returned)
 
 
 def _reassignments(exported: ExportedProgram) -> list[Any]:
-    """The copies that stand, last in the graph, for `self.buffer = new`: our watch marked them, torch's tracer names them as no other."""
+    """The copies that stand, last in the graph, for `self.buffer = new`: our watch marked them, torch's
+    tracer names them as no other.
+    """
     marked = [node for node in exported.graph.nodes if ASSIGNED in node.meta]
     found: list[Any] = []
     node = exported.graph.output_node().prev
-    while node.target is torch.ops.aten.copy_.default and node.name.startswith("copy__default") and not node.users:
+    while (
+        node.target is torch.ops.aten.copy_.default
+        and node.name.startswith("copy__default")
+        and not node.users
+    ):
         found.insert(0, node)
         node = node.prev
     return marked or found
 
 
-def _write_back(program: Program, target: Value, source: Value, settled: int = 0) -> None:
-    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the new value is made and settled.
+def _write_back(
+    program: Program, target: Value, source: Value, settled: int = 0
+) -> None:
+    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the
+    new value is made and settled.
 
-    The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken before the copy.
+    The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken
+    before the copy.
     """
     if written_in_place(source, target):
         return
     ops = program.ops
     places = {op: place for place, op in enumerate(ops)}
-    made = max(settled, *(places[value.owner] + 1 if isinstance(value.owner, Op) else 0 for value in (source, target)))
-    copy = Op("aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,)))
+    made = max(
+        settled,
+        *(
+            places[value.owner] + 1 if isinstance(value.owner, Op) else 0
+            for value in (source, target)
+        ),
+    )
+    copy = Op(
+        "aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,))
+    )
     if isinstance(source.owner, Op):
         copy.scope, copy.loc = source.owner.scope, source.owner.loc
     readers = [op for op in target.uses if op is not copy]
@@ -186,10 +261,23 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
     keywords = tuple(kwargs_spec.context or ())
     names = list(signature.forward_arg_names or ())
     count = len(_children(args_spec))
-    positional = tuple(names[:count]) if len(names) >= count else tuple(f"arg{i}" for i in range(count))
-    known = parameters_of(module.forward) if module is not None else dict.fromkeys([*positional, *keywords], ABSENT)
-    ranges = {str(symbol): (_bound(r.lower), _bound(r.upper)) for symbol, r in exported.range_constraints.items()}
-    return CallSpec(positional, keywords, known, signature.in_spec, signature.out_spec, ranges)
+    positional = (
+        tuple(names[:count])
+        if len(names) >= count
+        else tuple(f"arg{i}" for i in range(count))
+    )
+    known = (
+        parameters_of(module.forward)
+        if module is not None
+        else dict.fromkeys([*positional, *keywords], ABSENT)
+    )
+    ranges = {
+        str(symbol): (_bound(r.lower), _bound(r.upper))
+        for symbol, r in exported.range_constraints.items()
+    }
+    return CallSpec(
+        positional, keywords, known, signature.in_spec, signature.out_spec, ranges
+    )
 
 
 def _bound(limit: Any) -> int | None:

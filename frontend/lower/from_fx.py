@@ -1,6 +1,7 @@
 """fx.GraphModule -> Program: any graph, from symbolic_trace or made by hand, with all six kinds of node.
 
-The graph is run once on fake tensors (`fx_run`), and each node is lowered when it has run, while its tensors are what it made of them.
+The graph is run once on fake tensors (`fx_run`), and each node is lowered when it has run, while its tensors
+are what it made of them.
 """
 
 from __future__ import annotations
@@ -15,17 +16,33 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.frontend.capture.whole import home_of
 from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
-from stagecut.frontend.lower.lower import SWITCHES, Lowering, Seen, state_entries, switched
+from stagecut.frontend.lower.lower import (
+    SWITCHES,
+    Lowering,
+    Seen,
+    state_entries,
+    switched,
+)
 from stagecut.frontend.lower.types import type_of
 from stagecut.ir.errors import CaptureError, InputError
-from stagecut.ir.graph import Context, Op, Program, StateEntry, Value, leaves, substitute
+from stagecut.ir.graph import (
+    Context,
+    Op,
+    Program,
+    StateEntry,
+    Value,
+    leaves,
+    substitute,
+)
 from stagecut.ir.run.bindings import Bindings, is_torchs
 from stagecut.ir.run.call import ABSENT, CallSpec
 from stagecut.ir.run.targets import name_of
 from stagecut.ir.types import NONE
 
 
-def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Bindings]:
+def lower_graph_module(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Program, Bindings]:
     """The traced program of `module`. Leaf modules stay whole, as ops that call the user's own module.
 
     Raises CaptureError for a graph fx itself could not run, or whose names are no identifiers.
@@ -43,8 +60,14 @@ def lower_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     program.set_outputs(flat)
     names = tuple(n.target for n in module.graph.nodes if n.op == "placeholder")
     _, in_spec = tree_flatten((tuple(inputs), {}))
-    defaults = {n.target: n.args[0] for n in module.graph.nodes if n.op == "placeholder" and n.args}
-    bindings.call = CallSpec(names, (), {n: defaults.get(n, ABSENT) for n in names}, in_spec, out_spec)
+    defaults = {
+        n.target: n.args[0]
+        for n in module.graph.nodes
+        if n.op == "placeholder" and n.args
+    }
+    bindings.call = CallSpec(
+        names, (), {n: defaults.get(n, ABSENT) for n in names}, in_spec, out_spec
+    )
     program.output_names = bindings.call.output_names()
     return program, bindings
 
@@ -64,7 +87,9 @@ def _check_names(module: fx.GraphModule) -> None:
                 )
 
 
-def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _bind(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
     if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
         return list(module.graph._codegen.process_inputs(*args, **kwargs))
     given = dict(kwargs)
@@ -76,22 +101,33 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
         elif node.args:
             inputs.append(node.args[0])
         else:
-            raise InputError(f"the graph's input '{node.target}' has no example value", hint="add it to mb_args")
+            raise InputError(
+                f"the graph's input '{node.target}' has no example value",
+                hint="add it to mb_args",
+            )
     if given or len(inputs) > len(nodes):
         extra = next(iter(given), f"argument {len(nodes)}")
-        raise InputError(f"'{extra}' is no input of the graph", hint=f"its inputs are {', '.join(n.target for n in nodes)}")
+        raise InputError(
+            f"'{extra}' is no input of the graph",
+            hint=f"its inputs are {', '.join(n.target for n in nodes)}",
+        )
     return inputs
 
 
 def _refuse_endless(module: fx.GraphModule) -> None:
     if not any(node.op == "output" for node in module.graph.nodes):
-        raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
+        raise CaptureError(
+            "the graph has no output node",
+            hint="call graph.output(...) before handing it over",
+        )
 
 
 class _GraphLowering:
     """Appends the op of each node that has run to the program. `outputs` is what the graph returns."""
 
-    def __init__(self, module: fx.GraphModule, lowering: Lowering, state: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, lowering: Lowering, state: dict[str, torch.Tensor]
+    ) -> None:
         self._module, self._lowering = module, lowering
         self._program, self._bindings = lowering.program, lowering.bindings
         self._owners = self._program.name_owners()
@@ -101,7 +137,9 @@ class _GraphLowering:
         """The tensor behind each value, kept alive: memory that is let go gives its identity to another."""
         self._homes: dict[Value, int] = {}
         self.outputs: Any = None
-        lowering.whole = frozenset(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+        lowering.whole = frozenset(
+            str(node.target) for node in module.graph.nodes if node.op == "call_module"
+        )
         for entry in self._program.state:
             lowering._storage.pop(entry.value, None)
             self._note(entry.value, state[entry.name])
@@ -115,46 +153,86 @@ class _GraphLowering:
         elif node.op == "get_attr":
             self._env[node] = self._attribute(node, ran.value)
         elif node.target in SWITCHES:
-            self._context = switched(node, self._lowering.tree(node.args[:4], self._env), self._context, ())
+            self._context = switched(
+                node, self._lowering.tree(node.args[:4], self._env), self._context, ()
+            )
             self._env[node] = None
         elif (place := self._field(node, ran.value)) is not None:
             self._env[node] = self._env[node.args[0]][place]  # type: ignore[index]
         else:
-            self._env[node] = self._leaf(node, ran) if node.op == "call_module" else self._call(node, ran)
+            self._env[node] = (
+                self._leaf(node, ran)
+                if node.op == "call_module"
+                else self._call(node, ran)
+            )
             self._replace(node, ran)
 
     def _field(self, node: fx.Node, value: Any) -> int | None:
-        """The place of what a node takes by name from several results, as in `x.max(0).values`. None for other nodes."""
+        """The place of what a node takes by name from several results, as in `x.max(0).values`. None for
+        other nodes.
+        """
         source = node.args[0] if node.target is getattr else None
         container = self._env[source] if isinstance(source, fx.Node) else None
         items = container if isinstance(container, (tuple, list)) else ()
-        held = [self._fakes.get(item) if isinstance(item, Value) else None for item in items]
-        return next((place for place, fake in enumerate(held) if fake is not None and fake is value), None)
+        held = [
+            self._fakes.get(item) if isinstance(item, Value) else None for item in items
+        ]
+        return next(
+            (
+                place
+                for place, fake in enumerate(held)
+                if fake is not None and fake is value
+            ),
+            None,
+        )
 
     def _call(self, node: fx.Node, ran: Ran) -> Any:
         before = len(self._program.ops)
         seen = Seen(ran.value, (), ran.random, _is_foreign(node))
-        tree = self._lowering.call(node, self._env, self._program.ops, self._context, seen)
+        tree = self._lowering.call(
+            node, self._env, self._program.ops, self._context, seen
+        )
         self._remember(tree, ran.value)
         for op in self._program.ops[before:]:
-            if op.target == self._lowering.target(node):  # else it takes a view, where the node has another shape in place
+            if op.target == self._lowering.target(
+                node
+            ):  # else it takes a view, where the node has another shape in place
                 self._set_writes(op, ran)
         return tree
 
     def _replace(self, node: fx.Node, ran: Ran) -> None:
-        """Who reads a tensor behind a node that gave it another shape, or detached it, reads what the node returned: the same object."""
-        if ran.flagged and self._program.ops[-1].target == self._lowering.target(node):  # no `detach_`
-            raise _changed(node, "requires_grad", "set it outside of the model, or use detach()")
+        """Who reads a tensor behind a node that gave it another shape, or detached it, reads what the node
+        returned: the same object.
+        """
+        if ran.flagged and self._program.ops[-1].target == self._lowering.target(
+            node
+        ):  # no `detach_`
+            raise _changed(
+                node, "requires_grad", "set it outside of the model, or use detach()"
+            )
         for tensor in (*ran.reshaped, *ran.flagged):
-            old = [value for value, fake in self._fakes.items() if fake is tensor and value is not self._env[node]]
-            if ran.value is not tensor or not all(isinstance(value.owner, Op) for value in old):
+            old = [
+                value
+                for value, fake in self._fakes.items()
+                if fake is tensor and value is not self._env[node]
+            ]
+            if ran.value is not tensor or not all(
+                isinstance(value.owner, Op) for value in old
+            ):
                 raise _changed(node, "the shape", "take a view, as in x = x.t()")
             swap = dict.fromkeys(old, self._env[node])
-            self._env = {reader: substitute(tree, swap) for reader, tree in self._env.items()}
+            self._env = {
+                reader: substitute(tree, swap) for reader, tree in self._env.items()
+            }
 
     def _placeholder(self, node: fx.Node, fake: Any) -> Any:
         flat, spec = tree_flatten(fake)
-        values = [self._program.add_input(type_of(leaf) if leaf is not None else NONE, node.name) for leaf in flat]
+        values = [
+            self._program.add_input(
+                type_of(leaf) if leaf is not None else NONE, node.name
+            )
+            for leaf in flat
+        ]
         for value, leaf in zip(values, flat, strict=True):
             self._note(value, leaf)
         return tree_unflatten(values, spec)
@@ -173,7 +251,14 @@ class _GraphLowering:
             return self._lowering.tree(fake, self._env)
         entry = StateEntry((name,), "const", type_of(fake))
         entry.tensor = len(self._program.state)
-        entry.storage = next((e.storage for e in self._program.state if self._home(e.value) == home_of(fake)), entry.tensor)
+        entry.storage = next(
+            (
+                e.storage
+                for e in self._program.state
+                if self._home(e.value) == home_of(fake)
+            ),
+            entry.tensor,
+        )
         self._program.state.append(entry)
         self._owners[name] = entry
         self._bindings.tensors[name] = _real_attribute(self._module, name)
@@ -183,11 +268,29 @@ class _GraphLowering:
     def _leaf(self, node: fx.Node, ran: Ran) -> Any:
         path = str(node.target)
         owner = self._bindings.modules[path] = self._module.get_submodule(path)
-        state = list(dict.fromkeys(e.value for name, e in self._owners.items() if name.startswith(path + ".")))
-        args = (self._lowering.tree(tuple(node.args), self._env), self._lowering.tree(dict(node.kwargs), self._env), state)
-        op = Op(f"module.{path}", args, scope=self._lowering.scope(node), context=self._context, loc=self._lowering.loc(node))
+        state = list(
+            dict.fromkeys(
+                e.value
+                for name, e in self._owners.items()
+                if name.startswith(path + ".")
+            )
+        )
+        args = (
+            self._lowering.tree(tuple(node.args), self._env),
+            self._lowering.tree(dict(node.kwargs), self._env),
+            state,
+        )
+        op = Op(
+            f"module.{path}",
+            args,
+            scope=self._lowering.scope(node),
+            context=self._context,
+            loc=self._lowering.loc(node),
+        )
         tree = self._lowering._results(op, ran.value, node.name)
-        op.effects = self._lowering._effects(op, path, Seen(ran.value, (), ran.random, not is_torchs(owner)))
+        op.effects = self._lowering._effects(
+            op, path, Seen(ran.value, (), ran.random, not is_torchs(owner))
+        )
         self._remember(tree, ran.value)
         self._set_writes(op, ran)
         self._set_views(op, ran)
@@ -195,13 +298,22 @@ class _GraphLowering:
         return tree
 
     def _set_writes(self, op: Op, ran: Ran) -> None:
-        """The op writes what the node wrote: the very tensors, where they are seen, else all that share their memory."""
-        named = [value for value in op.operands if id(self._fakes.get(value)) in ran.named]
+        """The op writes what the node wrote: the very tensors, where they are seen, else all that share their
+        memory.
+        """
+        named = [
+            value for value in op.operands if id(self._fakes.get(value)) in ran.named
+        ]
         known = {self._home(value) for value in named}
-        written = [*named, *(v for v in op.operands if self._home(v) in ran.wrote - known)]
+        written = [
+            *named,
+            *(v for v in op.operands if self._home(v) in ran.wrote - known),
+        ]
         places = tuple(dict.fromkeys(op.operands.index(value) for value in written))
         if places:
-            op.effects = replace(op.effects, writes=places, views=self._lowering._views(op, places))
+            op.effects = replace(
+                op.effects, writes=places, views=self._lowering._views(op, places)
+            )
         self._lowering.refuse_written_twins(op)
         if op.is_users:
             self._lowering.note_twins(op, [self._home(result) for result in op.results])
@@ -209,10 +321,16 @@ class _GraphLowering:
     def _set_views(self, op: Op, ran: Ran) -> None:
         """A result is a view, too, of what it lies in when the module is in the other mode."""
         homes = [self._home(value) for value in op.operands]
-        other = [homes.index(home) if home is not None and home in homes else None for home in ran.views]
+        other = [
+            homes.index(home) if home is not None and home in homes else None
+            for home in ran.views
+        ]
         if len(other) == len(op.results) and any(place is not None for place in other):
             views = op.effects.views or (None,) * len(op.results)
-            both = tuple(place if viewed is None else viewed for viewed, place in zip(views, other, strict=True))
+            both = tuple(
+                place if viewed is None else viewed
+                for viewed, place in zip(views, other, strict=True)
+            )
             op.effects = replace(op.effects, views=both)
 
     def _home(self, value: Value) -> int | None:

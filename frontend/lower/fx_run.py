@@ -28,10 +28,11 @@ from stagecut.ir.run.storage import written_tensors
 class Ran:
     """What running a node showed: its value, the memory that it writes, whether it draws random numbers.
 
-    named: the tensors that it writes, by id, as far as they are seen. views: for each tensor that it returns with its training flags the
-    other way round, the memory given in which that lies; nothing where it has no flags. reshaped: the tensors given that have another
-    shape now, and flagged: those that carry gradient now or do so no more, though nothing was written. In both, the object itself was
-    changed, and not only what is in it.
+    named: the tensors that it writes, by id, as far as they are seen. views: for each tensor that it returns
+    with its training flags the other way round, the memory given in which that lies; nothing where it has no
+    flags. reshaped: the tensors given that have another shape now, and flagged: those that carry gradient now
+    or do so no more, though nothing was written. In both, the object itself was changed, and not only what is
+    in it.
     """
 
     value: Any
@@ -57,7 +58,9 @@ class _Watch(OpWatch):
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """What it does is noted."""
         for tensor in written_tensors(func, args, kwargs):
-            self.named.update(map(id, (tensor, tensor._base)))  # `x[0] = y` writes into a view that only the op has
+            self.named.update(
+                map(id, (tensor, tensor._base))
+            )  # `x[0] = y` writes into a view that only the op has
         super().see(func, args, kwargs)
 
 
@@ -70,16 +73,27 @@ class FakeRun(fx.Interpreter):
         self._visit: Visit = lambda node, ran: None
         self.state: dict[str, torch.Tensor] = {}
         twins: dict[int, torch.Tensor] = {}
-        for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
-            self.state[name] = twins.setdefault(id(tensor), self._mode.from_tensor(tensor))
+        for name, tensor in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ):
+            self.state[name] = twins.setdefault(
+                id(tensor), self._mode.from_tensor(tensor)
+            )
 
     def visit(self, inputs: list[Any], visit: Visit) -> None:
         """Every node has run once on fakes of `inputs`, and was visited."""
         self._visit = visit
         fakes = [tree_map(self._fake, item) for item in inputs]
         # stacked: put back in reverse order, else a module of two names keeps a fake
-        stand_ins = torch.nn.utils.stateless._reparametrize_module(self.module, self.state, tie_weights=False, stack_weights=True)
-        with self._mode, stand_ins, torch.set_grad_enabled(torch.is_grad_enabled()):  # the graph may switch the mode and leave it so
+        stand_ins = torch.nn.utils.stateless._reparametrize_module(
+            self.module, self.state, tie_weights=False, stack_weights=True
+        )
+        with (
+            self._mode,
+            stand_ins,
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+        ):  # the graph may switch the mode and leave it so
             self.run(*fakes, enable_io_processing=False)
 
     def _fake(self, item: Any) -> Any:
@@ -95,19 +109,38 @@ class FakeRun(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         looks = [_Look(item) for item in tensors_in((args, kwargs))]
         leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        state = [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())] if leaf is not None else []
+        state = (
+            [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())]
+            if leaf is not None
+            else []
+        )
         containers = Contents([args, kwargs], objects=False)
         with _named(n), _Watch() as watch:
             result = super().run_node(n)
         _refuse_unseen(n, containers, watch)
-        wrote = {look.home for look in (*looks, *state) if look.is_written} | {home for home in watch.wrote if home is not None}
+        wrote = {look.home for look in (*looks, *state) if look.is_written} | {
+            home for home in watch.wrote if home is not None
+        }
         random, views = watch.drew, tuple[int | None, ...]()
         if leaf is not None:
             other = in_other_mode(leaf, leaf, args, kwargs)
-            wrote, random, views = wrote | other.wrote, random or other.drew, other.homes
+            wrote = wrote | other.wrote
+            random = random or other.drew
+            views = other.homes
         reshaped = tuple(look.tensor for look in looks if look.is_reshaped)
         flagged = tuple(look.tensor for look in looks if look.is_flagged)
-        self._visit(n, Ran(result, frozenset(wrote), frozenset(watch.named), random, views, reshaped, flagged))
+        self._visit(
+            n,
+            Ran(
+                result,
+                frozenset(wrote),
+                frozenset(watch.named),
+                random,
+                views,
+                reshaped,
+                flagged,
+            ),
+        )
         return result
 
 
@@ -147,17 +180,21 @@ def _named(node: fx.Node) -> Iterator[None]:
     except Exception as error:
         raise_ours(error)
         raise CaptureError(
-            f"node '{node.name}' ({node.op} {node.target}) fails on the example inputs: {type(error).__name__}: {error}",
+            f"node '{node.name}' ({node.op} {node.target}) fails on the example inputs: "
+            f"{type(error).__name__}: {error}",
             where=place_of_node(node),
             hint="the graph must run as it is on mb_args / mb_kwargs",
         ) from error
 
 
 def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
-    """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would do neither."""
+    """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would
+    do neither.
+    """
     if containers.changed():
         raise CaptureError(
-            f"node '{node.name}' ({node.op} {node.target}) changes a container it is given, which no stage would",
+            f"node '{node.name}' ({node.op} {node.target}) changes a container it is given, which no stage "
+            "would",
             where=place_of_node(node),
             hint=RETURN_IT,
         )

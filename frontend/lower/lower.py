@@ -19,7 +19,18 @@ from torch.utils._pytree import tree_unflatten
 
 from stagecut.frontend.lower.types import literal, type_of
 from stagecut.frontend.markers import is_marker
-from stagecut.frontend.marks import CALL, CHECKPOINT, FOLLOWS, FUNCTION, GRAD, LEAF, SAME, SYMBOLIC, SYMBOLS, LeafCall
+from stagecut.frontend.marks import (
+    CALL,
+    CHECKPOINT,
+    FOLLOWS,
+    FUNCTION,
+    GRAD,
+    LEAF,
+    SAME,
+    SYMBOLIC,
+    SYMBOLS,
+    LeafCall,
+)
 from stagecut.frontend.source import user_loc
 from stagecut.ir.aliases import is_what_it_wrote, storage_root, viewed_value
 from stagecut.ir.blame import raise_ours
@@ -110,11 +121,21 @@ class Lowering:
         """The first position in the program behind which nothing writes into the storage of `value`."""
         storage = self._storage.get(value, -1)
         writers = (
-            p for p, op in enumerate(self.program.ops) if any(self._storage.get(op.operands[i]) == storage for i in op.effects.writes)
+            p
+            for p, op in enumerate(self.program.ops)
+            if any(
+                self._storage.get(op.operands[i]) == storage for i in op.effects.writes
+            )
         )
         return max(writers, default=-1) + 1
 
-    def run(self, nodes: Iterable[fx.Node], env: dict[fx.Node, Any], ops: list[Op], context: tuple[Context, ...]) -> Any:
+    def run(
+        self,
+        nodes: Iterable[fx.Node],
+        env: dict[fx.Node, Any],
+        ops: list[Op],
+        context: tuple[Context, ...],
+    ) -> Any:
         """`ops` gains the ops of all `nodes`; the result is the tree the output node returns."""
         outer = context
         for node in nodes:
@@ -128,10 +149,22 @@ class Lowering:
             elif node.meta.get(SAME) or _detaches_a_constant(node):
                 env[node] = self.tree(node.args[0], env)
             elif node.op != "placeholder":
-                env[node] = self.call(node, env, ops, context, Seen(node.meta.get("val")))
-        raise CaptureError("the graph has no output node", hint="call graph.output(...) before handing it over")
+                env[node] = self.call(
+                    node, env, ops, context, Seen(node.meta.get("val"))
+                )
+        raise CaptureError(
+            "the graph has no output node",
+            hint="call graph.output(...) before handing it over",
+        )
 
-    def call(self, node: fx.Node, env: dict[fx.Node, Any], ops: list[Op], context: tuple[Context, ...], seen: Seen) -> Any:
+    def call(
+        self,
+        node: fx.Node,
+        env: dict[fx.Node, Any],
+        ops: list[Op],
+        context: tuple[Context, ...],
+        seen: Seen,
+    ) -> Any:
         """`ops` gains the op of one call node; the result is the tree of its results."""
         target: Any = node.target
         if target is operator.getitem:
@@ -145,11 +178,15 @@ class Lowering:
         self._begin_transform(node, step)
         outer, context = context, (*self._whole, *context)
         if name == SPLIT:
-            ops.append(Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node)))
+            ops.append(
+                Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node))
+            )
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
         if name == LEAF:
-            return self._leaf(node, self.leaf_calls[args[0]], args[1], args[2], ops, context)
+            return self._leaf(
+                node, self.leaf_calls[args[0]], args[1], args[2], ops, context
+            )
         if name == FUNCTION:
             return self._function(node, node.meta[CALL], args[1], args[2], ops, context)
         wrapped = _wrapped_context(name, args)
@@ -157,8 +194,13 @@ class Lowering:
             inner, graph, operands = wrapped
             return self._inline(graph, operands, ops, (*outer, inner))
         tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
-        if isinstance(tree, list) and facts(ops[-1]).returns_operand:  # what has that shape already is returned as it is
-            tree = [given if same_layout(made.type, given.type) else made for made, given in zip(tree, args[0], strict=True)]
+        if (
+            isinstance(tree, list) and facts(ops[-1]).returns_operand
+        ):  # what has that shape already is returned as it is
+            tree = [
+                given if same_layout(made.type, given.type) else made
+                for made, given in zip(tree, args[0], strict=True)
+            ]
         if step in _CLOSING:
             self._whole = self._whole[:-1]
         return tree
@@ -166,8 +208,13 @@ class Lowering:
     def _begin_transform(self, node: fx.Node, step: str) -> None:
         """What comes behind is in a transform, where `step` begins one."""
         if step in _OPENING:
-            self._whole = [*self._whole, Context("transform", (next(self._transforms),))]
-        elif step == "_add_batch_dim" and not any(region.kind == "transform" for region in self._whole):
+            self._whole = [
+                *self._whole,
+                Context("transform", (next(self._transforms),)),
+            ]
+        elif step == "_add_batch_dim" and not any(
+            region.kind == "transform" for region in self._whole
+        ):
             raise CaptureError(
                 "a vmap lies inside a control-flow branch, where torch.export loses its beginning",
                 where=str(self.loc(node) or ""),
@@ -177,43 +224,92 @@ class Lowering:
     def _checkpoint(self, number: int, begins: bool, preserve_rng_state: bool) -> None:
         """What comes between its begin and its end is in a checkpoint."""
         region = Context("checkpoint", (number, preserve_rng_state))
-        self._whole = [*self._whole, region] if begins else [other for other in self._whole if other != region]
+        self._whole = (
+            [*self._whole, region]
+            if begins
+            else [other for other in self._whole if other != region]
+        )
 
     def _append(
-        self, node: fx.Node, name: str, args: Any, kwargs: dict[str, Any], ops: list[Op], context: tuple[Context, ...], seen: Seen
+        self,
+        node: fx.Node,
+        name: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        ops: list[Op],
+        context: tuple[Context, ...],
+        seen: Seen,
     ) -> Any:
         scope = self.scope(node)
         regions: list[Region] = []
         target: Any = node.target
         called = Target(name)
         if (view := out_of_place(called)) and _is_made(args[0]):
-            target = resolve(view) if called.kind is Kind.ATEN else getattr(target, "__name__", target)
+            target = (
+                resolve(view)
+                if called.kind is Kind.ATEN
+                else getattr(target, "__name__", target)
+            )
             called = Target(view)
-        args = transform(args, lambda a: self._region(a, regions, self.loc(node)) if isinstance(a, fx.GraphModule) else a)
+        args = transform(
+            args,
+            lambda a: (
+                self._region(a, regions, self.loc(node))
+                if isinstance(a, fx.GraphModule)
+                else a
+            ),
+        )
         position, statistics = flag_position(called), facts_of(called.name).statistics
-        if position is not None and not (statistics and args[statistics[0]] is None):  # a norm without statistics knows no modes
-            args = self._follow_mode(_with_defaults(target, args, position), position, scope, node)
-        if position is not None and statistics and args[position : position + 1] == (Mode(False),):
+        if position is not None and not (
+            statistics and args[statistics[0]] is None
+        ):  # a norm without statistics knows no modes
+            args = self._follow_mode(
+                _with_defaults(target, args, position), position, scope, node
+            )
+        if (
+            position is not None
+            and statistics
+            and args[position : position + 1] == (Mode(False),)
+        ):
             self._count_batch(scope, ops, context)
         if called == COUNT and self._is_batch_count(args, scope):
             args = (args[0], Mode(True))
-        op = Op(called, tuple(args), kwargs, scope=scope, context=context, loc=self.loc(node), regions=tuple(regions))
+        op = Op(
+            called,
+            tuple(args),
+            kwargs,
+            scope=scope,
+            context=context,
+            loc=self.loc(node),
+            regions=tuple(regions),
+        )
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
         self.refuse_written_twins(op)
-        if _identity_views(op) and not (isinstance(flag(op), Mode) and _is_expanded(op.operands[0].type)):
+        if _identity_views(op) and not (
+            isinstance(flag(op), Mode) and _is_expanded(op.operands[0].type)
+        ):
             op.results[0].type = op.operands[0].type
         ops.append(op)
         return tree
 
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
-        """True for the line of a BatchNorm in training that counts batches: in eval mode it must add nothing."""
+        """True for the line of a BatchNorm in training that counts batches: in eval mode it must add
+        nothing.
+        """
         counter = self._batch_count(scope)
         if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
             return False
-        same = [entry.value for entry in self.program.state if entry.tensor == counter.tensor]  # a module may have several names
-        return any(written_in_place(args[0], value) for value in same) and self.bindings.training.get(scope_fqn(scope)) is True
+        same = [
+            entry.value
+            for entry in self.program.state
+            if entry.tensor == counter.tensor
+        ]  # a module may have several names
+        return (
+            any(written_in_place(args[0], value) for value in same)
+            and self.bindings.training.get(scope_fqn(scope)) is True
+        )
 
     def _batch_count(self, scope: Scope) -> StateEntry | None:
         path = scope_fqn(scope)
@@ -221,73 +317,145 @@ class Lowering:
             return None
         return self.program.name_owners().get(f"{path}.num_batches_tracked")
 
-    def _count_batch(self, scope: Scope, ops: list[Op], context: tuple[Context, ...]) -> None:
+    def _count_batch(
+        self, scope: Scope, ops: list[Op], context: tuple[Context, ...]
+    ) -> None:
         """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
         counter = self._batch_count(scope)
         if counter is None:
             return
-        op = Op(COUNT, (counter.value, Mode(False)), scope=scope, context=context, effects=Effects(writes=(0,), views=(0,)))
+        op = Op(
+            COUNT,
+            (counter.value, Mode(False)),
+            scope=scope,
+            context=context,
+            effects=Effects(writes=(0,), views=(0,)),
+        )
         op.add_result(counter.type, "count")
         ops.append(op)
 
     def _leaf(
-        self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
+        self,
+        node: fx.Node,
+        call: LeafCall,
+        tensors: list[Any],
+        numbers: list[Any],
+        ops: list[Op],
+        context: tuple[Context, ...],
     ) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
         args, kwargs = self._given(call, tensors, numbers, self.loc(node))
         scope, owner = self.scope(node), self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
-        path = scope_fqn(scope) if inside else call.path  # a shared module goes by the name it is called by
-        held = {name: e.value for name, e in self.program.name_owners().items() if name.startswith(path + ".")}
+        path = (
+            scope_fqn(scope) if inside else call.path
+        )  # a shared module goes by the name it is called by
+        held = {
+            name: e.value
+            for name, e in self.program.name_owners().items()
+            if name.startswith(path + ".")
+        }
         scope = scope[:-1] if inside else scope
-        while scope and not path.startswith(scope_fqn(scope) + "."):  # a module that is no child of its caller
+        while scope and not path.startswith(
+            scope_fqn(scope) + "."
+        ):  # a module that is no child of its caller
             scope = scope[:-1]
-        op = Op(f"module.{path}", (args, kwargs, list(dict.fromkeys(held.values()))), scope=scope)
+        op = Op(
+            f"module.{path}",
+            (args, kwargs, list(dict.fromkeys(held.values()))),
+            scope=scope,
+        )
         op.context, op.loc = context, self.loc(node)
-        written = [tensors[i] for i in call.written_inputs] + [held[f"{path}.{name}"] for name in call.written_state]
+        written = [tensors[i] for i in call.written_inputs] + [
+            held[f"{path}.{name}"] for name in call.written_state
+        ]
         self.bindings.modules[path] = owner
         return self._append_whole(node, op, call, tensors, written, ops)
 
     def _function(
-        self, node: fx.Node, call: LeafCall, tensors: list[Any], numbers: list[Any], ops: list[Op], context: tuple[Context, ...]
+        self,
+        node: fx.Node,
+        call: LeafCall,
+        tensors: list[Any],
+        numbers: list[Any],
+        ops: list[Op],
+        context: tuple[Context, ...],
     ) -> list[Value]:
         """`ops` gains the call of a user's function; its results are the tensors the function returns."""
         name = self._targets.get(call.function)
         if name is None:
-            name = self._targets[call.function] = "extern." + self._extern(call.path, "function")
+            name = self._targets[call.function] = "extern." + self._extern(
+                call.path, "function"
+            )
             self.bindings.functions[name] = call.function
         args, kwargs = self._given(call, tensors, numbers, self.loc(node))
-        op = Op(name, args, kwargs, scope=self.scope(node), context=context, loc=self.loc(node))
-        return self._append_whole(node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops)
+        op = Op(
+            name,
+            args,
+            kwargs,
+            scope=self.scope(node),
+            context=context,
+            loc=self.loc(node),
+        )
+        return self._append_whole(
+            node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops
+        )
 
-    def _given(self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None) -> Any:
+    def _given(
+        self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None
+    ) -> Any:
         """The arguments of a call of what is kept whole."""
         given, counted = iter(tensors), iter(numbers)
         flat = [
-            next(given) if isinstance(item, torch.Tensor) else next(counted) if isinstance(item, SYMBOLIC) else item
+            next(given)
+            if isinstance(item, torch.Tensor)
+            else next(counted)
+            if isinstance(item, SYMBOLIC)
+            else item
             for item in call.in_flat
         ]
         try:
             tree = tree_unflatten(flat, call.in_spec)
-            return transform(tree, lambda item: item if isinstance(item, Value) else self._literal(item))
+            return transform(
+                tree,
+                lambda item: item if isinstance(item, Value) else self._literal(item),
+            )
         except CaptureError:
             raise
-        except Exception as error:  # a class that looks at the tensors it is made of, such as a PackedSequence
+        except Exception as error:
+            # a class that looks at the tensors it is made of, such as a PackedSequence
             raise_ours(error)
             raise CaptureError(
-                f"'{call.path}' is kept whole and is given an object of a class that no operand can be: {call.in_spec}: {error}",
+                f"'{call.path}' is kept whole and is given an object of a class that no operand can be: "
+                f"{call.in_spec}: {error}",
                 where=str(loc or ""),
-                hint="give it tensors, lists, tuples and dicts, or keep the module around it whole: leaf_modules=[...]",
+                hint=(
+                    "give it tensors, lists, tuples and dicts, or keep the module around it whole: "
+                    "leaf_modules=[...]"
+                ),
             ) from error
 
-    def _append_whole(self, node: fx.Node, op: Op, call: LeafCall, tensors: list[Any], written: list[Any], ops: list[Op]) -> list[Value]:
+    def _append_whole(
+        self,
+        node: fx.Node,
+        op: Op,
+        call: LeafCall,
+        tensors: list[Any],
+        written: list[Any],
+        ops: list[Op],
+    ) -> list[Value]:
         op.form = "tensors"
         if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat):
-            returned = [places(opened(tree_unflatten(call.out_flat, call.out_spec))), *plain(call.out_flat)]
+            returned = [
+                places(opened(tree_unflatten(call.out_flat, call.out_spec))),
+                *plain(call.out_flat),
+            ]
             op.form = ("tensors", *returned) if returned != [""] else "tensors"
         for traced in node.meta["val"]:
             self._result(op, traced.detach(), node.name)
-        views = tuple(None if v is None else op.operands.index(tensors[v]) for v in call.views)
+        views = tuple(
+            None if v is None else op.operands.index(tensors[v]) for v in call.views
+        )
         op.effects = Effects(
             tuple(dict.fromkeys(op.operands.index(v) for v in written)),
             views if any(v is not None for v in views) else (),
@@ -295,32 +463,56 @@ class Lowering:
             effect=True,
         )
         self.refuse_written_twins(op)
-        self.note_twins(op, [storage_of(leaf) for leaf in call.out_flat if isinstance(leaf, torch.Tensor)])
+        self.note_twins(
+            op,
+            [
+                storage_of(leaf)
+                for leaf in call.out_flat
+                if isinstance(leaf, torch.Tensor)
+            ],
+        )
         ops.append(op)
         return list(op.results)
 
     def note_twins(self, op: Op, homes: Sequence[int | None]) -> None:
         """The results that share memory with another one are known; `homes` says where each lies."""
         for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
-            if home is not None and op.effects.viewed(place) is None and homes.count(home) > 1:
+            if (
+                home is not None
+                and op.effects.viewed(place) is None
+                and homes.count(home) > 1
+            ):
                 self._twins.add(result)
 
     def refuse_written_twins(self, op: Op) -> None:
-        """Raises CaptureError for a write into one of two results of a module kept whole that share memory: none is a view of another."""
+        """Raises CaptureError for a write into one of two results of a module kept whole that share memory:
+        none is a view of another.
+        """
         for place in op.effects.writes if self._twins else ():
             made = storage_root(op.operands[place])
             if made in self._twins and isinstance(made.owner, Op):
                 raise CaptureError(
-                    "what a module kept whole returned is written, and it shares memory with something else that it returned",
+                    "what a module kept whole returned is written, and it shares memory with something else "
+                    "that it returned",
                     where=f"{op.where()}; {made.owner.where()}",
                     hint="write a clone: x = x.clone()",
                 )
 
-    def _inline(self, graph: fx.Graph, operands: tuple[Any, ...], ops: list[Op], context: tuple[Context, ...]) -> Any:
+    def _inline(
+        self,
+        graph: fx.Graph,
+        operands: tuple[Any, ...],
+        ops: list[Op],
+        context: tuple[Context, ...],
+    ) -> Any:
         parameters = [n for n in graph.nodes if n.op == "placeholder"]
-        return self.run(graph.nodes, dict(zip(parameters, operands, strict=True)), ops, context)
+        return self.run(
+            graph.nodes, dict(zip(parameters, operands, strict=True)), ops, context
+        )
 
-    def _region(self, module: fx.GraphModule, regions: list[Region], loc: Loc | None) -> RegionRef:
+    def _region(
+        self, module: fx.GraphModule, regions: list[Region], loc: Loc | None
+    ) -> RegionRef:
         env: dict[fx.Node, Any] = {}
         params: list[Value] = []
         for node in module.graph.nodes:
@@ -337,11 +529,17 @@ class Lowering:
             if op.target == SPLIT:
                 raise CaptureError(
                     "a split point lies inside a control-flow branch, which runs as a whole",
-                    where=(op if op.loc else Op(SPLIT, scope=op.scope, loc=loc)).where(),
+                    where=(
+                        op if op.loc else Op(SPLIT, scope=op.scope, loc=loc)
+                    ).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
-            op.context = tuple(context for context in op.context if context.kind not in WHOLE)  # the branch is whole itself
-        regions.append(Region(f"body_{len(regions)}", params, ops, Op("output", (output,))))
+            op.context = tuple(
+                context for context in op.context if context.kind not in WHOLE
+            )  # the branch is whole itself
+        regions.append(
+            Region(f"body_{len(regions)}", params, ops, Op("output", (output,)))
+        )
         return RegionRef(len(regions) - 1)
 
     # --- operands and results ---------------------------------------------------------------------
@@ -357,8 +555,17 @@ class Lowering:
         if isinstance(item, dict):
             return {k: self.tree(v, env) for k, v in item.items()}
         if isinstance(item, slice):
-            return slice(self.tree(item.start, env), self.tree(item.stop, env), self.tree(item.step, env))
-        if item is None or item is True or item is False or type(item) in (int, float, str):
+            return slice(
+                self.tree(item.start, env),
+                self.tree(item.stop, env),
+                self.tree(item.step, env),
+            )
+        if (
+            item is None
+            or item is True
+            or item is False
+            or type(item) in (int, float, str)
+        ):
             return item
         return self._literal(item)
 
@@ -384,7 +591,11 @@ class Lowering:
         if not _holds_values(value):
             return self._result(op, value, name)
         tree = self._result_tree(op, value, name)
-        flat = isinstance(value, (tuple, list)) and len(value) > 1 and len(op.results) == len(value)
+        flat = (
+            isinstance(value, (tuple, list))
+            and len(value) > 1
+            and len(op.results) == len(value)
+        )
         if not flat:
             index = {result: i for i, result in enumerate(op.results)}
             op.form = _map_values(tree, index)
@@ -403,16 +614,23 @@ class Lowering:
         self.note_storage(result, value)
         return result
 
-    def _follow_mode(self, args: tuple[Any, ...], position: int, scope: Scope, node: fx.Node) -> tuple[Any, ...]:
+    def _follow_mode(
+        self, args: tuple[Any, ...], position: int, scope: Scope, node: fx.Node
+    ) -> tuple[Any, ...]:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
         path = scope_fqn(scope)
         followed = node.meta.get(FOLLOWS, (path,))
         if path not in followed:
             if followed:
-                self.bindings.choices[followed[0]] = f"{self.loc(node)}, with the flag of '{followed[0]}'"
+                self.bindings.choices[followed[0]] = (
+                    f"{self.loc(node)}, with the flag of '{followed[0]}'"
+                )
             return args
-        if path in self.fixed or self.bindings.training.get(path, args[position]) != args[position]:
+        if (
+            path in self.fixed
+            or self.bindings.training.get(path, args[position]) != args[position]
+        ):
             return args
         return (*args[:position], Mode(args[position]), *args[position + 1 :])
 
@@ -422,15 +640,24 @@ class Lowering:
         schema = self._schemas.get(target)
         if schema is None:
             schema = self._schemas[target] = _SchemaEffects.of(target)
-        writes = seen.writes if seen.writes is not None else schema.writes_of(op) + _undeclared_writes_of(op)
-        views = () if facts(op).copies else self._views(op, writes) or _identity_views(op)
-        random, effect = (schema.random and not _never_draws(op)) or seen.random, schema.effect or seen.effect
+        writes = (
+            seen.writes
+            if seen.writes is not None
+            else schema.writes_of(op) + _undeclared_writes_of(op)
+        )
+        views = (
+            () if facts(op).copies else self._views(op, writes) or _identity_views(op)
+        )
+        random = (schema.random and not _never_draws(op)) or seen.random
+        effect = schema.effect or seen.effect
         if not (writes or views or random or effect):
             return PURE
         return Effects(writes, views, random, effect)
 
     def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Per result, the operand whose storage it shares: where there are several, the one in its place, else one that is written."""
+        """Per result, the operand whose storage it shares: where there are several, the one in its place,
+        else one that is written.
+        """
         storage = self._storage
         homes: dict[int, int] = {}
         for index in (*writes, *range(len(op.operands))):
@@ -442,8 +669,16 @@ class Lowering:
         views = tuple([homes.get(storage.get(result, -1)) for result in op.results])
         if len(op.results) > 1:
             places = [storage.get(operand, -1) for operand in op.operands]
-            in_place = {i for i, (place, result) in enumerate(zip(places, op.results, strict=False)) if place == storage.get(result)}
-            views = tuple([i if i in in_place else viewed for i, viewed in enumerate(views)])
+            in_place = {
+                i
+                for i, (place, result) in enumerate(
+                    zip(places, op.results, strict=False)
+                )
+                if place == storage.get(result)
+            }
+            views = tuple(
+                [i if i in in_place else viewed for i, viewed in enumerate(views)]
+            )
         return views if any(v is not None for v in views) else ()
 
     # --- names and places -------------------------------------------------------------------------
@@ -451,9 +686,20 @@ class Lowering:
     def target(self, node: fx.Node) -> str:
         if node.op == "call_method":
             if not str(node.target).isidentifier():
-                raise CaptureError(f"call_method target {node.target!r} is no identifier", hint="rename the method in the graph")
-            written_out = getattr(operator, str(node.target), None) if str(node.target).startswith("__") else None
-            return f"method.{node.target}" if written_out is None else str(name_of(written_out))
+                raise CaptureError(
+                    f"call_method target {node.target!r} is no identifier",
+                    hint="rename the method in the graph",
+                )
+            written_out = (
+                getattr(operator, str(node.target), None)
+                if str(node.target).startswith("__")
+                else None
+            )
+            return (
+                f"method.{node.target}"
+                if written_out is None
+                else str(name_of(written_out))
+            )
         if node.op == "call_module":
             return f"module.{node.target}"
         target: Any = node.target
@@ -461,7 +707,10 @@ class Lowering:
         if name is None:
             name = SPLIT if is_marker(target) else name_of(target)
             if name is None:
-                name = "extern." + self._extern(getattr(target, "__name__", "function").replace(".", "_"), "function")
+                name = "extern." + self._extern(
+                    getattr(target, "__name__", "function").replace(".", "_"),
+                    "function",
+                )
                 self.bindings.functions[name] = target
             self._targets[target] = name
         return name
@@ -474,7 +723,9 @@ class Lowering:
         key = tuple(stack)
         scope = self._scopes.get(key)
         if scope is None:
-            scope = self._scopes[key] = _outside(_scope([(k, v[0]) for k, v in stack.items()]), self.whole)
+            scope = self._scopes[key] = _outside(
+                _scope([(k, v[0]) for k, v in stack.items()]), self.whole
+            )
         return scope
 
     def loc(self, node: fx.Node) -> Loc | None:
@@ -500,7 +751,11 @@ class _SchemaEffects:
         if not isinstance(target, torch._ops.OpOverload):
             return _SchemaEffects(effect=getattr(target, "__module__", "") == _VMAP)
         arguments = target._schema.arguments
-        written = tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
+        written = tuple(
+            (i, a.name)
+            for i, a in enumerate(arguments)
+            if a.alias_info and a.alias_info.is_write
+        )
         random = torch.Tag.nondeterministic_seeded in target.tags
         effect = not target._schema.returns and not written
         return _SchemaEffects(written, random, effect)
@@ -515,7 +770,9 @@ class _SchemaEffects:
 
 
 def _is_made(value: Any) -> bool:
-    """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned it."""
+    """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned
+    it.
+    """
     while isinstance(value, Value) and isinstance(value.owner, Op):
         if not is_what_it_wrote(value):
             return True
@@ -524,41 +781,67 @@ def _is_made(value: Any) -> bool:
 
 
 def _refuse_resized_views(op: Op) -> None:
-    """Raises CaptureError for `out=` of a view that has another size: torch makes it another view, over what lies behind it."""
-    for out in leaves([item for name, item in op.kwargs.items() if name.startswith("out")]):
+    """Raises CaptureError for `out=` of a view that has another size: torch makes it another view, over what
+    lies behind it.
+    """
+    for out in leaves(
+        [item for name, item in op.kwargs.items() if name.startswith("out")]
+    ):
         sizes = {getattr(value.type, "shape", ()) for value in (out, *op.results[:1])}
-        if len(op.results) == 1 and len(sizes) > 1 and viewed_value(out) is not None and op.effects.writes:
+        if (
+            len(op.results) == 1
+            and len(sizes) > 1
+            and viewed_value(out) is not None
+            and op.effects.writes
+        ):
             raise CaptureError(
-                "an operation writes its result to out=, a view of another size, which torch would resize over the tensor it is a view of",
+                "an operation writes its result to out=, a view of another size, which torch would resize "
+                "over the tensor it is a view of",
                 where=op.where(),
                 hint="give out= a tensor of the size of the result, or assign the result: x[:] = ...",
             )
 
 
-def _with_defaults(target: Any, args: tuple[Any, ...], position: int) -> tuple[Any, ...]:
+def _with_defaults(
+    target: Any, args: tuple[Any, ...], position: int
+) -> tuple[Any, ...]:
     """The operands up to `position`, those that were left out as the op's schema has them."""
     if len(args) > position or not isinstance(target, torch._ops.OpOverload):
         return args
     rest = target._schema.arguments[len(args) : position + 1]
-    return (*args, *(a.default_value for a in rest)) if all(a.has_default_value() for a in rest) else args
+    return (
+        (*args, *(a.default_value for a in rest))
+        if all(a.has_default_value() for a in rest)
+        else args
+    )
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:
-    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake tells. So may one that
-    follows its module."""
+    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake
+    tells. So may one that follows its module.
+    """
     if facts(op).off_is_operand and (flag(op) is False or isinstance(flag(op), Mode)):
         return (0,)
     return ()
 
 
 def returns_what_it_is_given(op: Op) -> bool:
-    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other mode."""
+    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other
+    mode.
+    """
     mode = flag(op)
-    return facts(op).off_is_operand and not op.effects.writes and isinstance(mode, Mode) and mode.captured
+    return (
+        facts(op).off_is_operand
+        and not op.effects.writes
+        and isinstance(mode, Mode)
+        and mode.captured
+    )
 
 
 def _is_expanded(kind: Any) -> bool:
-    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is not."""
+    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is
+    not.
+    """
     return 0 in (getattr(kind, "strides", None) or ())
 
 
@@ -568,14 +851,20 @@ def _never_draws(op: Op) -> bool:
 
 
 def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
-    return tuple(op.operands.index(value) for value in undeclared_writes(op.target, op.args))
+    return tuple(
+        op.operands.index(value) for value in undeclared_writes(op.target, op.args)
+    )
 
 
 def written_in_place(value: Value, target: Value) -> bool:
     """True when `value` is `target` as in-place ops returned it: no new tensor."""
     while value is not target:
         op = value.owner
-        if not isinstance(op, Op) or op.target.kind is not Kind.ATEN or len(op.results) != 1:
+        if (
+            not isinstance(op, Op)
+            or op.target.kind is not Kind.ATEN
+            or len(op.results) != 1
+        ):
             return False
         viewed = op.effects.viewed(0)
         if viewed is None or viewed not in op.effects.writes:
@@ -602,35 +891,64 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
     return index[tree]
 
 
-_ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_LEAVE = torch.amp.autocast_mode._exit_autocast
 SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
 """Calls that change the contexts of all ops behind them."""
 
 
-def switched(node: fx.Node, args: tuple[Any, ...], context: tuple[Context, ...], outer: tuple[Context, ...]) -> tuple[Context, ...]:
-    """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs from that around the graph."""
+def switched(
+    node: fx.Node,
+    args: tuple[Any, ...],
+    context: tuple[Context, ...],
+    outer: tuple[Context, ...],
+) -> tuple[Context, ...]:
+    """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs
+    from that around the graph.
+    """
     if node.target is _ENTER:
         return (*context, Context("autocast", args))
     inner = context[len(outer) :]
     casts = [place for place, mark in enumerate(inner) if mark.kind == "autocast"]
     if node.target is _LEAVE:
-        return (*outer, *(mark for place, mark in enumerate(inner) if place != casts[-1]))
+        return (
+            *outer,
+            *(mark for place, mark in enumerate(inner) if place != casts[-1]),
+        )
     asked = node.meta.get(GRAD, None if args[0] == _grad_mode(outer) else args[0])
     marks = [mark for mark in inner if mark.kind not in ("no_grad", "enable_grad")]
-    return (*outer, *marks) if asked is None else (*outer, *marks, Context("enable_grad" if asked else "no_grad"))
+    return (
+        (*outer, *marks)
+        if asked is None
+        else (*outer, *marks, Context("enable_grad" if asked else "no_grad"))
+    )
 
 
 def _detaches_a_constant(node: fx.Node) -> bool:
-    """True for the op that torch puts behind every tensor made of Python's numbers: it detaches what carries no gradient."""
+    """True for the op that torch puts behind every tensor made of Python's numbers: it detaches what carries
+    no gradient.
+    """
     source = node.args[0] if node.target is torch.ops.aten.detach_.default else None
-    return isinstance(source, fx.Node) and source.target is torch.ops.aten.lift_fresh_copy.default
+    return (
+        isinstance(source, fx.Node)
+        and source.target is torch.ops.aten.lift_fresh_copy.default
+    )
 
 
 def _grad_mode(context: tuple[Context, ...]) -> bool:
-    return next((mark.kind == "enable_grad" for mark in reversed(context) if mark.kind != "autocast"), True)
+    return next(
+        (
+            mark.kind == "enable_grad"
+            for mark in reversed(context)
+            if mark.kind != "autocast"
+        ),
+        True,
+    )
 
 
-def _wrapped_context(name: str, args: Any) -> tuple[Context, fx.Graph, tuple[Any, ...]] | None:
+def _wrapped_context(
+    name: str, args: Any
+) -> tuple[Context, fx.Graph, tuple[Any, ...]] | None:
     if name == "torch.ops.higher_order.wrap_with_set_grad_enabled":
         return Context("enable_grad" if args[0] else "no_grad"), args[1].graph, args[2:]
     if name == "torch.ops.higher_order.wrap_with_autocast":
@@ -644,7 +962,8 @@ def _attribute(node: fx.Node) -> Any:
         owner = getattr(owner, part)
     if not isinstance(owner, fx.GraphModule):
         raise CaptureError(
-            f"the graph reads attribute '{node.target}' of type {type(owner).__name__}", hint="only tensors and subgraphs can be read"
+            f"the graph reads attribute '{node.target}' of type {type(owner).__name__}",
+            hint="only tensors and subgraphs can be read",
         )
     return owner
 
@@ -659,7 +978,11 @@ def _scope(stack: list[tuple[str, str]]) -> Scope:
     scope: list[Frame] = []
     above = ""
     for fqn, call in frames:
-        if fqn and (fqn == innermost or innermost.startswith(fqn + ".")) and len(fqn) > len(above):
+        if (
+            fqn
+            and (fqn == innermost or innermost.startswith(fqn + "."))
+            and len(fqn) > len(above)
+        ):
             scope.append(Frame(fqn[len(above) + 1 :] if above else fqn, call))
             above = fqn
     return tuple(scope)
@@ -679,8 +1002,12 @@ def _paths_to(path: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[Value, Any], None]) -> list[StateEntry]:
-    """One entry for every parameter and buffer name of `module`, in state_dict order, aliases not yet merged."""
+def state_entries(
+    module: torch.nn.Module, bindings: Bindings, note: Callable[[Value, Any], None]
+) -> list[StateEntry]:
+    """One entry for every parameter and buffer name of `module`, in state_dict order, aliases not yet
+    merged.
+    """
     entries: list[StateEntry] = []
     tensors: dict[int, int] = {}
     storages: dict[int, int] = {}
@@ -688,12 +1015,25 @@ def state_entries(module: torch.nn.Module, bindings: Bindings, note: Callable[[V
         bindings.training[prefix] = owner.training
         bindings.classes[prefix] = type(owner).__name__
         dot = prefix + "." if prefix else ""
-        named = [(n, p, "param", True) for n, p in owner._parameters.items() if p is not None]
-        named += [(n, b, "buffer", n not in owner._non_persistent_buffers_set) for n, b in owner._buffers.items() if b is not None]
+        named = [
+            (n, p, "param", True) for n, p in owner._parameters.items() if p is not None
+        ]
+        named += [
+            (n, b, "buffer", n not in owner._non_persistent_buffers_set)
+            for n, b in owner._buffers.items()
+            if b is not None
+        ]
         for name, tensor, kind, persistent in named:
-            entry = StateEntry((dot + name,), kind, type_of(tensor), frozenset() if persistent else frozenset({dot + name}))
+            entry = StateEntry(
+                (dot + name,),
+                kind,
+                type_of(tensor),
+                frozenset() if persistent else frozenset({dot + name}),
+            )
             entry.tensor = tensors.setdefault(id(tensor), len(tensors))
-            entry.storage = storages.setdefault(storage_of(tensor) or -id(tensor), len(storages))
+            entry.storage = storages.setdefault(
+                storage_of(tensor) or -id(tensor), len(storages)
+            )
             bindings.tensors[dot + name] = tensor
             note(entry.value, tensor)
             entries.append(entry)

@@ -1,7 +1,8 @@
 """Two traces of one model, one in each mode -> one program that does what the model does in either.
 
-The ops of both are aligned. Where an op differs in literals only, these follow the flag of its module. Where the ops differ, one op stands
-for both runs, with a region for each mode. So all that comes behind sees one program, with the same stages and boundaries in both modes.
+The ops of both are aligned. Where an op differs in literals only, these follow the flag of its module. Where
+the ops differ, one op stands for both runs, with a region for each mode. So all that comes behind sees one
+program, with the same stages and boundaries in both modes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagecut.frontend.lower.align import Alignment, CannotFollow, Pair, Part, bare, same_literal
+from stagecut.frontend.lower.align import (
+    Alignment,
+    CannotFollow,
+    Pair,
+    Part,
+    bare,
+    same_literal,
+)
 from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.graph import (
     BY_MODE,
@@ -34,7 +42,9 @@ from stagecut.ir.graph import (
 
 @dataclass
 class Flags:
-    """The `training` flags in both traces by module path, and by whose Python chose. `canonical` is the first path of a module."""
+    """The `training` flags in both traces by module path, and by whose Python chose. `canonical` is the first
+    path of a module.
+    """
 
     ours: Mapping[str, bool]
     theirs: Mapping[str, bool]
@@ -46,11 +56,18 @@ class Flags:
         return path in self.ours and self.ours[path] != self.theirs.get(path)
 
     def others(self, path: str, scopes: Iterable[str]) -> tuple[str, ...]:
-        """The modules besides that one whose flag may be why ops in `scopes` differ: who chose around them, or else who chose at all."""
+        """The modules besides that one whose flag may be why ops in `scopes` differ: who chose around them,
+        or else who chose at all.
+        """
         around = {above for scope in scopes for above in _above(scope)}
         chose = [*filter(self.switch, self.readers)]
         near = [reader for reader in chose if reader in around] or chose
-        return tuple(sorted({self.canonical.get(reader, reader) for reader in near} - {self.canonical.get(path, path)}))
+        return tuple(
+            sorted(
+                {self.canonical.get(reader, reader) for reader in near}
+                - {self.canonical.get(path, path)}
+            )
+        )
 
 
 def _above(path: str) -> Iterator[str]:
@@ -63,15 +80,25 @@ def _above(path: str) -> Iterator[str]:
 class Merge:
     """Makes one program of two. All that can be wrong is found before anything changes."""
 
-    def __init__(self, alignment: Alignment, flags: Flags, asked: Iterable[str]) -> None:
+    def __init__(
+        self, alignment: Alignment, flags: Flags, asked: Iterable[str]
+    ) -> None:
         self._both, self._flags = alignment, flags
         self._parts = alignment.parts
-        self._runs = [[part.ours for part in self._parts], [part.theirs for part in self._parts]]
+        self._runs = [
+            [part.ours for part in self._parts],
+            [part.theirs for part in self._parts],
+        ]
         self._trains = 0 if flags.ours[""] else 1
         self._joined: dict[Pair, Value] = {}
         self.constants: dict[str, StateEntry] = {}
         self._namer = Namer(alignment.ours.name_owners())
-        self._memory = [_Memory(runs, program) for runs, program in zip(self._runs, (alignment.ours, alignment.theirs), strict=True)]
+        self._memory = [
+            _Memory(runs, program)
+            for runs, program in zip(
+                self._runs, (alignment.ours, alignment.theirs), strict=True
+            )
+        ]
         for number, part in enumerate(self._parts):
             if part.shared:
                 self._check_flag(part)
@@ -84,46 +111,91 @@ class Merge:
     def _check_flag(self, part: Part) -> None:
         op = part.ours[0]
         path = scope_fqn(op.scope)
-        if not self._flags.switch(path) and any(_differ(pair) for pair in self._both.pairs(op, part.theirs[0]) or ()):
-            raise CannotFollow(f"what '{path}' does changes with the mode of others, while its own flag stays, {op.where()}")
+        if not self._flags.switch(path) and any(
+            _differ(pair) for pair in self._both.pairs(op, part.theirs[0]) or ()
+        ):
+            raise CannotFollow(
+                f"what '{path}' does changes with the mode of others, while its own flag stays, {op.where()}"
+            )
 
     def _check_way(self, number: int, part: Part, asked: list[str]) -> None:
         if any(op.is_split for op in part.ops):
             raise CannotFollow("it goes another way there across a split point")
         for path in asked:
-            inside = [f"{scope_fqn(op.scope)}.".startswith(f"{path}.") for op in part.ops]
+            inside = [
+                f"{scope_fqn(op.scope)}.".startswith(f"{path}.") for op in part.ops
+            ]
             if any(inside) and not all(inside):
-                raise CannotFollow(f"it goes another way there across a split point, at module '{path}'")
+                raise CannotFollow(
+                    f"it goes another way there across a split point, at module '{path}'"
+                )
         for runs in self._runs:
             here = _transforms(runs[number]) - {*self._context(number)}
-            if here & {mark for other, ops in enumerate(runs) if other != number for mark in _transforms(ops)}:
+            if here & {
+                mark
+                for other, ops in enumerate(runs)
+                if other != number
+                for mark in _transforms(ops)
+            }:
                 raise CannotFollow("it goes another way there inside a vmap")
 
     def _check_memory(self, number: int, part: Part) -> None:
-        """Raises CannotFollow where what is written behind a run shares memory in one of the two modes only, and is read there."""
+        """Raises CannotFollow where what is written behind a run shares memory in one of the two modes only,
+        and is read there.
+        """
         seen: tuple[set[Value], set[Value]] = (set(), set())
         aliases = self._aliases(number)
         for pair in part.joins:
             if self._viewed(number, aliases, pair) is not None:
                 continue
             roots = [own.root(value) for own, value in zip(aliases, pair, strict=True)]
-            outside = [side for side, root in enumerate(roots) if root.owner not in self._runs[side][number]]
-            shared = len(outside) == 2 or any(root in before for root, before in zip(roots, seen, strict=True))
-            written = any(memory.is_written_behind(root, number) for memory, root in zip(self._memory, roots, strict=True))
-            if written and (shared or (outside and self._is_read(number, roots[outside[0]], outside[0]))):
-                raise CannotFollow(f"what is written shares memory with another tensor in one of the two modes only, {_where(part)}")
+            outside = [
+                side
+                for side, root in enumerate(roots)
+                if root.owner not in self._runs[side][number]
+            ]
+            shared = len(outside) == 2 or any(
+                root in before for root, before in zip(roots, seen, strict=True)
+            )
+            written = any(
+                memory.is_written_behind(root, number)
+                for memory, root in zip(self._memory, roots, strict=True)
+            )
+            if written and (
+                shared
+                or (outside and self._is_read(number, roots[outside[0]], outside[0]))
+            ):
+                raise CannotFollow(
+                    "what is written shares memory with another tensor in one of the two modes only, "
+                    f"{_where(part)}"
+                )
             for root, before in zip(roots, seen, strict=True):
                 before.add(root)
 
     def _is_read(self, number: int, value: Value, side: int) -> bool:
-        """True when what a run returns in one mode only, as it was before the run, is read behind it by its own name."""
+        """True when what a run returns in one mode only, as it was before the run, is read behind it by its
+        own name.
+        """
         mine = self._ours(value) if side else value
-        yours = value if side else next((v for v, partner in self._both.partner.items() if partner is mine), None)
+        yours = (
+            value
+            if side
+            else next(
+                (v for v, partner in self._both.partner.items() if partner is mine),
+                None,
+            )
+        )
         if yours is None or not isinstance(storage_root(mine).owner, Op):
             return True
         names = (mine, yours)
-        runs = [other for other, part in enumerate(self._parts) if other > number and not part.shared]
-        return self._memory[1 - side].is_read_behind(names[1 - side], number) or self._memory[side].is_read_in(names[side], runs)
+        runs = [
+            other
+            for other, part in enumerate(self._parts)
+            if other > number and not part.shared
+        ]
+        return self._memory[1 - side].is_read_behind(
+            names[1 - side], number
+        ) or self._memory[side].is_read_in(names[side], runs)
 
     # --- the merged program -----------------------------------------------------------------------
 
@@ -136,7 +208,12 @@ class Merge:
             if part.ops or part.joins
         ]
         pairs = zip(ours.outputs, theirs.outputs, strict=True)
-        ours.set_outputs([self._joined.get((a, b), a) if isinstance(a, Value) else a for a, b in pairs])
+        ours.set_outputs(
+            [
+                self._joined.get((a, b), a) if isinstance(a, Value) else a
+                for a, b in pairs
+            ]
+        )
         ours.ops = ops
         ours.state += self.constants.values()
         for part in self._parts:
@@ -149,14 +226,25 @@ class Merge:
         pairs = self._both.pairs(one, other)
         assert pairs is not None
         made = iter([self._leaf(pair, one) for pair in pairs])
-        alike = len(one.args) == len(other.args) and one.kwargs.keys() == other.kwargs.keys()
-        args, kwargs = transform((one.args, one.kwargs) if alike else self._both.filled(one, other), lambda _: next(made))
+        alike = (
+            len(one.args) == len(other.args)
+            and one.kwargs.keys() == other.kwargs.keys()
+        )
+        args, kwargs = transform(
+            (one.args, one.kwargs) if alike else self._both.filled(one, other),
+            lambda _: next(made),
+        )
         one.set_operands(args, kwargs)
         one.context = (one, other)[self._trains].context
         first, second = one.effects, other.effects
         if first != second:
             writes = tuple(dict.fromkeys((*first.writes, *second.writes)))
-            one.effects = Effects(writes, first.views, first.random or second.random, first.effect or second.effect)
+            one.effects = Effects(
+                writes,
+                first.views,
+                first.random or second.random,
+                first.effect or second.effect,
+            )
         return one
 
     def _leaf(self, pair: tuple[Any, Any], op: Op) -> Any:
@@ -168,7 +256,9 @@ class Merge:
             return mine
         path = scope_fqn(op.scope)
         flag = self._flags.ours[path]
-        training, evaluating = (_now(mine), _now(yours)) if flag else (_now(yours), _now(mine))
+        training, evaluating = (
+            (_now(mine), _now(yours)) if flag else (_now(yours), _now(mine))
+        )
         return Mode(flag, training, evaluating, self._flags.others(path, [path]))
 
     def _by_mode(self, number: int, part: Part) -> Op:
@@ -177,40 +267,71 @@ class Merge:
         scope = self._scope(part)
         path = scope_fqn(scope)
         readers = [op for op in part.joins.values() if op is not None]
-        flag = Mode(self._flags.ours[path], others=self._flags.others(path, [scope_fqn(op.scope) for op in (*part.ops, *readers)]))
+        flag = Mode(
+            self._flags.ours[path],
+            others=self._flags.others(
+                path, [scope_fqn(op.scope) for op in (*part.ops, *readers)]
+            ),
+        )
         operands = self._operands(number, part)
         effects = self._effects(number, part, operands)
         loc = next((op.loc for op in (*part.ops, *readers) if op.loc), None)
-        regions = [self._region(number, part, operands, side) for side in ((0, 1) if self._trains == 0 else (1, 0))]
+        regions = [
+            self._region(number, part, operands, side)
+            for side in ((0, 1) if self._trains == 0 else (1, 0))
+        ]
         op = Op(
-            BY_MODE, (flag, RegionRef(0), RegionRef(1), operands),
-            effects=effects, scope=scope, context=context, loc=loc, regions=(*regions,),
-        )  # fmt: skip
+            BY_MODE,
+            (flag, RegionRef(0), RegionRef(1), operands),
+            effects=effects,
+            scope=scope,
+            context=context,
+            loc=loc,
+            regions=(*regions,),
+        )
         for mine, yours in part.joins:
             self._joined[mine, yours] = op.add_result(bare(mine.type), mine.hint)
         return op
 
-    def _region(self, number: int, part: Part, operands: list[Value], side: int) -> Region:
+    def _region(
+        self, number: int, part: Part, operands: list[Value], side: int
+    ) -> Region:
         params = [Value(value.type, value.hint) for value in operands]
         place = {value: place for place, value in enumerate(operands)}
         run = self._runs[side][number]
-        swap = {value: params[place[self._ours(value) if side else value]] for value in self._outer(number, part, side)}
+        swap = {
+            value: params[place[self._ours(value) if side else value]]
+            for value in self._outer(number, part, side)
+        }
         for op in run:
             op.set_operands(substitute(op.args, swap), substitute(op.kwargs, swap))
             op.context = tuple(mark for mark in op.context if mark.kind not in WHOLE)
         yielded = tuple(swap.get(pair[side], pair[side]) for pair in part.joins)
-        return Region(_NAMES[side != self._trains], params, run, Op("output", (yielded[0] if len(yielded) == 1 else yielded,)))
+        return Region(
+            _NAMES[side != self._trains],
+            params,
+            run,
+            Op("output", (yielded[0] if len(yielded) == 1 else yielded,)),
+        )
 
     def _outer(self, number: int, part: Part, side: int) -> list[Value]:
         """The values from before that a run reads or returns, in the names of its side."""
         run = self._runs[side][number]
         made = {value for op in run for value in op.results}
         read = [value for op in run for value in op.operands]
-        return [value for value in dict.fromkeys([*read, *(pair[side] for pair in part.joins)]) if value not in made]
+        return [
+            value
+            for value in dict.fromkeys([*read, *(pair[side] for pair in part.joins)])
+            if value not in made
+        ]
 
     def _operands(self, number: int, part: Part) -> list[Value]:
         sides = (self._trains, 1 - self._trains)
-        found = [self._ours(value) if side else value for side in sides for value in self._outer(number, part, side)]
+        found = [
+            self._ours(value) if side else value
+            for side in sides
+            for value in self._outer(number, part, side)
+        ]
         return [*dict.fromkeys(found)]
 
     def _ours(self, value: Value) -> Value:
@@ -220,10 +341,21 @@ class Merge:
             return mine
         entry = value.owner
         assert isinstance(entry, StateEntry)
-        known = next((e for e in self._both.ours.state if e.kind == "const" and self._both.same_constant(e.name, entry.name)), None)
+        known = next(
+            (
+                e
+                for e in self._both.ours.state
+                if e.kind == "const" and self._both.same_constant(e.name, entry.name)
+            ),
+            None,
+        )
         if known is None and entry.name not in self.constants:
-            made = self.constants[entry.name] = StateEntry((self._namer(entry.name),), "const", entry.type)
-            made.tensor = made.storage = len(self._both.ours.state) + len(self.constants) - 1
+            made = self.constants[entry.name] = StateEntry(
+                (self._namer(entry.name),), "const", entry.type
+            )
+            made.tensor = made.storage = (
+                len(self._both.ours.state) + len(self.constants) - 1
+            )
         self._both.partner[value] = (known or self.constants[entry.name]).value
         return self._both.partner[value]
 
@@ -238,15 +370,23 @@ class Merge:
                     writes[place[self._ours(root) if side else root]] = None
         viewed = [self._viewed(number, aliases, pair) for pair in part.joins]
         views = tuple(None if value is None else place[value] for value in viewed)
-        random, effect = any(op.effects.random for op in part.ops), any(op.effects.effect for op in part.ops)
-        return Effects((*writes,), views if any(v is not None for v in views) else (), random, effect)
+        random = any(op.effects.random for op in part.ops)
+        effect = any(op.effects.effect for op in part.ops)
+        return Effects(
+            (*writes,),
+            views if any(v is not None for v in views) else (),
+            random,
+            effect,
+        )
 
     def _aliases(self, number: int) -> list[Aliases]:
         return [Aliases(runs[number]) for runs in self._runs]
 
     def _viewed(self, number: int, aliases: list[Aliases], pair: Pair) -> Value | None:
         """The value of ours that what a run returns is a view of in both modes."""
-        mine, yours = (own.root(value) for own, value in zip(aliases, pair, strict=True))
+        mine, yours = (
+            own.root(value) for own, value in zip(aliases, pair, strict=True)
+        )
         if mine.owner in self._runs[0][number] or yours.owner in self._runs[1][number]:
             return None
         return mine if self._ours(yours) is mine else None
@@ -263,8 +403,12 @@ class Merge:
         """The regions around a run that are one piece, as they are in training."""
         runs = self._runs[self._trains]
         between = 0 < number < len(runs) - 1 and runs[number - 1] and runs[number + 1]
-        near = runs[number] or ([runs[number - 1][-1], runs[number + 1][0]] if between else [])
-        return _common([tuple(mark for mark in op.context if mark.kind in WHOLE) for op in near])
+        near = runs[number] or (
+            [runs[number - 1][-1], runs[number + 1][0]] if between else []
+        )
+        return _common(
+            [tuple(mark for mark in op.context if mark.kind in WHOLE) for op in near]
+        )
 
 
 _NAMES = ("training", "evaluation")
@@ -282,17 +426,23 @@ class _Memory:
                 for value in op.operands:
                     self._readers.setdefault(self._root(value), set()).add(number)
                 for place in op.effects.writes:
-                    self._writers.setdefault(self._root(op.operands[place]), set()).add(number)
+                    self._writers.setdefault(self._root(op.operands[place]), set()).add(
+                        number
+                    )
         for value in program.output.operands:
             self._readers.setdefault(self._root(value), set()).add(len(runs))
 
     def is_written_behind(self, value: Value, number: int) -> bool:
         """True when a part behind that one writes the memory of a value."""
-        return any(writer > number for writer in self._writers.get(self._root(value), ()))
+        return any(
+            writer > number for writer in self._writers.get(self._root(value), ())
+        )
 
     def is_read_behind(self, value: Value, number: int) -> bool:
         """True when a part behind that one reads the memory of a value."""
-        return any(reader > number for reader in self._readers.get(self._root(value), ()))
+        return any(
+            reader > number for reader in self._readers.get(self._root(value), ())
+        )
 
     def is_read_in(self, value: Value, parts: list[int]) -> bool:
         """True when one of these parts reads it."""
@@ -321,4 +471,6 @@ def _transforms(ops: Iterable[Op]) -> set[Context]:
 
 
 def _where(part: Part) -> str:
-    return next((op.where() for op in (*part.ops, *part.joins.values()) if op is not None), "")
+    return next(
+        (op.where() for op in (*part.ops, *part.joins.values()) if op is not None), ""
+    )

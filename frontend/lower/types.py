@@ -8,7 +8,15 @@ import torch
 
 from stagecut.ir.graph import Token
 from stagecut.ir.run.storage import SHORT
-from stagecut.ir.types import NONE, OBJECT, Dim, ScalarType, TensorType, Type, contiguous_strides
+from stagecut.ir.types import (
+    NONE,
+    OBJECT,
+    Dim,
+    ScalarType,
+    TensorType,
+    Type,
+    contiguous_strides,
+)
 
 
 def _dim(size: Any) -> Dim:
@@ -23,7 +31,9 @@ def tensor_type(tensor: torch.Tensor) -> TensorType:
         strides = tuple(map(_dim, tensor.stride()))
         if _is_contiguous(shape, strides):
             strides = None
-    return TensorType(SHORT[tensor.dtype], shape, strides, str(tensor.device), tensor.requires_grad)
+    return TensorType(
+        SHORT[tensor.dtype], shape, strides, str(tensor.device), tensor.requires_grad
+    )
 
 
 def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
@@ -32,7 +42,9 @@ def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
         return _symbolic_contiguous(shape, strides)
     known = tuple(s for s in sizes if s is not None)
     want = contiguous_strides(known)
-    return 0 in known or all(s == 1 or a == b for s, a, b in zip(known, strides, want, strict=True))
+    return 0 in known or all(
+        s == 1 or a == b for s, a, b in zip(known, strides, want, strict=True)
+    )
 
 
 def _symbolic_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
@@ -54,13 +66,19 @@ def type_of(value: Any) -> Type:
         return tensor_type(value)
     if value is None:
         return NONE
-    for symbolic, kind in ((torch.SymInt, "int"), (torch.SymFloat, "float"), (torch.SymBool, "bool")):
+    for symbolic, kind in (
+        (torch.SymInt, "int"),
+        (torch.SymFloat, "float"),
+        (torch.SymBool, "bool"),
+    ):
         if isinstance(value, symbolic):
             return ScalarType(kind, str(value).replace("\n", " "))
     return SCALARS.get(type(value), OBJECT)
 
 
-SCALARS: dict[type, Type] = {t: ScalarType(t.__name__) for t in (int, float, bool, complex, str)}
+SCALARS: dict[type, Type] = {
+    t: ScalarType(t.__name__) for t in (int, float, bool, complex, str)
+}
 
 _PLAIN = (type(None), bool, int, float, complex, str, type(...))
 _TOKENS = (torch.dtype, torch.layout, torch.memory_format)

@@ -1,4 +1,6 @@
-"""The plain Python state of a model: what modules, containers and objects hold besides parameters and buffers."""
+"""The plain Python state of a model: what modules, containers and objects hold besides parameters and
+buffers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ _MOST = 2**26
 
 RETURN_IT = "leave lists, dicts and objects that are given as they are: make new ones and return them"
 
-HOOKS: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+HOOKS: tuple[str, ...] = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+)
 HOOKS += ("_forward_hooks_always_called",)
 """Where a module keeps the hooks on its forward."""
 
@@ -39,7 +46,11 @@ class Contents:
         todo = [*items]
         while todo:
             item = todo.pop()
-            thing = content_of(item) if objects or isinstance(item, _CONTAINERS) or is_memory(item) else None
+            thing = (
+                content_of(item)
+                if objects or isinstance(item, _CONTAINERS) or is_memory(item)
+                else None
+            )
             if thing is not None and id(thing) not in self._before:
                 todo += _parts(self._keep(thing))
 
@@ -77,7 +88,9 @@ class Kept(Contents):
                     self._keep(content)
 
     def replace_tensors(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Stand-ins are where tensors were that are no state, for tracing writes real ones: id of each -> the tensor, its stand-in."""
+        """Stand-ins are where tensors were that are no state, for tracing writes real ones: id of each -> the
+        tensor, its stand-in.
+        """
         made: dict[int, torch.Tensor] = {}
         originals: dict[int, torch.Tensor] = {}
 
@@ -85,15 +98,27 @@ class Kept(Contents):
             if type(item) is tuple:
                 parts = tuple(map(stand_in, item))
                 return item if _same(parts, item) else parts
-            if not isinstance(item, torch.Tensor) or id(item) in self._tensors or isinstance(item, nn.Parameter):
+            if (
+                not isinstance(item, torch.Tensor)
+                or id(item) in self._tensors
+                or isinstance(item, nn.Parameter)
+            ):
                 return item
             if id(item) not in made:
-                made[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+                made[id(item)] = (
+                    item.detach().clone().requires_grad_(item.requires_grad)
+                )
                 originals[id(item)] = item
             return made[id(item)]
 
         for thing, _ in self._before.values():
-            pairs = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, (list, deque)) else ()
+            pairs = (
+                thing.items()
+                if isinstance(thing, dict)
+                else enumerate(thing)
+                if isinstance(thing, (list, deque))
+                else ()
+            )
             for key, item in list(pairs):
                 new = stand_in(item)
                 if new is not item:
@@ -125,10 +150,16 @@ def _refill(thing: Any, held: Any) -> None:
 
 
 def is_memory(thing: Any) -> bool:
-    """True for what holds numbers in a piece of memory and is no tensor: an array of numpy's or of Python's, a bytearray."""
+    """True for what holds numbers in a piece of memory and is no tensor: an array of numpy's or of Python's,
+    a bytearray.
+    """
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(thing, numpy.ndarray):
-        return not thing.dtype.hasobject and bool(thing.flags.writeable) and thing.nbytes <= _MOST
+        return (
+            not thing.dtype.hasobject
+            and bool(thing.flags.writeable)
+            and thing.nbytes <= _MOST
+        )
     return isinstance(thing, (bytearray, array)) and len(thing) <= _MOST
 
 
@@ -136,7 +167,9 @@ def content_of(thing: Any) -> Any:
     """The container in which `thing` keeps its parts, None for what has none or is not the user's."""
     if isinstance(thing, _CONTAINERS) or is_memory(thing):
         return thing
-    foreign = isinstance(thing, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType))
+    foreign = isinstance(
+        thing, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType)
+    )
     if foreign or type(thing).__module__.partition(".")[0] in ("torch", "builtins"):
         return None
     return getattr(thing, "__dict__", None)
@@ -145,18 +178,27 @@ def content_of(thing: Any) -> Any:
 def _same(thing: Any, held: Any) -> bool:
     """True when a container holds these objects in this order."""
     if is_memory(thing):
-        return thing.tobytes() == held.tobytes() if hasattr(thing, "tobytes") else bool(thing == held)
+        return (
+            thing.tobytes() == held.tobytes()
+            if hasattr(thing, "tobytes")
+            else bool(thing == held)
+        )
     if isinstance(thing, set):
         return {*map(id, thing)} == {*map(id, held)}
     now = _held(thing)
     if isinstance(now, dict):
-        now, held = [part for pair in now.items() for part in pair], [part for pair in held.items() for part in pair]
+        now = [part for pair in now.items() for part in pair]
+        held = [part for pair in held.items() for part in pair]
     return len(now) == len(held) and all(map(alike, now, held))
 
 
 def alike(one: Any, other: Any) -> bool:
     """True for one and the same object, and for equal numbers and texts."""
-    return one is other or (isinstance(one, SIMPLE) and type(one) is type(other) and repr(one) == repr(other))
+    return one is other or (
+        isinstance(one, SIMPLE)
+        and type(one) is type(other)
+        and repr(one) == repr(other)
+    )
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -168,7 +210,8 @@ def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
 
 
 def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) -> Any:
-    """Equal for what is equal: numbers and texts by value, containers and plain objects by content, all else by identity.
+    """Equal for what is equal: numbers and texts by value, containers and plain objects by content, all else
+    by identity.
 
     With `settled`, tensors are equal to tensors and other objects to those of their class.
     """
@@ -176,14 +219,25 @@ def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) 
         return type(item), repr(item)
     content = content_of(item)
     if content is None or id(content) in inside:
-        return (torch.Tensor if isinstance(item, SYMBOLS) else type(item)) if settled else id(item)
+        return (
+            (torch.Tensor if isinstance(item, SYMBOLS) else type(item))
+            if settled
+            else id(item)
+        )
     if is_memory(item):
-        return type(item), bytes(item) if isinstance(item, bytearray) else item.tobytes()
+        return type(item), bytes(item) if isinstance(
+            item, bytearray
+        ) else item.tobytes()
     below = (*inside, id(content))
     if isinstance(content, dict):
-        return type(item), [(fingerprint(k, settled, below), fingerprint(v, settled, below)) for k, v in content.items()]
+        return type(item), [
+            (fingerprint(k, settled, below), fingerprint(v, settled, below))
+            for k, v in content.items()
+        ]
     parts = [fingerprint(part, settled, below) for part in content]
-    return type(item), frozenset(map(repr, parts)) if isinstance(content, set) else parts
+    return type(item), frozenset(map(repr, parts)) if isinstance(
+        content, set
+    ) else parts
 
 
 def brief(item: Any) -> str:
@@ -194,4 +248,6 @@ def brief(item: Any) -> str:
     if isinstance(item, SIMPLE):
         return f"{item!r:.40}"
     content = content_of(item)
-    return f"a {type(item).__name__}" + (f" of {len(content)}" if isinstance(item, _CONTAINERS) else "")
+    return f"a {type(item).__name__}" + (
+        f" of {len(content)}" if isinstance(item, _CONTAINERS) else ""
+    )

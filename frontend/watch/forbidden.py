@@ -16,7 +16,10 @@ from stagecut.frontend.source import TORCH_DIR, is_pythons, is_users
 from stagecut.ir.blame import OWN_DIR, OnPurpose
 
 KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
-DRAW = "draw with torch functions, such as torch.rand(()), seed outside of the model, " + KEEP_WHOLE
+DRAW = (
+    "draw with torch functions, such as torch.rand(()), seed outside of the model, "
+    + KEEP_WHOLE
+)
 SEED = "seed, fork and read the state of generators outside of the model, " + KEEP_WHOLE
 
 
@@ -29,36 +32,67 @@ class Untraceable(OnPurpose):
 
 
 class Unread:
-    """Stands in `torch.random` for its generator, so that all functions there refuse the model, by whatever name; torch may call them."""
+    """Stands in `torch.random` for its generator, so that all functions there refuse the model, by whatever
+    name; torch may call them.
+    """
 
     def __init__(self, generator: Any) -> None:
         self._generator = generator
 
     def __getattr__(self, name: str) -> Any:
         frame, called = sys._getframe(1), name
-        while frame.f_back is not None and frame.f_code.co_filename in (torch.random.__file__, contextlib.__file__):
+        while frame.f_back is not None and frame.f_code.co_filename in (
+            torch.random.__file__,
+            contextlib.__file__,
+        ):
             if frame.f_code.co_filename == torch.random.__file__:
                 called = frame.f_code.co_name
             frame = frame.f_back
         if not frame.f_code.co_filename.startswith((TORCH_DIR, OWN_DIR)):
-            raise Untraceable(f"{called}() is called in forward, which leaves nothing in a trace", SEED)
+            raise Untraceable(
+                f"{called}() is called in forward, which leaves nothing in a trace",
+                SEED,
+            )
         return getattr(self._generator, name)
 
 
-_HOOK = "give it to an autograd.Function that passes its input on and has the hook for its backward, " + KEEP_WHOLE
+_HOOK = (
+    "give it to an autograd.Function that passes its input on and has the hook for its backward, "
+    + KEEP_WHOLE
+)
 UNTRACEABLE: tuple[tuple[Any, str, str], ...] = (
     (torch.Tensor, "register_hook", _HOOK),
     (torch.Tensor, "register_post_accumulate_grad_hook", _HOOK),
-    (torch.autograd.graph.saved_tensors_hooks, "__init__", "open it around the call, " + KEEP_WHOLE),
+    (
+        torch.autograd.graph.saved_tensors_hooks,
+        "__init__",
+        "open it around the call, " + KEEP_WHOLE,
+    ),
     (os, "urandom", DRAW),
-    (random, "_urandom", DRAW),  # the same for SystemRandom, secrets, and numpy's generators without a seed
-    *((module, name, SEED) for module in (torch.cuda, torch.cuda.random) for name in torch.cuda.random.__all__),
+    (
+        random,
+        "_urandom",
+        DRAW,
+    ),  # the same for SystemRandom, secrets, and numpy's generators without a seed
+    *(
+        (module, name, SEED)
+        for module in (torch.cuda, torch.cuda.random)
+        for name in torch.cuda.random.__all__
+    ),
 )
 """Functions that leave no op in a trace, and what to do instead of calling them in forward."""
 
 NOTED: tuple[tuple[Any, str, str], ...] = (
-    (torch.nn.attention, "_sdpa_kernel", "sdpa_kernel() is lost: the stages leave it to torch how attention is computed, to rounding"),
-    (torch.autograd.graph.save_on_cpu, "__init__", "save_on_cpu() is lost: the stages keep what backward needs where it is"),
+    (
+        torch.nn.attention,
+        "_sdpa_kernel",
+        "sdpa_kernel() is lost: the stages leave it to torch how attention is computed, to rounding",
+    ),
+    (
+        torch.autograd.graph.save_on_cpu,
+        "__init__",
+        "save_on_cpu() is lost: the stages keep what backward needs where it is",
+    ),
 )
 """Functions that leave no op in a trace and change no result beyond rounding, and what is lost."""
 
@@ -74,7 +108,9 @@ def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
             frame = frame.f_back
         if not is_users(frame.f_code.co_filename):
             return function(*args, **kwargs)
-        raise Untraceable(f"{name}() is called in forward, which leaves nothing in a trace", hint)
+        raise Untraceable(
+            f"{name}() is called in forward, which leaves nothing in a trace", hint
+        )
 
     return refuse
 
@@ -83,19 +119,25 @@ _SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # typ
 
 
 class GradFlags(TorchFunctionMode):
-    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to nothing else."""
+    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to
+    nothing else.
+    """
 
     def __init__(self, held: Callable[[], Container[int]]) -> None:
         super().__init__()
         self._held = held
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _SETS and id(args[0]) in self._held():
             wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             if wanted != args[0].requires_grad:
                 raise Untraceable(
-                    "forward sets requires_grad of an input, a parameter or a buffer, which leaves nothing in a trace",
-                    "set it outside of the model, or use detach() in forward, " + KEEP_WHOLE,
+                    "forward sets requires_grad of an input, a parameter or a buffer, which leaves nothing "
+                    "in a trace",
+                    "set it outside of the model, or use detach() in forward, "
+                    + KEEP_WHOLE,
                 )
         return func(*args, **kwargs)

@@ -1,7 +1,9 @@
-"""Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from others.
+"""Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from
+others.
 
-Whether that matters shows in traces with other draws: of the lowest and the highest one, a number that is compared with another lies on
-each side. A model that waits for one number out of very many can hide that from them.
+Whether that matters shows in traces with other draws: of the lowest and the highest one, a number that is
+compared with another lies on each side. A model that waits for one number out of very many can hide that from
+them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ LOWEST, MIDDLE, HIGHEST = 0, 0x80102204, 0x12DD9BB3
 """Words in the state of a Mersenne Twister from which it makes 32 zeros, a one and 31 zeros, and 32 ones."""
 
 STEERS = (LOWEST, MIDDLE, HIGHEST, None)
-"""What `Generators.steer` takes: what is drawn next is as low as can be, in the middle, as high as can be, or another than before."""
+"""What `Generators.steer` takes: what is drawn next is as low as can be, in the middle, as high as can be, or
+another than before.
+"""
 
 _WORDS, _STEERED = 624, 400
 
 
 class _Source(NamedTuple):
-    """A generator: what to call it, what reads its state, what sets it, and where it can be steered, what puts words into a state."""
+    """A generator: what to call it, what reads its state, what sets it, and where it can be steered, what
+    puts words into a state.
+    """
 
     name: str
     read: Callable[[], Any]
@@ -36,18 +42,32 @@ class Generators:
     """The global generators, and those of `others`, as they were."""
 
     def __init__(self, others: Iterable[Any] = ()) -> None:
-        self._before = [(source, source.read()) for source in (*_global(), *map(_source, others))]
+        self._before = [
+            (source, source.read()) for source in (*_global(), *map(_source, others))
+        ]
 
     def drawn(self) -> str:
         """A generator that is not as it was, '' for none."""
-        return next((source.name for source, state in self._before if repr(source.read()) != repr(state)), "")
+        return next(
+            (
+                source.name
+                for source, state in self._before
+                if repr(source.read()) != repr(state)
+            ),
+            "",
+        )
 
     def can_be_steered(self) -> bool:
         """True when `steer` reaches all that are not as they were."""
-        return all(source.put is not None or repr(source.read()) == repr(state) for source, state in self._before)
+        return all(
+            source.put is not None or repr(source.read()) == repr(state)
+            for source, state in self._before
+        )
 
     def steer(self, word: int | None) -> None:
-        """The next draws of those that can be steered are as STEERS says, a few hundred of them; then they go on at random."""
+        """The next draws of those that can be steered are as STEERS says, a few hundred of them; then they go
+        on at random.
+        """
         for source, state in self._before:
             if source.put is not None:
                 source.write(source.put(state, lambda words: _steered(words, word)))
@@ -62,7 +82,9 @@ def is_generator(item: Any) -> bool:
     """True for an object of Python's or numpy's that draws random numbers and remembers what comes next."""
     numpy = sys.modules.get("numpy.random")
     kinds = (numpy.Generator, numpy.RandomState) if numpy else ()
-    return issubclass(type(item), (random.Random, *kinds)) and not isinstance(item, random.SystemRandom)
+    return issubclass(type(item), (random.Random, *kinds)) and not isinstance(
+        item, random.SystemRandom
+    )
 
 
 def _global() -> list[_Source]:
@@ -76,7 +98,9 @@ def _global() -> list[_Source]:
 
 
 def _steered(words: list[int], word: int | None) -> list[int]:
-    """The words of a Mersenne Twister. Those that are read next are `word`; later the others mix in, so that nothing repeats for ever."""
+    """The words of a Mersenne Twister. Those that are read next are `word`; later the others mix in, so that
+    nothing repeats for ever.
+    """
     if word is None:
         return [(7 * other + 1) % 2**32 for other in words]
     return words[: _WORDS - _STEERED] + [word] * _STEERED
@@ -99,7 +123,12 @@ def _numpys(name: str, generator: Any) -> _Source:
     def read() -> Any:
         return generator.get_state(legacy=False)
 
-    return _Source(name, read, generator.set_state, _put_numpys if read()["bit_generator"] == "MT19937" else None)
+    return _Source(
+        name,
+        read,
+        generator.set_state,
+        _put_numpys if read()["bit_generator"] == "MT19937" else None,
+    )
 
 
 def _state() -> list[int]:
@@ -110,8 +139,15 @@ def _state() -> list[int]:
 def _source(generator: Any) -> _Source:
     name = f"a generator ({type(generator).__module__}.{type(generator).__name__})"
     if isinstance(generator, random.Random):
-        return _Source(name, generator.getstate, generator.setstate, _put_pythons if type(generator) is random.Random else None)
+        return _Source(
+            name,
+            generator.getstate,
+            generator.setstate,
+            _put_pythons if type(generator) is random.Random else None,
+        )
     bits = getattr(generator, "bit_generator", None)  # numpy's Generator draws from one
     if bits is None:
         return _numpys(name, generator)
-    return _Source(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
+    return _Source(
+        name, lambda: bits.state, lambda state: setattr(bits, "state", state)
+    )

@@ -1,4 +1,6 @@
-"""What the functions and classes of a model refer to outside of it: globals, closures, defaults, class attributes, caches."""
+"""What the functions and classes of a model refer to outside of it: globals, closures, defaults, class
+attributes, caches.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +29,49 @@ class Surroundings:
         self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
         functions, caches = _reached(module, [*self._classes])
         self._caches = [(cached, cached.cache_info()) for cached in caches]
-        places = [*_references(functions), *((cls, _Attributes(cls), name) for cls in self._classes for name in _own(cls))]
+        places = [
+            *_references(functions),
+            *(
+                (cls, _Attributes(cls), name)
+                for cls in self._classes
+                for name in _own(cls)
+            ),
+        ]
         found = [(owner, home, name, _now(home, name)) for owner, home, name in places]
-        self._names = [place for place in found if isinstance(place[-1], _STATE) or place[-1] is _ABSENT]
-        held = [(owner, name, item) for owner, _, name, item in found] + [*_defaults(functions)]
+        self._names = [
+            place
+            for place in found
+            if isinstance(place[-1], _STATE) or place[-1] is _ABSENT
+        ]
+        held = [(owner, name, item) for owner, _, name, item in found] + [
+            *_defaults(functions)
+        ]
         self._contents = [
-            (owner, name, Contents([item], objects=False)) for owner, name, item in held if isinstance(item, _STATE) or is_memory(item)
+            (owner, name, Contents([item], objects=False))
+            for owner, name, item in held
+            if isinstance(item, _STATE) or is_memory(item)
         ]
         self.generators = [item for _, _, item in held if is_generator(item)]
 
     def changed(self) -> list[tuple[Any, str]]:
-        """The functions and classes, and the names in them that refer to something else or to a container that holds something else."""
-        named = [(owner, name) for owner, home, name, before in self._names if _is_other(before, _now(home, name))]
+        """The functions and classes, and the names in them that refer to something else or to a container
+        that holds something else.
+        """
+        named = [
+            (owner, name)
+            for owner, home, name, before in self._names
+            if _is_other(before, _now(home, name))
+        ]
         added = [(cls, name) for cls in self._classes for name in self._added(cls)]
-        return named + added + [(owner, name) for owner, name, contents in self._contents if contents.changed()]
+        return (
+            named
+            + added
+            + [
+                (owner, name)
+                for owner, name, contents in self._contents
+                if contents.changed()
+            ]
+        )
 
     def restore(self) -> None:
         """All is as it was; caches that were filled are empty."""
@@ -61,12 +92,19 @@ class Surroundings:
                 cached.cache_clear()
 
     def _added(self, cls: type) -> list[str]:
-        return [name for name, item in _own(cls).items() if name not in self._classes[cls] and _is_other(_ABSENT, item)]
+        return [
+            name
+            for name, item in _own(cls).items()
+            if name not in self._classes[cls] and _is_other(_ABSENT, item)
+        ]
 
 
 def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
-    """What sets torch's generators, of the CPU and of these CUDA devices, and all others that a model can reach, as they are now."""
-    on_cpu, on_gpus = torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    """What sets torch's generators, of the CPU and of these CUDA devices, and all others that a model can
+    reach, as they are now.
+    """
+    on_cpu = torch.random.get_rng_state()
+    on_gpus = [torch.cuda.get_rng_state(d) for d in devices]
     others = Generators(Surroundings(module).generators)
 
     def restore() -> None:
@@ -79,7 +117,9 @@ def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
 
 
 def _is_other(before: Any, now: Any) -> bool:
-    """True for another number, tensor or container. What was nothing may become what is none of these: a module, a logger."""
+    """True for another number, tensor or container. What was nothing may become what is none of these: a
+    module, a logger.
+    """
     if before is _ABSENT or before is None:
         return now is not None and isinstance(now, _STATE)
     return not alike(before, now)
@@ -88,7 +128,10 @@ def _is_other(before: Any, now: Any) -> bool:
 def _now(home: Any, name: str) -> Any:
     try:
         return home[name]
-    except (KeyError, ValueError):  # a builtin, an attribute, or a cell that is still empty
+    except (
+        KeyError,
+        ValueError,
+    ):  # a builtin, an attribute, or a cell that is still empty
         return _ABSENT
 
 
@@ -96,7 +139,9 @@ class _Cells:
     """The variables of a closure by name."""
 
     def __init__(self, function: FunctionType) -> None:
-        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        self._cells = dict(
+            zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        )
 
     def __getitem__(self, name: str) -> Any:
         return self._cells[name].cell_contents
@@ -123,28 +168,54 @@ class _Attributes:
 
 def _classes(module: nn.Module) -> list[type]:
     """The user's classes of all modules, with their bases."""
-    found = dict.fromkeys(cls for owner in module.modules() for cls in type(owner).__mro__)
-    return [cls for cls in found if cls.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc")]
+    found = dict.fromkeys(
+        cls for owner in module.modules() for cls in type(owner).__mro__
+    )
+    return [
+        cls
+        for cls in found
+        if cls.__module__.partition(".")[0]
+        not in ("torch", "builtins", "typing", "abc")
+    ]
 
 
 def _own(cls: type) -> dict[str, Any]:
-    return {name: item for name, item in vars(cls).items() if not (name.startswith("__") and name.endswith("__"))}
+    return {
+        name: item
+        for name, item in vars(cls).items()
+        if not (name.startswith("__") and name.endswith("__"))
+    }
 
 
-def _reached(module: nn.Module, classes: list[type]) -> tuple[dict[FunctionType, FunctionType], list[Any]]:
-    """The user's functions that may run with a module, those in globals and closures included, and the caches around such.
+def _reached(
+    module: nn.Module, classes: list[type]
+) -> tuple[dict[FunctionType, FunctionType], list[Any]]:
+    """The user's functions that may run with a module, those in globals and closures included, and the caches
+    around such.
 
     A function that only a hook reaches stands with that hook, all others with themselves.
     """
-    hooks = [hook for owner in module.modules() for hook in (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values())]
-    own = [item for place in (*classes, *module.modules()) for item in vars(place).values()]
-    todo = [(_function(hook), _function(hook)) for hook in hooks] + [(None, item) for item in own]
+    hooks = [
+        hook
+        for owner in module.modules()
+        for hook in (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values())
+    ]
+    own = [
+        item for place in (*classes, *module.modules()) for item in vars(place).values()
+    ]
+    todo = [(_function(hook), _function(hook)) for hook in hooks] + [
+        (None, item) for item in own
+    ]
     found: dict[FunctionType, FunctionType] = {}
     caches: dict[int, Any] = {}
     while todo:
         owner, item = todo.pop()
         function = _function(item)
-        if function is None or function in found or not is_users(function.__code__.co_filename):
+        if (
+            function is None
+            or function in found
+            or not is_users(function.__code__.co_filename)
+        ):
             continue
         if isinstance(item, _lru_cache_wrapper):
             caches[id(item)] = item
@@ -167,7 +238,10 @@ def _function(item: Any) -> FunctionType | None:
 def _variables(function: FunctionType) -> Iterator[tuple[Any, str]]:
     """The names in the globals and the closure of a function that its code uses, with their homes."""
     cells = _Cells(function)
-    yield from ((function.__globals__, name) for name in dict.fromkeys(_global_names(function.__code__)))
+    yield from (
+        (function.__globals__, name)
+        for name in dict.fromkeys(_global_names(function.__code__))
+    )
     yield from ((cells, name) for name in function.__code__.co_freevars)
 
 
@@ -178,7 +252,9 @@ def _global_names(code: CodeType) -> Iterator[str]:
             yield from _global_names(inner)
 
 
-def _references(functions: dict[FunctionType, FunctionType]) -> Iterator[tuple[FunctionType, Any, str]]:
+def _references(
+    functions: dict[FunctionType, FunctionType],
+) -> Iterator[tuple[FunctionType, Any, str]]:
     """The functions and the variables they use, a global under the first function only."""
     seen: set[tuple[int, str]] = set()
     for function, owner in functions.items():
@@ -188,9 +264,15 @@ def _references(functions: dict[FunctionType, FunctionType]) -> Iterator[tuple[F
                 yield owner, home, name
 
 
-def _defaults(functions: dict[FunctionType, FunctionType]) -> Iterator[tuple[FunctionType, str, Any]]:
+def _defaults(
+    functions: dict[FunctionType, FunctionType],
+) -> Iterator[tuple[FunctionType, str, Any]]:
     """The functions and the defaults of their arguments."""
     for function, owner in functions.items():
-        positional, defaults = function.__code__.co_varnames[: function.__code__.co_argcount], function.__defaults__ or ()
-        for name, item in (*zip(reversed(positional), reversed(defaults), strict=False), *(function.__kwdefaults__ or {}).items()):
+        positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+        defaults = function.__defaults__ or ()
+        for name, item in (
+            *zip(reversed(positional), reversed(defaults), strict=False),
+            *(function.__kwdefaults__ or {}).items(),
+        ):
             yield owner, name, item

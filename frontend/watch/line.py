@@ -1,4 +1,6 @@
-"""Which line of the user's does something: found by looking behind every line, in a trace that is made for nothing else."""
+"""Which line of the user's does something: found by looking behind every line, in a trace that is made for
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from stagecut.frontend.source import Line, is_users, user_line
 
 
 class LineFinder:
-    """Between `start` and `stop`, `line` becomes the first line of the user's behind which `happened` is true."""
+    """Between `start` and `stop`, `line` becomes the first line of the user's behind which `happened` is
+    true.
+    """
 
     def __init__(self, happened: Callable[[], Any]) -> None:
         self._happened = happened
@@ -34,7 +38,9 @@ class LineFinder:
         if not is_users(frame.f_code.co_filename):
             return None
         self._look()
-        self._last = user_line(frame.f_back if event == "return" else frame)  # behind a call goes on the line that made it
+        self._last = user_line(
+            frame.f_back if event == "return" else frame
+        )  # behind a call goes on the line that made it
         return None if self.line else self._step
 
     def _look(self) -> None:

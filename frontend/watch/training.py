@@ -1,9 +1,10 @@
-"""What follows `training`: which ops take the flag of their module, where Python chose by it, what a user's train() does.
+"""What follows `training`: which ops take the flag of their module, where Python chose by it, what a user's
+train() does.
 
-While a module is traced every read of `training` is noted. One that is the flag of a call, as in `F.dropout(x, p, self.training)`,
-makes that op follow its module; any other read is a choice that the trace keeps. A flag that forward sets itself, as in
-`self.norm.eval()`, is followed by no op. So is noted which grad mode forward asks for: a trace only has those that differ from the
-mode it is made in.
+While a module is traced every read of `training` is noted. One that is the flag of a call, as in
+`F.dropout(x, p, self.training)`, makes that op follow its module; any other read is a choice that the trace
+keeps. A flag that forward sets itself, as in `self.norm.eval()`, is followed by no op. So is noted which grad
+mode forward asks for: a trace only has those that differ from the mode it is made in.
 """
 
 from __future__ import annotations
@@ -40,22 +41,42 @@ _DIMENSIONS = "123d"
 
 
 def _flagged(home: Any) -> dict[Any, tuple[int, str]]:
-    """The functions of a module of torch's with a training flag -> where it stands among their arguments, and by what name."""
+    """The functions of a module of torch's with a training flag -> where it stands among their arguments, and
+    by what name.
+    """
     found: dict[Any, tuple[int, str]] = {}
     for name, function in vars(home).items():
-        if (position := facts_of(name.rstrip(_DIMENSIONS)).training.get("default")) is None or not callable(function):
+        if (
+            position := facts_of(name.rstrip(_DIMENSIONS)).training.get("default")
+        ) is None or not callable(function):
             continue
         if inspect.isfunction(function):
-            found[function] = (position, [*inspect.signature(function).parameters][position])
+            found[function] = (
+                position,
+                [*inspect.signature(function).parameters][position],
+            )
         else:
-            found[function] = (position, getattr(torch.ops.aten, name).default._schema.arguments[position].name)
+            found[function] = (
+                position,
+                getattr(torch.ops.aten, name).default._schema.arguments[position].name,
+            )
     return found
 
 
 _FLAGGED = _flagged(F) | _flagged(torch)
-_DROPOUTS = {function for function in _flagged(F) if facts_of(function.__name__.rstrip(_DIMENSIONS)).off_is_operand}
-_BARE_DROPOUTS = {function for function in _flagged(torch) if facts_of(function.__name__).returns_operand}
-_BARE = inspect.signature(lambda input, p, train: None)  # theirs, for Python cannot see it
+_DROPOUTS = {
+    function
+    for function in _flagged(F)
+    if facts_of(function.__name__.rstrip(_DIMENSIONS)).off_is_operand
+}
+_BARE_DROPOUTS = {
+    function
+    for function in _flagged(torch)
+    if facts_of(function.__name__).returns_operand
+}
+_BARE = inspect.signature(
+    lambda input, p, train: None
+)  # theirs, for Python cannot see it
 
 
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/capture/rewrites.py")
@@ -89,7 +110,9 @@ class ModeReads(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._paths: dict[int, list[str]] = {}  # by the module's dict: a tracer may stand another object in front of that
+        self._paths: dict[
+            int, list[str]
+        ] = {}  # by the module's dict: a tracer may stand another object in front of that
         for path, owner in module.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(vars(owner)), []).append(path)
         self._reads: list[_Read] = []
@@ -127,9 +150,13 @@ class ModeReads(TorchFunctionMode):
         if choice is not None and _is_the_same(choice, frame):
             return
         place = f"{frame.f_code.co_filename}:{frame.f_lineno}, {type(owner).__name__}.{frame.f_code.co_name}"
-        self._reads.append(_Read(id(vars(owner)), (id(frame), frame.f_code), span, place))
+        self._reads.append(
+            _Read(id(vars(owner)), (id(frame), frame.f_code), span, place)
+        )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
             func(*args)
@@ -148,9 +175,13 @@ class ModeReads(TorchFunctionMode):
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
-        """The switch in the trace says which grad mode is asked for behind it, None for the one around the model."""
+        """The switch in the trace says which grad mode is asked for behind it, None for the one around the
+        model.
+        """
         frame, object, method = sys._getframe(2), None, ""
-        while frame.f_back is not None and (object is None or frame.f_code.co_filename.endswith(_GRAD_MODES)):
+        while frame.f_back is not None and (
+            object is None or frame.f_code.co_filename.endswith(_GRAD_MODES)
+        ):
             if frame.f_code.co_filename.endswith(_GRAD_MODES):
                 object, method = frame.f_locals["self"], frame.f_code.co_name
             elif not frame.f_code.co_filename.endswith(_PLUMBING):
@@ -162,11 +193,16 @@ class ModeReads(TorchFunctionMode):
             if object is not None and not hasattr(object, "_stagecut_grad"):
                 object._stagecut_grad = self._grad
             self._grad = enabled
-        if get_proxy_mode() is not None and last_node().target is torch._C._set_grad_enabled:
+        if (
+            get_proxy_mode() is not None
+            and last_node().target is torch._C._set_grad_enabled
+        ):
             last_node().meta[GRAD] = self._grad
 
     def _followed(self, func: Any, caller: FrameType) -> tuple[str, ...]:
-        """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its own."""
+        """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its
+        own.
+        """
         span, frame = _span(caller), (id(caller), caller.f_code)
         here = [r for r in self._reads if r.frame == frame]
         tree = self._tree_of(caller.f_code.co_filename)
@@ -174,7 +210,14 @@ class ModeReads(TorchFunctionMode):
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             found = next((r for r in here if r.span == flag), None)
         else:  # code without a source: what is read last inside the call
-            found = next((r for r in reversed(here) if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]), None)
+            found = next(
+                (
+                    r
+                    for r in reversed(here)
+                    if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]
+                ),
+                None,
+            )
         if found is None:
             return ()
         self._reads.remove(found)
@@ -193,18 +236,30 @@ class ModeReads(TorchFunctionMode):
 
     @property
     def fixed(self) -> dict[str, str]:
-        return {path: place for owner, place in self._set.items() for path in self._paths.get(owner, ())}
+        return {
+            path: place
+            for owner, place in self._set.items()
+            for path in self._paths.get(owner, ())
+        }
 
     @property
     def choices(self) -> dict[str, str]:
         """Module path -> where Python chose by its mode."""
-        return {path: read.place for read in reversed(self._reads) for path in self._paths[read.owner]}
+        return {
+            path: read.place
+            for read in reversed(self._reads)
+            for path in self._paths[read.owner]
+        }
 
 
-def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What `contiguous()` made of a tensor; of what a dropout returned, by an op of its own where a trace has nothing to do.
+def _contiguous(
+    made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """What `contiguous()` made of a tensor; of what a dropout returned, by an op of its own where a trace has
+    nothing to do.
 
-    In a trace a dropout makes a new tensor. One that is off returns its operand, whose elements may lie anyhow.
+    In a trace a dropout makes a new tensor. One that is off returns its operand, whose elements may lie
+    anyhow.
     """
     if made is not given or args or kwargs or not _is_of_dropout(given):
         return made
@@ -212,8 +267,12 @@ def _contiguous(made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: A
 
 
 def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The operands of a dropout. One that is off returns the very tensor it is given, and a tracer would take one for the other."""
-    given = (inspect.signature(func) if func in _DROPOUTS else _BARE).bind(*args, **kwargs)
+    """The operands of a dropout. One that is off returns the very tensor it is given, and a tracer would take
+    one for the other.
+    """
+    given = (inspect.signature(func) if func in _DROPOUTS else _BARE).bind(
+        *args, **kwargs
+    )
     given.apply_defaults()
     if given.arguments[_FLAGGED[func][1]] or given.arguments.get("inplace"):
         return args, kwargs
@@ -222,7 +281,9 @@ def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor for the tracer, so that it does not take what comes of it for `tensor`; none for the stages."""
+    """Another tensor for the tracer, so that it does not take what comes of it for `tensor`; none for the
+    stages.
+    """
     alias: torch.Tensor = torch.ops.aten.alias.default(tensor)
     last_node().meta[SAME] = True
     return alias
@@ -232,10 +293,17 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for what a dropout returned, for views of it, and for what was written into those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload) and facts_of(node.target._opname).off_is_operand:
+        if (
+            isinstance(node.target, torch._ops.OpOverload)
+            and facts_of(node.target._opname).off_is_operand
+        ):
             return True
         schema = getattr(node.target, "_schema", None)
-        alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
+        alias = (
+            schema.arguments[0].alias_info
+            if schema is not None and schema.arguments
+            else None
+        )
         if node.target is not operator.getitem and alias is None:
             return False
         node = node.args[0] if node.args else None  # type: ignore[assignment]
@@ -243,10 +311,19 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
 
 
 def _chooses(owner: nn.Module) -> bool:
-    """True for a module of torch's own whose forward chooses by mode in Python, where the trace shows no flag."""
-    if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+    """True for a module of torch's own whose forward chooses by mode in Python, where the trace shows no
+    flag.
+    """
+    if isinstance(
+        owner,
+        (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder),
+    ):
         return True  # they drop by a rate that Python computes, and have a way of their own in eval mode
-    return isinstance(owner, _BatchNorm) and owner.momentum is None and not owner.__dict__["training"]
+    return (
+        isinstance(owner, _BatchNorm)
+        and owner.momentum is None
+        and not owner.__dict__["training"]
+    )
 
 
 _Span = tuple[int, int, int, int]
@@ -254,9 +331,15 @@ _Span = tuple[int, int, int, int]
 
 def _argument(made: ast.Call | None, position: int, name: str) -> _Span | None:
     """Where an argument of a call stands in the source, None where it is not given as such."""
-    if made is None or any(isinstance(item, ast.Starred) for item in made.args[: position + 1]):
+    if made is None or any(
+        isinstance(item, ast.Starred) for item in made.args[: position + 1]
+    ):
         return None
-    given = made.args[position] if position < len(made.args) else next((k.value for k in made.keywords if k.arg == name), None)
+    given = (
+        made.args[position]
+        if position < len(made.args)
+        else next((k.value for k in made.keywords if k.arg == name), None)
+    )
     return _place(given) if given is not None else None
 
 
@@ -273,35 +356,68 @@ class _Tree:
             nodes = [*ast.walk(ast.parse(source))]
         except (SyntaxError, ValueError, RecursionError):
             nodes = []
-        choices = {_place(_unnegated(node.test)): node for node in nodes if isinstance(node, ast.IfExp)}
-        return _Tree({_place(node): node for node in nodes if isinstance(node, ast.Call)}, choices)
+        choices = {
+            _place(_unnegated(node.test)): node
+            for node in nodes
+            if isinstance(node, ast.IfExp)
+        }
+        return _Tree(
+            {_place(node): node for node in nodes if isinstance(node, ast.Call)},
+            choices,
+        )
 
 
 def _unnegated(test: ast.expr) -> ast.expr:
-    return test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else test
+    return (
+        test.operand
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+        else test
+    )
 
 
 def _is_the_same(choice: ast.IfExp, frame: FrameType) -> bool:
-    """True where both sides are one number, as in `0.0 if not self.training else self.rate` with a rate of 0.0: nothing is chosen."""
+    """True where both sides are one number, as in `0.0 if not self.training else self.rate` with a rate of
+    0.0: nothing is chosen.
+    """
     sides = []
     for side in (choice.body, choice.orelse):
-        if not all(isinstance(node, (ast.Constant, ast.Name, ast.Attribute, ast.Load)) for node in ast.walk(side)):
+        if not all(
+            isinstance(node, (ast.Constant, ast.Name, ast.Attribute, ast.Load))
+            for node in ast.walk(side)
+        ):
             return False
         try:
-            sides.append(eval(compile(ast.Expression(side), "<choice>", "eval"), frame.f_globals, frame.f_locals))
+            sides.append(
+                eval(
+                    compile(ast.Expression(side), "<choice>", "eval"),
+                    frame.f_globals,
+                    frame.f_locals,
+                )
+            )
         except Exception:  # the side that is not taken may not be there
             return False
     one, other = sides
-    return type(one) is type(other) and isinstance(one, (bool, int, float, str, NoneType)) and one == other
+    return (
+        type(one) is type(other)
+        and isinstance(one, (bool, int, float, str, NoneType))
+        and one == other
+    )
 
 
 def _place(node: ast.expr) -> _Span:
-    return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or 0
+    return (
+        node.lineno,
+        node.col_offset,
+        node.end_lineno or node.lineno,
+        node.end_col_offset or 0,
+    )
 
 
 def _span(frame: FrameType) -> _Span:
     """First line and column, last line and column of what a frame is running."""
-    line, last, column, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    line, last, column, end = next(
+        islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
+    )
     return line or frame.f_lineno, column or 0, last or frame.f_lineno, end or 0
 
 
@@ -316,7 +432,9 @@ def _caller() -> FrameType:
 def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
-    return next(iter(reversed(tracer.tracer.graph.nodes)))  # what torch 2.11 reverses is no iterator
+    return next(
+        iter(reversed(tracer.tracer.graph.nodes))
+    )  # what torch 2.11 reverses is no iterator
 
 
 def _last_call() -> Any:
@@ -334,8 +452,11 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
     return slot.proxy.node if slot is not None else None
 
 
-def switches(module: nn.Module) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
-    """What train() and eval() do where a user's class has its own: the flags below it in each mode, by module path; tried on a copy.
+def switches(
+    module: nn.Module,
+) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
+    """What train() and eval() do where a user's class has its own: the flags below it in each mode, by module
+    path; tried on a copy.
 
     The second part says where such a method stands that does more than set flags.
     """
@@ -343,13 +464,19 @@ def switches(module: nn.Module) -> tuple[dict[str, dict[bool, dict[str, bool]]],
     places: dict[str, str] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         train = getattr(type(owner), "train", None)
-        if train is nn.Module.train or not inspect.isfunction(train) or train.__module__.startswith("torch."):
+        if (
+            train is nn.Module.train
+            or not inspect.isfunction(train)
+            or train.__module__.startswith("torch.")
+        ):
             continue
         try:
             flags[path] = {mode: _flags_after(owner, mode) for mode in (True, False)}
         except Exception as error:
             raise_ours(error)
-            places[path] = f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {type(owner).__name__}.train"
+            places[path] = (
+                f"{train.__code__.co_filename}:{train.__code__.co_firstlineno}, {type(owner).__name__}.train"
+            )
     return flags, places
 
 
@@ -361,15 +488,24 @@ def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
     made.train(mode)
     if fingerprint_of(made) != before:
         raise Untraceable("train() changes more than flags")
-    return {path: part.training for path, part in made.named_modules(remove_duplicate=False)}
+    return {
+        path: part.training for path, part in made.named_modules(remove_duplicate=False)
+    }
 
 
 def fingerprint_of(module: nn.Module) -> Any:
     """Equal before and after what changes no more than the flags of `module`."""
-    state = [(name, id(t), t._version, t.requires_grad) for name, t in (*module.named_parameters(), *module.named_buffers())]
+    state = [
+        (name, id(t), t._version, t.requires_grad)
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+    ]
     return state, [(key, fingerprint(value)) for key, value in attributes(module)]
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     made = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return (
+        nn.Parameter(made, tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else made
+    )

@@ -1,7 +1,8 @@
-"""What a trace would lose without a word: state that forward changes outside of parameters and buffers, and what tracing does to a model.
+"""What a trace would lose without a word: state that forward changes outside of parameters and buffers, and
+what tracing does to a model.
 
-A `Watch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad modes and autocast where they
-stand, notes plain attributes that change, and leaves the model as it was.
+A `Watch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad modes and
+autocast where they stand, notes plain attributes that change, and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -23,8 +24,27 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
 from stagecut.frontend.source import place_of, shown, user_line
-from stagecut.frontend.watch.attributes import HOOKS, RETURN_IT, Contents, Kept, attributes, brief, content_of, fingerprint, is_memory
-from stagecut.frontend.watch.forbidden import DRAW, KEEP_WHOLE, NOTED, UNTRACEABLE, GradFlags, Unread, Untraceable, refusing
+from stagecut.frontend.watch.attributes import (
+    HOOKS,
+    RETURN_IT,
+    Contents,
+    Kept,
+    attributes,
+    brief,
+    content_of,
+    fingerprint,
+    is_memory,
+)
+from stagecut.frontend.watch.forbidden import (
+    DRAW,
+    KEEP_WHOLE,
+    NOTED,
+    UNTRACEABLE,
+    GradFlags,
+    Unread,
+    Untraceable,
+    refusing,
+)
 from stagecut.frontend.watch.generators import STEERS, Generators, is_generator
 from stagecut.frontend.watch.globals import Surroundings
 from stagecut.frontend.watch.line import LineFinder
@@ -34,40 +54,62 @@ from stagecut.ir.errors import CaptureError
 from stagecut.ir.run.storage import storage_of
 
 
-def watched(module: nn.Module, export: Callable[[Watch], ExportedProgram], whole: Sequence[str], remarks: list[str]) -> ExportedProgram:
+def watched(
+    module: nn.Module,
+    export: Callable[[Watch], ExportedProgram],
+    whole: Sequence[str],
+    remarks: list[str],
+) -> ExportedProgram:
     """What `export` returns, which opens the watch it is given around the trace.
 
-    Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all calls when this one is
-    the same and changes nothing further. Raises CaptureError with the source line otherwise.
+    Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all
+    calls when this one is the same and changes nothing further. Raises CaptureError with the source line
+    otherwise.
     """
     _refuse_backward_hooks(module, whole)
     first = Watch(module)
     try:
         exported = export(first)
     except _Lost as error:
-        raise CaptureError(error.what, where=_line_of(error, module, export), hint=error.hint) from None
+        raise CaptureError(
+            error.what, where=_line_of(error, module, export), hint=error.hint
+        ) from None
     if first.drew:
         if not _draws_for_nothing(module, export, exported):
             lost = _draw(first.drew, module)
-            raise CaptureError(lost.what, where=_line_of(lost, module, export), hint=lost.hint)
-        first.notes.append(f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw")
+            raise CaptureError(
+                lost.what, where=_line_of(lost, module, export), hint=lost.hint
+            )
+        first.notes.append(
+            f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
+        )
     remarks[:] = first.notes
-    if first.left and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE:
+    if (
+        first.left
+        and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE
+    ):
 
         def carrying(left: dict[tuple[str, str], Any]) -> str:
             return _again(module, export, first, exported, left)
 
         groups: dict[Any, dict[tuple[str, str], Any]] = {}
         for (path, name), value in first.left.items():
-            groups.setdefault((type(module.get_submodule(path)), name), {})[path, name] = value
-        raise first.refusal(next(iter(_guilty(list(groups.values()), carrying) or first.left)), for_good=again == SETTLED)
+            groups.setdefault((type(module.get_submodule(path)), name), {})[
+                path, name
+            ] = value
+        raise first.refusal(
+            next(iter(_guilty(list(groups.values()), carrying) or first.left)),
+            for_good=again == SETTLED,
+        )
     return first.checked(exported)
 
 
 class _Lost(CaptureError):
     """Forward did what no trace holds; `happened` tells whether it has, while a watch is open."""
 
-    def __init__(self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str) -> None:
+    def __init__(
+        self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str
+    ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.happened = happened
 
@@ -81,32 +123,61 @@ def _draw(source: str, module: nn.Module) -> _Lost:
     )
 
 
-def _line_of(error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]) -> str:
+def _line_of(
+    error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]
+) -> str:
     """The line that does it, found in another trace."""
     watch = Watch(module, find=error.happened)
     try:
         export(watch)
     except Exception as other:
         raise_ours(other)
-    return shown(watch.finder.line) if watch.finder and watch.finder.line else error.where
+    return (
+        shown(watch.finder.line) if watch.finder and watch.finder.line else error.where
+    )
 
 
-def _guilty(groups: list[dict[tuple[str, str], Any]], carrying: Callable[[dict[tuple[str, str], Any]], str]) -> dict[tuple[str, str], Any]:
-    """Of what forward left, the part without which the next call would be the same; else one that alone makes it another."""
+def _guilty(
+    groups: list[dict[tuple[str, str], Any]],
+    carrying: Callable[[dict[tuple[str, str], Any]], str],
+) -> dict[tuple[str, str], Any]:
+    """Of what forward left, the part without which the next call would be the same; else one that alone makes
+    it another.
+    """
     if len(groups) == 1:
         return groups[0]
     for group in groups:
-        if carrying({key: value for other in groups if other is not group for key, value in other.items()}) == SAME_TRACE:
+        if (
+            carrying(
+                {
+                    key: value
+                    for other in groups
+                    if other is not group
+                    for key, value in other.items()
+                }
+            )
+            == SAME_TRACE
+        ):
             return group
-    plain = [group for group in groups if not any(name in HOOKS for _, name in group)]  # hooks go with the flag that says they are there
+    plain = [
+        group for group in groups if not any(name in HOOKS for _, name in group)
+    ]  # hooks go with the flag that says they are there
     return next((group for group in plain if carrying(group) != SAME_TRACE), {})
 
 
 SAME_TRACE, SETTLED, READ = "same trace", "settled", "read"
 
 
-def _again(module: nn.Module, export: Any, first: Watch, exported: ExportedProgram, left: dict[tuple[str, str], Any]) -> str:
-    """What forward does where it finds what it left in these attributes: the same; else something else that leaves the same; else READ."""
+def _again(
+    module: nn.Module,
+    export: Any,
+    first: Watch,
+    exported: ExportedProgram,
+    left: dict[tuple[str, str], Any],
+) -> str:
+    """What forward does where it finds what it left in these attributes: the same; else something else that
+    leaves the same; else READ.
+    """
     second = Watch(module, left)
     try:
         again = export(second)
@@ -118,7 +189,11 @@ def _again(module: nn.Module, export: Any, first: Watch, exported: ExportedProgr
     return SAME_TRACE if _equal(exported, again) else SETTLED
 
 
-def _draws_for_nothing(module: nn.Module, export: Callable[[Watch], ExportedProgram], exported: ExportedProgram) -> bool:
+def _draws_for_nothing(
+    module: nn.Module,
+    export: Callable[[Watch], ExportedProgram],
+    exported: ExportedProgram,
+) -> bool:
     """True when forward does the same whatever it draws from generators that are not torch's."""
     for word in STEERS:
         watch = Watch(module, steer=partial(Generators.steer, word=word))
@@ -133,12 +208,20 @@ def _draws_for_nothing(module: nn.Module, export: Callable[[Watch], ExportedProg
 
 def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
     constants = [list(program.constants.values()) for program in (one, other)]
-    return _text(one) == _text(other) and len(constants[0]) == len(constants[1]) and all(map(same_constant, *constants))
+    return (
+        _text(one) == _text(other)
+        and len(constants[0]) == len(constants[1])
+        and all(map(same_constant, *constants))
+    )
 
 
 def _text(exported: ExportedProgram) -> list[str]:
     """The graphs of a program, without the numbers of calls of autograd.Functions."""
-    return [re.sub(r"#\d+", "", str(m.graph)) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    return [
+        re.sub(r"#\d+", "", str(m.graph))
+        for m in exported.graph_module.modules()
+        if isinstance(m, fx.GraphModule)
+    ]
 
 
 def same_constant(one: Any, other: Any) -> bool:
@@ -146,12 +229,18 @@ def same_constant(one: Any, other: Any) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return one is other
     if one.is_meta or other.is_meta:  # no values to compare
-        return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return (one.shape, one.dtype, one.device) == (
+            other.shape,
+            other.dtype,
+            other.device,
+        )
     return torch.equal(one, other)
 
 
 class Watch:
-    """Open while a module is traced. `checked` says afterwards whether the trace holds all that forward did."""
+    """Open while a module is traced. `checked` says afterwards whether the trace holds all that forward
+    did.
+    """
 
     def __init__(
         self,
@@ -188,11 +277,16 @@ class Watch:
         return self
 
     def _open(self) -> None:
-        from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+        from torch._export.passes import (
+            replace_autocast_with_hop_pass,
+            replace_set_grad_with_hop_pass,
+        )
 
         trace: Any = importlib.import_module("torch.export._trace")
         kept, self._around = Kept(self._module), Surroundings(self._module)
-        self._generators = Generators([*self._around.generators, *filter(is_generator, kept.parts())])
+        self._generators = Generators(
+            [*self._around.generators, *filter(is_generator, kept.parts())]
+        )
         for before in (self._generators, self._around, kept):
             self._stack.callback(before.restore)
         self._steer(self._generators)
@@ -202,12 +296,24 @@ class Watch:
             if name in HOOKS:
                 vars(module)[name].update(value)
                 continue
-            home: dict[str, Any] = module._modules if name in module._modules else vars(module)
+            home: dict[str, Any] = (
+                module._modules if name in module._modules else vars(module)
+            )
             home[name] = value
         for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
-            self._patch(passes, passes.__name__.rpartition(".")[2], lambda graph, signature: (graph, signature))  # they lose nested ones
-        self._patch(trace, "_detect_attribute_assignment", _nothing)  # this class looks closer
-        self._patch(trace, "_materialize_and_lift_constants", _without_unread(trace._materialize_and_lift_constants))
+            self._patch(
+                passes,
+                passes.__name__.rpartition(".")[2],
+                lambda graph, signature: (graph, signature),
+            )  # they lose nested ones
+        self._patch(
+            trace, "_detect_attribute_assignment", _nothing
+        )  # this class looks closer
+        self._patch(
+            trace,
+            "_materialize_and_lift_constants",
+            _without_unread(trace._materialize_and_lift_constants),
+        )
         self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self._reads.noting())
@@ -218,7 +324,9 @@ class Watch:
             self._patch(owner, name, refusing(getattr(owner, name), why))
         self._patch(torch.random, "default_generator", Unread(torch.default_generator))
         for handle in (
-            self._module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+            self._module.register_forward_pre_hook(
+                self._begin, prepend=True, with_kwargs=True
+            ),
             self._module.register_forward_hook(self._end),
         ):
             self._stack.callback(handle.remove)
@@ -252,14 +360,33 @@ class Watch:
 
     def _begin(self, _: nn.Module, *given: Any) -> None:
         self._given = Contents(given)
-        self._held = {id(t) for t in (*tree_leaves(given), *self._module.parameters(), *self._module.buffers())}
+        self._held = {
+            id(t)
+            for t in (
+                *tree_leaves(given),
+                *self._module.parameters(),
+                *self._module.buffers(),
+            )
+        }
         self._lines.clear()
         self._state = dict(_state(self._module))
-        self._versions = {key: tensor._version for key, tensor in self._state.items() if tensor is not None}
-        self._hooks = {
-            hook for owner in self._module.modules() for hook in (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values())
+        self._versions = {
+            key: tensor._version
+            for key, tensor in self._state.items()
+            if tensor is not None
         }
-        self._start = {key: (value, fingerprint(value), brief(value)) for key, value in attributes(self._module)}
+        self._hooks = {
+            hook
+            for owner in self._module.modules()
+            for hook in (
+                *owner._forward_hooks.values(),
+                *owner._forward_pre_hooks.values(),
+            )
+        }
+        self._start = {
+            key: (value, fingerprint(value), brief(value))
+            for key, value in attributes(self._module)
+        }
         self._children = dict(_children(self._module))
         self._numbers = {key: set(hooks) for key, hooks in _hooks(self._module)}
         if self.finder:
@@ -269,7 +396,9 @@ class Watch:
         if self.finder:
             self.finder.stop()
         for leaf in tree_leaves(result):
-            if type(leaf).__hash__ is None:  # torch 2.11 looks for its class among others by hash
+            if (
+                type(leaf).__hash__ is None
+            ):  # torch 2.11 looks for its class among others by hash
                 raise odd_output(self._module, type(leaf).__name__)
         self._refuse_lost()
         self._write_back()
@@ -277,11 +406,17 @@ class Watch:
             self.ends[key] = type(child)
             before = self._children.get(key)
             if before is not child:
-                self._changed[key] = f"{type(before).__name__} -> {type(child).__name__}"
+                self._changed[key] = (
+                    f"{type(before).__name__} -> {type(child).__name__}"
+                )
                 self.left[key] = child
         for key, hooks in _hooks(self._module):
             self.ends[key] = len(hooks)
-            if new := {number: hook for number, hook in hooks.items() if number not in self._numbers.get(key, ())}:
+            if new := {
+                number: hook
+                for number, hook in hooks.items()
+                if number not in self._numbers.get(key, ())
+            }:
                 self._changed[key] = f"{len(new)} more"
                 self.left[key] = new
         for key, value in attributes(self._module):
@@ -294,7 +429,9 @@ class Watch:
                     self.left[key] = _carry(value)
 
     def _refuse_lost(self) -> None:
-        """Raises CaptureError where forward changes what lies around it or is given, or draws from what cannot be steered."""
+        """Raises CaptureError where forward changes what lies around it or is given, or draws from what
+        cannot be steered.
+        """
         if source := self._generators.drawn():
             self.drew = source
             if not self._generators.can_be_steered():
@@ -307,14 +444,18 @@ class Watch:
                 hint=RETURN_IT,
             )
         for owner, name in self._around.changed():
-            what = f"'{name}', which lies outside of the model, is changed while forward runs, and the stages would not"
+            what = (
+                f"'{name}', which lies outside of the model, is changed while forward runs, and the stages "
+                "would not"
+            )
             place = place_of(owner) if isinstance(owner, type) else _beginning(owner)
             if owner not in self._hooks:
                 raise _Lost(
                     what,
                     partial(_changes, owner, name),
                     where=place,
-                    hint="return what it collects as an output, make a number a buffer, " + KEEP_WHOLE,
+                    hint="return what it collects as an output, make a number a buffer, "
+                    + KEEP_WHOLE,
                 )
             self.notes.append(f"{what}: {place}")  # a hook that looks on
 
@@ -324,9 +465,16 @@ class Watch:
         for key in dict.fromkeys([*self._state, *now]):
             if now.get(key) is not self._state.get(key):
                 self._refuse_assignment(key, self._state.get(key), now.get(key))
-        assigned = [(key, self._state[key], new) for key, new in now.items() if new is not self._state.get(key)]
+        assigned = [
+            (key, self._state[key], new)
+            for key, new in now.items()
+            if new is not self._state.get(key)
+        ]
         old = {id(before) for _, before, _ in assigned}
-        final = [self._mark(key, new.clone()) if id(new) in old else new for key, _, new in assigned]
+        final = [
+            self._mark(key, new.clone()) if id(new) in old else new
+            for key, _, new in assigned
+        ]
         for (key, before, _), new in zip(assigned, final, strict=True):
             self._mark(key, before.copy_(new))
 
@@ -336,17 +484,25 @@ class Watch:
         node.meta[ASSIGNED] = True
         line = self._lines.get((id(self._module.get_submodule(key[0])), key[2]))
         if line:
-            node.meta["stack_trace"] = f'  File "{line[0]}", line {line[1]}, in {line[2]}'
+            node.meta["stack_trace"] = (
+                f'  File "{line[0]}", line {line[1]}, in {line[2]}'
+            )
         return tensor
 
-    def _refuse_assignment(self, key: tuple[str, str, str], before: Any, new: Any) -> None:
+    def _refuse_assignment(
+        self, key: tuple[str, str, str], before: Any, new: Any
+    ) -> None:
         """Raises CaptureError for an assignment that changes more than the values of one buffer."""
         path, kind, name = key
         if kind == "parameter":
             why = "a parameter must stay the tensor that an optimizer holds"
         elif before is None or new is None:
             why = "which makes or removes state while it runs"
-        elif (before.shape, before.dtype, before.device) != (new.shape, new.dtype, new.device):
+        elif (before.shape, before.dtype, before.device) != (
+            new.shape,
+            new.dtype,
+            new.device,
+        ):
             why = f"{brief(before)} becomes {brief(new)}, and state keeps its size and dtype"
         elif any(other is before and k != key for k, other in self._state.items()):
             why = "which has a second name that goes on holding the old tensor"
@@ -357,40 +513,70 @@ class Watch:
         raise CaptureError(
             f"forward assigns the {kind} '{f'{path}.{name}'.lstrip('.')}': {why}",
             where=self._where(path, name),
-            hint="where only the first call does so, call the model once before; else write into it: self.name.copy_(...), "
-            "a buffer of the final size made in __init__, " + KEEP_WHOLE,
+            hint=(
+                "where only the first call does so, call the model once before; else write into it: "
+                "self.name.copy_(...), a buffer of the final size made in __init__, "
+                + KEEP_WHOLE
+            ),
         )
 
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
         """True when the next call would write two buffers where it wrote one before."""
-        others = [k for k, item in _state(self._module) if k != key and item is not None and storage_of(item) == storage_of(new)]
-        return bool(others) and any(self._state[k]._version != self._versions[k] for k in (key, *others))
+        others = [
+            k
+            for k, item in _state(self._module)
+            if k != key and item is not None and storage_of(item) == storage_of(new)
+        ]
+        return bool(others) and any(
+            self._state[k]._version != self._versions[k] for k in (key, *others)
+        )
 
     # --- afterwards -------------------------------------------------------------------------------
 
     def checked(self, exported: ExportedProgram) -> ExportedProgram:
-        """The exported program, with the model's own tensors for its constants, and where Python chose by mode in its meta."""
+        """The exported program, with the model's own tensors for its constants, and where Python chose by
+        mode in its meta.
+        """
         for name, value in exported.constants.items():
-            if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            if isinstance(
+                value, torch.Tensor
+            ) and torch._C._functorch.is_functorch_wrapped_tensor(value):
                 raise CaptureError(
-                    "forward calls torch.func.grad, vjp or jacrev, of which a trace keeps example values as constants",
+                    "forward calls torch.func.grad, vjp or jacrev, of which a trace keeps example values as "
+                    "constants",
                     where=place_of(type(self._module)),
-                    hint="use torch.autograd.grad(..., create_graph=True), " + KEEP_WHOLE,
+                    hint="use torch.autograd.grad(..., create_graph=True), "
+                    + KEEP_WHOLE,
                 )
             if id(value) in self._tensors:
                 exported.constants[name] = self._tensors[id(value)][0]
-        exported.graph_module.meta |= {CHOICES: self._reads.choices, FIXED: self._reads.fixed}
+        exported.graph_module.meta |= {
+            CHOICES: self._reads.choices,
+            FIXED: self._reads.fixed,
+        }
         return exported
 
     def refusal(self, key: tuple[str, str], for_good: bool) -> CaptureError:
-        """What to say of an attribute that forward changes, once and for good or in each call, and reads in the next one."""
+        """What to say of an attribute that forward changes, once and for good or in each call, and reads in
+        the next one.
+        """
         path, name = key
-        what = f"forward changes the attribute '{f'{path}.{name}'.lstrip('.')}' ({self._changed[key]}), which a trace would freeze"
+        what = (
+            f"forward changes the attribute '{f'{path}.{name}'.lstrip('.')}' ({self._changed[key]}), which "
+            "a trace would freeze"
+        )
         if for_good:
             return CaptureError(
-                what, where=self._where(path, name), hint="call the model once before: its first call differs from the others"
+                what,
+                where=self._where(path, name),
+                hint="call the model once before: its first call differs from the others",
             )
-        return Unsettled(what, path, where=self._where(path, name), hint="make it a buffer: register_buffer, changed in place")
+        return Unsettled(
+            what,
+            path,
+            where=self._where(path, name),
+            hint="make it a buffer: register_buffer, changed in place",
+        )
 
     def _where(self, path: str, name: str) -> str:
         owner = self._module.get_submodule(path)
@@ -403,7 +589,10 @@ def odd_output(module: nn.Module, kind: str) -> CaptureError:
     return CaptureError(
         f"{type(module).__name__} returns a {kind}, which is neither a tensor nor plain data",
         where=place_of(type(module)),
-        hint="return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as attributes",
+        hint=(
+            "return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as "
+            "attributes"
+        ),
     )
 
 
@@ -434,12 +623,19 @@ def _refuse_backward_hooks(module: nn.Module, kept_whole: Sequence[str]) -> None
     """Raises CaptureError for a module with hooks on its backward, unless it is kept whole."""
     for path, owner in module.named_modules():
         hooks = [*owner._backward_hooks.values(), *owner._backward_pre_hooks.values()]
-        if hooks and not any(path == whole or path.startswith(whole + ".") for whole in kept_whole):
+        if hooks and not any(
+            path == whole or path.startswith(whole + ".") for whole in kept_whole
+        ):
             code = getattr(hooks[0], "__code__", None)
             raise CaptureError(
-                f"module '{path}' ({type(owner).__name__}) has a backward hook, and stages are made of ops that know no hooks",
-                where=f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}" if code else repr(hooks[0]),
-                hint=f"keep the module whole: leaf_modules=['{path}']" if path else "register it on the stages",
+                f"module '{path}' ({type(owner).__name__}) has a backward hook, and stages are made of ops "
+                "that know no hooks",
+                where=f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+                if code
+                else repr(hooks[0]),
+                hint=f"keep the module whole: leaf_modules=['{path}']"
+                if path
+                else "register it on the stages",
             )
 
 
@@ -452,7 +648,9 @@ class Unsettled(CaptureError):
 
 
 def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:
-    """`lift`, which fails on a constant that nothing reads, where nothing of the kind is left: what read it had no effect."""
+    """`lift`, which fails on a constant that nothing reads, where nothing of the kind is left: what read it
+    had no effect.
+    """
 
     def lifted(traced: fx.GraphModule, *rest: Any) -> Any:
         for node in traced.graph.find_nodes(op="get_attr"):
@@ -476,7 +674,10 @@ def _nothing(_: Any) -> Iterator[None]:
 def _state(module: nn.Module) -> Iterator[tuple[tuple[str, str, str], Any]]:
     """Parameters and buffers under all their names, also those that are None."""
     for path, owner in module.named_modules():
-        for kind, held in (("parameter", owner._parameters), ("buffer", owner._buffers)):
+        for kind, held in (
+            ("parameter", owner._parameters),
+            ("buffer", owner._buffers),
+        ):
             for name, item in held.items():
                 yield (path, kind, name), item
 
@@ -485,8 +686,12 @@ class _Gone(torch.Tensor):
     """A tensor that an earlier call left behind. A trace must not read it."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise LeftBehind(f"forward reads what an earlier call left in an attribute ({getattr(func, '__name__', func)})")
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise LeftBehind(
+            f"forward reads what an earlier call left in an attribute ({getattr(func, '__name__', func)})"
+        )
 
 
 _GONE = torch.Tensor._make_subclass(_Gone, torch.empty(0))
@@ -511,14 +716,20 @@ def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
     if isinstance(item, tuple):
         return item
     made: Any = copy.copy(item)
-    (made if isinstance(item, dict) else vars(made)).update({k: _carry(v, below) for k, v in content.items()})
+    (made if isinstance(item, dict) else vars(made)).update(
+        {k: _carry(v, below) for k, v in content.items()}
+    )
     return made
 
 
 def _is_constant(item: Any) -> bool:
-    """True for tensors that no input, no state and no random number went into: making them again changes nothing."""
+    """True for tensors that no input, no state and no random number went into: making them again changes
+    nothing.
+    """
     leaves = tree_leaves(item)
-    return bool(leaves) and all(isinstance(leaf, torch.Tensor) and not _depends(leaf) for leaf in leaves)
+    return bool(leaves) and all(
+        isinstance(leaf, torch.Tensor) and not _depends(leaf) for leaf in leaves
+    )
 
 
 def _depends(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Translation validation: the staged program still is the traced one.
 
-A splitter only drops, moves, copies and renames. So the trace is recorded before the passes run, and afterwards
-every op is traced back: operand by operand to the same definitions, write by write in the same order, name by
-name to the same state. Shares no code with the passes. Linear in the size of the program.
+A splitter only drops, moves, copies and renames. So the trace is recorded before the passes run, and
+afterwards every op is traced back: operand by operand to the same definitions, write by write in the same
+order, name by name to the same state. Shares no code with the passes. Linear in the size of the program.
 """
 
 from __future__ import annotations
@@ -43,9 +43,16 @@ class Trace:
 
     def __init__(self, program: Program) -> None:
         self.inputs = list(program.inputs)
-        self.keys: dict[Value, Key] = {v: ("input", i, 0) for i, v in enumerate(self.inputs)}
+        self.keys: dict[Value, Key] = {
+            v: ("input", i, 0) for i, v in enumerate(self.inputs)
+        }
         self.keys |= {e.value: ("state", e.tensor, 0) for e in program.state}
-        self.names = {name: e.tensor for e in program.state for name in e.names if e.kind != "const"}
+        self.names = {
+            name: e.tensor
+            for e in program.state
+            for name in e.names
+            if e.kind != "const"
+        }
         self.storage: dict[Key, Key] = {}
         self._place_state(program)
         ops = list(program.all_ops())
@@ -53,8 +60,15 @@ class Trace:
             self.keys.update(_result_keys(op, position, self.keys))
             self._place_results(op)
         needed = _needed(ops, program.output)
-        self.ops = {op: self._record(op, position, op in needed) for position, op in enumerate(ops)}
-        self.written = {self.storage.get(key, key) for recorded in self.ops.values() for key in recorded.writes}
+        self.ops = {
+            op: self._record(op, position, op in needed)
+            for position, op in enumerate(ops)
+        }
+        self.written = {
+            self.storage.get(key, key)
+            for recorded in self.ops.values()
+            for key in recorded.writes
+        }
         self.outputs = [self._leaf(leaf) for leaf in program.outputs]
 
     def _place_state(self, program: Program) -> None:
@@ -72,22 +86,46 @@ class Trace:
     def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
         args, kwargs = transform(op.args, self._leaf), transform(op.kwargs, self._leaf)
         writes = tuple(self.keys[op.operands[i]] for i in op.effects.writes)
-        return _Recorded(position, op.target, args, kwargs, tuple(_bare(r.type) for r in op.results), writes, _how(op), needed)
+        return _Recorded(
+            position,
+            op.target,
+            args,
+            kwargs,
+            tuple(_bare(r.type) for r in op.results),
+            writes,
+            _how(op),
+            needed,
+        )
 
     def _leaf(self, leaf: Any) -> Any:
         return self.keys[leaf] if type(leaf) is Value else leaf
 
 
 def _bare(kind: Type) -> Type:
-    return replace(kind, grad=False) if isinstance(kind, TensorType) and kind.grad else kind
+    return (
+        replace(kind, grad=False)
+        if isinstance(kind, TensorType) and kind.grad
+        else kind
+    )
 
 
-def _result_keys(op: Op, position: int, keys: dict[Value, Key]) -> Iterator[tuple[Value, Key]]:
+def _result_keys(
+    op: Op, position: int, keys: dict[Value, Key]
+) -> Iterator[tuple[Value, Key]]:
     """The key of each result: an in-place op returns the very tensor it wrote."""
     for index, result in enumerate(op.results):
         viewed = op.effects.viewed(index)
-        base = op.operands[viewed] if viewed is not None and viewed in op.effects.writes else None
-        yield result, keys.get(base, ("op", position, index)) if base is not None else ("op", position, index)
+        base = (
+            op.operands[viewed]
+            if viewed is not None and viewed in op.effects.writes
+            else None
+        )
+        yield (
+            result,
+            keys.get(base, ("op", position, index))
+            if base is not None
+            else ("op", position, index),
+        )
 
 
 def _needed(ops: list[Op], output: Op) -> set[Op]:
@@ -95,7 +133,11 @@ def _needed(ops: list[Op], output: Op) -> set[Op]:
     needed: set[Op] = set()
     wanted = set(output.operands)
     for op in reversed(ops):
-        acts = (op.effects.writes or op.effects.random or op.effects.effect) and not facts(op).guard and not op.is_split
+        acts = (
+            (op.effects.writes or op.effects.random or op.effects.effect)
+            and not facts(op).guard
+            and not op.is_split
+        )
         if acts or any(r in wanted for r in op.results):
             needed.add(op)
             wanted.update(op.operands)
@@ -106,7 +148,9 @@ def validate(trace: Trace, program: Program) -> None:
     """Raises VerifyError, with every difference found, unless `program` computes what `trace` recorded."""
     violations = list(_Comparison(trace, program).differences())
     if violations:
-        raise VerifyError(violations, after="the last one (the stages differ from the trace)")
+        raise VerifyError(
+            violations, after="the last one (the stages differ from the trace)"
+        )
 
 
 class _Comparison:
@@ -144,18 +188,26 @@ class _Comparison:
 
     def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
         self._keys.update(_result_keys(op, recorded.position, self._keys))
-        if op.target != recorded.target or tuple(_bare(r.type) for r in op.results) != recorded.types:
+        if (
+            op.target != recorded.target
+            or tuple(_bare(r.type) for r in op.results) != recorded.types
+        ):
             yield f"another op or another result type than traced: {op.where()}"
         if _how(op) != recorded.how:
             yield f"another context, scope or effect than traced: {op.where()}"
-        if not _same(op.args, recorded.args, self._keys) or not _same(op.kwargs, recorded.kwargs, self._keys):
+        if not _same(op.args, recorded.args, self._keys) or not _same(
+            op.kwargs, recorded.kwargs, self._keys
+        ):
             yield f"other operands than traced: {op.where()}"
         for value in op.reads:
             key = self._keys.get(value)
             if key is not None and value not in self._latest.get(key, (value,)):
                 yield f"{value!r} is read after a newer version was written: {op.where()}"
             if key in self._stale:
-                yield f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as if unwritten: {op.where()}"
+                yield (
+                    f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as "
+                    f"if unwritten: {op.where()}"
+                )
         if op.origin is not None:
             self._take_anew(op)
             yield from self._copies(op)
@@ -174,11 +226,17 @@ class _Comparison:
         """A copy of an op makes tensors of its own, so nobody may write them."""
         for index, result in enumerate(op.results):
             key = self._keys[result]
-            if op.effects.viewed(index) is None and self._trace.storage.get(key, key) in self._trace.written:
+            if (
+                op.effects.viewed(index) is None
+                and self._trace.storage.get(key, key) in self._trace.written
+            ):
                 yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
-        newest: dict[Key, set[Value]] = {key: {r for r in op.results if self._keys[r] == key} for key in recorded.writes}
+        newest: dict[Key, set[Value]] = {
+            key: {r for r in op.results if self._keys[r] == key}
+            for key in recorded.writes
+        }
         for old, new in op.versions.items():
             if old in self._keys:
                 self._keys[new] = self._keys[old]
@@ -198,7 +256,10 @@ class _Comparison:
                 yield f"runs {seen[op]} times although it has an effect: {op.where()}"
 
     def _results(self) -> Iterator[str]:
-        returned = [self._keys.get(leaf) if type(leaf) is Value else leaf for leaf in self._program.outputs]
+        returned = [
+            self._keys.get(leaf) if type(leaf) is Value else leaf
+            for leaf in self._program.outputs
+        ]
         if not _same_literals(returned, self._trace.outputs):
             yield "the program returns other values than traced, or in another order"
         for leaf in self._program.output.operands:
@@ -206,13 +267,27 @@ class _Comparison:
             if key is not None and leaf not in self._latest.get(key, (leaf,)):
                 yield f"{leaf!r} is returned after a newer version was written"
             if key in self._stale:
-                yield f"{leaf!r} shares storage with what {self._stale[key].where()} wrote, but is returned as if unwritten"
-        names = {name: e.tensor for e in self._program.state for name in e.names if e.kind != "const"}
+                yield (
+                    f"{leaf!r} shares storage with what {self._stale[key].where()} wrote, but is returned "
+                    "as if unwritten"
+                )
+        names = {
+            name: e.tensor
+            for e in self._program.state
+            for name in e.names
+            if e.kind != "const"
+        }
         if names != self._trace.names:
-            yield f"state names differ from the model's: {sorted(names.keys() ^ self._trace.names.keys()) or 'ties differ'}"
+            yield (
+                "state names differ from the model's: "
+                f"{sorted(names.keys() ^ self._trace.names.keys()) or 'ties differ'}"
+            )
         for stage in self._program.stages:
             for entry in stage.state:
-                if not isinstance(entry, StateEntry) or entry not in self._program.state:
+                if (
+                    not isinstance(entry, StateEntry)
+                    or entry not in self._program.state
+                ):
                     yield f"stage {stage.index} holds state the program does not have"
 
 
@@ -226,14 +301,23 @@ def _same(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
             and all(_same(a, b, keys) for a, b in zip(tree, recorded, strict=True))
         )
     if isinstance(tree, dict):
-        return isinstance(recorded, dict) and tree.keys() == recorded.keys() and all(_same(v, recorded[k], keys) for k, v in tree.items())
+        return (
+            isinstance(recorded, dict)
+            and tree.keys() == recorded.keys()
+            and all(_same(v, recorded[k], keys) for k, v in tree.items())
+        )
     if isinstance(tree, slice):
         return isinstance(recorded, slice) and _same(
-            (tree.start, tree.stop, tree.step), (recorded.start, recorded.stop, recorded.step), keys
+            (tree.start, tree.stop, tree.step),
+            (recorded.start, recorded.stop, recorded.step),
+            keys,
         )
     return _same_literals([tree], [recorded])
 
 
 def _same_literals(left: list[Any], right: list[Any]) -> bool:
     """Equal, where 1 is not True and nan is nan."""
-    return len(left) == len(right) and all(type(a) is type(b) and (a == b or repr(a) == repr(b)) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        type(a) is type(b) and (a == b or repr(a) == repr(b))
+        for a, b in zip(left, right, strict=True)
+    )

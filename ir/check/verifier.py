@@ -1,27 +1,24 @@
 """The invariants of a program, numbered, per phase. `verify` finds every violation, not only the first.
 
 In every phase
-  V1  an operand is a user input, a state entry of the program, or defined by an earlier op
-  V2  use lists are exact: a value lists the ops that read it, and no other
-  V3  a value has one definition, and its owner is the op that lists it
-  V4  a state name belongs to one entry
-  V5  effects fit the op: written and viewed positions are operands, one view slot a result
-  V6  a region sees only its own parameters, and every region reference is an operand and names a region of its op
-  V7  a value that was written is not read again under its old version
-  V17 a form names each result of its op once
-  V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters; each yields its results
-Until `partitioned`
+  V1  an operand is a user input, a state entry of the program, or defined by an earlier op V2  use lists are
+  exact: a value lists the ops that read it, and no other V3  a value has one definition, and its owner is the
+  op that lists it V4  a state name belongs to one entry V5  effects fit the op: written and viewed positions
+  are operands, one view slot a result V6  a region sees only its own parameters, and every region reference
+  is an operand and names a region of its op V7  a value that was written is not read again under its old
+  version V17 a form names each result of its op once V18 an op that is another in each mode has a flag, two
+  regions and the operands that are their parameters; each yields its results Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
   V9  every op is in exactly one stage, and no split marker is left
   V10 stages are numbered 0, 1, 2, ... and none is empty, unless the program has no op at all
 In `linked`
-  V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads
-  V12 a stage's outputs are its own definitions or its own state, and something after it needs each of them
-  V13 every input of a stage has one transfer, with a route, from the stage that outputs it
-  V14 every state name is held by a stage, under its own entry, and owners agree with holders
-  V15 every returned value is an input or an output of a stage
-  V16 both ends of a boundary list its values in one order; user inputs stand first, returned values as the model returns them
+  V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads V12 a
+  stage's outputs are its own definitions or its own state, and something after it needs each of them V13
+  every input of a stage has one transfer, with a route, from the stage that outputs it V14 every state name
+  is held by a stage, under its own entry, and owners agree with holders V15 every returned value is an input
+  or an output of a stage V16 both ends of a boundary list its values in one order; user inputs stand first,
+  returned values as the model returns them
 """
 
 from __future__ import annotations
@@ -31,7 +28,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import BY_MODE, SPLIT, Mode, Op, Program, Region, RegionRef, Stage, StateEntry, Transfer, Value, literals
+from stagecut.ir.graph import (
+    BY_MODE,
+    SPLIT,
+    Mode,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    Stage,
+    StateEntry,
+    Transfer,
+    Value,
+    literals,
+)
 from stagecut.ir.text.printer import line_printer, nested_ops
 
 
@@ -68,7 +78,9 @@ def _show(p: Program, op: Op) -> str:
 
 def _ops(p: Program) -> Iterator[tuple[str, str]]:
     defined: set[Value] = set(p.inputs) | {entry.value for entry in p.state}
-    if len(set(p.inputs)) < len(p.inputs) or any(value.owner is not None for value in p.inputs):
+    if len(set(p.inputs)) < len(p.inputs) or any(
+        value.owner is not None for value in p.inputs
+    ):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
     for op in p.all_ops():
         yield from _op(p, op, defined)
@@ -88,15 +100,30 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     yield from _form(p, op)
     yield from _regions(p, op)
     if op.target == BY_MODE and not _is_by_mode(op):
-        yield "V18", f"not a flag, two regions and their operands, or other results than they yield, in {_show(p, op)}"
+        yield (
+            "V18",
+            "not a flag, two regions and their operands, or other results than they yield, in "
+            f"{_show(p, op)}",
+        )
 
 
 def _is_by_mode(op: Op) -> bool:
-    if [type(item) for item in op.args] != [Mode, RegionRef, RegionRef, list] or op.kwargs or op.form is not None:
+    if (
+        [type(item) for item in op.args] != [Mode, RegionRef, RegionRef, list]
+        or op.kwargs
+        or op.form is not None
+    ):
         return False
     flag, training, evaluating, operands = op.args
-    fits = (len(region.params) == len(operands) and _yields(region) == len(op.results) for region in op.regions)
-    return flag.is_flag and (training.index, evaluating.index, len(op.regions)) == (0, 1, 2) and all(fits)
+    fits = (
+        len(region.params) == len(operands) and _yields(region) == len(op.results)
+        for region in op.regions
+    )
+    return (
+        flag.is_flag
+        and (training.index, evaluating.index, len(op.regions)) == (0, 1, 2)
+        and all(fits)
+    )
 
 
 def _yields(region: Region) -> int:
@@ -104,13 +131,24 @@ def _yields(region: Region) -> int:
     tree = region.output.args[0]
     if isinstance(tree, Value):
         return 1
-    flat = isinstance(tree, tuple) and len(tree) != 1 and all(isinstance(item, Value) for item in tree)
+    flat = (
+        isinstance(tree, tuple)
+        and len(tree) != 1
+        and all(isinstance(item, Value) for item in tree)
+    )
     return len(tree) if flat else -1
 
 
 def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    if op.form is not None and op.returned is None and list(_places(op.form)) != list(range(len(op.results))):
-        yield "V17", f"the form does not name each result once, in order, in {_show(p, op)}"
+    if (
+        op.form is not None
+        and op.returned is None
+        and list(_places(op.form)) != list(range(len(op.results)))
+    ):
+        yield (
+            "V17",
+            f"the form does not name each result once, in order, in {_show(p, op)}",
+        )
 
 
 def _places(form: object) -> Iterator[object]:
@@ -127,16 +165,24 @@ def _places(form: object) -> Iterator[object]:
 def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     for value in op.definitions():
         if value in defined or value.owner is not op:
-            yield "V3", f"{value!r} is defined more than once, or by another op than {_show(p, op)}"
+            yield (
+                "V3",
+                f"{value!r} is defined more than once, or by another op than {_show(p, op)}",
+            )
         defined.add(value)
 
 
 def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
     e, count = op.effects, len(op.operands)
-    if any(not 0 <= i < count for i in e.writes) or any(i is not None and not 0 <= i < count for i in e.views):
+    if any(not 0 <= i < count for i in e.writes) or any(
+        i is not None and not 0 <= i < count for i in e.views
+    ):
         yield "V5", f"an effect names an operand that is not there in {_show(p, op)}"
     if e.views and len(e.views) != len(op.results):
-        yield "V5", f"{len(e.views)} view slots for {len(op.results)} results in {_show(p, op)}"
+        yield (
+            "V5",
+            f"{len(e.views)} view slots for {len(op.results)} results in {_show(p, op)}",
+        )
     if op.versions and not e.writes:
         yield "V5", f"new versions without a write in {_show(p, op)}"
 
@@ -154,13 +200,20 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
     for op in region.ops:
         for value in op.reads:
             if value not in inside:
-                yield "V6", f"region {region.name} reads {value!r} from outside in {_show(p, op)}"
+                yield (
+                    "V6",
+                    f"region {region.name} reads {value!r} from outside in {_show(p, op)}",
+                )
         yield from _definitions(p, op, inside)
         yield from _effects(p, op)
         yield from _form(p, op)
         yield from _regions(p, op)
         if op.target == BY_MODE and not _is_by_mode(op):
-            yield "V18", f"not a flag, two regions and their operands, or other results than they yield, in {_show(p, op)}"
+            yield (
+                "V18",
+                "not a flag, two regions and their operands, or other results than they yield, in "
+                f"{_show(p, op)}",
+            )
     if any(isinstance(item, RegionRef) for item in literals(region.output.args)):
         yield "V6", f"region {region.name} yields a region"
     for value in region.output.operands:
@@ -201,7 +254,10 @@ def _stale_reads(p: Program) -> Iterator[tuple[str, str]]:
     for op in [*p.all_ops(), p.output]:
         for value in op.reads:
             if value in stale:
-                yield "V7", f"{value!r} was written earlier; {_show(p, op)} reads the old version"
+                yield (
+                    "V7",
+                    f"{value!r} was written earlier; {_show(p, op)} reads the old version",
+                )
         stale.update(op.versions)
 
 
@@ -249,31 +305,47 @@ def _stage_inputs(stage: Stage, homes: dict[Value, int]) -> Iterator[tuple[str, 
             read.add(value)
             held = isinstance(value.owner, StateEntry) and value.owner in stage.state
             if homes.get(value) != stage.index and value not in listed and not held:
-                yield "V11", f"stage {stage.index} reads {value!r}, which it neither defines, receives nor holds"
+                yield (
+                    "V11",
+                    f"stage {stage.index} reads {value!r}, which it neither defines, receives nor holds",
+                )
     for value in listed:
         if value not in read:
-            yield "V11", f"stage {stage.index} lists input {value!r}, which it never reads"
+            yield (
+                "V11",
+                f"stage {stage.index} lists input {value!r}, which it never reads",
+            )
     if len(listed) != len(stage.inputs):
         yield "V11", f"stage {stage.index} lists an input twice"
 
 
-def _stage_outputs(stage: Stage, homes: dict[Value, int], needed: dict[Value, int]) -> Iterator[tuple[str, str]]:
+def _stage_outputs(
+    stage: Stage, homes: dict[Value, int], needed: dict[Value, int]
+) -> Iterator[tuple[str, str]]:
     if len(set(stage.outputs)) != len(stage.outputs):
         yield "V12", f"stage {stage.index} lists an output twice"
     for value in stage.outputs:
         held = isinstance(value.owner, StateEntry) and value.owner in stage.state
         if homes.get(value) != stage.index and not held:
-            yield "V12", f"stage {stage.index} outputs {value!r}, which it does not define"
+            yield (
+                "V12",
+                f"stage {stage.index} outputs {value!r}, which it does not define",
+            )
         if value not in needed:
             yield "V12", f"stage {stage.index} outputs {value!r}, which nothing needs"
 
 
 def _transfers(p: Program) -> Iterator[tuple[str, str]]:
-    wanted = dict.fromkeys((value, stage.index) for stage in p.stages for value in stage.inputs)
+    wanted = dict.fromkeys(
+        (value, stage.index) for stage in p.stages for value in stage.inputs
+    )
     count = Counter((t.value, t.target) for t in p.transfers if t.made is None)
     for value, target in wanted:
         if count[value, target] != 1:
-            yield "V13", f"{count[value, target]} transfers of {value!r} to stage {target}, not one"
+            yield (
+                "V13",
+                f"{count[value, target]} transfers of {value!r} to stage {target}, not one",
+            )
     inputs = set(p.inputs)
     outputs = {stage.index: stage.outputs for stage in p.stages}
     for t in p.transfers:
@@ -281,43 +353,86 @@ def _transfers(p: Program) -> Iterator[tuple[str, str]]:
             yield from _recomputed(p, t)
             continue
         if (t.value, t.target) not in wanted:
-            yield "V13", f"a transfer of {t.value!r} to stage {t.target}, which does not list it"
+            yield (
+                "V13",
+                f"a transfer of {t.value!r} to stage {t.target}, which does not list it",
+            )
         if t.route is None:
             yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
-        elif t.route not in (("feed", "relay") if t.source is None else ("send", "relay")):
-            yield "V13", f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed or relayed, and nothing else is fed"
+        elif t.route not in (
+            ("feed", "relay") if t.source is None else ("send", "relay")
+        ):
+            yield (
+                "V13",
+                f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed or relayed, and "
+                "nothing else is fed",
+            )
         elif t.source is not None and (t.route == "send") != (t.target == t.source + 1):
-            yield "V13", f"{t.value!r} goes from stage {t.source} to {t.target} by '{t.route}': to the next by send, farther by relay"
+            yield (
+                "V13",
+                f"{t.value!r} goes from stage {t.source} to {t.target} by '{t.route}': to the next by send, "
+                "farther by relay",
+            )
         if t.source is None and t.value not in inputs:
             yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
-        if t.source is not None and not (t.source < t.target and t.value in outputs.get(t.source, ())):
-            yield "V13", f"stage {t.source} does not send {t.value!r} forward to stage {t.target}"
+        if t.source is not None and not (
+            t.source < t.target and t.value in outputs.get(t.source, ())
+        ):
+            yield (
+                "V13",
+                f"stage {t.source} does not send {t.value!r} forward to stage {t.target}",
+            )
 
 
 def _recomputed(p: Program, t: Transfer) -> Iterator[tuple[str, str]]:
     """A value that a stage computes itself: a copy of the op that defines it stands there."""
     first, second = t.value.owner, t.made.owner if t.made is not None else None
     there = p.stages[t.target].ops if 0 <= t.target < len(p.stages) else []
-    alike = isinstance(first, Op) and isinstance(second, Op) and first.target == second.target and not first.has_effect
-    if t.route != "recompute" or not alike or second not in there or t.source is None or t.source >= t.target:
-        yield "V13", f"stage {t.target} does not compute {t.value!r} of stage {t.source} anew"
+    alike = (
+        isinstance(first, Op)
+        and isinstance(second, Op)
+        and first.target == second.target
+        and not first.has_effect
+    )
+    if (
+        t.route != "recompute"
+        or not alike
+        or second not in there
+        or t.source is None
+        or t.source >= t.target
+    ):
+        yield (
+            "V13",
+            f"stage {t.target} does not compute {t.value!r} of stage {t.source} anew",
+        )
 
 
 def _port_order(p: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
     """Both ends of a boundary name its values in one order: both can then bind them by position."""
     rank = {value: (-1, place) for place, value in enumerate(p.inputs)}
     for stage in p.stages:
-        rank |= {value: (stage.index, place) for place, value in enumerate(stage.outputs) if homes.get(value) == stage.index}
+        rank |= {
+            value: (stage.index, place)
+            for place, value in enumerate(stage.outputs)
+            if homes.get(value) == stage.index
+        }
         last = (-1, -1)
         for value in stage.inputs:
             now = rank.get(value, last)
             if now < last:
-                yield "V16", f"stage {stage.index} receives {value!r} in another order than it is sent"
+                yield (
+                    "V16",
+                    f"stage {stage.index} receives {value!r} in another order than it is sent",
+                )
             last = now
     if p.stages:
-        listed, returned = dict.fromkeys(p.stages[-1].outputs), dict.fromkeys(p.output.operands)
+        listed = dict.fromkeys(p.stages[-1].outputs)
+        returned = dict.fromkeys(p.output.operands)
         if [v for v in listed if v in returned] != [v for v in returned if v in listed]:
-            yield "V16", "the last stage lists its outputs in another order than the model returns them"
+            yield (
+                "V16",
+                "the last stage lists its outputs in another order than the model returns them",
+            )
 
 
 def _holders(p: Program) -> Iterator[tuple[str, str]]:
@@ -328,7 +443,10 @@ def _holders(p: Program) -> Iterator[tuple[str, str]]:
             held.update(names)
             owners.setdefault(entry, set()).add(stage.index)
             if not set(names) <= set(entry.names):
-                yield "V14", f"stage {stage.index} holds '{entry.name}' under a foreign name"
+                yield (
+                    "V14",
+                    f"stage {stage.index} holds '{entry.name}' under a foreign name",
+                )
     for entry in p.state:
         if entry.kind != "const" and any(not held[name] for name in entry.names):
             yield "V14", f"no stage holds every name of '{entry.name}'"

@@ -1,4 +1,6 @@
-"""What attention may do without its mask: which masks hide just the future, and where the result lies without one. Needs torch."""
+"""What attention may do without its mask: which masks hide just the future, and where the result lies without
+one. Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +23,53 @@ class Masks:
         self._constants = Constants(program, bindings)
         self._kinds: dict[Value, str | None] = {}
 
-    def kind(self, mask: Value, query: Value, key: Value, value: Value, result: Value) -> str | None:
-        """The kind of a mask that attention may do without: CAUSAL or OPEN; None where it is neither or not known.
+    def kind(
+        self, mask: Value, query: Value, key: Value, value: Value, result: Value
+    ) -> str | None:
+        """The kind of a mask that attention may do without: CAUSAL or OPEN; None where it is neither or not
+        known.
 
-        And None where the result would lie otherwise in memory without it, for what comes behind may rely on that.
+        And None where the result would lie otherwise in memory without it, for what comes behind may rely on
+        that.
         """
         types = [operand.type for operand in (query, key, value)]
-        tensors = [kind for kind in types if isinstance(kind, TensorType) and _is_known(kind)]
+        tensors = [
+            kind for kind in types if isinstance(kind, TensorType) and _is_known(kind)
+        ]
         if len(tensors) < 3:
             return None
         if mask not in self._kinds:
             tensor = self._constants.value(mask)
-            self._kinds[mask] = mask_kind(tensor, tensors[0].shape[-2], tensors[1].shape[-2]) if tensor is not None else None
+            self._kinds[mask] = (
+                mask_kind(tensor, tensors[0].shape[-2], tensors[1].shape[-2])
+                if tensor is not None
+                else None
+            )
         kind = self._kinds[mask]
         if kind is None or not isinstance(result.type, TensorType):
             return None
-        return kind if all(_strides_without(kind, tensors, grad) == _strides(result.type) for grad in (False, True)) else None
+        return (
+            kind
+            if all(
+                _strides_without(kind, tensors, grad) == _strides(result.type)
+                for grad in (False, True)
+            )
+            else None
+        )
 
 
 def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
-    """CAUSAL for an attention mask that hides just the future, OPEN for one that hides nothing, None for another.
+    """CAUSAL for an attention mask that hides just the future, OPEN for one that hides nothing, None for
+    another.
 
-    A boolean mask is True where a query sees a key. Another one is added to the scores: 0 where a query sees a key, else -inf or the
-    least finite number. No mask is CAUSAL where there are more keys than queries, or fewer: torch lets the first query see the first key.
+    A boolean mask is True where a query sees a key. Another one is added to the scores: 0 where a query sees
+    a key, else -inf or the least finite number. No mask is CAUSAL where there are more keys than queries, or
+    fewer: torch lets the first query see the first key.
     """
     seen = mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
+    if mask.dtype != torch.bool and not bool(
+        (seen | (mask <= torch.finfo(mask.dtype).min)).all()
+    ):
         return None
     if bool(seen.all()):
         return OPEN
@@ -69,8 +92,13 @@ def _strides_without(mask: str, kinds: list[TensorType], grad: bool) -> tuple[in
     with FakeTensorMode(), torch.enable_grad():
         query, key, value = (_fake(kind).requires_grad_(grad) for kind in kinds)
         heads_differ = query.dim() > 3 and query.shape[-3] != key.shape[-3]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=mask == CAUSAL, enable_gqa=heads_differ).stride()
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=mask == CAUSAL, enable_gqa=heads_differ
+        ).stride()
 
 
 def _fake(kind: TensorType) -> torch.Tensor:
-    return torch.empty_strided(kind.shape, _strides(kind), dtype=getattr(torch, DTYPES[kind.dtype]), device=kind.device)  # type: ignore[arg-type]
+    shape: Any = kind.shape
+    strides: Any = _strides(kind)
+    dtype = getattr(torch, DTYPES[kind.dtype])
+    return torch.empty_strided(shape, strides, dtype=dtype, device=kind.device)

@@ -1,4 +1,6 @@
-"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's structure. Needs torch."""
+"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's
+structure. Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import MappingKey, TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    MappingKey,
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map,
+    tree_unflatten,
+)
 
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
@@ -33,9 +43,9 @@ ABSENT = inspect.Parameter.empty
 class CallSpec:
     """The calling convention a program was traced with.
 
-    positional and keywords are the argument names of the example call; parameters are all names the
-    model's forward takes by position, with their defaults where they have one; ranges are the least and the greatest value
-    of each symbolic size, None for no bound.
+    positional and keywords are the argument names of the example call; parameters are all names the model's
+    forward takes by position, with their defaults where they have one; ranges are the least and the greatest
+    value of each symbolic size, None for no bound.
     """
 
     positional: tuple[str, ...]
@@ -54,8 +64,12 @@ class CallSpec:
         flat, spec = tree_flatten(without_sizes((given[0], ordered)))
         if spec != self.in_spec:
             raise InputError(
-                f"the arguments are nested otherwise than in the example call: {self._difference(given[0], ordered)}",
-                hint="call with the same structure, or trace again with these arguments as mb_args / mb_kwargs",
+                "the arguments are nested otherwise than in the example call: "
+                f"{self._difference(given[0], ordered)}",
+                hint=(
+                    "call with the same structure, or trace again with these arguments as mb_args / "
+                    "mb_kwargs"
+                ),
             )
         return flat
 
@@ -64,41 +78,79 @@ class CallSpec:
         return tree_unflatten(list(outputs), self.out_spec)
 
     def output_names(self) -> tuple[str, ...]:
-        """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not known, or a bare tensor."""
+        """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not
+        known, or a bare tensor.
+        """
         try:
-            paths = tree_flatten_with_path(opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves)))[0]
+            paths = tree_flatten_with_path(
+                opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves))
+            )[0]
         except Exception as error:  # the user's own class, made of nothing here
             raise_ours(error)
             return ()
         return tuple(_path_text(path) for path, _ in paths)
 
-    def _rebind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = [*self.parameters, *(n for n in self.positional if n not in self.parameters)]
+    def _rebind(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = [
+            *self.parameters,
+            *(n for n in self.positional if n not in self.parameters),
+        ]
         if len(args) > len(names):
-            raise InputError(f"{len(args)} positional arguments, but the model takes at most {len(names)}")
+            raise InputError(
+                f"{len(args)} positional arguments, but the model takes at most {len(names)}"
+            )
         values = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
             if name in values:
-                raise InputError(f"argument '{name}' is given twice, by position and by name")
+                raise InputError(
+                    f"argument '{name}' is given twice, by position and by name"
+                )
             values[name] = value
         traced = (*self.positional, *self.keywords)
-        left_out = {n: self.parameters.get(n, ABSENT) for n in traced if n not in values}
-        values |= {name: default for name, default in left_out.items() if default is not ABSENT}
+        left_out = {
+            n: self.parameters.get(n, ABSENT) for n in traced if n not in values
+        }
+        values |= {
+            name: default for name, default in left_out.items() if default is not ABSENT
+        }
         missing = [name for name in traced if name not in values]
         if missing:
-            raise InputError(f"missing argument '{missing[0]}'", hint=f"the program was traced with {', '.join(traced)}")
+            raise InputError(
+                f"missing argument '{missing[0]}'",
+                hint=f"the program was traced with {', '.join(traced)}",
+            )
         for name, value in values.items():
-            if name not in traced and not _same(value, self.parameters.get(name, ABSENT)):
+            if name not in traced and not _same(
+                value, self.parameters.get(name, ABSENT)
+            ):
                 raise InputError(
-                    f"argument '{name}' was not given in the example call, so the program does not depend on it",
+                    f"argument '{name}' was not given in the example call, so the program does not depend "
+                    "on it",
                     hint=f"add it to mb_args / mb_kwargs; {nearest(name, traced)}",
                 )
-        return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
+        return tuple(values[n] for n in self.positional), {
+            n: values[n] for n in self.keywords
+        }
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        children = self.in_spec.children() if callable(getattr(self.in_spec, "children", None)) else self.in_spec.children_specs
-        for spec, values, names in zip(children, (args, tuple(kwargs.values())), (self.positional, self.keywords), strict=True):
-            parts = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+        children = (
+            self.in_spec.children()
+            if callable(getattr(self.in_spec, "children", None))
+            else self.in_spec.children_specs
+        )
+        for spec, values, names in zip(
+            children,
+            (args, tuple(kwargs.values())),
+            (self.positional, self.keywords),
+            strict=True,
+        ):
+            parts = (
+                spec.children()
+                if callable(getattr(spec, "children", None))
+                else spec.children_specs
+            )
             for name, want, value in zip(names, parts, values, strict=True):
                 if tree_flatten(without_sizes(value))[1] != want:
                     return f"argument '{name}' has another structure"
@@ -118,12 +170,22 @@ def is_size(item: Any) -> bool:
 
 
 def _same(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default)
+    return value is default or (
+        isinstance(value, (bool, int, float, str))
+        and type(value) is type(default)
+        and value == default
+    )
 
 
 def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Names that `forward` takes by position or keyword, in order, with their defaults (`ABSENT` for none)."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    """Names that `forward` takes by position or keyword, in order, with their defaults (`ABSENT` for
+    none).
+    """
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
     found = {}
     for name, parameter in inspect.signature(forward).parameters.items():
         if parameter.kind in kinds:
@@ -131,8 +193,11 @@ def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None) -> dict[str, int]:
-    """The symbolic sizes of a call, when every flat input fits the type it was traced with and every size its range.
+def check_inputs(
+    inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None
+) -> dict[str, int]:
+    """The symbolic sizes of a call, when every flat input fits the type it was traced with and every size its
+    range.
 
     Raises InputError naming the first input that does not.
     """
@@ -140,45 +205,68 @@ def check_inputs(inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | 
     for value, given in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
             _check_tensor(value.hint, value.type, given, sizes)
-        elif isinstance(value.type, ScalarType) and (value.type.expr is not None or value.type == NONE):
+        elif isinstance(value.type, ScalarType) and (
+            value.type.expr is not None or value.type == NONE
+        ):
             _check_scalar(value.hint, value.type, given)
     return _check_sizes(sizes, ranges or {})
 
 
-def _check_tensor(name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]) -> None:
+def _check_tensor(
+    name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]
+) -> None:
     """`sizes` gains the symbolic sizes, each with the input that has it."""
     if not isinstance(given, torch.Tensor):
-        raise InputError(f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN)
+        raise InputError(
+            f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN
+        )
 
     if SHORT.get(given.dtype) != kind.dtype:
         raise InputError(
-            f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with torch.{DTYPES[kind.dtype]}",
+            f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with "
+            f"torch.{DTYPES[kind.dtype]}",
             hint=f"convert it, or {_AGAIN}",
         )
     fits = len(given.shape) == len(kind.shape)
     for size, want in zip(given.shape, kind.shape, strict=False):
-        fits &= size == want if isinstance(want, int) else sizes.setdefault(want, (name, int(size)))[1] == size
+        fits &= (
+            size == want
+            if isinstance(want, int)
+            else sizes.setdefault(want, (name, int(size)))[1] == size
+        )
     if not fits:
         raise InputError(
-            f"shape mismatch: input '{name}' has shape {list(given.shape)}, the program was traced with {list(kind.shape)}",
+            f"shape mismatch: input '{name}' has shape {list(given.shape)}, the program was traced with "
+            f"{list(kind.shape)}",
             hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
         )
 
 
 def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Ranges) -> dict[str, int]:
-    """The value of each symbol, when sizes lie in their ranges and those that are expressions of others agree with them."""
+    """The value of each symbol, when sizes lie in their ranges and those that are expressions of others agree
+    with them.
+    """
     for symbol, (name, size) in sizes.items():
         least, greatest = ranges.get(symbol, (None, None))
-        if (least is not None and size < least) or (greatest is not None and size > greatest):
+        if (least is not None and size < least) or (
+            greatest is not None and size > greatest
+        ):
             raise InputError(
-                f"input '{name}' has a size of {size}, traced were {least or 0} to {'any' if greatest is None else greatest}",
+                f"input '{name}' has a size of {size}, traced were {least or 0} to "
+                f"{'any' if greatest is None else greatest}",
                 hint='widen its range in dynamic_shapes: torch.export.Dim("n", min=..., max=...)',
             )
     derived = [symbol for symbol in sizes if not symbol.isidentifier()]
-    return _check_derived(sizes, derived) if derived else {symbol: size for symbol, (_, size) in sizes.items()}
+    return (
+        _check_derived(sizes, derived)
+        if derived
+        else {symbol: size for symbol, (_, size) in sizes.items()}
+    )
 
 
-def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> dict[str, int]:
+def _check_derived(
+    sizes: dict[str, tuple[str, int]], derived: list[str]
+) -> dict[str, int]:
     import sympy
 
     known = {sympy.Symbol(s): n for s, (_, n) in sizes.items() if s.isidentifier()}
@@ -187,7 +275,11 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> dic
         rest = expression(text, {str(s): s for s in known}).subs(known) - size
         unknown = list(rest.free_symbols)
         if len(unknown) == 1:  # the size tells what its symbol is
-            roots = [root for root in sympy.solve(rest, unknown[0]) if root.is_integer and root.is_nonnegative]
+            roots = [
+                root
+                for root in sympy.solve(rest, unknown[0])
+                if root.is_integer and root.is_nonnegative
+            ]
             if roots:
                 known[unknown[0]] = int(roots[0])
                 continue
@@ -202,9 +294,16 @@ def _check_derived(sizes: dict[str, tuple[str, int]], derived: list[str]) -> dic
 def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:
     if kind.kind == "none" and given is None:
         return
-    if kind.kind in ("int", "float", "bool", "str", "complex") and repr(given) == kind.expr:
+    if (
+        kind.kind in ("int", "float", "bool", "str", "complex")
+        and repr(given) == kind.expr
+    ):
         return
-    if kind.kind == "int" and not (kind.expr or "").lstrip("-").isdigit() and isinstance(given, int):
+    if (
+        kind.kind == "int"
+        and not (kind.expr or "").lstrip("-").isdigit()
+        and isinstance(given, int)
+    ):
         return
     raise InputError(
         f"input '{name}' is {given!r}, but the program was specialised to {kind.expr or kind.kind}",
@@ -214,4 +313,6 @@ def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:
 
 def without_sizes(tree: Any) -> Any:
     """`tree` with a tuple for every torch.Size, as torch.export has it in the structure of a call."""
-    return tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, tree, is_leaf=is_size)
+    return tree_map(
+        lambda leaf: tuple(leaf) if is_size(leaf) else leaf, tree, is_leaf=is_size
+    )

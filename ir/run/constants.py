@@ -1,4 +1,6 @@
-"""Values that are the same in every call: no input, no trained or written state, no random number goes into them. Needs torch."""
+"""Values that are the same in every call: no input, no trained or written state, no random number goes into
+them. Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Constants:
         self._varying: set[Value] = set()
 
     def value(self, value: Value) -> torch.Tensor | None:
-        """The tensor that `value` is in every call, None where it may differ, or is too large to be worth the time."""
+        """The tensor that `value` is in every call, None where it may differ, or is too large to be worth the
+        time.
+        """
         steps: dict[Op, None] = {}
         todo = [value]
         while todo:
@@ -45,11 +49,19 @@ class Constants:
         with torch.no_grad():
             self._machine.run(sorted(steps, key=self._places.__getitem__), self._values)
         result = self._values[value]
-        return result if isinstance(result, torch.Tensor) and not result.is_meta else None
+        return (
+            result if isinstance(result, torch.Tensor) and not result.is_meta else None
+        )
 
     def _is_constant(self, value: Value) -> bool:
-        """True where the op that makes `value` makes the same of the same; its tensor is there where it is a constant of the model."""
-        if value in self._varying or not _is_small(value) or self._aliases.is_written(value):
+        """True where the op that makes `value` makes the same of the same; its tensor is there where it is a
+        constant of the model.
+        """
+        if (
+            value in self._varying
+            or not _is_small(value)
+            or self._aliases.is_written(value)
+        ):
             return False
         if isinstance(value.owner, StateEntry):
             return self._lift(value, value.owner)
@@ -75,4 +87,6 @@ def _is_pure(op: Op) -> bool:
     """True for an op of torch's that computes its results from its operands, and does nothing else."""
     if op.has_effect or op.is_users or op.regions or facts(op).uninitialised:
         return False
-    return not any(context.kind in ("transform", "checkpoint") for context in op.context)
+    return not any(
+        context.kind in ("transform", "checkpoint") for context in op.context
+    )

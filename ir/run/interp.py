@@ -1,7 +1,7 @@
 """The reference interpreter: runs a program at any phase on real tensors, the plain way.
 
-It is the meaning of the IR, kept apart from the emitter: no generated code, no modules. Once stages list their inputs and outputs it
-trusts nothing else, so a missing transfer or output shows as an error.
+It is the meaning of the IR, kept apart from the emitter: no generated code, no modules. Once stages list
+their inputs and outputs it trusts nothing else, so a missing transfer or output shows as an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,21 @@ import torch
 
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import BY_MODE, WHOLE, Context, Kind, Mode, Op, Program, Region, RegionRef, StateEntry, Token, Value, transform
+from stagecut.ir.graph import (
+    BY_MODE,
+    WHOLE,
+    Context,
+    Kind,
+    Mode,
+    Op,
+    Program,
+    Region,
+    RegionRef,
+    StateEntry,
+    Token,
+    Value,
+    transform,
+)
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.targets import attribute, check_op, constant, resolve
@@ -35,14 +49,17 @@ def run(
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """The flat outputs of `program` on flat `inputs`, and the state by name afterwards.
 
-    `tensors` gives every state name its tensor; they are cloned first (tied names once), so neither
-    they nor `inputs` change. Autograd runs through the clones. `bindings` is needed for user functions and modules.
+    `tensors` gives every state name its tensor; they are cloned first (tied names once), so neither they nor
+    `inputs` change. Autograd runs through the clones. `bindings` is needed for user functions and modules.
     Raises StagecutError when an op or a stage reads what is not there.
     """
     memo: dict[int, torch.Tensor] = {}
     state = {name: _fresh(tensor, memo) for name, tensor in tensors.items()}
     env: Environment = {entry.value: state[entry.name] for entry in program.state}
-    fed = {value: _fresh(item, memo) for value, item in zip(program.inputs, inputs, strict=True)}
+    fed = {
+        value: _fresh(item, memo)
+        for value, item in zip(program.inputs, inputs, strict=True)
+    }
     machine = Machine(bindings or Bindings(), watch)
     if any(stage.inputs or stage.outputs for stage in program.stages):
         _run_linked(program, machine, env, fed)
@@ -61,15 +78,24 @@ def _fresh(item: Any, memo: dict[int, torch.Tensor]) -> Any:
     return memo[id(item)]
 
 
-def _run_linked(program: Program, machine: Machine, env: Environment, fed: Environment) -> None:
+def _run_linked(
+    program: Program, machine: Machine, env: Environment, fed: Environment
+) -> None:
     sent: Environment = dict(fed)
     for stage in program.stages:
-        arriving = {t.value for t in program.transfers if t.target == stage.index and t.made is None}
+        arriving = {
+            t.value
+            for t in program.transfers
+            if t.target == stage.index and t.made is None
+        }
         local: Environment = {entry.value: env[entry.value] for entry in stage.state}
         for value in stage.inputs:
             if value not in arriving or value not in sent:
                 where = value.owner.where() if isinstance(value.owner, Op) else ""
-                raise StagecutError(f"stage {stage.index} waits for {value!r}, which nothing sends", where=where)
+                raise StagecutError(
+                    f"stage {stage.index} waits for {value!r}, which nothing sends",
+                    where=where,
+                )
             local[value] = sent[value]
         machine.run(stage.ops, local)
         for value in stage.outputs:
@@ -80,7 +106,9 @@ def _run_linked(program: Program, machine: Machine, env: Environment, fed: Envir
 class Machine:
     """Executes ops one by one in an environment of values."""
 
-    def __init__(self, bindings: Bindings, watch: Watch = lambda op, results: None) -> None:
+    def __init__(
+        self, bindings: Bindings, watch: Watch = lambda op, results: None
+    ) -> None:
         self._bindings = bindings
         self._watch = watch
 
@@ -99,7 +127,10 @@ class Machine:
         except StagecutError:
             raise
         except Exception as error:  # whatever an op of torch's, or a user's, may raise
-            raise StagecutError(f"{op.target} cannot run: {type(error).__name__}: {error}", where=op.where()) from error
+            raise StagecutError(
+                f"{op.target} cannot run: {type(error).__name__}: {error}",
+                where=op.where(),
+            ) from error
         env.update(zip(op.results, results, strict=True))
         for old, new in op.versions.items():
             env[new] = self.lookup(old, env)
@@ -108,7 +139,10 @@ class Machine:
     def apply(self, op: Op, env: Environment) -> Any:
         """What the op returns for the operands in `env`."""
         functions = [self._function(region) for region in op.regions]
-        args, kwargs = (transform(tree, lambda leaf: self._leaf(leaf, env, functions)) for tree in (op.args, op.kwargs))
+        args, kwargs = (
+            transform(tree, lambda leaf: self._leaf(leaf, env, functions))
+            for tree in (op.args, op.kwargs)
+        )
         check_op(op)
         kind, name = op.target.kind, op.target.name
         if kind is Kind.METHOD:
@@ -129,14 +163,26 @@ class Machine:
         for value in op.args[2]:
             entry = unwritten(value).owner
             names = entry.names if isinstance(entry, StateEntry) else ()
-            own |= {n[len(path) + 1 :]: env[value] for n in names if n.startswith(path + ".")}
-        return torch.func.functional_call(self._bindings.modules[path], own, tuple(args[0]), dict(args[1]), tie_weights=False)
+            own |= {
+                n[len(path) + 1 :]: env[value]
+                for n in names
+                if n.startswith(path + ".")
+            }
+        return torch.func.functional_call(
+            self._bindings.modules[path],
+            own,
+            tuple(args[0]),
+            dict(args[1]),
+            tie_weights=False,
+        )
 
     def _function(self, region: Region) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
             env: Environment = dict(zip(region.params, operands, strict=True))
             self.run(region.ops, env)
-            return transform(region.output.args[0], lambda leaf: self._leaf(leaf, env, []))
+            return transform(
+                region.output.args[0], lambda leaf: self._leaf(leaf, env, [])
+            )
 
         return call
 
@@ -146,7 +192,9 @@ class Machine:
             raise StagecutError(f"{leaf!r} is read but not available")
         return env[leaf] if isinstance(leaf, Value) else leaf
 
-    def _leaf(self, leaf: Any, env: Environment, functions: list[Callable[..., Any]]) -> Any:
+    def _leaf(
+        self, leaf: Any, env: Environment, functions: list[Callable[..., Any]]
+    ) -> Any:
         if isinstance(leaf, RegionRef):
             return functions[leaf.index]
         if isinstance(leaf, Mode):
@@ -163,7 +211,11 @@ def enter(context: Context) -> Any:
     if context.kind == "autocast":
         args = [constant(a) if isinstance(a, Token) else a for a in context.args]
         return torch.autocast(*args)
-    return {"no_grad": torch.no_grad, "enable_grad": torch.enable_grad, "inference_mode": torch.inference_mode}[context.kind]()
+    return {
+        "no_grad": torch.no_grad,
+        "enable_grad": torch.enable_grad,
+        "inference_mode": torch.inference_mode,
+    }[context.kind]()
 
 
 def _flat(op: Op, result: Any) -> list[Any]:
@@ -171,7 +223,11 @@ def _flat(op: Op, result: Any) -> list[Any]:
     if not op.results:
         return []
     if op.returned is not None:
-        return [leaf for leaf in torch.utils._pytree.tree_leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
+        return [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves(opened(result))
+            if isinstance(leaf, torch.Tensor)
+        ]
     if op.form is not None:
         found: dict[int, Any] = {}
         _match(op.form, result, found)

@@ -1,9 +1,10 @@
 """What a model returns, as a tree: objects of any class are containers of their attributes.
 
-torch's pytrees know tuples, lists, dicts and classes that are registered. An object of another class is a leaf to them, with all tensors
-in it: the cache that a decoder returns, or a plain dataclass. `opened` puts a node in its place whose children are the attributes that
-hold tensors, numbers and text. When the tree is put together again, an object of the class stands there: it has those attributes, and
-all others with the values they had in the trace. Its `__init__` is not run. What never changes, a dtype or a member of an enum, is put
+torch's pytrees know tuples, lists, dicts and classes that are registered. An object of another class is a
+leaf to them, with all tensors in it: the cache that a decoder returns, or a plain dataclass. `opened` puts a
+node in its place whose children are the attributes that hold tensors, numbers and text. When the tree is put
+together again, an object of the class stands there: it has those attributes, and all others with the values
+they had in the trace. Its `__init__` is not run. What never changes, a dtype or a member of an enum, is put
 there as a `Constant`: a node without children.
 """
 
@@ -18,24 +19,53 @@ from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._pytree import GetAttrKey, keystr, register_pytree_node, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import (
+    GetAttrKey,
+    keystr,
+    register_pytree_node,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+)
 
 from stagecut.ir.errors import without_addresses
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
 """What a trace can return."""
-_CLOSED = (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module, tuple, list, dict, set, frozenset)
+_CLOSED = (
+    *_DATA,
+    type,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    torch.nn.Module,
+    tuple,
+    list,
+    dict,
+    set,
+    frozenset,
+)
 """Objects of these are no containers of attributes."""
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
-_CONSTANT = (Enum, complex, bytes, range, torch.dtype, torch.layout, torch.memory_format)
+_CONSTANT = (
+    Enum,
+    complex,
+    bytes,
+    range,
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+)
 """What no trace can return, and what is the same in each call that follows it, and on every device."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The class of an object, the names of the attributes that a trace can return, and all others with their values."""
+    """The class of an object, the names of the attributes that a trace can return, and all others with their
+    values.
+    """
 
     kind: type
     names: tuple[str, ...]
@@ -63,7 +93,9 @@ class Constant:
 def _together(parts: Iterable[Any], shape: Shape) -> Any:
     made = _blank(shape.kind)
     for name, value in shape.others.items():
-        object.__setattr__(made, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value)
+        object.__setattr__(
+            made, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value
+        )
     for name, part in zip(shape.names, parts, strict=True):
         object.__setattr__(made, name, part)
     return made
@@ -74,7 +106,13 @@ register_pytree_node(
     lambda node: (list(node.parts), node.shape),
     _together,
     serialized_type_name="stagecut.ir.run.objects.Opened",
-    flatten_with_keys_fn=lambda node: ([(GetAttrKey(n), part) for n, part in zip(node.shape.names, node.parts, strict=True)], node.shape),
+    flatten_with_keys_fn=lambda node: (
+        [
+            (GetAttrKey(n), part)
+            for n, part in zip(node.shape.names, node.parts, strict=True)
+        ],
+        node.shape,
+    ),
 )
 register_pytree_node(
     Constant,
@@ -90,11 +128,11 @@ class _Closed(Exception):
 
 
 def opened(tree: Any) -> Any:
-    """`tree`; in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`; of what never changes, a
-    `Constant`.
+    """`tree`; in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`;
+    of what never changes, a `Constant`.
 
-    An object that holds itself stays a leaf; so does one that has slots, that holds another one without tensors but with a size that
-    varies, or a tensor in one container with what no trace can return.
+    An object that holds itself stays a leaf; so does one that has slots, that holds another one without
+    tensors but with a size that varies, or a tensor in one container with what no trace can return.
     """
     return tree_map(_opened_if_it_can_be, tree)
 
@@ -110,18 +148,29 @@ def _opened_if_it_can_be(leaf: Any) -> Any:
 
 def _is_constant(leaf: Any) -> bool:
     if isinstance(leaf, (set, frozenset)):
-        return all(isinstance(item, _CONSTANT) or item is None or type(item) in _PLAIN for item in leaf)
+        return all(
+            isinstance(item, _CONSTANT) or item is None or type(item) in _PLAIN
+            for item in leaf
+        )
     return isinstance(leaf, _CONSTANT)
 
 
 def _blank(kind: type) -> Any:
     """An object of that class without attributes. Raises TypeError for a class that is made of more, in C."""
-    return SimpleNamespace.__new__(kind) if issubclass(kind, SimpleNamespace) else object.__new__(kind)
+    return (
+        SimpleNamespace.__new__(kind)
+        if issubclass(kind, SimpleNamespace)
+        else object.__new__(kind)
+    )
 
 
 def _has_only_attributes(leaf: Any) -> bool:
     """True when an object is its class and its `__dict__`, and nothing besides."""
-    if isinstance(leaf, _CLOSED) or not hasattr(leaf, "__dict__") or any(vars(cls).get("__slots__") for cls in type(leaf).__mro__):
+    if (
+        isinstance(leaf, _CLOSED)
+        or not hasattr(leaf, "__dict__")
+        or any(vars(cls).get("__slots__") for cls in type(leaf).__mro__)
+    ):
         return False
     try:
         _blank(type(leaf))
@@ -131,7 +180,9 @@ def _has_only_attributes(leaf: Any) -> bool:
 
 
 def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
-    """The object as `Opened`; `empty_too`, also one without tensors and a constant, else those stay as they are."""
+    """The object as `Opened`; `empty_too`, also one without tensors and a constant, else those stay as they
+    are.
+    """
     if empty_too and _is_constant(leaf):
         return Constant(leaf)
     if not _has_only_attributes(leaf):
@@ -143,7 +194,9 @@ def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
     for name, value in vars(leaf).items():
         parts[name] = tree_map(lambda item: _open(item, around), value)
         if _holds(parts[name], torch.Tensor) and not _is_data(parts[name]):
-            parts[name] = tree_map(lambda item: _open(item, around, empty_too=True), value)
+            parts[name] = tree_map(
+                lambda item: _open(item, around, empty_too=True), value
+            )
             if not _is_data(parts[name]):
                 raise _Closed
     if not empty_too and not any(_holds(part, torch.Tensor) for part in parts.values()):
@@ -152,7 +205,9 @@ def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
         return leaf
     held = [name for name, part in parts.items() if _is_data(part)]
     others = {name: value for name, value in vars(leaf).items() if name not in held}
-    return Opened(Shape(type(leaf), tuple(held), others), tuple(parts[name] for name in held))
+    return Opened(
+        Shape(type(leaf), tuple(held), others), tuple(parts[name] for name in held)
+    )
 
 
 def _holds(part: Any, kinds: Any) -> bool:
@@ -164,15 +219,27 @@ def _is_data(part: Any) -> bool:
 
 
 def plain(leaves: Iterable[Any]) -> list[Any]:
-    """The numbers and texts among some leaves; those of a class derived from one of Python's as one of Python's."""
-    return [next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
+    """The numbers and texts among some leaves; those of a class derived from one of Python's as one of
+    Python's.
+    """
+    return [
+        next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf)
+        for leaf in leaves
+        if isinstance(leaf, _PLAIN)
+    ]
 
 
 def places(tree: Any) -> str:
     """Where the tensors of an opened tree are in it, '' for nothing but tensors in a row, or a single one."""
     paths = tree_flatten_with_path(tree)[0]
-    found = " ".join(keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor))
-    return "" if found in ("", " ".join(f"[{place}]" for place in range(len(paths)))) else without_addresses(found)
+    found = " ".join(
+        keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)
+    )
+    return (
+        ""
+        if found in ("", " ".join(f"[{place}]" for place in range(len(paths))))
+        else without_addresses(found)
+    )
 
 
 def hides_tensors(leaf: Any) -> bool:
@@ -183,7 +250,9 @@ def hides_tensors(leaf: Any) -> bool:
         item = todo.pop()
         if isinstance(item, torch.Tensor):
             return True
-        if id(item) in seen or isinstance(item, (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module)):
+        if id(item) in seen or isinstance(
+            item, (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module)
+        ):
             continue
         seen[id(item)] = item
         if isinstance(item, dict):
@@ -191,8 +260,14 @@ def hides_tensors(leaf: Any) -> bool:
         elif isinstance(item, (list, tuple, set, frozenset)):
             todo += item
         else:
-            slots = [name for cls in type(item).__mro__ for name in vars(cls).get("__slots__", ())]
-            todo += [getattr(item, name, None) for name in slots] + list(getattr(item, "__dict__", {}).values())
+            slots = [
+                name
+                for cls in type(item).__mro__
+                for name in vars(cls).get("__slots__", ())
+            ]
+            todo += [getattr(item, name, None) for name in slots] + list(
+                getattr(item, "__dict__", {}).values()
+            )
     return False
 
 

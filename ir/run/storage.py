@@ -17,27 +17,54 @@ def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     """The running statistics that a norm in training updates, of which its schema says nothing."""
     called = Target(target)
     places, position = facts_of(called.name).statistics, flag_position(called)
-    if not places or position is None or position >= len(args) or args[position] is False:
+    if (
+        not places
+        or position is None
+        or position >= len(args)
+        or args[position] is False
+    ):
         return []
     return [args[place] for place in places if args[place] is not None]
 
 
-def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def written_tensors(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
     """The tensors that a call of an op writes."""
-    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
-    written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [item for item in tree_leaves([written, undeclared_writes(str(func), args)]) if isinstance(item, torch.Tensor)]
+    named = dict(
+        zip((a.name for a in func._schema.arguments), args, strict=False)
+    ) | dict(kwargs)
+    written = [
+        named.get(a.name)
+        for a in func._schema.arguments
+        if a.alias_info and a.alias_info.is_write
+    ]
+    return [
+        item
+        for item in tree_leaves([written, undeclared_writes(str(func), args)])
+        if isinstance(item, torch.Tensor)
+    ]
 
 
-def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
+def written_by(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[int | None]:
     """The storages that a call of an op writes."""
     return [storage_of(tensor) for tensor in written_tensors(func, args, kwargs)]
 
 
-def shared_with(made: Iterable[Any], given: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
-    """For each tensor among `made`, the place of the first of `given` whose storage it shares, None for one of its own."""
-    homes = {storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])}
-    return tuple(homes.get(storage_of(item)) for item in made if isinstance(item, torch.Tensor))
+def shared_with(
+    made: Iterable[Any], given: Sequence[torch.Tensor]
+) -> tuple[int | None, ...]:
+    """For each tensor among `made`, the place of the first of `given` whose storage it shares, None for one
+    of its own.
+    """
+    homes = {
+        storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])
+    }
+    return tuple(
+        homes.get(storage_of(item)) for item in made if isinstance(item, torch.Tensor)
+    )
 
 
 def storage_of(value: Any) -> int | None:
@@ -50,5 +77,9 @@ def storage_of(value: Any) -> int | None:
         return None
 
 
-SHORT: dict[torch.dtype, str] = {getattr(torch, full): short for short, full in DTYPES.items() if hasattr(torch, full)}
+SHORT: dict[torch.dtype, str] = {
+    getattr(torch, full): short
+    for short, full in DTYPES.items()
+    if hasattr(torch, full)
+}
 """torch dtype -> its short name."""

@@ -1,8 +1,9 @@
 """Op targets as names: a callable -> its name in the IR, and a name -> the callable.
 
-A name is `aten.add.Tensor` for torch.ops.aten, `torch.ops.NS.NAME.OVERLOAD` for another namespace, a function of one
-of the listed modules (`torch.relu`, `operator.add`), `method.NAME`, `module.PATH` or `extern.NAME`. Nothing else is
-ever resolved: IR text is read from files, and no name in it may reach a callable outside of this list.
+A name is `aten.add.Tensor` for torch.ops.aten, `torch.ops.NS.NAME.OVERLOAD` for another namespace, a function
+of one of the listed modules (`torch.relu`, `operator.add`), `method.NAME`, `module.PATH` or `extern.NAME`.
+Nothing else is ever resolved: IR text is read from files, and no name in it may reach a callable outside of
+this list.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ import torch
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import Kind, Op, Token
 
-BUILTINS = frozenset("getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split())
-_OPERATOR = frozenset(
-    name for name, item in vars(operator).items() if isinstance(item, BuiltinFunctionType) and name not in ("call", "__call__")
+BUILTINS = frozenset(
+    "getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split()
 )
-_TORCH_OWN = frozenset("sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split())
-_REFUSED = frozenset("from_file tofile apply_ map_ map2_ register_hook register_post_accumulate_grad_hook".split())
+_OPERATOR = frozenset(
+    name
+    for name, item in vars(operator).items()
+    if isinstance(item, BuiltinFunctionType) and name not in ("call", "__call__")
+)
+_TORCH_OWN = frozenset(
+    "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split()
+)
+_REFUSED = frozenset(
+    "from_file tofile apply_ map_ map2_ register_hook register_post_accumulate_grad_hook".split()
+)
 _REFUSED_NAMESPACES = frozenset("prim debugprims debug_mode_ops".split())
 _FILES = frozenset("filename file path".split())
 """Arguments of registered ops that name a file."""
@@ -36,27 +45,70 @@ _CONTAINERS = (torch.Tensor, dict, list, tuple, str, torch.Size)
 
 
 def _functions(module: Any) -> frozenset[str]:
-    return frozenset(n for n, item in vars(module).items() if isinstance(item, BuiltinFunctionType | FunctionType))
+    return frozenset(
+        n
+        for n, item in vars(module).items()
+        if isinstance(item, BuiltinFunctionType | FunctionType)
+    )
 
 
 @cache
 def _members() -> dict[str, tuple[Any, frozenset[str]]]:
     """Module path -> the module and the names of it that may be called."""
-    overridable = {f.__name__ for f in torch.overrides.get_overridable_functions().get(torch, ()) if hasattr(f, "__name__")}
-    tensor_functions = {n for n in dir(torch._C._VariableFunctions) if not n.startswith("__")}
+    overridable = {
+        f.__name__
+        for f in torch.overrides.get_overridable_functions().get(torch, ())
+        if hasattr(f, "__name__")
+    }
+    tensor_functions = {
+        n for n in dir(torch._C._VariableFunctions) if not n.startswith("__")
+    }
     functional = torch.nn.functional
-    own = frozenset(n for n in _functions(functional) if getattr(functional, n).__module__ in ("torch.nn.functional", None))
-    builtin = frozenset(n for n, item in vars(functional).items() if isinstance(item, BuiltinFunctionType))
-    dispatched = frozenset(n for n in _functions(functional) if getattr(functional, n).__module__ == "torch._jit_internal")
+    own = frozenset(
+        n
+        for n in _functions(functional)
+        if getattr(functional, n).__module__ in ("torch.nn.functional", None)
+    )
+    builtin = frozenset(
+        n
+        for n, item in vars(functional).items()
+        if isinstance(item, BuiltinFunctionType)
+    )
+    dispatched = frozenset(
+        n
+        for n in _functions(functional)
+        if getattr(functional, n).__module__ == "torch._jit_internal"
+    )
     return {
-        "torch": (torch, (frozenset(overridable | tensor_functions) | _TORCH_OWN) - _REFUSED),
-        "torch.nn.functional": (functional, (own | builtin | dispatched) - {"boolean_dispatch"}),
+        "torch": (
+            torch,
+            (frozenset(overridable | tensor_functions) | _TORCH_OWN) - _REFUSED,
+        ),
+        "torch.nn.functional": (
+            functional,
+            (own | builtin | dispatched) - {"boolean_dispatch"},
+        ),
         "torch._C._nn": (torch._C._nn, _functions(torch._C._nn)),
-        "torch.special": (torch.special, _functions(torch.special) | frozenset(torch.special.__all__)),
-        "torch.linalg": (torch.linalg, frozenset(n for n in vars(torch.linalg) if not n.startswith("_") and n.islower())),
+        "torch.special": (
+            torch.special,
+            _functions(torch.special) | frozenset(torch.special.__all__),
+        ),
+        "torch.linalg": (
+            torch.linalg,
+            frozenset(
+                n for n in vars(torch.linalg) if not n.startswith("_") and n.islower()
+            ),
+        ),
         "torch.fft": (torch.fft, frozenset(torch.fft.__all__)),
         "operator": (operator, _OPERATOR),
-        "math": (math, frozenset(n for n, item in vars(math).items() if isinstance(item, BuiltinFunctionType))),
+        "math": (
+            math,
+            frozenset(
+                n
+                for n, item in vars(math).items()
+                if isinstance(item, BuiltinFunctionType)
+            ),
+        ),
         "builtins": (builtins, BUILTINS),
     }
 
@@ -72,7 +124,10 @@ def resolve(target: str) -> Callable[..., Any]:
     owner, allowed = _members().get(module, (None, frozenset()))
     found = getattr(owner, name, None) if name in allowed else None
     if not callable(found) or (isinstance(found, type) and owner is not builtins):
-        raise EmitError(f"'{target}' is no op that may be called", hint="ops of torch, operator and math are known")
+        raise EmitError(
+            f"'{target}' is no op that may be called",
+            hint="ops of torch, operator and math are known",
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -82,46 +137,101 @@ def _registered_op(path: str, target: str) -> Callable[..., Any]:
         try:
             found = getattr(found, part)
         except (AttributeError, RuntimeError):
-            raise EmitError(f"unknown op '{target}'", hint=f"{part!r} does not exist; is its library imported?") from None
-    if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
-        raise EmitError(f"'{target}' is no op that may be called", hint="name an overload, such as aten.add.Tensor")
-    if not isinstance(found, torch._ops.HigherOrderOperator) and not _is_harmless(found):
-        raise EmitError(f"'{target}' is no op that may be called", hint="it reads or writes files, or attributes by name")
+            raise EmitError(
+                f"unknown op '{target}'",
+                hint=f"{part!r} does not exist; is its library imported?",
+            ) from None
+    if not isinstance(
+        found,
+        torch._ops.OpOverload
+        | torch._ops.OpOverloadPacket
+        | torch._ops.HigherOrderOperator,
+    ):
+        raise EmitError(
+            f"'{target}' is no op that may be called",
+            hint="name an overload, such as aten.add.Tensor",
+        )
+    if not isinstance(found, torch._ops.HigherOrderOperator) and not _is_harmless(
+        found
+    ):
+        raise EmitError(
+            f"'{target}' is no op that may be called",
+            hint="it reads or writes files, or attributes by name",
+        )
     return found
 
 
 def _is_harmless(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
     """True for an op that names no file, in no overload."""
-    overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, name) for name in op.overloads()]
+    overloads = (
+        [op]
+        if isinstance(op, torch._ops.OpOverload)
+        else [getattr(op, name) for name in op.overloads()]
+    )
     if any(overload.namespace in _REFUSED_NAMESPACES for overload in overloads):
         return False
-    return not any(argument.name in _FILES and "str" in str(argument.type) for o in overloads for argument in o._schema.arguments)
+    return not any(
+        argument.name in _FILES and "str" in str(argument.type)
+        for o in overloads
+        for argument in o._schema.arguments
+    )
 
 
 def check_op(op: Op) -> None:
     """Returns when calling `op` can reach nothing but tensor code; raises EmitError otherwise."""
     kind, name = op.target.kind, op.target.name
-    if kind is Kind.METHOD and (name.startswith("_") or name in _REFUSED or not any(hasattr(c, name) for c in _CONTAINERS)):
+    if kind is Kind.METHOD and (
+        name.startswith("_")
+        or name in _REFUSED
+        or not any(hasattr(c, name) for c in _CONTAINERS)
+    ):
         raise EmitError(f"'{name}' is no method that may be called", where=op.where())
     if kind is Kind.METHOD and not op.args:
         raise EmitError("a method needs something to be called on", where=op.where())
     if kind is Kind.MODULE and not _is_leaf_call(op.args):
-        raise EmitError("a module takes (positional operands), {keywords}, [state]", where=op.where())
-    if op.target == "builtins.getattr" and not (len(op.args) > 1 and isinstance(op.args[1], str) and _is_public(op.args[1])):
-        raise EmitError(f"attribute {op.args[1:2]!r} may not be read", where=op.where(), hint="public attributes of tensors may be")
-    if op.target.kind is Kind.LIBRARY and op.target.startswith("torch.ops.higher_order.") and not op.regions:
-        raise EmitError(f"'{op.target}' runs regions, and has none", where=op.where(), hint="a program holds functions as regions only")
+        raise EmitError(
+            "a module takes (positional operands), {keywords}, [state]",
+            where=op.where(),
+        )
+    if op.target == "builtins.getattr" and not (
+        len(op.args) > 1 and isinstance(op.args[1], str) and _is_public(op.args[1])
+    ):
+        raise EmitError(
+            f"attribute {op.args[1:2]!r} may not be read",
+            where=op.where(),
+            hint="public attributes of tensors may be",
+        )
+    if (
+        op.target.kind is Kind.LIBRARY
+        and op.target.startswith("torch.ops.higher_order.")
+        and not op.regions
+    ):
+        raise EmitError(
+            f"'{op.target}' runs regions, and has none",
+            where=op.where(),
+            hint="a program holds functions as regions only",
+        )
 
 
 def _is_leaf_call(args: tuple[Any, ...]) -> bool:
-    return len(args) == 3 and isinstance(args[0], (tuple, list)) and isinstance(args[1], dict) and isinstance(args[2], (tuple, list))
+    return (
+        len(args) == 3
+        and isinstance(args[0], (tuple, list))
+        and isinstance(args[1], dict)
+        and isinstance(args[2], (tuple, list))
+    )
 
 
 def attribute(owner: Any, name: str, *default: Any) -> Any:
-    """`getattr` that gives data only. Raises EmitError for a function or a class: no op of a program may call what it finds at run time."""
+    """`getattr` that gives data only. Raises EmitError for a function or a class: no op of a program may call
+    what it finds at run time.
+    """
     found = getattr(owner, name, *default) if _is_public(name) else attribute
     if callable(found) and not isinstance(found, torch.Tensor):
-        raise EmitError(f"attribute '{name}' of a {type(owner).__name__} may not be read", hint="it is no data; call it as a method")
+        raise EmitError(
+            f"attribute '{name}' of a {type(owner).__name__} may not be read",
+            hint="it is no data; call it as a method",
+        )
     return found
 
 
@@ -130,9 +240,16 @@ def constant(token: Token) -> Any:
     device = DEVICE.fullmatch(token.text)
     if device:
         return torch.device(device[1])
-    found = getattr(torch, token.text[6:], None) if _CONSTANT.fullmatch(token.text) else None
+    found = (
+        getattr(torch, token.text[6:], None)
+        if _CONSTANT.fullmatch(token.text)
+        else None
+    )
     if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-        raise EmitError(f"'{token.text}' is no constant of torch", hint="a dtype, a layout, a memory format or a device")
+        raise EmitError(
+            f"'{token.text}' is no constant of torch",
+            hint="a dtype, a layout, a memory format or a device",
+        )
     return found
 
 

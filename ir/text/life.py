@@ -1,4 +1,5 @@
-"""The life of a value or of a state entry: where it is born, its versions, who reads it, what it crosses, where it dies.
+"""The life of a value or of a state entry: where it is born, its versions, who reads it, what it crosses,
+where it dies.
 
     print(life_of_value(program, "relu_3"))
     print(life_of_state(program, "lin.weight"))
@@ -16,7 +17,17 @@ from typing import TypeVar
 
 from stagecut.ir.aliases import unwritten, viewed_value
 from stagecut.ir.errors import UnknownNameError, nearest
-from stagecut.ir.graph import Loc, Op, Program, Region, StateEntry, Transfer, Value, leaves, scope_fqn
+from stagecut.ir.graph import (
+    Loc,
+    Op,
+    Program,
+    Region,
+    StateEntry,
+    Transfer,
+    Value,
+    leaves,
+    scope_fqn,
+)
 from stagecut.ir.text.printer import Printer, size_text, target_text
 from stagecut.ir.types import carries_grad, value_bytes
 
@@ -24,7 +35,9 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 READS, VIEWS, WRITES, RENEWS = "reads", "views", "writes", "renews"
-"""What an op does with a value: reads it, gives a view of it, writes it, or writes its storage without naming it."""
+"""What an op does with a value: reads it, gives a view of it, writes it, or writes its storage without naming
+it.
+"""
 
 YIELD = "yield"
 """The target of the place where a region returns its values."""
@@ -32,7 +45,8 @@ YIELD = "yield"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One op: its number in program order (regions included), stage (None while there are none), target, module path, line of source.
+    """One op: its number in program order (regions included), stage (None while there are none), target,
+    module path, line of source.
 
     `text` is the op as it is printed.
     """
@@ -46,7 +60,11 @@ class Place:
 
     def __str__(self) -> str:
         stage = [] if self.stage is None else [f"stage {self.stage}"]
-        return ", ".join([*stage, str(self.loc), self.text.rpartition(" at ")[0]] if self.loc else [*stage, self.text])
+        return ", ".join(
+            [*stage, str(self.loc), self.text.rpartition(" at ")[0]]
+            if self.loc
+            else [*stage, self.text]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,9 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A value after a write: its name, and the op that wrote. `by` is None for the first one, which is there before."""
+    """A value after a write: its name, and the op that wrote. `by` is None for the first one, which is there
+    before.
+    """
 
     name: str
     by: Place | None
@@ -68,7 +88,8 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """A way to another stage. source is None for an input of the model; via are the stages that hand the value on.
+    """A way to another stage. source is None for an input of the model; via are the stages that hand the
+    value on.
 
     made is the name of the copy that the target computes itself, by the route `recompute`.
     """
@@ -84,7 +105,10 @@ class Crossing:
         through = f" through {', '.join(map(str, self.via))}" if self.via else ""
         made = f" as {self.made}" if self.made else ""
         origin = "input" if self.source is None else f"stage {self.source}"
-        return f"{origin} -> stage {self.target}, {self.route or 'no route yet'}{through}{made}, {size_text(self.bytes)}"
+        return (
+            f"{origin} -> stage {self.target}, {self.route or 'no route yet'}{through}{made}, "
+            f"{size_text(self.bytes)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +123,11 @@ class Holding:
 class ValueLife:
     """The life of one value.
 
-    kind: 'input' (of the model), 'param' (of a region), 'result' (of an op) or 'version' (what a write made of another value).
-    born: the op that defines it, None for inputs of the model. versions: all of its line, oldest first, itself among them; one where
-    nothing is written. view_of: what it shares storage with. copy_of, copies: by recomputation. returned: places among the outputs.
-    dies: the last op that reads it, None when nothing does or when the model returns it.
+    kind: 'input' (of the model), 'param' (of a region), 'result' (of an op) or 'version' (what a write made
+    of another value). born: the op that defines it, None for inputs of the model. versions: all of its line,
+    oldest first, itself among them; one where nothing is written. view_of: what it shares storage with.
+    copy_of, copies: by recomputation. returned: places among the outputs. dies: the last op that reads it,
+    None when nothing does or when the model returns it.
     """
 
     name: str
@@ -131,9 +156,10 @@ class ValueLife:
 class StateLife:
     """The life of one distinct tensor of the model.
 
-    names: all of them, in state_dict order; transient: those that stay out of the state_dict. held: by which stages, under which
-    names; share: what happens when they are several. overlaps: other entries in the same storage. uses: of the entry and of its
-    versions, in program order. returned: places among the outputs, of any version.
+    names: all of them, in state_dict order; transient: those that stay out of the state_dict. held: by which
+    stages, under which names; share: what happens when they are several. overlaps: other entries in the same
+    storage. uses: of the entry and of its versions, in program order. returned: places among the outputs, of
+    any version.
     """
 
     name: str
@@ -156,12 +182,16 @@ class StateLife:
 
 
 def life_of_value(program: Program, name: str) -> ValueLife:
-    """The life of the value printed as `name`, with or without its `%`. Raises UnknownNameError with the nearest names."""
+    """The life of the value printed as `name`, with or without its `%`. Raises UnknownNameError with the
+    nearest names.
+    """
     return Lives(program).value(name)
 
 
 def life_of_state(program: Program, fqn: str) -> StateLife:
-    """The life of the state with this name, any of its names, with or without `@`. Raises UnknownNameError with the nearest names."""
+    """The life of the state with this name, any of its names, with or without `@`. Raises UnknownNameError
+    with the nearest names.
+    """
     return Lives(program).state(fqn)
 
 
@@ -184,14 +214,19 @@ class Lives:
         """The life of one value."""
         printed = "%" + name.removeprefix("%")
         if printed not in self._values:
-            raise UnknownNameError(f"there is no value '{printed}'", hint=self._meant(name))
+            raise UnknownNameError(
+                f"there is no value '{printed}'", hint=self._meant(name)
+            )
         return self._life(self._values[printed])
 
     def state(self, fqn: str) -> StateLife:
         """The life of one state entry."""
         entry = self._entries.get(fqn) or self._entries.get(_plain(fqn))
         if entry is None:
-            raise UnknownNameError(f"there is no parameter, buffer or constant '{fqn}'", hint=_nearest(_plain(fqn), self._entries))
+            raise UnknownNameError(
+                f"there is no parameter, buffer or constant '{fqn}'",
+                hint=_nearest(_plain(fqn), self._entries),
+            )
         return self._state_life(entry)
 
     def places(self) -> list[Place]:
@@ -208,7 +243,11 @@ class Lives:
 
     @cached_property
     def _values(self) -> dict[str, Value]:
-        return {name: value for value, name in self._names.items() if not isinstance(value.owner, StateEntry)}
+        return {
+            name: value
+            for value, name in self._names.items()
+            if not isinstance(value.owner, StateEntry)
+        }
 
     @cached_property
     def _entries(self) -> dict[str, StateEntry]:
@@ -223,16 +262,30 @@ class Lives:
         """Value -> what stages compute in its place."""
         pairs = {t.made: t.value for t in self._program.transfers if t.made is not None}
         twins = [(op.origin, op) for op in self._numbers if op.origin is not None]
-        pairs |= {copy: value for first, op in twins for value, copy in zip(first.results, op.results, strict=True)}
-        return _grouped((value, copy) for copy, value in pairs.items() if copy in self._names and value in self._names)
+        pairs |= {
+            copy: value
+            for first, op in twins
+            for value, copy in zip(first.results, op.results, strict=True)
+        }
+        return _grouped(
+            (value, copy)
+            for copy, value in pairs.items()
+            if copy in self._names and value in self._names
+        )
 
     @cached_property
     def _copied(self) -> dict[Value, Value]:
-        return {copy: value for value, copies in self._copies.items() for copy in copies}
+        return {
+            copy: value for value, copies in self._copies.items() for copy in copies
+        }
 
     @cached_property
     def _returned(self) -> dict[Value, list[int]]:
-        return _grouped((value, place) for place, item in enumerate(self._program.outputs) for value in leaves([item]))
+        return _grouped(
+            (value, place)
+            for place, item in enumerate(self._program.outputs)
+            for value in leaves([item])
+        )
 
     @cached_property
     def _overlaps(self) -> dict[int, list[StateEntry]]:
@@ -264,18 +317,36 @@ class Lives:
         number, stage = self._numbers[op]
         line = self._line(op)
         if op in self._yields:
-            return Place(number, stage, YIELD, scope_fqn(op.scope), op.loc, f"{YIELD} {line.partition('(')[2].removesuffix(')')}")
-        return Place(number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line)
+            return Place(
+                number,
+                stage,
+                YIELD,
+                scope_fqn(op.scope),
+                op.loc,
+                f"{YIELD} {line.partition('(')[2].removesuffix(')')}",
+            )
+        return Place(
+            number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line
+        )
 
     def _life(self, value: Value) -> ValueLife:
         kind, born = self._birth(value)
         copied = self._copied.get(value)
         return ValueLife(
-            self._names[value], kind, str(value.type), value_bytes(value.type), carries_grad(value.type),
-            self._place(born) if born is not None else None, self._versions(value), self._viewed(value, kind),
-            self._names[copied] if copied is not None else None, tuple(self._names[v] for v in self._copies.get(value, ())),
-            tuple(self._uses([value])), tuple(self._ways(value)), tuple(self._returned.get(value, ())),
-        )  # fmt: skip
+            self._names[value],
+            kind,
+            str(value.type),
+            value_bytes(value.type),
+            carries_grad(value.type),
+            self._place(born) if born is not None else None,
+            self._versions(value),
+            self._viewed(value, kind),
+            self._names[copied] if copied is not None else None,
+            tuple(self._names[v] for v in self._copies.get(value, ())),
+            tuple(self._uses([value])),
+            tuple(self._ways(value)),
+            tuple(self._returned.get(value, ())),
+        )
 
     def _birth(self, value: Value) -> tuple[str, Op | None]:
         if value in self._params:
@@ -297,33 +368,55 @@ class Lives:
         return self._lines_of_versions[value]
 
     def _writer(self, value: Value) -> Place | None:
-        return self._place(value.owner) if value.version_of is not None and isinstance(value.owner, Op) else None
+        return (
+            self._place(value.owner)
+            if value.version_of is not None and isinstance(value.owner, Op)
+            else None
+        )
 
     def _line_of(self, value: Value) -> list[Value]:
         line = [unwritten(value)]
         for version in line:
-            line += [op.versions[version] for op in version.uses if version in op.versions][:1]
+            line += [
+                op.versions[version] for op in version.uses if version in op.versions
+            ][:1]
         return line
 
     def _uses(self, line: list[Value]) -> list[Use]:
-        found = [Use(_how(op, value), self._names[value], self._place(op)) for value in line for op in value.uses if op in self._numbers]
+        found = [
+            Use(_how(op, value), self._names[value], self._place(op))
+            for value in line
+            for op in value.uses
+            if op in self._numbers
+        ]
         return sorted(found, key=lambda use: use.place.number)
 
     def _ways(self, value: Value) -> Iterator[Crossing]:
         for t in self._crossings.get(value, ()):
             made = self._names[t.made] if t.made is not None else None
-            yield Crossing(t.source, t.target, t.route, t.via, value_bytes(value.type), made)
+            yield Crossing(
+                t.source, t.target, t.route, t.via, value_bytes(value.type), made
+            )
 
     def _state_life(self, entry: StateEntry) -> StateLife:
         line = self._line_of(entry.value)
         held = ((stage.index, stage.state.get(entry)) for stage in self._program.stages)
         return StateLife(
-            entry.name, entry.names, entry.kind, str(entry.type), value_bytes(entry.type), entry.requires_grad,
-            tuple(n for n in entry.names if n in entry.transient), tuple(Holding(i, names) for i, names in held if names), entry.share,
-            tuple(e.name for e in self._overlaps[entry.storage] if e is not entry), self._versions(entry.value),
-            tuple(self._uses(line)), tuple(way for v in line for way in self._ways(v)),
+            entry.name,
+            entry.names,
+            entry.kind,
+            str(entry.type),
+            value_bytes(entry.type),
+            entry.requires_grad,
+            tuple(n for n in entry.names if n in entry.transient),
+            tuple(Holding(i, names) for i, names in held if names),
+            entry.share,
+            tuple(e.name for e in self._overlaps[entry.storage] if e is not entry),
+            self._versions(entry.value),
+            tuple(self._uses(line)),
+            tuple(way for v in line for way in self._ways(v)),
             tuple(sorted(place for v in line for place in self._returned.get(v, ()))),
-        )  # fmt: skip
+        )
 
 
 def _staged(program: Program) -> Iterator[tuple[int | None, Op]]:
@@ -361,13 +454,18 @@ def _plain(fqn: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The nearest names. Those that begin as `name` does stand first, for only the first thousands are compared."""
+    """The nearest names. Those that begin as `name` does stand first, for only the first thousands are
+    compared.
+    """
     return nearest(name, sorted(known, key=lambda other: -_alike(name, other)))
 
 
 def _alike(a: str, b: str) -> int:
     """How many letters two names begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+        min(len(a), len(b)),
+    )
 
 
 def _value_lines(life: ValueLife) -> Iterator[str]:
@@ -379,7 +477,12 @@ def _value_lines(life: ValueLife) -> Iterator[str]:
     yield from _end_lines(life.uses, life.returned)
 
 
-def _shared_lines(versions: tuple[Version, ...], views: list[str | None], copy: str | None, copies: tuple[str, ...]) -> Iterator[str]:
+def _shared_lines(
+    versions: tuple[Version, ...],
+    views: list[str | None],
+    copy: str | None,
+    copies: tuple[str, ...],
+) -> Iterator[str]:
     yield from _version_lines(versions)
     yield from (_row("view of", view) for view in views if view)
     if copy:
@@ -390,7 +493,11 @@ def _shared_lines(versions: tuple[Version, ...], views: list[str | None], copy: 
 
 def _version_lines(versions: tuple[Version, ...]) -> Iterator[str]:
     for version in versions if len(versions) > 1 else ():
-        yield _row("version", version.name + (f", written by {version.by}" if version.by else ", the first"))
+        yield _row(
+            "version",
+            version.name
+            + (f", written by {version.by}" if version.by else ", the first"),
+        )
 
 
 def _end_lines(uses: tuple[Use, ...], returned: tuple[int, ...]) -> Iterator[str]:
@@ -409,7 +516,10 @@ def _state_lines(life: StateLife) -> Iterator[str]:
     yield from (_row("storage", f"shared with {name}") for name in life.overlaps)
     if life.transient:
         yield _row("transient", ", ".join(life.transient))
-    yield from (_row("held", f"stage {held.stage} as {', '.join(held.names)}") for held in life.held)
+    yield from (
+        _row("held", f"stage {held.stage} as {', '.join(held.names)}")
+        for held in life.held
+    )
     if life.share:
         yield _row("shared", life.share)
     yield from _version_lines(life.versions)

@@ -56,7 +56,13 @@ _BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""
 _LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
 _DEVICE = re.compile(r"@([a-z]+(?::[0-9]{1,4})?)")
 _DEVICE_NAME = re.compile(r'"[a-z]+(?::[0-9]{1,4})?"')
-_WORDS: dict[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "nan": float("nan")}
+_WORDS: dict[str, Any] = {
+    "None": None,
+    "True": True,
+    "False": False,
+    "inf": float("inf"),
+    "nan": float("nan"),
+}
 
 
 def parse(source: str, file: str = "<string>") -> Program:
@@ -80,7 +86,9 @@ class _Parser:
         end = self._src.find("\n", pos)
         line = self._src[start : end if end >= 0 else None]
         number = self._src.count("\n", 0, pos) + 1
-        raise ParseError(what, file=self._file, line=number, column=pos - start + 1, source=line)
+        raise ParseError(
+            what, file=self._file, line=number, column=pos - start + 1, source=line
+        )
 
     def _skip(self, pattern: re.Pattern[str] = _SPACE) -> None:
         match = pattern.match(self._src, self._pos)
@@ -109,7 +117,11 @@ class _Parser:
         if not self._src.startswith(token, self._pos):
             return False
         end = self._pos + len(token)
-        if token[-1].isalnum() and end < len(self._src) and (self._src[end].isalnum() or self._src[end] in "_."):
+        if (
+            token[-1].isalnum()
+            and end < len(self._src)
+            and (self._src[end].isalnum() or self._src[end] in "_.")
+        ):
             return False
         self._pos = end
         return True
@@ -219,7 +231,9 @@ class _Parser:
     def _known(self, words: tuple[str, ...], what: str) -> str:
         word = self._need(_WORD, f"a {what}")
         if word[0] not in words:
-            self._fail(f"unknown {what} '{word[0]}': {nearest(word[0], words)}", word.start())
+            self._fail(
+                f"unknown {what} '{word[0]}': {nearest(word[0], words)}", word.start()
+            )
         return word[0]
 
     def _transient(self, entry: StateEntry) -> frozenset[str]:
@@ -272,7 +286,9 @@ class _Parser:
             start = self._here()
             name = self._fqn()
             if name not in self._states:
-                self._fail(f"unknown state '{name}': {nearest(name, self._states)}", start)
+                self._fail(
+                    f"unknown state '{name}': {nearest(name, self._states)}", start
+                )
             entry = self._states[name]
             stage.state[entry] = (*stage.state.get(entry, ()), name)
             if not self._accept(","):
@@ -293,7 +309,11 @@ class _Parser:
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
             if len(via) != transfer.hops or via != transfer.via:
-                shown = transfer.via if transfer.hops < 100 else f"between, all {transfer.hops}"
+                shown = (
+                    transfer.via
+                    if transfer.hops < 100
+                    else f"between, all {transfer.hops}"
+                )
                 self._fail(f"this transfer goes through stages {shown}", start)
         self._program.transfers.append(transfer)
 
@@ -328,7 +348,9 @@ class _Parser:
         if target == "module" and self._accept("."):
             return f"module.{self._string()}"
         if "." not in target:
-            self._fail(f"expected an op such as aten.add.Tensor, found '{target}'", start)
+            self._fail(
+                f"expected an op such as aten.add.Tensor, found '{target}'", start
+            )
         return target
 
     def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -351,7 +373,14 @@ class _Parser:
         self._list(one)
         return tuple(args), kwargs
 
-    def _clauses(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], types: list[Type]) -> Op:
+    def _clauses(
+        self,
+        target: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: list[str],
+        types: list[Type],
+    ) -> Op:
         op = Op(target, args, kwargs)
         for name, kind in zip(names, types, strict=True):
             self._define(name, op.add_result(kind, name))
@@ -383,7 +412,11 @@ class _Parser:
     def _views(self, op: Op) -> tuple[int | None, ...]:
         if self._accept("views"):
             self._expect("(")
-            return tuple(self._list(lambda: None if self._accept("-") else self._operand_index(op)))
+            return tuple(
+                self._list(
+                    lambda: None if self._accept("-") else self._operand_index(op)
+                )
+            )
         if self._accept("view"):
             self._expect("(")
             index = self._operand_index(op)
@@ -429,8 +462,16 @@ class _Parser:
         frames: list[Frame] = []
         start = self._here()
         while True:
-            name = self._string() if self._src.startswith('"', self._pos) else self._need(_PATH, "a module path")[0]
-            call = self._int() if self._src.startswith("~", self._pos) and self._accept("~") else 0
+            name = (
+                self._string()
+                if self._src.startswith('"', self._pos)
+                else self._need(_PATH, "a module path")[0]
+            )
+            call = (
+                self._int()
+                if self._src.startswith("~", self._pos) and self._accept("~")
+                else 0
+            )
             frames.append(Frame(name, call))
             if not self._src.startswith("/", self._pos):
                 self._check_path(".".join(frame.name for frame in frames), start)
@@ -502,10 +543,15 @@ class _Parser:
     def _resolve(self, name: str, start: int) -> Value:
         if name[0] == "@":
             if name[1:] not in self._states:
-                self._fail(f"unknown state '{name[1:]}': {nearest(name[1:], self._states)}", start)
+                self._fail(
+                    f"unknown state '{name[1:]}': {nearest(name[1:], self._states)}",
+                    start,
+                )
             return self._states[name[1:]].value
         if name[1:] not in self._values:
-            self._fail(f"{name} is not defined: {nearest(name[1:], self._values)}", start)
+            self._fail(
+                f"{name} is not defined: {nearest(name[1:], self._values)}", start
+            )
         return self._values[name[1:]]
 
     def _state_name(self) -> str:
@@ -558,7 +604,11 @@ class _Parser:
             return float("-inf")
         number = self._take(_NUMBER)
         if number:
-            return int(number[0]) if number[0].lstrip("-").isdecimal() else float(number[0])
+            return (
+                int(number[0])
+                if number[0].lstrip("-").isdecimal()
+                else float(number[0])
+            )
         return self._word()
 
     def _pair(self) -> tuple[Any, Any]:
@@ -598,8 +648,13 @@ class _Parser:
         if self._src.startswith("[", self._pos):
             return self._tensor_type(word, start)
         if word not in SCALAR_KINDS:
-            self._fail(f"unknown type '{word}': {nearest(word, [*SCALAR_KINDS, *DTYPES])}", start)
-        expr = self._balanced("(", ")") if self._src.startswith("(", self._pos) else None
+            self._fail(
+                f"unknown type '{word}': {nearest(word, [*SCALAR_KINDS, *DTYPES])}",
+                start,
+            )
+        expr = (
+            self._balanced("(", ")") if self._src.startswith("(", self._pos) else None
+        )
         return ScalarType(word, expr)
 
     def _tensor_type(self, dtype: str, start: int) -> TensorType:
@@ -642,24 +697,42 @@ class _Parser:
             self._fail("a size is missing", start)
         for size in sizes:
             if not is_expression(size):
-                self._fail(f"'{size[:40]}' is no size: a number, or an expression over sizes such as 2*s0", start)
+                self._fail(
+                    f"'{size[:40]}' is no size: a number, or an expression over sizes such as 2*s0",
+                    start,
+                )
         return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
 
 
-def _mode(captured: Any, training: Any = True, evaluating: Any = False, *others: Any) -> Mode:
+def _mode(
+    captured: Any, training: Any = True, evaluating: Any = False, *others: Any
+) -> Mode:
     """The literal of these parts. Raises TypeError for what none can have."""
-    plain = all(isinstance(item, (str, int, float, complex, NoneType, Token)) for item in (training, evaluating))
-    if not isinstance(captured, bool) or not plain or not all(isinstance(path, str) for path in others):
+    plain = all(
+        isinstance(item, (str, int, float, complex, NoneType, Token))
+        for item in (training, evaluating)
+    )
+    if (
+        not isinstance(captured, bool)
+        or not plain
+        or not all(isinstance(path, str) for path in others)
+    ):
         raise TypeError
     return Mode(captured, training, evaluating, others)
 
 
-_CALLED: dict[str, Callable[..., Any]] = {"slice": slice, "complex": complex, "mode": _mode}
+_CALLED: dict[str, Callable[..., Any]] = {
+    "slice": slice,
+    "complex": complex,
+    "mode": _mode,
+}
 """Literals that are written as a call."""
 
 
 def is_expression(text: str) -> bool:
-    """True for a number, and for what may be an expression over sizes: names, numbers, operators, calls; nothing else."""
+    """True for a number, and for what may be an expression over sizes: names, numbers, operators, calls;
+    nothing else.
+    """
     return len(text) <= MAX_SIZE and _SIZE.fullmatch(text) is not None
 
 
@@ -670,10 +743,19 @@ def _fits_context(kind: str, args: tuple[Any, ...]) -> bool:
     if kind == "transform":
         return [type(item) for item in args] == [int]
     if kind == "autocast":
-        plain = all(item is None or isinstance(item, (bool, Token)) for item in args[1:])
-        return 1 <= len(args) <= 4 and isinstance(args[0], str) and args[0].isidentifier() and plain
+        plain = all(
+            item is None or isinstance(item, (bool, Token)) for item in args[1:]
+        )
+        return (
+            1 <= len(args) <= 4
+            and isinstance(args[0], str)
+            and args[0].isidentifier()
+            and plain
+        )
     return not args
 
 
-_SIZE = re.compile(r"(?:[ ()+\-*/%,<>=!&|~]|(?<![A-Za-z0-9_.])(?:[A-Za-z][A-Za-z0-9_]*|[0-9]+(?:\.[0-9]+)?))+")
+_SIZE = re.compile(
+    r"(?:[ ()+\-*/%,<>=!&|~]|(?<![A-Za-z0-9_.])(?:[A-Za-z][A-Za-z0-9_]*|[0-9]+(?:\.[0-9]+)?))+"
+)
 _LOC_FILE = re.compile(r"[A-Za-z0-9_.]+")

@@ -56,8 +56,14 @@ def fqn_text(name: str) -> str:
 
 
 def fingerprint(program: Program) -> str:
-    """A digest of the program that is the same wherever it was traced: on another device, from files in another folder."""
-    lines = [line for line in _ON_DEVICE.sub("", text(program)).splitlines() if not line.startswith("  file ")]
+    """A digest of the program that is the same wherever it was traced: on another device, from files in
+    another folder.
+    """
+    lines = [
+        line
+        for line in _ON_DEVICE.sub("", text(program)).splitlines()
+        if not line.startswith("  file ")
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -77,7 +83,11 @@ def size_text(nbytes: int | None) -> str:
         size /= 1024
         del units[0]
     unit = units[0]
-    return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
+    return (
+        f"{size:.0f} {unit}"
+        if size >= 10 or size == int(size)
+        else f"{size:.1f} {unit}"
+    )
 
 
 def file_names(ops: Iterable[Op]) -> dict[str, str]:
@@ -104,7 +114,9 @@ class Printer:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._files = file_names(nested_ops(program.all_ops()))
-        self.names: dict[Value, str] = {e.value: fqn_text(e.name) for e in program.state}
+        self.names: dict[Value, str] = {
+            e.value: fqn_text(e.name) for e in program.state
+        }
         namer = Namer()
         for value in program.inputs:
             self._name(value, namer)
@@ -147,7 +159,9 @@ class Printer:
         kept = {op for op in p.all_ops() if keep(op)}
         touched = {v for op in kept for v in (*op.reads, *op.definitions())}
         yield f"program {fqn_text(p.name)} phase={p.phase} {{"
-        yield from (f"  input {self.names[v]} : {v.type}" for v in p.inputs if v in touched)
+        yield from (
+            f"  input {self.names[v]} : {v.type}" for v in p.inputs if v in touched
+        )
         yield from self._state([e for e in p.state if e.value in touched])
         if p.phase == "traced":
             yield from self._some(p.ops, kept, "  ")
@@ -156,7 +170,11 @@ class Printer:
                 yield f"  stage {stage.index} {self._bare(stage.inputs)} -> {self._bare(stage.outputs)} {{"
                 yield from self._some(stage.ops, kept, "    ")
                 yield "  }"
-        yield from (self._transfer(t) for t in p.transfers if t.value in touched or t.made in touched)
+        yield from (
+            self._transfer(t)
+            for t in p.transfers
+            if t.value in touched or t.made in touched
+        )
         yield "}"
 
     def _some(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
@@ -168,14 +186,21 @@ class Printer:
                 yield f"{indent}# {sum(1 for _ in run)} ops left out"
 
     def _state(self, entries: list[StateEntry]) -> Iterator[str]:
-        tensors, storages = Counter(e.tensor for e in entries), Counter(e.storage for e in entries)
+        tensors = Counter(e.tensor for e in entries)
+        storages = Counter(e.storage for e in entries)
         for e in entries:
             line = f"  state {fqn_text(e.name)} : {e.kind} {e.type}"
             if len(e.names) > 1:
                 line += f" names({', '.join(map(fqn_text, e.names[1:]))})"
             if e.transient:
-                some = [n for n in e.names if n in e.transient] if len(e.transient) < len(e.names) else []
-                line += " nonpersistent" + (f"({', '.join(map(fqn_text, some))})" if some else "")
+                some = (
+                    [n for n in e.names if n in e.transient]
+                    if len(e.transient) < len(e.names)
+                    else []
+                )
+                line += " nonpersistent" + (
+                    f"({', '.join(map(fqn_text, some))})" if some else ""
+                )
             if tensors[e.tensor] > 1:
                 line += f" tensor({e.tensor})"
             if storages[e.storage] > 1:
@@ -231,8 +256,14 @@ class Printer:
 
     def op_call(self, op: Op) -> str:
         """The op's target applied to its operands."""
-        args = [self._tree(a) for a in op.args] + [f"{k}={self._tree(a)}" for k, a in op.kwargs.items()]
-        return f"{target_text(op.target)}({', '.join(args)})" if op.target != SPLIT else "split"
+        args = [self._tree(a) for a in op.args] + [
+            f"{k}={self._tree(a)}" for k, a in op.kwargs.items()
+        ]
+        return (
+            f"{target_text(op.target)}({', '.join(args)})"
+            if op.target != SPLIT
+            else "split"
+        )
 
     def op_line(self, op: Op) -> str:
         """The op on one line, without its regions."""
@@ -254,7 +285,11 @@ class Printer:
     def _effects(self, op: Op) -> str:
         e, line = op.effects, ""
         viewed = ["-" if v is None else self._tree(_operand(op, v)) for v in e.views]
-        if len(set(viewed)) == 1 and viewed[0] != "-" and len(viewed) == len(op.results):
+        if (
+            len(set(viewed)) == 1
+            and viewed[0] != "-"
+            and len(viewed) == len(op.results)
+        ):
             line += f" view({viewed[0]})"
         elif viewed:
             line += f" views({', '.join(viewed)})"
@@ -274,7 +309,9 @@ class Printer:
         return f"{self._tree(old)} -> {self._tree(new)}{kind}"
 
     def _context(self, context: Context) -> str:
-        return context.kind + (f"({', '.join(map(self._tree, context.args))})" if context.args else "")
+        return context.kind + (
+            f"({', '.join(map(self._tree, context.args))})" if context.args else ""
+        )
 
     def _tree(self, tree: Any) -> str:
         if isinstance(tree, Value):
@@ -285,7 +322,11 @@ class Printer:
         if isinstance(tree, list):
             return f"[{', '.join(map(self._tree, tree))}]"
         if isinstance(tree, dict):
-            return "{" + ", ".join(f"{literal(k)}: {self._tree(v)}" for k, v in tree.items()) + "}"
+            return (
+                "{"
+                + ", ".join(f"{literal(k)}: {self._tree(v)}" for k, v in tree.items())
+                + "}"
+            )
         if isinstance(tree, slice):
             return f"slice({self._tree(tree.start)}, {self._tree(tree.stop)}, {self._tree(tree.step)})"
         return literal(tree)
@@ -293,7 +334,11 @@ class Printer:
 
 def _operand(op: Op, index: int) -> Value:
     """The operand at `index`, or a value that prints as undefined: messages show broken ops too."""
-    return op.operands[index] if 0 <= index < len(op.operands) else Value(OBJECT, f"operand {index}")
+    return (
+        op.operands[index]
+        if 0 <= index < len(op.operands)
+        else Value(OBJECT, f"operand {index}")
+    )
 
 
 def literal(item: Any) -> str:
@@ -314,8 +359,14 @@ def literal(item: Any) -> str:
 
 
 def _mode(item: Mode) -> str:
-    parts = [] if item.is_flag and not item.others else [literal(item.training), literal(item.evaluating)]
-    return f"mode({', '.join([str(item.captured), *parts, *map(literal, item.others)])})"
+    parts = (
+        []
+        if item.is_flag and not item.others
+        else [literal(item.training), literal(item.evaluating)]
+    )
+    return (
+        f"mode({', '.join([str(item.captured), *parts, *map(literal, item.others)])})"
+    )
 
 
 def target_text(target: Target) -> str:

@@ -31,7 +31,11 @@ def _with_labels() -> dict[str, Any]:
 
 
 def _masked() -> dict[str, Any]:
-    return {"input_ids": _tokens(), "attention_mask": torch.ones(_BATCH, _LENGTH, dtype=torch.long), "labels": _tokens()}
+    return {
+        "input_ids": _tokens(),
+        "attention_mask": torch.ones(_BATCH, _LENGTH, dtype=torch.long),
+        "labels": _tokens(),
+    }
 
 
 def _llama() -> nn.Module:
@@ -39,24 +43,46 @@ def _llama() -> nn.Module:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=_VOCABULARY, bos_token_id=1, eos_token_id=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=_VOCABULARY,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 
     logging.set_verbosity_error()  # it warns of a loss that is the default
-    config = GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=_VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_embd=64,
+        n_layer=4,
+        n_head=4,
+        vocab_size=_VOCABULARY,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return GPT2LMHeadModel(config)
 
 
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=64, d_ff=128, d_kv=16, num_layers=4, num_heads=4, vocab_size=_VOCABULARY, pad_token_id=0)
+    config = T5Config(
+        d_model=64,
+        d_ff=128,
+        d_kv=16,
+        num_layers=4,
+        num_heads=4,
+        vocab_size=_VOCABULARY,
+        pad_token_id=0,
+    )
     config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config)
 
@@ -66,10 +92,14 @@ def _bert() -> nn.Module:
 
     return BertForMaskedLM(
         BertConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=_VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=_VOCABULARY,
             max_position_embeddings=64,
         )
-    )  # fmt: skip
+    )
 
 
 def llama_405b() -> tuple[nn.Module, dict[str, Any]]:
@@ -77,16 +107,45 @@ def llama_405b() -> tuple[nn.Module, dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8,
-        vocab_size=128256, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.device("meta"):
-        return LlamaForCausalLM(config).eval(), {"input_ids": torch.zeros(1, 4096, dtype=torch.long), "use_cache": False}
+        return LlamaForCausalLM(config).eval(), {
+            "input_ids": torch.zeros(1, 4096, dtype=torch.long),
+            "use_cache": False,
+        }
 
 
 ARCHITECTURES = (
-    Architecture("LlamaForCausalLM", _llama, _with_labels, ("model.layers.1", "model.layers.2", "model.layers.3")),
-    Architecture("GPT2LMHeadModel", _gpt2, _with_labels, ("transformer.h.1", "transformer.h.2", "transformer.h.3")),
-    Architecture("T5ForConditionalGeneration", _t5, _with_labels, ("encoder.block.2", "decoder.block.0", "decoder.block.2")),
-    Architecture("BertForMaskedLM", _bert, _masked, ("bert.encoder.layer.1", "bert.encoder.layer.2", "bert.encoder.layer.3")),
+    Architecture(
+        "LlamaForCausalLM",
+        _llama,
+        _with_labels,
+        ("model.layers.1", "model.layers.2", "model.layers.3"),
+    ),
+    Architecture(
+        "GPT2LMHeadModel",
+        _gpt2,
+        _with_labels,
+        ("transformer.h.1", "transformer.h.2", "transformer.h.3"),
+    ),
+    Architecture(
+        "T5ForConditionalGeneration",
+        _t5,
+        _with_labels,
+        ("encoder.block.2", "decoder.block.0", "decoder.block.2"),
+    ),
+    Architecture(
+        "BertForMaskedLM",
+        _bert,
+        _masked,
+        ("bert.encoder.layer.1", "bert.encoder.layer.2", "bert.encoder.layer.3"),
+    ),
 )

@@ -1,9 +1,11 @@
-"""How near the automatic cuts come to the bound, and how far other ways to balance stay from it, on models of published sizes.
+"""How near the automatic cuts come to the bound, and how far other ways to balance stay from it, on models of
+published sizes.
 
     python -m stagecut.tools.bench.balance --models "Llama 8B" --stages 4 8 16
 
-Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any cuts. All ways are
-judged by the same costs: a roofline of one device. Nothing is run; models are on the meta device.
+Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any
+cuts. All ways are judged by the same costs: a roofline of one device. Nothing is run; models are on the meta
+device.
 """
 
 from __future__ import annotations
@@ -23,12 +25,26 @@ from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower
 from stagecut.tools.bench.models import MODELS
-from stagecut.tools.bench.rivals import blockpartition, equal_counts, equal_sums, partition_balanced
+from stagecut.tools.bench.rivals import (
+    blockpartition,
+    equal_counts,
+    equal_sums,
+    partition_balanced,
+)
 
-WAYS = ("stagecut", "stagecut, free links", "equal layers", "equal parameters", "torchgpipe", "DeepSpeed <= 0.10")
+WAYS = (
+    "stagecut",
+    "stagecut, free links",
+    "equal layers",
+    "equal parameters",
+    "torchgpipe",
+    "DeepSpeed <= 0.10",
+)
 
 
-def ways(program: Program, layers: list[str], stages: list[int], device: str) -> dict[int, dict[str, float]]:
+def ways(
+    program: Program, layers: list[str], stages: list[int], device: str
+) -> dict[int, dict[str, float]]:
     """Number of stages -> way -> the slowest stage over the bound; nan where there are too few layers."""
     where = replace(DEVICES[device], memory=math.inf)
     line = Line.of(program, Setting(where), {}, None, None)
@@ -37,17 +53,29 @@ def ways(program: Program, layers: list[str], stages: list[int], device: str) ->
     for count in stages:
         policy = Balanced(count, Setting(where), tolerance=0.0)
         plan, problem = policy.of_line(line), policy.problem(line)
-        alone = Balanced(count, free, tolerance=0.0).of_line(Line(line.ops, line.costs, free, line.returned))
+        alone = Balanced(count, free, tolerance=0.0).of_line(
+            Line(line.ops, line.costs, free, line.returned)
+        )
         found[count] = dict.fromkeys(WAYS, math.nan)
-        found[count] |= {"stagecut": plan.bottleneck / plan.bound, "stagecut, free links": alone.bottleneck / alone.bound}
+        found[count] |= {
+            "stagecut": plan.bottleneck / plan.bound,
+            "stagecut, free links": alone.bottleneck / alone.bound,
+        }
         if count <= len(layers):
             others = _others(line, layers, problem, count)
-            found[count] |= {name: max(problem.stage_seconds(cuts)) / plan.bound for name, cuts in others.items()}
+            found[count] |= {
+                name: max(problem.stage_seconds(cuts)) / plan.bound
+                for name, cuts in others.items()
+            }
     return found
 
 
-def _others(line: Line, layers: list[str], problem: Problem, count: int) -> dict[str, list[int]]:
-    """The cuts of the other ways. Who balances costs or parameters has what lies before and behind the layers as parts of its chain."""
+def _others(
+    line: Line, layers: list[str], problem: Problem, count: int
+) -> dict[str, list[int]]:
+    """The cuts of the other ways. Who balances costs or parameters has what lies before and behind the layers
+    as parts of its chain.
+    """
     chain = _chain(line.ops, layers)
     parts = [*itertools.pairwise(chain)]
     seconds = [float(problem.times[0][b] - problem.times[0][a]) for a, b in parts]
@@ -55,7 +83,9 @@ def _others(line: Line, layers: list[str], problem: Problem, count: int) -> dict
     only_layers = [0, *chain[first + 1 : first + len(layers)], len(line.ops)]
     return {
         "equal layers": _ends(equal_counts(len(layers), count), only_layers),
-        "equal parameters": _ends(equal_sums([_parameters(line, a, b) for a, b in parts], count), chain),
+        "equal parameters": _ends(
+            equal_sums([_parameters(line, a, b) for a, b in parts], count), chain
+        ),
         "torchgpipe": _ends(blockpartition(seconds, count), chain),
         "DeepSpeed <= 0.10": _ends(partition_balanced(seconds, count), chain),
     }
@@ -66,14 +96,21 @@ def _begin(ops: list[Op], path: str) -> int:
 
 
 def _chain(ops: list[Op], layers: list[str]) -> list[int]:
-    """Where the parts of a model begin that others balance: what comes first, each layer, and what comes behind the last one."""
+    """Where the parts of a model begin that others balance: what comes first, each layer, and what comes
+    behind the last one.
+    """
     begins = [_begin(ops, path) for path in layers]
     last = max(i for i, op in enumerate(ops) if runs_in(op, layers[-1]))
     return list(dict.fromkeys([0, *begins, last + 1, len(ops)]))
 
 
 def _parameters(line: Line, a: int, b: int) -> float:
-    entries = dict.fromkeys(entry for op in line.ops[a:b] for entry in line.held(op) if entry.kind == "param")
+    entries = dict.fromkeys(
+        entry
+        for op in line.ops[a:b]
+        for entry in line.held(op)
+        if entry.kind == "param"
+    )
     return float(state_bytes(entries)[0])
 
 
@@ -87,14 +124,28 @@ def _ends(lengths: list[int], places: list[int]) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table. Exit status 1 when a cut of ours is more than one percent above what another way found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    """Prints the table. Exit status 1 when a cut of ours is more than one percent above what another way
+    found.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=list(MODELS),
+        metavar="MODEL",
+    )
     parser.add_argument("--stages", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--device", default="H100", choices=list(DEVICES))
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     chosen = parser.parse_args(argv)
-    print(f"{'':16}{'stages':>7}" + "".join(f"{way:>21}" for way in WAYS) + f"{'cut s / trace s':>17}")
+    print(
+        f"{'':16}{'stages':>7}"
+        + "".join(f"{way:>21}" for way in WAYS)
+        + f"{'cut s / trace s':>17}"
+    )
     table: dict[str, dict[int, dict[str, float]]] = {}
     worse = 0
     for name in chosen.models:
@@ -108,7 +159,12 @@ def main(argv: list[str] | None = None) -> int:
         table[name] = ways(program, list(layers), chosen.stages, chosen.device)
         share = (time.perf_counter() - begin) / len(chosen.stages) / traced
         for count, row in table[name].items():
-            print(f"{name:16}{count:>7}" + "".join(f"{row[way]:>21.3f}" for way in WAYS) + f"{share:>17.3f}", flush=True)
+            print(
+                f"{name:16}{count:>7}"
+                + "".join(f"{row[way]:>21.3f}" for way in WAYS)
+                + f"{share:>17.3f}",
+                flush=True,
+            )
             worse += any(row["stagecut"] > 1.01 * row[way] for way in WAYS[2:])
     if chosen.json:
         chosen.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

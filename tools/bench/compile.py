@@ -1,4 +1,5 @@
-"""Compile cost: everything after tracing, against the splitter of torch.distributed.pipelining on the same trace.
+"""Compile cost: everything after tracing, against the splitter of torch.distributed.pipelining on the same
+trace.
 
 Times are compared within one run only; the machine's speed cancels out in the ratios.
 """
@@ -35,14 +36,28 @@ from stagecut.tools.bench.architectures import ARCHITECTURES, llama_405b
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small models and 1k, 10k ops only")
+    parser.add_argument(
+        "--quick", action="store_true", help="small models and 1k, 10k ops only"
+    )
     quick = parser.parse_args(argv).quick
-    print(f"{'model':28}{'ops':>7}{'stages':>8}{'ours/torch':>12}{'ours/trace':>12}{'memory/trace':>14}")
+    print(
+        f"{'model':28}{'ops':>7}{'stages':>8}{'ours/torch':>12}{'ours/trace':>12}{'memory/trace':>14}"
+    )
     for architecture in ARCHITECTURES:
         torch.manual_seed(0)
-        _row(architecture.name, lambda a=architecture: (a.make().eval(), a.inputs()), architecture.cuts, repeat=5)  # type: ignore[misc]
+        _row(
+            architecture.name,
+            lambda a=architecture: (a.make().eval(), a.inputs()),  # type: ignore[misc]
+            architecture.cuts,
+            repeat=5,
+        )
     if not quick:
-        _row("Llama 405B on meta", llama_405b, tuple(f"model.layers.{i}" for i in range(8, 128, 8)), repeat=3)
+        _row(
+            "Llama 405B on meta",
+            llama_405b,
+            tuple(f"model.layers.{i}" for i in range(8, 128, 8)),
+            repeat=3,
+        )
     print(f"\n{'synthetic chain':28}{'ops':>7}{'per op, relative to the first':>32}")
     first = 0.0
     for count in (1_000, 10_000) if quick else (10_000, 100_000):
@@ -52,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _row(name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], cuts: tuple[str, ...], repeat: int) -> None:
+def _row(
+    name: str,
+    make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]],
+    cuts: tuple[str, ...],
+    repeat: int,
+) -> None:
     model, kwargs = make()
     gc.collect()
     start_memory = _resident()
@@ -71,7 +91,10 @@ def _row(name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], 
     ours = _best(lambda: _compile(exported, model), repeat)
     theirs = _best(lambda: TorchPipe._from_traced(model, exported), repeat)
     memory = f"{own_memory / trace_memory:.2f}" if trace_memory > 2**24 else "-"
-    print(f"{name:28}{ops:>7}{stages:>8}{ours / theirs:>12.3f}{ours / traced:>12.3f}{memory:>14}", flush=True)
+    print(
+        f"{name:28}{ops:>7}{stages:>8}{ours / theirs:>12.3f}{ours / traced:>12.3f}{memory:>14}",
+        flush=True,
+    )
 
 
 def _compile(exported: ExportedProgram, model: torch.nn.Module) -> tuple[Program, Pipe]:
@@ -121,8 +144,15 @@ def _compile_chain(count: int) -> Pipe:
     for index in range(count):
         if index and index % (count // 8) == 0:
             graph.call_function(aten_pipe_split_alias, ())
-        value = graph.call_function(torch.ops.aten.add.Tensor, (value, skip if index % 100 == 0 else weight))
-        value.meta = {"val": sample, "nn_module_stack": {f"layers.{index // 50}": (f"layers.{index // 50}", None)}}
+        value = graph.call_function(
+            torch.ops.aten.add.Tensor, (value, skip if index % 100 == 0 else weight)
+        )
+        value.meta = {
+            "val": sample,
+            "nn_module_stack": {
+                f"layers.{index // 50}": (f"layers.{index // 50}", None)
+            },
+        }
         skip = value if index % 100 == 50 else skip
     graph.output((value,))
     program, bindings = Program("chain"), Bindings()
@@ -131,7 +161,9 @@ def _compile_chain(count: int) -> Pipe:
     program.state.append(entry)
     bindings.tensors["weight"] = torch.nn.Parameter(sample)
     env: dict[fx.Node, Any] = {x: program.add_input(kind, "x"), weight: entry.value}
-    program.set_outputs(list(Lowering(program, bindings).run(graph.nodes, env, program.ops, ())))
+    program.set_outputs(
+        list(Lowering(program, bindings).run(graph.nodes, env, program.ops, ()))
+    )
     run_passes(program, default_pipeline())
     return Pipe(program, bindings)
 

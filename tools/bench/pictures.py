@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,25 +43,32 @@ class Net(nn.Module):
         return self.head(self.last(y) + x)  # type: ignore[no-any-return]
 
 
-def _net(**view: object) -> str:
-    return pipeline(Net(), (torch.zeros(8, dtype=torch.long),)).to_svg(**view, renderer=PURE)  # type: ignore[arg-type]
+def _net(**view: Any) -> str:
+    pipe = pipeline(Net(), (torch.zeros(8, dtype=torch.long),))
+    return pipe.to_svg(**view, renderer=PURE)
 
 
 def _unet() -> str:
-    return pipeline(UNet(8, 4), (torch.randn(2, 3, 64, 64),), stages=4, check=None).to_svg(renderer=PURE)
+    return pipeline(
+        UNet(8, 4), (torch.randn(2, 3, 64, 64),), stages=4, check=None
+    ).to_svg(renderer=PURE)
 
 
 def _llama() -> str:
     """Stage 3 of 16 of Llama 405B: eight equal layers."""
     example = MODELS["Llama 405B"]()
     cuts = dict.fromkeys(example.layers[8::8], SplitPoint.BEGINNING)
-    pipe = pipeline(example.model, example.args, example.kwargs, split_spec=cuts, check=None)
+    pipe = pipeline(
+        example.model, example.args, example.kwargs, split_spec=cuts, check=None
+    )
     return pipe.to_svg(level="modules", stage=3, renderer=PURE)
 
 
 def _schedule(name: str, stages: int) -> str:
     setting = Setting(schedule=name, n_microbatches=8, ranks=None if stages == 4 else 4)
-    return simulate(setting, [0.01] * stages, [0.02] * stages, [0.0005] * (stages - 1)).to_svg()
+    return simulate(
+        setting, [0.01] * stages, [0.02] * stages, [0.0005] * (stages - 1)
+    ).to_svg()
 
 
 PICTURES: dict[str, Callable[[], str]] = {
@@ -82,7 +90,10 @@ def main(arguments: Sequence[str]) -> int:
     names = arguments[1:] or list(PICTURES)
     unknown = [name for name in names if name not in PICTURES]
     if unknown:
-        print(f"there is no picture '{unknown[0]}'; known: {', '.join(PICTURES)}", file=sys.stderr)
+        print(
+            f"there is no picture '{unknown[0]}'; known: {', '.join(PICTURES)}",
+            file=sys.stderr,
+        )
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME of transformers, FILE.pt2, FILE.ir, - for text"
+        "source",
+        metavar="SOURCE",
+        help="FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME of transformers, FILE.pt2, FILE.ir, - for text",
     )
     _add_model(parser.add_argument_group("the model"))
     _add_cuts(parser.add_argument_group("where to cut"))
@@ -105,65 +107,211 @@ def _depth(text: str) -> int:
     """How deep modules are opened, from 0 on."""
     number = int(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} opens no modules; 0 shows one box for each outermost module")
+        raise argparse.ArgumentTypeError(
+            f"{number} opens no modules; 0 shows one box for each outermost module"
+        )
     return number
 
 
 def _directory(text: str) -> Path:
     """Where files go. An empty name, as of a variable that is not set, would be the working directory."""
     if not text:
-        raise argparse.ArgumentTypeError("the name is empty; '.' is the working directory")
+        raise argparse.ArgumentTypeError(
+            "the name is empty; '.' is the working directory"
+        )
     return Path(text)
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument("--config", metavar="FILE|K=V", action="append", default=[], help="hf: settings of the config (default: small)")
-    group.add_argument("--meta", action="store_true", help="hf: on the meta device, at any size without memory")
-    group.add_argument("--batch", metavar="N", type=_positive, default=2, help="hf: rows of the inputs (default: 2)")
-    group.add_argument("--length", metavar="N", type=_positive, default=16, help="hf: tokens of each row (default: 16)")
-    group.add_argument("--leaf", metavar="NAME", action="append", default=[], help="keep module NAME whole, as leaf_modules= does")
-    group.add_argument("--trust", action="store_true", help="open a .pt2, which may run code that is inside")
+    group.add_argument(
+        "--config",
+        metavar="FILE|K=V",
+        action="append",
+        default=[],
+        help="hf: settings of the config (default: small)",
+    )
+    group.add_argument(
+        "--meta",
+        action="store_true",
+        help="hf: on the meta device, at any size without memory",
+    )
+    group.add_argument(
+        "--batch",
+        metavar="N",
+        type=_positive,
+        default=2,
+        help="hf: rows of the inputs (default: 2)",
+    )
+    group.add_argument(
+        "--length",
+        metavar="N",
+        type=_positive,
+        default=16,
+        help="hf: tokens of each row (default: 16)",
+    )
+    group.add_argument(
+        "--leaf",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="keep module NAME whole, as leaf_modules= does",
+    )
+    group.add_argument(
+        "--trust",
+        action="store_true",
+        help="open a .pt2, which may run code that is inside",
+    )
 
 
 def _add_cuts(group: Any) -> None:
-    group.add_argument("--split-at", metavar="NAME", action="append", default=[], help="cut before module NAME (NAME:end: behind it)")
-    group.add_argument("--stages", metavar="N", type=_positive, help="cut into N stages that are balanced by predicted time")
-    group.add_argument("--schedule", default="1F1B", help="what --stages and --report reckon with (default: 1F1B)")
-    group.add_argument("--microbatches", metavar="N", type=_positive, default=8, help="so many of them (default: 8)")
-    group.add_argument("--device", default="H100", help="and this device: H100, H200, A100, ... (default: H100)")
+    group.add_argument(
+        "--split-at",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="cut before module NAME (NAME:end: behind it)",
+    )
+    group.add_argument(
+        "--stages",
+        metavar="N",
+        type=_positive,
+        help="cut into N stages that are balanced by predicted time",
+    )
+    group.add_argument(
+        "--schedule",
+        default="1F1B",
+        help="what --stages and --report reckon with (default: 1F1B)",
+    )
+    group.add_argument(
+        "--microbatches",
+        metavar="N",
+        type=_positive,
+        default=8,
+        help="so many of them (default: 8)",
+    )
+    group.add_argument(
+        "--device",
+        default="H100",
+        help="and this device: H100, H200, A100, ... (default: H100)",
+    )
 
 
 def _add_shown(group: Any) -> None:
-    group.add_argument("--passes", metavar="A,B", help="run just these ('all' for all); default: all on a model, none on IR text")
-    group.add_argument("--stop-after", metavar="PASS", help="run no pass behind this one")
-    group.add_argument("--print-after", metavar="PASS", action="append", default=[], help="the program after PASS, or after 'all'")
-    group.add_argument("--print-before", metavar="PASS", action="append", default=[], help="the program before PASS, or before 'all'")
-    group.add_argument("--diff", action="store_true", help="what each pass changes, as a diff")
-    group.add_argument("--stats", action="store_true", help="ops, values, state and bytes that cross, after each pass")
-    group.add_argument("--time", action="store_true", help="how long tracing and each pass take, as parts of the whole")
     group.add_argument(
-        "--only", metavar="stage=N|scope=NAME", action="append", default=[], help="only one stage, the ops of one module, or both"
+        "--passes",
+        metavar="A,B",
+        help="run just these ('all' for all); default: all on a model, none on IR text",
     )
-    group.add_argument("--trace-value", metavar="NAME", help="where a value is born, written, read, sent, and last used")
-    group.add_argument("--trace-param", metavar="FQN", help="a parameter's or buffer's names, owners, uses and policy")
-    group.add_argument("--report", action="store_true", help="what the stages cost; also as --format json or svg")
-    group.add_argument("--timeline", action="store_true", help="what each rank does when, predicted: svg, or json for Chrome's tracing")
-    group.add_argument("--format", choices=FORMATS, default="text", help="what to write (default: text)")
-    group.add_argument("--level", choices=["stages", "modules", "ops"], default="stages", help="dot, svg: what a node is (default: stages)")
-    group.add_argument("--depth", metavar="N", type=_depth, help="dot, svg: fold modules that lie deeper")
-    group.add_argument("-o", dest="directory", metavar="DIR", type=_directory, help="write files into DIR instead of standard output")
+    group.add_argument(
+        "--stop-after", metavar="PASS", help="run no pass behind this one"
+    )
+    group.add_argument(
+        "--print-after",
+        metavar="PASS",
+        action="append",
+        default=[],
+        help="the program after PASS, or after 'all'",
+    )
+    group.add_argument(
+        "--print-before",
+        metavar="PASS",
+        action="append",
+        default=[],
+        help="the program before PASS, or before 'all'",
+    )
+    group.add_argument(
+        "--diff", action="store_true", help="what each pass changes, as a diff"
+    )
+    group.add_argument(
+        "--stats",
+        action="store_true",
+        help="ops, values, state and bytes that cross, after each pass",
+    )
+    group.add_argument(
+        "--time",
+        action="store_true",
+        help="how long tracing and each pass take, as parts of the whole",
+    )
+    group.add_argument(
+        "--only",
+        metavar="stage=N|scope=NAME",
+        action="append",
+        default=[],
+        help="only one stage, the ops of one module, or both",
+    )
+    group.add_argument(
+        "--trace-value",
+        metavar="NAME",
+        help="where a value is born, written, read, sent, and last used",
+    )
+    group.add_argument(
+        "--trace-param",
+        metavar="FQN",
+        help="a parameter's or buffer's names, owners, uses and policy",
+    )
+    group.add_argument(
+        "--report",
+        action="store_true",
+        help="what the stages cost; also as --format json or svg",
+    )
+    group.add_argument(
+        "--timeline",
+        action="store_true",
+        help="what each rank does when, predicted: svg, or json for Chrome's tracing",
+    )
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="text",
+        help="what to write (default: text)",
+    )
+    group.add_argument(
+        "--level",
+        choices=["stages", "modules", "ops"],
+        default="stages",
+        help="dot, svg: what a node is (default: stages)",
+    )
+    group.add_argument(
+        "--depth",
+        metavar="N",
+        type=_depth,
+        help="dot, svg: fold modules that lie deeper",
+    )
+    group.add_argument(
+        "-o",
+        dest="directory",
+        metavar="DIR",
+        type=_directory,
+        help="write files into DIR instead of standard output",
+    )
 
 
 def _add_checks(group: Any) -> None:
-    group.add_argument("--verify-each", action="store_true", help="hold the program to its invariants after every pass")
-    group.add_argument("--check-each", action="store_true", help="run it before and after every pass, and compare")
-    group.add_argument("--bisect", action="store_true", help="name the first pass after which results differ, and what differs")
+    group.add_argument(
+        "--verify-each",
+        action="store_true",
+        help="hold the program to its invariants after every pass",
+    )
+    group.add_argument(
+        "--check-each",
+        action="store_true",
+        help="run it before and after every pass, and compare",
+    )
+    group.add_argument(
+        "--bisect",
+        action="store_true",
+        help="name the first pass after which results differ, and what differs",
+    )
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
     import shtab
 
-    shtab.add_argument_to(parser, "--print-completion", help="a script with which that shell completes this command")
+    shtab.add_argument_to(
+        parser,
+        "--print-completion",
+        help="a script with which that shell completes this command",
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -174,26 +322,43 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _printed(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The passes that are named to print the program after or before them, with the option that names them."""
-    after, before = ([name for name in names if name != "all"] for names in (options.print_after, options.print_before))
-    return [*(("--print-after", name) for name in after), *(("--print-before", name) for name in before)]
+    """The passes that are named to print the program after or before them, with the option that names
+    them.
+    """
+    after, before = (
+        [name for name in names if name != "all"]
+        for names in (options.print_after, options.print_before)
+    )
+    return [
+        *(("--print-after", name) for name in after),
+        *(("--print-before", name) for name in before),
+    ]
 
 
 def _known_pass(option: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        raise InputError(f"unknown pass '{name}' after {option}", hint=nearest(name, known))
+        raise InputError(
+            f"unknown pass '{name}' after {option}", hint=nearest(name, known)
+        )
 
 
 def _passes(options: argparse.Namespace, is_model: bool) -> list[Pass]:
     """The passes to run, in order."""
-    splits = FindSplits(tuple(_split_point(name) for name in options.split_at), _policy(options))
+    splits = FindSplits(
+        tuple(_split_point(name) for name in options.split_at), _policy(options)
+    )
     if options.passes == "all" or (options.passes is None and is_model):
         chosen = default_pipeline(splits)
     else:
         names = [name for name in (options.passes or "").split(",") if name]
-        chosen = [splits if name == FindSplits.name else pass_by_name(name) for name in names]
+        chosen = [
+            splits if name == FindSplits.name else pass_by_name(name) for name in names
+        ]
     if (options.stages is not None or options.split_at) and splits not in chosen:
-        raise InputError("where to cut is said, and the pass that cuts is not run", hint="--passes all")
+        raise InputError(
+            "where to cut is said, and the pass that cuts is not run",
+            hint="--passes all",
+        )
     if options.stop_after is not None:
         chosen = chosen[: _place("--stop-after", options.stop_after, chosen) + 1]
     for option, name in _printed(options):
@@ -205,7 +370,10 @@ def _place(option: str, name: str, chosen: list[Pass]) -> int:
     """Where a pass that an option names is in those that run."""
     ran = [step.name for step in chosen]
     if name not in ran:
-        raise InputError(f"{option} {name}: this pass is not run", hint=nearest(name, ran) if ran else "--passes all")
+        raise InputError(
+            f"{option} {name}: this pass is not run",
+            hint=nearest(name, ran) if ran else "--passes all",
+        )
     return ran.index(name)
 
 
@@ -216,7 +384,11 @@ def _policy(options: argparse.Namespace) -> Any:
         return None
     from stagecut.backend.costs.balance import Balanced, Setting
 
-    balanced = Balanced(options.stages, Setting(options.device, options.schedule, options.microbatches), budget=math.inf)
+    balanced = Balanced(
+        options.stages,
+        Setting(options.device, options.schedule, options.microbatches),
+        budget=math.inf,
+    )
 
     def cuts(program: Program) -> list[int]:
         options.plan = balanced.plan(program)
@@ -228,9 +400,14 @@ def _policy(options: argparse.Namespace) -> Any:
 def _split_point(name: str) -> tuple[str, str]:
     module, _, side = name.partition(":")
     if not module:
-        raise InputError(f"--split-at '{name}' names no module", hint="--split-at layers.4")
+        raise InputError(
+            f"--split-at '{name}' names no module", hint="--split-at layers.4"
+        )
     if side not in ("", BEGINNING, END):
-        raise InputError(f"--split-at {name}: '{side}' is no side of a module", hint=f"'{module}' or '{module}:end'")
+        raise InputError(
+            f"--split-at {name}: '{side}' is no side of a module",
+            hint=f"'{module}' or '{module}:end'",
+        )
     return module, side or BEGINNING
 
 

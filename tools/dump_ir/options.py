@@ -7,7 +7,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-LOOKS = ("print_after", "print_before", "diff", "stats", "time", "trace_value", "trace_param")
+LOOKS = (
+    "print_after",
+    "print_before",
+    "diff",
+    "stats",
+    "time",
+    "trace_value",
+    "trace_param",
+)
 """Options that print something of their own; the program is then written only as a file."""
 
 WRITTEN = ("format", "report", "timeline", "only", "level", "depth")
@@ -49,21 +57,43 @@ def _is_picture(options: Namespace) -> bool:
 
 
 def _runs_passes(options: Namespace) -> bool:
-    return bool(options.passes) or (options.passes is None and not is_text(options.source))
+    return bool(options.passes) or (
+        options.passes is None and not is_text(options.source)
+    )
 
 
 RULES = (
-    Rule(("config", "meta", "batch", "length"), "needs a SOURCE hf:NAME", lambda o: o.source.startswith("hf:")),
-    Rule(("leaf",), "needs a SOURCE in Python: FILE.py:FACTORY, pkg.mod:FACTORY or hf:NAME", lambda o: _is_python(o.source)),
+    Rule(
+        ("config", "meta", "batch", "length"),
+        "needs a SOURCE hf:NAME",
+        lambda o: o.source.startswith("hf:"),
+    ),
+    Rule(
+        ("leaf",),
+        "needs a SOURCE in Python: FILE.py:FACTORY, pkg.mod:FACTORY or hf:NAME",
+        lambda o: _is_python(o.source),
+    ),
     Rule(("trust",), "needs a SOURCE FILE.pt2", lambda o: o.source.endswith(".pt2")),
-    Rule(("split_at",), "does not go with --stages: both say where to cut", lambda o: o.stages is None),
+    Rule(
+        ("split_at",),
+        "does not go with --stages: both say where to cut",
+        lambda o: o.stages is None,
+    ),
     Rule(
         ("schedule", "microbatches", "device"),
         "needs --stages, --report, --timeline or --format html",
         lambda o: o.stages is not None or o.report or o.timeline or o.format == "html",
     ),
-    Rule(("diff", "check_each", "bisect"), "needs passes to run: --passes all, or --passes A,B", _runs_passes),
-    Rule((*LOOKS, *WRITTEN), "does not go with --bisect, which prints its verdict and nothing else", lambda o: not o.bisect),
+    Rule(
+        ("diff", "check_each", "bisect"),
+        "needs passes to run: --passes all, or --passes A,B",
+        _runs_passes,
+    ),
+    Rule(
+        (*LOOKS, *WRITTEN),
+        "does not go with --bisect, which prints its verdict and nothing else",
+        lambda o: not o.bisect,
+    ),
     *(
         Rule(
             WRITTEN,
@@ -72,28 +102,77 @@ RULES = (
         )
         for look in LOOKS
     ),
-    Rule(("timeline",), "does not go with --report: ask for one of them", lambda o: not o.report),
-    Rule(("timeline",), "needs --format svg or --format json", lambda o: o.format in ("svg", "json")),
-    Rule(("report",), "needs --format text, json or svg", lambda o: o.format in ("text", "json", "svg")),
-    Rule(("only",), "shows a part of the program: it needs --format text, json, dot or svg, and no --report or --timeline", _is_program),
-    Rule(("only",), "takes one stage=N and one scope=NAME, not two of a kind", lambda o: len(set(_kinds(o))) == len(o.only)),
-    Rule(("only",), "takes a stage=N for a picture, not a scope=NAME", lambda o: not _is_picture(o) or "scope" not in _kinds(o)),
-    Rule(("level", "depth"), "needs --format dot or svg, and no --report or --timeline", _is_picture),
-    Rule(("level",), "takes modules or ops next to --only, not stages", lambda o: o.level != "stages" or not o.only),
-    Rule(("depth",), "needs --level modules, --level ops or --only stage=N", lambda o: o.level != "stages" or bool(o.only)),
+    Rule(
+        ("timeline",),
+        "does not go with --report: ask for one of them",
+        lambda o: not o.report,
+    ),
+    Rule(
+        ("timeline",),
+        "needs --format svg or --format json",
+        lambda o: o.format in ("svg", "json"),
+    ),
+    Rule(
+        ("report",),
+        "needs --format text, json or svg",
+        lambda o: o.format in ("text", "json", "svg"),
+    ),
+    Rule(
+        ("only",),
+        "shows a part of the program: it needs --format text, json, dot or svg, and no --report or "
+        "--timeline",
+        _is_program,
+    ),
+    Rule(
+        ("only",),
+        "takes one stage=N and one scope=NAME, not two of a kind",
+        lambda o: len(set(_kinds(o))) == len(o.only),
+    ),
+    Rule(
+        ("only",),
+        "takes a stage=N for a picture, not a scope=NAME",
+        lambda o: not _is_picture(o) or "scope" not in _kinds(o),
+    ),
+    Rule(
+        ("level", "depth"),
+        "needs --format dot or svg, and no --report or --timeline",
+        _is_picture,
+    ),
+    Rule(
+        ("level",),
+        "takes modules or ops next to --only, not stages",
+        lambda o: o.level != "stages" or not o.only,
+    ),
+    Rule(
+        ("depth",),
+        "needs --level modules, --level ops or --only stage=N",
+        lambda o: o.level != "stages" or bool(o.only),
+    ),
 )
 """In this order; the first rule that is broken is told."""
 
 
 def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
-    """The options that a command line names, those that say what holds anyway included; but text is what most of them write."""
+    """The options that a command line names, those that say what holds anyway included; but text is what most
+    of them write.
+    """
     nothing = Namespace(**{action.dest: None for action in parser._actions})
-    named = {name: value for name, value in vars(parser.parse_args(argv, nothing)).items() if value is not None}
-    return {name for name, value in named.items() if name != "source" and (name, value) != ("format", "text")}
+    named = {
+        name: value
+        for name, value in vars(parser.parse_args(argv, nothing)).items()
+        if value is not None
+    }
+    return {
+        name
+        for name, value in named.items()
+        if name != "source" and (name, value) != ("format", "text")
+    }
 
 
 def misuse(options: Namespace) -> str | None:
-    """What is wrong with the options as a whole, None for nothing. `options.given` are those that were named."""
+    """What is wrong with the options as a whole, None for nothing. `options.given` are those that were
+    named.
+    """
     for rule in RULES:
         for name in rule.options:
             if name in options.given and not rule.holds(options):

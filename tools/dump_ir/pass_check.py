@@ -1,4 +1,6 @@
-"""Runs a program with the reference interpreter before and after each pass, and says which op computes something else."""
+"""Runs a program with the reference interpreter before and after each pass, and says which op computes
+something else.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Feed:
-    """What a program is run on: flat inputs, and what its names are bound to; `drawn` where nobody gave them."""
+    """What a program is run on: flat inputs, and what its names are bound to; `drawn` where nobody gave
+    them.
+    """
 
     inputs: Sequence[Any]
     bindings: Bindings
@@ -37,7 +41,9 @@ class Feed:
 
 @dataclass
 class Run:
-    """What one run left: results of every op, outputs, state by name and who wrote it, gradients of trained state, the random state."""
+    """What one run left: results of every op, outputs, state by name and who wrote it, gradients of trained
+    state, the random state.
+    """
 
     results: dict[Op, list[Any]] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
@@ -54,12 +60,23 @@ class Difference(StagecutError):
 def interpret(program: Program, feed: Feed) -> Run:
     """One run of the reference interpreter, forward and backward. The global random state is as before."""
     names = program.name_owners().keys()
-    if any(isinstance(item, torch.Tensor) and item.is_meta for item in [*feed.inputs, *feed.bindings.tensors.values()]):
-        raise InputError("the program is to be run, and its tensors have no values: they are on the meta device", hint="check a small one")
+    if any(
+        isinstance(item, torch.Tensor) and item.is_meta
+        for item in [*feed.inputs, *feed.bindings.tensors.values()]
+    ):
+        raise InputError(
+            "the program is to be run, and its tensors have no values: they are on the meta device",
+            hint="check a small one",
+        )
     if lost := [name for name in feed.bindings.tensors if name not in names]:
-        raise Difference(f"the name '{lost[0]}' is gone from the program's state", where=f"state '{lost[0]}'")
+        raise Difference(
+            f"the name '{lost[0]}' is gone from the program's state",
+            where=f"state '{lost[0]}'",
+        )
     if strange := [name for name in names if name not in feed.bindings.tensors]:
-        raise Difference(f"the model has no '{strange[0]}'", where=f"state '{strange[0]}'")
+        raise Difference(
+            f"the model has no '{strange[0]}'", where=f"state '{strange[0]}'"
+        )
     done = Run(writers=_writers(program))
 
     def watch(op: Op, results: list[Any]) -> None:
@@ -67,21 +84,40 @@ def interpret(program: Program, feed: Feed) -> Run:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        outputs, state = run(program, feed.inputs, feed.bindings.tensors, feed.bindings, watch)
+        outputs, state = run(
+            program, feed.inputs, feed.bindings.tensors, feed.bindings, watch
+        )
         done.random = torch.get_rng_state()
     done.outputs = [_kept(item) for item in outputs]
     done.state = {name: _kept(tensor) for name, tensor in state.items()}
-    done.gradients = _gradients(outputs, {name: tensor for name, tensor in state.items() if tensor.requires_grad})
+    done.gradients = _gradients(
+        outputs,
+        {name: tensor for name, tensor in state.items() if tensor.requires_grad},
+    )
     return done
 
 
-def _gradients(outputs: list[Any], trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """By name; none where the model cannot go backward, such as one that overwrites what its backward needs."""
-    losses = [o.float().sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad and not o.is_complex()]
+def _gradients(
+    outputs: list[Any], trained: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    """By name; none where the model cannot go backward, such as one that overwrites what its backward
+    needs.
+    """
+    losses = [
+        o.float().sum()
+        for o in outputs
+        if isinstance(o, torch.Tensor) and o.requires_grad and not o.is_complex()
+    ]
     if not losses or not trained:
         return {}
     try:
-        return dict(zip(trained, torch.autograd.grad(losses, list(trained.values()), allow_unused=True), strict=True))
+        return dict(
+            zip(
+                trained,
+                torch.autograd.grad(losses, list(trained.values()), allow_unused=True),
+                strict=True,
+            )
+        )
     except RuntimeError:
         return {}
 
@@ -91,27 +127,47 @@ def _kept(item: Any) -> Any:
 
 
 def compare(program: Program, before: Run, after: Run) -> None:
-    """Raises Difference at the first op of `program`, output, state or gradient that is not what it was before."""
+    """Raises Difference at the first op of `program`, output, state or gradient that is not what it was
+    before.
+    """
     stages = {op: stage.index for stage in program.stages for op in stage.ops}
     for op, results in after.results.items():
         wanted = before.results.get(op)
-        if wanted is not None and not facts(op).uninitialised and not all(map(_same, wanted, results)):
-            raise Difference(f"{line_of(program, op).strip()}\n  computes something else than before", where=_where(op, stages))
+        if (
+            wanted is not None
+            and not facts(op).uninitialised
+            and not all(map(_same, wanted, results))
+        ):
+            raise Difference(
+                f"{line_of(program, op).strip()}\n  computes something else than before",
+                where=_where(op, stages),
+            )
     for name, tensor in before.state.items():
         if not _same(tensor, after.state.get(name)):
             writer = before.writers.get(name) or after.writers.get(name)
-            gone = f": {writer.target}, which wrote it, is gone" if writer is not None and writer not in after.results else ""
+            gone = (
+                f": {writer.target}, which wrote it, is gone"
+                if writer is not None and writer not in after.results
+                else ""
+            )
             where = _where(writer, stages) if writer is not None else f"state '{name}'"
-            raise Difference(f"'{name}' holds something else afterwards{gone}", where=where)
+            raise Difference(
+                f"'{name}' holds something else afterwards{gone}", where=where
+            )
     for place, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=True)):
         if not _same(old, new):
             owner = getattr(program.outputs[place], "owner", None)
-            raise Difference(f"output {place} is something else", where=_where(owner, stages) if isinstance(owner, Op) else "")
+            raise Difference(
+                f"output {place} is something else",
+                where=_where(owner, stages) if isinstance(owner, Op) else "",
+            )
     if not torch.equal(before.random, after.random):
         raise Difference("random numbers are drawn otherwise")
     for name, gradient in before.gradients.items():
         if name in after.gradients and not _close(gradient, after.gradients[name]):
-            raise Difference(f"the gradient of '{name}' differs", where=f"state '{name}'")
+            raise Difference(
+                f"the gradient of '{name}' differs", where=f"state '{name}'"
+            )
 
 
 def _where(op: Op, stages: dict[Op, int]) -> str:
@@ -121,12 +177,20 @@ def _where(op: Op, stages: dict[Op, int]) -> str:
 def _writers(program: Program) -> dict[str, Op]:
     """State name -> the last op that writes it, through whatever versions and views."""
     names = {entry.value: entry.names for entry in program.state}
-    return {name: op for op, value in writes_of(program.all_ops(), names) for name in names[value]}
+    return {
+        name: op
+        for op, value in writes_of(program.all_ops(), names)
+        for name in names[value]
+    }
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
-        if not isinstance(other, torch.Tensor) or one.dtype != other.dtype or one.shape != other.shape:
+        if (
+            not isinstance(other, torch.Tensor)
+            or one.dtype != other.dtype
+            or one.shape != other.shape
+        ):
             return False
         if one.is_meta:
             return True
@@ -138,13 +202,21 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     scale = float(one.abs().nan_to_num(0, 0, 0).max()) if one.numel() else 1.0
-    return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, scale), equal_nan=True)
+    return torch.allclose(
+        one, other, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, scale), equal_nan=True
+    )
 
 
-def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Callable[[PassRecord, Program], None]) -> None:
+def check_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    feed: Feed,
+    after: Callable[[PassRecord, Program], None],
+) -> None:
     """Runs passes as run_passes does, and the interpreter around each.
 
-    Raises Difference at the first pass that changes what the program computes; its message names op, stage and source line.
+    Raises Difference at the first pass that changes what the program computes; its message names op, stage
+    and source line.
     """
     try:
         before = interpret(program, feed)
@@ -152,7 +224,9 @@ def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Ca
         if not feed.drawn:
             raise
         what = f"the program cannot run on random inputs, and text holds no others: {error.what}"
-        raise InputError(what, where=error.where, hint="check the model that the text is of") from error
+        raise InputError(
+            what, where=error.where, hint="check the model that the text is of"
+        ) from error
 
     def both(record: PassRecord, program: Program) -> None:
         nonlocal before
@@ -161,7 +235,11 @@ def check_passes(program: Program, passes: Sequence[Pass], feed: Feed, after: Ca
             compare(program, before, now)
             verify(program, after=record.name)
         except StagecutError as error:
-            raise Difference(f"after pass '{record.name}': {error.what}", where=error.where, hint=error.hint) from error
+            raise Difference(
+                f"after pass '{record.name}': {error.what}",
+                where=error.where,
+                hint=error.hint,
+            ) from error
         before = now
         after(record, program)
 
@@ -177,10 +255,20 @@ def random_feed(program: Program) -> Feed:
     bound = Bindings()
     for op in program.all_ops():
         if op.is_users:
-            raise InputError(f"{op.target} is the user's own code, which IR text does not hold", where=op.where())
+            raise InputError(
+                f"{op.target} is the user's own code, which IR text does not hold",
+                where=op.where(),
+            )
     for entry in program.state:
-        bound.tensors |= dict.fromkeys(entry.names, _random(entry.name, entry.type, generator).requires_grad_(entry.requires_grad))
-    return Feed([_random(v.hint, v.type, generator) for v in program.inputs], bound, drawn=True)
+        bound.tensors |= dict.fromkeys(
+            entry.names,
+            _random(entry.name, entry.type, generator).requires_grad_(
+                entry.requires_grad
+            ),
+        )
+    return Feed(
+        [_random(v.hint, v.type, generator) for v in program.inputs], bound, drawn=True
+    )
 
 
 def _random(name: str, kind: Any, generator: torch.Generator) -> Any:
@@ -188,7 +276,11 @@ def _random(name: str, kind: Any, generator: torch.Generator) -> Any:
         return int(kind.expr) if kind.expr and kind.expr.isdigit() else 3
     if isinstance(kind, ScalarType) and kind.kind == "none":
         return None
-    if isinstance(kind, ScalarType) and kind.kind in ("float", "bool", "str", "complex") and kind.expr is not None:
+    if (
+        isinstance(kind, ScalarType)
+        and kind.kind in ("float", "bool", "str", "complex")
+        and kind.expr is not None
+    ):
         return literal_eval(kind.expr)
     if not isinstance(kind, TensorType):
         raise InputError(f"'{name}' is {kind}: no random value is known for it")

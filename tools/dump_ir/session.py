@@ -16,7 +16,16 @@ from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
 from stagecut.tools.dump_ir.options import spelled
-from stagecut.tools.dump_ir.show import Stats, Steps, Writer, diff, only, stats_of, table, times
+from stagecut.tools.dump_ir.show import (
+    Stats,
+    Steps,
+    Writer,
+    diff,
+    only,
+    stats_of,
+    table,
+    times,
+)
 from stagecut.tools.dump_ir.sources import Source, load
 
 if TYPE_CHECKING:
@@ -44,11 +53,18 @@ class Snapshot:
 class Session:
     """What the command line asks for, done in order."""
 
-    def __init__(self, options: Namespace, passes: Callable[[bool], list[Pass]]) -> None:
+    def __init__(
+        self, options: Namespace, passes: Callable[[bool], list[Pass]]
+    ) -> None:
         self._options = options
         self._writer = Writer(options.directory)
         self._choose = passes
-        wanted = (options.print_after, options.print_before, options.diff, options.format == "html")
+        wanted = (
+            options.print_after,
+            options.print_before,
+            options.diff,
+            options.format == "html",
+        )
         self._texts = any(wanted)
         self._history: list[Snapshot] = []
 
@@ -59,15 +75,23 @@ class Session:
             source = self._steps.do("trace", lambda: load(self._options))
             self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
-            if program.phase != "traced" and (self._options.stages is not None or self._options.split_at):
-                raise InputError(f"where to cut is said, and the text is {program.phase}: its cuts are made", hint="dump-ir the model")
+            if program.phase != "traced" and (
+                self._options.stages is not None or self._options.split_at
+            ):
+                raise InputError(
+                    f"where to cut is said, and the text is {program.phase}: its cuts are made",
+                    hint="dump-ir the model",
+                )
             self._keep("input", "input", time.perf_counter() - start, program)
             trace = Trace(program) if source.is_model else None
             self._run_passes(source, passes)
             if trace is not None and program.phase == "linked":
                 validate(trace, program)
             if self._options.bisect:
-                self._writer.final("bisect.txt", f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n")
+                self._writer.final(
+                    "bisect.txt",
+                    f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n",
+                )
                 return
             self._show(program)
 
@@ -82,7 +106,9 @@ class Session:
         options = self._options
         self._steps.expect(len(passes))
         if not (options.check_each or options.bisect):
-            run_passes(source.program, passes, check=options.verify_each, after=self._after)
+            run_passes(
+                source.program, passes, check=options.verify_each, after=self._after
+            )
             return
         from stagecut.tools.dump_ir.pass_check import Feed, check_passes, random_feed
 
@@ -94,12 +120,34 @@ class Session:
 
     def _after(self, record: PassRecord, program: Program) -> None:
         self._steps.done(record.name)
-        self._keep(record.name, f"{record.index:02}-{record.name}", record.seconds, program, record.changed)
+        self._keep(
+            record.name,
+            f"{record.index:02}-{record.name}",
+            record.seconds,
+            program,
+            record.changed,
+        )
 
-    def _keep(self, name: str, title: str, seconds: float, program: Program, changed: bool = True) -> None:
+    def _keep(
+        self,
+        name: str,
+        title: str,
+        seconds: float,
+        program: Program,
+        changed: bool = True,
+    ) -> None:
         before = self._history[-1].text if self._history else ""
         printed = (text(program) if changed else before) if self._texts else ""
-        self._history.append(Snapshot(name, title, seconds, printed, stats_of(program) if self._options.stats else None, changed))
+        self._history.append(
+            Snapshot(
+                name,
+                title,
+                seconds,
+                printed,
+                stats_of(program) if self._options.stats else None,
+                changed,
+            )
+        )
 
     # --- what to show -----------------------------------------------------------------------------
 
@@ -113,15 +161,30 @@ class Session:
         elif options.timeline:
             self._timeline(program)
         else:
-            name = "index.html" if options.format == "html" else f"program.{'ir' if options.format == 'text' else options.format}"
-            self._writer.final(name, self._steps.do("write", lambda: self._final(program)))
+            name = (
+                "index.html"
+                if options.format == "html"
+                else f"program.{'ir' if options.format == 'text' else options.format}"
+            )
+            self._writer.final(
+                name, self._steps.do("write", lambda: self._final(program))
+            )
 
     def _prints(self) -> bool:
         after, before = set(self._options.print_after), set(self._options.print_before)
         for number, snapshot in enumerate(self._history):
-            following = self._history[number + 1].name if number + 1 < len(self._history) else ""
+            following = (
+                self._history[number + 1].name
+                if number + 1 < len(self._history)
+                else ""
+            )
             whole = "all" in after and snapshot.changed
-            if whole or snapshot.name in after or following in before or ("all" in before and following and snapshot.changed):
+            if (
+                whole
+                or snapshot.name in after
+                or following in before
+                or ("all" in before and following and snapshot.changed)
+            ):
                 self._writer.show(f"{snapshot.title}.ir", snapshot.text)
         return bool(after or before)
 
@@ -129,15 +192,26 @@ class Session:
         if self._options.diff:
             for old, new in zip(self._history, self._history[1:], strict=False):
                 if new.changed:
-                    self._writer.colored(f"{new.title}.diff", diff(old.text, new.text, old.title, new.title))
+                    self._writer.colored(
+                        f"{new.title}.diff",
+                        diff(old.text, new.text, old.title, new.title),
+                    )
         return bool(self._options.diff)
 
     def _tables(self) -> bool:
         if self._options.stats:
-            rows = [(s.title, "yes" if s.changed else "no", *s.stats.cells()) for s in self._history if s.stats is not None]
-            self._writer.final("stats.txt", table([("after", "changed", *Stats.HEAD), *rows]))
+            rows = [
+                (s.title, "yes" if s.changed else "no", *s.stats.cells())
+                for s in self._history
+                if s.stats is not None
+            ]
+            self._writer.final(
+                "stats.txt", table([("after", "changed", *Stats.HEAD), *rows])
+            )
         if self._options.time:
-            self._writer.final("time.txt", times([(s.title, s.seconds) for s in self._history]))
+            self._writer.final(
+                "time.txt", times([(s.title, s.seconds) for s in self._history])
+            )
         return bool(self._options.stats or self._options.time)
 
     def _lives(self, program: Program) -> bool:
@@ -175,7 +249,11 @@ class Session:
                 hint="run all passes, --passes all; or draw the whole of it, --level modules or --level ops",
             )
         stage = int(options.only[0].removeprefix("stage=")) if options.only else None
-        level = "modules" if stage is not None and options.level == "stages" else options.level
+        level = (
+            "modules"
+            if stage is not None and options.level == "stages"
+            else options.level
+        )
         make = to_svg if options.format == "svg" else to_dot
         return make(program, level=level, stage=stage, depth=options.depth)
 
@@ -183,12 +261,24 @@ class Session:
 
     def _report(self, program: Program) -> None:
         found, format = self._costs(program, MOST_RECKONED), self._options.format
-        made = {"text": lambda: f"{found}\n", "json": lambda: found.to_json() + "\n", "svg": found.to_svg}[format]()
-        self._writer.final({"text": "report.txt", "json": "report.json", "svg": "report.svg"}[format], made)
+        made = {
+            "text": lambda: f"{found}\n",
+            "json": lambda: found.to_json() + "\n",
+            "svg": found.to_svg,
+        }[format]()
+        self._writer.final(
+            {"text": "report.txt", "json": "report.json", "svg": "report.svg"}[format],
+            made,
+        )
 
     def _timeline(self, program: Program) -> None:
-        timeline, format = self._costs(program, MOST_DRAWN).timeline, self._options.format
-        made = timeline.to_svg() if format == "svg" else json.dumps(timeline.chrome_trace()) + "\n"
+        timeline = self._costs(program, MOST_DRAWN).timeline
+        format = self._options.format
+        made = (
+            timeline.to_svg()
+            if format == "svg"
+            else json.dumps(timeline.chrome_trace()) + "\n"
+        )
         self._writer.final(f"timeline.{format}", made)
 
     def _costs(self, program: Program, most: int) -> Report:
@@ -197,13 +287,21 @@ class Session:
 
         options = self._options
         if program.phase != "linked":
-            raise InputError(f"costs are those of linked programs, this one is {program.phase}", hint="run all passes: --passes all")
+            raise InputError(
+                f"costs are those of linked programs, this one is {program.phase}",
+                hint="run all passes: --passes all",
+            )
         stages, count = len(program.stages), options.microbatches
         steps = 2 * stages * count  # a forward and a backward of each
         if steps > most:
-            what = f"{count} micro-batches in {stages} stages take {steps} steps, and no more than {most} are shown"
+            what = (
+                f"{count} micro-batches in {stages} stages take {steps} steps, and no more than {most} are "
+                "shown"
+            )
             raise InputError(what, hint=f"--microbatches {most // (2 * stages)}")
-        return report(program, Setting(options.device, options.schedule, count), options.plan)
+        return report(
+            program, Setting(options.device, options.schedule, count), options.plan
+        )
 
     def _page(self, program: Program) -> str:
         from stagecut.backend.page.page import to_html
@@ -214,5 +312,9 @@ class Session:
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        graph = to_svg(program) if find_renderer() else None  # the page draws stages by itself then
-        return to_html(history, program, costs, costs.timeline.to_svg(), graph, title=program.name)
+        graph = (
+            to_svg(program) if find_renderer() else None
+        )  # the page draws stages by itself then
+        return to_html(
+            history, program, costs, costs.timeline.to_svg(), graph, title=program.name
+        )

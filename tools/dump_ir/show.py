@@ -23,9 +23,18 @@ _PLAIN = "\033[0m"
 
 @dataclass(frozen=True)
 class Stats:
-    """What is in a program: ops, values, state entries, stages, and what crosses between stages, in bytes for one micro-batch."""
+    """What is in a program: ops, values, state entries, stages, and what crosses between stages, in bytes for
+    one micro-batch.
+    """
 
-    HEAD: ClassVar[tuple[str, ...]] = ("ops", "values", "state", "stages", "crossing", "bytes")
+    HEAD: ClassVar[tuple[str, ...]] = (
+        "ops",
+        "values",
+        "state",
+        "stages",
+        "crossing",
+        "bytes",
+    )
 
     ops: int
     values: int
@@ -36,46 +45,79 @@ class Stats:
 
     def cells(self) -> tuple[str, ...]:
         """The numbers as a row of a table has them."""
-        return str(self.ops), str(self.values), str(self.state), str(self.stages), str(self.crossing), size_text(self.bytes)
+        return (
+            str(self.ops),
+            str(self.values),
+            str(self.state),
+            str(self.stages),
+            str(self.crossing),
+            size_text(self.bytes),
+        )
 
 
 def stats_of(program: Program) -> Stats:
     """The numbers of a program. Inputs, and what is recomputed, do not cross."""
     ops = list(program.all_ops())
-    values = len(program.inputs) + len(program.state) + sum(len(op.results) + len(op.versions) for op in ops)
-    crossing = [t.value for t in program.transfers if t.source is not None and t.made is None]
+    values = (
+        len(program.inputs)
+        + len(program.state)
+        + sum(len(op.results) + len(op.versions) for op in ops)
+    )
+    crossing = [
+        t.value for t in program.transfers if t.source is not None and t.made is None
+    ]
     size = sum(value_bytes(value.type) or 0 for value in crossing)
-    return Stats(len(ops), values, len(program.state), len(program.stages), len(crossing), size)
+    return Stats(
+        len(ops), values, len(program.state), len(program.stages), len(crossing), size
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns: the first one to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def times(steps: Sequence[tuple[str, float]]) -> str:
     """A table of steps with their times and their parts of the whole."""
     whole = sum(seconds for _, seconds in steps) or 1.0
-    rows = [(title, f"{1000 * seconds:.1f} ms", f"{100 * seconds / whole:.1f} %") for title, seconds in steps]
+    rows = [
+        (title, f"{1000 * seconds:.1f} ms", f"{100 * seconds / whole:.1f} %")
+        for title, seconds in steps
+    ]
     return table([("step", "time", "part"), *rows])
 
 
 def diff(old: str, new: str, before: str, after: str) -> str:
     """What changed, as a unified diff of lines."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="", n=2)
+    lines = difflib.unified_diff(
+        old.splitlines(), new.splitlines(), before, after, lineterm="", n=2
+    )
     return "\n".join(lines) + "\n"
 
 
 def only(program: Program, specs: Sequence[str]) -> Callable[[Op], bool] | None:
-    """Which ops `--only` keeps: those that all of `specs` name; None for all. Raises InputError when that is none."""
+    """Which ops `--only` keeps: those that all of `specs` name; None for all. Raises InputError when that is
+    none.
+    """
     if not specs:
         return None
     tests = [_part(program, spec) for spec in specs]
     kept = {op for op in program.all_ops() if all(test(op) for test in tests)}
     if not kept:
-        raise InputError(f"--only {' --only '.join(specs)}: no op is in both", hint="give one of them")
+        raise InputError(
+            f"--only {' --only '.join(specs)}: no op is in both",
+            hint="give one of them",
+        )
     return kept.__contains__
 
 
@@ -84,12 +126,20 @@ def _part(program: Program, spec: str) -> Callable[[Op], bool]:
     kind, _, name = spec.partition("=")
     if kind == "stage" and name.isdecimal():
         if int(name) >= len(program.stages):
-            raise InputError(f"--only {spec}: there are {len(program.stages)} stages", hint="they are numbered from 0")
+            raise InputError(
+                f"--only {spec}: there are {len(program.stages)} stages",
+                hint="they are numbered from 0",
+            )
         return set(program.stages[int(name)].ops).__contains__
     if kind != "scope" or not name:
-        raise InputError(f"--only {spec} is not known", hint="--only stage=N or --only scope=MODULE")
+        raise InputError(
+            f"--only {spec} is not known", hint="--only stage=N or --only scope=MODULE"
+        )
     if not any(_runs_in(op, name) for op in program.all_ops()):
-        raise InputError(f"--only {spec}: no op is in such a module", hint=nearest(name, sorted({_path(op) for op in program.all_ops()})))
+        raise InputError(
+            f"--only {spec}: no op is in such a module",
+            hint=nearest(name, sorted({_path(op) for op in program.all_ops()})),
+        )
     return lambda op: _runs_in(op, name)
 
 
@@ -113,7 +163,9 @@ class Writer:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"cannot make directory '{directory}': {error}") from None
+                raise InputError(
+                    f"cannot make directory '{directory}': {error}"
+                ) from None
 
     def show(self, name: str, content: str) -> None:
         """A program on the way."""
@@ -124,8 +176,17 @@ class Writer:
 
     def colored(self, name: str, content: str) -> None:
         """A diff, in colours on a terminal that wants them."""
-        wants = self._directory is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.final(name, "".join(map(_painted, content.splitlines(keepends=True))) if wants else content)
+        wants = (
+            self._directory is None
+            and sys.stdout.isatty()
+            and not os.environ.get("NO_COLOR")
+        )
+        self.final(
+            name,
+            "".join(map(_painted, content.splitlines(keepends=True)))
+            if wants
+            else content,
+        )
 
     def final(self, name: str, content: str) -> None:
         """The result. A file appears whole or not at all. Raises InputError when it cannot be written."""
@@ -138,7 +199,9 @@ class Writer:
             part.replace(self._directory / name)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise InputError(f"cannot write '{self._directory / name}': {error}") from None
+            raise InputError(
+                f"cannot write '{self._directory / name}': {error}"
+            ) from None
 
 
 def _painted(line: str) -> str:
@@ -155,13 +218,28 @@ class Steps:
             from rich.console import Console
             from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-            columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn("{task.fields[step]}"))
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
+            columns = (
+                *Progress.get_default_columns()[:-1],
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[step]}"),
+            )
+            self._bar = Progress(
+                *columns,
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._bar.start()
             self._task = self._bar.add_task("dump-ir", total=None, step="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,6 @@
-"""What `dump-ir` shows: a model that a factory makes, an architecture of transformers, an exported program, or IR text."""
+"""What `dump-ir` shows: a model that a factory makes, an architecture of transformers, an exported program,
+or IR text.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from stagecut.ir.text.parser import parse
 
 @dataclass
 class Source:
-    """A program, and for a model what it is bound to, the flat inputs of the example call, and what tracing had to say."""
+    """A program, and for a model what it is bound to, the flat inputs of the example call, and what tracing
+    had to say.
+    """
 
     program: Program
     bindings: Bindings | None = None
@@ -46,7 +50,9 @@ _FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for 
 
 
 def load(options: Namespace) -> Source:
-    """The source that the command line names. Raises InputError when there is no such thing, or it does not work."""
+    """The source that the command line names. Raises InputError when there is no such thing, or it does not
+    work.
+    """
     source: str = options.source
     if source == "-":
         return Source(_checked(parse(_standard_input(), "<stdin>")))
@@ -59,7 +65,9 @@ def load(options: Namespace) -> Source:
     if source.startswith("hf:") and source != "hf:":
         from stagecut.tools.dump_ir.hugging_face import make
 
-        model, args, kwargs = _guard(lambda: make(source[3:], options), f"making '{source}'")
+        model, args, kwargs = _guard(
+            lambda: make(source[3:], options), f"making '{source}'"
+        )
         return _traced(model, args, kwargs, options.leaf)
     path, name = _named(source)
     model, args, kwargs = _call(_factory(path, name), source)
@@ -68,7 +76,10 @@ def load(options: Namespace) -> Source:
 
 def _standard_input() -> str:
     if sys.stdin is None:
-        raise InputError("standard input is closed", hint="dump-ir SOURCE | dump-ir -, or name a file")
+        raise InputError(
+            "standard input is closed",
+            hint="dump-ir SOURCE | dump-ir -, or name a file",
+        )
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -92,7 +103,8 @@ def _exported(path: Path, trusted: bool) -> Source:
         raise InputError(f"there is no file '{path}'")
     if not trusted:
         raise InputError(
-            f"'{path}' is an exported program: torch.export.load unpickles what is inside, and a pickle can run any code",
+            f"'{path}' is an exported program: torch.export.load unpickles what is inside, and a pickle can "
+            "run any code",
             hint="--trust, if you know who made it",
         )
     import torch
@@ -110,7 +122,9 @@ def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> 
 
     with quiet_torch():
         program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)
-    inputs = bindings.call.flatten(args, kwargs) if bindings.call is not None else list(args)
+    inputs = (
+        bindings.call.flatten(args, kwargs) if bindings.call is not None else list(args)
+    )
     return Source(program, bindings, inputs, bindings.notes)
 
 
@@ -118,25 +132,39 @@ def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> 
 
 
 def _named(source: str) -> tuple[str, str]:
-    """The file or module, and the factory in it. Raises InputError that lists functions where none is named."""
+    """The file or module, and the factory in it. Raises InputError that lists functions where none is
+    named.
+    """
     path, _, name = source.rpartition(":") if ":" in source else (source, "", "")
-    is_module = path.endswith(".py") or all(part.isidentifier() for part in path.split("."))
+    is_module = path.endswith(".py") or all(
+        part.isidentifier() for part in path.split(".")
+    )
     if is_module and name:
         return path, name
     file = _file_of(path) if is_module else None
     if file is None:
         what = f"'{source}' is no SOURCE" if source else "SOURCE is empty"
         raise InputError(f"{what}: it must be {_FORMS}", hint="dump-ir model.py:make")
-    raise InputError(f"'{source}' names no function that makes the model", where=str(file), hint=_factories_in(path, file))
+    raise InputError(
+        f"'{source}' names no function that makes the model",
+        where=str(file),
+        hint=_factories_in(path, file),
+    )
 
 
 def _file_of(path: str) -> Path | None:
-    """The source of a Python file or of a module, None where there is no such module. Raises InputError for a file that is not there."""
+    """The source of a Python file or of a module, None where there is no such module. Raises InputError for a
+    file that is not there.
+    """
     if path.endswith(".py"):
         return _existing(Path(path))
     sys.path.insert(0, os.getcwd())
     spec = _guard(lambda: _spec_of(path), f"looking for '{path}'")
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+    return (
+        Path(spec.origin)
+        if spec is not None and spec.origin and spec.origin.endswith(".py")
+        else None
+    )
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
@@ -161,10 +189,21 @@ def _factories_in(path: str, file: Path) -> str:
         body = ast.parse(_read(file)).body
     except (SyntaxError, ValueError):
         body = []
-    functions = [item for item in body if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")]
-    names = [f.name for f in functions if len(f.args.args) == len(f.args.defaults) and None not in f.args.kw_defaults]
+    functions = [
+        item
+        for item in body
+        if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")
+    ]
+    names = [
+        f.name
+        for f in functions
+        if len(f.args.args) == len(f.args.defaults) and None not in f.args.kw_defaults
+    ]
     if not names:
-        return f"write a function without arguments there that returns (module, args, kwargs), and name it: {path}:make"
+        return (
+            "write a function without arguments there that returns (module, args, kwargs), and name it: "
+            f"{path}:make"
+        )
     return " or ".join(f"{path}:{name}" for name in names[:MOST_NAMED])
 
 
@@ -176,7 +215,9 @@ def _in_directory(path: Path) -> str:
     """A hint with what can be shown of a directory."""
     if path.suffix == ".pt2":
         return "torch.export.save writes one file"
-    files = sorted(p for p in path.iterdir() if p.suffix in (".py", ".ir", ".pt2"))[:MOST_NAMED]
+    files = sorted(p for p in path.iterdir() if p.suffix in (".py", ".ir", ".pt2"))[
+        :MOST_NAMED
+    ]
     shown = [f"{file}:FACTORY" if file.suffix == ".py" else str(file) for file in files]
     return " or ".join(shown) if shown else f"name a file: {path / 'model.py'}:make"
 
@@ -185,10 +226,17 @@ def _factory(path: str, name: str) -> Callable[[], Any]:
     module = _module_of_file(Path(path)) if path.endswith(".py") else _import(path)
     factory = getattr(module, name, None)
     if factory is None:
-        known = [n for n, item in vars(module).items() if callable(item) and not n.startswith("_")]
+        known = [
+            n
+            for n, item in vars(module).items()
+            if callable(item) and not n.startswith("_")
+        ]
         raise InputError(f"'{path}' has no factory '{name}'", hint=nearest(name, known))
     if not callable(factory):
-        raise InputError(f"'{name}' in '{path}' is no callable", hint="it must return (module, args, kwargs)")
+        raise InputError(
+            f"'{name}' in '{path}' is no callable",
+            hint="it must return (module, args, kwargs)",
+        )
     made: Callable[[], Any] = factory
     return made
 
@@ -206,7 +254,9 @@ def _module_of_file(path: Path) -> ModuleType:
 
 def _import(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
-    module: ModuleType = _guard(lambda: importlib.import_module(name), f"importing '{name}'")
+    module: ModuleType = _guard(
+        lambda: importlib.import_module(name), f"importing '{name}'"
+    )
     return module
 
 
@@ -214,12 +264,18 @@ def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
     where = _definition(factory)
     if needed := _required(factory):
         raise InputError(
-            f"'{source}' takes arguments: {', '.join(needed)}", where=where, hint="it is called without any: give them defaults"
+            f"'{source}' takes arguments: {', '.join(needed)}",
+            where=where,
+            hint="it is called without any: give them defaults",
         )
     made = _guard(factory, f"calling '{source}'")
     if not isinstance(made, tuple) or len(made) != 3:
         count = f" of {len(made)}" if isinstance(made, tuple) else ""
-        raise InputError(f"'{source}' returned a {type(made).__name__}{count}", where=where, hint="it must return (module, args, kwargs)")
+        raise InputError(
+            f"'{source}' returned a {type(made).__name__}{count}",
+            where=where,
+            hint="it must return (module, args, kwargs)",
+        )
     return made
 
 
@@ -229,7 +285,11 @@ def _required(factory: Callable[[], Any]) -> list[str]:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return []
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
 
 
 def _definition(factory: Callable[[], Any]) -> str:
@@ -247,16 +307,28 @@ def _definition(factory: Callable[[], Any]) -> str:
 def _guard(action: Callable[[], Any], doing: str) -> Any:
     """The result of the user's code; what it raises becomes an error that points at its line."""
     try:
-        with redirect_stdout(sys.stderr):  # what users' code prints is no part of what we show
+        with redirect_stdout(
+            sys.stderr
+        ):  # what users' code prints is no part of what we show
             return action()
     except StagecutError:
         raise
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
-        raise InputError(f"{doing} failed: {type(error).__name__}: {error.msg}", where=where) from None
+        raise InputError(
+            f"{doing} failed: {type(error).__name__}: {error.msg}", where=where
+        ) from None
     except (Exception, SystemExit) as error:
-        hint = "install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        raise InputError(f"{doing} failed: {type(error).__name__}: {error}", where=_users_line(error), hint=hint) from None
+        hint = (
+            "install it, or put its folder on PYTHONPATH"
+            if isinstance(error, ModuleNotFoundError)
+            else ""
+        )
+        raise InputError(
+            f"{doing} failed: {type(error).__name__}: {error}",
+            where=_users_line(error),
+            hint=hint,
+        ) from None
 
 
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -264,11 +336,21 @@ _STANDARD = sysconfig.get_path("stdlib") + os.sep
 
 
 def _users_line(error: BaseException) -> str:
-    """The innermost line that is neither ours nor Python's, and rather not an installed package's; '' for none."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.exists(f.filename) and not f.filename.startswith(_OWN)]
+    """The innermost line that is neither ours nor Python's, and rather not an installed package's; '' for
+    none.
+    """
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if os.path.exists(f.filename) and not f.filename.startswith(_OWN)
+    ]
     installed = [f for f in frames if _is_installed(f.filename)]
-    own = [f for f in frames if f not in installed and not f.filename.startswith(_STANDARD)]
-    return "".join(f"{f.filename}:{f.lineno}: {f.line}" for f in (own or installed)[-1:])
+    own = [
+        f for f in frames if f not in installed and not f.filename.startswith(_STANDARD)
+    ]
+    return "".join(
+        f"{f.filename}:{f.lineno}: {f.line}" for f in (own or installed)[-1:]
+    )
 
 
 def _is_installed(file: str) -> bool:
@@ -297,5 +379,7 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"'{path}' is no JSON: {error}") from None
     if not isinstance(made, dict):
-        raise InputError(f"'{path}' holds {type(made).__name__}, not the settings of a config")
+        raise InputError(
+            f"'{path}' holds {type(made).__name__}, not the settings of a config"
+        )
     return made
