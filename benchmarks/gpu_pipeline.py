@@ -2,20 +2,24 @@
 cut by hand, one GPU.
 
 python benchmarks/gpu_pipeline.py --out result.json        # on 2 GPUs; torchrun starts it, or it starts
-itself python benchmarks/gpu_pipeline.py --device cpu --small     # a tiny model, to try the script
+itself
+python benchmarks/gpu_pipeline.py --device cpu --small     # a tiny model, to try the script
 
 A step is forward and backward of all micro-batches and AdamW. Its learning rate is zero, so that all variants
-keep the same weights, which they share, and must have the same loss; the script ends with 1 if they do not.
-Variants of a row alternate, their times are those of the slowest process, medians are taken; `stagecut/hand`
-is the median of the ratios of neighbours.
+keep the same
+weights, which they share, and must have the same loss; the script ends with 1 if they do not. Variants of a
+row alternate,
+their times are those of the slowest process, medians are taken; `stagecut/hand` is the median of the ratios
+of neighbours.
 
 What a schedule can reach at best is `bound` = GPUs x (one GPU alone) x (1 - bubble), for p GPUs, m
 micro-batches:
     GPipe, 1F1B         bubble = (p - 1) / (m + p - 1)      Narayanan et al. 2021 (arXiv 2104.04473), 2.2.1
-    Interleaved1F1B     bubble = (p - 1) / (v m + p - 1)    2.2.2, with v stages on a GPU ZBVZeroBubble
-    bubble = 0                          Qi et al. 2024 (arXiv 2401.10241), section 6 It counts stages as
-    equal, though the head is more than a block, and communication and the optimizer as nothing. Memory is
-    what a step takes beyond weights and optimizer state.
+    Interleaved1F1B     bubble = (p - 1) / (v m + p - 1)    2.2.2, with v stages on a GPU
+    ZBVZeroBubble       bubble = 0                          Qi et al. 2024 (arXiv 2401.10241), section 6
+It counts stages as equal, though the head is more than a block, and communication and the optimizer as
+nothing. Memory is what a
+step takes beyond weights and optimizer state.
 """
 
 import argparse

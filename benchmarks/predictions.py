@@ -8,8 +8,9 @@ torchrun --nproc-per-node 2 benchmarks/predictions.py --device cuda --cuts --pre
                                                          automatic one
 
 Times are compared as shares of the whole, since a share is what decides a cut. `ranks` is Spearman's
-correlation over all stages. The model of the second part is that of gpu_pipeline.py, with its loss inside, so
-that the search sees what the loss costs.
+correlation over all stages.
+The model of the second part is that of gpu_pipeline.py, with its loss inside, so that the search sees what
+the loss costs.
 """
 
 import argparse

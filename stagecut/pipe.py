@@ -86,28 +86,37 @@ def pipeline(
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
         added, or one with a parameter named `program`, which takes the Program and returns the positions of
-        ops in front of which to cut. `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by
-        predicted times and memory. stages: cut into so many stages, as `Balanced(stages)` does but without a
-        limit for memory. `pipe.plan` tells what was found. dynamic_shapes: sizes that may vary, as for
-        `torch.export.export`. leaf_modules: paths of modules to keep whole: each call is one op that calls
-        the user's own module object. Where tracing
+        ops
+        in front of which to cut.
+        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
+    stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan`
+    tells what was found.
+    dynamic_shapes: sizes that may vary, as for `torch.export.export`.
+    leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object.
+    Where tracing
         fails inside a submodule, the smallest one around the failing line is kept whole by itself;
-        `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them, are those of
-        the example: a call in which they are others raises. routes: name of a value, as `print(pipe)` shows
-        it -> 'recompute' (the stages that read it compute it themselves) or 'relay' (it
+        `pipe.notes` says so. The sizes
+        of the tensors it returns, and the numbers among them, are those of the example: a call in which they
+        are others raises.
+    routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it
+    themselves) or 'relay' (it
         is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper
-        way is taken, and 'recompute' only where no gradient flows, so that gradients stay bit for bit the
-        model's. tied: what happens to a parameter that several stages read, for all or by name: 'replicate'
-        (each stage has a copy, their
+        way is taken, and
+        'recompute' only where no gradient flows, so that gradients stay bit for bit the model's.
+    tied: what happens to a parameter that several stages read, for all or by name: 'replicate' (each stage
+    has a copy, their
         gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on
-    as a value). check: what to compare with the model afterwards, by one run of both on copies with the
-    example inputs: 'outputs',
+        as a value).
+    check: what to compare with the model afterwards, by one run of both on copies with the example inputs:
+    'outputs',
         'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when
-        the model is real and its state no larger than CHECK_BYTES, else None. Where the stages hold two modes
-        that were traced each, both are compared.
+        the model is real and
+        its state no larger than CHECK_BYTES, else None. Where the stages hold two modes that were traced
+        each, both are compared.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
-    hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
+    hold
+    its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
 
     Raises
     ------
@@ -504,21 +513,27 @@ class Pipe(Staged):
         A tensor gets its value from the first that has one:
 
         values: tensors by the model's names. A value the stage has already stays when there is none here and
-        none in the source. source: a checkpoint that has every persistent tensor, of which no other is read:
-        a .safetensors file, a folder with
+        none in the source.
+        source: a checkpoint that has every persistent tensor, of which no other is read: a .safetensors file,
+        a folder with
             `model.safetensors` or `model.safetensors.index.json`, or one of torch.distributed.checkpoint.
-            `rename` gives the name in the checkpoint for a name of the model. With `cast`, floats of another
-            dtype become the model's. init_fn: called with every module of a copy of the model in which what
-            it shall initialise is real, inner modules first, such
+            `rename` gives the name in
+            the checkpoint for a name of the model. With `cast`, floats of another dtype become the model's.
+        init_fn: called with every module of a copy of the model in which what it shall initialise is real,
+        inner modules first, such
             as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or
-            `model._init_weights`. With a source, only what no checkpoint holds is left for it: buffers that
-            are not persistent. What it draws depends on `seed` and the tensor's name, not on the cut.
+            `model._init_weights`. With a source,
+            only what no checkpoint holds is left for it: buffers that are not persistent. What it draws
+            depends on `seed` and the
+            tensor's name, not on the cut.
 
         Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
-        module kept whole is the model's own, and becomes real in the model too.
+        module kept whole is
+        the model's own, and becomes real in the model too.
 
         Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source
-        lacks or has in another shape or dtype. No stage has changed then.
+        lacks or has in
+        another shape or dtype. No stage has changed then.
         """
         from stagecut.backend.files.materialize import materialize
 

@@ -24,7 +24,7 @@ from stagecut.backend.pictures.drawing import PENS, pen, plain, rich, short, som
 from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
 from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Program, scope_fqn
+from stagecut.ir.graph import Program, Target, scope_fqn
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import Printer, text, value_names
 
@@ -277,7 +277,7 @@ def test_the_work_grows_as_the_program_does(level: str, change: tuple[str, str])
     for count in (100, 200):
         program = _blocks(count)
         for i, op in enumerate(program.ops):
-            op.target = op.target.replace("mul", f"mul{i}") if change[0] else op.target
+            op.target = Target(op.target.replace("mul", f"mul{i}")) if change[0] else op.target
         calls.append(_calls(program, level))
     assert calls[1] < 2.2 * calls[0]
 

@@ -14,7 +14,7 @@ from helpers import load, rules_broken
 from stagecut.ir.check import validator
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import Context, Op, Program, StateEntry, Value
+from stagecut.ir.graph import Context, Op, Program, StateEntry, Target, Value
 from stagecut.ir.ops import FACTS
 from stagecut.ir.text.parser import parse
 from stagecut.ir.types import TensorType
@@ -130,7 +130,7 @@ def _set(line: int, **fields: Any) -> Break:
 
 
 def _other_target(p: Program) -> None:
-    at(p, 1).target = "aten.add.Tensor"
+    at(p, 1).target = Target("aten.add.Tensor")
 
 
 def _other_type(p: Program) -> None:

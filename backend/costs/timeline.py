@@ -272,11 +272,14 @@ def record(
         recording.timeline.to_svg()
 
     Every rank has the timeline of all ranks afterwards. All meet at a barrier first, and each counts from
-    there on its own clock, so times of two ranks are as far off as they leave the barrier apart, some ten
-    microseconds on one host. The first step starts at 0. On a GPU a step is from when its first kernel may
-    run to when its last one is done, by CUDA events; elsewhere it is the time of the call. What is between
-    steps, waiting and sending, belongs to none. Steps take their usual way otherwise, and the stages are as
-    before at the end.
+    there on its own clock, so
+    times of two ranks are as far off as they leave the barrier apart, some ten microseconds on one host. The
+    first step starts
+    at 0. On a GPU a step is from when its first kernel may run to when its last one is done, by CUDA events;
+    elsewhere it is the
+    time of the call. What is between steps, waiting and sending, belongs to none. Steps take their usual way
+    otherwise, and the stages
+    are as before at the end.
     """
 
     together: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -1,7 +1,8 @@
 """Running stages as separate processes would: nothing is shared but what is sent.
 
 A run in one process hides the worst bugs of a splitter, for nobody notices there that a port is bound in
-another order or that a copy is stale.
+another order
+or that a copy is stale.
 
     box = Mailbox(pipe.program, pipe.stages)     # StagecutError when state would have to flow backward
     outputs = box.forward(pipe.flatten(args, kwargs))

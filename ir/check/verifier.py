@@ -1,24 +1,30 @@
 """The invariants of a program, numbered, per phase. `verify` finds every violation, not only the first.
 
 In every phase
-  V1  an operand is a user input, a state entry of the program, or defined by an earlier op V2  use lists are
-  exact: a value lists the ops that read it, and no other V3  a value has one definition, and its owner is the
-  op that lists it V4  a state name belongs to one entry V5  effects fit the op: written and viewed positions
-  are operands, one view slot a result V6  a region sees only its own parameters, and every region reference
-  is an operand and names a region of its op V7  a value that was written is not read again under its old
-  version V17 a form names each result of its op once V18 an op that is another in each mode has a flag, two
-  regions and the operands that are their parameters; each yields its results Until `partitioned`
+  V1  an operand is a user input, a state entry of the program, or defined by an earlier op
+  V2  use lists are exact: a value lists the ops that read it, and no other
+  V3  a value has one definition, and its owner is the op that lists it
+  V4  a state name belongs to one entry
+  V5  effects fit the op: written and viewed positions are operands, one view slot a result
+  V6  a region sees only its own parameters, and every region reference is an operand and names a region of
+      its op
+  V7  a value that was written is not read again under its old version
+  V17 a form names each result of its op once
+  V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters;
+      each yields its results
+Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
   V9  every op is in exactly one stage, and no split marker is left
   V10 stages are numbered 0, 1, 2, ... and none is empty, unless the program has no op at all
 In `linked`
-  V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads V12 a
-  stage's outputs are its own definitions or its own state, and something after it needs each of them V13
-  every input of a stage has one transfer, with a route, from the stage that outputs it V14 every state name
-  is held by a stage, under its own entry, and owners agree with holders V15 every returned value is an input
-  or an output of a stage V16 both ends of a boundary list its values in one order; user inputs stand first,
-  returned values as the model returns them
+  V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads
+  V12 a stage's outputs are its own definitions or its own state, and something after it needs each of them
+  V13 every input of a stage has one transfer, with a route, from the stage that outputs it
+  V14 every state name is held by a stage, under its own entry, and owners agree with holders
+  V15 every returned value is an input or an output of a stage
+  V16 both ends of a boundary list its values in one order; user inputs stand first, returned values as the
+      model returns them
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ published sizes.
     python -m stagecut.tools.bench.balance --models "Llama 8B" --stages 4 8 16
 
 Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any
-cuts. All ways are judged by the same costs: a roofline of one device. Nothing is run; models are on the meta
-device.
+cuts. All ways are
+judged by the same costs: a roofline of one device. Nothing is run; models are on the meta device.
 """
 
 from __future__ import annotations
