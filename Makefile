@@ -8,7 +8,7 @@ READY := .venv/.ready
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
-PART := $(addprefix tests/test_,zoo.py distributed.py saved.py edge_*.py one_program.py blame.py)
+PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
 .PHONY: demo test lint types tests test-torch bench balance zoo distributed clean
 

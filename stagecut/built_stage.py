@@ -160,6 +160,10 @@ class BuiltStage(PipelineStage):
             if parameter.grad is not None and parameter not in left:
                 parameter.grad.div_(grad_scale_factor)
 
+    def _sent(self, p: Port, grad: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of what crossed at a port, zeros for none."""
+        return torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device) if grad is None else grad
+
     def _given(self, args: Any, kwargs: Any) -> list[Any]:
         try:
             return self.pipe.flatten(args, kwargs)
@@ -205,7 +209,34 @@ def _is_plain(module: torch.nn.Module) -> bool:
     )
 
 
-class _StaticStage(BuiltStage):
+class _LiveStage(BuiltStage):
+    """For torch up to 2.12, whose backward for the inputs takes every output for one that carries gradient."""
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        if backward_type != "input":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
+        live = [i for i, t in enumerate(outputs) if t.requires_grad]
+        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
+        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
+        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        by_input = dict(zip(map(id, wanted), found, strict=True))
+        return tuple(by_input.get(id(t)) for t in inputs), groups
+
+
+class _FillingStage(_LiveStage):
+    """For torch 2.12, which sends a gradient for every value that it received, and refuses to where there is none."""
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        if self.has_backward and not self.is_first:
+            self.grad_send_info = [self.stage_index - 1 if p.grad else None for p in self.received]
+            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
+            self.bwd_cache[bwd_chunk_id] = tuple(self._sent(p, grad) if p.grad else None for p, grad in grads)
+        return super().get_bwd_send_ops(bwd_chunk_id)
+
+
+class _StaticStage(_LiveStage):
     """For torch 2.11: gradients flow for the ports that carry one, and for no other."""
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
@@ -245,25 +276,15 @@ class _StaticStage(BuiltStage):
     def _get_init_p2p_neighbors_ops(self) -> Any:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
 
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
-        if backward_type != "input":
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        outputs, grads, inputs = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
-        live = [i for i, t in enumerate(outputs) if t.requires_grad]
-        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-        bwd_kwargs |= {"stage_output": tuple(outputs[i] for i in live), "input_values": wanted}
-        bwd_kwargs["output_grads"] = None if grads is None else tuple(grads[i] for i in live)
-        found, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        by_input = dict(zip(map(id, wanted), found, strict=True))
-        return tuple(by_input.get(id(t)) for t in inputs), groups
-
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
             self.grad_send_info = [self.stage_index - 1 for p in self.received if p.grad]
-            filled = [torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device) if g is None else g for p, g in grads if p.grad]
-            self.bwd_cache[bwd_chunk_id] = tuple(filled)
+            self.bwd_cache[bwd_chunk_id] = tuple(self._sent(p, grad) for p, grad in grads if p.grad)
         return super().get_bwd_send_ops(bwd_chunk_id)
+
+
+_STAGE = _StaticStage if _STATIC_GRADS else BuiltStage if hasattr(PipelineStage, "_get_grad_send_meta") else _FillingStage
 
 
 @dataclass(frozen=True)
@@ -299,7 +320,7 @@ def make_stage(pipe: Pipe, index: int, device: torch.device, group: Group, sizes
     if device.type != "meta" and any(t.is_meta for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
-    return (_StaticStage if _STATIC_GRADS else BuiltStage)(pipe, index, device, group, sizes, fed)
+    return _STAGE(pipe, index, device, group, sizes, fed)
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
