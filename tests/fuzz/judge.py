@@ -58,6 +58,9 @@ CUT_REFUSALS = (
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
 
+SWITCH_REFUSALS = (*RUN_REFUSALS, "in this call, which the trace does not show")
+"""What it says in the other mode, of a module kept whole that does something else there."""
+
 TESTS = Path(__file__).parent.parent
 
 LIMIT = 30
@@ -216,7 +219,8 @@ def _guard(name: str, action: Callable[[], Any]) -> Any:
     except StagecutError as error:
         if isinstance(error, SplitError) and any(known in str(error) for known in CUT_REFUSALS):
             raise
-        if name in ("mailbox", "switched") and any(known in str(error) for known in RUN_REFUSALS):
+        refusals = {"mailbox": RUN_REFUSALS, "switched": SWITCH_REFUSALS}.get(name, ())
+        if any(known in str(error) for known in refusals):
             raise
         raise _Failed(name, _lines(error)) from error
     except _Failed:
