@@ -17,8 +17,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental import proxy_tensor
 
 _calling: list[int] = []
-"""The modules that are called now in a trace, outermost first. A tracer puts other objects in front of a
-module's dict, which is one.
+"""The modules that are being called in a trace, outermost first, each by its dict: a tracer puts other
+objects in front of the dict, of which there is one.
 """
 
 

@@ -1,4 +1,4 @@
-"""Calls that leave no op in a trace: what to do instead of them, or what is lost."""
+"""The calls that leave no op in a trace, and for each what to do instead or what is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = "seed, fork and read the state of generators outside of the model, " + KE
 
 
 class Untraceable(OnPurpose):
-    """Forward does what no trace holds. `hint` says what to do instead."""
+    """Forward does something that no trace holds. `hint` says what to do instead."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)

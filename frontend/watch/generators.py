@@ -1,9 +1,9 @@
 """Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from
 others.
 
-Whether that matters shows in traces with other draws: of the lowest and the highest one, a number that is
-compared with another lies on each side. A model that waits for one number out of very many can hide that from
-them.
+Traces with other draws show whether that matters: any bound to which a drawn number is compared lies between
+the lowest and the highest draw. A model that waits for one number out of very many can hide from them that it
+matters.
 """
 
 from __future__ import annotations
