@@ -214,7 +214,7 @@ class _Stages:
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
         """The value at hand that all of `crossing` are, or are views of, without loss of a gradient; the root
-        where it is at hand. None where there is no such value.
+        where it is at hand.
         """
         paths = {value: self._steps(value)[1] for value in crossing}
         found: list[tuple[int, bool, Value]] = []

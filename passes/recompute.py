@@ -168,7 +168,7 @@ class _Work:
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """The cost of having `value` in `stage`: nothing when it is there, else the lesser of the costs of
-        sending and of computing it. None when neither is possible.
+        sending and of computing it.
         """
         if self._aliases.is_written(value):
             return None

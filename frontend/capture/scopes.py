@@ -17,14 +17,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental import proxy_tensor
 
 _calling: list[int] = []
-"""The modules that are being called in a trace, outermost first, each by its dict: a tracer puts other
-objects in front of the dict, of which there is one.
+"""The modules that are being called in a trace, outermost first, each by the id of its dict. A tracer puts
+other objects in front of a module, but all of them have its dict.
 """
 
 
 @contextmanager
 def scopes(module: nn.Module) -> Iterator[None]:
-    """While open, a tracer knows these calls by the model's paths.
+    """While open, a tracer records these calls under the model's paths.
 
     `m.forward(x)` of a module in `module` counts as a call of m, unless m has hooks: a call would run them.
     """
@@ -52,7 +52,7 @@ def scopes(module: nn.Module) -> Iterator[None]:
 
 def goes_past_call(module: nn.Module) -> bool:
     """True where `module`, whose forward runs now in a trace, was not called, and a call would run more than
-    that.
+    its forward.
     """
     has_call = any(
         "__call__" in vars(cls)

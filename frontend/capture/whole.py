@@ -128,7 +128,7 @@ class OpWatch(Looking):
         self.split = ""
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What it does is noted."""
+        """The writes, draws and split points of the op are noted."""
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         if is_marker(func):
             self.split = self.split or shown(user_line())

@@ -66,11 +66,11 @@ from stagecut.ir.run.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
 _VMAP = "torch._functorch.predispatch"
-"""Where the functions live that open and close a vmap: none of them may be left out or moved."""
+"""The module of the functions that open and close a vmap. None of them may be left out or moved."""
 
 _OPENING = ("_vmap_increment_nesting", "_jvp_increment_nesting")
 _CLOSING = ("_vmap_decrement_nesting", "_jvp_decrement_nesting")
-"""Those with which a transform begins and ends."""
+"""The functions with which a transform begins and ends."""
 
 COUNT = "aten.add_.Tensor"
 """The op by which a batch norm counts its batches."""
@@ -81,7 +81,9 @@ _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 
 @dataclass(slots=True)
 class Seen:
-    """What running a node once showed: its value, the operands it wrote, whether it drew random numbers."""
+    """What running a node once showed: its value, the operands it wrote, and whether it drew random
+    numbers.
+    """
 
     value: Any
     writes: tuple[int, ...] | None = None
@@ -109,7 +111,7 @@ class Lowering:
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
         self.whole: frozenset[str] = frozenset()
-        """Paths of modules of which nothing inside is a module of ours."""
+        """Paths of modules that contain no module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -118,7 +120,7 @@ class Lowering:
             self._storage[value] = storage
 
     def settled(self, value: Value) -> int:
-        """The first position in the program behind which nothing writes into the storage of `value`."""
+        """The first position in the program after which nothing writes into the storage of `value`."""
         storage = self._storage.get(value, -1)
         writers = (
             p
@@ -206,7 +208,7 @@ class Lowering:
         return tree
 
     def _begin_transform(self, node: fx.Node, step: str) -> None:
-        """What comes behind is in a transform, where `step` begins one."""
+        """The ops that come next are in a transform, where `step` begins one."""
         if step in _OPENING:
             self._whole = [
                 *self._whole,
@@ -222,7 +224,7 @@ class Lowering:
             )
 
     def _checkpoint(self, number: int, begins: bool, preserve_rng_state: bool) -> None:
-        """What comes between its begin and its end is in a checkpoint."""
+        """The ops between the begin and the end of a checkpoint are in that checkpoint."""
         region = Context("checkpoint", (number, preserve_rng_state))
         self._whole = (
             [*self._whole, region]
@@ -295,8 +297,8 @@ class Lowering:
         return tree
 
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
-        """True for the line of a BatchNorm in training that counts batches: in eval mode it must add
-        nothing.
+        """True for the line of a BatchNorm in training that counts batches, which must add nothing in eval
+        mode.
         """
         counter = self._batch_count(scope)
         if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
@@ -320,7 +322,7 @@ class Lowering:
     def _count_batch(
         self, scope: Scope, ops: list[Op], context: tuple[Context, ...]
     ) -> None:
-        """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
+        """A BatchNorm captured in eval mode also counts batches once it is switched to training."""
         counter = self._batch_count(scope)
         if counter is None:
             return
@@ -404,7 +406,7 @@ class Lowering:
     def _given(
         self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None
     ) -> Any:
-        """The arguments of a call of what is kept whole."""
+        """The arguments of a call of a module or function kept whole."""
         given, counted = iter(tensors), iter(numbers)
         flat = [
             next(given)
@@ -475,7 +477,7 @@ class Lowering:
         return list(op.results)
 
     def note_twins(self, op: Op, homes: Sequence[int | None]) -> None:
-        """The results that share memory with another one are known; `homes` says where each lies."""
+        """The results that share memory with one another are noted. `homes` says where each lies."""
         for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
             if (
                 home is not None
@@ -485,8 +487,8 @@ class Lowering:
                 self._twins.add(result)
 
     def refuse_written_twins(self, op: Op) -> None:
-        """Raises CaptureError for a write into one of two results of a module kept whole that share memory:
-        none is a view of another.
+        """Raises CaptureError for a write into a result of a module kept whole that shares memory with
+        another of its results, because neither is a view of the other.
         """
         for place in op.effects.writes if self._twins else ():
             made = storage_root(op.operands[place])
@@ -655,8 +657,8 @@ class Lowering:
         return Effects(writes, views, random, effect)
 
     def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Per result, the operand whose storage it shares: where there are several, the one in its place,
-        else one that is written.
+        """For each result, the position of the operand whose storage it shares. Where there are several, it
+        is the one in the result's place, else one that is written.
         """
         storage = self._storage
         homes: dict[int, int] = {}
@@ -770,8 +772,8 @@ class _SchemaEffects:
 
 
 def _is_made(value: Any) -> bool:
-    """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned
-    it.
+    """True for a tensor that an op made: not for one of the caller's or of the state, even where an in-place
+    op returned it.
     """
     while isinstance(value, Value) and isinstance(value.owner, Op):
         if not is_what_it_wrote(value):
@@ -781,8 +783,8 @@ def _is_made(value: Any) -> bool:
 
 
 def _refuse_resized_views(op: Op) -> None:
-    """Raises CaptureError for `out=` of a view that has another size: torch makes it another view, over what
-    lies behind it.
+    """Raises CaptureError for an `out=` that is a view of another size. Torch would make another view of it,
+    over the memory after it.
     """
     for out in leaves(
         [item for name, item in op.kwargs.items() if name.startswith("out")]
@@ -805,7 +807,7 @@ def _refuse_resized_views(op: Op) -> None:
 def _with_defaults(
     target: Any, args: tuple[Any, ...], position: int
 ) -> tuple[Any, ...]:
-    """The operands up to `position`, those that were left out as the op's schema has them."""
+    """The operands up to `position`; those that were left out have the defaults of the op's schema."""
     if len(args) > position or not isinstance(target, torch._ops.OpOverload):
         return args
     rest = target._schema.arguments[len(args) : position + 1]
@@ -817,8 +819,8 @@ def _with_defaults(
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:
-    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake
-    tells. So may one that follows its module.
+    """The views that the schema and the fake result of a dropout do not show. A dropout outside training
+    returns the very tensor it is given, and one that follows its module may do so.
     """
     if facts(op).off_is_operand and (flag(op) is False or isinstance(flag(op), Mode)):
         return (0,)
@@ -826,8 +828,8 @@ def _identity_views(op: Op) -> tuple[int | None, ...]:
 
 
 def returns_what_it_is_given(op: Op) -> bool:
-    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other
-    mode.
+    """True for a dropout that is on in the trace and that, in the other mode, returns the very tensor it is
+    given.
     """
     mode = flag(op)
     return (
@@ -839,8 +841,8 @@ def returns_what_it_is_given(op: Op) -> bool:
 
 
 def _is_expanded(kind: Any) -> bool:
-    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is
-    not.
+    """True for a tensor in which several elements are one in memory. The result of a dropout that is on is
+    never so.
     """
     return 0 in (getattr(kind, "strides", None) or ())
 
@@ -857,7 +859,7 @@ def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
 
 
 def written_in_place(value: Value, target: Value) -> bool:
-    """True when `value` is `target` as in-place ops returned it: no new tensor."""
+    """True when `value` is no new tensor, but `target` as in-place ops returned it."""
     while value is not target:
         op = value.owner
         if (
@@ -894,7 +896,7 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _LEAVE = torch.amp.autocast_mode._exit_autocast
 SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
-"""Calls that change the contexts of all ops behind them."""
+"""Calls that change the contexts of all ops after them."""
 
 
 def switched(
@@ -903,8 +905,8 @@ def switched(
     context: tuple[Context, ...],
     outer: tuple[Context, ...],
 ) -> tuple[Context, ...]:
-    """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs
-    from that around the graph.
+    """The contexts after a switch. A grad mode is marked where forward asks for one, or, where that is not
+    known, where it differs from the mode around the graph.
     """
     if node.target is _ENTER:
         return (*context, Context("autocast", args))
@@ -925,8 +927,8 @@ def switched(
 
 
 def _detaches_a_constant(node: fx.Node) -> bool:
-    """True for the op that torch puts behind every tensor made of Python's numbers: it detaches what carries
-    no gradient.
+    """True for the op that torch puts after every tensor made of Python's numbers: it detaches a tensor that
+    carries no gradient.
     """
     source = node.args[0] if node.target is torch.ops.aten.detach_.default else None
     return (

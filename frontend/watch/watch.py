@@ -144,7 +144,7 @@ def _guilty(
     carrying: Callable[[dict[tuple[str, str], Any]], str],
 ) -> dict[tuple[str, str], Any]:
     """The changed attributes that make the next call trace differently: the group without which both traces
-    are the same, else a group that alone makes them differ; empty where there is neither.
+    are the same, else a group that alone makes them differ.
     """
     if len(groups) == 1:
         return groups[0]

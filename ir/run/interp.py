@@ -37,7 +37,7 @@ Environment = dict[Value, Any]
 
 
 Watch = Callable[[Op, list[Any]], None]
-"""Is called with each op that ran, and its results."""
+"""A function that is called with each op that ran, and its results."""
 
 
 def run(
@@ -137,7 +137,7 @@ class Machine:
         self._watch(op, results)
 
     def apply(self, op: Op, env: Environment) -> Any:
-        """What the op returns for the operands in `env`."""
+        """The result of the op for the operands in `env`."""
         functions = [self._function(region) for region in op.regions]
         args, kwargs = (
             transform(tree, lambda leaf: self._leaf(leaf, env, functions))
