@@ -50,7 +50,7 @@ def pipe_split() -> None:
 
 
 class SplitPoint(Enum):
-    """Where a split lies beside a named module: before its forward runs, or after."""
+    """The place of a split beside a named module: before its forward runs, or after."""
 
     BEGINNING = 1
     END = 2

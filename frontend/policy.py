@@ -20,8 +20,8 @@ Cuts = Callable[[Program], Sequence[int]]
 def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cuts:
     """`policy` in our own form.
 
-    A policy with a first parameter named `program` has it already. Any other takes the traced GraphModule and
-    returns it with split calls added, as for torch.distributed.pipelining.
+    A policy whose first parameter is named `program` is in that form already. Any other takes the traced
+    GraphModule and returns it with split calls added, as for torch.distributed.pipelining.
     """
     if next(iter(inspect.signature(policy).parameters), "") == "program":
         return policy

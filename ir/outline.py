@@ -16,7 +16,7 @@ BEFORE = -1
 
 
 class Positions:
-    """Where every op stands in program order, and where every value is last used.
+    """The position of every op in program order, and of the last use of every value.
 
     The program's output stands after all ops, so a returned value is live to the end.
     """

@@ -50,7 +50,7 @@ class FindSplits:
         return bool(asked)
 
     def _positions(self, program: Program) -> dict[int, str]:
-        """Where to cut -> who asked for it."""
+        """Position of a cut -> the request for it."""
         ops = program.ops
         names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
         spans = _call_spans(

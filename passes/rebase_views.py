@@ -41,7 +41,7 @@ class RebaseViews:
 
 
 class _Stages:
-    """Where values are defined, and what they are views of."""
+    """The stages that define values, and the values that these are views of."""
 
     def __init__(self, program: Program) -> None:
         self._home: dict[Value, int] = {

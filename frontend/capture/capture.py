@@ -133,17 +133,15 @@ def _failing_module(
     """The path of the smallest submodule whose forward the error went through and that is not kept whole yet;
     '' for none.
     """
-    paths = {
-        id(vars(m)): path for path, m in module.named_modules()
-    }  # a tracer may stand another object in front of the module's dict
+    # by the module's dict: a tracer may put another object in front of a module
+    paths = {id(vars(m)): path for path, m in module.named_modules()}
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if (
-            frame.f_code.co_name not in FORWARDS
-        ):  # other methods fail on behalf of the module that calls them
+        # other methods fail on behalf of the module that calls them
+        if frame.f_code.co_name not in FORWARDS:
             continue
         path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
-        if path in known:  # it failed as a whole too: the module around it
+        if path in known:  # it failed as a whole too: take the module around it
             break
         found = path or found
     return found

@@ -117,9 +117,8 @@ class EagerPath:
 
         def answer() -> bool:
             asker: FrameType | None = sys._getframe(2)
-            while (
-                asker is not None and asker.f_code.co_name in _NAMES
-            ):  # torch has a question under several names
+            # torch has a question under several names
+            while asker is not None and asker.f_code.co_name in _NAMES:
                 asker = asker.f_back
             return asker is not None and self._hears_the_truth(asker) and truth()
 

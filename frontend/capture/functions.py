@@ -79,7 +79,7 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
                 f"the gradient of {cls.__name__} is that of the ops in its forward, not its own backward: "
                 f"{line()}"
             )
-            # a grad mode inside says nothing: what backward does is in its own hands
+            # a grad mode inside says nothing, because the Function decides what its backward does
             with torch._C.DisableTorchFunction():
                 return plain(*args, **kwargs)
         return _one_op(cls, plain, flat, spec)

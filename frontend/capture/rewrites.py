@@ -138,17 +138,18 @@ class _DataAsOp(TorchFunctionMode):
                     "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
                     + KEEP_WHOLE,
                 )
-            return None  # `tensor.data += 1` ends with an assignment of what was written in place
+            return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
         if kwargs is not None and kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
         if getattr(func, "__name__", "") == "__bool__" and isinstance(
             args[0], FakeTensor
         ):
             frame = sys._getframe(1)
+            # frames of other modes, inside of this one
             while (
                 frame.f_code.co_name == "__torch_function__"
                 and frame.f_back is not None
-            ):  # other modes, inside of this one
+            ):
                 frame = frame.f_back
             outcome = _outcome_that_goes_on(frame)
             if outcome is not None:
@@ -157,8 +158,8 @@ class _DataAsOp(TorchFunctionMode):
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:
-    """If just one branch of the condition that `frame` is at only raises, the value that takes the other
-    branch; else None.
+    """If exactly one branch of the condition that `frame` is at does nothing but raise, the value that takes
+    the other branch; else None.
     """
     steps = [
         step

@@ -64,16 +64,14 @@ def goes_past_call(module: nn.Module) -> bool:
 def _as_call(forward: FunctionType) -> Callable[..., Any]:
     @wraps(forward)
     def as_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            is_dynamo_compiling()
-        ):  # it traces what is in a region, and must not see what stands below
+        # Dynamo traces the code in a region, and must not see the code below
+        if is_dynamo_compiling():
             return forward(self, *args, **kwargs)
         asks_a_base = type(self).forward is not as_call
         if asks_a_base or id(vars(self)) in _calling[-1:] or _has_hooks(self):
             return forward(self, *args, **kwargs)
-        return nn.Module.__call__(
-            self, *args, **kwargs
-        )  # not a __call__ of the class, which may have called forward
+        # not a __call__ of the class, which may have called forward
+        return nn.Module.__call__(self, *args, **kwargs)
 
     return as_call
 

@@ -1,8 +1,8 @@
 """Modules kept whole: one op that calls the user's own module object.
 
-During capture an opaque op stands in for the module's forward. Its output types come from one real run of a
-copy of the model; so does what the module writes, which outputs share storage with inputs, and whether it
-draws random numbers.
+During capture an opaque op stands in for the module's forward. One real run of a copy of the model gives its
+output types. The run also tells what the module writes, which outputs share storage with inputs, and whether
+it draws random numbers.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
     order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
     places = sorted(range(made.dim()), key=order.__getitem__)
     shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
-    if not any(
-        made.shape[dim] in varying for dim in order[1:]
-    ):  # no stride depends on the widest dim
+    # no stride depends on the widest dim
+    if not any(made.shape[dim] in varying for dim in order[1:]):
         return torch.empty_strided(
             [shape[place] for place in places],
             made.stride(),
@@ -150,8 +149,8 @@ class OtherMode:
     """The behaviour of a module with its training flags the other way round.
 
     wrote: the memory that it writes, given to it or its own. drew: it draws random numbers. homes: for each
-    tensor that it returns, the given memory in which the tensor lies, because a dropout that is off returns
-    its operand.
+    tensor that it returns, the given memory in which the tensor lies: a dropout that is off returns its
+    operand.
     """
 
     wrote: set[int]

@@ -60,18 +60,16 @@ def lower_export(
         bindings.branches = places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:
-        if (
-            node.target is torch.ops.aten.copy_.default
-        ):  # who reads the tensor behind it kept the old one
+        # readers of the old tensor keep it, and do not read the copy
+        if node.target is torch.ops.aten.copy_.default:
             node.replace_all_uses_with(node.args[0])
     outputs = lowering.run(
         [n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ()
     )
     _finish(exported, program, list(outputs))
     for node in reassigned:
-        if (
-            node.target is torch.ops.aten.clone.default
-        ):  # of a buffer whose tensor another one is given
+        # the clone of a buffer whose tensor is assigned to another buffer
+        if node.target is torch.ops.aten.clone.default:
             env[node] = lowering.call(
                 node, env, program.ops, (), Seen(node.meta.get("val"))
             )

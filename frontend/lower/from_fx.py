@@ -196,9 +196,8 @@ class _GraphLowering:
         )
         self._remember(tree, ran.value)
         for op in self._program.ops[before:]:
-            if op.target == self._lowering.target(
-                node
-            ):  # else it takes a view, where the node has another shape in place
+            # else it takes the view that stands for a change of shape in place
+            if op.target == self._lowering.target(node):
                 self._set_writes(op, ran)
         return tree
 
@@ -206,9 +205,8 @@ class _GraphLowering:
         """After a node that gave a tensor another shape, or detached it, readers of the tensor read the
         node's result instead: it is the same object.
         """
-        if ran.flagged and self._program.ops[-1].target == self._lowering.target(
-            node
-        ):  # no `detach_`
+        # a `detach_` has another target
+        if ran.flagged and self._program.ops[-1].target == self._lowering.target(node):
             raise _changed(
                 node, "requires_grad", "set it outside of the model, or use detach()"
             )

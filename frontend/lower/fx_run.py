@@ -1,6 +1,6 @@
-"""One run of a graph on fake tensors, node by node: it shows what fx does not record.
+"""One run of a graph on fake tensors, node by node, which shows what fx does not record.
 
-That is the types of values, which tensors a node writes, and whether it draws random numbers.
+It shows the types of values, the tensors that a node writes, and whether the node draws random numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from stagecut.ir.run.storage import written_tensors
 
 @dataclass(frozen=True)
 class Ran:
-    """What running a node showed: its value, the memory that it writes, and whether it draws random numbers.
+    """The findings from running a node: its value, the memory that it writes, whether it draws random
+    numbers.
 
     named: the tensors that it writes, by id, as far as they are seen. views: for each tensor that it returns
     with its training flags the other way round, the given memory in which the tensor lies; nothing where it
@@ -58,9 +59,8 @@ class _Watch(OpWatch):
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """The writes and draws of the op are noted."""
         for tensor in written_tensors(func, args, kwargs):
-            self.named.update(
-                map(id, (tensor, tensor._base))
-            )  # `x[0] = y` writes into a view that only the op has
+            # `x[0] = y` writes into a view that only the op has
+            self.named.update(map(id, (tensor, tensor._base)))
         super().see(func, args, kwargs)
 
 
@@ -89,11 +89,12 @@ class FakeRun(fx.Interpreter):
         stand_ins = torch.nn.utils.stateless._reparametrize_module(
             self.module, self.state, tie_weights=False, stack_weights=True
         )
+        # the graph may switch the grad mode and leave it so
         with (
             self._mode,
             stand_ins,
             torch.set_grad_enabled(torch.is_grad_enabled()),
-        ):  # the graph may switch the mode and leave it so
+        ):
             self.run(*fakes, enable_io_processing=False)
 
     def _fake(self, item: Any) -> Any:

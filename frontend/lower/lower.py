@@ -81,7 +81,7 @@ _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 
 @dataclass(slots=True)
 class Seen:
-    """What running a node once showed: its value, the operands it wrote, and whether it drew random
+    """The findings from running a node once: its value, the operands it wrote, whether it drew random
     numbers.
     """
 
@@ -120,7 +120,7 @@ class Lowering:
             self._storage[value] = storage
 
     def settled(self, value: Value) -> int:
-        """The first position in the program after which nothing writes into the storage of `value`."""
+        """The first position in the program from which on nothing writes into the storage of `value`."""
         storage = self._storage.get(value, -1)
         writers = (
             p
@@ -196,9 +196,8 @@ class Lowering:
             inner, graph, operands = wrapped
             return self._inline(graph, operands, ops, (*outer, inner))
         tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
-        if (
-            isinstance(tree, list) and facts(ops[-1]).returns_operand
-        ):  # what has that shape already is returned as it is
+        # an operand that has that shape already is returned as it is
+        if isinstance(tree, list) and facts(ops[-1]).returns_operand:
             tree = [
                 given if same_layout(made.type, given.type) else made
                 for made, given in zip(tree, args[0], strict=True)
@@ -262,9 +261,8 @@ class Lowering:
             ),
         )
         position, statistics = flag_position(called), facts_of(called.name).statistics
-        if position is not None and not (
-            statistics and args[statistics[0]] is None
-        ):  # a norm without statistics knows no modes
+        # a norm without statistics knows no modes
+        if position is not None and not (statistics and args[statistics[0]] is None):
             args = self._follow_mode(
                 _with_defaults(target, args, position), position, scope, node
             )
@@ -303,11 +301,12 @@ class Lowering:
         counter = self._batch_count(scope)
         if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
             return False
+        # a module may have several names
         same = [
             entry.value
             for entry in self.program.state
             if entry.tensor == counter.tensor
-        ]  # a module may have several names
+        ]
         return (
             any(written_in_place(args[0], value) for value in same)
             and self.bindings.training.get(scope_fqn(scope)) is True
@@ -349,18 +348,16 @@ class Lowering:
         args, kwargs = self._given(call, tensors, numbers, self.loc(node))
         scope, owner = self.scope(node), self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
-        path = (
-            scope_fqn(scope) if inside else call.path
-        )  # a shared module goes by the name it is called by
+        # a shared module goes by the name it is called by
+        path = scope_fqn(scope) if inside else call.path
         held = {
             name: e.value
             for name, e in self.program.name_owners().items()
             if name.startswith(path + ".")
         }
         scope = scope[:-1] if inside else scope
-        while scope and not path.startswith(
-            scope_fqn(scope) + "."
-        ):  # a module that is no child of its caller
+        # a module may be no child of its caller
+        while scope and not path.startswith(scope_fqn(scope) + "."):
             scope = scope[:-1]
         op = Op(
             f"module.{path}",
@@ -536,9 +533,10 @@ class Lowering:
                     ).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
+            # the branch itself runs as a whole
             op.context = tuple(
                 context for context in op.context if context.kind not in WHOLE
-            )  # the branch is whole itself
+            )
         regions.append(
             Region(f"body_{len(regions)}", params, ops, Op("output", (output,)))
         )
@@ -742,7 +740,9 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class _SchemaEffects:
-    """What an op's schema says: the names and positions of written operands, randomness, other effects."""
+    """The effects in an op's schema: the names and positions of written operands, randomness, other
+    effects.
+    """
 
     written: tuple[tuple[int, str], ...] = ()
     random: bool = False
@@ -784,7 +784,7 @@ def _is_made(value: Any) -> bool:
 
 def _refuse_resized_views(op: Op) -> None:
     """Raises CaptureError for an `out=` that is a view of another size. Torch would make another view of it,
-    over the memory after it.
+    which extends over the memory after it.
     """
     for out in leaves(
         [item for name, item in op.kwargs.items() if name.startswith("out")]

@@ -1,7 +1,7 @@
 """Merges two traces of one model, one in each mode, into one program that does what the model does in either
 mode.
 
-The ops of both are aligned. Where an op differs in literals only, these follow the flag of its module. Where
+The ops of both are aligned. If an op differs in literals only, its literals follow the flag of its module. If
 the ops differ, one op stands for both runs, with a region for each mode. So everything after the merge sees
 one program, with the same stages and boundaries in both modes.
 """
@@ -420,7 +420,7 @@ _NAMES = ("training", "evaluation")
 
 
 class _Memory:
-    """Which parts of one trace write which memory, and which read it."""
+    """The parts of one trace that write each memory, and the parts that read it."""
 
     def __init__(self, runs: list[list[Op]], program: Program) -> None:
         self._writers: dict[Value, set[int]] = {}

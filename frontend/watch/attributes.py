@@ -1,4 +1,4 @@
-"""The plain Python state of a model: what modules, containers and objects hold besides parameters and
+"""Records the plain Python state of a model: what modules, containers and objects hold besides parameters and
 buffers.
 """
 
@@ -32,10 +32,10 @@ HOOKS: tuple[str, ...] = (
     "_forward_hooks_with_kwargs",
 )
 HOOKS += ("_forward_hooks_always_called",)
-"""Where a module keeps the hooks on its forward."""
+"""The attributes in which a module keeps the hooks on its forward."""
 
 _INTERNAL = dict.fromkeys([*vars(nn.Module()), "forward"])
-"""What every module has: no attributes of the user's."""
+"""The attributes that every module has, and so none of the user's."""
 
 
 class Contents:
@@ -60,7 +60,7 @@ class Contents:
         return held
 
     def parts(self) -> Iterator[Any]:
-        """What the containers held."""
+        """The parts that the containers held."""
         for _, before in self._before.values():
             yield from _parts(before)
 

@@ -2,8 +2,7 @@
 others.
 
 Traces with other draws show whether that matters: any bound to which a drawn number is compared lies between
-the lowest and the highest draw. A model that waits for one number out of very many can hide from them that it
-matters.
+the lowest and the highest draw. A model that waits for one number out of very many can escape these traces.
 """
 
 from __future__ import annotations

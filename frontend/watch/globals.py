@@ -1,5 +1,5 @@
-"""What the functions and classes of a model refer to outside of it: globals, closures, defaults, class
-attributes, caches.
+"""Records what the functions and classes of a model refer to outside of it: globals, closures, defaults,
+class attributes, caches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)
 
 
 class Surroundings:
-    """What lies around a model, as it was: numbers, tensors and containers of any depth."""
+    """The objects around a model, as they were: numbers, tensors and containers of any depth."""
 
     def __init__(self, module: nn.Module) -> None:
         self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
@@ -128,10 +128,11 @@ def _is_other(before: Any, now: Any) -> bool:
 def _now(home: Any, name: str) -> Any:
     try:
         return home[name]
+    # a builtin, an attribute, or a cell that is still empty
     except (
         KeyError,
         ValueError,
-    ):  # a builtin, an attribute, or a cell that is still empty
+    ):
         return _ABSENT
 
 
@@ -193,7 +194,7 @@ def _reached(
     """The user's functions that may run with a module, those in globals and closures included, and the caches
     around such functions.
 
-    A function that only a hook reaches stands with that hook, all others with themselves.
+    Each function maps to itself; one that only a hook reaches maps to that hook.
     """
     hooks = [
         hook

@@ -38,9 +38,8 @@ class LineFinder:
         if not is_users(frame.f_code.co_filename):
             return None
         self._look()
-        self._last = user_line(
-            frame.f_back if event == "return" else frame
-        )  # behind a call goes on the line that made it
+        # after a call, the line that made it goes on
+        self._last = user_line(frame.f_back if event == "return" else frame)
         return None if self.line else self._step
 
     def _look(self) -> None:

@@ -1,7 +1,7 @@
 """Finds what follows `training`: which ops take the flag of their module, where Python chose by the flag, and
 what a user's train() does.
 
-While a module is traced every read of `training` is noted. One that is the flag of a call, as in
+While a module is traced, every read of `training` is noted. A read that is the flag of a call, as in
 `F.dropout(x, p, self.training)`, makes that op follow its module; any other read is a choice that the trace
 keeps. No op follows a flag that forward sets itself, as in `self.norm.eval()`. The grad modes that forward
 asks for are noted too, because a trace only has those that differ from the mode it is made in.
@@ -74,9 +74,8 @@ _BARE_DROPOUTS = {
     for function in _flagged(torch)
     if facts_of(function.__name__).returns_operand
 }
-_BARE = inspect.signature(
-    lambda input, p, train: None
-)  # theirs, for Python cannot see it
+# the signature of these functions, because Python cannot see it
+_BARE = inspect.signature(lambda input, p, train: None)
 
 
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/capture/rewrites.py")
@@ -111,9 +110,8 @@ class ModeReads(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._paths: dict[
-            int, list[str]
-        ] = {}  # by the module's dict: a tracer may stand another object in front of that
+        # by the module's dict: a tracer may put another object in front of a module
+        self._paths: dict[int, list[str]] = {}
         for path, owner in module.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(vars(owner)), []).append(path)
         self._reads: list[_Read] = []
@@ -123,7 +121,7 @@ class ModeReads(TorchFunctionMode):
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """While open, `training` is a property of all modules that notes who reads it."""
+        """While open, `training` is a property of all modules that notes its readers."""
 
         def read(owner: nn.Module) -> Any:
             if not torch.compiler.is_dynamo_compiling():
@@ -210,7 +208,7 @@ class ModeReads(TorchFunctionMode):
         if tree is not None:
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             found = next((r for r in here if r.span == flag), None)
-        else:  # code without a source: what is read last inside the call
+        else:  # code without a source: the flag that is read last inside the call
             found = next(
                 (
                     r
@@ -319,7 +317,7 @@ def _chooses(owner: nn.Module) -> bool:
         owner,
         (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder),
     ):
-        return True  # they drop by a rate that Python computes, and have a way of their own in eval mode
+        return True  # Python computes their dropout rate, and they take another path in eval mode
     return (
         isinstance(owner, _BatchNorm)
         and owner.momentum is None
@@ -433,9 +431,8 @@ def _caller() -> FrameType:
 def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
-    return next(
-        iter(reversed(tracer.tracer.graph.nodes))
-    )  # what torch 2.11 reverses is no iterator
+    # `reversed` gives no iterator in torch 2.11
+    return next(iter(reversed(tracer.tracer.graph.nodes)))
 
 
 def _last_call() -> Any:

@@ -161,9 +161,8 @@ def _guilty(
             == SAME_TRACE
         ):
             return group
-    plain = [
-        group for group in groups if not any(name in HOOKS for _, name in group)
-    ]  # hooks go with the flag that says they are there
+    # hooks go with the flag that says they are there
+    plain = [group for group in groups if not any(name in HOOKS for _, name in group)]
     return next((group for group in plain if carrying(group) != SAME_TRACE), {})
 
 
@@ -302,15 +301,15 @@ class Watch:
                 module._modules if name in module._modules else vars(module)
             )
             home[name] = value
+        # these passes lose nested grad modes and autocasts
         for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
             self._patch(
                 passes,
                 passes.__name__.rpartition(".")[2],
                 lambda graph, signature: (graph, signature),
-            )  # they lose nested ones
-        self._patch(
-            trace, "_detect_attribute_assignment", _nothing
-        )  # this class looks closer
+            )
+        # this class looks closer
+        self._patch(trace, "_detect_attribute_assignment", _nothing)
         self._patch(
             trace,
             "_materialize_and_lift_constants",
@@ -398,9 +397,8 @@ class Watch:
         if self.finder:
             self.finder.stop()
         for leaf in tree_leaves(result):
-            if (
-                type(leaf).__hash__ is None
-            ):  # torch 2.11 looks for its class among others by hash
+            # torch 2.11 looks for the class of a result in a set, by hash
+            if type(leaf).__hash__ is None:
                 raise odd_output(self._module, type(leaf).__name__)
         self._refuse_lost()
         self._write_back()
@@ -459,7 +457,7 @@ class Watch:
                     hint="return what it collects as an output, make a number a buffer, "
                     + KEEP_WHOLE,
                 )
-            self.notes.append(f"{what}: {place}")  # a hook that looks on
+            self.notes.append(f"{what}: {place}")  # a hook that only looks on
 
     def _write_back(self) -> None:
         """Buffers that were given another tensor get its values, after everything else that forward does."""

@@ -1,5 +1,5 @@
-"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's
-structure. Needs torch.
+"""The calling convention of a model: user arguments -> the flat inputs of a program, flat outputs -> the
+model's structure. Needs torch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class CallSpec:
             paths = tree_flatten_with_path(
                 opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves))
             )[0]
-        except Exception as error:  # the user's own class, made of nothing here
+        except Exception as error:  # the user's own class, made of empty tensors
             raise_ours(error)
             return ()
         return tuple(_path_text(path) for path, _ in paths)

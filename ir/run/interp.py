@@ -126,7 +126,7 @@ class Machine:
             results = _flat(op, self.apply(op, env))
         except StagecutError:
             raise
-        except Exception as error:  # whatever an op of torch's, or a user's, may raise
+        except Exception as error:  # anything that torch's or a user's op may raise
             raise StagecutError(
                 f"{op.target} cannot run: {type(error).__name__}: {error}",
                 where=op.where(),
