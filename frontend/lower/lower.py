@@ -111,7 +111,7 @@ class Lowering:
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
         self.whole: frozenset[str] = frozenset()
-        """Paths of modules that contain no module of ours."""
+        """Paths of modules kept whole: nothing inside them is a module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
