@@ -31,8 +31,8 @@ _FUNCTIONS = (
 
 
 def is_marker(target: Any) -> bool:
-    """True for what marks a boundary when called: our op and that of torch.distributed.pipelining, and the
-    functions around them.
+    """True for a target that marks a boundary when called: our op, that of torch.distributed.pipelining, and
+    the functions around them.
     """
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(target).removesuffix(".default") in _OPS
@@ -50,7 +50,7 @@ def pipe_split() -> None:
 
 
 class SplitPoint(Enum):
-    """Where a split lies beside a named module: before its forward runs, or after."""
+    """The place of a split beside a named module: before its forward runs, or after."""
 
     BEGINNING = 1
     END = 2

@@ -1,5 +1,5 @@
-"""What the parts of the frontend tell each other: keys in the meta of nodes, ops that stand in for others,
-calls of what is kept whole.
+"""Marks that the parts of the frontend leave for each other: keys in the meta of nodes, ops that stand in for
+others, calls of modules and functions kept whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHECKPOINT = "torch.ops.stagecut.checkpoint.default"
 
 
 ASSIGNED = "stagecut_assigned"
-"""Marks, in the meta of a node, the copy that stands for `self.buffer = new`."""
+"""Meta key that marks the copy that stands for `self.buffer = new`."""
 
 
 LEAF = "torch.ops.stagecut.leaf.default"
@@ -28,32 +28,32 @@ FUNCTION = "torch.ops.stagecut.function.default"
 
 
 CALL = "stagecut_call"
-"""Where, in the meta of a node, the call of such a function is kept."""
+"""Meta key on a node: the call of such a function."""
 
 
 GRAD = "stagecut_grad"
-"""Where, in the meta of a switch of the grad mode, the mode is that forward asks for behind it, None for that
-of its caller.
+"""Meta key on a switch of the grad mode: the mode that forward asks for after it; None means the caller's
+mode.
 """
 
 
 FOLLOWS = "stagecut_follows"
-"""Where, in the meta of an op with a training flag, the paths of the module are whose flag it takes; none for
-a flag of its own.
+"""Meta key on an op with a training flag: the paths of the module whose flag it takes; none for a flag of its
+own.
 """
 
 
 SAME = "stagecut_same"
-"""Marks, in the meta of a node, an alias that stands for its operand itself."""
+"""Meta key that marks an alias that stands for its operand itself."""
 
 
 CHOICES = "stagecut_choices"
-"""Where, in the meta of a traced module, the places are at which Python chose by mode: by module path."""
+"""Meta key on a traced module: module path -> the place at which Python chose by mode."""
 
 
 FIXED = "stagecut_fixed"
-"""Where, in the meta of a traced module, the paths of modules are whose training flag forward sets itself,
-with the line.
+"""Meta key on a traced module: the paths of modules whose training flag forward sets itself, with the
+line.
 """
 
 
@@ -62,15 +62,15 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 SYMBOLS = (torch.Tensor, *SYMBOLIC)
-"""What stands for data while a model is traced."""
+"""The types that stand for data while a model is traced."""
 
 
 @dataclass
 class LeafCall:
-    """One call of what is kept whole: how tensors and symbolic numbers sit in its arguments and results, and
-    what it does besides.
+    """One call of a module or function kept whole: how tensors and symbolic numbers sit in its arguments and
+    results, and what it does besides.
 
-    `path` is the module's, `function` the user's function where it is none.
+    `path` is the module's path; `function` is the user's function, where the call is not of a module.
     """
 
     path: str

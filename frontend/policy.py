@@ -20,8 +20,8 @@ Cuts = Callable[[Program], Sequence[int]]
 def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cuts:
     """`policy` in our own form.
 
-    A policy with a first parameter named `program` has it already. Any other takes the traced GraphModule and
-    returns it with split calls added, as for torch.distributed.pipelining.
+    A policy whose first parameter is named `program` is in that form already. Any other takes the traced
+    GraphModule and returns it with split calls added, as for torch.distributed.pipelining.
     """
     if next(iter(inspect.signature(policy).parameters), "") == "program":
         return policy
@@ -41,7 +41,7 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
 
 
 def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
-    """For each split call, the names of all nodes behind it."""
+    """For each split call, the names of all nodes after it."""
     names = [n.name for n in edited.graph.nodes]
     splits = [
         i
@@ -52,7 +52,9 @@ def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
 
 
 def _positions(followers: list[list[str]], program: Program) -> list[int]:
-    """The first op behind each split that is still in the program: a value's hint is its node's name."""
+    """For each split, the position of the first op after it that is still in the program. Ops are found by
+    name, because a value's hint is its node's name.
+    """
     ops = [op for op in program.ops if not op.is_split]
     index = {
         value.hint: position
@@ -78,11 +80,13 @@ def _positions(followers: list[list[str]], program: Program) -> list[int]:
 
 
 INSIDE = -1
-"""The position of what is no op of the program, but inside of one."""
+"""The position of an op that lies inside an op of the program."""
 
 
 def _inside(op: Op, position: int) -> dict[str, int]:
-    """The names of what an op does in one mode only: those of the first op in it stand for its beginning."""
+    """Names of results inside an op that differs by mode -> INSIDE; the results of its first op have the
+    position of the op itself.
+    """
     if op.target != BY_MODE:
         return {}
     run = op.regions[0 if op.args[0].captured else 1].ops

@@ -1,4 +1,4 @@
-"""Which file and line is the user's."""
+"""Tells which files and lines are the user's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gpus(*trees: Any) -> list[int]:
 
 
 def is_pythons(file: str) -> bool:
-    """True for a source file of Python's own library, and for what has no file."""
+    """True for a source file of Python's own library, and for code without a file."""
     return file.startswith("<") or (
         file.startswith(_PYTHON_DIR) and "-packages" not in file
     )
@@ -53,7 +53,7 @@ def is_users(file: str) -> bool:
 
 
 def user_line(frame: FrameType | None = None) -> Line:
-    """File, line and function of the innermost frame that is the user's, from `frame` or the caller on."""
+    """File, line and function of the user's innermost frame, from `frame` or from the caller outwards."""
     frame = frame or sys._getframe(1)
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
@@ -78,7 +78,7 @@ TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 
 
 def user_loc(trace: str) -> Loc | None:
-    """The innermost frame of a stack trace that is the user's, neither torch's nor ours, else the innermost
+    """The innermost frame of a stack trace that is the user's, neither torch's nor ours; else the innermost
     frame.
     """
     last: Loc | None = None

@@ -1,8 +1,7 @@
-"""Which values share storage, and who writes it. No torch here.
+"""Finds which values share storage, and which ops write it. No torch here.
 
-A value is a version of another one, a view of another one, or the first in its storage: its root. `Aliases`
-finds the roots of a run of ops in one pass. The functions ask for one value, and follow it through the whole
-program.
+A value is a version of another one, a view of another one, or the first in its storage, the root. `Aliases`
+finds the roots of a run of ops in one pass. The functions follow one value through the whole program.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from stagecut.ir.types import same_layout
 
 
 def unwritten(value: Value) -> Value:
-    """The value that `value` is a version of, itself when it is none."""
+    """The value that `value` is a version of; `value` itself when it is none."""
     while value.version_of is not None:
         value = value.version_of
     return value
 
 
 def viewed_value(value: Value) -> Value | None:
-    """The value that `value` was made a view of, None for what is no view."""
+    """The value that `value` was made a view of; None when it is no view."""
     op = value.owner
     if not isinstance(op, Op) or value.version_of is not None:
         return None
@@ -30,7 +29,7 @@ def viewed_value(value: Value) -> Value | None:
 
 
 def storage_root(value: Value) -> Value:
-    """The value in whose storage `value` lives: what it is a version or a view of."""
+    """The value in whose storage `value` lives, found through all versions and views."""
     value = unwritten(value)
     while (base := viewed_value(value)) is not None:
         value = unwritten(base)
@@ -38,8 +37,8 @@ def storage_root(value: Value) -> Value:
 
 
 def is_what_it_wrote(value: Value) -> bool:
-    """True when a result is the very tensor that its op wrote. An in-place op returns that, what is kept
-    whole any view of it.
+    """True when a result is the very tensor that its op wrote. An in-place op returns that tensor; a call
+    kept whole may return any view of it.
     """
     op, viewed = value.owner, viewed_value(value)
     if (
@@ -56,11 +55,11 @@ def _shares(op: Op) -> bool:
 
 
 class Aliases:
-    """What shares storage in a run of ops, as far as these ops make it so.
+    """The values that share storage in a run of ops, as far as these ops make them do so.
 
-    What they do not define is a root, and so is each of `roots`. State that overlaps in memory has one root.
-    `shares`: whether what an op takes a view of shares with the result what is asked for: the storage, or
-    only the history.
+    A value that these ops do not define is a root, and so is each of `roots`. State that overlaps in memory
+    has one root. `shares` tells whether the result of an op shares with the viewed operand the thing that the
+    caller asks about: the storage, or only the history.
     """
 
     def __init__(
@@ -112,5 +111,5 @@ def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, 
 
 
 def written_in(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
-    """Those of `values` that `ops` write in place, directly or through a view."""
+    """The values among `values` that `ops` write in place, directly or through a view."""
     return {value for _, value in writes_of(ops, values)}

@@ -1,4 +1,4 @@
-"""Whose fault an exception is: the model's, or ours."""
+"""Tells whose fault an exception is: the model's, or ours."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _FOLDERS = (
 )
 
 _HANDS_ON = dis.opmap["CALL_FUNCTION_EX"]
-"""A call `f(*args, **kwargs)`: it hands on what the model gave, to a function of the model's or of torch's.
+"""A call `f(*args, **kwargs)`: it hands the model's arguments on to a function of the model's or of
+torch's.
 """
 
 
 class OnPurpose(Exception):
-    """What our code raises in the midst of the model's, because of what that does: no bug."""
+    """Raised by our code within the model's code, because of something that the model does. It is no bug."""
 
 
 def raise_ours(error: BaseException) -> None:
-    """Returns when the model, or torch in its name, is to blame for `error`. A bug of ours in it, or behind
-    it, is raised as it is.
+    """Returns when the model, or torch in its name, is to blame for `error`. If `error`, or an exception that
+    led to it, is a bug of ours, that is raised as it is.
     """
     link: BaseException | None = error
     while link is not None:
@@ -38,7 +39,9 @@ def raise_ours(error: BaseException) -> None:
 
 
 def _is_bug(error: BaseException) -> bool:
-    """True for what is raised in a frame of ours. Where a stack or the memory ends, nobody is to blame."""
+    """True for an exception raised in a frame of ours. Nobody is to blame where the stack or the memory
+    ends.
+    """
     if (
         isinstance(error, (StagecutError, OnPurpose, RecursionError, MemoryError))
         or error.__traceback__ is None
@@ -51,8 +54,8 @@ def _is_bug(error: BaseException) -> bool:
 
 
 def _behind(error: BaseException) -> BaseException | None:
-    """The exception that `error` was raised for, or while it was handled. One that our own code caught, it
-    expected.
+    """The exception that caused `error`, or during whose handling it was raised. One that our own code caught
+    does not count, because our code expected it.
     """
     other = error.__cause__ or (
         None if error.__suppress_context__ else error.__context__

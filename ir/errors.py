@@ -10,7 +10,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 
 
 def without_addresses(text: str) -> str:
-    """`text`, where objects print as they do in every process."""
+    """`text`, in which objects print as they do in every process."""
     return _ADDRESS.sub("", text)
 
 

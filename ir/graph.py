@@ -20,8 +20,8 @@ PHASES = ("traced", "partitioned", "linked")
 SPLIT = "stagecut.split"
 """Target of the op that marks a boundary between two stages."""
 BY_MODE = "stagecut.by_mode"
-"""Target of the op that does one thing in training and another in evaluation, as (flag, <0>, <1>,
-[operands]): a region for each.
+"""Target of the op that does one thing in training and another in evaluation, with a region for each: (flag,
+<0>, <1>, [operands]).
 """
 
 CAUSAL, OPEN = "causal", "open"
@@ -29,7 +29,7 @@ CAUSAL, OPEN = "causal", "open"
 
 
 class Kind(Enum):
-    """Whose code an op calls."""
+    """The kind of a target: whose code the op calls."""
 
     ATEN = "an overload of torch.ops.aten"
     LIBRARY = "an op that a library registered, torch.ops.NAMESPACE.NAME"
@@ -42,9 +42,9 @@ class Kind(Enum):
 
 
 class Target(str):
-    """What an op calls, as text: `aten.add.Tensor`, `method.view`, `module.layers.0`.
+    """The thing that an op calls, as text: `aten.add.Tensor`, `method.view`, `module.layers.0`.
 
-    kind: whose code it is. name: its name without namespace and overload; for a module its path. overload:
+    kind: whose code it is. name: the name without namespace and overload; the path of a module. overload:
     `Tensor`, '' for none.
     """
 
@@ -115,8 +115,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A literal that follows the `training` flag of the module it stands in: one thing in training, another
-    in evaluation.
+    """A literal that follows the `training` flag of the module it stands in: it has one value in training,
+    another in evaluation.
 
     captured: the flag in the trace. others: paths of modules whose flags decide as well, so that all must be
     switched together.
@@ -129,7 +129,7 @@ class Mode:
 
     @property
     def now(self) -> Any:
-        """What the literal is in the trace."""
+        """The value of the literal in the trace."""
         return self.training if self.captured else self.evaluating
 
     @property
@@ -158,7 +158,7 @@ CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast", *WHOLE)
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What an op does besides computing its results.
+    """The effects of an op besides computing its results.
 
     writes: operand positions it mutates. views: per result, the operand it shares storage with, or None.
     random: it draws random numbers. effect: it must run even when nothing uses its results.
@@ -170,7 +170,7 @@ class Effects:
     effect: bool = False
 
     def viewed(self, result: int) -> int | None:
-        """The position of the operand that a result shares storage with, None for none."""
+        """The position of the operand that a result shares storage with; None when there is none."""
         return self.views[result] if self.views else None
 
 
@@ -180,9 +180,9 @@ PURE = Effects()
 class Value:
     """One definition. `owner` is the op or state entry that defines it, None for a user input.
 
-    `index` is its place among the results of its op. A version has none: it is what `version_of` is behind a
-    write of its op. `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op to
-    None, in order.
+    `index` is its place among the results of its op. A version has no index: it stands for `version_of` after
+    a write of its op. `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op
+    to None, in order.
     """
 
     __slots__ = ("hint", "index", "owner", "type", "uses", "version_of")
@@ -203,7 +203,7 @@ class Value:
     def replace_uses(
         self, new: Value, where: Callable[[Op], bool] = lambda op: True
     ) -> None:
-        """Every using op for which `where` holds names `new` instead of this value.
+        """Every op that uses this value, and for which `where` holds, names `new` instead.
 
         An op that wrote both made a version of each; they are one from here on.
         """
@@ -369,8 +369,8 @@ class Op:
 
     @property
     def returned(self) -> tuple[Any, ...] | None:
-        """Of an op that returns tensors anywhere in a structure: where they are in it, and the numbers and
-        texts that are there too, in order; () for nothing but tensors in a row. None for other ops.
+        """For an op that returns tensors anywhere in a structure: the paths of the tensors in it, and its
+        numbers and texts, in order; () when it returns a flat row of tensors. None for other ops.
         """
         if self.form == "tensors":
             return ()
@@ -383,7 +383,7 @@ class Op:
     @property
     def is_view(self) -> bool:
         """True when the op does nothing but take views of its operands. A dropout that returns its operand
-        when it is off does more.
+        when it is off does more, so it is no view.
         """
         does_more = self.effects.writes or self.effects.random
         return (
@@ -471,7 +471,9 @@ class StateEntry:
 
 @dataclass(eq=False)
 class Stage:
-    """A block of ops with its inputs, outputs and, per state entry it holds, the names it holds it under."""
+    """A block of ops with its inputs, its outputs and, for each state entry that it holds, the names it holds
+    it under.
+    """
 
     index: int
     ops: list[Op] = field(default_factory=list)
@@ -489,7 +491,7 @@ class Transfer:
     """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed
     from the first one.
 
-    By the route `recompute` nothing travels: the stage computes the value itself, as `made`.
+    Nothing travels by the route `recompute`: the stage computes the value itself, as `made`.
     """
 
     value: Value
@@ -518,8 +520,8 @@ class Transfer:
 class Program:
     """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase.
 
-    output_names: for people, where each output lies in what the model returns (`logits`, `hidden[1]`), where
-    that is known. As hints of values, it means nothing; it is not in the text.
+    output_names: for people, the place of each output in the model's result (`logits`, `hidden[1]`), where
+    that is known. Like hints of values, they mean nothing; they are not in the text.
     """
 
     def __init__(self, name: str) -> None:
@@ -564,7 +566,9 @@ class Program:
         self.phase = phase
 
     def remove_ops(self, dead: set[Op]) -> None:
-        """The `dead` ops are gone, and transfers of what they define. Nothing outside them may use that."""
+        """The `dead` ops are gone, and the transfers of the values that they define. Nothing outside them may
+        use these values.
+        """
         gone = [op for op in self.all_ops() if op in dead]
         for op in gone:
             for value in op.definitions():
@@ -611,7 +615,7 @@ def leaves(tree: Any) -> Iterator[Value]:
 
 
 def literals(tree: Any) -> Iterator[Any]:
-    """What is no value in a nested operand structure, left to right."""
+    """The literals in a nested operand structure, left to right: everything that is no value."""
     if isinstance(tree, (tuple, list)):
         for item in tree:
             yield from literals(item)
@@ -624,7 +628,7 @@ def literals(tree: Any) -> Iterator[Any]:
 
 
 def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """`tree` with `leaf` applied to everything that is no tuple, list, dict or slice."""
+    """`tree` with `leaf` applied to every item that is no tuple, list, dict or slice."""
     if isinstance(tree, tuple):
         return tuple(transform(item, leaf) for item in tree)
     if isinstance(tree, list):
@@ -641,7 +645,7 @@ def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def substitute(tree: Any, swap: dict[Value, Value]) -> Any:
-    """`tree` with every value replaced that `swap` has a new value for."""
+    """`tree` with every value replaced for which `swap` has a new one."""
     return transform(
         tree, lambda item: swap.get(item, item) if type(item) is Value else item
     )

@@ -1,10 +1,10 @@
-"""What is known of single ops of torch that their schemas do not say: one table, by the name of the op. No
-torch here.
+"""Facts about single ops of torch that their schemas do not say, in one table by the name of the op. No torch
+here.
 
 One op of torch has many spellings: `aten.detach.default` in an exported program, `torch.detach` and
 `method.detach` in a GraphModule, `builtins.getattr(x, "data")` for an attribute. The user's own code may have
-any name at all: a module `enc.data`, a function `detach`. So no rule reads a target: it asks for the facts of
-an op, and the user's code has none. An op that the table does not know behaves as its schema says.
+any name at all: a module `enc.data`, a function `detach`. So no rule reads a target. A rule asks for the
+facts of an op, and the user's code has none. An op that the table does not know behaves as its schema says.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from stagecut.ir.graph import Kind, Op, Target, Value, leaves
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of an op of torch. Each fact names who asks for it."""
+    """The facts about an op of torch. Each fact names its readers."""
 
     training: Mapping[str, int] = field(default_factory=dict)
     """Overload -> the position of its training flag. Lowering: the flag follows the module's."""
     off_is_operand: bool = False
-    """With its flag off it returns the very tensor that it is given. Lowering: the result is a view."""
+    """It returns the very tensor that it is given when its flag is off. Lowering: the result is a view."""
     statistics: tuple[int, ...] = ()
-    """Arguments that it writes with its flag on, though its schema does not say so. Lowering."""
+    """Arguments that it writes when its flag is on, though its schema does not say so. Lowering."""
     copies: bool = False
     """Its result is a new tensor, though one in a trace shares storage with the operand. Lowering."""
     reshapes: bool = False
-    """In place it gives a tensor another shape, or detaches it, and writes nothing in memory. Lowering takes
+    """It gives a tensor another shape in place, or detaches it, and writes nothing in memory. Lowering takes
     the view instead.
     """
     cuts_gradient: bool = False
     """Its results never carry gradient. Infer-gradients."""
     returns_operand: bool = False
-    """Where there is nothing to do it returns the very tensor that it is given, with its history.
+    """It returns the very tensor that it is given, with its history, where there is nothing to do.
     Infer-gradients, lowering.
     """
     guard: bool = False
     """A tracer adds it to check its own assumptions; it computes nothing. Canonicalize, validator."""
     attention: bool = False
-    """It is scaled_dot_product_attention. Causal-attention; costs: on a GPU it keeps operands, result and a
-    number a row.
+    """It is scaled_dot_product_attention. Causal-attention; costs: on a GPU it keeps operands, result and one
+    number per row.
     """
     heavy: bool = False
     """It computes more than it moves. Recompute, balance: it is never done twice unasked."""
     reads_around: bool = False
     """It may read all of the storage in which its first operand lies. Rebase-views, files."""
     past_autograd: bool = False
-    """What is written into its result, backward does not know of. Mailbox."""
+    """Backward does not know of writes into its result. Mailbox."""
     uninitialised: bool = False
     """Its result is whatever the memory held. Constants, checks of passes."""
     norm_of_rows: bool = False
-    """Costs: on a GPU it keeps its operand and a number a row."""
+    """Costs: on a GPU it keeps its operand and one number per row."""
     grouped_product: bool = False
     """Costs: it is a product of matrices in groups, for which torch has no formula."""
     iteration: str = ""
@@ -65,7 +65,7 @@ class Facts:
 
 
 NOTHING = Facts()
-"""What is known of the user's own code."""
+"""The facts about the user's own code: none."""
 
 
 def _facts() -> dict[str, Facts]:
@@ -192,25 +192,25 @@ _BINDINGS = {
 }
 
 FACTS: Mapping[str, Facts] = _facts()
-"""Name of an op of torch, or namespace and name of an op of another library -> what is known of it."""
+"""Name of an op of torch, or namespace and name of an op of another library -> its facts."""
 
 _SYMBOLS = {"pos": "positive"}
 """Functions of `operator` that torch knows by another name."""
 
 
 def facts(op: Op) -> Facts:
-    """What is known of the op that `op` calls, however it is spelled. NOTHING for the user's own code."""
+    """The facts about the op that `op` calls, however it is spelled. NOTHING for the user's own code."""
     return FACTS.get(base_name(op) or library_name(op), NOTHING)
 
 
 def facts_of(name: str) -> Facts:
-    """What is known of the op of torch of that name."""
+    """The facts about the op of torch of that name."""
     return FACTS.get(name, NOTHING)
 
 
 def base_name(op: Op) -> str:
-    """The name of an op of torch, however it is spelled: without namespace and overload. '' for all that is
-    not torch's.
+    """The name of an op of torch without namespace and overload, however the op is spelled. '' for an op that
+    is not torch's.
     """
     target = op.target
     if target.kind in (Kind.ATEN, Kind.METHOD, Kind.TORCH):
@@ -228,31 +228,31 @@ def _attribute(op: Op) -> str:
 
 
 def library_name(op: Op) -> str:
-    """Namespace and name of an op that another library registered. '' for all else."""
+    """Namespace and name of an op that another library registered. '' for other ops."""
     if op.target.kind is not Kind.LIBRARY or not op.target.name:
         return ""
     return f"{op.target.split('.')[2]}.{op.target.name}"
 
 
 def is_heavy(op: Op) -> bool:
-    """True for an op that computes more than it moves, and for one of another library, of which nobody
-    knows.
+    """True for an op that computes more than it moves, and for any op of another library, because nothing is
+    known of it.
     """
     return facts(op).heavy or bool(library_name(op))
 
 
 def module_path(op: Op) -> str:
-    """The path of the module that an op calls as a whole. '' for all else."""
+    """The path of the module that an op calls as a whole. '' for other ops."""
     return op.target.name if op.target.kind is Kind.MODULE else ""
 
 
 def state_of(op: Op) -> list[Value]:
-    """What the module holds that an op calls as a whole. Nothing for all else."""
+    """The state of the module that an op calls as a whole. Nothing for other ops."""
     return list(leaves(op.args[2:3])) if module_path(op) else []
 
 
 def flag_position(target: Target) -> int | None:
-    """Where the training flag stands among the arguments of an overload; None for an overload without one,
+    """The position of the training flag among the arguments of an overload. None for an overload without one,
     and for other spellings.
     """
     return (
@@ -271,8 +271,8 @@ def flag(op: Op) -> Any:
 
 
 def out_of_place(target: Target) -> str:
-    """The target of the view that an op takes which gives a tensor another shape in place, or detaches it. ''
-    for other ops.
+    """For an op that gives a tensor another shape in place, or detaches it: the target of the op that takes
+    that view. '' for other ops.
 
     Nothing in the memory is written, and the other views of it keep their shapes.
     """

@@ -1,8 +1,8 @@
 """Outlining: the live-ins and live-outs of a contiguous run of ops.
 
-The one mechanism behind stages, module scopes inside a stage and anything else that is cut out of a
-list of ops. Number all ops once; a run is then an interval, and a value is live-in when it is defined
-before the interval, live-out when it is used at or after its end.
+Stages, module scopes inside a stage and anything else that is cut out of a list of ops use this one
+mechanism. Number all ops once; a run is then an interval. A value is live-in when it is defined before the
+interval, live-out when it is used at or after its end.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
 
 BEFORE = -1
-"""Position of everything that is there before the first op: user inputs and state."""
+"""Position of the values that exist before the first op: user inputs and state."""
 
 
 class Positions:
-    """Where every op stands in program order, and where every value is last used.
+    """The position of every op in program order, and of the last use of every value.
 
     The program's output stands after all ops, so a returned value is live to the end.
     """
@@ -67,8 +67,8 @@ def positions(program: Program) -> Positions:
 
 
 def modules_of(stage: Stage, most: int = 4) -> list[str]:
-    """The modules a stage runs, at the deepest depth at which they are no more than `most`, or at the
-    outermost.
+    """The modules that a stage runs, at the deepest depth at which they are no more than `most`, else at the
+    outermost depth.
     """
     paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
     depth = max((p.count(".") + 1 for p in paths), default=0)

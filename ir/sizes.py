@@ -1,6 +1,4 @@
-"""Expressions over sizes as sympy has them, built node by node: nothing in the text is ever evaluated as
-Python.
-"""
+"""Builds sympy expressions over sizes node by node: nothing in the text is ever evaluated as Python."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "IntTrueDiv": operator.truediv,
     "ToFloat": lambda a: a,
 }
-"""Functions of torch's own for which sympy has none."""
+"""Functions of torch's own that sympy does not have."""
 
 
 def expression(text: str, symbols: Mapping[str, Any]) -> Any:
@@ -113,7 +111,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 @cache
 def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
-    """The number an expression over sizes stands for, None when it is open or unknown."""
+    """The number that an expression over sizes stands for; None when it is open or unknown."""
     import sympy
 
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}

@@ -115,7 +115,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def value_bytes(kind: Type) -> int | None:
-    """Bytes of a value of this type, 8 for what is no tensor; None when a size is symbolic."""
+    """Bytes of a value of this type; 8 for a value that is no tensor; None when a size is symbolic."""
     return kind.nbytes() if isinstance(kind, TensorType) else 8
 
 

@@ -1,4 +1,4 @@
-"""Removes what only the tracer needed: guards, dead ops, superfluous split markers."""
+"""Removes ops that only the tracer needed: guards, dead ops, superfluous split markers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Canonicalize:
 
 def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
-    behind: set[Value] = (
-        set()
-    )  # what is written behind the present op, and the roots of that
+    # values written after the present op, and their roots: an earlier read of such a view must stay, because
+    # torch rebuilds its autograd history there
+    behind: set[Value] = set()
     aliases = Aliases(ops)
     before = _first_writes(ops, aliases)
     for place, op in reversed([*enumerate(ops)]):
@@ -49,10 +49,10 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
 
 
 def _is_renewed(value: Value, root: Value, behind: set[Value], before: bool) -> bool:
-    """True for a value of which reading has torch bring the history up to date, for a write behind it.
+    """True for a value whose autograd history torch rebuilds when the value is read, because of a write.
 
-    That is a view. What the caller or the model brings along may be one too: its history is out of date where
-    it was written before.
+    Such a value is a view that is written later (`behind`). A tensor of the caller's or of the model's may be
+    a view too: its history is out of date where it was written before.
     """
     if value in behind and viewed_value(value) is not None:
         return True

@@ -1,5 +1,5 @@
-"""Attention whose mask hides just the future asks for causal attention instead, for which torch has faster
-kernels than for masks.
+"""Attention whose mask hides just the future becomes causal attention, because torch has faster kernels for
+it than for masks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from stagecut.ir.ops import facts
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
-"""A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where it can do without;
-else None.
+"""A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where the attention can do
+without the mask; else None.
 """
 
 
@@ -29,7 +29,8 @@ def _unknown(
 class CausalAttention:
     """An attention whose mask is proved to be CAUSAL or OPEN has no mask.
 
-    kind: what is known of a mask. Nothing, by default: text alone does not run its ops.
+    kind: tells what is known of a mask. By default nothing is known, because IR text alone does not run the
+    mask's ops.
     """
 
     name = "causal-attention"
@@ -39,7 +40,7 @@ class CausalAttention:
         return bool(self.unmasked(program))
 
     def unmasked(self, program: Program) -> list[Op]:
-        """The attentions that have no mask any more."""
+        """Removes every mask that is proved to be needless; the attention ops that had one."""
         if program.phase != "traced":
             return []
         return [op for op in program.ops if facts(op).attention and self._unmask(op)]
@@ -48,9 +49,8 @@ class CausalAttention:
         arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs
         read = [arguments.get(name) for name in ("attn_mask", "query", "key", "value")]
         values = [operand for operand in read if isinstance(operand, Value)]
-        draws = (
-            arguments.get("dropout_p", 0.0) != 0.0
-        )  # other kernels draw other numbers
+        # other kernels draw other numbers
+        draws = arguments.get("dropout_p", 0.0) != 0.0
         if len(values) < 4 or draws or arguments.get("is_causal", False) is not False:
             return False
         mask, query, key, value = values
@@ -62,7 +62,7 @@ class CausalAttention:
 
 
 def _set(op: Op, new: dict[str, Any]) -> None:
-    """The op has `new` arguments, by position where it had them by position."""
+    """The op has the arguments `new`, by position where it had them by position."""
     args, kwargs = list(op.args), dict(op.kwargs)
     for name, value in new.items():
         position = _NAMES.index(name)

@@ -50,7 +50,7 @@ class FindSplits:
         return bool(asked)
 
     def _positions(self, program: Program) -> dict[int, str]:
-        """Where to cut -> who asked for it."""
+        """Position of a cut -> the request for it."""
         ops = program.ops
         names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
         spans = _call_spans(
@@ -130,7 +130,7 @@ _REGIONS = {"checkpoint": "a checkpointed region", "transform": "a vmap"}
 
 
 def _refuse_cuts_through_regions(ops: list[Op], asked: dict[Op, str]) -> None:
-    """Returns when no marker stands between two ops of a region that runs as a whole; raises SplitError
+    """Returns when no marker stands between two ops of a region that runs as a whole. Raises SplitError
     naming the first that does.
     """
     last = {region: index for index, op in enumerate(ops) for region in _regions(op)}
@@ -166,7 +166,7 @@ def _prefixes(scope: Scope) -> list[str]:
 
 
 def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, int]]]:
-    """Per wanted module, the first and last op of each of its calls."""
+    """Wanted module -> the first and last op of each of its calls."""
     calls: dict[_Call, tuple[int, int]] = {}
     matches: dict[Scope, list[_Call]] = {}
     for index, op in enumerate(ops):

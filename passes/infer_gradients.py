@@ -1,4 +1,4 @@
-"""Computes which values carry gradient. A trace cannot tell: it runs without."""
+"""Computes which values carry gradient. The trace cannot tell, because it runs without gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from stagecut.ir.types import TensorType, carries_grad, same_layout
 
 @dataclass(frozen=True)
 class InferGradients:
-    """A value carries gradient when its dtype can, an operand of its op does, and the op passes it on."""
+    """A value carries gradient when its dtype can carry one, an operand of its op carries one, and the op
+    passes it on.
+    """
 
     name = "infer-gradients"
 
@@ -48,7 +50,7 @@ class InferGradients:
         return changed
 
     def _by_mode(self, op: Op) -> bool:
-        """A result carries gradient when what a region yields for it does, in one mode at least."""
+        """A result carries gradient when the value that a region yields for it does, in at least one mode."""
         operands: list[Value] = op.args[3]
         changed = False
         grads = [False] * len(op.results)
@@ -74,8 +76,8 @@ def grad_enabled(context: tuple[Context, ...]) -> bool:
 
 
 def _result_grad(op: Op, index: int, grad: bool) -> bool:
-    """A view carries the gradient of what it views; an operand written in place keeps its own, whatever the
-    mode.
+    """True when the result carries gradient. A view does so when the value it views does. An operand written
+    in place keeps its own gradient, whatever the grad mode.
     """
     viewed = op.effects.viewed(index)
     if viewed is None:
@@ -83,14 +85,14 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     own = carries_grad(op.operands[viewed].type) and not facts(op).cuts_gradient
     if viewed in op.effects.writes:
         return grad or own
-    if op.is_users and grad:  # in another call it may return something else
+    if op.is_users and grad:  # it may return something else in another call
         return True
     return own if _returns_operand(op, index, viewed) else grad and own
 
 
 def _returns_operand(op: Op, index: int, viewed: int) -> bool:
-    """True for a conversion that has nothing to convert: it returns the very tensor, with all its history. So
-    does a module or a function of the user's that returns what it is given.
+    """True for a conversion that has nothing to convert: it returns its operand itself, with all its history.
+    So does a module or a function of the user's that returns its operand.
     """
     return (op.is_users or facts(op).returns_operand) and same_layout(
         op.results[index].type, op.operands[viewed].type
@@ -98,11 +100,11 @@ def _returns_operand(op: Op, index: int, viewed: int) -> bool:
 
 
 def _carriers(op: Op) -> list[Value]:
-    """What `op` writes that carries the gradient of its operands afterwards.
+    """The operands written by `op` that carry the gradient of its operands afterwards.
 
-    An op of torch that is in place returns what it wrote, or nothing; one with results of its own writes
-    statistics on the side. The user's code may write any tensor that it is given; what a module writes of its
-    own are statistics.
+    An in-place op of torch returns the operand that it wrote, or nothing. An op with results of its own
+    writes only statistics on the side. The user's code may write any tensor that it is given; a module's
+    writes to its own state are statistics.
     """
     written = [op.operands[place] for place in op.effects.writes]
     if op.is_users:

@@ -1,4 +1,4 @@
-"""Computes what crosses: each stage's inputs and outputs are exactly its live-ins and live-outs."""
+"""Computes which values cross: each stage's inputs and outputs are exactly its live-ins and live-outs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Liveness:
     """Every stage lists its inputs and outputs, and every value that crosses has a transfer to each stage
     that uses it.
 
-    Inputs: the user inputs it reads in signature order, then the rest as the stages before it list them.
-    Outputs: parameters it sends on, then values in order of definition; those of the last stage in the order
-    the model returns them.
+    Inputs: the user inputs that the stage reads in signature order, then the rest as the stages before it
+    list them. Outputs: the parameters that it sends on, then values in order of definition; the outputs of
+    the last stage stand in the order in which the model returns them.
     """
 
     name = "liveness"

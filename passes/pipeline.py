@@ -23,15 +23,15 @@ from stagecut.passes.version_mutations import VersionMutations
 PASSES: tuple[type[Any], ...] = (
     Canonicalize,  # first: everything after sees only ops that matter
     ResolveAliases,  # before versions: a write through one name of a tensor is a write to all of them
-    VersionMutations,  # before anything moves: program order is still the order of the user's code
+    VersionMutations,  # before anything moves: program order is still that of the user's code
     InferGradients,  # after versions: a write can make a value carry gradient
     FindSplits,  # after the rest has settled: positions mean ops that stay
     Partition,  # from here on ops have stages
-    Recompute,  # before anything is computed from what crosses: less does
-    RebaseViews,  # before anything is computed from what crosses: it changes what crosses
-    ShareState,  # needs stages; before liveness, for state that is held does not cross
-    Liveness,  # what crosses
-    Route,  # how it crosses; links the program
+    Recompute,  # before anything is computed from the crossing values: fewer cross afterwards
+    RebaseViews,  # before anything is computed from the crossing values: it changes them
+    ShareState,  # needs stages; before liveness, because state that is held does not cross
+    Liveness,  # which values cross
+    Route,  # how they cross; links the program
 )
 
 ORDER = (
@@ -55,7 +55,7 @@ if any(NAMES.index(a) >= NAMES.index(b) for a, b in ORDER):
 
 
 def default_pipeline(*chosen: Pass) -> list[Pass]:
-    """All passes, in order: those of `chosen`, and the others as they are without options."""
+    """All passes in order: those in `chosen` as given, the others without options."""
     given = {type(p): p for p in chosen}
     return [given[p] if p in given else p() for p in PASSES]
 

@@ -1,5 +1,5 @@
-"""What shares storage and is written in a stage shares storage there: views that crossed are derived anew. So
-does what is read around.
+"""Values that share storage and are written in a stage share storage there too: the stage takes the views
+itself instead of receiving them. So it does with a view around which it reads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RebaseViews:
 
 
 class _Stages:
-    """Where values are defined, and what they are views of."""
+    """The stages that define values, and the values that these are views of."""
 
     def __init__(self, program: Program) -> None:
         self._home: dict[Value, int] = {
@@ -56,7 +56,7 @@ class _Stages:
         self._ops = program.all_ops
 
     def rebase(self, stage: Stage) -> bool:
-        """No two values of one storage cross into `stage` and are written there; True when that took a
+        """No two values of one storage both cross into `stage` and are written there. True when that took a
         change.
         """
         twins: dict[tuple[Op, Value], Op] = {}
@@ -69,18 +69,20 @@ class _Stages:
         return changed
 
     def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
-        """By root, the values from other stages through which `op` writes, which it renews, or reads while it
-        writes, where they must be unified.
+        """Storage root -> the values from other stages in that storage which `op` writes, renews or also
+        reads. Only storage that `op` writes or renews, and in which these values must become one: they are
+        two or more, or the root is an input or state.
         """
         written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
+        # inputs and state need not cross
         whole = {
             root
             for value in written
             if not isinstance((root := self._steps(value)[0]).owner, Op)
-        }  # inputs and state need not cross
+        }
         for value in self._received(op.operands, here):
             root = self._steps(value)[0]
             if root in whole:
@@ -95,13 +97,13 @@ class _Stages:
         }
 
     def _received(self, values: list[Value], here: int) -> list[Value]:
-        """The values from other stages that these are or are views of, each once."""
+        """The values from other stages that `values` are, or are views of, each once."""
         entries = dict.fromkeys(self._entry(value, here) for value in values)
         return [value for value in entries if self._home.get(value, here) != here]
 
     def _entry(self, value: Value, here: int) -> Value:
-        """The value `value` was made a view of in stage `here`. What a write made there is its own: that
-        write saw to the rest.
+        """The value that `value` was made a view of in stage `here`. The result of a write made there is not
+        followed further, because that write saw to the rest.
         """
         while (
             self._home.get(value) == here
@@ -130,7 +132,7 @@ class _Stages:
         twins: dict[tuple[Op, Value], Op],
     ) -> bool:
         base = self._base(root, crossing, op)
-        if base is None:  # then nobody need see the write who does not read it
+        if base is None:  # then only values that are read need to see the write
             crossing = [
                 v
                 for v in crossing
@@ -150,13 +152,13 @@ class _Stages:
         return crossing != [base]
 
     def surround(self, stage: Stage) -> bool:
-        """What as_strided reads around is in `stage` as a whole; True when that took a change."""
+        """Every tensor around which as_strided reads is whole in `stage`. True when that took a change."""
         twins: dict[tuple[Op, Value], Op] = {}
         changed = False
         for op in [op for op in stage.ops if facts(op).reads_around]:
             for value in self._received([op.operands[0]], stage.index):
                 root, steps = self._steps(value)
-                if not steps:  # no part of it: all of it
+                if not steps:  # the whole tensor crosses, not a part of it
                     continue
                 if root in self._written or _loses(value, steps):
                     raise SplitError(
@@ -191,9 +193,8 @@ class _Stages:
             if value is base:
                 continue
             derived, steps = base, self._steps(value)[1]
-            anew: dict[
-                Value, Value
-            ] = {}  # an operand that only lends its shape may be one of the views on the way
+            # an operand that only lends its shape may be one of the views on the way
+            anew: dict[Value, Value] = {}
             for view, index in reversed(steps[: len(steps) - known]):
                 derived = self._twin(
                     view, index, derived, base, stage.index, twins, anew
@@ -212,8 +213,8 @@ class _Stages:
         )
 
     def _base(self, root: Value, crossing: list[Value], op: Op) -> Value | None:
-        """The value at hand that all of `crossing` are or are views of, gradient and all; the root where that
-        is one.
+        """The value at hand that all of `crossing` are, or are views of, without loss of a gradient; the root
+        where it is at hand.
         """
         paths = {value: self._steps(value)[1] for value in crossing}
         found: list[tuple[int, bool, Value]] = []
@@ -243,8 +244,8 @@ class _Stages:
         twins: dict[tuple[Op, Value], Op],
         anew: dict[Value, Value],
     ) -> Op:
-        """The view op on `base`, which is `whole` or a view of it, in stage `here`; `anew` are the views of
-        `whole` there are already.
+        """The view op on `base`, which is `whole` or a view of it, in stage `here`. `anew` maps values to the
+        views of `whole` that stand for them already.
         """
         if view.has_effect:
             raise SplitError(
@@ -255,9 +256,8 @@ class _Stages:
             )
         if (view, base) not in twins:
             viewed = view.effects.viewed(index)
-            steps = self._steps(
-                whole
-            )  # an operand that only lends its shape may be the whole itself
+            # an operand that only lends its shape may be the whole itself
+            steps = self._steps(whole)
             now = {
                 operand: whole
                 for operand in view.operands
@@ -285,14 +285,14 @@ def _is_of_write(value: Value) -> bool:
 
 
 def _loses(value: Value, steps: list[tuple[Op, int]]) -> bool:
-    """True when `value` carries gradient, and taken anew by `steps` it would not: what was written into a
-    detached tensor does so.
+    """True when `value` carries gradient, but would not if it were taken anew by `steps`. That happens to a
+    value that was written into a detached tensor.
     """
     return carries_grad(value.type) and any(facts(op).cuts_gradient for op, _ in steps)
 
 
 def _remove_dead_views(program: Program) -> None:
-    """Views nothing takes any more are gone, but no stage is left empty."""
+    """Views that nothing reads any more are gone, but no stage is left empty."""
     dead: set[Op] = set()
     for stage in reversed(program.stages):
         idle: set[Op] = set()

@@ -1,4 +1,4 @@
-"""Computes anew, in the stages that read it, what costs less to compute there than to send."""
+"""Recomputes values, in the stages that read them, that cost less to compute there than to send."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.types import carries_grad, value_bytes
 
 START = 256 * 1024
-"""What starting an op costs: the bytes a link of 50 GB/s (400 Gb/s InfiniBand) carries in 5 microseconds."""
-
-MEMORY = 64
-"""Bytes an op reads and writes in the time in which that link carries one, with a memory of 3.35 TB/s (H100).
+"""Cost of starting an op: the bytes that a link of 50 GB/s (400 Gb/s InfiniBand) carries in 5 microseconds.
 """
 
+MEMORY = 64
+"""Bytes that an op reads and writes, with a memory of 3.35 TB/s (H100), while that link carries one byte."""
+
 DEEPEST = 64
-"""How many ops in a row are looked at, at most."""
+"""Longest chain of ops that is looked at."""
 
 RECOMPUTE, RELAY = "recompute", "relay"
 
@@ -37,11 +37,11 @@ class Recompute:
     """A value that is cheaper to compute than to send is computed in every stage that reads it; ops left
     without readers are gone.
 
-    Only what no write, no random number and no gradient touches, so results and gradients stay bit for bit
-    the same. Costs are in bytes sent: START for each op, and what it reads and writes over MEMORY, against
-    the value's bytes times the stages it travels; a view costs nothing. Ops without operands (arange, full,
-    zeros) are always computed where they are read. A buffer or a constant that is read there is held there
-    too.
+    Only values that no write, no random number and no gradient touches are recomputed, so results and
+    gradients stay bit for bit the same. Costs are in bytes sent: START for each op, plus the bytes that it
+    reads and writes divided by MEMORY, are compared with the value's bytes times the stages it travels. A
+    view costs nothing. Ops without operands (arange, full, zeros) are always computed where they are read. A
+    buffer or a constant that is read there is held there too.
 
     routes: (name of a value, 'recompute' or 'relay') as the user wants it, whatever it costs.
     """
@@ -72,7 +72,9 @@ class _Work:
             value: len(program.stages) - 1 for value in program.output.operands
         }
         self._returned = {storage_root(value) for value in program.output.operands}
-        """Storage that the caller gets: who shares it there must go on to."""
+        """Storage that the model returns. A value in it must not be recomputed, or it would stop sharing
+        storage with the output.
+        """
         self._twins: list[dict[Value, Value]] = [{} for _ in program.stages]
         self._arriving: list[list[Op]] = [[] for _ in program.stages]
         self._needs: list[dict[Value, int | None]] = [{} for _ in program.stages]
@@ -80,10 +82,11 @@ class _Work:
         self._crossing: set[str] = set()
 
     def visit(self, stage: Stage) -> None:
-        """Decides for what `stage` defines and later ones read. Earlier stages are decided."""
-        idle = all(
-            self._is_source(op) for op in stage.ops
-        )  # the user asked for this stage: do not leave it empty
+        """Decides for each value that `stage` defines and later stages read. Earlier stages are decided
+        already.
+        """
+        # the user asked for this stage: do not leave it empty
+        idle = all(self._is_source(op) for op in stage.ops)
         for op in stage.ops:
             for value in op.definitions():
                 later = sorted(
@@ -129,7 +132,7 @@ class _Work:
             return
         for stage in later:
             twin = self._make(value, stage, asked)
-            self._needs[stage].clear()  # more is there now
+            self._needs[stage].clear()  # more values are there now
             here_now = {user for user in value.uses if self._home.get(user) == stage}
             value.replace_uses(twin, here_now.__contains__)
             self._program.transfers.append(
@@ -137,8 +140,8 @@ class _Work:
             )
 
     def _cost(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
-        """What computing `value` in `stage` costs, None when it cannot or must not be. What is made of one
-        value twice is counted twice.
+        """The cost of computing `value` in `stage`; None when it cannot or must not be computed there. A
+        value that is needed twice on the way is counted twice.
         """
         op = value.owner
         if (
@@ -164,8 +167,8 @@ class _Work:
         return cost
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
-        """What having `value` in `stage` costs: nothing when it is there, else what is cheaper, sending or
-        computing it.
+        """The cost of having `value` in `stage`: nothing when it is there, else the lesser of the costs of
+        sending and of computing it.
         """
         if self._aliases.is_written(value):
             return None
@@ -221,7 +224,9 @@ class _Work:
         return twins[value]
 
     def finish(self) -> bool:
-        """The copies stand in front of their stages; originals and copies that nothing reads are gone."""
+        """The copies stand at the beginning of their stages. Originals and copies that nothing reads are
+        gone.
+        """
         for stage, ops in zip(self._program.stages, self._arriving, strict=True):
             stage.ops[:0] = ops
         left = {stage.index: len(stage.ops) for stage in self._program.stages}

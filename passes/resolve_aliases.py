@@ -25,10 +25,11 @@ class ResolveAliases:
 
 
 def _merge(first: StateEntry, other: StateEntry) -> None:
+    # a lifted constant's name is the tracer's, not the model's
     named = [e for e in (first, other) if e.kind != "const"] or [
         first,
         other,
-    ]  # a lifted constant's name is the tracer's, not the model's
+    ]
     first.names = sum((e.names for e in named), ())
     first.transient = frozenset().union(*(e.transient for e in named))
     first.kind = min(first.kind, other.kind, key=KINDS.index)

@@ -1,4 +1,4 @@
-"""Runs passes: verifying, timing and showing belong here, so that passes hold nothing but their work."""
+"""Runs passes. Verifying, timing and showing belong here, so that a pass holds nothing but its own work."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def run_passes(
     check: bool = False,
     after: Callable[[PassRecord, Program], None] = lambda record, program: None,
 ) -> list[PassRecord]:
-    """Runs `passes` on `program` in order and calls `after` behind each.
+    """Runs `passes` on `program` in order and calls `after` after each.
 
-    With `check`, the program is verified before the first and after every pass, and a pass is held to
-    what it says it changed: PassError or VerifyError names the pass at fault.
+    With `check`, the program is verified before the first pass and after every pass, and a pass must say
+    truly whether it changed the program. PassError or VerifyError names the pass at fault.
     """
     if check:
         verify(program)

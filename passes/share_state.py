@@ -10,17 +10,17 @@ from stagecut.ir.ops import module_path
 
 REPLICATE, FEEDBACK, TRANSMIT = SHARES
 EVERY = "*"
-"""In `transmit`: all parameters for which it is possible."""
+"""In `transmit`: all parameters that can be transmitted."""
 
 
 @dataclass(frozen=True)
 class ShareState:
     """Every state name is held by a stage.
 
-    An entry several stages read is shared: `replicate` when no op writes it (each stage has a copy, gradients
-    are summed), `feedback` when a later stage writes what an earlier one reads in the next step, `transmit`
-    where the user asks for it: the first stage that reads a parameter holds it and sends it on, and gets its
-    gradient back.
+    An entry that several stages read is shared. `replicate`: no op writes it; each stage has a copy, and
+    gradients are summed. `feedback`: a later stage writes it, and an earlier one reads it in the next step.
+    `transmit`, where the user asks for it: the first stage that reads a parameter holds it, sends it on, and
+    gets its gradient back.
 
     transmit: names of parameters, or EVERY.
     """
@@ -73,8 +73,8 @@ def _refuse_unknown(transmit: tuple[str, ...], program: Program) -> None:
 
 
 def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:
-    """Stage -> module paths of the ops in it that read `entry`, in stage order. Returning it counts for the
-    last stage.
+    """Stage -> module paths of the ops in it that read `entry`, in stage order. Returning it counts as a read
+    in the last stage.
     """
     readers: dict[int, list[str]] = {}
     for op in entry.value.uses:

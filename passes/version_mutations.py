@@ -76,8 +76,8 @@ class _Classes:
         self._lost = set()
 
     def write(self, op: Op, index: int) -> None:
-        """Everything in the classes `op` writes that is read later, or is state, gets a new version: what
-        `op` names first.
+        """Every value in the storage that `op` writes gets a new version if it is read later or is state. The
+        values that `op` names come first.
         """
         written = [op.operands[position] for position in op.effects.writes]
         for value in written:
@@ -99,8 +99,9 @@ class _Classes:
             self._renew(op, member)
 
     def _alive(self, root: Value, index: int, written: int) -> list[Value]:
-        """Members read later, and state. The anchor, which is the whole tensor, lives as long as two values
-        share its storage, or while it is the user's: what is written can then be derived from it anew.
+        """The members that are read later, and state. The anchor, which is the whole tensor, lives as long as
+        two values share its storage, or while it is the user's: the written values can then be derived from
+        it anew.
         """
         members = [
             m

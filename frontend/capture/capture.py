@@ -42,13 +42,13 @@ def capture(
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
 ) -> tuple[ExportedProgram, Leaves, EagerPath]:
-    """The exported program of `module` on the example inputs, the modules it keeps whole, and the paths where
-    code asks if it is traced.
+    """The exported program of `module` on the example inputs, the modules that are kept whole, and the paths
+    that code takes where it asks if it is traced.
 
-    Those are the ones in `leaf_modules`; where tracing fails inside a submodule, the smallest one around the
-    failing line joins them, with a note; where a size that depends on data stops the model's own code, the
-    one that makes that size. Raises InputError when the inputs do not fit the signature, CaptureError when
-    the model cannot be traced.
+    The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
+    tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
+    depends on data stops the model's own code, it adds the module that makes that size. Raises InputError
+    when the inputs do not fit the signature, CaptureError when the model cannot be traced.
     """
     check_example(module, args, kwargs)
     inputs = distinct_tensors((tuple(args), dict(kwargs)))
@@ -130,28 +130,26 @@ def _export(
 def _failing_module(
     module: nn.Module, error: BaseException, known: Sequence[str]
 ) -> str:
-    """The path of the smallest submodule whose forward the error went through and that is not kept whole yet,
+    """The path of the smallest submodule whose forward the error went through and that is not kept whole yet;
     '' for none.
     """
-    paths = {
-        id(vars(m)): path for path, m in module.named_modules()
-    }  # a tracer may stand another object in front of the module's dict
+    # by the module's dict: a tracer may put another object in front of a module
+    paths = {id(vars(m)): path for path, m in module.named_modules()}
     found = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if (
-            frame.f_code.co_name not in FORWARDS
-        ):  # other methods fail on behalf of the module that calls them
+        # other methods fail on behalf of the module that calls them
+        if frame.f_code.co_name not in FORWARDS:
             continue
         path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
-        if path in known:  # it failed as a whole too: the module around it
+        if path in known:  # it failed as a whole too: take the module around it
             break
         found = path or found
     return found
 
 
 def _origin(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
-    """Where only a number that depends on data is in the way: the path of the submodule that first makes one
-    of those, '' for none.
+    """The path of the submodule that first makes a number on which `error` depends, where only numbers that
+    depend on data are in the way; '' for none.
     """
     symbols = getattr(getattr(error, "cond", None), "free_symbols", None)
     if not isinstance(error, GuardOnDataDependentSymNode) or not symbols:
@@ -185,8 +183,8 @@ def _origin(module: nn.Module, error: BaseException, known: Sequence[str]) -> st
 
 
 def distinct_tensors(tree: Any) -> Any:
-    """`tree` with every repeated tensor object replaced by a copy: a tracer takes one tensor given twice for
-    one input.
+    """`tree` with every repeated tensor object replaced by a copy, because a tracer takes one tensor given
+    twice for one input.
     """
     seen: set[int] = set()
 
@@ -204,7 +202,9 @@ def distinct_tensors(tree: Any) -> Any:
 def _refusal(
     module: nn.Module, error: Exception, whole: Mapping[str, str]
 ) -> CaptureError:
-    """What to tell the user; `whole` are the modules that capture has tried to keep whole before, and why."""
+    """The error for the user. `whole` has the modules that capture has tried to keep whole before, and
+    why.
+    """
     name, text = type(module).__name__, str(error)
     if (odd := _ODD.search(text)) is not None:
         return odd_output(module, odd[1] or odd[2])
@@ -221,10 +221,10 @@ def _refusal(
 _ODD = re.compile(
     r"^'(\w+)' object has no attribute 'meta'$|^Found <class '([\w.]+)'> in output"
 )
-"""How torch.export fails on what a model must not return."""
+"""The message with which torch.export fails on an object that a model must not return."""
 
 _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
-"""What torch found in the trace about a size that was declared to vary."""
+"""The part of torch's message about a size that was declared to vary."""
 
 
 def _first_line(error: Exception) -> str:
@@ -235,9 +235,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _user_frame(error: Exception, cls: type | None = None) -> str:
-    """file:line and source of the innermost frame that is the user's, else the place of the forward of
-    `cls`.
-    """
+    """file:line and source of the user's innermost frame; else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
         if is_users(path) and os.path.exists(path):

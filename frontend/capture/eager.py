@@ -49,7 +49,9 @@ class EagerPath:
 
     @property
     def notes(self) -> list[str]:
-        """The functions that take the path they have for tracing, why, and what that costs."""
+        """Notes on the functions that take the path they have for tracing: which they are, why, and what that
+        costs.
+        """
         return [
             f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its "
             "eager one cannot be traced: "
@@ -58,10 +60,10 @@ class EagerPath:
         ]
 
     def fall_back(self, error: BaseException, reason: str) -> bool:
-        """Of the functions that `error` went through, the innermost that asked hears the truth from now on;
-        False where none asked.
+        """The innermost function that `error` went through and that asked hears the truth from now on; False
+        where none asked.
 
-        One that failed for the same reason when it last heard the truth hears ours again.
+        The function that was told the truth last hears our answer again, if it failed for the same reason.
         """
         passed = self._passed(error)
         last = next(reversed(self._told), None)
@@ -96,7 +98,7 @@ class EagerPath:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """What stands for the model while it is traced hears our answers."""
+        """While open, the code of the model hears our answers."""
         own = [(question, question.__code__) for question in _QUESTIONS]
         package: Any = torch._subclasses
         try:
@@ -115,9 +117,8 @@ class EagerPath:
 
         def answer() -> bool:
             asker: FrameType | None = sys._getframe(2)
-            while (
-                asker is not None and asker.f_code.co_name in _NAMES
-            ):  # torch has a question under several names
+            # torch has a question under several names
+            while asker is not None and asker.f_code.co_name in _NAMES:
                 asker = asker.f_back
             return asker is not None and self._hears_the_truth(asker) and truth()
 
@@ -157,8 +158,8 @@ class EagerPath:
 
 
 def _asking(number: int) -> CodeType:
-    """The code of a function that gives an answer of ours. The function stays itself: whoever has imported it
-    asks it too.
+    """The code of a function that gives our answer. Only the code of torch's function is replaced, so that
+    code that has imported the function asks it too.
     """
     scope: dict[str, Any] = {}
     exec(
@@ -171,12 +172,12 @@ def _asking(number: int) -> CodeType:
 
 
 class _Nothing:
-    """A class that no tensor is of."""
+    """A class that no tensor is an instance of."""
 
 
 def _subclasses(hears_the_truth: Callable[[FrameType], bool]) -> type[ModuleType]:
-    """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds
-    one that no tensor is of.
+    """The class of the module `torch._subclasses` while we answer: code that asks for its FakeTensor finds a
+    class that no tensor is an instance of.
     """
 
     def fake_tensor(package: ModuleType) -> Any:

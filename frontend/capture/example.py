@@ -1,5 +1,5 @@
-"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's
-structure.
+"""The calling convention of a model: user arguments -> the flat inputs of a program, flat outputs -> the
+model's structure.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ torch.library.define(
 )
 
 _SHOWN: dict[str, list[torch.Tensor]] = {}
-"""What calls returned on fake tensors, by key."""
+"""Key -> the result of that call on fake tensors."""
 
 _keys = count()
 
@@ -56,8 +56,8 @@ def _function_fake(
 def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]:
     """While open, a call of a user's autograd.Function is one op of the trace.
 
-    One that is given modules or functions, whose parameters it would hide, is traced through; `notes` says
-    so.
+    A function that is given modules or functions, whose parameters it would hide, is traced through; `notes`
+    says so.
     """
     base: Any = torch.autograd.Function
     apply = base.__dict__["apply"]
@@ -79,7 +79,7 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
                 f"the gradient of {cls.__name__} is that of the ops in its forward, not its own backward: "
                 f"{line()}"
             )
-            # a grad mode inside says nothing: what backward does is in its own hands
+            # a grad mode inside says nothing, because the Function decides what its backward does
             with torch._C.DisableTorchFunction():
                 return plain(*args, **kwargs)
         return _one_op(cls, plain, flat, spec)
@@ -93,8 +93,8 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
 
 
 class _WithoutMeta(TorchFunctionMode):
-    """Functions of torch's that no fake tensor can go through, because a fast path of theirs looks at values,
-    are one op each.
+    """Torch functions that cannot run on fake tensors, because a fast path in them looks at values, become
+    one op each.
     """
 
     def __torch_function__(
@@ -116,7 +116,7 @@ def _ctc_loss(log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tenso
 
 
 _WITHOUT_META = {torch.nn.functional.ctc_loss: _ctc_loss, torch.ctc_loss: _ctc_loss}
-"""Such a function -> what it returns, of the right size only."""
+"""Such a function -> a stand-in for its result, right in size only."""
 
 
 def _one_op(

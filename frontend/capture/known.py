@@ -1,4 +1,4 @@
-"""Values that no input, no state and no random number goes into are known while a model is traced, and
+"""Values that depend on no input, no state and no random number are known while a model is traced, and
 forward may branch on them.
 """
 
@@ -42,13 +42,13 @@ _READS = frozenset(
 """Functions that look at the values of tensors."""
 
 _CHANGES_NO_VALUE = torch.ops.aten.detach_.default
-"""An op in place that leaves the values as they are; torch puts it behind every tensor that is made of
+"""An in-place op that leaves the values as they are; torch puts it after every tensor that is made of
 Python's numbers.
 """
 
 
 class KnownValues(TorchFunctionMode):
-    """While open, who looks at a value that is known gets it: the path of the trace is that of the eager
+    """While open, code that looks at a known value gets that value, so the trace takes the path of the eager
     run.
     """
 
@@ -102,8 +102,8 @@ class KnownValues(TorchFunctionMode):
 
 
 def _cone(node: fx.Node) -> list[fx.Node] | None:
-    """What `node` is made of, in order; None where that is more than constants, or is written by now, which
-    it may not have been before.
+    """The nodes that `node` is computed from, in order. None where they are more than constants, or where one
+    of them is written by now, though it may not have been when it was read.
     """
     steps: dict[fx.Node, None] = {}
     todo = [(node, False)]
@@ -120,8 +120,8 @@ def _cone(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """True for an op that makes the same of constants in every call, no larger than what is worth
-    computing.
+    """True for an op that makes the same result of constants in every call, if the result is small enough to
+    be worth computing.
     """
     if node.op == "get_attr":
         return isinstance(_attribute(node), torch.Tensor)
@@ -147,7 +147,7 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
-    """True when an op writes into what `node` made, or into a view of it."""
+    """True when an op writes into the result of `node`, or into a view of it."""
     todo, seen = [node], {node}
     while todo:
         for user in todo.pop().users:
@@ -186,8 +186,8 @@ def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 
 def _is_cast(node: fx.Node, value: Any) -> bool:
-    """True where autocast has the op compute in another dtype, and round otherwise, than its operands alone
-    would.
+    """True where autocast has the op compute in another dtype than its operands alone would give, and so
+    round in another way.
     """
     traced = node.meta.get("val")
     return (

@@ -16,11 +16,11 @@ _EXPORT = os.path.join(os.path.dirname(torch.__file__), "export", "")
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """While open, torch logs nothing, and prints no graph of a trace that failed. What the model itself says
-    is heard.
+    """While open, torch logs nothing and prints no graph of a trace that failed. Output of the model itself
+    still appears.
 
-    A capture may fail and be tried again with a module kept whole; of that the program's notes tell. Who sets
-    TORCH_LOGS is not quieted.
+    A capture may fail and be tried again with a module kept whole; the program's notes tell of that. Nothing
+    is silenced for a user who sets TORCH_LOGS.
     """
     if "TORCH_LOGS" in os.environ or sys.stderr is None:
         yield
@@ -54,7 +54,7 @@ class _WithoutExport:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes what others print."""
+        """Writes text, unless torch.export prints it."""
         by_export = sys._getframe(1).f_code.co_filename.startswith(_EXPORT)
         return len(text) if by_export else self._stream.write(text)
 

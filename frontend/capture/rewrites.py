@@ -1,4 +1,4 @@
-"""What models do that a tracer does not see, done in a way it does see, while `visible()` is open."""
+"""Rewrites calls that a tracer does not see into calls that it sees, while `visible()` is open."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def visible() -> Iterator[None]:
 
 @contextmanager
 def _inference_mode_as_no_grad() -> Iterator[None]:
-    """The tracer loses inference_mode; inside it becomes no_grad, which computes the same and is recorded."""
+    """inference_mode, which the tracer loses, becomes no_grad, which computes the same and is recorded."""
     cls: Any = torch.inference_mode
     enter, leave = cls.__enter__, cls.__exit__
 
@@ -92,8 +92,8 @@ def _inference_mode_as_no_grad() -> Iterator[None]:
 
 
 def _into_out(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` writes into `out=`. A trace knows the size that `out` had, and not the one that torch would
-    give it.
+    """The result of `func`, written into `out=`. Raises Untraceable where torch would resize `out`: a trace
+    knows only the size that `out` had.
     """
     try:
         with warnings.catch_warnings():
@@ -112,8 +112,8 @@ _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backwar
 
 
 class _DataAsOp(TorchFunctionMode):
-    """The tracer takes `tensor.data` for a constant; `aten.data` is the same as an op. What cannot be
-    recorded is an error.
+    """Records `tensor.data` as the op `aten.data`, because the tracer would take it for a constant. A use
+    that cannot be recorded is an error.
 
     differentiated: the user's line that first asked for gradients, '' for none.
     """
@@ -138,17 +138,18 @@ class _DataAsOp(TorchFunctionMode):
                     "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
                     + KEEP_WHOLE,
                 )
-            return None  # `tensor.data += 1` ends with an assignment of what was written in place
+            return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
         if kwargs is not None and kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
         if getattr(func, "__name__", "") == "__bool__" and isinstance(
             args[0], FakeTensor
         ):
             frame = sys._getframe(1)
+            # frames of other modes, inside of this one
             while (
                 frame.f_code.co_name == "__torch_function__"
                 and frame.f_back is not None
-            ):  # other modes, inside of this one
+            ):
                 frame = frame.f_back
             outcome = _outcome_that_goes_on(frame)
             if outcome is not None:
@@ -157,8 +158,8 @@ class _DataAsOp(TorchFunctionMode):
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:
-    """Of a condition that `frame` is at, the value behind which forward goes on where the other does nothing
-    but raise; else None.
+    """If exactly one branch of the condition that `frame` is at does nothing but raise, the value that takes
+    the other branch; else None.
     """
     steps = [
         step
@@ -184,7 +185,7 @@ def _outcome_that_goes_on(frame: FrameType) -> bool | None:
 
 
 def _raises(steps: list[dis.Instruction], at: int) -> bool:
-    """True when what stands at `at` runs into a `raise` without a choice."""
+    """True when the code at `at` runs into a `raise` without a choice."""
     for step in steps[at:]:
         if step.opname == "RAISE_VARARGS":
             return True

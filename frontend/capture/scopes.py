@@ -17,14 +17,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental import proxy_tensor
 
 _calling: list[int] = []
-"""The modules that are called now in a trace, outermost first. A tracer puts other objects in front of a
-module's dict, which is one.
+"""The modules that are being called in a trace, outermost first, each by the id of its dict. A tracer puts
+other objects in front of a module, but all of them have its dict.
 """
 
 
 @contextmanager
 def scopes(module: nn.Module) -> Iterator[None]:
-    """While open, a tracer knows these calls by the model's paths.
+    """While open, a tracer records these calls under the model's paths.
 
     `m.forward(x)` of a module in `module` counts as a call of m, unless m has hooks: a call would run them.
     """
@@ -52,7 +52,7 @@ def scopes(module: nn.Module) -> Iterator[None]:
 
 def goes_past_call(module: nn.Module) -> bool:
     """True where `module`, whose forward runs now in a trace, was not called, and a call would run more than
-    that.
+    its forward.
     """
     has_call = any(
         "__call__" in vars(cls)
@@ -64,16 +64,14 @@ def goes_past_call(module: nn.Module) -> bool:
 def _as_call(forward: FunctionType) -> Callable[..., Any]:
     @wraps(forward)
     def as_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            is_dynamo_compiling()
-        ):  # it traces what is in a region, and must not see what stands below
+        # Dynamo traces the code in a region, and must not see the code below
+        if is_dynamo_compiling():
             return forward(self, *args, **kwargs)
         asks_a_base = type(self).forward is not as_call
         if asks_a_base or id(vars(self)) in _calling[-1:] or _has_hooks(self):
             return forward(self, *args, **kwargs)
-        return nn.Module.__call__(
-            self, *args, **kwargs
-        )  # not a __call__ of the class, which may have called forward
+        # not a __call__ of the class, which may have called forward
+        return nn.Module.__call__(self, *args, **kwargs)
 
     return as_call
 

@@ -1,8 +1,8 @@
 """Modules kept whole: one op that calls the user's own module object.
 
-During capture an opaque op stands in for the module's forward. Its output types come from one real run of a
-copy of the model; so does what the module writes, which outputs share storage with inputs, and whether it
-draws random numbers.
+During capture an opaque op stands in for the module's forward. One real run of a copy of the model gives its
+output types. The run also tells what the module writes, which outputs share storage with inputs, and whether
+it draws random numbers.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _leaf_fake(
 
 
 def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
-    """A tensor as the one a real run made; a size that is that of a varying dim of an argument varies with it
-    (checked in each call).
+    """A tensor like `made`, the one that a real run made. A size equal to that of a varying dim of an
+    argument varies with it (checked in each call).
     """
     if not any(n in varying for n in made.shape):
         return torch.empty_strided(
@@ -74,9 +74,8 @@ def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
     order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
     places = sorted(range(made.dim()), key=order.__getitem__)
     shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
-    if not any(
-        made.shape[dim] in varying for dim in order[1:]
-    ):  # no stride depends on the widest dim
+    # no stride depends on the widest dim
+    if not any(made.shape[dim] in varying for dim in order[1:]):
         return torch.empty_strided(
             [shape[place] for place in places],
             made.stride(),
@@ -91,9 +90,9 @@ def _is_tensor(item: Any) -> bool:
 
 
 class Looking(TorchDispatchMode):
-    """Sees every op while it is open. What seeing raises comes out when it is closed.
+    """Sees every op while it is open. An error that `see` raises is raised again when it is closed.
 
-    In the midst of an op torch would take a TypeError for the answer of an operand, or end the process.
+    Within an op, torch would take a TypeError for the answer of an operand, or end the process.
     """
 
     def __init__(self) -> None:
@@ -128,7 +127,7 @@ class OpWatch(Looking):
         self.split = ""
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What it does is noted."""
+        """The writes, draws and split points of the op are noted."""
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         if is_marker(func):
             self.split = self.split or shown(user_line())
@@ -147,11 +146,11 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class OtherMode:
-    """What a module does with its training flags the other way round.
+    """The behaviour of a module with its training flags the other way round.
 
-    wrote: the memory given, and its own, that it writes. drew: it draws random numbers. homes: for each
-    tensor that it returns, the memory given in which that lies; a dropout that is off returns what it is
-    given.
+    wrote: the memory that it writes, given to it or its own. drew: it draws random numbers. homes: for each
+    tensor that it returns, the given memory in which the tensor lies: a dropout that is off returns its
+    operand.
     """
 
     wrote: set[int]
@@ -162,10 +161,10 @@ class OtherMode:
 def in_other_mode(
     module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any
 ) -> OtherMode:
-    """What `run`, which runs `module`, does with the flags of the module the other way round.
+    """The behaviour of `run`, which runs `module`, with the flags of the module the other way round.
 
-    A module that cannot run like that may write all its buffers. So may one of the user's, of which a run
-    shows one branch.
+    A module that cannot run like that counts as one that writes all its buffers. So does a module of the
+    user's, because a run shows only one of its branches.
     """
     given = tensors_in((args, kwargs))
     twins = {id(tensor): tensor.detach().clone() for tensor in given}
@@ -206,7 +205,9 @@ def _flags_turned(module: nn.Module) -> Iterator[None]:
 
 
 class CalledOtherwise(Untraceable):
-    """The model calls a module otherwise where it is traced: a module around it may be kept whole instead."""
+    """The model calls a module in another way when it is traced. A module around that one may be kept whole
+    instead.
+    """
 
 
 @dataclass
@@ -222,7 +223,7 @@ class Leaves:
 
     def add(self, path: str) -> None:
         """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules
-        without a forward stands for each of them, for nobody calls it.
+        without a forward stands for each of its modules, because nobody calls the list itself.
         """
         owners = {
             name: owner
@@ -246,8 +247,8 @@ class Leaves:
 
     @property
     def notes(self) -> list[str]:
-        """Which modules are kept whole although nobody asked for it, and why; what else the last capture had
-        to say.
+        """The modules that are kept whole although nobody asked for it, and why; then the other remarks of
+        the last capture.
         """
         kept = {
             path: reason for path, reason in self.reasons.items() if path in self.paths
@@ -258,8 +259,8 @@ class Leaves:
         ] + self.remarks
 
     def add_class(self, path: str, reason: str) -> None:
-        """All modules of the class of the one at `path` are kept whole: what fails is the code of the
-        class.
+        """All modules of the class of the module at `path` are kept whole, because the code of the class
+        fails.
         """
         self.reasons[path] = reason
         kind = type(self.module.get_submodule(path))

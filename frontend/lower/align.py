@@ -1,4 +1,6 @@
-"""Two traces of one model, aligned: which ops are the same in both, and what each has between them."""
+"""Aligns two traces of one model: finds the ops that are the same in both, and the runs of ops that each has
+between them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from stagecut.ir.graph import Mode, Op, Program, Region, StateEntry, Value, scop
 from stagecut.ir.types import TensorType, Type
 
 Pair = tuple[Value, Value]
-"""What stands in the same place in both traces."""
+"""The values that stand in the same place in both traces, ours first."""
 
 
 class CannotFollow(Exception):
@@ -20,10 +22,10 @@ class CannotFollow(Exception):
 
 @dataclass
 class Part:
-    """What both traces have next: an op that is the same in both, or a run of ops for each.
+    """A part of both traces: an op that is the same in both, or a run of ops from each.
 
-    joins are the pairs of values that are one value behind the part, and the op that reads them first, None
-    for the output.
+    joins maps the pairs of values that are one value after the part to the op that reads them first; None for
+    the output.
     """
 
     ours: list[Op]
@@ -33,13 +35,13 @@ class Part:
 
     @property
     def ops(self) -> list[Op]:
-        """All of both."""
+        """The ops of both traces."""
         return [*self.ours, *self.theirs]
 
 
 class _Conflict(Exception):
-    """The parts from `first` to `last` must be one, for what one of them makes another one needs in one mode
-    only.
+    """The parts from `first` to `last` must be one, because one of them makes a value that another needs in
+    one mode only.
     """
 
     def __init__(self, first: int, last: int) -> None:
@@ -48,10 +50,10 @@ class _Conflict(Exception):
 
 
 class Alignment:
-    """The parts of two traced programs, and which values of theirs are which of ours.
+    """The parts of two traced programs, and the value of ours for each value of theirs.
 
-    `same_constant` tells whether two constants of these names have equal values; `filled` gives the arguments
-    of an op, with those that another one gives and it leaves out.
+    `same_constant` tells whether two constants of these names have equal values. `filled` gives the arguments
+    of an op, including those that it leaves out and another op gives.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Alignment:
                 yield entry.value, owners[entry.name].value
 
     def _unite(self, first: int, last: int) -> None:
-        """Those parts, and the runs beside them, are one run."""
+        """The parts from `first` to `last`, and the runs beside them, become one run."""
         while first > 0 and not self.parts[first - 1].shared:
             first -= 1
         while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
@@ -138,7 +140,7 @@ class Alignment:
         self.partner |= zip(other.results, one.results, strict=True)
 
     def _meet(self, mine: Value, yours: Value, number: int, reader: Op | None) -> None:
-        """The two values are one, or are made one behind the part that makes them."""
+        """The two values are one, or become one after the part that makes them."""
         if self.partner.get(yours) is mine or self._are_equal_constants(mine, yours):
             self.partner[yours] = mine
             return
@@ -155,7 +157,7 @@ class Alignment:
         self.parts[where].joins.setdefault((mine, yours), reader)
 
     def _run_before(self, number: int) -> int:
-        """The number of a run right in front of that part."""
+        """The number of the run right before that part."""
         if not number or self.parts[number - 1].shared:
             self.parts.insert(number, Part([], []))
             raise _Conflict(number, number)
@@ -173,7 +175,9 @@ class Alignment:
     # --- pairs ------------------------------------------------------------------------------------
 
     def pairs(self, one: Op, other: Op) -> list[tuple[Any, Any]] | None:
-        """The leaves of the operands of both, in order; None where they are not built alike."""
+        """The pairs of leaves of the operands of both, in order; None where the operands are not built
+        alike.
+        """
         (args, kwargs), (others, keywords) = (
             (one.args, one.kwargs),
             (other.args, other.kwargs),
@@ -194,8 +198,8 @@ class Alignment:
         return found if alike else None
 
     def _same_region(self, one: Region, other: Region) -> bool:
-        """True for regions of equal ops. Nothing in them differs by mode, or the op they are of is another
-        one in each.
+        """True for regions of equal ops. Where anything in them differs by mode, they are not the same, and
+        so neither are their ops.
         """
         if [p.type for p in one.params] != [p.type for p in other.params] or [
             *map(_key, one.ops)
@@ -216,8 +220,8 @@ class Alignment:
 
 
 def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
-    """Ops that may be the same in both, one by one, and what lies between them. The split points are, where
-    there are as many.
+    """Parts of one op each for ops that may be the same in both, and parts for the runs between them. The
+    split points are the same where both traces have as many.
     """
     mine, yours = _between_splits(ours), _between_splits(theirs)
     if len(mine) != len(yours):
@@ -249,8 +253,8 @@ def _between_splits(ops: Sequence[Op]) -> list[list[Op]]:
 
 
 def _key(op: Op) -> Any:
-    """Equal for ops that can stand for each other: all but operands. Neither a checkpoint nor the number of a
-    call changes a result.
+    """A key that is equal for ops that can stand for each other. It leaves out the operands, and also
+    checkpoints and the numbers of calls, which change no result.
     """
     context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
     return (
@@ -301,7 +305,9 @@ def _zip(one: Any, other: Any, found: list[tuple[Any, Any]]) -> bool:
 
 
 def same_literal(one: Any, other: Any) -> bool:
-    """Equal, where 1 is not True and nan is nan. Two that follow a flag do so in both traces."""
+    """True for equal literals, where 1 is not True and nan is nan. Two literals that follow a flag must be
+    equal in both modes.
+    """
     if isinstance(one, Mode) and isinstance(other, Mode):
         return same_literal(one.training, other.training) and same_literal(
             one.evaluating, other.evaluating

@@ -1,5 +1,5 @@
-"""A model whose trace differs between train and eval mode is traced in both, and the program does what it
-does in either.
+"""Traces a model in both modes where its trace differs between train and eval mode. The program then does
+what the model does in either mode.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Traced = tuple[Program, Bindings]
 def follow(
     module: nn.Module, traced: Traced, again: Callable[[], Traced], asked: Iterable[str]
 ) -> None:
-    """The traced program does what `module` does in either mode, where Python chose by `training` while it
-    was traced.
+    """The traced program does what `module` does in either mode, also where Python chose by `training` during
+    the trace.
 
-    Where it cannot, `bindings.branches` says so of each module by whose flag was chosen, where, and why.
-    `again` traces the module as it stands then; it has the flags and the state that it had, afterwards.
-    `asked` are the modules at which the user cuts.
+    Where it cannot, `bindings.branches` says for each module by whose flag Python chose where it did so and
+    why the program cannot follow. `again` traces the module as it stands when called. Afterwards the module
+    has the flags and the state that it had. `asked` are the modules at which the user cuts.
     """
     bindings = traced[1]
     if not bindings.choices:
@@ -65,13 +65,13 @@ def follow(
 
 
 def refuse_to_follow(bindings: Bindings, choices: dict[str, str], why: str) -> None:
-    """The stages cannot follow these modules to the other mode, and say so when they are to."""
+    """The stages cannot follow these modules to the other mode, and say so when they are asked to."""
     bindings.branches |= {path: f"{place}: {why}" for path, place in choices.items()}
     bindings.choices = {}
 
 
 def hold_one_mode(traced: Traced, why: str) -> None:
-    """The program does what the model does in the mode of now alone."""
+    """The program does what the model does in its present mode only."""
     program, bindings = traced
     choices = dict(bindings.choices)
     for op in filter(returns_what_it_is_given, program.ops):
@@ -82,7 +82,7 @@ def hold_one_mode(traced: Traced, why: str) -> None:
 
 @contextmanager
 def in_other_mode(module: nn.Module) -> Iterator[None]:
-    """While open, `module` is in the mode that it is not in; afterwards all flags are as before."""
+    """While open, `module` is in the opposite of its mode. Afterwards all flags are as before."""
     flags = [(part, part.training) for part in module.modules()]
     try:
         module.train(not module.training)
@@ -139,8 +139,8 @@ def _merge(
 def _with_our_names(
     theirs: Program, bindings: Bindings, others: Bindings
 ) -> dict[str, Callable[..., Any]]:
-    """Their program calls the user's functions by the names that ours has; those that only they have, by new
-    ones.
+    """Their program calls the user's functions by the names that ours has for them, and functions that only
+    they have by new names.
     """
     namer = Namer(bindings.functions)
     known = {function: name for name, function in bindings.functions.items()}
@@ -163,8 +163,8 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 
 
 def filled(op: Op, like: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an op of torch, with those that `like` gives and it leaves out as its schema has
-    them.
+    """The arguments of an op of torch. Arguments that the op leaves out but `like` gives have the defaults of
+    its schema.
     """
     target = resolve(op.target) if op.target.kind in (Kind.ATEN, Kind.LIBRARY) else None
     if not isinstance(target, torch._ops.OpOverload):

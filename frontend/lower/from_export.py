@@ -60,18 +60,16 @@ def lower_export(
         bindings.branches = places | set_inside
     reassigned = _reassignments(exported)
     for node in reassigned:
-        if (
-            node.target is torch.ops.aten.copy_.default
-        ):  # who reads the tensor behind it kept the old one
+        # readers of the old tensor keep it, and do not read the copy
+        if node.target is torch.ops.aten.copy_.default:
             node.replace_all_uses_with(node.args[0])
     outputs = lowering.run(
         [n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ()
     )
     _finish(exported, program, list(outputs))
     for node in reassigned:
-        if (
-            node.target is torch.ops.aten.clone.default
-        ):  # of a buffer whose tensor another one is given
+        # the clone of a buffer whose tensor is assigned to another buffer
+        if node.target is torch.ops.aten.clone.default:
             env[node] = lowering.call(
                 node, env, program.ops, (), Seen(node.meta.get("val"))
             )
@@ -140,15 +138,17 @@ def _placeholders(
 
 
 def _as_given(value: Value, example: Any) -> None:
-    """The input carries gradient when the example does: the traced one has been through all that forward does
-    to it.
+    """The input carries gradient when the example does. The traced input cannot tell, because forward may
+    have changed it.
     """
     if isinstance(example, torch.Tensor) and isinstance(value.type, TensorType):
         value.type = replace(value.type, grad=example.requires_grad)
 
 
 def _foreign_object(node: Any, spec: Any, lowering: Lowering) -> CaptureError:
-    """What is no tensor and no number, but has state of its own, such as a generator of random numbers."""
+    """The error for an object that is no tensor and no number, but has state of its own, such as a generator
+    of random numbers.
+    """
     kind = str(getattr(spec.arg, "class_fqn", "") or spec.kind.name)
     hint = "keep objects with state out of forward"
     if kind.endswith("Generator"):
@@ -201,8 +201,8 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
 
 
 def _reassignments(exported: ExportedProgram) -> list[Any]:
-    """The copies that stand, last in the graph, for `self.buffer = new`: our watch marked them, torch's
-    tracer names them as no other.
+    """The nodes that stand for `self.buffer = new`: those that our watch marked; else the copies, last in the
+    graph, whose names torch's tracer gives to no other node.
     """
     marked = [node for node in exported.graph.nodes if ASSIGNED in node.meta]
     found: list[Any] = []
@@ -220,11 +220,11 @@ def _reassignments(exported: ExportedProgram) -> list[Any]:
 def _write_back(
     program: Program, target: Value, source: Value, settled: int = 0
 ) -> None:
-    """What the tracer hands out as the new value of state or of an input becomes a copy into it, where the
-    new value is made and settled.
+    """A new value `source` of state or of an input becomes a copy into `target`, as soon as the value is made
+    and settled.
 
-    The model gave the name a new tensor and kept the old one: whoever reads the old one reads a clone, taken
-    before the copy.
+    The model gave the name a new tensor and kept the old one, so ops that read the old one read a clone,
+    taken before the copy.
     """
     if written_in_place(source, target):
         return
@@ -281,7 +281,7 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
 
 
 def _bound(limit: Any) -> int | None:
-    """A bound of a size as a number, None for infinity."""
+    """The bound of a size as a number; None for infinity."""
     return int(limit) if getattr(limit, "is_Integer", True) else None
 
 

@@ -1,7 +1,7 @@
 """fx.GraphModule -> Program: any graph, from symbolic_trace or made by hand, with all six kinds of node.
 
-The graph is run once on fake tensors (`fx_run`), and each node is lowered when it has run, while its tensors
-are what it made of them.
+The graph is run once on fake tensors (`fx_run`). Each node is lowered right after it has run, while its
+tensors are as it left them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class _GraphLowering:
         self._env: dict[fx.Node, Any] = {}
         self._context: tuple[Context, ...] = ()
         self._fakes: dict[Value, torch.Tensor] = {}
-        """The tensor behind each value, kept alive: memory that is let go gives its identity to another."""
+        """The tensor behind each value, kept alive, because freed memory passes its identity on to another
+        tensor.
+        """
         self._homes: dict[Value, int] = {}
         self.outputs: Any = None
         lowering.whole = frozenset(
@@ -168,8 +170,8 @@ class _GraphLowering:
             self._replace(node, ran)
 
     def _field(self, node: fx.Node, value: Any) -> int | None:
-        """The place of what a node takes by name from several results, as in `x.max(0).values`. None for
-        other nodes.
+        """The place of the result that a node takes by name from several results, as in `x.max(0).values`.
+        None for other nodes.
         """
         source = node.args[0] if node.target is getattr else None
         container = self._env[source] if isinstance(source, fx.Node) else None
@@ -194,19 +196,17 @@ class _GraphLowering:
         )
         self._remember(tree, ran.value)
         for op in self._program.ops[before:]:
-            if op.target == self._lowering.target(
-                node
-            ):  # else it takes a view, where the node has another shape in place
+            # else it takes the view that stands for a change of shape in place
+            if op.target == self._lowering.target(node):
                 self._set_writes(op, ran)
         return tree
 
     def _replace(self, node: fx.Node, ran: Ran) -> None:
-        """Who reads a tensor behind a node that gave it another shape, or detached it, reads what the node
-        returned: the same object.
+        """After a node that gave a tensor another shape, or detached it, readers of the tensor read the
+        node's result instead: it is the same object.
         """
-        if ran.flagged and self._program.ops[-1].target == self._lowering.target(
-            node
-        ):  # no `detach_`
+        # a `detach_` has another target
+        if ran.flagged and self._program.ops[-1].target == self._lowering.target(node):
             raise _changed(
                 node, "requires_grad", "set it outside of the model, or use detach()"
             )
@@ -298,8 +298,8 @@ class _GraphLowering:
         return tree
 
     def _set_writes(self, op: Op, ran: Ran) -> None:
-        """The op writes what the node wrote: the very tensors, where they are seen, else all that share their
-        memory.
+        """The op writes the operands that the node wrote: the very tensors where they are seen, else all that
+        share the written memory.
         """
         named = [
             value for value in op.operands if id(self._fakes.get(value)) in ran.named
@@ -319,7 +319,9 @@ class _GraphLowering:
             self._lowering.note_twins(op, [self._home(result) for result in op.results])
 
     def _set_views(self, op: Op, ran: Ran) -> None:
-        """A result is a view, too, of what it lies in when the module is in the other mode."""
+        """A result is also a view of the operand in whose memory it lies when the module is in the other
+        mode.
+        """
         homes = [self._home(value) for value in op.operands]
         other = [
             homes.index(home) if home is not None and home in homes else None
@@ -356,7 +358,7 @@ def _changed(node: fx.Node, what: str, hint: str) -> CaptureError:
 
 
 def _is_foreign(node: fx.Node) -> bool:
-    """True for a function nobody has declared pure: the user's own."""
+    """True for the user's own functions, which nobody has declared pure."""
     return node.op == "call_function" and name_of(node.target) is None  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
-"""One run of a graph on fake tensors, node by node: it shows what fx does not record.
+"""One run of a graph on fake tensors, node by node, which shows what fx does not record.
 
-That is the types of values, which tensors a node writes, and whether it draws random numbers.
+It shows the types of values, the tensors that a node writes, and whether the node draws random numbers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from stagecut.ir.run.storage import written_tensors
 
 @dataclass(frozen=True)
 class Ran:
-    """What running a node showed: its value, the memory that it writes, whether it draws random numbers.
+    """The findings from running a node: its value, the memory that it writes, whether it draws random
+    numbers.
 
     named: the tensors that it writes, by id, as far as they are seen. views: for each tensor that it returns
-    with its training flags the other way round, the memory given in which that lies; nothing where it has no
-    flags. reshaped: the tensors given that have another shape now, and flagged: those that carry gradient now
-    or do so no more, though nothing was written. In both, the object itself was changed, and not only what is
-    in it.
+    with its training flags the other way round, the given memory in which the tensor lies; nothing where it
+    has no flags. reshaped: the given tensors that have another shape now. flagged: the given tensors whose
+    requires_grad has changed, though nothing was written. The last two were changed as objects, and not only
+    in their elements.
     """
 
     value: Any
@@ -45,7 +46,7 @@ class Ran:
 
 
 Visit = Callable[[fx.Node, Ran], None]
-"""Is called with each node when it has run."""
+"""A function that is called with each node after it has run."""
 
 
 class _Watch(OpWatch):
@@ -56,11 +57,10 @@ class _Watch(OpWatch):
         self.named: set[int] = set()
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What it does is noted."""
+        """The writes and draws of the op are noted."""
         for tensor in written_tensors(func, args, kwargs):
-            self.named.update(
-                map(id, (tensor, tensor._base))
-            )  # `x[0] = y` writes into a view that only the op has
+            # `x[0] = y` writes into a view that only the op has
+            self.named.update(map(id, (tensor, tensor._base)))
         super().see(func, args, kwargs)
 
 
@@ -89,23 +89,24 @@ class FakeRun(fx.Interpreter):
         stand_ins = torch.nn.utils.stateless._reparametrize_module(
             self.module, self.state, tie_weights=False, stack_weights=True
         )
+        # the graph may switch the grad mode and leave it so
         with (
             self._mode,
             stand_ins,
             torch.set_grad_enabled(torch.is_grad_enabled()),
-        ):  # the graph may switch the mode and leave it so
+        ):
             self.run(*fakes, enable_io_processing=False)
 
     def _fake(self, item: Any) -> Any:
         return self._mode.from_tensor(item) if isinstance(item, torch.Tensor) else item
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A constant is a fake too: so its views are seen to be views."""
+        """A constant, as a fake too, so that its views are seen to be views."""
         found = super().get_attr(target, args, kwargs)
         return found if isinstance(found, FakeTensor) else self._fake(found)
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, which has been visited."""
+        """The value of a node; the node has been visited."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         looks = [_Look(item) for item in tensors_in((args, kwargs))]
         leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
@@ -174,7 +175,7 @@ def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 @contextmanager
 def _named(node: fx.Node) -> Iterator[None]:
-    """What fails in a node is an error that names it."""
+    """An exception inside becomes a CaptureError that names the node."""
     try:
         yield
     except Exception as error:

@@ -66,11 +66,11 @@ from stagecut.ir.run.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
 
 _VMAP = "torch._functorch.predispatch"
-"""Where the functions live that open and close a vmap: none of them may be left out or moved."""
+"""The module of the functions that open and close a vmap. None of them may be left out or moved."""
 
 _OPENING = ("_vmap_increment_nesting", "_jvp_increment_nesting")
 _CLOSING = ("_vmap_decrement_nesting", "_jvp_decrement_nesting")
-"""Those with which a transform begins and ends."""
+"""The functions with which a transform begins and ends."""
 
 COUNT = "aten.add_.Tensor"
 """The op by which a batch norm counts its batches."""
@@ -81,7 +81,9 @@ _MADE_UP = "_empty_nn_module_stack_from_metadata_hook"
 
 @dataclass(slots=True)
 class Seen:
-    """What running a node once showed: its value, the operands it wrote, whether it drew random numbers."""
+    """The findings from running a node once: its value, the operands it wrote, whether it drew random
+    numbers.
+    """
 
     value: Any
     writes: tuple[int, ...] | None = None
@@ -109,7 +111,7 @@ class Lowering:
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
         self.whole: frozenset[str] = frozenset()
-        """Paths of modules of which nothing inside is a module of ours."""
+        """Paths of modules kept whole: nothing inside them is a module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
         """The value lives in the storage of `tensor`."""
@@ -118,7 +120,7 @@ class Lowering:
             self._storage[value] = storage
 
     def settled(self, value: Value) -> int:
-        """The first position in the program behind which nothing writes into the storage of `value`."""
+        """The first position in the program from which on nothing writes into the storage of `value`."""
         storage = self._storage.get(value, -1)
         writers = (
             p
@@ -194,9 +196,8 @@ class Lowering:
             inner, graph, operands = wrapped
             return self._inline(graph, operands, ops, (*outer, inner))
         tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
-        if (
-            isinstance(tree, list) and facts(ops[-1]).returns_operand
-        ):  # what has that shape already is returned as it is
+        # an operand that has that shape already is returned as it is
+        if isinstance(tree, list) and facts(ops[-1]).returns_operand:
             tree = [
                 given if same_layout(made.type, given.type) else made
                 for made, given in zip(tree, args[0], strict=True)
@@ -206,7 +207,7 @@ class Lowering:
         return tree
 
     def _begin_transform(self, node: fx.Node, step: str) -> None:
-        """What comes behind is in a transform, where `step` begins one."""
+        """The ops that come next are in a transform, where `step` begins one."""
         if step in _OPENING:
             self._whole = [
                 *self._whole,
@@ -222,7 +223,7 @@ class Lowering:
             )
 
     def _checkpoint(self, number: int, begins: bool, preserve_rng_state: bool) -> None:
-        """What comes between its begin and its end is in a checkpoint."""
+        """The ops between the begin and the end of a checkpoint are in that checkpoint."""
         region = Context("checkpoint", (number, preserve_rng_state))
         self._whole = (
             [*self._whole, region]
@@ -260,9 +261,8 @@ class Lowering:
             ),
         )
         position, statistics = flag_position(called), facts_of(called.name).statistics
-        if position is not None and not (
-            statistics and args[statistics[0]] is None
-        ):  # a norm without statistics knows no modes
+        # a norm without statistics knows no modes
+        if position is not None and not (statistics and args[statistics[0]] is None):
             args = self._follow_mode(
                 _with_defaults(target, args, position), position, scope, node
             )
@@ -295,17 +295,18 @@ class Lowering:
         return tree
 
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
-        """True for the line of a BatchNorm in training that counts batches: in eval mode it must add
-        nothing.
+        """True for the line of a BatchNorm in training that counts batches, which must add nothing in eval
+        mode.
         """
         counter = self._batch_count(scope)
         if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
             return False
+        # a module may have several names
         same = [
             entry.value
             for entry in self.program.state
             if entry.tensor == counter.tensor
-        ]  # a module may have several names
+        ]
         return (
             any(written_in_place(args[0], value) for value in same)
             and self.bindings.training.get(scope_fqn(scope)) is True
@@ -320,7 +321,7 @@ class Lowering:
     def _count_batch(
         self, scope: Scope, ops: list[Op], context: tuple[Context, ...]
     ) -> None:
-        """A BatchNorm captured in eval mode counts batches too, once it is switched to training."""
+        """A BatchNorm captured in eval mode also counts batches once it is switched to training."""
         counter = self._batch_count(scope)
         if counter is None:
             return
@@ -347,18 +348,16 @@ class Lowering:
         args, kwargs = self._given(call, tensors, numbers, self.loc(node))
         scope, owner = self.scope(node), self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
-        path = (
-            scope_fqn(scope) if inside else call.path
-        )  # a shared module goes by the name it is called by
+        # a shared module goes by the name it is called by
+        path = scope_fqn(scope) if inside else call.path
         held = {
             name: e.value
             for name, e in self.program.name_owners().items()
             if name.startswith(path + ".")
         }
         scope = scope[:-1] if inside else scope
-        while scope and not path.startswith(
-            scope_fqn(scope) + "."
-        ):  # a module that is no child of its caller
+        # a module may be no child of its caller
+        while scope and not path.startswith(scope_fqn(scope) + "."):
             scope = scope[:-1]
         op = Op(
             f"module.{path}",
@@ -404,7 +403,7 @@ class Lowering:
     def _given(
         self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None
     ) -> Any:
-        """The arguments of a call of what is kept whole."""
+        """The arguments of a call of a module or function kept whole."""
         given, counted = iter(tensors), iter(numbers)
         flat = [
             next(given)
@@ -475,7 +474,7 @@ class Lowering:
         return list(op.results)
 
     def note_twins(self, op: Op, homes: Sequence[int | None]) -> None:
-        """The results that share memory with another one are known; `homes` says where each lies."""
+        """The results that share memory with one another are noted. `homes` says where each lies."""
         for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
             if (
                 home is not None
@@ -485,8 +484,8 @@ class Lowering:
                 self._twins.add(result)
 
     def refuse_written_twins(self, op: Op) -> None:
-        """Raises CaptureError for a write into one of two results of a module kept whole that share memory:
-        none is a view of another.
+        """Raises CaptureError for a write into a result of a module kept whole that shares memory with
+        another of its results, because neither is a view of the other.
         """
         for place in op.effects.writes if self._twins else ():
             made = storage_root(op.operands[place])
@@ -534,9 +533,10 @@ class Lowering:
                     ).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
+            # the branch itself runs as a whole
             op.context = tuple(
                 context for context in op.context if context.kind not in WHOLE
-            )  # the branch is whole itself
+            )
         regions.append(
             Region(f"body_{len(regions)}", params, ops, Op("output", (output,)))
         )
@@ -655,8 +655,8 @@ class Lowering:
         return Effects(writes, views, random, effect)
 
     def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Per result, the operand whose storage it shares: where there are several, the one in its place,
-        else one that is written.
+        """For each result, the position of the operand whose storage it shares. Where there are several, it
+        is the one in the result's place, else one that is written.
         """
         storage = self._storage
         homes: dict[int, int] = {}
@@ -740,7 +740,9 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class _SchemaEffects:
-    """What an op's schema says: the names and positions of written operands, randomness, other effects."""
+    """The effects in an op's schema: the names and positions of written operands, randomness, other
+    effects.
+    """
 
     written: tuple[tuple[int, str], ...] = ()
     random: bool = False
@@ -770,8 +772,8 @@ class _SchemaEffects:
 
 
 def _is_made(value: Any) -> bool:
-    """True for a tensor that ops made: not the caller's, not state, nor such a one as an in-place op returned
-    it.
+    """True for a tensor that an op made: not for one of the caller's or of the state, even where an in-place
+    op returned it.
     """
     while isinstance(value, Value) and isinstance(value.owner, Op):
         if not is_what_it_wrote(value):
@@ -781,8 +783,8 @@ def _is_made(value: Any) -> bool:
 
 
 def _refuse_resized_views(op: Op) -> None:
-    """Raises CaptureError for `out=` of a view that has another size: torch makes it another view, over what
-    lies behind it.
+    """Raises CaptureError for an `out=` that is a view of another size. Torch would make another view of it,
+    which extends over the memory after it.
     """
     for out in leaves(
         [item for name, item in op.kwargs.items() if name.startswith("out")]
@@ -805,7 +807,7 @@ def _refuse_resized_views(op: Op) -> None:
 def _with_defaults(
     target: Any, args: tuple[Any, ...], position: int
 ) -> tuple[Any, ...]:
-    """The operands up to `position`, those that were left out as the op's schema has them."""
+    """The operands up to `position`; those that were left out have the defaults of the op's schema."""
     if len(args) > position or not isinstance(target, torch._ops.OpOverload):
         return args
     rest = target._schema.arguments[len(args) : position + 1]
@@ -817,8 +819,8 @@ def _with_defaults(
 
 
 def _identity_views(op: Op) -> tuple[int | None, ...]:
-    """Dropout outside training returns the very tensor it is given, of which neither its schema nor its fake
-    tells. So may one that follows its module.
+    """The views that the schema and the fake result of a dropout do not show. A dropout outside training
+    returns the very tensor it is given, and one that follows its module may do so.
     """
     if facts(op).off_is_operand and (flag(op) is False or isinstance(flag(op), Mode)):
         return (0,)
@@ -826,8 +828,8 @@ def _identity_views(op: Op) -> tuple[int | None, ...]:
 
 
 def returns_what_it_is_given(op: Op) -> bool:
-    """True for a dropout that is on in the trace, and returns the very tensor it is given in the other
-    mode.
+    """True for a dropout that is on in the trace and that, in the other mode, returns the very tensor it is
+    given.
     """
     mode = flag(op)
     return (
@@ -839,8 +841,8 @@ def returns_what_it_is_given(op: Op) -> bool:
 
 
 def _is_expanded(kind: Any) -> bool:
-    """True for a tensor of which some elements are one in memory: what a dropout that is on returns is
-    not.
+    """True for a tensor in which several elements are one in memory. The result of a dropout that is on is
+    never so.
     """
     return 0 in (getattr(kind, "strides", None) or ())
 
@@ -857,7 +859,7 @@ def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
 
 
 def written_in_place(value: Value, target: Value) -> bool:
-    """True when `value` is `target` as in-place ops returned it: no new tensor."""
+    """True when `value` is no new tensor, but `target` as in-place ops returned it."""
     while value is not target:
         op = value.owner
         if (
@@ -894,7 +896,7 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _LEAVE = torch.amp.autocast_mode._exit_autocast
 SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
-"""Calls that change the contexts of all ops behind them."""
+"""Calls that change the contexts of all ops after them."""
 
 
 def switched(
@@ -903,8 +905,8 @@ def switched(
     context: tuple[Context, ...],
     outer: tuple[Context, ...],
 ) -> tuple[Context, ...]:
-    """The contexts behind a switch. A grad mode is marked where forward asks for one; else where it differs
-    from that around the graph.
+    """The contexts after a switch. A grad mode is marked where forward asks for one, or, where that is not
+    known, where it differs from the mode around the graph.
     """
     if node.target is _ENTER:
         return (*context, Context("autocast", args))
@@ -925,8 +927,8 @@ def switched(
 
 
 def _detaches_a_constant(node: fx.Node) -> bool:
-    """True for the op that torch puts behind every tensor made of Python's numbers: it detaches what carries
-    no gradient.
+    """True for the op that torch puts after every tensor made of Python's numbers: it detaches a tensor that
+    carries no gradient.
     """
     source = node.args[0] if node.target is torch.ops.aten.detach_.default else None
     return (

@@ -1,8 +1,9 @@
-"""Two traces of one model, one in each mode -> one program that does what the model does in either.
+"""Merges two traces of one model, one in each mode, into one program that does what the model does in either
+mode.
 
-The ops of both are aligned. Where an op differs in literals only, these follow the flag of its module. Where
-the ops differ, one op stands for both runs, with a region for each mode. So all that comes behind sees one
-program, with the same stages and boundaries in both modes.
+The ops of both are aligned. If an op differs in literals only, its literals follow the flag of its module. If
+the ops differ, one op stands for both runs, with a region for each mode. So everything after the merge sees
+one program, with the same stages and boundaries in both modes.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from stagecut.ir.graph import (
 
 @dataclass
 class Flags:
-    """The `training` flags in both traces by module path, and by whose Python chose. `canonical` is the first
-    path of a module.
+    """The `training` flags in both traces by module path, and the modules by whose flag Python chose.
+    `canonical` maps a path to the first path of its module.
     """
 
     ours: Mapping[str, bool]
@@ -52,12 +53,12 @@ class Flags:
     canonical: Mapping[str, str]
 
     def switch(self, path: str) -> bool:
-        """True when the module has one flag in one trace and the other in the other."""
+        """True when the flag of the module differs between the traces."""
         return path in self.ours and self.ours[path] != self.theirs.get(path)
 
     def others(self, path: str, scopes: Iterable[str]) -> tuple[str, ...]:
-        """The modules besides that one whose flag may be why ops in `scopes` differ: who chose around them,
-        or else who chose at all.
+        """The modules besides the one at `path` whose flags may be why ops in `scopes` differ: those by which
+        Python chose around these ops, or else all by which it chose.
         """
         around = {above for scope in scopes for above in _above(scope)}
         chose = [*filter(self.switch, self.readers)]
@@ -78,7 +79,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 class Merge:
-    """Makes one program of two. All that can be wrong is found before anything changes."""
+    """Makes one program of two. Everything that can be wrong is found before anything changes."""
 
     def __init__(
         self, alignment: Alignment, flags: Flags, asked: Iterable[str]
@@ -140,8 +141,8 @@ class Merge:
                 raise CannotFollow("it goes another way there inside a vmap")
 
     def _check_memory(self, number: int, part: Part) -> None:
-        """Raises CannotFollow where what is written behind a run shares memory in one of the two modes only,
-        and is read there.
+        """Raises CannotFollow where a tensor that is written after a run shares memory with another one in
+        only one of the two modes, and is read there.
         """
         seen: tuple[set[Value], set[Value]] = (set(), set())
         aliases = self._aliases(number)
@@ -173,8 +174,8 @@ class Merge:
                 before.add(root)
 
     def _is_read(self, number: int, value: Value, side: int) -> bool:
-        """True when what a run returns in one mode only, as it was before the run, is read behind it by its
-        own name.
+        """True when a value from before a run, which the run returns in one mode only, is read after the run
+        by its own name.
         """
         mine = self._ours(value) if side else value
         yours = (
@@ -248,7 +249,9 @@ class Merge:
         return one
 
     def _leaf(self, pair: tuple[Any, Any], op: Op) -> Any:
-        """What stands for a pair of operands: the value that both are, or a literal that follows the flag."""
+        """The operand that stands for a pair of operands: the value that both are, or a literal that follows
+        the flag.
+        """
         mine, yours = pair
         if isinstance(mine, Value):
             return self._joined.get((mine, yours), mine)
@@ -335,7 +338,9 @@ class Merge:
         return [*dict.fromkeys(found)]
 
     def _ours(self, value: Value) -> Value:
-        """Which value of ours one of theirs is. A constant that only their trace has becomes one of ours."""
+        """The value of ours that stands for one of theirs. A constant that only their trace has becomes one
+        of ours.
+        """
         mine = self._both.partner.get(value)
         if mine is not None:
             return mine
@@ -383,7 +388,7 @@ class Merge:
         return [Aliases(runs[number]) for runs in self._runs]
 
     def _viewed(self, number: int, aliases: list[Aliases], pair: Pair) -> Value | None:
-        """The value of ours that what a run returns is a view of in both modes."""
+        """The value of ours of which both results in a pair are views, each in its mode."""
         mine, yours = (
             own.root(value) for own, value in zip(aliases, pair, strict=True)
         )
@@ -400,7 +405,7 @@ class Merge:
         return scope
 
     def _context(self, number: int) -> tuple[Context, ...]:
-        """The regions around a run that are one piece, as they are in training."""
+        """The regions around a run that run as a whole, as they are in training."""
         runs = self._runs[self._trains]
         between = 0 < number < len(runs) - 1 and runs[number - 1] and runs[number + 1]
         near = runs[number] or (
@@ -415,7 +420,7 @@ _NAMES = ("training", "evaluation")
 
 
 class _Memory:
-    """Which parts of one trace write which memory, and which read it."""
+    """The parts of one trace that write each memory, and the parts that read it."""
 
     def __init__(self, runs: list[list[Op]], program: Program) -> None:
         self._writers: dict[Value, set[int]] = {}
@@ -433,13 +438,13 @@ class _Memory:
             self._readers.setdefault(self._root(value), set()).add(len(runs))
 
     def is_written_behind(self, value: Value, number: int) -> bool:
-        """True when a part behind that one writes the memory of a value."""
+        """True when a part after that one writes the memory of a value."""
         return any(
             writer > number for writer in self._writers.get(self._root(value), ())
         )
 
     def is_read_behind(self, value: Value, number: int) -> bool:
-        """True when a part behind that one reads the memory of a value."""
+        """True when a part after that one reads the memory of a value."""
         return any(
             reader > number for reader in self._readers.get(self._root(value), ())
         )
@@ -458,7 +463,7 @@ def _now(item: Any) -> Any:
 
 
 def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """What all paths begin with."""
+    """The longest common beginning of all paths."""
     common = paths[0] if paths else ()
     for path in paths:
         while path[: len(common)] != common:

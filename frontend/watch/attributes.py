@@ -1,4 +1,4 @@
-"""The plain Python state of a model: what modules, containers and objects hold besides parameters and
+"""Records the plain Python state of a model: what modules, containers and objects hold besides parameters and
 buffers.
 """
 
@@ -21,7 +21,7 @@ SIMPLE = (int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque, tuple)
 
 _MOST = 2**26
-"""The most bytes of a plain array that are looked at."""
+"""Arrays of more bytes are not looked at."""
 
 RETURN_IT = "leave lists, dicts and objects that are given as they are: make new ones and return them"
 
@@ -32,10 +32,10 @@ HOOKS: tuple[str, ...] = (
     "_forward_hooks_with_kwargs",
 )
 HOOKS += ("_forward_hooks_always_called",)
-"""Where a module keeps the hooks on its forward."""
+"""The attributes in which a module keeps the hooks on its forward."""
 
 _INTERNAL = dict.fromkeys([*vars(nn.Module()), "forward"])
-"""What every module has: no attributes of the user's."""
+"""The attributes that every module has, and so none of the user's."""
 
 
 class Contents:
@@ -60,7 +60,7 @@ class Contents:
         return held
 
     def parts(self) -> Iterator[Any]:
-        """What the containers held."""
+        """The parts that the containers held."""
         for _, before in self._before.values():
             yield from _parts(before)
 
@@ -88,8 +88,8 @@ class Kept(Contents):
                     self._keep(content)
 
     def replace_tensors(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Stand-ins are where tensors were that are no state, for tracing writes real ones: id of each -> the
-        tensor, its stand-in.
+        """Tensors that are no state are replaced by stand-ins, because tracing writes real ones: id of each
+        stand-in -> the tensor, its stand-in.
         """
         made: dict[int, torch.Tensor] = {}
         originals: dict[int, torch.Tensor] = {}
@@ -127,7 +127,9 @@ class Kept(Contents):
 
 
 def _held(thing: Any) -> Any:
-    """The parts of a container in a plain one: a class of the user's may do anything in its methods."""
+    """The parts of a container in a plain container, because a class of the user's may do anything in its
+    methods.
+    """
     if isinstance(thing, dict):
         return dict(dict.items(thing))
     if is_memory(thing):
@@ -150,8 +152,8 @@ def _refill(thing: Any, held: Any) -> None:
 
 
 def is_memory(thing: Any) -> bool:
-    """True for what holds numbers in a piece of memory and is no tensor: an array of numpy's or of Python's,
-    a bytearray.
+    """True for an object that is no tensor and holds numbers in a piece of memory: an array of numpy's or of
+    Python's, a bytearray.
     """
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(thing, numpy.ndarray):
@@ -164,7 +166,9 @@ def is_memory(thing: Any) -> bool:
 
 
 def content_of(thing: Any) -> Any:
-    """The container in which `thing` keeps its parts, None for what has none or is not the user's."""
+    """The container in which `thing` keeps its parts; None for an object that has none or is not the
+    user's.
+    """
     if isinstance(thing, _CONTAINERS) or is_memory(thing):
         return thing
     foreign = isinstance(
@@ -210,8 +214,8 @@ def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
 
 
 def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) -> Any:
-    """Equal for what is equal: numbers and texts by value, containers and plain objects by content, all else
-    by identity.
+    """A value that is equal for equal items: numbers and texts by value, containers and plain objects by
+    content, all else by identity.
 
     With `settled`, tensors are equal to tensors and other objects to those of their class.
     """

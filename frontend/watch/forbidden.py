@@ -1,4 +1,4 @@
-"""Calls that leave no op in a trace: what to do instead of them, or what is lost."""
+"""The calls that leave no op in a trace, and for each what to do instead or what is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = "seed, fork and read the state of generators outside of the model, " + KE
 
 
 class Untraceable(OnPurpose):
-    """Forward does what no trace holds. `hint` says what to do instead."""
+    """Forward does something that no trace holds. `hint` says what to do instead."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
@@ -32,8 +32,8 @@ class Untraceable(OnPurpose):
 
 
 class Unread:
-    """Stands in `torch.random` for its generator, so that all functions there refuse the model, by whatever
-    name; torch may call them.
+    """Stands for the generator in `torch.random`, so that all functions there refuse calls of the model,
+    under whatever name; torch may call them.
     """
 
     def __init__(self, generator: Any) -> None:
@@ -69,11 +69,12 @@ UNTRACEABLE: tuple[tuple[Any, str, str], ...] = (
         "open it around the call, " + KEEP_WHOLE,
     ),
     (os, "urandom", DRAW),
+    # the same for SystemRandom, secrets, and numpy's generators without a seed
     (
         random,
         "_urandom",
         DRAW,
-    ),  # the same for SystemRandom, secrets, and numpy's generators without a seed
+    ),
     *(
         (module, name, SEED)
         for module in (torch.cuda, torch.cuda.random)
@@ -98,7 +99,9 @@ NOTED: tuple[tuple[Any, str, str], ...] = (
 
 
 def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
-    """`function`, which the model may not call, nor Python's library for it; torch may."""
+    """`function`, refused to the model, and to Python's library when it calls for the model; torch may call
+    it.
+    """
 
     name = function.__qualname__.removesuffix(".__init__")
 

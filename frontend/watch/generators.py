@@ -1,9 +1,8 @@
 """Generators of random numbers: a trace holds what forward draws from torch's, and not what it draws from
 others.
 
-Whether that matters shows in traces with other draws: of the lowest and the highest one, a number that is
-compared with another lies on each side. A model that waits for one number out of very many can hide that from
-them.
+Traces with other draws show whether that matters: any bound to which a drawn number is compared lies between
+the lowest and the highest draw. A model that waits for one number out of very many can escape these traces.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ LOWEST, MIDDLE, HIGHEST = 0, 0x80102204, 0x12DD9BB3
 """Words in the state of a Mersenne Twister from which it makes 32 zeros, a one and 31 zeros, and 32 ones."""
 
 STEERS = (LOWEST, MIDDLE, HIGHEST, None)
-"""What `Generators.steer` takes: what is drawn next is as low as can be, in the middle, as high as can be, or
-another than before.
+"""The arguments of `Generators.steer`: the next draws are as low as can be, in the middle, as high as can be,
+or other than before.
 """
 
 _WORDS, _STEERED = 624, 400
 
 
 class _Source(NamedTuple):
-    """A generator: what to call it, what reads its state, what sets it, and where it can be steered, what
-    puts words into a state.
+    """A generator: its name, the functions that read and set its state, and, where it can be steered, the
+    function that puts words into a state.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Generators:
         )
 
     def steer(self, word: int | None) -> None:
-        """The next draws of those that can be steered are as STEERS says, a few hundred of them; then they go
+        """The next few hundred draws of the generators that can be steered are as STEERS says; then they go
         on at random.
         """
         for source, state in self._before:
@@ -98,8 +97,8 @@ def _global() -> list[_Source]:
 
 
 def _steered(words: list[int], word: int | None) -> list[int]:
-    """The words of a Mersenne Twister. Those that are read next are `word`; later the others mix in, so that
-    nothing repeats for ever.
+    """The words of a Mersenne Twister. The words that are read next are `word`; later the others mix in, so
+    that nothing repeats for ever.
     """
     if word is None:
         return [(7 * other + 1) % 2**32 for other in words]

@@ -1,5 +1,5 @@
-"""What the functions and classes of a model refer to outside of it: globals, closures, defaults, class
-attributes, caches.
+"""Records what the functions and classes of a model refer to outside of it: globals, closures, defaults,
+class attributes, caches.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stagecut.frontend.watch.generators import Generators, is_generator
 
 _ABSENT: Any = object()
 _STATE = (*SIMPLE, torch.Tensor, list, dict, set, deque, tuple)
-"""What a name can refer to that a call may leave for the next one; None is not yet anything."""
+"""Types of objects that a call may leave for the next one under a name; None is not yet anything."""
 
 
 class Surroundings:
-    """What lies around a model, as it was: numbers, tensors and containers of any depth."""
+    """The objects around a model, as they were: numbers, tensors and containers of any depth."""
 
     def __init__(self, module: nn.Module) -> None:
         self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
@@ -100,8 +100,8 @@ class Surroundings:
 
 
 def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
-    """What sets torch's generators, of the CPU and of these CUDA devices, and all others that a model can
-    reach, as they are now.
+    """A function that sets torch's generators, of the CPU and of these CUDA devices, and all others that a
+    model can reach, to the state that they have now.
     """
     on_cpu = torch.random.get_rng_state()
     on_gpus = [torch.cuda.get_rng_state(d) for d in devices]
@@ -117,8 +117,8 @@ def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
 
 
 def _is_other(before: Any, now: Any) -> bool:
-    """True for another number, tensor or container. What was nothing may become what is none of these: a
-    module, a logger.
+    """True for another number, tensor or container. A variable that was nothing may become something that is
+    none of these: a module, a logger.
     """
     if before is _ABSENT or before is None:
         return now is not None and isinstance(now, _STATE)
@@ -128,10 +128,11 @@ def _is_other(before: Any, now: Any) -> bool:
 def _now(home: Any, name: str) -> Any:
     try:
         return home[name]
+    # a builtin, an attribute, or a cell that is still empty
     except (
         KeyError,
         ValueError,
-    ):  # a builtin, an attribute, or a cell that is still empty
+    ):
         return _ABSENT
 
 
@@ -191,9 +192,9 @@ def _reached(
     module: nn.Module, classes: list[type]
 ) -> tuple[dict[FunctionType, FunctionType], list[Any]]:
     """The user's functions that may run with a module, those in globals and closures included, and the caches
-    around such.
+    around such functions.
 
-    A function that only a hook reaches stands with that hook, all others with themselves.
+    Each function maps to itself; one that only a hook reaches maps to that hook.
     """
     hooks = [
         hook

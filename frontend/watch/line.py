@@ -1,5 +1,5 @@
-"""Which line of the user's does something: found by looking behind every line, in a trace that is made for
-nothing else.
+"""Finds the line of the user's that does something, by looking after every line, in a trace made only for
+this.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from stagecut.frontend.source import Line, is_users, user_line
 
 
 class LineFinder:
-    """Between `start` and `stop`, `line` becomes the first line of the user's behind which `happened` is
+    """Between `start` and `stop`, `line` becomes the first line of the user's after which `happened` is
     true.
     """
 
@@ -29,7 +29,7 @@ class LineFinder:
         sys.settrace(self._step)
 
     def stop(self) -> None:
-        """None is; who followed before does again."""
+        """Functions are followed no more, and the previous trace function is restored."""
         if sys.gettrace() == self._step:
             sys.settrace(self._outer)
             self._look()
@@ -38,9 +38,8 @@ class LineFinder:
         if not is_users(frame.f_code.co_filename):
             return None
         self._look()
-        self._last = user_line(
-            frame.f_back if event == "return" else frame
-        )  # behind a call goes on the line that made it
+        # after a call, the line that made it goes on
+        self._last = user_line(frame.f_back if event == "return" else frame)
         return None if self.line else self._step
 
     def _look(self) -> None:

@@ -1,10 +1,10 @@
-"""What follows `training`: which ops take the flag of their module, where Python chose by it, what a user's
-train() does.
+"""Finds what follows `training`: which ops take the flag of their module, where Python chose by the flag, and
+what a user's train() does.
 
-While a module is traced every read of `training` is noted. One that is the flag of a call, as in
+While a module is traced, every read of `training` is noted. A read that is the flag of a call, as in
 `F.dropout(x, p, self.training)`, makes that op follow its module; any other read is a choice that the trace
-keeps. A flag that forward sets itself, as in `self.norm.eval()`, is followed by no op. So is noted which grad
-mode forward asks for: a trace only has those that differ from the mode it is made in.
+keeps. No op follows a flag that forward sets itself, as in `self.norm.eval()`. The grad modes that forward
+asks for are noted too, because a trace only has those that differ from the mode it is made in.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from stagecut.ir.blame import raise_ours
 from stagecut.ir.ops import facts_of
 
 _DIMENSIONS = "123d"
-"""How the names of some functions end: `dropout2d`."""
+"""Endings of the names of some functions: `dropout2d`."""
 
 
 def _flagged(home: Any) -> dict[Any, tuple[int, str]]:
-    """The functions of a module of torch's with a training flag -> where it stands among their arguments, and
-    by what name.
+    """The functions with a training flag in a module of torch's -> the position and the name of the flag
+    among their arguments.
     """
     found: dict[Any, tuple[int, str]] = {}
     for name, function in vars(home).items():
@@ -74,9 +74,8 @@ _BARE_DROPOUTS = {
     for function in _flagged(torch)
     if facts_of(function.__name__).returns_operand
 }
-_BARE = inspect.signature(
-    lambda input, p, train: None
-)  # theirs, for Python cannot see it
+# the signature of these functions, because Python cannot see it
+_BARE = inspect.signature(lambda input, p, train: None)
 
 
 _GRAD_MODES = ("torch/autograd/grad_mode.py", "frontend/capture/rewrites.py")
@@ -103,16 +102,16 @@ class _Read:
 
 
 class ModeReads(TorchFunctionMode):
-    """Open while a module is traced; `choices` are the reads afterwards that no op follows, by module path.
+    """Open while a module is traced. Afterwards `choices` has the reads of `training` that no op follows, by
+    module path.
 
-    `fixed` are the paths of the modules whose flag forward sets, with the line.
+    `fixed` has the paths of the modules whose flag forward sets, with the line.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._paths: dict[
-            int, list[str]
-        ] = {}  # by the module's dict: a tracer may stand another object in front of that
+        # by the module's dict: a tracer may put another object in front of a module
+        self._paths: dict[int, list[str]] = {}
         for path, owner in module.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(vars(owner)), []).append(path)
         self._reads: list[_Read] = []
@@ -122,7 +121,7 @@ class ModeReads(TorchFunctionMode):
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """While open, `training` is a property of all modules that notes who reads it."""
+        """While open, `training` is a property of all modules that notes its readers."""
 
         def read(owner: nn.Module) -> Any:
             if not torch.compiler.is_dynamo_compiling():
@@ -175,8 +174,8 @@ class ModeReads(TorchFunctionMode):
         return result
 
     def _switch_grad(self, enabled: bool) -> None:
-        """The switch in the trace says which grad mode is asked for behind it, None for the one around the
-        model.
+        """The switch in the trace says which grad mode forward asks for after it; None means the mode around
+        the model.
         """
         frame, object, method = sys._getframe(2), None, ""
         while frame.f_back is not None and (
@@ -200,8 +199,8 @@ class ModeReads(TorchFunctionMode):
             last_node().meta[GRAD] = self._grad
 
     def _followed(self, func: Any, caller: FrameType) -> tuple[str, ...]:
-        """The paths of the module whose flag the call takes that `caller` is making, () for a flag of its
-        own.
+        """The call that `caller` is making takes the flag of a module: the paths of that module; () for a
+        flag of its own.
         """
         span, frame = _span(caller), (id(caller), caller.f_code)
         here = [r for r in self._reads if r.frame == frame]
@@ -209,7 +208,7 @@ class ModeReads(TorchFunctionMode):
         if tree is not None:
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             found = next((r for r in here if r.span == flag), None)
-        else:  # code without a source: what is read last inside the call
+        else:  # code without a source: the flag that is read last inside the call
             found = next(
                 (
                     r
@@ -224,7 +223,7 @@ class ModeReads(TorchFunctionMode):
         return tuple(self._paths[found.owner])
 
     def _tree_of(self, file: str) -> _Tree | None:
-        """What a source file has of interest; None without a source."""
+        """The calls and choices in a source file; None without a source."""
         if file not in self._trees:
             lines = linecache.getlines(file)
             self._trees[file] = _Tree.of("".join(lines)) if lines else None
@@ -255,10 +254,10 @@ class ModeReads(TorchFunctionMode):
 def _contiguous(
     made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """What `contiguous()` made of a tensor; of what a dropout returned, by an op of its own where a trace has
-    nothing to do.
+    """The result `made` of `contiguous()`. Where the trace had nothing to do, and a dropout returned the
+    tensor, an op of its own makes the result.
 
-    In a trace a dropout makes a new tensor. One that is off returns its operand, whose elements may lie
+    A dropout makes a new tensor in a trace. A dropout that is off returns its operand, whose elements may lie
     anyhow.
     """
     if made is not given or args or kwargs or not _is_of_dropout(given):
@@ -267,8 +266,8 @@ def _contiguous(
 
 
 def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The operands of a dropout. One that is off returns the very tensor it is given, and a tracer would take
-    one for the other.
+    """The operands of a dropout. A dropout that is off gets an alias of its tensor: it returns the very
+    tensor it is given, and the tracer would take its result for its operand.
     """
     given = (inspect.signature(func) if func in _DROPOUTS else _BARE).bind(
         *args, **kwargs
@@ -281,8 +280,8 @@ def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor for the tracer, so that it does not take what comes of it for `tensor`; none for the
-    stages.
+    """An alias of `tensor`. It is another tensor for the tracer, which thus does not take the results made of
+    it for `tensor`; the stages have no op for it.
     """
     alias: torch.Tensor = torch.ops.aten.alias.default(tensor)
     last_node().meta[SAME] = True
@@ -290,7 +289,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_of_dropout(tensor: torch.Tensor) -> bool:
-    """True for what a dropout returned, for views of it, and for what was written into those."""
+    """True for the result of a dropout, for views of it, and for the results of in-place ops on those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
         if (
@@ -318,7 +317,7 @@ def _chooses(owner: nn.Module) -> bool:
         owner,
         (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder),
     ):
-        return True  # they drop by a rate that Python computes, and have a way of their own in eval mode
+        return True  # Python computes their dropout rate, and they take another path in eval mode
     return (
         isinstance(owner, _BatchNorm)
         and owner.momentum is None
@@ -330,7 +329,7 @@ _Span = tuple[int, int, int, int]
 
 
 def _argument(made: ast.Call | None, position: int, name: str) -> _Span | None:
-    """Where an argument of a call stands in the source, None where it is not given as such."""
+    """The place of an argument of a call in the source; None where the call does not give it by itself."""
     if made is None or any(
         isinstance(item, ast.Starred) for item in made.args[: position + 1]
     ):
@@ -376,7 +375,7 @@ def _unnegated(test: ast.expr) -> ast.expr:
 
 
 def _is_the_same(choice: ast.IfExp, frame: FrameType) -> bool:
-    """True where both sides are one number, as in `0.0 if not self.training else self.rate` with a rate of
+    """True where both sides have one value, as in `0.0 if not self.training else self.rate` with a rate of
     0.0: nothing is chosen.
     """
     sides = []
@@ -414,7 +413,7 @@ def _place(node: ast.expr) -> _Span:
 
 
 def _span(frame: FrameType) -> _Span:
-    """First line and column, last line and column of what a frame is running."""
+    """First line and column, last line and column of the expression that a frame is running."""
     line, last, column, end = next(
         islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
     )
@@ -432,13 +431,12 @@ def _caller() -> FrameType:
 def last_node() -> Any:
     """The newest node of the trace that is being made."""
     tracer: Any = get_proxy_mode()
-    return next(
-        iter(reversed(tracer.tracer.graph.nodes))
-    )  # what torch 2.11 reverses is no iterator
+    # `reversed` gives no iterator in torch 2.11
+    return next(iter(reversed(tracer.tracer.graph.nodes)))
 
 
 def _last_call() -> Any:
-    """The newest node that calls something: not one that takes a part of what a call returned."""
+    """The newest node that makes a call; nodes that take a part of a result are skipped."""
     node = last_node()
     while node.target is operator.getitem:
         node = node.prev
@@ -455,10 +453,10 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
 def switches(
     module: nn.Module,
 ) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
-    """What train() and eval() do where a user's class has its own: the flags below it in each mode, by module
-    path; tried on a copy.
+    """What train() and eval() do where a user's class has its own: module path -> mode -> the flags below
+    that module. They are tried on a copy.
 
-    The second part says where such a method stands that does more than set flags.
+    The second part says where the methods stand that do more than set flags.
     """
     flags: dict[str, dict[bool, dict[str, bool]]] = {}
     places: dict[str, str] = {}
@@ -494,7 +492,7 @@ def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
 
 
 def fingerprint_of(module: nn.Module) -> Any:
-    """Equal before and after what changes no more than the flags of `module`."""
+    """A value that stays equal as long as nothing but the flags of `module` changes."""
     state = [
         (name, id(t), t._version, t.requires_grad)
         for name, t in (*module.named_parameters(), *module.named_buffers())

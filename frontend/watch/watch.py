@@ -1,5 +1,5 @@
-"""What a trace would lose without a word: state that forward changes outside of parameters and buffers, and
-what tracing does to a model.
+"""Watches for what a trace would lose without a word: state that forward changes outside of parameters and
+buffers, and changes that tracing makes to a model.
 
 A `Watch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad modes and
 autocast where they stand, notes plain attributes that change, and leaves the model as it was.
@@ -60,11 +60,11 @@ def watched(
     whole: Sequence[str],
     remarks: list[str],
 ) -> ExportedProgram:
-    """What `export` returns, which opens the watch it is given around the trace.
+    """The program that `export` returns; `export` opens the watch that it is given around the trace.
 
-    Where forward leaves attributes changed, it is traced again as they are left: the trace stands for all
-    calls when this one is the same and changes nothing further. Raises CaptureError with the source line
-    otherwise.
+    Where forward leaves attributes changed, it is traced again with the attributes as it left them. The trace
+    stands for all calls when the second trace is the same and changes nothing further. Raises CaptureError
+    with the source line otherwise.
     """
     _refuse_backward_hooks(module, whole)
     first = Watch(module)
@@ -105,7 +105,9 @@ def watched(
 
 
 class _Lost(CaptureError):
-    """Forward did what no trace holds; `happened` tells whether it has, while a watch is open."""
+    """Forward did something that no trace holds. `happened` tells, while a watch is open, whether it has done
+    so.
+    """
 
     def __init__(
         self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str
@@ -141,8 +143,8 @@ def _guilty(
     groups: list[dict[tuple[str, str], Any]],
     carrying: Callable[[dict[tuple[str, str], Any]], str],
 ) -> dict[tuple[str, str], Any]:
-    """Of what forward left, the part without which the next call would be the same; else one that alone makes
-    it another.
+    """The changed attributes that make the next call trace differently: the group without which both traces
+    are the same, else a group that alone makes them differ.
     """
     if len(groups) == 1:
         return groups[0]
@@ -159,9 +161,8 @@ def _guilty(
             == SAME_TRACE
         ):
             return group
-    plain = [
-        group for group in groups if not any(name in HOOKS for _, name in group)
-    ]  # hooks go with the flag that says they are there
+    # hooks go with the flag that says they are there
+    plain = [group for group in groups if not any(name in HOOKS for _, name in group)]
     return next((group for group in plain if carrying(group) != SAME_TRACE), {})
 
 
@@ -175,8 +176,8 @@ def _again(
     exported: ExportedProgram,
     left: dict[tuple[str, str], Any],
 ) -> str:
-    """What forward does where it finds what it left in these attributes: the same; else something else that
-    leaves the same; else READ.
+    """Traces again with these attributes as forward left them. SAME_TRACE: the graph is equal. SETTLED: the
+    graph differs, but forward leaves the same in the attributes. READ: otherwise.
     """
     second = Watch(module, left)
     try:
@@ -194,7 +195,7 @@ def _draws_for_nothing(
     export: Callable[[Watch], ExportedProgram],
     exported: ExportedProgram,
 ) -> bool:
-    """True when forward does the same whatever it draws from generators that are not torch's."""
+    """True when the trace is the same whatever forward draws from generators that are not torch's."""
     for word in STEERS:
         watch = Watch(module, steer=partial(Generators.steer, word=word))
         try:
@@ -216,7 +217,7 @@ def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
 
 
 def _text(exported: ExportedProgram) -> list[str]:
-    """The graphs of a program, without the numbers of calls of autograd.Functions."""
+    """The graphs of a program as text, without the numbers of calls of autograd.Functions."""
     return [
         re.sub(r"#\d+", "", str(m.graph))
         for m in exported.graph_module.modules()
@@ -300,15 +301,15 @@ class Watch:
                 module._modules if name in module._modules else vars(module)
             )
             home[name] = value
+        # these passes lose nested grad modes and autocasts
         for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
             self._patch(
                 passes,
                 passes.__name__.rpartition(".")[2],
                 lambda graph, signature: (graph, signature),
-            )  # they lose nested ones
-        self._patch(
-            trace, "_detect_attribute_assignment", _nothing
-        )  # this class looks closer
+            )
+        # this class looks closer
+        self._patch(trace, "_detect_attribute_assignment", _nothing)
         self._patch(
             trace,
             "_materialize_and_lift_constants",
@@ -396,9 +397,8 @@ class Watch:
         if self.finder:
             self.finder.stop()
         for leaf in tree_leaves(result):
-            if (
-                type(leaf).__hash__ is None
-            ):  # torch 2.11 looks for its class among others by hash
+            # torch 2.11 looks for the class of a result in a set, by hash
+            if type(leaf).__hash__ is None:
                 raise odd_output(self._module, type(leaf).__name__)
         self._refuse_lost()
         self._write_back()
@@ -429,8 +429,8 @@ class Watch:
                     self.left[key] = _carry(value)
 
     def _refuse_lost(self) -> None:
-        """Raises CaptureError where forward changes what lies around it or is given, or draws from what
-        cannot be steered.
+        """Raises CaptureError where forward changes a container it is given or a variable outside of the
+        model, or draws from a generator that cannot be steered.
         """
         if source := self._generators.drawn():
             self.drew = source
@@ -457,10 +457,10 @@ class Watch:
                     hint="return what it collects as an output, make a number a buffer, "
                     + KEEP_WHOLE,
                 )
-            self.notes.append(f"{what}: {place}")  # a hook that looks on
+            self.notes.append(f"{what}: {place}")  # a hook that only looks on
 
     def _write_back(self) -> None:
-        """Buffers that were given another tensor get its values, behind everything else that forward does."""
+        """Buffers that were given another tensor get its values, after everything else that forward does."""
         now = dict(_state(self._module))
         for key in dict.fromkeys([*self._state, *now]):
             if now.get(key) is not self._state.get(key):
@@ -534,8 +534,8 @@ class Watch:
     # --- afterwards -------------------------------------------------------------------------------
 
     def checked(self, exported: ExportedProgram) -> ExportedProgram:
-        """The exported program, with the model's own tensors for its constants, and where Python chose by
-        mode in its meta.
+        """The exported program, with the model's own tensors as its constants. Its meta has the places at
+        which Python chose by mode.
         """
         for name, value in exported.constants.items():
             if isinstance(
@@ -557,8 +557,8 @@ class Watch:
         return exported
 
     def refusal(self, key: tuple[str, str], for_good: bool) -> CaptureError:
-        """What to say of an attribute that forward changes, once and for good or in each call, and reads in
-        the next one.
+        """The error for an attribute that forward changes, once and for good or in each call, and reads in
+        the next call.
         """
         path, name = key
         what = (
@@ -585,7 +585,7 @@ class Watch:
 
 
 def odd_output(module: nn.Module, kind: str) -> CaptureError:
-    """What to say of a class that no trace returns."""
+    """The error for a result of a class that no trace returns."""
     return CaptureError(
         f"{type(module).__name__} returns a {kind}, which is neither a tensor nor plain data",
         where=place_of(type(module)),
@@ -606,7 +606,7 @@ def _beginning(function: FunctionType) -> str:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module | None]]:
-    """The submodules by path and name, those around others first."""
+    """The submodules by path and name, outer ones first."""
     for path, owner in module.named_modules():
         for name, child in owner._modules.items():
             yield (path, name), child
@@ -648,7 +648,7 @@ class Unsettled(CaptureError):
 
 
 def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:
-    """`lift`, which fails on a constant that nothing reads, where nothing of the kind is left: what read it
+    """`lift`, called after constants that nothing reads are removed, because it fails on them. Their readers
     had no effect.
     """
 
@@ -702,7 +702,9 @@ class LeftBehind(Untraceable):
 
 
 def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
-    """What the next call finds where this one leaves `item`: its containers anew, `_Gone` for tensors."""
+    """The object that the next call finds where this one leaves `item`: new containers, `_Gone` for
+    tensors.
+    """
     if isinstance(item, SYMBOLS) and not isinstance(item, nn.Parameter):
         return _GONE
     content = content_of(item)
@@ -723,7 +725,7 @@ def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
 
 
 def _is_constant(item: Any) -> bool:
-    """True for tensors that no input, no state and no random number went into: making them again changes
+    """True for tensors that depend on no input, no state and no random number. Making them again changes
     nothing.
     """
     leaves = tree_leaves(item)

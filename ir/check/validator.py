@@ -1,4 +1,4 @@
-"""Translation validation: the staged program still is the traced one.
+"""Translation validation: the staged program is still the traced one.
 
 A splitter only drops, moves, copies and renames. So the trace is recorded before the passes run, and
 afterwards every op is traced back: operand by operand to the same definitions, write by write in the same
@@ -18,7 +18,7 @@ from stagecut.ir.ops import facts
 from stagecut.ir.types import TensorType, Type
 
 Key = tuple[str, int, int]
-"""Where a value comes from: ('input', position, 0), ('state', tensor, 0) or ('op', position, result)."""
+"""The origin of a value: ('input', position, 0), ('state', tensor, 0) or ('op', position, result)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class _Recorded:
 
 
 def _how(op: Op) -> tuple[Any, ...]:
-    """What an op is besides target, operands and results."""
+    """The parts of an op besides target, operands and results."""
     return op.context, op.effects, op.form, op.scope
 
 
 class Trace:
-    """What a traced program computes, recorded before any pass touches it."""
+    """A record of a traced program, made before any pass touches it."""
 
     def __init__(self, program: Program) -> None:
         self.inputs = list(program.inputs)
@@ -223,7 +223,7 @@ class _Comparison:
                 self._latest.get(key, set()).add(result)
 
     def _copies(self, op: Op) -> Iterator[str]:
-        """A copy of an op makes tensors of its own, so nobody may write them."""
+        """A copy of an op makes tensors of its own, so no op may write them."""
         for index, result in enumerate(op.results):
             key = self._keys[result]
             if (
@@ -316,7 +316,7 @@ def _same(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
 
 
 def _same_literals(left: list[Any], right: list[Any]) -> bool:
-    """Equal, where 1 is not True and nan is nan."""
+    """True for equal literals, where 1 is not True and nan is nan."""
     return len(left) == len(right) and all(
         type(a) is type(b) and (a == b or repr(a) == repr(b))
         for a, b in zip(left, right, strict=True)

@@ -75,7 +75,7 @@ def _violations(p: Program) -> Iterator[tuple[str, str]]:
 
 
 _lines = lru_cache(1)(line_printer)
-"""Names are made once for all that is found: a damaged program breaks many rules."""
+"""Names are made once for all violations, because a damaged program breaks many rules."""
 
 
 def _show(p: Program, op: Op) -> str:
@@ -133,7 +133,7 @@ def _is_by_mode(op: Op) -> bool:
 
 
 def _yields(region: Region) -> int:
-    """How many values a region yields, of which one stands by itself; -1 for what else it may yield."""
+    """How many values a region yields (a single one is not in a tuple); -1 if it yields anything else."""
     tree = region.output.args[0]
     if isinstance(tree, Value):
         return 1
@@ -158,7 +158,7 @@ def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
 
 
 def _places(form: object) -> Iterator[object]:
-    """The result numbers in a form, None for what is none."""
+    """The result numbers in a form; None for each item that is none."""
     if isinstance(form, (tuple, list)):
         for item in form:
             yield from _places(item)
@@ -228,7 +228,7 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
 
 
 def _every_op(p: Program) -> Iterator[Op]:
-    """All ops, those of regions, and what regions and the program return."""
+    """All ops, those of regions, and the outputs of regions and of the program."""
     for op in nested_ops(p.all_ops()):
         yield op
         yield from (region.output for region in op.regions)
@@ -391,7 +391,7 @@ def _transfers(p: Program) -> Iterator[tuple[str, str]]:
 
 
 def _recomputed(p: Program, t: Transfer) -> Iterator[tuple[str, str]]:
-    """A value that a stage computes itself: a copy of the op that defines it stands there."""
+    """A stage that computes a value itself holds a copy of the op that defines the value."""
     first, second = t.value.owner, t.made.owner if t.made is not None else None
     there = p.stages[t.target].ops if 0 <= t.target < len(p.stages) else []
     alike = (

@@ -1,5 +1,5 @@
-"""What attention may do without its mask: which masks hide just the future, and where the result lies without
-one. Needs torch.
+"""Tells which masks hide just the future, so that attention can do without them, and how the result lies in
+memory without a mask. Needs torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 
 
 class Masks:
-    """What is known of the attention masks of a program."""
+    """The kinds of the attention masks of a program."""
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
         self._constants = Constants(program, bindings)
@@ -26,11 +26,11 @@ class Masks:
     def kind(
         self, mask: Value, query: Value, key: Value, value: Value, result: Value
     ) -> str | None:
-        """The kind of a mask that attention may do without: CAUSAL or OPEN; None where it is neither or not
-        known.
+        """The kind of a mask that attention may do without: CAUSAL or OPEN; None where the mask is neither,
+        or is not known.
 
-        And None where the result would lie otherwise in memory without it, for what comes behind may rely on
-        that.
+        Also None where the result would lie otherwise in memory without the mask, because later ops may rely
+        on that.
         """
         types = [operand.type for operand in (query, key, value)]
         tensors = [
@@ -62,9 +62,9 @@ def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
     """CAUSAL for an attention mask that hides just the future, OPEN for one that hides nothing, None for
     another.
 
-    A boolean mask is True where a query sees a key. Another one is added to the scores: 0 where a query sees
-    a key, else -inf or the least finite number. No mask is CAUSAL where there are more keys than queries, or
-    fewer: torch lets the first query see the first key.
+    A boolean mask is True where a query sees a key. Any other mask is added to the scores: 0 where a query
+    sees a key, else -inf or the least finite number. No mask is CAUSAL where there are more keys than
+    queries, or fewer, because torch lets the first query see just the first key.
     """
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool(
@@ -88,7 +88,7 @@ def _strides(kind: TensorType) -> tuple[Any, ...]:
 
 
 def _strides_without(mask: str, kinds: list[TensorType], grad: bool) -> tuple[int, ...]:
-    """Where the elements of attention without a mask of that kind lie."""
+    """The strides of the result of attention without its mask of that kind."""
     with FakeTensorMode(), torch.enable_grad():
         query, key, value = (_fake(kind).requires_grad_(grad) for kind in kinds)
         heads_differ = query.dim() > 3 and query.shape[-3] != key.shape[-3]

@@ -1,5 +1,5 @@
-"""What a program refers to outside itself: the model's own tensors, modules and functions, and how it is
-called.
+"""The objects that a program refers to outside itself: the model's own tensors, modules and functions, and
+its calling convention.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Bindings:
 
 
 def is_torchs(module: Any) -> bool:
-    """True for a module whose code, with that of all modules in it, is torch's own: one run in each mode
-    shows what it does.
+    """True for a module whose code, with that of all modules in it, is torch's own. One run in each mode
+    shows what such a module does.
     """
     return all(
         type(part).__module__.startswith("torch.nn.") for part in module.modules()

@@ -1,5 +1,5 @@
-"""How a model is called: user arguments -> the flat inputs of a program, flat outputs -> the model's
-structure. Needs torch.
+"""The calling convention of a model: user arguments -> the flat inputs of a program, flat outputs -> the
+model's structure. Needs torch.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class CallSpec:
         return tree_unflatten(list(outputs), self.out_spec)
 
     def output_names(self) -> tuple[str, ...]:
-        """Where each output lies in what the model returns: `logits`, `hidden[1]`; nothing where that is not
-        known, or a bare tensor.
+        """The place of each output in the model's result: `logits`, `hidden[1]`. Empty where that is not
+        known, or where the result is a bare tensor.
         """
         try:
             paths = tree_flatten_with_path(
                 opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves))
             )[0]
-        except Exception as error:  # the user's own class, made of nothing here
+        except Exception as error:  # the user's own class, made of empty tensors
             raise_ours(error)
             return ()
         return tuple(_path_text(path) for path, _ in paths)
@@ -165,7 +165,7 @@ def _path_text(path: Sequence[Any]) -> str:
 
 
 def is_size(item: Any) -> bool:
-    """True for the shape of a tensor, a tuple of a class of its own."""
+    """True for the shape of a tensor, which is a tuple of a class of its own."""
     return isinstance(item, torch.Size)
 
 
@@ -196,7 +196,7 @@ def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
 def check_inputs(
     inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None
 ) -> dict[str, int]:
-    """The symbolic sizes of a call, when every flat input fits the type it was traced with and every size its
+    """The symbolic sizes of a call. Every flat input fits the type it was traced with, and every size its
     range.
 
     Raises InputError naming the first input that does not.
@@ -215,7 +215,7 @@ def check_inputs(
 def _check_tensor(
     name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]
 ) -> None:
-    """`sizes` gains the symbolic sizes, each with the input that has it."""
+    """`sizes` gains the symbolic sizes of the input, each with the name of the input."""
     if not isinstance(given, torch.Tensor):
         raise InputError(
             f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN
@@ -243,7 +243,7 @@ def _check_tensor(
 
 
 def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Ranges) -> dict[str, int]:
-    """The value of each symbol, when sizes lie in their ranges and those that are expressions of others agree
+    """The value of each symbol. All sizes lie in their ranges, and sizes that are expressions of others agree
     with them.
     """
     for symbol, (name, size) in sizes.items():
@@ -312,7 +312,7 @@ def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:
 
 
 def without_sizes(tree: Any) -> Any:
-    """`tree` with a tuple for every torch.Size, as torch.export has it in the structure of a call."""
+    """`tree` with a tuple for every torch.Size, as in the structure that torch.export has of a call."""
     return tree_map(
         lambda leaf: tuple(leaf) if is_size(leaf) else leaf, tree, is_leaf=is_size
     )

@@ -1,5 +1,5 @@
-"""Values that are the same in every call: no input, no trained or written state, no random number goes into
-them. Needs torch.
+"""Computes values that are the same in every call, because they depend on no input, no trained or written
+state, and no random number. Needs torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from stagecut.ir.run.interp import Environment, Machine
 from stagecut.ir.types import TensorType
 
 MOST_ELEMENTS = 2**24
-"""The size of the largest tensor that is computed."""
+"""Elements of the largest tensor that is computed."""
 
 
 class Constants:
-    """What the values of a traced program hold that are the same in every call."""
+    """The tensors of those values of a traced program that are the same in every call."""
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
         self._machine = Machine(bindings)
@@ -31,7 +31,7 @@ class Constants:
         self._varying: set[Value] = set()
 
     def value(self, value: Value) -> torch.Tensor | None:
-        """The tensor that `value` is in every call, None where it may differ, or is too large to be worth the
+        """The tensor that `value` is in every call; None where it may differ, or is too large to be worth the
         time.
         """
         steps: dict[Op, None] = {}
@@ -54,8 +54,8 @@ class Constants:
         )
 
     def _is_constant(self, value: Value) -> bool:
-        """True where the op that makes `value` makes the same of the same; its tensor is there where it is a
-        constant of the model.
+        """True where the op that makes `value` makes the same result of the same operands, and for a constant
+        of the model, whose tensor is then known.
         """
         if (
             value in self._varying

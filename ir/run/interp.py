@@ -37,7 +37,7 @@ Environment = dict[Value, Any]
 
 
 Watch = Callable[[Op, list[Any]], None]
-"""Is called with each op that ran, and its results."""
+"""A function that is called with each op that ran, and its results."""
 
 
 def run(
@@ -126,7 +126,7 @@ class Machine:
             results = _flat(op, self.apply(op, env))
         except StagecutError:
             raise
-        except Exception as error:  # whatever an op of torch's, or a user's, may raise
+        except Exception as error:  # anything that torch's or a user's op may raise
             raise StagecutError(
                 f"{op.target} cannot run: {type(error).__name__}: {error}",
                 where=op.where(),
@@ -137,7 +137,7 @@ class Machine:
         self._watch(op, results)
 
     def apply(self, op: Op, env: Environment) -> Any:
-        """What the op returns for the operands in `env`."""
+        """The result of the op for the operands in `env`."""
         functions = [self._function(region) for region in op.regions]
         args, kwargs = (
             transform(tree, lambda leaf: self._leaf(leaf, env, functions))

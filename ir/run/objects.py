@@ -1,11 +1,11 @@
-"""What a model returns, as a tree: objects of any class are containers of their attributes.
+"""Opens the result of a model as a tree in which objects of any class are containers of their attributes.
 
 torch's pytrees know tuples, lists, dicts and classes that are registered. An object of another class is a
 leaf to them, with all tensors in it: the cache that a decoder returns, or a plain dataclass. `opened` puts a
 node in its place whose children are the attributes that hold tensors, numbers and text. When the tree is put
 together again, an object of the class stands there: it has those attributes, and all others with the values
-they had in the trace. Its `__init__` is not run. What never changes, a dtype or a member of an enum, is put
-there as a `Constant`: a node without children.
+they had in the trace. Its `__init__` is not run. A value that never changes, such as a dtype or a member of
+an enum, becomes a `Constant`: a node without children.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stagecut.ir.errors import without_addresses
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
-"""What a trace can return."""
+"""The types that a trace can return."""
 _CLOSED = (
     *_DATA,
     type,
@@ -46,7 +46,7 @@ _CLOSED = (
     set,
     frozenset,
 )
-"""Objects of these are no containers of attributes."""
+"""Objects of these types are no containers of attributes."""
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
 _CONSTANT = (
@@ -58,7 +58,9 @@ _CONSTANT = (
     torch.layout,
     torch.memory_format,
 )
-"""What no trace can return, and what is the same in each call that follows it, and on every device."""
+"""Types that no trace can return, whose values are the same in each call that follows the trace, and on every
+device.
+"""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,12 @@ class _Closed(Exception):
 
 
 def opened(tree: Any) -> Any:
-    """`tree`; in the place of every object that holds tensors and that torch takes for a leaf, an `Opened`;
-    of what never changes, a `Constant`.
+    """`tree` with an `Opened` in the place of every object that holds tensors and that torch takes for a
+    leaf, and a `Constant` in the place of every value that never changes.
 
-    An object that holds itself stays a leaf; so does one that has slots, that holds another one without
-    tensors but with a size that varies, or a tensor in one container with what no trace can return.
+    Some objects stay leaves: one that holds itself, one that has slots, one that holds another object without
+    tensors but with a size that varies, and one that holds a tensor in one container with an object that no
+    trace can return.
     """
     return tree_map(_opened_if_it_can_be, tree)
 
@@ -156,7 +159,9 @@ def _is_constant(leaf: Any) -> bool:
 
 
 def _blank(kind: type) -> Any:
-    """An object of that class without attributes. Raises TypeError for a class that is made of more, in C."""
+    """An object of that class without attributes. Raises TypeError for a class whose objects have more parts,
+    in C.
+    """
     return (
         SimpleNamespace.__new__(kind)
         if issubclass(kind, SimpleNamespace)
@@ -180,8 +185,8 @@ def _has_only_attributes(leaf: Any) -> bool:
 
 
 def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
-    """The object as `Opened`; `empty_too`, also one without tensors and a constant, else those stay as they
-    are.
+    """The object as `Opened`. An object without tensors, and a constant, stay as they are, unless
+    `empty_too`.
     """
     if empty_too and _is_constant(leaf):
         return Constant(leaf)
@@ -219,8 +224,8 @@ def _is_data(part: Any) -> bool:
 
 
 def plain(leaves: Iterable[Any]) -> list[Any]:
-    """The numbers and texts among some leaves; those of a class derived from one of Python's as one of
-    Python's.
+    """The numbers and texts among some leaves. Those of a class derived from one of Python's become values of
+    Python's class.
     """
     return [
         next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf)
@@ -230,7 +235,7 @@ def plain(leaves: Iterable[Any]) -> list[Any]:
 
 
 def places(tree: Any) -> str:
-    """Where the tensors of an opened tree are in it, '' for nothing but tensors in a row, or a single one."""
+    """The paths of the tensors in an opened tree; '' for a flat row of tensors, or a single one."""
     paths = tree_flatten_with_path(tree)[0]
     found = " ".join(
         keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)
@@ -243,7 +248,7 @@ def places(tree: Any) -> str:
 
 
 def hides_tensors(leaf: Any) -> bool:
-    """True for an object that `opened` leaves as it is although there are tensors in it."""
+    """True for an object that `opened` leaves as it is although it holds tensors."""
     seen: dict[int, Any] = {}
     todo = [] if isinstance(leaf, torch.Tensor) else [leaf]
     while todo:
@@ -273,7 +278,7 @@ def hides_tensors(leaf: Any) -> bool:
 
 @contextmanager
 def opening(module: torch.nn.Module) -> Iterator[None]:
-    """While open, `module` returns what it returns, `opened`."""
+    """While open, `module` returns its result `opened`."""
     hook = module.register_forward_hook(_Hook())
     try:
         yield

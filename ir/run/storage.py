@@ -1,4 +1,4 @@
-"""Tensors and their storage: which share it, and which a call of an op writes. Needs torch."""
+"""Tells which tensors share storage, and which ones a call of an op writes. Needs torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagecut.ir.types import DTYPES
 
 
 def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
-    """The running statistics that a norm in training updates, of which its schema says nothing."""
+    """The running statistics that a norm in training updates, though its schema does not say so."""
     called = Target(target)
     places, position = facts_of(called.name).statistics, flag_position(called)
     if (
@@ -56,8 +56,8 @@ def written_by(
 def shared_with(
     made: Iterable[Any], given: Sequence[torch.Tensor]
 ) -> tuple[int | None, ...]:
-    """For each tensor among `made`, the place of the first of `given` whose storage it shares, None for one
-    of its own.
+    """For each tensor among `made`, the place of the first tensor of `given` whose storage it shares; None
+    where it has storage of its own.
     """
     homes = {
         storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])
@@ -68,7 +68,7 @@ def shared_with(
 
 
 def storage_of(value: Any) -> int | None:
-    """The identity of a tensor's storage, None for what has none."""
+    """The identity of a tensor's storage; None for an object without storage."""
     if not isinstance(value, torch.Tensor):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Op targets as names: a callable -> its name in the IR, and a name -> the callable.
+"""Names of op targets: a callable -> its name in the IR, and a name -> the callable.
 
 A name is `aten.add.Tensor` for torch.ops.aten, `torch.ops.NS.NAME.OVERLOAD` for another namespace, a function
 of one of the listed modules (`torch.relu`, `operator.add`), `method.NAME`, `module.PATH` or `extern.NAME`.
@@ -162,7 +162,7 @@ def _registered_op(path: str, target: str) -> Callable[..., Any]:
 
 
 def _is_harmless(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
-    """True for an op that names no file, in no overload."""
+    """True for an op of which no overload names a file."""
     overloads = (
         [op]
         if isinstance(op, torch._ops.OpOverload)
@@ -223,8 +223,8 @@ def _is_leaf_call(args: tuple[Any, ...]) -> bool:
 
 
 def attribute(owner: Any, name: str, *default: Any) -> Any:
-    """`getattr` that gives data only. Raises EmitError for a function or a class: no op of a program may call
-    what it finds at run time.
+    """`getattr` that gives data only. Raises EmitError for a function or a class, because no op of a program
+    may call an object that it finds at run time.
     """
     found = getattr(owner, name, *default) if _is_public(name) else attribute
     if callable(found) and not isinstance(found, torch.Tensor):

@@ -1,5 +1,5 @@
-"""The life of a value or of a state entry: where it is born, its versions, who reads it, what it crosses,
-where it dies.
+"""The life of a value or of a state entry: where it is born, its versions, its readers, its crossings, where
+it dies.
 
     print(life_of_value(program, "relu_3"))
     print(life_of_state(program, "lin.weight"))
@@ -35,8 +35,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 READS, VIEWS, WRITES, RENEWS = "reads", "views", "writes", "renews"
-"""What an op does with a value: reads it, gives a view of it, writes it, or writes its storage without naming
-it.
+"""The ways in which an op uses a value: it reads it, gives a view of it, writes it, or writes its storage
+without naming it.
 """
 
 YIELD = "yield"
@@ -69,7 +69,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What an op does with a value; `version` is the printed name under which it does so."""
+    """One use of a value by an op. `version` is the printed name under which the op uses it."""
 
     how: str
     version: str
@@ -78,8 +78,8 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A value after a write: its name, and the op that wrote. `by` is None for the first one, which is there
-    before.
+    """A value after a write: its name, and the op that wrote. `by` is None for the first version, which
+    exists before any write.
     """
 
     name: str
@@ -88,8 +88,8 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """A way to another stage. source is None for an input of the model; via are the stages that hand the
-    value on.
+    """The way of a value to another stage. source is None for an input of the model; via are the stages that
+    hand the value on.
 
     made is the name of the copy that the target computes itself, by the route `recompute`.
     """
@@ -123,11 +123,11 @@ class Holding:
 class ValueLife:
     """The life of one value.
 
-    kind: 'input' (of the model), 'param' (of a region), 'result' (of an op) or 'version' (what a write made
-    of another value). born: the op that defines it, None for inputs of the model. versions: all of its line,
-    oldest first, itself among them; one where nothing is written. view_of: what it shares storage with.
-    copy_of, copies: by recomputation. returned: places among the outputs. dies: the last op that reads it,
-    None when nothing does or when the model returns it.
+    kind: 'input' (of the model), 'param' (of a region), 'result' (of an op) or 'version' (another value after
+    a write). born: the op that defines it, None for inputs of the model. versions: all versions in its line,
+    oldest first, itself among them; a single one where nothing is written. view_of: the value that it is a
+    view of. copy_of, copies: by recomputation. returned: places among the outputs. dies: the last op that
+    reads it, None when nothing does or when the model returns it.
     """
 
     name: str
@@ -156,10 +156,10 @@ class ValueLife:
 class StateLife:
     """The life of one distinct tensor of the model.
 
-    names: all of them, in state_dict order; transient: those that stay out of the state_dict. held: by which
-    stages, under which names; share: what happens when they are several. overlaps: other entries in the same
-    storage. uses: of the entry and of its versions, in program order. returned: places among the outputs, of
-    any version.
+    names: all names, in state_dict order; transient: those that stay out of the state_dict. held: the stages
+    that hold it, and the names they hold it under; share: the policy when these stages are several. overlaps:
+    other entries in the same storage. uses: of the entry and of its versions, in program order. returned:
+    places among the outputs, of any version.
     """
 
     name: str
@@ -189,8 +189,8 @@ def life_of_value(program: Program, name: str) -> ValueLife:
 
 
 def life_of_state(program: Program, fqn: str) -> StateLife:
-    """The life of the state with this name, any of its names, with or without `@`. Raises UnknownNameError
-    with the nearest names.
+    """The life of the state that has this name, which may be any of its names, with or without `@`. Raises
+    UnknownNameError with the nearest names.
     """
     return Lives(program).state(fqn)
 
@@ -230,7 +230,7 @@ class Lives:
         return self._state_life(entry)
 
     def places(self) -> list[Place]:
-        """Every op in program order, those of regions and what regions yield included."""
+        """Every op in program order, those of regions and the yields of regions included."""
         return [self._place(op) for op in self._numbers]
 
     def values(self) -> Iterator[ValueLife]:
@@ -259,7 +259,7 @@ class Lives:
 
     @cached_property
     def _copies(self) -> dict[Value, list[Value]]:
-        """Value -> what stages compute in its place."""
+        """Value -> the copies that stages compute in its place."""
         pairs = {t.made: t.value for t in self._program.transfers if t.made is not None}
         twins = [(op.origin, op) for op in self._numbers if op.origin is not None]
         pairs |= {
@@ -360,7 +360,7 @@ class Lives:
         return None if viewed is None else self._names[viewed]
 
     def _versions(self, value: Value) -> tuple[Version, ...]:
-        """The line of versions a value stands in; made once for all of its members."""
+        """The line of versions that a value stands in; made once for all values in it."""
         if value not in self._lines_of_versions:
             line = self._line_of(value)
             made = tuple(Version(self._names[v], self._writer(v)) for v in line)
@@ -443,7 +443,7 @@ def _how(op: Op, value: Value) -> str:
 
 
 def _plain(fqn: str) -> str:
-    """A state name without what the printer adds to it: `@w` -> `w`, `@"a b"` -> `a b`."""
+    """A state name without the marks that the printer adds: `@w` -> `w`, `@"a b"` -> `a b`."""
     bare = fqn.removeprefix("@")
     if not bare.startswith('"'):
         return bare
@@ -454,8 +454,8 @@ def _plain(fqn: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The nearest names. Those that begin as `name` does stand first, for only the first thousands are
-    compared.
+    """The nearest names. Names that begin as `name` does are compared first, because only the first thousands
+    are compared.
     """
     return nearest(name, sorted(known, key=lambda other: -_alike(name, other)))
 

@@ -37,9 +37,9 @@ from stagecut.ir.types import DTYPES, SCALAR_KINDS, Dim, ScalarType, TensorType,
 MAX_DEPTH = 64
 """Deepest nesting of literals and regions that is read, and of modules in a scope or a name."""
 MAX_CONTEXTS = 16
-"""Most contexts that one op stands in. Python nests at most twenty blocks."""
+"""Greatest number of contexts that one op stands in. Python nests at most twenty blocks."""
 MAX_SIZE = 4000
-"""Longest expression over sizes, in characters."""
+"""Length of the longest expression over sizes, in characters."""
 
 _BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
@@ -52,7 +52,7 @@ _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _NUMBER = re.compile(r"-?[0-9]{1,4000}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _INT = re.compile(r"[0-9]{1,4000}")
 _BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""")
-"""A bracket, or a quoted string, whose brackets do not count."""
+"""A bracket, or a quoted string; brackets in a string do not count."""
 _LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
 _DEVICE = re.compile(r"@([a-z]+(?::[0-9]{1,4})?)")
 _DEVICE_NAME = re.compile(r'"[a-z]+(?::[0-9]{1,4})?"')
@@ -707,7 +707,7 @@ class _Parser:
 def _mode(
     captured: Any, training: Any = True, evaluating: Any = False, *others: Any
 ) -> Mode:
-    """The literal of these parts. Raises TypeError for what none can have."""
+    """The mode with these parts. Raises TypeError for parts that no mode can have."""
     plain = all(
         isinstance(item, (str, int, float, complex, NoneType, Token))
         for item in (training, evaluating)
@@ -730,8 +730,8 @@ _CALLED: dict[str, Callable[..., Any]] = {
 
 
 def is_expression(text: str) -> bool:
-    """True for a number, and for what may be an expression over sizes: names, numbers, operators, calls;
-    nothing else.
+    """True for a number, and for a text that may be an expression over sizes, with nothing but names,
+    numbers, operators and calls.
     """
     return len(text) <= MAX_SIZE and _SIZE.fullmatch(text) is not None
 

@@ -43,9 +43,10 @@ def text(program: Program) -> str:
 
 
 def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
-    """The ops that `keep` says, as `text` prints them, with the inputs, state and transfers they touch.
+    """The ops that `keep` chooses, as `text` prints them, with the inputs, state and transfers that they
+    touch.
 
-    Comments count what is left out; it cannot be read back.
+    Comments count the ops that are left out. The excerpt cannot be read back.
     """
     return "\n".join(Printer(program).excerpt(keep)) + "\n"
 
@@ -91,7 +92,7 @@ def size_text(nbytes: int | None) -> str:
 
 
 def file_names(ops: Iterable[Op]) -> dict[str, str]:
-    """Every source file of the ops -> a short name that is unique in the program."""
+    """Source file of the ops -> a short name that is unique in the program."""
     namer = Namer()
     names: dict[str, str] = {}
     for op in ops:
@@ -370,7 +371,7 @@ def _mode(item: Mode) -> str:
 
 
 def target_text(target: Target) -> str:
-    """A target as it is printed: dotted, with parts quoted that are no plain words."""
+    """A target as it is printed: dotted, with quotes around parts that are no plain words."""
     if target.kind is Kind.MODULE and not _PLAIN_FQN.match(target.name):
         return f"module.{json.dumps(target.name)}"
     return str(target)
@@ -391,5 +392,5 @@ def line_of(program: Program, op: Op) -> str:
 
 
 def line_printer(program: Program) -> Callable[[Op], str]:
-    """Gives any op of the program as it is printed; the names are made once for all."""
+    """A function that gives any op of the program as it is printed. The names are made once for all ops."""
     return Printer(program).op_line
