@@ -1,5 +1,5 @@
-"""The stages as torch.fx shows them: one graph of calls of stages, and what torch's own stage class asks of
-each.
+"""The stages as torch.fx shows them: a graph of calls of stages, and the attributes that torch's own stage
+class asks of each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ PREFIX = "submod_pp_"
 
 
 def split_module(program: Program, stages: Sequence[nn.Module]) -> fx.GraphModule:
-    """A module that calls the stages, as torch's frontend has it: `submod_pp_0` and so on, on flat inputs."""
+    """A module that calls the stages as torch's frontend lays them out: `submod_pp_0` and so on, on flat
+    inputs.
+    """
     return fx.GraphModule(
         {f"{PREFIX}{i}": stage for i, stage in enumerate(stages)}, split_graph(program)
     )
@@ -71,8 +73,8 @@ def split_graph(program: Program) -> fx.Graph:
 def stage_graph(
     names: Sequence[str], takes: Sequence[Type], gives: Sequence[Type]
 ) -> fx.Graph:
-    """A placeholder for each input of a stage, and an output for each of its outputs, with their types;
-    nothing between.
+    """A placeholder for each input of a stage, and an output node for its outputs, with their types; nothing
+    in between.
     """
     graph = fx.Graph()
     for name, kind in zip(names, takes, strict=True):
@@ -92,7 +94,7 @@ def _typed(node: fx.Node, kind: Type) -> fx.Node:
 
 
 def _example(kind: Type) -> torch.Tensor | None:
-    """A tensor without values of a type with known sizes, else None."""
+    """A tensor of this type without values, when all its sizes are known; else None."""
     if not isinstance(kind, TensorType):
         return None
     shape = [dim for dim in kind.shape if isinstance(dim, int)]
