@@ -1,5 +1,5 @@
 """Does a model compute the same when it is called again? Asked when a pipe does not compute what its model
-does.
+computes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def changing(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
     """The path of the innermost module that gives other results in a second call, with equal inputs,
-    parameters, buffers and random numbers of torch's; None where all results are alike, and where that cannot
+    parameters, buffers and random numbers of torch's. None where all results are alike, and where this cannot
     be told. Runs a copy of `model` twice.
     """
     try:
