@@ -85,30 +85,30 @@ def pipeline(
     mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
-        added, or one with a parameter named `program`, which takes the Program and returns the positions of ops
-        in front of which to cut.
-        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
-    stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan` holds
-        the result.
+        added, or one with a parameter named `program`, which takes the Program and returns the positions of
+        ops in front of which to cut. `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by
+        predicted times and memory.
+    stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan`
+        holds the result.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
     leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object.
         Where tracing fails inside a submodule, the smallest one around the failing line is kept whole
-        automatically; `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them, are
-        those of the example: a call in which they differ raises.
+        automatically; `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them,
+        are those of the example: a call in which they differ raises.
     routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it
-        themselves) or 'relay' (it is sent from stage to stage; an input of the model from the first stage on).
-        For a value that is not named, the cheaper way is taken, and 'recompute' only where no gradient flows, so
-        that gradients stay bit for bit the model's.
-    tied: how several stages share a parameter that all of them read, for all parameters or by name: 'replicate'
-        (each stage has a copy, and the gradients are summed before the optimizer's step) or 'transmit' (the first
-        stage has it, and sends it on as a value).
+        themselves) or 'relay' (it is sent from stage to stage; an input of the model from the first stage
+        on). For a value that is not named, the cheaper way is taken, and 'recompute' only where no gradient
+        flows, so that gradients stay bit for bit the model's.
+    tied: how several stages share a parameter that all of them read, for all parameters or by name:
+        'replicate' (each stage has a copy, and the gradients are summed before the optimizer's step) or
+        'transmit' (the first stage has it, and sends it on as a value).
     check: what to compare with the model afterwards, by one run of both on copies with the example inputs:
-        'outputs', 'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients'
-        when the model is real and its state no larger than CHECK_BYTES, else None. Where the stages hold two
-        modes that were traced separately, both are compared.
+        'outputs', 'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means
+        'gradients' when the model is real and its state no larger than CHECK_BYTES, else None. Where the
+        stages hold two modes that were traced separately, both are compared.
 
-    Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and hold
-    its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
+    Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
+    hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
 
     Raises
     ------
@@ -497,26 +497,28 @@ class Pipe(Staged):
         cast: bool = False,
         seed: int = 0,
     ) -> None:
-        """These stages are real and on `device`; the others are as before. For a model that was cut on the meta device.
+        """These stages are real and on `device`; the others are as before. For a model that was cut on the
+        meta device.
 
         A tensor gets its value from the first of these that has one:
 
-        values: tensors by the model's names. A value that the stage has already stays when there is none here and
-            none in the source.
-        source: a checkpoint that has every persistent tensor; no other checkpoint is read. It is a .safetensors
-            file, a folder with `model.safetensors` or `model.safetensors.index.json`, or a checkpoint of
-            torch.distributed.checkpoint. `rename` gives the name in the checkpoint for a name of the model. With
-            `cast`, floats of another dtype become the model's.
-        init_fn: called with every module of a copy of the model in which the tensors to initialise are real, inner
-            modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or
-            `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers that are not
-            persistent. Its random numbers depend on `seed` and the tensor's name, not on the cut.
+        values: tensors by the model's names. A value that the stage has already stays when there is none here
+            and none in the source.
+        source: a checkpoint that has every persistent tensor; no other checkpoint is read. It is a
+            .safetensors file, a folder with `model.safetensors` or `model.safetensors.index.json`, or a
+            checkpoint of torch.distributed.checkpoint. `rename` gives the name in the checkpoint for a name
+            of the model. With `cast`, floats of another dtype become the model's.
+        init_fn: called with every module of a copy of the model in which the tensors to initialise are real,
+            inner modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters")
+            else None` or `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers
+            that are not persistent. Its random numbers depend on `seed` and the tensor's name, not on the
+            cut.
 
-        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A module
-        kept whole is the model's own, and becomes real in the model too.
+        Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
+        module kept whole is the model's own, and becomes real in the model too.
 
-        Raises MaterializeError for a tensor without a value from any of these, CheckpointError for one that the
-        source lacks or has in another shape or dtype. No stage has changed then.
+        Raises MaterializeError for a tensor without a value from any of these, CheckpointError for one that
+        the source lacks or has in another shape or dtype. No stage has changed then.
         """
         from stagecut.backend.files.materialize import materialize
 
