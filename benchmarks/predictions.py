@@ -136,13 +136,14 @@ def measured(
             times[block.index].append(middle - begin + _now(device) - start)
             stage.zero_grad()
             values |= zip(block.outputs, map(_received, results), strict=True)
+            # the next stage's bytes are counted from here
             del (
                 given,
                 result,
                 results,
                 flowing,
                 grads,
-            )  # the next stage's bytes are counted from here
+            )
     return [median(t[2:]) for t in times], kept
 
 
@@ -253,9 +254,8 @@ def compare_cuts(
     drivers, predicted, memory = {}, {}, {}
     for name, way in ways.items():
         torch.manual_seed(0)
-        pipe = _alike(
-            lambda way=way: pipeline(model, args, check=None, **way), rank
-        )  # timed ops differ between processes
+        # timed ops differ between processes
+        pipe = _alike(lambda way=way: pipeline(model, args, check=None, **way), rank)
         report = pipe.report(setting)
         predicted[name] = max(s.forward + s.backward for s in report.stages)
         memory[name] = [

@@ -225,9 +225,8 @@ def _second_call(
         inputs,
         is_leaf=is_size,
     )
-    args, kwargs = fresh(
-        inputs
-    )  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
+    # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
+    args, kwargs = fresh(inputs)
     try:
         expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     except Exception as error:  # it refuses these values
@@ -235,9 +234,8 @@ def _second_call(
         return []
     seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*fresh(inputs)))
-    return list(
-        zip(expected, found, strict=False)
-    )  # where the numbers differ, the first call has told
+    # if they differ in number, the first call has shown it
+    return list(zip(expected, found, strict=False))
 
 
 def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:

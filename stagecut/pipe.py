@@ -279,9 +279,10 @@ def _lowered(
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
+        # by the same paths: only modes differ
         other, kept, _ = capture(
             module, args, kwargs, dynamic_shapes, leaves.paths, eager
-        )  # by the same paths: only modes differ
+        )
         if more := [path for path in kept.paths if path not in leaves.paths]:
             raise CaptureError(
                 f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']",
@@ -421,9 +422,8 @@ def _split_points(
                 f"split_spec names module '{name}', which the model does not have",
                 hint=nearest(name, known),
             )
-        if (
-            not isinstance(point, Enum) or type(point).__name__ != "SplitPoint"
-        ):  # that of torch.distributed.pipelining will do
+        # the SplitPoint of torch.distributed.pipelining is accepted too
+        if not isinstance(point, Enum) or type(point).__name__ != "SplitPoint":
             raise SplitError(
                 f"split_spec['{name}'] is {point!r}, not a SplitPoint",
                 hint="SplitPoint.BEGINNING or SplitPoint.END",
@@ -656,15 +656,14 @@ def load(
 
 
 class PipedModel(Named):
-    """A pipe behind the model's own signature: same arguments, same output structure, same state names."""
+    """A pipe with the model's own signature: same arguments, same output structure, same state names."""
 
     _pipe: Pipe
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        object.__setattr__(
-            self, "_pipe", pipe
-        )  # no child: the children are the model's modules
+        # no child: the children are the model's modules
+        object.__setattr__(self, "_pipe", pipe)
         self._name(pipe.stages, pipe._names)
         self.training = pipe.training
 

@@ -50,9 +50,8 @@ def changing(
             )
             for _ in range(2)
         )
-    except (
-        Exception
-    ) as error:  # whatever the code of a model raises when it is called again
+    except Exception as error:
+        # whatever the code of a model raises when it is called again
         raise_ours(error)
         return None
     for one, other in zip(first, second, strict=False):

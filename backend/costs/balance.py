@@ -640,9 +640,8 @@ class Balanced:
             d: torch.cat([zero, line.seconds(d).cumsum(0)])
             for d in dict.fromkeys(devices)
         }
-        links = {
-            d: line.crossing / d.link_bandwidth / 2 for d in sums
-        }  # each way is waited for at one of its ends
+        # each way is waited for at one of its ends
+        links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}
         budgets = [d.memory * self.budget * scale for d in devices]
         starts = None
         static, kept, passing = line.whole

@@ -1,8 +1,8 @@
 """The cost of every op of a program: FLOPs, bytes moved, bytes kept for the backward, seconds on a device.
 
 FLOPs are counted by torch's own formulas: each distinct op runs once on the meta device under
-`torch.utils.flop_counter.FlopCounterMode`, forward and backward. Its hooks for saved tensors show there what
-autograd keeps. Seconds are those of a roofline, the larger of computing and moving, or measured.
+`torch.utils.flop_counter.FlopCounterMode`, forward and backward. Autograd's hooks for saved tensors show
+there what it keeps. Seconds are those of a roofline, the larger of computing and moving, or measured.
 """
 
 from __future__ import annotations
@@ -326,9 +326,8 @@ class _Counter:
         for place, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
                 homes[storage_of(env[value])] = ("operand", place)
-        if (
-            facts(op).attention
-        ):  # on meta it is taken apart; kernels keep operands, result and a row of sums
+        # on meta attention is decomposed; kernels keep operands, result and a row of sums
+        if facts(op).attention:
             places = [
                 ("operand", i)
                 for i, v in enumerate(op.operands)
@@ -340,9 +339,8 @@ class _Counter:
                 (*places, ("result", 0)),
                 made[0].numel() // max(1, made[0].shape[-1]) * 4,
             )
-        if (
-            facts(op).norm_of_rows
-        ):  # so is this; its kernel keeps its operand and a number for each row
+        # a norm is decomposed too; its kernel keeps its operand and a number for each row
+        if facts(op).norm_of_rows:
             return (
                 forward,
                 total - forward,

@@ -164,7 +164,7 @@ def simulate(
     take those seconds to arrive, each way.
 
     A split backward takes half for its inputs and half for its weights. Each rank runs its steps in order,
-    each as soon as its needs are there.
+    each as soon as the results it needs are there.
     """
     stages = len(forward)
     placement = setting.placement(stages)

@@ -179,9 +179,8 @@ def _form(spec: TreeSpec, what: str) -> Any:
     if _is_leaf(spec):
         return None
     children = [_form(child, what) for child in _children(spec)]
-    if (
-        spec.type is namedtuple
-    ):  # torch takes the function for the type of all its tuples
+    # torch uses the function namedtuple as the type of all named tuples
+    if spec.type is namedtuple:
         return [
             "namedtuple",
             {"class": _name(spec.context), "fields": list(spec.context._fields)},

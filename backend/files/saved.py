@@ -376,9 +376,8 @@ def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> Non
         os.replace(
             aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors"
         )
-        os.replace(
-            aside / f"stage-{index}.json", folder / f"stage-{index}.json"
-        )  # last: it says that the stage is whole
+        # last: it says that the stage is whole
+        os.replace(aside / f"stage-{index}.json", folder / f"stage-{index}.json")
 
 
 # --- reading ------------------------------------------------------------------------------------------

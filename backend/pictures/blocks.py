@@ -313,7 +313,7 @@ class _BlockGraph:
         return self._node.get(self._tree.drawn(value.owner), "")
 
     def _kind(self, value: Value, op: Op) -> str:
-        """How a value gets to an op."""
+        """The kind of the edge on which a value gets to an op."""
         home = self._home.get(op)
         if home is None or (
             isinstance(value.owner, Op) and self._home.get(value.owner) == home

@@ -53,10 +53,11 @@ _NODE = {
     "fontsize": "11",
     "margin": "0.12,0.07",
 }
+# one name: renderers without fonts know how wide it is, and take a list for Times
 _FONT = {
     "fontname": "Helvetica",
     "fontcolor": "#1d252c",
-}  # one name: renderers without fonts know how wide it is, and take a list for Times
+}
 _ROUND = {"shape": "ellipse", "fontsize": "10", "margin": "0.04,0.02"}
 INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3ea"}
 

@@ -148,9 +148,8 @@ class _StageGraph:
         ends: dict[Value, str] = {}
         returned = {item for item in self._program.outputs if isinstance(item, Value)}
         for values in _many(self._program.inputs, lambda v: tuple(ways[v])):
-            if (
-                ways[values[0]] or values[0] in returned
-            ):  # a number that was fixed in the trace goes nowhere
+            # a number that was fixed in the trace goes nowhere
+            if ways[values[0]] or values[0] in returned:
                 ends |= dict.fromkeys(
                     values,
                     self._end("input", values, INPUT, _input_text(self._names, values)),

@@ -140,9 +140,8 @@ class Driver:
     ) -> tuple[Any, list[torch.Tensor]]:
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
-                refuse_feedback(
-                    self.pipe.program, self.pipe.training
-                )  # the pipe may have been switched since the stages were made
+                # the pipe may have been switched since the stages were made
+                refuse_feedback(self.pipe.program, self.pipe.training)
             sizes = self._split(args, kwargs)
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
             schedule, stages = self._prepared(sizes)
@@ -244,9 +243,10 @@ class Driver:
         self._chunks = [
             [_to(part[i], self.device) for part in parts] for i in range(count)
         ]
+        # all chunks have the same sizes
         return check_inputs(
             inputs, self._chunks[0], spec.ranges if spec is not None else None
-        )  # all chunks have the same sizes
+        )
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the

@@ -99,9 +99,8 @@ class Port:
         tensor = tensor.permute(self.order)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
-        tensor = (
-            tensor.contiguous().view(-1).view(tensor.shape)
-        )  # contiguous also in dims of one element, which torch 2.11 compares
+        # contiguous also in dims of one element, which torch 2.11 compares
+        tensor = tensor.contiguous().view(-1).view(tensor.shape)
         if self.wire_dtype != tensor.dtype:
             tensor = tensor.view(self.wire_dtype)
         return _own(tensor) if self.grad else tensor.detach()

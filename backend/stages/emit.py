@@ -108,9 +108,8 @@ class _Emitter:
         )
         tree = _Tree(root, self)
         tree.hold(block)
-        for path in (
-            self.bindings.extras if block.index == 0 else ()
-        ):  # what no stage reads is stored too
+        # extra state that no stage reads is stored too, in the first stage
+        for path in self.bindings.extras if block.index == 0 else ():
             tree.node(path)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
@@ -465,9 +464,8 @@ class _Function:
             entered,
             parameters,
         )
-        written = written_in(
-            ops, given
-        )  # as an argument, torch would refuse to compute with it again
+        # as an argument, torch would refuse to compute with it again
+        written = written_in(ops, given)
         name = self._names("checkpointed")
         bound = [parameters[v] for v in given if v not in written]
         bound += [
@@ -687,9 +685,8 @@ class _Function:
         if name is not None:
             return name
         state = self._state(value, self._path, reader)
-        if (
-            state is None and value.version_of is not None
-        ):  # the tensor it is a version of, written in place
+        # a version is the tensor that was written in place
+        if state is None and value.version_of is not None:
             return self._value(value.version_of, reader)
         if state is None:
             raise EmitError(

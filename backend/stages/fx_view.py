@@ -22,7 +22,7 @@ from stagecut.ir.graph import Namer, Program, Value
 from stagecut.ir.types import DTYPES, TensorType, Type, carries_grad
 
 PREFIX = "submod_pp_"
-"""What torch calls a stage, before its number."""
+"""Prefix of torch's name for a stage, before its number."""
 
 
 def split_module(program: Program, stages: Sequence[nn.Module]) -> fx.GraphModule:
@@ -56,9 +56,8 @@ def split_graph(program: Program) -> fx.Graph:
         if len(stage.outputs) == 1:
             nodes[stage.outputs[0]] = _typed(call, stage.outputs[0].type)
             continue
-        for place, value in enumerate(
-            stage.outputs
-        ):  # each has its node, in this order, which torch counts on
+        # each has its node, in this order, which torch counts on
+        for place, value in enumerate(stage.outputs):
             nodes[value] = _typed(
                 graph.call_function(operator.getitem, (call, place)), value.type
             )

@@ -80,9 +80,8 @@ class Code:
                 hint="is the IR text damaged?",
             ) from None
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(
-            compiled, space
-        )  # the text is generated from verified IR, names and targets are checked
+        # the text is generated from verified IR, names and targets are checked
+        exec(compiled, space)
         made: Callable[..., Any] = space["forward"]
         return made
 
@@ -288,19 +287,19 @@ class StageModule(nn.Module):
         """A module with one text runs it directly, as the forward of its class."""
         base = Stage if isinstance(self, Stage) else StageModule
         kind = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
-        object.__setattr__(
-            self, "__class__", kind
-        )  # the model may have a module of this name
+        # the model may have a module of this name
+        object.__setattr__(self, "__class__", kind)
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made here cannot be found by its name
         return (
             _blank,
             (isinstance(self, Stage),),
             self.__getstate__(),
-        )  # a class that was made here cannot be found by its name
+        )
 
     def get_submodule(self, target: str) -> nn.Module:
         """The module at a path of the model. A module is found also where its name hides one of ours, and
@@ -328,9 +327,8 @@ class StageModule(nn.Module):
     ) -> StageModule:
         super()._apply(fn, recurse)
         moved = {name: fn(tensor) for name, tensor in self._constants.items()}
-        self.__dict__.update(
-            _constants=moved, _here=fn(self._here)
-        )  # the model may have state of these names
+        # the model may have state of these names
+        self.__dict__.update(_constants=moved, _here=fn(self._here))
         return self
 
     def _save_to_state_dict(
@@ -374,9 +372,8 @@ class StageModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_forwards"] = [
-            self._code.function(text) for text in self._texts
-        ]  # the model may have a module of this name
+        # the model may have a module of this name
+        self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]
         self._take_kind()
 
 
@@ -472,9 +469,8 @@ def _equal_leaves(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     try:
         return type(one) is type(other) and bool(one == other)
-    except (
-        Exception
-    ):  # the class of what a user's get_extra_state returns may compare as it likes
+    except Exception:
+        # a class of the user's get_extra_state may compare as it likes
         return False
 
 

@@ -36,7 +36,7 @@ NOTHING = Promise()
 
 
 class Promises:
-    """What the calls of the user's code in a program must not do."""
+    """Limits on what the calls of the user's code in a program may do."""
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
         self._program, self._bindings = program, bindings
@@ -61,9 +61,8 @@ class Promises:
             if isinstance(value.type, TensorType)
         }
         root = self._memory.root
-        written = {
-            root(op.operands[place]) for place in op.effects.writes
-        }  # a write shows in all views of it
+        # a write shows in all views of it
+        written = {root(op.operands[place]) for place in op.effects.writes}
         unwritten = {
             name: value
             for name, value in given.items()
@@ -194,7 +193,7 @@ class _Memory:
         self._stages.setdefault(self.root(value), set()).add(stage)
 
     def _add(self, op: Op, stage: int) -> None:
-        own = set(state_of(op))  # of which only is known that it may be written
+        own = set(state_of(op))  # only known that it may be written
         written = (op.operands[place] for place in op.effects.writes)
         self._written.update(self.root(value) for value in written if value not in own)
         for value in (*op.operands, *op.results):

@@ -46,7 +46,7 @@ class Staged(Named):
         self.training = bindings.training.get("", True)
 
     has_loss_and_backward = False
-    """torch's, for it can put a backward into the graph; here autograd makes it."""
+    """torch's option to put a backward into the graph; here autograd makes the backward."""
 
     def train(self, mode: bool = True) -> Self:
         """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the

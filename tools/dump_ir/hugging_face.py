@@ -115,9 +115,8 @@ def make(
 def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
     given = settings(options.config)
     _check_names(kind.config_class, given)
-    if (
-        "model_type" in given
-    ):  # a whole config, of any size: taken as it is, and not tried
+    # a whole config, of any size: taken as it is, and not tried
+    if "model_type" in given:
         model = _model(kind, _config(kind.config_class, given), options.meta)
         return model, next(_calls(model, options))
     why: Exception | None = None
@@ -146,9 +145,8 @@ def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
                 why = why or error
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever the code of a model raises about its config
+        except Exception as error:
+            # whatever the code of a model raises about its config
             why = why or error
     raise InputError(
         f"no small config of {kind.__name__} runs: {type(why).__name__}: {' '.join(str(why).split())[:200]}",
@@ -254,12 +252,13 @@ def _small(
         if type(data[key]) is int and _LAYERS.fullmatch(real.get(key, str(key)))
     }
     for key, item in data.items():
+        # by the number of the layer
         if (
             isinstance(item, dict)
             and layers
             and item
             and all(str(place).isdigit() for place in item)
-        ):  # by the number of the layer
+        ):
             made[key] = {
                 place: made[key][place]
                 for place in item
@@ -453,9 +452,8 @@ def _first(config: Any, *names: str, default: int) -> int:
 def _tensor(name: str, shape: tuple[int, ...], config: Any) -> torch.Tensor:
     if name.endswith("input_ids"):
         most = _first(getattr(config, "text_config", config), "vocab_size", default=256)
-        return torch.randint(
-            3, max(4, most - most // 4), shape
-        )  # special tokens may stand at the end
+        # special tokens may stand at the end
+        return torch.randint(3, max(4, most - most // 4), shape)
     if name.endswith("mask"):
         return torch.ones(shape, dtype=torch.long)
     if name == "bbox":

@@ -312,9 +312,8 @@ class Session:
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        graph = (
-            to_svg(program) if find_renderer() else None
-        )  # the page draws stages by itself then
+        # without a picture the page draws the stages itself
+        graph = to_svg(program) if find_renderer() else None
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name
         )
