@@ -1,4 +1,4 @@
-"""What the stages of a pipe cost: time, memory, and what crosses and why; as a table, as JSON and as a
+"""The costs of the stages of a pipe: time, memory, and what crosses and why; as a table, as JSON and as a
 picture.
 """
 

@@ -1,4 +1,4 @@
-"""What stages cannot do in processes of their own, and the rules for the values that they receive."""
+"""Limits of stages that run in processes of their own, and rules for the values that they receive."""
 
 from __future__ import annotations
 

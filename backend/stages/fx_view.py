@@ -123,7 +123,7 @@ def refuse_torchs_stage(program: Program) -> None:
 
 
 def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
-    """What torch's class gets wrong or cannot do in these stages, and where."""
+    """The things that torch's class gets wrong or cannot do in these stages, and where."""
     first, *later = program.stages
     if first.inputs != program.inputs:
         yield "the first stage does not take the model's inputs one by one", "stage 0"

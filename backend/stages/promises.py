@@ -42,7 +42,7 @@ class Promises:
         self._program, self._bindings = program, bindings
 
     def of(self, op: Op) -> Promise:
-        """What `op`, a call of the user's code, must not do. Torch's own modules promise nothing: they do in
+        """The promise of `op`, a call of the user's code. Torch's own modules promise nothing: they do in
         each call what they did in the trace.
         """
         path = module_path(op)
