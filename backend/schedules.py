@@ -1,4 +1,4 @@
-"""The schedules of torch.distributed.pipelining by name, and on which rank each has which stage."""
+"""The schedules of torch.distributed.pipelining by name, and which rank has which stage under each."""
 
 from __future__ import annotations
 

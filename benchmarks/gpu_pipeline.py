@@ -1,25 +1,20 @@
 """Training throughput of a Llama-like model of a billion parameters over two GPUs: stagecut's stages, stages
 cut by hand, one GPU.
 
-python benchmarks/gpu_pipeline.py --out result.json        # on 2 GPUs; torchrun starts it, or it starts
-itself
-python benchmarks/gpu_pipeline.py --device cpu --small     # a tiny model, to try the script
+python benchmarks/gpu_pipeline.py --out result.json      # on 2 GPUs; torchrun starts it, or it starts itself
+python benchmarks/gpu_pipeline.py --device cpu --small   # a tiny model, to try the script
 
 A step is forward and backward of all micro-batches and AdamW. Its learning rate is zero, so that all variants
-keep the same
-weights, which they share, and must have the same loss; the script ends with 1 if they do not. Variants of a
-row alternate,
-their times are those of the slowest process, medians are taken; `stagecut/hand` is the median of the ratios
-of neighbours.
+keep the same weights, which they share, and must have the same loss; the script ends with 1 if they do not.
+Variants of a row alternate, their times are those of the slowest process, medians are taken; `stagecut/hand`
+is the median of the ratios of neighbours.
 
-What a schedule can reach at best is `bound` = GPUs x (one GPU alone) x (1 - bubble), for p GPUs, m
-micro-batches:
+A schedule can reach at best `bound` = GPUs x (one GPU alone) x (1 - bubble), for p GPUs, m micro-batches:
     GPipe, 1F1B         bubble = (p - 1) / (m + p - 1)      Narayanan et al. 2021 (arXiv 2104.04473), 2.2.1
     Interleaved1F1B     bubble = (p - 1) / (v m + p - 1)    2.2.2, with v stages on a GPU
     ZBVZeroBubble       bubble = 0                          Qi et al. 2024 (arXiv 2401.10241), section 6
 It counts stages as equal, though the head is more than a block, and communication and the optimizer as
-nothing. Memory is what a
-step takes beyond weights and optimizer state.
+nothing. Memory is what a step takes beyond weights and optimizer state.
 """
 
 import argparse
@@ -143,7 +138,9 @@ def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class ByHand(PipelineStage):
-    """torch 2.11 greets neighbouring stages also where both are in one process, which gloo refuses."""
+    """torch 2.11 exchanges a greeting with neighbouring stages also where both are in one process; gloo
+    refuses this.
+    """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return [
@@ -202,7 +199,9 @@ class Bench:
         make: Callable[[int, int], PipelineStage],
         compiled: str,
     ) -> Step:
-        """A step under a schedule with so many micro-batches; the loss, nan where the last stage is not."""
+        """A step under a schedule with so many micro-batches; returns the loss, nan where the last stage is
+        not.
+        """
         kind = get_schedule_class(schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         total = self.ranks if single else 2 * self.ranks
@@ -231,7 +230,7 @@ class Bench:
         return step
 
     def alone(self, count: int, compiled: str) -> Step:
-        """The same on one GPU, the first; the others wait."""
+        """The same step on one GPU, the first; the others wait."""
         compile_in_place(self.model, compiled)
 
         def step() -> float:
@@ -298,14 +297,14 @@ class Bench:
             torch.cuda.synchronize()
 
     def agreed(self, question: bool) -> bool:
-        """What the first process answers."""
+        """The answer of the first process."""
         answer = [question]
         dist.broadcast_object_list(answer)
         return answer[0]
 
 
 def compile_in_place(module: nn.Module, what: str) -> None:
-    """Compiles nothing, each block, or the whole. What an earlier row compiled is not."""
+    """Compiles nothing, each block, or the whole. Compiled code of an earlier row is dropped."""
     for part in module.modules():
         part._compiled_call_impl = None
     if what == "blocks":
@@ -324,7 +323,9 @@ def bubble(schedule: str, ranks: int, count: int) -> float:
 
 
 def rows(size: Size) -> list[tuple[str, int, str]]:
-    """Schedule, micro-batches, what is compiled: the most important first, what takes most memory last."""
+    """Schedule, micro-batches, what is compiled: the most important rows first, those that take most memory
+    last.
+    """
     few, many = size.microbatches
     eager = [
         (s, few, "") for s in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "GPipe")
@@ -346,7 +347,7 @@ HEADER += f"{'stagecut/bound':>16}{'hand/bound':>12}   MiB taken, stagecut | by 
 
 
 def run(bench: Bench, minutes: float, out: Path | None) -> int:
-    """Prints and writes each row as it is there. 1 when losses differ."""
+    """Runs the benchmark; prints and writes each row as soon as it is there. Returns 1 when losses differ."""
     began, wrong = time.perf_counter(), 0
     single: dict[tuple[int, str], float] = {}
     done: list[dict[str, Any]] = []
@@ -444,8 +445,8 @@ def line(row: dict[str, Any]) -> str:
 
 
 def fits(bench: Bench, schedule: str, count: int, done: list[dict[str, Any]]) -> bool:
-    """False when GPipe, which keeps all micro-batches, would need more memory than there is, going by what
-    fewer took.
+    """False when GPipe, which keeps all micro-batches, would need more memory than there is, judged by the
+    memory of fewer micro-batches.
     """
     fewer = [
         row

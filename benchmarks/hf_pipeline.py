@@ -1,10 +1,10 @@
 """Unmodified Hugging Face models over two GPUs: stagecut's pipeline and Driver beside the same modules cut by
 hand, at the same place.
 
-python benchmarks/hf_pipeline.py                              # on 2 GPUs; torchrun starts it, or it starts
-itself python benchmarks/hf_pipeline.py --device cpu --small         # tiny models, to try the script python
-benchmarks/hf_pipeline.py --models llama --kernels     # one model, and the kernels of the whole model on one
-GPU
+python benchmarks/hf_pipeline.py                          # on 2 GPUs; torchrun starts it, or it starts itself
+python benchmarks/hf_pipeline.py --device cpu --small     # tiny models, to try the script
+python benchmarks/hf_pipeline.py --models llama --kernels # one model, and the kernels of the whole model on
+                                                          # one GPU
 
 A step is forward and backward of all micro-batches, the sum of tied gradients, and AdamW with a learning rate
 of zero, so that both ways keep the same weights and must have the same loss; the script ends with 1 where
@@ -50,7 +50,7 @@ class Case:
 
 
 class DecoderPart(nn.Module):
-    """Some layers of a Llama or of what is built like one, as one cuts by hand."""
+    """Some layers of a Llama or of a model built like one, as one cuts by hand."""
 
     def __init__(self, model: Any, start: int, stop: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class ByHand(PipelineStage):
-    """torch 2.11 refuses what a compiled stage returns where its compiler pads rows: 50,257 words become
+    """torch 2.11 refuses the outputs of a compiled stage where its compiler pads rows: 50,257 words become
     50,264.
     """
 

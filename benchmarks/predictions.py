@@ -5,12 +5,11 @@ python benchmarks/predictions.py --device cpu            # stage times of three 
 python benchmarks/predictions.py --device cuda           # the same on a GPU, and memory
 torchrun --nproc-per-node 2 benchmarks/predictions.py --device cuda --cuts --preset H200
                                                          # 1F1B over 2 GPUs, every cut between blocks and the
-                                                         automatic one
+                                                         # automatic one
 
 Times are compared as shares of the whole, since a share is what decides a cut. `ranks` is Spearman's
-correlation over all stages.
-The model of the second part is that of gpu_pipeline.py, with its loss inside, so that the search sees what
-the loss costs.
+correlation over all stages. The model of the second part is that of gpu_pipeline.py, with its loss inside, so
+that the search sees what the loss costs.
 """
 
 import argparse
@@ -115,7 +114,7 @@ def models(device: torch.device) -> dict[str, Made]:
 def measured(
     pipe: Pipe, args: tuple[torch.Tensor, ...], device: torch.device, repeats: int = 7
 ) -> tuple[list[float], list[int]]:
-    """By stage: median seconds of forward and backward, and bytes that it keeps between them."""
+    """Per stage: median seconds of forward and backward, and bytes that it keeps between them."""
     times: list[list[float]] = [[] for _ in pipe.stages]
     kept = [0] * len(pipe.stages)
     for _ in range(repeats):
@@ -137,13 +136,14 @@ def measured(
             times[block.index].append(middle - begin + _now(device) - start)
             stage.zero_grad()
             values |= zip(block.outputs, map(_received, results), strict=True)
+            # the next stage's bytes are counted from here
             del (
                 given,
                 result,
                 results,
                 flowing,
                 grads,
-            )  # the next stage's bytes are counted from here
+            )
     return [median(t[2:]) for t in times], kept
 
 
@@ -171,7 +171,7 @@ def _ranks(numbers: list[float]) -> list[int]:
 
 
 def spearman(one: list[float], other: list[float]) -> float:
-    """The correlation of two orders; 1 for the same."""
+    """The correlation of two orders; 1 for equal ones."""
     a, b, n = _ranks(one), _ranks(other), len(one)
     return 1 - 6 * sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (
         n * (n * n - 1)
@@ -226,9 +226,7 @@ def stage_times(device: torch.device, preset: str) -> None:
 def compare_cuts(
     device: torch.device, preset: str, small: bool, schedule: str = "1F1B"
 ) -> None:
-    """Prints tokens per second of every cut between blocks and of the automatic one, and what was
-    predicted.
-    """
+    """Prints tokens per second of every cut between blocks and of the automatic one, and the predictions."""
     size = SMALL if small else Size()
     rank = dist.get_rank()
     ranks = dist.get_world_size()
@@ -256,9 +254,8 @@ def compare_cuts(
     drivers, predicted, memory = {}, {}, {}
     for name, way in ways.items():
         torch.manual_seed(0)
-        pipe = _alike(
-            lambda way=way: pipeline(model, args, check=None, **way), rank
-        )  # timed ops differ between processes
+        # timed ops differ between processes
+        pipe = _alike(lambda way=way: pipeline(model, args, check=None, **way), rank)
         report = pipe.report(setting)
         predicted[name] = max(s.forward + s.backward for s in report.stages)
         memory[name] = [
@@ -320,7 +317,7 @@ def compare_cuts(
 
 
 def _alike(make, rank: int) -> Pipe:
-    """The pipe that the first process makes, made by all: its cuts are what counts."""
+    """The pipe of the first process, made by all processes, because the cuts of the first one count."""
     pipe = make()
     positions = [[*pipe.plan.cuts] if pipe.plan else None]
     dist.broadcast_object_list(positions)
@@ -340,7 +337,7 @@ def _example(pipe: Pipe) -> tuple[torch.Tensor, ...]:
 
 
 def _step(run, model: nn.Module, device: torch.device) -> tuple[float, list[int]]:
-    """Seconds of the slowest process, and the bytes each took beyond what it held."""
+    """Seconds of the slowest process, and the bytes that each took beyond those it held."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -104,9 +104,7 @@ _TORCHS = (
     "ScheduleLoopedBFS",
     "ScheduleZBVZeroBubble",
 )
-"""What torch.distributed.pipelining has besides, so that `import stagecut as pp` stands where that was
-imported.
-"""
+"""Further names of torch.distributed.pipelining, so that `import stagecut as pp` can replace its import."""
 _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 
 __all__ = [

@@ -62,7 +62,7 @@ class CannotCompare(StagecutError):
 
 @dataclass
 class Report:
-    """What `verify` compared. `differences` is empty when everything was equal; `compared` counts the
+    """The result of `verify`. `differences` is empty when everything was equal; `compared` counts the
     comparisons by kind.
     """
 
@@ -84,7 +84,7 @@ class Report:
         )
 
     def note(self, kind: str, found: str | None) -> None:
-        """One comparison of `kind` was made; `found` says what differs, None for equal."""
+        """Counts one comparison of `kind`; `found` says what differs, None for equal."""
         self.compared[kind] = self.compared.get(kind, 0) + 1
         if found:
             self.differences.append(found)
@@ -99,8 +99,8 @@ class _Run:
 
 
 def holds_both_modes(program: Program) -> bool:
-    """True when train and eval mode were traced, because Python chose by them: what one run shows of one says
-    nothing of the other.
+    """True when train and eval mode were traced, because Python chose by the mode. A run in one mode shows
+    nothing about the other.
     """
     return any(
         op.target == BY_MODE or any(map(_is_choice, literals((op.args, op.kwargs))))
@@ -124,7 +124,7 @@ def compare(
     """A report on `pipe` against `model` on one call, in the mode of the pipe, or with `switched` in the
     other one.
 
-    Works on copies; the random state is put back afterwards.
+    Works on copies; the random state is restored afterwards.
     """
     reference, stages = _copies(model, pipe)
     _into_mode(reference, stages, pipe.training, switched)
@@ -214,8 +214,8 @@ def compare(
 def _second_call(
     reference: nn.Module, inputs: Any, pipe: Staged, stages: list[Any]
 ) -> list[tuple[Any, Any]]:
-    """Outputs of the model and of the stages when called once more, with other values: what only the first
-    call knew shows here.
+    """Outputs of the model and of the stages in a second call with other values. It shows facts of the first
+    call that became fixed.
     """
     seed_again = random_state(reference, gpus(reference, inputs))
     inputs = tree_map(
@@ -225,9 +225,8 @@ def _second_call(
         inputs,
         is_leaf=is_size,
     )
-    args, kwargs = fresh(
-        inputs
-    )  # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
+    # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
+    args, kwargs = fresh(inputs)
     try:
         expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
     except Exception as error:  # it refuses these values
@@ -235,9 +234,8 @@ def _second_call(
         return []
     seed_again()
     found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*fresh(inputs)))
-    return list(
-        zip(expected, found, strict=False)
-    )  # where the numbers differ, the first call has told
+    # if they differ in number, the first call has shown it
+    return list(zip(expected, found, strict=False))
 
 
 def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
@@ -253,7 +251,9 @@ def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
 def _into_mode(
     reference: nn.Module, stages: Sequence[Stage], training: bool, switched: bool
 ) -> None:
-    """The copy of the model is in the mode of the pipe, module by module; or both are in the other one."""
+    """The copy of the model is in the mode of the pipe, module by module. With `switched`, both are in the
+    other mode.
+    """
     if switched:
         for module in (reference, *stages):
             module.train(not training)
@@ -273,8 +273,8 @@ def _into_mode(
 
 @contextmanager
 def _gradients_apart(model: nn.Module) -> Iterator[None]:
-    """Gradients of `model` are as before afterwards. Raises CannotCompare when what ran, a copy, computed
-    with parameters of `model`.
+    """Gradients of `model` are the same afterwards as before. Raises CannotCompare when the copy that ran
+    computed with parameters of `model`.
     """
     parameters = dict(model.named_parameters())
     before = {name: parameter.grad for name, parameter in parameters.items()}
@@ -407,18 +407,20 @@ _ROUNDING = {
     torch.float32: 1e-5,
     torch.complex64: 1e-5,
 }
-"""What a sum in another order may change, relative to the largest element. For all other dtypes 2e-2."""
+"""Dtype -> how much a sum in another order may differ, relative to the largest element. For all other dtypes
+2e-2.
+"""
 
 
 def _summed(gradient: torch.Tensor | None) -> float:
-    """What a gradient may differ by, relative to its largest element: it is a sum of sums, and often of large
-    ones that cancel out.
+    """How much a gradient may differ, relative to its largest element: it is a sum of sums, and often of
+    large ones that cancel out.
     """
     return 10 * _ROUNDING.get(gradient.dtype, 0.0) if gradient is not None else 0.0
 
 
 def _program_tolerance(program: Program) -> float:
-    """What gradients may differ by: their sums pass through the least precise dtype of the program."""
+    """How much gradients may differ: their sums pass through the least precise dtype of the program."""
     dtypes = {
         v.type.dtype
         for op in program.all_ops()
@@ -435,8 +437,8 @@ def _program_tolerance(program: Program) -> float:
 def difference(
     what: str, one: Any, other: Any, tolerance: float = 0.0, among: float = 0.0
 ) -> str | None:
-    """What differs by more than rounding, a hundredth of that of `among`, the largest of all numbers of this
-    kind, always allowed.
+    """A message when the two differ by more than rounding. Rounding is relative to the tensor's largest
+    element, or to a hundredth of `among` (the largest of all numbers of this kind) where that is more.
     """
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         same = one is other or (type(one) is type(other) and one == other)
@@ -474,7 +476,7 @@ def difference(
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in a type that can be compared: dense, of the widest dtype. Large integers stay
+    """The same numbers in a type that can be compared: dense, of the widest dtype. Tensors of int64 stay
     integers.
     """
     dense = (

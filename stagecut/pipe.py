@@ -86,37 +86,29 @@ def pipeline(
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
         added, or one with a parameter named `program`, which takes the Program and returns the positions of
-        ops
-        in front of which to cut.
-        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
+        ops in front of which to cut. `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by
+        predicted times and memory.
     stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan`
-    tells what was found.
+        holds the result.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.
     leaf_modules: paths of modules to keep whole: each call is one op that calls the user's own module object.
-    Where tracing
-        fails inside a submodule, the smallest one around the failing line is kept whole by itself;
-        `pipe.notes` says so. The sizes
-        of the tensors it returns, and the numbers among them, are those of the example: a call in which they
-        are others raises.
+        Where tracing fails inside a submodule, the smallest one around the failing line is kept whole
+        automatically; `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them,
+        are those of the example: a call in which they differ raises.
     routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it
-    themselves) or 'relay' (it
-        is sent from stage to stage; an input of the model from the first one on). Without a word the cheaper
-        way is taken, and
-        'recompute' only where no gradient flows, so that gradients stay bit for bit the model's.
-    tied: what happens to a parameter that several stages read, for all or by name: 'replicate' (each stage
-    has a copy, their
-        gradients are summed before the optimizer's step) or 'transmit' (the first one has it, and sends it on
-        as a value).
+        themselves) or 'relay' (it is sent from stage to stage; an input of the model from the first stage
+        on). For a value that is not named, the cheaper way is taken, and 'recompute' only where no gradient
+        flows, so that gradients stay bit for bit the model's.
+    tied: how several stages share a parameter that all of them read, for all parameters or by name:
+        'replicate' (each stage has a copy, and the gradients are summed before the optimizer's step) or
+        'transmit' (the first stage has it, and sends it on as a value).
     check: what to compare with the model afterwards, by one run of both on copies with the example inputs:
-    'outputs',
-        'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means 'gradients' when
-        the model is real and
-        its state no larger than CHECK_BYTES, else None. Where the stages hold two modes that were traced
-        each, both are compared.
+        'outputs', 'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means
+        'gradients' when the model is real and its state no larger than CHECK_BYTES, else None. Where the
+        stages hold two modes that were traced separately, both are compared.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
-    hold
-    its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
+    hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
 
     Raises
     ------
@@ -206,7 +198,7 @@ def _policy(
     sizes: Callable[[], dict[str, int]],
     bindings: Bindings,
 ) -> Cuts | None:
-    """What chooses the cuts; where they are searched, `plans` gains what was found."""
+    """The policy that chooses the cuts. Where it searches for them, `plans` gains the result."""
     if stages is None and not hasattr(chosen, "plan"):
         return as_cuts(chosen, exported) if chosen is not None else None
     from stagecut.backend.costs.balance import Balanced
@@ -241,10 +233,10 @@ def lower(
     asked: Iterable[str] = (),
     one_mode: str = "",
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
-    """The traced program of `module`, what it is bound to, and the exported program where there was one.
+    """The traced program of `module`, its bindings, and the exported program where there was one.
 
-    It does what the module does in train and in eval mode, as far as that can be, or in that of now alone,
-    for a reason in `one_mode`. The module is cut at the modules that are `asked`.
+    The program does what the module does in train and in eval mode, as far as possible, or in its present
+    mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`.
     """
     program, bindings, exported = _lowered(
         module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
@@ -287,9 +279,10 @@ def _lowered(
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
+        # by the same paths: only modes differ
         other, kept, _ = capture(
             module, args, kwargs, dynamic_shapes, leaves.paths, eager
-        )  # by the same paths: only modes differ
+        )
         if more := [path for path in kept.paths if path not in leaves.paths]:
             raise CaptureError(
                 f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']",
@@ -313,7 +306,7 @@ def _lowered(
 
 
 def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
-    """Module path -> its extra state, and where its class makes that."""
+    """Module path -> its extra state, and where its class makes it."""
     found: dict[str, tuple[Any, str]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         get = type(owner).get_extra_state
@@ -368,7 +361,7 @@ def _check(
 
 
 def _mode(pipe: Pipe, switched: bool) -> str:
-    """The mode in which was compared, where it is not that of the cut."""
+    """The mode of the comparison, as text, where it is not that of the cut."""
     return f" in {'eval' if pipe.training else 'train'} mode" if switched else ""
 
 
@@ -402,7 +395,7 @@ def _difference(
 
 
 def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator[Pass]:
-    """The passes with what the user asks of them."""
+    """The passes with the user's choices for them."""
     yield Recompute(tuple(routes.items()))
     yield Route(tuple(name for name, route in routes.items() if route == "relay"))
     by_name = {EVERY: tied} if isinstance(tied, str) else dict(tied)
@@ -429,9 +422,8 @@ def _split_points(
                 f"split_spec names module '{name}', which the model does not have",
                 hint=nearest(name, known),
             )
-        if (
-            not isinstance(point, Enum) or type(point).__name__ != "SplitPoint"
-        ):  # that of torch.distributed.pipelining will do
+        # the SplitPoint of torch.distributed.pipelining is accepted too
+        if not isinstance(point, Enum) or type(point).__name__ != "SplitPoint":
             raise SplitError(
                 f"split_spec['{name}'] is {point!r}, not a SplitPoint",
                 hint="SplitPoint.BEGINNING or SplitPoint.END",
@@ -441,7 +433,7 @@ def _split_points(
 
 
 def _other_names(module: Model) -> dict[str, list[str]]:
-    """Module path -> the other paths of the same module. A trace names a call by any of them."""
+    """Module path -> the other paths of the same module. A trace may name a call by any of them."""
     names: dict[int, list[str]] = {}
     if isinstance(module, nn.Module):
         for name, owner in module.named_modules(remove_duplicate=False):
@@ -455,9 +447,7 @@ def _other_names(module: Model) -> dict[str, list[str]]:
 
 
 class Pipe(Staged):
-    """A model cut into stages, and all that can be done with it: compared, costed, saved, drawn, run on
-    ranks.
-    """
+    """A model cut into stages. It can be compared with the model, costed, saved, drawn, and run on ranks."""
 
     plan: Plan | None
 
@@ -465,9 +455,9 @@ class Pipe(Staged):
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
         compares them.
 
-        Outputs, gradients of all parameters and inputs, state afterwards, names. Both run on copies: neither
-        the model nor the pipe nor the random state changes. Raises StagecutError when the original model is
-        gone or cannot be copied.
+        Compares outputs, gradients of all parameters and inputs, state afterwards, and names. Both run on
+        copies: neither the model nor the pipe nor the random state changes. Raises StagecutError when the
+        original model is gone or cannot be copied.
         """
         model = self._model() if self._model is not None else None
         if model is None:
@@ -480,12 +470,12 @@ class Pipe(Staged):
     def report(
         self, setting: Setting | None = None, *, profile_on: str | None = None
     ) -> StageCosts:
-        """What the stages cost: time, memory by kind, what crosses by which route and why, the bubble, the
-        speed-up.
+        """The costs of the stages: time, memory by kind, each crossing with its route and the reason, the
+        bubble, the speed-up.
 
-        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices, by which schedule:
-        that of the search where the cuts were searched. With `profile_on`, a torch device, ops are timed
-        there instead of estimated.
+        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices and by which schedule
+        the stages run; by default it is that of the search, where the cuts were searched. With `profile_on`,
+        a torch device, ops are timed there instead of estimated.
         """
         from stagecut.backend.costs.balance import Setting
         from stagecut.backend.costs.report import bindings_of, report
@@ -510,30 +500,25 @@ class Pipe(Staged):
         """These stages are real and on `device`; the others are as before. For a model that was cut on the
         meta device.
 
-        A tensor gets its value from the first that has one:
+        A tensor gets its value from the first of these that has one:
 
-        values: tensors by the model's names. A value the stage has already stays when there is none here and
-        none in the source.
-        source: a checkpoint that has every persistent tensor, of which no other is read: a .safetensors file,
-        a folder with
-            `model.safetensors` or `model.safetensors.index.json`, or one of torch.distributed.checkpoint.
-            `rename` gives the name in
-            the checkpoint for a name of the model. With `cast`, floats of another dtype become the model's.
-        init_fn: called with every module of a copy of the model in which what it shall initialise is real,
-        inner modules first, such
-            as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None` or
-            `model._init_weights`. With a source,
-            only what no checkpoint holds is left for it: buffers that are not persistent. What it draws
-            depends on `seed` and the
-            tensor's name, not on the cut.
+        values: tensors by the model's names. A value that the stage has already stays when there is none here
+            and none in the source.
+        source: a checkpoint that has every persistent tensor; no other checkpoint is read. It is a
+            .safetensors file, a folder with `model.safetensors` or `model.safetensors.index.json`, or a
+            checkpoint of torch.distributed.checkpoint. `rename` gives the name in the checkpoint for a name
+            of the model. With `cast`, floats of another dtype become the model's.
+        init_fn: called with every module of a copy of the model in which the tensors to initialise are real,
+            inner modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters")
+            else None` or `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers
+            that are not persistent. Its random numbers depend on `seed` and the tensor's name, not on the
+            cut.
 
         Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
-        module kept whole is
-        the model's own, and becomes real in the model too.
+        module kept whole is the model's own, and becomes real in the model too.
 
-        Raises MaterializeError for a tensor nothing gives values to, CheckpointError for one that the source
-        lacks or has in
-        another shape or dtype. No stage has changed then.
+        Raises MaterializeError for a tensor without a value from any of these, CheckpointError for one that
+        the source lacks or has in another shape or dtype. No stage has changed then.
         """
         from stagecut.backend.files.materialize import materialize
 
@@ -551,12 +536,12 @@ class Pipe(Staged):
         )
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
-        """`folder` holds the pipe: IR text, tensors, and how the model is called. `stagecut.load(folder)`
-        gives it again.
+        """`folder` holds the pipe: IR text, tensors, and the calling convention of the model.
+        `stagecut.load(folder)` restores it.
 
-        It appears whole or not at all. With `stages`, only those are saved, beside those that other ranks
-        save of the same pipe to the same folder; the others may be on meta. Raises SavedError for what no
-        file can hold: modules kept whole, functions of yours.
+        The folder appears whole or not at all. With `stages`, only those are saved, beside those that other
+        ranks save of the same pipe to the same folder; the others may be on meta. Raises SavedError for what
+        no file can hold: modules kept whole, functions of yours.
         """
         from stagecut.backend.files.saved import save
 
@@ -568,8 +553,9 @@ class Pipe(Staged):
         """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of
         torch's schedules.
 
-        The first stage takes the model's own arguments and hands on what later stages need; the last returns
-        the model's output tensors in order. Raises StagecutError for what cannot cross between processes.
+        The first stage takes the model's own arguments and hands on the values that later stages need; the
+        last returns the model's output tensors in order. Raises StagecutError for a value that cannot cross
+        between processes.
         """
         from stagecut.backend.ranks.stage import make_stage
 
@@ -579,8 +565,8 @@ class Pipe(Staged):
 
     @property
     def split_gm(self) -> fx.GraphModule:
-        """The stages as torch's frontend has them: children `submod_pp_0` and so on of a graph that calls
-        them on flat inputs.
+        """The stages as torch's frontend lays them out: children `submod_pp_0` and so on of a graph that
+        calls them on flat inputs.
         """
         return split_module(self.program, self.stages)
 
@@ -589,8 +575,8 @@ class Pipe(Staged):
         """For each parameter of several stages: the stage, as `split_gm` calls it -> the parameter's name
         there.
 
-        Each of them gets the gradient of its own stage, and where they are on several ranks the sum is to be
-        made.
+        Each of them gets the gradient of its own stage. Where they are on several ranks, the caller has to
+        sum the gradients.
         """
         shared = [
             entry
@@ -614,7 +600,7 @@ class Pipe(Staged):
         )
 
     def info(self) -> Any:
-        """What `stagecut.build_stage` needs to know of the pipe."""
+        """The part of the pipe that `stagecut.build_stage` needs."""
         from stagecut.backend.ranks.stage import PipeInfo
 
         return PipeInfo(self)
@@ -637,8 +623,8 @@ class Pipe(Staged):
         depth: int | None = None,
         renderer: str | None = None,
     ) -> str:
-        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which says
-        what draws it.
+        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which
+        describes the programs that draw it.
         """
         from stagecut.backend.pictures.dot import to_svg
 
@@ -658,9 +644,9 @@ def load(
     others are on meta.
 
     It computes bit for bit what the saved one computed, and its state has the same names, order, modes and
-    ties. Nothing of the folder is run, and nothing is imported: classes of arguments and outputs must be
+    ties. No code of the folder is run, and nothing is imported: classes of arguments and outputs must be
     imported before. `ops` are namespaces of operators of yours, as in `torch.ops.NAMESPACE`, that the program
-    may call. What is not kept: hooks, the plan of a search, and the model for `pipe.verify`.
+    may call. Hooks, the plan of a search, and the model for `pipe.verify` are not kept.
 
     Raises SavedError for a folder that is damaged, incomplete, or of a newer format.
     """
@@ -670,15 +656,14 @@ def load(
 
 
 class PipedModel(Named):
-    """A pipe behind the model's own signature: same arguments, same output structure, same state names."""
+    """A pipe with the model's own signature: same arguments, same output structure, same state names."""
 
     _pipe: Pipe
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
-        object.__setattr__(
-            self, "_pipe", pipe
-        )  # no child: the children are the model's modules
+        # no child: the children are the model's modules
+        object.__setattr__(self, "_pipe", pipe)
         self._name(pipe.stages, pipe._names)
         self.training = pipe.training
 

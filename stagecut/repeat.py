@@ -1,5 +1,5 @@
 """Does a model compute the same when it is called again? Asked when a pipe does not compute what its model
-does.
+computes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def changing(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
     """The path of the innermost module that gives other results in a second call, with equal inputs,
-    parameters, buffers and random numbers of torch's; None where all results are alike, and where that cannot
+    parameters, buffers and random numbers of torch's. None where all results are alike, and where this cannot
     be told. Runs a copy of `model` twice.
     """
     try:
@@ -50,9 +50,8 @@ def changing(
             )
             for _ in range(2)
         )
-    except (
-        Exception
-    ) as error:  # whatever the code of a model raises when it is called again
+    except Exception as error:
+        # whatever the code of a model raises when it is called again
         raise_ours(error)
         return None
     for one, other in zip(first, second, strict=False):

@@ -1,11 +1,11 @@
-"""Finds the cuts: the slowest stage is as fast as it can be, within the memory of every device, with a bound
-to show for it.
+"""Finds the cuts: the slowest stage is as fast as possible within the memory of every device, and a bound
+shows how near that is to the optimum.
 
-Ops stand in a line, and a stage is an interval of it. Its time is that of its ops and of what crosses at both
-its ends. For a time B, a scan from the left marks where a stage may end so that none takes longer than B;
-bisection finds the smallest such B. That is exact over all cuts of the line, and a scan costs a few vector
-operations for each stage. Where ranks have several stages it is where a search by moving cuts begins, which
-is exact for up to FEW ways to cut.
+Ops stand in a line, and a stage is an interval of it. The time of a stage is that of its ops and of the
+values that cross at its two ends. For a time B, a scan from the left marks where a stage may end so that none
+takes longer than B; bisection finds the smallest such B. This is exact over all cuts of the line, and a scan
+costs a few vector operations for each stage. Where ranks have several stages, the result is the start of a
+search by moving cuts, which is exact for up to FEW ways to cut.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import carries_grad, value_bytes
 
 CLOSE = 1e-9
-"""How near, in relation to it, the found time is to the smallest one."""
+"""How near the found time is to the smallest one, relative to it."""
 
 FEW = 20_000
-"""Up to how many ways to cut are all tried, where ranks have several stages."""
+"""Up to so many ways to cut are all tried, where ranks have several stages."""
 
 MOST = 256
-"""The most stages that are tried where the number is left open."""
+"""The most stages that are tried when their number is left open."""
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
-"""Optimizer -> tensors of the size of a parameter that it keeps."""
+"""Optimizer -> how many tensors of the size of a parameter it keeps for each."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """Where and how the stages will run.
 
-    device: for all ranks, or one for each. ranks: how many, where a rank has several stages. optimizer: a key
-    of STATE_OF.
+    device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
+    optimizer: a key of STATE_OF.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -95,7 +95,7 @@ class Setting:
         return [device(self.device[home]) for home in placement]
 
     def in_flight(self, stages: int) -> list[int]:
-        """How many micro-batches each stage holds activations of, at most."""
+        """The largest number of micro-batches of which each stage holds activations."""
         count, placement = self.n_microbatches, self.placement(stages)
         ranks = max(placement) + 1
         if not self.training:
@@ -115,7 +115,7 @@ class Setting:
 
 @dataclass
 class Line:
-    """A program as a line of ops with their costs: what stages cost that are intervals of it."""
+    """A program as a line of ops with their costs: gives the costs of stages that are intervals of it."""
 
     ops: list[Op]
     costs: list[OpCost]
@@ -139,8 +139,8 @@ class Line:
 
     @cached_property
     def crossing(self) -> torch.Tensor:
-        """Bytes that cross in front of each op, forward and, when training, back; user inputs and what is
-        made anew do not.
+        """Bytes that cross in front of each op, forward and, when training, backward. User inputs and
+        recomputed values do not cross.
         """
         at = {op: place for place, op in enumerate(self.ops)}
         steps = torch.zeros(len(self.ops) + 2, dtype=torch.float64)
@@ -199,7 +199,7 @@ class Line:
         return self._seconds[where]
 
     def depth(self) -> torch.Tensor:
-        """For each place, how many module calls a cut there divides."""
+        """For each place, the number of module calls that a cut there divides."""
         found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for place in range(1, len(self.ops)):
             one, other = self.ops[place - 1].scope, self.ops[place].scope
@@ -218,8 +218,8 @@ class Line:
         ]
 
     def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
-        """Bytes of a stage: of its state with gradients and optimizer, of what it keeps for the backward, of
-        gradients on their way.
+        """Bytes of a stage: of its state with gradients and optimizer, of the values it keeps for the
+        backward, of gradients on their way.
         """
         window = _Window(self)
         for place in range(begin, end):
@@ -233,7 +233,7 @@ class Line:
 
     @cached_property
     def things(self) -> list[list[tuple[object, int, int]]]:
-        """What each op holds while it is in a stage: a thing, bytes that are there once, bytes for every
+        """Things that each op holds while it is in a stage: a thing, its bytes once, its bytes for every
         micro-batch in flight.
         """
         return [
@@ -279,15 +279,14 @@ class Line:
 
 
 class _Window:
-    """An interval that grows to the right and shrinks from the left, and the bytes of what it holds, each
+    """An interval that grows to the right and shrinks from the left. It counts the bytes that it holds, each
     thing once.
     """
 
     def __init__(self, line: Line) -> None:
         self._line, self._count = line, dict[object, int]()
-        self._largest: deque[tuple[int, int]] = (
-            deque()
-        )  # the places of ops whose gradients take more than those of any later one
+        # the places of ops whose gradients take more than those of any later one
+        self._largest: deque[tuple[int, int]] = deque()
         self.static = self.kept = 0
 
     @property
@@ -320,7 +319,7 @@ class _Window:
 
 
 def _is_cheap(op: Op, cheap: set[Value]) -> bool:
-    """True for what stages make anew instead of receiving it."""
+    """True when stages compute the result again instead of receiving it."""
     if op.has_effect or op.regions or op.is_users or is_heavy(op):
         return False
     if any(carries_grad(result.type) for result in op.results):
@@ -340,9 +339,9 @@ def _is_cheap(op: Op, cheap: set[Value]) -> bool:
 class Problem:
     """A line to cut into `len(times)` stages.
 
-    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that what
-    crosses at each place takes. starts: per stage and end, the first beginning that fits its memory, None for
-    all. allowed: per cut (0, ..., stages) and place, whether the cut may be there.
+    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that the values
+    crossing at each place take. starts: per stage and end, the first beginning that fits its memory; None
+    when every beginning fits. allowed: per cut (0, ..., stages) and place, whether the cut may be there.
     """
 
     times: list[torch.Tensor]
@@ -351,7 +350,7 @@ class Problem:
     allowed: list[torch.Tensor]
 
     def stage_seconds(self, cuts: Sequence[int]) -> list[float]:
-        """Seconds of each stage between `cuts`, the first and the last place among them."""
+        """Seconds of each stage between `cuts`, which include the first and the last place."""
         return [
             float(t[b] - t[a] + link[a] + link[b])
             for t, link, a, b in zip(
@@ -397,7 +396,7 @@ class Problem:
         return _window_max(values, self.starts[stage])
 
     def best(self) -> list[int] | None:
-        """The cuts with which the slowest stage is as fast as can be, None when no cuts are allowed."""
+        """The cuts with which the slowest stage is as fast as possible, None when no cuts are allowed."""
         cuts = self.within(math.inf)
         if cuts is None:
             return None
@@ -412,7 +411,7 @@ class Problem:
         return cuts
 
     def only(self, places: torch.Tensor) -> Problem:
-        """The same with cuts at those places only, which hold the first and the last."""
+        """The same problem with cuts at those places only. They must include the first and the last."""
         starts = None
         if self.starts is not None:
             starts = [torch.searchsorted(places, s[places]) for s in self.starts]
@@ -424,7 +423,7 @@ class Problem:
         )
 
     def cheapest(self, most: float, price: torch.Tensor) -> list[int] | None:
-        """Of the cuts with which no stage takes more than `most`, those with the smallest sum of prices.
+        """The cuts with the smallest sum of prices among those with which no stage takes more than `most`.
         Quadratic in the places.
         """
         count = len(price)
@@ -483,7 +482,7 @@ def by_rank(placement: Sequence[int], seconds: Iterable[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cuts, and what they come to.
+    """Cuts, and their predicted costs.
 
     cuts: the positions of ops in front of which to cut. seconds, memory: per stage, predicted. bound: no
     stage order and no cuts can have a slowest rank below it. best: the slowest stage of the best cuts of this
@@ -510,19 +509,21 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far the slowest rank may be above what any cuts in any order can reach: 0.01 is one percent."""
+        """How far the slowest rank may be above the optimum over any cuts in any order: 0.01 is one
+        percent.
+        """
         return self.bottleneck / self.bound - 1 if self.bound else 0.0
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """A policy: cuts so that the slowest stage is as fast as can be, and every stage fits its device.
+    """A policy: cuts so that the slowest stage is as fast as possible, and every stage fits its device.
 
     stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins:
     module path -> the stage it runs in, counted from the end when negative. tolerance: how much slower than
-    the best the slowest stage may be for cuts at module boundaries and fewer bytes that cross. budget: the
-    part of a device's memory to fill. profile_on: a torch device on which ops are timed, instead of a
-    roofline. Called with a program it returns the cuts, and `plan` tells more.
+    the best the slowest stage may be, in exchange for cuts at module boundaries and fewer bytes that cross.
+    budget: the part of a device's memory to fill. profile_on: a torch device on which ops are timed, instead
+    of a roofline. Called with a program it returns the cuts; `plan` returns more.
     """
 
     stages: int | None = None
@@ -541,10 +542,10 @@ class Balanced:
         sizes: Mapping[str, int] | None = None,
         bindings: Bindings | None = None,
     ) -> Plan:
-        """The cuts of a traced program and what they come to.
+        """The cuts of a traced program and their predicted costs.
 
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
-        would fit; InputError for a pin of an unknown module or stage.
+        would fit. Raises InputError for a pin of an unknown module or stage.
         """
         if self.setting.optimizer not in STATE_OF:
             raise InputError(
@@ -575,7 +576,7 @@ class Balanced:
         return found
 
     def _fewest(self, line: Line, least: int) -> int | None:
-        """The smallest number of stages, `least` or more, that fits, None when none does up to MOST."""
+        """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
         limit = self.budget * max(d.memory for d in self._every_device())
         least = max(least, math.ceil(line.whole[0] / limit))
         most, tried = min(MOST, len(line.ops)), least - 1
@@ -599,7 +600,7 @@ class Balanced:
         )
 
     def problem(self, line: Line) -> Problem:
-        """What is searched: the times and limits of so many stages of a line."""
+        """The problem to search: the times and limits of so many stages of a line."""
         return self._problem(line, self.stages or 1, 1.0)
 
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
@@ -639,9 +640,8 @@ class Balanced:
             d: torch.cat([zero, line.seconds(d).cumsum(0)])
             for d in dict.fromkeys(devices)
         }
-        links = {
-            d: line.crossing / d.link_bandwidth / 2 for d in sums
-        }  # each way is waited for at one of its ends
+        # each way is waited for at one of its ends
+        links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}
         budgets = [d.memory * self.budget * scale for d in devices]
         starts = None
         static, kept, passing = line.whole
@@ -658,7 +658,9 @@ class Balanced:
         )
 
     def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
-        """Where each cut may be: outside of regions, and so that pinned modules lie in their stages."""
+        """The places where each cut may be: outside of regions, and such that pinned modules lie in their
+        stages.
+        """
         places = torch.arange(len(line.ops) + 1)
         allowed = [line.divisible.clone() for _ in range(stages + 1)]
         for path, pin in self.pins.items():
@@ -706,10 +708,12 @@ class Balanced:
         return cuts
 
     def _bound(self, line: Line, stages: int) -> float:
-        """What no slowest rank can be below, whatever the order of ops and the cuts.
+        """A lower bound for the slowest rank, for any order of ops and any cuts: the largest of these.
 
-        The total over all ranks; the largest op; of the n * ranks + 1 largest ops the n + 1 smallest, for
-        some rank has so many of them.
+        - The total, shared by all ranks.
+        - The largest op.
+        - Pigeonhole: of the n * ranks + 1 largest ops some rank runs at least n + 1, so it needs at least the
+          sum of the n + 1 smallest of them.
         """
         homes = self.setting.placement(stages)
         devices = dict(zip(homes, self.setting.devices(stages), strict=True))
@@ -723,7 +727,7 @@ class Balanced:
         return max(float(shared), float(together.max()))
 
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
-        """Which stage is over its memory by how much, and what would fit."""
+        """An error that names the stage over its memory, by how much, and what would fit."""
         if self._problem(line, stages, math.inf).within(math.inf) is None:
             return SplitError(
                 f"no cuts into {stages} stages are possible",
@@ -766,8 +770,8 @@ class Balanced:
 
 
 def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[int]:
-    """Cuts with which the slowest rank is faster, where ranks have several stages: the best of all where
-    there are few, else the best that moving one cut or two at a time leads to.
+    """Cuts with which the slowest rank is faster, where ranks have several stages. They are the best of all
+    where there are few, else the best that the search reaches by moving one cut or two at a time.
     """
     count, stages = len(problem.times[0]) - 1, len(placement)
     if math.comb(count - 1, stages - 1) <= FEW:
@@ -806,7 +810,7 @@ def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[
 def _slowest(
     problem: Problem, cuts: Sequence[int], placement: Sequence[int]
 ) -> tuple[float, float]:
-    """Seconds of the slowest rank, and how unequal all are."""
+    """Seconds of the slowest rank, and a measure of how unequal all ranks are."""
     sums = by_rank(placement, problem.stage_seconds(cuts))
     return max(sums), sum(s * s for s in sums)
 

@@ -1,8 +1,8 @@
-"""What every op of a program costs: FLOPs, bytes moved, bytes kept for the backward, seconds on a device.
+"""The cost of every op of a program: FLOPs, bytes moved, bytes kept for the backward, seconds on a device.
 
 FLOPs are counted by torch's own formulas: each distinct op runs once on the meta device under
-`torch.utils.flop_counter.FlopCounterMode`, forward and backward. What autograd keeps is what its hooks for
-saved tensors see there. Seconds are those of a roofline, the larger of computing and moving, or measured.
+`torch.utils.flop_counter.FlopCounterMode`, forward and backward. Autograd's hooks for saved tensors show
+there what it keeps. Seconds are those of a roofline, the larger of computing and moving, or measured.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, as a roofline sees it.
+    """An accelerator as a roofline model describes it.
 
     flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long).
     bandwidth, link_bandwidth: bytes per second of its memory, and to a neighbour, one way. memory: bytes.
-    overhead: seconds that starting an op takes. reached: the part of `flops` that large matrix products come
-    to.
+    overhead: seconds that starting an op takes. reached: the part of `flops` that large matrix products
+    reach.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Device:
     reached: float = 0.7
 
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
-        """How long an op takes: the longer of computing and moving, and its start."""
+        """Seconds of an op: the longer of computing and moving, and its start."""
         slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)
         return (
             max(flops * slow / (self.flops * self.reached), moved / self.bandwidth)
@@ -91,10 +91,10 @@ def device(wanted: Device | str) -> Device:
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one op costs. flops and moved (bytes read and written) are of the forward, those with `backward_`
-    of the backward.
+    """The cost of one op. flops and moved (bytes read and written) are those of the forward, those with
+    `backward_` those of the backward.
 
-    kept: values whose storage the backward reads, neither state nor user inputs; extra: bytes kept besides.
+    kept: values whose storage the backward reads, neither state nor user inputs; extra: further bytes kept.
     passing: bytes of the gradients that its backward reads and makes. seconds: measured, forward and
     backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes
     only'.
@@ -129,8 +129,8 @@ def op_costs(
     bindings: Bindings | None = None,
     measure_on: torch.device | str | None = None,
 ) -> list[OpCost]:
-    """The cost of each op. `sizes` gives the symbolic ones. With `measure_on`, each distinct op runs there on
-    random values, timed.
+    """The cost of each op. `sizes` gives the symbolic sizes. With `measure_on`, each distinct op runs there
+    on random values and is timed.
     """
     counter = _Counter(
         dict(sizes or {}),
@@ -142,7 +142,7 @@ def op_costs(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What running an op of some signature showed; `kept` are places among its operands and results."""
+    """The result of running an op of some signature; `kept` are places among its operands and results."""
 
     flops: float
     backward_flops: float
@@ -221,7 +221,7 @@ class _Counter:
         )
 
     def nbytes(self, value: Value) -> int:
-        """Bytes of a value, 0 for what is no tensor."""
+        """Bytes of a value, 0 for a value that is no tensor."""
         if not isinstance(value.type, TensorType):
             return 0
         count = dtype_bytes(value.type.dtype)
@@ -233,7 +233,7 @@ class _Counter:
         return [self._size(dim) for dim in kind.shape]
 
     def _size(self, dim: Dim) -> int:
-        """The number a size stands for, 1 where that is not known."""
+        """The number that a size stands for, 1 where it is not known."""
         return dim if isinstance(dim, int) else evaluate(dim, self._known) or 1
 
     @cached_property
@@ -241,7 +241,7 @@ class _Counter:
         return tuple(sorted(self.sizes.items()))
 
     def _strided(self, made: torch.Tensor, strides: Sequence[Dim]) -> torch.Tensor:
-        """As many elements, in the order of dims that these strides have."""
+        """The same number of elements, laid out in the order of dims that these strides have."""
         steps = [self._size(step) for step in strides]
         order = sorted(range(made.dim()), key=lambda dim: -steps[dim])
         places = sorted(range(made.dim()), key=order.__getitem__)
@@ -255,7 +255,7 @@ class _Counter:
         return f"{op.target} {tree} {op.context} {id(op) if op.regions else ''}"
 
     def _run(self, op: Op, trains: bool) -> _Seen | None:
-        """What the op does on the meta device, None when it cannot run there."""
+        """The op's run on the meta device, None when it cannot run there."""
         try:
             forward, backward, kept, extra = self._count(op, trains)
         except Exception as error:
@@ -264,7 +264,7 @@ class _Counter:
         return _Seen(forward, backward, kept, extra, self._seconds(op, trains))
 
     def _seconds(self, op: Op, trains: bool) -> tuple[float, float] | None:
-        """What the op takes where it is timed, None when it cannot run there."""
+        """The measured seconds of the op, None when it cannot run there or ops are not timed."""
         if self.place is None:
             return None
         try:
@@ -274,8 +274,8 @@ class _Counter:
             return None
 
     def _tensors(self, op: Op, trains: bool, place: torch.device) -> dict[Value, Any]:
-        """A tensor for each operand: the same type, on `place`, no leaf where it carries gradient, for the op
-        may write it.
+        """A tensor for each operand, of the same type, on `place`. A tensor that carries gradient is no leaf,
+        because the op may write it.
         """
         env: dict[Value, Any] = {}
         for value in op.operands:
@@ -326,9 +326,8 @@ class _Counter:
         for place, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
                 homes[storage_of(env[value])] = ("operand", place)
-        if (
-            facts(op).attention
-        ):  # on meta it is taken apart; kernels keep operands, result and a row of sums
+        # on meta attention is decomposed; kernels keep operands, result and a row of sums
+        if facts(op).attention:
             places = [
                 ("operand", i)
                 for i, v in enumerate(op.operands)
@@ -340,9 +339,8 @@ class _Counter:
                 (*places, ("result", 0)),
                 made[0].numel() // max(1, made[0].shape[-1]) * 4,
             )
-        if (
-            facts(op).norm_of_rows
-        ):  # so is this; its kernel keeps its operand and a number for each row
+        # a norm is decomposed too; its kernel keeps its operand and a number for each row
+        if facts(op).norm_of_rows:
             return (
                 forward,
                 total - forward,
@@ -411,7 +409,9 @@ def _backward(result: Any, env: dict[Value, Any]) -> None:
 
 
 def _dtype(op: Op) -> str:
-    """The dtype an op computes in: that of an autocast around it, else the widest float of its operands."""
+    """The dtype in which an op computes: that of an autocast around it, else the widest float of its
+    operands.
+    """
     for context in reversed(op.context):
         if context.kind == "autocast" and len(context.args) > 2 and context.args[2]:
             text = getattr(context.args[1], "text", "")
@@ -425,7 +425,7 @@ def _dtype(op: Op) -> str:
 
 
 def state_bytes(entries: Iterable[StateEntry]) -> tuple[int, int]:
-    """Bytes of these tensors, and of those among them that are trained."""
+    """Bytes of these tensors, and bytes of the trained ones among them."""
     sizes = [
         (e, e.type.nbytes() or 0) for e in entries if isinstance(e.type, TensorType)
     ]

@@ -1,4 +1,4 @@
-"""What the stages of a pipe cost: time, memory, what crosses and why, as a table, as JSON and as a
+"""The costs of the stages of a pipe: time, memory, and what crosses and why; as a table, as JSON and as a
 picture.
 """
 
@@ -24,11 +24,11 @@ from stagecut.ir.types import carries_grad, value_bytes
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage for one micro-batch. flops are of the forward; seconds of forward and backward; memory in
-    bytes by kind, `passing` being gradients that one op's backward reads and makes.
+    """One stage for one micro-batch. flops are those of the forward, seconds those of forward and backward.
+    memory is in bytes by kind; `passing` are the gradients that one op's backward reads and makes.
 
-    parameters counts elements. received, sent: bytes forward, what is relayed through the stage among them.
-    sources: how many ops have their costs from where.
+    parameters counts elements. received, sent: bytes forward, including values relayed through the stage.
+    sources: how many ops have their costs from each source.
     """
 
     index: int
@@ -48,7 +48,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One value on its way to a stage: how it gets there, and why so."""
+    """One value on its way to a stage: its route, and the reason for it."""
 
     value: str
     source: int | None
@@ -61,8 +61,8 @@ class Crossing:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A rank whose stages together need more memory than its device has; in bytes. kind: what takes the most
-    of it.
+    """A rank whose stages together need more memory than its device has; in bytes. kind: the kind that takes
+    the most of it.
     """
 
     rank: int
@@ -93,18 +93,18 @@ _REMEDIES = {
         "a device with more memory"
     ),
 }
-"""What makes a rank smaller: where what it holds takes the most, and where the activations do."""
+"""How to make a rank smaller: True for when its state takes the most, False for when the activations do."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The stages and crossings of a pipe under a setting, and what they come to.
+    """The stages and crossings of a pipe under a setting, and totals.
 
-    seconds: one predicted training step. bubble: the part of all ranks' time in it that is waited. speed_up:
-    over one device that does all of it. balance: the mean of the ranks' times over that of the slowest one.
-    slowest: the slowest rank, with what its links take; bound: what no slowest rank can be below; best: the
-    slowest rank of the best cuts; in seconds, None where the cuts were not searched. too_large: the ranks
-    that do not fit their devices.
+    seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
+    speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
+    slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
+    it; best: the slowest rank of the best cuts; in seconds, None where the cuts were not searched. too_large:
+    the ranks that do not fit their devices.
     """
 
     stages: tuple[StageReport, ...]
@@ -123,7 +123,7 @@ class Report:
     timeline: Timeline
 
     def to_json(self) -> str:
-        """The report as JSON, the timeline left out."""
+        """The report as JSON, without the timeline."""
         data: dict[str, Any] = {
             name: item for name, item in asdict(self).items() if name != "timeline"
         }
@@ -289,7 +289,7 @@ def report(
     bindings: Bindings | None = None,
     profile_on: str | None = None,
 ) -> Report:
-    """What the stages of a linked program cost under `setting`. Raises InputError when they do not fit its
+    """The costs of the stages of a linked program under `setting`. Raises InputError when they do not fit its
     schedule.
     """
     count = len(program.stages)
@@ -375,7 +375,7 @@ def bindings_of(pipe: Staged) -> Bindings:
 
 
 def _modules(stage: Stage, most: int = 4) -> tuple[str, ...]:
-    """The modules a stage runs, few enough to read."""
+    """The modules that a stage runs, few enough to read."""
     found = modules_of(stage, most)
     return tuple(found) if len(found) <= most else (found[0], "...", found[-1])
 

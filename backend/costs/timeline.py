@@ -1,4 +1,4 @@
-"""What each rank does when: predicted, from the order of steps that a schedule of torch's has, or measured by
+"""The work of each rank over time: predicted, from the order of steps of torch's schedules, or measured by
 `record`.
 """
 
@@ -38,7 +38,7 @@ from stagecut.ir.errors import StagecutError
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the ranks of a pipeline do when: one training step, predicted or measured."""
+    """The work of the ranks of a pipeline over time: one training step, predicted or measured."""
 
     events: tuple[Event, ...]
     ranks: int
@@ -115,7 +115,7 @@ def _one_ahead(stage: int, count: int, ahead: int) -> Iterator[Step]:
 def _torch_order(
     schedule: str, stages: int, ranks: int, count: int
 ) -> dict[int, list[Any]]:
-    """The order that torch's schedule computes in its constructor; that looks at numbers only."""
+    """The order that torch's schedule computes in its constructor, which looks at numbers only."""
     known = [
         SimpleNamespace(
             stage_index=i,
@@ -160,11 +160,11 @@ def simulate(
     backward: Sequence[float],
     sent: Sequence[float] = (),
 ) -> Timeline:
-    """When every step runs, if stages take these seconds for a micro-batch, and what they send on that long
-    to arrive, each way.
+    """The time of every step, when stages take these seconds for a micro-batch, and the values they send on
+    take those seconds to arrive, each way.
 
-    A split backward takes half for its inputs and half for its weights. Each rank does its steps in order, as
-    soon as what they need is there.
+    A split backward takes half for its inputs and half for its weights. Each rank runs its steps in order,
+    each as soon as the results it needs are there.
     """
     stages = len(forward)
     placement = setting.placement(stages)
@@ -204,8 +204,8 @@ def simulate(
 def _step_graph(
     ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent: Sequence[float]
 ) -> networkx.DiGraph[Step]:
-    """An edge from each step to those that wait for it: the next step of its rank, and those that need what
-    it makes.
+    """An edge from each step to those that wait for it: the next step of its rank, and those that need its
+    result.
     """
     steps = [step for rank in ranks for step in rank]
     known = set(steps)
@@ -226,7 +226,7 @@ def _step_graph(
 
 
 def _needs(step: Step, known: set[Step]) -> list[Step]:
-    """The steps whose results a step needs, of those that there are."""
+    """The steps in `known` whose results a step needs."""
     stage, microbatch = step.stage, step.microbatch
     if step.kind == FORWARD:
         needs = [Step(FORWARD, stage - 1, microbatch)]
@@ -241,15 +241,15 @@ def _needs(step: Step, known: set[Step]) -> list[Step]:
 
 
 class Recording:
-    """What `record` measures; `timeline` is there when it has ended."""
+    """The measurement of `record`; `timeline` is there after its end."""
 
     def __init__(self) -> None:
         self._timeline: Timeline | None = None
 
     @property
     def timeline(self) -> Timeline:
-        """The measured steps of all ranks. Raises StagecutError while they are still measured, and when a
-        step failed.
+        """The measured steps of all ranks. Raises StagecutError while they are still being measured, and when
+        a step failed.
         """
         if self._timeline is None:
             raise StagecutError(
@@ -271,15 +271,12 @@ def record(
             driver.step(x)
         recording.timeline.to_svg()
 
-    Every rank has the timeline of all ranks afterwards. All meet at a barrier first, and each counts from
-    there on its own clock, so
-    times of two ranks are as far off as they leave the barrier apart, some ten microseconds on one host. The
-    first step starts
-    at 0. On a GPU a step is from when its first kernel may run to when its last one is done, by CUDA events;
-    elsewhere it is the
-    time of the call. What is between steps, waiting and sending, belongs to none. Steps take their usual way
-    otherwise, and the stages
-    are as before at the end.
+    Every rank has the timeline of all ranks afterwards. All ranks meet at a barrier first, and each counts
+    from there on its own clock. So the times of two ranks are apart by as much as the ranks leave the barrier
+    apart, some ten microseconds on one host. The first step starts at 0. On a GPU a step is from when its
+    first kernel may run to when its last one is done, by CUDA events; elsewhere it is the time of the call.
+    The time between steps, waiting and sending, belongs to none. The steps run in the usual way otherwise,
+    and the stages are as before at the end.
     """
 
     together: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -315,7 +312,7 @@ _METHODS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chun
 
 
 class _Meter:
-    """Times the steps of stages, by methods it puts in front of their own."""
+    """Times the steps of stages, by methods that it puts in front of their own."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self._device, self._cuda, self._group = device, device.type == "cuda", group
@@ -341,7 +338,9 @@ class _Meter:
                 )
 
     def watch_made(self, driver: Driver) -> None:
-        """So are those of all stages of a driver, which it makes when it first needs them."""
+        """The steps of all stages of a driver are timed too. The driver makes the stages when it first needs
+        them.
+        """
         prepared = driver._prepared
 
         def watched(sizes: dict[str, int]) -> tuple[Any, list[Any]]:
@@ -353,7 +352,7 @@ class _Meter:
         self._put(driver, "_prepared", watched)
 
     def restore(self) -> None:
-        """All is as it was before."""
+        """Everything is as it was before."""
         for owner, name, before in reversed(self._changed):
             if before is None:
                 del vars(owner)[name]
@@ -400,7 +399,7 @@ class _Meter:
         return result
 
     def _now(self) -> Any:
-        """This moment: on a GPU, the one at which what was asked of it so far is done."""
+        """The present moment. On a GPU, it is the moment at which the work submitted so far is done."""
         if not self._cuda:
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
@@ -415,7 +414,7 @@ class _Meter:
 
 
 def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The kind of a step, by the method of the stage it calls: (chunk, loss, full_backward, ...)."""
+    """The kind of a step, by the method of the stage that it calls: (chunk, loss, full_backward, ...)."""
     if name != "backward_one_chunk":
         return FORWARD if name == "forward_one_chunk" else WEIGHT
     whole = kwargs.get("full_backward", args[1] if len(args) > 1 else True)

@@ -1,9 +1,9 @@
-"""Checkpoints of a pipe that runs on many ranks: each saves its own stages, anything may load them.
+"""Checkpoints of a pipe that runs on many ranks: each rank saves its own stages, and anything may load them.
 
 They are checkpoints of torch.distributed.checkpoint under the model's own names, `model.NAME`,
-`optim.state.NAME.KEY` and `optim.param_groups.NAME.KEY`, as torch's flattened optimizer state has them. So
-they load into the unsplit model by torch's own functions, into a pipe with another number of stages by
-`load`, and the other way round.
+`optim.state.NAME.KEY` and `optim.param_groups.NAME.KEY`, as in torch's flattened optimizer state. So they
+load into the unsplit model by torch's own functions, into a pipe with another number of stages by `load`, and
+the other way round.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def save(
     folder: str | Path,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """`folder` holds the model, the optimizer and what rank 0 gives as `extra`. Every rank calls it; all see
-    the same file system.
+    """`folder` holds the model, the optimizer and the `extra` of rank 0. Every rank calls it; all see the
+    same file system.
 
-    It appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are saved
-    once; all names of a tied tensor lead to it.
+    The folder appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are
+    saved once; all names of a tied tensor lead to it.
 
     Raises CheckpointError on every rank when the folder is there already or a rank cannot write.
     """
@@ -88,8 +88,8 @@ def save(
 def load(
     driver: Driver, optimizer: Optimizer | None, folder: str | Path
 ) -> dict[str, Any]:
-    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns what was saved
-    as `extra`.
+    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns the `extra` that
+    was saved.
 
     Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model.
     It holds pickles: load only what you trust.
@@ -146,7 +146,7 @@ class _Writer(FileSystemWriter):
 def _state(
     driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What this rank saves."""
+    """The state that this rank saves."""
     state: dict[str, Any] = {"model": _model_state(driver)}
     if optimizer is not None:
         state["optim"] = _optimizer_state(driver, optimizer)
@@ -156,8 +156,8 @@ def _state(
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
-    """Name -> tensor of what this rank saves: each entry is saved by the rank that has the first stage that
-    holds it.
+    """Name -> tensor, for the entries that this rank saves: the rank of the first stage that holds an entry
+    saves it.
     """
     pipe = driver.pipe
     for index in driver.stage_indices:
@@ -226,7 +226,7 @@ def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _homes(driver: Driver) -> dict[int, StateEntry]:
-    """id of a parameter -> its entry, for those of this rank."""
+    """id of a parameter -> its entry, for the parameters of this rank."""
     pipe, stages = driver.pipe, [driver.pipe.stages[i] for i in driver.stage_indices]
     mine = [
         entry
@@ -341,8 +341,8 @@ class Reader:
         return key
 
     def read(self, into: dict[str, Any]) -> None:
-        """Every tensor of `into` is filled, everything else replaced, with what the checkpoint has under its
-        key.
+        """Every tensor of `into` is filled, and everything else replaced, with the checkpoint's contents
+        under its key.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -351,7 +351,7 @@ class Reader:
             )
 
     def template(self, key: str, device: torch.device) -> Any:
-        """Something for `read` to fill under `key`."""
+        """An object that `read` can fill under `key`."""
         found = self.known[key]
         if not isinstance(found, TensorStorageMetadata):
             return None
@@ -417,8 +417,8 @@ def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str
 
 
 class _Slots:
-    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has none
-    for a parameter.
+    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has no
+    state for a parameter.
     """
 
     def __init__(self, driver: Driver, optimizer: Optimizer, reader: Reader) -> None:
@@ -451,8 +451,8 @@ class _Slots:
                 )
 
     def templates(self, reader: Reader) -> dict[str, Any]:
-        """Key -> what `Reader.read` fills. As in torch, a step count lies on the CPU unless a kernel reads
-        it.
+        """Key -> the object that `Reader.read` fills. As in torch, a step count is on the CPU unless a kernel
+        reads it.
         """
         found: dict[str, Any] = {}
         for group, members in zip(
@@ -499,7 +499,8 @@ class _Slots:
         for parameter, _, state in (
             member for members in self.groups for member in members
         ):
-            if state:  # set here, for load_state_dict casts to the parameter's dtype
+            # set here, because load_state_dict casts to the parameter's dtype
+            if state:
                 self.optimizer.state[parameter] = {
                     key: read[full] for key, full in state.items()
                 }
@@ -520,12 +521,14 @@ def _saved_optimizer(known: Iterable[str]) -> dict[tuple[str, str], dict[str, st
 
 
 def on_first(group: dist.ProcessGroup | None, work: Callable[[], None]) -> None:
-    """Rank 0 has done `work`; what it raised, every rank raises."""
+    """Rank 0 has done `work`; if it raised, every rank raises the same error."""
     together(group, lambda: work() if dist.get_rank(group) == 0 else None)
 
 
 def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
-    """What `work` gives, on every rank; when it raises on one rank, CheckpointError on all."""
+    """The result of `work` of every rank, on every rank; when it raises on one rank, CheckpointError
+    on all.
+    """
     error: Exception | None = None
     made: T | None = None
     try:

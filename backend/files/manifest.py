@@ -1,9 +1,9 @@
-"""How a model is called <-> JSON. Pytrees are made of built-in containers, and of classes that this process
-has registered already.
+"""The calling convention of a model <-> JSON. Pytrees consist of built-in containers, and of classes that
+this process has registered already.
 
 Nothing is imported and no name is looked up outside of torch's registry of pytree nodes; a named tuple must
-be in a module that is imported already. `torch.utils._pytree.treespec_loads` is not used: what it reads may
-import modules.
+be in a module that is imported already. `torch.utils._pytree.treespec_loads` is not used, because it may
+import modules that its input names.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ SHAPE = {
     "outputs": object,
     "ranges": {"*": [(int, None)]},
 }
-"""What `check` must find true of the JSON form."""
+"""The shape that `check` requires of the JSON form."""
 
 
 def from_json(data: dict[str, Any], inputs: int, outputs: int) -> CallSpec:
-    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for what is
-    none.
+    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for JSON
+    that is none.
     """
     in_spec, out_spec = _spec(data["inputs"], 0), _spec(data["outputs"], 0)
     if in_spec.num_leaves != inputs or out_spec.num_leaves != outputs:
@@ -140,7 +140,7 @@ def plain(item: Any) -> Any:
 
 
 def literal(data: Any, depth: int = 0) -> Any:
-    """The literal behind its JSON. Raises SavedError for what is none."""
+    """The literal that the JSON stands for. Raises SavedError for JSON that is no literal."""
     if depth > MAX_DEPTH:
         raise SavedError(f"a literal is nested more than {MAX_DEPTH} deep")
     if isinstance(data, list):
@@ -179,9 +179,8 @@ def _form(spec: TreeSpec, what: str) -> Any:
     if _is_leaf(spec):
         return None
     children = [_form(child, what) for child in _children(spec)]
-    if (
-        spec.type is namedtuple
-    ):  # torch takes the function for the type of all its tuples
+    # torch uses the function namedtuple as the type of all named tuples
+    if spec.type is namedtuple:
         return [
             "namedtuple",
             {"class": _name(spec.context), "fields": list(spec.context._fields)},
@@ -260,7 +259,7 @@ def _name(node: Any) -> str:
 
 
 def _may_be_read(name: str) -> bool:
-    """False for classes behind whose contexts there is more than data: a factory of values, a function of
+    """False for classes whose contexts hold more than data: a factory of values, a function of
     torch's own.
     """
     return name != "collections.defaultdict" and (
@@ -283,8 +282,8 @@ def _registered(name: str) -> type:
 
 
 def _named_tuple(name: str, fields: list[str], children: int) -> type:
-    """The named tuple of that name, when its module is imported already. No attribute is computed on the
-    way.
+    """The named tuple of that name, when its module is imported already. No attribute is computed in the
+    search.
     """
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):

@@ -31,7 +31,7 @@ class MaterializeError(StagecutError):
 
 
 class Source(Protocol):
-    """Something tensors are read from by name."""
+    """A source from which tensors are read by name."""
 
     def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool) -> str:
         """The key of a tensor as `tensor` under any of these names. Raises CheckpointError when there is
@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def read(self, into: dict[str, Any]) -> None:
-        """Every tensor of `into` is filled with what lies under its key."""
+        """Every tensor of `into` holds the values under its key."""
         ...
 
 
@@ -55,8 +55,8 @@ def materialize(
     cast: bool,
     seed: int,
 ) -> None:
-    """As `Pipe.materialize`. Everything is checked before anything is read, and read before a stage
-    changes.
+    """As `Pipe.materialize`. Everything is checked before anything is read, and everything is read before a
+    stage changes.
     """
     stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
     mine = entries(pipe.program, [stage.index for stage in stages])
@@ -110,7 +110,9 @@ def _install(
     now: Mapping[StateEntry, torch.Tensor],
     device: torch.device,
 ) -> None:
-    """The stages hold what was made, all names of a tensor the same one, and lie on `device` as a whole."""
+    """The stages hold the tensors of `made`, one tensor under all its names, and are on `device` as a
+    whole.
+    """
     for entry, tensor in made.items():
         if entry.kind == "param" and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=now[entry].requires_grad)
@@ -125,7 +127,9 @@ def _install(
 
 
 def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
-    """Two tensors in one storage would become two: what one writes the other would not see."""
+    """Raises MaterializeError for two tensors in one storage, because they would become two: a write to one
+    would not show in the other.
+    """
     seen: dict[int | None, StateEntry] = {}
     for entry, tensor in now.items():
         other = seen.setdefault(storage_of(tensor), entry)
@@ -142,8 +146,8 @@ def _by_entry(
     now: Mapping[StateEntry, torch.Tensor],
     cast: bool,
 ) -> dict[StateEntry, torch.Tensor]:
-    """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and one
-    without values.
+    """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and for a
+    tensor without values.
     """
     owners = {
         known: entry
@@ -274,8 +278,8 @@ class _Safetensors:
             tensor.copy_(self._tensor(key))
 
     def _tensor(self, key: str) -> torch.Tensor:
-        """A tensor that lies in the mapped file: nothing is read yet. Each has a map of its own, or what was
-        read would stay in memory.
+        """A tensor in the mapped file; nothing is read yet. Each tensor has a map of its own, because
+        otherwise the values that were read would stay in memory.
         """
         with _opened(self.files[key]) as handle:
             if key not in handle.keys():  # noqa: SIM118  # it is no mapping
@@ -321,8 +325,8 @@ def _initial(
     device: torch.device,
     seed: int,
 ) -> dict[StateEntry, torch.Tensor]:
-    """What `init_fn` makes of the wanted tensors: it is called for every module of a twin of the model in
-    which only they are real.
+    """The wanted tensors after `init_fn`, which is called for every module of a twin of the model in which
+    only they are real.
     """
     if not wanted or init_fn is None:
         return {}
@@ -365,8 +369,8 @@ def _initial(
 def _make_real(
     twin: nn.Module, entry: StateEntry, device: torch.device
 ) -> torch.Tensor | None:
-    """A tensor without values, which the twin holds under all names of `entry`; None when it has none of
-    them.
+    """A tensor without values that the twin holds under all names of `entry`; None when it has none of the
+    names.
     """
     fresh: torch.Tensor | None = None
     for name in entry.names:
@@ -389,8 +393,8 @@ def _held_now(pipe: Staged, entry: StateEntry) -> torch.Tensor:
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The module a tensor of the model belongs to, its name there, and the dict it is in; None where the
-    model has none of that name.
+    """The module that a tensor of the model belongs to, its name there, and the dict it is in; None for the
+    dict where the model has no tensor of that name.
     """
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -406,7 +410,7 @@ def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
 
 
 class _Streams(TorchDispatchMode):
-    """Each tensor draws random numbers of its own, so that its values depend on the seed and its name, not on
+    """Random numbers for each tensor separately, so that its values depend on the seed and its name, not on
     where the model is cut.
 
     `written` are the names of the tensors that were written.
@@ -422,8 +426,8 @@ class _Streams(TorchDispatchMode):
         self._draws: dict[str, int] = {}
 
     def run(self, model: nn.Module, init_fn: InitFn, device: torch.device) -> None:
-        """`init_fn` has been called with every module of `model`, inner ones first. The random state is as
-        before.
+        """`init_fn` has been called with every module of `model`, inner ones first. The random state is the
+        same as before.
         """
         paths = {module: path for path, module in model.named_modules()}
 

@@ -1,8 +1,9 @@
-"""A pipe as files: `save` writes IR text, tensors and how the model is called; `load` gives the pipe again.
+"""A pipe as files: `save` writes IR text, tensors and the calling convention of the model; `load` restores
+the pipe.
 
 A folder holds `program.ir`, `manifest.json` (alike on all ranks), and for each stage K `stage-K.safetensors`
 and `stage-K.json`, so that each rank can save and load its own stages. There is no pickle, and no name in the
-files leads to anything but itself: loading what a stranger wrote runs nothing of it. (docs/SAVED.md)
+files leads to anything but itself: loading a stranger's files runs no code of theirs. (docs/SAVED.md)
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _folder(folder: str | Path) -> Path:
 
 
 def _chosen(stages: Iterable[int] | None, count: int) -> list[int]:
-    """The wanted ones of `count` stages, in order. Raises SavedError for what names no stages."""
+    """The requested ones of `count` stages, in order. Raises SavedError for a number of no stage."""
     if stages is None:
         return [*range(count)]
     if isinstance(stages, str) or not isinstance(stages, Iterable):
@@ -157,7 +158,7 @@ def _stage(index: int, count: int) -> int:
 
 
 def _refuse_whole(program: Program) -> None:
-    """Raises SavedError naming what the program calls that only this process has."""
+    """Raises SavedError naming what the program calls that exists in this process only."""
     whole = dict.fromkeys(
         op.target for op in nested_ops(program.all_ops()) if op.is_users
     )
@@ -208,7 +209,9 @@ def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
 def _refuse_overlaps(
     program: Program, state: list[tuple[StateEntry, torch.Tensor]]
 ) -> None:
-    """Two tensors in one place would become two: what changes one would not change the other."""
+    """Raises SavedError for overlapping tensors, because two tensors in one place would become two: a change
+    of one would not change the other.
+    """
     written = {value for op in program.all_ops() for value in op.versions}
     last: dict[int, tuple[int, StateEntry]] = {}
     for start, end, entry in sorted(
@@ -232,7 +235,7 @@ def _refuse_overlaps(
 def _refuse_restrided(
     program: Program, state: Mapping[StateEntry, torch.Tensor]
 ) -> None:
-    """as_strided reads the memory around a tensor, which is not saved with it."""
+    """Raises SavedError where as_strided may read the memory around a tensor, which is not saved with it."""
     for op in nested_ops(program.all_ops()):
         entry = storage_root(op.operands[0]).owner if facts(op).reads_around else None
         if (
@@ -319,8 +322,8 @@ def _write_stage(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which is gone afterwards. Raises SavedError when something cannot
-    be written.
+    """A folder beside `folder` to write to, removed afterwards. Raises SavedError when something cannot be
+    written.
     """
     aside = folder.with_name(f".{folder.name}.{uuid4().hex[:12]}.partial")
     try:
@@ -336,7 +339,7 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def _moved(aside: Path, folder: Path) -> bool:
-    """True when what was written aside is now `folder`; False when that holds something already."""
+    """True when the folder written aside is now `folder`; False when that holds something already."""
     try:
         os.rename(aside, folder)
     except OSError as error:
@@ -373,9 +376,8 @@ def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> Non
         os.replace(
             aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors"
         )
-        os.replace(
-            aside / f"stage-{index}.json", folder / f"stage-{index}.json"
-        )  # last: it says that the stage is whole
+        # last: it says that the stage is whole
+        os.replace(aside / f"stage-{index}.json", folder / f"stage-{index}.json")
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def restored(
     device: torch.device | str,
     ops: Collection[str],
 ) -> Restored:
-    """The pipe that was saved in `folder`, as `stagecut.load` says, as one of that class."""
+    """The pipe that was saved in `folder`, as `stagecut.load` says, as an instance of that class."""
     saved = _Saved(_folder(folder), device, ops)
     sides = {index: saved.side(index) for index in _chosen(stages, saved.count)}
     tensors: dict[StateEntry, torch.Tensor] = {}
@@ -421,8 +423,8 @@ def load_stage(
     device: torch.device | str = "cpu",
     ops: Collection[str] = (),
 ) -> Stage:
-    """Stage `index` of the pipe that was saved in `folder`, as a module on `device`. Of the tensors, only its
-    own are read.
+    """Stage `index` of the pipe that was saved in `folder`, as a module on `device`. Only its own tensors are
+    read.
 
     Raises SavedError as `load` does.
     """
@@ -435,7 +437,7 @@ def load_stage(
 
 
 class _Saved:
-    """A folder whose program has been read and found right."""
+    """A folder whose program has been read and checked."""
 
     def __init__(
         self, folder: Path, device: torch.device | str, ops: Collection[str]
@@ -484,7 +486,7 @@ class _Saved:
         return found
 
     def side(self, index: int) -> dict[str, Any]:
-        """What was written beside the tensors of a stage."""
+        """The facts written beside the tensors of a stage."""
         path = self.folder / f"stage-{index}.json"
         if not os.path.lexists(path):
             raise SavedError(
@@ -549,7 +551,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _checked(data: Any, shape: Any, path: Path) -> Any:
-    """`data` when it has that shape; its format is looked at first."""
+    """`data` when it has that shape; its format is checked first."""
     version = data.get("format") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT:
         raise SavedError(
@@ -606,8 +608,8 @@ def _check_namespace(op: Op, namespaces: Collection[str]) -> None:
 
 
 def _agree(entry: StateEntry, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Returns when two stages have saved the same bits for a tensor that they share. On meta there are none
-    to compare.
+    """Returns when two stages have saved the same bits for a tensor that they share. On meta there are no
+    bits to compare.
     """
     if (
         one is not other
@@ -625,7 +627,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _absent(entry: StateEntry) -> torch.Tensor:
-    """The tensor of a stage that is not read, on meta."""
+    """A tensor on meta, for a stage that is not read."""
     assert isinstance(entry.type, TensorType)
     try:
         shape: Any = entry.type.shape

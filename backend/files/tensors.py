@@ -1,4 +1,6 @@
-"""The tensors of one stage <-> a safetensors file, with what such a file does not say: gradient, strides."""
+"""The tensors of one stage <-> a safetensors file, with the facts that such a file does not hold: gradient,
+strides.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,19 @@ _STORED = {
     "c64": "F32",
     "c32": "F16",
 }
-"""dtype of the IR -> that of the file: complex numbers as pairs, what safetensors does not know as bytes."""
+"""dtype of the IR -> that of the file: complex numbers as pairs, dtypes that safetensors does not know as
+bytes.
+"""
 _BYTES = "U8"
 _GAPS, _FEW = 64, 2**20
-"""A tensor may lie spread over so many times its elements, and over so many places in any case: what a
-stranger's strides may cost.
+"""A tensor may be spread over so many times its elements, and over so many places in any case: a limit to the
+cost of a stranger's strides.
 """
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is written beside a tensor. `strides` is None for a contiguous one."""
+    """The facts written beside a tensor. `strides` is None for a contiguous one."""
 
     requires_grad: bool
     strides: list[int] | None
@@ -81,7 +85,9 @@ def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
 def write_tensors(
     path: Path, state: Mapping[StateEntry, torch.Tensor]
 ) -> dict[str, Description]:
-    """`path` holds the tensors by the first name of each; returns what must be written beside them."""
+    """`path` holds the tensors by the first name of each; returns the descriptions that must be written
+    beside them.
+    """
     _library().torch.save_file(
         {
             entry.name: _stored(entry, tensor.detach())
@@ -106,7 +112,7 @@ def _library() -> Any:
 
 
 def _stored(entry: StateEntry, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the file has it, in memory of its own where it lies in that of others."""
+    """The tensor as the file has it, in memory of its own where it lies in memory of others."""
     dense = tensor.resolve_conj().resolve_neg().contiguous()
     if dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
@@ -124,8 +130,8 @@ def _strides(tensor: torch.Tensor) -> list[int] | None:
 
 
 def _may_lie(kind: TensorType, shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True for strides that are read back: dense ones, and those of the trace, which the program relies on,
-    where gaps are few.
+    """True for strides that can be read back: dense ones, and those of the trace, on which the program
+    relies, where gaps are few.
     """
     if len(shape) != len(strides):
         return False
@@ -139,7 +145,7 @@ def _may_lie(kind: TensorType, shape: Sequence[int], strides: Sequence[int]) -> 
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How many places there are from the first element of a tensor to its last one."""
+    """The number of places from the first element of a tensor to its last one."""
     return (
         sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         + 1
@@ -155,7 +161,7 @@ def covers_storage(tensor: torch.Tensor) -> bool:
 
 
 def _places(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    """Where each element lies, counted from the first one."""
+    """The place of each element, counted from the first one."""
     found = torch.zeros(tuple(shape), dtype=torch.int64)
     for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         found += (torch.arange(size) * stride).reshape(

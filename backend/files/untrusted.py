@@ -1,5 +1,5 @@
-"""Files of a folder that may come from a stranger: no links, nothing but regular files, nothing larger than
-it may be.
+"""Files of a folder that may come from a stranger: no links, only regular files, none larger than its
+limit.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def read(path: Path, most: int) -> bytes:
-    """What a file of at most `most` bytes holds."""
+    """The contents of a file of at most `most` bytes."""
     with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -104,7 +104,7 @@ def digest_of(path: Path) -> str:
 
 
 def differs(path: Path) -> SavedError:
-    """What is said of a file that is not what was saved."""
+    """The error for a file that is not the one that was saved."""
     return SavedError(
         f"'{path.name}' is not what was saved: its sha256 differs",
         where=str(path.parent),
@@ -113,7 +113,7 @@ def differs(path: Path) -> SavedError:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; no key twice, no constant that JSON does not have."""
+    """The contents of a JSON file; no key twice, no constant that JSON does not have."""
     try:
         return json.loads(
             read(path, MAX_JSON), object_pairs_hook=_distinct, parse_constant=_refuse

@@ -1,10 +1,10 @@
-"""The texts of a program after each pass -> one table of lines, and for each pass how its text differs from
-the last other one.
+"""The texts of a program after each pass -> one table of lines, and for each pass the difference between its
+text and the previous one.
 
-Lines are compared without their indentation, for a pass that puts ops into stages moves all of them to the
-right. They are aligned by what they define (`%relu`, `state @w`, `stage 3`), so that a line which only gained
-a word is a changed line, not a lost and a new one. Aligning takes n log n steps: keys that stand once in both
-texts are the anchors, as in a patience diff.
+Lines are compared without their indentation, because a pass that puts ops into stages moves all of them to
+the right. They are aligned by what they define (`%relu`, `state @w`, `stage 3`), so that a line which only
+gained a word is a changed line, not a lost and a new one. Aligning takes n log n steps: keys that stand once
+in both texts are the anchors, as in a patience diff.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ KEPT, LOST, NEW, CHANGED = "=", "-", "+", "~"
 """Kinds of hunks."""
 
 Hunk = tuple[str, int] | tuple[str, list[int]]
-"""Kept and lost lines are counted. New and changed ones, each in the place of one old line, are listed:
-first, count, first, count, ...
+"""Kept and lost lines are counted. New and changed lines are listed: first, count, first, count, ... Each
+changed line stands in the place of one old line.
 """
 
 _KEY = re.compile(
@@ -76,7 +76,7 @@ def columns_of(history: Sequence[tuple[str, str, float]]) -> Columns:
 
 
 def align(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs (place in old, place in new) of equal keys; both places rise."""
+    """Pairs (place in old, place in new) of equal keys; both places increase."""
     anchors = [(-1, -1), *_anchors(old, new), (len(old), len(new))]
     pairs: list[tuple[int, int]] = []
     for (a, b), (c, d) in pairwise(anchors):
@@ -86,7 +86,7 @@ def align(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
-    """The longest rising line of pairs among keys that stand once in both."""
+    """The longest increasing line of pairs among keys that stand once in both."""
     here, there = Counter(old), Counter(new)
     place = {key: i for i, key in enumerate(old) if here[key] == 1}
     return _rising(
@@ -99,7 +99,7 @@ def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The longest subsequence whose first numbers rise; the second ones do already."""
+    """The longest subsequence whose first numbers increase; the second numbers increase already."""
     ends: list[int] = []
     last: list[int] = []
     before = [-1] * len(pairs)
@@ -161,7 +161,7 @@ def _key(line: str) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> list[int]:
-    """Numbers that rise by one, as first, count, first, count, ..."""
+    """Numbers that increase by one, as first, count, first, count, ..."""
     flat: list[int] = []
     for number in numbers:
         if flat and number == flat[-2] + flat[-1]:

@@ -50,12 +50,12 @@ def to_html(
     graph_svg: str | None = None,
     title: str | None = None,
 ) -> str:
-    """The page. `program` is what the last text of `history` shows. Raises InputError for a picture that is
-    no SVG.
+    """The page. `program` is the program that the last text of `history` shows. Raises InputError for a
+    picture that is no SVG.
 
-    What a part of a picture stands for is told by its id and its classes (`stage-2`, `value-relu_3`,
-    `module-layers.3`), else by its title. Without graph_svg a plain picture of the stages is drawn; no
-    report, no costs; no timeline_svg, no timeline.
+    The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
+    `module-layers.3`), else its title. Without graph_svg a plain picture of the stages is drawn; without
+    report there are no costs; without timeline_svg there is no timeline.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
@@ -83,7 +83,7 @@ def _read(name: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that no parser of HTML takes for a tag or a comment."""
+    """JSON that no HTML parser takes for a tag or a comment."""
     return (
         json.dumps(data, separators=(",", ":"))
         .replace("<", "\\u003c")
@@ -94,7 +94,7 @@ def _json(data: Any) -> str:
 def page_data(
     history: History, program: Program, report: Report | None = None
 ) -> dict[str, Any]:
-    """What the page shows, as plain data. Strings that come often are numbers of the list `strings`."""
+    """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
     lives, strings = Lives(program), _Strings()
     columns = columns_of(history)
     places, values, states = lives.places(), [*lives.values()], [*lives.states()]
@@ -126,7 +126,7 @@ def page_data(
 
 
 class _Strings:
-    """Numbers strings as they come."""
+    """Numbers strings in the order in which they come."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -140,7 +140,7 @@ class _Strings:
 
 
 def _lines_of(places: list[Place], lines: list[str]) -> Iterator[int]:
-    """The line of the text that shows each op, -1 for none: ops stand there in their order."""
+    """The line of the text that shows each op, -1 for none. Ops are in the same order there."""
     at = 0
     rest: dict[str, list[int]] = {}
     for number, line in enumerate(lines):
@@ -187,7 +187,7 @@ def _value(life: ValueLife, strings: _Strings) -> dict[str, Any]:
 
 
 def _chains(lives: list[ValueLife] | list[StateLife]) -> Iterator[list[str]]:
-    """Every line of versions once: its members share it."""
+    """Every chain of versions once; its members share it."""
     lines = {
         id(life.versions): life.versions for life in lives if len(life.versions) > 1
     }
@@ -215,7 +215,7 @@ def _state(life: StateLife, strings: _Strings) -> dict[str, Any]:
 
 
 def _uses(uses: tuple[Use, ...]) -> list[list[Any]]:
-    """[op], or [op, what it does] where that is more than reading."""
+    """[op], or [op, use] where the use is more than reading."""
     return [
         [use.place.number] if use.how == "reads" else [use.place.number, use.how]
         for use in uses
@@ -269,11 +269,11 @@ def _totals(report: Report | None) -> dict[str, Any] | None:
 
 
 Finding = tuple[str, str]
-"""A sentence, and what it is about as the page names it: `stage:3`, `value:%x`, `state:@w`, or nothing."""
+"""A sentence, and its subject as the page names it: `stage:3`, `value:%x`, `state:@w`, or nothing."""
 
 
 def findings(program: Program, report: Report | None) -> Iterator[Finding]:
-    """What a person with a slow or unbalanced pipeline should look at first."""
+    """The facts that a person with a slow or unbalanced pipeline should look at first."""
     if report is not None and report.stages:
         yield from ((str(one), f"stage:{one.stages[0]}") for one in report.too_large)
         yield from _time_findings(report)

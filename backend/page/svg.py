@@ -1,5 +1,5 @@
-"""SVG for a page: pictures made elsewhere without what could run or load something, and a plain picture of
-the stages.
+"""SVG for a page: pictures made elsewhere, without the parts that could run or load something, and a plain
+picture of the stages.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAMESPACE = "http://www.w3.org/2000/svg"
 
 
 def clean_svg(svg: str) -> str:
-    """The picture as it can stand in a page: no script, no handler, nothing from another place. Raises
-    InputError for what is no SVG.
+    """The picture in a form safe for a page: no script, no handler, nothing from another place. Raises
+    InputError for text that is no SVG.
     """
     try:
         root = ElementTree.fromstring(svg)
@@ -74,8 +74,8 @@ _WIDE, _HIGH, _GAP, _LEFT = 150, 64, 70, 20
 
 
 def stage_picture(program: Program) -> str:
-    """The stages in a row, an arc for all that goes from one to another. Stages have the ids `stage-0`, ...,
-    arcs a `data-pair`.
+    """The stages in a row, with an arc for all values that go from one to another. Stages have the ids
+    `stage-0`, ..., arcs a `data-pair`.
     """
     pairs: dict[tuple[int, int], list[Transfer]] = {}
     for t in program.transfers:

@@ -1,4 +1,6 @@
-"""Program -> the graph of the module calls of a stage, or of its ops, with what goes from one to another."""
+"""Program -> the graph of the module calls of a stage, or of its ops, with the values that go from one to
+another.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Targe
 from stagecut.ir.text.printer import Printer, fqn_text, scope_text, target_text
 
 MOST = 6
-"""How many values cross with a node each; where there are more, those from one place to the same others share
-one.
+"""Up to so many crossing values have a node each. Where there are more, those from one place to the same
+others share a node.
 """
 
 _TINTS = ("#f3f5f7", "#fbfcfd")
@@ -91,7 +93,7 @@ class _BlockGraph:
     # --- blocks and ops
 
     def _draw(self) -> Folded:
-        """Draws all blocks; what was folded in all of them."""
+        """Draws all blocks; returns those folded in any of them."""
         if self._stage is not None or not self._blocks:
             tree = folded(self._blocks[0].ops if self._blocks else self._program.ops)
             self._items(self.graph, tree.root, 0)
@@ -111,7 +113,7 @@ class _BlockGraph:
         return whole
 
     def _items(self, graph: graphviz.Digraph, block: Block, depth: int) -> None:
-        """Draws what is in a block: blocks, and each op or each run of ops between them."""
+        """Draws the contents of a block: blocks, and each op or each run of ops between them."""
         for is_block, items in groupby(
             block.items, lambda item: isinstance(item, Block)
         ):
@@ -153,7 +155,7 @@ class _BlockGraph:
         self._node |= dict.fromkeys(block.ops(), node)
 
     def _carried(self, block: Block) -> list[tuple[str, str]]:
-        """What each copy of a folded block hands to the next one."""
+        """The values that each copy of a folded block hands to the next one."""
         return (
             [(f"each hands on {some([self._names[v] for v in block.carried])}", "s")]
             if block.carried
@@ -161,7 +163,7 @@ class _BlockGraph:
         )
 
     def _own(self, graph: graphviz.Digraph, scope: Scope, ops: list[Op]) -> None:
-        """Draws ops that are a module's own: one box, or one for each."""
+        """Draws ops that are a module's own: one box for all, or one for each."""
         if self._each_op:
             for op in ops:
                 self._op(graph, op)
@@ -202,7 +204,7 @@ class _BlockGraph:
         self._node[op] = node
 
     def _work(self, ops: list[Op]) -> str:
-        """What ops do, and the bytes of the state they read."""
+        """The ops as text, and the bytes of the state they read."""
         what = (
             some(_counted(ops))
             if len(ops) <= 3
@@ -229,7 +231,7 @@ class _BlockGraph:
         return state_lines(marked, set(written), self._home.get(ops[0]))
 
     def _about(self, where: str, ops: list[Op], block: Block | None = None) -> str:
-        """What a pointer over a box is shown: the module, its source lines, its state, its ops."""
+        """The tooltip of a box: the module, its source lines, its state, its ops."""
         copies = (
             [
                 f"stands for {some([scope_text(b.scope) for b in (block, *block.copies)], 1)}"
@@ -255,7 +257,7 @@ class _BlockGraph:
     # --- edges
 
     def _ends(self) -> None:
-        """Draws what comes from outside and goes there, and all edges."""
+        """Draws the values that come from outside and that go there, and all edges."""
         edges = self._edges()
         ends = self._given(edges)
         whole: dict[tuple[str, str, str], list[Value]] = {}
@@ -299,7 +301,7 @@ class _BlockGraph:
         return edges
 
     def _tail(self, value: Value) -> str | None:
-        """The node a value comes from: '' for the outside, None for state that is just there."""
+        """The node that a value comes from: '' for the outside, None for state, which comes from nowhere."""
         if isinstance(value.owner, StateEntry):
             return (
                 ""
@@ -311,7 +313,7 @@ class _BlockGraph:
         return self._node.get(self._tree.drawn(value.owner), "")
 
     def _kind(self, value: Value, op: Op) -> str:
-        """How a value gets to an op."""
+        """The kind of the edge on which a value gets to an op."""
         home = self._home.get(op)
         if home is None or (
             isinstance(value.owner, Op) and self._home.get(value.owner) == home
@@ -337,7 +339,7 @@ class _BlockGraph:
         )
 
     def _label(self, values: list[Value]) -> str:
-        """The names of a few values, and the type of each where it is first named."""
+        """The names of a few values, and the type of each where it is named first."""
         if len(values) > 2:
             return rich(
                 (f"{len(values)} values, {total_text(values)}", "n"),
@@ -378,7 +380,7 @@ class _BlockGraph:
         return "input" if home is None else f"from {stages_text([home])}"
 
     def _returned(self, ends: dict[Value, str]) -> None:
-        """Draws what leaves the picture: to other stages, and as outputs of the model."""
+        """Draws the values that leave the picture: to other stages, and as outputs of the model."""
         for values in _gathered(
             list(self._goals), lambda v: (self._goals[v], self._tail(v) or ends.get(v))
         ):
@@ -396,7 +398,9 @@ class _BlockGraph:
 
 
 def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
-    """Value -> where it goes when it leaves the picture of a stage, or of the whole program."""
+    """Value -> its destination as text, for values that leave the picture of a stage, or of the whole
+    program.
+    """
     stages: dict[Value, list[int]] = {v: [] for v in stage.outputs} if stage else {}
     for t in program.transfers if stage else ():
         if t.value in stages and t.route != "recompute":
@@ -416,7 +420,7 @@ def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
 def _gathered(
     values: list[Value], key: Callable[[Value], Hashable]
 ) -> list[list[Value]]:
-    """The values one by one, or, where they are more than MOST, those of one key together."""
+    """The values one by one; where they are more than MOST, those of one key together."""
     if len(values) <= MOST:
         return [[value] for value in values]
     groups: dict[Hashable, list[Value]] = {}
@@ -453,7 +457,9 @@ def _lines(ops: Iterable[Op]) -> list[str]:
 
 
 def _path(scope: Scope) -> str:
-    """A scope as the name in an id: the module's path, and which call it is where it is not the first."""
+    """A scope as the name in an id: the module's path, and the number of the call where it is not the
+    first.
+    """
     return ".".join(
         f"{frame.name}.call{frame.call}" if frame.call else frame.name
         for frame in scope

@@ -11,12 +11,12 @@ from stagecut.ir.text.printer import scope_text, value_names
 from stagecut.ir.types import value_bytes
 
 FORMAT = 1
-"""Raised when a field changes its meaning or goes."""
+"""Increases when a field changes its meaning or is removed."""
 
 
 def to_json(program: Program, keep: Callable[[Op], bool] = lambda op: True) -> str:
-    """The program as JSON: names as the text has them, sizes in bytes, null where symbolic. Ops that `keep`
-    refuses are left out.
+    """The program as JSON: names as in the text, sizes in bytes, null where symbolic. Ops for which `keep` is
+    false are left out.
     """
     return json.dumps(_Data(program, keep).program(), indent=1) + "\n"
 

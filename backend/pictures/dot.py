@@ -23,13 +23,13 @@ def to_dot(
 ) -> str:
     """The picture of a program in the DOT language.
 
-    level: 'stages' shows what crosses between the stages of a linked program, 'modules' the module calls of
-    one stage and what goes from one to another, 'ops' every op. stage: which stage; None for the whole
-    program. depth: how many levels of modules are opened; what is deeper is one box. Runs of modules of the
+    level: 'stages' shows the values that cross between the stages of a linked program, 'modules' the module
+    calls of one stage and the values between them, 'ops' every op. stage: which stage; None for the whole
+    program. depth: how many levels of modules are opened; a deeper module is one box. Runs of modules of the
     same ops, shapes and wiring are drawn once, with their number.
 
-    Names are those of the IR's text. Every part has an `id`: `stage-2`, `value-relu_3`, `module-layers.3`;
-    all edges and nodes of a value have the class `value-relu_3`, and a module that stands for several has a
+    Names are those of the IR's text. Every part has an `id`: `stage-2`, `value-relu_3`, `module-layers.3`.
+    All edges and nodes of a value have the class `value-relu_3`, and a module that stands for several has a
     class for each.
 
     Raises InputError for an unknown level or stage, and for stages of a program that is not linked.
@@ -49,7 +49,7 @@ def to_svg(
 
     renderer: the program that draws, 'dot' of Graphviz or 'graphviz-pure' of the extra stagecut[pictures];
     None for the first that is installed. The second writes the same bytes on every machine. Raises
-    StagecutError where there is none.
+    StagecutError where none is installed.
     """
     return render(_graph(program, level, stage, depth).source, renderer).replace(
         BACKSLASH, "\\"

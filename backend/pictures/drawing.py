@@ -1,4 +1,4 @@
-"""What all DOT pictures share: text that DOT reads as it stands, ids, pens, colours, a legend."""
+"""The common parts of all DOT pictures: text that DOT reads literally, ids, pens, colours, a legend."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stagecut.ir.text.printer import fqn_text, size_text
 from stagecut.ir.types import TensorType, value_bytes
 
 BACKSLASH = "\u2216\u2060"
-"""What stands for a backslash: dot reads those as escapes, once or twice, wherever they stand. No other text
-here has the second part.
+"""A replacement for the backslash: dot reads backslashes as escapes, once or twice, wherever they stand. No
+other text here has the second character.
 """
 
 GREY, TIED, WRITTEN = "#66707a", "#b35c00", "#a33a3a"
@@ -53,10 +53,11 @@ _NODE = {
     "fontsize": "11",
     "margin": "0.12,0.07",
 }
+# one name: renderers without fonts know how wide it is, and take a list for Times
 _FONT = {
     "fontname": "Helvetica",
     "fontcolor": "#1d252c",
-}  # one name: renderers without fonts know how wide it is, and take a list for Times
+}
 _ROUND = {"shape": "ellipse", "fontsize": "10", "margin": "0.04,0.02"}
 INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3ea"}
 
@@ -90,7 +91,7 @@ def reduced(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A DOT string for a tooltip that shows `text`, also where that looks like markup."""
+    """A DOT string for a tooltip that shows `text`, even when it looks like markup."""
     shown: str = graphviz.nohtml(
         _printable(text).replace("&", "&amp;").replace("\n", "&#10;")
     )
@@ -98,9 +99,7 @@ def plain(text: str) -> str:
 
 
 def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
-    """A label of lines, each a text and its look: `b` bold, `n` as it is, `s` small and grey, else a
-    colour.
-    """
+    """A label of lines, each a text and its look: `b` bold, `n` normal, `s` small and grey, else a colour."""
     rows = "".join(
         f'<TR><TD ALIGN="{align}">{_look(text, look)}</TD></TR>' for text, look in lines
     )
@@ -153,8 +152,8 @@ def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
 
 
 def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
-    """How an edge of a kind is drawn, the wider the more bytes: 1 point up to 1 KiB, and as much again for
-    each factor of ten above.
+    """The look of an edge of a kind. The width grows with the bytes: 1 point up to 1 KiB, and as much again
+    for each factor of ten above.
     """
     total = sum(size or 0 for size in sizes)
     growth = 0.25 if kind == "inside" else 0.45
@@ -199,7 +198,7 @@ def bytes_of(values: Iterable[Value]) -> list[int | None]:
 
 
 def total_text(values: Iterable[Value]) -> str:
-    """The bytes of all values together, `+` behind them where a size is dynamic."""
+    """The bytes of all values together, with a `+` after them where a size is dynamic."""
     sizes = bytes_of(values)
     known = [size for size in sizes if size is not None]
     return (
@@ -210,7 +209,7 @@ def total_text(values: Iterable[Value]) -> str:
 
 
 def value_tip(value: Value, name: str) -> str:
-    """What a pointer over a value is shown: name, type, bytes, and where it is made."""
+    """The tooltip of a value: name, type, bytes, and where it is made."""
     made = _place(value.owner) if isinstance(value.owner, Op) else ""
     return "\n".join(
         filter(None, (f"{name} : {value.type}", total_text([value]), made))
@@ -218,8 +217,8 @@ def value_tip(value: Value, name: str) -> str:
 
 
 def _place(op: Op) -> str:
-    """Where an op comes from. Its file is without its folder, as in text: a picture is the same wherever the
-    model and torch lie.
+    """Where an op comes from. The file stands without its folder, as in text, so that a picture is the same
+    wherever the model and torch are installed.
     """
     where = op.where()
     return (
@@ -274,7 +273,7 @@ def is_tied(entry: StateEntry) -> bool:
 def state_lines(
     states: Iterable[StateEntry], written: set[Value], here: int | None
 ) -> list[tuple[str, str]]:
-    """A line for each tied tensor of a part, and one for all it writes."""
+    """A line for each tied tensor of a part, and one line for all that the part writes."""
     states = list(states)
     lines = [(f"tied {_tied(entry, here)}", TIED) for entry in states if is_tied(entry)]
     names = [fqn_text(entry.name) for entry in states if entry.value in written]

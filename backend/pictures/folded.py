@@ -21,7 +21,7 @@ from stagecut.ir.graph import (
 
 @dataclass(eq=False)
 class Block:
-    """A call of a module: what runs in it, in order of its first op.
+    """A call of a module, with its ops and inner calls in order of their first op.
 
     `copies` are the calls after it that it stands for, `carried` the values that it hands to the first of
     them.
@@ -34,12 +34,12 @@ class Block:
 
     @property
     def name(self) -> str:
-        """The module's path below the call around it, `#2` behind it for its second call."""
+        """The module's path below the call around it, followed by `#2` for its second call."""
         frame = self.scope[-1]
         return frame.name + (f" #{frame.call + 1}" if frame.call else "")
 
     def ops(self) -> Iterator[Op]:
-        """All ops inside, those of folded copies left out."""
+        """All ops inside, without those of folded copies."""
         for item in self.items:
             if isinstance(item, Op):
                 yield item
@@ -47,7 +47,7 @@ class Block:
                 yield from item.ops()
 
     def every_op(self) -> Iterator[Op]:
-        """All ops inside, those of folded copies among them."""
+        """All ops inside, including those of folded copies."""
         for item in self.items:
             if isinstance(item, Op):
                 yield item
@@ -58,21 +58,21 @@ class Block:
 
 @dataclass
 class Folded:
-    """A tree, and what was folded: op of a copy -> the op it is drawn as."""
+    """A tree, and its foldings: op of a copy -> the op it is drawn as."""
 
     root: Block
     stands: dict[Op, Op] = field(default_factory=dict)
 
     def drawn(self, op: Op) -> Op:
-        """The op that `op` is drawn as: itself where nothing is folded."""
+        """The op that `op` is drawn as: `op` itself where nothing is folded."""
         while op in self.stands:
             op = self.stands[op]
         return op
 
 
 def folded(ops: Iterable[Op]) -> Folded:
-    """The tree of calls of `ops`, with runs of neighbours folded that have the same ops, shapes and
-    wiring.
+    """The tree of calls of `ops`, in which runs of neighbours with the same ops, shapes and wiring are
+    folded.
     """
     tree = Folded(_tree(ops))
     _fold(tree, tree.root)
@@ -95,7 +95,9 @@ def _tree(ops: Iterable[Op]) -> Block:
 
 
 def _fold(tree: Folded, block: Block) -> None:
-    """Runs of equal neighbours among the blocks inside are folded; then those inside what is left."""
+    """Runs of equal neighbours among the blocks inside are folded; after that, runs inside the remaining
+    blocks.
+    """
     kept: list[Block | Op] = []
     last: _Shape | None = None
     links: dict[int, int] | None = None
@@ -125,7 +127,7 @@ def _add(tree: Folded, first: Any, copy: _Shape) -> None:
 
 
 class _Shape:
-    """What a block computes, without the names: its ops with their types, and the values it takes from
+    """The computation of a block, without the names: its ops with their types, and the values it takes from
     outside in order.
     """
 
@@ -140,11 +142,11 @@ class _Shape:
         self.lines = [self._op(op) for op in self.ops]
 
     def follows(self, other: _Shape) -> dict[int, int] | None:
-        """None unless this block is a copy of `other` right behind it; which of its values from outside are
-        which of the other's.
+        """None unless this block is a copy of `other`, directly after it. Otherwise: place among its values
+        from outside -> place of the value in `other` that it is.
 
-        The rest from outside is the same for both, and nobody else reads what `other` computes: no copy
-        differs from the next.
+        The other values from outside are the same for both, and only the two blocks read the values of
+        `other`: no copy differs from the next.
         """
         if self.lines != other.lines:
             return None
@@ -220,7 +222,7 @@ class _Shape:
 
 
 def _defined(op: Op) -> Iterator[Value]:
-    """What an op defines, with the values inside its regions."""
+    """The values that an op defines, including those inside its regions."""
     for region in op.regions:
         yield from region.params
         for inner in region.ops:

@@ -1,4 +1,4 @@
-"""Timeline -> an SVG picture: a row for each rank, a box for each step, and what is waited."""
+"""Timeline -> an SVG picture: a row for each rank, a box for each step, and the waiting time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COLORS = {
 
 LEFT, RIGHT, TOP, ROW, BOX = 74, 84, 62, 30, 24
 LEAST, MOST, ROOMS = 640.0, 3600.0, (24.0, 15.0)
-"""The narrowest and the widest time axis, and how wide the box of a usual step should be where ranks have few
-steps, or many.
+"""The narrowest and the widest time axis, and the width of a usual step's box where ranks have few steps, or
+many.
 """
 
 
 class Timeline(Protocol):
-    """What is drawn: steps of ranks and when they run, with the seconds of all and the share in which ranks
-    wait.
+    """The data of the drawing: steps of ranks and when they run, with the seconds of all and the share in
+    which ranks wait.
     """
 
     @property
@@ -45,7 +45,7 @@ class Timeline(Protocol):
 
     @property
     def title(self) -> str:
-        """What stands above."""
+        """The title above the picture."""
 
     @property
     def seconds(self) -> float:
@@ -57,7 +57,7 @@ class Timeline(Protocol):
 
 
 class Axis(NamedTuple):
-    """How seconds are drawn: points for a second, the unit they are labelled in, and a tick each `step`
+    """The scale of the time axis: points for a second, the unit of its labels, and a tick each `step`
     seconds.
     """
 
@@ -67,7 +67,7 @@ class Axis(NamedTuple):
     step: float
 
     def at(self, seconds: float) -> float:
-        """Where a time lies."""
+        """The position of a time."""
         return LEFT + seconds * self.scale
 
     def label(self, seconds: float) -> str:
@@ -152,7 +152,7 @@ def _ruler(timeline: Timeline, axis: Axis) -> Iterator[str]:
 def _row(
     timeline: Timeline, axis: Axis, rank: int, events: list[Event]
 ) -> Iterator[str]:
-    """What one rank does: the bubble behind, its steps on it, and its share at the end."""
+    """The row of a rank: the bubble in the background, its steps on top, and its share at the end."""
     top = TOP + ROW * rank + (ROW - BOX) / 2
     busy = sum(e.end - e.start for e in events)
     waits = timeline.seconds - busy
@@ -173,7 +173,7 @@ def _row(
 
 
 def _box(axis: Axis, top: float, event: Event, stages: list[int]) -> Iterator[str]:
-    """One step as a box, with what there is room for in it: its micro-batch, its stage."""
+    """One step as a box, with as much text as there is room for: its micro-batch, its stage."""
     step = event.step
     x = axis.at(event.start)
     wide = (event.end - event.start) * axis.scale
@@ -193,7 +193,7 @@ def _box(axis: Axis, top: float, event: Event, stages: list[int]) -> Iterator[st
 
 
 def _text(microbatch: int, stage: int, wide: float, several: bool) -> str:
-    """The text for a box of a width: `3`, with `s1` behind it where there is room and the rank has several
+    """The text for a box of a width: `3`, followed by `s1` where there is room and the rank has several
     stages.
     """
     number = str(microbatch)

@@ -11,19 +11,20 @@ from stagecut.ir.errors import InputError, StagecutError, nearest
 PURE = "graphviz-pure"
 """The program of the package of this name: one version of it writes the same bytes on every machine."""
 RENDERERS = ("dot", PURE)
-"""Programs that draw, those first that are asked first."""
+"""Programs that draw, in the order in which they are tried."""
 
 
 def find_renderer(names: tuple[str, ...] = RENDERERS) -> str | None:
-    """The path of the first of these programs that is here."""
+    """The path of the first of these programs that is installed."""
     return next(filter(None, map(_path, names)), None)
 
 
 def render(source: str, renderer: str | None = None) -> str:
     """The SVG of a picture in the DOT language, drawn by this one of RENDERERS, else by the first that is
-    here.
+    installed.
 
-    Raises StagecutError where there is none and where it fails, InputError for one that is not known.
+    Raises StagecutError where none is installed and where drawing fails, InputError for one that is not
+    known.
     """
     if renderer is not None and renderer not in RENDERERS:
         raise InputError(
@@ -37,8 +38,8 @@ def render(source: str, renderer: str | None = None) -> str:
 
 
 def _path(name: str) -> str | None:
-    """The program of this name beside Python, where pip puts it and the PATH need not lead, or on the
-    PATH.
+    """The program of this name beside Python, where pip puts it even when the PATH does not lead there, or on
+    the PATH.
     """
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 

@@ -1,5 +1,5 @@
-"""Program -> the graph of its stages: what crosses, by which route and how many bytes, and what the stages
-share.
+"""Program -> the graph of its stages: the crossing values with their routes and bytes, and the state that
+stages share.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
 from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3
-"""How many values between two stages have an edge each; more are one edge. A value made anew or fed to more
-stages is named in them.
+"""Up to so many values between two stages have an edge each; more share one edge. A value that more stages
+than this recompute or are fed is named in them.
 """
 
 
 class Hop(NamedTuple):
-    """A value on one piece of its way: from a stage, or None for the outside, to the next one that reads
+    """A value on one piece of its way: from a stage, or None for the outside, to the next stage that reads
     it.
     """
 
@@ -60,8 +60,8 @@ def stage_graph(program: Program) -> graphviz.Digraph:
 
 
 def hops(program: Program) -> list[Hop]:
-    """The ways of all crossing values. One that several stages read goes from reader to reader, as it does
-    when it is relayed.
+    """The ways of all crossing values. A value that several stages read goes from reader to reader when it is
+    relayed.
     """
     found, at = [], dict[Value, int]()
     for t in sorted(program.transfers, key=lambda t: t.target):
@@ -138,7 +138,7 @@ class _StageGraph:
         return [self._names[hop.value] for hop in notes if hop.route == route]
 
     def _inputs(self, drawn: list[Hop]) -> dict[Value, str]:
-        """Input -> the node it is drawn as; inputs that go the same ways share one when they are many."""
+        """Input -> the node it is drawn as. Inputs that go the same ways share a node when they are many."""
         ways: dict[Value, list[tuple[int, str]]] = {
             value: [] for value in self._program.inputs
         }
@@ -148,9 +148,8 @@ class _StageGraph:
         ends: dict[Value, str] = {}
         returned = {item for item in self._program.outputs if isinstance(item, Value)}
         for values in _many(self._program.inputs, lambda v: tuple(ways[v])):
-            if (
-                ways[values[0]] or values[0] in returned
-            ):  # a number that was fixed in the trace goes nowhere
+            # a number that was fixed in the trace goes nowhere
+            if ways[values[0]] or values[0] in returned:
                 ends |= dict.fromkeys(
                     values,
                     self._end("input", values, INPUT, _input_text(self._names, values)),
@@ -257,7 +256,7 @@ class _StageGraph:
             )
 
     def _tied(self) -> list[str]:
-        """Draws the ties of state that several stages have; the kinds of edges that makes."""
+        """Draws the ties of state that several stages have; returns the kinds of edges that this adds."""
         pairs: dict[tuple[int, int], list[str]] = {}
         for entry in self._program.state:
             if entry.share == "replicate":
@@ -281,8 +280,8 @@ class _StageGraph:
 
 
 def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
-    """The hops to draw, and those only named in their stage: of what so many stages are fed or make anew that
-    edges say nothing.
+    """The hops to draw, and the hops that are only named in their stage: edges say nothing where many stages
+    are fed or recompute a value.
     """
     drawn: list[Hop] = []
     notes: list[Hop] = []
@@ -308,7 +307,7 @@ def _grouped(
 
 
 def _many(values: list[Value], key: Callable[[Value], Hashable]) -> list[list[Value]]:
-    """The values one by one, but those of one key together where they are more than FEW."""
+    """The values one by one; those of one key are together where they are more than FEW."""
     groups: dict[Hashable, list[Value]] = {}
     for value in values:
         groups.setdefault(key(value), []).append(value)
@@ -326,8 +325,8 @@ def _input_text(names: dict[Value, str], values: list[Value]) -> str:
 def modules_text(
     stage: Stage, homes: Mapping[Scope, set[int]], most: int = 5
 ) -> list[str]:
-    """The modules a stage runs, in a few lines: a whole one by its name, one it runs a part of by what is in
-    it.
+    """The modules that a stage runs, in a few lines. A module that it runs whole goes by its name; of one
+    that it runs in part, the parts are named.
     """
     own = [op.scope for op in stage.ops if op.origin is None]
     paths = list(dict.fromkeys(_whole(scope, homes) for scope in own)) or [()]
@@ -341,7 +340,7 @@ def modules_text(
 
 
 def homes_of(program: Program) -> dict[Scope, set[int]]:
-    """Every module call -> the stages it runs in, ops that are computed again left out."""
+    """Every module call -> the stages it runs in, without recomputed ops."""
     homes: dict[Scope, set[int]] = {}
     for stage in program.stages:
         for scope in {op.scope for op in stage.ops if op.origin is None}:
@@ -351,7 +350,7 @@ def homes_of(program: Program) -> dict[Scope, set[int]]:
 
 
 def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
-    """The outermost call around an op that runs in one stage only, else the innermost there is."""
+    """The outermost call around an op that runs in one stage only, else the innermost one."""
     return next(
         (
             scope[:length]
@@ -363,7 +362,7 @@ def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
 
 
 def _runs(paths: list[list[str]]) -> list[str]:
-    """The paths as text; neighbours that only a number tells apart are one line."""
+    """The paths as text; neighbours that differ only in a number are one line."""
     runs: list[tuple[list[str], list[int]]] = []
     for path in paths:
         number = [int(path[-1])] if path[-1].isdecimal() else []

@@ -39,10 +39,10 @@ class Driver:
     Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model.
     Rank r holds stages r, r + ranks, ..., or for V schedules r and its mirror image.
 
-    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device; what
-    it returns runs in the module's place: FSDP, DDP, activation checkpointing and torch.compile go there.
-    Without `return_outputs`, `step` and `eval` return None for the outputs, and those of a micro-batch are
-    let go behind its loss.
+    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device. The
+    module that it returns runs in the place of the stage's own: FSDP, DDP, activation checkpointing and
+    torch.compile go there. Without `return_outputs`, `step` and `eval` return None for the outputs, and the
+    outputs of a micro-batch are released after its loss.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Driver:
 
     @cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
-        """This rank's stages by index, on its device, with what `wrap` puts around them. StagecutError while
+        """This rank's stages by index, on its device, with the wrappers of `wrap`. Raises StagecutError while
         one is on meta.
         """
         for i in self.stage_indices:
@@ -105,7 +105,7 @@ class Driver:
         }
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters this rank holds, each once, as `modules` has them."""
+        """The parameters this rank holds, each once, as they are in `modules`."""
         return list(
             dict.fromkeys(
                 p for i in self.modules for p in self.pipe.stages[i].parameters()
@@ -140,9 +140,8 @@ class Driver:
     ) -> tuple[Any, list[torch.Tensor]]:
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
-                refuse_feedback(
-                    self.pipe.program, self.pipe.training
-                )  # the pipe may have been switched since the stages were made
+                # the pipe may have been switched since the stages were made
+                refuse_feedback(self.pipe.program, self.pipe.training)
             sizes = self._split(args, kwargs)
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
             schedule, stages = self._prepared(sizes)
@@ -227,13 +226,13 @@ class Driver:
         return spec.unflatten(flat) if spec is not None else flat
 
     def _merge(self, outputs: list[Any]) -> Any:
-        """The outputs of all micro-batches as those of one batch: joined along dim 0; a number is their
-        mean.
+        """The outputs of all micro-batches as those of one batch: tensors are joined along dim 0; a number
+        becomes the mean.
         """
         return tree_map(_join, *map(opened, outputs))
 
     def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
-        """Sets the flat inputs of every micro-batch; the symbolic sizes of one."""
+        """Sets the flat inputs of every micro-batch; returns the symbolic sizes of one."""
         spec = self.pipe._call_spec
         flat = spec.flatten(args, kwargs) if spec is not None else list(args)
         inputs, count = self.pipe.program.inputs, self.n_microbatches
@@ -244,13 +243,14 @@ class Driver:
         self._chunks = [
             [_to(part[i], self.device) for part in parts] for i in range(count)
         ]
+        # all chunks have the same sizes
         return check_inputs(
             inputs, self._chunks[0], spec.ranges if spec is not None else None
-        )  # all chunks have the same sizes
+        )
 
     def sync_shared_gradients(self) -> None:
-        """Every replica of a tied parameter has the sum of the gradients of all. Each rank of the pipeline
-        calls it.
+        """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
+        pipeline calls it.
         """
         for ranks, entries in self._replicas:
             held = _held(self.pipe, entries, self.stage_indices)
@@ -277,7 +277,9 @@ def _schedule_class(name: str) -> Any:
 
 
 def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
-    """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place that many."""
+    """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place so many
+    stages.
+    """
     name = schedule.__name__
     v = name.removeprefix("Schedule") in V
     if issubclass(schedule, PipelineScheduleMulti):
@@ -301,8 +303,8 @@ def _own_device(group: Group) -> torch.device:
 
 
 def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs. Each may have traced on
-    a device of its own.
+    """Raises StagecutError on every rank when the ranks have cut different programs. Each rank may have
+    traced on a device of its own.
     """
     mine = (fingerprint(program)[:16], program.name, len(program.stages), *settings)
     found: list[Any] = [None] * dist.get_world_size(group)
@@ -318,7 +320,7 @@ def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
 
 
 def _batch_symbol(inputs: Sequence[Value]) -> str | None:
-    """The symbolic size that is the batch: that of the first input whose first dim varies."""
+    """The symbolic size of the batch: that of the first input whose first dim varies."""
     for value in inputs:
         if (
             isinstance(value.type, TensorType)
@@ -330,8 +332,8 @@ def _batch_symbol(inputs: Sequence[Value]) -> str | None:
 
 
 def _chunks(value: Value, item: Any, count: int, batch: str | None) -> list[Any]:
-    """One input of the whole batch as that of each micro-batch; what has no batch dimension is the same for
-    all.
+    """One input of the whole batch, split for the micro-batches. An input without a batch dimension is the
+    same for all.
     """
     kind = value.type
     if (
@@ -407,8 +409,8 @@ def _replicas(
 def _held(
     pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]
 ) -> list[list[torch.nn.Parameter]]:
-    """The tensors this rank holds for each parameter: several where stages of this rank were sharded each by
-    itself.
+    """The tensors that this rank holds for each parameter: several where stages of this rank were sharded
+    separately.
     """
     found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
     for index in stages:
@@ -428,16 +430,16 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 LARGE = 2**20
-"""From so many elements on, a gradient is summed where it lies: to pack it costs more than a message of its
-own.
+"""A gradient of so many elements or more is summed in place: packing it costs more than a message of
+its own.
 """
 
 
 def _sum_gradients(
     replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group
 ) -> None:
-    """Each replica of a parameter has the sum of the gradients of all, here and on `ranks`; none where none
-    has one.
+    """Each replica of a parameter has the sum of the gradients of all replicas, here and on `ranks`; it has
+    none where no replica has one.
 
     The host waits for the device only where a gradient is missing here.
     """
@@ -474,8 +476,8 @@ def _sum_gradients(
 
 
 def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """The sum of the gradients of the replicas here: where there is one, that itself; zeros where there is
-    none.
+    """The sum of the gradients of the replicas here: the gradient itself where there is one, zeros where
+    there is none.
     """
     grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
     if not grads:
@@ -484,7 +486,7 @@ def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
 
 
 def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
-    """All replicas here have `total` for their gradient."""
+    """All replicas here have `total` as their gradient."""
     for parameter in same:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -496,8 +498,8 @@ def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
 def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
     """The sum of a tensor over some ranks of the group, bit for bit the same on each.
 
-    They send to each other: a group of their own would have to be made by all processes there are, those of
-    other pipelines too.
+    The ranks send to each other. A process group of their own would have to be made by all processes there
+    are, including those of other pipelines.
     """
     if len(ranks) == dist.get_world_size(group):
         dist.all_reduce(mine, group=group)

@@ -1,10 +1,11 @@
-"""When one rank fails, all stop with an error that names it, and none waits for what will not come.
+"""When one rank fails, all stop with an error that names it, and no rank waits for a message that will not
+come.
 
-Ranks speak through the group's store. One that fails says there what failed and where, then raises a flag.
-While it is in a step every rank watches the flag from a thread: when it goes up, the thread answers that the
-rank is alive and breaks the rank's connections, so that whatever the rank waits for fails. Neighbours of a
-rank that was killed see its connections close, and raise the flag for it; who then neither reports nor
-answers is the one that is gone. Last resort is the timeout of the group.
+Ranks report through the group's store. A rank that fails writes there what failed and where, then raises a
+flag. During a step every rank watches the flag from a thread. When the flag goes up, the thread answers that
+the rank is alive and breaks the rank's connections, so that whatever the rank waits for fails. When a rank
+was killed, its neighbours see its connections close, and raise the flag for it; the rank that then neither
+reports nor answers is the one that is gone. The last resort is the timeout of the group.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class RankError(StagecutError):
     """A rank failed; every rank of the group raises this. The group is broken: start all ranks again from the
     last checkpoint.
 
-    `ranks` are those that failed. On a rank that failed by itself, the cause is `__cause__`.
+    `ranks` are those that failed. On a rank that failed by itself, the error is `__cause__`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class RankError(StagecutError):
 
 
 class Faults:
-    """Watches what the ranks of a group do together. Every rank makes one; `homes` are the ranks of the
+    """Watches the joint work of the ranks of a group. Every rank makes one; `homes` are the ranks of the
     stages, by stage.
     """
 
@@ -80,10 +81,9 @@ class Faults:
 
     @contextmanager
     def together(self, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-        """What is done inside is done by all ranks. Raises RankError when one fails; the group is broken
-        then.
+        """All ranks do the work inside together. Raises RankError when one fails; the group is broken then.
 
-        What all ranks raise alike is in `agreed`.
+        Errors in `agreed` are those that all ranks raise alike.
         """
         if not self._watching.acquire(blocking=False):
             yield  # inside another one
@@ -107,7 +107,7 @@ class Faults:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """What is checked inside, every rank checks. When all raise, their errors are raised as they are, and
+        """Every rank makes the same checks inside. When all raise, their errors are raised as they are, and
         the group can go on.
 
         When only some raise, they fail as in `together`.
@@ -135,7 +135,8 @@ class Faults:
                     continue
                 self._store.set(f"alive {self.rank}", "")
             except RuntimeError:
-                return  # who holds the store may just be done; when it was killed, its neighbours see it
+                # the rank that holds the store may just be done; when it was killed, its neighbours see it
+                return
             self._break()
             return
 
@@ -157,13 +158,14 @@ class Faults:
             self._store.set(f"report {self.rank}", json.dumps(report))
             self._store.set(_FAILED, "")
         except RuntimeError:
-            pass  # the store is gone: that the connections break is all the others will see
+            # the store is gone: the others will only see that the connections break
+            pass
         self._break()
         return report
 
     def _culprit(self, error: Exception) -> RankError:
-        """Who failed, when this rank only saw a connection break. Raises RuntimeError when the store does not
-        answer.
+        """The error for the rank that failed, when this rank only saw a connection break. Raises RuntimeError
+        when the store does not answer.
         """
         answered: set[int] = set()
         found: list[tuple[int, dict[str, Any]]] = []
@@ -204,7 +206,7 @@ class Faults:
         )
 
     def _title(self, rank: int, stage: int | None = None) -> str:
-        """`rank 2 (stage 2)`: the stage where it failed, or all it has."""
+        """`rank 2 (stage 2)`: the stage where it failed, or all the stages that the rank has."""
         mine = (
             [stage]
             if stage is not None
@@ -217,13 +219,15 @@ class Faults:
         return dist.get_global_rank(self._group, rank)
 
     def _break(self) -> None:
-        """Whatever this rank waits for in the group fails now, and so does what others wait for from it."""
+        """Whatever this rank waits for in the group fails now, and so does whatever others wait for
+        from it.
+        """
         for group in self.groups:
             _break_connections(group)
 
 
 def _break_connections(group: Any) -> None:
-    """No rank gets anything from this one through `group` any more.
+    """No rank receives anything from this one through `group` any more.
 
     gloo has no abort, but a receive that times out closes all connections of its group.
     """
@@ -246,7 +250,7 @@ def _break_connections(group: Any) -> None:
 
 
 def _within(seconds: float, ready: Any) -> bool:
-    """True as soon as `ready()` holds, False when it did not for so long."""
+    """True as soon as `ready()` holds, False when it did not hold within `seconds`."""
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:
@@ -308,7 +312,7 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What torch's schedules wrap."""
+    """The error that torch's schedules wrap."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

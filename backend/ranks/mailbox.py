@@ -1,8 +1,7 @@
-"""Running stages as separate processes would: nothing is shared but what is sent.
+"""Running stages as separate processes would: nothing is shared, everything is sent.
 
-A run in one process hides the worst bugs of a splitter, for nobody notices there that a port is bound in
-another order
-or that a copy is stale.
+A run in one process hides the worst bugs of a splitter: nobody notices there that a port is bound in another
+order or that a copy is stale.
 
     box = Mailbox(pipe.program, pipe.stages)     # StagecutError when state would have to flow backward
     outputs = box.forward(pipe.flatten(args, kwargs))
@@ -30,10 +29,10 @@ from stagecut.ir.types import carries_grad
 class Mailbox:
     """Runs a pipe as separate processes would.
 
-    Every stage is a copy with tensors of its own. What crosses is cloned into fresh, detached storage of the
-    same strides and carries gradient only where the IR says so. Ports are bound by position. Call it with the
-    model's arguments, call backward on a loss of the outputs, then `backward()`; afterwards `gradients()` and
-    `state()` are by the model's names.
+    Every stage is a copy with tensors of its own. A value that crosses is cloned into fresh, detached storage
+    of the same strides, and carries gradient only where the IR says so. Ports are bound by position. Call it
+    with the model's arguments, call backward on a loss of the outputs, then `backward()`; afterwards
+    `gradients()` and `state()` are by the model's names.
 
     Raises StagecutError when state would have to flow from a later stage to an earlier one.
     """
@@ -114,7 +113,7 @@ class Mailbox:
                 torch.autograd.backward([t for t, _ in live], [g for _, g in live])
 
     def _gradient(self, value: Value, index: int) -> torch.Tensor | None:
-        """The sum of what every reader of a value sends back."""
+        """The sum of the gradients that all readers of a value send back."""
         found = [
             leaf.grad
             for item, leaf in zip(self._program.outputs, self._outputs, strict=True)

@@ -48,7 +48,7 @@ _TorchMismatch: Any = getattr(_utils, _MISMATCH)
 
 Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
-"""True for the torch whose schedules take every value at a boundary for one with a gradient."""
+"""True for the torch whose schedules treat every value at a boundary as one with a gradient."""
 
 
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
@@ -62,8 +62,9 @@ _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 class BuiltStage(PipelineStage):
     """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
 
-    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs it reads
-    from `microbatches`, one list of flat inputs for each micro-batch; else the first stage hands them on.
+    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs that it
+    reads from `microbatches`, one list of flat inputs for each micro-batch; otherwise the first stage hands
+    them on.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class BuiltStage(PipelineStage):
         kwargs: Any = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """As torch's; with `fed`, the stage's own inputs of this micro-batch go in as keywords."""
+        """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
         if self.fed:
             args = ()
             kwargs = {
@@ -137,7 +138,7 @@ class BuiltStage(PipelineStage):
         return output
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what crossed apart, runs the stage, and packs what it hands on."""
+        """Unpacks the values that crossed, runs the stage, and packs the values it hands on."""
         values: dict[Value, Any] = {}
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
@@ -169,7 +170,7 @@ class BuiltStage(PipelineStage):
         )
 
     def _returned(self, values: Mapping[Value, Any], buffers: set[int | None]) -> Any:
-        """What the model returns, as it lies in memory: nobody receives it."""
+        """The outputs of the model as they lie in memory, because nobody receives them."""
         tensors = [own(p, values[p.value], self.device) for p in self.sent]
         outputs = tuple(
             self._kept_apart(p, tensor, buffers)
@@ -180,8 +181,8 @@ class BuiltStage(PipelineStage):
     def _kept_apart(
         self, p: Port, tensor: torch.Tensor, buffers: set[int | None]
     ) -> torch.Tensor:
-        """A copy of what is written again before it is read: a buffer of the model, or one of `buffers`,
-        which torch receives into.
+        """A copy of a tensor that is written again before it is read: a buffer of the model, or one of
+        `buffers`, into which torch receives. Other tensors are returned as they are.
         """
         return (
             tensor.clone()
@@ -196,8 +197,8 @@ class BuiltStage(PipelineStage):
         full_backward: bool = True,
         last_backward: bool = False,
     ) -> Any:
-        """As torch's; the backward of a wrapped or compiled stage is never split, since torch cannot take it
-        apart.
+        """As torch's, but the backward of a wrapped or compiled stage is never split, because torch cannot
+        take it apart.
         """
         if (
             not full_backward
@@ -211,11 +212,11 @@ class BuiltStage(PipelineStage):
         )
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
-        """As torch's; nothing in an eval, which under V schedules hands gradients on all the same."""
+        """As torch's, but nothing in an eval, in which V schedules hand gradients on all the same."""
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        """As torch's; nothing in an eval."""
+        """As torch's, but nothing in an eval."""
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
@@ -225,10 +226,11 @@ class BuiltStage(PipelineStage):
         _scaled[self.pipe].discard(self.stage_index)
 
     def scale_grads(self, grad_scale_factor: int) -> None:
-        """As torch's, but what several stages of this rank share is scaled once a step, by the last of them.
+        """As torch's, but a parameter that several stages of this rank share is scaled once a step, by the
+        last of them.
 
-        torch scales each stage behind its own backwards, and others may still add to the gradient of a
-        parameter then.
+        torch scales each stage after the stage's own backwards, when other stages may still add to the
+        gradient of a parameter.
         """
         _scaled[self.pipe].add(self.stage_index)
         mine = [
@@ -272,10 +274,12 @@ class BuiltStage(PipelineStage):
         )
 
     def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
-        """The pipe checks what the model is called with."""
+        """Does nothing: the pipe checks the arguments of the model."""
 
     def _validate_fwd_outputs(self, outputs: Any) -> None:
-        """`_check` has: torch 2.11 compares strides too, and a compiler may pad rows."""
+        """Does nothing: `_check` has done it. torch 2.11 compares strides too, and a compiler may pad
+        rows.
+        """
 
     def _validate_stage_tensors(self, desc: str, expected: Any, actual: Any) -> None:
         """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.
@@ -296,7 +300,7 @@ class BuiltStage(PipelineStage):
 
 
 def _nothing() -> None:
-    """The weights' part of a backward that was run as a whole."""
+    """The weight part of a backward that was run as a whole."""
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -310,7 +314,7 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 
 class _LiveStage(BuiltStage):
-    """For torch up to 2.12, whose backward for the inputs takes every output for one that carries
+    """For torch up to 2.12, whose backward for the inputs treats every output as one that carries
     gradient.
     """
 
@@ -345,7 +349,7 @@ class _LiveStage(BuiltStage):
 
 
 class _FillingStage(_LiveStage):
-    """For torch 2.12, which sends a gradient for every value that it received, and refuses to where there is
+    """For torch 2.12, which sends a gradient for every value that it received, and refuses where there is
     none.
     """
 
@@ -443,7 +447,9 @@ _STAGE = (
 
 @dataclass(frozen=True)
 class PipeInfo:
-    """What `build_stage` needs to know of a pipe: ours, and torch's own where that runs the stages right."""
+    """The part of a pipe that `build_stage` needs: ours, and torch's own where torch runs the stages
+    right.
+    """
 
     pipe: Staged
     has_loss_and_backward: bool = False

@@ -1,8 +1,9 @@
-"""What neighbouring stages exchange: flat tuples of contiguous tensors, relayed values among them.
+"""The tensors that neighbouring stages exchange: flat tuples of contiguous tensors, relayed values among
+them.
 
 A schedule of torch.distributed knows only neighbours. So the boundary between two stages lists every value
-that is made before it and needed behind it; a stage hands on what it does not use. Both ends compute the same
-list from the program.
+that is made before it and needed after it; a stage hands on values that it does not use. Both ends compute
+the same list from the program.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _SCALARS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 
 
 class _Own(torch.autograd.Function):
-    """The tensor itself, no view of another: torch detaches in place what crossed. Its gradient is
-    contiguous.
+    """The tensor itself, not a view of another one, because torch detaches in place what crossed. Its
+    gradient is contiguous.
     """
 
     @staticmethod
@@ -48,10 +49,10 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 class Port:
     """One tensor of a boundary, and how a value becomes it.
 
-    shape and dtype are the value's own, None for a number. order: the dims from the widest stride to the
-    narrowest; repeated: dims along which all elements are one, of which only the first crosses. grad: whether
-    a gradient comes back. strides: those of the value, None where its elements lie one behind the other in
-    the order of its dims.
+    shape and dtype are the value's own, shape None for a number. order: the dims from the widest stride to
+    the narrowest; repeated: dims along which all elements are the same one, of which only the first crosses.
+    grad: whether a gradient comes back. strides: those of the value, None where its elements lie one after
+    the other in the order of its dims.
     """
 
     value: Value
@@ -98,9 +99,8 @@ class Port:
         tensor = tensor.permute(self.order)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
-        tensor = (
-            tensor.contiguous().view(-1).view(tensor.shape)
-        )  # contiguous also in dims of one element, which torch 2.11 compares
+        # contiguous also in dims of one element, which torch 2.11 compares
+        tensor = tensor.contiguous().view(-1).view(tensor.shape)
         if self.wire_dtype != tensor.dtype:
             tensor = tensor.view(self.wire_dtype)
         return _own(tensor) if self.grad else tensor.detach()
@@ -131,8 +131,8 @@ def own(p: Port, item: Any, device: torch.device) -> torch.Tensor:
 
 
 def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
-    """A copy of a tensor that a stage may write, with these strides, else its own: torch refuses some writes
-    by how elements lie.
+    """A copy of a tensor that a stage may write, with these strides, or else with the strides of the tensor:
+    torch refuses some writes by how elements lie.
     """
     if not isinstance(item, torch.Tensor):
         return item
@@ -154,11 +154,12 @@ _WRITES = (
 
 @contextmanager
 def writes_explained(stage: int) -> Iterator[None]:
-    """torch's refusal of a write that it allows where no gradient flows is a StagecutError that says what it
-    has to do with a cut.
+    """Turns torch's error for an in-place write into a StagecutError: the write became illegal because the
+    received value now requires grad.
 
-    Into one of several views, by `out=`, or into what backward needs. Nobody can tell from outside whether
-    what a module kept whole makes carries gradient, so where it crosses it does.
+    Such a write goes into one of several views, by `out=`, or into a tensor that the backward needs. From
+    outside nobody can tell whether the result of a module kept whole carries gradient, so where it crosses it
+    does.
     """
     try:
         yield
@@ -176,8 +177,8 @@ def writes_explained(stage: int) -> Iterator[None]:
 
 
 def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
-    """The port of a value; `as_it_is`: it crosses in its own shape. Raises StagecutError for what cannot
-    cross between processes.
+    """The port of a value. With `as_it_is`, it crosses in its own shape. Raises StagecutError for a value
+    that cannot cross between processes.
     """
     kind = value.type
     if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
@@ -199,7 +200,7 @@ def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
 
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:
-    """The number a size stands for in this call. Raises StagecutError when it depends on data."""
+    """The number that a size stands for in this call. Raises StagecutError when it depends on data."""
     if isinstance(dim, int):
         return dim
     found = sizes.get(dim)
@@ -224,8 +225,8 @@ def _cannot_cross(value: Value, why: str) -> StagecutError:
 
 
 def refuse_quantized(value: Value, item: Any) -> None:
-    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes those for tensors
-    of floats.
+    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes quantized tensors
+    for tensors of floats.
     """
     if isinstance(item, torch.Tensor) and item.is_quantized:
         raise _cannot_cross(
@@ -235,14 +236,17 @@ def refuse_quantized(value: Value, item: Any) -> None:
 
 
 def fed_inputs(program: Program) -> frozenset[Value]:
-    """The user inputs that every stage is given which reads them; the others travel from the first one."""
+    """The user inputs that are given to every stage that reads them; the others travel from the first
+    stage.
+    """
     return frozenset(program.inputs) - {
         t.value for t in program.transfers if t.source is None and t.route == "relay"
     }
 
 
 def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
-    """Per stage, the values it hands on, in order of definition; for the last one, what the model returns.
+    """Per stage, the values it hands on, in order of definition; for the last one, the values that the model
+    returns.
 
     Inputs in `fed` are given to each stage that reads them; the others go to the first stage, which hands
     them on.

@@ -1,4 +1,4 @@
-"""What stages cannot do in processes of their own, and what becomes of what they receive."""
+"""Limits of stages that run in processes of their own, and rules for the values that they receive."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_feedback(program: Program, training: bool = True) -> None:
     """Returns when every write stays in one stage; raises StagecutError naming what would have to flow
     backward.
 
-    Out of training, what ops with a training flag write does not count.
+    Outside of training, an op with a training flag does not count as a write.
     """
     _refuse_writes_past_autograd(program)
     for entry in program.state:
@@ -42,8 +42,8 @@ def refuse_feedback(program: Program, training: bool = True) -> None:
 
 
 def _refuse_writes_past_autograd(program: Program) -> None:
-    """Raises StagecutError where a stage writes through `.data` what another one made: backward there would
-    see the old values.
+    """Raises StagecutError where a stage writes through `.data` to a tensor that another stage made: the
+    backward there would see the old values.
     """
     for stage in program.stages:
         here = set(stage.ops)
@@ -81,15 +81,15 @@ def _touches(op: Op, entry: StateEntry) -> bool:
 
 
 def written_inputs(block: Stage) -> set[Value]:
-    """The inputs a stage writes in place, directly or through a view. A receiver must own them: they cannot
-    be leaves.
+    """The inputs that a stage writes in place, directly or through a view. A receiver must own them: they
+    cannot be leaves.
     """
     return written_in(block.ops, block.inputs)
 
 
 def lives_in_buffer(value: Value) -> bool:
-    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may write
-    it.
+    """True when the value is a buffer of the stage or shares its storage: the next micro-batch may
+    write it.
     """
     owner = storage_root(value).owner
     return isinstance(owner, StateEntry) and owner.kind == "buffer"
@@ -98,9 +98,9 @@ def lives_in_buffer(value: Value) -> bool:
 def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
     """True when the backward of a stage must not be split into one for its inputs and one for its weights.
 
-    torch's split follows each weight to where it meets a received value: it misses a weight with another way
-    out, and takes a graph apart twice where a weight meets received values in two places. What a module kept
-    whole or a body does inside is not known.
+    torch's split follows each weight to the point where it meets a received value. It misses a weight that
+    reaches an output without meeting one, and it takes a graph apart twice where a weight meets received
+    values in two places. It is not known what happens inside a module kept whole or a body.
     """
     if any(
         module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context)

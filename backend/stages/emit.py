@@ -1,8 +1,8 @@
 """Program -> nn.Module stages, with the model's own module tree and names inside.
 
-A stage is written as nested functions, one a module call: a run of ops in one call of a module is outlined
-into that module's forward, its live-ins become parameters, its live-outs what it returns. Code is text first,
-and two calls with the same text share one function.
+A stage is written as nested functions, one for each module call. A run of ops in one call of a module becomes
+that module's forward: its live-ins are the parameters, its live-outs the results. Code is text first, and two
+calls with the same text share one function.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _OWN_WORDS = (
 _RESERVED = frozenset([*keyword.kwlist, *_OWN_WORDS.split()])
 _BAD = re.compile(r"\W+", re.ASCII)
 _TAKEN = frozenset(vars(nn.Module()))
-"""What every nn.Module keeps in itself: a module or tensor of such a name would be in its place."""
+"""Attributes that every nn.Module has: a module or tensor of such a name would replace one."""
 
 
 def emit(
@@ -108,9 +108,8 @@ class _Emitter:
         )
         tree = _Tree(root, self)
         tree.hold(block)
-        for path in (
-            self.bindings.extras if block.index == 0 else ()
-        ):  # what no stage reads is stored too
+        # extra state that no stage reads is stored too, in the first stage
+        for path in self.bindings.extras if block.index == 0 else ():
             tree.node(path)
         writer = _Function(self, tree, block, "", 0, 0, parameters)
         root.add_call(writer.write(block.ops, block.outputs))
@@ -212,8 +211,8 @@ def _refuse_taken(
 
 
 def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
-    """The branches of modules that are in no stage, or there are the user's own: who is above them has to
-    speak for them.
+    """Path -> place of the branches of modules that are in no stage, or that are the user's own there. The
+    nearest module above such a module has to hold the branch for it.
     """
     if not bindings.branches:
         return {}
@@ -250,8 +249,8 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
 
 
 def _tie_flags(root: Stage, block: StageBlock) -> None:
-    """Modules of a stage whose flags decide one thing together know of each other: they are switched together
-    or not at all.
+    """Modules of a stage whose flags decide something together know each other: they are switched together or
+    not at all.
     """
     modules = {
         path: module
@@ -343,7 +342,7 @@ class _Function:
         return self._out
 
     def _free(self, keep: set[str]) -> None:
-        """Each local is deleted behind its last use, so that activations do not outlive their readers."""
+        """Each local is deleted after its last use, so that activations do not outlive their readers."""
         seen = set(keep)
         for statement in reversed(self._out):
             dead = statement.names - seen
@@ -354,7 +353,7 @@ class _Function:
     # --- grouping: module calls, then contexts ----------------------------------------------------
 
     def _group(self, ops: list[Op]) -> Iterator[list[Op]]:
-        """Runs: ops of this module one by one, ops of one call of a submodule together."""
+        """Runs of ops: ops of this module one by one, ops of one call of a submodule together."""
         run: list[Op] = []
         for op in ops:
             inside = len(op.scope) > self._depth
@@ -465,9 +464,8 @@ class _Function:
             entered,
             parameters,
         )
-        written = written_in(
-            ops, given
-        )  # as an argument, torch would refuse to compute with it again
+        # as an argument, torch would refuse to compute with it again
+        written = written_in(ops, given)
         name = self._names("checkpointed")
         bound = [parameters[v] for v in given if v not in written]
         bound += [
@@ -559,8 +557,8 @@ class _Function:
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
 
     def _watched(self, function: str, what: str, op: Op) -> str:
-        """What is called for the user's own code: where other stages would not see what it might do in
-        another call, it is watched.
+        """The expression that is called for the user's own code. The call is watched if in another call the
+        code might do something that other stages would not see.
         """
         watch = self._emitter.promises.of(op)
         if not watch.unwritten and not watch.apart:
@@ -586,8 +584,8 @@ class _Function:
         return f"tensors_of({called}, {about}{returned})"
 
     def _sizes(self, op: Op) -> str:
-        """What the results of a module kept whole must be sized, by the sizes of its arguments where they
-        vary.
+        """The sizes that the results of a module kept whole must have; varying sizes are read from its
+        arguments.
         """
         known: dict[str, str] = {}
         for value in leaves(op.args[:2]):
@@ -629,7 +627,9 @@ class _Function:
         )
 
     def _targets(self, op: Op) -> tuple[str, list[str]]:
-        """What the call is assigned to, and lines that take it apart where a pattern cannot."""
+        """The target that the call is assigned to, and lines that take the result apart where a pattern
+        cannot.
+        """
         used = {v for v in op.results if v.uses}
         if not used:
             return "", []
@@ -685,9 +685,8 @@ class _Function:
         if name is not None:
             return name
         state = self._state(value, self._path, reader)
-        if (
-            state is None and value.version_of is not None
-        ):  # the tensor it is a version of, written in place
+        # a version is the tensor that was written in place
+        if state is None and value.version_of is not None:
             return self._value(value.version_of, reader)
         if state is None:
             raise EmitError(
@@ -696,7 +695,7 @@ class _Function:
         return state
 
     def _state(self, value: Value, path: str, reader: str) -> str | None:
-        """How state is spelled inside the module at `path`, None when it lies outside of it."""
+        """The expression for state inside the module at `path`, None when it lies outside of it."""
         entry = value.owner
         if not isinstance(entry, StateEntry) or entry not in self._block.state:
             return None
@@ -757,8 +756,8 @@ class _Function:
         )
 
     def _mode(self, item: Mode, op: Op) -> str:
-        """A literal that follows the flag of the module its op is in: inside a region that may lie deeper
-        than the function.
+        """A literal that follows the flag of the module its op is in; inside a region this module may lie
+        deeper than the function.
         """
         path = scope_fqn(op.scope)
         below = (
@@ -819,7 +818,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _attributes(owner: str, parts: list[str]) -> str:
-    """`owner.a.b`, through getattr where a part is no identifier and through the registry where it hides one
+    """`owner.a.b`, through getattr where a part is no identifier, and through the registry where it hides one
     of ours.
     """
     for part in parts:

@@ -1,5 +1,5 @@
-"""The stages as torch.fx shows them: one graph of calls of stages, and what torch's own stage class asks of
-each.
+"""The stages as torch.fx shows them: a graph of calls of stages, and the attributes that torch's own stage
+class asks of each.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from stagecut.ir.graph import Namer, Program, Value
 from stagecut.ir.types import DTYPES, TensorType, Type, carries_grad
 
 PREFIX = "submod_pp_"
-"""What torch calls a stage, before its number."""
+"""Prefix of torch's name for a stage, before its number."""
 
 
 def split_module(program: Program, stages: Sequence[nn.Module]) -> fx.GraphModule:
-    """A module that calls the stages, as torch's frontend has it: `submod_pp_0` and so on, on flat inputs."""
+    """A module that calls the stages as torch's frontend lays them out: `submod_pp_0` and so on, on flat
+    inputs.
+    """
     return fx.GraphModule(
         {f"{PREFIX}{i}": stage for i, stage in enumerate(stages)}, split_graph(program)
     )
@@ -54,9 +56,8 @@ def split_graph(program: Program) -> fx.Graph:
         if len(stage.outputs) == 1:
             nodes[stage.outputs[0]] = _typed(call, stage.outputs[0].type)
             continue
-        for place, value in enumerate(
-            stage.outputs
-        ):  # each has its node, in this order, which torch counts on
+        # each has its node, in this order, which torch counts on
+        for place, value in enumerate(stage.outputs):
             nodes[value] = _typed(
                 graph.call_function(operator.getitem, (call, place)), value.type
             )
@@ -71,8 +72,8 @@ def split_graph(program: Program) -> fx.Graph:
 def stage_graph(
     names: Sequence[str], takes: Sequence[Type], gives: Sequence[Type]
 ) -> fx.Graph:
-    """A placeholder for each input of a stage, and an output for each of its outputs, with their types;
-    nothing between.
+    """A placeholder for each input of a stage, and an output node for its outputs, with their types; nothing
+    in between.
     """
     graph = fx.Graph()
     for name, kind in zip(names, takes, strict=True):
@@ -92,7 +93,7 @@ def _typed(node: fx.Node, kind: Type) -> fx.Node:
 
 
 def _example(kind: Type) -> torch.Tensor | None:
-    """A tensor without values of a type with known sizes, else None."""
+    """A tensor of this type without values, when all its sizes are known; else None."""
     if not isinstance(kind, TensorType):
         return None
     shape = [dim for dim in kind.shape if isinstance(dim, int)]
@@ -122,7 +123,7 @@ def refuse_torchs_stage(program: Program) -> None:
 
 
 def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
-    """What torch's class gets wrong or cannot do in these stages, and where."""
+    """The things that torch's class gets wrong or cannot do in these stages, and where."""
     first, *later = program.stages
     if first.inputs != program.inputs:
         yield "the first stage does not take the model's inputs one by one", "stage 0"

@@ -28,7 +28,7 @@ _serial = count()
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with nothing in it that is not shown."""
+    """`text` on one line, with no hidden characters."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -42,10 +42,10 @@ class Code:
         self._kinds: dict[tuple[type, str], type] = {}
 
     def kind(self, base: type, text: str) -> type:
-        """The class of those modules that do nothing but run `text`.
+        """The class of the modules that only run `text`.
 
-        Each text has one, for torch.compile tells modules apart by the code of their forward, and takes only
-        a few of one code.
+        Each text has a class of its own, because torch.compile tells modules apart by the code of their
+        forward, and allows only a few modules for one code.
         """
         made = self._kinds.get((base, text))
         if made is None:
@@ -80,9 +80,8 @@ class Code:
                 hint="is the IR text damaged?",
             ) from None
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(
-            compiled, space
-        )  # the text is generated from verified IR, names and targets are checked
+        # the text is generated from verified IR, names and targets are checked
+        exec(compiled, space)
         made: Callable[..., Any] = space["forward"]
         return made
 
@@ -101,10 +100,10 @@ def tensors_of(
     sizes: Sequence[Sequence[int | None]] | None,
     returned: tuple[Any, ...] = (),
 ) -> list[torch.Tensor]:
-    """The tensors in what a module kept whole returned, in order. `sizes` are those it must have, None for
-    any; `returned` says where the tensors must be, and which numbers and texts beside them.
+    """The tensors in the result of a module kept whole, in order. `sizes` are the sizes they must have, None
+    for any. `returned` says where the tensors must be, and which numbers and texts must stand beside them.
 
-    Raises StagecutError for others: the trace behind the module knows those of the example.
+    Raises StagecutError for any other result: the rest of the trace relies on the result of the example.
     """
     tree, where = opened(result), f"module '{path}', which is kept whole"
     leaves = tree_leaves(tree)
@@ -151,11 +150,11 @@ def reads_only(
     given: dict[str, torch.Tensor],
     apart: dict[str, tuple[torch.Tensor, Sequence[int]]],
 ) -> Callable[..., Any]:
-    """`function`, the user's own code, to be called once: it raises StagecutError where it does what it did
-    not do in the trace, and what other stages would not see.
+    """`function`, the user's own code, to be called once. It raises StagecutError when it does something that
+    it did not do in the trace and that other stages would not see.
 
-    It writes none of `given`. Of the tensors that it returns, those at the places beside a tensor of `apart`
-    share no memory with that one. Both go by the names of the arguments.
+    It must write none of `given`. For each tensor of `apart`, the returned tensors at the places beside it
+    must share no memory with it. Both dicts go by the names of the arguments.
     """
     if torch.compiler.is_compiling():
         return function
@@ -204,7 +203,7 @@ def reads_only(
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """The identity of the memory in which a tensor lies; its own where torch does not tell."""
+    """The identity of the memory in which a tensor lies; the tensor's own where torch does not tell."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -277,7 +276,7 @@ class StageModule(nn.Module):
         self._register_state_dict_hook(_store_as_the_model)
 
     def add_call(self, text: str) -> int:
-        """The number that `_call` must have to run `text`."""
+        """The value of `_call` that runs `text`."""
         if text not in self._texts:
             self._texts.append(text)
             self._forwards.append(self._code.function(text))
@@ -285,26 +284,26 @@ class StageModule(nn.Module):
         return self._texts.index(text)
 
     def _take_kind(self) -> None:
-        """A module with one text runs it without a detour."""
+        """A module with one text runs it directly, as the forward of its class."""
         base = Stage if isinstance(self, Stage) else StageModule
         kind = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
-        object.__setattr__(
-            self, "__class__", kind
-        )  # the model may have a module of this name
+        # the model may have a module of this name
+        object.__setattr__(self, "__class__", kind)
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made here cannot be found by its name
         return (
             _blank,
             (isinstance(self, Stage),),
             self.__getstate__(),
-        )  # a class that was made here cannot be found by its name
+        )
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model, also where its name hides one of ours, and inside what torch
-        wraps around modules.
+        """The module at a path of the model. A module is found also where its name hides one of ours, and
+        inside torch's wrappers around modules.
         """
         return submodule(self, target)
 
@@ -328,9 +327,8 @@ class StageModule(nn.Module):
     ) -> StageModule:
         super()._apply(fn, recurse)
         moved = {name: fn(tensor) for name, tensor in self._constants.items()}
-        self.__dict__.update(
-            _constants=moved, _here=fn(self._here)
-        )  # the model may have state of these names
+        # the model may have state of these names
+        self.__dict__.update(_constants=moved, _here=fn(self._here))
         return self
 
     def _save_to_state_dict(
@@ -343,10 +341,11 @@ class StageModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any
     ) -> None:
-        """Takes names that the model's own state dict has: activation checkpointing leaves itself out there.
+        """Accepts names as in the model's own state dict: activation checkpointing leaves its own name out
+        there.
 
-        Raises StagecutError for another extra state than that of the cut: what set_extra_state makes of it,
-        the trace would not follow.
+        Raises StagecutError for an extra state other than that of the cut: the trace would not follow what
+        set_extra_state makes of it.
         """
         if self._extra is not None and not _equal(
             state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]
@@ -373,20 +372,19 @@ class StageModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_forwards"] = [
-            self._code.function(text) for text in self._texts
-        ]  # the model may have a module of this name
+        # the model may have a module of this name
+        self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]
         self._take_kind()
 
 
 _switched = ContextVar("_switched", default=False)
-"""True while modules are being switched: what could be refused has been looked at."""
+"""True while modules are being switched: every reason to refuse has been looked at already."""
 
 
 @contextmanager
 def switching(modules: Sequence[nn.Module], mode: bool) -> Iterator[None]:
-    """Open while `modules` are switched. Raises ModeError before, where a module in them cannot be in the
-    mode it would be in then.
+    """Open while `modules` are switched. Before that, raises ModeError where a module in them cannot be in
+    the mode that it would be switched to.
     """
     if _switched.get():
         yield
@@ -442,7 +440,7 @@ _MODES = {True: "train", False: "eval"}
 
 
 def _flags_after(module: nn.Module, mode: bool, flags: dict[nn.Module, bool]) -> None:
-    """`flags` gains what train(mode) of `module` makes of the flags of all modules in it."""
+    """`flags` gains the flag that each module in `module` would have after train(mode)."""
     flags[module] = mode
     for child in module.children():
         _flags_after(child, mode, flags)
@@ -471,15 +469,14 @@ def _equal_leaves(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     try:
         return type(one) is type(other) and bool(one == other)
-    except (
-        Exception
-    ):  # the class of what a user's get_extra_state returns may compare as it likes
+    except Exception:
+        # a class of the user's get_extra_state may compare as it likes
         return False
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module"
 UNSEEN_LAYERS = (CHECKPOINTED, "_orig_mod")
-"""Under which name activation checkpointing and torch.compile have the module they are wrapped around."""
+"""The names under which activation checkpointing and torch.compile hold the module that they wrap."""
 
 
 def submodule(root: nn.Module, target: str) -> nn.Module:
@@ -503,10 +500,10 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:
-    """`module`, and while activation checkpointing or torch.compile is wrapped around a module, that one.
+    """`module`, then the module inside as long as activation checkpointing or torch.compile is the wrapper.
 
-    A name is that of the outermost layer that has it: of what was wrapped after the cut, paths do not tell,
-    of what was before, they do.
+    Looks through wrappers added after the cut (their names are not in the path); wrappers present before the
+    cut are part of the path.
     """
     layer: nn.Module | None = module
     while layer is not None:
@@ -516,7 +513,7 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def stored(name: str) -> str:
-    """A name of the model's state as its state dict has it: activation checkpointing leaves itself out
+    """A name of the model's state as its state dict has it: activation checkpointing leaves its own name out
     there.
     """
     return name.replace(f"{CHECKPOINTED}.", "")
@@ -525,7 +522,9 @@ def stored(name: str) -> str:
 def _store_as_the_model(
     module: nn.Module, state: dict[str, Any], prefix: str, _: Any
 ) -> None:
-    """What lies in a checkpointed module is in a state dict under the names the model's own has."""
+    """State inside a checkpointed module is in the state dict under the names that the model's own state dict
+    has.
+    """
     inner = f"{prefix}{CHECKPOINTED}."
     for name in (
         [name for name in state if name.startswith(inner)]
@@ -541,7 +540,7 @@ M = TypeVar("M", bound=nn.Module)
 def copied(*modules: M) -> list[M]:
     """Copies that share with each other what the modules share, and nothing with the modules.
 
-    Where torch.jit made one, gradients of a plain copy would be those of the original.
+    If torch.jit made a module, the gradients of a plain copy would be those of the original.
     """
     with torch.no_grad():
         twins = copy.deepcopy(list(modules))
@@ -552,7 +551,7 @@ def copied(*modules: M) -> list[M]:
 
 
 OURS = frozenset({"_code", "_texts", "_forwards", "_constants", "_here", "training"})
-"""Instance attributes of an emitted module, besides what its class has."""
+"""Instance attributes of an emitted module, besides those of its class."""
 
 
 class Stage(StageModule):
@@ -568,14 +567,14 @@ class Stage(StageModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The inputs and outputs as nodes, which torch's own stage class asks for; what is between them is
-        not in it.
+        """The inputs and outputs as nodes, which torch's own stage class asks for. The ops between them are
+        left out.
         """
         return stage_graph(self.input_names, self.input_types, self.output_types)
 
     @property
     def holds_one_mode(self) -> bool:
-        """True when a switch of the whole stage to the other mode is refused."""
+        """True when switching the whole stage to the other mode is refused."""
         return any(
             part._branch for part in self.modules() if isinstance(part, StageModule)
         )
@@ -613,7 +612,7 @@ def find(stage: Stage, name: str) -> torch.Tensor | None:
 
 
 def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
-    """`stage` holds `tensor` under `name`, in the place of what it held there."""
+    """`stage` holds `tensor` under `name`, in place of the tensor that it held there."""
     owner, last = _owner(stage, name)
     if not isinstance(owner, StageModule):
         setattr(owner, last, tensor)  # a module of the user's may do more than keep it
@@ -637,6 +636,6 @@ def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
 
 
 def _places(module: nn.Module) -> tuple[Any, ...]:
-    """Where a module keeps tensors by name."""
+    """The dicts in which a module keeps tensors by name."""
     constants = module._constants if isinstance(module, StageModule) else {}
     return module._parameters, module._buffers, constants, module.__dict__

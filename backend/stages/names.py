@@ -21,7 +21,7 @@ from stagecut.ir.errors import StagecutError, UnknownNameError
 
 
 class Everywhere(MutableMapping[str, Any]):
-    """What several modules have by name. What is put in is put into each module that has the name.
+    """A dict of several modules as one. An item that is put in is put into each module that has the name.
 
     kind: `_parameters`, `_buffers` or `_modules`.
     """
@@ -74,7 +74,7 @@ KINDS = ("_parameters", "_buffers", "_modules")
 
 
 class Parts(nn.Module):
-    """A module of which each of several modules has a part. What is switched and loaded are the parts."""
+    """A module of which each of several modules has a part. Switching and loading act on the parts."""
 
     _parts: Sequence[nn.Module]
 
@@ -95,7 +95,9 @@ class Parts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """What a module around this one calls. What none of the parts expects is unexpected."""
+        """torch calls this on a module inside another one. A key is unexpected if none of the parts expects
+        it.
+        """
         missing: list[str] = []
         odd: list[list[str]] = [[] for _ in self._parts]
         for part, names in zip(self._parts, odd, strict=True):
@@ -109,7 +111,7 @@ class Parts(nn.Module):
 
 
 class Joined(Parts):
-    """A module of the model of which several stages have a part. What runs are the parts."""
+    """A module of the model of which several stages have a part. The parts run; this module does not."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class Joined(Parts):
 
 
 def joined(parts: Sequence[nn.Module]) -> nn.Module:
-    """The one module that is there, or the parts of it in several stages as one."""
+    """The one module that is there, or its parts in several stages as one module."""
     distinct = list(dict.fromkeys(parts))
     return distinct[0] if len(distinct) == 1 else Joined(distinct)
 
@@ -141,15 +143,15 @@ def joined(parts: Sequence[nn.Module]) -> nn.Module:
 class Named(Parts):
     """A module made of stages that has the module tree and the names of the model.
 
-    Where a name of the model is also one of ours, such as `stages`, the attribute is ours; what takes a name
-    finds the model's.
+    Where a name of the model is also one of ours, such as `stages`, the attribute is ours; a method that
+    takes a name finds the model's.
     """
 
     _stages: list[Stage]
     _names: dict[str, None]
 
     def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
-        """From here on its tree is that of these stages, and `names` are the model's, in its order."""
+        """From here on its tree is that of these stages, and `names` are the model's names, in its order."""
         self._stages, self._parts, self._names = stages, stages, dict.fromkeys(names)
         self.__dict__.update({kind: Everywhere(stages, kind) for kind in KINDS})
 
@@ -159,8 +161,8 @@ class Named(Parts):
         return self
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model: that of the one stage that has it, or the parts of it in several
-        as one.
+        """The module at a path of the model: from the one stage that has it, or its parts in several stages
+        as one module.
         """
         return submodule(self, target)
 
@@ -208,8 +210,8 @@ class Named(Parts):
         prefix: str,
         remove_duplicate: bool,
     ) -> Iterator[tuple[str, Any]]:
-        """Named tensors of all stages in the model's order; of a tied one the first name only, where
-        duplicates are removed.
+        """Named tensors of all stages in the model's order. With duplicates removed, a tied tensor has its
+        first name only.
         """
         found = {name: tensor for stream in streams for name, tensor in stream}
         seen: set[int] = set()

@@ -1,8 +1,8 @@
-"""What the trace says that the user's own code leaves alone, as far as other stages rely on it.
+"""Promises of the user's own code that other stages rely on: what, by the trace, it does not write or return.
 
-A module kept whole was seen to run once. In another call it may take another branch: write what it is given,
-or return a part of it. Who shares that memory in the same stage sees it, as in the model. Another stage has a
-copy and does not, so the stage has to notice.
+A module kept whole was seen to run once. In another call it may take another branch: it may write an
+argument, or return a part of it. A reader of that memory in the same stage sees this, as in the model.
+Another stage has a copy and does not see it, so the stage has to notice.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from stagecut.ir.types import TensorType
 
 @dataclass(frozen=True)
 class Promise:
-    """What a call must not write, and what it must not return a part of, by the names of the arguments.
+    """The arguments that a call must not write, and those of which it must not return a part, by name.
 
-    With each of the latter go the places, among the tensors returned, of those for which it matters.
+    Each of the latter stands with the places, among the returned tensors, of those that must share no memory
+    with it.
     """
 
     unwritten: dict[str, Value] = field(default_factory=dict)
@@ -35,14 +36,14 @@ NOTHING = Promise()
 
 
 class Promises:
-    """What the calls of the user's code in a program must not do."""
+    """Limits on what the calls of the user's code in a program may do."""
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
         self._program, self._bindings = program, bindings
 
     def of(self, op: Op) -> Promise:
-        """What `op`, a call of the user's code, must not do. Torch's own modules do in each call what they
-        did when they were looked at.
+        """The promise of `op`, a call of the user's code. Torch's own modules promise nothing: they do in
+        each call what they did in the trace.
         """
         path = module_path(op)
         owner = (
@@ -60,9 +61,8 @@ class Promises:
             if isinstance(value.type, TensorType)
         }
         root = self._memory.root
-        written = {
-            root(op.operands[place]) for place in op.effects.writes
-        }  # a write shows in all views of it
+        # a write shows in all views of it
+        written = {root(op.operands[place]) for place in op.effects.writes}
         unwritten = {
             name: value
             for name, value in given.items()
@@ -98,8 +98,8 @@ class Promises:
 
 
 def _arguments(op: Op, owner: Any) -> Iterator[tuple[str, Value]]:
-    """The values given to the user's code, and what to call them: as its signature does, else by place. Last,
-    what a module holds.
+    """The values given to the user's code with their names: from its signature, else by place. The values
+    that a module holds come last.
     """
     args, kwargs, state = op.args if module_path(op) else (op.args, op.kwargs, ())
     names = _parameters(owner)
@@ -121,7 +121,7 @@ def _arguments(op: Op, owner: Any) -> Iterator[tuple[str, Value]]:
 
 
 def _parameters(owner: Any) -> list[str]:
-    """The names of the parameters by place of the user's code, as far as it names them."""
+    """The names of the parameters of the user's code in order, as far as it names them."""
     try:
         parameters = inspect.signature(
             getattr(owner, "forward", owner)
@@ -147,7 +147,7 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
 
 
 class _Memory:
-    """Which values lie in one memory, which memory several stages have, and which is written."""
+    """Which values share memory, which stages have that memory, and whether it is written."""
 
     def __init__(self, program: Program) -> None:
         self._aliases = Aliases(program.all_ops(), program.state)
@@ -165,7 +165,7 @@ class _Memory:
                 self._use(value, stage.index + 1)
 
     def root(self, value: Value) -> Value:
-        """The first value in the memory of `value`. What a stage computes anew counts as what it is a copy
+        """The first value in the memory of `value`. A recomputed value counts as the value that it is a copy
         of.
         """
         root = self._aliases.root(value)
@@ -179,8 +179,8 @@ class _Memory:
         return len(self._stages.get(self.root(value), ())) > 1
 
     def must_not_meet(self, value: Value, other: Value) -> bool:
-        """True where it shows in another stage whether two values share memory: they do not in the trace, one
-        is written, one elsewhere.
+        """True where another stage would see that the two values share memory: they do not in the trace, one
+        of them is written, and one is in another stage too.
         """
         roots = {self.root(value), self.root(other)}
         return (
@@ -193,7 +193,7 @@ class _Memory:
         self._stages.setdefault(self.root(value), set()).add(stage)
 
     def _add(self, op: Op, stage: int) -> None:
-        own = set(state_of(op))  # of which only is known that it may be written
+        own = set(state_of(op))  # only known that it may be written
         written = (op.operands[place] for place in op.effects.writes)
         self._written.update(self.root(value) for value in written if value not in own)
         for value in (*op.operands, *op.results):

@@ -11,7 +11,7 @@ from stagecut.ir.graph import Stage as StageBlock
 
 
 def release_plan(program: Program) -> list[list[Value]]:
-    """Per stage, the values no later stage and no output needs: they are let go behind it."""
+    """Per stage, the values that no later stage and no output needs: they are released after it."""
     last: dict[Value, int] = {}
     for stage in program.stages:
         for value in [*stage.inputs, *stage.outputs]:
@@ -48,7 +48,7 @@ def run_stages(
 
 
 def results_of(result: Any, block: StageBlock) -> tuple[Any, ...]:
-    """What a stage returned, as a tuple: it returns a single output bare."""
+    """The result of a stage as a tuple: a single output is returned bare."""
     if not block.outputs:
         return ()
     return (result,) if len(block.outputs) == 1 else tuple(result)

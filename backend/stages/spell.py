@@ -1,8 +1,8 @@
 """How generated code spells the call of an op.
 
-`torch.ops.aten.add.Tensor(x, y)` turns its arguments over by the op's schema in every call; `torch.add(x,
-y)`, torch's own binding of the same op, does not, and takes a microsecond less. Between kernels of a GPU that
-is noticed.
+`torch.ops.aten.add.Tensor(x, y)` matches its arguments against the op's schema in every call. `torch.add(x,
+y)`, torch's own binding of the same op, does not, and takes a microsecond less. Between kernels on a GPU this
+is noticeable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from stagecut.ir.types import TensorType
 
 
 def callee(op: Op) -> str:
-    """What generated code calls for an op of torch. Raises EmitError for a name that may not be called."""
+    """The name under which generated code calls an op of torch. Raises EmitError for a name that may not be
+    called.
+    """
     resolve(op.target)
     binding = (
         facts(op).bindings.get(op.target.overload)
@@ -51,8 +53,8 @@ def _tensor_places(target: str) -> list[int]:
 
 
 def is_iteration(op: Op) -> bool:
-    """True when the results are what Python gets that iterates over the operand. Compilers fuse that better
-    than they do `unbind`.
+    """True when the results are what Python gets when it iterates over the operand. Compilers fuse iteration
+    better than `unbind`.
     """
     whole = op.form is None and not op.kwargs and op.args[1:] in ((), (0,))
     return (

@@ -1,4 +1,4 @@
-"""A model cut into stages, as the other parts of the backend take it: a program, and a module for each of its
+"""A model cut into stages, as the rest of the backend takes it: a program, and a module for each of its
 stages.
 """
 
@@ -28,8 +28,7 @@ class Staged(Named):
     """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
 
     `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe
-    is differentiable end to end. Its modules and tensors are under the model's names, those of all stages
-    together.
+    is differentiable end to end. The modules and tensors of all stages together are under the model's names.
     """
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
@@ -47,11 +46,11 @@ class Staged(Named):
         self.training = bindings.training.get("", True)
 
     has_loss_and_backward = False
-    """torch's, for it can put a backward into the graph; here autograd makes it."""
+    """torch's option to put a backward into the graph; here autograd makes the backward."""
 
     def train(self, mode: bool = True) -> Self:
         """The stages are in train mode, or with False, as after `eval()`, in eval mode: they do what the
-        model does there.
+        model does in that mode.
 
         `model.train()` and `model.eval()` do not reach them. Raises ModeError, and switches nothing, where
         the stages hold one mode only.
@@ -74,7 +73,7 @@ class Staged(Named):
         return self.stages[stage_idx]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Runs all stages in order on the model's own arguments; the flat tuple of output leaves.
+        """Runs all stages in order on the model's own arguments; returns the flat tuple of output leaves.
 
         Raises StagecutError where a stage is on the meta device and the arguments are not.
         """
@@ -117,7 +116,7 @@ class Staged(Named):
         return flat
 
     def __getstate__(self) -> dict[str, Any]:
-        """The program goes as text: its ops and values point at each other, deeper than a copy can
+        """The program is pickled as text: its ops and values point at each other, deeper than a copy can
         recurse.
         """
         state = self.__dict__.copy()

@@ -15,8 +15,8 @@ from stagecut.ir.run.bindings import EXTRA
 def held(
     program: Program, stages: Iterable[Stage], entry: StateEntry
 ) -> Iterator[torch.Tensor]:
-    """Every distinct tensor that `stages` hold for `entry`: replicas that became tensors of their own, or the
-    one they share.
+    """Every distinct tensor that `stages` hold for `entry`: the one they share, or replicas that became
+    separate tensors.
     """
     seen: set[int] = set()
     for stage in stages:
@@ -52,7 +52,7 @@ def persistent(entry: StateEntry) -> list[str]:
 
 
 def lost_hint(name: str, hint: str) -> str:
-    """What to do about a name that is in a stage's state dict and not in the program."""
+    """A hint for a name that is in a stage's state dict and not in the program."""
     return (
         "extra state is no tensor: torch.save pipe.state_dict() instead"
         if name.rpartition(".")[2] == EXTRA
@@ -61,6 +61,6 @@ def lost_hint(name: str, hint: str) -> str:
 
 
 def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:
-    """The state that those stages hold, each once, in the model's order."""
+    """The state that those stages hold, each entry once, in the model's order."""
     mine = set(indices)
     return [entry for entry in program.state if mine & set(entry.stages)]

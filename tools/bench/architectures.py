@@ -14,7 +14,9 @@ _BATCH, _LENGTH, _VOCABULARY = 2, 16, 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model factory, example keyword arguments, and the modules in front of which it is cut into four."""
+    """A model factory, example keyword arguments, and the modules in front of which the model is cut into
+    four.
+    """
 
     name: str
     make: Callable[[], nn.Module]

@@ -4,8 +4,8 @@ published sizes.
     python -m stagecut.tools.bench.balance --models "Llama 8B" --stages 4 8 16
 
 Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any
-cuts. All ways are
-judged by the same costs: a roofline of one device. Nothing is run; models are on the meta device.
+cuts. All ways are judged by the same costs: a roofline of one device. Nothing is run; models are on the meta
+device.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def ways(
 def _others(
     line: Line, layers: list[str], problem: Problem, count: int
 ) -> dict[str, list[int]]:
-    """The cuts of the other ways. Who balances costs or parameters has what lies before and behind the layers
-    as parts of its chain.
+    """The cuts of the other ways. The ways that balance costs or parameters count the parts before and after
+    the layers as parts of their chain.
     """
     chain = _chain(line.ops, layers)
     parts = [*itertools.pairwise(chain)]
@@ -96,8 +96,8 @@ def _begin(ops: list[Op], path: str) -> int:
 
 
 def _chain(ops: list[Op], layers: list[str]) -> list[int]:
-    """Where the parts of a model begin that others balance: what comes first, each layer, and what comes
-    behind the last one.
+    """The places where the parts of a model begin that others balance: the part before the layers, each
+    layer, and the part after the last one.
     """
     begins = [_begin(ops, path) for path in layers]
     last = max(i for i, op in enumerate(ops) if runs_in(op, layers[-1]))
@@ -115,7 +115,7 @@ def _parameters(line: Line, a: int, b: int) -> float:
 
 
 def _ends(lengths: list[int], places: list[int]) -> list[int]:
-    """The cuts that blocks of so many parts make, the first and the last place among them."""
+    """The cuts that blocks of so many parts make, including the first and the last place."""
     cuts, at = [places[0]], 0
     for length in lengths:
         at += length
@@ -124,8 +124,8 @@ def _ends(lengths: list[int], places: list[int]) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table. Exit status 1 when a cut of ours is more than one percent above what another way
-    found.
+    """Prints the table. Exit status 1 when a cut of ours is more than one percent above a cut of
+    another way.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -19,8 +19,8 @@ class Example(NamedTuple):
     """A model on the meta device, one micro-batch for it, and the paths of its layers in the order they run
     in.
 
-    The layers are those a person would count to cut the model by hand: blocks, without embeddings, stem and
-    head.
+    The layers are those that a person would count to cut the model by hand: blocks, without embeddings, stem
+    and head.
     """
 
     model: nn.Module
@@ -100,8 +100,8 @@ def _decoder(
 
 
 def _t5(width: int, inner: int, layers: int, heads: int) -> Example:
-    """Version 1.1, whose head is no copy of the embedding; transformers 5 ties the two whatever the config
-    says.
+    """Version 1.1, whose head is no copy of the embedding; transformers 5 ties the two even when the config
+    does not.
     """
     example = _hugging(
         "T5ForConditionalGeneration",
@@ -157,8 +157,8 @@ def _vit(width: int, layers: int, heads: int, patch: int) -> Example:
 
 
 def _swin(width: int, depths: Sequence[int], heads: Sequence[int]) -> Example:
-    """It was called once: the first call sets the shift of the last blocks, where one window is the whole
-    image, to 0 for good.
+    """The model was called once, because the first call sets the shift of the last blocks, where one window
+    is the whole image, to 0 for good.
     """
     example = _hugging(
         "SwinForImageClassification",
@@ -223,7 +223,7 @@ class UNet(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the size, half the channels, and what the level going down made."""
+    """Twice the size, half the channels, joined with the result of the level going down."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ from math import lcm
 
 
 def equal_counts(n: int, k: int) -> list[int]:
-    """As many layers in each block, up to one; the longer blocks come first. This is how tutorials cut a list
-    of layers by hand.
+    """The same number of layers in each block, up to one; the longer blocks come first. This is how tutorials
+    cut a list of layers by hand.
     """
     _check(n, k)
     return [n // k + (block < n % k) for block in range(k)]
@@ -39,8 +39,8 @@ def blockpartition(costs: Sequence[float], k: int) -> list[int]:
 
     I. Bárány and V. S. Grinberg, Block Partitions of Sequences, 2013: of any partition fix a largest block.
     The smallest block nearest to it takes one layer from its neighbour on that side, again and again, until
-    the fixed block has lost one; then fix a largest block anew. This starts from equal counts. A block that
-    is emptied is the next to take, so none stays empty.
+    the fixed block has lost one; then fix a largest block anew. This starts from equal counts. An emptied
+    block is the next to take, so none stays empty.
     """
     chain, lengths = _integers(costs), equal_counts(len(costs), k)
     sums = list(_sums(chain, lengths))
@@ -97,8 +97,8 @@ def _greedy(reached: Sequence[int], k: int, bottleneck: int) -> list[int]:
 
 
 def _fill(lengths: list[int]) -> list[int]:
-    """No block is empty: one that was took a layer from the nearest block of several, all between moved by
-    one.
+    """No block is empty: an empty one takes a layer from the nearest block of several, and all blocks between
+    them move by one.
 
     No sum is above both the largest sum before and the largest cost.
     """
@@ -124,7 +124,7 @@ def _sums(chain: Sequence[int], lengths: Sequence[int]) -> Iterator[int]:
 
 
 def _integers(costs: Sequence[float]) -> list[int]:
-    """Integers in exactly the ratios of the costs."""
+    """Integers in the exact ratios of the costs."""
     if any(cost < 0 for cost in costs):
         raise ValueError("a cost is negative")
     ratios = [cost.as_integer_ratio() for cost in costs]

@@ -1,9 +1,9 @@
 """`hf:NAME`: an architecture of transformers with random weights, from a small config or a given one, and
 inputs for it.
 
-Which sizes fit each other only a model's own code says. So there are a few rules for making a config small,
-from the smallest result to the largest, and a few shapes of inputs; what is taken are the first ones with
-which the model runs.
+Only a model's own code says which sizes fit each other. So there are a few rules for making a config small,
+from the smallest result to the largest, and a few shapes of inputs; the first ones with which the model runs
+are taken.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _SIZES = {
     8: "patch_size",
 }
 SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
-"""What a config has by these names is made so small."""
+"""Settings of a config by these names get these small values."""
 _LAYERS = re.compile(r"(num|n|encoder|decoder)(_\w+)?_layers?|depth")
 _NO_WIDTH = re.compile(
     r"token|image|patch|kernel|stride|window|index|position|length|mel|channels|bins|rate|theta|frames|vocab|label|heads"
 )
 _FOLLOWS = ("stage_names", "out_features", "out_indices", "id2label", "label2id")
-"""What follows from the rest."""
+"""Settings that follow from the others."""
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 _MOST = 100_000_000
-"""The most parameters of a model that is made to see whether it runs."""
+"""The most parameters of a model that is made to test whether it runs."""
 
 Rule = Callable[[str, Any], Any]
 """Name and value of a setting -> its small value."""
@@ -64,7 +64,7 @@ def _by_name(key: str, value: Any) -> Any:
 
 
 def _divided(factor: int) -> Rule:
-    """Few layers; every width is that part of what it was, so that what divided another one still does."""
+    """Few layers; every width is divided by `factor`, so that a divisor of another width still divides it."""
 
     def rule(key: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -115,9 +115,8 @@ def make(
 def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
     given = settings(options.config)
     _check_names(kind.config_class, given)
-    if (
-        "model_type" in given
-    ):  # a whole config, of any size: taken as it is, and not tried
+    # a whole config, of any size: taken as it is, and not tried
+    if "model_type" in given:
         model = _model(kind, _config(kind.config_class, given), options.meta)
         return model, next(_calls(model, options))
     why: Exception | None = None
@@ -146,9 +145,8 @@ def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
                 why = why or error
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever the code of a model raises about its config
+        except Exception as error:
+            # whatever the code of a model raises about its config
             why = why or error
     raise InputError(
         f"no small config of {kind.__name__} runs: {type(why).__name__}: {' '.join(str(why).split())[:200]}",
@@ -163,7 +161,9 @@ def _model(kind: Any, config: Any, meta: bool) -> Any:
 
 
 def _failure(model: Any, inputs: dict[str, Any]) -> Exception | None:
-    """What the model raises when it is called. On meta, what only values decide is no failure."""
+    """The error that the model raises when it is called. On meta, an operation that only values can decide is
+    no failure.
+    """
     try:
         with torch.no_grad(), torch.device(next(model.parameters()).device):
             model(
@@ -233,7 +233,7 @@ def _small(
     data: dict[str, Any], rule: Rule, aliases: dict[str, str], given: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings of a config and of its parts: as given, else made small. Lists with an item for each layer
-    have as many as there are layers now.
+    have as many items as there are layers now.
     """
     real = {name: alias for alias, name in aliases.items() if alias in SMALL}
     given = {aliases.get(key, key): item for key, item in given.items()}
@@ -252,12 +252,13 @@ def _small(
         if type(data[key]) is int and _LAYERS.fullmatch(real.get(key, str(key)))
     }
     for key, item in data.items():
+        # by the number of the layer
         if (
             isinstance(item, dict)
             and layers
             and item
             and all(str(place).isdigit() for place in item)
-        ):  # by the number of the layer
+        ):
             made[key] = {
                 place: made[key][place]
                 for place in item
@@ -285,8 +286,8 @@ def _parts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(data: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """Special tokens that lie outside of the small vocabulary are in it: the common ones at its beginning,
-    others at its end.
+    """Special tokens outside of the small vocabulary are moved into it: the common ones to its beginning,
+    others to its end.
     """
     far = [
         key
@@ -305,10 +306,10 @@ def _tokens(data: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
 
 def _calls(model: Any, options: Namespace) -> Iterator[dict[str, Any]]:
-    """Random inputs for what the model's forward asks for, in the shapes that it may mean, the likeliest ones
-    first.
+    """Random inputs for the arguments of the model's forward, in the shapes that each may have, the likeliest
+    ones first.
 
-    Raises InputError where that is not known.
+    Raises InputError where the arguments are not known.
     """
     taken, config = inspect.signature(model.forward).parameters, model.config
     needed = {
@@ -406,7 +407,7 @@ def _with_images(
     model: Any, inputs: dict[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The inputs with as many image tokens in front of each row of text as the model has features of its
-    image: it checks their number.
+    image, because the model checks their number.
     """
     token = getattr(model.config, "image_token_id", None)
     if token is None or not {"input_ids", "pixel_values"} <= inputs.keys():
@@ -451,9 +452,8 @@ def _first(config: Any, *names: str, default: int) -> int:
 def _tensor(name: str, shape: tuple[int, ...], config: Any) -> torch.Tensor:
     if name.endswith("input_ids"):
         most = _first(getattr(config, "text_config", config), "vocab_size", default=256)
-        return torch.randint(
-            3, max(4, most - most // 4), shape
-        )  # special tokens may stand at the end
+        # special tokens may stand at the end
+        return torch.randint(3, max(4, most - most // 4), shape)
     if name.endswith("mask"):
         return torch.ones(shape, dtype=torch.long)
     if name == "bbox":

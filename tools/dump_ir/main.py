@@ -68,13 +68,15 @@ def _failed(status: int, message: str) -> int:
 
 
 def _drop_output() -> None:
-    """What is still to be written goes nowhere, so that Python's own flush at the end does not fail again."""
+    """Output that is still unwritten is dropped, so that Python's own flush at the end does not fail
+    again.
+    """
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line may say."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="dump-ir",
         usage="dump-ir SOURCE [options]",
@@ -96,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    """A number of things, of which there must be one at least."""
+    """A number of things, at least one."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -104,7 +106,7 @@ def _positive(text: str) -> int:
 
 
 def _depth(text: str) -> int:
-    """How deep modules are opened, from 0 on."""
+    """The depth to which modules are opened, from 0 on."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(
@@ -114,7 +116,9 @@ def _depth(text: str) -> int:
 
 
 def _directory(text: str) -> Path:
-    """Where files go. An empty name, as of a variable that is not set, would be the working directory."""
+    """The folder for files. An empty name, as of a variable that is not set, would be the working
+    directory.
+    """
     if not text:
         raise argparse.ArgumentTypeError(
             "the name is empty; '.' is the working directory"
@@ -367,7 +371,7 @@ def _passes(options: argparse.Namespace, is_model: bool) -> list[Pass]:
 
 
 def _place(option: str, name: str, chosen: list[Pass]) -> int:
-    """Where a pass that an option names is in those that run."""
+    """The place, among the passes that run, of a pass that an option names."""
     ran = [step.name for step in chosen]
     if name not in ran:
         raise InputError(
@@ -378,7 +382,7 @@ def _place(option: str, name: str, chosen: list[Pass]) -> int:
 
 
 def _policy(options: argparse.Namespace) -> Any:
-    """What finds the cuts; it leaves its plan with the options, for the report."""
+    """The policy that finds the cuts; it leaves its plan with the options, for the report."""
     options.plan = None
     if options.stages is None:
         return None

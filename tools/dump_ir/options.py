@@ -1,4 +1,6 @@
-"""Which options of `dump-ir` go with which, and how its messages spell what functions call otherwise."""
+"""Rules for which options of `dump-ir` go together, and the option names in messages that name arguments of
+functions.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ LOOKS = (
 """Options that print something of their own; the program is then written only as a file."""
 
 WRITTEN = ("format", "report", "timeline", "only", "level", "depth")
-"""Options that say what is written at the end."""
+"""Options that choose what is written at the end."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """These options say nothing unless `holds`; `says` ends the sentence that begins with the option."""
+    """These options have no effect unless `holds`; `says` ends the sentence that begins with the option."""
 
     options: tuple[str, ...]
     says: str
@@ -149,12 +151,12 @@ RULES = (
         lambda o: o.level != "stages" or bool(o.only),
     ),
 )
-"""In this order; the first rule that is broken is told."""
+"""In this order; the first broken rule is reported."""
 
 
 def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
-    """The options that a command line names, those that say what holds anyway included; but text is what most
-    of them write.
+    """The options that a command line names, including those that state what holds anyway. `--format text` is
+    left out, because most options write text.
     """
     nothing = Namespace(**{action.dest: None for action in parser._actions})
     named = {
@@ -170,7 +172,7 @@ def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
 
 
 def misuse(options: Namespace) -> str | None:
-    """What is wrong with the options as a whole, None for nothing. `options.given` are those that were
+    """The first fault of the options as a whole, None for no fault. `options.given` are those that were
     named.
     """
     for rule in RULES:
@@ -189,7 +191,7 @@ _SPELLED = {
     r"; or give a Device\(\.\.\.\)": "",
     r"\bto_dot needs": "--format dot needs",
 }
-"""What a function's argument is on the command line."""
+"""Argument of a function -> its option on the command line."""
 
 
 def spelled(message: str) -> str:

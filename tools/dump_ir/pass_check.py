@@ -1,4 +1,4 @@
-"""Runs a program with the reference interpreter before and after each pass, and says which op computes
+"""Runs a program with the reference interpreter before and after each pass, and names the op that computes
 something else.
 """
 
@@ -30,8 +30,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Feed:
-    """What a program is run on: flat inputs, and what its names are bound to; `drawn` where nobody gave
-    them.
+    """The data that a program runs on: flat inputs, and the bindings of its names; `drawn` where they are
+    random.
     """
 
     inputs: Sequence[Any]
@@ -41,8 +41,8 @@ class Feed:
 
 @dataclass
 class Run:
-    """What one run left: results of every op, outputs, state by name and who wrote it, gradients of trained
-    state, the random state.
+    """The results of one run: results of every op, outputs, state by name and who wrote it, gradients of
+    trained state, the random state.
     """
 
     results: dict[Op, list[Any]] = field(default_factory=dict)
@@ -58,7 +58,9 @@ class Difference(StagecutError):
 
 
 def interpret(program: Program, feed: Feed) -> Run:
-    """One run of the reference interpreter, forward and backward. The global random state is as before."""
+    """One run of the reference interpreter, forward and backward. The global random state is the same as
+    before.
+    """
     names = program.name_owners().keys()
     if any(
         isinstance(item, torch.Tensor) and item.is_meta
@@ -100,8 +102,8 @@ def interpret(program: Program, feed: Feed) -> Run:
 def _gradients(
     outputs: list[Any], trained: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
-    """By name; none where the model cannot go backward, such as one that overwrites what its backward
-    needs.
+    """Gradients by name; none where the model cannot go backward, such as a model that overwrites what its
+    backward needs.
     """
     losses = [
         o.float().sum()
@@ -127,9 +129,7 @@ def _kept(item: Any) -> Any:
 
 
 def compare(program: Program, before: Run, after: Run) -> None:
-    """Raises Difference at the first op of `program`, output, state or gradient that is not what it was
-    before.
-    """
+    """Raises Difference at the first op of `program`, output, state or gradient that differs from before."""
     stages = {op: stage.index for stage in program.stages for op in stage.ops}
     for op, results in after.results.items():
         wanted = before.results.get(op)
@@ -175,7 +175,7 @@ def _where(op: Op, stages: dict[Op, int]) -> str:
 
 
 def _writers(program: Program) -> dict[str, Op]:
-    """State name -> the last op that writes it, through whatever versions and views."""
+    """State name -> the last op that writes it, through any versions and views."""
     names = {entry.value: entry.names for entry in program.state}
     return {
         name: op
@@ -213,7 +213,7 @@ def check_passes(
     feed: Feed,
     after: Callable[[PassRecord, Program], None],
 ) -> None:
-    """Runs passes as run_passes does, and the interpreter around each.
+    """Runs passes as run_passes does, with a run of the interpreter before and after each.
 
     Raises Difference at the first pass that changes what the program computes; its message names op, stage
     and source line.
@@ -249,7 +249,7 @@ def check_passes(
 def random_feed(program: Program) -> Feed:
     """Random inputs and state for a program that was read as text. Sizes that vary become 3.
 
-    Raises InputError when a value is not a tensor or the text calls what text cannot hold.
+    Raises InputError when a value is not a tensor or the text calls something that text cannot hold.
     """
     generator = torch.Generator().manual_seed(SEED)
     bound = Bindings()

@@ -1,4 +1,4 @@
-"""One run of `dump-ir`: trace, run the passes, look at the program on the way, write what was asked for."""
+"""One run of `dump-ir`: trace, run the passes, show the program in between, write the requested output."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.report import Report
 
 MOST_DRAWN = 50_000
-"""Steps of a timeline that a browser still shows."""
+"""The number of timeline steps that a browser still shows."""
 
 MOST_RECKONED = 1_000_000
-"""Steps of a timeline that are reckoned within seconds."""
+"""The number of timeline steps that are computed within seconds."""
 
 
 @dataclass
 class Snapshot:
-    """The program behind a pass, or behind the tracer: its text, when it was asked for, and what is in it."""
+    """The program after a pass, or after the tracer: its text, when it was asked for, and its numbers."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ class Snapshot:
 
 
 class Session:
-    """What the command line asks for, done in order."""
+    """The requests of the command line, done in order."""
 
     def __init__(
         self, options: Namespace, passes: Callable[[bool], list[Pass]]
@@ -69,7 +69,7 @@ class Session:
         self._history: list[Snapshot] = []
 
     def run(self) -> None:
-        """Everything is written. Raises StagecutError for what cannot be."""
+        """Everything is written. Raises StagecutError when something cannot be written."""
         with Steps() as self._steps:
             start = time.perf_counter()
             source = self._steps.do("trace", lambda: load(self._options))
@@ -96,7 +96,7 @@ class Session:
             self._show(program)
 
     def _note(self, notes: Sequence[str]) -> None:
-        """What tracing had to say; `--leaf` is the way to say the same beforehand."""
+        """A note of tracing; `--leaf` is the way to make the same choice beforehand."""
         for note in notes:
             self._steps.say(f"dump-ir: note: {spelled(note)}")
         if any("kept whole" in note for note in notes):
@@ -312,9 +312,8 @@ class Session:
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        graph = (
-            to_svg(program) if find_renderer() else None
-        )  # the page draws stages by itself then
+        # without a picture the page draws the stages itself
+        graph = to_svg(program) if find_renderer() else None
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name
         )

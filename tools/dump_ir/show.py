@@ -1,4 +1,4 @@
-"""What `dump-ir` writes with: tables, diffs, files that appear whole, and a bar for long steps."""
+"""The output of `dump-ir`: tables, diffs, files that appear whole, and a bar for long steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PLAIN = "\033[0m"
 
 @dataclass(frozen=True)
 class Stats:
-    """What is in a program: ops, values, state entries, stages, and what crosses between stages, in bytes for
-    one micro-batch.
+    """The contents of a program: ops, values, state entries, stages, and crossings between stages, in bytes
+    for one micro-batch.
     """
 
     HEAD: ClassVar[tuple[str, ...]] = (
@@ -44,7 +44,7 @@ class Stats:
     bytes: int
 
     def cells(self) -> tuple[str, ...]:
-        """The numbers as a row of a table has them."""
+        """The numbers as a row of a table."""
         return (
             str(self.ops),
             str(self.values),
@@ -56,7 +56,7 @@ class Stats:
 
 
 def stats_of(program: Program) -> Stats:
-    """The numbers of a program. Inputs, and what is recomputed, do not cross."""
+    """The numbers of a program. Inputs and recomputed values do not cross."""
     ops = list(program.all_ops())
     values = (
         len(program.inputs)
@@ -88,7 +88,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def times(steps: Sequence[tuple[str, float]]) -> str:
-    """A table of steps with their times and their parts of the whole."""
+    """A table of steps with their times and their shares of the whole."""
     whole = sum(seconds for _, seconds in steps) or 1.0
     rows = [
         (title, f"{1000 * seconds:.1f} ms", f"{100 * seconds / whole:.1f} %")
@@ -98,7 +98,7 @@ def times(steps: Sequence[tuple[str, float]]) -> str:
 
 
 def diff(old: str, new: str, before: str, after: str) -> str:
-    """What changed, as a unified diff of lines."""
+    """The changes, as a unified diff of lines."""
     lines = difflib.unified_diff(
         old.splitlines(), new.splitlines(), before, after, lineterm="", n=2
     )
@@ -106,8 +106,8 @@ def diff(old: str, new: str, before: str, after: str) -> str:
 
 
 def only(program: Program, specs: Sequence[str]) -> Callable[[Op], bool] | None:
-    """Which ops `--only` keeps: those that all of `specs` name; None for all. Raises InputError when that is
-    none.
+    """The ops that `--only` keeps: those that match all of `specs`; None for all ops. Raises InputError when
+    none matches.
     """
     if not specs:
         return None
@@ -122,7 +122,7 @@ def only(program: Program, specs: Sequence[str]) -> Callable[[Op], bool] | None:
 
 
 def _part(program: Program, spec: str) -> Callable[[Op], bool]:
-    """Which ops one `--only` names."""
+    """The ops that one `--only` names."""
     kind, _, name = spec.partition("=")
     if kind == "stage" and name.isdecimal():
         if int(name) >= len(program.stages):
@@ -168,7 +168,7 @@ class Writer:
                 ) from None
 
     def show(self, name: str, content: str) -> None:
-        """A program on the way."""
+        """Shows a program between passes."""
         if self._directory is None:
             sys.stdout.write(f"# {name.removesuffix('.ir')}\n{content}\n")
         else:
@@ -189,7 +189,9 @@ class Writer:
         )
 
     def final(self, name: str, content: str) -> None:
-        """The result. A file appears whole or not at all. Raises InputError when it cannot be written."""
+        """Writes the result. A file appears whole or not at all. Raises InputError when it cannot be
+        written.
+        """
         if self._directory is None:
             sys.stdout.write(content)
             return
@@ -210,7 +212,7 @@ def _painted(line: str) -> str:
 
 
 class Steps:
-    """A bar on a terminal that says which step runs; nothing where nobody looks."""
+    """A bar on a terminal that shows the step that runs; nothing where the output is no terminal."""
 
     def __enter__(self) -> Steps:
         self._bar: Any = None
@@ -244,20 +246,20 @@ class Steps:
             self._bar.stop()
 
     def do(self, step: str, action: Callable[[], Any]) -> Any:
-        """What `action` returns; meanwhile the bar shows its name."""
+        """The result of `action`; meanwhile the bar shows its name."""
         if self._bar is not None:
             self._bar.update(self._task, step=step)
         return action()
 
     def say(self, text: str) -> None:
-        """A text on standard error, above the bar."""
+        """Writes a text on standard error, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif sys.stderr is not None:
             print(text, file=sys.stderr)
 
     def expect(self, count: int) -> None:
-        """So many passes follow."""
+        """`count` passes follow."""
         if self._bar is not None:
             self._bar.update(self._task, total=count)
 

@@ -1,5 +1,5 @@
-"""What `dump-ir` shows: a model that a factory makes, an architecture of transformers, an exported program,
-or IR text.
+"""The sources that `dump-ir` shows: a model that a factory makes, an architecture of transformers, an
+exported program, or IR text.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from stagecut.ir.text.parser import parse
 
 @dataclass
 class Source:
-    """A program, and for a model what it is bound to, the flat inputs of the example call, and what tracing
-    had to say.
+    """A program, and for a model its bindings, the flat inputs of the example call, and the notes of
+    tracing.
     """
 
     program: Program
@@ -50,7 +50,7 @@ _FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for 
 
 
 def load(options: Namespace) -> Source:
-    """The source that the command line names. Raises InputError when there is no such thing, or it does not
+    """The source that the command line names. Raises InputError when there is no such source, or it does not
     work.
     """
     source: str = options.source
@@ -168,7 +168,9 @@ def _file_of(path: str) -> Path | None:
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
-    """Where a module is; the packages around it are imported. None where it is not, or one of them is not."""
+    """The spec of a module, after the packages around it are imported. None where one of them or the module
+    does not exist.
+    """
     try:
         return importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
@@ -208,11 +210,11 @@ def _factories_in(path: str, file: Path) -> str:
 
 
 MOST_NAMED = 8
-"""So many functions of a file, or files of a directory, are named at most."""
+"""At most so many functions of a file, or files of a directory, are named."""
 
 
 def _in_directory(path: Path) -> str:
-    """A hint with what can be shown of a directory."""
+    """A hint with the files of a directory that can be shown."""
     if path.suffix == ".pt2":
         return "torch.export.save writes one file"
     files = sorted(p for p in path.iterdir() if p.suffix in (".py", ".ir", ".pt2"))[
@@ -280,7 +282,7 @@ def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
 
 
 def _required(factory: Callable[[], Any]) -> list[str]:
-    """The parameters that a call must give; none where that is not known."""
+    """The parameters that a call must give; none where they are not known."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
@@ -293,7 +295,7 @@ def _required(factory: Callable[[], Any]) -> list[str]:
 
 
 def _definition(factory: Callable[[], Any]) -> str:
-    """file:line: source of a function or class, '' where that is not known."""
+    """file:line: source of a function or class, '' where it is not known."""
     try:
         lines, first = inspect.getsourcelines(inspect.unwrap(factory))
         return f"{inspect.getsourcefile(inspect.unwrap(factory))}:{first}: {lines[0].strip()}"
@@ -305,11 +307,12 @@ def _definition(factory: Callable[[], Any]) -> str:
 
 
 def _guard(action: Callable[[], Any], doing: str) -> Any:
-    """The result of the user's code; what it raises becomes an error that points at its line."""
+    """The result of the user's code. An error that it raises becomes one that points at the user's line."""
     try:
         with redirect_stdout(
             sys.stderr
-        ):  # what users' code prints is no part of what we show
+            # output of users' code is no part of our output
+        ):
             return action()
     except StagecutError:
         raise
@@ -336,7 +339,7 @@ _STANDARD = sysconfig.get_path("stdlib") + os.sep
 
 
 def _users_line(error: BaseException) -> str:
-    """The innermost line that is neither ours nor Python's, and rather not an installed package's; '' for
+    """The innermost line that is neither ours nor Python's, preferably not an installed package's; '' for
     none.
     """
     frames = [
@@ -358,7 +361,7 @@ def _is_installed(file: str) -> bool:
 
 
 def settings(given: list[str]) -> dict[str, Any]:
-    """What `--config` says: files of JSON, and KEY=VALUE, the later ones first."""
+    """The settings of `--config`: files of JSON, and KEY=VALUE, later ones override earlier ones."""
     found: dict[str, Any] = {}
     for item in given:
         key, equals, value = item.partition("=")
