@@ -19,6 +19,17 @@ def unwritten(value: Value) -> Value:
     return value
 
 
+def first_versions(ops: Iterable[Op]) -> dict[Value, Value]:
+    """Version -> the value that it is a version of, as `unwritten` gives it, for all versions that `ops`
+    make. One pass, however often a value is written.
+    """
+    first: dict[Value, Value] = {}
+    for op in ops:
+        for old, new in op.versions.items():
+            first[new] = first.get(old, old)
+    return first
+
+
 def viewed_value(value: Value) -> Value | None:
     """The value that `value` was made a view of; None when it is no view."""
     op = value.owner
@@ -90,8 +101,12 @@ class Aliases:
             if viewed is not None and shares:
                 self._roots.setdefault(result, root(op.operands[viewed]))
         for old, new in op.versions.items():
-            self._roots.setdefault(new, root(old))
+            self.add_version(old, new)
         self.writes += [(op, root(op.operands[place])) for place in op.effects.writes]
+
+    def add_version(self, old: Value, new: Value) -> None:
+        """`new`, a version of `old`, has the root of `old`, unless it is a root by itself."""
+        self._roots.setdefault(new, self.root(old))
 
     def root(self, value: Value) -> Value:
         """The first value in the storage of `value`."""

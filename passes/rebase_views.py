@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from stagecut.ir.aliases import Aliases, is_what_it_wrote, unwritten, viewed_value
+from stagecut.ir.aliases import Aliases, first_versions, is_what_it_wrote, viewed_value
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import Op, Program, Stage, Value
 from stagecut.ir.ops import facts
@@ -53,6 +53,7 @@ class _Stages:
         self._stage_of: dict[Op, int] = {
             op: stage.index for stage in program.stages for op in stage.ops
         }
+        self._first = first_versions(program.all_ops())
         self._ops = program.all_ops
 
     def rebase(self, stage: Stage) -> bool:
@@ -113,14 +114,18 @@ class _Stages:
             value = base
         return value
 
+    def _member(self, value: Value) -> Value:
+        """The value that `value` was a version of before this pass; `value` itself if it is none."""
+        return self._first.get(value, value)
+
     def _steps(self, value: Value) -> tuple[Value, list[tuple[Op, int]]]:
         """The root of a value's storage, and the view ops that lead from it to the value, last first."""
         steps: list[tuple[Op, int]] = []
-        member = unwritten(value)
+        member = self._member(value)
         while (base := viewed_value(member)) is not None:
             if isinstance(member.owner, Op) and not is_what_it_wrote(member):
                 steps.append((member.owner, member.index))
-            member = unwritten(base)
+            member = self._member(base)
         return member, steps
 
     def _derive(
@@ -231,7 +236,7 @@ class _Stages:
                     for view, path in paths.items()
                 )
             ):
-                found.append((len(steps), unwritten(value) is not root, value))
+                found.append((len(steps), self._member(value) is not root, value))
         return min(found, key=lambda item: item[:2])[2] if found else None
 
     def _twin(
@@ -266,7 +271,7 @@ class _Stages:
             now |= {
                 operand: anew[member]
                 for operand in view.operands
-                if (member := unwritten(operand)) in anew
+                if (member := self._member(operand)) in anew
             }
             if viewed is not None:
                 now[view.operands[viewed]] = base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.aliases import Aliases, is_what_it_wrote, unwritten, viewed_value
+from stagecut.ir.aliases import Aliases, is_what_it_wrote, viewed_value
 from stagecut.ir.graph import Op, Program, StateEntry, Value
 from stagecut.ir.outline import positions
 
@@ -46,12 +46,9 @@ class _Classes:
             self._join(entry.value)
 
     def _join(self, value: Value) -> None:
-        root = self._root(value)
+        root = self._aliases.root(value)
         self._members.setdefault(root, []).append(value)
         self._anchor.setdefault(root, root)
-
-    def _root(self, value: Value) -> Value:
-        return self._aliases.root(unwritten(value))
 
     def rename_operands(self, op: Op) -> None:
         for value in dict.fromkeys(op.operands):
@@ -61,7 +58,7 @@ class _Classes:
     def add_results(self, op: Op) -> None:
         for result in op.results:
             if (base := viewed_value(result)) is not None:
-                if self._root(base) not in self._members:
+                if self._aliases.root(base) not in self._members:
                     self._join(base)
                 self._join(result)
         self._move_anchors(op)
@@ -71,8 +68,8 @@ class _Classes:
         here on.
         """
         for result in op.results:
-            if is_what_it_wrote(result) and self._root(result) in self._lost:
-                self._anchor[self._root(result)] = result
+            if is_what_it_wrote(result) and self._aliases.root(result) in self._lost:
+                self._anchor[self._aliases.root(result)] = result
         self._lost = set()
 
     def write(self, op: Op, index: int) -> None:
@@ -81,10 +78,10 @@ class _Classes:
         """
         written = [op.operands[position] for position in op.effects.writes]
         for value in written:
-            if self._root(value) not in self._members:
+            if self._aliases.root(value) not in self._members:
                 self._join(value)
         rank = {value: place for place, value in enumerate(dict.fromkeys(written))}
-        roots = dict.fromkeys(map(self._root, written))
+        roots = dict.fromkeys(map(self._aliases.root, written))
         members = [
             member
             for root in roots
@@ -123,6 +120,6 @@ class _Classes:
 
     def _renew(self, op: Op, member: Value) -> None:
         number = self._count[member] = self._count.get(member, 0) + 1
-        self._current[member] = op.add_version(
-            self._now(member), f"{member.hint}.{number}"
-        )
+        now = self._now(member)
+        new = self._current[member] = op.add_version(now, f"{member.hint}.{number}")
+        self._aliases.add_version(now, new)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import FrozenInstanceError, is_dataclass
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from stagecut.ir.errors import PassError
+from stagecut.ir.text.parser import parse
 from stagecut.passes import pipeline
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import NAMES, ORDER, PASSES, default_pipeline, pass_by_name
@@ -76,3 +80,33 @@ def test_unknown_option_is_refused() -> None:
     assert caught.value.hint == "did you mean 'at'?"
     with pytest.raises(PassError, match="has no option 'at'"):
         pass_by_name("route", {"at": ()})
+
+
+def test_the_work_of_every_pass_grows_as_the_program_does() -> None:
+    """Lines that run, for some writes into one tensor and twice as many."""
+    counts = [_lines_that_run(writes) for writes in (100, 200)]
+    assert {name for name, lines in counts[1].items() if lines > 2.2 * counts[0][name] + 100} == set()
+
+
+def _lines_that_run(writes: int) -> dict[str, int]:
+    lines = [" %y = aten.mul.Tensor(%x, 2) : f32[4,4]", " %row = aten.select.int(%y, 0, 0) : f32[4] view(%y)"]
+    lines += [f" %a{i} = aten.add_.Tensor(%row, 1) : f32[4] view(%row) writes(%row)" for i in range(writes)]
+    lines[2 + writes // 2 : 2 + writes // 2] = [" split"]
+    lines += [" %z = aten.neg.default(%y) : f32[4,4]", " output (%z,)"]
+    program = parse("\n".join(["program @P phase=traced {", " input %x : f32[4,4]", *lines, "}"]))
+    counts: dict[str, int] = {}
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        counts[step.name] += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    for step in default_pipeline():
+        counts[step.name] = 0
+        sys.settrace(trace)
+        try:
+            step.run(program)
+        finally:
+            sys.settrace(before)
+    assert len(program.stages) == 2
+    return counts
