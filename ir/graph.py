@@ -78,7 +78,8 @@ _HEADS = {
     "extern": Kind.EXTERN,
     "stagecut": Kind.OWN,
 }
-_target = cache(Target)
+target_of = cache(Target)
+"""The target of a text, parsed once."""
 
 
 class Loc(NamedTuple):
@@ -255,7 +256,7 @@ class Op:
         form: Any = None,
         regions: tuple[Region, ...] = (),
     ) -> None:
-        self.target = _target(target)
+        self.target = target_of(target)
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.operands: list[Value] = []

@@ -256,7 +256,7 @@ def flag_position(target: Target) -> int | None:
     and for other spellings.
     """
     return (
-        FACTS.get(target.name, NOTHING).training.get(target.overload)
+        facts_of(target.name).training.get(target.overload)
         if target.kind is Kind.ATEN
         else None
     )

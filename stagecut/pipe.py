@@ -26,6 +26,7 @@ from stagecut.check import (
     is_real,
 )
 from stagecut.frontend.capture.capture import capture
+from stagecut.frontend.capture.eager import EagerPath
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
@@ -273,16 +274,15 @@ def _lowered(
             f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}"
         )
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
-    exported, leaves, eager = capture(
-        module, args, kwargs, dynamic_shapes, leaf_modules
+    eager = EagerPath(module)
+    exported, leaves = capture(
+        module, args, kwargs, dynamic_shapes, leaf_modules, eager
     )
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
-        other, kept, _ = capture(
-            module, args, kwargs, dynamic_shapes, leaves.paths, eager
-        )
+        other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths, eager)
         if more := [path for path in kept.paths if path not in leaves.paths]:
             raise CaptureError(
                 f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']",

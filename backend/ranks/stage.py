@@ -313,9 +313,9 @@ def _is_plain(module: torch.nn.Module) -> bool:
     )
 
 
-class _LiveStage(BuiltStage):
-    """For torch up to 2.12, whose backward for the inputs treats every output as one that carries
-    gradient.
+class _EarlierStage(BuiltStage):
+    """For torch up to 2.12. Its backward for the inputs treats every output as one that carries gradient. It
+    sends a gradient for every value that it received, and refuses where there is none.
     """
 
     def backward_maybe_with_nosync(
@@ -347,12 +347,6 @@ class _LiveStage(BuiltStage):
         by_input = dict(zip(map(id, wanted), found, strict=True))
         return tuple(by_input.get(id(t)) for t in inputs), groups
 
-
-class _FillingStage(_LiveStage):
-    """For torch 2.12, which sends a gradient for every value that it received, and refuses where there is
-    none.
-    """
-
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
             self.grad_send_info = [
@@ -365,7 +359,7 @@ class _FillingStage(_LiveStage):
         return super().get_bwd_send_ops(bwd_chunk_id)
 
 
-class _StaticStage(_LiveStage):
+class _StaticStage(_EarlierStage):
     """For torch 2.11: gradients flow for the ports that carry one, and for no other."""
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
@@ -426,13 +420,9 @@ class _StaticStage(_LiveStage):
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_first:
-            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=False)
-            self.grad_send_info = [
-                self.stage_index - 1 for p in self.received if p.grad
-            ]
-            self.bwd_cache[bwd_chunk_id] = tuple(
-                self._sent(p, grad) for p, grad in grads if p.grad
-            )
+            # gradients of received values come first, then those of the stage's own arguments
+            grads = self.bwd_cache[bwd_chunk_id]
+            self.bwd_cache[bwd_chunk_id] = grads[: len(self.received)]
         return super().get_bwd_send_ops(bwd_chunk_id)
 
 
@@ -441,7 +431,7 @@ _STAGE = (
     if _STATIC_GRADS
     else BuiltStage
     if hasattr(PipelineStage, "_get_grad_send_meta")
-    else _FillingStage
+    else _EarlierStage
 )
 
 

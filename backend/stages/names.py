@@ -147,16 +147,16 @@ class Named(Parts):
     takes a name finds the model's.
     """
 
-    _stages: list[Stage]
+    _parts: Sequence[Stage]
     _names: dict[str, None]
 
     def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
         """From here on its tree is that of these stages, and `names` are the model's names, in its order."""
-        self._stages, self._parts, self._names = stages, stages, dict.fromkeys(names)
+        self._parts, self._names = stages, dict.fromkeys(names)
         self.__dict__.update({kind: Everywhere(stages, kind) for kind in KINDS})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for stage in self._stages:
+        for stage in self._parts:
             stage._apply(fn, recurse)
         return self
 
@@ -189,7 +189,7 @@ class Named(Parts):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters under the model's names."""
         yield from self._named(
-            (stage.named_parameters("", recurse, False) for stage in self._stages),
+            (stage.named_parameters("", recurse, False) for stage in self._parts),
             prefix,
             remove_duplicate,
         )
@@ -199,7 +199,7 @@ class Named(Parts):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's buffers under the model's names."""
         yield from self._named(
-            (stage.named_buffers("", recurse, False) for stage in self._stages),
+            (stage.named_buffers("", recurse, False) for stage in self._parts),
             prefix,
             remove_duplicate,
         )
@@ -226,7 +226,7 @@ class Named(Parts):
     ) -> dict[str, Any]:
         """The model's state dict: the same names in the same order."""
         merged: dict[str, Any] = {}
-        for stage in self._stages:
+        for stage in self._parts:
             merged |= stage.state_dict(prefix=prefix, keep_vars=keep_vars)
         names = [prefix + stored(name) for name in self._names]
         ordered = {name: merged.pop(name) for name in names if name in merged} | merged
@@ -247,7 +247,7 @@ class Named(Parts):
                 f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys "
                 f"{unexpected}"
             )
-        for stage in self._stages:
+        for stage in self._parts:
             names = stage.state_dict()
             stage.load_state_dict(
                 {n: t for n, t in state_dict.items() if n in names},

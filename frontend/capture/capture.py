@@ -41,9 +41,11 @@ def capture(
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
-) -> tuple[ExportedProgram, Leaves, EagerPath]:
-    """The exported program of `module` on the example inputs, the modules that are kept whole, and the paths
-    that code takes where it asks if it is traced.
+) -> tuple[ExportedProgram, Leaves]:
+    """The exported program of `module` on the example inputs, and the modules that are kept whole.
+
+    `eager` has the paths that code takes where it asks if it is traced. Two captures that share it take the
+    same ones.
 
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
@@ -67,7 +69,7 @@ def capture(
                 ) and plain(call.out_flat):
                     raise refusal  # a branch on a number it returns, and not on a size
             leaves.remarks += eager.notes
-            return exported, leaves, eager
+            return exported, leaves
         except StagecutError as error:
             if eager.fall_back_everywhere(f"{error.what} at {error.where}"):
                 continue

@@ -8,7 +8,7 @@ it draws random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -188,6 +188,23 @@ def in_other_mode(
         wrote,
         watch.drew,
         tuple(homes.get(home_of(item)) for item in tensors_in(returned)),
+    )
+
+
+def in_either_mode(
+    views: Sequence[int | None],
+    homes: Sequence[int | None],
+    given: Sequence[int | None],
+) -> tuple[int | None, ...]:
+    """For each result, the place of the argument whose memory it shares. That is the place in `views`, else
+    the place of the memory in `homes`, in which the result lies in the other mode. `given` has the memory of
+    each argument.
+    """
+    return tuple(
+        given.index(home)
+        if viewed is None and home is not None and home in given
+        else viewed
+        for viewed, home in zip_longest(views, homes[: len(views)])
     )
 
 
@@ -418,10 +435,7 @@ class Leaves:
                     for was, home in zip(wrote, own, strict=False)
                 ]
                 drew |= other.drew
-                views = tuple(
-                    own.index(h) if v is None and h in own else v
-                    for v, h in zip_longest(views, other.homes[: len(views)])
-                )
+                views = in_either_mode(views, other.homes, own)
             returned = [item for item in out_flat if _is_tensor(item)]
             for item, place in zip(returned, views, strict=True):
                 there = given[place] if place is not None and wrote[place] else None

@@ -18,7 +18,7 @@ from stagecut.frontend.lower.merge import Flags, Merge
 from stagecut.frontend.watch.watch import same_constant
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, InputError, SplitError
-from stagecut.ir.graph import Kind, Namer, Op, Program, Target, scope_fqn
+from stagecut.ir.graph import Kind, Namer, Op, Program, scope_fqn, target_of
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.targets import resolve
 from stagecut.ir.text.printer import nested_ops
@@ -149,7 +149,7 @@ def _with_our_names(
         for name, function in others.functions.items()
     }
     for op in nested_ops(theirs.all_ops()):
-        op.target = Target(names.get(op.target, op.target))
+        op.target = target_of(names.get(op.target, op.target))
     return {names[name]: function for name, function in others.functions.items()}
 
 

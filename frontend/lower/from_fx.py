@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from stagecut.frontend.capture.whole import home_of
+from stagecut.frontend.capture.whole import home_of, in_either_mode
 from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
 from stagecut.frontend.lower.lower import (
     SWITCHES,
@@ -322,18 +322,12 @@ class _GraphLowering:
         """A result is also a view of the operand in whose memory it lies when the module is in the other
         mode.
         """
-        homes = [self._home(value) for value in op.operands]
-        other = [
-            homes.index(home) if home is not None and home in homes else None
-            for home in ran.views
-        ]
-        if len(other) == len(op.results) and any(place is not None for place in other):
-            views = op.effects.views or (None,) * len(op.results)
-            both = tuple(
-                place if viewed is None else viewed
-                for viewed, place in zip(views, other, strict=True)
-            )
-            op.effects = replace(op.effects, views=both)
+        if len(ran.views) != len(op.results):
+            return
+        views = op.effects.views or (None,) * len(op.results)
+        views = in_either_mode(views, ran.views, [*map(self._home, op.operands)])
+        if any(place is not None for place in views):
+            op.effects = replace(op.effects, views=views)
 
     def _home(self, value: Value) -> int | None:
         return self._homes.get(value)

@@ -52,10 +52,10 @@ from stagecut.ir.graph import (
     RegionRef,
     Scope,
     StateEntry,
-    Target,
     Value,
     leaves,
     scope_fqn,
+    target_of,
     transform,
 )
 from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
@@ -244,14 +244,14 @@ class Lowering:
         scope = self.scope(node)
         regions: list[Region] = []
         target: Any = node.target
-        called = Target(name)
+        called = target_of(name)
         if (view := out_of_place(called)) and _is_made(args[0]):
             target = (
                 resolve(view)
                 if called.kind is Kind.ATEN
                 else getattr(target, "__name__", target)
             )
-            called = Target(view)
+            called = target_of(view)
         args = transform(
             args,
             lambda a: (

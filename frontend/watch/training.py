@@ -63,16 +63,15 @@ def _flagged(home: Any) -> dict[Any, tuple[int, str]]:
     return found
 
 
-_FLAGGED = _flagged(F) | _flagged(torch)
+_PYTHONS, _BARE_ONES = _flagged(F), _flagged(torch)
+_FLAGGED = _PYTHONS | _BARE_ONES
 _DROPOUTS = {
     function
-    for function in _flagged(F)
+    for function in _PYTHONS
     if facts_of(function.__name__.rstrip(_DIMENSIONS)).off_is_operand
 }
 _BARE_DROPOUTS = {
-    function
-    for function in _flagged(torch)
-    if facts_of(function.__name__).returns_operand
+    function for function in _BARE_ONES if facts_of(function.__name__).returns_operand
 }
 # the signature of these functions, because Python cannot see it
 _BARE = inspect.signature(lambda input, p, train: None)

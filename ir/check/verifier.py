@@ -101,6 +101,11 @@ def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
     for value in op.reads:
         if value not in defined:
             yield "V1", f"{value!r} is read before it is defined in {_show(p, op)}"
+    yield from _in_itself(p, op, defined)
+
+
+def _in_itself(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
+    """What is wrong with an op wherever it stands. `defined` gains what it defines."""
     yield from _definitions(p, op, defined)
     yield from _effects(p, op)
     yield from _form(p, op)
@@ -210,16 +215,7 @@ def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
                     "V6",
                     f"region {region.name} reads {value!r} from outside in {_show(p, op)}",
                 )
-        yield from _definitions(p, op, inside)
-        yield from _effects(p, op)
-        yield from _form(p, op)
-        yield from _regions(p, op)
-        if op.target == BY_MODE and not _is_by_mode(op):
-            yield (
-                "V18",
-                "not a flag, two regions and their operands, or other results than they yield, in "
-                f"{_show(p, op)}",
-            )
+        yield from _in_itself(p, op, inside)
     if any(isinstance(item, RegionRef) for item in literals(region.output.args)):
         yield "V6", f"region {region.name} yields a region"
     for value in region.output.operands:

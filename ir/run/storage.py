@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from stagecut.ir.graph import Target
+from stagecut.ir.graph import target_of
 from stagecut.ir.ops import facts_of, flag_position
 from stagecut.ir.types import DTYPES
 
 
 def undeclared_writes(target: str, args: Sequence[Any]) -> list[Any]:
     """The running statistics that a norm in training updates, though its schema does not say so."""
-    called = Target(target)
+    called = target_of(target)
     places, position = facts_of(called.name).statistics, flag_position(called)
     if (
         not places

@@ -77,7 +77,7 @@ def _row(
     gc.collect()
     start_memory = _resident()
     start = time.perf_counter()
-    exported, *_ = capture(model, (), kwargs)
+    exported, _ = capture(model, (), kwargs)
     traced = time.perf_counter() - start
     gc.collect()
     trace_memory = _resident() - start_memory
