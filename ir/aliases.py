@@ -35,8 +35,7 @@ def viewed_value(value: Value) -> Value | None:
     op = value.owner
     if not isinstance(op, Op) or value.version_of is not None:
         return None
-    viewed = op.effects.viewed(value.index)
-    return None if viewed is None else op.operands[viewed]
+    return op.effects.viewed(value.index)
 
 
 def storage_root(value: Value) -> Value:
@@ -52,11 +51,7 @@ def is_what_it_wrote(value: Value) -> bool:
     kept whole may return any view of it.
     """
     op, viewed = value.owner, viewed_value(value)
-    if (
-        not isinstance(op, Op)
-        or viewed is None
-        or op.effects.viewed(value.index) not in op.effects.writes
-    ):
+    if not isinstance(op, Op) or viewed is None or viewed not in op.effects.writes:
         return False
     return not (op.is_users or op.regions) or same_layout(value.type, viewed.type)
 
@@ -99,10 +94,10 @@ class Aliases:
         root = self.root
         for result, viewed in zip(op.results, op.effects.views, strict=False):
             if viewed is not None and shares:
-                self._roots.setdefault(result, root(op.operands[viewed]))
+                self._roots.setdefault(result, root(viewed))
         for old, new in op.versions.items():
             self.add_version(old, new)
-        self.writes += [(op, root(op.operands[place])) for place in op.effects.writes]
+        self.writes += [(op, root(value)) for value in op.effects.writes]
 
     def add_version(self, old: Value, new: Value) -> None:
         """`new`, a version of `old`, has the root of `old`, unless it is a root by itself."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple
@@ -157,25 +157,15 @@ WHOLE = ("checkpoint", "transform")
 CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast", *WHOLE)
 
 
-@dataclass(frozen=True, slots=True)
-class Effects:
-    """The effects of an op besides computing its results.
+class Place(NamedTuple):
+    """Where an op stands in the model: in which module calls, under which contexts, at which source line."""
 
-    writes: operand positions it mutates. views: per result, the operand it shares storage with, or None.
-    random: it draws random numbers. effect: it must run even when nothing uses its results.
-    """
-
-    writes: tuple[int, ...] = ()
-    views: tuple[int | None, ...] = ()
-    random: bool = False
-    effect: bool = False
-
-    def viewed(self, result: int) -> int | None:
-        """The position of the operand that a result shares storage with; None when there is none."""
-        return self.views[result] if self.views else None
+    scope: Scope = ()
+    context: tuple[Context, ...] = ()
+    loc: Loc | None = None
 
 
-PURE = Effects()
+NOWHERE = Place()
 
 
 class Value:
@@ -219,26 +209,84 @@ class Value:
                 op.replace_operand(old, into)
 
 
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """The effects of an op besides computing its results.
+
+    writes: the operands that it mutates. views: per result, the operand that it shares storage with, or None.
+    random: it draws random numbers. effect: it must run even when nothing uses its results.
+    """
+
+    writes: tuple[Value, ...] = ()
+    views: tuple[Value | None, ...] = ()
+    random: bool = False
+    effect: bool = False
+
+    def viewed(self, result: int) -> Value | None:
+        """The operand that a result shares storage with; None when there is none."""
+        return self.views[result] if self.views else None
+
+    def substitute(self, swap: dict[Value, Value]) -> Effects:
+        """The same effects on other operands: each value for which `swap` has a new one is replaced."""
+        if not self.writes and not self.views:
+            return self
+        writes = tuple(dict.fromkeys(swap.get(value, value) for value in self.writes))
+        views = tuple(
+            None if value is None else swap.get(value, value) for value in self.views
+        )
+        return replace(self, writes=writes, views=views)
+
+
+PURE = Effects()
+
+
+@dataclass(frozen=True, slots=True)
+class ResultForm:
+    """How the results of an op stand in what its target returns.
+
+    tree: nested tuples, lists and dicts with the number of a result at each leaf. A call of the user's code
+    may return tensors in any structure: it has no tree, its results are the tensors in order of their
+    appearance, and `rest` holds their paths and the numbers and texts beside them, () for nothing but
+    tensors in a row.
+    """
+
+    tree: Any = None
+    rest: tuple[Any, ...] | None = None
+
+    def paths(self) -> Iterator[tuple[object, tuple[Any, ...]]]:
+        """Each leaf of the tree, the number of a result, with the keys that lead to it."""
+        yield from _paths(self.tree, ())
+
+
+def _paths(
+    tree: Any, path: tuple[Any, ...]
+) -> Iterator[tuple[object, tuple[Any, ...]]]:
+    if not isinstance(tree, (tuple, list, dict)):
+        yield tree, path
+        return
+    for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from _paths(part, (*path, key))
+
+
 class Op:
     """One operation: a target applied to nested operands, with flat results.
 
     `versions` maps each value this op writes (directly or through an alias) to its version afterwards;
-    `origin` is the op this one is a copy of. Operands change only through `set_operands` and
-    `replace_operand`, so use lists cannot go stale.
+    `origin` is the op this one is a copy of; `form` is None where the target returns its results as a flat
+    row. Operands change only through `set_operands`, `substitute` and `replace_operand`, so use lists cannot
+    go stale.
     """
 
     __slots__ = (
         "args",
-        "context",
         "effects",
         "form",
         "kwargs",
-        "loc",
         "operands",
         "origin",
+        "place",
         "regions",
         "results",
-        "scope",
         "target",
         "versions",
     )
@@ -250,11 +298,9 @@ class Op:
         kwargs: dict[str, Any] | None = None,
         *,
         effects: Effects = PURE,
-        scope: Scope = (),
-        context: tuple[Context, ...] = (),
-        loc: Loc | None = None,
-        form: Any = None,
-        regions: tuple[Region, ...] = (),
+        place: Place = NOWHERE,
+        form: ResultForm | None = None,
+        regions: tuple[Block, ...] = (),
     ) -> None:
         self.target = target_of(target)
         self.args: tuple[Any, ...] = ()
@@ -265,14 +311,27 @@ class Op:
         self.effects = effects
         self.versions: dict[Value, Value] = {}
         self.origin: Op | None = None
-        self.scope = scope
-        self.context = context
-        self.loc = loc
+        self.place = place
         self.regions = regions
         self.set_operands(args, kwargs or {})
 
     def __repr__(self) -> str:
         return f"<{self.target} -> {self.results}>"
+
+    @property
+    def scope(self) -> Scope:
+        """The module calls around the op, outermost first."""
+        return self.place.scope
+
+    @property
+    def context(self) -> tuple[Context, ...]:
+        """The contexts that the op runs under, outermost first."""
+        return self.place.context
+
+    @property
+    def loc(self) -> Loc | None:
+        """The user's source line."""
+        return self.place.loc
 
     def add_result(self, kind: Type, hint: str = "") -> Value:
         """A new result value, after those already there."""
@@ -304,7 +363,9 @@ class Op:
         yield from self.versions.values()
 
     def set_operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The op applies its target to `args` and `kwargs`; uses are updated."""
+        """The op applies its target to `args` and `kwargs`; uses are updated. The effects stay: operands
+        that they name must stay too.
+        """
         for value in self.reads:
             value.uses.pop(self, None)
         self.args, self.kwargs = args, kwargs
@@ -319,25 +380,25 @@ class Op:
             old.uses.pop(self, None)
             self.versions = {swap.get(k, k): v for k, v in self.versions.items()}
             self.versions[new].version_of = new
+        self.substitute(swap)
+
+    def substitute(self, swap: dict[Value, Value]) -> None:
+        """Every operand for which `swap` has a new value is replaced by it, in the effects too."""
+        self.effects = self.effects.substitute(swap)
         self.set_operands(substitute(self.args, swap), substitute(self.kwargs, swap))
 
     def copy(self, swap: dict[Value, Value]) -> Op:
         """A twin of this op that reads `swap[v]` in place of `v`, with results of its own and this op as its
-        origin.
+        origin. Raises StagecutError for an op that made versions: two ops cannot do one write.
         """
-        args, kwargs = (
-            (substitute(self.args, swap), substitute(self.kwargs, swap))
-            if swap
-            else (self.args, self.kwargs)
-        )
+        if self.versions:
+            raise StagecutError("an op that writes has no twin", where=self.where())
         twin = Op(
             self.target,
-            args,
-            kwargs,
-            effects=self.effects,
-            scope=self.scope,
-            context=self.context,
-            loc=self.loc,
+            substitute(self.args, swap) if swap else self.args,
+            substitute(self.kwargs, swap) if swap else self.kwargs,
+            effects=self.effects.substitute(swap),
+            place=self.place,
             form=self.form,
             regions=tuple(region.copy() for region in self.regions),
         )
@@ -348,6 +409,7 @@ class Op:
 
     def drop(self) -> None:
         """The op uses nothing any more. Its results must have no use left."""
+        self.effects = PURE
         self.set_operands((), {})
         for old in self.versions:
             old.uses.pop(self, None)
@@ -370,16 +432,10 @@ class Op:
 
     @property
     def returned(self) -> tuple[Any, ...] | None:
-        """For an op that returns tensors anywhere in a structure: the paths of the tensors in it, and its
-        numbers and texts, in order; () when it returns a flat row of tensors. None for other ops.
+        """For an op that returns tensors anywhere in a structure: the `rest` of its form. None for other
+        ops.
         """
-        if self.form == "tensors":
-            return ()
-        return (
-            self.form[1:]
-            if isinstance(self.form, tuple) and self.form[:1] == ("tensors",)
-            else None
-        )
+        return self.form.rest if self.form is not None else None
 
     @property
     def is_view(self) -> bool:
@@ -402,29 +458,52 @@ class Op:
         return ", ".join(parts)
 
 
-class Region:
-    """A closed block nested in an op, such as a branch of a conditional: it sees only its own parameters."""
+class Block:
+    """Values in, ops, values out: a program, a stage of it, a region of an op such as a branch.
 
-    __slots__ = ("name", "ops", "output", "params")
+    `output` is an op that reads the results, `outputs` the results themselves, a tree of values and literals.
+    """
 
     def __init__(
-        self, name: str, params: list[Value], ops: list[Op], output: Op
+        self,
+        name: str = "",
+        inputs: Iterable[Value] = (),
+        ops: Iterable[Op] = (),
+        outputs: Any = (),
     ) -> None:
-        self.name, self.params, self.ops, self.output = name, params, ops, output
+        self.name = name
+        self.inputs = list(inputs)
+        self.ops = list(ops)
+        self.output = Op("output", (outputs,))
 
-    def copy(self) -> Region:
-        """A twin of this region, with values of its own."""
-        swap = {param: Value(param.type, param.hint) for param in self.params}
+    @property
+    def outputs(self) -> Any:
+        """The values and literals that the block returns."""
+        return self.output.args[0]
+
+    def set_outputs(self, outputs: Any) -> None:
+        """The block returns `outputs`."""
+        self.output.set_operands((outputs,), {})
+
+    def copy(self) -> Block:
+        """A twin of this block, with values of its own."""
+        swap = {value: Value(value.type, value.hint) for value in self.inputs}
         ops: list[Op] = []
         for op in self.ops:
             twin = op.copy(swap)
             twin.origin = None
             ops.append(twin)
             swap |= zip(op.results, twin.results, strict=True)
-        params = [swap[param] for param in self.params]
-        return Region(
-            self.name, params, ops, Op("output", substitute(self.output.args, swap))
-        )
+        inputs = [swap[value] for value in self.inputs]
+        return Block(self.name, inputs, ops, substitute(self.outputs, swap))
+
+
+def nested_ops(ops: Iterable[Op]) -> Iterator[Op]:
+    """The ops, each followed by the ops of its regions."""
+    for op in ops:
+        yield op
+        for region in op.regions:
+            yield from nested_ops(region.ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,17 +549,16 @@ class StateEntry:
         return carries_grad(self.type)
 
 
-@dataclass(eq=False)
-class Stage:
-    """A block of ops with its inputs, its outputs and, for each state entry that it holds, the names it holds
-    it under.
+class Stage(Block):
+    """A block of ops with a number and, for each state entry that it holds, the names it holds it under.
+
+    Its inputs and outputs are values: what it receives, and what it passes on or returns.
     """
 
-    index: int
-    ops: list[Op] = field(default_factory=list)
-    inputs: list[Value] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
-    state: dict[StateEntry, tuple[str, ...]] = field(default_factory=dict)
+    def __init__(self, index: int, ops: Iterable[Op] = ()) -> None:
+        super().__init__(ops=ops, outputs=[])
+        self.index = index
+        self.state: dict[StateEntry, tuple[str, ...]] = {}
 
 
 SHARES = ("replicate", "feedback", "transmit")
@@ -518,22 +596,20 @@ class Transfer:
         return tuple(range(0 if self.source is None else self.source + 1, self.target))
 
 
-class Program:
-    """A model as the compiler sees it: inputs, state, ops (or stages of ops), outputs, and a phase.
+class Program(Block):
+    """A model as the compiler sees it: a block with state and a phase. From `partitioned` on its ops are in
+    its stages. Its outputs are a flat list of values and literals.
 
     output_names: for people, the place of each output in the model's result (`logits`, `hidden[1]`), where
     that is known. Like hints of values, they mean nothing; they are not in the text.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        super().__init__(name, outputs=[])
         self.phase = "traced"
-        self.inputs: list[Value] = []
         self.state: list[StateEntry] = []
-        self.ops: list[Op] = []
         self.stages: list[Stage] = []
         self.transfers: list[Transfer] = []
-        self.output = Op("output", ([],))
         self.output_names: tuple[str, ...] = ()
 
     def add_input(self, kind: Type, hint: str) -> Value:
@@ -548,15 +624,6 @@ class Program:
             yield from self.ops
         for stage in self.stages:
             yield from stage.ops
-
-    def set_outputs(self, outputs: list[Any]) -> None:
-        """The program returns `outputs`, a flat list of values and literals."""
-        self.output.set_operands((outputs,), {})
-
-    @property
-    def outputs(self) -> list[Any]:
-        """The flat list of returned values and literals."""
-        return list(self.output.args[0])
 
     def raise_phase(self, phase: str) -> None:
         """The program is in `phase`, which must not lie before the present one."""

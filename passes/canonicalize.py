@@ -38,8 +38,7 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
             for value, root in roots
         )
         keep = op.is_split or (not facts(op).guard and (op.has_effect or renews))
-        for index in op.effects.writes:
-            value = op.operands[index]
+        for value in op.effects.writes:
             behind.update((value, aliases.root(value)))
         if not keep and all(
             user in dead for value in op.definitions() for user in value.uses

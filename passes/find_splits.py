@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagecut.ir.errors import SplitError, nearest
-from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Program, Scope
+from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Place, Program, Scope
 from stagecut.ir.ops import module_path
 
 BEGINNING, END = "beginning", "end"
@@ -155,7 +155,8 @@ def _regions(op: Op) -> list[Context]:
 
 
 def _marker(neighbour: Op) -> Op:
-    return Op(SPLIT, loc=neighbour.loc, scope=neighbour.scope[:-1])
+    place = Place(neighbour.scope[:-1], loc=neighbour.loc)
+    return Op(SPLIT, place=place)
 
 
 def _prefixes(scope: Scope) -> list[str]:

@@ -56,7 +56,7 @@ class InferGradients:
         grads = [False] * len(op.results)
         for region in op.regions:
             changed |= _mark(
-                region.params, [carries_grad(value.type) for value in operands]
+                region.inputs, [carries_grad(value.type) for value in operands]
             )
             changed |= self._infer(region.ops)
             grads = [
@@ -82,7 +82,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     viewed = op.effects.viewed(index)
     if viewed is None:
         return grad
-    own = carries_grad(op.operands[viewed].type) and not facts(op).cuts_gradient
+    own = carries_grad(viewed.type) and not facts(op).cuts_gradient
     if viewed in op.effects.writes:
         return grad or own
     if op.is_users and grad:  # it may return something else in another call
@@ -90,12 +90,12 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     return own if _returns_operand(op, index, viewed) else grad and own
 
 
-def _returns_operand(op: Op, index: int, viewed: int) -> bool:
+def _returns_operand(op: Op, index: int, viewed: Value) -> bool:
     """True for a conversion that has nothing to convert: it returns its operand itself, with all its history.
     So does a module or a function of the user's that returns its operand.
     """
     return (op.is_users or facts(op).returns_operand) and same_layout(
-        op.results[index].type, op.operands[viewed].type
+        op.results[index].type, viewed.type
     )
 
 
@@ -106,7 +106,7 @@ def _carriers(op: Op) -> list[Value]:
     writes only statistics on the side. The user's code may write any tensor that it is given; a module's
     writes to its own state are statistics.
     """
-    written = [op.operands[place] for place in op.effects.writes]
+    written = list(op.effects.writes)
     if op.is_users:
         own = set(state_of(op))
         return [value for value in written if value not in own]

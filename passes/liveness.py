@@ -29,7 +29,7 @@ class Liveness:
             live = [v for v in where.live_ins(stage.ops) if v.owner not in stage.state]
             _send_parameters(program, live, order)
             stage.inputs = _in_order(live, order)
-            stage.outputs = where.live_outs(stage.ops)
+            stage.set_outputs(where.live_outs(stage.ops))
             order |= {
                 v: (stage.index, len(program.state) + place)
                 for place, v in enumerate(stage.outputs)
@@ -67,8 +67,9 @@ def _send_parameters(
     for value in live:
         if isinstance(value.owner, StateEntry) and value not in order:
             owner = program.stages[value.owner.stages[0]]
-            place = sum(isinstance(v.owner, StateEntry) for v in owner.outputs)
-            owner.outputs.insert(place, value)
+            sent = owner.outputs
+            place = sum(isinstance(v.owner, StateEntry) for v in sent)
+            owner.set_outputs([*sent[:place], value, *sent[place:]])
             order[value] = (owner.index, place)
 
 
@@ -80,4 +81,4 @@ def _returned_last(program: Program) -> None:
         for v in dict.fromkeys(program.output.operands)
         if v in own or v.owner in last.state
     ]
-    last.outputs = returned
+    last.set_outputs(returned)

@@ -74,7 +74,7 @@ class _Stages:
         reads. Only storage that `op` writes or renews, and in which these values must become one: they are
         two or more, or the root is an input or state.
         """
-        written = [*(op.operands[i] for i in op.effects.writes), *op.versions]
+        written = [*op.effects.writes, *op.versions]
         found: dict[Value, list[Value]] = {}
         for value in self._received(written, here):
             found.setdefault(self._steps(value)[0], []).append(value)
@@ -211,9 +211,8 @@ class _Stages:
 
     def _shows(self, op: Op, root: Value) -> bool:
         """True when what `op` writes is read later through another value in the storage of `root`."""
-        written = {op.operands[i] for i in op.effects.writes}
         return any(
-            new.uses and old not in written and self._steps(old)[0] is root
+            new.uses and old not in op.effects.writes and self._steps(old)[0] is root
             for old, new in op.versions.items()
         )
 
@@ -274,7 +273,7 @@ class _Stages:
                 if (member := self._member(operand)) in anew
             }
             if viewed is not None:
-                now[view.operands[viewed]] = base
+                now[viewed] = base
             twin = twins[view, base] = view.copy(now)
             self._stage_of[twin] = here
             self._home.update(dict.fromkeys(twin.results, here))

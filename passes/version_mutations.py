@@ -76,7 +76,7 @@ class _Classes:
         """Every value in the storage that `op` writes gets a new version if it is read later or is state. The
         values that `op` names come first.
         """
-        written = [op.operands[position] for position in op.effects.writes]
+        written = list(op.effects.writes)
         for value in written:
             if self._aliases.root(value) not in self._members:
                 self._join(value)

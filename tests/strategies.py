@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stagecut import pipe_split
-from stagecut.ir.graph import SPLIT, Context, Effects, Frame, Loc, Op, Program, Scope, StateEntry, Token, Value
+from stagecut.ir.graph import SPLIT, Context, Effects, Frame, Loc, Op, Place, Program, Scope, StateEntry, Token, Value
 from stagecut.ir.types import TensorType
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -145,7 +145,7 @@ class _ProgramBuilder:
                 self._op(step, scope, context)
 
     def _append(self, target: str, args: tuple[Any, ...], effects: Effects, where: tuple[Scope, tuple[Context, ...]], **kwargs: Any) -> Op:
-        op = Op(target, args, kwargs, effects=effects, scope=where[0], context=where[1], loc=Loc("/drawn/model.py", self._line))
+        op = Op(target, args, kwargs, effects=effects, place=Place(*where, Loc("/drawn/model.py", self._line)))
         self._program.ops.append(op)
         return op
 
@@ -181,18 +181,18 @@ class _ProgramBuilder:
     def _view(self, kind: str, a: Value, where: Any) -> None:
         shape = self._shapes[a]
         if shape != (4, 4):
-            self._result(self._append("aten.alias.default", (a,), Effects(views=(0,)), where), "alias", shape, self._roots[a])
+            self._result(self._append("aten.alias.default", (a,), Effects(views=(a,)), where), "alias", shape, self._roots[a])
         elif kind == "rows":
-            op = self._append("aten.unbind.int", (a,), Effects(views=(0,) * 4), where)
+            op = self._append("aten.unbind.int", (a,), Effects(views=(a,) * 4), where)
             for i in range(4):
                 self._result(op, f"row{i}", (4,), self._roots[a])
         elif kind == "halves":
-            op = self._append("aten.split.Tensor", (a, 2), Effects(views=(0, 0)), where)
+            op = self._append("aten.split.Tensor", (a, 2), Effects(views=(a, a)), where)
             self._result(op, "upper", (2, 4), self._roots[a])
             self._result(op, "lower", (2, 4), self._roots[a])
         else:
             target, *args = _VIEWS[kind]
-            op = self._append(str(target), (a, *args), Effects(views=(0,)), where)
+            op = self._append(str(target), (a, *args), Effects(views=(a,)), where)
             self._result(op, kind, {"top": (2, 4), "left": (4, 2)}.get(kind, shape), self._roots[a])
 
     def _write(self, kind: str, a: Value, b: int, where: Any) -> None:
@@ -201,7 +201,7 @@ class _ProgramBuilder:
         if kind == "write_state" and state:
             a, kind = state[b % len(state)], "add_"
         fits = [v for v in self._values if self._shapes[v] == self._shapes[a] and self._roots[v] != self._roots[a]]
-        effects = Effects(writes=(0,), views=(0,))
+        effects = Effects(writes=(a,), views=(a,))
         if kind not in _WRITES or not fits:
             op = self._append("aten.tanh_.default", (a,), effects, where)
         else:

@@ -114,4 +114,4 @@ def test_what_is_written_through_data_is_written() -> None:
 
     program = pipeline(Model(), (X,), leaf_modules=["clips"]).program
     (op,) = (op for op in program.all_ops() if op.target == "module.clips")
-    assert [op.operands[i].hint for i in op.effects.writes] == ["mul", "clips.weight"]
+    assert [value.hint for value in op.effects.writes] == ["mul", "clips.weight"]

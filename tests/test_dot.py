@@ -114,7 +114,7 @@ def test_user_text_stays_text(name: str, level: str, renderer: str) -> None:
     entry = next(e for e in program.state if e.name.startswith("we"))
     entry.names = (f"{name}.w",)
     for op in program.stages[3].ops:
-        op.scope = (op.scope[0]._replace(name=name), *op.scope[1:])
+        op.place = op.place._replace(scope=(op.scope[0]._replace(name=name), *op.scope[1:]))
     svg = to_svg(program, level=level, renderer=renderer)
     shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in name)
     texts = [t.replace("\xa0", " ").strip() for t in _texts(svg)]

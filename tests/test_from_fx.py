@@ -184,11 +184,13 @@ def test_effects_are_seen_by_running() -> None:
     program, _ = lower_graph_module(module, (X,), {})
     verify(program)
     norm = op_of(program, "module.norm")
-    written = {str(norm.operands[i].owner.name) for i in norm.effects.writes}  # type: ignore[union-attr]
+    written = {value.hint for value in norm.effects.writes}
     assert written == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert op_of(program, "module.drop").effects.random
-    assert op_of(program, "method.view").effects.views == (0,)
-    assert op_of(program, "method.mul_").effects.writes == (0,)
+    for name in ("method.view", "method.mul_"):
+        op = op_of(program, name)
+        assert op.effects.views == (op.operands[0],)
+    assert op_of(program, "method.mul_").effects.writes == op.effects.views
     assert not op_of(program, "method.clone").has_effect
     assert torch.equal(module.norm.running_mean, torch.zeros(4))  # type: ignore[union-attr, arg-type]
     check(module, X, stages=1)

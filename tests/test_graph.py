@@ -13,6 +13,7 @@ from stagecut.ir.graph import (
     Loc,
     Namer,
     Op,
+    Place,
     Program,
     StateEntry,
     Transfer,
@@ -179,7 +180,7 @@ def test_namer_never_repeats() -> None:
 
 def test_where_and_scope() -> None:
     scope = (Frame("layers.0"), Frame("attn", 1))
-    op = Op("aten.add.Tensor", scope=scope, loc=Loc("m.py", 3))
+    op = Op("aten.add.Tensor", place=Place(scope, loc=Loc("m.py", 3)))
     assert op.where() == "m.py:3, module 'layers.0.attn', op aten.add.Tensor"
     assert Op("aten.add.Tensor").where() == "op aten.add.Tensor"
     assert scope_fqn(()) == ""

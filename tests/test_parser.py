@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import CASES, load, refusal
 
-from stagecut.ir.graph import Op, Program, Region, Value, transform
+from stagecut.ir.graph import Block, Op, Program, Value, transform
 from stagecut.ir.text.parser import MAX_DEPTH, parse
 from stagecut.ir.text.printer import text
 from stagecut.passes.pipeline import default_pipeline
@@ -43,12 +43,13 @@ class _Structure:
         regions = [self._region(region) for region in op.regions]
         results = [(self._number(v), v.type) for v in op.results]
         versions = [(self._number(a), self._number(b), b.type) for a, b in op.versions.items()]
-        plain = [op.target, op.effects, op.scope, op.context, op.loc, op.form]
+        effects = [self._tree([*op.effects.writes, *op.effects.views]), op.effects.random, op.effects.effect]
+        plain = [op.target, effects, op.place, op.form]
         return [*plain, self._tree(op.args), self._tree(op.kwargs), results, versions, regions]
 
-    def _region(self, region: Region) -> list[Any]:
-        params = [(self._number(v), v.type) for v in region.params]
-        return [region.name, params, [self._op(op) for op in region.ops], self._tree(region.output.args)]
+    def _region(self, region: Block) -> list[Any]:
+        params = [(self._number(v), v.type) for v in region.inputs]
+        return [region.name, params, [self._op(op) for op in region.ops], self._tree(region.outputs)]
 
 
 def assert_same_after_reading(program: Program) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import load
 
-from stagecut.ir.graph import Frame, Loc, Mode, Op, Program, RegionRef, Target, Token, Value
+from stagecut.ir.graph import Effects, Frame, Loc, Mode, Op, Place, Program, RegionRef, Target, Token, Value
 from stagecut.ir.text.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
 from stagecut.ir.types import NONE, TensorType
 
@@ -30,7 +30,7 @@ def test_text_does_not_depend_on_identity() -> None:
 
 
 def test_files_with_one_name_are_told_apart() -> None:
-    ops = [Op("a.b", loc=Loc(path, 1)) for path in ("/a/m.py", "/b/m.py", "/a/m.py", "<string>")]
+    ops = [Op("a.b", place=Place(loc=Loc(path, 1))) for path in ("/a/m.py", "/b/m.py", "/a/m.py", "<string>")]
     assert file_names(ops) == {"/a/m.py": "m.py", "/b/m.py": "m.py_1", "<string>": "_string_"}
 
 
@@ -102,10 +102,10 @@ def test_line_of_shows_broken_ops_too() -> None:
     program = load("clean")
     op = program.ops[0]
     op.set_operands((Value(NONE, "ghost"),), {})
-    op.effects = type(op.effects)(writes=(5,), views=(7,))
+    op.effects = Effects(writes=(Value(NONE, "one"),), views=(Value(NONE, "other"),))
     line = line_of(program, op)
     assert "%<undefined ghost>" in line
-    assert "view(%<undefined operand 7>) writes(%<undefined operand 5>)" in line
+    assert "view(%<undefined other>) writes(%<undefined one>)" in line
 
 
 def test_transfers_say_how_much_they_carry() -> None:

@@ -195,7 +195,7 @@ def _swap_stages(p: Program) -> None:
 
 
 def _foreign_op(p: Program) -> None:
-    op = Op("aten.neg.default", (p.inputs[0],), loc=at(p, 1).loc)
+    op = Op("aten.neg.default", (p.inputs[0],), place=at(p, 1).place)
     op.add_result(TensorType("f32", (4,)))
     p.stages[1].ops.append(op)
 
@@ -219,6 +219,7 @@ def _run_twice(line: int) -> Break:
 
     def apply(p: Program) -> None:
         op = at(p, line)
+        op.versions = {}
         p.stages[2].ops.append(op.copy({}))
 
     return apply
@@ -236,7 +237,7 @@ def _alias_not_renewed(p: Program) -> None:
 
 
 def _context_changed(p: Program) -> None:
-    at(p, 7).context = (Context("no_grad"),)
+    at(p, 7).place = at(p, 7).place._replace(context=(Context("no_grad"),))
 
 
 def _alias_returned(p: Program) -> None:

@@ -11,7 +11,7 @@ from helpers import defining, load, named, rules_broken
 from stagecut.ir.check.verifier import __doc__ as INVARIANTS
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import SPLIT, Op, Program, StateEntry, Transfer, Value
+from stagecut.ir.graph import SPLIT, Effects, Op, Program, StateEntry, Transfer, Value
 from stagecut.ir.text.parser import parse
 from stagecut.ir.types import NONE, TensorType
 from stagecut.passes.liveness import Liveness
@@ -357,11 +357,11 @@ def _name_twice_in_an_entry(p: Program) -> None:
 
 
 def _write_to_no_operand(p: Program) -> None:
-    p.ops[0].effects = type(p.ops[0].effects)(writes=(2,))
+    p.ops[0].effects = Effects(writes=(Value(F32, "other"),))
 
 
 def _view_of_no_operand(p: Program) -> None:
-    p.ops[0].effects = type(p.ops[0].effects)(views=(-1,))
+    p.ops[0].effects = Effects(views=(Value(F32, "other"),))
 
 
 def _traced_with_stages(p: Program) -> None:

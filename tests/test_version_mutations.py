@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from helpers import Bless, defining, diff_of, leaves_alone, load, named
 
+from stagecut.ir.graph import Effects
 from stagecut.ir.text.printer import text
 from stagecut.passes.version_mutations import VersionMutations
 
@@ -30,7 +31,7 @@ def test_operand_written_twice_in_the_effects() -> None:
     """Two written positions of one storage are one write, not two in a row."""
     program = load("double-write")
     swap = program.ops[3]
-    swap.effects = type(swap.effects)(writes=(0, 1))
+    swap.effects = Effects(writes=tuple(swap.operands[:2]))
     VersionMutations().run(program)
     assert len(swap.versions) == 2
     assert not set(swap.versions) & set(swap.versions.values())

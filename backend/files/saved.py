@@ -43,11 +43,11 @@ from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held, lost_hint, refuse_meta
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.check.verifier import verify
-from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves
+from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves, nested_ops
 from stagecut.ir.ops import facts
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.text.parser import parse
-from stagecut.ir.text.printer import fingerprint, nested_ops, text
+from stagecut.ir.text.printer import fingerprint, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.version import VERSION
 

@@ -17,12 +17,11 @@ from typing import Any
 from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.svg import clean_svg, stage_picture
-from stagecut.ir.graph import Op, Program
-from stagecut.ir.text.life import Crossing, Lives, Place, StateLife, Use, ValueLife
+from stagecut.ir.graph import Op, Program, nested_ops
+from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
 from stagecut.ir.text.printer import (
     file_names,
     fqn_text,
-    nested_ops,
     size_text,
     value_names,
 )
@@ -139,7 +138,7 @@ class _Strings:
         return [*self._numbers]
 
 
-def _lines_of(places: list[Place], lines: list[str]) -> Iterator[int]:
+def _lines_of(places: list[Site], lines: list[str]) -> Iterator[int]:
     """The line of the text that shows each op, -1 for none. Ops are in the same order there."""
     at = 0
     rest: dict[str, list[int]] = {}
@@ -152,7 +151,7 @@ def _lines_of(places: list[Place], lines: list[str]) -> Iterator[int]:
 
 
 def _op(
-    place: Place, line: int, files: dict[str, str], strings: _Strings
+    place: Site, line: int, files: dict[str, str], strings: _Strings
 ) -> list[int | None]:
     loc = (
         f"{files.get(place.loc.file, place.loc.file)}:{place.loc.line}"

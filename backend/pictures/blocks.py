@@ -33,7 +33,7 @@ from stagecut.backend.pictures.drawing import (
     type_text,
     value_tip,
 )
-from stagecut.backend.pictures.folded import Block, Folded, folded
+from stagecut.backend.pictures.folded import Folded, ModuleCall, folded
 from stagecut.ir.aliases import writes_of
 from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
 from stagecut.ir.text.printer import Printer, fqn_text, scope_text, target_text
@@ -98,7 +98,7 @@ class _BlockGraph:
             tree = folded(self._blocks[0].ops if self._blocks else self._program.ops)
             self._items(self.graph, tree.root, 0)
             return tree
-        whole = Folded(Block(()))
+        whole = Folded(ModuleCall(()))
         for stage in self._blocks:
             tree, title = folded(stage.ops), f"stage {stage.index}"
             whole.stands |= tree.stands
@@ -112,10 +112,10 @@ class _BlockGraph:
                 self._items(box, tree.root, 0)
         return whole
 
-    def _items(self, graph: graphviz.Digraph, block: Block, depth: int) -> None:
+    def _items(self, graph: graphviz.Digraph, block: ModuleCall, depth: int) -> None:
         """Draws the contents of a block: blocks, and each op or each run of ops between them."""
         for is_block, items in groupby(
-            block.items, lambda item: isinstance(item, Block)
+            block.items, lambda item: isinstance(item, ModuleCall)
         ):
             if is_block:
                 for inner in items:
@@ -123,7 +123,7 @@ class _BlockGraph:
             else:
                 self._own(graph, block.scope, list(items))  # type: ignore[arg-type]
 
-    def _block(self, graph: graphviz.Digraph, block: Block, depth: int) -> None:
+    def _block(self, graph: graphviz.Digraph, block: ModuleCall, depth: int) -> None:
         closed = self._depth is not None and depth >= self._depth
         if closed or (
             not self._each_op and all(isinstance(item, Op) for item in block.items)
@@ -140,7 +140,7 @@ class _BlockGraph:
             box.attr(label=label, id=node, tooltip=tip, **_classes(block), **look)
             self._items(box, block, depth + 1)
 
-    def _closed(self, graph: graphviz.Digraph, block: Block) -> None:
+    def _closed(self, graph: graphviz.Digraph, block: ModuleCall) -> None:
         """Draws a block as one box."""
         node, ops = self._ids("module", _path(block.scope)), [*block.every_op()]
         lines = [
@@ -154,7 +154,7 @@ class _BlockGraph:
         graph.node(node, rich(*lines), id=node, tooltip=tip, **_classes(block), **look)
         self._node |= dict.fromkeys(block.ops(), node)
 
-    def _carried(self, block: Block) -> list[tuple[str, str]]:
+    def _carried(self, block: ModuleCall) -> list[tuple[str, str]]:
         """The values that each copy of a folded block hands to the next one."""
         return (
             [(f"each hands on {some([self._names[v] for v in block.carried])}", "s")]
@@ -230,7 +230,7 @@ class _BlockGraph:
         )
         return state_lines(marked, set(written), self._home.get(ops[0]))
 
-    def _about(self, where: str, ops: list[Op], block: Block | None = None) -> str:
+    def _about(self, where: str, ops: list[Op], block: ModuleCall | None = None) -> str:
         """The tooltip of a box: the module, its source lines, its state, its ops."""
         copies = (
             [
@@ -466,7 +466,7 @@ def _path(scope: Scope) -> str:
     )
 
 
-def _title(block: Block) -> str:
+def _title(block: ModuleCall) -> str:
     return (
         f"{block.name} to {block.copies[-1].name}  x {len(block.copies) + 1}"
         if block.copies
@@ -474,7 +474,7 @@ def _title(block: Block) -> str:
     )
 
 
-def _classes(block: Block) -> dict[str, str]:
+def _classes(block: ModuleCall) -> dict[str, str]:
     """A class for each module a block stands for."""
     return {
         "class": " ".join(

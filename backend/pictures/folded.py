@@ -8,9 +8,9 @@ from typing import Any
 
 from stagecut.ir.graph import (
     WHOLE,
+    Block,
     Context,
     Op,
-    Region,
     Scope,
     StateEntry,
     Value,
@@ -20,7 +20,7 @@ from stagecut.ir.graph import (
 
 
 @dataclass(eq=False)
-class Block:
+class ModuleCall:
     """A call of a module, with its ops and inner calls in order of their first op.
 
     `copies` are the calls after it that it stands for, `carried` the values that it hands to the first of
@@ -28,8 +28,8 @@ class Block:
     """
 
     scope: Scope
-    items: list[Block | Op] = field(default_factory=list)
-    copies: list[Block] = field(default_factory=list)
+    items: list[ModuleCall | Op] = field(default_factory=list)
+    copies: list[ModuleCall] = field(default_factory=list)
     carried: list[Value] = field(default_factory=list)
 
     @property
@@ -60,7 +60,7 @@ class Block:
 class Folded:
     """A tree, and its foldings: op of a copy -> the op it is drawn as."""
 
-    root: Block
+    root: ModuleCall
     stands: dict[Op, Op] = field(default_factory=dict)
 
     def drawn(self, op: Op) -> Op:
@@ -79,30 +79,30 @@ def folded(ops: Iterable[Op]) -> Folded:
     return tree
 
 
-def _tree(ops: Iterable[Op]) -> Block:
-    root = Block(())
-    known: dict[Scope, Block] = {(): root}
+def _tree(ops: Iterable[Op]) -> ModuleCall:
+    root = ModuleCall(())
+    known: dict[Scope, ModuleCall] = {(): root}
     for op in ops:
         block = root
         for depth in range(1, len(op.scope) + 1):
             scope = op.scope[:depth]
             if scope not in known:
-                known[scope] = Block(scope)
+                known[scope] = ModuleCall(scope)
                 block.items.append(known[scope])
             block = known[scope]
         block.items.append(op)
     return root
 
 
-def _fold(tree: Folded, block: Block) -> None:
+def _fold(tree: Folded, block: ModuleCall) -> None:
     """Runs of equal neighbours among the blocks inside are folded; after that, runs inside the remaining
     blocks.
     """
-    kept: list[Block | Op] = []
+    kept: list[ModuleCall | Op] = []
     last: _Shape | None = None
     links: dict[int, int] | None = None
     for item in block.items:
-        shape = _Shape(item) if isinstance(item, Block) else None
+        shape = _Shape(item) if isinstance(item, ModuleCall) else None
         found = shape.follows(last) if shape and last else None
         if shape and last and found is not None and links in (None, found):
             links = found
@@ -113,7 +113,7 @@ def _fold(tree: Folded, block: Block) -> None:
         last = shape
     block.items = kept
     for item in kept:
-        if isinstance(item, Block):
+        if isinstance(item, ModuleCall):
             _fold(tree, item)
 
 
@@ -131,7 +131,7 @@ class _Shape:
     outside in order.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: ModuleCall) -> None:
         self.block, self.path = block, scope_fqn(block.scope) + "."
         self.ops = list(block.ops())
         self.inside = {
@@ -175,7 +175,8 @@ class _Shape:
         parts = (
             self._plain((op.args, op.kwargs, [*op.versions])),
             op.form,
-            op.effects,
+            self._plain((op.effects.writes, op.effects.views)),
+            (op.effects.random, op.effects.effect),
             [*map(_context, op.context)],
             types,
             scope,
@@ -183,11 +184,11 @@ class _Shape:
         )
         return f"{op.target} {parts}"
 
-    def _region(self, region: Region) -> Any:
+    def _region(self, region: Block) -> Any:
         return (
-            [str(p.type) for p in region.params],
+            [str(p.type) for p in region.inputs],
             [self._op(op) for op in region.ops],
-            self._plain(region.output.args),
+            self._plain(region.outputs),
         )
 
     def _plain(self, tree: Any) -> Any:
@@ -224,7 +225,7 @@ class _Shape:
 def _defined(op: Op) -> Iterator[Value]:
     """The values that an op defines, including those inside its regions."""
     for region in op.regions:
-        yield from region.params
+        yield from region.inputs
         for inner in region.ops:
             yield from _defined(inner)
     yield from op.definitions()

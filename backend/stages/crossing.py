@@ -54,7 +54,7 @@ def _refuse_writes_past_autograd(program: Program) -> None:
             if (
                 isinstance(root.owner, StateEntry)
                 or root.owner in here
-                or (root.owner is None and root.uses.keys() <= here)
+                or (root.owner is None and root.uses.keys() <= {*here, stage.output})
             ):
                 continue
             for writer, _ in writes_of(stage.ops, op.results):

@@ -26,13 +26,13 @@ from stagecut.ir.aliases import unwritten, written_in
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
     BY_MODE,
+    Block,
     Context,
     Kind,
     Mode,
     Namer,
     Op,
     Program,
-    Region,
     RegionRef,
     StateEntry,
     Token,
@@ -40,13 +40,13 @@ from stagecut.ir.graph import (
     closest_name,
     leaves,
     literals,
+    nested_ops,
     scope_fqn,
 )
 from stagecut.ir.graph import Stage as StageBlock
 from stagecut.ir.outline import Positions, positions
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.targets import DEVICE, check_op, constant
-from stagecut.ir.text.printer import nested_ops
 from stagecut.ir.types import TensorType
 
 _OWN_WORDS = (
@@ -639,27 +639,28 @@ class _Function:
             return f"({', '.join(names)},)", []
         if op.form is None:
             return ", ".join(names), []
-        if not _holds_dict(op.form):
-            return _pattern(op.form, names), []
+        paths = list(op.form.paths())
+        if all(type(key) is int for _, path in paths for key in path):
+            return _pattern(op.form.tree, names), []
         whole = self._names(f"{wish}_result")
         lines = [
-            f"{names[i]} = {whole}{path}"
-            for i, path in _paths(op.form)
-            if names[i] != "_"
+            f"{name} = {whole}{''.join(f'[{key!r}]' for key in path)}"
+            for name, (_, path) in zip(names, paths, strict=True)
+            if name != "_"
         ]
         lines[-1] += f";  del {whole}"
         return whole, lines
 
-    def _region(self, region: Region, indent: int) -> str:
+    def _region(self, region: Block, indent: int) -> str:
         name = self._names(region.name)
         inner = _Function(
             self._emitter, self._tree, self._block, self._path, 10**6, 0, {}
         )
         inner._names = self._names
-        inner._local = {p: self._names("x") for p in region.params}
+        inner._local = {p: self._names("x") for p in region.inputs}
         parameters = list(inner._local.values())
         inner._items([[op] for op in region.ops], 0, indent + 1)
-        result = inner._tree_text(region.output.args[0], region.output, [])
+        result = inner._tree_text(region.outputs, region.output, [])
         self._out.append(_Statement(indent, f"def {name}({', '.join(parameters)}):"))
         self._out += [_Statement(s.indent, s.text) for s in inner._out]
         self._out.append(_Statement(indent + 1, f"return {result}"))
@@ -842,22 +843,8 @@ def _wish(op: Op) -> str:
     return op.target.name.rpartition(".")[2] or str(op.target)
 
 
-def _holds_dict(form: Any) -> bool:
-    return isinstance(form, dict) or (
-        isinstance(form, (tuple, list)) and any(map(_holds_dict, form))
-    )
-
-
 def _pattern(form: Any, names: list[str]) -> str:
     if isinstance(form, int):
         return names[form]
     inner = ", ".join(_pattern(f, names) for f in form)
     return f"({inner},)" if len(form) == 1 else f"({inner})"
-
-
-def _paths(form: Any, path: str = "") -> Iterator[tuple[int, str]]:
-    if isinstance(form, int):
-        yield form, path
-        return
-    for key, item in form.items() if isinstance(form, dict) else enumerate(form):
-        yield from _paths(item, f"{path}[{key!r}]")

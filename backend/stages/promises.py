@@ -62,7 +62,7 @@ class Promises:
         }
         root = self._memory.root
         # a write shows in all views of it
-        written = {root(op.operands[place]) for place in op.effects.writes}
+        written = set(map(root, op.effects.writes))
         unwritten = {
             name: value
             for name, value in given.items()
@@ -88,8 +88,7 @@ class Promises:
         return [
             place
             for place, (result, viewed) in enumerate(tensors)
-            if (viewed is None or op.operands[viewed] is not value)
-            and self._memory.must_not_meet(value, result)
+            if viewed is not value and self._memory.must_not_meet(value, result)
         ]
 
     @cached_property
@@ -194,7 +193,8 @@ class _Memory:
 
     def _add(self, op: Op, stage: int) -> None:
         own = set(state_of(op))  # only known that it may be written
-        written = (op.operands[place] for place in op.effects.writes)
-        self._written.update(self.root(value) for value in written if value not in own)
+        self._written.update(
+            self.root(value) for value in op.effects.writes if value not in own
+        )
         for value in (*op.operands, *op.results):
             self._use(value, stage)

@@ -8,11 +8,11 @@ it draws random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.run.bindings import is_torchs
 from stagecut.ir.run.objects import hides_tensors, opened
 from stagecut.ir.run.storage import shared_with, storage_of, written_by
+
+T = TypeVar("T")
 
 torch.library.define(
     "stagecut::leaf", "(str key, Tensor[] args, Scalar[] numbers) -> Tensor[]"
@@ -191,19 +193,23 @@ def in_other_mode(
     )
 
 
+def first_at(homes: Iterable[tuple[T, int | None]]) -> dict[int, T]:
+    """Memory -> the first argument that lies in it, from pairs of an argument and its memory."""
+    first: dict[int, T] = {}
+    for argument, home in homes:
+        if home is not None:
+            first.setdefault(home, argument)
+    return first
+
+
 def in_either_mode(
-    views: Sequence[int | None],
-    homes: Sequence[int | None],
-    given: Sequence[int | None],
-) -> tuple[int | None, ...]:
-    """For each result, the place of the argument whose memory it shares. That is the place in `views`, else
-    the place of the memory in `homes`, in which the result lies in the other mode. `given` has the memory of
-    each argument.
+    views: Sequence[T | None], homes: Sequence[int | None], given: Mapping[int, T]
+) -> tuple[T | None, ...]:
+    """For each result, the argument whose memory it shares. That is the one in `views`, else the one in whose
+    memory the result lies in the other mode, which is that in `homes`. `given` maps memory to its argument.
     """
     return tuple(
-        given.index(home)
-        if viewed is None and home is not None and home in given
-        else viewed
+        given.get(home) if viewed is None and home is not None else viewed
         for viewed, home in zip_longest(views, homes[: len(views)])
     )
 
@@ -435,7 +441,8 @@ class Leaves:
                     for was, home in zip(wrote, own, strict=False)
                 ]
                 drew |= other.drew
-                views = in_either_mode(views, other.homes, own)
+                places = first_at(enumerate(own))
+                views = in_either_mode(views, other.homes, places)
             returned = [item for item in out_flat if _is_tensor(item)]
             for item, place in zip(returned, views, strict=True):
                 there = given[place] if place is not None and wrote[place] else None

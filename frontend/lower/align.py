@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
 
-from stagecut.ir.graph import Mode, Op, Program, Region, StateEntry, Value, scope_fqn
+from stagecut.ir.graph import Block, Mode, Op, Program, StateEntry, Value, scope_fqn
 from stagecut.ir.types import TensorType, Type
 
 Pair = tuple[Value, Value]
@@ -197,15 +197,15 @@ class Alignment:
         )
         return found if alike else None
 
-    def _same_region(self, one: Region, other: Region) -> bool:
+    def _same_region(self, one: Block, other: Block) -> bool:
         """True for regions of equal ops. Where anything in them differs by mode, they are not the same, and
         so neither are their ops.
         """
-        if [p.type for p in one.params] != [p.type for p in other.params] or [
+        if [p.type for p in one.inputs] != [p.type for p in other.inputs] or [
             *map(_key, one.ops)
         ] != [*map(_key, other.ops)]:
             return False
-        partner = dict(zip(other.params, one.params, strict=True))
+        partner = dict(zip(other.inputs, one.inputs, strict=True))
         for mine, yours in zip(
             [*one.ops, one.output], [*other.ops, other.output], strict=True
         ):

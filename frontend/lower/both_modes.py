@@ -18,10 +18,9 @@ from stagecut.frontend.lower.merge import Flags, Merge
 from stagecut.frontend.watch.watch import same_constant
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, InputError, SplitError
-from stagecut.ir.graph import Kind, Namer, Op, Program, scope_fqn, target_of
+from stagecut.ir.graph import Kind, Namer, Op, Program, nested_ops, scope_fqn, target_of
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.targets import resolve
-from stagecut.ir.text.printer import nested_ops
 
 Traced = tuple[Program, Bindings]
 

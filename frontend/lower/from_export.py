@@ -238,15 +238,18 @@ def _write_back(
         ),
     )
     copy = Op(
-        "aten.copy_.default", (target, source), effects=Effects(writes=(0,), views=(0,))
+        "aten.copy_.default",
+        (target, source),
+        effects=Effects(writes=(target,), views=(target,)),
     )
     if isinstance(source.owner, Op):
-        copy.scope, copy.loc = source.owner.scope, source.owner.loc
+        copy.place = source.owner.place._replace(context=())
     readers = [op for op in target.uses if op is not copy]
     ops.insert(made, copy)
     if readers:
         first = min((op for op in readers), key=lambda op: places.get(op, len(places)))
-        old = Op("aten.clone.default", (target,), scope=first.scope, loc=first.loc)
+        place = first.place._replace(context=())
+        old = Op("aten.clone.default", (target,), place=place)
         old.add_result(target.type, f"{target.hint}_old")
         target.replace_uses(old.results[0], lambda user: user not in (copy, old))
         ops.insert(min(made, places.get(first, len(places))), old)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from stagecut.frontend.capture.whole import home_of, in_either_mode
+from stagecut.frontend.capture.whole import first_at, home_of, in_either_mode
 from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
 from stagecut.frontend.lower.lower import (
     SWITCHES,
@@ -28,6 +28,7 @@ from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.graph import (
     Context,
     Op,
+    Place,
     Program,
     StateEntry,
     Value,
@@ -283,9 +284,9 @@ class _GraphLowering:
         op = Op(
             f"module.{path}",
             args,
-            scope=self._lowering.scope(node),
-            context=self._context,
-            loc=self._lowering.loc(node),
+            place=Place(
+                self._lowering.scope(node), self._context, self._lowering.loc(node)
+            ),
         )
         tree = self._lowering._results(op, ran.value, node.name)
         op.effects = self._lowering._effects(
@@ -309,11 +310,10 @@ class _GraphLowering:
             *named,
             *(v for v in op.operands if self._home(v) in ran.wrote - known),
         ]
-        places = tuple(dict.fromkeys(op.operands.index(value) for value in written))
-        if places:
-            op.effects = replace(
-                op.effects, writes=places, views=self._lowering._views(op, places)
-            )
+        writes = tuple(dict.fromkeys(written))
+        if writes:
+            views = self._lowering._views(op, writes)
+            op.effects = replace(op.effects, writes=writes, views=views)
         self._lowering.refuse_written_twins(op)
         if op.is_users:
             self._lowering.note_twins(op, [self._home(result) for result in op.results])
@@ -324,9 +324,10 @@ class _GraphLowering:
         """
         if len(ran.views) != len(op.results):
             return
+        homes = first_at((value, self._home(value)) for value in op.operands)
         views = op.effects.views or (None,) * len(op.results)
-        views = in_either_mode(views, ran.views, [*map(self._home, op.operands)])
-        if any(place is not None for place in views):
+        views = in_either_mode(views, ran.views, homes)
+        if any(value is not None for value in views):
             op.effects = replace(op.effects, views=views)
 
     def _home(self, value: Value) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from stagecut.ir.graph import (
     PURE,
     SPLIT,
     WHOLE,
+    Block,
     Context,
     Effects,
     Frame,
@@ -47,9 +48,10 @@ from stagecut.ir.graph import (
     Mode,
     Namer,
     Op,
+    Place,
     Program,
-    Region,
     RegionRef,
+    ResultForm,
     Scope,
     StateEntry,
     Value,
@@ -86,7 +88,7 @@ class Seen:
     """
 
     value: Any
-    writes: tuple[int, ...] | None = None
+    writes: tuple[Value, ...] | None = None
     random: bool = False
     effect: bool = False
 
@@ -125,9 +127,7 @@ class Lowering:
         writers = (
             p
             for p, op in enumerate(self.program.ops)
-            if any(
-                self._storage.get(op.operands[i]) == storage for i in op.effects.writes
-            )
+            if any(self._storage.get(value) == storage for value in op.effects.writes)
         )
         return max(writers, default=-1) + 1
 
@@ -179,23 +179,21 @@ class Lowering:
         step = target.__name__ if getattr(target, "__module__", "") == _VMAP else ""
         self._begin_transform(node, step)
         outer, context = context, (*self._whole, *context)
+        place = Place(self.scope(node), context, self.loc(node))
         if name == SPLIT:
-            ops.append(
-                Op(SPLIT, scope=self.scope(node), context=context, loc=self.loc(node))
-            )
+            ops.append(Op(SPLIT, place=place))
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
         if name == LEAF:
-            return self._leaf(
-                node, self.leaf_calls[args[0]], args[1], args[2], ops, context
-            )
+            call = self.leaf_calls[args[0]]
+            return self._leaf(node, call, args[1], args[2], ops, place)
         if name == FUNCTION:
-            return self._function(node, node.meta[CALL], args[1], args[2], ops, context)
+            return self._function(node, node.meta[CALL], args[1], args[2], ops, place)
         wrapped = _wrapped_context(name, args)
         if wrapped is not None:
             inner, graph, operands = wrapped
             return self._inline(graph, operands, ops, (*outer, inner))
-        tree = self._append(node, name, args, dict(kwargs), ops, context, seen)
+        tree = self._append(node, name, args, dict(kwargs), ops, place, seen)
         # an operand that has that shape already is returned as it is
         if isinstance(tree, list) and facts(ops[-1]).returns_operand:
             tree = [
@@ -238,11 +236,10 @@ class Lowering:
         args: Any,
         kwargs: dict[str, Any],
         ops: list[Op],
-        context: tuple[Context, ...],
+        place: Place,
         seen: Seen,
     ) -> Any:
-        scope = self.scope(node)
-        regions: list[Region] = []
+        regions: list[Block] = []
         target: Any = node.target
         called = target_of(name)
         if (view := out_of_place(called)) and _is_made(args[0]):
@@ -255,7 +252,7 @@ class Lowering:
         args = transform(
             args,
             lambda a: (
-                self._region(a, regions, self.loc(node))
+                self._region(a, regions, place.loc)
                 if isinstance(a, fx.GraphModule)
                 else a
             ),
@@ -264,25 +261,17 @@ class Lowering:
         # a norm without statistics knows no modes
         if position is not None and not (statistics and args[statistics[0]] is None):
             args = self._follow_mode(
-                _with_defaults(target, args, position), position, scope, node
+                _with_defaults(target, args, position), position, place, node
             )
         if (
             position is not None
             and statistics
             and args[position : position + 1] == (Mode(False),)
         ):
-            self._count_batch(scope, ops, context)
-        if called == COUNT and self._is_batch_count(args, scope):
+            self._count_batch(ops, place)
+        if called == COUNT and self._is_batch_count(args, place.scope):
             args = (args[0], Mode(True))
-        op = Op(
-            called,
-            tuple(args),
-            kwargs,
-            scope=scope,
-            context=context,
-            loc=self.loc(node),
-            regions=tuple(regions),
-        )
+        op = Op(called, tuple(args), kwargs, place=place, regions=tuple(regions))
         tree = self._results(op, seen.value, node.name)
         op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
@@ -318,19 +307,16 @@ class Lowering:
             return None
         return self.program.name_owners().get(f"{path}.num_batches_tracked")
 
-    def _count_batch(
-        self, scope: Scope, ops: list[Op], context: tuple[Context, ...]
-    ) -> None:
+    def _count_batch(self, ops: list[Op], place: Place) -> None:
         """A BatchNorm captured in eval mode also counts batches once it is switched to training."""
-        counter = self._batch_count(scope)
+        counter = self._batch_count(place.scope)
         if counter is None:
             return
         op = Op(
             COUNT,
             (counter.value, Mode(False)),
-            scope=scope,
-            context=context,
-            effects=Effects(writes=(0,), views=(0,)),
+            effects=Effects(writes=(counter.value,), views=(counter.value,)),
+            place=place._replace(loc=None),
         )
         op.add_result(counter.type, "count")
         ops.append(op)
@@ -342,11 +328,11 @@ class Lowering:
         tensors: list[Any],
         numbers: list[Any],
         ops: list[Op],
-        context: tuple[Context, ...],
+        place: Place,
     ) -> list[Value]:
         """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
-        args, kwargs = self._given(call, tensors, numbers, self.loc(node))
-        scope, owner = self.scope(node), self.leaf_owners[call.path]
+        args, kwargs = self._given(call, tensors, numbers, place.loc)
+        scope, owner = place.scope, self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
         # a shared module goes by the name it is called by
         path = scope_fqn(scope) if inside else call.path
@@ -362,9 +348,8 @@ class Lowering:
         op = Op(
             f"module.{path}",
             (args, kwargs, list(dict.fromkeys(held.values()))),
-            scope=scope,
+            place=place._replace(scope=scope),
         )
-        op.context, op.loc = context, self.loc(node)
         written = [tensors[i] for i in call.written_inputs] + [
             held[f"{path}.{name}"] for name in call.written_state
         ]
@@ -378,7 +363,7 @@ class Lowering:
         tensors: list[Any],
         numbers: list[Any],
         ops: list[Op],
-        context: tuple[Context, ...],
+        place: Place,
     ) -> list[Value]:
         """`ops` gains the call of a user's function; its results are the tensors the function returns."""
         name = self._targets.get(call.function)
@@ -387,15 +372,8 @@ class Lowering:
                 call.path, "function"
             )
             self.bindings.functions[name] = call.function
-        args, kwargs = self._given(call, tensors, numbers, self.loc(node))
-        op = Op(
-            name,
-            args,
-            kwargs,
-            scope=self.scope(node),
-            context=context,
-            loc=self.loc(node),
-        )
+        args, kwargs = self._given(call, tensors, numbers, place.loc)
+        op = Op(name, args, kwargs, place=place)
         return self._append_whole(
             node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops
         )
@@ -443,20 +421,18 @@ class Lowering:
         written: list[Any],
         ops: list[Op],
     ) -> list[Value]:
-        op.form = "tensors"
+        op.form = ResultForm(rest=())
         if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat):
             returned = [
                 places(opened(tree_unflatten(call.out_flat, call.out_spec))),
                 *plain(call.out_flat),
             ]
-            op.form = ("tensors", *returned) if returned != [""] else "tensors"
+            op.form = ResultForm(rest=() if returned == [""] else tuple(returned))
         for traced in node.meta["val"]:
             self._result(op, traced.detach(), node.name)
-        views = tuple(
-            None if v is None else op.operands.index(tensors[v]) for v in call.views
-        )
+        views = tuple(None if v is None else tensors[v] for v in call.views)
         op.effects = Effects(
-            tuple(dict.fromkeys(op.operands.index(v) for v in written)),
+            tuple(dict.fromkeys(written)),
             views if any(v is not None for v in views) else (),
             call.random,
             effect=True,
@@ -487,8 +463,8 @@ class Lowering:
         """Raises CaptureError for a write into a result of a module kept whole that shares memory with
         another of its results, because neither is a view of the other.
         """
-        for place in op.effects.writes if self._twins else ():
-            made = storage_root(op.operands[place])
+        for value in op.effects.writes if self._twins else ():
+            made = storage_root(value)
             if made in self._twins and isinstance(made.owner, Op):
                 raise CaptureError(
                     "what a module kept whole returned is written, and it shares memory with something else "
@@ -510,15 +486,15 @@ class Lowering:
         )
 
     def _region(
-        self, module: fx.GraphModule, regions: list[Region], loc: Loc | None
+        self, module: fx.GraphModule, regions: list[Block], loc: Loc | None
     ) -> RegionRef:
         env: dict[fx.Node, Any] = {}
-        params: list[Value] = []
+        inputs: list[Value] = []
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 value = Value(type_of(node.meta.get("val")), node.name)
                 self.note_storage(value, node.meta.get("val"))
-                params.append(value)
+                inputs.append(value)
                 env[node] = value
         ops: list[Op] = []
         whole, self._whole = self._whole, []
@@ -528,18 +504,13 @@ class Lowering:
             if op.target == SPLIT:
                 raise CaptureError(
                     "a split point lies inside a control-flow branch, which runs as a whole",
-                    where=(
-                        op if op.loc else Op(SPLIT, scope=op.scope, loc=loc)
-                    ).where(),
+                    where=Op(SPLIT, place=Place(op.scope, loc=op.loc or loc)).where(),
                     hint="move pipe_split() before or after the conditional or loop",
                 )
             # the branch itself runs as a whole
-            op.context = tuple(
-                context for context in op.context if context.kind not in WHOLE
-            )
-        regions.append(
-            Region(f"body_{len(regions)}", params, ops, Op("output", (output,)))
-        )
+            context = tuple(mark for mark in op.context if mark.kind not in WHOLE)
+            op.place = op.place._replace(context=context)
+        regions.append(Block(f"body_{len(regions)}", inputs, ops, output))
         return RegionRef(len(regions) - 1)
 
     # --- operands and results ---------------------------------------------------------------------
@@ -598,7 +569,7 @@ class Lowering:
         )
         if not flat:
             index = {result: i for i, result in enumerate(op.results)}
-            op.form = _map_values(tree, index)
+            op.form = ResultForm(_map_values(tree, index))
         return tree
 
     def _result_tree(self, op: Op, value: Any, name: str) -> Any:
@@ -615,16 +586,16 @@ class Lowering:
         return result
 
     def _follow_mode(
-        self, args: tuple[Any, ...], position: int, scope: Scope, node: fx.Node
+        self, args: tuple[Any, ...], position: int, place: Place, node: fx.Node
     ) -> tuple[Any, ...]:
         if len(args) <= position or not isinstance(args[position], bool):
             return args
-        path = scope_fqn(scope)
+        path = scope_fqn(place.scope)
         followed = node.meta.get(FOLLOWS, (path,))
         if path not in followed:
             if followed:
                 self.bindings.choices[followed[0]] = (
-                    f"{self.loc(node)}, with the flag of '{followed[0]}'"
+                    f"{place.loc}, with the flag of '{followed[0]}'"
                 )
             return args
         if (
@@ -643,7 +614,7 @@ class Lowering:
         writes = (
             seen.writes
             if seen.writes is not None
-            else schema.writes_of(op) + _undeclared_writes_of(op)
+            else (*schema.writes_of(op), *undeclared_writes(op.target, op.args))
         )
         views = (
             () if facts(op).copies else self._views(op, writes) or _identity_views(op)
@@ -654,30 +625,24 @@ class Lowering:
             return PURE
         return Effects(writes, views, random, effect)
 
-    def _views(self, op: Op, writes: tuple[int, ...]) -> tuple[int | None, ...]:
-        """For each result, the position of the operand whose storage it shares. Where there are several, it
-        is the one in the result's place, else one that is written.
+    def _views(self, op: Op, writes: tuple[Value, ...]) -> tuple[Value | None, ...]:
+        """For each result, the operand whose storage it shares. Where there are several, it is the one in the
+        result's place, else one that is written.
         """
         storage = self._storage
-        homes: dict[int, int] = {}
-        for index in (*writes, *range(len(op.operands))):
-            where = storage.get(op.operands[index])
+        homes: dict[int, Value] = {}
+        for operand in (*writes, *op.operands):
+            where = storage.get(operand)
             if where is not None:
-                homes.setdefault(where, index)
+                homes.setdefault(where, operand)
         if not homes:
             return ()
         views = tuple([homes.get(storage.get(result, -1)) for result in op.results])
         if len(op.results) > 1:
-            places = [storage.get(operand, -1) for operand in op.operands]
-            in_place = {
-                i
-                for i, (place, result) in enumerate(
-                    zip(places, op.results, strict=False)
-                )
-                if place == storage.get(result)
-            }
+            beside = zip_longest(op.operands[: len(views)], op.results)
             views = tuple(
-                [i if i in in_place else viewed for i, viewed in enumerate(views)]
+                operand if storage.get(operand, -1) == storage.get(result) else viewed
+                for viewed, (operand, result) in zip(views, beside, strict=True)
             )
         return views if any(v is not None for v in views) else ()
 
@@ -762,13 +727,13 @@ class _SchemaEffects:
         effect = not target._schema.returns and not written
         return _SchemaEffects(written, random, effect)
 
-    def writes_of(self, op: Op) -> tuple[int, ...]:
-        """Positions among the flat operands that are written."""
-        found: list[int] = []
+    def writes_of(self, op: Op) -> tuple[Value, ...]:
+        """The operands that are written."""
+        written: list[Value] = []
         for position, name in self.written:
             item = op.args[position] if position < len(op.args) else op.kwargs.get(name)
-            found += [op.operands.index(value) for value in leaves(item)]
-        return tuple(found)
+            written += leaves(item)
+        return tuple(written)
 
 
 def _is_made(value: Any) -> bool:
@@ -818,12 +783,12 @@ def _with_defaults(
     )
 
 
-def _identity_views(op: Op) -> tuple[int | None, ...]:
+def _identity_views(op: Op) -> tuple[Value | None, ...]:
     """The views that the schema and the fake result of a dropout do not show. A dropout outside training
     returns the very tensor it is given, and one that follows its module may do so.
     """
     if facts(op).off_is_operand and (flag(op) is False or isinstance(flag(op), Mode)):
-        return (0,)
+        return (op.operands[0],)
     return ()
 
 
@@ -852,12 +817,6 @@ def _never_draws(op: Op) -> bool:
     return facts(op).off_is_operand and flag(op) is False
 
 
-def _undeclared_writes_of(op: Op) -> tuple[int, ...]:
-    return tuple(
-        op.operands.index(value) for value in undeclared_writes(op.target, op.args)
-    )
-
-
 def written_in_place(value: Value, target: Value) -> bool:
     """True when `value` is no new tensor, but `target` as in-place ops returned it."""
     while value is not target:
@@ -871,7 +830,7 @@ def written_in_place(value: Value, target: Value) -> bool:
         viewed = op.effects.viewed(0)
         if viewed is None or viewed not in op.effects.writes:
             return False
-        value = op.operands[viewed]
+        value = viewed
     return True
 
 

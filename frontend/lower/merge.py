@@ -9,7 +9,7 @@ one program, with the same stages and boundaries in both modes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stagecut.frontend.lower.align import (
@@ -24,19 +24,19 @@ from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.graph import (
     BY_MODE,
     WHOLE,
+    Block,
     Context,
     Effects,
     Mode,
     Namer,
     Op,
+    Place,
     Program,
-    Region,
     RegionRef,
     Scope,
     StateEntry,
     Value,
     scope_fqn,
-    substitute,
     transform,
 )
 
@@ -231,21 +231,26 @@ class Merge:
             len(one.args) == len(other.args)
             and one.kwargs.keys() == other.kwargs.keys()
         )
+        joined: dict[Value, Value] = {}
+        ours: dict[Value, Value] = {}
+        for mine, yours in pairs:
+            if isinstance(mine, Value):
+                joined.setdefault(mine, self._leaf((mine, yours), one))
+                ours.setdefault(yours, mine)
+        writes = (*one.effects.writes, *map(ours.__getitem__, other.effects.writes))
         args, kwargs = transform(
             (one.args, one.kwargs) if alike else self._both.filled(one, other),
             lambda _: next(made),
         )
+        one.effects = replace(
+            one.effects,
+            writes=tuple(dict.fromkeys(writes)),
+            random=one.effects.random or other.effects.random,
+            effect=one.effects.effect or other.effects.effect,
+        ).substitute(joined)
         one.set_operands(args, kwargs)
-        one.context = (one, other)[self._trains].context
-        first, second = one.effects, other.effects
-        if first != second:
-            writes = tuple(dict.fromkeys((*first.writes, *second.writes)))
-            one.effects = Effects(
-                writes,
-                first.views,
-                first.random or second.random,
-                first.effect or second.effect,
-            )
+        context = (one, other)[self._trains].context
+        one.place = one.place._replace(context=context)
         return one
 
     def _leaf(self, pair: tuple[Any, Any], op: Op) -> Any:
@@ -266,7 +271,6 @@ class Merge:
 
     def _by_mode(self, number: int, part: Part) -> Op:
         """The op that stands for a run of ours and one of theirs."""
-        context = self._context(number)
         scope = self._scope(part)
         path = scope_fqn(scope)
         readers = [op for op in part.joins.values() if op is not None]
@@ -277,7 +281,7 @@ class Merge:
             ),
         )
         operands = self._operands(number, part)
-        effects = self._effects(number, part, operands)
+        effects = self._effects(number, part)
         loc = next((op.loc for op in (*part.ops, *readers) if op.loc), None)
         regions = [
             self._region(number, part, operands, side)
@@ -287,9 +291,7 @@ class Merge:
             BY_MODE,
             (flag, RegionRef(0), RegionRef(1), operands),
             effects=effects,
-            scope=scope,
-            context=context,
-            loc=loc,
+            place=Place(scope, self._context(number), loc),
             regions=(*regions,),
         )
         for mine, yours in part.joins:
@@ -298,23 +300,23 @@ class Merge:
 
     def _region(
         self, number: int, part: Part, operands: list[Value], side: int
-    ) -> Region:
-        params = [Value(value.type, value.hint) for value in operands]
-        place = {value: place for place, value in enumerate(operands)}
+    ) -> Block:
+        inputs = {value: Value(value.type, value.hint) for value in operands}
         run = self._runs[side][number]
         swap = {
-            value: params[place[self._ours(value) if side else value]]
+            value: inputs[self._ours(value) if side else value]
             for value in self._outer(number, part, side)
         }
         for op in run:
-            op.set_operands(substitute(op.args, swap), substitute(op.kwargs, swap))
-            op.context = tuple(mark for mark in op.context if mark.kind not in WHOLE)
+            op.substitute(swap)
+            context = tuple(mark for mark in op.context if mark.kind not in WHOLE)
+            op.place = op.place._replace(context=context)
         yielded = tuple(swap.get(pair[side], pair[side]) for pair in part.joins)
-        return Region(
+        return Block(
             _NAMES[side != self._trains],
-            params,
+            inputs.values(),
             run,
-            Op("output", (yielded[0] if len(yielded) == 1 else yielded,)),
+            yielded[0] if len(yielded) == 1 else yielded,
         )
 
     def _outer(self, number: int, part: Part, side: int) -> list[Value]:
@@ -364,17 +366,15 @@ class Merge:
         self._both.partner[value] = (known or self.constants[entry.name]).value
         return self._both.partner[value]
 
-    def _effects(self, number: int, part: Part, operands: list[Value]) -> Effects:
-        place = {value: place for place, value in enumerate(operands)}
-        writes: dict[int, None] = {}
+    def _effects(self, number: int, part: Part) -> Effects:
+        writes: dict[Value, None] = {}
         aliases = self._aliases(number)
         for side, own in enumerate(aliases):
             inside = set(self._runs[side][number])
             for _, root in own.writes:
                 if root.owner not in inside:
-                    writes[place[self._ours(root) if side else root]] = None
-        viewed = [self._viewed(number, aliases, pair) for pair in part.joins]
-        views = tuple(None if value is None else place[value] for value in viewed)
+                    writes[self._ours(root) if side else root] = None
+        views = tuple(self._viewed(number, aliases, pair) for pair in part.joins)
         random = any(op.effects.random for op in part.ops)
         effect = any(op.effects.effect for op in part.ops)
         return Effects(
@@ -430,10 +430,8 @@ class _Memory:
             for op in ops:
                 for value in op.operands:
                     self._readers.setdefault(self._root(value), set()).add(number)
-                for place in op.effects.writes:
-                    self._writers.setdefault(self._root(op.operands[place]), set()).add(
-                        number
-                    )
+                for value in op.effects.writes:
+                    self._writers.setdefault(self._root(value), set()).add(number)
         for value in program.output.operands:
             self._readers.setdefault(self._root(value), set()).add(len(runs))
 

@@ -29,13 +29,18 @@ class _Recorded:
     kwargs: Any
     types: tuple[Type, ...]
     writes: tuple[Key, ...]
+    views: tuple[Key | None, ...]
     how: tuple[Any, ...]
     needed: bool
 
 
 def _how(op: Op) -> tuple[Any, ...]:
-    """The parts of an op besides target, operands and results."""
-    return op.context, op.effects, op.form, op.scope
+    """The parts of an op that name no values, besides its target."""
+    return op.context, op.effects.random, op.effects.effect, op.form, op.scope
+
+
+def _views(op: Op, keys: dict[Value, Key]) -> tuple[Key | None, ...]:
+    return tuple(None if v is None else keys.get(v) for v in op.effects.views)
 
 
 class Trace:
@@ -80,19 +85,19 @@ class Trace:
     def _place_results(self, op: Op) -> None:
         for result, viewed in zip(op.results, op.effects.views, strict=False):
             if viewed is not None:
-                base = self.keys[op.operands[viewed]]
+                base = self.keys[viewed]
                 self.storage[self.keys[result]] = self.storage.get(base, base)
 
     def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
         args, kwargs = transform(op.args, self._leaf), transform(op.kwargs, self._leaf)
-        writes = tuple(self.keys[op.operands[i]] for i in op.effects.writes)
         return _Recorded(
             position,
             op.target,
             args,
             kwargs,
             tuple(_bare(r.type) for r in op.results),
-            writes,
+            tuple(self.keys[value] for value in op.effects.writes),
+            _views(op, self.keys),
             _how(op),
             needed,
         )
@@ -115,11 +120,7 @@ def _result_keys(
     """The key of each result: an in-place op returns the very tensor it wrote."""
     for index, result in enumerate(op.results):
         viewed = op.effects.viewed(index)
-        base = (
-            op.operands[viewed]
-            if viewed is not None and viewed in op.effects.writes
-            else None
-        )
+        base = viewed if viewed in op.effects.writes else None
         yield (
             result,
             keys.get(base, ("op", position, index))
@@ -193,7 +194,9 @@ class _Comparison:
             or tuple(_bare(r.type) for r in op.results) != recorded.types
         ):
             yield f"another op or another result type than traced: {op.where()}"
-        if _how(op) != recorded.how:
+        written = tuple(self._keys.get(value) for value in op.effects.writes)
+        effects = (written, _views(op, self._keys))
+        if (*effects, _how(op)) != (recorded.writes, recorded.views, recorded.how):
             yield f"another context, scope or effect than traced: {op.where()}"
         if not _same(op.args, recorded.args, self._keys) or not _same(
             op.kwargs, recorded.kwargs, self._keys

@@ -5,7 +5,7 @@ In every phase
   V2  use lists are exact: a value lists the ops that read it, and no other
   V3  a value has one definition, and its owner is the op that lists it
   V4  a state name belongs to one entry
-  V5  effects fit the op: written and viewed positions are operands, one view slot a result
+  V5  effects fit the op: written and viewed values are operands, one view slot a result
   V6  a region sees only its own parameters, and every region reference is an operand and names a region of
       its op
   V7  a value that was written is not read again under its old version
@@ -37,18 +37,19 @@ from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import (
     BY_MODE,
     SPLIT,
+    Block,
     Mode,
     Op,
     Program,
-    Region,
     RegionRef,
     Stage,
     StateEntry,
     Transfer,
     Value,
     literals,
+    nested_ops,
 )
-from stagecut.ir.text.printer import line_printer, nested_ops
+from stagecut.ir.text.printer import line_printer
 
 
 def verify(program: Program, *, after: str = "") -> None:
@@ -88,34 +89,34 @@ def _ops(p: Program) -> Iterator[tuple[str, str]]:
         value.owner is not None for value in p.inputs
     ):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
-    for op in p.all_ops():
-        yield from _op(p, op, defined)
-    for value in p.output.operands:
+    yield from _block(p, p, defined)
+
+
+def _block(p: Program, block: Block, defined: set[Value]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the ops of the program or of a region. `defined` gains what they define."""
+    rule, name = ("V1", "the program") if block is p else ("V6", f"region {block.name}")
+    for op in p.all_ops() if block is p else block.ops:
+        for value in op.reads:
+            if value not in defined:
+                yield (
+                    rule,
+                    f"{value!r} is read, but not defined before in {name}, in {_show(p, op)}",
+                )
+        yield from _definitions(p, op, defined)
+        yield from _effects(p, op)
+        yield from _form(p, op)
+        yield from _regions(p, op)
+        if op.target == BY_MODE and not _is_by_mode(op):
+            yield (
+                "V18",
+                "not a flag, two regions and their operands, or other results than they yield, in "
+                f"{_show(p, op)}",
+            )
+    for value in block.output.operands:
         if value not in defined:
-            yield "V1", f"the output names {value!r}, which is not defined"
-    if any(isinstance(item, RegionRef) for item in literals(p.output.args)):
-        yield "V6", "the output names a region"
-
-
-def _op(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
-    for value in op.reads:
-        if value not in defined:
-            yield "V1", f"{value!r} is read before it is defined in {_show(p, op)}"
-    yield from _in_itself(p, op, defined)
-
-
-def _in_itself(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
-    """What is wrong with an op wherever it stands. `defined` gains what it defines."""
-    yield from _definitions(p, op, defined)
-    yield from _effects(p, op)
-    yield from _form(p, op)
-    yield from _regions(p, op)
-    if op.target == BY_MODE and not _is_by_mode(op):
-        yield (
-            "V18",
-            "not a flag, two regions and their operands, or other results than they yield, in "
-            f"{_show(p, op)}",
-        )
+            yield rule, f"{name} returns {value!r}, which is not defined there"
+    if any(isinstance(item, RegionRef) for item in literals(block.outputs)):
+        yield "V6", f"{name} returns a region"
 
 
 def _is_by_mode(op: Op) -> bool:
@@ -127,7 +128,7 @@ def _is_by_mode(op: Op) -> bool:
         return False
     flag, training, evaluating, operands = op.args
     fits = (
-        len(region.params) == len(operands) and _yields(region) == len(op.results)
+        len(region.inputs) == len(operands) and _yields(region) == len(op.results)
         for region in op.regions
     )
     return (
@@ -137,9 +138,9 @@ def _is_by_mode(op: Op) -> bool:
     )
 
 
-def _yields(region: Region) -> int:
+def _yields(region: Block) -> int:
     """How many values a region yields (a single one is not in a tuple); -1 if it yields anything else."""
-    tree = region.output.args[0]
+    tree = region.outputs
     if isinstance(tree, Value):
         return 1
     flat = (
@@ -151,26 +152,19 @@ def _yields(region: Region) -> int:
 
 
 def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    if (
-        op.form is not None
-        and op.returned is None
-        and list(_places(op.form)) != list(range(len(op.results)))
-    ):
+    if op.form is not None and op.returned is None and not _names_each_result(op):
         yield (
             "V17",
             f"the form does not name each result once, in order, in {_show(p, op)}",
         )
 
 
-def _places(form: object) -> Iterator[object]:
-    """The result numbers in a form; None for each item that is none."""
-    if isinstance(form, (tuple, list)):
-        for item in form:
-            yield from _places(item)
-    elif isinstance(form, dict) and all(type(key) in (str, int) for key in form):
-        yield from _places(list(form.values()))
-    else:
-        yield form if type(form) is int else None
+def _names_each_result(op: Op) -> bool:
+    """True when the form of an op has the number of each result once, in order, and no odd keys."""
+    leaves = list(op.form.paths()) if op.form is not None else []
+    keys = {type(key) for _, path in leaves for key in path}
+    numbers = [number if type(number) is int else None for number, _ in leaves]
+    return keys <= {int, str} and numbers == list(range(len(op.results)))
 
 
 def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
@@ -184,10 +178,9 @@ def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str,
 
 
 def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    e, count = op.effects, len(op.operands)
-    if any(not 0 <= i < count for i in e.writes) or any(
-        i is not None and not 0 <= i < count for i in e.views
-    ):
+    e = op.effects
+    named = {*e.writes, *(value for value in e.views if value is not None)}
+    if not named <= {*op.operands}:
         yield "V5", f"an effect names an operand that is not there in {_show(p, op)}"
     if e.views and len(e.views) != len(op.results):
         yield (
@@ -203,31 +196,15 @@ def _regions(p: Program, op: Op) -> Iterator[tuple[str, str]]:
         if isinstance(item, RegionRef) and not 0 <= item.index < len(op.regions):
             yield "V6", f"region <{item.index}> does not exist in {_show(p, op)}"
     for region in op.regions:
-        yield from _region(p, region)
-
-
-def _region(p: Program, region: Region) -> Iterator[tuple[str, str]]:
-    inside: set[Value] = set(region.params)
-    for op in region.ops:
-        for value in op.reads:
-            if value not in inside:
-                yield (
-                    "V6",
-                    f"region {region.name} reads {value!r} from outside in {_show(p, op)}",
-                )
-        yield from _in_itself(p, op, inside)
-    if any(isinstance(item, RegionRef) for item in literals(region.output.args)):
-        yield "V6", f"region {region.name} yields a region"
-    for value in region.output.operands:
-        if value not in inside:
-            yield "V6", f"region {region.name} yields {value!r} from outside"
+        yield from _block(p, region, set(region.inputs))
 
 
 def _every_op(p: Program) -> Iterator[Op]:
-    """All ops, those of regions, and the outputs of regions and of the program."""
+    """All ops, those of regions, and the outputs of every block."""
     for op in nested_ops(p.all_ops()):
         yield op
         yield from (region.output for region in op.regions)
+    yield from (stage.output for stage in p.stages)
     yield p.output
 
 
@@ -236,7 +213,7 @@ def _uses(p: Program) -> Iterator[tuple[str, str]]:
     values: list[Value] = [*p.inputs, *(entry.value for entry in p.state)]
     for op in _every_op(p):
         values.extend(op.definitions())
-        values.extend(param for region in op.regions for param in region.params)
+        values.extend(param for region in op.regions for param in region.inputs)
         for value in op.reads:
             real.setdefault(value, set()).add(op)
     for value in values:

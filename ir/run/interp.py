@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
@@ -17,12 +19,12 @@ from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import (
     BY_MODE,
     WHOLE,
+    Block,
     Context,
     Kind,
     Mode,
     Op,
     Program,
-    Region,
     RegionRef,
     StateEntry,
     Token,
@@ -97,9 +99,7 @@ def _run_linked(
                     where=where,
                 )
             local[value] = sent[value]
-        machine.run(stage.ops, local)
-        for value in stage.outputs:
-            sent[value] = machine.lookup(value, local)
+        sent |= zip(stage.outputs, machine.call(stage, local), strict=True)
     env |= sent
 
 
@@ -176,15 +176,15 @@ class Machine:
             tie_weights=False,
         )
 
-    def _function(self, region: Region) -> Callable[..., Any]:
-        def call(*operands: Any) -> Any:
-            env: Environment = dict(zip(region.params, operands, strict=True))
-            self.run(region.ops, env)
-            return transform(
-                region.output.args[0], lambda leaf: self._leaf(leaf, env, [])
-            )
+    def call(self, block: Block, env: Environment) -> Any:
+        """The outputs of the block in an environment that has its inputs."""
+        self.run(block.ops, env)
+        return transform(block.outputs, lambda leaf: self._leaf(leaf, env, []))
 
-        return call
+    def _function(self, region: Block) -> Callable[..., Any]:
+        return lambda *operands: self.call(
+            region, dict(zip(region.inputs, operands, strict=True))
+        )
 
     def lookup(self, leaf: Any, env: Environment) -> Any:
         """The tensor behind a value, the object behind a literal. StagecutError when it is not there."""
@@ -229,15 +229,5 @@ def _flat(op: Op, result: Any) -> list[Any]:
             if isinstance(leaf, torch.Tensor)
         ]
     if op.form is not None:
-        found: dict[int, Any] = {}
-        _match(op.form, result, found)
-        return [found[i] for i in range(len(op.results))]
+        return [reduce(getitem, path, result) for _, path in op.form.paths()]
     return [result] if len(op.results) == 1 else list(result)
-
-
-def _match(form: Any, result: Any, found: dict[int, Any]) -> None:
-    if isinstance(form, int):
-        found[form] = result
-        return
-    for key, item in form.items() if isinstance(form, dict) else enumerate(form):
-        _match(item, result[key], found)

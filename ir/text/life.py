@@ -18,10 +18,10 @@ from typing import TypeVar
 from stagecut.ir.aliases import unwritten, viewed_value
 from stagecut.ir.errors import UnknownNameError, nearest
 from stagecut.ir.graph import (
+    Block,
     Loc,
     Op,
     Program,
-    Region,
     StateEntry,
     Transfer,
     Value,
@@ -44,7 +44,7 @@ YIELD = "yield"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Site:
     """One op: its number in program order (regions included), stage (None while there are none), target,
     module path, line of source.
 
@@ -73,7 +73,7 @@ class Use:
 
     how: str
     version: str
-    place: Place
+    place: Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Version:
     """
 
     name: str
-    by: Place | None
+    by: Site | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class ValueLife:
     type: str
     bytes: int | None
     gradient: bool
-    born: Place | None
+    born: Site | None
     versions: tuple[Version, ...]
     view_of: str | None
     copy_of: str | None
@@ -145,7 +145,7 @@ class ValueLife:
     returned: tuple[int, ...]
 
     @property
-    def dies(self) -> Place | None:
+    def dies(self) -> Site | None:
         return self.uses[-1].place if self.uses and not self.returned else None
 
     def __str__(self) -> str:
@@ -207,7 +207,7 @@ class Lives:
         self._yields: set[Op] = set()
         for stage, op in _staged(program):
             self._number(op, stage)
-        self._places: dict[Op, Place] = {}
+        self._places: dict[Op, Site] = {}
         self._lines_of_versions: dict[Value, tuple[Version, ...]] = {}
 
     def value(self, name: str) -> ValueLife:
@@ -229,7 +229,7 @@ class Lives:
             )
         return self._state_life(entry)
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Site]:
         """Every op in program order, those of regions and the yields of regions included."""
         return [self._place(op) for op in self._numbers]
 
@@ -301,23 +301,23 @@ class Lives:
         for region in op.regions:
             self._number_region(op, region, stage)
 
-    def _number_region(self, op: Op, region: Region, stage: int | None) -> None:
-        self._params |= dict.fromkeys(region.params, op)
+    def _number_region(self, op: Op, region: Block, stage: int | None) -> None:
+        self._params |= dict.fromkeys(region.inputs, op)
         for inner in region.ops:
             self._number(inner, stage)
         self._numbers[region.output] = (len(self._numbers), stage)
         self._yields.add(region.output)
 
-    def _place(self, op: Op) -> Place:
+    def _place(self, op: Op) -> Site:
         if op not in self._places:
             self._places[op] = self._new_place(op)
         return self._places[op]
 
-    def _new_place(self, op: Op) -> Place:
+    def _new_place(self, op: Op) -> Site:
         number, stage = self._numbers[op]
         line = self._line(op)
         if op in self._yields:
-            return Place(
+            return Site(
                 number,
                 stage,
                 YIELD,
@@ -325,7 +325,7 @@ class Lives:
                 op.loc,
                 f"{YIELD} {line.partition('(')[2].removesuffix(')')}",
             )
-        return Place(
+        return Site(
             number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line
         )
 
@@ -367,7 +367,7 @@ class Lives:
             self._lines_of_versions |= dict.fromkeys(line, made)
         return self._lines_of_versions[value]
 
-    def _writer(self, value: Value) -> Place | None:
+    def _writer(self, value: Value) -> Site | None:
         return (
             self._place(value.owner)
             if value.version_of is not None and isinstance(value.owner, Op)
@@ -434,12 +434,11 @@ def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 
 
 def _how(op: Op, value: Value) -> str:
-    positions = [i for i, operand in enumerate(op.operands) if operand is value]
-    if any(i in op.effects.writes for i in positions):
+    if value in op.effects.writes:
         return WRITES
-    if not positions:
+    if value not in op.operands:
         return RENEWS
-    return VIEWS if any(i in positions for i in op.effects.views) else READS
+    return VIEWS if value in op.effects.views else READS
 
 
 def _plain(fqn: str) -> str:

@@ -16,15 +16,17 @@ from stagecut.ir.graph import (
     ROUTES,
     SHARES,
     SPLIT,
+    Block,
     Context,
     Effects,
     Frame,
     Loc,
     Mode,
     Op,
+    Place,
     Program,
-    Region,
     RegionRef,
+    ResultForm,
     Scope,
     Stage,
     StateEntry,
@@ -260,26 +262,22 @@ class _Parser:
         if p.phase == "traced":
             self._fail("a traced program has no stages")
         stage = Stage(self._int())
-        heads: list[str] | None = None
-        outs: list[tuple[str, int]] = []
+        inputs: list[Value] = []
+        outputs: list[tuple[str, int]] = []
         if p.phase == "linked" or self._src.startswith("(", self._here()):
             self._expect("(")
-            heads = self._list(self._value)
+            inputs = self._list(self._value)
             self._expect("->")
             self._expect("(")
-            outs = self._list(self._value_name)
+            outputs = self._list(self._value_name)
         self._expect("{")
         p.stages.append(stage)
         self._skip(_BLANK)
         if self._accept("holds"):
             self._holds(stage)
-        while True:
-            self._skip(_BLANK)
-            if self._accept("}"):
-                break
-            stage.ops.append(self._op())
-        stage.inputs = list(heads or [])  # type: ignore[arg-type]
-        stage.outputs = [self._resolve(*o) for o in outs]
+        stage.ops = self._ops("}")
+        stage.inputs = inputs
+        stage.set_outputs([self._resolve(*name) for name in outputs])
 
     def _holds(self, stage: Stage) -> None:
         while True:
@@ -318,6 +316,15 @@ class _Parser:
         self._program.transfers.append(transfer)
 
     # --- ops ------------------------------------------------------------------------------------
+
+    def _ops(self, end: str) -> list[Op]:
+        """The ops of a block, up to `end`, which is read too."""
+        ops: list[Op] = []
+        while True:
+            self._skip(_BLANK)
+            if self._accept(end):
+                return ops
+            ops.append(self._op())
 
     def _op(self) -> Op:
         if self._accept("split"):
@@ -386,10 +393,10 @@ class _Parser:
             self._define(name, op.add_result(kind, name))
         if self._accept("form"):
             self._expect("(")
-            op.form = self._tree()
+            op.form = _form(self._tree())
             self._expect(")")
         views = self._views(op)
-        writes: tuple[int, ...] = ()
+        writes: tuple[Value, ...] = ()
         if self._accept("writes"):
             self._expect("(")
             writes = tuple(self._list(lambda: self._write(op, must_be_operand=True)))
@@ -398,51 +405,46 @@ class _Parser:
             self._list(lambda: self._write(op, must_be_operand=False))
         random = self._accept("random")
         op.effects = Effects(writes, views, random, self._accept("effect"))
-        if self._accept("with"):
-            op.context = self._contexts()
-        if self._accept("in"):
-            op.scope = self._scope()
-        if self._accept("at"):
-            loc = self._need(_LOC, "file:line")
-            op.loc = Loc(self._files.get(loc[1], loc[1]), int(loc[2]))
+        context = self._contexts() if self._accept("with") else ()
+        scope = self._scope() if self._accept("in") else ()
+        op.place = Place(scope, context, self._loc() if self._accept("at") else None)
         if self._accept("{"):
             op.regions = tuple(self._regions())
         return op
 
-    def _views(self, op: Op) -> tuple[int | None, ...]:
+    def _loc(self) -> Loc:
+        loc = self._need(_LOC, "file:line")
+        return Loc(self._files.get(loc[1], loc[1]), int(loc[2]))
+
+    def _views(self, op: Op) -> tuple[Value | None, ...]:
         if self._accept("views"):
             self._expect("(")
             return tuple(
-                self._list(
-                    lambda: None if self._accept("-") else self._operand_index(op)
-                )
+                self._list(lambda: None if self._accept("-") else self._operand(op))
             )
         if self._accept("view"):
             self._expect("(")
-            index = self._operand_index(op)
+            viewed = self._operand(op)
             self._expect(")")
-            return (index,) * len(op.results)
+            return (viewed,) * len(op.results)
         return ()
 
-    def _operand_index(self, op: Op) -> int:
+    def _operand(self, op: Op) -> Value:
         start = self._here()
         value = self._value()
         if value not in op.operands:
             self._fail("not an operand of this op", start)
-        return op.operands.index(value)
+        return value
 
-    def _write(self, op: Op, *, must_be_operand: bool) -> int:
-        start = self._here()
-        old = self._value()
-        if must_be_operand and old not in op.operands:
-            self._fail("not an operand of this op", start)
+    def _write(self, op: Op, *, must_be_operand: bool) -> Value:
+        old = self._operand(op) if must_be_operand else self._value()
         if self._accept("->"):
             name = self._fresh()
             new = op.add_version(old, name)
             if self._accept(":"):
                 new.type = self._type()
             self._define(name, new)
-        return op.operands.index(old) if must_be_operand else -1
+        return old
 
     def _contexts(self) -> tuple[Context, ...]:
         contexts = []
@@ -485,9 +487,9 @@ class _Parser:
         if len(parts) > MAX_DEPTH:
             self._fail(f"nested more than {MAX_DEPTH} deep", start)
 
-    def _regions(self) -> list[Region]:
+    def _regions(self) -> list[Block]:
         self._enter()
-        regions: list[Region] = []
+        regions: list[Block] = []
         while True:
             self._skip(_BLANK)
             if self._accept("}"):
@@ -496,21 +498,15 @@ class _Parser:
             self._expect("region")
             regions.append(self._region())
 
-    def _region(self) -> Region:
+    def _region(self) -> Block:
         name = self._need(_WORD, "a region name")[0]
         self._expect("(")
-        params = self._list(self._param)
+        inputs = self._list(self._param)
         self._expect("{")
-        ops: list[Op] = []
-        while True:
-            self._skip(_BLANK)
-            if self._accept("yield"):
-                break
-            ops.append(self._op())
-        output = Op("output", (self._tree(),))
+        region = Block(name, inputs, self._ops("yield"), self._tree())
         self._skip(_BLANK)
         self._expect("}")
-        return Region(name, params, ops, output)
+        return region
 
     def _param(self) -> Value:
         name = self._fresh()
@@ -702,6 +698,15 @@ class _Parser:
                     start,
                 )
         return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
+
+
+def _form(tree: Any) -> ResultForm:
+    """The form that is written as a tree: `"tensors"`, `("tensors", ...)`, or result numbers."""
+    if tree == "tensors":
+        return ResultForm(rest=())
+    if isinstance(tree, tuple) and tree[:1] == ("tensors",):
+        return ResultForm(rest=tree[1:])
+    return ResultForm(tree)
 
 
 def _mode(

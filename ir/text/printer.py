@@ -14,14 +14,15 @@ from typing import Any
 
 from stagecut.ir.graph import (
     SPLIT,
+    Block,
     Context,
     Kind,
     Mode,
     Namer,
     Op,
     Program,
-    Region,
     RegionRef,
+    ResultForm,
     Scope,
     Stage,
     StateEntry,
@@ -29,8 +30,9 @@ from stagecut.ir.graph import (
     Token,
     Transfer,
     Value,
+    nested_ops,
 )
-from stagecut.ir.types import OBJECT, value_bytes
+from stagecut.ir.types import value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
@@ -101,14 +103,6 @@ def file_names(ops: Iterable[Op]) -> dict[str, str]:
     return names
 
 
-def nested_ops(ops: Iterable[Op]) -> Iterator[Op]:
-    """The ops, each followed by the ops of its regions."""
-    for op in ops:
-        yield op
-        for region in op.regions:
-            yield from nested_ops(region.ops)
-
-
 class Printer:
     """The names of a program's values, and its ops as text."""
 
@@ -129,8 +123,8 @@ class Printer:
 
     def _name_op(self, op: Op, namer: Namer) -> None:
         for region in op.regions:
-            for param in region.params:
-                self._name(param, namer)
+            for value in region.inputs:
+                self._name(value, namer)
             for inner in region.ops:
                 self._name_op(inner, namer)
         for value in op.definitions():
@@ -139,21 +133,40 @@ class Printer:
     def program(self) -> Iterator[str]:
         p = self._program
         stages = f" stages={len(p.stages)}" if p.stages else ""
-        yield f"program {fqn_text(p.name)} phase={p.phase}{stages} {{"
+        head = f"program {fqn_text(p.name)} phase={p.phase}{stages}"
+        yield from self._block(head, p, "", list(self._head()), list(self._tail()))
+
+    def _head(self) -> Iterator[str]:
+        """The lines of the program before its ops."""
         for path, short in self._files.items():
-            yield f"  file {short} {json.dumps(path)}"
-        for value in p.inputs:
-            yield f"  input {self.names[value]} : {value.type}"
-        yield from self._state(p.state)
-        if p.phase == "traced":
-            for op in p.ops:
-                yield from self._op(op, "  ")
-        for stage in p.stages:
+            yield f"file {short} {json.dumps(path)}"
+        for value in self._program.inputs:
+            yield f"input {self.names[value]} : {value.type}"
+        yield from self._state(self._program.state)
+
+    def _tail(self) -> Iterator[str]:
+        """The lines of the program after its ops."""
+        for stage in self._program.stages:
             yield from self._stage(stage)
-        for transfer in p.transfers:
+        for transfer in self._program.transfers:
             yield self._transfer(transfer)
-        yield f"  output {self._tree(tuple(p.outputs))}"
-        yield "}"
+        yield f"output {self._tree(tuple(self._program.outputs))}"
+
+    def _block(
+        self,
+        head: str,
+        block: Block,
+        indent: str,
+        first: Iterable[str] = (),
+        last: Iterable[str] = (),
+    ) -> Iterator[str]:
+        """A block: its head, and in braces the lines of `first`, its ops, and the lines of `last`."""
+        yield f"{indent}{head} {{"
+        yield from (f"{indent}  {line}" for line in first)
+        for op in block.ops:
+            yield from self._op(op, indent + "  ")
+        yield from (f"{indent}  {line}" for line in last)
+        yield indent + "}"
 
     def excerpt(self, keep: Callable[[Op], bool]) -> Iterator[str]:
         p = self._program
@@ -163,16 +176,17 @@ class Printer:
         yield from (
             f"  input {self.names[v]} : {v.type}" for v in p.inputs if v in touched
         )
-        yield from self._state([e for e in p.state if e.value in touched])
+        state = [entry for entry in p.state if entry.value in touched]
+        yield from (f"  {line}" for line in self._state(state))
         if p.phase == "traced":
             yield from self._some(p.ops, kept, "  ")
         for stage in p.stages:
             if kept.intersection(stage.ops):
-                yield f"  stage {stage.index} {self._bare(stage.inputs)} -> {self._bare(stage.outputs)} {{"
+                yield f"  {self._stage_head(stage)} {{"
                 yield from self._some(stage.ops, kept, "    ")
                 yield "  }"
         yield from (
-            self._transfer(t)
+            f"  {self._transfer(t)}"
             for t in p.transfers
             if t.value in touched or t.made in touched
         )
@@ -190,7 +204,7 @@ class Printer:
         tensors = Counter(e.tensor for e in entries)
         storages = Counter(e.storage for e in entries)
         for e in entries:
-            line = f"  state {fqn_text(e.name)} : {e.kind} {e.type}"
+            line = f"state {fqn_text(e.name)} : {e.kind} {e.type}"
             if len(e.names) > 1:
                 line += f" names({', '.join(map(fqn_text, e.names[1:]))})"
             if e.transient:
@@ -213,22 +227,21 @@ class Printer:
             yield line
 
     def _stage(self, stage: Stage) -> Iterator[str]:
-        head = f"  stage {stage.index}"
+        held = [fqn_text(name) for names in stage.state.values() for name in names]
+        first = [f"holds {', '.join(held)}"] if held else []
+        yield from self._block(self._stage_head(stage), stage, "", first)
+
+    def _stage_head(self, stage: Stage) -> str:
+        head = f"stage {stage.index}"
         if self._program.phase == "linked" or stage.inputs or stage.outputs:
             head += f" {self._bare(stage.inputs)} -> {self._bare(stage.outputs)}"
-        yield head + " {"
-        held = [name for names in stage.state.values() for name in names]
-        if held:
-            yield "    holds " + ", ".join(map(fqn_text, held))
-        for op in stage.ops:
-            yield from self._op(op, "    ")
-        yield "  }"
+        return head
 
     def _bare(self, values: list[Value]) -> str:
         return "(" + ", ".join(self.names[v] for v in values) + ")"
 
     def _transfer(self, t: Transfer) -> str:
-        line = f"  transfer {self.names[t.value]} : {'input' if t.source is None else t.source} -> {t.target}"
+        line = f"transfer {self.names[t.value]} : {'input' if t.source is None else t.source} -> {t.target}"
         if t.route:
             line += f" {t.route}"
         if t.made is not None:
@@ -244,15 +257,10 @@ class Printer:
             return
         yield line + " {"
         for region in op.regions:
-            yield from self._region(region, indent + "  ")
-        yield indent + "}"
-
-    def _region(self, region: Region, indent: str) -> Iterator[str]:
-        params = ", ".join(f"{self.names[p]} : {p.type}" for p in region.params)
-        yield f"{indent}region {region.name} ({params}) {{"
-        for op in region.ops:
-            yield from self._op(op, indent + "  ")
-        yield f"{indent}  yield {self._tree(region.output.args[0])}"
+            inputs = ", ".join(f"{self.names[v]} : {v.type}" for v in region.inputs)
+            head = f"region {region.name} ({inputs})"
+            last = [f"yield {self._tree(region.outputs)}"]
+            yield from self._block(head, region, indent + "  ", last=last)
         yield indent + "}"
 
     def op_call(self, op: Op) -> str:
@@ -273,7 +281,7 @@ class Printer:
             names = ", ".join(self.names[r] for r in op.results)
             line = f"{names} = {line} : {', '.join(str(r.type) for r in op.results)}"
         if op.form is not None:
-            line += f" form({self._tree(op.form)})"
+            line += f" form({self._form(op.form)})"
         line += self._effects(op)
         if op.context:
             line += " with " + ", ".join(map(self._context, op.context))
@@ -283,9 +291,14 @@ class Printer:
             line += f" at {self._files.get(op.loc.file, op.loc.file)}:{op.loc.line}"
         return line
 
+    def _form(self, form: ResultForm) -> str:
+        if form.rest is None:
+            return self._tree(form.tree)
+        return self._tree(("tensors", *form.rest) if form.rest else "tensors")
+
     def _effects(self, op: Op) -> str:
         e, line = op.effects, ""
-        viewed = ["-" if v is None else self._tree(_operand(op, v)) for v in e.views]
+        viewed = ["-" if v is None else self._tree(v) for v in e.views]
         if (
             len(set(viewed)) == 1
             and viewed[0] != "-"
@@ -294,10 +307,9 @@ class Printer:
             line += f" view({viewed[0]})"
         elif viewed:
             line += f" views({', '.join(viewed)})"
-        written = dict.fromkeys(_operand(op, i) for i in e.writes)
-        if written:
-            line += f" writes({', '.join(self._version(op, v) for v in written)})"
-        others = [v for v in op.versions if v not in written]
+        if e.writes:
+            line += f" writes({', '.join(self._version(op, v) for v in e.writes)})"
+        others = [v for v in op.versions if v not in e.writes]
         if others:
             line += f" renews({', '.join(self._version(op, v) for v in others)})"
         return line + (" random" if e.random else "") + (" effect" if e.effect else "")
@@ -331,15 +343,6 @@ class Printer:
         if isinstance(tree, slice):
             return f"slice({self._tree(tree.start)}, {self._tree(tree.stop)}, {self._tree(tree.step)})"
         return literal(tree)
-
-
-def _operand(op: Op, index: int) -> Value:
-    """The operand at `index`, or a value that prints as undefined: messages show broken ops too."""
-    return (
-        op.operands[index]
-        if 0 <= index < len(op.operands)
-        else Value(OBJECT, f"operand {index}")
-    )
 
 
 def literal(item: Any) -> str:

@@ -201,7 +201,7 @@ def shuffle(program: Program, rng: random.Random) -> list[Op]:
     for op in program.ops:
         before = {home[v] for v in op.operands if v in home}
         places = {root(value) for value in (*op.operands, *op.results)}
-        writes = {root(op.operands[i]) for i in op.effects.writes}
+        writes = set(map(root, op.effects.writes))
         before |= {o for place in places for o in written.get(place, ())} | {o for place in writes for o in touched.get(place, ())}
         if op.has_effect or op.is_split:
             before |= {last} if last is not None else set()
