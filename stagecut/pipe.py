@@ -294,7 +294,9 @@ def _lowered(
         hold_one_mode((program, bindings), one_mode)
     else:
         follow(module, (program, bindings), again, asked)
-    bindings.extras, bindings.whole = _extras(module), leaves.reasons
+    for path, extra in _extras(module).items():
+        bindings.learn(path, extra=extra)
+    bindings.whole = leaves.reasons
     bindings.notes = [
         *leaves.notes,
         *(

@@ -345,7 +345,7 @@ def test_what_cannot_be_followed_is_an_error_at_the_switch(name: str) -> None:
         pipe = one.cut(one.build().train(training))
         assert pipe.train(training) is pipe
         for switch in (pipe.train, pipe.module().train, pipe.stages[0].train, pipe.stages[1].train):
-            if switch in (pipe.stages[0].train, pipe.stages[1].train) and not any(m._branch for m in switch.__self__.modules()):
+            if switch in (pipe.stages[0].train, pipe.stages[1].train) and not any(m._facts.branch for m in switch.__self__.modules()):
                 continue
             with pytest.raises(ModeError) as caught:
                 switch(not training)

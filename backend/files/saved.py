@@ -45,7 +45,7 @@ from stagecut.ir.aliases import storage_root
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves, nested_ops
 from stagecut.ir.ops import facts
-from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.bindings import Bindings, ModuleFacts
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import fingerprint, text
 from stagecut.ir.types import DTYPES, TensorType
@@ -289,14 +289,14 @@ def _own(stage: Stage) -> Iterator[StageModule]:
 
 def _module_form(module: StageModule) -> dict[str, Any]:
     switches = {
-        mode: module._switches[flag]
+        mode: module._facts.switches[flag]
         for mode, flag in _MODES.items()
-        if flag in module._switches
+        if flag in module._facts.switches
     }
     return {
         "class": module._title,
-        "captured": module._captured,
-        "branch": module._branch,
+        "captured": module._facts.training,
+        "branch": module._facts.branch,
         "switches": switches,
     }
 
@@ -466,17 +466,14 @@ class _Saved:
     def _bindings(self) -> Bindings:
         modules, call = self.manifest["modules"], self.manifest["call"]
         found = Bindings(device=self.device, notes=list(self.manifest["notes"]))
-        found.training = {path: module["captured"] for path, module in modules.items()}
-        found.classes = {path: module["class"] for path, module in modules.items()}
-        found.branches = {
-            path: module["branch"]
+        found.facts = {
+            path: ModuleFacts(
+                module["class"],
+                module["captured"],
+                module["branch"],
+                _switches(module["switches"]),
+            )
             for path, module in modules.items()
-            if module["branch"]
-        }
-        found.switches = {
-            path: _switches(module["switches"])
-            for path, module in modules.items()
-            if module["switches"]
         }
         found.call = (
             None

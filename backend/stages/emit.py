@@ -13,7 +13,7 @@ import linecache
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ class _Tree:
         found = bindings.modules.get(path)
         if found is None:
             found = StageModule(
-                bindings.classes.get(path, "Module"),
+                bindings.facts_of(path).kind,
                 path,
                 self._emitter.code,
                 self._emitter.home,
@@ -214,7 +214,8 @@ def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
     """Path -> place of the branches of modules that are in no stage, or that are the user's own there. The
     nearest module above such a module has to hold the branch for it.
     """
-    if not bindings.branches:
+    branches = bindings.branches
+    if not branches:
         return {}
     scopes = {op.scope for op in program.all_ops()}
     seen = {
@@ -224,7 +225,7 @@ def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
     whole = tuple(f"{path}." for path in bindings.modules)
     return {
         path: place
-        for path, place in bindings.branches.items()
+        for path, place in branches.items()
         if path not in seen or f"{path}.".startswith(whole)
     }
 
@@ -236,16 +237,13 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
         if isinstance(module, StageModule)
     }
     for path, module in modules.items():
-        module.training = module._captured = bindings.training.get(
-            path, bindings.training.get("", True)
-        )
-        module._branch = bindings.branches.get(path, "")
-        module._switches = bindings.switches.get(path, {})
-        module._extra = bindings.extras.get(path)
+        module._facts = bindings.facts_of(path)
+        module.training = module._facts.training
     for path, place in unseen.items():
         while path not in modules:
             path = path.rpartition(".")[0]
-        modules[path]._branch = modules[path]._branch or place
+        if not modules[path]._facts.branch:
+            modules[path]._facts = replace(modules[path]._facts, branch=place)
 
 
 def _tie_flags(root: Stage, block: StageBlock) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.backend.stages.fx_view import stage_graph
 from stagecut.ir.errors import EmitError, ModeError, StagecutError
-from stagecut.ir.run.bindings import EXTRA
+from stagecut.ir.run.bindings import EXTRA, ModuleFacts
 from stagecut.ir.run.objects import opened, places, plain
 from stagecut.ir.run.targets import BUILTINS, attribute
 from stagecut.ir.types import Type
@@ -253,11 +253,8 @@ class StageModule(nn.Module):
 
     _title = "Module"
     _path = ""
-    _branch = ""
-    _captured = True
+    _facts = ModuleFacts()
     _together: dict[str, str] = {}
-    _switches: dict[bool, dict[str, bool]] = {}
-    _extra: tuple[Any, str] | None = None
     _code: Code
     _texts: list[str]
     _forwards: list[Callable[..., Any]]
@@ -313,8 +310,8 @@ class StageModule(nn.Module):
         """
         with switching([self], mode):
             super().train(mode)
-        modules = dict(self.named_modules()) if self._switches else {}
-        for path, flag in self._switches.get(mode, {}).items():
+        modules = dict(self.named_modules()) if self._facts.switches else {}
+        for path, flag in self._facts.switches.get(mode, {}).items():
             if path in modules:
                 modules[path].training = flag
         return self
@@ -335,8 +332,8 @@ class StageModule(nn.Module):
         self, destination: Any, prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._extra is not None:
-            destination[prefix + EXTRA] = self._extra[0]
+        if self._facts.extra is not None:
+            destination[prefix + EXTRA] = self._facts.extra[0]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any
@@ -347,12 +344,12 @@ class StageModule(nn.Module):
         Raises StagecutError for an extra state other than that of the cut: the trace would not follow what
         set_extra_state makes of it.
         """
-        if self._extra is not None and not _equal(
-            state_dict.pop(prefix + EXTRA, self._extra[0]), self._extra[0]
+        if self._facts.extra is not None and not _equal(
+            state_dict.pop(prefix + EXTRA, self._facts.extra[0]), self._facts.extra[0]
         ):
             raise StagecutError(
                 f"'{prefix}{EXTRA}' is another one than when the model was cut",
-                where=self._extra[1],
+                where=self._facts.extra[1],
                 hint="load it into the model before that is cut; or leave the name out, with strict=False",
             )
         for name in (
@@ -409,11 +406,11 @@ def _refuse_switch(module: nn.Module, mode: bool) -> None:
     for part, flag in flags.items():
         if not isinstance(part, StageModule):
             continue
-        if part._branch and flag != part._captured:
+        if part._facts.branch and flag != part._facts.training:
             raise ModeError(
-                f"the stages hold what the model does in {_MODES[part._captured]} mode, and cannot be "
+                f"the stages hold what the model does in {_MODES[part._facts.training]} mode, and cannot be "
                 f"switched to {_MODES[flag]} mode",
-                where=part._branch,
+                where=part._facts.branch,
                 hint=f"cut the model in {_MODES[flag]} mode as well: pipeline(model.{_MODES[flag]}(), ...)",
             )
         odd = next(
@@ -444,7 +441,9 @@ def _flags_after(module: nn.Module, mode: bool, flags: dict[nn.Module, bool]) ->
     flags[module] = mode
     for child in module.children():
         _flags_after(child, mode, flags)
-    switches = module._switches.get(mode) if isinstance(module, StageModule) else None
+    switches = (
+        module._facts.switches.get(mode) if isinstance(module, StageModule) else None
+    )
     if switches:
         parts = dict(module.named_modules())
         flags |= {parts[path]: flag for path, flag in switches.items() if path in parts}
@@ -576,7 +575,9 @@ class Stage(StageModule):
     def holds_one_mode(self) -> bool:
         """True when switching the whole stage to the other mode is refused."""
         return any(
-            part._branch for part in self.modules() if isinstance(part, StageModule)
+            part._facts.branch
+            for part in self.modules()
+            if isinstance(part, StageModule)
         )
 
     @property

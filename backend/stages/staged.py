@@ -43,7 +43,7 @@ class Staged(Named):
         self._model: Callable[[], nn.Module | None] | None = None
         self._sizes: dict[str, int] = {}
         self.plan: Any = None
-        self.training = bindings.training.get("", True)
+        self.training = bindings.training
 
     has_loss_and_backward = False
     """torch's option to put a backward into the graph; here autograd makes the backward."""

@@ -58,14 +58,15 @@ def follow(
     stays = {
         path: place
         for path, place in choices.items()
-        if bindings.training.get(path) == other[1].training.get(path)
+        if bindings.flag(path) == other[1].flag(path)
     }
     refuse_to_follow(bindings, stays, "its flag was not that of the model")
 
 
 def refuse_to_follow(bindings: Bindings, choices: dict[str, str], why: str) -> None:
     """The stages cannot follow these modules to the other mode, and say so when they are asked to."""
-    bindings.branches |= {path: f"{place}: {why}" for path, place in choices.items()}
+    for path, place in choices.items():
+        bindings.learn(path, branch=f"{place}: {why}")
     bindings.choices = {}
 
 
@@ -122,7 +123,10 @@ def _merge(
         )
 
     flags = Flags(
-        bindings.training, others.training, list(choices), _first_names(module)
+        {path: known.training for path, known in bindings.facts.items()},
+        {path: known.training for path, known in others.facts.items()},
+        list(choices),
+        _first_names(module),
     )
     merge = Merge(Alignment(program, theirs, equal, filled), flags, asked)
     merge.run()

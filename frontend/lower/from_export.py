@@ -48,7 +48,7 @@ def lower_export(
         program.state = _exported_state(exported, bindings)
     env = _placeholders(exported, program, bindings, lowering)
     if module is not None and CHOICES in exported.graph_module.meta:
-        bindings.switches, places = switches(module)
+        switched, places = switches(module)
         lowering.fixed = exported.graph_module.meta[FIXED]
         whole = tuple(f"{call.path}." for call in (leaf_calls or {}).values())
         set_inside = {
@@ -57,7 +57,10 @@ def lower_export(
             if f"{path}.".startswith(whole)
         }
         bindings.choices = dict(exported.graph_module.meta[CHOICES])
-        bindings.branches = places | set_inside
+        for path, where in (places | set_inside).items():
+            bindings.learn(path, branch=where)
+        for path, modes in switched.items():
+            bindings.learn(path, switches=modes)
     reassigned = _reassignments(exported)
     for node in reassigned:
         # readers of the old tensor keep it, and do not read the copy

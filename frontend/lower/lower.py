@@ -298,12 +298,12 @@ class Lowering:
         ]
         return (
             any(written_in_place(args[0], value) for value in same)
-            and self.bindings.training.get(scope_fqn(scope)) is True
+            and self.bindings.flag(scope_fqn(scope)) is True
         )
 
     def _batch_count(self, scope: Scope) -> StateEntry | None:
         path = scope_fqn(scope)
-        if "BatchNorm" not in self.bindings.classes.get(path, "") or path in self.fixed:
+        if "BatchNorm" not in self.bindings.facts_of(path).kind or path in self.fixed:
             return None
         return self.program.name_owners().get(f"{path}.num_batches_tracked")
 
@@ -598,10 +598,7 @@ class Lowering:
                     f"{place.loc}, with the flag of '{followed[0]}'"
                 )
             return args
-        if (
-            path in self.fixed
-            or self.bindings.training.get(path, args[position]) != args[position]
-        ):
+        if path in self.fixed or self.bindings.flag(path) not in (None, args[position]):
             return args
         return (*args[:position], Mode(args[position]), *args[position + 1 :])
 
@@ -973,8 +970,7 @@ def state_entries(
     tensors: dict[int, int] = {}
     storages: dict[int, int] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        bindings.training[prefix] = owner.training
-        bindings.classes[prefix] = type(owner).__name__
+        bindings.learn(prefix, training=owner.training, kind=type(owner).__name__)
         dot = prefix + "." if prefix else ""
         named = [
             (n, p, "param", True) for n, p in owner._parameters.items() if p is not None
