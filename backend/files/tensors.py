@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stagecut.backend.files.manifest import SavedError
+from stagecut.backend.files.manifest import Description
+from stagecut.backend.files.untrusted import SavedError
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 
@@ -45,14 +45,6 @@ _GAPS, _FEW = 64, 2**20
 """A tensor may be spread over so many times its elements, and over so many places in any case: a limit to the
 cost of a stranger's strides.
 """
-
-
-@dataclass(frozen=True)
-class Description:
-    """The facts written beside a tensor. `strides` is None for a contiguous one."""
-
-    requires_grad: bool
-    strides: list[int] | None
 
 
 def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
