@@ -34,8 +34,6 @@ from stagecut.backend.files.manifest import (
 )
 from stagecut.backend.files.tensors import (
     check_storable,
-    covers_storage,
-    extent,
     read_tensors,
     write_tensors,
 )
@@ -221,7 +219,7 @@ def _refuse_restrided(
         if (
             isinstance(entry, StateEntry)
             and entry in state
-            and not covers_storage(state[entry])
+            and state[entry].untyped_storage().nbytes() != state[entry].nbytes
         ):
             raise SavedError(
                 f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",
@@ -231,9 +229,8 @@ def _refuse_restrided(
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + extent(
-        tensor.shape, tensor.stride()
-    ) * tensor.element_size()
+    """The memory of a dense tensor."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
