@@ -312,7 +312,7 @@ class Session:
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        # without a picture the page draws the stages itself
+        # without a renderer the page has no picture: its tables say the same
         graph = to_svg(program) if find_renderer() else None
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name
