@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
@@ -23,7 +24,6 @@ from stagecut.tools.dump_ir.show import (
     diff,
     only,
     stats_of,
-    table,
     times,
 )
 from stagecut.tools.dump_ir.sources import Source, load
@@ -206,7 +206,7 @@ class Session:
                 if s.stats is not None
             ]
             self._writer.final(
-                "stats.txt", table([("after", "changed", *Stats.HEAD), *rows])
+                "stats.txt", table([("after", "changed", *Stats.HEAD), *rows]) + "\n"
             )
         if self._options.time:
             self._writer.final(
