@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.timeline import record
     from stagecut.backend.files import checkpoint
     from stagecut.backend.files.checkpoint import CheckpointError
-    from stagecut.backend.files.manifest import SavedError
     from stagecut.backend.files.materialize import MaterializeError
     from stagecut.backend.files.saved import load_stage
+    from stagecut.backend.files.untrusted import SavedError
     from stagecut.backend.page.page import to_html
     from stagecut.backend.pictures.dot import to_dot, to_svg
     from stagecut.backend.ranks.driver import Driver
@@ -67,7 +67,7 @@ _HOMES = {
     "ParseError": "stagecut.ir.errors",
     "PassError": "stagecut.ir.errors",
     "RankError": "stagecut.backend.ranks.faults",
-    "SavedError": "stagecut.backend.files.manifest",
+    "SavedError": "stagecut.backend.files.untrusted",
     "SplitError": "stagecut.ir.errors",
     "UnknownNameError": "stagecut.ir.errors",
     "VerifyError": "stagecut.ir.errors",

@@ -123,8 +123,23 @@ def test_regions_know_their_lines() -> None:
 
 def test_a_picture_of_the_caller_is_shown() -> None:
     assert "<title>drawn</title>" in to_html(*linked(), graph_svg=SVG)
+
+
+@pytest.mark.parametrize("svg", ["<p>", "no picture", "<svg", "<html><body/></html>"])
+def test_what_is_no_svg_is_refused(svg: str) -> None:
     with pytest.raises(InputError, match="no SVG"):
-        to_html(*linked(), graph_svg="<p>")
+        to_html(*linked(), graph_svg=svg)
+
+
+def test_a_picture_loses_what_stands_before_it_in_a_file() -> None:
+    page = to_html(*linked(), graph_svg=f'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "-//W3C//DTD" "x.dtd">\n<!-- made -->\n{SVG}\n')
+    assert f'<div class="picture">{SVG}</div>' in page
+    assert page.count("<!DOCTYPE") == 1
+    assert "<?xml" not in page
+
+
+def test_without_a_picture_there_is_none() -> None:
+    assert "<svg" not in to_html(*linked())
 
 
 def test_a_traced_program_and_no_history() -> None:

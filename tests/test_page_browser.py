@@ -11,6 +11,7 @@ from browser import CHROMIUM, Page, browser
 from pages import History, linked, long, tampered
 
 from stagecut.backend.page.page import to_html
+from stagecut.backend.pictures.dot import to_svg
 from stagecut.ir.graph import Program
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -21,7 +22,7 @@ GRAPH = """<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100">
 <g id="value-b-2"><path d="M70 60H200" fill="none" stroke="red"/></g>
 <g id="values-0-1" class="edge value-a value-skip route-send"><path d="M70 80H200" fill="none" stroke="red"/></g>
 <g id="data"><text id="query">0</text></g>
-<g id="x" onclick="window.hacked=1"><title>tile of stage 2</title><circle r="5"/></g>
+<g id="x"><title>tile of stage 2</title><circle r="5"/></g>
 </svg>"""
 BY_TEXT = "[...document.querySelectorAll('{}')].find(e => e.textContent.includes('{}'))"
 TITLE = "document.querySelector('#life h2')?.textContent"
@@ -63,7 +64,7 @@ def _search(page: Page, text: str) -> None:
 
 
 def test_it_opens(show: Callable[..., Page]) -> None:
-    page = show(*linked(), timeline_svg=GRAPH)
+    page = show(*linked(), timeline_svg=GRAPH, graph_svg=GRAPH)
     assert page.run("document.title") == "stagecut: Linked"
     assert page.run("document.querySelectorAll('#costs tbody tr').length") == 3
     assert page.run("document.querySelectorAll('#ways tbody tr').length") == 5
@@ -74,7 +75,8 @@ def test_it_opens(show: Callable[..., Page]) -> None:
 def test_what_is_not_there_is_not_shown(show: Callable[..., Page]) -> None:
     page = show([], linked()[1])
     assert page.run("document.getElementById('timeline').hidden")
-    assert not page.run("document.getElementById('graph').hidden")
+    assert page.run("document.getElementById('graph').hidden")
+    assert page.run("document.querySelectorAll('#costs tbody tr').length") == 3
 
 
 def test_a_click_in_the_text_shows_the_life(show: Callable[..., Page]) -> None:
@@ -130,18 +132,17 @@ def test_clicks_in_the_graph(show: Callable[..., Page], what: str, title: str) -
     assert page.run(f"document.querySelector('.picture {what}').classList.contains('chosen')")
 
 
-def test_the_plain_graph(show: Callable[..., Page]) -> None:
-    page = show(*linked())
-    page.click("document.querySelector('[data-pair=\"0 2\"] text')")
-    page.wait(SHOWN)
-    assert page.run(TITLE) == "0 → stage 2"
-    page.run("document.getElementById('stage-2').focus()")
+def test_the_graph_of_the_program(show: Callable[..., Page]) -> None:
+    """What to_svg draws: a stage can be reached by keys, and shows what it is."""
+    history, program = linked()
+    page = show(history, program, graph_svg=to_svg(program))
+    page.run("document.querySelector('.picture #stage-2').focus()")
     page.press("Enter")
     page.wait(f"{TITLE} === 'stage 2'")
 
 
 def test_the_graph_zooms_and_pans(show: Callable[..., Page]) -> None:
-    page = show(*linked())
+    page = show(*linked(), graph_svg=GRAPH)
     box = "document.querySelector('.picture svg').getAttribute('viewBox').split(' ').map(Number)"
     first = page.run(box)
     page.click("document.querySelector('[title=\"zoom in\"]')")
@@ -154,7 +155,7 @@ def test_the_graph_zooms_and_pans(show: Callable[..., Page]) -> None:
 
 
 def test_dragging_pans_and_is_no_click(show: Callable[..., Page]) -> None:
-    page = show(*linked())
+    page = show(*linked(), graph_svg=GRAPH)
     box = "document.querySelector('.picture svg').getAttribute('viewBox').split(' ').map(Number)"
     page.run("document.querySelector('.picture').scrollIntoView({block: 'center'})")
     x, y = page.run("(b => [b.x + b.width / 2, b.y + b.height / 2])(document.getElementById('stage-1').getBoundingClientRect())")
@@ -259,8 +260,7 @@ def test_light_and_dark(show: Callable[..., Page]) -> None:
 
 def test_names_do_not_run(show: Callable[..., Page]) -> None:
     history, program = tampered()
-    page = show(history, program, title="<img src=x onerror=window.hacked=1>", graph_svg=GRAPH)
-    page.run("document.querySelector('.picture #x').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page = show(history, program, title="<img src=x onerror=window.hacked=1>", graph_svg=to_svg(program))
     for name in page.run("[...new Set([...document.querySelectorAll('[data-go]')].map(e => e.dataset.go))]"):
         kind, _, key = name.partition(":")
         page.run(f"location.hash = '#{kind}:' + encodeURIComponent({key!r})")
@@ -280,6 +280,35 @@ def test_an_injected_handler_would_not_run(show: Callable[..., Page]) -> None:
     assert page.run("window.hacked === undefined")
     assert any("Content Security Policy" in error for error in page.errors)
     page.events.clear()
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "<script>window.hacked=1</script>", "</svg><script>window.hacked=1</script><svg>",
+        '<g onclick="window.hacked=1"><circle r="9"/></g>',
+        '<circle r="9"><animate attributeName="r" to="8" dur="1ms" onend="window.hacked=1"/></circle>',
+        "<foreignObject><body onload='window.hacked=1'><img src=x onerror='window.hacked=1'></body></foreignObject>",
+        '<image href="http://127.0.0.1:9/x.png"/>', '<a href="javascript:window.hacked=1"><circle r="9"/></a>',
+        '<use href="http://127.0.0.1:9/x.svg#a"/>', '<rect width="9" height="9" style="fill: url(http://127.0.0.1:9/x)"/>',
+        '<style>@import "http://127.0.0.1:9/x.css";</style>', "<style>svg { background: \\75rl(http://127.0.0.1:9/x) }</style>",
+        '</svg><base href="http://127.0.0.1:9/"><svg>', '</svg><iframe src="http://127.0.0.1:9/x"></iframe><svg>',
+    ],
+)  # fmt: skip
+def test_nothing_in_a_picture_runs_or_loads(inside: str, show: Callable[..., Page]) -> None:
+    """The policy of the page refuses it, or the browser does, and says so in the console."""
+    page = show(*linked(), graph_svg=f'<svg xmlns="http://www.w3.org/2000/svg" width="60" height="40">{inside}</svg>')
+    click = "new MouseEvent('click', {bubbles: true, cancelable: true})"
+    page.run(f"document.querySelectorAll('.picture *').forEach((element) => element.dispatchEvent({click}))")
+    page.run("new Promise((done) => setTimeout(done, 50))")
+    assert page.run("window.hacked === undefined")
+    page.events[:] = [event for event in page.events if event["method"] == "Network.requestWillBeSent" and not _refused(event, page)]
+
+
+def _refused(event: dict[str, Any], page: Page) -> bool:
+    """True for a request that the browser stopped before it left: for the policy, or for the place it goes to."""
+    lost = [e["params"] for e in page.events if e["method"] == "Network.loadingFailed"]
+    return any(one["requestId"] == event["params"]["requestId"] and one.get("blockedReason") for one in lost)
 
 
 def test_any_address_is_harmless(show: Callable[..., Page]) -> None:

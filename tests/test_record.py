@@ -20,7 +20,7 @@ from zoo.cuts import equal_ops
 
 from stagecut import Driver, Pipe, StagecutError, pipeline
 from stagecut.backend.costs.balance import Setting
-from stagecut.backend.costs.timeline import Timeline, orders, record
+from stagecut.backend.costs.timeline import Timeline, record
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
 
 COUNT = 4
@@ -54,8 +54,8 @@ def test_each_rank_s_measured_steps_are_those_of_the_schedule_in_its_order(sched
     lines = on_ranks(2, _measure, _pipe(stages), schedule)
     assert lines[0] == lines[1]
     setting = Setting(schedule=schedule, n_microbatches=COUNT, ranks=None if schedule in SINGLE else 2)
-    for rank, order in enumerate(orders(setting, stages)):
-        assert [e.step for e in lines[0].events if e.rank == rank] == order
+    for rank, order in enumerate(setting.orders(stages)):
+        assert [e.step for e in lines[0].events if e.rank == rank] == list(order)
     _check_times(lines[0])
     kinds = Counter(e.step.kind for e in lines[0].events)
     assert kinds[FORWARD] == COUNT * stages == kinds[BACKWARD] + kinds[INPUT]

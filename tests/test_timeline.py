@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from stagecut.backend.costs.balance import Setting
-from stagecut.backend.costs.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, orders, simulate
+from stagecut.backend.costs.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, Timeline, simulate
 from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.ir.errors import StagecutError
 
@@ -82,4 +83,27 @@ def test_chrome_trace() -> None:
 
 def test_an_order_that_torch_refuses_is_refused_in_words() -> None:
     with pytest.raises(StagecutError, match="has no order for 8 stages on 4 ranks and 6 micro-batches"):
-        orders(Setting(schedule="DualPipeV", n_microbatches=6, ranks=4), 8)
+        Setting(schedule="DualPipeV", n_microbatches=6, ranks=4).orders(8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "flights"),
+    [
+        ("GPipe", [8, 8, 8, 8]),
+        ("1F1B", [4, 3, 2, 1]),
+        ("LoopedBFS", [8] * 8),
+        ("Interleaved1F1B", [8, 8, 7, 5, 4, 4, 3, 1]),
+        ("InterleavedZeroBubble", [8, 8, 8, 8, 4, 4, 4, 4]),
+        ("ZBVZeroBubble", [8, 7, 6, 5, 4, 3, 2, 1]),
+        ("DualPipeV", [8, 7, 6, 5, 4, 3, 2, 1]),
+    ],
+)
+def test_micro_batches_in_flight_are_counted_in_the_order(schedule: str, flights: list[int]) -> None:
+    """The first stage of a rank holds more than its last one. One formula for all stages of a rank gave their mean."""
+    setting, stages = _setting(schedule)
+    assert setting.in_flight(stages) == flights
+    assert replace(setting, training=False).in_flight(stages) == [1] * stages
+
+
+def test_fewer_micro_batches_than_stages_are_in_flight() -> None:
+    assert Setting(n_microbatches=2).in_flight(4) == [2, 2, 2, 1]

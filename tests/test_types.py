@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -65,3 +66,19 @@ def test_carries_grad() -> None:
     assert carries_grad(TensorType("f32", (), grad=True))
     assert not carries_grad(TensorType("f32", ()))
     assert not carries_grad(ScalarType("float"))
+
+
+def test_a_tensor_of_open_sizes_states_its_strides_where_it_is_not_contiguous() -> None:
+    torch = pytest.importorskip("torch")
+    from stagecut.frontend.lower.types import tensor_type
+
+    class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return x * 2, x.transpose(1, 2), x[:, ::2], x.flatten(1), x.expand(3, *x.shape), torch.cat([x, x])[:, 1:]
+
+    dims = torch.export.Dim.AUTO
+    graph = torch.export.export(Model(), (torch.ones(3, 8, 4),), dynamic_shapes=({0: dims, 1: dims},)).graph
+    types = [tensor_type(node.meta["val"]) for node in graph.output_node().args[0]]
+    assert [kind.strides is None for kind in types] == [True, False, False, True, False, False]
+    assert types[1].strides is not None
+    assert types[1].strides[1:] == (1, 4)

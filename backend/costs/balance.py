@@ -27,7 +27,17 @@ from stagecut.backend.costs.ops import (
     program_ops,
     state_bytes,
 )
-from stagecut.backend.schedules import SCHEDULES, SINGLE, V, homes
+from stagecut.backend.schedules import (
+    FORWARD,
+    SCHEDULES,
+    SINGLE,
+    Order,
+    Step,
+    V,
+    homes,
+    in_flight,
+    orders,
+)
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.errors import InputError, SplitError, nearest
 from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
@@ -94,23 +104,23 @@ class Setting:
             )
         return [device(self.device[home]) for home in placement]
 
+    def orders(self, stages: int) -> Sequence[Order]:
+        """The steps of every rank in their order. Raises InputError when the stages do not fit the ranks, and
+        StagecutError where the schedule has no order for these numbers.
+        """
+        placement, count = self.placement(stages), self.n_microbatches
+        ranks = max(placement) + 1
+        if self.training:
+            return orders(self.schedule, stages, ranks, count)
+        mine = [[s for s in range(stages) if placement[s] == r] for r in range(ranks)]
+        pairs = [itertools.product(range(count), some) for some in mine]
+        return [tuple(Step(FORWARD, s, m) for m, s in some) for some in pairs]
+
     def in_flight(self, stages: int) -> list[int]:
         """The largest number of micro-batches of which each stage holds activations."""
-        count, placement = self.n_microbatches, self.placement(stages)
-        ranks = max(placement) + 1
         if not self.training:
             return [1] * stages
-        if self.schedule == "1F1B":
-            return [min(count, stages - i) for i in range(stages)]
-        if self.schedule in ("GPipe", "LoopedBFS"):
-            return [count] * stages
-        if self.schedule in V:
-            return [min(count, ranks)] * stages
-        local, factor = stages // ranks, 2 if self.schedule == "Interleaved1F1B" else 1
-        warm = [
-            (local - 1) * ranks + factor * (ranks - 1 - home) + 1 for home in placement
-        ]
-        return [min(count, math.ceil(each / local)) for each in warm]
+        return in_flight(self.orders(stages), stages)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from stagecut.backend.costs.balance import STATE_OF, Line, Plan, Setting, by_ran
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.stages.staged import Staged
+from stagecut.backend.tables import table
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
@@ -149,15 +150,7 @@ class Report:
             "ops",
             "modules",
         )
-        rows = [head, *map(_row, self.stages)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        for row in rows:
-            yield "  ".join(
-                [
-                    *(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)),
-                    row[-1],
-                ]
-            )
+        yield table([head, *map(_row, self.stages)], left=(len(head) - 1,))
         yield from (f"too large: {one}" for one in self.too_large)
         yield ""
         yield (
@@ -183,12 +176,7 @@ class Report:
         )
         if self.crossings:
             yield ""
-        for c in self.crossings:
-            size = "dynamic" if c.bytes is None else size_text(c.bytes)
-            yield (
-                f"{c.value:24} {'input' if c.source is None else c.source!s:>5} -> {c.target:<3} "
-                f"{c.route:10} {size:>10}  {c.why}"
-            )
+            yield table([_crossing_row(c) for c in self.crossings], left=(0, 2, 4))
 
     def to_svg(self) -> str:
         """Two bars for each stage, its time and its memory by kind, as an SVG picture."""
@@ -246,6 +234,12 @@ def _row(s: StageReport) -> tuple[str, ...]:
         str(s.ops),
         ", ".join(s.modules),
     )
+
+
+def _crossing_row(c: Crossing) -> tuple[str, ...]:
+    source = "input" if c.source is None else str(c.source)
+    size = "dynamic" if c.bytes is None else size_text(c.bytes)
+    return c.value, f"{source} -> {c.target}", c.route, size, c.why
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")

@@ -4,22 +4,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import networkx
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from stagecut.backend.costs.balance import Setting
 from stagecut.backend.pictures.gantt import gantt
@@ -28,7 +24,6 @@ from stagecut.backend.schedules import (
     BACKWARD,
     FORWARD,
     INPUT,
-    SINGLE,
     WEIGHT,
     Event,
     Step,
@@ -76,84 +71,6 @@ class Timeline:
         return gantt(self)
 
 
-def orders(setting: Setting, stages: int) -> list[list[Step]]:
-    """The steps of every rank in order. Raises InputError when the stages do not fit the schedule."""
-    placement = setting.placement(stages)
-    ranks, count = max(placement) + 1, setting.n_microbatches
-    if not setting.training:
-        return [
-            [
-                Step(FORWARD, s, m)
-                for m in range(count)
-                for s, home in enumerate(placement)
-                if home == rank
-            ]
-            for rank in range(ranks)
-        ]
-    if setting.schedule in SINGLE:
-        ahead = [
-            count if setting.schedule == "GPipe" else min(count, stages - s)
-            for s in range(stages)
-        ]
-        return [[*_one_ahead(s, count, ahead[s])] for s in range(stages)]
-    order = _torch_order(setting.schedule, stages, ranks, count)
-    return [
-        [step for action in order[rank] for step in _steps(action)]
-        for rank in range(ranks)
-    ]
-
-
-def _one_ahead(stage: int, count: int, ahead: int) -> Iterator[Step]:
-    """`ahead` forwards, then a backward and a forward in turn."""
-    for i in range(count + ahead):
-        if i >= ahead:
-            yield Step(BACKWARD, stage, i - ahead)
-        if i < count:
-            yield Step(FORWARD, stage, i)
-
-
-def _torch_order(
-    schedule: str, stages: int, ranks: int, count: int
-) -> dict[int, list[Any]]:
-    """The order that torch's schedule computes in its constructor, which looks at numbers only."""
-    known = [
-        SimpleNamespace(
-            stage_index=i,
-            group_size=ranks,
-            group_rank=0,
-            num_stages=stages,
-            is_first=i == 0,
-            is_last=i == stages - 1,
-            submod=nn.Identity(),
-            device="cpu",
-            has_backward=True,
-        )
-        for i in range(stages // ranks)
-    ]
-    logger = logging.getLogger("torch.distributed.pipelining.schedules")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        made = get_schedule_class(schedule)(known, count, loss_fn=lambda *_: None)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise StagecutError(
-            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}"
-        ) from error
-    finally:
-        logger.setLevel(level)
-    order: dict[int, list[Any]] = made.pipeline_order
-    return order
-
-
-def _steps(action: Any) -> Iterator[Step]:
-    if action is None:
-        return
-    for part in getattr(action, "sub_actions", None) or (action,):
-        kind = str(part.computation_type.value)
-        if kind in (FORWARD, BACKWARD, INPUT, WEIGHT):
-            yield Step(kind, part.stage_index, part.microbatch_index)
-
-
 def simulate(
     setting: Setting,
     forward: Sequence[float],
@@ -174,7 +91,7 @@ def simulate(
         INPUT: [b / 2 for b in backward],
         WEIGHT: [b / 2 for b in backward],
     }
-    ranks = orders(setting, stages)
+    ranks = setting.orders(stages)
     graph = _step_graph(ranks, placement, sent)
     ends: dict[Step, float] = {}
     events: list[Event] = []

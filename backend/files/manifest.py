@@ -1,5 +1,5 @@
-"""The calling convention of a model <-> JSON. Pytrees consist of built-in containers, and of classes that
-this process has registered already.
+"""The JSON files of a saved pipe, as structs that decode strictly, and the calling convention of a model in
+them. Pytrees consist of built-in containers, and of classes that this process has registered already.
 
 Nothing is imported and no name is looked up outside of torch's registry of pytree nodes; a named tuple must
 be in a module that is imported already. `torch.utils._pytree.treespec_loads` is not used, because it may
@@ -8,70 +8,185 @@ import modules that its input names.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar
 
 from torch.utils import _pytree
 from torch.utils._pytree import TreeSpec
 
-from stagecut.ir.errors import StagecutError
+from stagecut.backend.files.untrusted import MAX_JSON, SAVE_AGAIN, SavedError, read
+from stagecut.ir.errors import ParseError
 from stagecut.ir.run.call import ABSENT, CallSpec
 from stagecut.ir.run.objects import Constant, Opened
+from stagecut.ir.text.parser import parse_literal
+from stagecut.ir.text.printer import tree_text
+from stagecut.ir.version import VERSION
 
+try:
+    import msgspec
+    from msgspec import Struct
+except ImportError:
+    raise SavedError(
+        "msgspec is not installed", hint="pip install 'stagecut[safetensors]'"
+    ) from None
+
+FORMAT = 2
+"""The format that is written, and the only one that is read."""
 MAX_DEPTH = 64
 """Deepest nesting of arguments and outputs that is read."""
 _TORCH_OWN = ("torch.Size", "torch.return_types.", "torch.fx.immutable_collections.")
 _SHORT = {"builtins.tuple": "tuple", "builtins.list": "list", "builtins.dict": "dict"}
 _LONG = {short: name for name, short in _SHORT.items()}
-_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_MADE: dict[str, Callable[[list[Any]], Any]] = {
-    "tuple": tuple,
-    "dict": dict,
-    "complex": lambda parts: complex(*parts),
-}
 _KEYED = ("dict", "collections.OrderedDict")
+_LEAVES = (NoneType, bool, int, float, complex, str)
 
 
-class SavedError(StagecutError):
-    """A saved pipe is missing, damaged or of a newer format, or a pipe cannot be saved."""
+# --- files ------------------------------------------------------------------------------------------------
 
 
-def to_json(call: CallSpec) -> dict[str, Any]:
-    """The calling convention as JSON. A default that is no plain literal is left out: it must be given in
-    every call.
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A JSON object with these keys and no others."""
+
+
+class Node(_Strict, frozen=True):
+    """A node of a pytree. Its context is a literal in the words of the IR; a named tuple has fields."""
+
+    name: str
+    children: list[Node | None]
+    context: str = "None"
+    fields: list[str] | None = None
+
+
+class Parameter(_Strict, frozen=True):
+    """A parameter of forward. Its default is a literal in the words of the IR, None where it has none."""
+
+    name: str
+    default: str | None = None
+
+
+class Call(_Strict, frozen=True):
+    """A `CallSpec`. A leaf of `inputs` and `outputs` is null."""
+
+    positional: list[str]
+    keywords: list[str]
+    parameters: list[Parameter]
+    inputs: Node | None
+    outputs: Node | None
+    ranges: dict[str, tuple[int | None, int | None]]
+
+
+class Module(_Strict, frozen=True):
+    """A module of the model: what `Bindings` say of its class and its modes."""
+
+    title: str
+    captured: bool
+    branch: str
+    switches: dict[str, dict[str, bool]]
+
+
+class Written(_Strict, frozen=True):
+    """The program that was written."""
+
+    sha256: str
+    fingerprint: str
+    stages: int
+
+
+class Manifest(_Strict, frozen=True):
+    """manifest.json"""
+
+    format: int
+    stagecut: str
+    torch: str
+    program: Written
+    names: list[str]
+    training: bool
+    modules: dict[str, Module]
+    sizes: dict[str, int]
+    notes: list[str]
+    call: Call | None
+
+
+class Description(_Strict, frozen=True):
+    """The facts that a safetensors file does not hold of a tensor. `strides` is None for a contiguous one."""
+
+    requires_grad: bool
+    strides: list[int] | None
+
+
+class Side(_Strict, frozen=True):
+    """stage-K.json"""
+
+    format: int
+    fingerprint: str
+    stage: int
+    sha256: str
+    training: dict[str, bool]
+    tensors: dict[str, Description]
+
+
+class _Versioned(Struct):
+    format: int
+
+
+File = TypeVar("File", Manifest, Side)
+
+
+def read_json(path: Path, kind: type[File]) -> File:
+    """The contents of a JSON file of that kind. Raises SavedError for anything else, its format first."""
+    content = read(path, MAX_JSON)
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).format
+        if version == FORMAT:
+            return msgspec.json.decode(content, type=kind)
+    except (ValueError, RecursionError) as error:
+        raise SavedError(
+            f"'{path.name}' is no file of a saved pipe: {str(error)[:200]}",
+            where=str(path.parent),
+            hint=SAVE_AGAIN,
+        ) from None
+    hint = "update" if version > FORMAT else "cut the model and save it again"
+    raise SavedError(
+        f"'{path.name}' has format {version}, this stagecut {VERSION} reads {FORMAT}",
+        where=str(path.parent),
+        hint=hint,
+    )
+
+
+def write_json(path: Path, content: Manifest | Side) -> None:
+    """`path` holds the content, the same bytes for the same content."""
+    try:
+        encoded = msgspec.json.encode(content)
+    except UnicodeEncodeError as error:
+        raise SavedError(f"{error.object!r} is no text that JSON can hold") from None
+    path.write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
+
+
+# --- calling convention -----------------------------------------------------------------------------------
+
+
+def call_form(call: CallSpec) -> Call:
+    """The calling convention as it is written. A default that is no plain literal is left out: it must be
+    given in every call.
     """
-    return {
-        "positional": list(call.positional),
-        "keywords": list(call.keywords),
-        "parameters": [
-            [name, *_default(item)] for name, item in call.parameters.items()
-        ],
-        "inputs": _form(call.in_spec, "an argument"),
-        "outputs": _form(call.out_spec, "the output"),
-        "ranges": {symbol: list(limits) for symbol, limits in call.ranges.items()},
-    }
+    return Call(
+        list(call.positional),
+        list(call.keywords),
+        [_parameter(name, default) for name, default in call.parameters.items()],
+        _form(call.in_spec, "an argument"),
+        _form(call.out_spec, "the output"),
+        dict(call.ranges),
+    )
 
 
-SHAPE = {
-    "positional": [str],
-    "keywords": [str],
-    "parameters": [list],
-    "inputs": object,
-    "outputs": object,
-    "ranges": {"*": [(int, None)]},
-}
-"""The shape that `check` requires of the JSON form."""
-
-
-def from_json(data: dict[str, Any], inputs: int, outputs: int) -> CallSpec:
-    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for JSON
+def call_spec(call: Call, inputs: int, outputs: int) -> CallSpec:
+    """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for a form
     that is none.
     """
-    in_spec, out_spec = _spec(data["inputs"], 0), _spec(data["outputs"], 0)
+    in_spec, out_spec = _spec(call.inputs, 0), _spec(call.outputs, 0)
     if in_spec.num_leaves != inputs or out_spec.num_leaves != outputs:
         raise SavedError(
             f"the call has {in_spec.num_leaves} inputs and {out_spec.num_leaves} outputs, the program "
@@ -81,84 +196,47 @@ def from_json(data: dict[str, Any], inputs: int, outputs: int) -> CallSpec:
     if in_spec.type is not tuple or [part.type for part in parts] != [tuple, dict]:
         raise SavedError("the inputs of a call are a tuple and a dict")
     if (
-        len(_children(parts[0])) != len(data["positional"])
-        or parts[1].context != data["keywords"]
+        len(_children(parts[0])) != len(call.positional)
+        or parts[1].context != call.keywords
     ):
         raise SavedError("the inputs of the call do not fit the names of its arguments")
-    parameters = {}
-    for name, *default in data["parameters"]:
-        check(name, str, "a parameter")
-        parameters[name] = literal(default[0]) if default else ABSENT
-    ranges = {symbol: _limits(item) for symbol, item in data["ranges"].items()}
     return CallSpec(
-        tuple(data["positional"]),
-        tuple(data["keywords"]),
-        parameters,
+        tuple(call.positional),
+        tuple(call.keywords),
+        {parameter.name: _default(parameter) for parameter in call.parameters},
         in_spec,
         out_spec,
-        ranges,
+        dict(call.ranges),
     )
 
 
-def _limits(item: list[int | None]) -> tuple[int | None, int | None]:
-    if len(item) != 2:
-        raise SavedError("a range has a least and a greatest value")
-    return item[0], item[1]
+def _parameter(name: str, default: Any) -> Parameter:
+    return Parameter(name, tree_text(default) if _is_plain(default) else None)
 
 
-def _default(item: Any) -> Iterator[Any]:
-    if item is ABSENT:
-        return
+def _default(parameter: Parameter) -> Any:
+    return ABSENT if parameter.default is None else _literal(parameter.default)
+
+
+def _literal(text: str) -> Any:
+    """The plain literal that a text describes. Raises SavedError for a text that describes none."""
     try:
-        yield plain(item)
-    except TypeError:
-        return
+        tree = parse_literal(text)
+    except ParseError as error:
+        raise SavedError(f"a literal cannot be read: {error}") from None
+    if not _is_plain(tree):
+        raise SavedError(f"{text[:80]} is no plain literal")
+    return tree
 
 
-# --- literals ---------------------------------------------------------------------------------------------
-
-
-def plain(item: Any) -> Any:
-    """A literal as JSON that tells tuples from lists. Raises TypeError for anything else."""
-    if (
-        item is None
-        or type(item) in (bool, int, str)
-        or (type(item) is float and math.isfinite(item))
-    ):
-        return item
-    if type(item) is float:
-        return {"float": repr(item)}
-    if type(item) is complex:
-        return {"complex": [plain(item.real), plain(item.imag)]}
-    if type(item) is list:
-        return [plain(part) for part in item]
-    if type(item) is tuple:
-        return {"tuple": [plain(part) for part in item]}
-    if type(item) is dict:
-        return {"dict": [[plain(key), plain(part)] for key, part in item.items()]}
-    raise TypeError(f"a {type(item).__name__} is no plain literal")
-
-
-def literal(data: Any, depth: int = 0) -> Any:
-    """The literal that the JSON stands for. Raises SavedError for JSON that is no literal."""
-    if depth > MAX_DEPTH:
-        raise SavedError(f"a literal is nested more than {MAX_DEPTH} deep")
-    if isinstance(data, list):
-        return [literal(part, depth + 1) for part in data]
-    if not isinstance(data, dict):
-        return data
-    try:
-        ((kind, content),) = data.items()
-        return _tagged(kind, content, depth + 1)
-    except (ValueError, TypeError, KeyError):
-        raise SavedError(f"{json.dumps(data)[:80]} is no literal") from None
-
-
-def _tagged(kind: str, content: Any, depth: int) -> Any:
-    if kind == "float":
-        return _FLOATS[content]
-    inner = literal(check(content, list, "a literal"), depth)
-    return _MADE[kind](inner)
+def _is_plain(tree: Any) -> bool:
+    """True for a literal that means the same everywhere: built-in containers of numbers, strings and None."""
+    if type(tree) in (list, tuple):
+        return all(map(_is_plain, tree))
+    if type(tree) is dict:
+        keys = all(type(key) in _LEAVES for key in tree)
+        return keys and all(map(_is_plain, tree.values()))
+    return type(tree) in _LEAVES
 
 
 # --- pytrees ----------------------------------------------------------------------------------------------
@@ -174,18 +252,14 @@ def _is_leaf(spec: TreeSpec) -> bool:
     return spec.num_nodes == 1 and spec.type is None
 
 
-def _form(spec: TreeSpec, what: str) -> Any:
-    """A pytree as JSON: null for a leaf, else [class, context, children]."""
+def _form(spec: TreeSpec, what: str) -> Node | None:
+    """A pytree as it is written: None for a leaf."""
     if _is_leaf(spec):
         return None
     children = [_form(child, what) for child in _children(spec)]
     # torch uses the function namedtuple as the type of all named tuples
     if spec.type is namedtuple:
-        return [
-            "namedtuple",
-            {"class": _name(spec.context), "fields": list(spec.context._fields)},
-            children,
-        ]
+        return Node(_name(spec.context), children, fields=list(spec.context._fields))
     if spec.type in (Opened, Constant):
         kind = spec.context.kind if spec.type is Opened else type(spec.context)
         raise SavedError(
@@ -197,44 +271,28 @@ def _form(spec: TreeSpec, what: str) -> Any:
             ),
         )
     name = _name(spec.type)
-    try:
-        if not _may_be_read(name):
-            raise TypeError("it is more than data")
-        return [_SHORT.get(name, name), plain(spec.context), children]
-    except TypeError as error:
+    if not _may_be_read(name) or not _is_plain(spec.context):
         raise SavedError(
-            f"{what} of the model is a {name}, whose structure cannot be written down: {error}",
+            f"{what} of the model is a {name}, whose structure is more than data",
             hint=(
                 "let forward take and return tuples, lists, dicts, or classes registered by "
                 "torch.utils._pytree with a plain context"
             ),
-        ) from None
+        )
+    return Node(_SHORT.get(name, name), children, tree_text(spec.context))
 
 
-def _spec(form: Any, depth: int) -> TreeSpec:
+def _spec(form: Node | None, depth: int) -> TreeSpec:
     if form is None:
         return _pytree.tree_structure(0)
     if depth > MAX_DEPTH:
         raise SavedError(f"arguments or outputs are nested more than {MAX_DEPTH} deep")
-    if not (
-        isinstance(form, list)
-        and len(form) == 3
-        and isinstance(form[0], str)
-        and isinstance(form[2], list)
-    ):
-        raise SavedError("a node of a pytree is [class, context, children]")
-    name: str = form[0]
-    context, forms = form[1:]
-    children = [_spec(child, depth + 1) for child in forms]
-    if name == "namedtuple":
-        check(context, {"class": str, "fields": [str]}, "a named tuple")
-        return TreeSpec(
-            namedtuple,
-            _named_tuple(context["class"], context["fields"], len(children)),
-            children,
-        )
-    node, context = _registered(_LONG.get(name, name)), literal(context)
-    _check_context(name, context, len(children))
+    children = [_spec(child, depth + 1) for child in form.children]
+    if form.fields is not None:
+        kind = _named_tuple(form.name, form.fields, len(children))
+        return TreeSpec(namedtuple, kind, children)
+    node, context = _registered(_LONG.get(form.name, form.name)), _literal(form.context)
+    _check_context(form.name, context, len(children))
     return TreeSpec(node, context, children)
 
 
@@ -306,34 +364,3 @@ def _unknown(name: str) -> SavedError:
             "load imports nothing by itself"
         ),
     )
-
-
-# --- shapes of JSON ---------------------------------------------------------------------------------------
-
-
-def check(data: Any, shape: Any, where: str) -> Any:
-    """`data`, when it has that shape: a type, None, [shape of each], {"*": shape of each}, {key: shape}, or a
-    tuple of choices.
-    """
-    if not _fits(data, shape):
-        raise SavedError(
-            f"{where} is not as it was written",
-            hint="the file is damaged, or was made by something else",
-        )
-    return data
-
-
-def _fits(data: Any, shape: Any) -> bool:
-    if shape is object or shape is None:
-        return shape is object or data is None
-    if isinstance(shape, tuple):
-        return any(_fits(data, choice) for choice in shape)
-    if isinstance(shape, list):
-        return type(data) is list and all(_fits(item, shape[0]) for item in data)
-    if isinstance(shape, dict):
-        if type(data) is not dict or ("*" not in shape and data.keys() != shape.keys()):
-            return False
-        return all(
-            _fits(item, shape.get(key, shape.get("*"))) for key, item in data.items()
-        )
-    return type(data) is shape

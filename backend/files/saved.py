@@ -21,21 +21,27 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from stagecut.backend.files.manifest import SHAPE, SavedError, check, from_json, to_json
+from stagecut.backend.files.manifest import (
+    FORMAT,
+    Manifest,
+    Module,
+    Side,
+    Written,
+    call_form,
+    call_spec,
+    read_json,
+    write_json,
+)
 from stagecut.backend.files.tensors import (
-    Description,
     check_storable,
-    covers_storage,
-    extent,
     read_tensors,
     write_tensors,
 )
 from stagecut.backend.files.untrusted import (
+    SavedError,
     check_tensors,
     digest_of,
-    read_json,
     read_text,
-    write_json,
 )
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, StageModule, stored
@@ -51,37 +57,9 @@ from stagecut.ir.text.printer import fingerprint, text
 from stagecut.ir.types import DTYPES, TensorType
 from stagecut.ir.version import VERSION
 
-FORMAT = 1
-"""The format that is written, and the newest that is read."""
 KNOWN_OPS = frozenset("aten prims higher_order quantized torchvision".split())
 """Namespaces of registered operators that `load` allows by itself."""
 _MODES = {"train": True, "eval": False}
-_MODULE = {
-    "class": str,
-    "captured": bool,
-    "branch": str,
-    "switches": {"*": {"*": bool}},
-}
-_MANIFEST = {
-    "format": int,
-    "stagecut": str,
-    "torch": str,
-    "program": {"sha256": str, "fingerprint": str, "stages": int},
-    "names": [str],
-    "training": bool,
-    "modules": {"*": _MODULE},
-    "sizes": {"*": int},
-    "notes": [str],
-    "call": (SHAPE, None),
-}
-_SIDE = {
-    "format": int,
-    "fingerprint": str,
-    "stage": int,
-    "sha256": str,
-    "training": {"*": bool},
-    "tensors": {"*": {"requires_grad": bool, "strides": ([int], None)}},
-}
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -241,7 +219,7 @@ def _refuse_restrided(
         if (
             isinstance(entry, StateEntry)
             and entry in state
-            and not covers_storage(state[entry])
+            and state[entry].untyped_storage().nbytes() != state[entry].nbytes
         ):
             raise SavedError(
                 f"'{entry.name}' is a part of a larger tensor, and as_strided may read the rest of it",
@@ -251,35 +229,29 @@ def _refuse_restrided(
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + extent(
-        tensor.shape, tensor.stride()
-    ) * tensor.element_size()
+    """The memory of a dense tensor."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _write_program(pipe: Staged, mark: str, folder: Path) -> None:
     (folder / "program.ir").write_text(
         text(pipe.program), encoding="utf-8", newline="\n"
     )
-    modules: dict[str, Any] = {}
+    modules: dict[str, Module] = {}
     for stage in pipe.stages:
         modules |= {module._path: _module_form(module) for module in _own(stage)}
-    program = {
-        "sha256": digest_of(folder / "program.ir"),
-        "fingerprint": mark,
-        "stages": pipe.num_stages,
-    }
-    manifest = {
-        "format": FORMAT,
-        "stagecut": VERSION,
-        "torch": torch.__version__,
-        "program": program,
-        "names": list(pipe._names),
-        "training": pipe.training,
-        "modules": modules,
-        "sizes": pipe._sizes,
-        "notes": list(pipe.notes),
-        "call": None if pipe._call_spec is None else to_json(pipe._call_spec),
-    }
+    manifest = Manifest(
+        FORMAT,
+        VERSION,
+        str(torch.__version__),
+        Written(digest_of(folder / "program.ir"), mark, pipe.num_stages),
+        list(pipe._names),
+        pipe.training,
+        modules,
+        dict(pipe._sizes),
+        list(pipe.notes),
+        None if pipe._call_spec is None else call_form(pipe._call_spec),
+    )
     write_json(folder / "manifest.json", manifest)
 
 
@@ -287,18 +259,14 @@ def _own(stage: Stage) -> Iterator[StageModule]:
     return (module for module in stage.modules() if isinstance(module, StageModule))
 
 
-def _module_form(module: StageModule) -> dict[str, Any]:
+def _module_form(module: StageModule) -> Module:
     switches = {
-        mode: module._facts.switches[flag]
+        mode: dict(module._facts.switches[flag])
         for mode, flag in _MODES.items()
         if flag in module._facts.switches
     }
-    return {
-        "class": module._title,
-        "captured": module._facts.training,
-        "branch": module._facts.branch,
-        "switches": switches,
-    }
+    known = module._facts
+    return Module(module._title, known.training, known.branch, switches)
 
 
 def _write_stage(
@@ -306,17 +274,8 @@ def _write_stage(
 ) -> None:
     file = folder / f"stage-{stage.index}.safetensors"
     described = write_tensors(file, state)
-    side = {
-        "format": FORMAT,
-        "fingerprint": mark,
-        "stage": stage.index,
-        "sha256": digest_of(file),
-        "training": {module._path: module.training for module in _own(stage)},
-        "tensors": {
-            name: {"requires_grad": d.requires_grad, "strides": d.strides}
-            for name, d in described.items()
-        },
-    }
+    training = {module._path: module.training for module in _own(stage)}
+    side = Side(FORMAT, mark, stage.index, digest_of(file), training, described)
     write_json(folder / f"stage-{stage.index}.json", side)
 
 
@@ -367,7 +326,7 @@ def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> Non
         raise SavedError(
             what, hint="give every save a folder of its own, such as run/step-100"
         )
-    if _manifest(folder)["program"]["fingerprint"] != mark:
+    if _manifest(folder).program.fingerprint != mark:
         raise SavedError(
             f"'{folder}' holds another program",
             hint="build the same model with the same cuts on every rank",
@@ -412,7 +371,7 @@ def restored(
     pipe = kind(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)
-    pipe.training, pipe._sizes = saved.manifest["training"], saved.manifest["sizes"]
+    pipe.training, pipe._sizes = saved.manifest.training, dict(saved.manifest.sizes)
     return pipe
 
 
@@ -444,17 +403,16 @@ class _Saved:
     ) -> None:
         self.folder, self.device = folder, _device(device)
         self.manifest = _manifest(folder)
-        told = self.manifest["program"]
+        written = self.manifest.program
         self.program = parse(
-            read_text(folder / "program.ir", told["sha256"]), "program.ir"
+            read_text(folder / "program.ir", written.sha256), "program.ir"
         )
         verify(self.program)
         self.count = len(self.program.stages)
-        self.fingerprint: str = told["fingerprint"]
         _check_program(self.program, KNOWN_OPS | frozenset(ops))
         if (
-            fingerprint(self.program) != self.fingerprint
-            or told["stages"] != self.count
+            fingerprint(self.program) != written.fingerprint
+            or written.stages != self.count
         ):
             raise SavedError(
                 "program.ir is not the program of manifest.json",
@@ -464,25 +422,19 @@ class _Saved:
         self.bindings = self._bindings()
 
     def _bindings(self) -> Bindings:
-        modules, call = self.manifest["modules"], self.manifest["call"]
-        found = Bindings(device=self.device, notes=list(self.manifest["notes"]))
-        found.facts = {
-            path: ModuleFacts(
-                module["class"],
-                module["captured"],
-                module["branch"],
-                _switches(module["switches"]),
+        modules, call = self.manifest.modules, self.manifest.call
+        bindings = Bindings(device=self.device, notes=list(self.manifest.notes))
+        for path, module in modules.items():
+            switches = _switches(module.switches)
+            bindings.facts[path] = ModuleFacts(
+                module.title, module.captured, module.branch, switches
             )
-            for path, module in modules.items()
-        }
-        found.call = (
-            None
-            if call is None
-            else from_json(call, len(self.program.inputs), len(self.program.outputs))
-        )
-        return found
+        if call is not None:
+            inputs, outputs = len(self.program.inputs), len(self.program.outputs)
+            bindings.call = call_spec(call, inputs, outputs)
+        return bindings
 
-    def side(self, index: int) -> dict[str, Any]:
+    def side(self, index: int) -> Side:
         """The facts written beside the tensors of a stage."""
         path = self.folder / f"stage-{index}.json"
         if not os.path.lexists(path):
@@ -491,8 +443,9 @@ class _Saved:
                 where=str(self.folder),
                 hint="save it where it is: stages=[...]",
             )
-        side: dict[str, Any] = _checked(read_json(path), _SIDE, path)
-        if side["fingerprint"] != self.fingerprint or side["stage"] != index:
+        side = read_json(path, Side)
+        mark = self.manifest.program.fingerprint
+        if side.fingerprint != mark or side.stage != index:
             raise SavedError(
                 f"'{path.name}' is of another program or another stage",
                 where=str(self.folder),
@@ -500,30 +453,25 @@ class _Saved:
             )
         return side
 
-    def state(self, index: int, side: dict[str, Any]) -> dict[StateEntry, torch.Tensor]:
+    def state(self, index: int, side: Side) -> dict[StateEntry, torch.Tensor]:
         """The tensors of a stage, checked and read."""
         path = self.folder / f"stage-{index}.safetensors"
-        check_tensors(path, side["sha256"])
-        described = {
-            name: Description(**item) for name, item in side["tensors"].items()
-        }
-        return read_tensors(
-            path, entries(self.program, [index]), described, self.device
-        )
+        check_tensors(path, side.sha256)
+        wanted = entries(self.program, [index])
+        return read_tensors(path, wanted, side.tensors, self.device)
 
     def bind(self, tensors: Mapping[StateEntry, torch.Tensor]) -> None:
         """Every name of the state stands for its tensor, in the order of the model."""
-        owners = self.program.name_owners()
-        if len(set(self.manifest["names"])) != len(self.manifest["names"]) or set(
-            self.manifest["names"]
-        ) != set(owners):
+        owners, names = self.program.name_owners(), self.manifest.names
+        if len(set(names)) != len(names) or set(names) != set(owners):
             raise SavedError(
                 "manifest.json does not list the state of the program",
                 where=str(self.folder),
                 hint="save again",
             )
-        names = [name for name in self.manifest["names"] if owners[name] in tensors]
-        self.bindings.tensors = {name: tensors[owners[name]] for name in names}
+        self.bindings.tensors = {
+            name: tensors[owners[name]] for name in names if owners[name] in tensors
+        }
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -536,31 +484,14 @@ def _device(device: torch.device | str) -> torch.device:
         ) from None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         raise SavedError(
             f"there is no saved pipe in '{folder}'",
             hint="pipe.save(folder) makes one; stagecut.backend.files.checkpoint reads checkpoints",
         )
-    manifest: dict[str, Any] = _checked(read_json(path), _MANIFEST, path)
-    return manifest
-
-
-def _checked(data: Any, shape: Any, path: Path) -> Any:
-    """`data` when it has that shape; its format is checked first."""
-    version = data.get("format") if isinstance(data, dict) else None
-    if type(version) is int and version > FORMAT:
-        raise SavedError(
-            f"'{path.name}' has format {version}, this stagecut {VERSION} reads {FORMAT}",
-            where=str(path.parent),
-            hint="update",
-        )
-    if version != FORMAT:
-        raise SavedError(
-            f"'{path.name}' is no file of a saved pipe", where=str(path.parent)
-        )
-    return check(data, shape, f"'{path.name}'")
+    return read_json(path, Manifest)
 
 
 def _switches(modes: Mapping[str, dict[str, bool]]) -> dict[bool, dict[str, bool]]:
@@ -641,6 +572,6 @@ def _absent(entry: StateEntry) -> torch.Tensor:
     )
 
 
-def _set_modes(stage: Stage, side: Mapping[str, Any]) -> None:
+def _set_modes(stage: Stage, side: Side) -> None:
     for module in _own(stage):
-        module.training = side["training"].get(module._path, module.training)
+        module.training = side.training.get(module._path, module.training)

@@ -4,16 +4,15 @@ strides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stagecut.backend.files.manifest import SavedError
+from stagecut.backend.files.manifest import Description
+from stagecut.backend.files.untrusted import SavedError
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.types import DTYPES, TensorType, contiguous_strides
 
@@ -41,18 +40,6 @@ _STORED = {
 bytes.
 """
 _BYTES = "U8"
-_GAPS, _FEW = 64, 2**20
-"""A tensor may be spread over so many times its elements, and over so many places in any case: a limit to the
-cost of a stranger's strides.
-"""
-
-
-@dataclass(frozen=True)
-class Description:
-    """The facts written beside a tensor. `strides` is None for a contiguous one."""
-
-    requires_grad: bool
-    strides: list[int] | None
 
 
 def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
@@ -75,10 +62,11 @@ def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
             f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {kind}",
             hint="cast or resize the model before it is cut",
         )
-    if not tensor.is_contiguous() and not _may_lie(kind, tensor.shape, tensor.stride()):
+    if _strides(tensor) is not None and not _is_dense(tensor.shape, tensor.stride()):
         raise SavedError(
-            f"'{entry.name}' has the strides {list(tensor.stride())}, which cannot be kept",
-            hint="make it .contiguous() before the cut",
+            f"'{entry.name}' has the strides {list(tensor.stride())}: elements share a place, or have gaps "
+            "between them",
+            hint="make it .contiguous() in __init__, before the cut",
         )
 
 
@@ -129,58 +117,16 @@ def _strides(tensor: torch.Tensor) -> list[int] | None:
     return None if tensor.is_contiguous() else list(tensor.stride())
 
 
-def _may_lie(kind: TensorType, shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True for strides that can be read back: dense ones, and those of the trace, on which the program
-    relies, where gaps are few.
-    """
-    if len(shape) != len(strides):
-        return False
-    if _is_dense(shape, strides):
-        return True
-    return (
-        tuple(strides) == kind.strides
-        and min(strides) >= 0
-        and extent(shape, strides) <= _GAPS * math.prod(shape) + _FEW
-    )
-
-
-def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The number of places from the first element of a tensor to its last one."""
-    return (
-        sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        + 1
-        if 0 not in shape
-        else 0
-    )
-
-
-def covers_storage(tensor: torch.Tensor) -> bool:
-    """True when the storage of a tensor holds its elements and nothing else."""
-    covered: int = _places(tensor.shape, tensor.stride()).unique().numel()
-    return covered * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _places(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    """The place of each element, counted from the first one."""
-    found = torch.zeros(tuple(shape), dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        found += (torch.arange(size) * stride).reshape(
-            [-1 if at == dim else 1 for at in range(len(shape))]
-        )
-    return found
-
-
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True when each element has a place of its own and no place is left over."""
+    """True when each element has a place of its own and no place is left over. False for an empty tensor."""
+    if len(shape) != len(strides) or 0 in shape:
+        return False
     dims = sorted(
         (stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1
     )
     want = contiguous_strides(tuple(size for _, size in reversed(dims)))
-    return (
-        0 not in shape
-        and [stride for stride, _ in reversed(dims)] == list(want)
-        and all(0 < stride < 2**62 for stride in strides)
-    )
+    steps = [stride for stride, _ in reversed(dims)]
+    return steps == list(want) and all(0 < stride < 2**62 for stride in strides)
 
 
 def read_tensors(
@@ -244,7 +190,7 @@ def _check_header(
             where=str(path),
         )
     sizes = tuple(dim for dim in kind.shape if isinstance(dim, int))
-    if described.strides is not None and not _may_lie(kind, sizes, described.strides):
+    if described.strides is not None and not _is_dense(sizes, described.strides):
         raise SavedError(
             f"'{entry.name}' cannot have the strides {described.strides[:8]}",
             where=str(path),
@@ -267,27 +213,12 @@ def _made(
         if dtype.is_complex
         else stored.view(dtype)
     )
-    made = torch.empty(seen.shape, dtype=dtype, device=device)
-    if described.strides is not None:
-        made = torch.empty_strided(
-            seen.shape, described.strides, dtype=dtype, device=device
-        )
-    if described.strides is None or _is_dense(seen.shape, described.strides):
-        made.copy_(seen)
-    elif device.type != "meta":
-        _fill(made, seen)
+    strides = described.strides
+    if strides is None:
+        made = torch.empty(seen.shape, dtype=dtype, device=device)
+    else:
+        made = torch.empty_strided(seen.shape, strides, dtype=dtype, device=device)
+    made.copy_(seen)
     if entry.kind == "param":
         return nn.Parameter(made, requires_grad=described.requires_grad)
     return made.requires_grad_(described.requires_grad)
-
-
-def _fill(made: torch.Tensor, seen: torch.Tensor) -> None:
-    """`made`, whose elements may share places or have gaps between them, equals `seen`. Gaps are zero."""
-    # moved as bytes: not every dtype has index_put
-    flat = torch.zeros(
-        extent(made.shape, made.stride()), seen.element_size(), dtype=torch.uint8
-    )
-    flat[_places(made.shape, made.stride()).reshape(-1)] = (
-        seen.contiguous().reshape(-1).view(torch.uint8).reshape(-1, seen.element_size())
-    )
-    made.as_strided((len(flat),), (1,)).copy_(flat.reshape(-1).view(seen.dtype))

@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
 
-from stagecut.backend.files.manifest import SavedError
+from stagecut.ir.errors import StagecutError
 
 MAX_JSON = 64 << 20
 """Bytes of a manifest that are read at most."""
@@ -23,7 +21,11 @@ MAX_TEXT = 64 << 20
 """Bytes of IR text that are read at most."""
 MAX_HEADER = 64 << 20
 """Bytes of the header of a safetensors file that are read at most."""
-_AGAIN = "copy the folder again, or save again"
+SAVE_AGAIN = "copy the folder again, or save again"
+
+
+class SavedError(StagecutError):
+    """A saved pipe is missing, damaged or of another format, or a pipe cannot be saved."""
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         )
     except FileNotFoundError:
         raise SavedError(
-            f"'{path.name}' is missing", where=str(path.parent), hint=_AGAIN
+            f"'{path.name}' is missing", where=str(path.parent), hint=SAVE_AGAIN
         ) from None
     except OSError as error:
         what = (
@@ -48,12 +50,12 @@ def opened(path: Path) -> Iterator[BufferedReader]:
             else f"cannot be read: {error.strerror}"
         )
         raise SavedError(
-            f"'{path.name}' {what}", where=str(path.parent), hint=_AGAIN
+            f"'{path.name}' {what}", where=str(path.parent), hint=SAVE_AGAIN
         ) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise SavedError(
-            f"'{path.name}' is no regular file", where=str(path.parent), hint=_AGAIN
+            f"'{path.name}' is no regular file", where=str(path.parent), hint=SAVE_AGAIN
         )
     with os.fdopen(number, "rb") as file:
         yield file
@@ -79,7 +81,7 @@ def read_text(path: Path, digest: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         raise SavedError(
-            f"'{path.name}' is no text", where=str(path.parent), hint=_AGAIN
+            f"'{path.name}' is no text", where=str(path.parent), hint=SAVE_AGAIN
         ) from None
 
 
@@ -90,7 +92,7 @@ def check_tensors(path: Path, digest: str) -> None:
             raise SavedError(
                 f"the header of '{path.name}' is larger than {MAX_HEADER >> 20} MiB",
                 where=str(path.parent),
-                hint=_AGAIN,
+                hint=SAVE_AGAIN,
             )
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
@@ -108,37 +110,5 @@ def differs(path: Path) -> SavedError:
     return SavedError(
         f"'{path.name}' is not what was saved: its sha256 differs",
         where=str(path.parent),
-        hint=_AGAIN,
-    )
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file; no key twice, no constant that JSON does not have."""
-    try:
-        return json.loads(
-            read(path, MAX_JSON), object_pairs_hook=_distinct, parse_constant=_refuse
-        )
-    except (ValueError, RecursionError) as error:
-        raise SavedError(
-            f"'{path.name}' is no JSON: {str(error)[:200]}",
-            where=str(path.parent),
-            hint=_AGAIN,
-        ) from None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """`path` holds `data`, the same bytes for the same data."""
-    path.write_text(
-        json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        hint=SAVE_AGAIN,
     )

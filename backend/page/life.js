@@ -146,12 +146,6 @@ const groupLife = (kind) => (key) => {
   ];
 };
 
-function pairLife(key) {
-  const [source, target] = key.split(" ").map(Number);
-  const found = DATA.ways.filter((way) => (way.source ?? -1) === source && way.target === target);
-  return found.length ? [list(found.map((way) => [byName(way.value), " ", wayNodes(way)]))] : null;
-}
-
 function severalLives(key) {
   return [list(key.split("\n").filter(named).map((name) => {
     const {type, bytes: size} = values.get(name) ?? states.get(name);
@@ -160,14 +154,13 @@ function severalLives(key) {
 }
 
 const LIVES = {
-  value: valueLife, state: stateLife, stage: stageLife, pair: pairLife, several: severalLives,
+  value: valueLife, state: stateLife, stage: stageLife, several: severalLives,
   module: groupLife("module"), source: groupLife("source"), target: groupLife("target"),
 };
 const TITLES = {
   several: (key) => `${key.split("\n").length} values`,
   stage: (key) => `stage ${key}`,
   module: (key) => `module ${key}`,
-  pair: (key) => key.replace("-1 ", "inputs ").replace(" ", " → stage "),
 };
 
 /** The panel shows a thing; false when there is no such thing. */

@@ -16,7 +16,7 @@ from typing import Any
 
 from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.page.columns import columns_of
-from stagecut.backend.page.svg import clean_svg, stage_picture
+from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops
 from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
 from stagecut.ir.text.printer import (
@@ -39,6 +39,7 @@ _SCRIPTS = (
     "search.js",
     "main.js",
 )
+_SVG = re.compile(r"<svg[\s>].*</svg>", re.DOTALL)
 
 
 def to_html(
@@ -53,28 +54,35 @@ def to_html(
     picture that is no SVG.
 
     The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
-    `module-layers.3`), else its title. Without graph_svg a plain picture of the stages is drawn; without
-    report there are no costs; without timeline_svg there is no timeline.
+    `module-layers.3`), else its title. Without graph_svg there is no graph, without timeline_svg no timeline,
+    without report no costs.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
-    graph = (
-        clean_svg(graph_svg)
-        if graph_svg
-        else stage_picture(program)
-        if program.stages
-        else ""
-    )
     parts = {
         "title": escape(title),
         "hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": _read("page.css"),
-        "graph": graph,
-        "timeline": clean_svg(timeline_svg) if timeline_svg else "",
+        "graph": _picture(graph_svg),
+        "timeline": _picture(timeline_svg),
         "data": _json(page_data(history, program, report)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+
+
+def _picture(svg: str | None) -> str:
+    """The SVG without what stands before it in a file of its own. The policy of the page keeps scripts and
+    addresses in it from doing anything.
+    """
+    if not svg:
+        return ""
+    picture = _SVG.search(svg)
+    if picture is None:
+        raise InputError(
+            "the picture is no SVG", hint="to_svg and Timeline.to_svg make one"
+        )
+    return picture[0]
 
 
 def _read(name: str) -> str:

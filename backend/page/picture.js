@@ -119,7 +119,6 @@ function sizeOf(svg) {
 
 /** What a part of a picture stands for, as a list of kind:key: by its classes and its id, else by its title. */
 function meanings(element) {
-  if (element.dataset.pair) return [`pair:${element.dataset.pair}`];
   const marks = [...element.classList, element.id].map(meantByMark).filter(Boolean);
   const found = marks.length ? marks : [meantByTitle(element.querySelector(":scope > title")?.textContent ?? "", element)].filter(Boolean);
   return [...new Set(found.map((pair) => pair.join(":")))];

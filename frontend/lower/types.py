@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Token
 from stagecut.ir.run.storage import SHORT
+from stagecut.ir.sizes import expression
 from stagecut.ir.types import (
     NONE,
     OBJECT,
@@ -48,15 +50,21 @@ def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
 
 
 def _symbolic_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
+    """True for strides that are contiguous whatever the sizes are. False where that cannot be told, which
+    states the strides.
+    """
     import sympy
 
-    step: Any = sympy.Integer(1)
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if sympy.simplify(sympy.sympify(str(stride)) - step) != 0:
-            return False
-        step = step * sympy.sympify(str(size))
+    step = expression("1", {})
+    try:
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+            if size == 1:
+                continue
+            if sympy.simplify(expression(str(stride), {}) - step) != 0:
+                return False
+            step = step * expression(str(size), {})
+    except StagecutError:
+        return False
     return True
 
 

@@ -72,6 +72,11 @@ def parse(source: str, file: str = "<string>") -> Program:
     return _Parser(source, file).program()
 
 
+def parse_literal(source: str, file: str = "<literal>") -> Any:
+    """The nested literal that `source` describes. Raises ParseError for anything else."""
+    return _Parser(source, file).literal()
+
+
 class _Parser:
     def __init__(self, source: str, file: str) -> None:
         self._src, self._file, self._pos, self._depth = source, file, 0, 0
@@ -179,6 +184,12 @@ class _Parser:
         if count is not None and count != len(p.stages):
             self._fail(f"{count} stages are announced, {len(p.stages)} follow", start)
         return p
+
+    def literal(self) -> Any:
+        tree = self._tree()
+        if self._here() < len(self._src):
+            self._fail("text after the literal")
+        return tree
 
     def _statement(self) -> None:
         p = self._program

@@ -327,22 +327,29 @@ class Printer:
         )
 
     def _tree(self, tree: Any) -> str:
-        if isinstance(tree, Value):
-            return self.names.get(tree, f"%<undefined {tree.hint}>")
-        if isinstance(tree, tuple):
-            inner = ", ".join(map(self._tree, tree))
-            return f"({inner},)" if len(tree) == 1 else f"({inner})"
-        if isinstance(tree, list):
-            return f"[{', '.join(map(self._tree, tree))}]"
-        if isinstance(tree, dict):
-            return (
-                "{"
-                + ", ".join(f"{literal(k)}: {self._tree(v)}" for k, v in tree.items())
-                + "}"
-            )
-        if isinstance(tree, slice):
-            return f"slice({self._tree(tree.start)}, {self._tree(tree.stop)}, {self._tree(tree.step)})"
-        return literal(tree)
+        return tree_text(tree, self._leaf)
+
+    def _leaf(self, leaf: Any) -> str:
+        if isinstance(leaf, Value):
+            return self.names.get(leaf, f"%<undefined {leaf.hint}>")
+        return literal(leaf)
+
+
+def tree_text(tree: Any, leaf: Callable[[Any], str] | None = None) -> str:
+    """Nested literals as text, with `leaf` for what is no container."""
+    leaf = leaf or literal
+    if isinstance(tree, tuple):
+        inner = ", ".join(tree_text(part, leaf) for part in tree)
+        return f"({inner},)" if len(tree) == 1 else f"({inner})"
+    if isinstance(tree, list):
+        return "[" + ", ".join(tree_text(part, leaf) for part in tree) + "]"
+    if isinstance(tree, dict):
+        pairs = (f"{literal(k)}: {tree_text(v, leaf)}" for k, v in tree.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(tree, slice):
+        parts = (tree.start, tree.stop, tree.step)
+        return f"slice({', '.join(tree_text(part, leaf) for part in parts)})"
+    return leaf(tree)
 
 
 def literal(item: Any) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
@@ -23,7 +24,6 @@ from stagecut.tools.dump_ir.show import (
     diff,
     only,
     stats_of,
-    table,
     times,
 )
 from stagecut.tools.dump_ir.sources import Source, load
@@ -206,7 +206,7 @@ class Session:
                 if s.stats is not None
             ]
             self._writer.final(
-                "stats.txt", table([("after", "changed", *Stats.HEAD), *rows])
+                "stats.txt", table([("after", "changed", *Stats.HEAD), *rows]) + "\n"
             )
         if self._options.time:
             self._writer.final(
@@ -312,7 +312,7 @@ class Session:
         if program.phase != "linked":
             return to_html(history, program, title=program.name)
         costs = self._costs(program, MOST_DRAWN)
-        # without a picture the page draws the stages itself
+        # without a renderer the page has no picture: its tables say the same
         graph = to_svg(program) if find_renderer() else None
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from stagecut.backend.tables import table
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
@@ -72,21 +73,6 @@ def stats_of(program: Program) -> Stats:
     )
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns: the first one to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
 def times(steps: Sequence[tuple[str, float]]) -> str:
     """A table of steps with their times and their shares of the whole."""
     whole = sum(seconds for _, seconds in steps) or 1.0
@@ -94,7 +80,7 @@ def times(steps: Sequence[tuple[str, float]]) -> str:
         (title, f"{1000 * seconds:.1f} ms", f"{100 * seconds / whole:.1f} %")
         for title, seconds in steps
     ]
-    return table([("step", "time", "part"), *rows])
+    return table([("step", "time", "part"), *rows]) + "\n"
 
 
 def diff(old: str, new: str, before: str, after: str) -> str:

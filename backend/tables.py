@@ -1,0 +1,26 @@
+"""Rows of cells -> columns of text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 1_000_000
+"""Characters of a line that no cell is folded for."""
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows as aligned lines: the columns in `left` to the left, the others to the right."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for number in range(len(rows[0]) if rows else 0):
+        grid.add_column(justify="left" if number in left else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console(file=StringIO(), width=_WIDE, color_system=None)
+    with console.capture() as captured:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
