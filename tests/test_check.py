@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from edge import assert_same, buffer, linear, snapshot, t, weight
+from compare import assert_same, snapshot
+from edge import buffer, linear, t, weight
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
