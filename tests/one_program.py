@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fuzz import plans
 from fuzz.judge import quiet
 from fuzz.plans import build, inputs, options
-from strategies import BlockPlan, Do, ModelPlan, build_model
 from torch import nn
 from torch.nn import functional as F
 from zoo.models import ARCHITECTURES
@@ -107,21 +107,20 @@ def _named(name: str) -> Call:
     if name.startswith("fuzz "):
         from fuzz.judge import draw
 
-        plan = draw(*map(int, name.split()[1:]))[0]
-        return build(plan), *inputs(plan), options(plan)
+        return _drawn(draw(*map(int, name.split()[1:]))[0])
     torch.manual_seed(0)
     (architecture,) = (a for a in ARCHITECTURES if a.name == name)
     return architecture.make(), (), architecture.inputs(), {"stages": 2}
 
 
-def _drawn(plan: str) -> Call:
-    return *build_model(eval(plan, {"ModelPlan": ModelPlan, "BlockPlan": BlockPlan, "Do": Do})), {}
+def _drawn(plan: plans.ModelPlan) -> Call:
+    return build(plan), *inputs(plan), options(plan)
 
 
 def answer(model: dict[str, Any]) -> str:
     """The program and the code of the stages, or the error."""
-    module, args, kwargs, more = _drawn(model["plan"]) if "plan" in model else _named(model["name"])
-    if model["whole"]:
+    module, args, kwargs, more = _drawn(eval(model["plan"], vars(plans))) if "plan" in model else _named(model["name"])
+    if model.get("whole"):
         more["leaf_modules"] = model["whole"]
     try:
         pipe = pipeline(module, args, kwargs, **more)

@@ -6,7 +6,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from edge import HOW, Case, Family, Posted, check, compare_call, linear, t
+from compare import Posted
+from edge import PIPE, Case, Family, check, compare_call, linear, t
 from torch import nn
 from torch.nn import functional as F
 
@@ -216,10 +217,10 @@ def flags_by_position_name_and_over_lines(self, x):
     return torch.dropout(x, 0.1, self.training)
 
 
-@pytest.mark.parametrize(("one", "how"), case.params())
-def test_modes(one: Case, how: str) -> None:
+@pytest.mark.parametrize("one", case.params())
+def test_modes(one: Case) -> None:
     """A switch does to the stages what it does to the model, and back."""
-    check(one, how)
+    check(one)
 
 
 def both(name: str, training: bool):
@@ -235,8 +236,8 @@ def test_stages_are_switched_one_by_one(training: bool) -> None:
     one, twin, pipe = both("batch_norm_in_both_stages", training)
     twin.b.train(not training)
     pipe.stages[1].train(not training)
-    compare_call(one, twin, pipe.module(), 0)
-    compare_call(one, twin, pipe.module(), 1)
+    compare_call(one, 0, twin, pipe.module())
+    compare_call(one, 1, twin, pipe.module())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -245,7 +246,7 @@ def test_a_module_inside_a_stage_is_switched(training: bool) -> None:
     one, twin, pipe = both("nested_modules", training)
     twin.m[1].train(not training)
     pipe.stages[0].get_submodule("m.1").train(not training)
-    compare_call(one, twin, pipe.module(), 0)
+    compare_call(one, 0, twin, pipe.module())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -350,15 +351,13 @@ CHOOSING += [looks_the_rate_up, asks_a_module_that_is_not_called, asks_all_of_se
 SAID = pytest.mark.parametrize("training", [True, False])
 
 
-@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("forward", CHOOSING)
-def test_a_python_branch_is_followed(forward, how: str) -> None:
+def test_a_python_branch_is_followed(forward) -> None:
     """Whatever Python does with the mode: both modes are traced, and the stages hold both."""
     has = {"unused": nn.Dropout, "several": lambda: nn.ModuleList([nn.Dropout()])}
-    check(Case(forward.__name__, forward, (X,), has=has, **BOTH), how)
+    check(Case(forward.__name__, forward, (X,), has=has, **BOTH))
 
 
-@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     "make",
     [
@@ -367,7 +366,7 @@ def test_a_python_branch_is_followed(forward, how: str) -> None:
         lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True),
     ],
 )
-def test_a_branch_in_a_module_of_torch_is_followed(make, how: str) -> None:
+def test_a_branch_in_a_module_of_torch_is_followed(make) -> None:
     """Attention drops by a rate that Python computes from the mode."""
 
     def forward(self, x):
@@ -382,7 +381,7 @@ def test_a_branch_in_a_module_of_torch_is_followed(make, how: str) -> None:
         pipe_split()
         return x * 2
 
-    check(Case("m", forward, (X[None],), has={"m": lambda: make().double()}, rtol=1e-9, **BOTH), how)
+    check(Case("m", forward, (X[None],), has={"m": lambda: make().double()}, rtol=1e-9, **BOTH))
 
 
 def cumulative(self, x):
@@ -402,8 +401,8 @@ def test_what_one_mode_has_to_keep_whole_is_an_error_at_the_switch_or_kept_whole
     for training in (True, False):
         model, twin = one.build().train(training), one.build().train(not training)
         pipe = pipeline(model, (X,), leaf_modules=["a"]).train(not training)
-        compare_call(one, twin, pipe.module(), 0)
-        compare_call(one, twin.train(training), pipe.train(training).module(), 1)
+        compare_call(one, 0, twin, pipe.module())
+        compare_call(one, 1, twin.train(training), pipe.train(training).module())
 
 
 class Frozen(nn.Module):
@@ -433,7 +432,7 @@ def test_a_flag_is_followed_in_code_without_a_source() -> None:
     space = {"F": F, "pipe_split": pipe_split, "__name__": __name__}
     exec("def forward(self, x):\n    x = F.dropout(x, 0.5, self.training)\n    pipe_split()\n    return x * 2", space)
     one = Case("sourceless", space["forward"], (X,), modes=(True, False), switch=True)
-    check(one, "pipe")
+    check(one, (PIPE,))
 
 
 def test_batch_norm_shared_by_stages_is_refused_across_processes_once_it_trains() -> None:
@@ -457,5 +456,5 @@ def test_a_mode_is_kept_by_a_copy_of_the_pipe() -> None:
     """deepcopy of an evaluated pipe is evaluated."""
     one, twin, pipe = both("nested_modules", True)
     copied = deepcopy(pipe.eval())
-    compare_call(one, twin.eval(), copied.module(), 0)
+    compare_call(one, 0, twin.eval(), copied.module())
     assert torch.equal(pipe(X)[0], copied(X)[0])

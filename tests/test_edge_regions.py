@@ -950,10 +950,10 @@ def split_at_a_module_whose_forward_is_called(self, x):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("one", "how"), case.params())
-def test_regions(one: Case, how: str) -> None:
+@pytest.mark.parametrize("one", case.params())
+def test_regions(one: Case) -> None:
     """Cut or whole, a region means what it meant; what a trace cannot hold is refused."""
-    check(one, how)
+    check(one)
 
 
 def test_a_checkpoint_is_computed_again() -> None:

@@ -638,8 +638,7 @@ def orthogonal(self, x):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("old", ["weight_norm", "spectral_norm"])
-@pytest.mark.parametrize("how", ["pipe", "mailbox"])
-def test_old_norms(old: str, how: str) -> None:
+def test_old_norms(old: str) -> None:
     """The hooks of torch.nn.utils that came before parametrisations set a plain attribute before each call."""
 
     class Old(nn.Module):
@@ -652,7 +651,7 @@ def test_old_norms(old: str, how: str) -> None:
             pipe_split()
             return self.b(x)
 
-    check(Case(old, Old, (X,), stages=2), how)
+    check(Case(old, Old, (X,), stages=2))
 
 
 @case(X, stages=2, spec={"m.parametrizations": SplitPoint.END}, has={"m": lambda: parametrizations.weight_norm(linear())}, refused="m.par")
@@ -732,7 +731,7 @@ def test_no_file_holds_extra_state(tmp_path: Path) -> None:
     assert "pipe.state_dict()" in caught.value.hint
 
 
-@pytest.mark.parametrize(("one", "how"), case.params())
-def test_state(one: Case, how: str) -> None:
+@pytest.mark.parametrize("one", case.params())
+def test_state(one: Case) -> None:
     """State is held where it is read, under the model's names, and nothing else is state."""
-    check(one, how)
+    check(one)

@@ -711,10 +711,10 @@ def no_inputs(self):
     return x * 2
 
 
-@pytest.mark.parametrize(("one", "how"), case.params())
-def test_values(one: Case, how: str) -> None:
+@pytest.mark.parametrize("one", case.params())
+def test_values(one: Case) -> None:
     """What crosses arrives as it is, at everyone who reads it."""
-    check(one, how)
+    check(one)
 
 
 def test_all_boundaries_hold_only_what_is_read() -> None:

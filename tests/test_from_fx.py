@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import Near
 from fuzz.check import mailbox
 from torch import fx, nn
 from torch.distributed.pipelining import pipe_split as torch_split
@@ -67,7 +68,7 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
 
 def check_in_boxes(module: fx.GraphModule, pipe: Pipe, args: tuple[Any, ...]) -> None:
     """Stages that share nothing but what is sent do what the module does."""
-    wrong = mailbox(copied(module), pipe, (deepcopy(args), {}), (deepcopy(args), {}), 1e-6)
+    wrong = mailbox(copied(module), pipe, (deepcopy(args), {}), (deepcopy(args), {}), Near(1e-6))
     assert not wrong, "\n".join(wrong)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz.check import differences, mailbox, outcome
+from compare import Near, differences, observe
+from fuzz.check import mailbox
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -64,11 +65,8 @@ def check(module: fx.GraphModule, x: torch.Tensor = X) -> None:
     assert pipes
     for pipe in pipes:
         call = ((x.clone(),), {})
-        expected = outcome(twin := deepcopy(module), twin, [deepcopy(call)])
-        wrong = mailbox(deepcopy(module), pipe, deepcopy(call), deepcopy(call), 1e-5)
-        run = pipe.module()
-        found = outcome(run, run, [deepcopy(call)])
-        wrong += differences(expected, found, 1e-5)
+        wrong = mailbox(deepcopy(module), pipe, deepcopy(call), deepcopy(call), Near(1e-5))
+        wrong += differences(observe(deepcopy(module), deepcopy(call)), observe(pipe.module(), deepcopy(call)), Near(1e-5))
         assert not wrong, "\n".join([str(pipe), *wrong])
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from edge import assert_same, buffer, linear, snapshot, t, weight
+from compare import assert_same, snapshot
+from edge import buffer, linear, t, weight
 from torch import nn
 
 from stagecut import Pipe, StagecutError, pipe_split, pipeline
@@ -170,8 +171,8 @@ def test_gradients_by_the_models_names() -> None:
     assert found.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
     assert found["a.weight"] is found["b.weight"]
     assert [n for n, g in found.items() if g is None] == ["frozen.weight", "frozen.bias", "idle.weight", "idle.bias"]
-    assert_same(found, {n: p.grad for n, p in twin.named_parameters(remove_duplicate=False)}, "grads")
-    assert_same(box.input_gradients(), [a.grad for a in theirs], "input grads")
+    assert_same(found, {n: p.grad for n, p in twin.named_parameters(remove_duplicate=False)}, "gradients")
+    assert_same(box.input_gradients(), [a.grad for a in theirs], "gradients of inputs")
 
 
 def test_gradients_accumulate_over_calls() -> None:
@@ -183,7 +184,7 @@ def test_gradients_accumulate_over_calls() -> None:
         box.forward(pipe.flatten((X + step, X), {}))[0].sum().backward()
         box.backward()
         twin(X + step, X)[0].sum().backward()
-    assert_same(box.gradients(), {n: p.grad for n, p in twin.named_parameters(remove_duplicate=False)}, "grads")
+    assert_same(box.gradients(), {n: p.grad for n, p in twin.named_parameters(remove_duplicate=False)}, "gradients")
     assert box.state()["steps"].item() == twin.steps.item() == 2
 
 
@@ -217,7 +218,7 @@ def test_what_was_cut_off_gets_no_gradient() -> None:
     assert [x.requires_grad for x in box._received[1]] == [False] * len(box._received[1])
     grad = box.gradients()["w"]
     assert grad is not None
-    assert_same(grad, (X @ pipe.get_parameter("w")).detach()[(X @ pipe.get_parameter("w")).argmax(1)], "grad of w")
+    assert_same(grad, (X @ pipe.get_parameter("w")).detach()[(X @ pipe.get_parameter("w")).argmax(1)], "gradient of w")
 
 
 # --- state that flows backward --------------------------------------------------------------------------

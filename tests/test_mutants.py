@@ -28,7 +28,8 @@ import test_route
 import test_share_state
 import test_version_mutations
 import torch
-from edge import MAILBOX, PIPE, Case, assert_same, buffer, check, linear, t, weight
+from compare import assert_same
+from edge import MAILBOX, PIPE, Case, buffer, check, linear, t, weight
 from helpers import CASES
 from torch import nn
 
@@ -161,8 +162,8 @@ NETS: dict[str, Callable[[Model], None]] = {
     "verifier": see_verifier,
     "validator": see_validator,
     "verify": see_verify,
-    "pipe": lambda case: check(case, PIPE),
-    "mailbox": lambda case: check(case, MAILBOX),
+    "pipe": lambda case: check(case, (PIPE,)),
+    "mailbox": lambda case: check(case, (MAILBOX,)),
     "calls": see_calls,
     "golden": see_golden,
     "ports": see_ports,

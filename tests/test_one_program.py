@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz.draw import called
+from fuzz.judge import programs
+from fuzz.plans import ModelPlan
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BlockPlan, Do, ModelPlan, model_plans
 
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import fingerprint
@@ -97,23 +99,10 @@ def test_of_several_faults_the_same_one_is_told(processes: Processes, name: str,
     assert what in same(processes, {"name": name, "whole": []})
 
 
-buffers = st.permutations(["count", "mean", "transient"]).map(tuple)
-writers = st.builds(
-    BlockPlan,
-    st.lists(st.sampled_from(["own", "tied"]), max_size=2).map(tuple),
-    buffers,
-    st.lists(st.builds(BlockPlan, buffers=buffers, steps=st.just((Do("write"), Do("buffer")))), max_size=2).map(tuple),
-    st.just((Do("write"), Do("count"), Do("buffer"), Do("call"))),
-)
-
-
-@given(plan=model_plans(), writer=writers, place=st.integers(0, 10))
-def test_a_drawn_model_is_one_program(processes: Processes, plan: ModelPlan, writer: BlockPlan, place: int) -> None:
-    """Among its modules there is one with several buffers, which is kept whole."""
-    children, steps = plan.root.children, plan.root.steps
-    steps = (*steps[:place], Do("call", len(children)), *steps[place:])
-    plan = replace(plan, root=replace(plan.root, children=(*children, writer), steps=steps))
-    assert "module.c" in same(processes, {"plan": repr(plan), "whole": [f"c{len(children)}"]})
+@given(plan=programs(graphs=0.25), whole=st.booleans())
+def test_a_drawn_model_is_one_program(processes: Processes, plan: ModelPlan, whole: bool) -> None:
+    """With some of its modules kept whole, or as it is."""
+    same(processes, {"plan": repr(replace(plan, whole=tuple(called(plan))) if whole else plan)})
 
 
 @pytest.mark.parametrize("index", range(12))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from edge import assert_same
+from compare import assert_same
 from helpers import Bless, diff_of, leaves_alone, load
 from torch import nn
 

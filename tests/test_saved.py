@@ -19,9 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
+from fuzz.judge import programs
+from fuzz.plans import ModelPlan, build, inputs, options
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import build_model, model_plans
 from torch import nn
 from torch.utils import _pytree
 
@@ -220,13 +221,13 @@ def test_stage_is_loaded_alone(name: str, tmp_path: Path) -> None:
         same(ours, pipe.stages[0](*flat))
 
 
-@given(plan=model_plans())
+@given(plan=programs(graphs=0.25))
 @settings(max_examples=8)
-def test_random_models_come_back(plan: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What hypothesis makes of strategies.py."""
-    model, args, kwargs = build_model(plan)
+def test_random_models_come_back(plan: ModelPlan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the fuzzer draws."""
+    args, kwargs = inputs(plan)
     try:
-        pipe = pipeline(model, args, kwargs, check=None)
+        pipe = pipeline(build(plan), args, kwargs, **options(plan))
     except StagecutError:
         return
     folder = tmp_path_factory.mktemp("random") / "saved"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from edge import assert_same
+from compare import assert_same
 from torch import nn
 
 from stagecut import Pipe, pipe_split, pipeline

@@ -1,21 +1,20 @@
 """What the fuzzer holds a pipe to. Every check returns what is wrong, one line each; none is found when the list is empty.
 
-Checks take the model itself, not a plan: a reproducer calls them, or holds their source.
+Checks take the model itself, not a plan: a reproducer calls them.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from compare import APART, Call, Near, Posted, Seen, differences, observe
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
-from stagecut.backend.ranks.mailbox import Mailbox
-from stagecut.frontend.capture.capture import distinct_tensors
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import ModeError
@@ -31,81 +30,7 @@ from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-# --- what a model does --------------------------------------------------------------------------------
-
-
-def outcome(model: nn.Module, function: Callable[..., Any], calls: list[Call]) -> dict[str, Any]:
-    """Everything that calls of `function`, which computes with the tensors of `model`, leave behind, by name."""
-    found: dict[str, Any] = {}
-    for number, (args, kwargs) in enumerate(calls):
-        torch.manual_seed(5)
-        given = tree_flatten((args, kwargs))[0]
-        outputs, found[f"structure of call {number}"] = tree_flatten(function(*args, **kwargs))
-        found |= {f"output {i} of call {number}": o.detach().clone() if hasattr(o, "detach") else o for i, o in enumerate(outputs)}
-        found |= {f"requires_grad of output {i} of call {number}": getattr(o, "requires_grad", None) for i, o in enumerate(outputs)}
-        tensors = [t for t in [*given, *outputs] if isinstance(t, torch.Tensor)]
-        places = [t.untyped_storage().data_ptr() for t in tensors]
-        found[f"aliases of call {number}"] = [places.index(p) for p in places]
-        found[f"random state after call {number}"] = torch.get_rng_state()
-        backward(outputs)
-        for i, tensor in enumerate(given):
-            if isinstance(tensor, torch.Tensor):
-                found[f"input {i} after call {number}"] = tensor.detach().clone()
-                found[f"gradient of input {i} in call {number}"] = tensor.grad
-        found |= {f"buffer {n} after call {number}": b.clone() for n, b in model.named_buffers(remove_duplicate=False)}
-    found |= {f"parameter {n}": p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
-    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters(remove_duplicate=False)}
-    return found
-
-
-def backward(outputs: Sequence[Any]) -> None:
-    """Goes backward through all outputs that carry gradient, each element with a weight of its own."""
-    losses = []
-    for output in outputs:
-        if isinstance(output, torch.Tensor) and output.requires_grad:
-            real = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
-            losses.append((real.double() * torch.arange(1, real.numel() + 1).reshape(real.shape)).sum())
-    if losses:
-        torch.stack(losses).sum().backward()
-
-
-def differences(expected: dict[str, Any], found: dict[str, Any], rtol: float) -> list[str]:
-    """Where two outcomes differ. Gradients may differ by `rtol`, for the uses of a tensor may be summed in another order.
-
-    All else is bit for bit.
-    """
-    wrong = [f"{name} is {'missing' if name in expected else 'new'}" for name in sorted(expected.keys() ^ found.keys())]
-    for name, one in expected.items():
-        other = found.get(name)
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            same = one.dtype == other.dtype and one.shape == other.shape
-            allowed = rtol if name.startswith("gradient") else 0.0
-            if same and allowed and one.is_floating_point():
-                scale = float(one.abs().nan_to_num(0, 0, 0).max()) if one.numel() else 1.0
-                same = torch.allclose(other, one, rtol=allowed, atol=allowed * max(1.0, scale), equal_nan=True)
-            elif same:
-                same = one.stride() == other.stride() and bool(((one == other) | (one.isnan() & other.isnan())).all())
-        else:
-            same = type(one) is type(other) and one == other
-        if not same:
-            wrong.append(f"{name} differs: {one} and {other}")
-    return wrong
-
-
-def names(model: nn.Module, pipe: Pipe) -> list[str]:
-    """Where state names differ: each stage's a subset of the model's, their union the model's, the tensors the model's own."""
-    own = model.state_dict(keep_vars=True)
-    held = [stage.state_dict(keep_vars=True) for stage in pipe.stages]
-    wrong = [f"stage {i} holds another '{n}'" for i, h in enumerate(held) for n, t in h.items() if t is not own.get(n)]
-    wrong += [f"no stage holds '{n}'" for n in own if not any(n in h for h in held)]
-    wrong += ["state_dict has another order"] * (list(pipe.state_dict()) != list(own))
-    for kind in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(m, kind)(remove_duplicate=False)) for m in (pipe, model))
-        wrong += [f"{kind} differ: {sorted(ours.keys() ^ theirs.keys())}"] * (ours.keys() != theirs.keys())
-    return wrong
+# --- stages ---------------------------------------------------------------------------------------------
 
 
 def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -157,9 +82,9 @@ def round_trip(program: Program) -> list[str]:
     return ["the text reads back as another program"] * (text(again) != printed)
 
 
-def interpret(program: Program, bindings: Bindings, flat: list[Any]) -> dict[str, Any]:
+def interpret(program: Program, bindings: Bindings, flat: list[Any]) -> Seen:
     """What the reference interpreter makes of a program."""
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     outputs, state = run(program, flat, bindings.tensors, bindings)
     found = {f"output {i}": o.detach().clone() if isinstance(o, torch.Tensor) else o for i, o in enumerate(outputs)}
     return found | {f"state {n}": t.detach() for n, t in state.items()} | {"random state": torch.get_rng_state()}
@@ -172,7 +97,7 @@ def passes(lowered: Callable[[], tuple[Program, Bindings]], splits: FindSplits, 
     wrong = round_trip(program)
 
     def after(record: Any, p: Program) -> None:
-        wrong.extend(f"after {record.name}: {line}" for line in differences(expected, interpret(p, bindings, flat), 0) + round_trip(p))
+        wrong.extend(f"after {record.name}: {line}" for line in differences(expected, interpret(p, bindings, flat)) + round_trip(p))
 
     run_passes(program, default_pipeline(splits), check=True, after=after)
     return wrong
@@ -183,11 +108,11 @@ def shuffled(lowered: Callable[[], tuple[Program, Bindings]], splits: FindSplits
     program, bindings = lowered()
     expected = interpret(program, bindings, flat)
     program.ops = shuffle(program, random.Random(seed))
-    wrong = [f"shuffled: {line}" for line in differences(expected, interpret(program, bindings, flat), 0)]
+    wrong = [f"shuffled: {line}" for line in differences(expected, interpret(program, bindings, flat))]
     if wrong:
         return wrong
     run_passes(program, default_pipeline(splits), check=True)
-    return [f"shuffled, after all passes: {line}" for line in differences(expected, interpret(program, bindings, flat), 0)]
+    return [f"shuffled, after all passes: {line}" for line in differences(expected, interpret(program, bindings, flat))]
 
 
 def shuffle(program: Program, rng: random.Random) -> list[Op]:
@@ -230,40 +155,25 @@ def _any_order(waits: dict[Op, set[Op]], rng: random.Random) -> list[Op]:
 # --- separate processes -------------------------------------------------------------------------------
 
 
-def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) -> list[str]:
+def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) -> list[str]:
     """What differs when stages share nothing but what is sent. `call` goes to the model, `other`, which is equal, to the stages.
 
     Raises StagecutError when the program cannot run like that.
     """
-    box = Mailbox(pipe.program, pipe.stages)
-    torch.manual_seed(5)
-    expected = tree_flatten(model(*call[0], **call[1]))[0]
-    wants: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(expected)
-    torch.manual_seed(5)
-    found = box.forward(pipe.flatten(*distinct_tensors(other)))
-    gives: dict[str, Any] = {"random state": torch.get_rng_state()} | _outputs(found)
-    backward(expected)
-    backward(found)
-    box.backward()
-    flat, state = pipe.flatten(*call), box.state()
-    wants |= {f"gradient of {n}": p.grad for n, p in model.named_parameters(remove_duplicate=False)}
-    gives |= {f"gradient of {n}": g for n, g in box.gradients().items()}
-    wants |= {f"gradient of input {i}": t.grad for i, t in enumerate(flat) if isinstance(t, torch.Tensor)}
-    gives |= _summed(flat, box.input_gradients())
-    for n, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        wants[f"state {n}"], gives[f"state {n}"] = tensor.detach(), state[n].detach() if n in state else None
-    return differences(wants, gives, rtol)
+    posted = Posted(pipe)
+    # a view made under no_grad says that it requires grad, though nothing flows through it
+    return differences(observe(model, call), observe(posted, other), replace(near, requires_grad=False), APART)
 
 
-def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float) -> list[str]:
+def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) -> list[str]:
     """What differs as in `mailbox` when both are switched to the other mode. Nothing where the stages say that they cannot be, or where
     the model fails in that mode."""
     mode = not pipe.training
-    if not _runs(copy.deepcopy(model).train(mode), *copy.deepcopy(call)):
+    if not _runs(copy.deepcopy(model).train(mode), copy.deepcopy(call)):
         return []
     flags = [(part, part.training) for part in (pipe, *(part for stage in pipe.stages for part in stage.modules()))]
     try:
-        return mailbox(model.train(mode), pipe.train(mode), call, other, rtol)
+        return mailbox(model.train(mode), pipe.train(mode), call, other, near)
     except ModeError:
         return []
     finally:
@@ -271,25 +181,10 @@ def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, rtol: float)
             part.training = flag
 
 
-def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _runs(model: nn.Module, call: Call) -> bool:
     """True when forward and backward go through."""
     try:
-        backward(tree_flatten(model(*args, **kwargs))[0])
+        observe(model, call)
     except Exception:
         return False
     return True
-
-
-def _summed(flat: list[Any], gradients: list[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    """Gradients of inputs by number; a tensor given twice has the sum of both."""
-    found: dict[str, torch.Tensor | None] = {}
-    for i, tensor in enumerate(flat):
-        if isinstance(tensor, torch.Tensor):
-            parts = [g for t, g in zip(flat, gradients, strict=True) if t is tensor and g is not None]
-            found[f"gradient of input {i}"] = torch.stack(parts).sum(0) if parts else None
-    return found
-
-
-def _outputs(outputs: Sequence[Any]) -> dict[str, Any]:
-    """Outputs by number."""
-    return {f"output {i}": o.detach().clone() if hasattr(o, "detach") else o for i, o in enumerate(outputs)}

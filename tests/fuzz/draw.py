@@ -1,14 +1,16 @@
-"""Draws plans: random models that run, from nothing but a seed.
+"""Random models, as a hypothesis strategy of plans.
 
 A step is tried on real tensors before it goes into the plan, so that a plan fits together by construction: what does not
-run, or gives a shape that could be mistaken for the batch, is drawn again.
+run, or gives a shape that could be mistaken for the batch, is drawn again. Hypothesis shrinks towards zeros, so what is
+plainest comes first in every list, and a draw of 0 adds nothing where something can be left out.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from fuzz.plans import (
@@ -27,8 +29,11 @@ from fuzz.plans import (
     read,
     steps_of,
 )
+from hypothesis import reject
+from hypothesis import strategies as st
 from torch import nn
 
+T = TypeVar("T")
 F64 = "dtype=torch.float64"
 
 # Kinds of operands, by letter: m (batch, 4) floating; f floating; t any tensor; i int64; b bool; c complex; n a number that
@@ -253,11 +258,13 @@ def _read(table: str) -> list[_Op]:
     return ops
 
 
-OPS = _read(_OPS)
-PLANTED = _Op(10_000, "m", "({0} * 2 if torch._guards.detect_fake_mode() else {0} * 3)", True)
+OPS = [op for op in _read(_OPS) for _ in range(op.weight)]
+"""Each as often as its weight says."""
+PLANTED = _Op(1, "m", "({0} * 2 if torch._guards.detect_fake_mode() else {0} * 3)", True)
 """An op that means something else when traced, for tests of the fuzzer: no splitter can get it right."""
 
 LAYERS: tuple[tuple[str, str], ...] = (
+    ("nn.Identity()", "m"),
     ("nn.Linear(4, 4, dtype=torch.float64)", "m"),
     ("nn.Linear(4, 4, bias=False, dtype=torch.float64)", "m"),
     ("nn.LayerNorm(4, dtype=torch.float64)", "m"),
@@ -274,7 +281,6 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("nn.ReLU(inplace=True)", "w"),
     ("nn.PReLU(dtype=torch.float64)", "m"),
     ("nn.GELU()", "f"),
-    ("nn.Identity()", "m"),
     ("nn.Embedding(4, 4, dtype=torch.float64)", "e"),
     ("nn.Bilinear(4, 4, 4, dtype=torch.float64)", "mm"),
     ("nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), nn.Tanh(), nn.Linear(4, 4, dtype=torch.float64))", "m"),
@@ -339,14 +345,41 @@ class _Scope:
         return f"v{self.count}"
 
 
+class Dice:
+    """Draws by hypothesis, of which 0, False and the first are the plainest."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self._draw = draw
+
+    def below(self, count: int) -> int:
+        """A number from 0."""
+        return self._draw(_below(count))
+
+    def chance(self, percent: float) -> bool:
+        """True that often."""
+        return self.below(100) >= 100 - percent
+
+    def pick(self, items: Sequence[T]) -> T:
+        """One of them."""
+        return items[self.below(len(items))]
+
+    def part(self, make: Callable[[], T]) -> T:
+        """What `make` draws, as a part that can be left out by itself."""
+        return self._draw(st.none().map(lambda _: make()))
+
+
+@lru_cache(maxsize=1000)
+def _below(count: int) -> st.SearchStrategy[int]:
+    return st.integers(0, count - 1)
+
+
 class _Draw:
-    def __init__(self, rng: random.Random, plant: bool) -> None:
-        self.rng = rng
+    def __init__(self, dice: Dice, plant: bool) -> None:
+        self.dice = dice
         self.blocks: list[Block] = []
         self.shares: list[tuple[str, str]] = []
         self.modules: list[tuple[Member, list[tuple[str, str]]]] = []
-        self._ops = [*OPS, PLANTED] if plant else OPS
-        self._weights = [op.weight for op in self._ops]
+        self._ops = [*OPS, *[PLANTED] * 10_000] if plant else OPS
         self._count = self._keys = 0
 
     # --- forwards ---------------------------------------------------------------------------------
@@ -354,29 +387,31 @@ class _Draw:
     def steps(self, scope: _Scope, count: int, depth: int = 0) -> tuple[Step, ...]:
         found: list[Step] = []
         for _ in range(count):
-            found += self._step(scope, depth)
+            found += self.dice.part(lambda: self._step(scope, depth))
         return tuple(found)
 
     def _step(self, scope: _Scope, depth: int) -> list[Step]:
-        dice = self.rng.random()
-        if dice < 0.08:
+        kind = self.dice.below(100)
+        if kind == 0:
+            return []
+        if kind < 9:
             return [Step("pipe_split()")]
-        if dice < 0.15 and depth < 2:
+        if kind < 16 and depth < 2:
             return self._region(scope, depth)
-        if dice < 0.4 and scope.calls:
-            attr, kinds = self.rng.choice(scope.calls)
+        if kind < 41 and scope.calls:
+            attr, kinds = self.dice.pick(scope.calls)
             call = f"{attr}({', '.join(f'{{{i}}}' for i in range(len(kinds)))})"
             return self._try(scope, _Op(1, kinds, call, True))
         for _ in range(8):
-            made = self._try(scope, self.rng.choices(self._ops, self._weights)[0])
+            made = self._try(scope, self.dice.pick(self._ops))
             if made:
                 return made
         return []
 
     def _region(self, scope: _Scope, depth: int) -> list[Step]:
-        code = self.rng.choice(_CONTEXTS)
+        code = self.dice.pick(_CONTEXTS)
         with eval(code, {"torch": torch}):
-            body = self.steps(scope, self.rng.randint(1, 3), depth + 1)
+            body = self.steps(scope, 1 + self.dice.below(3), depth + 1)
         return [Step(code, body=body)] if body else []
 
     def _try(self, scope: _Scope, op: _Op) -> list[Step]:
@@ -407,15 +442,14 @@ class _Draw:
 
     def _pick(self, scope: _Scope, kind: str) -> str | None:
         """A value of that kind, more often than not a recent one."""
-        if kind in "sk":
-            names = [n for n in scope.state if fits(kind, n, read(scope.module, n))]
-        else:
-            names = [n for n, item in scope.env.items() if fits(kind, n, item)]
-            if self.rng.random() < 0.2 or not names:
-                names = [n for n in scope.state if fits(kind, n, read(scope.module, n))] or names
+        state = [n for n in scope.state if fits(kind, n, read(scope.module, n))]
+        names = [] if kind in "sk" else [n for n, item in scope.env.items() if fits(kind, n, item)]
+        if state and (not names or self.dice.chance(20)):
+            names = state
         if not names:
             return None
-        return names[-1 - min(int(self.rng.expovariate(0.7)), len(names) - 1)] if self.rng.random() < 0.7 else self.rng.choice(names)
+        back = self.dice.pick(_BACK)
+        return self.dice.pick(names) if back is None else names[-1 - min(back, len(names) - 1)]
 
     # --- modules ----------------------------------------------------------------------------------
 
@@ -424,68 +458,66 @@ class _Draw:
         self._count += 1
         name = f"M{self._count}"
         members, ties, calls, state = self.members(depth)
-        kinds = ["m", *(["f"] * (self.rng.random() < 0.3))]
+        kinds = ["m", *(["f"] * self.dice.chance(30))]
         inputs = tuple(f"x{i}" for i in range(len(kinds)))
         blank = Block(name, inputs, members, ties)
         module = Maker((blank, *self.blocks)).module(blank)
         env: dict[str, Any] = {x: torch.randn(EXAMPLE_BATCH, 4, dtype=torch.float64) * 1.0 for x in inputs}
         scope = _Scope(module, env, calls, state)
-        steps = self.steps(scope, self.rng.randint(1, 4))
+        steps = self.steps(scope, 1 + self.dice.below(4))
         mains = [n for n, v in scope.env.items() if fits("m", n, v)]
-        outputs = [mains[-1], *(self.rng.choice(list(scope.env)) for _ in range(self.rng.random() < 0.2))]
+        outputs = [mains[-1], *(self.dice.pick(list(scope.env)) for _ in range(self.dice.chance(20)))]
         block = replace(blank, steps=steps, outputs=tuple(outputs))
         self.blocks.insert(0, block)
         return block, kinds
 
     def members(self, depth: int) -> tuple[tuple[Member, ...], tuple[str, ...], list[tuple[str, str]], list[str]]:
         """Members, ties among them, what can be called, and the names of state."""
-        rng = self.rng
-        found: list[Member] = []
+        dice = self.dice
         calls: list[tuple[str, str]] = []
-        for i in range(rng.choice((0, 0, 1, 1, 2, 3))):
-            found.append(self._param(i))
-        picked = {attr: Member(attr, kind, code) for kind, attr, code in rng.sample(_BUFFERS, rng.choice((0, 0, 0, 1, 1, 2)))}
-        found += picked.values()
-        if rng.random() < 0.1:
+        found = [self._param(i) for i in range(dice.pick((0, 0, 1, 1, 2, 3)))]
+        picked = [dice.pick(_BUFFERS) for _ in range(dice.pick((0, 0, 0, 1, 1, 2)))]
+        found += {attr: Member(attr, kind, code) for kind, attr, code in picked}.values()
+        if dice.chance(10):
             found.append(Member("k0", "plain", f"torch.tensor([1.0, 2.0, 0.5, -1.0], {F64})"))
-        for i in range(rng.choice((0, 1, 1, 2, 2, 3))):
-            member, called = self._child(f"c{i}", depth)
+        for i in range(dice.pick((0, 1, 1, 2, 2, 3))):
+            member, called = dice.part(lambda i=i: self._child(f"c{i}", depth))
             found.append(member)
             calls += called
         return tuple(found), self._ties(found), calls, _state_names(found)
 
     def _param(self, i: int) -> Member:
-        rng = self.rng
-        grad = "" if rng.random() < 0.85 else ", requires_grad=False"
-        shape = rng.choice(("4, 4", "4, 4", "4", "1, 4"))
-        kind = "listed" if rng.random() < 0.2 else "param"
-        dtype = F64 if rng.random() < 0.93 else "dtype=torch.float32"
+        dice = self.dice
+        grad = ", requires_grad=False" if dice.chance(15) else ""
+        shape = dice.pick(("4, 4", "4, 4", "4", "1, 4"))
+        kind = "listed" if dice.chance(20) else "param"
+        dtype = "dtype=torch.float32" if dice.chance(7) else F64
         code, share = f"nn.Parameter(torch.randn({shape}, {dtype}) / 2{grad})", ""
-        if rng.random() < 0.25:
-            if self.shares and rng.random() < 0.7:
-                share, code = rng.choice(self.shares)
+        if dice.chance(25):
+            if self.shares and dice.chance(70):
+                share, code = dice.pick(self.shares)
             else:
                 share = f"p{len(self.shares)}"
                 self.shares.append((share, code))
         return Member(f"p{i}", kind, code, share)
 
     def _child(self, attr: str, depth: int) -> tuple[Member, list[tuple[str, str]]]:
-        rng = self.rng
-        if self.modules and rng.random() < 0.25:
-            member, calls = rng.choice(self.modules)
+        dice = self.dice
+        if self.modules and dice.chance(25):
+            member, calls = dice.pick(self.modules)
             member = replace(member, attr=attr)
             return member, [(f"self.{attr}{path}", kinds) for path, kinds in calls]
         self._keys += 1
-        share = f"m{self._keys}" if rng.random() < 0.4 else ""
-        if depth > 0 and rng.random() < 0.45:
+        share = f"m{self._keys}" if dice.chance(40) else ""
+        if depth > 0 and dice.chance(45):
             block, kinds = self.block(depth - 1)
             member, local = Member(attr, "module", f"{block.name}()", share), [("", "".join(kinds))]
-        elif rng.random() < 0.15:
-            picked = [rng.choice(LAYERS) for _ in range(rng.randint(1, 3))]
+        elif dice.chance(15):
+            picked = [dice.pick(LAYERS) for _ in range(1 + dice.below(3))]
             member = Member(attr, "module", f"nn.ModuleList([{', '.join(code for code, _ in picked)}])", share)
             local = [(f"[{i}]", kinds) for i, (_, kinds) in enumerate(picked)]
         else:
-            code, one = rng.choice(LAYERS)
+            code, one = dice.pick(LAYERS)
             member, local = Member(attr, "module", code, share), [("", one)]
         self.modules.append((member, local))
         return member, [(f"self.{attr}{path}", kinds) for path, kinds in local]
@@ -493,11 +525,13 @@ class _Draw:
     def _ties(self, members: list[Member]) -> tuple[str, ...]:
         """Linear layers and embeddings with one weight."""
         weights = [m.attr for m in members if m.code.startswith(("nn.Linear(", "nn.Embedding("))]
-        if len(weights) < 2 or self.rng.random() < 0.7:
+        if len(weights) < 2 or not self.dice.chance(30):
             return ()
         return (f"self.{weights[1]}.weight = self.{weights[0]}.weight",)
 
 
+_BACK = (*[0] * 36, *[1] * 18, *[2] * 9, *[3] * 4, *[4] * 3, *[None] * 30)
+"""How far back an operand lies; None is anywhere."""
 _BUFFERS = [
     ("buffer", "count", "torch.tensor(0)"), ("buffer", "count", "torch.tensor(0)"), ("buffer", "mean", f"torch.zeros(4, {F64})"),
     ("buffer", "mean", f"torch.zeros(4, {F64})"), ("transient", "scale", f"torch.ones(4, {F64})"),
@@ -519,86 +553,70 @@ def _usual(item: Any) -> bool:
     return type(item) is int
 
 
-def draw_plan(seed: int, index: int, attempt: int = 0, plant: bool = False, graphs: float = 0.0) -> ModelPlan:
-    """The plan number `index` of `seed`. It fits together, but nobody has gone backward through it: if it fails, try again.
+@st.composite
+def plans(draw: st.DrawFn, plant: bool = False, graphs: float = 0.0) -> ModelPlan:
+    """Plans that fit together, though nobody has gone through them backward.
 
     A share of them, `graphs`, is traced symbolically: there `pipe_split()` leaves no node, so something else must cut.
     """
-    rng = random.Random(f"{seed}:{index}:{attempt}")
-    torch.manual_seed(index)
-    draw = _Draw(rng, plant)
-    given, items = _draw_inputs(rng)
-    members, ties, calls, state = draw.members(2)
+    dice = Dice(draw)
+    try:
+        plan = _plan(dice, plant)
+    except RuntimeError:
+        reject()  # a view of what was written is of no use to torch any more
+    return _as_graph(dice, plan) if dice.chance(100 * graphs) else plan
+
+
+def _plan(dice: Dice, plant: bool) -> ModelPlan:
+    torch.default_generator.manual_seed(0)
+    drawing = _Draw(dice, plant)
+    given, items = _draw_inputs(dice)
+    members, ties, calls, state = drawing.members(2)
     blank = Block("Net", (), members, ties)
-    module: DrawnModule = Maker((blank, *draw.blocks)).module(blank).train()
+    module: DrawnModule = Maker((blank, *drawing.blocks)).module(blank).train()
     env: dict[str, Any] = {"torch": torch, "batch": EXAMPLE_BATCH}
     for leaf in given:
         env[leaf.name] = eval(leaf.code, env)
     values = {leaf.name: env[leaf.name] for leaf in given}
     scope = _Scope(module, {n: v for n, v in values.items() if isinstance(v, torch.Tensor)}, calls, state)
-    steps = _uses_of_literals(rng, given, scope) + draw.steps(scope, rng.randint(4, 12))
-    output = _draw_output(rng, scope, values)
-    plan = ModelPlan((replace(blank, steps=steps), *draw.blocks), given, items, output)
-    after, spec, whole = _settings(rng, plan)
-    cuts = tuple(rng.randrange(60) for _ in range(rng.choice((0, 0, 1, 1, 2))))
-    if not cuts and not spec and not any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps)):
-        cuts = (rng.randrange(60),)
-    if spec:  # one thing says where to cut
-        cuts = ()
-    plan = replace(
-        plan,
-        after=after,
-        spec=spec,
-        whole=whole,
-        cuts=cuts,
-        training=rng.random() < 0.75,
-        dynamic=rng.random() < 0.2,
-        sent=rng.random() < 0.15,
-        again=rng.random() < 0.4,
-    )
-    return _as_graph(rng, plan) if rng.random() < graphs else plan
+    steps = _uses_of_literals(dice, given, scope) + drawing.steps(scope, 4 + dice.below(9))
+    output = _draw_output(dice, scope, values)
+    plan = ModelPlan((replace(blank, steps=steps), *drawing.blocks), given, items, output)
+    return _with_settings(dice, plan)
 
 
-def _as_graph(rng: random.Random, plan: ModelPlan) -> ModelPlan:
-    called = {s.code.partition("(")[0] for s in steps_of(plan.blocks[0].steps) if s.outs and s.code.startswith("self.c")}
-    paths = sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
-    whole = (rng.choice(paths),) if paths and rng.random() < 0.4 else ()
-    cuts = (*plan.cuts, *(rng.randrange(60) for _ in range(rng.choice((1, 1, 2)))))
-    return replace(plan, graph=True, dynamic=False, whole=whole, cuts=cuts, spec=())
-
-
-def _draw_inputs(rng: random.Random) -> tuple[tuple[Given, ...], tuple[Input, ...]]:
-    given = [Given("x0", f"torch.randn(batch, 4, {F64})" + ".requires_grad_()" * (rng.random() < 0.4), (0,))]
-    for i in range(1, rng.choice((1, 2, 2, 3, 4))):
-        _, code, dims = rng.choice(_LEAVES)
-        if rng.random() < 0.06:
-            code, dims = rng.choice([("x0", (0,)), (given[-1].code, given[-1].dims)])
+def _draw_inputs(dice: Dice) -> tuple[tuple[Given, ...], tuple[Input, ...]]:
+    given = [Given("x0", f"torch.randn(batch, 4, {F64})" + ".requires_grad_()" * dice.chance(40), (0,))]
+    for i in range(1, dice.pick((1, 2, 2, 3, 4))):
+        _, code, dims = dice.pick(_LEAVES)
+        if dice.chance(6):
+            code, dims = dice.pick([("x0", (0,)), (given[-1].code, given[-1].dims)])
         given.append(Given(f"x{i}", code, dims))
     items: list[Input] = []
     rest = list(given)
     while rest:
-        taken = [rest.pop(0) for _ in range(min(len(rest), rng.choice((1, 1, 1, 2, 3))))]
-        nested = len(taken) > 1 or rng.random() < 0.1
-        tree = _nest(rng, [g.name for g in taken]) if nested else taken[0].name
+        taken = [rest.pop(0) for _ in range(min(len(rest), dice.pick((1, 1, 1, 2, 3))))]
+        nested = len(taken) > 1 or dice.chance(10)
+        tree = _nest(dice, [g.name for g in taken]) if nested else taken[0].name
         name = f"n{len(items)}" if nested else taken[0].name
-        items.append(Input(name, tree, keyword=rng.random() < 0.25))
+        items.append(Input(name, tree, keyword=dice.chance(25)))
     return tuple(given), tuple(sorted(items, key=lambda i: i.keyword))
 
 
-def _nest(rng: random.Random, names: list[str]) -> Tree:
-    cut = rng.randint(1, len(names))
+def _nest(dice: Dice, names: list[str]) -> Tree:
+    cut = 1 + dice.below(len(names))
     items: list[Tree] = [*names[:cut]]
     if names[cut:]:
-        items.append(_nest(rng, names[cut:]))
-    kind = rng.choice(("tuple", "list", "dict"))
+        items.append(_nest(dice, names[cut:]))
+    kind = dice.pick(("tuple", "list", "dict"))
     return Node(kind, tuple(items), tuple("pqrs"[: len(items)]) if kind == "dict" else ())
 
 
-def _uses_of_literals(rng: random.Random, given: tuple[Given, ...], scope: _Scope) -> tuple[Step, ...]:
+def _uses_of_literals(dice: Dice, given: tuple[Given, ...], scope: _Scope) -> tuple[Step, ...]:
     steps = []
     for leaf in given:
         code = _OPS_OF_LITERALS.get(leaf.code)
-        if code is not None and rng.random() < 0.7:
+        if code is not None and dice.chance(70):
             out = scope.fresh()
             steps.append(Step(code, ("x0", leaf.name), (out,)))
             literal: Any = eval(leaf.code)
@@ -608,28 +626,50 @@ def _uses_of_literals(rng: random.Random, given: tuple[Given, ...], scope: _Scop
     return tuple(steps)
 
 
-def _draw_output(rng: random.Random, scope: _Scope, values: dict[str, Any]) -> Tree:
+def _draw_output(dice: Dice, scope: _Scope, values: dict[str, Any]) -> Tree:
     names = list(scope.env)
     found = [names[-1]]
-    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
-        dice = rng.random()
-        pool = names if dice < 0.75 else list(values) if dice < 0.87 else scope.state or names
-        found.append(rng.choice(pool) if dice < 0.95 else rng.choice(("None", "7", "True")))
-    rng.shuffle(found)
-    return found[0] if len(found) == 1 and rng.random() < 0.7 else _nest(rng, found)
+    for _ in range(dice.pick((0, 0, 1, 1, 2, 3))):
+        kind = dice.below(100)
+        pool = names if kind < 75 else list(values) if kind < 87 else scope.state or names if kind < 95 else ("None", "7", "True")
+        found.insert(dice.below(len(found) + 1), dice.pick(pool))
+    return _nest(dice, found) if len(found) > 1 or dice.chance(30) else found[0]
 
 
-def _settings(rng: random.Random, plan: ModelPlan) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Children to freeze or to put into eval mode, calls to cut at, and modules to keep whole."""
-    children = [m.attr for m in plan.blocks[0].members if m.kind == "module"]
-    after = []
-    if children and rng.random() < 0.15:
-        after.append(f"model.{rng.choice(children)}.eval()")
-    if children and rng.random() < 0.1:
-        after.append(f"model.{rng.choice(children)}.requires_grad_(False)")
+def called(plan: ModelPlan) -> list[str]:
+    """Paths of the children whose results the root uses."""
     called = {s.code.partition("(")[0] for s in steps_of(plan.blocks[0].steps) if s.outs and s.code.startswith("self.c")}
-    paths = sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
-    picked = [p for p in paths if rng.random() < 0.2]
-    spec = tuple((p, rng.choice(("BEGINNING", "END"))) for p in picked)
-    whole = (rng.choice(paths),) if paths and rng.random() < 0.05 else ()
-    return tuple(after), spec, whole
+    return sorted(c.removeprefix("self.").replace("[", ".").replace("]", "") for c in called)
+
+
+def _with_settings(dice: Dice, plan: ModelPlan) -> ModelPlan:
+    """Children to freeze or to put into eval mode, where to cut, modules to keep whole and the rest of the call of `pipeline`."""
+    children = [m.attr for m in plan.blocks[0].members if m.kind == "module"]
+    after = [f"model.{dice.pick(children)}.eval()"] if children and dice.chance(15) else []
+    after += [f"model.{dice.pick(children)}.requires_grad_(False)"] if children and dice.chance(10) else []
+    paths = called(plan)
+    spec = tuple((p, dice.pick(("BEGINNING", "END"))) for p in paths if dice.chance(20))
+    marked = any(s.code == "pipe_split()" for b in plan.blocks for s in steps_of(b.steps))
+    count = dice.pick((0, 0, 1, 1, 2))
+    if spec:  # one thing says where to cut
+        count = 0
+    elif not marked:
+        count = max(count, 1)
+    return replace(
+        plan,
+        after=tuple(after),
+        spec=spec,
+        cuts=tuple(dice.below(60) for _ in range(count)),
+        whole=(dice.pick(paths),) if paths and dice.chance(5) else (),
+        training=dice.chance(75),
+        dynamic=dice.chance(20),
+        sent=dice.chance(15),
+        again=dice.chance(40),
+    )
+
+
+def _as_graph(dice: Dice, plan: ModelPlan) -> ModelPlan:
+    paths = called(plan)
+    whole = (dice.pick(paths),) if paths and dice.chance(40) else ()
+    cuts = (*plan.cuts, *(dice.below(60) for _ in range(dice.pick((1, 1, 2)))))
+    return replace(plan, graph=True, dynamic=False, whole=whole, cuts=cuts, spec=())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
+import random
 import re
 import signal
 import time
@@ -14,25 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare import Call, Near, Seen, differences, names, observe_all, snapshot
 from fuzz import check as fuzz_check
-from fuzz.draw import draw_plan
-from fuzz.plans import (
-    EXAMPLE_BATCH,
-    OTHER_BATCH,
-    ModelPlan,
-    build,
-    inputs,
-    options,
-    route_costs,
-    size,
-    source,
-    tolerance,
-)
-from fuzz.shrink import smaller
+from fuzz.draw import plans
+from fuzz.plans import EXAMPLE_BATCH, OTHER_BATCH, ModelPlan, build, inputs, options, route_costs, source, tolerance
+from hypothesis import Verbosity, given, settings
+from hypothesis import strategies as st
+from hypothesis.database import InMemoryExampleDatabase
+from profiles import FUZZ
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -62,6 +56,12 @@ SWITCH_REFUSALS = (*RUN_REFUSALS, "in this call, which the trace does not show")
 """What it says in the other mode, of a module kept whole that does something else there."""
 
 TESTS = Path(__file__).parent.parent
+
+OF_STATE = ("aliases of state",)
+"""What is not compared: a stage keeps the tensor of a buffer that forward assigns, so what is returned is not the buffer."""
+
+NOISE = 1 << 13
+"""Of how many bytes a program is made at most."""
 
 LIMIT = 30
 """Seconds a program may take."""
@@ -103,27 +103,48 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def draw(seed: int, index: int, plant: bool = False, graphs: float = 0.0) -> tuple[ModelPlan, int]:
-    """Plan `index` of `seed`, which runs forward and backward as it is, and how many attempts that took."""
-    for attempt in range(200):
-        with suppress(Exception):  # a model that does not even draw or run is of no use
-            plan = draw_plan(seed, index, attempt, plant, graphs)
-            if runs(plan) is not None:
-                return plan, attempt
-    raise StagecutError(f"no plan {index} of seed {seed} runs")
+def programs(plant: bool = False, graphs: float = 0.0) -> st.SearchStrategy[ModelPlan]:
+    """Models that run forward and backward as they are."""
+    return plans(plant, graphs).filter(lambda plan: runs(plan) is not None)
 
 
-def calls(plan: ModelPlan) -> list[fuzz_check.Call]:
+@cache
+def _reader(plant: bool, graphs: float) -> tuple[Callable[[bytes], Any], list[ModelPlan]]:
+    """What reads a program from bytes, and the list to which it adds it."""
+    read: list[ModelPlan] = []
+
+    @FUZZ
+    @given(programs(plant, graphs))
+    def reads(plan: ModelPlan) -> None:
+        read.append(plan)
+
+    return reads.hypothesis.fuzz_one_input, read
+
+
+def draw(seed: int, index: int, plant: bool = False, graphs: float = 0.0) -> tuple[ModelPlan, bytes]:
+    """Program `index` of `seed`, and the bytes from which hypothesis makes it."""
+    reads, read = _reader(plant, graphs)
+    noise = random.Random(f"{seed}:{index}")
+    for _ in range(200):
+        made_of = noise.randbytes(NOISE)
+        reads(made_of)
+        if read:
+            return read.pop(), made_of
+    raise StagecutError(f"no program {index} of seed {seed} runs")
+
+
+def calls(plan: ModelPlan) -> list[Call]:
     """The example call, and a second one: other values, and with a dynamic batch another batch size."""
     return [inputs(plan, EXAMPLE_BATCH, 0), inputs(plan, OTHER_BATCH if plan.dynamic else EXAMPLE_BATCH, 1)]
 
 
-def runs(plan: ModelPlan) -> dict[str, Any] | None:
+@lru_cache(maxsize=1)
+def runs(plan: ModelPlan) -> Seen | None:
     """What the model itself does, None when it cannot even run: then there is nothing to hold a pipe to."""
     try:
         with torch.enable_grad():  # a graph that fails leaves the mode as it is
             model = build(plan)
-            expected = fuzz_check.outcome(model, model, calls(plan))
+            expected = observe_all(model, calls(plan))
             for args, kwargs in calls(plan) * MORE_CALLS:  # what it counts may run out of a range
                 model(*args, **kwargs)
     except Exception:
@@ -162,25 +183,21 @@ def judge(plan: ModelPlan, deep: bool = False, seed: int = 0) -> Verdict:
     return verdict
 
 
-def _judge(plan: ModelPlan, expected: dict[str, Any], verdict: Verdict, deep: bool, seed: int) -> None:
+def _judge(plan: ModelPlan, expected: Seen, verdict: Verdict, deep: bool, seed: int) -> None:
     model = build(plan)
-    state = {n: t.clone() for n, t in model.state_dict().items()}
+    before = snapshot(model)
     pipe: Pipe = _guard("pipeline", lambda: pipeline(model, *inputs(plan), **options(plan)))
     verdict.ops = Counter(op.target for op in pipe.program.all_ops())
-    rtol = tolerance(plan)
-    changed = [f"pipeline() changed '{n}'" for n, t in model.state_dict().items() if not torch.equal(t.nan_to_num(), state[n].nan_to_num())]
-    _check("pipeline", lambda: changed)
-    _check("names", lambda: fuzz_check.names(model, pipe))
+    near = Near(tolerance(plan))
+    _check("pipeline", lambda: differences(before, snapshot(model)))
+    _check("names", lambda: names(model, pipe))
     _check("text", lambda: fuzz_check.round_trip(pipe.program))
-    try:
-        _check("mailbox", lambda: fuzz_check.mailbox(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), rtol))
-    except StagecutError as error:
-        verdict.refusals.append(_blank(error))
-    try:
-        _check("switched", lambda: fuzz_check.switched(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), rtol))
-    except StagecutError as error:
-        verdict.refusals.append(_blank(error))
-    _check("run", lambda: fuzz_check.differences(expected, fuzz_check.outcome(model, pipe.module(), calls(plan)), rtol))
+    for name in ("mailbox", "switched"):
+        try:
+            _check(name, lambda name=name: getattr(fuzz_check, name)(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), near))
+        except StagecutError as error:
+            verdict.refusals.append(_blank(error))
+    _check("run", lambda: differences(expected, observe_all(pipe.module(), calls(plan)), near, OF_STATE))
     if seed % 5 == 0:
         _check("verify", lambda: fuzz_check.verified(pipe, inputs(plan)))
     _check("boundaries", lambda: fuzz_check.boundaries(pipe, *inputs(plan)))
@@ -260,23 +277,40 @@ def _time_limit() -> Iterator[None]:
 # --- failures -----------------------------------------------------------------------------------------
 
 
-def shrink(plan: ModelPlan, verdict: Verdict, seed: int = 0, seconds: float = 60) -> tuple[ModelPlan, Verdict]:
-    """The smallest plan found in that time that fails in the same way, and how it fails."""
+class _Shown(Exception):
+    """A program fails as the one that is made smaller."""
+
+
+class _TimeIsUp(BaseException):
+    """Hypothesis lets it through."""
+
+
+def shrink(
+    plan: ModelPlan, made_of: bytes, verdict: Verdict, number: int, seconds: float, plant: bool = False, graphs: float = 0.0
+) -> tuple[ModelPlan, Verdict]:
+    """The smallest program found in that time that fails in the same way as `plan`, drawn from `made_of`, and how it fails."""
     deep = verdict.check in ("passes", "shuffled")
     end = time.monotonic() + seconds
-    again = True
-    while again:
-        again = False
-        for candidate in smaller(plan):
-            if time.monotonic() > end:
-                return plan, verdict
-            if size(candidate) >= size(plan):
-                continue
-            found = judge(candidate, deep, seed)
-            if found.kind == FAILED and found.signature == verdict.signature:
-                plan, verdict, again = candidate, found, True
-                break
-    return plan, verdict
+    failing = [(plan, verdict)]
+    judged = cache(lambda candidate: judge(candidate, deep, number))
+
+    @settings(FUZZ, database=InMemoryExampleDatabase(), verbosity=Verbosity.quiet)
+    @given(programs(plant, graphs))
+    def fails(candidate: ModelPlan) -> None:
+        if candidate == plan:
+            raise _Shown
+        if time.monotonic() > end:
+            raise _TimeIsUp
+        found = judged(candidate)
+        if found.kind == FAILED and found.signature == verdict.signature:
+            failing.append((candidate, found))
+            raise _Shown
+
+    with suppress(_Shown):
+        fails.hypothesis.fuzz_one_input(made_of)
+    with suppress(_Shown, _TimeIsUp):
+        fails()
+    return min(failing, key=lambda pair: len(source(pair[0])))
 
 
 _HEAD = '''"""{title}"""
@@ -288,81 +322,50 @@ import torch
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from stagecut import SplitPoint, pipe_split, pipeline
+from stagecut.passes.find_splits import FindSplits
+from stagecut.pipe import lower
 
 sys.path.append({tests!r})
+from compare import Near, differences, names, observe_all, snapshot
 from fuzz import check as fuzz_check
 from fuzz.graphs import symbolic
 '''
-_RUN = """calls = lambda: [inputs({first}, 0), inputs({second}, 1)]
-expected = outcome(twin, twin, calls())
+_COMPUTE_AGAIN = "from stagecut.passes import recompute\n\nrecompute.START, recompute.MEMORY = 0, 1 << 40\n\n"
+_CUT = """model = make()
+twin = copy.deepcopy(model)
 pipe = pipeline(model, *inputs({first}), **options)
 print(pipe)
-wrong = differences(expected, outcome(model, pipe.module(), calls()), {rtol})
 """
-_OTHERS = {
-    "pipeline": """state = {{n: t.clone() for n, t in model.state_dict().items()}}
-pipe = pipeline(model, *inputs({first}), **options)
-wrong = [n for n, t in model.state_dict().items() if not torch.equal(t.nan_to_num(), state[n].nan_to_num())]
-""",
-    "names": """wrong = fuzz_check.names(model, pipeline(model, *inputs({first}), **options))
-""",
-    "text": """pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
-wrong = fuzz_check.round_trip(pipe.program)
-""",
-    "mailbox": """pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
-wrong = fuzz_check.mailbox(twin, pipe, inputs({first}), inputs({first}), {rtol})
-""",
-    "switched": """pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
-wrong = fuzz_check.switched(twin, pipe, inputs({first}), inputs({first}), {rtol})
-""",
-    "verify": """pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
-wrong = fuzz_check.verified(pipe, inputs({first}))
-""",
-    "boundaries": """pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
-wrong = fuzz_check.boundaries(pipe, *inputs({first}))
-""",
-    "passes": """spec = [(path, {{1: "beginning", 2: "end"}}[side.value]) for path, side in options.get("split_spec", {{}}).items()]
+_LOWERED = """spec = [(path, {{1: "beginning", 2: "end"}}[side.value]) for path, side in options.get("split_spec", {{}}).items()]
 splits = FindSplits(tuple(spec), options.get("split_policy"))
-lowered = lambda: lower(model, *inputs({first}), options.get("dynamic_shapes"), options.get("leaf_modules", ()))[:2]
-flat = pipeline(twin, *inputs({first}), **options).flatten(*inputs({first}))
-wrong = fuzz_check.passes(lowered, splits, flat)
-""",
+lowered = lambda: lower(make(), *inputs({first}), options.get("dynamic_shapes"), options.get("leaf_modules", ()))[:2]
+flat = pipe.flatten(*inputs({first}))
+"""
+_RUN = """expected = observe_all(twin, [inputs({first}, 0), inputs({second}, 1)])
+found = observe_all(pipe.module(), [inputs({first}, 0), inputs({second}, 1)])
+wrong = differences(expected, found, Near({rtol}), {of_state})
+"""
+_CHECKS = {
+    "pipeline": "wrong = differences(snapshot(twin), snapshot(model))\n",
+    "names": "wrong = names(model, pipe)\n",
+    "text": "wrong = fuzz_check.round_trip(pipe.program)\n",
+    "mailbox": "wrong = fuzz_check.mailbox(twin, pipe, inputs({first}), inputs({first}), Near({rtol}))\n",
+    "switched": "wrong = fuzz_check.switched(twin, pipe, inputs({first}), inputs({first}), Near({rtol}))\n",
+    "verify": "wrong = fuzz_check.verified(pipe, inputs({first}))\n",
+    "boundaries": "wrong = fuzz_check.boundaries(pipe, *inputs({first}))\n",
+    "passes": _LOWERED + "wrong = fuzz_check.passes(lowered, splits, flat)\n",
+    "shuffled": _LOWERED + "wrong = fuzz_check.shuffled(lowered, splits, flat, {seed})\n",
 }
-_OTHERS["shuffled"] = _OTHERS["passes"].replace("passes(lowered, splits, flat)", "shuffled(lowered, splits, flat, {seed})")
 
 
 def reproducer(plan: ModelPlan, verdict: Verdict, seed: int = 0) -> str:
     """A script that builds the model of `plan`, cuts it, and exits with 1 when what failed still fails."""
     head = _HEAD.format(title=verdict.signature.replace('"', "'").replace("\\", "/"), tests=str(TESTS))
-    parts = [source(plan)]
-    if verdict.check in _OTHERS:
-        head += "from stagecut.passes.find_splits import FindSplits\nfrom stagecut.pipe import lower\n"
-        body = _OTHERS[verdict.check]
-    else:
-        functions = (fuzz_check.outcome, fuzz_check.backward, fuzz_check.differences)
-        parts += ["\n\n".join(_plain(f) for f in functions)]
-        body = _RUN
     second = OTHER_BATCH if plan.dynamic else EXAMPLE_BATCH
-    body = body.format(first=EXAMPLE_BATCH, second=second, rtol=tolerance(plan), seed=seed)
-    if plan.again:
-        parts.append("from stagecut.passes import recompute\n\nrecompute.START, recompute.MEMORY = 0, 1 << 40")
-    tail = f'model = make()\ntwin = copy.deepcopy(model)\n{body}print("\\n".join(wrong))\nsys.exit(1 if wrong else 0)\n'
-    return "\n\n".join([head, *parts, tail])
-
-
-def _plain(function: Callable[..., Any]) -> str:
-    """The source of a function without its annotations."""
-    lines = inspect.getsource(function).splitlines()
-    parameters = inspect.signature(function).parameters.values()
-    names = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-    body = "\n".join(lines[1:]) + "\n"
-    body = re.sub(r"^(\s+\w+): [^=\n]+ = ", r"\1 = ", body, flags=re.M)
-    return f"def {function.__name__}({names}):\n" + re.sub(r"  # type: ignore\S*", "", body)
+    body = (_CUT + _CHECKS.get(verdict.check, _RUN)).format(
+        first=EXAMPLE_BATCH, second=second, rtol=tolerance(plan), seed=seed, of_state=OF_STATE
+    )
+    again = _COMPUTE_AGAIN if plan.again else ""
+    return f'{head}\n\n{source(plan)}\n\n{again}{body}print("\\n".join(wrong))\nsys.exit(1 if wrong else 0)\n'

@@ -156,19 +156,6 @@ def steps_of(steps: tuple[Step, ...]) -> Iterator[Step]:
         yield from steps_of(step.body)
 
 
-def size(plan: ModelPlan) -> int:
-    """How much there is in a plan: steps, members, leaves, cuts and settings."""
-    count = sum(len(list(steps_of(b.steps))) + len(b.members) + len(b.ties) + len(b.outputs) for b in plan.blocks)
-    count += len(plan.blocks) + len(plan.given) + len(plan.spec) + len(plan.cuts) + len(plan.whole) + len(plan.after)
-    count += len(list(leaves(plan.output))) + _nodes(plan.output) + sum(_nodes(i.tree) + i.keyword for i in plan.inputs)
-    codes = [g.code for g in plan.given]
-    return count + plan.training + plan.dynamic + plan.graph + sum("requires_grad" in c for c in codes)
-
-
-def _nodes(tree: Tree) -> int:
-    return 1 + sum(map(_nodes, tree.items)) if isinstance(tree, Node) else 0
-
-
 def codes(plan: ModelPlan) -> Iterator[str]:
     """Every piece of Python in a plan."""
     for block in plan.blocks:
@@ -308,7 +295,7 @@ def _attach(module: nn.Module, member: Member, made: Any) -> None:
 
 def build(plan: ModelPlan) -> nn.Module:
     """The model of `plan`, the same one every time."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     positional = tuple(i.name for i in plan.inputs if not i.keyword)
     forward = _forward(positional, tuple(i.name for i in plan.inputs if i.keyword))
     kind = type(plan.blocks[0].name, (DrawnModel,), {"forward": forward})
@@ -325,7 +312,7 @@ def _after(line: str) -> Any:
 
 def inputs(plan: ModelPlan, batch: int = EXAMPLE_BATCH, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for the model of `plan`, by position and by keyword."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     env: dict[str, Any] = {"torch": torch, "batch": batch}
     for given in plan.given:
         env[given.name] = eval(_compiled(given.code), env)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, it finds its neighbours
 
 from fuzz.judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
-from fuzz.plans import size, source
+from fuzz.plans import source
 
 CHUNK = 20
 GRAPHS = 0.25
@@ -41,7 +41,7 @@ class Job:
 
     seed: int
     deep_every: int = 10
-    shrink_seconds: float = 60
+    shrink_seconds: float = 120
     plant: bool = False
     scripts: Path | None = None
     graphs: float = 0.0
@@ -66,7 +66,6 @@ class Report:
     untraceable: Counter[str] = field(default_factory=Counter)
     ops: Counter[str] = field(default_factory=Counter)
     failures: dict[str, Failure] = field(default_factory=dict)
-    redrawn: int = 0
     seconds: float = 0.0
 
     @property
@@ -74,10 +73,9 @@ class Report:
         """How many programs were judged."""
         return sum(self.kinds.values())
 
-    def add(self, index: int, attempts: int, verdict: Verdict) -> bool:
+    def add(self, index: int, verdict: Verdict) -> bool:
         """Counts a verdict; True when it is a failure of a kind not seen before."""
         self.kinds[verdict.kind] += 1
-        self.redrawn += attempts
         self.ops.update(verdict.ops)
         (self.untraceable if verdict.kind == UNTRACEABLE else self.refusals).update(verdict.refusals)
         if verdict.kind != FAILED:
@@ -91,7 +89,7 @@ class Report:
 
     def _text(self) -> Iterator[str]:
         kinds, rate = self.kinds, 1000 * self.seconds / max(1, self.programs)
-        yield f"{self.programs} programs in {self.seconds:.0f} s, {rate:.1f} s per 1000; {self.redrawn} drawn again, for they did not run"
+        yield f"{self.programs} programs in {self.seconds:.0f} s, {rate:.1f} s per 1000"
         yield f"{kinds[PASSED]} passed, {kinds[FAILED]} failed, {kinds[REFUSED]} refused, {kinds[UNTRACEABLE]} untraceable"
         for title, counts in (("refused", self.refusals), ("untraceable", self.untraceable)):
             for message, count in counts.most_common():
@@ -105,13 +103,9 @@ class Report:
 # --- workers ------------------------------------------------------------------------------------------
 
 
-def run_chunk(job: Job, indices: list[int]) -> list[tuple[int, int, Verdict]]:
-    """Index, attempts to draw and verdict of each program."""
-    found = []
-    for index in indices:
-        plan, attempts = draw(job.seed, index, job.plant, job.graphs)
-        found.append((index, attempts, judge(plan, _is_deep(job, index), index)))
-    return found
+def run_chunk(job: Job, indices: list[int]) -> list[tuple[int, Verdict]]:
+    """Index and verdict of each program."""
+    return [(index, judge(draw(job.seed, index, job.plant, job.graphs)[0], _is_deep(job, index), index)) for index in indices]
 
 
 def _is_deep(job: Job, index: int) -> bool:
@@ -120,9 +114,9 @@ def _is_deep(job: Job, index: int) -> bool:
 
 def run_shrink(job: Job, index: int, verdict: Verdict) -> Failure:
     """The failing program `index`, made smaller, with its script."""
-    plan, _ = draw(job.seed, index, job.plant, job.graphs)
-    small, found = shrink(plan, verdict, index, job.shrink_seconds)
-    return Failure([index], found.lines, reproducer(small, found, index), (size(plan), size(small)))
+    plan, made_of = draw(job.seed, index, job.plant, job.graphs)
+    small, found = shrink(plan, made_of, verdict, index, job.shrink_seconds, job.plant, job.graphs)
+    return Failure([index], found.lines, reproducer(small, found, index), (len(source(plan)), len(source(small))))
 
 
 def fuzz(programs: Iterable[int], job: Job, jobs: int, progress: Progress) -> Report:
@@ -132,8 +126,8 @@ def fuzz(programs: Iterable[int], job: Job, jobs: int, progress: Progress) -> Re
     if jobs == 0:
         quiet()
         for index in programs:
-            for _, attempts, verdict in run_chunk(job, [index]):
-                if report.add(index, attempts, verdict):
+            for _, verdict in run_chunk(job, [index]):
+                if report.add(index, verdict):
                     _take(report, verdict.signature, run_shrink(job, index, verdict), job.scripts)
             progress.advance(1, report)
     else:
@@ -161,8 +155,8 @@ def _in_processes(programs: list[int], job: Job, jobs: int, progress: Progress, 
                 if isinstance(result, Failure):
                     _take(report, what, result, job.scripts)
                     continue
-                for index, attempts, verdict in result:
-                    if report.add(index, attempts, verdict):
+                for index, verdict in result:
+                    if report.add(index, verdict):
                         pending[pool.submit(run_shrink, job, index, verdict)] = verdict.signature
                 progress.advance(len(result), report)
 
@@ -174,7 +168,7 @@ def _take(report: Report, signature: str, found: Failure, folder: Path | None) -
         (folder / f"program_{found.indices[0]}.py").write_text(found.script, encoding="utf-8")
     failure = report.failures[signature]
     failure.lines, failure.script, failure.sizes = found.lines, found.script, found.sizes
-    print(f"\n# --- program {found.indices[0]}: {signature} (size {found.sizes[0]} -> {found.sizes[1]})\n{found.script}", flush=True)
+    print(f"\n# --- program {found.indices[0]}: {signature} ({found.sizes[0]} characters -> {found.sizes[1]})\n{found.script}", flush=True)
 
 
 # --- progress -----------------------------------------------------------------------------------------
@@ -237,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--graphs", type=float, default=GRAPHS, help=f"share of programs that are fx graphs, from 0 to 1 (default {GRAPHS})"
     )
-    parser.add_argument("--shrink-seconds", type=float, default=60, help="time to make one failure smaller (default 60)")
+    parser.add_argument("--shrink-seconds", type=float, default=120, help="time to make one failure smaller (default 120)")
     parser.add_argument("--coverage", type=Path, help="write op names and how often they were seen to this JSON file")
     parser.add_argument("--scripts", type=Path, help="write the script of every failure to this folder as well")
     parser.add_argument("--show", action="store_true", help="print the source of the programs instead of running them")
