@@ -292,19 +292,22 @@ def shrink(
     deep = verdict.check in ("passes", "shuffled")
     end = time.monotonic() + seconds
     failing = [(plan, verdict)]
-    judged = cache(lambda candidate: judge(candidate, deep, number))
 
-    @settings(FUZZ, database=InMemoryExampleDatabase(), verbosity=Verbosity.quiet)
-    @given(programs(plant, graphs))
-    def fails(candidate: ModelPlan) -> None:
-        if candidate == plan:
-            raise _Shown
+    @cache
+    def is_alike(candidate: ModelPlan) -> bool:
         if time.monotonic() > end:
             raise _TimeIsUp
-        found = judged(candidate)
-        if found.kind == FAILED and found.signature == verdict.signature:
-            failing.append((candidate, found))
-            raise _Shown
+        found = judge(candidate, deep, number)
+        if found.kind != FAILED or found.signature != verdict.signature:
+            return False
+        failing.append((candidate, found))
+        return True
+
+    @settings(FUZZ, database=InMemoryExampleDatabase(), verbosity=Verbosity.quiet, report_multiple_bugs=False)
+    @given(programs(plant, graphs))
+    def fails(candidate: ModelPlan) -> None:
+        if candidate == plan or is_alike(candidate):
+            raise _Shown  # here alone: to hypothesis, another line is another failure
 
     with suppress(_Shown):
         fails.hypothesis.fuzz_one_input(made_of)

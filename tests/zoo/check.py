@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
+from compare import Near, Seen, differences, names, observe, snapshot
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_leaves
 from zoo.cuts import cut_points, equal_ops
 from zoo.models import Architecture
 
@@ -18,15 +19,9 @@ from stagecut import ModeError, Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
 from stagecut.ir.run.objects import opened, opening
 
-State = dict[str, torch.Tensor]
-
-
-@dataclass
-class Step:
-    """What one step of training makes."""
-
-    output: Any
-    gradients: State
+NEAR = Near(gradients=1e-6, others=1e-6, least=0.0, strides=False)
+ELSEWHERE = ("random state", "aliases", "input", "parameter", "gradient of input")
+"""What is not compared: a trace of a large model may share storage and draw otherwise."""
 
 
 class Wrong(Exception):
@@ -65,10 +60,11 @@ def _check(architecture: Architecture, stages: int, training: bool) -> str:
     twin = deepcopy(model)
     pipe = _cut(model, inputs, stages, architecture.leaves)
     _unchanged(model, twin)
-    _same_names(pipe, twin)
+    _hold("", names(model, pipe))
     first = _compare(pipe, twin, inputs)
     if not training:
-        _same_tree("the model itself afterwards: output", _run(model, inputs), first.output, 1e-6)
+        outputs = {name: leaf for name, leaf in first.items() if name.startswith(("output", "structure"))}
+        _hold("the model itself afterwards: ", differences(outputs, _step(model, inputs), NEAR, (*ELSEWHERE, "gradient", "buffer")))
     return _switch(pipe, twin, inputs, training) if len(architecture.modes) > 1 else ""
 
 
@@ -89,19 +85,27 @@ def _switch(pipe: Pipe, twin: nn.Module, inputs: dict[str, Any], training: bool)
     return ""
 
 
-def _compare(pipe: Pipe, twin: nn.Module, inputs: dict[str, Any]) -> Step:
+def _compare(pipe: Pipe, twin: nn.Module, inputs: dict[str, Any]) -> Seen:
     """The step of the model, which that of the pipe is equal to."""
     traced = _copy(twin)
-    expected, found = _step(twin, inputs), _step(pipe.module(), inputs)
-    try:
-        _same_step(found, expected, 1e-6)
-    except Wrong as error:
-        _same_step(found, expected, 1e-3)
-        if traced is None:
-            raise
-        _same_step(found, _step(_exported(traced, inputs, error), inputs), 0)
-    _same_tensors("after the step, buffer", dict(pipe.named_buffers()), _held(pipe, dict(twin.named_buffers())), 1e-6)
+    expected, found = _held(pipe, _step(twin, inputs)), _step(pipe.module(), inputs)
+    if not any(name.startswith("gradient") for name in expected):
+        raise Wrong("no parameter of the model has a gradient: the check is void")
+    wrong = differences(expected, found, NEAR, ELSEWHERE)
+    if wrong:
+        _hold("", differences(expected, found, replace(NEAR, gradients=1e-3, others=1e-3), (*ELSEWHERE, "buffer")))
+        exported = _exported(traced, inputs) if traced is not None else None
+        if exported is None:
+            _hold("", wrong)
+        _hold("", differences(_step(exported, inputs), found, replace(NEAR, gradients=0.0, others=0.0), (*ELSEWHERE, "buffer")))
+        _hold("", differences(expected, found, NEAR, (*ELSEWHERE, "output", "gradient")))
     return expected
+
+
+def _hold(when: str, wrong: list[str]) -> None:
+    """Raises Wrong for the first of the differences, if there is one."""
+    if wrong:
+        raise Wrong(when + wrong[0])
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
@@ -142,58 +146,40 @@ def _pipeline(model: nn.Module, inputs: dict[str, Any], names: list[str] | None,
 
 def _unchanged(model: nn.Module, twin: nn.Module) -> None:
     """`model` holds what it held before it was cut, and nothing that a tracer left behind."""
-    _same_tensors("of the model: parameter", dict(model.named_parameters()), dict(twin.named_parameters()))
-    _same_tensors("of the model: buffer", dict(model.named_buffers()), dict(twin.named_buffers()))
+    _hold("of the model: ", differences(snapshot(twin), snapshot(model)))
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
                 raise Wrong(f"pipeline() left a fake tensor in {name}.{key} of the model")
 
 
-def _same_names(pipe: Pipe, twin: nn.Module) -> None:
-    union: State = {}
-    for stage in pipe.stages:
-        state = stage.state_dict()
-        _same_tensors("in two stages: state", {n: state[n] for n in state if n in union}, {n: union[n] for n in union if n in state})
-        union |= state
-    _same_tensors("of the stages: state", union, twin.state_dict())
-    if list(pipe.state_dict()) != list(twin.state_dict()):
-        raise Wrong("the order of the state dict differs")
-
-
-def _exported(model: nn.Module, inputs: dict[str, Any], error: Wrong) -> nn.Module:
+def _exported(model: nn.Module, inputs: dict[str, Any]) -> nn.Module | None:
     """What torch.export traces: it may round otherwise than the model, and the pipe has to follow it to the bit."""
     try:
         with opening(model):
             return torch.export.export(model, (), inputs).module(check_guards=False)
     except Exception:
-        raise error from None
+        return None
 
 
-def _held(pipe: Pipe, buffers: State) -> State:
-    """Those buffers a pipe has to hold: non-persistent ones that nothing reads may be gone."""
-    held = {name for name, _ in pipe.named_buffers()} | set(pipe.state_dict())
-    return {name: tensor for name, tensor in buffers.items() if name in held}
+def _held(pipe: Pipe, seen: Seen) -> Seen:
+    """Without those buffers that a pipe need not hold: non-persistent ones that nothing reads may be gone."""
+    held = {f"buffer {name}" for name in (*dict(pipe.named_buffers(remove_duplicate=False)), *pipe.state_dict())}
+    return {name: item for name, item in seen.items() if not name.startswith("buffer") or name in held}
 
 
-def _step(module: nn.Module, inputs: dict[str, Any]) -> Step:
+def _step(module: nn.Module, inputs: dict[str, Any]) -> Seen:
+    """A step of training, from a fixed random state."""
     module.zero_grad()
-    output = _run(module, inputs)
-    _loss(output).backward()
-    return Step(output, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+    random.seed(1)
+    seen = observe(module, ((), inputs), 1, _loss)
+    return {name: item for name, item in seen.items() if item is not None or not name.startswith("gradient")}
 
 
-def _same_step(found: Step, expected: Step, tolerance: float) -> None:
-    if not expected.gradients:
-        raise Wrong("no parameter of the model has a gradient: the check is void")
-    _same_tree("output", found.output, expected.output, tolerance)
-    _same_tensors("gradient", found.gradients, expected.gradients, tolerance)
-
-
-def _run(module: nn.Module, inputs: dict[str, Any]) -> Any:
+def _run(module: nn.Module, inputs: dict[str, Any]) -> None:
     torch.manual_seed(1)
     random.seed(1)
-    return module(**inputs)
+    module(**inputs)
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -205,49 +191,3 @@ def _loss(output: Any) -> torch.Tensor:
     if not loss.isfinite():
         raise Wrong(f"the loss is {loss.item()}: the check is void")
     return loss.mean()  # type: ignore[no-any-return]
-
-
-def _same_tree(what: str, found: Any, expected: Any, tolerance: float) -> None:
-    if type(found) is not type(expected):
-        raise Wrong(f"{what} is a {type(found).__name__} instead of a {type(expected).__name__}")
-    (given, given_spec), (wanted, wanted_spec) = tree_flatten_with_path(opened(found)), tree_flatten_with_path(opened(expected))
-    if given_spec != wanted_spec:
-        raise Wrong(f"{what} has another structure: {given_spec} instead of {wanted_spec}")
-    for (path, leaf), (_, want) in zip(given, wanted, strict=True):
-        _same_leaf(what + keystr(path), leaf, want, tolerance)
-
-
-def _same_tensors(what: str, found: State, expected: State, tolerance: float = 0) -> None:
-    if found.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - found.keys())[:3], sorted(found.keys() - expected.keys())[:3]
-        raise Wrong(f"{what} names differ: missing {missing}, extra {extra}")
-    for name, want in expected.items():
-        _same_leaf(f"{what} {name}", found[name], want, tolerance)
-
-
-def _same_leaf(what: str, found: Any, want: Any, tolerance: float) -> None:
-    if not isinstance(want, torch.Tensor):
-        if type(found) is not type(want) or found != want:
-            raise Wrong(f"{what} is {found!r} instead of {want!r}")
-        return
-    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (want.shape, want.dtype):
-        raise Wrong(f"{what} is {_describe(found)} instead of {_describe(want)}")
-    if found.requires_grad != want.requires_grad:
-        raise Wrong(f"{what} requires_grad is {found.requires_grad} instead of {want.requires_grad}")
-    if not _close(found.detach(), want.detach(), tolerance):
-        off = (found.detach().double() - want.detach().double()).abs().max().item()
-        raise Wrong(f"{what} differs by {off:.1e} where the largest is {want.abs().max().item():.1e}")
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-
-
-def _close(found: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
-    """Bit for bit; floats up to `tolerance`, relative to each and to the largest."""
-    if torch.equal(found, want):
-        return True
-    if not want.is_floating_point():
-        return False
-    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-    return torch.allclose(found, want, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
