@@ -79,7 +79,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     """True when the result carries gradient. A view does so when the value it views does. An operand written
     in place keeps its own gradient, whatever the grad mode.
     """
-    viewed = op.effects.viewed(index)
+    viewed = op.effects.viewed_by(index)
     if viewed is None:
         return grad
     own = carries_grad(viewed.type) and not facts(op).cuts_gradient

@@ -259,7 +259,7 @@ class _Stages:
                 hint="cut so that this op and the write lie in one stage, or clone its result",
             )
         if (view, base) not in twins:
-            viewed = view.effects.viewed(index)
+            viewed = view.effects.viewed_by(index)
             # an operand that only lends its shape may be the whole itself
             steps = self._steps(whole)
             now = {
@@ -284,7 +284,7 @@ def _is_of_write(value: Value) -> bool:
     """True for a view of what its op writes."""
     return (
         isinstance(value.owner, Op)
-        and value.owner.effects.viewed(value.index) in value.owner.effects.writes
+        and value.owner.effects.viewed_by(value.index) in value.owner.effects.writes
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from stagecut.backend.stages.fx_view import stage_graph
 from stagecut.ir.errors import EmitError, ModeError, StagecutError
 from stagecut.ir.run.bindings import EXTRA, ModuleFacts
-from stagecut.ir.run.objects import opened, places, plain
+from stagecut.ir.run.objects import numbers_and_texts, opened, tensor_paths
 from stagecut.ir.run.targets import BUILTINS, attribute
 from stagecut.ir.types import Type
 
@@ -115,7 +115,7 @@ def tensors_of(
             where=where,
             hint="let it return as many in each call: zeros for what it leaves out",
         )
-    now, then = [places(tree), *plain(leaves)], [*(returned or ("",))]
+    now, then = [tensor_paths(tree), *numbers_and_texts(leaves)], [*(returned or ("",))]
     if (returned or sizes is not None) and repr(now) != repr(then):
         one, other = next(
             pair
