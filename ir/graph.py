@@ -158,7 +158,7 @@ CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast", *WHOLE)
 
 
 class Place(NamedTuple):
-    """Where an op stands in the model: in which module calls, under which contexts, at which source line."""
+    """The place of an op in the model: its module calls, its contexts, its source line."""
 
     scope: Scope = ()
     context: tuple[Context, ...] = ()
@@ -242,7 +242,7 @@ PURE = Effects()
 
 @dataclass(frozen=True, slots=True)
 class ResultForm:
-    """How the results of an op stand in what its target returns.
+    """The arrangement of an op's results in what its target returns.
 
     tree: nested tuples, lists and dicts with the number of a result at each leaf. A call of the user's code
     may return tensors in any structure: it has no tree, its results are the tensors in order of their
@@ -582,20 +582,20 @@ class Transfer:
     made: Value | None = None
 
     @property
-    def hops(self) -> int:
-        """How many stages a relayed value passes through."""
-        return (
-            max(0, self.target - (0 if self.source is None else self.source + 1))
-            if self.route == "relay"
-            else 0
-        )
+    def via_count(self) -> int:
+        """The number of stages a relayed value passes through."""
+        return max(0, self._between.stop - self._between.start)
 
     @property
     def via(self) -> tuple[int, ...]:
         """The stages a relayed value passes through."""
+        return tuple(self._between)
+
+    @property
+    def _between(self) -> range:
         if self.route != "relay":
-            return ()
-        return tuple(range(0 if self.source is None else self.source + 1, self.target))
+            return range(0)
+        return range(0 if self.source is None else self.source + 1, self.target)
 
 
 class Program(Block):
@@ -737,7 +737,7 @@ def closest_name(names: tuple[str, ...], path: str) -> str:
 
 
 def _common_parts(one: list[str], other: list[str]) -> int:
-    """How many parts two paths begin with in common."""
+    """The number of parts that two paths begin with in common."""
     count = 0
     for left, right in zip(one, other, strict=False):
         if left != right:

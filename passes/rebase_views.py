@@ -52,15 +52,12 @@ class _Stages:
     """The stages that define values, and the values that these are views of."""
 
     def __init__(self, program: Program) -> None:
-        self._home: dict[Value, int] = {
-            value: stage.index
-            for stage in program.stages
-            for op in stage.ops
-            for value in op.definitions()
-        }
-        self._stage_of: dict[Op, int] = {
-            op: stage.index for stage in program.stages for op in stage.ops
-        }
+        self._home: dict[Value, int] = {}
+        self._stage_of: dict[Op, int] = {}
+        for stage in program.stages:
+            for op in stage.ops:
+                self._home.update(dict.fromkeys(op.definitions(), stage.index))
+                self._stage_of[op] = stage.index
         self._first = first_versions(program.all_ops())
         self._ops = program.all_ops
 
@@ -244,7 +241,7 @@ class _Stages:
         return True
 
     def _distance(self, value: Value) -> tuple[int, bool]:
-        """How far a value is from the root of its storage: in views, then whether it is another value."""
+        """The distance of a value from the root of its storage: views between them, then whether it is another."""
         root, steps = self._steps(value)
         return len(steps), self._member(value) is not root
 

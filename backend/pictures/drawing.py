@@ -210,8 +210,8 @@ def value_tip(value: Value, name: str) -> str:
 
 
 def _place(op: Op) -> str:
-    """Where an op comes from. The file stands without its folder, as in text, so that a picture is the same
-    wherever the model and torch are installed.
+    """The origin of an op, as errors show it. The file stands without its folder, as in text, so that a
+    picture is the same wherever the model and torch are installed.
     """
     if op.loc is None:
         return op.where()

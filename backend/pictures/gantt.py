@@ -41,7 +41,7 @@ class Timeline(Protocol):
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
 
     @property
     def title(self) -> str:

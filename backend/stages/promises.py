@@ -137,7 +137,7 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
 
 
 class _Memory:
-    """Which values share memory, which stages have that memory, and whether it is written."""
+    """The values that share memory, the stages that have that memory, and whether it is written."""
 
     def __init__(self, program: Program) -> None:
         self._aliases = Aliases(program.all_ops(), program.state)

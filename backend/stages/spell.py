@@ -1,4 +1,4 @@
-"""How generated code spells the call of an op.
+"""Spells the call of an op in generated code.
 
 `torch.ops.aten.add.Tensor(x, y)` matches its arguments against the op's schema in every call. `torch.add(x,
 y)`, torch's own binding of the same op, does not, and takes a microsecond less. Between kernels on a GPU this

@@ -61,7 +61,7 @@ class Staged(Named):
 
     @property
     def num_stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self.stages)
 
     def get_stage_module(self, stage_idx: int) -> Stage:

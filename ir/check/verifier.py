@@ -94,7 +94,7 @@ def _ops(program: Program) -> Iterator[tuple[str, str]]:
 def _block(
     program: Program, block: Block, defined: set[Value]
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with the ops of the program or of a region. `defined` gains what they define."""
+    """The faults of the ops of the program or of a region. `defined` gains the values that they define."""
     rule, name = (
         ("V1", "the program") if block is program else ("V6", f"region {block.name}")
     )
@@ -139,7 +139,7 @@ def _is_by_mode(op: Op) -> bool:
 
 
 def _yields(region: Block) -> int:
-    """How many values a region yields (a single one is not in a tuple); -1 if it yields anything else."""
+    """The number of values a region yields, where a single one is not in a tuple. -1 for anything else."""
     tree = region.outputs
     if isinstance(tree, Value):
         return 1

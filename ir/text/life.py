@@ -483,7 +483,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _common_letters(one: str, other: str) -> int:
-    """How many letters two names begin with in common."""
+    """The number of letters that two names begin with in common."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

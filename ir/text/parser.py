@@ -312,7 +312,7 @@ class _Parser:
                 transfer.made = self._value()
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
-            if len(via) != transfer.hops or via != transfer.via:
+            if len(via) != transfer.via_count or via != transfer.via:
                 self._fail(f"this transfer goes through stages {_via(transfer)}", start)
         self._program.transfers.append(transfer)
 
@@ -707,9 +707,9 @@ class _Parser:
 
 def _via(transfer: Transfer) -> str:
     """The stages between the ends of a transfer, for a message."""
-    if transfer.hops < 100:
+    if transfer.via_count < 100:
         return str(transfer.via)
-    return f"between, all {transfer.hops}"
+    return f"between, all {transfer.via_count}"
 
 
 def _form(tree: Any) -> ResultForm:
