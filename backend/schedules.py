@@ -34,7 +34,9 @@ FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
 
 def homes(stages: int, ranks: int, mirrored: bool) -> list[int]:
     """Stage -> rank, in turn or there and back again."""
-    return [min(i, 2 * ranks - 1 - i) if mirrored else i % ranks for i in range(stages)]
+    if not mirrored:
+        return [stage % ranks for stage in range(stages)]
+    return [min(stage, 2 * ranks - 1 - stage) for stage in range(stages)]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def viewed_value(value: Value) -> Value | None:
     op = value.owner
     if not isinstance(op, Op) or value.version_of is not None:
         return None
-    return op.effects.viewed(value.index)
+    return op.effects.viewed_by(value.index)
 
 
 def storage_root(value: Value) -> Value:

@@ -35,7 +35,7 @@ def raise_ours(error: BaseException) -> None:
     while link is not None:
         if _is_bug(link):
             raise link
-        link = _behind(link)
+        link = _cause_of(link)
 
 
 def _is_bug(error: BaseException) -> bool:
@@ -53,16 +53,16 @@ def _is_bug(error: BaseException) -> bool:
     return _is_ours(last) and last.tb_frame.f_code.co_code[last.tb_lasti] != _HANDS_ON
 
 
-def _behind(error: BaseException) -> BaseException | None:
+def _cause_of(error: BaseException) -> BaseException | None:
     """The exception that caused `error`, or during whose handling it was raised. One that our own code caught
     does not count, because our code expected it.
     """
-    other = error.__cause__ or (
+    cause = error.__cause__ or (
         None if error.__suppress_context__ else error.__context__
     )
-    if other is None or other.__traceback__ is None or _is_ours(other.__traceback__):
+    if cause is None or cause.__traceback__ is None or _is_ours(cause.__traceback__):
         return None
-    return other
+    return cause
 
 
 def _is_ours(step: TracebackType) -> bool:

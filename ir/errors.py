@@ -73,8 +73,8 @@ class ParseError(StagecutError):
     ) -> None:
         self.file, self.line, self.column = file, line, column
         left = max(0, column - _SHOWN)
-        source, before = source[left : column + _SHOWN], source[left : column - 1]
-        caret = "".join("\t" if char == "\t" else " " for char in before) + "^"
+        source, leading = source[left : column + _SHOWN], source[left : column - 1]
+        caret = "".join("\t" if char == "\t" else " " for char in leading) + "^"
         super().__init__(f"{file}:{line}:{column}: {what}\n    {source}\n    {caret}")
 
 
@@ -88,20 +88,26 @@ class VerifyError(StagecutError):
             "\n".join(
                 [
                     f"{head}: {len(violations)} violation(s)",
-                    *("  " + v for v in violations),
+                    *("  " + violation for violation in violations),
                 ]
             )
         )
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """A phrase that lists the known names closest to `name`, or all of them when there are few."""
-    names = list(dict.fromkeys(known))
-    if not names:
+    distinct = list(dict.fromkeys(names))
+    if not distinct:
         return "there are none"
-    same = [n for n in names if n.casefold() == name.casefold()]
-    close = same or difflib.get_close_matches(name, names[:5000], n=count, cutoff=0.5)
+    folded = name.casefold()
+    close = [candidate for candidate in distinct if candidate.casefold() == folded]
+    if not close:
+        close = difflib.get_close_matches(name, distinct[:5000], count, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    shown = ", ".join(f"'{n}'" for n in names[:8])
-    return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"did you mean {' or '.join(map(_quoted, close))}?"
+    more = f" and {len(distinct) - 8} more" if len(distinct) > 8 else ""
+    return f"known: {', '.join(map(_quoted, distinct[:8]))}{more}"
+
+
+def _quoted(name: str) -> str:
+    return f"'{name}'"

@@ -158,7 +158,7 @@ CONTEXTS = ("no_grad", "enable_grad", "inference_mode", "autocast", *WHOLE)
 
 
 class Place(NamedTuple):
-    """Where an op stands in the model: in which module calls, under which contexts, at which source line."""
+    """The place of an op in the model: its module calls, its contexts, its source line."""
 
     scope: Scope = ()
     context: tuple[Context, ...] = ()
@@ -179,9 +179,9 @@ class Value:
     __slots__ = ("hint", "index", "owner", "type", "uses", "version_of")
 
     def __init__(
-        self, kind: Type, hint: str = "", owner: Op | StateEntry | None = None
+        self, value_type: Type, hint: str = "", owner: Op | StateEntry | None = None
     ) -> None:
-        self.type = kind
+        self.type = value_type
         self.hint = hint
         self.owner = owner
         self.index = 0
@@ -222,7 +222,7 @@ class Effects:
     random: bool = False
     effect: bool = False
 
-    def viewed(self, result: int) -> Value | None:
+    def viewed_by(self, result: int) -> Value | None:
         """The operand that a result shares storage with; None when there is none."""
         return self.views[result] if self.views else None
 
@@ -242,7 +242,7 @@ PURE = Effects()
 
 @dataclass(frozen=True, slots=True)
 class ResultForm:
-    """How the results of an op stand in what its target returns.
+    """The arrangement of an op's results in what its target returns.
 
     tree: nested tuples, lists and dicts with the number of a result at each leaf. A call of the user's code
     may return tensors in any structure: it has no tree, its results are the tensors in order of their
@@ -333,9 +333,9 @@ class Op:
         """The user's source line."""
         return self.place.loc
 
-    def add_result(self, kind: Type, hint: str = "") -> Value:
+    def add_result(self, value_type: Type, hint: str = "") -> Value:
         """A new result value, after those already there."""
-        value = Value(kind, hint, self)
+        value = Value(value_type, hint, self)
         value.index = len(self.results)
         self.results.append(value)
         return value
@@ -378,7 +378,9 @@ class Op:
         swap = {old: new}
         if old in self.versions:
             old.uses.pop(self, None)
-            self.versions = {swap.get(k, k): v for k, v in self.versions.items()}
+            self.versions = {
+                swap.get(key, key): version for key, version in self.versions.items()
+            }
             self.versions[new].version_of = new
         self.substitute(swap)
 
@@ -422,8 +424,8 @@ class Op:
     @property
     def has_effect(self) -> bool:
         """True when the op must stay even if no result is used."""
-        e = self.effects
-        return e.effect or e.random or bool(e.writes)
+        effects = self.effects
+        return effects.effect or effects.random or bool(effects.writes)
 
     @property
     def is_users(self) -> bool:
@@ -580,20 +582,20 @@ class Transfer:
     made: Value | None = None
 
     @property
-    def hops(self) -> int:
-        """How many stages a relayed value passes through."""
-        return (
-            max(0, self.target - (0 if self.source is None else self.source + 1))
-            if self.route == "relay"
-            else 0
-        )
+    def via_count(self) -> int:
+        """The number of stages a relayed value passes through."""
+        return max(0, self._between.stop - self._between.start)
 
     @property
     def via(self) -> tuple[int, ...]:
         """The stages a relayed value passes through."""
+        return tuple(self._between)
+
+    @property
+    def _between(self) -> range:
         if self.route != "relay":
-            return ()
-        return tuple(range(0 if self.source is None else self.source + 1, self.target))
+            return range(0)
+        return range(0 if self.source is None else self.source + 1, self.target)
 
 
 class Program(Block):
@@ -612,9 +614,9 @@ class Program(Block):
         self.transfers: list[Transfer] = []
         self.output_names: tuple[str, ...] = ()
 
-    def add_input(self, kind: Type, hint: str) -> Value:
+    def add_input(self, value_type: Type, hint: str) -> Value:
         """A new user input, after those already there."""
-        value = Value(kind, hint)
+        value = Value(value_type, hint)
         self.inputs.append(value)
         return value
 
@@ -637,22 +639,17 @@ class Program(Block):
         """The `dead` ops are gone, and the transfers of the values that they define. Nothing outside them may
         use these values.
         """
-        gone = [op for op in self.all_ops() if op in dead]
-        for op in gone:
-            for value in op.definitions():
-                if any(user not in dead for user in value.uses):
-                    raise StagecutError(
-                        f"{op.target} cannot be removed: its result is still used",
-                        where=op.where(),
-                    )
-        for op in gone:
+        removed = [op for op in self.all_ops() if op in dead]
+        for op in removed:
+            _refuse_use(op, dead)
+        for op in removed:
             op.drop()
         self.ops = [op for op in self.ops if op not in dead]
         self.transfers = [
-            t
-            for t in self.transfers
-            if t.value.owner not in dead
-            and (t.made is None or t.made.owner not in dead)
+            transfer
+            for transfer in self.transfers
+            if transfer.value.owner not in dead
+            and (transfer.made is None or transfer.made.owner not in dead)
         ]
         for stage in self.stages:
             stage.ops = [op for op in stage.ops if op not in dead]
@@ -660,6 +657,16 @@ class Program(Block):
     def name_owners(self) -> dict[str, StateEntry]:
         """Every state name -> its entry."""
         return {name: entry for entry in self.state for name in entry.names}
+
+
+def _refuse_use(op: Op, dead: set[Op]) -> None:
+    """Raises StagecutError when an op that is not in `dead` uses what `op` defines."""
+    for value in op.definitions():
+        if any(user not in dead for user in value.uses):
+            raise StagecutError(
+                f"{op.target} cannot be removed: its result is still used",
+                where=op.where(),
+            )
 
 
 _CONTAINERS = (tuple, list, dict, slice)
@@ -670,14 +677,14 @@ def leaves(tree: Any) -> Iterator[Value]:
     if type(tree) is Value:
         yield tree
     elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            if type(item) is Value:
-                yield item
-            elif isinstance(item, _CONTAINERS):
-                yield from leaves(item)
+        for part in tree:
+            if type(part) is Value:
+                yield part
+            elif isinstance(part, _CONTAINERS):
+                yield from leaves(part)
     elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from leaves(item)
+        for part in tree.values():
+            yield from leaves(part)
     elif isinstance(tree, slice):
         yield from leaves((tree.start, tree.stop, tree.step))
 
@@ -685,8 +692,8 @@ def leaves(tree: Any) -> Iterator[Value]:
 def literals(tree: Any) -> Iterator[Any]:
     """The literals in a nested operand structure, left to right: everything that is no value."""
     if isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from literals(item)
+        for part in tree:
+            yield from literals(part)
     elif isinstance(tree, dict):
         yield from literals(list(tree.values()))
     elif isinstance(tree, slice):
@@ -696,13 +703,13 @@ def literals(tree: Any) -> Iterator[Any]:
 
 
 def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """`tree` with `leaf` applied to every item that is no tuple, list, dict or slice."""
+    """`tree` with `leaf` applied to every part that is no tuple, list, dict or slice."""
     if isinstance(tree, tuple):
-        return tuple(transform(item, leaf) for item in tree)
+        return tuple(transform(part, leaf) for part in tree)
     if isinstance(tree, list):
-        return [transform(item, leaf) for item in tree]
+        return [transform(part, leaf) for part in tree]
     if isinstance(tree, dict):
-        return {key: transform(item, leaf) for key, item in tree.items()}
+        return {key: transform(part, leaf) for key, part in tree.items()}
     if isinstance(tree, slice):
         return slice(
             transform(tree.start, leaf),
@@ -715,7 +722,7 @@ def transform(tree: Any, leaf: Callable[[Any], Any]) -> Any:
 def substitute(tree: Any, swap: dict[Value, Value]) -> Any:
     """`tree` with every value replaced for which `swap` has a new one."""
     return transform(
-        tree, lambda item: swap.get(item, item) if type(item) is Value else item
+        tree, lambda leaf: swap.get(leaf, leaf) if type(leaf) is Value else leaf
     )
 
 
@@ -726,13 +733,14 @@ def closest_name(names: tuple[str, ...], path: str) -> str:
     if len(names) == 1:
         return names[0]
     parts = path.split(".")
-    return max(names, key=lambda name: _common(name.split("."), parts))
+    return max(names, key=lambda name: _common_parts(name.split("."), parts))
 
 
-def _common(a: list[str], b: list[str]) -> int:
+def _common_parts(one: list[str], other: list[str]) -> int:
+    """The number of parts that two paths begin with in common."""
     count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
+    for left, right in zip(one, other, strict=False):
+        if left != right:
             break
         count += 1
     return count

@@ -171,7 +171,8 @@ def _facts() -> dict[str, Facts]:
 
     know("unbind", iteration="int")
     for home, overloads in _BINDINGS.items():
-        for name, _, overload in (one.partition(".") for one in overloads.split()):
+        for spelled in overloads.split():
+            name, _, overload = spelled.partition(".")
             know((name,), bindings={overload: f"{home}.{name}"})
     return table
 

@@ -45,20 +45,21 @@ class Positions:
         if not ops:
             return []
         start, at = self.at[ops[0]], self.at
-        found: dict[Value, None] = {}
+        live: dict[Value, None] = {}
         for op in ops:
             for value in op.reads:
                 owner = value.owner
                 if owner is None or isinstance(owner, StateEntry) or at[owner] < start:
-                    found[value] = None
-        return list(found)
+                    live[value] = None
+        return list(live)
 
     def live_outs(self, ops: list[Op]) -> list[Value]:
         """Values that `ops`, an interval, define and something after it reads, in order of definition."""
         if not ops:
             return []
         stop, last = self.at[ops[-1]], self.last
-        return [v for op in ops for v in op.definitions() if last.get(v, BEFORE) > stop]
+        defined = (value for op in ops for value in op.definitions())
+        return [value for value in defined if last.get(value, BEFORE) > stop]
 
 
 def positions(program: Program) -> Positions:
@@ -70,8 +71,14 @@ def modules_of(stage: Stage, most: int = 4) -> list[str]:
     """The modules that a stage runs, at the deepest depth at which they are no more than `most`, else at the
     outermost depth.
     """
-    paths = list(dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope))
-    depth = max((p.count(".") + 1 for p in paths), default=0)
-    while depth > 1 and len({".".join(p.split(".")[:depth]) for p in paths}) > most:
+    scopes = dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope)
+    paths = [scope.split(".") for scope in scopes]
+    depth = max(map(len, paths), default=0)
+    while depth > 1 and len(_cut(paths, depth)) > most:
         depth -= 1
-    return list(dict.fromkeys(".".join(p.split(".")[:depth]) for p in paths))
+    return _cut(paths, depth)
+
+
+def _cut(paths: list[list[str]], depth: int) -> list[str]:
+    """The first `depth` parts of each path, each text once."""
+    return list(dict.fromkeys(".".join(path[:depth]) for path in paths))

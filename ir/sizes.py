@@ -69,10 +69,10 @@ def expression(text: str, symbols: Mapping[str, Any]) -> Any:
 def _build(node: ast.expr, symbols: Mapping[str, Any], depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
-    found = _node(node, symbols, lambda child: _build(child, symbols, depth + 1))
-    if found.is_Integer and abs(int(found)) >> MAX_BITS:
+    built = _node(node, symbols, lambda child: _build(child, symbols, depth + 1))
+    if built.is_Integer and abs(int(built)) >> MAX_BITS:
         raise ValueError("too great")
-    return found
+    return built
 
 
 def _node(
@@ -116,9 +116,9 @@ def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
 
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}
     try:
-        found = expression(text, symbols).subs(
+        result = expression(text, symbols).subs(
             {symbols[name]: number for name, number in sizes}
         )
     except StagecutError:
         return None
-    return int(found) if found.is_Integer else None
+    return int(result) if result.is_Integer else None

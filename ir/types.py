@@ -69,11 +69,10 @@ class TensorType:
 
     def nbytes(self) -> int | None:
         """Bytes of the elements, or None when a size is symbolic."""
-        if any(isinstance(d, str) for d in self.shape):
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        if len(sizes) < len(self.shape):
             return None
-        return math.prod(d for d in self.shape if isinstance(d, int)) * dtype_bytes(
-            self.dtype
-        )
+        return math.prod(sizes) * dtype_bytes(self.dtype)
 
     def __str__(self) -> str:
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -114,22 +113,22 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def value_bytes(kind: Type) -> int | None:
+def value_bytes(value_type: Type) -> int | None:
     """Bytes of a value of this type; 8 for a value that is no tensor; None when a size is symbolic."""
-    return kind.nbytes() if isinstance(kind, TensorType) else 8
+    return value_type.nbytes() if isinstance(value_type, TensorType) else 8
 
 
-def same_layout(one: Type, other: Type) -> bool:
+def same_layout(first: Type, second: Type) -> bool:
     """True for tensor types of one dtype, in which every element lies in the same place."""
-    if not isinstance(one, TensorType) or not isinstance(other, TensorType):
+    if not isinstance(first, TensorType) or not isinstance(second, TensorType):
         return False
-    return (one.dtype, one.shape, one.strides) == (
-        other.dtype,
-        other.shape,
-        other.strides,
+    return (first.dtype, first.shape, first.strides) == (
+        second.dtype,
+        second.shape,
+        second.strides,
     )
 
 
-def carries_grad(kind: Type) -> bool:
+def carries_grad(value_type: Type) -> bool:
     """True for a tensor type marked as carrying gradient."""
-    return isinstance(kind, TensorType) and kind.grad
+    return isinstance(value_type, TensorType) and value_type.grad

@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass with a name, options as fields, and `run(program) -> changed`."""
+"""A pass is a frozen dataclass with a name, options as fields, and `run(program) -> changed`."""
 
 from __future__ import annotations
 

@@ -28,18 +28,20 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     dead: set[Op] = set()
     # values written after the present op, and their roots: an earlier read of such a view must stay, because
     # torch rebuilds its autograd history there
-    behind: set[Value] = set()
+    written_later: set[Value] = set()
     aliases = Aliases(ops)
-    before = _first_writes(ops, aliases)
+    first_writes = _first_writes(ops, aliases)
     for place, op in reversed([*enumerate(ops)]):
         roots = [(value, aliases.root(value)) for value in op.operands]
         renews = any(
-            _is_renewed(value, root, behind, before.get(root, place) < place)
+            _is_renewed(
+                value, root, written_later, first_writes.get(root, place) < place
+            )
             for value, root in roots
         )
         keep = op.is_split or (not facts(op).guard and (op.has_effect or renews))
         for value in op.effects.writes:
-            behind.update((value, aliases.root(value)))
+            written_later.update((value, aliases.root(value)))
         if not keep and all(
             user in dead for value in op.definitions() for user in value.uses
         ):
@@ -47,15 +49,17 @@ def _dead_ops(ops: list[Op]) -> set[Op]:
     return dead
 
 
-def _is_renewed(value: Value, root: Value, behind: set[Value], before: bool) -> bool:
+def _is_renewed(
+    value: Value, root: Value, written_later: set[Value], was_written: bool
+) -> bool:
     """True for a value whose autograd history torch rebuilds when the value is read, because of a write.
 
-    Such a value is a view that is written later (`behind`). A tensor of the caller's or of the model's may be
-    a view too: its history is out of date where it was written before.
+    Such a value is a view that is written later. A tensor of the caller's or of the model's may be a view
+    too: its history is out of date where it was written before (`was_written`).
     """
-    if value in behind and viewed_value(value) is not None:
+    if value in written_later and viewed_value(value) is not None:
         return True
-    return before and root in behind and not isinstance(root.owner, Op)
+    return was_written and root in written_later and not isinstance(root.owner, Op)
 
 
 def _first_writes(ops: list[Op], aliases: Aliases) -> dict[Value, int]:
@@ -71,11 +75,11 @@ def _idle_markers(ops: list[Op]) -> set[Op]:
     """Markers with no op between them and the marker before, the start or the end."""
     idle: set[Op] = set()
     pending: Op | None = None
-    work_before = False
+    has_begun = False
     for op in ops:
         if not op.is_split:
-            pending, work_before = None, True
-        elif pending is not None or not work_before:
+            pending, has_begun = None, True
+        elif pending is not None or not has_begun:
             idle.add(op)
         else:
             pending = op

@@ -57,17 +57,18 @@ class CausalAttention:
         kind = self.kind(mask, query, key, value, op.results[0])
         if kind is None:
             return False
-        _set(op, {"attn_mask": None} | ({"is_causal": True} if kind == CAUSAL else {}))
+        _set_argument(op, "attn_mask", None)
+        if kind == CAUSAL:
+            _set_argument(op, "is_causal", True)
         return True
 
 
-def _set(op: Op, new: dict[str, Any]) -> None:
-    """The op has the arguments `new`, by position where it had them by position."""
+def _set_argument(op: Op, name: str, value: Any) -> None:
+    """The op has this argument, by position where it had it by position."""
     args, kwargs = list(op.args), dict(op.kwargs)
-    for name, value in new.items():
-        position = _NAMES.index(name)
-        if position < len(args):
-            args[position] = value
-        else:
-            kwargs[name] = value
+    position = _NAMES.index(name)
+    if position < len(args):
+        args[position] = value
+    else:
+        kwargs[name] = value
     op.set_operands(tuple(args), kwargs)

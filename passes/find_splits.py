@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Place, Program, Scope
@@ -53,9 +54,7 @@ class FindSplits:
         """Position of a cut -> the request for it."""
         ops = program.ops
         names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
-        spans = _call_spans(
-            ops, {alias for aliases in names.values() for alias in aliases}
-        )
+        spans = _call_spans(ops, set(chain.from_iterable(names.values())))
         cuts = self._chosen(program)
         for name, side in self.at:
             if side not in (BEGINNING, END):
@@ -63,67 +62,63 @@ class FindSplits:
                     f"'{side}' is no side of module '{name}'",
                     hint=nearest(side, (BEGINNING, END)),
                 )
-            found = [span for alias in names[name] for span in spans.get(alias, ())]
-            if not found:
+            calls = [span for alias in names[name] for span in spans.get(alias, ())]
+            if not calls:
                 self._refuse_inside(names[name], ops, _asked(name, side))
-                known = dict.fromkeys(
-                    fqn
-                    for op in ops
-                    for fqn in [*_prefixes(op.scope), *filter(None, [module_path(op)])]
-                )
-                exists = any(
-                    full.startswith(f"{name}.") for full in program.name_owners()
-                )
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
                     where=_asked(name, side),
-                    hint="a split point is at a call m(x), or m.forward(x) of a module without hooks; "
-                    * exists
-                    + nearest(name, known),
+                    hint=_hint_for(name, program),
                 )
             cuts |= {
                 first if side == BEGINNING else last + 1: _asked(name, side)
-                for first, last in found
+                for first, last in calls
             }
         return cuts
 
     def _refuse_inside(self, names: Sequence[str], ops: list[Op], asked: str) -> None:
         """Raises SplitError when a module, by any of its names, lies inside one that is kept whole."""
-        around = (
-            leaf
-            for leaf in dict.fromkeys(map(module_path, ops))
-            if leaf and any(name.startswith(f"{leaf}.") for name in names)
-        )
-        for leaf in around:
-            raise SplitError(
-                f"a split point lies inside module '{leaf}', which is kept whole"
-                + (f": {self.whole[leaf]}" if leaf in self.whole else ""),
-                where=asked,
-                hint=f"cut at '{leaf}'"
-                + ", or change that line so that torch.export can trace it"
-                * (leaf in self.whole),
-            )
+        for leaf in filter(None, dict.fromkeys(map(module_path, ops))):
+            if not any(name.startswith(f"{leaf}.") for name in names):
+                continue
+            what = f"a split point lies inside module '{leaf}', which is kept whole"
+            hint = f"cut at '{leaf}'"
+            if leaf in self.whole:
+                what += f": {self.whole[leaf]}"
+                hint += ", or change that line so that torch.export can trace it"
+            raise SplitError(what, where=asked, hint=hint)
 
     def _chosen(self, program: Program) -> dict[int, str]:
         if self.policy is None:
             return {}
-        real = [i for i, op in enumerate(program.ops) if not op.is_split]
-        chosen = list(self.policy(program))
-        for cut in chosen:
-            if not isinstance(cut, int) or not 0 <= cut <= len(real):
+        places = [place for place, op in enumerate(program.ops) if not op.is_split]
+        cuts: dict[int, str] = {}
+        for cut in self.policy(program):
+            if not isinstance(cut, int) or not 0 <= cut <= len(places):
                 raise SplitError(
                     f"the split policy chose position {cut!r}",
-                    hint=f"positions are numbers from 0 to {len(real)}",
+                    hint=f"positions are numbers from 0 to {len(places)}",
                 )
-        return {
-            real[c]: f"position {c} of the split policy"
-            for c in chosen
-            if c < len(real)
-        }
+            if cut < len(places):
+                cuts[places[cut]] = f"position {cut} of the split policy"
+        return cuts
 
 
 def _asked(name: str, side: str) -> str:
     return f"split point at the {side} of '{name}'"
+
+
+def _hint_for(name: str, program: Program) -> str:
+    """The nearest modules that have ops. A module with state that has none is called in an unusual way."""
+    paths: dict[str, None] = {}
+    for op in program.ops:
+        paths |= dict.fromkeys(_prefixes(op.scope))
+        if module_path(op):
+            paths[module_path(op)] = None
+    hint = nearest(name, paths)
+    if any(fqn.startswith(f"{name}.") for fqn in program.name_owners()):
+        return f"a split point is at a call m(x), or m.forward(x) of a module without hooks; {hint}"
+    return hint
 
 
 _REGIONS = {"checkpoint": "a checkpointed region", "transform": "a vmap"}
@@ -166,24 +161,24 @@ def _prefixes(scope: Scope) -> list[str]:
     return names
 
 
-def _call_spans(ops: list[Op], wanted: set[str]) -> dict[str, list[tuple[int, int]]]:
-    """Wanted module -> the first and last op of each of its calls."""
+def _call_spans(ops: list[Op], paths: set[str]) -> dict[str, list[tuple[int, int]]]:
+    """Path of a module -> the first and last op of each of its calls."""
     calls: dict[_Call, tuple[int, int]] = {}
     matches: dict[Scope, list[_Call]] = {}
     for index, op in enumerate(ops):
         if op.scope not in matches:
             matches[op.scope] = [
-                (n, op.scope[: i + 1])
-                for i, n in enumerate(_prefixes(op.scope))
-                if n in wanted
+                (path, op.scope[:depth])
+                for depth, path in enumerate(_prefixes(op.scope), 1)
+                if path in paths
             ]
-        leaf = (
-            [(module_path(op), (*op.scope, Frame(op.target, index)))]
-            if module_path(op) in wanted
-            else []
-        )
-        for call in matches[op.scope] + leaf:
-            calls[call] = (calls[call][0] if call in calls else index, index)
+        calls_around = [*matches[op.scope]]
+        if module_path(op) in paths:
+            frame = Frame(op.target, index)
+            calls_around.append((module_path(op), (*op.scope, frame)))
+        for call in calls_around:
+            first, _ = calls.get(call, (index, index))
+            calls[call] = (first, index)
     spans: dict[str, list[tuple[int, int]]] = {}
     for (name, _), span in calls.items():
         spans.setdefault(name, []).append(span)

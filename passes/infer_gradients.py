@@ -27,26 +27,19 @@ class InferGradients:
         ops = [*ops]
         history = Aliases(ops, shares=lambda op: not facts(op).cuts_gradient)
         for op in ops:
-            grad = (
-                grad_enabled(op.context)
-                and not facts(op).cuts_gradient
-                and any(carries_grad(v.type) for v in op.operands)
-            )
+            grad = _passes_on_grad(op)
             if op.target == BY_MODE:
                 changed |= self._by_mode(op)
             else:
-                changed |= _mark(
-                    op.results,
-                    [_result_grad(op, i, grad) for i in range(len(op.results))],
-                )
+                places = range(len(op.results))
+                grads = [_result_grad(op, place, grad) for place in places]
+                changed |= _mark(op.results, grads)
             written = set(map(history.root, _carriers(op))) if grad else set()
-            changed |= _mark(
-                op.versions.values(),
-                [
-                    history.root(v) in written or carries_grad(v.type)
-                    for v in op.versions
-                ],
-            )
+            grads = [
+                history.root(value) in written or carries_grad(value.type)
+                for value in op.versions
+            ]
+            changed |= _mark(op.versions.values(), grads)
         return changed
 
     def _by_mode(self, op: Op) -> bool:
@@ -60,10 +53,17 @@ class InferGradients:
             )
             changed |= self._infer(region.ops)
             grads = [
-                before or carries_grad(value.type)
-                for before, value in zip(grads, region.output.operands, strict=True)
+                carries or carries_grad(value.type)
+                for carries, value in zip(grads, region.output.operands, strict=True)
             ]
         return _mark(op.results, grads) or changed
+
+
+def _passes_on_grad(op: Op) -> bool:
+    """True when an operand carries gradient and the op passes it on."""
+    if not grad_enabled(op.context) or facts(op).cuts_gradient:
+        return False
+    return any(carries_grad(value.type) for value in op.operands)
 
 
 def grad_enabled(context: tuple[Context, ...]) -> bool:
@@ -79,7 +79,7 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
     """True when the result carries gradient. A view does so when the value it views does. An operand written
     in place keeps its own gradient, whatever the grad mode.
     """
-    viewed = op.effects.viewed(index)
+    viewed = op.effects.viewed_by(index)
     if viewed is None:
         return grad
     own = carries_grad(viewed.type) and not facts(op).cuts_gradient
@@ -121,8 +121,8 @@ def _carriers(op: Op) -> list[Value]:
 def _mark(values: Iterable[Value], grads: list[bool]) -> bool:
     changed = False
     for value, grad in zip(values, grads, strict=True):
-        kind = value.type
-        if isinstance(kind, TensorType) and kind.grad != (grad and kind.differentiable):
-            value.type = replace(kind, grad=not kind.grad)
+        old = value.type
+        if isinstance(old, TensorType) and old.grad != (grad and old.differentiable):
+            value.type = replace(old, grad=not old.grad)
             changed = True
     return changed

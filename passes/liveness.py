@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagecut.ir.graph import Program, StateEntry, Transfer, Value
+from stagecut.ir.graph import Program, Stage, StateEntry, Transfer, Value
 from stagecut.ir.outline import positions
 
 
@@ -26,34 +26,32 @@ class Liveness:
         where = positions(program)
         order = {value: (-1, index) for index, value in enumerate(program.inputs)}
         for stage in program.stages:
-            live = [v for v in where.live_ins(stage.ops) if v.owner not in stage.state]
+            live = _received(where.live_ins(stage.ops), stage)
             _send_parameters(program, live, order)
             stage.inputs = _in_order(live, order)
             stage.set_outputs(where.live_outs(stage.ops))
             order |= {
-                v: (stage.index, len(program.state) + place)
-                for place, v in enumerate(stage.outputs)
+                value: (stage.index, len(program.state) + place)
+                for place, value in enumerate(stage.outputs)
             }
-        _send_parameters(
-            program,
-            [
-                v
-                for v in program.output.operands
-                if v.owner not in program.stages[-1].state
-            ],
-            order,
-        )
+        returned = _received(program.output.operands, program.stages[-1])
+        _send_parameters(program, returned, order)
         _returned_last(program)
         for stage in program.stages:
-            program.transfers += [
-                Transfer(v, order[v][0] if order[v][0] >= 0 else None, stage.index)
-                for v in stage.inputs
-            ]
+            for value in stage.inputs:
+                home, _ = order[value]
+                source = home if home >= 0 else None
+                program.transfers.append(Transfer(value, source, stage.index))
         return _linked(program)
 
 
 def _linked(program: Program) -> bool:
     return any(stage.inputs or stage.outputs for stage in program.stages)
+
+
+def _received(values: list[Value], stage: Stage) -> list[Value]:
+    """The values that are no state of the stage."""
+    return [value for value in values if value.owner not in stage.state]
 
 
 def _in_order(live: list[Value], order: dict[Value, tuple[int, int]]) -> list[Value]:
@@ -68,7 +66,7 @@ def _send_parameters(
         if isinstance(value.owner, StateEntry) and value not in order:
             owner = program.stages[value.owner.stages[0]]
             sent = owner.outputs
-            place = sum(isinstance(v.owner, StateEntry) for v in sent)
+            place = sum(isinstance(output.owner, StateEntry) for output in sent)
             owner.set_outputs([*sent[:place], value, *sent[place:]])
             order[value] = (owner.index, place)
 
@@ -77,8 +75,8 @@ def _returned_last(program: Program) -> None:
     last = program.stages[-1]
     own = set(last.outputs)
     returned = [
-        v
-        for v in dict.fromkeys(program.output.operands)
-        if v in own or v.owner in last.state
+        value
+        for value in dict.fromkeys(program.output.operands)
+        if value in own or value.owner in last.state
     ]
     last.set_outputs(returned)

@@ -49,27 +49,28 @@ ORDER = (
 )
 """Pairs (before, after) that must hold in PASSES."""
 
-NAMES = tuple(p.name for p in PASSES)
-if any(NAMES.index(a) >= NAMES.index(b) for a, b in ORDER):
+NAMES = tuple(each.name for each in PASSES)
+if any(NAMES.index(first) >= NAMES.index(second) for first, second in ORDER):
     raise PassError("the order of passes breaks an ordering constraint")
 
 
 def default_pipeline(*chosen: Pass) -> list[Pass]:
     """All passes in order: those in `chosen` as given, the others without options."""
-    given = {type(p): p for p in chosen}
-    return [given[p] if p in given else p() for p in PASSES]
+    by_type = {type(each): each for each in chosen}
+    return [by_type[each] if each in by_type else each() for each in PASSES]
 
 
 def pass_by_name(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     """The pass called `name`, with its options set. Raises PassError for unknown names and options."""
     if name not in NAMES:
         raise PassError(f"unknown pass '{name}'", hint=nearest(name, NAMES))
-    kind = PASSES[NAMES.index(name)]
-    known = [f.name for f in fields(kind)]
+    pass_type = PASSES[NAMES.index(name)]
+    allowed = [field.name for field in fields(pass_type)]
     for option in options or {}:
-        if option not in known:
+        if option not in allowed:
             raise PassError(
-                f"pass '{name}' has no option '{option}'", hint=nearest(option, known)
+                f"pass '{name}' has no option '{option}'",
+                hint=nearest(option, allowed),
             )
-    made: Pass = kind(**(options or {}))
-    return made
+    chosen: Pass = pass_type(**(options or {}))
+    return chosen

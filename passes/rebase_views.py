@@ -4,7 +4,7 @@ itself instead of receiving them. So it does with a view around which it reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from stagecut.ir.aliases import Aliases, first_versions, is_what_it_wrote, viewed_value
@@ -40,19 +40,24 @@ class RebaseViews:
         return changed
 
 
+@dataclass
+class _Taken:
+    """The views that a stage takes itself: the op of another stage, and what it views here -> its twin."""
+
+    stage: int
+    twins: dict[tuple[Op, Value], Op] = field(default_factory=dict)
+
+
 class _Stages:
     """The stages that define values, and the values that these are views of."""
 
     def __init__(self, program: Program) -> None:
-        self._home: dict[Value, int] = {
-            v: stage.index
-            for stage in program.stages
-            for op in stage.ops
-            for v in op.definitions()
-        }
-        self._stage_of: dict[Op, int] = {
-            op: stage.index for stage in program.stages for op in stage.ops
-        }
+        self._home: dict[Value, int] = {}
+        self._stage_of: dict[Op, int] = {}
+        for stage in program.stages:
+            for op in stage.ops:
+                self._home.update(dict.fromkeys(op.definitions(), stage.index))
+                self._stage_of[op] = stage.index
         self._first = first_versions(program.all_ops())
         self._ops = program.all_ops
 
@@ -60,63 +65,70 @@ class _Stages:
         """No two values of one storage both cross into `stage` and are written there. True when that took a
         change.
         """
-        twins: dict[tuple[Op, Value], Op] = {}
+        taken = _Taken(stage.index)
         changed = False
         for op in list(stage.ops):
             if op.effects.writes:
                 for root, crossing in self._crossing(op, stage.index).items():
-                    changed |= self._derive(root, crossing, op, stage, twins)
-        stage.ops[:0] = twins.values()
+                    changed |= self._derive(root, crossing, op, taken)
+        stage.ops[:0] = taken.twins.values()
         return changed
 
-    def _crossing(self, op: Op, here: int) -> dict[Value, list[Value]]:
+    def _crossing(self, op: Op, stage: int) -> dict[Value, list[Value]]:
         """Storage root -> the values from other stages in that storage which `op` writes, renews or also
         reads. Only storage that `op` writes or renews, and in which these values must become one: they are
         two or more, or the root is an input or state.
         """
         written = [*op.effects.writes, *op.versions]
-        found: dict[Value, list[Value]] = {}
-        for value in self._received(written, here):
-            found.setdefault(self._steps(value)[0], []).append(value)
+        crossing: dict[Value, list[Value]] = {}
+        for value in self._received(written, stage):
+            crossing.setdefault(self._root(value), []).append(value)
         # inputs and state need not cross
-        whole = {
-            root
-            for value in written
-            if not isinstance((root := self._steps(value)[0]).owner, Op)
+        uncrossed = {
+            root for root in map(self._root, written) if not _is_computed(root)
         }
-        for value in self._received(op.operands, here):
-            root = self._steps(value)[0]
-            if root in whole:
-                found.setdefault(root, [])
-            beside = found.get(root, [value])
-            if value not in beside:
-                beside.append(value)
+        for value in self._received(op.operands, stage):
+            root = self._root(value)
+            if root not in crossing and root not in uncrossed:
+                continue
+            members = crossing.setdefault(root, [])
+            if value not in members:
+                members.append(value)
         return {
             root: values
-            for root, values in found.items()
-            if len(values) > 1 or not isinstance(root.owner, Op)
+            for root, values in crossing.items()
+            if len(values) > 1 or not _is_computed(root)
         }
 
-    def _received(self, values: list[Value], here: int) -> list[Value]:
+    def _received(self, values: list[Value], stage: int) -> list[Value]:
         """The values from other stages that `values` are, or are views of, each once."""
-        entries = dict.fromkeys(self._entry(value, here) for value in values)
-        return [value for value in entries if self._home.get(value, here) != here]
+        entries = dict.fromkeys(self._entry(value, stage) for value in values)
+        return [value for value in entries if self._home.get(value, stage) != stage]
 
-    def _entry(self, value: Value, here: int) -> Value:
-        """The value that `value` was made a view of in stage `here`. The result of a write made there is not
+    def _entry(self, value: Value, stage: int) -> Value:
+        """The value that `value` was made a view of in `stage`. The result of a write made there is not
         followed further, because that write saw to the rest.
         """
-        while (
-            self._home.get(value) == here
-            and (base := viewed_value(value)) is not None
-            and not _is_of_write(value)
-        ):
+        while self._home.get(value) == stage and not _is_of_write(value):
+            base = viewed_value(value)
+            if base is None:
+                break
             value = base
         return value
 
     def _member(self, value: Value) -> Value:
         """The value that `value` was a version of before this pass; `value` itself if it is none."""
         return self._first.get(value, value)
+
+    def _root(self, value: Value) -> Value:
+        """The first value in the storage of `value`."""
+        root, _ = self._steps(value)
+        return root
+
+    def _path(self, value: Value) -> list[tuple[Op, int]]:
+        """The view ops that lead from the root of a value's storage to the value, last first."""
+        _, steps = self._steps(value)
+        return steps
 
     def _steps(self, value: Value) -> tuple[Value, list[tuple[Op, int]]]:
         """The root of a value's storage, and the view ops that lead from it to the value, last first."""
@@ -129,36 +141,27 @@ class _Stages:
         return member, steps
 
     def _derive(
-        self,
-        root: Value,
-        crossing: list[Value],
-        op: Op,
-        stage: Stage,
-        twins: dict[tuple[Op, Value], Op],
+        self, root: Value, crossing: list[Value], op: Op, taken: _Taken
     ) -> bool:
         base = self._base(root, crossing, op)
         if base is None:  # then only values that are read need to see the write
-            crossing = [
-                v
-                for v in crossing
-                if v in op.operands or v not in op.versions or op.versions[v].uses
-            ]
+            crossing = [value for value in crossing if _sees_write(value, op)]
             base = self._base(root, crossing, op)
         if base is None and self._shows(op, root):
             raise SplitError(
-                f"stage {stage.index} writes one of several views of a tensor that earlier stages made, and "
+                f"stage {taken.stage} writes one of several views of a tensor that earlier stages made, and "
                 "does not have that tensor",
                 where=op.where(),
                 hint="cut so that the views and the write lie in one stage, or clone what is written",
             )
         if base is None:
             return False
-        self._retake(base, crossing, stage, twins)
+        self._retake(base, crossing, taken)
         return crossing != [base]
 
     def surround(self, stage: Stage) -> bool:
         """Every tensor around which as_strided reads is whole in `stage`. True when that took a change."""
-        twins: dict[tuple[Op, Value], Op] = {}
+        taken = _Taken(stage.index)
         changed = False
         for op in [op for op in stage.ops if facts(op).reads_around]:
             for value in self._received([op.operands[0]], stage.index):
@@ -175,9 +178,9 @@ class _Stages:
                             "tensor instead"
                         ),
                     )
-                self._retake(root, [value], stage, twins)
+                self._retake(root, [value], taken)
                 changed = True
-        stage.ops[:0] = twins.values()
+        stage.ops[:0] = taken.twins.values()
         return changed
 
     @cached_property
@@ -185,34 +188,33 @@ class _Stages:
         """The roots of all storages that are written."""
         return Aliases(self._ops()).written
 
-    def _retake(
-        self,
-        base: Value,
-        crossing: list[Value],
-        stage: Stage,
-        twins: dict[tuple[Op, Value], Op],
-    ) -> None:
+    def _retake(self, base: Value, crossing: list[Value], taken: _Taken) -> None:
         """The stage takes the views `crossing` of `base` itself."""
-        known = len(self._steps(base)[1])
+        depth = len(self._path(base))
         for value in crossing:
             if value is base:
                 continue
-            derived, steps = base, self._steps(value)[1]
-            # an operand that only lends its shape may be one of the views on the way
-            anew: dict[Value, Value] = {}
-            for view, index in reversed(steps[: len(steps) - known]):
-                derived = self._twin(
-                    view, index, derived, base, stage.index, twins, anew
-                ).results[index]
-                anew[view.results[index]] = derived
+            derived, steps = base, self._path(value)
+            # an operand that only lends its shape may be the base, or one of the views on the way
+            retaken: dict[Value, Value] = {}
+            for view, index in reversed(steps[: len(steps) - depth]):
+                twin = taken.twins.get((view, derived))
+                if twin is None:
+                    swap = self._lenders(view, base, retaken)
+                    viewed = view.effects.viewed_by(index)
+                    if viewed is not None:
+                        swap[viewed] = derived
+                    twin = self._twin(view, swap, taken.stage)
+                    taken.twins[view, derived] = twin
+                derived = retaken[view.results[index]] = twin.results[index]
             value.replace_uses(
-                derived, lambda user: self._stage_of.get(user) == stage.index
+                derived, lambda user: self._stage_of.get(user) == taken.stage
             )
 
     def _shows(self, op: Op, root: Value) -> bool:
         """True when what `op` writes is read later through another value in the storage of `root`."""
         return any(
-            new.uses and old not in op.effects.writes and self._steps(old)[0] is root
+            new.uses and old not in op.effects.writes and self._root(old) is root
             for old, new in op.versions.items()
         )
 
@@ -220,71 +222,75 @@ class _Stages:
         """The value at hand that all of `crossing` are, or are views of, without loss of a gradient; the root
         where it is at hand.
         """
-        paths = {value: self._steps(value)[1] for value in crossing}
-        found: list[tuple[int, bool, Value]] = []
-        for value in dict.fromkeys([*op.reads, *crossing]):
-            origin, steps = self._steps(value)
-            leads = all(
-                path[len(path) - len(steps) :] == steps for path in paths.values()
-            )
-            if (
-                origin is root
-                and leads
-                and not any(
-                    _loses(view, path[: len(path) - len(steps)])
-                    for view, path in paths.items()
-                )
-            ):
-                found.append((len(steps), self._member(value) is not root, value))
-        return min(found, key=lambda item: item[:2])[2] if found else None
+        paths = {value: self._path(value) for value in crossing}
+        at_hand = dict.fromkeys([*op.reads, *crossing])
+        bases = [value for value in at_hand if self._is_base(value, root, paths)]
+        return min(bases, key=self._distance, default=None)
 
-    def _twin(
-        self,
-        view: Op,
-        index: int,
-        base: Value,
-        whole: Value,
-        here: int,
-        twins: dict[tuple[Op, Value], Op],
-        anew: dict[Value, Value],
-    ) -> Op:
-        """The view op on `base`, which is `whole` or a view of it, in stage `here`. `anew` maps values to the
-        views of `whole` that stand for them already.
-        """
+    def _is_base(
+        self, base: Value, root: Value, paths: dict[Value, list[tuple[Op, int]]]
+    ) -> bool:
+        """True when all views with these paths can be taken of `base`."""
+        origin, steps = self._steps(base)
+        if origin is not root:
+            return False
+        for view, path in paths.items():
+            rest = len(path) - len(steps)
+            if path[rest:] != steps or _loses(view, path[:rest]):
+                return False
+        return True
+
+    def _distance(self, value: Value) -> tuple[int, bool]:
+        """The views between a value and the root of its storage, then whether it is another value."""
+        root, steps = self._steps(value)
+        return len(steps), self._member(value) is not root
+
+    def _lenders(
+        self, view: Op, base: Value, retaken: dict[Value, Value]
+    ) -> dict[Value, Value]:
+        """Operand of a view op -> the value that stands for it: `base`, or a view of it that is retaken."""
+        steps = self._steps(base)
+        swap: dict[Value, Value] = {}
+        for operand in view.operands:
+            member = self._member(operand)
+            if member in retaken:
+                swap[operand] = retaken[member]
+            elif self._steps(operand) == steps:
+                swap[operand] = base
+        return swap
+
+    def _twin(self, view: Op, swap: dict[Value, Value], stage: int) -> Op:
+        """A copy of a view op in `stage`, with other operands as in `swap`."""
         if view.has_effect:
             raise SplitError(
-                f"stage {here} writes the result of {view.target}, which may or may not be the tensor it "
+                f"stage {stage} writes the result of {view.target}, which may or may not be the tensor it "
                 "was given",
                 where=view.where(),
                 hint="cut so that this op and the write lie in one stage, or clone its result",
             )
-        if (view, base) not in twins:
-            viewed = view.effects.viewed(index)
-            # an operand that only lends its shape may be the whole itself
-            steps = self._steps(whole)
-            now = {
-                operand: whole
-                for operand in view.operands
-                if self._steps(operand) == steps
-            }
-            now |= {
-                operand: anew[member]
-                for operand in view.operands
-                if (member := self._member(operand)) in anew
-            }
-            if viewed is not None:
-                now[viewed] = base
-            twin = twins[view, base] = view.copy(now)
-            self._stage_of[twin] = here
-            self._home.update(dict.fromkeys(twin.results, here))
-        return twins[view, base]
+        twin = view.copy(swap)
+        self._stage_of[twin] = stage
+        self._home.update(dict.fromkeys(twin.results, stage))
+        return twin
+
+
+def _is_computed(value: Value) -> bool:
+    """True for a value that an op defines, False for inputs and state."""
+    return isinstance(value.owner, Op)
+
+
+def _sees_write(value: Value, op: Op) -> bool:
+    """True when `op` names the value, or something reads it after `op` wrote its storage."""
+    if value in op.operands or value not in op.versions:
+        return True
+    return bool(op.versions[value].uses)
 
 
 def _is_of_write(value: Value) -> bool:
     """True for a view of what its op writes."""
     return (
         isinstance(value.owner, Op)
-        and value.owner.effects.viewed(value.index) in value.owner.effects.writes
+        and value.owner.effects.viewed_by(value.index) in value.owner.effects.writes
     )
 
 
@@ -303,8 +309,8 @@ def _remove_dead_views(program: Program) -> None:
         for op in reversed(stage.ops):
             if not op.has_effect and all(
                 user in dead or user in idle
-                for v in op.definitions()
-                for user in v.uses
+                for value in op.definitions()
+                for user in value.uses
             ):
                 idle.add(op)
         if len(idle) < len(stage.ops):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from stagecut.ir.aliases import Aliases, storage_root
 from stagecut.ir.errors import SplitError, nearest
@@ -88,83 +89,85 @@ class _Work:
         # the user asked for this stage: do not leave it empty
         idle = all(self._is_source(op) for op in stage.ops)
         for op in stage.ops:
+            source = not idle and self._is_source(op)
             for value in op.definitions():
-                later = sorted(
-                    {
-                        here
-                        for user in value.uses
-                        if (here := self._home.get(user, 0)) > stage.index
-                    }
-                )
+                later = self._later_readers(value, stage.index)
                 if later:
                     self._crossing.add(value.hint)
-                    asked = self._routes.get(value.hint)
-                    source = self._is_source(op) and not idle
-                    if asked != RELAY and (
-                        asked == RECOMPUTE or source or not carries_grad(value.type)
-                    ):
-                        self._decide(
-                            value, stage.index, later, source, asked == RECOMPUTE
-                        )
-                    if value not in self._twins[later[-1]]:
-                        self._reach[value] = max(later[-1], self._reach.get(value, 0))
+                    self._choose_route(value, stage.index, later, source)
+
+    def _later_readers(self, value: Value, home: int) -> list[int]:
+        """The stages after `home` that read the value, in order."""
+        stages = {self._home.get(user, 0) for user in value.uses}
+        return sorted(stage for stage in stages if stage > home)
+
+    def _choose_route(
+        self, value: Value, home: int, later: list[int], source: bool
+    ) -> None:
+        route = self._routes.get(value.hint)
+        asked = route == RECOMPUTE
+        may_move = asked or source or not carries_grad(value.type)
+        if may_move and route != RELAY:
+            self._decide(value, home, later, source, asked)
+        if value not in self._twins[later[-1]]:
+            self._reach[value] = max(later[-1], self._reach.get(value, 0))
 
     def _decide(
-        self, value: Value, here: int, later: list[int], source: bool, asked: bool
+        self, value: Value, home: int, later: list[int], source: bool, asked: bool
     ) -> None:
-        limit = None if source or asked else _bytes(value, later[-1] - here)
+        """The stages `later` compute the value where that costs less than sending it. A source is always
+        computed there, and so is a value for which the user asked.
+        """
+        limit = None if source or asked else _bytes(value, later[-1] - home)
         if not (source or asked) and (limit is None or value in self._reach):
             return
-        cost = 0
+        cost = self._total_cost(value, later, asked)
+        if cost is None or (limit is not None and cost >= limit):
+            return
         for stage in later:
-            one = self._cost(value, stage, 0, asked)
-            if one is None and asked:
+            twin = self._make(value, stage, asked)
+            self._needs[stage].clear()  # more values are in this stage from here on
+            readers = {user for user in value.uses if self._home.get(user) == stage}
+            value.replace_uses(twin, readers.__contains__)
+            self._program.transfers.append(
+                Transfer(value, home, stage, RECOMPUTE, twin)
+            )
+
+    def _total_cost(self, value: Value, stages: list[int], asked: bool) -> int | None:
+        """The cost of computing `value` in all these stages; None when one of them cannot or must not."""
+        total = 0
+        for stage in stages:
+            cost = self._cost(value, stage, 0, asked)
+            if cost is None and asked:
                 raise SplitError(
                     f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has "
                     "effects, or so is what it needs",
                     where=value.owner.where() if isinstance(value.owner, Op) else "",
                     hint="leave its route to the compiler",
                 )
-            if one is None:
-                return
-            cost += one
-        if limit is not None and cost >= limit:
-            return
-        for stage in later:
-            twin = self._make(value, stage, asked)
-            self._needs[stage].clear()  # more values are there now
-            here_now = {user for user in value.uses if self._home.get(user) == stage}
-            value.replace_uses(twin, here_now.__contains__)
-            self._program.transfers.append(
-                Transfer(value, here, stage, RECOMPUTE, twin)
-            )
+            if cost is None:
+                return None
+            total += cost
+        return total
 
     def _cost(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """The cost of computing `value` in `stage`; None when it cannot or must not be computed there. A
         value that is needed twice on the way is counted twice.
         """
         op = value.owner
-        if (
-            not isinstance(op, Op)
-            or not self._is_repeatable(value, op)
-            or depth > DEEPEST
-        ):
+        if not isinstance(op, Op) or depth > DEEPEST:
+            return None
+        if not self._is_repeatable(value, op):
             return None
         if not asked and (is_heavy(op) or storage_root(value) in self._returned):
             return None
-        cost = (
-            0
-            if op.is_view
-            else START
-            + sum(value_bytes(v.type) or 0 for v in (*op.operands, *op.results))
-            // MEMORY
-        )
+        total = _own_cost(op)
         for operand in dict.fromkeys(op.operands):
-            one = self._need(operand, stage, depth, asked)
-            if one is None:
+            cost = self._need(operand, stage, depth, asked)
+            if cost is None:
                 return None
-            cost += one
-        return cost
+            total += cost
+        return total
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """The cost of having `value` in `stage`: nothing when it is there, else the lesser of the costs of
@@ -174,28 +177,27 @@ class _Work:
             return None
         if self._is_there(value, stage, asked):
             return 0
-        known = self._needs[stage]
-        if value not in known:
-            made = self._cost(value, stage, depth + 1, False)
-            sent = self._sent(value, stage)
-            known[value] = min(
-                (cost for cost in (made, sent) if cost is not None), default=None
+        needs = self._needs[stage]
+        if value not in needs:
+            costs = (
+                self._cost(value, stage, depth + 1, False),
+                self._sending_cost(value, stage),
             )
-        return known[value]
+            possible = [cost for cost in costs if cost is not None]
+            needs[value] = min(possible, default=None)
+        return needs[value]
 
     def _is_there(self, value: Value, stage: int, asked: bool) -> bool:
         owner = value.owner
         if isinstance(owner, StateEntry):
-            return (
-                asked
-                or owner.kind != "param"
-                or any(self._home.get(user) == stage for user in value.uses)
-            )
+            if asked or owner.kind != "param":
+                return True
+            return any(self._home.get(user) == stage for user in value.uses)
         if owner is None or value in self._twins[stage]:
             return True
         return self._home[owner] == stage or self._reach.get(value, -1) >= stage
 
-    def _sent(self, value: Value, stage: int) -> int | None:
+    def _sending_cost(self, value: Value, stage: int) -> int | None:
         if not isinstance(value.owner, Op):
             return None
         size = _bytes(value, stage - self._home[value.owner])
@@ -208,9 +210,9 @@ class _Work:
         swap: dict[Value, Value] = {}
         for operand in dict.fromkeys(op.operands):
             if not self._is_there(operand, stage, asked):
-                made = self._cost(operand, stage, 1, False)
-                sent = self._sent(operand, stage)
-                if made is not None and (sent is None or made < sent):
+                computing = self._cost(operand, stage, 1, False)
+                sending = self._sending_cost(operand, stage)
+                if computing is not None and (sending is None or computing < sending):
                     self._make(operand, stage, False)
                 else:
                     self._reach[operand] = max(stage, self._reach.get(operand, 0))
@@ -229,59 +231,55 @@ class _Work:
         """
         for stage, ops in zip(self._program.stages, self._arriving, strict=True):
             stage.ops[:0] = ops
-        left = {stage.index: len(stage.ops) for stage in self._program.stages}
-        gone: set[Op] = set()
-        candidates = {*self._copied, *(op for ops in self._arriving for op in ops)}
+        sizes = {stage.index: len(stage.ops) for stage in self._program.stages}
+        unread: set[Op] = set()
+        candidates = {*self._copied, *chain.from_iterable(self._arriving)}
         for op in reversed([*self._program.all_ops()]):
-            if (
-                op in candidates
-                and all(set(v.uses) <= gone for v in op.definitions())
-                and left[self._home[op]] > 1
-            ):
-                left[self._home[op]] -= 1
-                gone.add(op)
-        self._program.remove_ops(gone)
+            home = self._home[op]
+            if op not in candidates or sizes[home] < 2:
+                continue
+            if all(set(value.uses) <= unread for value in op.definitions()):
+                sizes[home] -= 1
+                unread.add(op)
+        self._program.remove_ops(unread)
         return bool(self._copied)
 
     def _is_source(self, op: Op) -> bool:
-        plain = (
-            not op.operands
-            and not op.regions
-            and op.effects == PURE
-            and len(op.results) == 1
-        )
-        return plain and self._is_repeatable(op.results[0], op)
+        if op.operands or op.regions or op.effects != PURE or len(op.results) != 1:
+            return False
+        return self._is_repeatable(op.results[0], op)
 
     def _is_repeatable(self, value: Value, op: Op) -> bool:
-        if (
-            op.has_effect
-            or op.regions
-            or module_path(op)
-            or any(context.kind in WHOLE for context in op.context)
-        ):
+        if op.has_effect or op.regions or module_path(op):
             return False
-        return value.version_of is None and not any(
-            map(self._aliases.is_written, op.definitions())
-        )
+        if any(context.kind in WHOLE for context in op.context):
+            return False
+        written = map(self._aliases.is_written, op.definitions())
+        return value.version_of is None and not any(written)
 
     def refuse_unknown(self) -> None:
         """Raises SplitError for a route of a value that does not cross."""
-        known = sorted(self._crossing | {value.hint for value in self._program.inputs})
+        inputs = {value.hint for value in self._program.inputs}
+        names = sorted(self._crossing | inputs)
         for name, route in self._routes.items():
-            if name not in known:
+            if name not in names:
                 raise SplitError(
                     f"routes names '{name}', which no stage needs from another",
-                    hint=nearest(name, known),
+                    hint=nearest(name, names),
                 )
-            if route not in (RECOMPUTE, RELAY) or (
-                route == RECOMPUTE and name not in self._crossing
-            ):
-                allowed = (
-                    "'recompute' or 'relay'"
-                    if name in self._crossing
-                    else "'relay': it is an input of the model"
-                )
-                raise SplitError(f"'{route}' is no route for '{name}'", hint=allowed)
+            what = f"'{route}' is no route for '{name}'"
+            if route not in (RECOMPUTE, RELAY) and name in self._crossing:
+                raise SplitError(what, hint="'recompute' or 'relay'")
+            if route != RELAY and name not in self._crossing:
+                raise SplitError(what, hint="'relay': it is an input of the model")
+
+
+def _own_cost(op: Op) -> int:
+    """The cost of an op when its operands are there: none for a view."""
+    if op.is_view:
+        return 0
+    moved = sum(value_bytes(value.type) or 0 for value in (*op.operands, *op.results))
+    return START + moved // MEMORY
 
 
 def _bytes(value: Value, times: int) -> int | None:

@@ -26,12 +26,10 @@ class ResolveAliases:
 
 def _merge(first: StateEntry, other: StateEntry) -> None:
     # a lifted constant's name is the tracer's, not the model's
-    named = [e for e in (first, other) if e.kind != "const"] or [
-        first,
-        other,
-    ]
-    first.names = sum((e.names for e in named), ())
-    first.transient = frozenset().union(*(e.transient for e in named))
+    both = [first, other]
+    named = [entry for entry in both if entry.kind != "const"] or both
+    first.names = sum((entry.names for entry in named), ())
+    first.transient = frozenset().union(*(entry.transient for entry in named))
     first.kind = min(first.kind, other.kind, key=KINDS.index)
     if first.type != other.type:
         grad = first.requires_grad or other.requires_grad

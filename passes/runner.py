@@ -41,13 +41,13 @@ def run_passes(
         verify(program)
     records = []
     for index, step in enumerate(passes):
-        before = text(program) if check else ""
+        old_text = text(program) if check else ""
         start = time.perf_counter()
         changed = step.run(program)
         record = PassRecord(index, step.name, changed, time.perf_counter() - start)
         if check:
             verify(program, after=step.name)
-            if changed != (text(program) != before):
+            if changed != (text(program) != old_text):
                 claim = (
                     "left the program as it was but says it changed it"
                     if changed

@@ -29,9 +29,7 @@ class ShareState:
     name = "share-state"
 
     def run(self, program: Program) -> bool:
-        if program.phase != "partitioned" or any(
-            stage.state for stage in program.stages
-        ):
+        if program.phase != "partitioned" or _is_done(program):
             return False
         home = {op: stage.index for stage in program.stages for op in stage.ops}
         places = _module_places(program)
@@ -44,9 +42,10 @@ class ShareState:
                 readers = {_nearest_stage(entry.name, places): []}
             entry.share = _policy(entry, home, len(readers))
             if entry.share == REPLICATE and self._is_sent(entry):
-                entry.share, readers = TRANSMIT, dict([*readers.items()][:1])
+                entry.share = TRANSMIT
+                readers = dict([*readers.items()][:1])
             _hold(program, entry, readers)
-        return any(stage.state for stage in program.stages)
+        return _is_done(program)
 
     def _is_sent(self, entry: StateEntry) -> bool:
         named = bool({*entry.names} & {*self.transmit})
@@ -60,6 +59,10 @@ class ShareState:
         return named or (
             EVERY in self.transmit and entry.kind == "param" and whole is None
         )
+
+
+def _is_done(program: Program) -> bool:
+    return any(stage.state for stage in program.stages)
 
 
 def _refuse_unknown(transmit: tuple[str, ...], program: Program) -> None:
@@ -83,16 +86,17 @@ def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, lis
 
 
 def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) -> None:
-    held = {
+    """Each of these stages holds the entry, under the names that its modules know. The first has the rest."""
+    names_in = {
         stage: {closest_name(entry.names, path) for path in paths}
         for stage, paths in readers.items()
     }
-    claimed = set().union(*held.values())
-    first = next(iter(held))
-    held[first] |= set(entry.names) - claimed
-    for stage, names in held.items():
-        program.stages[stage].state[entry] = tuple(n for n in entry.names if n in names)
-    entry.stages = tuple(held)
+    first = next(iter(names_in))
+    names_in[first] |= set(entry.names).difference(*names_in.values())
+    for stage, names in names_in.items():
+        ordered = tuple(name for name in entry.names if name in names)
+        program.stages[stage].state[entry] = ordered
+    entry.stages = tuple(names_in)
 
 
 def _policy(entry: StateEntry, home: dict[Op, int], readers: int) -> str | None:

@@ -57,10 +57,12 @@ class _Classes:
 
     def add_results(self, op: Op) -> None:
         for result in op.results:
-            if (base := viewed_value(result)) is not None:
-                if self._aliases.root(base) not in self._members:
-                    self._join(base)
-                self._join(result)
+            base = viewed_value(result)
+            if base is None:
+                continue
+            if self._aliases.root(base) not in self._members:
+                self._join(base)
+            self._join(result)
         self._move_anchors(op)
 
     def _move_anchors(self, op: Op) -> None:
@@ -92,7 +94,8 @@ class _Classes:
             if anchor is not None and anchor not in members:
                 self._lost.add(root)
                 self._anchor[root] = None
-        for member in sorted(members, key=lambda m: rank.get(self._now(m), len(rank))):
+        members.sort(key=lambda member: rank.get(self._latest(member), len(rank)))
+        for member in members:
             self._renew(op, member)
 
     def _alive(self, root: Value, index: int, written: int) -> list[Value]:
@@ -101,9 +104,10 @@ class _Classes:
         it anew.
         """
         members = [
-            m
-            for m in self._members[root]
-            if self._last.get(m, -1) > index or isinstance(m.owner, StateEntry)
+            member
+            for member in self._members[root]
+            if self._last.get(member, -1) > index
+            or isinstance(member.owner, StateEntry)
         ]
         anchor = self._anchor[root]
         if (
@@ -115,11 +119,11 @@ class _Classes:
         self._members[root] = members
         return members
 
-    def _now(self, member: Value) -> Value:
+    def _latest(self, member: Value) -> Value:
         return self._current.get(member, member)
 
     def _renew(self, op: Op, member: Value) -> None:
         number = self._count[member] = self._count.get(member, 0) + 1
-        now = self._now(member)
-        new = self._current[member] = op.add_version(now, f"{member.hint}.{number}")
-        self._aliases.add_version(now, new)
+        old = self._latest(member)
+        new = self._current[member] = op.add_version(old, f"{member.hint}.{number}")
+        self._aliases.add_version(old, new)

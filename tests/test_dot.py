@@ -20,7 +20,7 @@ from torch import nn
 import stagecut
 from stagecut import SplitPoint, pipeline
 from stagecut.backend.pictures.dot import to_dot, to_svg
-from stagecut.backend.pictures.drawing import PENS, pen, plain, rich, short, some, spans
+from stagecut.backend.pictures.drawing import PENS, pen, rich, short, some, spans, tip_text
 from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
 from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
@@ -360,4 +360,4 @@ def test_small_texts() -> None:
     assert spans([3, 1, 2, 5, 5]) == "1-3, 5"
     assert some(["a", "b", "c", "d"]) == "a, b, c, 1 more"
     assert len(short("x" * 100)) == 48
-    assert "\\" not in rich(("\\N", "n")) + plain("\\N")
+    assert "\\" not in rich(("\\N", "n")) + tip_text("\\N")

@@ -514,9 +514,9 @@ def drops(self, x):
 
 @mutant(drops, "pipe mailbox")
 def mode_burned_in(patch: Patch) -> None:
-    real = emit._Function._literal
+    real = emit._Function._literal_code
     patch.setattr(
-        emit._Function, "_literal", lambda self, item, op: repr(item.captured) if isinstance(item, Mode) else real(self, item, op)
+        emit._Function, "_literal_code", lambda self, item, op: repr(item.captured) if isinstance(item, Mode) else real(self, item, op)
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import load
 
 from stagecut.ir.graph import Effects, Frame, Loc, Mode, Op, Place, Program, RegionRef, Target, Token, Value
-from stagecut.ir.text.printer import file_names, fqn_text, line_of, literal, scope_text, size_text, target_text, text, value_names
+from stagecut.ir.text.printer import file_names, fqn_text, line_of, literal_text, scope_text, size_text, target_text, text, value_names
 from stagecut.ir.types import NONE, TensorType
 
 F32 = TensorType("f32", (4,))
@@ -52,7 +52,7 @@ def test_files_with_one_name_are_told_apart() -> None:
     ],
 )
 def test_literal(item: Any, printed: str) -> None:
-    assert literal(item) == printed
+    assert literal_text(item) == printed
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ another.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from itertools import groupby
 from pathlib import PurePath
 
 import graphviz
@@ -21,7 +20,6 @@ from stagecut.backend.pictures.drawing import (
     legend,
     outputs_text,
     pen,
-    plain,
     reduced,
     rich,
     short,
@@ -29,6 +27,7 @@ from stagecut.backend.pictures.drawing import (
     spans,
     stages_text,
     state_lines,
+    tip_text,
     total_text,
     type_text,
     value_tip,
@@ -66,8 +65,10 @@ class _BlockGraph:
         self._node: dict[Op, str] = {}
         self._kinds: dict[str, None] = {}
         self._typed: set[Value] = set()
-        self._blocks = [s for s in program.stages if stage in (None, s.index)]
-        self._home = {op: s.index for s in self._blocks for op in s.ops}
+        self._stages = [
+            shown for shown in program.stages if stage in (None, shown.index)
+        ]
+        self._home = {op: shown.index for shown in self._stages for op in shown.ops}
         self._writes: dict[Op, list[Value]] = {}
         for op, value in writes_of(
             program.all_ops(), [entry.value for entry in program.state]
@@ -80,12 +81,15 @@ class _BlockGraph:
         )
         self.graph = canvas(name, title, title)
         self._routes = {
-            (t.value, t.target): t.route or "send" for t in program.transfers
+            (transfer.value, transfer.target): transfer.route or "send"
+            for transfer in program.transfers
         }
-        self._sources = (
-            {t.value: t.source for t in program.transfers} if stage is not None else {}
-        )
-        self._goals = _goals(program, self._blocks[0] if stage is not None else None)
+        self._sources: dict[Value, int | None] = {}
+        if stage is not None:
+            self._sources = {
+                transfer.value: transfer.source for transfer in program.transfers
+            }
+        self._goals = _goals(program, self._stages[0] if stage is not None else None)
         self._tree = self._draw()
         self._ends()
         legend(self.graph, name, [*self._kinds])
@@ -94,12 +98,12 @@ class _BlockGraph:
 
     def _draw(self) -> Folded:
         """Draws all blocks; returns those folded in any of them."""
-        if self._stage is not None or not self._blocks:
-            tree = folded(self._blocks[0].ops if self._blocks else self._program.ops)
-            self._items(self.graph, tree.root, 0)
+        if self._stage is not None or not self._stages:
+            tree = folded(self._stages[0].ops if self._stages else self._program.ops)
+            self._parts(self.graph, tree.root, 0)
             return tree
         whole = Folded(ModuleCall(()))
-        for stage in self._blocks:
+        for stage in self._stages:
             tree, title = folded(stage.ops), f"stage {stage.index}"
             whole.stands |= tree.stands
             with self.graph.subgraph(name=f"cluster_stage-{stage.index}") as box:
@@ -109,36 +113,34 @@ class _BlockGraph:
                     tooltip=title,
                     **_cluster(0, 1),
                 )
-                self._items(box, tree.root, 0)
+                self._parts(box, tree.root, 0)
         return whole
 
-    def _items(self, graph: graphviz.Digraph, block: ModuleCall, depth: int) -> None:
+    def _parts(self, graph: graphviz.Digraph, block: ModuleCall, depth: int) -> None:
         """Draws the contents of a block: blocks, and each op or each run of ops between them."""
-        for is_block, items in groupby(
-            block.items, lambda item: isinstance(item, ModuleCall)
-        ):
-            if is_block:
-                for inner in items:
-                    self._block(graph, inner, depth)  # type: ignore[arg-type]
-            else:
-                self._own(graph, block.scope, list(items))  # type: ignore[arg-type]
+        own: list[Op] = []
+        for part in block.parts:
+            if isinstance(part, Op):
+                own.append(part)
+                continue
+            self._own(graph, block.scope, own)
+            own = []
+            self._block(graph, part, depth)
+        self._own(graph, block.scope, own)
 
     def _block(self, graph: graphviz.Digraph, block: ModuleCall, depth: int) -> None:
         closed = self._depth is not None and depth >= self._depth
-        if closed or (
-            not self._each_op and all(isinstance(item, Op) for item in block.items)
-        ):
+        innermost = all(isinstance(part, Op) for part in block.parts)
+        if closed or (innermost and not self._each_op):
             self._closed(graph, block)
             return
         node = self._ids("module", _path(block.scope))
         with graph.subgraph(name=f"cluster_{node}") as box:
-            tip = plain(
-                self._about(scope_text(block.scope), [*block.every_op()], block)
-            )
+            tip = self._box_tip(scope_text(block.scope), [*block.every_op()], block)
             label = rich((_title(block), "b"), *self._carried(block))
             look = _cluster(depth, len(block.copies) + 1)
             box.attr(label=label, id=node, tooltip=tip, **_classes(block), **look)
-            self._items(box, block, depth + 1)
+            self._parts(box, block, depth + 1)
 
     def _closed(self, graph: graphviz.Digraph, block: ModuleCall) -> None:
         """Draws a block as one box."""
@@ -150,20 +152,21 @@ class _BlockGraph:
             *self._marks(ops),
         ]
         look = {"penwidth": "2"} if block.copies else {}
-        tip = plain(self._about(scope_text(block.scope), ops, block))
+        tip = self._box_tip(scope_text(block.scope), ops, block)
         graph.node(node, rich(*lines), id=node, tooltip=tip, **_classes(block), **look)
         self._node |= dict.fromkeys(block.ops(), node)
 
     def _carried(self, block: ModuleCall) -> list[tuple[str, str]]:
         """The values that each copy of a folded block hands to the next one."""
-        return (
-            [(f"each hands on {some([self._names[v] for v in block.carried])}", "s")]
-            if block.carried
-            else []
-        )
+        if not block.carried:
+            return []
+        names = [self._names[value] for value in block.carried]
+        return [(f"each hands on {some(names)}", "s")]
 
     def _own(self, graph: graphviz.Digraph, scope: Scope, ops: list[Op]) -> None:
-        """Draws ops that are a module's own: one box for all, or one for each."""
+        """Draws ops that are a module's own: one box for all, or one for each. Without ops, no box."""
+        if not ops:
+            return
         if self._each_op:
             for op in ops:
                 self._op(graph, op)
@@ -175,7 +178,7 @@ class _BlockGraph:
             node,
             rich(*lines),
             id=node,
-            tooltip=plain(self._about(where, ops)),
+            tooltip=self._box_tip(where, ops),
             style="filled",
             color="#b4bcc4",
         )
@@ -185,14 +188,12 @@ class _BlockGraph:
         defined = [*op.definitions()]
         node = self._ids("op", self._names[defined[0]] if defined else op.target)
         call = self._printer.op_call(op).removeprefix("aten.")
-        results = ", ".join(self._names[v] for v in op.results)
+        results = ", ".join(self._names[result] for result in op.results)
         lines = [(short(f"{results} = {call}" if results else call, 60), "n")]
-        lines += (
-            [(", ".join(short(type_text(v), 32) for v in op.results[:3]), "s")]
-            if results
-            else []
-        )
-        tip = plain(self._printer.op_line(op))
+        if results:
+            types = [short(type_text(result), 32) for result in op.results[:3]]
+            lines.append((", ".join(types), "s"))
+        tip = tip_text(self._printer.op_line(op))
         graph.node(
             node,
             rich(*lines, *self._marks([op])),
@@ -205,87 +206,77 @@ class _BlockGraph:
 
     def _work(self, ops: list[Op]) -> str:
         """The ops as text, and the bytes of the state they read."""
-        what = (
-            some(_counted(ops))
-            if len(ops) <= 3
-            else f"{len(ops)} ops: {some(_counted(ops))}"
-        )
-        return "\n".join([what, *(text for text, _ in self._sized(ops))]).replace(
-            "\n", ", "
-        )
+        text = some(_counted(ops))
+        if len(ops) > 3:
+            text = f"{len(ops)} ops: {text}"
+        return ", ".join([text, *(size for size, _ in self._sized(ops))])
 
     def _sized(self, ops: list[Op]) -> list[tuple[str, str]]:
-        held = [entry.value for entry in _state(ops)]
-        return [(f"state {total_text(held)}", "s")] if held else []
+        state = [entry.value for entry in _state(ops)]
+        return [(f"state {total_text(state)}", "s")] if state else []
 
     def _marks(self, ops: list[Op]) -> list[tuple[str, str]]:
         written = dict.fromkeys(
             value for op in ops for value in self._writes.get(op, ())
         )
-        marked = dict.fromkeys(
-            [
-                *(e for e in _state(ops) if is_tied(e)),
-                *(v.owner for v in written if isinstance(v.owner, StateEntry)),
-            ]
-        )
+        marked = dict.fromkeys(entry for entry in _state(ops) if is_tied(entry))
+        for value in written:
+            if isinstance(value.owner, StateEntry):
+                marked[value.owner] = None
         return state_lines(marked, set(written), self._home.get(ops[0]))
 
-    def _about(self, where: str, ops: list[Op], block: ModuleCall | None = None) -> str:
+    def _box_tip(
+        self, where: str, ops: list[Op], block: ModuleCall | None = None
+    ) -> str:
         """The tooltip of a box: the module, its source lines, its state, its ops."""
-        copies = (
-            [
-                f"stands for {some([scope_text(b.scope) for b in (block, *block.copies)], 1)}"
-            ]
-            if block and block.copies
-            else []
-        )
-        state = [f"{fqn_text(e.name)} : {e.type}" for e in _state(ops)]
-        shown = [self._printer.op_call(op) for op in ops[:12]]
-        rest = [f"{len(ops) - 12} more ops"] if len(ops) > 12 else []
-        return "\n".join(
-            [
-                where,
-                *copies,
-                *_lines(ops),
-                *state[:6],
-                *([f"{len(state) - 6} more"] if len(state) > 6 else []),
-                *shown,
-                *rest,
-            ]
-        )
+        lines = [where]
+        if block and block.copies:
+            scopes = [scope_text(call.scope) for call in (block, *block.copies)]
+            lines.append(f"stands for {some(scopes, 1)}")
+        lines += _lines(ops)
+        state = [f"{fqn_text(entry.name)} : {entry.type}" for entry in _state(ops)]
+        lines += state[:6]
+        if len(state) > 6:
+            lines.append(f"{len(state) - 6} more")
+        lines += [self._printer.op_call(op) for op in ops[:12]]
+        if len(ops) > 12:
+            lines.append(f"{len(ops) - 12} more ops")
+        return tip_text("\n".join(lines))
 
     # --- edges
 
     def _ends(self) -> None:
         """Draws the values that come from outside and that go there, and all edges."""
         edges = self._edges()
-        ends = self._given(edges)
-        whole: dict[tuple[str, str, str], list[Value]] = {}
+        ends = self._received(edges)
+        complete: dict[tuple[str, str, str], list[Value]] = {}
         for (tail, head, kind), values in edges.items():
             for value in values:
-                whole.setdefault((tail or ends[value], head, kind), []).append(value)
-        for (tail, head, kind), those in whole.items():
-            self._edge(tail, head, kind, those, named=not tail.startswith("in-"))
+                key = (tail or ends[value], head, kind)
+                complete.setdefault(key, []).append(value)
+        for (tail, head, kind), group in complete.items():
+            self._edge(tail, head, kind, group, named=not tail.startswith("in-"))
         self._returned(ends)
 
-    def _given(
+    def _received(
         self, edges: dict[tuple[str, str, str], dict[Value, None]]
     ) -> dict[Value, str]:
         """Value from outside -> the node it is drawn as."""
-        given = (
-            self._blocks[0].inputs
-            if self._stage is not None
-            else [v for v in self._program.inputs if v.uses]
-        )
-        readers: dict[Value, tuple[str, ...]] = dict.fromkeys(given, ())
+        inputs = [value for value in self._program.inputs if value.uses]
+        if self._stage is not None:
+            inputs = self._stages[0].inputs
+        readers: dict[Value, tuple[str, ...]] = dict.fromkeys(inputs, ())
         for (tail, head, _), values in edges.items():
-            for v in values if not tail else ():
-                readers[v] = (*readers.get(v, ()), head)
+            if tail:
+                continue
+            for value in values:
+                readers[value] = (*readers.get(value, ()), head)
         ends: dict[Value, str] = {}
-        for those in _gathered(list(readers), lambda v: (self._origin(v), readers[v])):
-            ends |= dict.fromkeys(
-                those, self._end("in", those, INPUT, self._origin(those[0]))
-            )
+        for group in _gathered(
+            list(readers), lambda value: (self._origin(value), readers[value])
+        ):
+            end = self._end("in", group, INPUT, self._origin(group[0]))
+            ends |= dict.fromkeys(group, end)
         return ends
 
     def _edges(self) -> dict[tuple[str, str, str], dict[Value, None]]:
@@ -295,19 +286,15 @@ class _BlockGraph:
             for value in op.reads:
                 tail = self._tail(value)
                 if tail is not None and tail != node:
-                    edges.setdefault((tail, node, self._kind(value, op)), {})[value] = (
-                        None
-                    )
+                    key = (tail, node, self._kind(value, op))
+                    edges.setdefault(key, {})[value] = None
         return edges
 
     def _tail(self, value: Value) -> str | None:
         """The node that a value comes from: '' for the outside, None for state, which comes from nowhere."""
         if isinstance(value.owner, StateEntry):
-            return (
-                ""
-                if self._stage is not None and value in self._blocks[0].inputs
-                else None
-            )
+            is_received = self._stage is not None and value in self._stages[0].inputs
+            return "" if is_received else None
         if value.owner is None:
             return ""
         return self._node.get(self._tree.drawn(value.owner), "")
@@ -326,11 +313,10 @@ class _BlockGraph:
     ) -> None:
         if kind != "inside":
             self._kinds[kind] = None
-        name = (
-            self._ids.edge(self._names[values[0]], head)
-            if len(values) == 1
-            else self._ids("values", f"{tail}_{head}".replace("-", "_"))
-        )
+        if len(values) == 1:
+            name = self._ids.edge(self._names[values[0]], head)
+        else:
+            name = self._ids("values", f"{tail}_{head}".replace("-", "_"))
         tip = self._tip(values)
         label = self._label(values) if named and not self._each_op else ""
         look = pen(kind, bytes_of(values)) | self._values(values, f"route-{kind}")
@@ -343,16 +329,15 @@ class _BlockGraph:
         if len(values) > 2:
             return rich(
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some([self._names[v] for v in values], 2), "s"),
+                (some([self._names[value] for value in values], 2), "s"),
                 pad=2,
             )
-        lines = []
-        for v in values:
-            lines += [
-                (self._names[v], "n"),
-                *([] if v in self._typed else [(short(type_text(v), 32), "s")]),
-            ]
-            self._typed.add(v)
+        lines: list[tuple[str, str]] = []
+        for value in values:
+            lines.append((self._names[value], "n"))
+            if value not in self._typed:
+                lines.append((short(type_text(value), 32), "s"))
+            self._typed.add(value)
         return rich(*lines, pad=2)
 
     def _end(
@@ -381,19 +366,21 @@ class _BlockGraph:
 
     def _returned(self, ends: dict[Value, str]) -> None:
         """Draws the values that leave the picture: to other stages, and as outputs of the model."""
+        tails = {value: self._tail(value) or ends.get(value) for value in self._goals}
         for values in _gathered(
-            list(self._goals), lambda v: (self._goals[v], self._tail(v) or ends.get(v))
+            list(self._goals), lambda value: (self._goals[value], tails[value])
         ):
-            tail = self._tail(values[0]) or ends.get(values[0])
+            tail = tails[values[0]]
             node = self._end("out", values, OUTPUT, self._goals[values[0]])
             if tail:
                 self._edge(tail, node, "inside", values, named=False)
 
     def _tip(self, values: Iterable[Value]) -> str:
-        return plain("\n".join(value_tip(v, self._names[v]) for v in values))
+        lines = [value_tip(value, self._names[value]) for value in values]
+        return tip_text("\n".join(lines))
 
     def _values(self, values: Iterable[Value], more: str = "") -> dict[str, str]:
-        names = [f"value-{bare(self._names[v])}" for v in values]
+        names = [f"value-{bare(self._names[value])}" for value in values]
         return {"class": " ".join([*names, *more.split()])} if names or more else {}
 
 
@@ -401,20 +388,24 @@ def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
     """Value -> its destination as text, for values that leave the picture of a stage, or of the whole
     program.
     """
-    stages: dict[Value, list[int]] = {v: [] for v in stage.outputs} if stage else {}
-    for t in program.transfers if stage else ():
-        if t.value in stages and t.route != "recompute":
-            stages[t.value].append(t.target)
+    targets: dict[Value, list[int]] = {}
+    if stage is not None:
+        targets = {value: [] for value in stage.outputs}
+    for transfer in program.transfers:
+        if transfer.value in targets and transfer.route != "recompute":
+            targets[transfer.value].append(transfer.target)
     numbers: dict[Value, list[int]] = {}
-    for number, item in enumerate(program.outputs):
-        if isinstance(item, Value) and (stage is None or item in stages):
-            numbers.setdefault(item, []).append(number)
+    for number, output in enumerate(program.outputs):
+        if isinstance(output, Value) and (stage is None or output in targets):
+            numbers.setdefault(output, []).append(number)
     texts = {
-        v: [f"to {stages_text(targets)}"] for v, targets in stages.items() if targets
+        value: [f"to {stages_text(stages)}"]
+        for value, stages in targets.items()
+        if stages
     }
-    for v, places in numbers.items():
-        texts.setdefault(v, []).append(outputs_text(program, places))
-    return {v: ", ".join(lines) for v, lines in texts.items()}
+    for value, places in numbers.items():
+        texts.setdefault(value, []).append(outputs_text(program, places))
+    return {value: ", ".join(lines) for value, lines in texts.items()}
 
 
 def _gathered(
@@ -431,11 +422,8 @@ def _gathered(
 
 def _state(ops: Iterable[Op]) -> list[StateEntry]:
     """The state that ops read, each entry once."""
-    return list(
-        dict.fromkeys(
-            v.owner for op in ops for v in op.reads if isinstance(v.owner, StateEntry)
-        )
-    )
+    owners = dict.fromkeys(value.owner for op in ops for value in op.reads)
+    return [owner for owner in owners if isinstance(owner, StateEntry)]
 
 
 def _counted(ops: Iterable[Op]) -> list[str]:
@@ -467,20 +455,16 @@ def _path(scope: Scope) -> str:
 
 
 def _title(block: ModuleCall) -> str:
-    return (
-        f"{block.name} to {block.copies[-1].name}  x {len(block.copies) + 1}"
-        if block.copies
-        else block.name
-    )
+    if not block.copies:
+        return block.name
+    return f"{block.name} to {block.copies[-1].name}  x {len(block.copies) + 1}"
 
 
 def _classes(block: ModuleCall) -> dict[str, str]:
     """A class for each module a block stands for."""
-    return {
-        "class": " ".join(
-            f"module-{reduced(_path(one.scope))}" for one in (block, *block.copies)
-        )
-    }
+    calls = (block, *block.copies)
+    classes = [f"module-{reduced(_path(call.scope))}" for call in calls]
+    return {"class": " ".join(classes)}
 
 
 def _cluster(depth: int, count: int) -> dict[str, str]:

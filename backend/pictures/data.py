@@ -27,17 +27,18 @@ class _Data:
         self._names = value_names(program)
 
     def program(self) -> dict[str, Any]:
-        p = self._program
-        data: dict[str, Any] = {"format": FORMAT, "name": p.name, "phase": p.phase}
-        data["inputs"] = [self._value(v) for v in p.inputs]
-        data["state"] = [self._entry(e) for e in p.state]
-        if p.phase == "traced":
-            data["ops"] = self._ops(p.ops)
-        data["stages"] = [self._stage(s) for s in p.stages]
-        data["transfers"] = [self._transfer(t) for t in p.transfers]
+        program = self._program
+        data: dict[str, Any] = {"format": FORMAT, "name": program.name}
+        data["phase"] = program.phase
+        data["inputs"] = [self._value(value) for value in program.inputs]
+        data["state"] = [self._entry(entry) for entry in program.state]
+        if program.phase == "traced":
+            data["ops"] = self._ops(program.ops)
+        data["stages"] = [self._stage(stage) for stage in program.stages]
+        data["transfers"] = [self._transfer(each) for each in program.transfers]
         data["outputs"] = [
-            self._names[item] if isinstance(item, Value) else repr(item)
-            for item in p.outputs
+            self._names[output] if isinstance(output, Value) else repr(output)
+            for output in program.outputs
         ]
         return data
 
@@ -48,43 +49,37 @@ class _Data:
             "bytes": value_bytes(value.type),
         }
 
-    def _entry(self, e: StateEntry) -> dict[str, Any]:
-        persistent = [name for name in e.names if name not in e.transient]
-        found = {
-            "names": list(e.names),
-            "kind": e.kind,
+    def _entry(self, entry: StateEntry) -> dict[str, Any]:
+        persistent = [name for name in entry.names if name not in entry.transient]
+        return {
+            "names": list(entry.names),
+            "kind": entry.kind,
             "persistent": persistent,
-            "stages": list(e.stages),
-            "share": e.share,
+            "stages": list(entry.stages),
+            "share": entry.share,
+            "type": str(entry.type),
+            "bytes": value_bytes(entry.type),
         }
-        return {**found, "type": str(e.type), "bytes": value_bytes(e.type)}
 
     def _stage(self, stage: Stage) -> dict[str, Any]:
-        inputs, outputs = (
-            [self._names[v] for v in values] for values in (stage.inputs, stage.outputs)
-        )
-        held = [name for names in stage.state.values() for name in names]
         return {
             "index": stage.index,
-            "inputs": inputs,
-            "outputs": outputs,
-            "state": held,
+            "inputs": [self._names[value] for value in stage.inputs],
+            "outputs": [self._names[value] for value in stage.outputs],
+            "state": [name for names in stage.state.values() for name in names],
             "ops": self._ops(stage.ops),
         }
 
-    def _transfer(self, t: Transfer) -> dict[str, Any]:
-        made = self._names[t.made] if t.made is not None else None
-        route = {
-            "source": t.source,
-            "target": t.target,
-            "route": t.route,
-            "via": list(t.via),
-            "made": made,
-        }
+    def _transfer(self, transfer: Transfer) -> dict[str, Any]:
+        copy = transfer.made
         return {
-            "value": self._names[t.value],
-            **route,
-            "bytes": value_bytes(t.value.type),
+            "value": self._names[transfer.value],
+            "source": transfer.source,
+            "target": transfer.target,
+            "route": transfer.route,
+            "via": list(transfer.via),
+            "made": None if copy is None else self._names[copy],
+            "bytes": value_bytes(transfer.value.type),
         }
 
     def _ops(self, ops: list[Op]) -> list[dict[str, Any]]:
@@ -96,8 +91,8 @@ class _Data:
         }
         return {
             "target": op.target,
-            "operands": [self._names[v] for v in op.operands],
-            "results": [self._value(v) for v in op.results],
+            "operands": [self._names[value] for value in op.operands],
+            "results": [self._value(value) for value in op.results],
             "versions": written,
             "random": op.effects.random,
             "module": scope_text(op.scope),

@@ -90,7 +90,7 @@ def reduced(name: str) -> str:
     return Namer()(name, "_") if name else name
 
 
-def plain(text: str) -> str:
+def tip_text(text: str) -> str:
     """A DOT string for a tooltip that shows `text`, even when it looks like markup."""
     shown: str = graphviz.nohtml(
         _printable(text).replace("&", "&amp;").replace("\n", "&#10;")
@@ -110,11 +110,10 @@ def _look(text: str, look: str) -> str:
     shown = html.escape(_printable(text).replace("\n", " ")) or " "
     if look == "b":
         return f"<B>{shown}</B>"
-    return (
-        shown
-        if look == "n"
-        else f'<FONT POINT-SIZE="9" COLOR="{GREY if look == "s" else look}">{shown}</FONT>'
-    )
+    if look == "n":
+        return shown
+    color = GREY if look == "s" else look
+    return f'<FONT POINT-SIZE="9" COLOR="{color}">{shown}</FONT>'
 
 
 def _printable(text: str) -> str:
@@ -127,11 +126,10 @@ def _printable(text: str) -> str:
 
 def short(text: str, most: int = 48) -> str:
     """`text`, cut in its middle where it is longer than `most`."""
-    return (
-        text
-        if len(text) <= most
-        else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
-    )
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
 def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
@@ -147,7 +145,7 @@ def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
     }
     graph = graphviz.Digraph(name, graph_attr=look | _FONT, node_attr=_NODE | _FONT)
     graph.attr("edge", **_FONT, fontsize="10", arrowsize="0.7")
-    graph.attr(label=rich((title, "n")), id=name, tooltip=plain(tooltip))
+    graph.attr(label=rich((title, "n")), id=name, tooltip=tip_text(tooltip))
     return graph
 
 
@@ -165,11 +163,10 @@ def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
 def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
     """A box that says what the kinds of edges mean."""
     cell = '<TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="{}">{}</FONT></TD>'
-    known = [kind for kind in MEANING if kind in kinds]
-    rows = [
-        f"<TR>{cell.format(PENS[k]['color'], _SAMPLES[k])}{cell.format(GREY, MEANING[k])}</TR>"
-        for k in known
-    ]
+    rows: list[str] = []
+    for kind in (kind for kind in MEANING if kind in kinds):
+        sample = cell.format(PENS[kind]["color"], _SAMPLES[kind])
+        rows.append(f"<TR>{sample}{cell.format(GREY, MEANING[kind])}</TR>")
     table = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{"".join(rows)}</TABLE>>'
     if rows:
         graph.node(
@@ -184,12 +181,9 @@ def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
 
 def type_text(value: Value) -> str:
     """A value's type without strides, device and gradient."""
-    kind = value.type
-    return (
-        f"{kind.dtype}[{','.join(map(str, kind.shape))}]"
-        if isinstance(kind, TensorType)
-        else str(kind)
-    )
+    if not isinstance(value.type, TensorType):
+        return str(value.type)
+    return f"{value.type.dtype}[{','.join(map(str, value.type.shape))}]"
 
 
 def bytes_of(values: Iterable[Value]) -> list[int | None]:
@@ -200,40 +194,36 @@ def bytes_of(values: Iterable[Value]) -> list[int | None]:
 def total_text(values: Iterable[Value]) -> str:
     """The bytes of all values together, with a `+` after them where a size is dynamic."""
     sizes = bytes_of(values)
-    known = [size for size in sizes if size is not None]
-    return (
-        "dynamic"
-        if sizes and not known
-        else size_text(sum(known)) + "+" * (len(known) < len(sizes))
-    )
+    numbers = [size for size in sizes if size is not None]
+    if sizes and not numbers:
+        return "dynamic"
+    more = "+" if len(numbers) < len(sizes) else ""
+    return f"{size_text(sum(numbers))}{more}"
 
 
 def value_tip(value: Value, name: str) -> str:
     """The tooltip of a value: name, type, bytes, and where it is made."""
-    made = _place(value.owner) if isinstance(value.owner, Op) else ""
-    return "\n".join(
-        filter(None, (f"{name} : {value.type}", total_text([value]), made))
-    )
+    lines = [f"{name} : {value.type}", total_text([value])]
+    if isinstance(value.owner, Op):
+        lines.append(_place(value.owner))
+    return "\n".join(filter(None, lines))
 
 
 def _place(op: Op) -> str:
-    """Where an op comes from. The file stands without its folder, as in text, so that a picture is the same
-    wherever the model and torch are installed.
+    """The origin of an op, as errors show it. The file stands without its folder, as in text, so that a
+    picture is the same wherever the model and torch are installed.
     """
-    where = op.where()
-    return (
-        PurePath(op.loc.file).name + where.removeprefix(op.loc.file)
-        if op.loc
-        else where
-    )
+    if op.loc is None:
+        return op.where()
+    return PurePath(op.loc.file).name + op.where().removeprefix(op.loc.file)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
-    return ", ".join(
-        [short(n) for n in names[:most]]
-        + ([f"{len(names) - most} more"] if len(names) > most else [])
-    )
+    parts = [short(name) for name in names[:most]]
+    if len(names) > most:
+        parts.append(f"{len(names) - most} more")
+    return ", ".join(parts)
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -244,25 +234,30 @@ def spans(numbers: Iterable[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return ", ".join(
+        f"{first}" if first == last else f"{first}-{last}" for first, last in runs
+    )
 
 
 def outputs_text(program: Program, places: Iterable[int]) -> str:
     """`output 0: logits`, or `outputs 1-2: hidden`; without names where the model's result has none."""
     numbers = sorted(set(places))
-    names = [
-        (n, program.output_names[n]) for n in numbers if n < len(program.output_names)
+    names = dict(enumerate(program.output_names))
+    told = [
+        names[number]
+        for number in numbers
+        if names.get(number, "") not in ("", f"[{number}]")
     ]
-    told = [name for n, name in names if name not in ("", f"[{n}]")]
-    return f"output{'s' * (len(numbers) > 1)} {spans(numbers)}" + (
-        f": {some(told)}" if told else ""
-    )
+    noun = "outputs" if len(numbers) > 1 else "output"
+    text = f"{noun} {spans(numbers)}"
+    return f"{text}: {some(told)}" if told else text
 
 
 def stages_text(numbers: Iterable[int]) -> str:
     """`stage 3`, or `stages 1-3, 5`."""
-    found = set(numbers)
-    return f"stage{'s' if len(found) > 1 else ''} {spans(found)}"
+    distinct = set(numbers)
+    noun = "stages" if len(distinct) > 1 else "stage"
+    return f"{noun} {spans(distinct)}"
 
 
 def is_tied(entry: StateEntry) -> bool:
@@ -271,18 +266,22 @@ def is_tied(entry: StateEntry) -> bool:
 
 
 def state_lines(
-    states: Iterable[StateEntry], written: set[Value], here: int | None
+    states: Iterable[StateEntry], written: set[Value], stage: int | None
 ) -> list[tuple[str, str]]:
-    """A line for each tied tensor of a part, and one line for all that the part writes."""
+    """A line for each tied tensor of a part of a stage, and one line for all that the part writes."""
     states = list(states)
-    lines = [(f"tied {_tied(entry, here)}", TIED) for entry in states if is_tied(entry)]
+    lines = [
+        (f"tied {_tied(entry, stage)}", TIED) for entry in states if is_tied(entry)
+    ]
+    if len(lines) > 4:
+        lines[3:] = [(f"{len(lines) - 3} more tied", TIED)]
     names = [fqn_text(entry.name) for entry in states if entry.value in written]
-    more = [(f"{len(lines) - 3} more tied", TIED)] if len(lines) > 4 else []
-    lines = lines[:3] + more if more else lines
-    return lines + ([(f"writes {some(names, 1)}", WRITTEN)] if names else [])
+    if names:
+        lines.append((f"writes {some(names, 1)}", WRITTEN))
+    return lines
 
 
-def _tied(entry: StateEntry, here: int | None) -> str:
-    others = [stage for stage in entry.stages if stage != here]
+def _tied(entry: StateEntry, stage: int | None) -> str:
+    others = [other for other in entry.stages if other != stage]
     names = " = ".join(short(fqn_text(name)) for name in entry.names[:2])
     return f"{names}, also in {stages_text(others)}" if others else names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from stagecut.ir.graph import (
@@ -28,7 +29,7 @@ class ModuleCall:
     """
 
     scope: Scope
-    items: list[ModuleCall | Op] = field(default_factory=list)
+    parts: list[ModuleCall | Op] = field(default_factory=list)
     copies: list[ModuleCall] = field(default_factory=list)
     carried: list[Value] = field(default_factory=list)
 
@@ -40,19 +41,19 @@ class ModuleCall:
 
     def ops(self) -> Iterator[Op]:
         """All ops inside, without those of folded copies."""
-        for item in self.items:
-            if isinstance(item, Op):
-                yield item
+        for part in self.parts:
+            if isinstance(part, Op):
+                yield part
             else:
-                yield from item.ops()
+                yield from part.ops()
 
     def every_op(self) -> Iterator[Op]:
         """All ops inside, including those of folded copies."""
-        for item in self.items:
-            if isinstance(item, Op):
-                yield item
+        for part in self.parts:
+            if isinstance(part, Op):
+                yield part
                 continue
-            for block in (item, *item.copies):
+            for block in (part, *part.copies):
                 yield from block.every_op()
 
 
@@ -81,16 +82,16 @@ def folded(ops: Iterable[Op]) -> Folded:
 
 def _tree(ops: Iterable[Op]) -> ModuleCall:
     root = ModuleCall(())
-    known: dict[Scope, ModuleCall] = {(): root}
+    calls: dict[Scope, ModuleCall] = {(): root}
     for op in ops:
         block = root
         for depth in range(1, len(op.scope) + 1):
             scope = op.scope[:depth]
-            if scope not in known:
-                known[scope] = ModuleCall(scope)
-                block.items.append(known[scope])
-            block = known[scope]
-        block.items.append(op)
+            if scope not in calls:
+                calls[scope] = ModuleCall(scope)
+                block.parts.append(calls[scope])
+            block = calls[scope]
+        block.parts.append(op)
     return root
 
 
@@ -101,20 +102,20 @@ def _fold(tree: Folded, block: ModuleCall) -> None:
     kept: list[ModuleCall | Op] = []
     last: _Shape | None = None
     links: dict[int, int] | None = None
-    for item in block.items:
-        shape = _Shape(item) if isinstance(item, ModuleCall) else None
-        found = shape.follows(last) if shape and last else None
-        if shape and last and found is not None and links in (None, found):
-            links = found
+    for part in block.parts:
+        shape = _Shape(part) if isinstance(part, ModuleCall) else None
+        new_links = shape.follows(last) if shape and last else None
+        if shape and new_links is not None and links in (None, new_links):
+            links = new_links
             _add(tree, kept[-1], shape)
         else:
-            kept.append(item)
+            kept.append(part)
             links = None
         last = shape
-    block.items = kept
-    for item in kept:
-        if isinstance(item, ModuleCall):
-            _fold(tree, item)
+    block.parts = kept
+    for part in kept:
+        if isinstance(part, ModuleCall):
+            _fold(tree, part)
 
 
 def _add(tree: Folded, first: Any, copy: _Shape) -> None:
@@ -134,10 +135,8 @@ class _Shape:
     def __init__(self, block: ModuleCall) -> None:
         self.block, self.path = block, scope_fqn(block.scope) + "."
         self.ops = list(block.ops())
-        self.inside = {
-            value: place
-            for place, value in enumerate(v for op in self.ops for v in _defined(op))
-        }
+        defined = chain.from_iterable(map(_defined, self.ops))
+        self.inside = {value: place for place, value in enumerate(defined)}
         self.outside: dict[Value, int] = {}
         self.lines = [self._op(op) for op in self.ops]
 
@@ -151,31 +150,25 @@ class _Shape:
         if self.lines != other.lines:
             return None
         links: dict[int, int] = {}
-        for mine, theirs in zip(self.outside, other.outside, strict=True):
-            if mine in other.inside:
-                links[self.outside[mine]] = other.inside[mine]
-            elif mine is not theirs:
+        for value, other_value in zip(self.outside, other.outside, strict=True):
+            if value in other.inside:
+                links[self.outside[value]] = other.inside[value]
+            elif value is not other_value:
                 return None
         readers = {*self.ops, *other.ops}
-        return (
-            links
-            if all(
-                user in readers
-                for op in other.ops
-                for v in op.definitions()
-                for user in v.uses
-            )
-            else None
-        )
+        for op in other.ops:
+            if any(not readers.issuperset(value.uses) for value in op.definitions()):
+                return None
+        return links
 
     def _op(self, op: Op) -> str:
         regions = [self._region(region) for region in op.regions]
         types = [str(value.type) for value in op.definitions()]
         scope = op.scope[len(self.block.scope) :]
         parts = (
-            self._plain((op.args, op.kwargs, [*op.versions])),
+            self._without_names((op.args, op.kwargs, [*op.versions])),
             op.form,
-            self._plain((op.effects.writes, op.effects.views)),
+            self._without_names((op.effects.writes, op.effects.views)),
             (op.effects.random, op.effects.effect),
             [*map(_context, op.context)],
             types,
@@ -186,26 +179,23 @@ class _Shape:
 
     def _region(self, region: Block) -> Any:
         return (
-            [str(p.type) for p in region.inputs],
+            [str(value.type) for value in region.inputs],
             [self._op(op) for op in region.ops],
-            self._plain(region.outputs),
+            self._without_names(region.outputs),
         )
 
-    def _plain(self, tree: Any) -> Any:
+    def _without_names(self, tree: Any) -> Any:
         return transform(tree, self._leaf)
 
-    def _leaf(self, item: Any) -> Any:
-        if type(item) is not Value:
-            return item
-        if item in self.inside:
-            return "inside", self.inside[item]
-        if isinstance(item.owner, StateEntry):
-            return self._state(item.owner)
-        return (
-            "outside",
-            self.outside.setdefault(item, len(self.outside)),
-            str(item.type),
-        )
+    def _leaf(self, leaf: Any) -> Any:
+        if type(leaf) is not Value:
+            return leaf
+        if leaf in self.inside:
+            return "inside", self.inside[leaf]
+        if isinstance(leaf.owner, StateEntry):
+            return self._state(leaf.owner)
+        place = self.outside.setdefault(leaf, len(self.outside))
+        return "outside", place, str(leaf.type)
 
     def _state(self, entry: StateEntry) -> Any:
         own = [

@@ -41,7 +41,7 @@ class Timeline(Protocol):
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
 
     @property
     def title(self) -> str:
@@ -99,22 +99,30 @@ def gantt(timeline: Timeline) -> str:
 
 
 def _axis(timeline: Timeline) -> Axis:
-    lengths = sorted(e.end - e.start for e in timeline.events if e.end > e.start)
+    spans = [event.end - event.start for event in timeline.events]
+    lengths = sorted(length for length in spans if length > 0)
     total = timeline.seconds or 1.0
-    room = ROOMS[len(lengths) > 60 * timeline.ranks]
-    wanted = room / lengths[len(lengths) // 2] * total if lengths else LEAST
-    scale = min(max(wanted, LEAST), MOST) / total
-    unit, per_second = next(
-        ((u, n) for u, n in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if total * n >= 1),
-        ("ns", 1e9),
-    )
+    few, many = ROOMS
+    room = many if len(lengths) > 60 * timeline.ranks else few
+    width = room / lengths[len(lengths) // 2] * total if lengths else LEAST
+    scale = min(max(width, LEAST), MOST) / total
+    unit, per_second = _unit(total)
     return Axis(scale, unit, per_second, _round(90 / scale))
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    """The largest unit of which a time is at least one, and how many of it are a second."""
+    for unit, per_second in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * per_second >= 1:
+            return unit, per_second
+    return "ns", 1e9
 
 
 def _round(seconds: float) -> float:
     """The next larger number of 1, 2 or 5 and a power of ten."""
     power = 10.0 ** math.floor(math.log10(seconds))
-    return next(n * power for n in (1, 2, 5, 10) if n * power >= seconds * 0.999)
+    steps = (factor * power for factor in (1, 2, 5, 10))
+    return next(step for step in steps if step >= seconds * 0.999)
 
 
 def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
@@ -122,10 +130,8 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
     title = f"{timeline.title}: {share}" if timeline.title else share
     yield f'<text x="12" y="20" font-size="14">{escape(title)}</text>'
     x = 12.0
-    kinds = [
-        kind for kind in NAMES if any(e.step.kind == kind for e in timeline.events)
-    ]
-    for kind in kinds:
+    kinds = {event.step.kind for event in timeline.events}
+    for kind in (kind for kind in NAMES if kind in kinds):
         yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{COLORS[kind][0]}"/>'
         yield f'<text x="{x + 18:g}" y="42">{NAMES[kind]}</text>'
         x += 34 + 5.6 * len(NAMES[kind])
@@ -134,7 +140,8 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
         'stroke="#d0d6db"/>'
     )
     yield f'<text x="{x + 18:g}" y="42">bubble</text>'
-    if len({(e.rank, e.step.stage) for e in timeline.events}) > timeline.ranks:
+    rows = {(event.rank, event.step.stage) for event in timeline.events}
+    if len(rows) > timeline.ranks:
         yield f'<text x="{x + 78:g}" y="42" fill="#66707a">lighter: further stages of a rank</text>'
 
 
@@ -154,7 +161,7 @@ def _row(
 ) -> Iterator[str]:
     """The row of a rank: the bubble in the background, its steps on top, and its share at the end."""
     top = TOP + ROW * rank + (ROW - BOX) / 2
-    busy = sum(e.end - e.start for e in events)
+    busy = sum(event.end - event.start for event in events)
     waits = timeline.seconds - busy
     share = 100 * waits / timeline.seconds if timeline.seconds else 0.0
     yield f'<g id="rank-{rank}"><text x="12" y="{top + 16:g}">rank {rank}</text>'
@@ -163,7 +170,7 @@ def _row(
         f'<rect x="{LEFT}" y="{top:g}" width="{timeline.seconds * axis.scale:.2f}" height="{BOX}" '
         'fill="url(#stagecut-bubble)"/></g>'
     )
-    stages = sorted({e.step.stage for e in events})
+    stages = sorted({event.step.stage for event in events})
     for event in events:
         yield from _box(axis, top, event, stages)
     yield (

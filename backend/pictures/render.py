@@ -45,9 +45,9 @@ def _path(name: str) -> str | None:
 
 
 def _missing(names: tuple[str, ...]) -> StagecutError:
-    wanted = " and ".join(f"`{name}`" for name in names)
+    programs = " and ".join(f"`{name}`" for name in names)
     return StagecutError(
-        f"no program that draws pictures is installed: looked for {wanted}, beside Python and on the PATH",
+        f"no program that draws pictures is installed: looked for {programs}, beside Python and on the PATH",
         hint=(
             'pip install "stagecut[pictures]"; or Graphviz: apt-get install graphviz, '
             "brew install graphviz; to_dot needs no program"
@@ -64,11 +64,9 @@ def _run(program: str, source: str) -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (
-            error.stderr.decode(errors="replace").strip()
-            if isinstance(error, subprocess.CalledProcessError)
-            else ""
-        )
+        said = ""
+        if isinstance(error, subprocess.CalledProcessError):
+            said = error.stderr.decode(errors="replace").strip()
         raise StagecutError(
             f"a picture could not be drawn: {error} {said}".rstrip(),
             hint=f"install it anew: {program}",

@@ -4,8 +4,8 @@ stages share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import graphviz
@@ -22,13 +22,13 @@ from stagecut.backend.pictures.drawing import (
     legend,
     outputs_text,
     pen,
-    plain,
     reduced,
     rich,
     some,
     spans,
     stages_text,
     state_lines,
+    tip_text,
     total_text,
     type_text,
     value_tip,
@@ -63,20 +63,17 @@ def hops(program: Program) -> list[Hop]:
     """The ways of all crossing values. A value that several stages read goes from reader to reader when it is
     relayed.
     """
-    found, at = [], dict[Value, int]()
-    for t in sorted(program.transfers, key=lambda t: t.target):
-        route = t.route or "send"
-        found.append(
-            Hop(
-                t.value,
-                at.get(t.value, t.source) if route == "relay" else t.source,
-                t.target,
-                route,
-            )
-        )
+    ways: list[Hop] = []
+    last_readers: dict[Value, int] = {}
+    for transfer in sorted(program.transfers, key=lambda transfer: transfer.target):
+        value, tail, head = transfer.value, transfer.source, transfer.target
+        route = transfer.route or "send"
+        if route == "relay":
+            tail = last_readers.get(value, tail)
+        ways.append(Hop(value, tail, head, route))
         if route in ("send", "relay"):
-            at[t.value] = t.target
-    return found
+            last_readers[value] = head
+    return ways
 
 
 class _StageGraph:
@@ -86,7 +83,10 @@ class _StageGraph:
             "stages", f"{program.name}: {len(program.stages)} stages", program.name
         )
         self._homes = homes_of(program)
-        self._transfers = {(t.value, t.target): t for t in program.transfers}
+        self._transfers = {
+            (transfer.value, transfer.target): transfer
+            for transfer in program.transfers
+        }
         drawn, notes = _told_apart(hops(program))
         for stage in program.stages:
             self._stage(stage, [hop for hop in notes if hop.head == stage.index])
@@ -98,44 +98,30 @@ class _StageGraph:
         legend(self.graph, "stages", [*kinds, *self._tied()])
 
     def _stage(self, stage: Stage, notes: list[Hop]) -> None:
-        held = [entry.value for entry in stage.state]
-        written = written_in(stage.ops, held)
-        lines = [
-            (f"stage {stage.index}", "b"),
-            *((text, "n") for text in modules_text(stage, self._homes)),
-        ]
-        size = (
-            f"{len(stage.ops)} ops, state {total_text(held) if held else size_text(0)}"
-        )
-        lines += [(size, "s"), *state_lines(stage.state, written, stage.index)]
-        lines += [
-            (f"fed {some(names)}", "s") for names in [self._of(notes, "feed")] if names
-        ]
-        lines += [
-            (f"computes again {some(names)}", "s")
-            for names in [self._of(notes, "recompute")]
-            if names
-        ]
-        scopes = dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope)
-        tip = "\n".join(
-            [
-                f"stage {stage.index}",
-                *list(scopes)[:40],
-                *(f"holds {fqn_text(e.name)}" for e in [*stage.state][:20]),
-            ]
-        )
+        state = [entry.value for entry in stage.state]
+        written = written_in(stage.ops, state)
+        lines = [(f"stage {stage.index}", "b")]
+        lines += [(text, "n") for text in modules_text(stage, self._homes)]
+        size = total_text(state) if state else size_text(0)
+        lines.append((f"{len(stage.ops)} ops, state {size}", "s"))
+        lines += state_lines(stage.state, written, stage.index)
+        lines += self._note_lines(notes)
         color = {"color": WRITTEN} if written else {}
         self.graph.node(
             f"stage-{stage.index}",
             rich(*lines),
             id=f"stage-{stage.index}",
-            tooltip=plain(tip),
+            tooltip=tip_text(_stage_tip(stage)),
             fillcolor="#f3f5f7",
             **color,
         )
 
-    def _of(self, notes: list[Hop], route: str) -> list[str]:
-        return [self._names[hop.value] for hop in notes if hop.route == route]
+    def _note_lines(self, notes: list[Hop]) -> Iterator[tuple[str, str]]:
+        """The values that are named in their stage, because they have no edges."""
+        for route, verb in (("feed", "fed"), ("recompute", "computes again")):
+            names = [self._names[hop.value] for hop in notes if hop.route == route]
+            if names:
+                yield f"{verb} {some(names)}", "s"
 
     def _inputs(self, drawn: list[Hop]) -> dict[Value, str]:
         """Input -> the node it is drawn as. Inputs that go the same ways share a node when they are many."""
@@ -146,27 +132,22 @@ class _StageGraph:
             if hop.tail is None and hop.value in ways:
                 ways[hop.value].append((hop.head, hop.route))
         ends: dict[Value, str] = {}
-        returned = {item for item in self._program.outputs if isinstance(item, Value)}
-        for values in _many(self._program.inputs, lambda v: tuple(ways[v])):
+        returned = set(self._program.output.operands)
+        for values in _many(self._program.inputs, lambda value: tuple(ways[value])):
             # a number that was fixed in the trace goes nowhere
             if ways[values[0]] or values[0] in returned:
-                ends |= dict.fromkeys(
-                    values,
-                    self._end("input", values, INPUT, _input_text(self._names, values)),
-                )
+                head = _input_text(self._names, values)
+                ends |= dict.fromkeys(values, self._end("input", values, INPUT, head))
         return ends
 
     def _end(
         self, kind: str, values: list[Value], look: dict[str, str], head: str
     ) -> str:
         node = self._ids(kind, self._names[values[0]])
-        lines = [
-            (head, "b"),
-            (type_text(values[0]) if len(values) == 1 else total_text(values), "s"),
-        ]
+        size = type_text(values[0]) if len(values) == 1 else total_text(values)
         self.graph.node(
             node,
-            rich(*lines, align="CENTER"),
+            rich((head, "b"), (size, "s"), align="CENTER"),
             id=node,
             tooltip=self._tip(values),
             **self._classes(values),
@@ -175,38 +156,31 @@ class _StageGraph:
         return node
 
     def _tip(self, values: Iterable[Value], more: str = "") -> str:
-        return plain(
-            "\n".join(
-                [*(value_tip(v, self._names[v]) for v in values), *filter(None, [more])]
-            )
-        )
+        lines = [value_tip(value, self._names[value]) for value in values]
+        if more:
+            lines.append(more)
+        return tip_text("\n".join(lines))
 
     def _classes(self, values: Iterable[Value], more: str = "") -> dict[str, str]:
-        return {
-            "class": " ".join(
-                [*(f"value-{bare(self._names[v])}" for v in values), *more.split()]
-            )
-        }
+        classes = [f"value-{bare(self._names[value])}" for value in values]
+        return {"class": " ".join([*classes, *more.split()])}
 
     def _edges(self, tail: str, head: int, route: str, values: list[Value]) -> None:
         if len(values) > FEW:
             name = reduced(f"{tail}_{head}_{route}".replace("-", "_"))
             text = [
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some([self._names[v] for v in values]), "s"),
+                (some([self._names[value] for value in values]), "s"),
             ]
             self._edge(tail, head, route, values, self._ids("values", name), text)
             return
         for value in values:
             name = self._names[value]
-            text = (
-                [(name, "n"), (f"{type_text(value)}, {total_text([value])}", "s")]
-                if not tail.startswith("input")
-                else []
-            )
-            self._edge(
-                tail, head, route, [value], self._ids.edge(name, f"{head}"), text
-            )
+            text = [(name, "n"), (f"{type_text(value)}, {total_text([value])}", "s")]
+            if tail.startswith("input"):
+                text = []
+            edge = self._ids.edge(name, f"{head}")
+            self._edge(tail, head, route, [value], edge, text)
 
     def _edge(
         self,
@@ -235,18 +209,19 @@ class _StageGraph:
             for value in stage.outputs
         }
         places: dict[Value, list[int]] = {}
-        for number, item in enumerate(self._program.outputs):
-            if isinstance(item, Value) and (item in home or item in inputs):
-                places.setdefault(item, []).append(number)
-        for values in _many(list(places), lambda v: home.get(v, inputs.get(v))):
-            head = outputs_text(self._program, (n for v in values for n in places[v]))
+        for number, output in enumerate(self._program.outputs):
+            if isinstance(output, Value) and (output in home or output in inputs):
+                places.setdefault(output, []).append(number)
+        ends = inputs | home
+        for values in _many(list(places), ends.__getitem__):
+            numbers = chain.from_iterable(places[value] for value in values)
+            head = outputs_text(self._program, numbers)
             node = self._end("output", values, OUTPUT, head)
-            text = [(some([self._names[v] for v in values]), "n")]
+            text = [(some([self._names[value] for value in values]), "n")]
             look = pen("send", bytes_of(values)) | self._classes(values, "route-output")
             name, tip = f"{node}-edge", self._tip(values)
-            tail = home.get(values[0]) or inputs[values[0]]
             self.graph.edge(
-                tail,
+                ends[values[0]],
                 node,
                 rich(*text, pad=2),
                 id=name,
@@ -263,9 +238,9 @@ class _StageGraph:
                 for pair in pairwise(entry.stages):
                     pairs.setdefault(pair, []).append(fqn_text(entry.name))
         for (left, right), names in pairs.items():
-            tip, name = plain("tied: " + "\n".join(names)), f"tied-{left}-{right}"
+            tip = tip_text("tied: " + "\n".join(names))
             look = pen("tied", ()) | {
-                "id": name,
+                "id": f"tied-{left}-{right}",
                 "tooltip": tip,
                 "labeltooltip": tip,
                 "penwidth": "1.5",
@@ -285,13 +260,16 @@ def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
     """
     drawn: list[Hop] = []
     notes: list[Hop] = []
-    same: dict[tuple[str, Value], list[Hop]] = {}
+    groups: dict[tuple[str, Value], list[Hop]] = {}
     for hop in ways:
-        same.setdefault((hop.route, hop.value), []).append(hop)
-    for (route, _), those in same.items():
-        many = route in ("feed", "recompute") and len(those) > FEW
-        notes += those if many else []
-        drawn += those[: route == "feed"] if many else those
+        groups.setdefault((hop.route, hop.value), []).append(hop)
+    for (route, _), group in groups.items():
+        if route not in ("feed", "recompute") or len(group) <= FEW:
+            drawn += group
+            continue
+        notes += group
+        if route == "feed":
+            drawn.append(group[0])
     return drawn, notes
 
 
@@ -311,11 +289,16 @@ def _many(values: list[Value], key: Callable[[Value], Hashable]) -> list[list[Va
     groups: dict[Hashable, list[Value]] = {}
     for value in values:
         groups.setdefault(key(value), []).append(value)
-    return [
-        part
-        for group in groups.values()
-        for part in ([group] if len(group) > FEW else [[value] for value in group])
-    ]
+    parts: list[list[Value]] = []
+    for group in groups.values():
+        parts += [group] if len(group) > FEW else [[value] for value in group]
+    return parts
+
+
+def _stage_tip(stage: Stage) -> str:
+    scopes = dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope)
+    state = [f"holds {fqn_text(entry.name)}" for entry in [*stage.state][:20]]
+    return "\n".join([f"stage {stage.index}", *list(scopes)[:40], *state])
 
 
 def _input_text(names: dict[Value, str], values: list[Value]) -> str:
@@ -332,11 +315,9 @@ def modules_text(
     paths = list(dict.fromkeys(_whole(scope, homes) for scope in own)) or [()]
     around = {path[:length] for path in paths for length in range(len(path))}
     lines = _runs([scope_fqn(path).split(".") for path in paths if path not in around])
-    return (
-        lines
-        if len(lines) <= most
-        else [*lines[: most - 1], f"{len(lines) - most + 1} more"]
-    )
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 1], f"{len(lines) - most + 1} more"]
 
 
 def homes_of(program: Program) -> dict[Scope, set[int]]:
@@ -351,37 +332,34 @@ def homes_of(program: Program) -> dict[Scope, set[int]]:
 
 def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
     """The outermost call around an op that runs in one stage only, else the innermost one."""
-    return next(
-        (
-            scope[:length]
-            for length in range(1, len(scope) + 1)
-            if len(homes[scope[:length]]) == 1
-        ),
-        scope,
-    )
+    for length in range(1, len(scope)):
+        if len(homes[scope[:length]]) == 1:
+            return scope[:length]
+    return scope
 
 
 def _runs(paths: list[list[str]]) -> list[str]:
     """The paths as text; neighbours that differ only in a number are one line."""
     runs: list[tuple[list[str], list[int]]] = []
     for path in paths:
-        number = [int(path[-1])] if path[-1].isdecimal() else []
-        if (
-            runs
-            and number
-            and runs[-1][1]
-            and runs[-1][0][:-1] == path[:-1]
-            and number[0] == runs[-1][1][-1] + 1
-        ):
-            runs[-1][1].append(number[0])
+        *parents, last = path
+        if not last.isdecimal():
+            runs.append((path, []))
+        elif runs and _continues(runs[-1], parents, int(last)):
+            runs[-1][1].append(int(last))
         else:
-            runs.append((path, number))
+            runs.append((path, [int(last)]))
     return [_line(path, numbers) for path, numbers in runs]
 
 
+def _continues(
+    run: tuple[list[str], list[int]], parents: list[str], number: int
+) -> bool:
+    path, numbers = run
+    return path[:-1] == parents and numbers[-1:] == [number - 1]
+
+
 def _line(path: list[str], numbers: list[int]) -> str:
-    name = (
-        ".".join([*path[:-1], spans(numbers) if numbers else path[-1]])
-        or "the model itself"
-    )
+    last = spans(numbers) if numbers else path[-1]
+    name = ".".join([*path[:-1], last]) or "the model itself"
     return f"{name}  x {len(numbers)}" if len(numbers) > 1 else name

@@ -28,9 +28,7 @@ def refuse_feedback(program: Program, training: bool = True) -> None:
     for entry in program.state:
         if entry.share != "feedback":
             continue
-        ops = [
-            op for stage in program.stages for op in stage.ops if _touches(op, entry)
-        ]
+        ops = [op for op in program.all_ops() if _touches(op, entry)]
         if not training and all(_follows_mode(op) for op in ops if op.effects.writes):
             continue
         raise StagecutError(
@@ -46,16 +44,14 @@ def _refuse_writes_past_autograd(program: Program) -> None:
     backward there would see the old values.
     """
     for stage in program.stages:
-        here = set(stage.ops)
+        own = {*stage.ops, stage.output}
         for op in stage.ops:
             if not facts(op).past_autograd or not carries_grad(op.operands[0].type):
                 continue
             root = storage_root(op.operands[0])
-            if (
-                isinstance(root.owner, StateEntry)
-                or root.owner in here
-                or (root.owner is None and root.uses.keys() <= {*here, stage.output})
-            ):
+            if isinstance(root.owner, StateEntry) or root.owner in own:
+                continue
+            if root.owner is None and root.uses.keys() <= own:
                 continue
             for writer, _ in writes_of(stage.ops, op.results):
                 raise StagecutError(
@@ -70,21 +66,20 @@ def _refuse_writes_past_autograd(program: Program) -> None:
 
 
 def _follows_mode(op: Op) -> bool:
-    return (
-        any(isinstance(item, Mode) and item.is_flag for item in op.args)
-        and op.target != BY_MODE
-    )
+    if op.target == BY_MODE:
+        return False
+    return any(isinstance(operand, Mode) and operand.is_flag for operand in op.args)
 
 
 def _touches(op: Op, entry: StateEntry) -> bool:
     return any(unwritten(value) is entry.value for value in op.reads)
 
 
-def written_inputs(block: Stage) -> set[Value]:
+def written_inputs(stage: Stage) -> set[Value]:
     """The inputs that a stage writes in place, directly or through a view. A receiver must own them: they
     cannot be leaves.
     """
-    return written_in(block.ops, block.inputs)
+    return written_in(stage.ops, stage.inputs)
 
 
 def lives_in_buffer(value: Value) -> bool:
@@ -95,27 +90,31 @@ def lives_in_buffer(value: Value) -> bool:
     return isinstance(owner, StateEntry) and owner.kind == "buffer"
 
 
-def backward_is_whole(block: Stage, received: set[Value], sent: set[Value]) -> bool:
+def backward_is_whole(stage: Stage, received: set[Value], sent: set[Value]) -> bool:
     """True when the backward of a stage must not be split into one for its inputs and one for its weights.
 
     torch's split follows each weight to the point where it meets a received value. It misses a weight that
     reaches an output without meeting one, and it takes a graph apart twice where a weight meets received
     values in two places. It is not known what happens inside a module kept whole or a body.
     """
-    if any(
-        module_path(op) or op.regions or any(c.kind in WHOLE for c in op.context)
-        for op in block.ops
-    ):
+    if any(map(_is_closed, stage.ops)):
         return True
     meets = set(received)
-    own = {entry.value for entry in block.state if entry.kind == "param"}
-    for op in block.ops:
+    own = {entry.value for entry in stage.state if entry.kind == "param"}
+    for op in stage.ops:
         carrying = [value for value in op.definitions() if carries_grad(value.type)]
         if any(value in meets for value in op.operands):
             meets.update(carrying)
         elif any(value in own for value in op.operands):
             own.update(carrying)
-    here = set(block.ops)
+    ops = set(stage.ops)
     return any(value in own for value in sent) or any(
-        sum(user in here for user in value.uses) > 1 for value in own
+        sum(user in ops for user in value.uses) > 1 for value in own
     )
+
+
+def _is_closed(op: Op) -> bool:
+    """True for a module kept whole, an op with a body, and an op in a region that runs as a whole."""
+    if module_path(op) or op.regions:
+        return True
+    return any(context.kind in WHOLE for context in op.context)

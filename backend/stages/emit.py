@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ from stagecut.ir.graph import (
     Block,
     Context,
     Kind,
+    Loc,
     Mode,
     Namer,
     Op,
     Program,
     RegionRef,
+    Scope,
     StateEntry,
     Token,
     Value,
@@ -43,11 +46,11 @@ from stagecut.ir.graph import (
     nested_ops,
     scope_fqn,
 )
-from stagecut.ir.graph import Stage as StageBlock
+from stagecut.ir.graph import Stage as IrStage
 from stagecut.ir.outline import Positions, positions
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.targets import DEVICE, check_op, constant
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import Dim, TensorType
 
 _OWN_WORDS = (
     "_ self torch aten operator math builtins getattr slice complex inf nan forward _call tensors_of "
@@ -93,19 +96,20 @@ class _Emitter:
         self.reserved = _RESERVED | {
             name.replace(".", "_") for name in bindings.functions
         }
-        self._lines: dict[Any, str] = {}
+        self._lines: dict[Loc, str] = {}
         self.unseen = _unseen(program, bindings)
         self.promises = Promises(program, bindings)
 
-    def stage(self, block: StageBlock) -> Stage:
+    def stage(self, block: IrStage) -> Stage:
         root = Stage(self.program.name, "", self.code, self.home)
         root.index = block.index
         names = Namer(self.reserved)
-        parameters = {v: names(_local_name(v.hint) or "x") for v in block.inputs}
+        parameters = {
+            value: names(_local_name(value.hint) or "x") for value in block.inputs
+        }
         root.input_names = tuple(parameters.values())
-        root.input_types, root.output_types = (
-            tuple(v.type for v in values) for values in (block.inputs, block.outputs)
-        )
+        root.input_types = tuple(value.type for value in block.inputs)
+        root.output_types = tuple(value.type for value in block.outputs)
         tree = _Tree(root, self)
         tree.hold(block)
         # extra state that no stage reads is stored too, in the first stage
@@ -119,18 +123,16 @@ class _Emitter:
 
     def comment(self, op: Op) -> str:
         """The user's source line of an op."""
-        if op.loc not in self._lines and op.loc is not None:
-            source = (
-                linecache.getline(op.loc.file, op.loc.line).strip()
-                if self.bindings.sources
-                else ""
-            )
-            self._lines[op.loc] = printable(
-                f"# {os.path.basename(op.loc.file)}:{op.loc.line}: {source}".rstrip(
-                    ": "
-                )
-            )
-        return self._lines.get(op.loc, "")
+        if op.loc is None:
+            return ""
+        if op.loc not in self._lines:
+            file, line = op.loc
+            source = ""
+            if self.bindings.sources:
+                source = linecache.getline(file, line).strip()
+            text = f"# {os.path.basename(file)}:{line}: {source}"
+            self._lines[op.loc] = printable(text.rstrip(": "))
+        return self._lines[op.loc]
 
 
 class _Tree:
@@ -144,27 +146,24 @@ class _Tree:
         """The module at `path`, made with all modules above it when it is not there yet. Nothing is put into
         a user's own module.
         """
-        found = self._nodes.get(path)
-        if found is not None:
-            return found
+        module = self._nodes.get(path)
+        if module is not None:
+            return module
         above, _, name = path.rpartition(".")
         parent = self.node(above)
         if not isinstance(parent, StageModule):
             return parent
         bindings = self._emitter.bindings
         _refuse_taken(parent, path, (parent._parameters, parent._buffers))
-        found = bindings.modules.get(path)
-        if found is None:
-            found = StageModule(
-                bindings.facts_of(path).kind,
-                path,
-                self._emitter.code,
-                self._emitter.home,
-            )
-        self._nodes[path] = parent._modules[name] = found
-        return found
+        module = bindings.modules.get(path)
+        if module is None:
+            title = bindings.facts_of(path).kind
+            code, device = self._emitter.code, self._emitter.home
+            module = StageModule(title, path, code, device)
+        self._nodes[path] = parent._modules[name] = module
+        return module
 
-    def hold(self, block: StageBlock) -> None:
+    def hold(self, block: IrStage) -> None:
         """Every state name of the stage is registered where the model has it."""
         for entry, names in block.state.items():
             for name in names:
@@ -197,13 +196,13 @@ def _register(
 
 
 def _refuse_taken(
-    owner: StageModule, full: str, others: Iterable[Mapping[str, Any]]
+    owner: StageModule, full: str, places: Iterable[Mapping[str, Any]]
 ) -> None:
     """Raises EmitError for a name that no module or tensor of an nn.Module can have, and for one that is in
-    `others` too.
+    one of `places` too.
     """
     name = full.rpartition(".")[2]
-    if not name or name in _TAKEN or any(name in other for other in others):
+    if not name or name in _TAKEN or any(name in place for place in places):
         raise EmitError(
             f"'{printable(full)}' is no name that a model can have",
             hint="it is taken by nn.Module, or names two things",
@@ -218,24 +217,29 @@ def _unseen(program: Program, bindings: Bindings) -> dict[str, str]:
     if not branches:
         return {}
     scopes = {op.scope for op in program.all_ops()}
-    seen = {
+    in_stages = {
         scope_fqn(scope[:depth]) for scope in scopes for depth in range(len(scope) + 1)
     }
-    seen |= {name.rpartition(".")[0] for entry in program.state for name in entry.names}
+    in_stages |= {name.rpartition(".")[0] for name in program.name_owners()}
     whole = tuple(f"{path}." for path in bindings.modules)
     return {
         path: place
         for path, place in branches.items()
-        if path not in seen or f"{path}.".startswith(whole)
+        if path not in in_stages or f"{path}.".startswith(whole)
     }
 
 
-def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) -> None:
-    modules = {
+def _emitted_modules(root: Stage) -> dict[str, StageModule]:
+    """Path -> each module of a stage that is not the user's own."""
+    return {
         path: module
         for path, module in root.named_modules()
         if isinstance(module, StageModule)
     }
+
+
+def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) -> None:
+    modules = _emitted_modules(root)
     for path, module in modules.items():
         module._facts = bindings.facts_of(path)
         module.training = module._facts.training
@@ -246,35 +250,30 @@ def _set_training(root: Stage, bindings: Bindings, unseen: Mapping[str, str]) ->
             modules[path]._facts = replace(modules[path]._facts, branch=place)
 
 
-def _tie_flags(root: Stage, block: StageBlock) -> None:
+def _tie_flags(root: Stage, block: IrStage) -> None:
     """Modules of a stage whose flags decide something together know each other: they are switched together or
     not at all.
     """
-    modules = {
-        path: module
-        for path, module in root.named_modules()
-        if isinstance(module, StageModule)
-    }
+    modules = _emitted_modules(root)
     for op in nested_ops(block.ops):
         path = scope_fqn(op.scope)
-        tied = [
-            other
-            for item in literals((op.args, op.kwargs))
-            if isinstance(item, Mode)
-            for other in item.others
-        ]
-        for other in tied:
-            if other in modules and path in modules and other != path:
-                modules[path]._together = {other: op.where(), **modules[path]._together}
-                modules[other]._together = {
-                    path: op.where(),
-                    **modules[other]._together,
-                }
+        for tied in _tied_modules(op):
+            if tied in modules and path in modules and tied != path:
+                where = op.where()
+                modules[path]._together = {tied: where, **modules[path]._together}
+                modules[tied]._together = {path: where, **modules[tied]._together}
+
+
+def _tied_modules(op: Op) -> Iterator[str]:
+    """The paths of the other modules by whose flags the modes among an op's operands are decided."""
+    for literal in literals((op.args, op.kwargs)):
+        if isinstance(literal, Mode):
+            yield from literal.others
 
 
 def _main_device(program: Program) -> str:
     """The device the model was traced on: that of its state, else of its inputs."""
-    for value in [*(e.value for e in program.state), *program.inputs]:
+    for value in [*(entry.value for entry in program.state), *program.inputs]:
         if isinstance(value.type, TensorType):
             return value.type.device
     return "cpu"
@@ -296,7 +295,7 @@ class _Function:
         self,
         emitter: _Emitter,
         tree: _Tree,
-        block: StageBlock,
+        block: IrStage,
         path: str,
         depth: int,
         entered: int,
@@ -312,41 +311,33 @@ class _Function:
 
     def write(self, ops: list[Op], outputs: list[Value]) -> str:
         """The text of the function that runs `ops` and returns `outputs`."""
-        lines = [
-            "    " * s.indent + s.text
-            for s in self.body(list(self._group(ops)), outputs, 1)
-        ]
-        return (
-            "\n".join(
-                [
-                    f"def forward({', '.join(['self', *self._parameters.values()])}):",
-                    *lines,
-                ]
-            )
-            + "\n"
-        )
+        parameters = ", ".join(["self", *self._parameters.values()])
+        lines = [f"def forward({parameters}):"]
+        for statement in self.body(list(self._group(ops)), outputs, 1):
+            lines.append("    " * statement.indent + statement.text)
+        return "\n".join(lines) + "\n"
 
     def body(
         self, runs: list[list[Op]], outputs: list[Value], indent: int
     ) -> list[_Statement]:
         """The statements that run `runs` and return `outputs`."""
-        self._items(runs, self._entered, indent)
-        returned = [self._value(v, self._path) for v in outputs]
+        self._write_runs(runs, self._entered, indent)
+        returned = [self._value(value, self._path) for value in outputs]
         self._free(set(returned))
         if returned:
             self._out.append(_Statement(indent, "return " + ", ".join(returned)))
-        if all(s.text.startswith("#") for s in self._out):
+        if all(statement.text.startswith("#") for statement in self._out):
             self._out.append(_Statement(indent, "pass"))
         return self._out
 
     def _free(self, keep: set[str]) -> None:
         """Each local is deleted after its last use, so that activations do not outlive their readers."""
-        seen = set(keep)
+        used_later = set(keep)
         for statement in reversed(self._out):
-            dead = statement.names - seen
+            dead = statement.names - used_later
             if dead:
                 statement.text += ";  del " + ", ".join(sorted(dead))
-                seen |= dead
+                used_later |= dead
 
     # --- grouping: module calls, then contexts ----------------------------------------------------
 
@@ -354,22 +345,21 @@ class _Function:
         """Runs of ops: ops of this module one by one, ops of one call of a submodule together."""
         run: list[Op] = []
         for op in ops:
-            inside = len(op.scope) > self._depth
-            if run and not (
-                inside
-                and len(run[0].scope) > self._depth
-                and run[0].scope[self._depth] == op.scope[self._depth]
-            ):
+            if run and self._frames(run[0]) != self._frames(op):
                 yield run
                 run = []
             run.append(op)
-            if not inside:
+            if not self._frames(op):
                 yield run
                 run = []
         if run:
             yield run
 
-    def _items(self, runs: list[list[Op]], entered: int, indent: int) -> None:
+    def _frames(self, op: Op) -> Scope:
+        """The call of a submodule of this module that an op lies in; () for an op of this module's own."""
+        return op.scope[self._depth : self._depth + 1]
+
+    def _write_runs(self, runs: list[list[Op]], entered: int, indent: int) -> None:
         index = 0
         while index < len(runs):
             context = _common_context(runs[index])
@@ -377,11 +367,11 @@ class _Function:
                 self._run(runs[index], entered, indent)
                 index += 1
                 continue
+            entering = context[entered : entered + 1]
             stop = index
             while (
                 stop < len(runs)
-                and _common_context(runs[stop])[entered : entered + 1]
-                == context[entered : entered + 1]
+                and _common_context(runs[stop])[entered : entered + 1] == entering
             ):
                 stop += 1
             self._enter(context[entered], runs[index:stop], entered + 1, indent)
@@ -393,10 +383,10 @@ class _Function:
         if context.kind == "checkpoint":
             self._checkpoint(context, runs, entered, indent)
         elif context.kind == "transform":  # its first and its last op say so themselves
-            self._items(runs, entered, indent)
+            self._write_runs(runs, entered, indent)
         else:
             self._out.append(_Statement(indent, f"with {self._context(context)}:"))
-            self._items(runs, entered, indent + 1)
+            self._write_runs(runs, entered, indent + 1)
 
     def _run(self, ops: list[Op], entered: int, indent: int) -> None:
         if len(ops[0].scope) > self._depth:
@@ -414,8 +404,12 @@ class _Function:
                 where=ops[0].where(),
             )
         where = self._emitter.where
-        inner = [v for v in where.live_ins(ops) if self._state(v, path, path) is None]
-        parameters = {v: f"x{i}" for i, v in enumerate(inner)}
+        arguments = [
+            value
+            for value in where.live_ins(ops)
+            if self._state(value, path, path) is None
+        ]
+        parameters = {value: f"x{place}" for place, value in enumerate(arguments)}
         outputs = where.live_outs(ops)
         writer = _Function(
             self._emitter,
@@ -427,16 +421,21 @@ class _Function:
             parameters,
         )
         number = module.add_call(writer.write(ops, outputs))
-        passed = [self._value(v, path) for v in inner]
-        passed += [f"_call={number}"] if number else []
-        spelled = f"{_attributes('self', frame.name.split('.'))}({', '.join(passed)})"
-        bound = [self._define(v, frame.name.rpartition(".")[2]) for v in outputs]
-        names = {*self._locals_of(inner), *bound}
-        self._out.append(
-            _Statement(
-                indent, f"{', '.join(bound)} = {spelled}" if bound else spelled, names
-            )
-        )
+        passed = [self._value(value, path) for value in arguments]
+        if number:
+            passed.append(f"_call={number}")
+        callee = _attributes("self", frame.name.split("."))
+        wish = frame.name.rpartition(".")[2]
+        bound = [self._define(value, wish) for value in outputs]
+        self._assign(bound, f"{callee}({', '.join(passed)})", arguments, indent)
+
+    def _assign(
+        self, bound: list[str], call: str, arguments: list[Value], indent: int
+    ) -> None:
+        """A call of a function of ours, whose results are bound to these locals."""
+        text = f"{', '.join(bound)} = {call}" if bound else call
+        names = {*self._locals_of(arguments), *bound}
+        self._out.append(_Statement(indent, text, names))
         self._last_comment = ""
 
     def _checkpoint(
@@ -445,14 +444,15 @@ class _Function:
         """A function of its own that torch.utils.checkpoint runs, and runs again for the backward."""
         ops, where = [op for run in runs for op in run], self._emitter.where
         inside = set(ops)
-        roots = {v: unwritten(v) for v in [*where.live_ins(ops), *where.live_outs(ops)]}
-        given = [
-            v
-            for v in where.live_ins(ops)
-            if self._state(roots[v], self._path, self._path) is None
+        live_ins, live_outs = where.live_ins(ops), where.live_outs(ops)
+        roots = {value: unwritten(value) for value in [*live_ins, *live_outs]}
+        arguments = [
+            value
+            for value in live_ins
+            if self._state(roots[value], self._path, self._path) is None
         ]
-        outputs = [v for v in where.live_outs(ops) if roots[v].owner in inside]
-        parameters = {v: f"x{i}" for i, v in enumerate(given)}
+        outputs = [value for value in live_outs if roots[value].owner in inside]
+        parameters = {value: f"x{place}" for place, value in enumerate(arguments)}
         inner = _Function(
             self._emitter,
             self._tree,
@@ -463,39 +463,27 @@ class _Function:
             parameters,
         )
         # as an argument, torch would refuse to compute with it again
-        written = written_in(ops, given)
+        written = written_in(ops, arguments)
+        as_arguments = [value for value in arguments if value not in written]
+        as_defaults = [value for value in arguments if value in written]
         name = self._names("checkpointed")
-        bound = [parameters[v] for v in given if v not in written]
-        bound += [
-            f"{parameters[v]}={self._value(v, self._path)}"
-            for v in given
-            if v in written
-        ]
-        self._out.append(_Statement(indent, f"def {name}({', '.join(bound)}):"))
-        self._out += [
-            _Statement(s.indent, s.text) for s in inner.body(runs, outputs, indent + 1)
-        ]
-        passed = [
-            name,
-            *(self._value(v, self._path) for v in given if v not in written),
-            "use_reentrant=False",
-        ]
-        passed += [] if context.args[1] else ["preserve_rng_state=False"]
+        header = [parameters[value] for value in as_arguments]
+        for value in as_defaults:
+            header.append(f"{parameters[value]}={self._value(value, self._path)}")
+        self._out.append(_Statement(indent, f"def {name}({', '.join(header)}):"))
+        self._out += _without_names(inner.body(runs, outputs, indent + 1))
+        passed = [name, *(self._value(value, self._path) for value in as_arguments)]
+        passed.append("use_reentrant=False")
+        if not context.args[1]:
+            passed.append("preserve_rng_state=False")
         call = f"torch.utils.checkpoint.checkpoint({', '.join(passed)})"
-        results = [self._define(v, v.hint) for v in outputs]
+        results = [self._define(value, value.hint) for value in outputs]
         self._local |= {
-            v: self._local[root]
-            for v, root in roots.items()
-            if root in self._local and v not in self._local
+            value: self._local[root]
+            for value, root in roots.items()
+            if root in self._local and value not in self._local
         }
-        self._out.append(
-            _Statement(
-                indent,
-                f"{', '.join(results)} = {call}" if results else call,
-                {*self._locals_of(given), *results},
-            )
-        )
-        self._last_comment = ""
+        self._assign(results, call, arguments, indent)
 
     # --- one op ---------------------------------------------------------------------------------
 
@@ -504,38 +492,28 @@ class _Function:
         if comment and comment != self._last_comment:
             self._out.append(_Statement(indent, comment))
             self._last_comment = comment
-        regions = [self._region(r, indent) for r in op.regions]
+        regions = [self._region(region, indent) for region in op.regions]
         call = self._spell(op, regions)
         for old, new in op.versions.items():
             if old in self._local:
                 self._local[new] = self._local[old]
         target, unpack = self._targets(op)
-        names = self._locals_of([*op.operands, *op.results])
-        self._out.append(
-            _Statement(
-                indent,
-                f"{target} = {call}" if target else call,
-                set() if unpack else set(names),
-            )
-        )
-        for number, line in enumerate(unpack):
-            self._out.append(
-                _Statement(
-                    indent, line, set(names) if number == len(unpack) - 1 else set()
-                )
-            )
+        lines = [f"{target} = {call}" if target else call, *unpack]
+        self._out += [_Statement(indent, line) for line in lines]
+        # the locals may go after the last of these lines
+        self._out[-1].names.update(self._locals_of([*op.operands, *op.results]))
 
     def _spell(self, op: Op, regions: list[str]) -> str:
         check_op(op)
-        kind, rest = op.target.kind, op.target.name
+        kind, name = op.target.kind, op.target.name
         if kind is Kind.MODULE:
             args, kwargs, _ = op.args
-            watched = self._watched(self._leaf(rest, op), f"module {rest!r}", op)
+            watched = self._watched(self._leaf(name, op), f"module {name!r}", op)
             called = f"{watched}({self._arguments(op, args, kwargs, regions)})"
-            return self._tensors_of(called, f"{rest!r}, {self._sizes(op)}", op)
+            return self._tensors_of(called, f"{name!r}, {self._sizes(op)}", op)
         if kind is Kind.METHOD:
             receiver = self._tree_text(op.args[0], op, regions)
-            return f"{receiver}.{rest}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
+            return f"{receiver}.{name}({self._arguments(op, op.args[1:], op.kwargs, regions)})"
         if kind is Kind.EXTERN:
             if op.target not in self._emitter.bindings.functions:
                 raise EmitError(
@@ -543,13 +521,14 @@ class _Function:
                     where=op.where(),
                     hint="IR text alone cannot hold user functions",
                 )
-            watched = self._watched(f"extern_{rest}", f"function {rest!r}", op)
+            watched = self._watched(f"extern_{name}", f"function {name!r}", op)
             called = f"{watched}({self._arguments(op, op.args, op.kwargs, regions)})"
-            return self._tensors_of(called, f"{rest!r}, None", op)
+            return self._tensors_of(called, f"{name!r}, None", op)
         if op.target == BY_MODE:
             flag, _, _, operands = op.args
-            given = ", ".join(self._tree_text(item, op, regions) for item in operands)
-            return f"({regions[0]} if {self._literal(flag, op)} else {regions[1]})({given})"
+            training, evaluating = regions
+            chosen = f"({training} if {self._literal_code(flag, op)} else {evaluating})"
+            return f"{chosen}({self._arguments(op, operands, {}, regions)})"
         if is_iteration(op):
             return self._tree_text(op.args[0], op, regions)
         return f"{callee(op)}({self._arguments(op, op.args, op.kwargs, regions)})"
@@ -558,60 +537,57 @@ class _Function:
         """The expression that is called for the user's own code. The call is watched if in another call the
         code might do something that other stages would not see.
         """
-        watch = self._emitter.promises.of(op)
-        if not watch.unwritten and not watch.apart:
+        promise = self._emitter.promises.of(op)
+        if not promise.unwritten and not promise.apart:
             return function
-        given = [
+        unwritten = [
             f"{name!r}: {self._value(value, self._path)}"
-            for name, value in watch.unwritten.items()
+            for name, value in promise.unwritten.items()
         ]
         apart = [
             f"{name!r}: ({self._value(value, self._path)}, {places})"
-            for name, (value, places) in watch.apart.items()
+            for name, (value, places) in promise.apart.items()
         ]
-        return f"reads_only({function}, {what!r}, {{{', '.join(given)}}}, {{{', '.join(apart)}}})"
+        return f"reads_only({function}, {what!r}, {{{', '.join(unwritten)}}}, {{{', '.join(apart)}}})"
 
     def _tensors_of(self, called: str, about: str, op: Op) -> str:
         if op.returned is None:
             return called
-        returned = (
-            f", ({', '.join(self._literal(item, op) for item in op.returned)},)"
-            if op.returned
-            else ""
-        )
-        return f"tensors_of({called}, {about}{returned})"
+        if not op.returned:
+            return f"tensors_of({called}, {about})"
+        returned = ", ".join(self._literal_code(part, op) for part in op.returned)
+        return f"tensors_of({called}, {about}, ({returned},))"
 
     def _sizes(self, op: Op) -> str:
         """The sizes that the results of a module kept whole must have; varying sizes are read from its
         arguments.
         """
-        known: dict[str, str] = {}
+        varying: dict[Dim, str] = {}
         for value in leaves(op.args[:2]):
             if isinstance(value.type, TensorType):
                 name = self._value(value, self._path)
-                known |= {
-                    dim: f"{name}.shape[{place}]"
-                    for place, dim in enumerate(value.type.shape)
-                    if isinstance(dim, str)
+                varying |= {
+                    size: f"{name}.shape[{place}]"
+                    for place, size in enumerate(value.type.shape)
+                    if isinstance(size, str)
                 }
-        rows = [getattr(result.type, "shape", ()) for result in op.results]
-        spelled = [
-            [
-                known.get(dim, "None") if isinstance(dim, str) else str(dim)
-                for dim in row
+        rows: list[str] = []
+        for result in op.results:
+            shape = getattr(result.type, "shape", ())
+            sizes = [
+                size if isinstance(size, int) else varying.get(size) for size in shape
             ]
-            for row in rows
-        ]
-        return "[" + ", ".join(f"[{', '.join(row)}]" for row in spelled) + "]"
+            rows.append(f"[{', '.join(map(str, sizes))}]")
+        return f"[{', '.join(rows)}]"
 
     def _arguments(
         self, op: Op, args: Any, kwargs: dict[str, Any], regions: list[str]
     ) -> str:
-        parts = [self._tree_text(a, op, regions) for a in args]
-        for key, item in kwargs.items():
+        parts = [self._tree_text(operand, op, regions) for operand in args]
+        for key, operand in kwargs.items():
             if not key.isidentifier() or keyword.iskeyword(key):
                 raise EmitError(f"{key!r} is no keyword argument", where=op.where())
-            parts.append(f"{key}={self._tree_text(item, op, regions)}")
+            parts.append(f"{key}={self._tree_text(operand, op, regions)}")
         return ", ".join(parts)
 
     def _leaf(self, path: str, op: Op) -> str:
@@ -620,19 +596,18 @@ class _Function:
             raise EmitError(
                 f"leaf module '{path}' is called from another module", where=op.where()
             )
-        return _attributes(
-            "self", path[len(self._path) + 1 if self._path else 0 :].split(".")
-        )
+        return _attributes("self", _below(path, self._path).split("."))
 
     def _targets(self, op: Op) -> tuple[str, list[str]]:
         """The target that the call is assigned to, and lines that take the result apart where a pattern
         cannot.
         """
-        used = {v for v in op.results if v.uses}
-        if not used:
+        if not any(result.uses for result in op.results):
             return "", []
         wish = _wish(op)
-        names = [self._define(v, wish) if v in used else "_" for v in op.results]
+        names = [
+            self._define(result, wish) if result.uses else "_" for result in op.results
+        ]
         if op.returned is not None:
             return f"({', '.join(names)},)", []
         if op.form is None:
@@ -655,12 +630,12 @@ class _Function:
             self._emitter, self._tree, self._block, self._path, 10**6, 0, {}
         )
         inner._names = self._names
-        inner._local = {p: self._names("x") for p in region.inputs}
+        inner._local = {value: self._names("x") for value in region.inputs}
         parameters = list(inner._local.values())
-        inner._items([[op] for op in region.ops], 0, indent + 1)
+        inner._write_runs([[op] for op in region.ops], 0, indent + 1)
         result = inner._tree_text(region.outputs, region.output, [])
         self._out.append(_Statement(indent, f"def {name}({', '.join(parameters)}):"))
-        self._out += [_Statement(s.indent, s.text) for s in inner._out]
+        self._out += _without_names(inner._out)
         self._out.append(_Statement(indent + 1, f"return {result}"))
         return name
 
@@ -672,11 +647,8 @@ class _Function:
         return name
 
     def _locals_of(self, values: list[Value]) -> list[str]:
-        return [
-            self._local[v]
-            for v in values
-            if v in self._local and self._local[v].isidentifier()
-        ]
+        names = (self._local[value] for value in values if value in self._local)
+        return [name for name in names if name.isidentifier()]
 
     def _value(self, value: Value, reader: str) -> str:
         """The expression for a value in this function, read on behalf of the module at `reader`."""
@@ -700,11 +672,10 @@ class _Function:
             return None
         names = self._block.state[entry]
         if path:
-            names = tuple(n for n in names if n.startswith(path + "."))
+            names = tuple(name for name in names if name.startswith(path + "."))
         if not names:
             return None
-        name = closest_name(names, reader)
-        parts = name[len(path) + 1 if path else 0 :].split(".")
+        parts = _below(closest_name(names, reader), path).split(".")
         owner = _attributes("self", parts[:-1])
         if entry.kind == "const":
             return f"{owner}._constants[{parts[-1]!r}]"
@@ -716,73 +687,61 @@ class _Function:
         if isinstance(tree, Value):
             return self._value(tree, scope_fqn(op.scope))
         if isinstance(tree, tuple):
-            inner = ", ".join(self._tree_text(t, op, regions) for t in tree)
+            inner = self._arguments(op, tree, {}, regions)
             return f"({inner},)" if len(tree) == 1 else f"({inner})"
         if isinstance(tree, list):
-            return f"[{', '.join(self._tree_text(t, op, regions) for t in tree)}]"
+            return f"[{self._arguments(op, tree, {}, regions)}]"
         if isinstance(tree, dict):
-            return (
-                "{"
-                + ", ".join(
-                    f"{self._literal(k, op)}: {self._tree_text(v, op, regions)}"
-                    for k, v in tree.items()
-                )
-                + "}"
+            pairs = (
+                f"{self._literal_code(key, op)}: {self._tree_text(part, op, regions)}"
+                for key, part in tree.items()
             )
+            return f"{{{', '.join(pairs)}}}"
         if isinstance(tree, slice):
             bounds = (tree.start, tree.stop, tree.step)
-            return f"slice({', '.join(self._tree_text(bound, op, regions) for bound in bounds)})"
+            return f"slice({self._arguments(op, bounds, {}, regions)})"
         if isinstance(tree, RegionRef):
             return regions[tree.index]
-        return self._literal(tree, op)
+        return self._literal_code(tree, op)
 
-    def _literal(self, item: Any, op: Op) -> str:
-        if isinstance(item, Mode):
-            return self._mode(item, op)
-        if isinstance(item, Token):
-            return self._token(item, op)
-        if isinstance(item, complex) and not cmath.isfinite(item):
-            return f"complex({item.real!r}, {item.imag!r})"
-        if (
-            item is None
-            or item is ...
-            or isinstance(item, (bool, int, float, complex, str))
-        ):
-            return repr(item)
+    def _literal_code(self, literal: Any, op: Op) -> str:
+        """A literal as Python writes it."""
+        if isinstance(literal, Mode):
+            return self._mode(literal, op)
+        if isinstance(literal, Token):
+            return self._token(literal, op)
+        if isinstance(literal, complex) and not cmath.isfinite(literal):
+            return f"complex({literal.real!r}, {literal.imag!r})"
+        if isinstance(literal, (NoneType, EllipsisType, int, float, complex, str)):
+            return repr(literal)
         raise EmitError(
-            f"a literal of type {type(item).__name__} cannot be written",
+            f"a literal of type {type(literal).__name__} cannot be written",
             where=op.where(),
         )
 
-    def _mode(self, item: Mode, op: Op) -> str:
+    def _mode(self, mode: Mode, op: Op) -> str:
         """A literal that follows the flag of the module its op is in; inside a region this module may lie
         deeper than the function.
         """
         path = scope_fqn(op.scope)
-        below = (
-            path[len(self._path) + 1 if self._path else 0 :]
-            if path != self._path
-            else ""
-        )
+        below = "" if path == self._path else _below(path, self._path)
+        owner = "self"
         if below:
             self._tree.node(path)
-        flag = (
-            f"{_attributes('self', below.split('.'))}.training"
-            if below
-            else "self.training"
-        )
-        if item.is_flag:
+            owner = _attributes(owner, below.split("."))
+        flag = f"{owner}.training"
+        if mode.is_flag:
             return flag
-        return f"({self._literal(item.training, op)} if {flag} else {self._literal(item.evaluating, op)})"
+        training = self._literal_code(mode.training, op)
+        evaluating = self._literal_code(mode.evaluating, op)
+        return f"({training} if {flag} else {evaluating})"
 
     def _token(self, token: Token, op: Op) -> str:
         device = DEVICE.fullmatch(token.text)
+        if device and device[1] == self._emitter.device:
+            return "self._here.device"
         if device:
-            return (
-                "self._here.device"
-                if device[1] == self._emitter.device
-                else f'torch.device("{device[1]}")'
-            )
+            return f'torch.device("{device[1]}")'
         try:
             constant(token)
         except EmitError as error:
@@ -793,11 +752,9 @@ class _Function:
         if context.kind in ("no_grad", "enable_grad", "inference_mode"):
             return f"torch.{context.kind}()"
         if context.kind == "autocast":
-            device, *rest = context.args
-            arguments = ", ".join(self._literal(a, Op("autocast")) for a in rest)
-            return (
-                f"torch.autocast({self._literal(device, Op('autocast'))}, {arguments})"
-            )
+            op = Op("autocast")
+            device, *rest = (self._literal_code(part, op) for part in context.args)
+            return f"torch.autocast({device}, {', '.join(rest)})"
         raise EmitError(
             f"unknown context '{context.kind}'",
             hint="no_grad, enable_grad, inference_mode and autocast are known",
@@ -810,6 +767,16 @@ def _common_context(run: list[Op]) -> tuple[Context, ...]:
         while op.context[: len(common)] != common:
             common = common[:-1]
     return common
+
+
+def _without_names(statements: Iterable[_Statement]) -> list[_Statement]:
+    """The statements of an inner function, whose locals are not those of the function around it."""
+    return [_Statement(statement.indent, statement.text) for statement in statements]
+
+
+def _below(path: str, above: str) -> str:
+    """A path as the module at `above` sees it, which is the root or a module around it."""
+    return path[len(above) + 1 :] if above else path
 
 
 def _is_ours(name: str) -> bool:
@@ -844,5 +811,5 @@ def _wish(op: Op) -> str:
 def _pattern(form: Any, names: list[str]) -> str:
     if isinstance(form, int):
         return names[form]
-    inner = ", ".join(_pattern(f, names) for f in form)
+    inner = ", ".join(_pattern(part, names) for part in form)
     return f"({inner},)" if len(form) == 1 else f"({inner})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import keyword
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
@@ -30,7 +31,8 @@ def split_module(program: Program, stages: Sequence[nn.Module]) -> fx.GraphModul
     inputs.
     """
     return fx.GraphModule(
-        {f"{PREFIX}{i}": stage for i, stage in enumerate(stages)}, split_graph(program)
+        {f"{PREFIX}{index}": stage for index, stage in enumerate(stages)},
+        split_graph(program),
     )
 
 
@@ -38,15 +40,10 @@ def split_graph(program: Program) -> fx.Graph:
     """The calls of the stages. The graph takes the flat inputs and returns the flat outputs."""
     graph = fx.Graph()
     names = Namer(keyword.kwlist)
-    nodes = {
-        value: _typed(
-            graph.placeholder(
-                names(value.hint if value.hint.isidentifier() else "input")
-            ),
-            value.type,
-        )
-        for value in program.inputs
-    }
+    nodes: dict[Value, fx.Node] = {}
+    for value in program.inputs:
+        name = names(value.hint if value.hint.isidentifier() else "input")
+        nodes[value] = _typed(graph.placeholder(name), value.type)
     for stage in program.stages:
         call = graph.create_node(
             "call_module",
@@ -76,32 +73,33 @@ def stage_graph(
     in between.
     """
     graph = fx.Graph()
-    for name, kind in zip(names, takes, strict=True):
-        _typed(graph.placeholder(name), kind)
-    graph.output(
-        tuple(
-            _typed(graph.get_attr(f"output_{place}"), kind)
-            for place, kind in enumerate(gives)
-        )
-    )
+    for name, value_type in zip(names, takes, strict=True):
+        _typed(graph.placeholder(name), value_type)
+    outputs = [
+        _typed(graph.get_attr(f"output_{place}"), value_type)
+        for place, value_type in enumerate(gives)
+    ]
+    graph.output(tuple(outputs))
     return graph
 
 
-def _typed(node: fx.Node, kind: Type) -> fx.Node:
-    node.meta["val"] = _example(kind)
+def _typed(node: fx.Node, value_type: Type) -> fx.Node:
+    node.meta["val"] = _example(value_type)
     return node
 
 
-def _example(kind: Type) -> torch.Tensor | None:
+def _example(value_type: Type) -> torch.Tensor | None:
     """A tensor of this type without values, when all its sizes are known; else None."""
-    if not isinstance(kind, TensorType):
+    if not isinstance(value_type, TensorType):
         return None
-    shape = [dim for dim in kind.shape if isinstance(dim, int)]
-    strides = [step for step in kind.strides or () if isinstance(step, int)]
-    if len(shape) < len(kind.shape) or len(strides) < len(kind.strides or ()):
+    shape = [dim for dim in value_type.shape if isinstance(dim, int)]
+    strides = [step for step in value_type.strides or () if isinstance(step, int)]
+    if len(shape) < len(value_type.shape) or len(strides) < len(
+        value_type.strides or ()
+    ):
         return None
-    dtype = getattr(torch, DTYPES[kind.dtype])
-    if kind.strides is None:
+    dtype = getattr(torch, DTYPES[value_type.dtype])
+    if value_type.strides is None:
         return torch.empty(shape, dtype=dtype, device="meta")
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
@@ -124,7 +122,7 @@ def refuse_torchs_stage(program: Program) -> None:
 
 def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
     """The things that torch's class gets wrong or cannot do in these stages, and where."""
-    first, *later = program.stages
+    first, last = program.stages[0], program.stages[-1]
     if first.inputs != program.inputs:
         yield "the first stage does not take the model's inputs one by one", "stage 0"
     for entry in program.state:
@@ -133,23 +131,20 @@ def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
                 f"it scales the gradient of '{entry.name}' once for each stage of a rank that has it",
                 f"stages {entry.stages}",
             )
-    if program.stages[-1].outputs != program.outputs:
+    if last.outputs != program.outputs:
         yield (
             "the last stage does not return the model's outputs one by one",
-            f"stage {len(later)}",
+            f"stage {last.index}",
         )
-    for before, stage in zip(program.stages, later, strict=False):
-        if [value for value in before.outputs if value in stage.inputs] != stage.inputs:
+    for previous, stage in pairwise(program.stages):
+        passed = [value for value in previous.outputs if value in stage.inputs]
+        if passed != stage.inputs:
             yield (
                 "it reads more than the stage before it hands on, or in another order",
                 f"stage {stage.index}",
             )
         for value in stage.inputs:
-            if (
-                (kind := _example(value.type)) is None
-                or not kind.is_contiguous()
-                or kind.is_complex()
-            ):
+            if not _is_sendable(value.type):
                 yield (
                     f"{value!r} is {value.type}, and torch sends tensors of known sizes that are contiguous",
                     f"stage {stage.index}",
@@ -161,6 +156,12 @@ def _beyond_torch(program: Program) -> Iterator[tuple[str, str]]:
                 )
         if backward_is_whole(stage, _carrying(stage.inputs), _carrying(stage.outputs)):
             yield "its split of the backward misses weights", f"stage {stage.index}"
+
+
+def _is_sendable(value_type: Type) -> bool:
+    """True for a type that torch's stage class can send."""
+    example = _example(value_type)
+    return example is not None and example.is_contiguous() and not example.is_complex()
 
 
 def _carrying(values: Sequence[Value]) -> set[Value]:

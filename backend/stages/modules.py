@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from stagecut.backend.stages.fx_view import stage_graph
 from stagecut.ir.errors import EmitError, ModeError, StagecutError
 from stagecut.ir.run.bindings import EXTRA, ModuleFacts
-from stagecut.ir.run.objects import opened, places, plain
+from stagecut.ir.run.objects import numbers_and_texts, opened, tensor_paths
 from stagecut.ir.run.targets import BUILTINS, attribute
 from stagecut.ir.types import Type
 
@@ -38,36 +38,33 @@ class Code:
     def __init__(self, functions: dict[str, Callable[..., Any]], title: str) -> None:
         self.functions = functions
         self.title = title
-        self._made: dict[str, Callable[..., Any]] = {}
-        self._kinds: dict[tuple[type, str], type] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._classes: dict[tuple[type, str], type] = {}
 
-    def kind(self, base: type, text: str) -> type:
+    def class_of(self, base: type, text: str) -> type:
         """The class of the modules that only run `text`.
 
         Each text has a class of its own, because torch.compile tells modules apart by the code of their
         forward, and allows only a few modules for one code.
         """
-        made = self._kinds.get((base, text))
-        if made is None:
-            made = self._kinds[base, text] = type(
-                base.__name__,
-                (base,),
-                {"forward": self.function(text), "__module__": base.__module__},
-            )
-        return made
+        cls = self._classes.get((base, text))
+        if cls is None:
+            members = {"forward": self.function(text), "__module__": base.__module__}
+            cls = self._classes[base, text] = type(base.__name__, (base,), members)
+        return cls
 
     def function(self, text: str) -> Callable[..., Any]:
         """The function that `text` defines under the name `forward`."""
-        made = self._made.get(text)
-        if made is None:
-            made = self._made[text] = self._compile(text)
-        return made
+        function = self._compiled.get(text)
+        if function is None:
+            function = self._compiled[text] = self._compile(text)
+        return function
 
     def _compile(self, text: str) -> Callable[..., Any]:
         file = f"<stagecut {printable(self.title)} {next(_serial)}>"
         space = namespace(self.functions)
         try:
-            compiled = compile(text, file, "exec")
+            code = compile(text, file, "exec")
         except (
             SyntaxError,
             ValueError,
@@ -81,16 +78,16 @@ class Code:
             ) from None
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         # the text is generated from verified IR, names and targets are checked
-        exec(compiled, space)
-        made: Callable[..., Any] = space["forward"]
-        return made
+        exec(code, space)
+        function: Callable[..., Any] = space["forward"]
+        return function
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "functions": self.functions,
             "title": self.title,
-            "_made": {},
-            "_kinds": {},
+            "_compiled": {},
+            "_classes": {},
         }
 
 
@@ -105,69 +102,89 @@ def tensors_of(
 
     Raises StagecutError for any other result: the rest of the trace relies on the result of the example.
     """
-    tree, where = opened(result), f"module '{path}', which is kept whole"
-    leaves = tree_leaves(tree)
-    found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if sizes is not None and len(found) != len(sizes):
+    tree = opened(result)
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    if sizes is not None and len(tensors) != len(sizes):
+        plural = "" if len(tensors) == 1 else "s"
         raise StagecutError(
-            f"'{path}' returns {len(found)} tensor{'s' * (len(found) != 1)} in this call; the trace expects "
-            f"{len(sizes)}",
-            where=where,
+            f"'{path}' returns {len(tensors)} tensor{plural} in this call; the trace expects {len(sizes)}",
+            where=_kept_whole(path),
             hint="let it return as many in each call: zeros for what it leaves out",
         )
-    now, then = [places(tree), *plain(leaves)], [*(returned or ("",))]
-    if (returned or sizes is not None) and repr(now) != repr(then):
-        one, other = next(
-            pair
-            for pair in zip_longest(now, then, fillvalue="nothing")
-            if repr(pair[0]) != repr(pair[1])
-        )
-        raise StagecutError(
-            f"'{path}' returns {one!r} in this call; {other!r} stands in the trace",
-            where=where,
-            hint=(
-                "return tensors, in one structure, "
-                "or keep what reads the rest whole too: leaf_modules=[...]"
-            ),
-        )
-    for place, (tensor, want) in enumerate(zip(found, sizes or (), strict=False)):
-        shape = tuple(tensor.shape)
-        if len(shape) != len(want) or any(
-            w is not None and n != w for n, w in zip(shape, want, strict=True)
-        ):
+    if returned or sizes is not None:
+        _refuse_other_structure(tree, path, [*(returned or ("",))])
+    _refuse_other_sizes(tensors, path, sizes or ())
+    return tensors
+
+
+def _kept_whole(path: str) -> str:
+    return f"module '{path}', which is kept whole"
+
+
+def _refuse_other_structure(tree: Any, path: str, traced: list[Any]) -> None:
+    """Returns when the tensors are where they were in the trace, with the numbers and texts beside them."""
+    returned = [tensor_paths(tree), *numbers_and_texts(tree_leaves(tree))]
+    if repr(returned) == repr(traced):
+        return
+    for part, traced_part in zip_longest(returned, traced, fillvalue="nothing"):
+        if repr(part) != repr(traced_part):
             raise StagecutError(
-                f"tensor {place} of what '{path}' returns is {list(shape)}; the trace expects {list(want)}",
-                where=where,
+                f"'{path}' returns {part!r} in this call; {traced_part!r} stands in the trace",
+                where=_kept_whole(path),
+                hint=(
+                    "return tensors, in one structure, "
+                    "or keep what reads the rest whole too: leaf_modules=[...]"
+                ),
+            )
+
+
+def _refuse_other_sizes(
+    tensors: list[torch.Tensor], path: str, sizes: Sequence[Sequence[int | None]]
+) -> None:
+    """Returns when the tensors have these sizes, None for any; compares as many as there are sizes."""
+    for place, (tensor, size) in enumerate(zip(tensors, sizes, strict=False)):
+        shape = tuple(tensor.shape)
+        if not _fits(shape, size):
+            raise StagecutError(
+                f"tensor {place} of what '{path}' returns is {list(shape)}; the trace expects {list(size)}",
+                where=_kept_whole(path),
                 hint="its size depends on data, or as no size of its inputs: keep what reads it whole too; "
                 "with dynamic_shapes, give the example a batch that is no other size of the model",
             )
-    return found
+
+
+def _fits(shape: Sequence[int], size: Sequence[int | None]) -> bool:
+    if len(shape) != len(size):
+        return False
+    return all(
+        traced is None or dim == traced for dim, traced in zip(shape, size, strict=True)
+    )
 
 
 def reads_only(
     function: Callable[..., Any],
     what: str,
-    given: dict[str, torch.Tensor],
+    unwritten: dict[str, torch.Tensor],
     apart: dict[str, tuple[torch.Tensor, Sequence[int]]],
 ) -> Callable[..., Any]:
     """`function`, the user's own code, to be called once. It raises StagecutError when it does something that
     it did not do in the trace and that other stages would not see.
 
-    It must write none of `given`. For each tensor of `apart`, the returned tensors at the places beside it
-    must share no memory with it. Both dicts go by the names of the arguments.
+    It must write none of `unwritten`. For each tensor of `apart`, the returned tensors at the places beside
+    it must share no memory with it. Both dicts go by the names of the arguments.
     """
     if torch.compiler.is_compiling():
         return function
-    before = {
-        name: (tensor, tensor._version)
-        for name, tensor in given.items()
+    versions = {
+        name: tensor._version
+        for name, tensor in unwritten.items()
         if not tensor.is_inference()
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        for name, (tensor, version) in before.items():
-            if tensor._version != version:
+        for name, version in versions.items():
+            if unwritten[name]._version != version:
                 raise StagecutError(
                     f"{what} writes {name} in this call, which the trace does not show: another stage has "
                     "it too, and would not see that",
@@ -177,29 +194,29 @@ def reads_only(
                         "one stage have all that use it"
                     ),
                 )
-        made = (
-            [
-                _memory(leaf)
-                for leaf in tree_leaves(opened(result))
-                if isinstance(leaf, torch.Tensor)
-            ]
-            if apart
-            else []
-        )
-        for name, (tensor, others) in apart.items():
-            if any(
-                made[place] == _memory(tensor) for place in others if place < len(made)
-            ):
-                raise StagecutError(
-                    f"{what} returns a part of {name} in this call, which the trace does not show: one of "
-                    "them is written, and another "
-                    "stage would not see that in the other",
-                    where=f"{what}, which is kept whole",
-                    hint="return a clone; or let one stage have all that use it",
-                )
+        if apart:
+            _refuse_shared_memory(result, what, apart)
         return result
 
     return run
+
+
+def _refuse_shared_memory(
+    result: Any, what: str, apart: dict[str, tuple[torch.Tensor, Sequence[int]]]
+) -> None:
+    """Returns when no tensor of `apart` shares memory with the returned tensors at the places beside it."""
+    leaves = tree_leaves(opened(result))
+    memories = [_memory(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    for name, (tensor, places) in apart.items():
+        returned = [memories[place] for place in places if place < len(memories)]
+        if _memory(tensor) in returned:
+            raise StagecutError(
+                f"{what} returns a part of {name} in this call, which the trace does not show: one of "
+                "them is written, and another "
+                "stage would not see that in the other",
+                where=f"{what}, which is kept whole",
+                hint="return a clone; or let one stage have all that use it",
+            )
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -215,19 +232,20 @@ def namespace(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     import math
     import operator
 
-    fixed: dict[str, Any] = {
+    names: dict[str, Any] = {
         "torch": torch,
         "aten": torch.ops.aten,
         "operator": operator,
         "math": math,
         "builtins": _builtins(),
+        "tensors_of": tensors_of,
+        "reads_only": reads_only,
+        "inf": math.inf,
+        "nan": math.nan,
     }
-    fixed |= {"tensors_of": tensors_of, "reads_only": reads_only}
-    return (
-        fixed
-        | {"inf": math.inf, "nan": math.nan}
-        | {n.replace(".", "_"): f for n, f in functions.items()}
-    )
+    return names | {
+        name.replace(".", "_"): function for name, function in functions.items()
+    }
 
 
 @cache
@@ -277,15 +295,17 @@ class StageModule(nn.Module):
         if text not in self._texts:
             self._texts.append(text)
             self._forwards.append(self._code.function(text))
-            self._take_kind()
+            self._take_class()
         return self._texts.index(text)
 
-    def _take_kind(self) -> None:
+    def _take_class(self) -> None:
         """A module with one text runs it directly, as the forward of its class."""
         base = Stage if isinstance(self, Stage) else StageModule
-        kind = self._code.kind(base, self._texts[0]) if len(self._texts) == 1 else base
+        cls: type = base
+        if len(self._texts) == 1:
+            cls = self._code.class_of(base, self._texts[0])
         # the model may have a module of this name
-        object.__setattr__(self, "__class__", kind)
+        object.__setattr__(self, "__class__", cls)
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
         return self._forwards[_call](self, *args, **kwargs)
@@ -344,22 +364,18 @@ class StageModule(nn.Module):
         Raises StagecutError for an extra state other than that of the cut: the trace would not follow what
         set_extra_state makes of it.
         """
-        if self._facts.extra is not None and not _equal(
-            state_dict.pop(prefix + EXTRA, self._facts.extra[0]), self._facts.extra[0]
-        ):
-            raise StagecutError(
-                f"'{prefix}{EXTRA}' is another one than when the model was cut",
-                where=self._facts.extra[1],
-                hint="load it into the model before that is cut; or leave the name out, with strict=False",
-            )
-        for name in (
-            [name for name in state_dict if name.startswith(prefix)]
-            if CHECKPOINTED in self._modules
-            else ()
-        ):
-            state_dict[f"{prefix}{CHECKPOINTED}.{name[len(prefix) :]}"] = (
-                state_dict.pop(name)
-            )
+        if self._facts.extra is not None:
+            extra, where = self._facts.extra
+            if not _equal(state_dict.pop(prefix + EXTRA, extra), extra):
+                raise StagecutError(
+                    f"'{prefix}{EXTRA}' is another one than when the model was cut",
+                    where=where,
+                    hint=(
+                        "load it into the model before that is cut; or leave the name out, with strict=False"
+                    ),
+                )
+        if CHECKPOINTED in self._modules:
+            _rename(state_dict, prefix, f"{prefix}{CHECKPOINTED}.")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,7 +387,7 @@ class StageModule(nn.Module):
         super().__setstate__(state)
         # the model may have a module of this name
         self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]
-        self._take_kind()
+        self._take_class()
 
 
 _switched = ContextVar("_switched", default=False)
@@ -406,31 +422,29 @@ def _refuse_switch(module: nn.Module, mode: bool) -> None:
     for part, flag in flags.items():
         if not isinstance(part, StageModule):
             continue
-        if part._facts.branch and flag != part._facts.training:
-            raise ModeError(
-                f"the stages hold what the model does in {_MODES[part._facts.training]} mode, and cannot be "
-                f"switched to {_MODES[flag]} mode",
-                where=part._facts.branch,
-                hint=f"cut the model in {_MODES[flag]} mode as well: pipeline(model.{_MODES[flag]}(), ...)",
-            )
-        odd = next(
-            (
-                other
-                for other in part._together
-                if after.get(other, part.training) != flag
-            ),
-            None,
+        _refuse_branch(part, flag)
+        for tied, where in part._together.items():
+            if after.get(tied, part.training) != flag:
+                raise ModeError(
+                    f"'{part._path}' does what the flags of both '{part._path}' and '{tied}' say, and would "
+                    f"be in {_MODES[flag]} mode alone",
+                    where=where,
+                    hint=(
+                        "switch a module around both, or cut the model with these flags: pipeline(model, "
+                        f"...) after .{_MODES[flag]}()"
+                    ),
+                )
+
+
+def _refuse_branch(part: StageModule, flag: bool) -> None:
+    """Raises ModeError where the stages hold one branch of a module, and this flag takes the other one."""
+    if part._facts.branch and flag != part._facts.training:
+        raise ModeError(
+            f"the stages hold what the model does in {_MODES[part._facts.training]} mode, and cannot be "
+            f"switched to {_MODES[flag]} mode",
+            where=part._facts.branch,
+            hint=f"cut the model in {_MODES[flag]} mode as well: pipeline(model.{_MODES[flag]}(), ...)",
         )
-        if odd is not None:
-            raise ModeError(
-                f"'{part._path}' does what the flags of both '{part._path}' and '{odd}' say, and would be "
-                f"in {_MODES[flag]} mode alone",
-                where=part._together[odd],
-                hint=(
-                    "switch a module around both, or cut the model with these flags: pipeline(model, ...) "
-                    f"after .{_MODES[flag]}()"
-                ),
-            )
 
 
 _MODES = {True: "train", False: "eval"}
@@ -441,24 +455,25 @@ def _flags_after(module: nn.Module, mode: bool, flags: dict[nn.Module, bool]) ->
     flags[module] = mode
     for child in module.children():
         _flags_after(child, mode, flags)
-    switches = (
-        module._facts.switches.get(mode) if isinstance(module, StageModule) else None
-    )
-    if switches:
-        parts = dict(module.named_modules())
-        flags |= {parts[path]: flag for path, flag in switches.items() if path in parts}
+    if not isinstance(module, StageModule) or not module._facts.switches.get(mode):
+        return
+    parts = dict(module.named_modules())
+    for path, flag in module._facts.switches[mode].items():
+        if path in parts:
+            flags[parts[path]] = flag
 
 
 def _blank(is_stage: bool) -> StageModule:
     """A module without anything in it, for pickle and deepcopy to fill."""
-    kind = Stage if is_stage else StageModule
-    return kind.__new__(kind)
+    cls = Stage if is_stage else StageModule
+    return cls.__new__(cls)
 
 
 def _equal(one: Any, other: Any) -> bool:
     """True for equal tensors and other data, nested alike."""
-    (first, spec), (second, also) = tree_flatten(one), tree_flatten(other)
-    return spec == also and all(map(_equal_leaves, first, second))
+    leaves, spec = tree_flatten(one)
+    other_leaves, other_spec = tree_flatten(other)
+    return spec == other_spec and all(map(_equal_leaves, leaves, other_leaves))
 
 
 def _equal_leaves(one: Any, other: Any) -> bool:
@@ -482,19 +497,14 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
     """The module at a path below `root`, as `StageModule.get_submodule` finds it."""
     module = root
     for name in target.split(".") if target else ():
-        found = next(
-            (
-                layer._modules[name]
-                for layer in layers(module)
-                if name in layer._modules
-            ),
-            None,
-        )
-        if found is None:
+        owners = (layer for layer in layers(module) if name in layer._modules)
+        owner = next(owners, None)
+        child = None if owner is None else owner._modules[name]
+        if child is None:
             raise AttributeError(
                 f"{module._get_name()} has no module '{name}', looked for as '{target}'"
             )
-        module = found
+        module = child
     return module
 
 
@@ -524,13 +534,14 @@ def _store_as_the_model(
     """State inside a checkpointed module is in the state dict under the names that the model's own state dict
     has.
     """
-    inner = f"{prefix}{CHECKPOINTED}."
-    for name in (
-        [name for name in state if name.startswith(inner)]
-        if CHECKPOINTED in module._modules
-        else ()
-    ):
-        state[prefix + name[len(inner) :]] = state.pop(name)
+    if CHECKPOINTED in module._modules:
+        _rename(state, f"{prefix}{CHECKPOINTED}.", prefix)
+
+
+def _rename(state: dict[str, Any], old: str, new: str) -> None:
+    """The names that begin with `old` begin with `new` instead."""
+    for name in [name for name in state if name.startswith(old)]:
+        state[new + name.removeprefix(old)] = state.pop(name)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -544,8 +555,9 @@ def copied(*modules: M) -> list[M]:
     with torch.no_grad():
         twins = copy.deepcopy(list(modules))
     for twin, module in zip(twins, modules, strict=True):
-        for one, other in zip(twin.parameters(), module.parameters(), strict=True):
-            one.requires_grad_(other.requires_grad)
+        parameters = zip(twin.parameters(), module.parameters(), strict=True)
+        for parameter, original in parameters:
+            parameter.requires_grad_(original.requires_grad)
     return twins
 
 
@@ -608,8 +620,9 @@ class Stage(StageModule):
 def find(stage: Stage, name: str) -> torch.Tensor | None:
     """The tensor that `stage` holds under a name of the model's state, constants included."""
     owner, last = _owner(stage, name)
-    found = next((place[last] for place in _places(owner) if last in place), None)
-    return found if isinstance(found, torch.Tensor) else None
+    places = _places(owner)
+    tensor = next((place[last] for place in places if last in place), None)
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
 def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
@@ -626,14 +639,10 @@ def put(stage: Stage, name: str, tensor: torch.Tensor) -> None:
 def _owner(stage: Stage, name: str) -> tuple[nn.Module, str]:
     path, _, last = name.rpartition(".")
     module = stage.get_submodule(path)
-    return next(
-        (
-            layer
-            for layer in layers(module)
-            if any(last in place for place in _places(layer))
-        ),
-        module,
-    ), last
+    for layer in layers(module):
+        if any(last in place for place in _places(layer)):
+            return layer, last
+    return module, last
 
 
 def _places(module: nn.Module) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ stages.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from stagecut.ir.errors import StagecutError, UnknownNameError
 
 
 class Everywhere(MutableMapping[str, Any]):
-    """A dict of several modules as one. An item that is put in is put into each module that has the name.
+    """A dict of several modules as one. A value that is put in is put into each module that has the name.
 
     kind: `_parameters`, `_buffers` or `_modules`.
     """
@@ -37,34 +38,28 @@ class Everywhere(MutableMapping[str, Any]):
         )
 
     def __getitem__(self, name: str) -> Any:
-        there = [place[name] for place in self._places() if name in place]
-        if not there:
+        owned = [place[name] for place in self._places() if name in place]
+        if not owned:
             raise KeyError(name)
-        return joined(there) if self._kind == "_modules" else there[0]
+        return joined(owned) if self._kind == "_modules" else owned[0]
 
-    def __setitem__(self, name: str, item: Any) -> None:
-        homes = [place for place in self._places() if name in place]
-        if not homes:
+    def __setitem__(self, name: str, value: Any) -> None:
+        places = [place for place in self._places() if name in place]
+        if not places:
             raise UnknownNameError(
                 f"the model has no '{name}' here",
                 hint="put it into a stage: pipe.stages[i]",
             )
-        for home in homes:
-            home[name] = item
+        for place in places:
+            place[name] = value
 
     def __delitem__(self, name: str) -> None:
         for place in self._places():
             place.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            dict.fromkeys(
-                name
-                for place in self._places()
-                for name in place
-                if name not in UNSEEN_LAYERS
-            )
-        )
+        names = dict.fromkeys(chain.from_iterable(self._places()))
+        return (name for name in names if name not in UNSEEN_LAYERS)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -99,14 +94,14 @@ class Parts(nn.Module):
         it.
         """
         missing: list[str] = []
-        odd: list[list[str]] = [[] for _ in self._parts]
-        for part, names in zip(self._parts, odd, strict=True):
+        unexpected: list[list[str]] = [[] for _ in self._parts]
+        for part, names in zip(self._parts, unexpected, strict=True):
             part._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing, names, error_msgs
             )
         missing_keys += dict.fromkeys(missing)
         unexpected_keys += [
-            name for name in odd[0] if all(name in others for others in odd)
+            name for name in unexpected[0] if all(name in names for names in unexpected)
         ]
 
 
@@ -179,10 +174,10 @@ class Named(Parts):
     def _tensor(self, kind: str, target: str) -> Any:
         path, _, name = target.rpartition(".")
         places = (getattr(layer, kind) for layer in layers(self.get_submodule(path)))
-        found = next((place[name] for place in places if name in place), None)
-        if found is None:
+        tensor = next((place[name] for place in places if name in place), None)
+        if tensor is None:
             raise AttributeError(f"the model has no {kind.strip('_')[:-1]} '{target}'")
-        return found
+        return tensor
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -213,13 +208,14 @@ class Named(Parts):
         """Named tensors of all stages in the model's order. With duplicates removed, a tied tensor has its
         first name only.
         """
-        found = {name: tensor for stream in streams for name, tensor in stream}
-        seen: set[int] = set()
-        for name in [*self._names, *(n for n in found if n not in self._names)]:
-            tensor = found.get(name)
-            if tensor is not None and not (remove_duplicate and id(tensor) in seen):
-                seen.add(id(tensor))
-                yield f"{prefix}.{name}" if prefix else name, tensor
+        tensors = dict(chain.from_iterable(streams))
+        shown: set[int] = set()
+        for name in dict.fromkeys([*self._names, *tensors]):
+            tensor = tensors.get(name)
+            if tensor is None or (remove_duplicate and id(tensor) in shown):
+                continue
+            shown.add(id(tensor))
+            yield f"{prefix}.{name}" if prefix else name, tensor
 
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -240,8 +236,8 @@ class Named(Parts):
     ) -> Any:
         """Loads a state dict of the unsplit model into the stages."""
         own = self.state_dict()
-        missing = [n for n in own if n not in state_dict]
-        unexpected = [n for n in state_dict if n not in own]
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in own]
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"Error(s) in loading state_dict for Pipe: missing keys {missing}, unexpected keys "
@@ -250,7 +246,7 @@ class Named(Parts):
         for stage in self._parts:
             names = stage.state_dict()
             stage.load_state_dict(
-                {n: t for n, t in state_dict.items() if n in names},
+                {name: state_dict[name] for name in state_dict if name in names},
                 strict=False,
                 assign=assign,
             )

@@ -45,17 +45,15 @@ class Promises:
         """The promise of `op`, a call of the user's code. Torch's own modules promise nothing: they do in
         each call what they did in the trace.
         """
-        path = module_path(op)
-        owner = (
-            self._bindings.modules.get(path)
-            if path
-            else self._bindings.functions.get(op.target)
-        )
-        if len(self._program.stages) < 2 or (
-            path and owner is not None and is_torchs(owner)
-        ):
+        if len(self._program.stages) < 2:
             return NOTHING
-        given = {
+        path = module_path(op)
+        owner = self._bindings.functions.get(op.target)
+        if path:
+            owner = self._bindings.modules.get(path)
+        if path and owner is not None and is_torchs(owner):
+            return NOTHING
+        arguments = {
             name: value
             for name, value in _arguments(op, owner)
             if isinstance(value.type, TensorType)
@@ -65,14 +63,14 @@ class Promises:
         written = set(map(root, op.effects.writes))
         unwritten = {
             name: value
-            for name, value in given.items()
+            for name, value in arguments.items()
             if root(value) not in written and self._memory.is_shared(value)
         }
-        apart = {
-            name: (value, places)
-            for name, value in given.items()
-            if (places := self._apart(op, value))
-        }
+        apart: dict[str, tuple[Value, list[int]]] = {}
+        for name, value in arguments.items():
+            places = self._apart(op, value)
+            if places:
+                apart[name] = (value, places)
         return Promise(unwritten, apart)
 
     def _apart(self, op: Op, value: Value) -> list[int]:
@@ -102,35 +100,28 @@ def _arguments(op: Op, owner: Any) -> Iterator[tuple[str, Value]]:
     """
     args, kwargs, state = op.args if module_path(op) else (op.args, op.kwargs, ())
     names = _parameters(owner)
-    for place, item in enumerate(args):
-        yield from _leaves(
-            item,
-            f"argument '{names[place]}'" if place < len(names) else f"argument {place}",
-        )
-    for name, item in kwargs.items():
-        yield from _leaves(item, f"argument '{name}'")
+    for place, operand in enumerate(args):
+        name = f"'{names[place]}'" if place < len(names) else f"{place}"
+        yield from _leaves(operand, f"argument {name}")
+    for name, operand in kwargs.items():
+        yield from _leaves(operand, f"argument '{name}'")
     for value in state:
-        owned = value.owner
-        yield from _leaves(
-            value,
-            f"its own '{owned.name}'"
-            if isinstance(owned, StateEntry)
-            else "its own state",
-        )
+        entry = value.owner
+        name = f"'{entry.name}'" if isinstance(entry, StateEntry) else "state"
+        yield from _leaves(value, f"its own {name}")
 
 
 def _parameters(owner: Any) -> list[str]:
     """The names of the parameters of the user's code in order, as far as it names them."""
     try:
-        parameters = inspect.signature(
-            getattr(owner, "forward", owner)
-        ).parameters.values()
+        signature = inspect.signature(getattr(owner, "forward", owner))
     except (TypeError, ValueError):
         return []
     return [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind
+        in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
 
 
@@ -138,15 +129,15 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Value]]:
     if isinstance(tree, Value):
         yield name, tree
     elif isinstance(tree, (tuple, list)):
-        for place, item in enumerate(tree):
-            yield from _leaves(item, f"{name}[{place}]")
+        for place, part in enumerate(tree):
+            yield from _leaves(part, f"{name}[{place}]")
     elif isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from _leaves(item, f"{name}[{key!r}]")
+        for key, part in tree.items():
+            yield from _leaves(part, f"{name}[{key!r}]")
 
 
 class _Memory:
-    """Which values share memory, which stages have that memory, and whether it is written."""
+    """The values that share memory, the stages that have that memory, and whether it is written."""
 
     def __init__(self, program: Program) -> None:
         self._aliases = Aliases(program.all_ops(), program.state)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagecut.backend.stages.modules import Stage
-from stagecut.ir.graph import Program, Value
-from stagecut.ir.graph import Stage as StageBlock
+from stagecut.ir.graph import Block, Program, Value
 
 
 def release_plan(program: Program) -> list[list[Value]]:
@@ -33,13 +32,9 @@ def run_stages(
     """The flat outputs of the stages, run in order in this process on the flat inputs."""
     values: dict[Value, Any] = dict(zip(program.inputs, flat, strict=True))
     for stage, block, dead in zip(stages, program.stages, plan, strict=True):
-        values.update(
-            zip(
-                block.outputs,
-                results_of(stage(*[values[v] for v in block.inputs]), block),
-                strict=True,
-            )
-        )
+        arguments = [values[value] for value in block.inputs]
+        results = results_of(stage(*arguments), block)
+        values.update(zip(block.outputs, results, strict=True))
         for value in dead:
             values.pop(value, None)
     return tuple(
@@ -47,7 +42,7 @@ def run_stages(
     )
 
 
-def results_of(result: Any, block: StageBlock) -> tuple[Any, ...]:
+def results_of(result: Any, block: Block) -> tuple[Any, ...]:
     """The result of a stage as a tuple: a single output is returned bare."""
     if not block.outputs:
         return ()

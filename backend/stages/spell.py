@@ -1,4 +1,4 @@
-"""How generated code spells the call of an op.
+"""Spells the call of an op in generated code.
 
 `torch.ops.aten.add.Tensor(x, y)` matches its arguments against the op's schema in every call. `torch.add(x,
 y)`, torch's own binding of the same op, does not, and takes a microsecond less. Between kernels on a GPU this
@@ -29,17 +29,13 @@ def callee(op: Op) -> str:
     )
     if binding is None or op.kwargs:
         return op.target
-    given = [
-        op.args[place] for place in _tensor_places(op.target) if place < len(op.args)
-    ]
-    return (
-        binding
-        if all(
-            isinstance(item, Value) and isinstance(item.type, TensorType)
-            for item in given
-        )
-        else op.target
-    )
+    places = _tensor_places(op.target)
+    operands = [op.args[place] for place in places if place < len(op.args)]
+    return binding if all(map(_is_tensor, operands)) else op.target
+
+
+def _is_tensor(operand: object) -> bool:
+    return isinstance(operand, Value) and isinstance(operand.type, TensorType)
 
 
 @cache

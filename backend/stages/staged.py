@@ -61,7 +61,7 @@ class Staged(Named):
 
     @property
     def num_stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self.stages)
 
     def get_stage_module(self, stage_idx: int) -> Stage:
@@ -99,20 +99,14 @@ class Staged(Named):
         """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the
         trace.
         """
-        flat = (
-            self._call_spec.flatten(args, dict(kwargs))
-            if self._call_spec is not None
-            else list(args)
-        )
+        spec = self._call_spec
+        flat = list(args) if spec is None else spec.flatten(args, dict(kwargs))
         if len(flat) != len(self.program.inputs):
             raise InputError(
                 f"{len(flat)} inputs given, the program takes {len(self.program.inputs)}"
             )
-        check_inputs(
-            self.program.inputs,
-            flat,
-            self._call_spec.ranges if self._call_spec is not None else None,
-        )
+        ranges = None if spec is None else spec.ranges
+        check_inputs(self.program.inputs, flat, ranges)
         return flat
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,5 +133,5 @@ class Staged(Named):
         )
 
 
-def _is_meta(item: object) -> bool:
-    return isinstance(item, torch.Tensor) and item.is_meta
+def _is_meta(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_meta

@@ -18,7 +18,7 @@ def held(
     """Every distinct tensor that `stages` hold for `entry`: the one they share, or replicas that became
     separate tensors.
     """
-    seen: set[int] = set()
+    yielded: set[int] = set()
     for stage in stages:
         for name in program.stages[stage.index].state.get(entry, ()):
             tensor = find(stage, name)
@@ -27,8 +27,8 @@ def held(
                     f"stage {stage.index} does not hold '{name}' any more",
                     hint="leave the names of a stage's state as they are",
                 )
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
+            if id(tensor) not in yielded:
+                yielded.add(id(tensor))
                 yield tensor
 
 
@@ -62,5 +62,5 @@ def lost_hint(name: str, hint: str) -> str:
 
 def entries(program: Program, indices: Iterable[int]) -> list[StateEntry]:
     """The state that those stages hold, each entry once, in the model's order."""
-    mine = set(indices)
-    return [entry for entry in program.state if mine & set(entry.stages)]
+    stages = set(indices)
+    return [entry for entry in program.state if not stages.isdisjoint(entry.stages)]

@@ -28,7 +28,7 @@ from stagecut.frontend.watch.watch import Unsettled, Watch, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.run.call import is_size
-from stagecut.ir.run.objects import opening, plain
+from stagecut.ir.run.objects import numbers_and_texts, opening
 
 MOST_RETRIES = 8
 """How often a capture is tried again with one more class of modules kept whole, before it gives up."""
@@ -66,7 +66,7 @@ def capture(
             for call in leaves.calls.values():
                 if (
                     refusal := origins.get(type(module.get_submodule(call.path)))
-                ) and plain(call.out_flat):
+                ) and numbers_and_texts(call.out_flat):
                     raise refusal  # a branch on a number it returns, and not on a size
             leaves.remarks += eager.notes
             return exported, leaves

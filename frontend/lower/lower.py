@@ -62,7 +62,7 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.ops import facts, facts_of, flag, flag_position, out_of_place
 from stagecut.ir.run.bindings import Bindings
-from stagecut.ir.run.objects import opened, places, plain
+from stagecut.ir.run.objects import numbers_and_texts, opened, tensor_paths
 from stagecut.ir.run.storage import storage_of, undeclared_writes
 from stagecut.ir.run.targets import name_of, resolve
 from stagecut.ir.types import NONE, same_layout
@@ -424,8 +424,8 @@ class Lowering:
         op.form = ResultForm(rest=())
         if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat):
             returned = [
-                places(opened(tree_unflatten(call.out_flat, call.out_spec))),
-                *plain(call.out_flat),
+                tensor_paths(opened(tree_unflatten(call.out_flat, call.out_spec))),
+                *numbers_and_texts(call.out_flat),
             ]
             op.form = ResultForm(rest=() if returned == [""] else tuple(returned))
         for traced in node.meta["val"]:
@@ -454,7 +454,7 @@ class Lowering:
         for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
             if (
                 home is not None
-                and op.effects.viewed(place) is None
+                and op.effects.viewed_by(place) is None
                 and homes.count(home) > 1
             ):
                 self._twins.add(result)
@@ -824,7 +824,7 @@ def written_in_place(value: Value, target: Value) -> bool:
             or len(op.results) != 1
         ):
             return False
-        viewed = op.effects.viewed(0)
+        viewed = op.effects.viewed_by(0)
         if viewed is None or viewed not in op.effects.writes:
             return False
         value = viewed

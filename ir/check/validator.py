@@ -30,17 +30,19 @@ class _Recorded:
     types: tuple[Type, ...]
     writes: tuple[Key, ...]
     views: tuple[Key | None, ...]
-    how: tuple[Any, ...]
+    marks: tuple[Any, ...]
     needed: bool
 
 
-def _how(op: Op) -> tuple[Any, ...]:
+def _marks(op: Op) -> tuple[Any, ...]:
     """The parts of an op that name no values, besides its target."""
     return op.context, op.effects.random, op.effects.effect, op.form, op.scope
 
 
 def _views(op: Op, keys: dict[Value, Key]) -> tuple[Key | None, ...]:
-    return tuple(None if v is None else keys.get(v) for v in op.effects.views)
+    return tuple(
+        None if value is None else keys.get(value) for value in op.effects.views
+    )
 
 
 class Trace:
@@ -49,15 +51,10 @@ class Trace:
     def __init__(self, program: Program) -> None:
         self.inputs = list(program.inputs)
         self.keys: dict[Value, Key] = {
-            v: ("input", i, 0) for i, v in enumerate(self.inputs)
+            value: ("input", place, 0) for place, value in enumerate(self.inputs)
         }
-        self.keys |= {e.value: ("state", e.tensor, 0) for e in program.state}
-        self.names = {
-            name: e.tensor
-            for e in program.state
-            for name in e.names
-            if e.kind != "const"
-        }
+        self.keys |= _state_keys(program)
+        self.names = _model_names(program)
         self.storage: dict[Key, Key] = {}
         self._place_state(program)
         ops = list(program.all_ops())
@@ -95,10 +92,10 @@ class Trace:
             op.target,
             args,
             kwargs,
-            tuple(_bare(r.type) for r in op.results),
+            _result_types(op),
             tuple(self.keys[value] for value in op.effects.writes),
             _views(op, self.keys),
-            _how(op),
+            _marks(op),
             needed,
         )
 
@@ -106,12 +103,24 @@ class Trace:
         return self.keys[leaf] if type(leaf) is Value else leaf
 
 
-def _bare(kind: Type) -> Type:
-    return (
-        replace(kind, grad=False)
-        if isinstance(kind, TensorType) and kind.grad
-        else kind
-    )
+def _state_keys(program: Program) -> dict[Value, Key]:
+    return {entry.value: ("state", entry.tensor, 0) for entry in program.state}
+
+
+def _model_names(program: Program) -> dict[str, int]:
+    """Name of the model's state -> the tensor that it names. The tracer's constants are not the model's."""
+    entries = [entry for entry in program.state if entry.kind != "const"]
+    return {name: entry.tensor for entry in entries for name in entry.names}
+
+
+def _without_grad(value_type: Type) -> Type:
+    if isinstance(value_type, TensorType) and value_type.grad:
+        return replace(value_type, grad=False)
+    return value_type
+
+
+def _result_types(op: Op) -> tuple[Type, ...]:
+    return tuple(_without_grad(result.type) for result in op.results)
 
 
 def _result_keys(
@@ -119,30 +128,30 @@ def _result_keys(
 ) -> Iterator[tuple[Value, Key]]:
     """The key of each result: an in-place op returns the very tensor it wrote."""
     for index, result in enumerate(op.results):
-        viewed = op.effects.viewed(index)
-        base = viewed if viewed in op.effects.writes else None
-        yield (
-            result,
-            keys.get(base, ("op", position, index))
-            if base is not None
-            else ("op", position, index),
-        )
+        viewed = op.effects.viewed_by(index)
+        key: Key = ("op", position, index)
+        if viewed is not None and viewed in op.effects.writes:
+            key = keys.get(viewed, key)
+        yield result, key
 
 
 def _needed(ops: list[Op], output: Op) -> set[Op]:
     """Ops that must run: those with an effect, and all that the output or a needed op reads."""
     needed: set[Op] = set()
-    wanted = set(output.operands)
+    read = set(output.operands)
     for op in reversed(ops):
-        acts = (
-            (op.effects.writes or op.effects.random or op.effects.effect)
-            and not facts(op).guard
-            and not op.is_split
-        )
-        if acts or any(r in wanted for r in op.results):
+        if _acts(op) or not read.isdisjoint(op.results):
             needed.add(op)
-            wanted.update(op.operands)
+            read.update(op.operands)
     return needed
+
+
+def _acts(op: Op) -> bool:
+    """True for an op that must run even when nothing reads its results."""
+    effects = op.effects
+    if facts(op).guard or op.is_split:
+        return False
+    return bool(effects.writes) or effects.random or effects.effect
 
 
 def validate(trace: Trace, program: Program) -> None:
@@ -167,9 +176,10 @@ class _Comparison:
     def differences(self) -> Iterator[str]:
         if self._program.inputs != self._trace.inputs:
             yield "the user inputs are not those of the trace, or in another order"
-        self._keys = {v: k for v, k in self._trace.keys.items() if k[0] == "input"}
-        self._keys |= {e.value: ("state", e.tensor, 0) for e in self._program.state}
-        seen: Counter[Op] = Counter()
+        keys = self._trace.keys.items()
+        self._keys = {value: key for value, key in keys if key[0] == "input"}
+        self._keys |= _state_keys(self._program)
+        runs: Counter[Op] = Counter()
         last = -1
         for stage in self._program.stages:
             for op in stage.ops:
@@ -178,29 +188,25 @@ class _Comparison:
                 if recorded is None:
                     yield f"stage {stage.index} runs an op that the trace does not have: {op.where()}"
                     continue
-                seen[origin] += 1
+                runs[origin] += 1
                 yield from self._compare(op, recorded)
                 moved = not op.has_effect and (op.origin is not None or not op.operands)
                 if not moved and recorded.position < last:
                     yield f"out of order: {op.where()} runs behind an op it stood in front of"
                 last = last if moved else recorded.position
-        yield from self._coverage(seen)
+        yield from self._coverage(runs)
         yield from self._results()
 
     def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
         self._keys.update(_result_keys(op, recorded.position, self._keys))
-        if (
-            op.target != recorded.target
-            or tuple(_bare(r.type) for r in op.results) != recorded.types
-        ):
+        if op.target != recorded.target or _result_types(op) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
         written = tuple(self._keys.get(value) for value in op.effects.writes)
-        effects = (written, _views(op, self._keys))
-        if (*effects, _how(op)) != (recorded.writes, recorded.views, recorded.how):
+        marks = (written, _views(op, self._keys), _marks(op))
+        if marks != (recorded.writes, recorded.views, recorded.marks):
             yield f"another context, scope or effect than traced: {op.where()}"
-        if not _same(op.args, recorded.args, self._keys) or not _same(
-            op.kwargs, recorded.kwargs, self._keys
-        ):
+        operands = (op.args, op.kwargs)
+        if not _are_recorded(operands, (recorded.args, recorded.kwargs), self._keys):
             yield f"other operands than traced: {op.where()}"
         for value in op.reads:
             key = self._keys.get(value)
@@ -230,14 +236,14 @@ class _Comparison:
         for index, result in enumerate(op.results):
             key = self._keys[result]
             if (
-                op.effects.viewed(index) is None
+                op.effects.viewed_by(index) is None
                 and self._trace.storage.get(key, key) in self._trace.written
             ):
                 yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
         newest: dict[Key, set[Value]] = {
-            key: {r for r in op.results if self._keys[r] == key}
+            key: {result for result in op.results if self._keys[result] == key}
             for key in recorded.writes
         }
         for old, new in op.versions.items():
@@ -251,12 +257,12 @@ class _Comparison:
                 if member[0] != "op" or member[1] < recorded.position:
                     self._stale[member] = op
 
-    def _coverage(self, seen: Counter[Op]) -> Iterator[str]:
+    def _coverage(self, runs: Counter[Op]) -> Iterator[str]:
         for op, recorded in self._trace.ops.items():
-            if recorded.needed and not seen[op]:
+            if recorded.needed and not runs[op]:
                 yield f"lost: {op.where()}"
-            if seen[op] > 1 and op.has_effect:
-                yield f"runs {seen[op]} times although it has an effect: {op.where()}"
+            if runs[op] > 1 and op.has_effect:
+                yield f"runs {runs[op]} times although it has an effect: {op.where()}"
 
     def _results(self) -> Iterator[str]:
         returned = [
@@ -274,12 +280,7 @@ class _Comparison:
                     f"{leaf!r} shares storage with what {self._stale[key].where()} wrote, but is returned "
                     "as if unwritten"
                 )
-        names = {
-            name: e.tensor
-            for e in self._program.state
-            for name in e.names
-            if e.kind != "const"
-        }
+        names = _model_names(self._program)
         if names != self._trace.names:
             yield (
                 "state names differ from the model's: "
@@ -294,23 +295,29 @@ class _Comparison:
                     yield f"stage {stage.index} holds state the program does not have"
 
 
-def _same(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
+def _are_recorded(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
+    """True for operands that are the recorded ones: the same values by origin, the same literals."""
     if type(tree) is Value:
         return keys.get(tree) == recorded and type(recorded) is tuple
     if isinstance(tree, (tuple, list)):
         return (
             type(tree) is type(recorded)
             and len(tree) == len(recorded)
-            and all(_same(a, b, keys) for a, b in zip(tree, recorded, strict=True))
+            and all(
+                _are_recorded(part, other, keys)
+                for part, other in zip(tree, recorded, strict=True)
+            )
         )
     if isinstance(tree, dict):
         return (
             isinstance(recorded, dict)
             and tree.keys() == recorded.keys()
-            and all(_same(v, recorded[k], keys) for k, v in tree.items())
+            and all(
+                _are_recorded(part, recorded[key], keys) for key, part in tree.items()
+            )
         )
     if isinstance(tree, slice):
-        return isinstance(recorded, slice) and _same(
+        return isinstance(recorded, slice) and _are_recorded(
             (tree.start, tree.stop, tree.step),
             (recorded.start, recorded.stop, recorded.step),
             keys,
@@ -321,6 +328,6 @@ def _same(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
 def _same_literals(left: list[Any], right: list[Any]) -> bool:
     """True for equal literals, where 1 is not True and nan is nan."""
     return len(left) == len(right) and all(
-        type(a) is type(b) and (a == b or repr(a) == repr(b))
-        for a, b in zip(left, right, strict=True)
+        type(one) is type(other) and (one == other or repr(one) == repr(other))
+        for one, other in zip(left, right, strict=True)
     )

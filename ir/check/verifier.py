@@ -61,70 +61,70 @@ def verify(program: Program, *, after: str = "") -> None:
         raise VerifyError(violations, after=after)
 
 
-def _violations(p: Program) -> Iterator[tuple[str, str]]:
-    yield from _ops(p)
-    yield from _uses(p)
-    yield from _state_names(p)
-    yield from _stale_reads(p)
-    if p.phase == "traced":
-        if p.stages or p.transfers:
+def _violations(program: Program) -> Iterator[tuple[str, str]]:
+    yield from _ops(program)
+    yield from _uses(program)
+    yield from _state_names(program)
+    yield from _stale_reads(program)
+    if program.phase == "traced":
+        if program.stages or program.transfers:
             yield "V8", "a traced program has stages or transfers"
         return
-    yield from _stages(p)
-    if p.phase == "linked":
-        yield from _linked(p)
+    yield from _stages(program)
+    if program.phase == "linked":
+        yield from _linked(program)
 
 
 _lines = lru_cache(1)(line_printer)
 """Names are made once for all violations, because a damaged program breaks many rules."""
 
 
-def _show(p: Program, op: Op) -> str:
-    return f"`{_lines(p)(op)}` ({op.where()})"
+def _show(program: Program, op: Op) -> str:
+    return f"`{_lines(program)(op)}` ({op.where()})"
 
 
-def _ops(p: Program) -> Iterator[tuple[str, str]]:
-    defined: set[Value] = set(p.inputs) | {entry.value for entry in p.state}
-    if len(set(p.inputs)) < len(p.inputs) or any(
-        value.owner is not None for value in p.inputs
-    ):
+def _ops(program: Program) -> Iterator[tuple[str, str]]:
+    defined: set[Value] = set(program.inputs) | {entry.value for entry in program.state}
+    repeated = len(set(program.inputs)) < len(program.inputs)
+    if repeated or any(value.owner is not None for value in program.inputs):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
-    yield from _block(p, p, defined)
+    yield from _block(program, program, defined)
 
 
-def _block(p: Program, block: Block, defined: set[Value]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the ops of the program or of a region. `defined` gains what they define."""
-    rule, name = ("V1", "the program") if block is p else ("V6", f"region {block.name}")
-    for op in p.all_ops() if block is p else block.ops:
+def _block(
+    program: Program, block: Block, defined: set[Value]
+) -> Iterator[tuple[str, str]]:
+    """The faults of the ops of the program or of a region. `defined` gains the values that they define."""
+    rule, name = (
+        ("V1", "the program") if block is program else ("V6", f"region {block.name}")
+    )
+    for op in program.all_ops() if block is program else block.ops:
         for value in op.reads:
             if value not in defined:
                 yield (
                     rule,
-                    f"{value!r} is read, but not defined before in {name}, in {_show(p, op)}",
+                    f"{value!r} is read, but not defined before in {name}, in {_show(program, op)}",
                 )
-        yield from _definitions(p, op, defined)
-        yield from _effects(p, op)
-        yield from _form(p, op)
-        yield from _regions(p, op)
+        yield from _definitions(program, op, defined)
+        yield from _effects(program, op)
+        yield from _form(program, op)
+        yield from _regions(program, op)
         if op.target == BY_MODE and not _is_by_mode(op):
             yield (
                 "V18",
                 "not a flag, two regions and their operands, or other results than they yield, in "
-                f"{_show(p, op)}",
+                f"{_show(program, op)}",
             )
     for value in block.output.operands:
         if value not in defined:
             yield rule, f"{name} returns {value!r}, which is not defined there"
-    if any(isinstance(item, RegionRef) for item in literals(block.outputs)):
+    if any(isinstance(literal, RegionRef) for literal in literals(block.outputs)):
         yield "V6", f"{name} returns a region"
 
 
 def _is_by_mode(op: Op) -> bool:
-    if (
-        [type(item) for item in op.args] != [Mode, RegionRef, RegionRef, list]
-        or op.kwargs
-        or op.form is not None
-    ):
+    types = [*map(type, op.args)]
+    if types != [Mode, RegionRef, RegionRef, list] or op.kwargs or op.form is not None:
         return False
     flag, training, evaluating, operands = op.args
     fits = (
@@ -139,23 +139,20 @@ def _is_by_mode(op: Op) -> bool:
 
 
 def _yields(region: Block) -> int:
-    """How many values a region yields (a single one is not in a tuple); -1 if it yields anything else."""
+    """The number of values a region yields, where a single one is not in a tuple. -1 for anything else."""
     tree = region.outputs
     if isinstance(tree, Value):
         return 1
-    flat = (
-        isinstance(tree, tuple)
-        and len(tree) != 1
-        and all(isinstance(item, Value) for item in tree)
-    )
-    return len(tree) if flat else -1
+    if not isinstance(tree, tuple) or len(tree) == 1:
+        return -1
+    return len(tree) if all(isinstance(part, Value) for part in tree) else -1
 
 
-def _form(p: Program, op: Op) -> Iterator[tuple[str, str]]:
+def _form(program: Program, op: Op) -> Iterator[tuple[str, str]]:
     if op.form is not None and op.returned is None and not _names_each_result(op):
         yield (
             "V17",
-            f"the form does not name each result once, in order, in {_show(p, op)}",
+            f"the form does not name each result once, in order, in {_show(program, op)}",
         )
 
 
@@ -167,51 +164,56 @@ def _names_each_result(op: Op) -> bool:
     return keys <= {int, str} and numbers == list(range(len(op.results)))
 
 
-def _definitions(p: Program, op: Op, defined: set[Value]) -> Iterator[tuple[str, str]]:
+def _definitions(
+    program: Program, op: Op, defined: set[Value]
+) -> Iterator[tuple[str, str]]:
     for value in op.definitions():
         if value in defined or value.owner is not op:
             yield (
                 "V3",
-                f"{value!r} is defined more than once, or by another op than {_show(p, op)}",
+                f"{value!r} is defined more than once, or by another op than {_show(program, op)}",
             )
         defined.add(value)
 
 
-def _effects(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    e = op.effects
-    named = {*e.writes, *(value for value in e.views if value is not None)}
+def _effects(program: Program, op: Op) -> Iterator[tuple[str, str]]:
+    writes, views = op.effects.writes, op.effects.views
+    named = {*writes, *(value for value in views if value is not None)}
     if not named <= {*op.operands}:
-        yield "V5", f"an effect names an operand that is not there in {_show(p, op)}"
-    if e.views and len(e.views) != len(op.results):
         yield (
             "V5",
-            f"{len(e.views)} view slots for {len(op.results)} results in {_show(p, op)}",
+            f"an effect names an operand that is not there in {_show(program, op)}",
         )
-    if op.versions and not e.writes:
-        yield "V5", f"new versions without a write in {_show(p, op)}"
+    if views and len(views) != len(op.results):
+        yield (
+            "V5",
+            f"{len(views)} view slots for {len(op.results)} results in {_show(program, op)}",
+        )
+    if op.versions and not writes:
+        yield "V5", f"new versions without a write in {_show(program, op)}"
 
 
-def _regions(p: Program, op: Op) -> Iterator[tuple[str, str]]:
-    for item in literals((op.args, op.kwargs)):
-        if isinstance(item, RegionRef) and not 0 <= item.index < len(op.regions):
-            yield "V6", f"region <{item.index}> does not exist in {_show(p, op)}"
+def _regions(program: Program, op: Op) -> Iterator[tuple[str, str]]:
+    for ref in literals((op.args, op.kwargs)):
+        if isinstance(ref, RegionRef) and not 0 <= ref.index < len(op.regions):
+            yield "V6", f"region <{ref.index}> does not exist in {_show(program, op)}"
     for region in op.regions:
-        yield from _block(p, region, set(region.inputs))
+        yield from _block(program, region, set(region.inputs))
 
 
-def _every_op(p: Program) -> Iterator[Op]:
+def _every_op(program: Program) -> Iterator[Op]:
     """All ops, those of regions, and the outputs of every block."""
-    for op in nested_ops(p.all_ops()):
+    for op in nested_ops(program.all_ops()):
         yield op
         yield from (region.output for region in op.regions)
-    yield from (stage.output for stage in p.stages)
-    yield p.output
+    yield from (stage.output for stage in program.stages)
+    yield program.output
 
 
-def _uses(p: Program) -> Iterator[tuple[str, str]]:
+def _uses(program: Program) -> Iterator[tuple[str, str]]:
     real: dict[Value, set[Op]] = {}
-    values: list[Value] = [*p.inputs, *(entry.value for entry in p.state)]
-    for op in _every_op(p):
+    values: list[Value] = [*program.inputs, *(entry.value for entry in program.state)]
+    for op in _every_op(program):
         values.extend(op.definitions())
         values.extend(param for region in op.regions for param in region.inputs)
         for value in op.reads:
@@ -221,58 +223,62 @@ def _uses(p: Program) -> Iterator[tuple[str, str]]:
             yield "V2", f"the use list of {value!r} is not what the ops read"
 
 
-def _state_names(p: Program) -> Iterator[tuple[str, str]]:
-    count = Counter(name for entry in p.state for name in entry.names)
+def _state_names(program: Program) -> Iterator[tuple[str, str]]:
+    count = Counter(name for entry in program.state for name in entry.names)
     for name, times in count.items():
         if times > 1:
             yield "V4", f"state name '{name}' belongs to {times} entries"
 
 
-def _stale_reads(p: Program) -> Iterator[tuple[str, str]]:
+def _stale_reads(program: Program) -> Iterator[tuple[str, str]]:
     stale: set[Value] = set()
-    for op in [*p.all_ops(), p.output]:
+    for op in [*program.all_ops(), program.output]:
         for value in op.reads:
             if value in stale:
                 yield (
                     "V7",
-                    f"{value!r} was written earlier; {_show(p, op)} reads the old version",
+                    f"{value!r} was written earlier; {_show(program, op)} reads the old version",
                 )
         stale.update(op.versions)
 
 
-def _stages(p: Program) -> Iterator[tuple[str, str]]:
-    seen: set[Op] = set()
-    if p.ops:
-        yield "V9", f"{len(p.ops)} op(s) are in no stage"
-    for index, stage in enumerate(p.stages):
+def _stages(program: Program) -> Iterator[tuple[str, str]]:
+    placed: set[Op] = set()
+    if program.ops:
+        yield "V9", f"{len(program.ops)} op(s) are in no stage"
+    for index, stage in enumerate(program.stages):
         if stage.index != index:
             yield "V10", f"stage {stage.index} stands at position {index}"
-        if not stage.ops and len(p.stages) > 1:
+        if not stage.ops and len(program.stages) > 1:
             yield "V10", f"stage {index} is empty"
         for op in stage.ops:
-            if op in seen:
-                yield "V9", f"in two stages: {_show(p, op)}"
+            if op in placed:
+                yield "V9", f"in two stages: {_show(program, op)}"
             if op.target == SPLIT:
                 yield "V9", f"a split marker is left in stage {index}"
-            seen.add(op)
+            placed.add(op)
 
 
-def _linked(p: Program) -> Iterator[tuple[str, str]]:
+def _linked(program: Program) -> Iterator[tuple[str, str]]:
     homes: dict[Value, int] = {}
-    for stage in p.stages:
+    for stage in program.stages:
         for op in stage.ops:
             homes.update(dict.fromkeys(op.definitions(), stage.index))
-    needed: dict[Value, int] = dict.fromkeys(p.output.operands, len(p.stages))
-    for stage in reversed(p.stages):
+    needed: dict[Value, int] = dict.fromkeys(
+        program.output.operands, len(program.stages)
+    )
+    for stage in reversed(program.stages):
         yield from _stage_inputs(stage, homes)
         yield from _stage_outputs(stage, homes, needed)
         for value in stage.inputs:
             needed.setdefault(value, stage.index)
-    yield from _transfers(p)
-    yield from _port_order(p, homes)
-    yield from _holders(p)
-    listed = {value for stage in p.stages for value in stage.outputs} | set(p.inputs)
-    for value in p.output.operands:
+    yield from _transfers(program)
+    yield from _port_order(program, homes)
+    yield from _holders(program)
+    listed = {value for stage in program.stages for value in stage.outputs} | set(
+        program.inputs
+    )
+    for value in program.output.operands:
         if value not in listed:
             yield "V15", f"{value!r} is returned, but no stage outputs it"
 
@@ -282,8 +288,7 @@ def _stage_inputs(stage: Stage, homes: dict[Value, int]) -> Iterator[tuple[str, 
     for op in stage.ops:
         for value in op.reads:
             read.add(value)
-            held = isinstance(value.owner, StateEntry) and value.owner in stage.state
-            if homes.get(value) != stage.index and value not in listed and not held:
+            if value not in listed and not _is_its_own(value, stage, homes):
                 yield (
                     "V11",
                     f"stage {stage.index} reads {value!r}, which it neither defines, receives nor holds",
@@ -298,14 +303,20 @@ def _stage_inputs(stage: Stage, homes: dict[Value, int]) -> Iterator[tuple[str, 
         yield "V11", f"stage {stage.index} lists an input twice"
 
 
+def _is_its_own(value: Value, stage: Stage, homes: dict[Value, int]) -> bool:
+    """True for a value that the stage defines, and for state that it holds."""
+    if isinstance(value.owner, StateEntry) and value.owner in stage.state:
+        return True
+    return homes.get(value) == stage.index
+
+
 def _stage_outputs(
     stage: Stage, homes: dict[Value, int], needed: dict[Value, int]
 ) -> Iterator[tuple[str, str]]:
     if len(set(stage.outputs)) != len(stage.outputs):
         yield "V12", f"stage {stage.index} lists an output twice"
     for value in stage.outputs:
-        held = isinstance(value.owner, StateEntry) and value.owner in stage.state
-        if homes.get(value) != stage.index and not held:
+        if not _is_its_own(value, stage, homes):
             yield (
                 "V12",
                 f"stage {stage.index} outputs {value!r}, which it does not define",
@@ -314,120 +325,132 @@ def _stage_outputs(
             yield "V12", f"stage {stage.index} outputs {value!r}, which nothing needs"
 
 
-def _transfers(p: Program) -> Iterator[tuple[str, str]]:
-    wanted = dict.fromkeys(
-        (value, stage.index) for stage in p.stages for value in stage.inputs
+def _transfers(program: Program) -> Iterator[tuple[str, str]]:
+    listed = dict.fromkeys(
+        (value, stage.index) for stage in program.stages for value in stage.inputs
     )
-    count = Counter((t.value, t.target) for t in p.transfers if t.made is None)
-    for value, target in wanted:
+    count = Counter(
+        (transfer.value, transfer.target)
+        for transfer in program.transfers
+        if transfer.made is None
+    )
+    for value, target in listed:
         if count[value, target] != 1:
             yield (
                 "V13",
                 f"{count[value, target]} transfers of {value!r} to stage {target}, not one",
             )
-    inputs = set(p.inputs)
-    outputs = {stage.index: stage.outputs for stage in p.stages}
-    for t in p.transfers:
-        if t.made is not None or t.route == "recompute":
-            yield from _recomputed(p, t)
+    inputs = set(program.inputs)
+    outputs = {stage.index: stage.outputs for stage in program.stages}
+    for transfer in program.transfers:
+        if transfer.made is not None or transfer.route == "recompute":
+            yield from _recomputed(program, transfer)
             continue
-        if (t.value, t.target) not in wanted:
+        value, source, target = transfer.value, transfer.source, transfer.target
+        if (value, target) not in listed:
             yield (
                 "V13",
-                f"a transfer of {t.value!r} to stage {t.target}, which does not list it",
+                f"a transfer of {value!r} to stage {target}, which does not list it",
             )
-        if t.route is None:
-            yield "V13", f"the transfer of {t.value!r} to stage {t.target} has no route"
-        elif t.route not in (
-            ("feed", "relay") if t.source is None else ("send", "relay")
-        ):
-            yield (
-                "V13",
-                f"{t.value!r} goes to stage {t.target} by '{t.route}': user inputs are fed or relayed, and "
-                "nothing else is fed",
-            )
-        elif t.source is not None and (t.route == "send") != (t.target == t.source + 1):
-            yield (
-                "V13",
-                f"{t.value!r} goes from stage {t.source} to {t.target} by '{t.route}': to the next by send, "
-                "farther by relay",
-            )
-        if t.source is None and t.value not in inputs:
-            yield "V13", f"{t.value!r} is fed to stage {t.target} but is no user input"
-        if t.source is not None and not (
-            t.source < t.target and t.value in outputs.get(t.source, ())
-        ):
-            yield (
-                "V13",
-                f"stage {t.source} does not send {t.value!r} forward to stage {t.target}",
-            )
-
-
-def _recomputed(p: Program, t: Transfer) -> Iterator[tuple[str, str]]:
-    """A stage that computes a value itself holds a copy of the op that defines the value."""
-    first, second = t.value.owner, t.made.owner if t.made is not None else None
-    there = p.stages[t.target].ops if 0 <= t.target < len(p.stages) else []
-    alike = (
-        isinstance(first, Op)
-        and isinstance(second, Op)
-        and first.target == second.target
-        and not first.has_effect
-    )
-    if (
-        t.route != "recompute"
-        or not alike
-        or second not in there
-        or t.source is None
-        or t.source >= t.target
-    ):
+        yield from _route(transfer)
+        if source is None and value not in inputs:
+            yield "V13", f"{value!r} is fed to stage {target} but is no user input"
+        if source is None or (source < target and value in outputs.get(source, ())):
+            continue
         yield (
             "V13",
-            f"stage {t.target} does not compute {t.value!r} of stage {t.source} anew",
+            f"stage {source} does not send {value!r} forward to stage {target}",
         )
 
 
-def _port_order(p: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
+def _route(transfer: Transfer) -> Iterator[tuple[str, str]]:
+    """A user input is fed or relayed. Anything else goes to the next stage by send, farther by relay."""
+    value, source, target = transfer.value, transfer.source, transfer.target
+    route = transfer.route
+    if route is None:
+        yield "V13", f"the transfer of {value!r} to stage {target} has no route"
+    elif route not in (("feed", "relay") if source is None else ("send", "relay")):
+        yield (
+            "V13",
+            f"{value!r} goes to stage {target} by '{route}': user inputs are fed or relayed, and nothing "
+            "else is fed",
+        )
+    elif source is not None and (route == "send") != (target == source + 1):
+        yield (
+            "V13",
+            f"{value!r} goes from stage {source} to {target} by '{route}': to the next by send, farther by "
+            "relay",
+        )
+
+
+def _recomputed(program: Program, transfer: Transfer) -> Iterator[tuple[str, str]]:
+    """A stage that computes a value itself holds a copy of the op that defines the value."""
+    if not _is_recomputed(program, transfer):
+        yield (
+            "V13",
+            f"stage {transfer.target} does not compute {transfer.value!r} of stage {transfer.source} anew",
+        )
+
+
+def _is_recomputed(program: Program, transfer: Transfer) -> bool:
+    if (
+        transfer.route != "recompute"
+        or transfer.made is None
+        or transfer.source is None
+    ):
+        return False
+    target = transfer.target
+    if not 0 <= target < len(program.stages) or transfer.source >= target:
+        return False
+    op, copy = transfer.value.owner, transfer.made.owner
+    if not isinstance(op, Op) or not isinstance(copy, Op) or op.has_effect:
+        return False
+    return op.target == copy.target and copy in program.stages[target].ops
+
+
+def _port_order(program: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:
     """Both ends of a boundary name its values in one order: both can then bind them by position."""
-    rank = {value: (-1, place) for place, value in enumerate(p.inputs)}
-    for stage in p.stages:
-        rank |= {
+    ranks = {value: (-1, place) for place, value in enumerate(program.inputs)}
+    for stage in program.stages:
+        ranks |= {
             value: (stage.index, place)
             for place, value in enumerate(stage.outputs)
             if homes.get(value) == stage.index
         }
         last = (-1, -1)
         for value in stage.inputs:
-            now = rank.get(value, last)
-            if now < last:
+            rank = ranks.get(value, last)
+            if rank < last:
                 yield (
                     "V16",
                     f"stage {stage.index} receives {value!r} in another order than it is sent",
                 )
-            last = now
-    if p.stages:
-        listed = dict.fromkeys(p.stages[-1].outputs)
-        returned = dict.fromkeys(p.output.operands)
-        if [v for v in listed if v in returned] != [v for v in returned if v in listed]:
+            last = rank
+    if program.stages:
+        listed = dict.fromkeys(program.stages[-1].outputs)
+        returned = dict.fromkeys(program.output.operands)
+        in_listed_order = [value for value in listed if value in returned]
+        if in_listed_order != [value for value in returned if value in listed]:
             yield (
                 "V16",
                 "the last stage lists its outputs in another order than the model returns them",
             )
 
 
-def _holders(p: Program) -> Iterator[tuple[str, str]]:
-    held: Counter[str] = Counter()
+def _holders(program: Program) -> Iterator[tuple[str, str]]:
+    holders: Counter[str] = Counter()
     owners: dict[StateEntry, set[int]] = {}
-    for stage in p.stages:
+    for stage in program.stages:
         for entry, names in stage.state.items():
-            held.update(names)
+            holders.update(names)
             owners.setdefault(entry, set()).add(stage.index)
             if not set(names) <= set(entry.names):
                 yield (
                     "V14",
                     f"stage {stage.index} holds '{entry.name}' under a foreign name",
                 )
-    for entry in p.state:
-        if entry.kind != "const" and any(not held[name] for name in entry.names):
+    for entry in program.state:
+        if entry.kind != "const" and any(not holders[name] for name in entry.names):
             yield "V14", f"no stage holds every name of '{entry.name}'"
         if set(entry.stages) != owners.get(entry, set()):
             yield "V14", f"the owners of '{entry.name}' are not the stages that hold it"

@@ -32,30 +32,30 @@ class Masks:
         Also None where the result would lie otherwise in memory without the mask, because later ops may rely
         on that.
         """
-        types = [operand.type for operand in (query, key, value)]
-        tensors = [
-            kind for kind in types if isinstance(kind, TensorType) and _is_known(kind)
+        types = [
+            operand.type
+            for operand in (query, key, value)
+            if isinstance(operand.type, TensorType) and _is_known(operand.type)
         ]
-        if len(tensors) < 3:
+        if len(types) < 3:
             return None
         if mask not in self._kinds:
-            tensor = self._constants.value(mask)
-            self._kinds[mask] = (
-                mask_kind(tensor, tensors[0].shape[-2], tensors[1].shape[-2])
-                if tensor is not None
-                else None
-            )
+            self._kinds[mask] = self._mask_kind(mask, types)
         kind = self._kinds[mask]
         if kind is None or not isinstance(result.type, TensorType):
             return None
-        return (
-            kind
-            if all(
-                _strides_without(kind, tensors, grad) == _strides(result.type)
-                for grad in (False, True)
-            )
-            else None
-        )
+        strides = _strides(result.type)
+        for grad in (False, True):
+            if _strides_without(kind, types, grad) != strides:
+                return None
+        return kind
+
+    def _mask_kind(self, mask: Value, types: list[TensorType]) -> str | None:
+        tensor = self._constants.value(mask)
+        if tensor is None:
+            return None
+        queries, keys, _ = types
+        return mask_kind(tensor, queries.shape[-2], keys.shape[-2])
 
 
 def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
@@ -66,39 +66,44 @@ def mask_kind(mask: torch.Tensor, queries: Any, keys: Any) -> str | None:
     sees a key, else -inf or the least finite number. No mask is CAUSAL where there are more keys than
     queries, or fewer, because torch lets the first query see just the first key.
     """
-    seen = mask if mask.dtype == torch.bool else mask == 0
+    visible = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool(
-        (seen | (mask <= torch.finfo(mask.dtype).min)).all()
+        (visible | (mask <= torch.finfo(mask.dtype).min)).all()
     ):
         return None
-    if bool(seen.all()):
+    if bool(visible.all()):
         return OPEN
     if queries != keys or mask.shape[-2:] != (queries, keys):
         return None
     future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
-    return CAUSAL if bool((seen == ~future).all()) else None
+    return CAUSAL if bool((visible == ~future).all()) else None
 
 
-def _is_known(kind: TensorType) -> bool:
-    return all(isinstance(size, int) for size in (*kind.shape, *(kind.strides or ())))
+def _is_known(tensor_type: TensorType) -> bool:
+    return all(
+        isinstance(size, int)
+        for size in (*tensor_type.shape, *(tensor_type.strides or ()))
+    )
 
 
-def _strides(kind: TensorType) -> tuple[Any, ...]:
-    return kind.strides or contiguous_strides(kind.shape)  # type: ignore[arg-type]
+def _strides(tensor_type: TensorType) -> tuple[Any, ...]:
+    return tensor_type.strides or contiguous_strides(tensor_type.shape)  # type: ignore[arg-type]
 
 
-def _strides_without(mask: str, kinds: list[TensorType], grad: bool) -> tuple[int, ...]:
+def _strides_without(mask: str, types: list[TensorType], grad: bool) -> tuple[int, ...]:
     """The strides of the result of attention without its mask of that kind."""
     with FakeTensorMode(), torch.enable_grad():
-        query, key, value = (_fake(kind).requires_grad_(grad) for kind in kinds)
+        query, key, value = (
+            _fake(tensor_type).requires_grad_(grad) for tensor_type in types
+        )
         heads_differ = query.dim() > 3 and query.shape[-3] != key.shape[-3]
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=mask == CAUSAL, enable_gqa=heads_differ
         ).stride()
 
 
-def _fake(kind: TensorType) -> torch.Tensor:
-    shape: Any = kind.shape
-    strides: Any = _strides(kind)
-    dtype = getattr(torch, DTYPES[kind.dtype])
-    return torch.empty_strided(shape, strides, dtype=dtype, device=kind.device)
+def _fake(tensor_type: TensorType) -> torch.Tensor:
+    shape: Any = tensor_type.shape
+    strides: Any = _strides(tensor_type)
+    dtype = getattr(torch, DTYPES[tensor_type.dtype])
+    return torch.empty_strided(shape, strides, dtype=dtype, device=tensor_type.device)

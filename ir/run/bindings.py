@@ -60,13 +60,13 @@ class Bindings:
     def branches(self) -> dict[str, str]:
         """Path of each module whose mode the stages cannot follow -> where, and why."""
         return {
-            path: known.branch for path, known in self.facts.items() if known.branch
+            path: facts.branch for path, facts in self.facts.items() if facts.branch
         }
 
     @property
     def extras(self) -> list[str]:
         """The paths of the modules that have extra state."""
-        return [path for path, known in self.facts.items() if known.extra is not None]
+        return [path for path, facts in self.facts.items() if facts.extra is not None]
 
     def facts_of(self, path: str) -> ModuleFacts:
         """The facts of the module at a path. One that is not known has the mode of the model."""

@@ -57,15 +57,15 @@ class CallSpec:
 
     def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
-        given = (tuple(args), dict(kwargs))
+        args, kwargs = tuple(args), dict(kwargs)
         if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
-            given = self._rebind(args, kwargs)
-        ordered = {name: given[1][name] for name in self.keywords}
-        flat, spec = tree_flatten(without_sizes((given[0], ordered)))
+            args, kwargs = self._rebind(args, kwargs)
+        ordered = {name: kwargs[name] for name in self.keywords}
+        flat, spec = tree_flatten(without_sizes((args, ordered)))
         if spec != self.in_spec:
             raise InputError(
                 "the arguments are nested otherwise than in the example call: "
-                f"{self._difference(given[0], ordered)}",
+                f"{self._difference(args, ordered)}",
                 hint=(
                     "call with the same structure, or trace again with these arguments as mb_args / "
                     "mb_kwargs"
@@ -93,10 +93,24 @@ class CallSpec:
     def _rebind(
         self, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = [
-            *self.parameters,
-            *(n for n in self.positional if n not in self.parameters),
-        ]
+        """The arguments as the example call gave them: by position or by name, defaults filled in."""
+        values = self._by_name(args, kwargs)
+        traced = (*self.positional, *self.keywords)
+        for name in traced:
+            default = self.parameters.get(name, ABSENT)
+            if default is not ABSENT:
+                values.setdefault(name, default)
+            if name not in values:
+                raise InputError(
+                    f"missing argument '{name}'",
+                    hint=f"the program was traced with {', '.join(traced)}",
+                )
+        self._refuse_untraced(values)
+        positional = tuple(values[name] for name in self.positional)
+        return positional, {name: values[name] for name in self.keywords}
+
+    def _by_name(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = list(dict.fromkeys([*self.parameters, *self.positional]))
         if len(args) > len(names):
             raise InputError(
                 f"{len(args)} positional arguments, but the model takes at most {len(names)}"
@@ -108,53 +122,37 @@ class CallSpec:
                     f"argument '{name}' is given twice, by position and by name"
                 )
             values[name] = value
+        return values
+
+    def _refuse_untraced(self, values: dict[str, Any]) -> None:
+        """Raises InputError for an argument that the example call left out, unless it has its default."""
         traced = (*self.positional, *self.keywords)
-        left_out = {
-            n: self.parameters.get(n, ABSENT) for n in traced if n not in values
-        }
-        values |= {
-            name: default for name, default in left_out.items() if default is not ABSENT
-        }
-        missing = [name for name in traced if name not in values]
-        if missing:
-            raise InputError(
-                f"missing argument '{missing[0]}'",
-                hint=f"the program was traced with {', '.join(traced)}",
-            )
         for name, value in values.items():
-            if name not in traced and not _same(
-                value, self.parameters.get(name, ABSENT)
-            ):
+            if name in traced:
+                continue
+            if not _is_default(value, self.parameters.get(name, ABSENT)):
                 raise InputError(
                     f"argument '{name}' was not given in the example call, so the program does not depend "
                     "on it",
                     hint=f"add it to mb_args / mb_kwargs; {nearest(name, traced)}",
                 )
-        return tuple(values[n] for n in self.positional), {
-            n: values[n] for n in self.keywords
-        }
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        children = (
-            self.in_spec.children()
-            if callable(getattr(self.in_spec, "children", None))
-            else self.in_spec.children_specs
-        )
-        for spec, values, names in zip(
-            children,
-            (args, tuple(kwargs.values())),
-            (self.positional, self.keywords),
-            strict=True,
-        ):
-            parts = (
-                spec.children()
-                if callable(getattr(spec, "children", None))
-                else spec.children_specs
-            )
-            for name, want, value in zip(names, parts, values, strict=True):
-                if tree_flatten(without_sizes(value))[1] != want:
-                    return f"argument '{name}' has another structure"
+        by_position, by_name = _children(self.in_spec)
+        names = [*self.positional, *self.keywords]
+        values = [*args, *kwargs.values()]
+        specs = [*_children(by_position), *_children(by_name)]
+        for name, value, spec in zip(names, values, specs, strict=True):
+            if tree_flatten(without_sizes(value))[1] != spec:
+                return f"argument '{name}' has another structure"
         return "the nesting differs"
+
+
+def _children(spec: Any) -> Sequence[Any]:
+    """The specs of the parts of a structure: a method in later versions of torch, an attribute in earlier."""
+    if callable(getattr(spec, "children", None)):
+        return list(spec.children())
+    return list(spec.children_specs)
 
 
 def _path_text(path: Sequence[Any]) -> str:
@@ -164,12 +162,12 @@ def _path_text(path: Sequence[Any]) -> str:
     return keystr(tuple(path)).removeprefix(".")
 
 
-def is_size(item: Any) -> bool:
+def is_size(value: Any) -> bool:
     """True for the shape of a tensor, which is a tuple of a class of its own."""
-    return isinstance(item, torch.Size)
+    return isinstance(value, torch.Size)
 
 
-def _same(value: Any, default: Any) -> bool:
+def _is_default(value: Any, default: Any) -> bool:
     return value is default or (
         isinstance(value, (bool, int, float, str))
         and type(value) is type(default)
@@ -186,11 +184,12 @@ def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
-    found = {}
-    for name, parameter in inspect.signature(forward).parameters.items():
-        if parameter.kind in kinds:
-            found[name] = parameter.default
-    return found
+    parameters = inspect.signature(forward).parameters.items()
+    return {
+        name: parameter.default
+        for name, parameter in parameters
+        if parameter.kind in kinds
+    }
 
 
 def check_inputs(
@@ -202,42 +201,39 @@ def check_inputs(
     Raises InputError naming the first input that does not.
     """
     sizes: dict[str, tuple[str, int]] = {}
-    for value, given in zip(inputs, flat, strict=True):
+    for value, argument in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
-            _check_tensor(value.hint, value.type, given, sizes)
-        elif isinstance(value.type, ScalarType) and (
-            value.type.expr is not None or value.type == NONE
-        ):
-            _check_scalar(value.hint, value.type, given)
+            _check_tensor(value.hint, value.type, argument, sizes)
+        elif value.type.expr is not None or value.type == NONE:
+            _check_scalar(value.hint, value.type, argument)
     return _check_sizes(sizes, ranges or {})
 
 
 def _check_tensor(
-    name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]
+    name: str, tensor_type: TensorType, argument: Any, sizes: dict[str, tuple[str, int]]
 ) -> None:
     """`sizes` gains the symbolic sizes of the input, each with the name of the input."""
-    if not isinstance(given, torch.Tensor):
+    if not isinstance(argument, torch.Tensor):
         raise InputError(
-            f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN
+            f"input '{name}' must be a tensor, not {type(argument).__name__}",
+            hint=_AGAIN,
         )
 
-    if SHORT.get(given.dtype) != kind.dtype:
+    if SHORT.get(argument.dtype) != tensor_type.dtype:
         raise InputError(
-            f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with "
-            f"torch.{DTYPES[kind.dtype]}",
+            f"dtype mismatch: input '{name}' has dtype {argument.dtype}, the program was traced with "
+            f"torch.{DTYPES[tensor_type.dtype]}",
             hint=f"convert it, or {_AGAIN}",
         )
-    fits = len(given.shape) == len(kind.shape)
-    for size, want in zip(given.shape, kind.shape, strict=False):
-        fits &= (
-            size == want
-            if isinstance(want, int)
-            else sizes.setdefault(want, (name, int(size)))[1] == size
-        )
+    fits = len(argument.shape) == len(tensor_type.shape)
+    for size, traced in zip(argument.shape, tensor_type.shape, strict=False):
+        if isinstance(traced, str):
+            _, traced = sizes.setdefault(traced, (name, int(size)))
+        fits &= size == traced
     if not fits:
         raise InputError(
-            f"shape mismatch: input '{name}' has shape {list(given.shape)}, the program was traced with "
-            f"{list(kind.shape)}",
+            f"shape mismatch: input '{name}' has shape {list(argument.shape)}, the program was traced with "
+            f"{list(tensor_type.shape)}",
             hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run",
         )
 
@@ -257,11 +253,9 @@ def _check_sizes(sizes: dict[str, tuple[str, int]], ranges: Ranges) -> dict[str,
                 hint='widen its range in dynamic_shapes: torch.export.Dim("n", min=..., max=...)',
             )
     derived = [symbol for symbol in sizes if not symbol.isidentifier()]
-    return (
-        _check_derived(sizes, derived)
-        if derived
-        else {symbol: size for symbol, (_, size) in sizes.items()}
-    )
+    if derived:
+        return _check_derived(sizes, derived)
+    return {symbol: size for symbol, (_, size) in sizes.items()}
 
 
 def _check_derived(
@@ -269,10 +263,15 @@ def _check_derived(
 ) -> dict[str, int]:
     import sympy
 
-    known = {sympy.Symbol(s): n for s, (_, n) in sizes.items() if s.isidentifier()}
+    numbers = {
+        sympy.Symbol(symbol): size
+        for symbol, (_, size) in sizes.items()
+        if symbol.isidentifier()
+    }
     for text in derived:
         name, size = sizes[text]
-        rest = expression(text, {str(s): s for s in known}).subs(known) - size
+        symbols = {str(symbol): symbol for symbol in numbers}
+        rest = expression(text, symbols).subs(numbers) - size
         unknown = list(rest.free_symbols)
         if len(unknown) == 1:  # the size tells what its symbol is
             roots = [
@@ -281,32 +280,27 @@ def _check_derived(
                 if root.is_integer and root.is_nonnegative
             ]
             if roots:
-                known[unknown[0]] = int(roots[0])
+                numbers[unknown[0]] = int(roots[0])
                 continue
         if len(unknown) == 1 or (rest != 0 and not unknown):
             raise InputError(
                 f"input '{name}' has a size of {size}, which is not {text} for the other sizes given",
                 hint="pass sizes that fit each other as dynamic_shapes says",
             )
-    return {str(symbol): number for symbol, number in known.items()}
+    return {str(symbol): number for symbol, number in numbers.items()}
 
 
-def _check_scalar(name: str, kind: ScalarType, given: Any) -> None:
-    if kind.kind == "none" and given is None:
+def _check_scalar(name: str, scalar_type: ScalarType, argument: Any) -> None:
+    kind, expr = scalar_type.kind, scalar_type.expr
+    if kind == "none" and argument is None:
         return
-    if (
-        kind.kind in ("int", "float", "bool", "str", "complex")
-        and repr(given) == kind.expr
-    ):
+    if kind in ("int", "float", "bool", "str", "complex") and repr(argument) == expr:
         return
-    if (
-        kind.kind == "int"
-        and not (kind.expr or "").lstrip("-").isdigit()
-        and isinstance(given, int)
-    ):
+    is_fixed = (expr or "").lstrip("-").isdigit()
+    if kind == "int" and not is_fixed and isinstance(argument, int):
         return
     raise InputError(
-        f"input '{name}' is {given!r}, but the program was specialised to {kind.expr or kind.kind}",
+        f"input '{name}' is {argument!r}, but the program was specialised to {expr or kind}",
         hint="trace again with this value; a tensor stays variable, a Python scalar does not",
     )
 

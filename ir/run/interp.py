@@ -56,11 +56,11 @@ def run(
     Raises StagecutError when an op or a stage reads what is not there.
     """
     memo: dict[int, torch.Tensor] = {}
-    state = {name: _fresh(tensor, memo) for name, tensor in tensors.items()}
+    state = {name: _cloned(tensor, memo) for name, tensor in tensors.items()}
     env: Environment = {entry.value: state[entry.name] for entry in program.state}
     fed = {
-        value: _fresh(item, memo)
-        for value, item in zip(program.inputs, inputs, strict=True)
+        value: _cloned(argument, memo)
+        for value, argument in zip(program.inputs, inputs, strict=True)
     }
     machine = Machine(bindings or Bindings(), watch)
     if any(stage.inputs or stage.outputs for stage in program.stages):
@@ -72,12 +72,13 @@ def run(
     return outputs, state
 
 
-def _fresh(item: Any, memo: dict[int, torch.Tensor]) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    if id(item) not in memo:
-        memo[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
-    return memo[id(item)]
+def _cloned(argument: Any, memo: dict[int, torch.Tensor]) -> Any:
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    if id(argument) not in memo:
+        clone = argument.detach().clone()
+        memo[id(argument)] = clone.requires_grad_(argument.requires_grad)
+    return memo[id(argument)]
 
 
 def _run_linked(
@@ -86,9 +87,9 @@ def _run_linked(
     sent: Environment = dict(fed)
     for stage in program.stages:
         arriving = {
-            t.value
-            for t in program.transfers
-            if t.target == stage.index and t.made is None
+            transfer.value
+            for transfer in program.transfers
+            if transfer.target == stage.index and transfer.made is None
         }
         local: Environment = {entry.value: env[entry.value] for entry in stage.state}
         for value in stage.inputs:
@@ -164,9 +165,9 @@ class Machine:
             entry = unwritten(value).owner
             names = entry.names if isinstance(entry, StateEntry) else ()
             own |= {
-                n[len(path) + 1 :]: env[value]
-                for n in names
-                if n.startswith(path + ".")
+                name.removeprefix(f"{path}."): env[value]
+                for name in names
+                if name.startswith(f"{path}.")
             }
         return torch.func.functional_call(
             self._bindings.modules[path],
@@ -209,7 +210,10 @@ def enter(context: Context) -> Any:
     if context.kind in WHOLE:
         return nullcontext()
     if context.kind == "autocast":
-        args = [constant(a) if isinstance(a, Token) else a for a in context.args]
+        args = [
+            constant(argument) if isinstance(argument, Token) else argument
+            for argument in context.args
+        ]
         return torch.autocast(*args)
     return {
         "no_grad": torch.no_grad,
@@ -223,11 +227,8 @@ def _flat(op: Op, result: Any) -> list[Any]:
     if not op.results:
         return []
     if op.returned is not None:
-        return [
-            leaf
-            for leaf in torch.utils._pytree.tree_leaves(opened(result))
-            if isinstance(leaf, torch.Tensor)
-        ]
+        leaves = torch.utils._pytree.tree_leaves(opened(result))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if op.form is not None:
         return [reduce(getitem, path, result) for _, path in op.form.paths()]
     return [result] if len(op.results) == 1 else list(result)

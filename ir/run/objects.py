@@ -33,19 +33,16 @@ from stagecut.ir.errors import without_addresses
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
 """The types that a trace can return."""
-_CLOSED = (
+_WITHOUT_PARTS = (
     *_DATA,
     type,
     FunctionType,
     MethodType,
     ModuleType,
     torch.nn.Module,
-    tuple,
-    list,
-    dict,
-    set,
-    frozenset,
 )
+"""Objects of these types are not looked into."""
+_CLOSED = (*_WITHOUT_PARTS, tuple, list, dict, set, frozenset)
 """Objects of these types are no containers of attributes."""
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
@@ -93,14 +90,18 @@ class Constant:
 
 
 def _together(parts: Iterable[Any], shape: Shape) -> Any:
-    made = _blank(shape.kind)
+    instance = _blank(shape.kind)
     for name, value in shape.others.items():
-        object.__setattr__(
-            made, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value
-        )
+        own = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+        object.__setattr__(instance, name, own)
     for name, part in zip(shape.names, parts, strict=True):
-        object.__setattr__(made, name, part)
-    return made
+        object.__setattr__(instance, name, part)
+    return instance
+
+
+def _with_keys(node: Opened) -> tuple[list[tuple[Any, Any]], Any]:
+    names = zip(node.shape.names, node.parts, strict=True)
+    return [(GetAttrKey(name), part) for name, part in names], node.shape
 
 
 register_pytree_node(
@@ -108,13 +109,7 @@ register_pytree_node(
     lambda node: (list(node.parts), node.shape),
     _together,
     serialized_type_name="stagecut.ir.run.objects.Opened",
-    flatten_with_keys_fn=lambda node: (
-        [
-            (GetAttrKey(n), part)
-            for n, part in zip(node.shape.names, node.parts, strict=True)
-        ],
-        node.shape,
-    ),
+    flatten_with_keys_fn=_with_keys,
 )
 register_pytree_node(
     Constant,
@@ -152,21 +147,19 @@ def _opened_if_it_can_be(leaf: Any) -> Any:
 def _is_constant(leaf: Any) -> bool:
     if isinstance(leaf, (set, frozenset)):
         return all(
-            isinstance(item, _CONSTANT) or item is None or type(item) in _PLAIN
-            for item in leaf
+            isinstance(member, _CONSTANT) or member is None or type(member) in _PLAIN
+            for member in leaf
         )
     return isinstance(leaf, _CONSTANT)
 
 
-def _blank(kind: type) -> Any:
+def _blank(cls: type) -> Any:
     """An object of that class without attributes. Raises TypeError for a class whose objects have more parts,
     in C.
     """
-    return (
-        SimpleNamespace.__new__(kind)
-        if issubclass(kind, SimpleNamespace)
-        else object.__new__(kind)
-    )
+    if issubclass(cls, SimpleNamespace):
+        return SimpleNamespace.__new__(cls)
+    return object.__new__(cls)
 
 
 def _has_only_attributes(leaf: Any) -> bool:
@@ -184,96 +177,95 @@ def _has_only_attributes(leaf: Any) -> bool:
     return True
 
 
-def _open(leaf: Any, around: tuple[Any, ...], empty_too: bool = False) -> Any:
+def _open(leaf: Any, around: tuple[Any, ...], without_tensors: bool = False) -> Any:
     """The object as `Opened`. An object without tensors, and a constant, stay as they are, unless
-    `empty_too`.
+    `without_tensors` asks for them too. `around` are the objects that it is an attribute of.
     """
-    if empty_too and _is_constant(leaf):
+    if without_tensors and _is_constant(leaf):
         return Constant(leaf)
     if not _has_only_attributes(leaf):
         return leaf
-    if any(leaf is item for item in around):
+    if any(leaf is owner for owner in around):
         raise _Closed
-    around = (*around, leaf)
-    parts: dict[str, Any] = {}
-    for name, value in vars(leaf).items():
-        parts[name] = tree_map(lambda item: _open(item, around), value)
-        if _holds(parts[name], torch.Tensor) and not _is_data(parts[name]):
-            parts[name] = tree_map(
-                lambda item: _open(item, around, empty_too=True), value
-            )
-            if not _is_data(parts[name]):
-                raise _Closed
-    if not empty_too and not any(_holds(part, torch.Tensor) for part in parts.values()):
-        if any(_holds(part, _SYMBOLIC) for part in parts.values()):
+    parts = {
+        name: _opened_attribute(value, (*around, leaf))
+        for name, value in vars(leaf).items()
+    }
+    row = [*parts.values()]
+    if not without_tensors and not _holds(row, torch.Tensor):
+        if _holds(row, _SYMBOLIC):
             raise _Closed
         return leaf
-    held = [name for name, part in parts.items() if _is_data(part)]
-    others = {name: value for name, value in vars(leaf).items() if name not in held}
-    return Opened(
-        Shape(type(leaf), tuple(held), others), tuple(parts[name] for name in held)
-    )
+    data = {name: part for name, part in parts.items() if _is_data(part)}
+    others = {name: value for name, value in vars(leaf).items() if name not in data}
+    return Opened(Shape(type(leaf), tuple(data), others), tuple(data.values()))
 
 
-def _holds(part: Any, kinds: Any) -> bool:
-    return any(isinstance(item, kinds) for item in tree_leaves(part))
+def _opened_attribute(value: Any, around: tuple[Any, ...]) -> Any:
+    """The value of an attribute, opened. If a tensor is in it, all of it is opened, or _Closed is raised."""
+    part = tree_map(lambda leaf: _open(leaf, around), value)
+    if _is_data(part) or not _holds(part, torch.Tensor):
+        return part
+    part = tree_map(lambda leaf: _open(leaf, around, without_tensors=True), value)
+    if not _is_data(part):
+        raise _Closed
+    return part
+
+
+def _holds(part: Any, types: Any) -> bool:
+    return any(isinstance(leaf, types) for leaf in tree_leaves(part))
 
 
 def _is_data(part: Any) -> bool:
-    return all(isinstance(item, _DATA) for item in tree_leaves(part))
+    return all(isinstance(leaf, _DATA) for leaf in tree_leaves(part))
 
 
-def plain(leaves: Iterable[Any]) -> list[Any]:
+def numbers_and_texts(leaves: Iterable[Any]) -> list[Any]:
     """The numbers and texts among some leaves. Those of a class derived from one of Python's become values of
     Python's class.
     """
-    return [
-        next(kind for kind in _PLAIN if isinstance(leaf, kind))(leaf)
-        for leaf in leaves
-        if isinstance(leaf, _PLAIN)
-    ]
+    return [_plain(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
 
 
-def places(tree: Any) -> str:
+def _plain(leaf: Any) -> Any:
+    cls = next(cls for cls in _PLAIN if isinstance(leaf, cls))
+    return cls(leaf)
+
+
+def tensor_paths(tree: Any) -> str:
     """The paths of the tensors in an opened tree; '' for a flat row of tensors, or a single one."""
-    paths = tree_flatten_with_path(tree)[0]
-    found = " ".join(
-        keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)
-    )
-    return (
-        ""
-        if found in ("", " ".join(f"[{place}]" for place in range(len(paths))))
-        else without_addresses(found)
-    )
+    leaves = tree_flatten_with_path(tree)[0]
+    paths = [keystr(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    is_row = paths in ([""], [f"[{place}]" for place in range(len(leaves))])
+    return "" if is_row else without_addresses(" ".join(paths))
 
 
 def hides_tensors(leaf: Any) -> bool:
     """True for an object that `opened` leaves as it is although it holds tensors."""
-    seen: dict[int, Any] = {}
+    visited: dict[int, Any] = {}
     todo = [] if isinstance(leaf, torch.Tensor) else [leaf]
     while todo:
-        item = todo.pop()
-        if isinstance(item, torch.Tensor):
+        part = todo.pop()
+        if isinstance(part, torch.Tensor):
             return True
-        if id(item) in seen or isinstance(
-            item, (*_DATA, type, FunctionType, MethodType, ModuleType, torch.nn.Module)
-        ):
+        if id(part) in visited or isinstance(part, _WITHOUT_PARTS):
             continue
-        seen[id(item)] = item
-        if isinstance(item, dict):
-            todo += item.values()
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            todo += item
-        else:
-            slots = [
-                name
-                for cls in type(item).__mro__
-                for name in vars(cls).get("__slots__", ())
-            ]
-            todo += [getattr(item, name, None) for name in slots] + list(
-                getattr(item, "__dict__", {}).values()
-            )
+        visited[id(part)] = part
+        todo += _parts(part)
     return False
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """The members of a container, the attributes of another object."""
+    if isinstance(thing, dict):
+        return thing.values()
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return thing
+    slots = [
+        name for cls in type(thing).__mro__ for name in vars(cls).get("__slots__", ())
+    ]
+    attributes = getattr(thing, "__dict__", {})
+    return [*(getattr(thing, name, None) for name in slots), *attributes.values()]
 
 
 @contextmanager

@@ -31,19 +31,16 @@ def written_tensors(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """The tensors that a call of an op writes."""
-    named = dict(
-        zip((a.name for a in func._schema.arguments), args, strict=False)
-    ) | dict(kwargs)
+    arguments = func._schema.arguments
+    by_name = dict(zip((argument.name for argument in arguments), args, strict=False))
+    by_name |= kwargs
     written = [
-        named.get(a.name)
-        for a in func._schema.arguments
-        if a.alias_info and a.alias_info.is_write
+        by_name.get(argument.name)
+        for argument in arguments
+        if argument.alias_info and argument.alias_info.is_write
     ]
-    return [
-        item
-        for item in tree_leaves([written, undeclared_writes(str(func), args)])
-        if isinstance(item, torch.Tensor)
-    ]
+    leaves = tree_leaves([written, undeclared_writes(str(func), args)])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def written_by(
@@ -54,16 +51,18 @@ def written_by(
 
 
 def shared_with(
-    made: Iterable[Any], given: Sequence[torch.Tensor]
+    results: Iterable[Any], operands: Sequence[torch.Tensor]
 ) -> tuple[int | None, ...]:
-    """For each tensor among `made`, the place of the first tensor of `given` whose storage it shares; None
+    """For each tensor among `results`, the place of the first of `operands` whose storage it shares; None
     where it has storage of its own.
     """
-    homes = {
-        storage_of(tensor): place for place, tensor in reversed([*enumerate(given)])
+    places = {
+        storage_of(tensor): place for place, tensor in reversed([*enumerate(operands)])
     }
     return tuple(
-        homes.get(storage_of(item)) for item in made if isinstance(item, torch.Tensor)
+        places.get(storage_of(result))
+        for result in results
+        if isinstance(result, torch.Tensor)
     )
 
 

@@ -25,11 +25,6 @@ from stagecut.ir.graph import Kind, Op, Token
 BUILTINS = frozenset(
     "getattr abs round min max len sum pow divmod int float bool str tuple list slice isinstance".split()
 )
-_OPERATOR = frozenset(
-    name
-    for name, item in vars(operator).items()
-    if isinstance(item, BuiltinFunctionType) and name not in ("call", "__call__")
-)
 _TORCH_OWN = frozenset(
     "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt _check checkpoint".split()
 )
@@ -41,53 +36,28 @@ _FILES = frozenset("filename file path".split())
 """Arguments of registered ops that name a file."""
 DEVICE = re.compile(r'device\("([a-z]+(?::[0-9]+)?)"\)')
 _CONSTANT = re.compile(r"torch\.[a-z0-9_]+")
-_CONTAINERS = (torch.Tensor, dict, list, tuple, str, torch.Size)
+_OWNERS = (torch.Tensor, dict, list, tuple, str, torch.Size)
 
 
-def _functions(module: Any) -> frozenset[str]:
-    return frozenset(
-        n
-        for n, item in vars(module).items()
-        if isinstance(item, BuiltinFunctionType | FunctionType)
-    )
+def _functions(
+    module: Any,
+    types: tuple[type, ...] = (BuiltinFunctionType, FunctionType),
+) -> frozenset[str]:
+    """The names of the functions in a module."""
+    members = vars(module).items()
+    return frozenset(name for name, member in members if isinstance(member, types))
+
+
+_OPERATOR = _functions(operator, (BuiltinFunctionType,)) - {"call", "__call__"}
 
 
 @cache
 def _members() -> dict[str, tuple[Any, frozenset[str]]]:
     """Module path -> the module and the names of it that may be called."""
-    overridable = {
-        f.__name__
-        for f in torch.overrides.get_overridable_functions().get(torch, ())
-        if hasattr(f, "__name__")
-    }
-    tensor_functions = {
-        n for n in dir(torch._C._VariableFunctions) if not n.startswith("__")
-    }
     functional = torch.nn.functional
-    own = frozenset(
-        n
-        for n in _functions(functional)
-        if getattr(functional, n).__module__ in ("torch.nn.functional", None)
-    )
-    builtin = frozenset(
-        n
-        for n, item in vars(functional).items()
-        if isinstance(item, BuiltinFunctionType)
-    )
-    dispatched = frozenset(
-        n
-        for n in _functions(functional)
-        if getattr(functional, n).__module__ == "torch._jit_internal"
-    )
     return {
-        "torch": (
-            torch,
-            (frozenset(overridable | tensor_functions) | _TORCH_OWN) - _REFUSED,
-        ),
-        "torch.nn.functional": (
-            functional,
-            (own | builtin | dispatched) - {"boolean_dispatch"},
-        ),
+        "torch": (torch, _torch_functions()),
+        "torch.nn.functional": (functional, _functional()),
         "torch._C._nn": (torch._C._nn, _functions(torch._C._nn)),
         "torch.special": (
             torch.special,
@@ -96,21 +66,41 @@ def _members() -> dict[str, tuple[Any, frozenset[str]]]:
         "torch.linalg": (
             torch.linalg,
             frozenset(
-                n for n in vars(torch.linalg) if not n.startswith("_") and n.islower()
+                name
+                for name in vars(torch.linalg)
+                if not name.startswith("_") and name.islower()
             ),
         ),
         "torch.fft": (torch.fft, frozenset(torch.fft.__all__)),
         "operator": (operator, _OPERATOR),
-        "math": (
-            math,
-            frozenset(
-                n
-                for n, item in vars(math).items()
-                if isinstance(item, BuiltinFunctionType)
-            ),
-        ),
+        "math": (math, _functions(math, (BuiltinFunctionType,))),
         "builtins": (builtins, BUILTINS),
     }
+
+
+def _torch_functions() -> frozenset[str]:
+    overridable = {
+        function.__name__
+        for function in torch.overrides.get_overridable_functions().get(torch, ())
+        if hasattr(function, "__name__")
+    }
+    of_tensors = {
+        name for name in dir(torch._C._VariableFunctions) if not name.startswith("__")
+    }
+    return (frozenset(overridable | of_tensors) | _TORCH_OWN) - _REFUSED
+
+
+def _functional() -> frozenset[str]:
+    """The functions of torch.nn.functional: its own, builtin ones, and those that it chooses by a flag."""
+    functional = torch.nn.functional
+    homes = ("torch.nn.functional", "torch._jit_internal", None)
+    its_own = frozenset(
+        name
+        for name in _functions(functional)
+        if getattr(functional, name).__module__ in homes
+    )
+    builtin = _functions(functional, (BuiltinFunctionType,))
+    return (its_own | builtin) - {"boolean_dispatch"}
 
 
 @cache
@@ -122,27 +112,27 @@ def resolve(target: str) -> Callable[..., Any]:
         return _registered_op(target, target)
     module, _, name = target.rpartition(".")
     owner, allowed = _members().get(module, (None, frozenset()))
-    found = getattr(owner, name, None) if name in allowed else None
-    if not callable(found) or (isinstance(found, type) and owner is not builtins):
+    function = getattr(owner, name, None) if name in allowed else None
+    if not callable(function) or (isinstance(function, type) and owner is not builtins):
         raise EmitError(
             f"'{target}' is no op that may be called",
             hint="ops of torch, operator and math are known",
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def _registered_op(path: str, target: str) -> Callable[..., Any]:
-    found: Any = torch
+    member: Any = torch
     for part in path.split(".")[1:]:
         try:
-            found = getattr(found, part)
+            member = getattr(member, part)
         except (AttributeError, RuntimeError):
             raise EmitError(
                 f"unknown op '{target}'",
                 hint=f"{part!r} does not exist; is its library imported?",
             ) from None
     if not isinstance(
-        found,
+        member,
         torch._ops.OpOverload
         | torch._ops.OpOverloadPacket
         | torch._ops.HigherOrderOperator,
@@ -151,40 +141,37 @@ def _registered_op(path: str, target: str) -> Callable[..., Any]:
             f"'{target}' is no op that may be called",
             hint="name an overload, such as aten.add.Tensor",
         )
-    if not isinstance(found, torch._ops.HigherOrderOperator) and not _is_harmless(
-        found
-    ):
+    if isinstance(member, torch._ops.HigherOrderOperator):
+        return member
+    if not _is_harmless(member):
         raise EmitError(
             f"'{target}' is no op that may be called",
             hint="it reads or writes files, or attributes by name",
         )
-    return found
+    return member
 
 
 def _is_harmless(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
     """True for an op of which no overload names a file."""
-    overloads = (
-        [op]
-        if isinstance(op, torch._ops.OpOverload)
-        else [getattr(op, name) for name in op.overloads()]
-    )
-    if any(overload.namespace in _REFUSED_NAMESPACES for overload in overloads):
+    if isinstance(op, torch._ops.OpOverload):
+        return _is_harmless_overload(op)
+    overloads = (getattr(op, name) for name in op.overloads())
+    return all(map(_is_harmless_overload, overloads))
+
+
+def _is_harmless_overload(overload: torch._ops.OpOverload) -> bool:
+    if overload.namespace in _REFUSED_NAMESPACES:
         return False
     return not any(
         argument.name in _FILES and "str" in str(argument.type)
-        for o in overloads
-        for argument in o._schema.arguments
+        for argument in overload._schema.arguments
     )
 
 
 def check_op(op: Op) -> None:
     """Returns when calling `op` can reach nothing but tensor code; raises EmitError otherwise."""
     kind, name = op.target.kind, op.target.name
-    if kind is Kind.METHOD and (
-        name.startswith("_")
-        or name in _REFUSED
-        or not any(hasattr(c, name) for c in _CONTAINERS)
-    ):
+    if kind is Kind.METHOD and not _is_method(name):
         raise EmitError(f"'{name}' is no method that may be called", where=op.where())
     if kind is Kind.METHOD and not op.args:
         raise EmitError("a method needs something to be called on", where=op.where())
@@ -201,16 +188,20 @@ def check_op(op: Op) -> None:
             where=op.where(),
             hint="public attributes of tensors may be",
         )
-    if (
-        op.target.kind is Kind.LIBRARY
-        and op.target.startswith("torch.ops.higher_order.")
-        and not op.regions
-    ):
+    is_higher = op.target.startswith("torch.ops.higher_order.")
+    if kind is Kind.LIBRARY and is_higher and not op.regions:
         raise EmitError(
             f"'{op.target}' runs regions, and has none",
             where=op.where(),
             hint="a program holds functions as regions only",
         )
+
+
+def _is_method(name: str) -> bool:
+    """True for a public method of a tensor or of a container that may be called."""
+    if name.startswith("_") or name in _REFUSED:
+        return False
+    return any(hasattr(owner, name) for owner in _OWNERS)
 
 
 def _is_leaf_call(args: tuple[Any, ...]) -> bool:
@@ -226,13 +217,13 @@ def attribute(owner: Any, name: str, *default: Any) -> Any:
     """`getattr` that gives data only. Raises EmitError for a function or a class, because no op of a program
     may call an object that it finds at run time.
     """
-    found = getattr(owner, name, *default) if _is_public(name) else attribute
-    if callable(found) and not isinstance(found, torch.Tensor):
+    data = getattr(owner, name, *default) if _is_public(name) else attribute
+    if callable(data) and not isinstance(data, torch.Tensor):
         raise EmitError(
             f"attribute '{name}' of a {type(owner).__name__} may not be read",
             hint="it is no data; call it as a method",
         )
-    return found
+    return data
 
 
 def constant(token: Token) -> Any:
@@ -240,17 +231,17 @@ def constant(token: Token) -> Any:
     device = DEVICE.fullmatch(token.text)
     if device:
         return torch.device(device[1])
-    found = (
-        getattr(torch, token.text[6:], None)
-        if _CONSTANT.fullmatch(token.text)
-        else None
-    )
-    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+    constant_of_torch: Any = None
+    if _CONSTANT.fullmatch(token.text):
+        constant_of_torch = getattr(torch, token.text.removeprefix("torch."), None)
+    if not isinstance(
+        constant_of_torch, (torch.dtype, torch.layout, torch.memory_format)
+    ):
         raise EmitError(
             f"'{token.text}' is no constant of torch",
             hint="a dtype, a layout, a memory format or a device",
         )
-    return found
+    return constant_of_torch
 
 
 def _is_public(name: str) -> bool:
@@ -272,7 +263,8 @@ def _names() -> dict[int, str]:
     """The identity of every callable that may be called -> its name; the first module that has it wins."""
     names: dict[int, str] = {}
     for module, (owner, allowed) in _members().items():
-        for name in sorted(allowed, key=lambda n: (n.startswith("_"), n)):
+        public_first = sorted(allowed, key=lambda name: (name.startswith("_"), name))
+        for name in public_first:
             if hasattr(owner, name):
                 names.setdefault(id(getattr(owner, name)), f"{module}.{name}")
     return names

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, takewhile
 from typing import TypeVar
 
 from stagecut.ir.aliases import unwritten, viewed_value
@@ -59,12 +60,12 @@ class Site:
     text: str
 
     def __str__(self) -> str:
-        stage = [] if self.stage is None else [f"stage {self.stage}"]
-        return ", ".join(
-            [*stage, str(self.loc), self.text.rpartition(" at ")[0]]
-            if self.loc
-            else [*stage, self.text]
-        )
+        parts = [] if self.stage is None else [f"stage {self.stage}"]
+        if self.loc:
+            parts += [str(self.loc), self.text.rpartition(" at ")[0]]
+        else:
+            parts.append(self.text)
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,10 @@ class Crossing:
 
     def __str__(self) -> str:
         through = f" through {', '.join(map(str, self.via))}" if self.via else ""
-        made = f" as {self.made}" if self.made else ""
+        name = f" as {self.made}" if self.made else ""
         origin = "input" if self.source is None else f"stage {self.source}"
         return (
-            f"{origin} -> stage {self.target}, {self.route or 'no route yet'}{through}{made}, "
+            f"{origin} -> stage {self.target}, {self.route or 'no route yet'}{through}{name}, "
             f"{size_text(self.bytes)}"
         )
 
@@ -207,7 +208,7 @@ class Lives:
         self._yields: set[Op] = set()
         for stage, op in _staged(program):
             self._number(op, stage)
-        self._places: dict[Op, Site] = {}
+        self._sites: dict[Op, Site] = {}
         self._lines_of_versions: dict[Value, tuple[Version, ...]] = {}
 
     def value(self, name: str) -> ValueLife:
@@ -215,23 +216,23 @@ class Lives:
         printed = "%" + name.removeprefix("%")
         if printed not in self._values:
             raise UnknownNameError(
-                f"there is no value '{printed}'", hint=self._meant(name)
+                f"there is no value '{printed}'", hint=self._hint_for(name)
             )
         return self._life(self._values[printed])
 
     def state(self, fqn: str) -> StateLife:
         """The life of one state entry."""
-        entry = self._entries.get(fqn) or self._entries.get(_plain(fqn))
+        entry = self._entries.get(fqn) or self._entries.get(_unmarked(fqn))
         if entry is None:
             raise UnknownNameError(
                 f"there is no parameter, buffer or constant '{fqn}'",
-                hint=_nearest(_plain(fqn), self._entries),
+                hint=_nearest(_unmarked(fqn), self._entries),
             )
         return self._state_life(entry)
 
     def places(self) -> list[Site]:
         """Every op in program order, those of regions and the yields of regions included."""
-        return [self._place(op) for op in self._numbers]
+        return [self._site(op) for op in self._numbers]
 
     def values(self) -> Iterator[ValueLife]:
         """Every value that is no state, inputs first, then in order of definition."""
@@ -254,13 +255,19 @@ class Lives:
         return self._program.name_owners()
 
     @cached_property
-    def _crossings(self) -> dict[Value, list[Transfer]]:
-        return _grouped((t.value, t) for t in self._program.transfers)
+    def _transfers(self) -> dict[Value, list[Transfer]]:
+        return _grouped(
+            (transfer.value, transfer) for transfer in self._program.transfers
+        )
 
     @cached_property
     def _copies(self) -> dict[Value, list[Value]]:
         """Value -> the copies that stages compute in its place."""
-        pairs = {t.made: t.value for t in self._program.transfers if t.made is not None}
+        pairs = {
+            transfer.made: transfer.value
+            for transfer in self._program.transfers
+            if transfer.made is not None
+        }
         twins = [(op.origin, op) for op in self._numbers if op.origin is not None]
         pairs |= {
             copy: value
@@ -283,17 +290,17 @@ class Lives:
     def _returned(self) -> dict[Value, list[int]]:
         return _grouped(
             (value, place)
-            for place, item in enumerate(self._program.outputs)
-            for value in leaves([item])
+            for place, output in enumerate(self._program.outputs)
+            for value in leaves([output])
         )
 
     @cached_property
     def _overlaps(self) -> dict[int, list[StateEntry]]:
         return _grouped((entry.storage, entry) for entry in self._program.state)
 
-    def _meant(self, name: str) -> str:
-        if _plain(name) in self._entries:
-            return f"'{_plain(name)}' is state, no value"
+    def _hint_for(self, name: str) -> str:
+        if _unmarked(name) in self._entries:
+            return f"'{_unmarked(name)}' is state, no value"
         return _nearest("%" + name.removeprefix("%"), self._values)
 
     def _number(self, op: Op, stage: int | None) -> None:
@@ -308,26 +315,19 @@ class Lives:
         self._numbers[region.output] = (len(self._numbers), stage)
         self._yields.add(region.output)
 
-    def _place(self, op: Op) -> Site:
-        if op not in self._places:
-            self._places[op] = self._new_place(op)
-        return self._places[op]
+    def _site(self, op: Op) -> Site:
+        if op not in self._sites:
+            self._sites[op] = self._new_site(op)
+        return self._sites[op]
 
-    def _new_place(self, op: Op) -> Site:
+    def _new_site(self, op: Op) -> Site:
         number, stage = self._numbers[op]
         line = self._line(op)
+        target = target_text(op.target)
         if op in self._yields:
-            return Site(
-                number,
-                stage,
-                YIELD,
-                scope_fqn(op.scope),
-                op.loc,
-                f"{YIELD} {line.partition('(')[2].removesuffix(')')}",
-            )
-        return Site(
-            number, stage, target_text(op.target), scope_fqn(op.scope), op.loc, line
-        )
+            target = YIELD
+            line = f"{YIELD} {line.partition('(')[2].removesuffix(')')}"
+        return Site(number, stage, target, scope_fqn(op.scope), op.loc, line)
 
     def _life(self, value: Value) -> ValueLife:
         kind, born = self._birth(value)
@@ -338,13 +338,13 @@ class Lives:
             str(value.type),
             value_bytes(value.type),
             carries_grad(value.type),
-            self._place(born) if born is not None else None,
+            self._site(born) if born is not None else None,
             self._versions(value),
             self._viewed(value, kind),
             self._names[copied] if copied is not None else None,
-            tuple(self._names[v] for v in self._copies.get(value, ())),
+            tuple(self._names[copy] for copy in self._copies.get(value, ())),
             tuple(self._uses([value])),
-            tuple(self._ways(value)),
+            tuple(self._crossings(value)),
             tuple(self._returned.get(value, ())),
         )
 
@@ -362,45 +362,43 @@ class Lives:
     def _versions(self, value: Value) -> tuple[Version, ...]:
         """The line of versions that a value stands in; made once for all values in it."""
         if value not in self._lines_of_versions:
-            line = self._line_of(value)
-            made = tuple(Version(self._names[v], self._writer(v)) for v in line)
-            self._lines_of_versions |= dict.fromkeys(line, made)
+            line = _line_of(value)
+            versions = tuple(
+                Version(self._names[version], self._writer(version)) for version in line
+            )
+            self._lines_of_versions |= dict.fromkeys(line, versions)
         return self._lines_of_versions[value]
 
     def _writer(self, value: Value) -> Site | None:
         return (
-            self._place(value.owner)
+            self._site(value.owner)
             if value.version_of is not None and isinstance(value.owner, Op)
             else None
         )
 
-    def _line_of(self, value: Value) -> list[Value]:
-        line = [unwritten(value)]
-        for version in line:
-            line += [
-                op.versions[version] for op in version.uses if version in op.versions
-            ][:1]
-        return line
-
     def _uses(self, line: list[Value]) -> list[Use]:
-        found = [
-            Use(_how(op, value), self._names[value], self._place(op))
-            for value in line
-            for op in value.uses
-            if op in self._numbers
-        ]
-        return sorted(found, key=lambda use: use.place.number)
+        uses: list[Use] = []
+        for value in line:
+            for op in value.uses:
+                if op in self._numbers:
+                    name = self._names[value]
+                    uses.append(Use(_how(op, value), name, self._site(op)))
+        return sorted(uses, key=lambda use: use.place.number)
 
-    def _ways(self, value: Value) -> Iterator[Crossing]:
-        for t in self._crossings.get(value, ()):
-            made = self._names[t.made] if t.made is not None else None
+    def _crossings(self, value: Value) -> Iterator[Crossing]:
+        for transfer in self._transfers.get(value, ()):
             yield Crossing(
-                t.source, t.target, t.route, t.via, value_bytes(value.type), made
+                transfer.source,
+                transfer.target,
+                transfer.route,
+                transfer.via,
+                value_bytes(value.type),
+                None if transfer.made is None else self._names[transfer.made],
             )
 
     def _state_life(self, entry: StateEntry) -> StateLife:
-        line = self._line_of(entry.value)
-        held = ((stage.index, stage.state.get(entry)) for stage in self._program.stages)
+        line = _line_of(entry.value)
+        overlapping = self._overlaps[entry.storage]
         return StateLife(
             entry.name,
             entry.names,
@@ -408,15 +406,40 @@ class Lives:
             str(entry.type),
             value_bytes(entry.type),
             entry.requires_grad,
-            tuple(n for n in entry.names if n in entry.transient),
-            tuple(Holding(i, names) for i, names in held if names),
+            tuple(name for name in entry.names if name in entry.transient),
+            tuple(self._holdings(entry)),
             entry.share,
-            tuple(e.name for e in self._overlaps[entry.storage] if e is not entry),
+            tuple(other.name for other in overlapping if other is not entry),
             self._versions(entry.value),
             tuple(self._uses(line)),
-            tuple(way for v in line for way in self._ways(v)),
-            tuple(sorted(place for v in line for place in self._returned.get(v, ()))),
+            tuple(chain.from_iterable(map(self._crossings, line))),
+            tuple(sorted(self._returned_places(line))),
         )
+
+    def _holdings(self, entry: StateEntry) -> Iterator[Holding]:
+        for stage in self._program.stages:
+            names = stage.state.get(entry)
+            if names:
+                yield Holding(stage.index, names)
+
+    def _returned_places(self, line: list[Value]) -> Iterator[int]:
+        for value in line:
+            yield from self._returned.get(value, ())
+
+
+def _line_of(value: Value) -> list[Value]:
+    """All versions of a value, oldest first."""
+    line: list[Value] = []
+    version: Value | None = unwritten(value)
+    while version is not None:
+        line.append(version)
+        version = _next_version(version)
+    return line
+
+
+def _next_version(value: Value) -> Value | None:
+    versions = (op.versions[value] for op in value.uses if value in op.versions)
+    return next(versions, None)
 
 
 def _staged(program: Program) -> Iterator[tuple[int | None, Op]]:
@@ -428,8 +451,8 @@ def _staged(program: Program) -> Iterator[tuple[int | None, Op]]:
 
 def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
     groups: dict[K, list[V]] = {}
-    for key, item in pairs:
-        groups.setdefault(key, []).append(item)
+    for key, member in pairs:
+        groups.setdefault(key, []).append(member)
     return groups
 
 
@@ -441,7 +464,7 @@ def _how(op: Op, value: Value) -> str:
     return VIEWS if value in op.effects.views else READS
 
 
-def _plain(fqn: str) -> str:
+def _unmarked(fqn: str) -> str:
     """A state name without the marks that the printer adds: `@w` -> `w`, `@"a b"` -> `a b`."""
     bare = fqn.removeprefix("@")
     if not bare.startswith('"'):
@@ -452,51 +475,45 @@ def _plain(fqn: str) -> str:
         return bare
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     """The nearest names. Names that begin as `name` does are compared first, because only the first thousands
     are compared.
     """
-    return nearest(name, sorted(known, key=lambda other: -_alike(name, other)))
+    return nearest(name, sorted(names, key=lambda other: -_common_letters(name, other)))
 
 
-def _alike(a: str, b: str) -> int:
-    """How many letters two names begin with in common."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-        min(len(a), len(b)),
-    )
+def _common_letters(one: str, other: str) -> int:
+    """The number of letters that two names begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _value_lines(life: ValueLife) -> Iterator[str]:
     yield f"{life.name} : {life.type}, {size_text(life.bytes)}"
     yield _row("born", str(life.born) if life.born else "an input of the model")
-    yield from _shared_lines(life.versions, [life.view_of], life.copy_of, life.copies)
+    yield from _relation_lines(life)
     yield from (_row(use.how, str(use.place)) for use in life.uses)
-    yield from (_row("crosses", str(way)) for way in life.crossings)
+    yield from (_row("crosses", str(crossing)) for crossing in life.crossings)
     yield from _end_lines(life.uses, life.returned)
 
 
-def _shared_lines(
-    versions: tuple[Version, ...],
-    views: list[str | None],
-    copy: str | None,
-    copies: tuple[str, ...],
-) -> Iterator[str]:
-    yield from _version_lines(versions)
-    yield from (_row("view of", view) for view in views if view)
-    if copy:
-        yield _row("copy of", copy)
-    if copies:
-        yield _row("copies", ", ".join(copies))
+def _relation_lines(life: ValueLife) -> Iterator[str]:
+    """The lines that tell which other values it is a version, a view or a copy of."""
+    yield from _version_lines(life.versions)
+    if life.view_of:
+        yield _row("view of", life.view_of)
+    if life.copy_of:
+        yield _row("copy of", life.copy_of)
+    if life.copies:
+        yield _row("copies", ", ".join(life.copies))
 
 
 def _version_lines(versions: tuple[Version, ...]) -> Iterator[str]:
-    for version in versions if len(versions) > 1 else ():
-        yield _row(
-            "version",
-            version.name
-            + (f", written by {version.by}" if version.by else ", the first"),
-        )
+    if len(versions) < 2:
+        return
+    for version in versions:
+        origin = f"written by {version.by}" if version.by else "the first"
+        yield _row("version", f"{version.name}, {origin}")
 
 
 def _end_lines(uses: tuple[Use, ...], returned: tuple[int, ...]) -> Iterator[str]:
@@ -509,21 +526,21 @@ def _end_lines(uses: tuple[Use, ...], returned: tuple[int, ...]) -> Iterator[str
 
 
 def _state_lines(life: StateLife) -> Iterator[str]:
-    frozen = ", trained" if life.trained else ""
-    yield f"@{life.name} : {life.kind} {life.type}, {size_text(life.bytes)}{frozen}"
+    trained = ", trained" if life.trained else ""
+    yield f"@{life.name} : {life.kind} {life.type}, {size_text(life.bytes)}{trained}"
     yield from (_row("also", name) for name in life.names[1:])
     yield from (_row("storage", f"shared with {name}") for name in life.overlaps)
     if life.transient:
         yield _row("transient", ", ".join(life.transient))
     yield from (
-        _row("held", f"stage {held.stage} as {', '.join(held.names)}")
-        for held in life.held
+        _row("held", f"stage {holding.stage} as {', '.join(holding.names)}")
+        for holding in life.held
     )
     if life.share:
         yield _row("shared", life.share)
     yield from _version_lines(life.versions)
     yield from (_row(use.how, str(use.place)) for use in life.uses)
-    yield from (_row("crosses", str(way)) for way in life.crossings)
+    yield from (_row("crosses", str(crossing)) for crossing in life.crossings)
     if life.returned:
         yield _row("returned", f"as output {', '.join(map(str, life.returned))}")
     elif not life.uses:

@@ -58,6 +58,7 @@ _BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""
 _LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
 _DEVICE = re.compile(r"@([a-z]+(?::[0-9]{1,4})?)")
 _DEVICE_NAME = re.compile(r'"[a-z]+(?::[0-9]{1,4})?"')
+_LITERALS = (str, int, float, complex, NoneType, Token)
 _WORDS: dict[str, Any] = {
     "None": None,
     "True": True,
@@ -79,7 +80,7 @@ def parse_literal(source: str, file: str = "<literal>") -> Any:
 
 class _Parser:
     def __init__(self, source: str, file: str) -> None:
-        self._src, self._file, self._pos, self._depth = source, file, 0, 0
+        self._source, self._file, self._pos, self._depth = source, file, 0, 0
         self._values: dict[str, Value] = {}
         self._states: dict[str, StateEntry] = {}
         self._files: dict[str, str] = {}
@@ -89,26 +90,26 @@ class _Parser:
 
     def _fail(self, what: str, pos: int | None = None) -> NoReturn:
         pos = self._pos if pos is None else pos
-        start = self._src.rfind("\n", 0, pos) + 1
-        end = self._src.find("\n", pos)
-        line = self._src[start : end if end >= 0 else None]
-        number = self._src.count("\n", 0, pos) + 1
+        start = self._source.rfind("\n", 0, pos) + 1
+        end = self._source.find("\n", pos)
+        line = self._source[start : end if end >= 0 else None]
+        number = self._source.count("\n", 0, pos) + 1
         raise ParseError(
             what, file=self._file, line=number, column=pos - start + 1, source=line
         )
 
     def _skip(self, pattern: re.Pattern[str] = _SPACE) -> None:
-        match = pattern.match(self._src, self._pos)
+        match = pattern.match(self._source, self._pos)
         if match:
             self._pos = match.end()
 
-    def _here(self) -> int:
+    def _next_position(self) -> int:
         self._skip()
         return self._pos
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         self._skip()
-        match = pattern.match(self._src, self._pos)
+        match = pattern.match(self._source, self._pos)
         if match:
             self._pos = match.end()
         return match
@@ -121,13 +122,13 @@ class _Parser:
 
     def _accept(self, token: str) -> bool:
         self._skip()
-        if not self._src.startswith(token, self._pos):
+        if not self._source.startswith(token, self._pos):
             return False
         end = self._pos + len(token)
         if (
             token[-1].isalnum()
-            and end < len(self._src)
-            and (self._src[end].isalnum() or self._src[end] in "_.")
+            and end < len(self._source)
+            and (self._source[end].isalnum() or self._source[end] in "_.")
         ):
             return False
         self._pos = end
@@ -141,33 +142,34 @@ class _Parser:
         return int(self._need(_INT, "a number")[0])
 
     def _string(self) -> str:
-        start = self._here()
+        start = self._next_position()
         raw = self._need(_STRING, "a string in double quotes")[0]
         try:
             return str(json.loads(raw))
         except (ValueError, RecursionError):
             self._fail("bad escape in string", start)
 
-    def _list(self, item: Any, close: str = ")") -> list[Any]:
-        items: list[Any] = []
+    def _list(self, read: Callable[[], Any], close: str = ")") -> list[Any]:
+        """The parts up to `close`, with commas between them, each read by `read`."""
+        parts: list[Any] = []
         while not self._accept(close):
-            if items:
+            if parts:
                 self._expect(",")
                 if self._accept(close):
                     break
-            items.append(item())
-        return items
+            parts.append(read())
+        return parts
 
     # --- program --------------------------------------------------------------------------------
 
     def program(self) -> Program:
-        p = self._program
+        program = self._program
         self._skip(_BLANK)
         self._expect("program")
-        p.name = self._fqn()
+        program.name = self._fqn()
         self._expect("phase=")
-        p.phase = self._known(PHASES, "phase")
-        start = self._here()
+        program.phase = self._word_among(PHASES, "phase")
+        start = self._next_position()
         count = self._int() if self._accept("stages=") else None
         self._expect("{")
         while True:
@@ -175,38 +177,40 @@ class _Parser:
             if self._accept("output"):
                 break
             self._statement()
-        p.set_outputs(list(self._tuple()))
+        program.set_outputs(list(self._tuple()))
         self._skip(_BLANK)
         self._expect("}")
         self._skip(_BLANK)
-        if self._pos < len(self._src):
+        if self._pos < len(self._source):
             self._fail("text after the program's closing brace")
-        if count is not None and count != len(p.stages):
-            self._fail(f"{count} stages are announced, {len(p.stages)} follow", start)
-        return p
+        if count is not None and count != len(program.stages):
+            self._fail(
+                f"{count} stages are announced, {len(program.stages)} follow", start
+            )
+        return program
 
     def literal(self) -> Any:
         tree = self._tree()
-        if self._here() < len(self._src):
+        if self._next_position() < len(self._source):
             self._fail("text after the literal")
         return tree
 
     def _statement(self) -> None:
-        p = self._program
+        program = self._program
         if self._accept("file"):
             self._file_name()
         elif self._accept("input"):
             name = self._fresh()
             self._expect(":")
-            self._define(name, p.add_input(self._type(), name))
+            self._define(name, program.add_input(self._type(), name))
         elif self._accept("state"):
             self._state()
         elif self._accept("stage"):
             self._stage()
         elif self._accept("transfer"):
             self._transfer()
-        elif p.phase == "traced":
-            p.ops.append(self._op())
+        elif program.phase == "traced":
+            program.ops.append(self._op())
         else:
             self._fail("expected 'stage', 'transfer' or 'output'")
 
@@ -217,10 +221,10 @@ class _Parser:
         self._files[short[0]] = self._string()
 
     def _state(self) -> None:
-        start = self._here()
+        start = self._next_position()
         names = [self._state_name()]
         self._expect(":")
-        kind = self._known(KINDS, "kind of state")
+        kind = self._word_among(KINDS, "kind of state")
         entry = StateEntry(tuple(names), kind, self._type())
         if self._accept("names"):
             self._expect("(")
@@ -234,14 +238,14 @@ class _Parser:
             self._expect("(")
             entry.stages = tuple(self._list(self._int))
         if self._accept("share="):
-            entry.share = self._known(SHARES, "share policy")
+            entry.share = self._word_among(SHARES, "share policy")
         for name in names:
             if name in self._states:
                 self._fail(f"state '{name}' is defined twice", start)
             self._states[name] = entry
         self._program.state.append(entry)
 
-    def _known(self, words: tuple[str, ...], what: str) -> str:
+    def _word_among(self, words: tuple[str, ...], what: str) -> str:
         word = self._need(_WORD, f"a {what}")
         if word[0] not in words:
             self._fail(
@@ -255,10 +259,10 @@ class _Parser:
         if not self._accept("("):
             return frozenset(entry.names)
         start = self._pos
-        some = frozenset(self._list(self._fqn))
-        if not some <= set(entry.names):
+        names = frozenset(self._list(self._fqn))
+        if not names <= set(entry.names):
             self._fail("not a name of this entry", start)
-        return some
+        return names
 
     def _parenthesised_int(self, word: str, default: int) -> int:
         if not self._accept(word):
@@ -269,20 +273,22 @@ class _Parser:
         return number
 
     def _stage(self) -> None:
-        p = self._program
-        if p.phase == "traced":
+        program = self._program
+        if program.phase == "traced":
             self._fail("a traced program has no stages")
         stage = Stage(self._int())
         inputs: list[Value] = []
         outputs: list[tuple[str, int]] = []
-        if p.phase == "linked" or self._src.startswith("(", self._here()):
+        if program.phase == "linked" or self._source.startswith(
+            "(", self._next_position()
+        ):
             self._expect("(")
             inputs = self._list(self._value)
             self._expect("->")
             self._expect("(")
             outputs = self._list(self._value_name)
         self._expect("{")
-        p.stages.append(stage)
+        program.stages.append(stage)
         self._skip(_BLANK)
         if self._accept("holds"):
             self._holds(stage)
@@ -292,7 +298,7 @@ class _Parser:
 
     def _holds(self, stage: Stage) -> None:
         while True:
-            start = self._here()
+            start = self._next_position()
             name = self._fqn()
             if name not in self._states:
                 self._fail(
@@ -309,21 +315,16 @@ class _Parser:
         source = None if self._accept("input") else self._int()
         self._expect("->")
         transfer = Transfer(value, source, self._int())
-        if _WORD.match(self._src, self._here()):
-            transfer.route = self._known(ROUTES, "route")
-            start = self._here()
+        if _WORD.match(self._source, self._next_position()):
+            transfer.route = self._word_among(ROUTES, "route")
+            start = self._next_position()
             if transfer.route == "recompute":
                 self._expect("(")
                 transfer.made = self._value()
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
-            if len(via) != transfer.hops or via != transfer.via:
-                shown = (
-                    transfer.via
-                    if transfer.hops < 100
-                    else f"between, all {transfer.hops}"
-                )
-                self._fail(f"this transfer goes through stages {shown}", start)
+            if len(via) != transfer.via_count or via != transfer.via:
+                self._fail(f"this transfer goes through stages {_via(transfer)}", start)
         self._program.transfers.append(transfer)
 
     # --- ops ------------------------------------------------------------------------------------
@@ -341,12 +342,12 @@ class _Parser:
         if self._accept("split"):
             return self._clauses(SPLIT, (), {}, [], [])
         names: list[str] = []
-        while self._src.startswith("%", self._pos):
+        while self._source.startswith("%", self._pos):
             names.append(self._fresh(names))
             if not self._accept(","):
                 self._expect("=")
                 break
-            if not self._src.startswith("%", self._here()):
+            if not self._source.startswith("%", self._next_position()):
                 self._fail("expected a value name such as %x")
         target = self._target()
         self._expect("(")
@@ -361,7 +362,7 @@ class _Parser:
         return self._clauses(target, args, kwargs, names, types)
 
     def _target(self) -> str:
-        start = self._here()
+        start = self._next_position()
         target = self._need(_DOTTED, "an op")[0]
         if target == "module" and self._accept("."):
             return f"module.{self._string()}"
@@ -375,9 +376,9 @@ class _Parser:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
 
-        def one() -> None:
+        def read() -> None:
             self._skip()
-            match = re.compile(r"([A-Za-z_]\w*)=").match(self._src, self._pos)
+            match = re.compile(r"([A-Za-z_]\w*)=").match(self._source, self._pos)
             if match and match[1] in kwargs:
                 self._fail(f"keyword '{match[1]}' is given twice")
             if match:
@@ -388,7 +389,7 @@ class _Parser:
             else:
                 args.append(self._tree())
 
-        self._list(one)
+        self._list(read)
         return tuple(args), kwargs
 
     def _clauses(
@@ -400,8 +401,8 @@ class _Parser:
         types: list[Type],
     ) -> Op:
         op = Op(target, args, kwargs)
-        for name, kind in zip(names, types, strict=True):
-            self._define(name, op.add_result(kind, name))
+        for name, value_type in zip(names, types, strict=True):
+            self._define(name, op.add_result(value_type, name))
         if self._accept("form"):
             self._expect("(")
             op.form = _form(self._tree())
@@ -441,7 +442,7 @@ class _Parser:
         return ()
 
     def _operand(self, op: Op) -> Value:
-        start = self._here()
+        start = self._next_position()
         value = self._value()
         if value not in op.operands:
             self._fail("not an operand of this op", start)
@@ -460,8 +461,8 @@ class _Parser:
     def _contexts(self) -> tuple[Context, ...]:
         contexts = []
         while True:
-            kind = self._known(CONTEXTS, "context")
-            start = self._here()
+            kind = self._word_among(CONTEXTS, "context")
+            start = self._next_position()
             args = tuple(self._list(self._tree)) if self._accept("(") else ()
             if not _fits_context(kind, args):
                 self._fail(f"'{kind}' does not take these arguments", start)
@@ -473,20 +474,20 @@ class _Parser:
 
     def _scope(self) -> Scope:
         frames: list[Frame] = []
-        start = self._here()
+        start = self._next_position()
         while True:
             name = (
                 self._string()
-                if self._src.startswith('"', self._pos)
+                if self._source.startswith('"', self._pos)
                 else self._need(_PATH, "a module path")[0]
             )
             call = (
                 self._int()
-                if self._src.startswith("~", self._pos) and self._accept("~")
+                if self._source.startswith("~", self._pos) and self._accept("~")
                 else 0
             )
             frames.append(Frame(name, call))
-            if not self._src.startswith("/", self._pos):
+            if not self._source.startswith("/", self._pos):
                 self._check_path(".".join(frame.name for frame in frames), start)
                 return tuple(frames)
             self._pos += 1
@@ -529,7 +530,7 @@ class _Parser:
     # --- names, literals, types -------------------------------------------------------------------
 
     def _fresh(self, beside: Sequence[str] = ()) -> str:
-        start = self._here()
+        start = self._next_position()
         name = self._need(_NAME, "a value name such as %x")[1]
         if name in self._values or name in beside:
             self._fail(f"%{name} is defined twice", start)
@@ -539,8 +540,8 @@ class _Parser:
         self._values[name] = value
 
     def _value_name(self) -> tuple[str, int]:
-        start = self._here()
-        if self._src.startswith("@", start):
+        start = self._next_position()
+        if self._source.startswith("@", start):
             return "@" + self._fqn(), start
         return "%" + self._need(_NAME, "a value")[1], start
 
@@ -562,14 +563,14 @@ class _Parser:
         return self._values[name[1:]]
 
     def _state_name(self) -> str:
-        start = self._here()
+        start = self._next_position()
         name = self._fqn()
         self._check_path(name, start)
         return name
 
     def _fqn(self) -> str:
         self._skip()
-        if self._src.startswith('@"', self._pos):
+        if self._source.startswith('@"', self._pos):
             self._pos += 1
             return self._string()
         return self._need(_FQN, "a name such as @layers.0.weight")[1]
@@ -587,7 +588,7 @@ class _Parser:
         return tree
 
     def _tree_at_depth(self) -> Any:
-        char = self._src[self._pos : self._pos + 1]
+        char = self._source[self._pos : self._pos + 1]
         if char in "%@" and char:
             return self._value()
         if char == '"':
@@ -619,9 +620,9 @@ class _Parser:
         return self._word()
 
     def _pair(self) -> tuple[Any, Any]:
-        start = self._here()
+        start = self._next_position()
         key = self._tree()
-        if not isinstance(key, (str, int, float, complex, NoneType, Token)):
+        if not isinstance(key, _LITERALS):
             self._fail("a key is a string, a number or another plain literal", start)
         self._expect(":")
         return key, self._tree()
@@ -631,7 +632,7 @@ class _Parser:
         return tuple(self._list(self._tree))
 
     def _word(self) -> Any:
-        start = self._here()
+        start = self._next_position()
         word = self._need(_DOTTED, "an operand")[0]
         if word in _WORDS:
             return _WORDS[word]
@@ -642,17 +643,17 @@ class _Parser:
             self._expect(")")
             return Token(f"device({inner})")
         if word in _CALLED and self._accept("("):
-            items = self._list(self._tree)
+            arguments = self._list(self._tree)
             try:
-                return _CALLED[word](*items)
+                return _CALLED[word](*arguments)
             except (TypeError, ValueError):
                 self._fail(f"bad {word}(...)", start)
         self._fail(f"unknown literal '{word}'", start)
 
     def _type(self) -> Type:
-        start = self._here()
+        start = self._next_position()
         word = self._need(_WORD, "a type")[0]
-        if self._src.startswith("[", self._pos):
+        if self._source.startswith("[", self._pos):
             return self._tensor_type(word, start)
         if word not in SCALAR_KINDS:
             self._fail(
@@ -660,7 +661,9 @@ class _Parser:
                 start,
             )
         expr = (
-            self._balanced("(", ")") if self._src.startswith("(", self._pos) else None
+            self._balanced("(", ")")
+            if self._source.startswith("(", self._pos)
+            else None
         )
         return ScalarType(word, expr)
 
@@ -668,22 +671,24 @@ class _Parser:
         if dtype not in DTYPES:
             self._fail(f"unknown dtype '{dtype}': {nearest(dtype, DTYPES)}", start)
         shape = self._dims("[", "]")
-        strides = self._dims("{", "}") if self._src.startswith("{", self._pos) else None
+        strides = (
+            self._dims("{", "}") if self._source.startswith("{", self._pos) else None
+        )
         device = "cpu"
-        if self._src.startswith("@", self._pos):
+        if self._source.startswith("@", self._pos):
             device = self._need(_DEVICE, "a device")[1]
         return TensorType(dtype, shape, strides, device, self._accept("grad"))
 
     def _balanced(self, opening: str, closing: str) -> str:
         start, depth = self._pos, 0
-        for match in _BRACKET.finditer(self._src, start):
+        for match in _BRACKET.finditer(self._source, start):
             char = match[0]
             depth += (char in "([{") - (char in ")]}")
             if char == "\n" or (depth == 0 and char != closing):
                 break
             if depth == 0:
                 self._pos = match.end()
-                return self._src[start + 1 : match.start()]
+                return self._source[start + 1 : match.start()]
         self._fail(f"'{opening}' is never closed by '{closing}'", start)
 
     def _dims(self, opening: str, closing: str) -> tuple[Dim, ...]:
@@ -699,7 +704,7 @@ class _Parser:
                 current += char
         if current.strip():
             parts.append(current)
-        sizes = [p.strip() for p in parts]
+        sizes = [part.strip() for part in parts]
         if "" in sizes:
             self._fail("a size is missing", start)
         for size in sizes:
@@ -708,7 +713,14 @@ class _Parser:
                     f"'{size[:40]}' is no size: a number, or an expression over sizes such as 2*s0",
                     start,
                 )
-        return tuple(int(s) if _INT.fullmatch(s) else s for s in sizes)
+        return tuple(int(size) if _INT.fullmatch(size) else size for size in sizes)
+
+
+def _via(transfer: Transfer) -> str:
+    """The stages between the ends of a transfer, for a message."""
+    if transfer.via_count < 100:
+        return str(transfer.via)
+    return f"between, all {transfer.via_count}"
 
 
 def _form(tree: Any) -> ResultForm:
@@ -724,15 +736,13 @@ def _mode(
     captured: Any, training: Any = True, evaluating: Any = False, *others: Any
 ) -> Mode:
     """The mode with these parts. Raises TypeError for parts that no mode can have."""
-    plain = all(
-        isinstance(item, (str, int, float, complex, NoneType, Token))
-        for item in (training, evaluating)
+    fits = (
+        isinstance(captured, bool)
+        and isinstance(training, _LITERALS)
+        and isinstance(evaluating, _LITERALS)
+        and all(isinstance(path, str) for path in others)
     )
-    if (
-        not isinstance(captured, bool)
-        or not plain
-        or not all(isinstance(path, str) for path in others)
-    ):
+    if not fits:
         raise TypeError
     return Mode(captured, training, evaluating, others)
 
@@ -755,20 +765,20 @@ def is_expression(text: str) -> bool:
 def _fits_context(kind: str, args: tuple[Any, ...]) -> bool:
     """True for the arguments that a context of that kind has."""
     if kind == "checkpoint":
-        return [type(item) for item in args] == [int, bool]
+        return [*map(type, args)] == [int, bool]
     if kind == "transform":
-        return [type(item) for item in args] == [int]
+        return [*map(type, args)] == [int]
     if kind == "autocast":
-        plain = all(
-            item is None or isinstance(item, (bool, Token)) for item in args[1:]
-        )
-        return (
-            1 <= len(args) <= 4
-            and isinstance(args[0], str)
-            and args[0].isidentifier()
-            and plain
-        )
+        return 1 <= len(args) <= 4 and _fits_autocast(*args)
     return not args
+
+
+def _fits_autocast(device: Any, *options: Any) -> bool:
+    return (
+        isinstance(device, str)
+        and device.isidentifier()
+        and all(isinstance(option, (bool, NoneType, Token)) for option in options)
+    )
 
 
 _SIZE = re.compile(

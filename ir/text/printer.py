@@ -110,7 +110,7 @@ class Printer:
         self._program = program
         self._files = file_names(nested_ops(program.all_ops()))
         self.names: dict[Value, str] = {
-            e.value: fqn_text(e.name) for e in program.state
+            entry.value: fqn_text(entry.name) for entry in program.state
         }
         namer = Namer()
         for value in program.inputs:
@@ -131,10 +131,12 @@ class Printer:
             self._name(value, namer)
 
     def program(self) -> Iterator[str]:
-        p = self._program
-        stages = f" stages={len(p.stages)}" if p.stages else ""
-        head = f"program {fqn_text(p.name)} phase={p.phase}{stages}"
-        yield from self._block(head, p, "", list(self._head()), list(self._tail()))
+        program = self._program
+        stages = f" stages={len(program.stages)}" if program.stages else ""
+        head = f"program {fqn_text(program.name)} phase={program.phase}{stages}"
+        yield from self._block(
+            head, program, "", list(self._head()), list(self._tail())
+        )
 
     def _head(self) -> Iterator[str]:
         """The lines of the program before its ops."""
@@ -169,30 +171,32 @@ class Printer:
         yield indent + "}"
 
     def excerpt(self, keep: Callable[[Op], bool]) -> Iterator[str]:
-        p = self._program
-        kept = {op for op in p.all_ops() if keep(op)}
-        touched = {v for op in kept for v in (*op.reads, *op.definitions())}
-        yield f"program {fqn_text(p.name)} phase={p.phase} {{"
+        program = self._program
+        kept = {op for op in program.all_ops() if keep(op)}
+        touched = {value for op in kept for value in (*op.reads, *op.definitions())}
+        yield f"program {fqn_text(program.name)} phase={program.phase} {{"
         yield from (
-            f"  input {self.names[v]} : {v.type}" for v in p.inputs if v in touched
+            f"  input {self.names[value]} : {value.type}"
+            for value in program.inputs
+            if value in touched
         )
-        state = [entry for entry in p.state if entry.value in touched]
+        state = [entry for entry in program.state if entry.value in touched]
         yield from (f"  {line}" for line in self._state(state))
-        if p.phase == "traced":
-            yield from self._some(p.ops, kept, "  ")
-        for stage in p.stages:
+        if program.phase == "traced":
+            yield from self._kept_ops(program.ops, kept, "  ")
+        for stage in program.stages:
             if kept.intersection(stage.ops):
                 yield f"  {self._stage_head(stage)} {{"
-                yield from self._some(stage.ops, kept, "    ")
+                yield from self._kept_ops(stage.ops, kept, "    ")
                 yield "  }"
         yield from (
-            f"  {self._transfer(t)}"
-            for t in p.transfers
-            if t.value in touched or t.made in touched
+            f"  {self._transfer(transfer)}"
+            for transfer in program.transfers
+            if transfer.value in touched or transfer.made in touched
         )
         yield "}"
 
-    def _some(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
+    def _kept_ops(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
         """The kept ops, and a comment for each run of others."""
         for shown, run in groupby(ops, kept.__contains__):
             if shown:
@@ -201,34 +205,26 @@ class Printer:
                 yield f"{indent}# {sum(1 for _ in run)} ops left out"
 
     def _state(self, entries: list[StateEntry]) -> Iterator[str]:
-        tensors = Counter(e.tensor for e in entries)
-        storages = Counter(e.storage for e in entries)
-        for e in entries:
-            line = f"state {fqn_text(e.name)} : {e.kind} {e.type}"
-            if len(e.names) > 1:
-                line += f" names({', '.join(map(fqn_text, e.names[1:]))})"
-            if e.transient:
-                some = (
-                    [n for n in e.names if n in e.transient]
-                    if len(e.transient) < len(e.names)
-                    else []
-                )
-                line += " nonpersistent" + (
-                    f"({', '.join(map(fqn_text, some))})" if some else ""
-                )
-            if tensors[e.tensor] > 1:
-                line += f" tensor({e.tensor})"
-            if storages[e.storage] > 1:
-                line += f" storage({e.storage})"
-            if e.stages:
-                line += f" stages({', '.join(map(str, e.stages))})"
-            if e.share:
-                line += f" share={e.share}"
+        tensors = Counter(entry.tensor for entry in entries)
+        storages = Counter(entry.storage for entry in entries)
+        for entry in entries:
+            line = f"state {fqn_text(entry.name)} : {entry.kind} {entry.type}"
+            if len(entry.names) > 1:
+                line += f" names({', '.join(map(fqn_text, entry.names[1:]))})"
+            line += _transient(entry)
+            if tensors[entry.tensor] > 1:
+                line += f" tensor({entry.tensor})"
+            if storages[entry.storage] > 1:
+                line += f" storage({entry.storage})"
+            if entry.stages:
+                line += f" stages({', '.join(map(str, entry.stages))})"
+            if entry.share:
+                line += f" share={entry.share}"
             yield line
 
     def _stage(self, stage: Stage) -> Iterator[str]:
-        held = [fqn_text(name) for names in stage.state.values() for name in names]
-        first = [f"holds {', '.join(held)}"] if held else []
+        names = [fqn_text(name) for names in stage.state.values() for name in names]
+        first = [f"holds {', '.join(names)}"] if names else []
         yield from self._block(self._stage_head(stage), stage, "", first)
 
     def _stage_head(self, stage: Stage) -> str:
@@ -238,17 +234,18 @@ class Printer:
         return head
 
     def _bare(self, values: list[Value]) -> str:
-        return "(" + ", ".join(self.names[v] for v in values) + ")"
+        return "(" + ", ".join(self.names[value] for value in values) + ")"
 
-    def _transfer(self, t: Transfer) -> str:
-        line = f"transfer {self.names[t.value]} : {'input' if t.source is None else t.source} -> {t.target}"
-        if t.route:
-            line += f" {t.route}"
-        if t.made is not None:
-            line += f"({self.names[t.made]})"
-        if t.via:
-            line += "(" + ", ".join(map(str, t.via)) + ")"
-        return f"{line}  # {size_text(value_bytes(t.value.type))}"
+    def _transfer(self, transfer: Transfer) -> str:
+        source = "input" if transfer.source is None else transfer.source
+        line = f"transfer {self.names[transfer.value]} : {source} -> {transfer.target}"
+        if transfer.route:
+            line += f" {transfer.route}"
+        if transfer.made is not None:
+            line += f"({self.names[transfer.made]})"
+        if transfer.via:
+            line += "(" + ", ".join(map(str, transfer.via)) + ")"
+        return f"{line}  # {size_text(value_bytes(transfer.value.type))}"
 
     def _op(self, op: Op, indent: str) -> Iterator[str]:
         line = indent + self.op_line(op)
@@ -257,7 +254,9 @@ class Printer:
             return
         yield line + " {"
         for region in op.regions:
-            inputs = ", ".join(f"{self.names[v]} : {v.type}" for v in region.inputs)
+            inputs = ", ".join(
+                f"{self.names[value]} : {value.type}" for value in region.inputs
+            )
             head = f"region {region.name} ({inputs})"
             last = [f"yield {self._tree(region.outputs)}"]
             yield from self._block(head, region, indent + "  ", last=last)
@@ -265,21 +264,19 @@ class Printer:
 
     def op_call(self, op: Op) -> str:
         """The op's target applied to its operands."""
-        args = [self._tree(a) for a in op.args] + [
-            f"{k}={self._tree(a)}" for k, a in op.kwargs.items()
-        ]
-        return (
-            f"{target_text(op.target)}({', '.join(args)})"
-            if op.target != SPLIT
-            else "split"
-        )
+        if op.target == SPLIT:
+            return "split"
+        args = [self._tree(operand) for operand in op.args]
+        args += [f"{key}={self._tree(operand)}" for key, operand in op.kwargs.items()]
+        return f"{target_text(op.target)}({', '.join(args)})"
 
     def op_line(self, op: Op) -> str:
         """The op on one line, without its regions."""
         line = self.op_call(op)
         if op.results:
-            names = ", ".join(self.names[r] for r in op.results)
-            line = f"{names} = {line} : {', '.join(str(r.type) for r in op.results)}"
+            names = ", ".join(self.names[result] for result in op.results)
+            types = ", ".join(str(result.type) for result in op.results)
+            line = f"{names} = {line} : {types}"
         if op.form is not None:
             line += f" form({self._form(op.form)})"
         line += self._effects(op)
@@ -297,34 +294,43 @@ class Printer:
         return self._tree(("tensors", *form.rest) if form.rest else "tensors")
 
     def _effects(self, op: Op) -> str:
-        e, line = op.effects, ""
-        viewed = ["-" if v is None else self._tree(v) for v in e.views]
-        if (
-            len(set(viewed)) == 1
-            and viewed[0] != "-"
-            and len(viewed) == len(op.results)
-        ):
-            line += f" view({viewed[0]})"
-        elif viewed:
-            line += f" views({', '.join(viewed)})"
-        if e.writes:
-            line += f" writes({', '.join(self._version(op, v) for v in e.writes)})"
-        others = [v for v in op.versions if v not in e.writes]
-        if others:
-            line += f" renews({', '.join(self._version(op, v) for v in others)})"
-        return line + (" random" if e.random else "") + (" effect" if e.effect else "")
+        effects = op.effects
+        line = self._views(op)
+        if effects.writes:
+            line += f" writes({self._versions(op, effects.writes)})"
+        renewed = [value for value in op.versions if value not in effects.writes]
+        if renewed:
+            line += f" renews({self._versions(op, renewed)})"
+        if effects.random:
+            line += " random"
+        if effects.effect:
+            line += " effect"
+        return line
+
+    def _views(self, op: Op) -> str:
+        views = op.effects.views
+        viewed = ["-" if value is None else self._tree(value) for value in views]
+        if not viewed:
+            return ""
+        is_one = len(set(viewed)) == 1 and len(viewed) == len(op.results)
+        if is_one and viewed[0] != "-":
+            return f" view({viewed[0]})"
+        return f" views({', '.join(viewed)})"
+
+    def _versions(self, op: Op, values: Iterable[Value]) -> str:
+        return ", ".join(self._version(op, value) for value in values)
 
     def _version(self, op: Op, old: Value) -> str:
         new = op.versions.get(old)
         if new is None:
             return self._tree(old)
-        kind = f" : {new.type}" if new.type != old.type else ""
-        return f"{self._tree(old)} -> {self._tree(new)}{kind}"
+        new_type = f" : {new.type}" if new.type != old.type else ""
+        return f"{self._tree(old)} -> {self._tree(new)}{new_type}"
 
     def _context(self, context: Context) -> str:
-        return context.kind + (
-            f"({', '.join(map(self._tree, context.args))})" if context.args else ""
-        )
+        if not context.args:
+            return context.kind
+        return f"{context.kind}({', '.join(map(self._tree, context.args))})"
 
     def _tree(self, tree: Any) -> str:
         return tree_text(tree, self._leaf)
@@ -332,19 +338,19 @@ class Printer:
     def _leaf(self, leaf: Any) -> str:
         if isinstance(leaf, Value):
             return self.names.get(leaf, f"%<undefined {leaf.hint}>")
-        return literal(leaf)
+        return literal_text(leaf)
 
 
 def tree_text(tree: Any, leaf: Callable[[Any], str] | None = None) -> str:
     """Nested literals as text, with `leaf` for what is no container."""
-    leaf = leaf or literal
+    leaf = leaf or literal_text
     if isinstance(tree, tuple):
         inner = ", ".join(tree_text(part, leaf) for part in tree)
         return f"({inner},)" if len(tree) == 1 else f"({inner})"
     if isinstance(tree, list):
         return "[" + ", ".join(tree_text(part, leaf) for part in tree) + "]"
     if isinstance(tree, dict):
-        pairs = (f"{literal(k)}: {tree_text(v, leaf)}" for k, v in tree.items())
+        pairs = (f"{literal_text(k)}: {tree_text(v, leaf)}" for k, v in tree.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(tree, slice):
         parts = (tree.start, tree.stop, tree.step)
@@ -352,32 +358,39 @@ def tree_text(tree: Any, leaf: Callable[[Any], str] | None = None) -> str:
     return leaf(tree)
 
 
-def literal(item: Any) -> str:
+def _transient(entry: StateEntry) -> str:
+    """The clause for the names that stay out of the state_dict; without names when all of them do."""
+    if not entry.transient:
+        return ""
+    if len(entry.transient) >= len(entry.names):
+        return " nonpersistent"
+    names = [fqn_text(name) for name in entry.names if name in entry.transient]
+    return f" nonpersistent({', '.join(names)})" if names else " nonpersistent"
+
+
+def literal_text(literal: Any) -> str:
     """One literal as text."""
-    if isinstance(item, str):
-        return json.dumps(item)
-    if isinstance(item, Token):
-        return item.text
-    if isinstance(item, Mode):
-        return _mode(item)
-    if isinstance(item, RegionRef):
-        return f"<{item.index}>"
-    if isinstance(item, complex):
-        return f"complex({literal(item.real)}, {literal(item.imag)})"
-    if isinstance(item, float) and not math.isfinite(item):
-        return "nan" if math.isnan(item) else ("inf" if item > 0 else "-inf")
-    return "..." if item is ... else repr(item)
+    if isinstance(literal, str):
+        return json.dumps(literal)
+    if isinstance(literal, Token):
+        return literal.text
+    if isinstance(literal, Mode):
+        return _mode_text(literal)
+    if isinstance(literal, RegionRef):
+        return f"<{literal.index}>"
+    if isinstance(literal, complex):
+        return f"complex({literal_text(literal.real)}, {literal_text(literal.imag)})"
+    if isinstance(literal, float) and not math.isfinite(literal):
+        return "nan" if math.isnan(literal) else ("inf" if literal > 0 else "-inf")
+    return "..." if literal is ... else repr(literal)
 
 
-def _mode(item: Mode) -> str:
-    parts = (
-        []
-        if item.is_flag and not item.others
-        else [literal(item.training), literal(item.evaluating)]
-    )
-    return (
-        f"mode({', '.join([str(item.captured), *parts, *map(literal, item.others)])})"
-    )
+def _mode_text(mode: Mode) -> str:
+    parts = [str(mode.captured)]
+    if not mode.is_flag or mode.others:
+        parts += [literal_text(mode.training), literal_text(mode.evaluating)]
+    parts += map(literal_text, mode.others)
+    return f"mode({', '.join(parts)})"
 
 
 def target_text(target: Target) -> str:
