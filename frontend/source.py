@@ -25,19 +25,14 @@ _PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
 
 def gpus(*trees: Any) -> list[int]:
     """The CUDA devices on which tensors of modules and trees lie."""
-    tensors: list[Any] = []
+    leaves: list[Any] = []
     for tree in trees:
-        tensors += (
-            [*tree.parameters(), *tree.buffers()]
-            if isinstance(tree, nn.Module)
-            else tree_leaves(tree)
-        )
-    places = {
-        t.device.index or 0
-        for t in tensors
-        if isinstance(t, torch.Tensor) and t.device.type == "cuda"
-    }
-    return sorted(places)
+        if isinstance(tree, nn.Module):
+            leaves += [*tree.parameters(), *tree.buffers()]
+        else:
+            leaves += tree_leaves(tree)
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
 def is_pythons(file: str) -> bool:
@@ -81,7 +76,7 @@ def user_loc(trace: str) -> Loc | None:
     """The innermost frame of a stack trace that is the user's, neither torch's nor ours; else the innermost
     frame.
     """
-    last: Loc | None = None
+    innermost: Loc | None = None
     for line in reversed(trace.splitlines()):
         text = line.strip()
         if not text.startswith('File "') or text.startswith('File "<eval_with_key>'):
@@ -91,5 +86,5 @@ def user_loc(trace: str) -> Loc | None:
         loc = Loc(path, int(number)) if number.isdigit() else None
         if loc and not path.startswith((TORCH_DIR, OWN_DIR)):
             return loc
-        last = last or loc
-    return last
+        innermost = innermost or loc
+    return innermost

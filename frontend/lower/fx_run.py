@@ -15,7 +15,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.capture.whole import OpWatch, home_of, in_other_mode, tensors_in
+from stagecut.frontend.capture.whole import (
+    EffectObserver,
+    behaviour_in_other_mode,
+    home_of,
+    tensors_in,
+)
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.source import user_loc
 from stagecut.frontend.watch.attributes import RETURN_IT, Contents
@@ -49,7 +54,7 @@ Visit = Callable[[fx.Node, Ran], None]
 """A function that is called with each node after it has run."""
 
 
-class _Watch(OpWatch):
+class _WriteObserver(EffectObserver):
     """Notices also which tensors ops write, by id."""
 
     def __init__(self) -> None:
@@ -116,15 +121,15 @@ class FakeRun(fx.Interpreter):
             else []
         )
         containers = Contents([args, kwargs], objects=False)
-        with _named(n), _Watch() as watch:
+        with _named(n), _WriteObserver() as effects:
             result = super().run_node(n)
-        _refuse_unseen(n, containers, watch)
+        _refuse_unseen(n, containers, effects)
         wrote = {look.home for look in (*looks, *state) if look.is_written} | {
-            home for home in watch.wrote if home is not None
+            home for home in effects.wrote if home is not None
         }
-        random, views = watch.drew, tuple[int | None, ...]()
+        random, views = effects.drew, tuple[int | None, ...]()
         if leaf is not None:
-            other = in_other_mode(leaf, leaf, args, kwargs)
+            other = behaviour_in_other_mode(leaf, leaf, args, kwargs)
             wrote = wrote | other.wrote
             random = random or other.drew
             views = other.homes
@@ -135,7 +140,7 @@ class FakeRun(fx.Interpreter):
             Ran(
                 result,
                 frozenset(wrote),
-                frozenset(watch.named),
+                frozenset(effects.named),
                 random,
                 views,
                 reshaped,
@@ -188,7 +193,9 @@ def _named(node: fx.Node) -> Iterator[None]:
         ) from error
 
 
-def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
+def _refuse_unseen(
+    node: fx.Node, containers: Contents, effects: EffectObserver
+) -> None:
     """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would
     do neither.
     """
@@ -199,10 +206,10 @@ def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
             where=place_of_node(node),
             hint=RETURN_IT,
         )
-    if watch.split and not is_marker(node.target):
+    if effects.split and not is_marker(node.target):
         raise SplitError(
             f"a split point lies inside node '{node.name}' ({node.op} {node.target}), which is kept whole",
-            where=watch.split,
+            where=effects.split,
             hint="put it into the graph: graph.call_function(pipe_split)",
         )
 
