@@ -174,7 +174,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (fx_run._WriteObserver.see, cut_graph),
     (functions._one_op, cut),
     (functions._function_fake, cut),
-    (attributes.Contents._keep, cut),
+    (attributes.Containers._keep, cut),
     (source.user_line, cut),
     (known.KnownValues.value, ask),
     (known._cone, ask),
@@ -203,8 +203,8 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (rewrites._DataAsOp.__torch_function__, cut),
     (forbidden.GradFlags.__torch_function__, cut),
     (rewrites._outcome_that_goes_on, cut),
-    (watch.Watch._begin, cut),
-    (watch.Watch._write_back, cut),
+    (watch.TraceWatch._begin, cut),
+    (watch.TraceWatch._write_back, cut),
     (watch._children, cut),
 ]
 

@@ -24,7 +24,7 @@ from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
 from stagecut.frontend.source import gpus, is_users, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
-from stagecut.frontend.watch.watch import Unsettled, Watch, odd_output, watched
+from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.run.call import is_size
@@ -137,7 +137,7 @@ def _export(
     leaves: Leaves,
     eager: EagerPath,
 ) -> ExportedProgram:
-    def export(watch: Watch) -> ExportedProgram:
+    def export(watch: TraceWatch) -> ExportedProgram:
         args, kwargs = inputs
         seeds = torch.random.fork_rng(gpus(module, inputs))
         sizes = giving_sizes(module, inputs)

@@ -23,7 +23,7 @@ from stagecut.frontend.capture.scopes import goes_past_call
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import SYMBOLIC, LeafCall
 from stagecut.frontend.source import gpus, place_of, shown, user_line
-from stagecut.frontend.watch.attributes import RETURN_IT, Contents
+from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
@@ -245,7 +245,7 @@ class _RealCall:
         self._tensors = tensors_in((args, kwargs))
         self._parameters = dict(owner.named_parameters())
         before = self._versions()
-        containers = Contents([args, kwargs])
+        containers = Containers([args, kwargs])
         with EffectObserver() as effects:
             self.result = run(*args, **kwargs)
         self.effects = effects

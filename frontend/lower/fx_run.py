@@ -23,7 +23,7 @@ from stagecut.frontend.capture.whole import (
 )
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.source import user_loc
-from stagecut.frontend.watch.attributes import RETURN_IT, Contents
+from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
 from stagecut.ir.run.storage import written_tensors
@@ -117,7 +117,7 @@ class FakeRun(fx.Interpreter):
         leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         state = (*leaf.parameters(), *leaf.buffers()) if leaf is not None else ()
         state_looks = [_Look(tensor) for tensor in state]
-        containers = Contents([args, kwargs], objects=False)
+        containers = Containers([args, kwargs], objects=False)
         with _named(n), _WriteObserver() as effects:
             result = super().run_node(n)
         _refuse_unseen(n, containers, effects)
@@ -181,7 +181,7 @@ def _named(node: fx.Node) -> Iterator[None]:
 
 
 def _refuse_unseen(
-    node: fx.Node, containers: Contents, effects: EffectObserver
+    node: fx.Node, containers: Containers, effects: EffectObserver
 ) -> None:
     """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would
     do neither.

@@ -122,19 +122,19 @@ _SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # typ
 
 
 class GradFlags(TorchFunctionMode):
-    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to
+    """While open, requires_grad of the tensors that are `protected`, by id, can be set to what it is and to
     nothing else.
     """
 
-    def __init__(self, held: Callable[[], Container[int]]) -> None:
+    def __init__(self, protected: Callable[[], Container[int]]) -> None:
         super().__init__()
-        self._held = held
+        self._protected = protected
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SETS and id(args[0]) in self._held():
+        if func in _SETS and id(args[0]) in self._protected():
             wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             if wanted != args[0].requires_grad:
                 raise Untraceable(
