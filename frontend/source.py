@@ -35,22 +35,22 @@ def gpus(*trees: Any) -> list[int]:
     return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
-def is_pythons(file: str) -> bool:
+def is_pythons_file(file: str) -> bool:
     """True for a source file of Python's own library, and for code without a file."""
     return file.startswith("<") or (
         file.startswith(_PYTHON_DIR) and "-packages" not in file
     )
 
 
-def is_users(file: str) -> bool:
+def is_users_file(file: str) -> bool:
     """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
-    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons(file)
+    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons_file(file)
 
 
 def user_line(frame: FrameType | None = None) -> Line:
     """File, line and function of the user's innermost frame, from `frame` or from the caller outwards."""
     frame = frame or sys._getframe(1)
-    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+    while frame.f_back is not None and not is_users_file(frame.f_code.co_filename):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
@@ -61,7 +61,7 @@ def shown(line: Line) -> str:
 
 
 def place_of(cls: type) -> str:
-    """Where the forward of a module class stands."""
+    """The place of the forward of a module class."""
     try:
         code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
         return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"

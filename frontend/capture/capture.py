@@ -22,7 +22,7 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
-from stagecut.frontend.source import gpus, is_users, place_of, shown, user_line
+from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
@@ -276,7 +276,7 @@ def _user_frame(error: Exception, cls: type | None = None) -> str:
     """file:line and source of the user's innermost frame; else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if is_users(path) and os.path.exists(path):
+        if is_users_file(path) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.source import is_users
+from stagecut.frontend.source import is_users_file
 
 _QUESTIONS = (
     torch.compiler.is_compiling,
@@ -126,7 +126,7 @@ class EagerPath:
 
     def _hears_the_truth(self, frame: FrameType) -> bool:
         """True for torch's own code, and where the eager path cannot be traced."""
-        if not is_users(frame.f_code.co_filename):
+        if not is_users_file(frame.f_code.co_filename):
             return True
         codes, cls = self._call(frame)
         askers = [(cls, code) for code in codes]
@@ -143,7 +143,8 @@ class EagerPath:
         outer: FrameType | None = frame
         while outer is not None:
             codes.append(outer.f_code)
-            if (cls := self._class_of(outer)) is not None:
+            cls = self._class_of(outer)
+            if cls is not None:
                 return codes, cls
             outer = outer.f_back
         return codes, self._root

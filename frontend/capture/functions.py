@@ -131,6 +131,30 @@ def _one_op(
     """The result of a call that is one op of the trace. `stand_in` runs on fake tensors in place of the
     function.
     """
+    call = _recorded(cls, function, flat, spec, stand_in or function)
+    key = f"{cls.__name__}#{next(_keys)}"
+    _SHOWN[key] = tensors_in(call.out_flat)
+    numbers = [leaf for leaf in flat if isinstance(leaf, SYMBOLIC)]
+    results = iter(torch.ops.stagecut.function(key, tensors_in(flat), numbers))
+    del _SHOWN[key]
+    _newest_call().meta[CALL] = call
+    return tree_unflatten(
+        [
+            next(results) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in call.out_flat
+        ],
+        call.out_spec,
+    )
+
+
+def _recorded(
+    cls: Any,
+    function: Callable[..., Any],
+    flat: list[Any],
+    spec: Any,
+    stand_in: Callable[..., Any],
+) -> LeafCall:
+    """The record of a call of `function`, by a run of `stand_in` on the same arguments."""
     tensors = tensors_in(flat)
     versions = [tensor._version for tensor in tensors]
     args, kwargs = tree_unflatten(flat, spec)
@@ -140,38 +164,24 @@ def _one_op(
         torch.no_grad(),
         EffectObserver() as effects,
     ):
-        result = (stand_in or function)(*args, **kwargs)
+        result = stand_in(*args, **kwargs)
     out_flat, out_spec = tree_flatten(result)
-    returned = tensors_in(out_flat)
     written = [
         tensor._version != version or storage_of(tensor) in effects.wrote
         for tensor, version in zip(tensors, versions, strict=True)
     ]
-    call = LeafCall(
+    return LeafCall(
         cls.__name__,
         flat,
         spec,
         out_flat,
         out_spec,
-        views=shared_with(returned, tensors),
+        views=shared_with(tensors_in(out_flat), tensors),
         written_inputs=tuple(
             position for position, is_written in enumerate(written) if is_written
         ),
         random=effects.drew,
         function=function,
-    )
-    key = f"{cls.__name__}#{next(_keys)}"
-    _SHOWN[key] = returned
-    numbers = [leaf for leaf in flat if isinstance(leaf, SYMBOLIC)]
-    results = iter(torch.ops.stagecut.function(key, tensors, numbers))
-    del _SHOWN[key]
-    _newest_call().meta[CALL] = call
-    return tree_unflatten(
-        [
-            next(results) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in out_flat
-        ],
-        out_spec,
     )
 
 

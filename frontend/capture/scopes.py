@@ -120,10 +120,10 @@ def _resolved(root: nn.Module, parts: list[str]) -> str:
     owner, rest = root, None
     resolved: list[str] = []
     for part in parts:
-        if bounds := _SLICE.fullmatch(part):
-            chosen = slice(
-                *(None if bound == "None" else int(bound) for bound in bounds.groups())
-            )
+        match = _SLICE.fullmatch(part)
+        if match:
+            bounds = [None if text == "None" else int(text) for text in match.groups()]
+            chosen = slice(*bounds)
             rest = (list(owner._modules) if rest is None else rest)[chosen]
             continue
         resolved.append(

@@ -136,7 +136,7 @@ def _placeholders(
     exported: ExportedProgram, program: Program, bindings: Bindings, lowering: Lowering
 ) -> dict[Any, Any]:
     owners = program.name_owners()
-    nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    nodes = list(exported.graph.find_nodes(op="placeholder"))
     env: dict[Any, Any] = {}
     examples = iter(tree_leaves(exported.example_inputs))
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_unflatten
 
-from stagecut.frontend.lower.types import literal, type_of
+from stagecut.frontend.lower.types import as_literal, type_of
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import (
     CALL,
@@ -371,7 +371,7 @@ class Lowering:
             return next(next_number) if isinstance(leaf, SYMBOLIC) else leaf
 
         def operand(leaf: Any) -> Any:
-            return leaf if isinstance(leaf, Value) else self._literal(leaf)
+            return leaf if isinstance(leaf, Value) else self._literal_operand(leaf)
 
         flat = [traced(leaf) for leaf in call.in_flat]
         try:
@@ -511,14 +511,14 @@ class Lowering:
             or type(operand) in (int, float, str)
         ):
             return operand
-        return self._literal(operand)
+        return self._literal_operand(operand)
 
-    def _literal(self, operand: Any) -> Any:
+    def _literal_operand(self, operand: Any) -> Any:
         if operand is None or type(operand) in (bool, int, float, complex, str):
             return operand  # equal ones may be of different types: True, 1 and 1.0
         if operand not in self._literals:
             try:
-                self._literals[operand] = literal(operand)
+                self._literals[operand] = as_literal(operand)
             except TypeError:
                 what = f"an operand of type {type(operand).__name__} cannot be written as a literal"
                 raise CaptureError(

@@ -471,7 +471,8 @@ def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _transforms(ops: Iterable[Op]) -> set[Context]:
-    return {mark for op in ops for mark in op.context if mark.kind == "transform"}
+    marks = {mark for op in ops for mark in op.context}
+    return {mark for mark in marks if mark.kind == "transform"}
 
 
 def _where(part: Part) -> str:

@@ -87,7 +87,7 @@ _LITERALS = (type(None), bool, int, float, complex, str, type(...))
 _TOKENS = (torch.dtype, torch.layout, torch.memory_format)
 
 
-def literal(operand: Any) -> Any:
+def as_literal(operand: Any) -> Any:
     """A literal operand in the IR's own terms; raises TypeError for what has none."""
     if isinstance(operand, _LITERALS):
         return operand

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.source import TORCH_DIR, is_pythons, is_users
+from stagecut.frontend.source import TORCH_DIR, is_pythons_file, is_users_file
 from stagecut.ir.blame import OWN_DIR, OnPurpose
 
 KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
@@ -107,9 +107,9 @@ def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
-        while frame.f_back is not None and is_pythons(frame.f_code.co_filename):
+        while frame.f_back is not None and is_pythons_file(frame.f_code.co_filename):
             frame = frame.f_back
-        if not is_users(frame.f_code.co_filename):
+        if not is_users_file(frame.f_code.co_filename):
             return function(*args, **kwargs)
         raise Untraceable(
             f"{name}() is called in forward, which leaves nothing in a trace", hint

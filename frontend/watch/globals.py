@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.source import is_users
+from stagecut.frontend.source import is_users_file
 from stagecut.frontend.watch.attributes import SIMPLE, Containers, alike, is_memory
 from stagecut.frontend.watch.generators import Generators, is_generator
 
@@ -29,7 +29,7 @@ class Surroundings:
         self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
         functions, caches = _reached(module, [*self._classes])
         self._caches = [(cache, cache.cache_info()) for cache in caches]
-        places = [*_references(functions)]
+        places: list[tuple[Any, Any, str]] = [*_references(functions)]
         for cls in self._classes:
             places += [(cls, _Attributes(cls), name) for name in _own(cls)]
         variables = [
@@ -196,7 +196,7 @@ def _reached(
         function = _function(value)
         if function is None or function in reached:
             continue
-        if not is_users(function.__code__.co_filename):
+        if not is_users_file(function.__code__.co_filename):
             continue
         if isinstance(value, _lru_cache_wrapper):
             caches[id(value)] = value

@@ -455,8 +455,8 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
 def switches(
     module: nn.Module,
 ) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
-    """What train() and eval() do where a user's class has its own: module path -> mode -> the flags below
-    that module. They are tried on a copy.
+    """The effect of train() and eval() where a user's class has its own: module path -> mode -> the flags
+    below that module. They are tried on a copy.
 
     The second part says where the methods stand that do more than set flags.
     """

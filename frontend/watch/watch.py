@@ -539,7 +539,9 @@ class TraceWatch:
         )
 
     def _has_other_name(self, key: tuple[str, str, str], tensor: Any) -> bool:
-        return any(held is tensor and name != key for name, held in self._state.items())
+        return any(
+            other is tensor and name != key for name, other in self._state.items()
+        )
 
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
         """True when the next call would write two buffers where it wrote one before."""
