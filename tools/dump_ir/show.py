@@ -64,7 +64,9 @@ def stats_of(program: Program) -> Stats:
         + sum(len(op.results) + len(op.versions) for op in ops)
     )
     crossing = [
-        t.value for t in program.transfers if t.source is not None and t.made is None
+        transfer.value
+        for transfer in program.transfers
+        if transfer.source is not None and transfer.made is None
     ]
     size = sum(value_bytes(value.type) or 0 for value in crossing)
     return Stats(
@@ -74,17 +76,16 @@ def stats_of(program: Program) -> Stats:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns: the first one to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
+    columns = zip(*rows, strict=True)
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = [_line(row, widths) for row in rows]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first = row[0].ljust(widths[0])
+    rest = zip(row[1:], widths[1:], strict=True)
+    return "  ".join([first, *(cell.rjust(width) for cell, width in rest)])
 
 
 def times(steps: Sequence[tuple[str, float]]) -> str:
@@ -238,7 +239,7 @@ class Steps:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
