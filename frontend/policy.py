@@ -42,13 +42,13 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
 
 def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:
     """For each split call, the names of all nodes after it."""
-    names = [n.name for n in edited.graph.nodes]
+    names = [node.name for node in edited.graph.nodes]
     splits = [
-        i
-        for i, n in enumerate(edited.graph.nodes)
-        if n.op == "call_function" and is_marker(n.target)
+        number
+        for number, node in enumerate(edited.graph.nodes)
+        if node.op == "call_function" and is_marker(node.target)
     ]
-    return [names[i + 1 :] for i in splits]
+    return [names[number + 1 :] for number in splits]
 
 
 def _positions(followers: list[list[str]], program: Program) -> list[int]:
@@ -56,14 +56,12 @@ def _positions(followers: list[list[str]], program: Program) -> list[int]:
     name, because a value's hint is its node's name.
     """
     ops = [op for op in program.ops if not op.is_split]
-    index = {
-        value.hint: position
-        for position, op in reversed([*enumerate(ops)])
-        for value in op.results
-    }
+    index: dict[str, int] = {}
+    for position, op in reversed([*enumerate(ops)]):
+        index |= dict.fromkeys([value.hint for value in op.results], position)
     for position, op in enumerate(ops):
         index |= _inside(op, position)
-    found: list[int] = []
+    cuts: list[int] = []
     for names in followers:
         positions = [index[name] for name in names if name in index]
         if positions and positions[0] == INSIDE:
@@ -71,12 +69,9 @@ def _positions(followers: list[list[str]], program: Program) -> list[int]:
                 "the split policy cuts where the model goes another way in each mode",
                 hint="cut in front of it or behind it",
             )
-        found += (
-            [min(position for position in positions if position != INSIDE)]
-            if positions
-            else []
-        )
-    return found
+        if positions:
+            cuts.append(min(place for place in positions if place != INSIDE))
+    return cuts
 
 
 INSIDE = -1

@@ -25,37 +25,32 @@ _PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
 
 def gpus(*trees: Any) -> list[int]:
     """The CUDA devices on which tensors of modules and trees lie."""
-    tensors: list[Any] = []
+    leaves: list[Any] = []
     for tree in trees:
-        tensors += (
-            [*tree.parameters(), *tree.buffers()]
-            if isinstance(tree, nn.Module)
-            else tree_leaves(tree)
-        )
-    places = {
-        t.device.index or 0
-        for t in tensors
-        if isinstance(t, torch.Tensor) and t.device.type == "cuda"
-    }
-    return sorted(places)
+        if isinstance(tree, nn.Module):
+            leaves += [*tree.parameters(), *tree.buffers()]
+        else:
+            leaves += tree_leaves(tree)
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
-def is_pythons(file: str) -> bool:
+def is_pythons_file(file: str) -> bool:
     """True for a source file of Python's own library, and for code without a file."""
     return file.startswith("<") or (
         file.startswith(_PYTHON_DIR) and "-packages" not in file
     )
 
 
-def is_users(file: str) -> bool:
+def is_users_file(file: str) -> bool:
     """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
-    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons(file)
+    return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons_file(file)
 
 
 def user_line(frame: FrameType | None = None) -> Line:
     """File, line and function of the user's innermost frame, from `frame` or from the caller outwards."""
     frame = frame or sys._getframe(1)
-    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+    while frame.f_back is not None and not is_users_file(frame.f_code.co_filename):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
@@ -66,7 +61,7 @@ def shown(line: Line) -> str:
 
 
 def place_of(cls: type) -> str:
-    """Where the forward of a module class stands."""
+    """The place of the forward of a module class."""
     try:
         code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
         return f"{code.co_filename}:{code.co_firstlineno}, {cls.__name__}.forward"
@@ -81,7 +76,7 @@ def user_loc(trace: str) -> Loc | None:
     """The innermost frame of a stack trace that is the user's, neither torch's nor ours; else the innermost
     frame.
     """
-    last: Loc | None = None
+    innermost: Loc | None = None
     for line in reversed(trace.splitlines()):
         text = line.strip()
         if not text.startswith('File "') or text.startswith('File "<eval_with_key>'):
@@ -91,5 +86,5 @@ def user_loc(trace: str) -> Loc | None:
         loc = Loc(path, int(number)) if number.isdigit() else None
         if loc and not path.startswith((TORCH_DIR, OWN_DIR)):
             return loc
-        last = last or loc
-    return last
+        innermost = innermost or loc
+    return innermost

@@ -127,7 +127,7 @@ def pipeline(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
     at = _split_points(split_spec or {}, module)
-    passes = [*_asked(routes or {}, tied)]
+    passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
         program, bindings, exported = lower(
@@ -181,14 +181,14 @@ def pipeline(
 
 def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
     """Returns when at most one of the arguments that say where to cut is given."""
-    given = [f"{name}=" for name, wish in wishes.items() if wish is not None]
-    if len(given) > 1:
+    names = [f"{name}=" for name, wish in wishes.items() if wish is not None]
+    if len(names) > 1:
         hint = (
             "split_policy=Balanced(stages, ...)"
-            if "split_spec=" not in given
+            if "split_spec=" not in names
             else "give one of them"
         )
-        raise InputError(f"{' and '.join(given)} both say where to cut", hint=hint)
+        raise InputError(f"{' and '.join(names)} both say where to cut", hint=hint)
 
 
 def _policy(
@@ -282,13 +282,16 @@ def _lowered(
 
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
-        other, kept = capture(module, args, kwargs, dynamic_shapes, leaves.paths, eager)
-        if more := [path for path in kept.paths if path not in leaves.paths]:
-            raise CaptureError(
-                f"module '{more[0]}' would have to be kept whole, as by leaf_modules=['{more[0]}']",
-                where=kept.reasons.get(more[0], ""),
-            )
-        return lower_export(other, module, kept.calls)
+        exported_again, leaves_again = capture(
+            module, args, kwargs, dynamic_shapes, leaves.paths, eager
+        )
+        for path in leaves_again.paths:
+            if path not in leaves.paths:
+                raise CaptureError(
+                    f"module '{path}' would have to be kept whole, as by leaf_modules=['{path}']",
+                    where=leaves_again.reasons.get(path, ""),
+                )
+        return lower_export(exported_again, module, leaves_again.calls)
 
     if one_mode:
         hold_one_mode((program, bindings), one_mode)
@@ -309,16 +312,14 @@ def _lowered(
 
 def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
     """Module path -> its extra state, and where its class makes it."""
-    found: dict[str, tuple[Any, str]] = {}
+    extras: dict[str, tuple[Any, str]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         get = type(owner).get_extra_state
         if get is not nn.Module.get_extra_state:
             code = get.__code__
-            found[path] = (
-                owner.get_extra_state(),
-                f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}",
-            )
-    return found
+            place = f"{code.co_filename}:{code.co_firstlineno}, {get.__qualname__}"
+            extras[path] = (owner.get_extra_state(), place)
+    return extras
 
 
 def _check(
@@ -375,17 +376,14 @@ def _difference(
     report: Report,
     switched: bool,
 ) -> CheckError:
-    if (path := changing(module, args, kwargs)) is not None:
+    path = changing(module, args, kwargs)
+    if path is not None:
+        place = place_of(type(module.get_submodule(path)))
         return CheckError(
             f"{type(module).__name__} computes something else in each call, and the stages would not: what "
             "goes in is more than its "
             "inputs, parameters, buffers and torch's random numbers",
-            where=", ".join(
-                [
-                    place_of(type(module.get_submodule(path))),
-                    *([f"module '{path}'"] if path else []),
-                ]
-            ),
+            where=f"{place}, module '{path}'" if path else place,
             hint="make it a buffer (register_buffer, changed in place) or an input",
         )
     return CheckError(
@@ -396,33 +394,37 @@ def _difference(
     )
 
 
-def _asked(routes: Mapping[str, str], tied: str | Mapping[str, str]) -> Iterator[Pass]:
+def _chosen_passes(
+    routes: Mapping[str, str], tied: str | Mapping[str, str]
+) -> Iterator[Pass]:
     """The passes with the user's choices for them."""
     yield Recompute(tuple(routes.items()))
     yield Route(tuple(name for name, route in routes.items() if route == "relay"))
     by_name = {EVERY: tied} if isinstance(tied, str) else dict(tied)
-    for way in by_name.values():
-        if way not in (REPLICATE, TRANSMIT):
+    for sharing in by_name.values():
+        if sharing not in (REPLICATE, TRANSMIT):
             raise InputError(
-                f"tied={way!r} is not known", hint=nearest(way, [REPLICATE, TRANSMIT])
+                f"tied={sharing!r} is not known",
+                hint=nearest(sharing, [REPLICATE, TRANSMIT]),
             )
-    yield ShareState(tuple(name for name, way in by_name.items() if way == TRANSMIT))
+    yield ShareState(
+        tuple(name for name, sharing in by_name.items() if sharing == TRANSMIT)
+    )
 
 
 def _split_points(
     spec: Mapping[str, SplitPoint], module: Model
 ) -> tuple[tuple[str, str], ...]:
-    known = (
-        [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-        if isinstance(module, nn.Module)
-        else []
-    )
+    paths: list[str] = []
+    if isinstance(module, nn.Module):
+        modules = module.named_modules(remove_duplicate=False)
+        paths = [path for path, _ in modules if path]
     points = []
     for name, point in spec.items():
-        if known and name not in known:
+        if paths and name not in paths:
             raise SplitError(
                 f"split_spec names module '{name}', which the model does not have",
-                hint=nearest(name, known),
+                hint=nearest(name, paths),
             )
         # the SplitPoint of torch.distributed.pipelining is accepted too
         if not isinstance(point, Enum) or type(point).__name__ != "SplitPoint":
@@ -440,12 +442,13 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     if isinstance(module, nn.Module):
         for name, owner in module.named_modules(remove_duplicate=False):
             names.setdefault(id(owner), []).append(name)
-    return {
-        name: [other for other in group if other != name]
-        for group in names.values()
-        if len(group) > 1
-        for name in group
-    }
+    others: dict[str, list[str]] = {}
+    for group in names.values():
+        if len(group) > 1:
+            others |= {
+                name: [other for other in group if other != name] for name in group
+            }
+    return others
 
 
 class Pipe(Staged):
@@ -587,8 +590,8 @@ class Pipe(Staged):
         ]
         return [
             {
-                f"{PREFIX}{i}": self.program.stages[i].state[entry][0]
-                for i in entry.stages
+                f"{PREFIX}{stage}": self.program.stages[stage].state[entry][0]
+                for stage in entry.stages
             }
             for entry in shared
         ]

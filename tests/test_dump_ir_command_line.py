@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stagecut.tools.dump_ir.main import main, parser
-from stagecut.tools.dump_ir.options import RULES, given, misuse, spelled
+from stagecut.tools.dump_ir.options import RULES, misuse, named, spelled
 
 MISUSED = [
     ("m.py:f --config a=1", "--config needs a SOURCE hf:NAME"),
@@ -68,7 +68,7 @@ USED = [
 def options_of(command: str) -> Namespace:
     """The options as main has them."""
     options = parser().parse_args(command.split())
-    options.given = given(parser(), command.split())
+    options.named = named(parser(), command.split())
     return options
 
 
@@ -92,8 +92,8 @@ def test_every_rule_is_broken_by_one_of_these() -> None:
 
 
 def test_given_is_what_was_named_even_if_it_is_the_default() -> None:
-    assert given(parser(), ["m.py:f"]) == set()
-    assert given(parser(), ["m.py:f", "--device", "H100", "--split-at", "a", "-o", "out"]) == {"device", "split_at", "directory"}
+    assert named(parser(), ["m.py:f"]) == set()
+    assert named(parser(), ["m.py:f", "--device", "H100", "--split-at", "a", "-o", "out"]) == {"device", "split_at", "directory"}
 
 
 @pytest.mark.parametrize(

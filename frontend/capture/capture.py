@@ -22,9 +22,9 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
-from stagecut.frontend.source import gpus, is_users, place_of, shown, user_line
+from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
-from stagecut.frontend.watch.watch import Unsettled, Watch, odd_output, watched
+from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.run.call import is_size
@@ -57,44 +57,77 @@ def capture(
     leaves = Leaves(module, inputs)
     for path in leaf_modules:
         leaves.add(path)
-    origins: dict[type, CaptureError] = {}
     eager = eager or EagerPath(module)
-    retries = 0
+    retries = _Retries(module, leaves, eager)
     while True:
         try:
             exported = _export(module, inputs, dynamic_shapes, leaves, eager)
-            for call in leaves.calls.values():
-                if (
-                    refusal := origins.get(type(module.get_submodule(call.path)))
-                ) and numbers_and_texts(call.out_flat):
-                    raise refusal  # a branch on a number it returns, and not on a size
-            leaves.remarks += eager.notes
-            return exported, leaves
+            retries.check_numbers()
+            break
         except StagecutError as error:
-            if eager.fall_back_everywhere(f"{error.what} at {error.where}"):
-                continue
-            if not isinstance(error, Unsettled):
+            if not retries.after_refusal(error):
                 raise
-            if (
-                not error.path
-                or error.path in leaves.paths
-                or retries == MOST_RETRIES
-                or not leaves.can_run()
-            ):
-                raise
-            leaves.add_class(error.path, f"{error.what} at {error.where}")
         except Exception as error:
             raise_ours(error)
-            if eager.fall_back(error, f"{_first_line(error)} at {_user_frame(error)}"):
-                continue
-            path = _failing_module(module, error, leaves.paths)
-            refusal = _refusal(module, error, leaves.reasons)
-            if not path and (path := _origin(module, error, leaves.paths)):
-                origins[type(module.get_submodule(path))] = refusal
-            if not path or retries == MOST_RETRIES or not leaves.can_run():
-                raise refusal from error
-            leaves.add_class(path, f"{_first_line(error)} at {_user_frame(error)}")
-        retries += 1
+            retries.after_failure(error)
+    leaves.trace_notes += eager.notes
+    return exported, leaves
+
+
+class _Retries:
+    """Attempts to trace a model after one that failed. Before each, a function takes the path that it has for
+    tracing, or more modules are kept whole.
+    """
+
+    def __init__(self, module: nn.Module, leaves: Leaves, eager: EagerPath) -> None:
+        self._module = module
+        self._leaves = leaves
+        self._eager = eager
+        self._count = 0
+        self._refusals: dict[type, CaptureError] = {}
+        """Class of a module that is kept whole because it makes a size -> the error before that."""
+
+    def check_numbers(self) -> None:
+        """Raises the first error again where a module that was to make a size returns a plain number: forward
+        branches on that number, and not on a size.
+        """
+        for call in self._leaves.calls.values():
+            cls = type(self._module.get_submodule(call.path))
+            if cls in self._refusals and numbers_and_texts(call.out_flat):
+                raise self._refusals[cls]
+
+    def after_refusal(self, error: StagecutError) -> bool:
+        """Prepares another attempt after a refusal of ours. Returns False where none can help."""
+        reason = f"{error.what} at {error.where}"
+        if self._eager.fall_back_everywhere(reason):
+            return True
+        path = error.path if isinstance(error, Unsettled) else ""
+        if path in self._leaves.paths or not self._can_keep_whole(path):
+            return False
+        self._keep_whole(path, reason)
+        return True
+
+    def after_failure(self, error: Exception) -> None:
+        """Prepares another attempt after a failure of the trace. Raises CaptureError where none can help."""
+        reason = f"{_first_line(error)} at {_user_frame(error)}"
+        if self._eager.fall_back(error, reason):
+            return
+        refusal = _refusal(self._module, error, self._leaves.reasons)
+        path = _failing_module(self._module, error, self._leaves.paths)
+        if not path:
+            path = _origin(self._module, error, self._leaves.paths)
+            if path:
+                self._refusals[type(self._module.get_submodule(path))] = refusal
+        if not self._can_keep_whole(path):
+            raise refusal from error
+        self._keep_whole(path, reason)
+
+    def _can_keep_whole(self, path: str) -> bool:
+        return bool(path) and self._count < MOST_RETRIES and self._leaves.can_run()
+
+    def _keep_whole(self, path: str, reason: str) -> None:
+        self._leaves.add_class(path, reason)
+        self._count += 1
 
 
 def _export(
@@ -104,10 +137,10 @@ def _export(
     leaves: Leaves,
     eager: EagerPath,
 ) -> ExportedProgram:
-    def export(watch: Watch) -> ExportedProgram:
+    def export(watch: TraceWatch) -> ExportedProgram:
         args, kwargs = inputs
         seeds = torch.random.fork_rng(gpus(module, inputs))
-        ends = giving_sizes(module, inputs)
+        sizes = giving_sizes(module, inputs)
         with (
             quiet_torch(),
             seeds,
@@ -115,7 +148,7 @@ def _export(
             leaves.standing_in(),
             visible(),
             KnownValues(),
-            ends,
+            sizes,
             opening(module),
             eager.open(),
             watch,
@@ -126,62 +159,64 @@ def _export(
                 module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
 
-    return watched(module, export, leaves.paths, leaves.remarks)
+    return watched(module, export, leaves.paths, leaves.trace_notes)
 
 
 def _failing_module(
-    module: nn.Module, error: BaseException, known: Sequence[str]
+    module: nn.Module, error: BaseException, whole: Sequence[str]
 ) -> str:
     """The path of the smallest submodule whose forward the error went through and that is not kept whole yet;
     '' for none.
     """
     # by the module's dict: a tracer may put another object in front of a module
-    paths = {id(vars(m)): path for path, m in module.named_modules()}
-    found = ""
+    paths = {id(vars(owner)): path for path, owner in module.named_modules()}
+    innermost = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         # other methods fail on behalf of the module that calls them
         if frame.f_code.co_name not in FORWARDS:
             continue
         path = paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None)), "")
-        if path in known:  # it failed as a whole too: take the module around it
+        if path in whole:  # it failed as a whole too: take the module around it
             break
-        found = path or found
-    return found
+        innermost = path or innermost
+    return innermost
 
 
-def _origin(module: nn.Module, error: BaseException, known: Sequence[str]) -> str:
+def _origin(module: nn.Module, error: BaseException, whole: Sequence[str]) -> str:
     """The path of the submodule that first makes a number on which `error` depends, where only numbers that
     depend on data are in the way; '' for none.
     """
     symbols = getattr(getattr(error, "cond", None), "free_symbols", None)
     if not isinstance(error, GuardOnDataDependentSymNode) or not symbols:
         return ""
-    tracers = (
-        frame.f_locals.get("self")
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
-    graph: Any = next(
-        (
-            tracer.graph
-            for tracer in tracers
-            if isinstance(tracer, fx.Tracer) and hasattr(tracer, "graph")
-        ),
-        fx.Graph(),
-    )
     paths = {path for path, _ in module.named_modules()}
-    for node in graph.nodes:
-        made = getattr(getattr(node.meta.get("val"), "node", None), "expr", None)
-        if (
-            node.op == "call_function"
-            and getattr(made, "free_symbols", set()) & symbols
-        ):
-            path = (
-                [*node.meta.get("nn_module_stack", ("",))][-1]
-                .removeprefix("_export_root")
-                .removeprefix(".")
-            )
-            return path if path in paths and path not in known else ""
+    for node in _traced_graph(error).nodes:
+        if node.op == "call_function" and _symbols_in(node.meta.get("val")) & symbols:
+            path = _module_path(node)
+            return path if path in paths and path not in whole else ""
     return ""
+
+
+def _traced_graph(error: BaseException) -> fx.Graph:
+    """The graph that was being traced when the error was raised; an empty one where no tracer is seen."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        tracer = frame.f_locals.get("self")
+        if isinstance(tracer, fx.Tracer) and hasattr(tracer, "graph"):
+            return tracer.graph
+    return fx.Graph()
+
+
+def _symbols_in(number: Any) -> set[Any]:
+    """The symbols in a number that a trace computes; none for other values."""
+    expression = getattr(getattr(number, "node", None), "expr", None)
+    symbols: set[Any] = getattr(expression, "free_symbols", set())
+    return symbols
+
+
+def _module_path(node: fx.Node) -> str:
+    """The path of the innermost module around a node of a trace."""
+    innermost: str = [*node.meta.get("nn_module_stack", ("",))][-1]
+    return innermost.removeprefix("_export_root").removeprefix(".")
 
 
 def distinct_tensors(tree: Any) -> Any:
@@ -208,13 +243,14 @@ def _refusal(
     why.
     """
     name, text = type(module).__name__, str(error)
-    if (odd := _ODD.search(text)) is not None:
+    odd = _ODD.search(text)
+    if odd is not None:
         return odd_output(module, odd[1] or odd[2])
-    before = [
+    earlier = [
         f"before that, in module '{path}': {reason}" for path, reason in whole.items()
     ][:1]
     return CaptureError(
-        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *before])}",
+        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *earlier])}",
         where=_user_frame(error, type(module)),
         hint=_advice(error),
     )
@@ -240,7 +276,7 @@ def _user_frame(error: Exception, cls: type | None = None) -> str:
     """file:line and source of the user's innermost frame; else the place of the forward of `cls`."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.abspath(frame.filename)
-        if is_users(path) and os.path.exists(path):
+        if is_users_file(path) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.source import is_users
+from stagecut.frontend.source import is_users_file
 
 _QUESTIONS = (
     torch.compiler.is_compiling,
@@ -41,7 +41,7 @@ class EagerPath:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._kinds = {id(vars(owner)): type(owner) for owner in module.modules()}
+        self._classes = {id(vars(owner)): type(owner) for owner in module.modules()}
         self._root = type(module)
         self._asked: dict[_Asker, None] = {}
         self._told: dict[_Asker, str] = {}
@@ -53,10 +53,10 @@ class EagerPath:
         costs.
         """
         return [
-            f"{code.co_qualname}, called by {kind.__name__}, takes the path that it has for tracing, as its "
+            f"{code.co_qualname}, called by {cls.__name__}, takes the path that it has for tracing, as its "
             "eager one cannot be traced: "
             f"{reason}; the stages may run other ops there than the model, such as attention with a mask"
-            for (kind, code), reason in self._told.items()
+            for (cls, code), reason in self._told.items()
         ]
 
     def fall_back(self, error: BaseException, reason: str) -> bool:
@@ -83,11 +83,11 @@ class EagerPath:
 
     def _passed(self, error: BaseException) -> list[_Asker]:
         """The functions that `error` went through, the outermost first."""
-        kind = self._root
+        cls = self._root
         passed: list[_Asker] = []
         for frame, _ in walk_tb(error.__traceback__):
-            kind = self._module_of(frame) or kind
-            passed.append((kind, frame.f_code))
+            cls = self._class_of(frame) or cls
+            passed.append((cls, frame.f_code))
         return passed
 
     def fall_back_everywhere(self, reason: str) -> bool:
@@ -99,17 +99,17 @@ class EagerPath:
     @contextmanager
     def open(self) -> Iterator[None]:
         """While open, the code of the model hears our answers."""
-        own = [(question, question.__code__) for question in _QUESTIONS]
+        codes = [(question, question.__code__) for question in _QUESTIONS]
         package: Any = torch._subclasses
         try:
-            for number, (question, _) in enumerate(own):
+            for number, (question, _) in enumerate(codes):
                 _ANSWERS[number] = self._answer(question)
                 question.__code__ = _asking(number)
             package.__class__ = _subclasses(self._hears_the_truth)
             yield
         finally:
             package.__class__ = ModuleType
-            for question, code in own:
+            for question, code in codes:
                 question.__code__ = code
 
     def _answer(self, question: Callable[[], bool]) -> Callable[[], bool]:
@@ -126,10 +126,10 @@ class EagerPath:
 
     def _hears_the_truth(self, frame: FrameType) -> bool:
         """True for torch's own code, and where the eager path cannot be traced."""
-        if not is_users(frame.f_code.co_filename):
+        if not is_users_file(frame.f_code.co_filename):
             return True
-        codes, kind = self._call(frame)
-        askers = [(kind, code) for code in codes]
+        codes, cls = self._call(frame)
+        askers = [(cls, code) for code in codes]
         if any(asker in self._told for asker in askers):
             return True
         self._asked |= dict.fromkeys(askers)
@@ -143,16 +143,17 @@ class EagerPath:
         outer: FrameType | None = frame
         while outer is not None:
             codes.append(outer.f_code)
-            if (kind := self._module_of(outer)) is not None:
-                return codes, kind
+            cls = self._class_of(outer)
+            if cls is not None:
+                return codes, cls
             outer = outer.f_back
         return codes, self._root
 
-    def _module_of(self, frame: FrameType) -> type | None:
+    def _class_of(self, frame: FrameType) -> type | None:
         """The class of the module whose forward a frame runs, None for another function."""
         if frame.f_code.co_name not in FORWARDS:
             return None
-        return self._kinds.get(
+        return self._classes.get(
             id(getattr(frame.f_locals.get("self"), "__dict__", None))
         )
 

@@ -28,7 +28,7 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
 
     def give(_: Any, args: Any, kwargs: Any) -> Any:
         return tree_map(
-            lambda example, given: torch.Size(given) if is_size(example) else given,
+            lambda example, leaf: torch.Size(leaf) if is_size(example) else leaf,
             inputs,
             (args, kwargs),
             is_leaf=is_size,

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagecut.frontend.capture.whole import OpWatch
+from stagecut.frontend.capture.whole import EffectObserver, tensors_in
 from stagecut.frontend.marks import CALL, SYMBOLIC, LeafCall
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.ir.run.storage import shared_with, storage_of
@@ -47,8 +47,10 @@ def _function_fake(
     key: str, args: list[torch.Tensor], numbers: list[Any]
 ) -> list[torch.Tensor]:
     return [
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        for t in _SHOWN[key]
+        torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        for tensor in _SHOWN[key]
     ]
 
 
@@ -63,26 +65,26 @@ def functions_whole(notes: list[str], line: Callable[[], str]) -> Iterator[None]
     apply = base.__dict__["apply"]
 
     def stand_in(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = apply.__get__(None, cls)
-        own = cls.__module__.startswith("torch.") and not cls.__module__.startswith(
-            "torch.distributions."
-        )
+        run = apply.__get__(None, cls)
+        is_torchs = cls.__module__.startswith(
+            "torch."
+        ) and not cls.__module__.startswith("torch.distributions.")
         if (
-            own
+            is_torchs
             or get_proxy_mode() is None
             or torch._C._are_functorch_transforms_active()
         ):
-            return plain(*args, **kwargs)
+            return run(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
-        if any(isinstance(item, nn.Module) or callable(item) for item in flat):
+        if any(isinstance(leaf, nn.Module) or callable(leaf) for leaf in flat):
             notes.append(
                 f"the gradient of {cls.__name__} is that of the ops in its forward, not its own backward: "
                 f"{line()}"
             )
             # a grad mode inside says nothing, because the Function decides what its backward does
             with torch._C.DisableTorchFunction():
-                return plain(*args, **kwargs)
-        return _one_op(cls, plain, flat, spec)
+                return run(*args, **kwargs)
+        return _one_op(cls, run, flat, spec)
 
     base.apply = classmethod(stand_in)
     try:
@@ -101,11 +103,11 @@ class _WithoutMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        shown = _WITHOUT_META.get(func)
-        if shown is None or get_proxy_mode() is None:
+        stand_in = _WITHOUT_META.get(func)
+        if stand_in is None or get_proxy_mode() is None:
             return func(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
-        return _one_op(func, func, flat, spec, shown)
+        return _one_op(func, func, flat, spec, stand_in)
 
 
 def _ctc_loss(log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -121,54 +123,74 @@ _WITHOUT_META = {torch.nn.functional.ctc_loss: _ctc_loss, torch.ctc_loss: _ctc_l
 
 def _one_op(
     cls: Any,
-    plain: Callable[..., Any],
+    function: Callable[..., Any],
     flat: list[Any],
     spec: Any,
-    shown: Callable[..., Any] | None = None,
+    stand_in: Callable[..., Any] | None = None,
 ) -> Any:
-    given = [item for item in flat if isinstance(item, torch.Tensor)]
-    before = [tensor._version for tensor in given]
+    """The result of a call that is one op of the trace. `stand_in` runs on fake tensors in place of the
+    function.
+    """
+    call = _recorded(cls, function, flat, spec, stand_in or function)
+    key = f"{cls.__name__}#{next(_keys)}"
+    _SHOWN[key] = tensors_in(call.out_flat)
+    numbers = [leaf for leaf in flat if isinstance(leaf, SYMBOLIC)]
+    results = iter(torch.ops.stagecut.function(key, tensors_in(flat), numbers))
+    del _SHOWN[key]
+    _newest_call().meta[CALL] = call
+    return tree_unflatten(
+        [
+            next(results) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in call.out_flat
+        ],
+        call.out_spec,
+    )
+
+
+def _recorded(
+    cls: Any,
+    function: Callable[..., Any],
+    flat: list[Any],
+    spec: Any,
+    stand_in: Callable[..., Any],
+) -> LeafCall:
+    """The record of a call of `function`, by a run of `stand_in` on the same arguments."""
+    tensors = tensors_in(flat)
+    versions = [tensor._version for tensor in tensors]
     args, kwargs = tree_unflatten(flat, spec)
     with (
         torch._C.DisableTorchFunction(),
         disable_proxy_modes_tracing(),
         torch.no_grad(),
-        OpWatch() as watch,
+        EffectObserver() as effects,
     ):
-        result = (shown or plain)(*args, **kwargs)
+        result = stand_in(*args, **kwargs)
     out_flat, out_spec = tree_flatten(result)
-    out = [item for item in out_flat if isinstance(item, torch.Tensor)]
-    call = LeafCall(
+    written = [
+        tensor._version != version or storage_of(tensor) in effects.wrote
+        for tensor, version in zip(tensors, versions, strict=True)
+    ]
+    return LeafCall(
         cls.__name__,
         flat,
         spec,
         out_flat,
         out_spec,
-        views=shared_with(out, given),
+        views=shared_with(tensors_in(out_flat), tensors),
         written_inputs=tuple(
-            place
-            for place, t in enumerate(given)
-            if t._version != before[place] or storage_of(t) in watch.wrote
+            position for position, is_written in enumerate(written) if is_written
         ),
-        random=watch.drew,
-        function=plain,
+        random=effects.drew,
+        function=function,
     )
-    key = f"{cls.__name__}#{next(_keys)}"
-    _SHOWN[key] = out
-    made = iter(
-        torch.ops.stagecut.function(
-            key, given, [item for item in flat if isinstance(item, SYMBOLIC)]
-        )
-    )
-    del _SHOWN[key]
+
+
+def _newest_call() -> fx.Node:
+    """The newest node of the trace that stands for such a call."""
     tracer: Any = get_proxy_mode()
-    node = next(
-        n
-        for n in reversed(tracer.tracer.graph.nodes)
-        if n.target is torch.ops.stagecut.function.default
+    node: fx.Node = next(
+        node
+        for node in reversed(tracer.tracer.graph.nodes)
+        if node.target is torch.ops.stagecut.function.default
     )
-    node.meta[CALL] = call
-    return tree_unflatten(
-        [next(made) if isinstance(item, torch.Tensor) else item for item in out_flat],
-        out_spec,
-    )
+    return node

@@ -63,16 +63,16 @@ class KnownValues(TorchFunctionMode):
         by_name = any(isinstance(arg, FakeTensor) for arg in kwargs.values())
         if func not in _READS or by_name or get_proxy_mode() is None:
             return func(*args, **kwargs)
-        known = [
+        values = [
             self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args
         ]
         if any(
             value is None and arg is not None
-            for value, arg in zip(known, args, strict=True)
+            for value, arg in zip(values, args, strict=True)
         ):
             return func(*args, **kwargs)
         with _disable_current_modes():
-            return func(*known, **kwargs)
+            return func(*values, **kwargs)
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real tensor that `tensor` stands for in the trace, None where it depends on more than
@@ -176,9 +176,9 @@ def _attribute(node: fx.Node) -> Any:
     return getattr(tracer.tracer.root, str(node.target), None)
 
 
-def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = (
-        tree_map(lambda leaf: _operand(leaf, known), tree)
+        tree_map(lambda leaf: _operand(leaf, values), tree)
         for tree in (node.args, node.kwargs)
     )
     function: Any = node.target
@@ -197,7 +197,7 @@ def _is_cast(node: fx.Node, value: Any) -> bool:
     )
 
 
-def _operand(leaf: Any, known: dict[fx.Node, Any]) -> Any:
+def _operand(leaf: Any, values: dict[fx.Node, Any]) -> Any:
     if isinstance(leaf, fx.Node):
-        return known[leaf]
+        return values[leaf]
     return torch.device("cpu") if leaf == torch.device("meta") else leaf

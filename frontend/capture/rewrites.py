@@ -123,38 +123,42 @@ class _DataAsOp(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in _GRADIENTS:
             self.differentiated = self.differentiated or shown(user_line())
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return torch.ops.aten.data.default(args[0])
-        if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
-            tensor, new = args
-            if (
-                new.untyped_storage()._cdata != tensor.untyped_storage()._cdata
-                or new.shape != tensor.shape
-            ):
-                raise Untraceable(
-                    "the .data of a tensor is replaced",
-                    "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
-                    + KEEP_WHOLE,
-                )
+        is_fake = bool(args) and isinstance(args[0], FakeTensor)
+        if func == torch.Tensor.data.__set__ and is_fake:  # type: ignore[attr-defined]
+            _refuse_other_data(*args)
             return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
-        if kwargs is not None and kwargs.get("out") is not None:
+        if kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
-        if getattr(func, "__name__", "") == "__bool__" and isinstance(
-            args[0], FakeTensor
-        ):
-            frame = sys._getframe(1)
-            # frames of other modes, inside of this one
-            while (
-                frame.f_code.co_name == "__torch_function__"
-                and frame.f_back is not None
-            ):
-                frame = frame.f_back
-            outcome = _outcome_that_goes_on(frame)
+        if getattr(func, "__name__", "") == "__bool__" and is_fake:
+            outcome = _outcome_that_goes_on(_outside_of_modes(sys._getframe(1)))
             if outcome is not None:
                 return outcome
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _refuse_other_data(tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """Raises Untraceable where `new` does not lie in the memory of `tensor`, or has another shape."""
+    if (
+        new.untyped_storage()._cdata != tensor.untyped_storage()._cdata
+        or new.shape != tensor.shape
+    ):
+        raise Untraceable(
+            "the .data of a tensor is replaced",
+            "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
+            + KEEP_WHOLE,
+        )
+
+
+def _outside_of_modes(frame: FrameType) -> FrameType:
+    """The innermost frame, from `frame` outwards, that is no mode's."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:
@@ -166,8 +170,8 @@ def _outcome_that_goes_on(frame: FrameType) -> bool | None:
         for step in dis.get_instructions(frame.f_code)
         if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")
     ]
-    places = {step.offset: place for place, step in enumerate(steps)}
-    at = places.get(frame.f_lasti, len(steps))
+    numbers = {step.offset: number for number, step in enumerate(steps)}
+    at = numbers.get(frame.f_lasti, len(steps))
     if at < len(steps) and steps[at].opname == "TO_BOOL":
         at += 1
     if (
@@ -178,15 +182,15 @@ def _outcome_that_goes_on(frame: FrameType) -> bool | None:
         return None
     jumps_on = steps[at].opname.endswith("IF_TRUE")
     raises = {
-        jumps_on: _raises(steps, places[steps[at].argval]),
+        jumps_on: _raises(steps, numbers[steps[at].argval]),
         not jumps_on: _raises(steps, at + 1),
     }
     return raises[False] if raises[True] != raises[False] else None
 
 
-def _raises(steps: list[dis.Instruction], at: int) -> bool:
-    """True when the code at `at` runs into a `raise` without a choice."""
-    for step in steps[at:]:
+def _raises(steps: list[dis.Instruction], start: int) -> bool:
+    """True when the code from `start` on runs into a `raise` without a choice."""
+    for step in steps[start:]:
         if step.opname == "RAISE_VARARGS":
             return True
         if (
@@ -220,20 +224,20 @@ def _checkpoints_marked() -> Iterator[None]:
         torch.ops.stagecut.checkpoint(number, False, preserve_rng_state)
 
     def marked(*args: Any, **kwargs: Any) -> Iterator[None]:
-        asked = signature.bind(*args, **kwargs)
-        asked.apply_defaults()
-        if asked.arguments["context_fn"] not in (None, module.noop_context_fn):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["context_fn"] not in (None, module.noop_context_fn):
             what = "a checkpoint's context_fn is not kept: the stages compute all of the region again"
             warnings.warn_explicit(what, UserWarning, *user_line()[:2])
-        return region(asked.arguments["preserve_rng_state"])
+        return region(call.arguments["preserve_rng_state"])
 
     class Reentrant:
         @staticmethod
         def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-            inside = region(preserve_rng_state)
-            next(inside)
+            marks = region(preserve_rng_state)
+            next(marks)
             result = function(*args)
-            next(inside, None)
+            next(marks, None)
             return result
 
     with (

@@ -78,12 +78,10 @@ def _as_call(forward: FunctionType) -> Callable[..., Any]:
 
 def _classes_with_forward(module: nn.Module) -> list[type]:
     """The classes, bases among them, that define a forward of a module."""
-    classes = dict.fromkeys(
-        cls
-        for owner in module.modules()
-        for cls in type(owner).__mro__
-        if cls is not nn.Module
-    )
+    classes: dict[type, None] = {}
+    for owner in module.modules():
+        classes |= dict.fromkeys(type(owner).__mro__)
+    classes.pop(nn.Module, None)
     return [
         cls for cls in classes if isinstance(vars(cls).get("forward"), FunctionType)
     ]
@@ -119,21 +117,21 @@ def _unsliced(path_of_module: Callable[..., str]) -> Callable[..., str]:
 
 def _resolved(root: nn.Module, parts: list[str]) -> str:
     """The path in the model: a list counts its parts anew in a slice, a Sequential does not."""
-    owner, names = root, None
-    found: list[str] = []
+    owner, rest = root, None
+    resolved: list[str] = []
     for part in parts:
-        if bounds := _SLICE.fullmatch(part):
-            chosen = slice(
-                *(None if bound == "None" else int(bound) for bound in bounds.groups())
-            )
-            names = (list(owner._modules) if names is None else names)[chosen]
+        match = _SLICE.fullmatch(part)
+        if match:
+            bounds = [None if text == "None" else int(text) for text in match.groups()]
+            chosen = slice(*bounds)
+            rest = (list(owner._modules) if rest is None else rest)[chosen]
             continue
-        found.append(
-            names[int(part)]
-            if names is not None and isinstance(owner, nn.ModuleList)
+        resolved.append(
+            rest[int(part)]
+            if rest is not None and isinstance(owner, nn.ModuleList)
             else part
         )
-        owner, names = owner.get_submodule(found[-1]), None
-    if names is not None:
+        owner, rest = owner.get_submodule(resolved[-1]), None
+    if rest is not None:
         raise proxy_tensor._ModuleNotInstalledAsSubmoduleError
-    return ".".join(found)
+    return ".".join(resolved)

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from stagecut.frontend.capture.scopes import goes_past_call
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import SYMBOLIC, LeafCall
 from stagecut.frontend.source import gpus, place_of, shown, user_line
-from stagecut.frontend.watch.attributes import RETURN_IT, Contents
+from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
@@ -55,43 +55,52 @@ def _leaf_fake(
     key: str, args: list[torch.Tensor], numbers: list[Any]
 ) -> list[torch.Tensor]:
     call = _CALLS[key]
-    varying: dict[int, Any] = {
-        n: size
-        for arg, shape in zip(args, call.in_shapes, strict=True)
-        for n, size in zip(shape, arg.shape, strict=True)
-        if isinstance(size, torch.SymInt)
-        and not isinstance(size.node.maybe_as_int(), int)
-    }
-    return [_like(t, varying) for t in call.out_flat if _is_tensor(t)]
+    varying: dict[int, Any] = {}
+    for tensor, shape in zip(args, call.in_shapes, strict=True):
+        for size, traced in zip(shape, tensor.shape, strict=True):
+            if _varies(traced):
+                varying[size] = traced
+    return [_like(leaf, varying) for leaf in call.out_flat if _is_tensor(leaf)]
 
 
-def _like(made: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
-    """A tensor like `made`, the one that a real run made. A size equal to that of a varying dim of an
+def _varies(size: Any) -> bool:
+    """True for a size in a trace that is not the same in each call."""
+    return isinstance(size, torch.SymInt) and not isinstance(
+        size.node.maybe_as_int(), int
+    )
+
+
+def _like(example: torch.Tensor, varying: dict[int, Any]) -> torch.Tensor:
+    """A tensor like `example`, which a real run made. A size equal to that of a varying dim of an
     argument varies with it (checked in each call).
     """
-    if not any(n in varying for n in made.shape):
+    if not any(n in varying for n in example.shape):
         return torch.empty_strided(
-            made.shape, made.stride(), dtype=made.dtype, device=made.device
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
-    order = sorted(range(made.dim()), key=lambda dim: (-made.stride()[dim], dim))
-    places = sorted(range(made.dim()), key=order.__getitem__)
-    shape: list[Any] = [varying.get(made.shape[dim], made.shape[dim]) for dim in order]
+    order = sorted(range(example.dim()), key=lambda dim: (-example.stride()[dim], dim))
+    places = sorted(range(example.dim()), key=order.__getitem__)
+    shape: list[Any] = [
+        varying.get(example.shape[dim], example.shape[dim]) for dim in order
+    ]
     # no stride depends on the widest dim
-    if not any(made.shape[dim] in varying for dim in order[1:]):
+    if not any(example.shape[dim] in varying for dim in order[1:]):
         return torch.empty_strided(
             [shape[place] for place in places],
-            made.stride(),
-            dtype=made.dtype,
-            device=made.device,
+            example.stride(),
+            dtype=example.dtype,
+            device=example.device,
         )
-    return torch.empty(shape, dtype=made.dtype, device=made.device).permute(places)
+    return torch.empty(shape, dtype=example.dtype, device=example.device).permute(
+        places
+    )
 
 
-def _is_tensor(item: Any) -> bool:
-    return isinstance(item, torch.Tensor)
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
 
 
-class Looking(TorchDispatchMode):
+class OpObserver(TorchDispatchMode):
     """Sees every op while it is open. An error that `see` raises is raised again when it is closed.
 
     Within an op, torch would take a TypeError for the answer of an operand, or end the process.
@@ -119,7 +128,7 @@ class Looking(TorchDispatchMode):
             raise self._error
 
 
-class OpWatch(Looking):
+class EffectObserver(OpObserver):
     """Notices ops that draw random numbers, and the storages that are written."""
 
     def __init__(self) -> None:
@@ -143,7 +152,7 @@ def home_of(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    return [item for item in tree_leaves(tree) if isinstance(item, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class OtherMode:
     homes: tuple[int | None, ...]
 
 
-def in_other_mode(
+def behaviour_in_other_mode(
     module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any
 ) -> OtherMode:
     """The behaviour of `run`, which runs `module`, with the flags of the module the other way round.
@@ -168,28 +177,28 @@ def in_other_mode(
     A module that cannot run like that counts as one that writes all its buffers. So does a module of the
     user's, because a run shows only one of its branches.
     """
-    given = tensors_in((args, kwargs))
-    twins = {id(tensor): tensor.detach().clone() for tensor in given}
-    homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in given}
+    tensors = tensors_in((args, kwargs))
+    twins = {id(tensor): tensor.detach().clone() for tensor in tensors}
+    homes = {home_of(twins[id(tensor)]): home_of(tensor) for tensor in tensors}
     may_write_all = not is_torchs(module)
-    watch = OpWatch()
+    effects = EffectObserver()
     returned: Any = ()
     try:
-        with _flags_turned(module), torch.no_grad(), watch:
+        with _flags_turned(module), torch.no_grad(), effects:
             twin_args, twin_kwargs = tree_map(
-                lambda item: twins.get(id(item), item), (args, kwargs)
+                lambda leaf: twins.get(id(leaf), leaf), (args, kwargs)
             )
             returned = run(*twin_args, **twin_kwargs)
     except Exception as error:  # such as a norm in training that is given one sample
         raise_ours(error)
         may_write_all = True
-    wrote = {homes.get(home, home) for home in watch.wrote if home is not None}
+    wrote = {homes.get(home, home) for home in effects.wrote if home is not None}
     if may_write_all:
         wrote.update(map(home_of, module.buffers()))
     return OtherMode(
         wrote,
-        watch.drew,
-        tuple(homes.get(home_of(item)) for item in tensors_in(returned)),
+        effects.drew,
+        tuple(homes.get(home_of(tensor)) for tensor in tensors_in(returned)),
     )
 
 
@@ -203,13 +212,13 @@ def first_at(homes: Iterable[tuple[T, int | None]]) -> dict[int, T]:
 
 
 def in_either_mode(
-    views: Sequence[T | None], homes: Sequence[int | None], given: Mapping[int, T]
+    views: Sequence[T | None], homes: Sequence[int | None], arguments: Mapping[int, T]
 ) -> tuple[T | None, ...]:
     """For each result, the argument whose memory it shares. That is the one in `views`, else the one in whose
-    memory the result lies in the other mode, which is that in `homes`. `given` maps memory to its argument.
+    memory the result lies in the other mode, which is that in `homes`. `arguments` maps memory to argument.
     """
     return tuple(
-        given.get(home) if viewed is None and home is not None else viewed
+        arguments.get(home) if viewed is None and home is not None else viewed
         for viewed, home in zip_longest(views, homes[: len(views)])
     )
 
@@ -227,6 +236,85 @@ def _flags_turned(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+class _RealCall:
+    """One call of a module kept whole in a real run: its result and its effects. The tensors that it is given
+    and those that it returns are counted in the order of their leaves.
+    """
+
+    def __init__(self, owner: nn.Module, run: Any, args: Any, kwargs: Any) -> None:
+        self._tensors = tensors_in((args, kwargs))
+        self._parameters = dict(owner.named_parameters())
+        before = self._versions()
+        containers = Containers([args, kwargs])
+        with EffectObserver() as effects:
+            self.result = run(*args, **kwargs)
+        self.effects = effects
+        self.changes_containers = containers.changed()
+        self._written = [
+            new != old or new[0] in effects.wrote
+            for new, old in zip(self._versions(), before, strict=True)
+        ]
+        self._draws = effects.drew
+        self.out_flat, self._out_spec = tree_flatten(opened(self.result))
+        self._views: Sequence[int | None] = shared_with(self.out_flat, self._tensors)
+
+    def _versions(self) -> list[tuple[int | None, int]]:
+        """The memory and the version of each given tensor, then of each parameter."""
+        tensors = (*self._tensors, *self._parameters.values())
+        return [(storage_of(tensor), tensor._version) for tensor in tensors]
+
+    def add(self, other: OtherMode) -> None:
+        """The effects include those in the other mode."""
+        homes = [home_of(tensor) for tensor in self._tensors]
+        for position, home in enumerate(homes):
+            self._written[position] |= home in other.wrote
+        self._draws |= other.drew
+        self._views = in_either_mode(
+            self._views, other.homes, first_at(enumerate(homes))
+        )
+
+    def returned_writes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The returned tensors that share memory with given tensors that are written, and the latter."""
+        for tensor, position in zip(
+            tensors_in(self.out_flat), self._views, strict=True
+        ):
+            if position is not None and self._written[position]:
+                yield tensor, self._tensors[position]
+
+    def record(self, path: str, owner: nn.Module) -> LeafCall:
+        """The record of the call, which outlives its tensors' histories."""
+        first = len(self._tensors)
+        inputs = enumerate(self._written[:first])
+        parameters = zip(self._parameters, self._written[first:], strict=True)
+        written = [name for name, is_written in parameters if is_written]
+        # another run may take another branch: every buffer counts as written
+        written += [name for name, _ in owner.named_buffers()]
+        return LeafCall(
+            path,
+            [],
+            self._out_spec,
+            [leaf.detach() if _is_tensor(leaf) else leaf for leaf in self.out_flat],
+            self._out_spec,
+            in_shapes=[tuple(tensor.shape) for tensor in self._tensors],
+            views=tuple(self._views),
+            written_inputs=tuple(
+                position for position, is_written in inputs if is_written
+            ),
+            written_state=tuple(written),
+            random=self._draws,
+        )
+
+
+def _check_like_real(path: str, tensors: list[torch.Tensor], call: LeafCall) -> None:
+    """Raises for a traced call that is given other tensors than the real one was."""
+    real = call.in_shapes
+    if [tensor.dim() for tensor in tensors] != [len(shape) for shape in real]:
+        raise CalledOtherwise(
+            f"'{path}' is given {len(tensors)} tensors in the trace, {len(real)} in a real run, or "
+            "others"
+        )
+
+
 class CalledOtherwise(Untraceable):
     """The model calls a module in another way when it is traced. A module around that one may be kept whole
     instead.
@@ -242,7 +330,7 @@ class Leaves:
     paths: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     calls: dict[str, LeafCall] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    trace_notes: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> None:
         """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules
@@ -258,42 +346,40 @@ class Leaves:
                 f"leaf_modules names module '{path}', which the model does not have",
                 hint=nearest(path, owners),
             )
-        if (
-            isinstance(owners[path], (nn.ModuleList, nn.ModuleDict))
-            and type(owners[path]).forward is nn.Module.forward
-        ):
-            for name, _ in owners[path].named_children():
+        owner = owners[path]
+        is_list = isinstance(owner, (nn.ModuleList, nn.ModuleDict))
+        if is_list and type(owner).forward is nn.Module.forward:
+            for name, _ in owner.named_children():
                 self.add(f"{path}.{name}")
             return
-        path = next(name for name, owner in owners.items() if owner is owners[path])
-        self.paths = [p for p in self.paths if not p.startswith(path + ".")] + [path]
+        first = next(name for name, module in owners.items() if module is owner)
+        outside = [name for name in self.paths if not name.startswith(f"{first}.")]
+        self.paths = [*outside, first]
 
     @property
     def notes(self) -> list[str]:
-        """The modules that are kept whole although nobody asked for it, and why; then the other remarks of
-        the last capture.
+        """The modules that are kept whole although nobody asked for it, and why; then the notes of the last
+        trace.
         """
-        kept = {
-            path: reason for path, reason in self.reasons.items() if path in self.paths
-        }
         return [
             f"module '{path}' and all of its class are kept whole: {reason}"
-            for path, reason in kept.items()
-        ] + self.remarks
+            for path, reason in self.reasons.items()
+            if path in self.paths
+        ] + self.trace_notes
 
     def add_class(self, path: str, reason: str) -> None:
         """All modules of the class of the module at `path` are kept whole, because the code of the class
         fails.
         """
         self.reasons[path] = reason
-        kind = type(self.module.get_submodule(path))
+        cls = type(self.module.get_submodule(path))
         for name, owner in self.module.named_modules():
-            if (
-                name
-                and type(owner) is kind
-                and not any(name.startswith(p + ".") for p in self.paths)
-            ):
+            if name and type(owner) is cls and not self._is_inside(name):
                 self.add(name)
+
+    def _is_inside(self, name: str) -> bool:
+        """True for a module inside one that is kept whole."""
+        return any(name.startswith(f"{path}.") for path in self.paths)
 
     def _because(self, path: str) -> str:
         return f": {self.reasons[path]}" if path in self.reasons else ""
@@ -301,8 +387,8 @@ class Leaves:
     def can_run(self) -> bool:
         """True when the model can be run for real, which recording a leaf's outputs takes."""
         return not any(
-            isinstance(t, torch._subclasses.FakeTensor)
-            for t in self.module.state_dict().values()
+            isinstance(tensor, torch._subclasses.FakeTensor)
+            for tensor in self.module.state_dict().values()
         )
 
     @contextmanager
@@ -314,27 +400,26 @@ class Leaves:
         self.calls = self._record()
         _CALLS.update(self.calls)
         modules = {path: self.module.get_submodule(path) for path in self.paths}
-        own = {path: m.__dict__.get("forward") for path, m in modules.items()}
+        forwards = {path: m.__dict__.get("forward") for path, m in modules.items()}
         try:
             for path, owner in modules.items():
                 owner.__dict__["forward"] = self._stand_in(path, owner)
             yield
         finally:
             for path, owner in modules.items():
-                if own[path] is None:
+                if forwards[path] is None:
                     owner.__dict__.pop("forward", None)
                 else:
-                    owner.__dict__["forward"] = own[path]
+                    owner.__dict__["forward"] = forwards[path]
             for key in self.calls:
                 _CALLS.pop(key, None)
 
     def _stand_in(self, path: str, owner: nn.Module) -> Any:
-        count = 0
+        """A forward that is one opaque op of the trace."""
+        numbers = count()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            key = f"{id(self)}/{path}/{count}"
-            count += 1
+            key = f"{id(self)}/{path}/{next(numbers)}"
             call = self.calls.get(key)
             if call is None:
                 raise CaptureError(
@@ -349,17 +434,12 @@ class Leaves:
                     hint="call the module: m(x)",
                 )
             call.in_flat, call.in_spec = tree_flatten((args, kwargs))
-            given = [a for a in call.in_flat if isinstance(a, torch.Tensor)]
-            numbers = [a for a in call.in_flat if isinstance(a, SYMBOLIC)]
-            real = call.in_shapes
-            if [tensor.dim() for tensor in given] != [len(shape) for shape in real]:
-                raise CalledOtherwise(
-                    f"'{path}' is given {len(given)} tensors in the trace, {len(real)} in a real run, or "
-                    "others"
-                )
-            tensors = iter(torch.ops.stagecut.leaf(key, given, numbers))
+            tensors = [leaf for leaf in call.in_flat if _is_tensor(leaf)]
+            symbolic = [leaf for leaf in call.in_flat if isinstance(leaf, SYMBOLIC)]
+            _check_like_real(path, tensors, call)
+            results = iter(torch.ops.stagecut.leaf(key, tensors, symbolic))
             return tree_unflatten(
-                [next(tensors) if _is_tensor(o) else o for o in call.out_flat],
+                [next(results) if _is_tensor(leaf) else leaf for leaf in call.out_flat],
                 call.out_spec,
             )
 
@@ -389,97 +469,63 @@ class Leaves:
     def _recording(
         self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]
     ) -> Any:
-        count = 0
+        """A forward that does what `run` does; `calls` gains a record of each call."""
+        numbers = count()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            key = f"{id(self)}/{path}/{count}"
-            count += 1
-            given = [a for a in tree_flatten((args, kwargs))[0] if _is_tensor(a)]
-            parameters = dict(owner.named_parameters())
-            before = [
-                (storage_of(t), t._version) for t in (*given, *parameters.values())
-            ]
-            containers = Contents([args, kwargs])
-            with OpWatch() as watch:
-                result = run(*args, **kwargs)
-            if containers.changed():
-                raise CaptureError(
-                    f"module '{path}' is kept whole{self._because(path)} and changes a container it is "
-                    "given, which no stage would",
-                    where=place_of(type(owner)),
-                    hint=RETURN_IT,
-                )
-            if watch.split:
-                raise SplitError(
-                    f"a split point lies inside module '{path}', which is kept whole"
-                    + self._because(path),
-                    where=watch.split,
-                    hint="move pipe_split() in front of or behind the module",
-                )
-            after = [
-                (storage_of(t), t._version) for t in (*given, *parameters.values())
-            ]
-            wrote = [
-                a != b or a[0] in watch.wrote
-                for a, b in zip(after, before, strict=True)
-            ]
-            out_flat, out_spec = tree_flatten(opened(result))
-            if (odd := next(filter(hides_tensors, out_flat), None)) is not None:
-                raise CaptureError(
-                    f"module '{path}' is kept whole{self._because(path)} and returns a "
-                    f"{type(odd).__name__}, which hides tensors",
-                    where=place_of(type(owner)),
-                    hint="return tensors in tuples, lists, dicts or objects whose attributes are data",
-                )
-            views, drew = shared_with(out_flat, given), watch.drew
+            key = f"{id(self)}/{path}/{next(numbers)}"
+            call = _RealCall(owner, run, args, kwargs)
+            self._check(path, owner, call)
             if is_torchs(owner):
-                other = in_other_mode(owner, run, args, kwargs)
-                own = [home_of(tensor) for tensor in given]
-                wrote[: len(given)] = [
-                    was or home in other.wrote
-                    for was, home in zip(wrote, own, strict=False)
-                ]
-                drew |= other.drew
-                places = first_at(enumerate(own))
-                views = in_either_mode(views, other.homes, places)
-            returned = [item for item in out_flat if _is_tensor(item)]
-            for item, place in zip(returned, views, strict=True):
-                there = given[place] if place is not None and wrote[place] else None
-                if (
-                    there is not None
-                    and storage_of(item) == storage_of(there)
-                    and item.requires_grad != there.requires_grad
-                ):
-                    raise CaptureError(
-                        f"module '{path}' is kept whole{self._because(path)} and returns what it writes as "
-                        "a tensor of another history",
-                        where=place_of(type(owner)),
-                        hint="return the tensor itself, or write and return a clone",
-                    )
-            out_flat = [
-                item.detach() if _is_tensor(item) else item for item in out_flat
-            ]
-            calls[key] = LeafCall(
-                path,
-                [],
-                out_spec,
-                out_flat,
-                out_spec,
-                in_shapes=[tuple(t.shape) for t in given],
-                views=views,
-                written_inputs=tuple(i for i, w in enumerate(wrote[: len(given)]) if w),
-                # another run may take another branch: every buffer counts as written
-                written_state=(
-                    *(
-                        n
-                        for n, w in zip(parameters, wrote[len(given) :], strict=True)
-                        if w
-                    ),
-                    *(name for name, _ in owner.named_buffers()),
-                ),
-                random=drew,
-            )
-            return result
+                call.add(behaviour_in_other_mode(owner, run, args, kwargs))
+            self._check_history(path, owner, call)
+            calls[key] = call.record(path, owner)
+            return call.result
 
         return forward
+
+    def _check(self, path: str, owner: nn.Module, call: _RealCall) -> None:
+        """Raises for a call that does something that no op which stands for the module would do."""
+        if call.changes_containers:
+            raise self._refusal(
+                path,
+                owner,
+                "changes a container it is given, which no stage would",
+                RETURN_IT,
+            )
+        if call.effects.split:
+            raise SplitError(
+                f"a split point lies inside module '{path}', which is kept whole"
+                + self._because(path),
+                where=call.effects.split,
+                hint="move pipe_split() in front of or behind the module",
+            )
+        hiding = next(filter(hides_tensors, call.out_flat), None)
+        if hiding is not None:
+            raise self._refusal(
+                path,
+                owner,
+                f"returns a {type(hiding).__name__}, which hides tensors",
+                "return tensors in tuples, lists, dicts or objects whose attributes are data",
+            )
+
+    def _check_history(self, path: str, owner: nn.Module, call: _RealCall) -> None:
+        """Raises for a call that returns memory that it writes, with another history than it was given."""
+        for tensor, written in call.returned_writes():
+            is_same_memory = storage_of(tensor) == storage_of(written)
+            if is_same_memory and tensor.requires_grad != written.requires_grad:
+                raise self._refusal(
+                    path,
+                    owner,
+                    "returns what it writes as a tensor of another history",
+                    "return the tensor itself, or write and return a clone",
+                )
+
+    def _refusal(
+        self, path: str, owner: nn.Module, what: str, hint: str
+    ) -> CaptureError:
+        return CaptureError(
+            f"module '{path}' is kept whole{self._because(path)} and {what}",
+            where=place_of(type(owner)),
+            hint=hint,
+        )

@@ -80,7 +80,8 @@ class Alignment:
     def _interface(self) -> Iterator[Pair]:
         """Inputs and state, theirs first."""
         ours, theirs = self.ours, self.theirs
-        if [bare(v.type) for v in ours.inputs] != [bare(v.type) for v in theirs.inputs]:
+        types = [bare(value.type) for value in ours.inputs]
+        if types != [bare(value.type) for value in theirs.inputs]:
             raise CannotFollow("it takes other inputs there")
         yield from zip(theirs.inputs, ours.inputs, strict=True)
         owners = ours.name_owners()
@@ -95,12 +96,11 @@ class Alignment:
         while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
             last += 1
         parts = self.parts[first : last + 1]
-        self.parts[first : last + 1] = [
-            Part(
-                [op for p in parts for op in p.ours],
-                [op for p in parts for op in p.theirs],
-            )
-        ]
+        united = Part(
+            [op for part in parts for op in part.ours],
+            [op for part in parts for op in part.theirs],
+        )
+        self.parts[first : last + 1] = [united]
 
     # --- one walk over all parts, which ends where two of them must be one ------------------------
 
@@ -110,51 +110,50 @@ class Alignment:
             part.joins = {}
             self._visit(part, number)
             self._place |= {value: number for op in part.ops for value in op.results}
-        for one, other in zip(self.ours.outputs, self.theirs.outputs, strict=True):
-            if isinstance(one, Value) != isinstance(other, Value) or not (
-                isinstance(one, Value) or same_literal(one, other)
-            ):
+        for ours, theirs in zip(self.ours.outputs, self.theirs.outputs, strict=True):
+            if isinstance(ours, Value) and isinstance(theirs, Value):
+                self._meet(ours, theirs, len(self.parts), None)
+            elif isinstance(theirs, Value) or not same_literal(ours, theirs):
                 raise CannotFollow("it returns something else there")
-            if isinstance(one, Value):
-                self._meet(one, other, len(self.parts), None)
 
     def _visit(self, part: Part, number: int) -> None:
         if not part.shared:
-            made = {value for op in part.ops for value in op.results}
-            for value in (
-                value
-                for op in part.ops
-                for value in op.operands
-                if value in self._alone and value not in made
-            ):
-                raise _Conflict(self._place[value], number)
-            self._alone |= made
+            self._visit_run(part, number)
             return
-        one, other = part.ours[0], part.theirs[0]
-        pairs = self.pairs(one, other)
+        our_op, their_op = part.ours[0], part.theirs[0]
+        pairs = self.pairs(our_op, their_op)
         if pairs is None:
             raise _Conflict(number, number)
-        for mine, yours in pairs:
-            if isinstance(mine, Value):
-                self._meet(mine, yours, number, one)
-        self.partner |= zip(other.results, one.results, strict=True)
+        for ours, theirs in pairs:
+            if isinstance(ours, Value):
+                self._meet(ours, theirs, number, our_op)
+        self.partner |= zip(their_op.results, our_op.results, strict=True)
 
-    def _meet(self, mine: Value, yours: Value, number: int, reader: Op | None) -> None:
+    def _visit_run(self, part: Part, number: int) -> None:
+        results = {value for op in part.ops for value in op.results}
+        for op in part.ops:
+            for value in op.operands:
+                if value in self._alone and value not in results:
+                    raise _Conflict(self._place[value], number)
+        self._alone |= results
+
+    def _meet(self, ours: Value, theirs: Value, number: int, reader: Op | None) -> None:
         """The two values are one, or become one after the part that makes them."""
-        if self.partner.get(yours) is mine or self._are_equal_constants(mine, yours):
-            self.partner[yours] = mine
+        if self.partner.get(theirs) is ours or self._are_equal_constants(ours, theirs):
+            self.partner[theirs] = ours
             return
-        homes = [self._place[value] for value in (mine, yours) if value in self._alone]
+        pair = (ours, theirs)
+        homes = [self._place[value] for value in pair if value in self._alone]
         where = max(homes) if homes else self._run_before(number)
         first = min([where, *homes])
-        last = max(where, *(self._place.get(value, -1) for value in (mine, yours)))
+        last = max(where, *(self._place.get(value, -1) for value in pair))
         if first < where or last > where:
             raise _Conflict(first, last)
-        if bare(mine.type) != bare(yours.type):
+        if bare(ours.type) != bare(theirs.type):
             if reader is None:
                 raise CannotFollow("it returns tensors of another type or size there")
             raise _Conflict(where, number)
-        self.parts[where].joins.setdefault((mine, yours), reader)
+        self.parts[where].joins.setdefault(pair, reader)
 
     def _run_before(self, number: int) -> int:
         """The number of the run right before that part."""
@@ -163,59 +162,56 @@ class Alignment:
             raise _Conflict(number, number)
         return number - 1
 
-    def _are_equal_constants(self, mine: Value, yours: Value) -> bool:
-        one, other = mine.owner, yours.owner
-        constants = (
-            isinstance(one, StateEntry)
-            and isinstance(other, StateEntry)
-            and one.kind == other.kind == "const"
+    def _are_equal_constants(self, ours: Value, theirs: Value) -> bool:
+        our_entry, their_entry = ours.owner, theirs.owner
+        return (
+            isinstance(our_entry, StateEntry)
+            and isinstance(their_entry, StateEntry)
+            and our_entry.kind == their_entry.kind == "const"
+            and self.same_constant(our_entry.name, their_entry.name)
         )
-        return constants and self.same_constant(one.name, other.name)  # type: ignore[union-attr]
 
     # --- pairs ------------------------------------------------------------------------------------
 
-    def pairs(self, one: Op, other: Op) -> list[tuple[Any, Any]] | None:
+    def pairs(self, our_op: Op, their_op: Op) -> list[tuple[Any, Any]] | None:
         """The pairs of leaves of the operands of both, in order; None where the operands are not built
         alike.
         """
-        (args, kwargs), (others, keywords) = (
-            (one.args, one.kwargs),
-            (other.args, other.kwargs),
-        )
-        if len(args) != len(others) or kwargs.keys() != keywords.keys():
-            (args, kwargs), (others, keywords) = (
-                self.filled(one, other),
-                self.filled(other, one),
-            )
-        if kwargs.keys() != keywords.keys() or not all(
-            map(self._same_region, one.regions, other.regions)
-        ):
+        args, kwargs = our_op.args, our_op.kwargs
+        their_args, their_kwargs = their_op.args, their_op.kwargs
+        if len(args) != len(their_args) or kwargs.keys() != their_kwargs.keys():
+            args, kwargs = self.filled(our_op, their_op)
+            their_args, their_kwargs = self.filled(their_op, our_op)
+        if kwargs.keys() != their_kwargs.keys():
             return None
-        found: list[tuple[Any, Any]] = []
-        alike = _zip(
-            (args, kwargs), (others, {key: keywords[key] for key in kwargs}), found
-        )
-        return found if alike else None
+        if not all(map(self._are_same_regions, our_op.regions, their_op.regions)):
+            return None
+        in_our_order = {key: their_kwargs[key] for key in kwargs}
+        pairs: list[tuple[Any, Any]] = []
+        alike = _zip((args, kwargs), (their_args, in_our_order), pairs)
+        return pairs if alike else None
 
-    def _same_region(self, one: Block, other: Block) -> bool:
+    def _are_same_regions(self, ours: Block, theirs: Block) -> bool:
         """True for regions of equal ops. Where anything in them differs by mode, they are not the same, and
         so neither are their ops.
         """
-        if [p.type for p in one.inputs] != [p.type for p in other.inputs] or [
-            *map(_key, one.ops)
-        ] != [*map(_key, other.ops)]:
+        if [value.type for value in ours.inputs] != [
+            value.type for value in theirs.inputs
+        ]:
             return False
-        partner = dict(zip(other.inputs, one.inputs, strict=True))
-        for mine, yours in zip(
-            [*one.ops, one.output], [*other.ops, other.output], strict=True
+        if [*map(_key, ours.ops)] != [*map(_key, theirs.ops)]:
+            return False
+        partner = dict(zip(theirs.inputs, ours.inputs, strict=True))
+        for our_op, their_op in zip(
+            [*ours.ops, ours.output], [*theirs.ops, theirs.output], strict=True
         ):
-            pairs = self.pairs(mine, yours)
-            if pairs is None or not all(
-                partner.get(b) is a if isinstance(a, Value) else same_literal(a, b)
-                for a, b in pairs
-            ):
+            pairs = self.pairs(our_op, their_op)
+            if pairs is None:
                 return False
-            partner |= zip(yours.results, mine.results, strict=True)
+            for our_leaf, their_leaf in pairs:
+                if not _are_partners(our_leaf, their_leaf, partner):
+                    return False
+            partner |= zip(their_op.results, our_op.results, strict=True)
         return True
 
 
@@ -223,21 +219,19 @@ def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
     """Parts of one op each for ops that may be the same in both, and parts for the runs between them. The
     split points are the same where both traces have as many.
     """
-    mine, yours = _between_splits(ours), _between_splits(theirs)
-    if len(mine) != len(yours):
-        mine, yours = [[*ours]], [[*theirs]]
+    our_runs, their_runs = _between_splits(ours), _between_splits(theirs)
+    if len(our_runs) != len(their_runs):
+        our_runs, their_runs = [[*ours]], [[*theirs]]
     parts: list[Part] = []
-    for one, other in zip(mine, yours, strict=True):
+    for our_run, their_run in zip(our_runs, their_runs, strict=True):
         for tag, start, stop, begin, end in SequenceMatcher(
-            None, [*map(_key, one)], [*map(_key, other)], autojunk=False
+            None, [*map(_key, our_run)], [*map(_key, their_run)], autojunk=False
         ).get_opcodes():
-            if tag == "equal":
-                parts += [
-                    Part([a], [b], True)
-                    for a, b in zip(one[start:stop], other[begin:end], strict=True)
-                ]
-            else:
-                parts.append(Part(one[start:stop], other[begin:end]))
+            if tag != "equal":
+                parts.append(Part(our_run[start:stop], their_run[begin:end]))
+                continue
+            pairs = zip(our_run[start:stop], their_run[begin:end], strict=True)
+            parts += [Part([our_op], [their_op], True) for our_op, their_op in pairs]
     return parts
 
 
@@ -261,46 +255,51 @@ def _key(op: Op) -> Any:
         op.target,
         scope_fqn(op.scope),
         repr(context),
-        tuple(str(bare(r.type)) for r in op.results),
+        tuple(str(bare(result.type)) for result in op.results),
         repr(op.form),
         len(op.regions),
     )
 
 
-def bare(kind: Type) -> Type:
+def bare(value_type: Type) -> Type:
     """A type without its gradient, which a trace does not know."""
-    return (
-        replace(kind, grad=False)
-        if isinstance(kind, TensorType) and kind.grad
-        else kind
-    )
+    if isinstance(value_type, TensorType) and value_type.grad:
+        return replace(value_type, grad=False)
+    return value_type
 
 
-def _zip(one: Any, other: Any, found: list[tuple[Any, Any]]) -> bool:
-    """`found` gains the pairs of leaves; False where the trees are not built alike."""
+def _are_partners(ours: Any, theirs: Any, partner: dict[Value, Value]) -> bool:
+    """True for values that stand in the same place, and for equal literals."""
+    if isinstance(ours, Value):
+        return partner.get(theirs) is ours
+    return same_literal(ours, theirs)
+
+
+def _zip(one: Any, other: Any, pairs: list[tuple[Any, Any]]) -> bool:
+    """`pairs` gains the pairs of leaves; False where the trees are not built alike."""
     if isinstance(one, (tuple, list)):
         return (
             type(one) is type(other)
             and len(one) == len(other)
-            and all(_zip(a, b, found) for a, b in zip(one, other, strict=True))
+            and all(_zip(a, b, pairs) for a, b in zip(one, other, strict=True))
         )
     if isinstance(one, dict):
         return (
             isinstance(other, dict)
             and [*one] == [*other]
-            and all(_zip(item, other[key], found) for key, item in one.items())
+            and all(_zip(one[key], other[key], pairs) for key in one)
         )
     if isinstance(one, slice):
         return isinstance(other, slice) and _zip(
             (one.start, one.stop, one.step),
             (other.start, other.stop, other.step),
-            found,
+            pairs,
         )
     if isinstance(one, Value) != isinstance(other, Value) or isinstance(
         other, (tuple, list, dict, slice)
     ):
         return False
-    found.append((one, other))
+    pairs.append((one, other))
     return True
 
 

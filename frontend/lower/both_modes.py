@@ -45,20 +45,20 @@ def follow(
                 f"its mode is more than flags: {next(iter(bindings.branches.values()))}"
             )
         with in_other_mode(module):
-            other = _traced(module, again)
+            traced_again = _traced(module, again)
         choices |= {
             path: place
-            for path, place in other[1].choices.items()
+            for path, place in traced_again[1].choices.items()
             if path not in choices
         }
-        _merge(module, traced, other, choices, asked)
+        _merge(module, traced, traced_again, choices, asked)
     except CannotFollow as error:
         refuse_to_follow(bindings, choices, str(error))
         return
     stays = {
         path: place
         for path, place in choices.items()
-        if bindings.flag(path) == other[1].flag(path)
+        if bindings.flag(path) == traced_again[1].flag(path)
     }
     refuse_to_follow(bindings, stays, "its flag was not that of the model")
 
@@ -105,55 +105,56 @@ def _traced(module: nn.Module, again: Callable[[], Traced]) -> Traced:
 def _merge(
     module: nn.Module,
     traced: Traced,
-    other: Traced,
+    traced_again: Traced,
     choices: dict[str, str],
     asked: Iterable[str],
 ) -> None:
-    (program, bindings), (theirs, others) = traced, other
-    if bindings.call.out_spec != others.call.out_spec:
+    program, bindings = traced
+    their_program, theirs = traced_again
+    if bindings.call.out_spec != theirs.call.out_spec:
         raise CannotFollow("the model returns another structure in the other mode")
-    if bindings.call.ranges != others.call.ranges:
+    if bindings.call.ranges != theirs.call.ranges:
         raise CannotFollow("the other mode takes other sizes")
-    functions = _with_our_names(theirs, bindings, others)
+    functions = _with_our_names(their_program, bindings, theirs)
 
-    def equal(mine: str, yours: str) -> bool:
-        one, other = bindings.tensors[mine], others.tensors[yours]
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_constant(
-            one, other
-        )
+    def are_equal(our_name: str, their_name: str) -> bool:
+        ours, their_tensor = bindings.tensors[our_name], theirs.tensors[their_name]
+        if (ours.dtype, ours.shape) != (their_tensor.dtype, their_tensor.shape):
+            return False
+        return same_constant(ours, their_tensor)
 
     flags = Flags(
-        {path: known.training for path, known in bindings.facts.items()},
-        {path: known.training for path, known in others.facts.items()},
+        {path: facts.training for path, facts in bindings.facts.items()},
+        {path: facts.training for path, facts in theirs.facts.items()},
         list(choices),
         _first_names(module),
     )
-    merge = Merge(Alignment(program, theirs, equal, filled), flags, asked)
+    merge = Merge(Alignment(program, their_program, are_equal, filled), flags, asked)
     merge.run()
     bindings.functions |= functions
-    bindings.modules |= others.modules
+    bindings.modules |= theirs.modules
     bindings.tensors |= {
-        entry.name: others.tensors[name] for name, entry in merge.constants.items()
+        entry.name: theirs.tensors[name] for name, entry in merge.constants.items()
     }
     bindings.choices = {}
     verify(program, after="both modes were made one")
 
 
 def _with_our_names(
-    theirs: Program, bindings: Bindings, others: Bindings
+    their_program: Program, bindings: Bindings, theirs: Bindings
 ) -> dict[str, Callable[..., Any]]:
     """Their program calls the user's functions by the names that ours has for them, and functions that only
     they have by new names.
     """
     namer = Namer(bindings.functions)
-    known = {function: name for name, function in bindings.functions.items()}
+    our_names = {function: name for name, function in bindings.functions.items()}
     names = {
-        name: known.get(function) or namer(name)
-        for name, function in others.functions.items()
+        name: our_names.get(function) or namer(name)
+        for name, function in theirs.functions.items()
     }
-    for op in nested_ops(theirs.all_ops()):
+    for op in nested_ops(their_program.all_ops()):
         op.target = target_of(names.get(op.target, op.target))
-    return {names[name]: function for name, function in others.functions.items()}
+    return {names[name]: function for name, function in theirs.functions.items()}
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
@@ -173,16 +174,16 @@ def filled(op: Op, like: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(target, torch._ops.OpOverload):
         return op.args, op.kwargs
     args, kwargs = list(op.args), dict(op.kwargs)
-    for place, argument in enumerate(target._schema.arguments):
-        wanted = place < len(like.args) or argument.name in like.kwargs
+    for position, argument in enumerate(target._schema.arguments):
+        wanted = position < len(like.args) or argument.name in like.kwargs
         if (
             not wanted
-            or place < len(args)
+            or position < len(args)
             or argument.name in kwargs
             or not argument.has_default_value()
         ):
             continue
-        if place == len(args) and not argument.kwarg_only:
+        if position == len(args) and not argument.kwarg_only:
             args.append(argument.default_value)
         else:
             kwargs[argument.name] = argument.default_value

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves
@@ -48,42 +49,63 @@ def lower_export(
         program.state = _exported_state(exported, bindings)
     env = _placeholders(exported, program, bindings, lowering)
     if module is not None and CHOICES in exported.graph_module.meta:
-        switched, places = switches(module)
-        lowering.fixed = exported.graph_module.meta[FIXED]
         whole = tuple(f"{call.path}." for call in (leaf_calls or {}).values())
-        set_inside = {
-            path: where
-            for path, where in lowering.fixed.items()
-            if f"{path}.".startswith(whole)
-        }
-        bindings.choices = dict(exported.graph_module.meta[CHOICES])
-        for path, where in (places | set_inside).items():
-            bindings.learn(path, branch=where)
-        for path, modes in switched.items():
-            bindings.learn(path, switches=modes)
+        _learn_modes(exported, module, whole, lowering)
     reassigned = _reassignments(exported)
     for node in reassigned:
         # readers of the old tensor keep it, and do not read the copy
         if node.target is torch.ops.aten.copy_.default:
             node.replace_all_uses_with(node.args[0])
     outputs = lowering.run(
-        [n for n in exported.graph.nodes if n not in reassigned], env, program.ops, ()
+        [node for node in exported.graph.nodes if node not in reassigned],
+        env,
+        program.ops,
+        (),
     )
     _finish(exported, program, list(outputs))
     for node in reassigned:
-        # the clone of a buffer whose tensor is assigned to another buffer
-        if node.target is torch.ops.aten.clone.default:
-            env[node] = lowering.call(
-                node, env, program.ops, (), Seen(node.meta.get("val"))
-            )
-            clone = program.ops.pop()
-            program.ops.insert(lowering.settled(clone.operands[0]), clone)
-            continue
-        target, source = lowering.tree(node.args, env)
-        _write_back(program, target, source, lowering.settled(source))
+        _reassign(node, env, lowering)
     bindings.call = _call_spec(exported, module)
     program.output_names = bindings.call.output_names()
     return program, bindings
+
+
+def _learn_modes(
+    exported: ExportedProgram,
+    module: torch.nn.Module,
+    whole: tuple[str, ...],
+    lowering: Lowering,
+) -> None:
+    """The bindings say where the model's code depends on its mode, and what train() does in the model.
+    `whole` has the beginnings of paths inside modules kept whole.
+    """
+    bindings = lowering.bindings
+    switched, places = switches(module)
+    lowering.fixed = exported.graph_module.meta[FIXED]
+    set_inside = {
+        path: where
+        for path, where in lowering.fixed.items()
+        if f"{path}.".startswith(whole)
+    }
+    bindings.choices = dict(exported.graph_module.meta[CHOICES])
+    for path, where in (places | set_inside).items():
+        bindings.learn(path, branch=where)
+    for path, modes in switched.items():
+        bindings.learn(path, switches=modes)
+
+
+def _reassign(node: fx.Node, env: dict[Any, Any], lowering: Lowering) -> None:
+    """The program gains the op of a node that stands for `self.buffer = new`."""
+    program = lowering.program
+    # the clone of a buffer whose tensor is assigned to another buffer
+    if node.target is torch.ops.aten.clone.default:
+        seen = Seen(node.meta.get("val"))
+        env[node] = lowering.call(node, env, program.ops, (), seen)
+        clone = program.ops.pop()
+        program.ops.insert(lowering.end_of_writes(clone.operands[0]), clone)
+        return
+    target, source = lowering.tree(node.args, env)
+    _write_back(program, target, source, lowering.end_of_writes(source))
 
 
 def _exported_state(exported: ExportedProgram, bindings: Bindings) -> list[StateEntry]:
@@ -114,7 +136,7 @@ def _placeholders(
     exported: ExportedProgram, program: Program, bindings: Bindings, lowering: Lowering
 ) -> dict[Any, Any]:
     owners = program.name_owners()
-    nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    nodes = list(exported.graph.find_nodes(op="placeholder"))
     env: dict[Any, Any] = {}
     examples = iter(tree_leaves(exported.example_inputs))
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
@@ -152,16 +174,16 @@ def _foreign_object(node: Any, spec: Any, lowering: Lowering) -> CaptureError:
     """The error for an object that is no tensor and no number, but has state of its own, such as a generator
     of random numbers.
     """
-    kind = str(getattr(spec.arg, "class_fqn", "") or spec.kind.name)
+    class_name = str(getattr(spec.arg, "class_fqn", "") or spec.kind.name)
     hint = "keep objects with state out of forward"
-    if kind.endswith("Generator"):
+    if class_name.endswith("Generator"):
         hint = (
             "draw from the default generator (torch.manual_seed): every process would go on with a copy of "
             "this one"
         )
     place = next((str(loc) for loc in map(lowering.loc, node.users) if loc), "")
     return CaptureError(
-        f"the model uses a {kind}, which stages in different processes cannot share",
+        f"the model uses a {class_name}, which stages in different processes cannot share",
         where=place,
         hint=hint,
     )
@@ -188,13 +210,13 @@ def _finish(exported: ExportedProgram, program: Program, outputs: list[Any]) -> 
     owners = program.name_owners()
     inputs = {value.hint: value for value in program.inputs}
     returned: list[Any] = []
-    for spec, item in zip(exported.graph_signature.output_specs, outputs, strict=True):
+    for spec, value in zip(exported.graph_signature.output_specs, outputs, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
-            returned.append(item)
+            returned.append(value)
         elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
-            _write_back(program, owners[str(spec.target)].value, item)
+            _write_back(program, owners[str(spec.target)].value, value)
         elif spec.kind is OutputKind.USER_INPUT_MUTATION:
-            _write_back(program, inputs[str(spec.target)], item)
+            _write_back(program, inputs[str(spec.target)], value)
         else:
             raise CaptureError(
                 f"output of kind {spec.kind.name} is not supported",
@@ -208,23 +230,23 @@ def _reassignments(exported: ExportedProgram) -> list[Any]:
     graph, whose names torch's tracer gives to no other node.
     """
     marked = [node for node in exported.graph.nodes if ASSIGNED in node.meta]
-    found: list[Any] = []
+    copies: list[Any] = []
     node = exported.graph.output_node().prev
     while (
         node.target is torch.ops.aten.copy_.default
         and node.name.startswith("copy__default")
         and not node.users
     ):
-        found.insert(0, node)
+        copies.insert(0, node)
         node = node.prev
-    return marked or found
+    return marked or copies
 
 
 def _write_back(
-    program: Program, target: Value, source: Value, settled: int = 0
+    program: Program, target: Value, source: Value, earliest: int = 0
 ) -> None:
-    """A new value `source` of state or of an input becomes a copy into `target`, as soon as the value is made
-    and settled.
+    """A new value `source` of state or of an input becomes a copy into `target`. The copy stands as early as
+    both exist, but not before position `earliest`.
 
     The model gave the name a new tensor and kept the old one, so ops that read the old one read a clone,
     taken before the copy.
@@ -232,14 +254,8 @@ def _write_back(
     if written_in_place(source, target):
         return
     ops = program.ops
-    places = {op: place for place, op in enumerate(ops)}
-    made = max(
-        settled,
-        *(
-            places[value.owner] + 1 if isinstance(value.owner, Op) else 0
-            for value in (source, target)
-        ),
-    )
+    positions = {op: position for position, op in enumerate(ops)}
+    position = max(earliest, *(_born(value, positions) for value in (source, target)))
     copy = Op(
         "aten.copy_.default",
         (target, source),
@@ -248,15 +264,20 @@ def _write_back(
     if isinstance(source.owner, Op):
         copy.place = source.owner.place._replace(context=())
     readers = [op for op in target.uses if op is not copy]
-    ops.insert(made, copy)
+    ops.insert(position, copy)
     if readers:
-        first = min((op for op in readers), key=lambda op: places.get(op, len(places)))
+        first = min(readers, key=lambda op: positions.get(op, len(positions)))
         place = first.place._replace(context=())
         old = Op("aten.clone.default", (target,), place=place)
         old.add_result(target.type, f"{target.hint}_old")
         target.replace_uses(old.results[0], lambda user: user not in (copy, old))
-        ops.insert(min(made, places.get(first, len(places))), old)
+        ops.insert(min(position, positions.get(first, len(positions))), old)
     copy.add_result(target.type, f"{target.hint}_new")
+
+
+def _born(value: Value, positions: dict[Op, int]) -> int:
+    """The first position at which a value exists."""
+    return positions[value.owner] + 1 if isinstance(value.owner, Op) else 0
 
 
 def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> CallSpec:
@@ -267,22 +288,25 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
     keywords = tuple(kwargs_spec.context or ())
     names = list(signature.forward_arg_names or ())
     count = len(_children(args_spec))
-    positional = (
-        tuple(names[:count])
-        if len(names) >= count
-        else tuple(f"arg{i}" for i in range(count))
-    )
-    known = (
-        parameters_of(module.forward)
-        if module is not None
-        else dict.fromkeys([*positional, *keywords], ABSENT)
-    )
+    if len(names) >= count:
+        positional = tuple(names[:count])
+    else:
+        positional = tuple(f"arg{number}" for number in range(count))
+    if module is not None:
+        parameters = parameters_of(module.forward)
+    else:
+        parameters = dict.fromkeys([*positional, *keywords], ABSENT)
     ranges = {
-        str(symbol): (_bound(r.lower), _bound(r.upper))
-        for symbol, r in exported.range_constraints.items()
+        str(symbol): (_bound(bounds.lower), _bound(bounds.upper))
+        for symbol, bounds in exported.range_constraints.items()
     }
     return CallSpec(
-        positional, keywords, known, signature.in_spec, signature.out_spec, ranges
+        positional,
+        keywords,
+        parameters,
+        signature.in_spec,
+        signature.out_spec,
+        ranges,
     )
 
 

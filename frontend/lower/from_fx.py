@@ -59,18 +59,17 @@ def lower_graph_module(
     run.visit(inputs, graph.node)
     flat, out_spec = tree_flatten(graph.outputs)
     program.set_outputs(flat)
-    names = tuple(n.target for n in module.graph.nodes if n.op == "placeholder")
     _, in_spec = tree_flatten((tuple(inputs), {}))
-    defaults = {
-        n.target: n.args[0]
-        for n in module.graph.nodes
-        if n.op == "placeholder" and n.args
-    }
-    bindings.call = CallSpec(
-        names, (), {n: defaults.get(n, ABSENT) for n in names}, in_spec, out_spec
-    )
+    nodes = _placeholders(module)
+    parameters = {node.target: node.args[0] if node.args else ABSENT for node in nodes}
+    names = tuple(node.target for node in nodes)
+    bindings.call = CallSpec(names, (), parameters, in_spec, out_spec)
     program.output_names = bindings.call.output_names()
     return program, bindings
+
+
+def _placeholders(module: fx.GraphModule) -> list[Any]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _check_names(module: fx.GraphModule) -> None:
@@ -93,12 +92,12 @@ def _bind(
 ) -> list[Any]:
     if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
         return list(module.graph._codegen.process_inputs(*args, **kwargs))
-    given = dict(kwargs)
+    by_name = dict(kwargs)
     inputs = list(args)
-    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    nodes = _placeholders(module)
     for node in nodes[len(args) :]:
-        if node.target in given:
-            inputs.append(given.pop(node.target))
+        if node.target in by_name:
+            inputs.append(by_name.pop(node.target))
         elif node.args:
             inputs.append(node.args[0])
         else:
@@ -106,11 +105,11 @@ def _bind(
                 f"the graph's input '{node.target}' has no example value",
                 hint="add it to mb_args",
             )
-    if given or len(inputs) > len(nodes):
-        extra = next(iter(given), f"argument {len(nodes)}")
+    if by_name or len(inputs) > len(nodes):
+        extra = next(iter(by_name), f"argument {len(nodes)}")
         raise InputError(
             f"'{extra}' is no input of the graph",
-            hint=f"its inputs are {', '.join(n.target for n in nodes)}",
+            hint=f"its inputs are {', '.join(node.target for node in nodes)}",
         )
     return inputs
 
@@ -140,7 +139,7 @@ class _GraphLowering:
         """
         self._homes: dict[Value, int] = {}
         self.outputs: Any = None
-        lowering.whole = frozenset(
+        lowering.whole_paths = frozenset(
             str(node.target) for node in module.graph.nodes if node.op == "call_module"
         )
         for entry in self._program.state:
@@ -176,27 +175,21 @@ class _GraphLowering:
         """
         source = node.args[0] if node.target is getattr else None
         container = self._env[source] if isinstance(source, fx.Node) else None
-        items = container if isinstance(container, (tuple, list)) else ()
-        held = [
-            self._fakes.get(item) if isinstance(item, Value) else None for item in items
-        ]
-        return next(
-            (
-                place
-                for place, fake in enumerate(held)
-                if fake is not None and fake is value
-            ),
-            None,
-        )
+        results = container if isinstance(container, (tuple, list)) else ()
+        for place, result in enumerate(results):
+            fake = self._fakes.get(result) if isinstance(result, Value) else None
+            if fake is not None and fake is value:
+                return place
+        return None
 
     def _call(self, node: fx.Node, ran: Ran) -> Any:
-        before = len(self._program.ops)
+        first = len(self._program.ops)
         seen = Seen(ran.value, (), ran.random, _is_foreign(node))
         tree = self._lowering.call(
             node, self._env, self._program.ops, self._context, seen
         )
         self._remember(tree, ran.value)
-        for op in self._program.ops[before:]:
+        for op in self._program.ops[first:]:
             # else it takes the view that stands for a change of shape in place
             if op.target == self._lowering.target(node):
                 self._set_writes(op, ran)
@@ -250,17 +243,13 @@ class _GraphLowering:
             )
         if not isinstance(fake, torch.Tensor):
             return self._lowering.tree(fake, self._env)
+        state = self._program.state
+        home = home_of(fake)
+        storages = [entry.storage for entry in state if self._home(entry.value) == home]
         entry = StateEntry((name,), "const", type_of(fake))
-        entry.tensor = len(self._program.state)
-        entry.storage = next(
-            (
-                e.storage
-                for e in self._program.state
-                if self._home(e.value) == home_of(fake)
-            ),
-            entry.tensor,
-        )
-        self._program.state.append(entry)
+        entry.tensor = len(state)
+        entry.storage = storages[0] if storages else entry.tensor
+        state.append(entry)
         self._owners[name] = entry
         self._bindings.tensors[name] = _real_attribute(self._module, name)
         self._note(entry.value, fake)
@@ -269,25 +258,20 @@ class _GraphLowering:
     def _leaf(self, node: fx.Node, ran: Ran) -> Any:
         path = str(node.target)
         owner = self._bindings.modules[path] = self._module.get_submodule(path)
-        state = list(
-            dict.fromkeys(
-                e.value
-                for name, e in self._owners.items()
-                if name.startswith(path + ".")
-            )
+        state = dict.fromkeys(
+            entry.value
+            for name, entry in self._owners.items()
+            if name.startswith(path + ".")
         )
         args = (
             self._lowering.tree(tuple(node.args), self._env),
             self._lowering.tree(dict(node.kwargs), self._env),
-            state,
+            list(state),
         )
-        op = Op(
-            f"module.{path}",
-            args,
-            place=Place(
-                self._lowering.scope(node), self._context, self._lowering.loc(node)
-            ),
+        place = Place(
+            self._lowering.scope(node), self._context, self._lowering.loc(node)
         )
+        op = Op(f"module.{path}", args, place=place)
         tree = self._lowering._results(op, ran.value, node.name)
         op.effects = self._lowering._effects(
             op, path, Seen(ran.value, (), ran.random, not is_torchs(owner))
@@ -302,15 +286,11 @@ class _GraphLowering:
         """The op writes the operands that the node wrote: the very tensors where they are seen, else all that
         share the written memory.
         """
-        named = [
-            value for value in op.operands if id(self._fakes.get(value)) in ran.named
-        ]
-        known = {self._home(value) for value in named}
-        written = [
-            *named,
-            *(v for v in op.operands if self._home(v) in ran.wrote - known),
-        ]
-        writes = tuple(dict.fromkeys(written))
+        operands = op.operands
+        named = [value for value in operands if id(self._fakes.get(value)) in ran.named]
+        unnamed = ran.wrote - {self._home(value) for value in named}
+        shared = [value for value in operands if self._home(value) in unnamed]
+        writes = tuple(dict.fromkeys([*named, *shared]))
         if writes:
             views = self._lowering._views(op, writes)
             op.effects = replace(op.effects, writes=writes, views=views)

@@ -15,10 +15,15 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from stagecut.frontend.capture.whole import OpWatch, home_of, in_other_mode, tensors_in
+from stagecut.frontend.capture.whole import (
+    EffectObserver,
+    behaviour_in_other_mode,
+    home_of,
+    tensors_in,
+)
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.source import user_loc
-from stagecut.frontend.watch.attributes import RETURN_IT, Contents
+from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
 from stagecut.ir.run.storage import written_tensors
@@ -49,7 +54,7 @@ Visit = Callable[[fx.Node, Ran], None]
 """A function that is called with each node after it has run."""
 
 
-class _Watch(OpWatch):
+class _WriteObserver(EffectObserver):
     """Notices also which tensors ops write, by id."""
 
     def __init__(self) -> None:
@@ -84,7 +89,7 @@ class FakeRun(fx.Interpreter):
     def visit(self, inputs: list[Any], visit: Visit) -> None:
         """Every node has run once on fakes of `inputs`, and was visited."""
         self._visit = visit
-        fakes = [tree_map(self._fake, item) for item in inputs]
+        fakes = [tree_map(self._fake, tree) for tree in inputs]
         # stacked: put back in reverse order, else a module of two names keeps a fake
         stand_ins = torch.nn.utils.stateless._reparametrize_module(
             self.module, self.state, tie_weights=False, stack_weights=True
@@ -97,51 +102,38 @@ class FakeRun(fx.Interpreter):
         ):
             self.run(*fakes, enable_io_processing=False)
 
-    def _fake(self, item: Any) -> Any:
-        return self._mode.from_tensor(item) if isinstance(item, torch.Tensor) else item
+    def _fake(self, leaf: Any) -> Any:
+        return self._mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A constant, as a fake too, so that its views are seen to be views."""
-        found = super().get_attr(target, args, kwargs)
-        return found if isinstance(found, FakeTensor) else self._fake(found)
+        constant = super().get_attr(target, args, kwargs)
+        return constant if isinstance(constant, FakeTensor) else self._fake(constant)
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node; the node has been visited."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        looks = [_Look(item) for item in tensors_in((args, kwargs))]
+        looks = [_Look(tensor) for tensor in tensors_in((args, kwargs))]
         leaf = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        state = (
-            [_Look(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())]
-            if leaf is not None
-            else []
-        )
-        containers = Contents([args, kwargs], objects=False)
-        with _named(n), _Watch() as watch:
+        state = (*leaf.parameters(), *leaf.buffers()) if leaf is not None else ()
+        state_looks = [_Look(tensor) for tensor in state]
+        containers = Containers([args, kwargs], objects=False)
+        with _named(n), _WriteObserver() as effects:
             result = super().run_node(n)
-        _refuse_unseen(n, containers, watch)
-        wrote = {look.home for look in (*looks, *state) if look.is_written} | {
-            home for home in watch.wrote if home is not None
-        }
-        random, views = watch.drew, tuple[int | None, ...]()
+        _refuse_unseen(n, containers, effects)
+        wrote = {look.home for look in (*looks, *state_looks) if look.is_written}
+        wrote |= {home for home in effects.wrote if home is not None}
+        random, views = effects.drew, tuple[int | None, ...]()
         if leaf is not None:
-            other = in_other_mode(leaf, leaf, args, kwargs)
-            wrote = wrote | other.wrote
+            other = behaviour_in_other_mode(leaf, leaf, args, kwargs)
+            wrote |= other.wrote
             random = random or other.drew
             views = other.homes
         reshaped = tuple(look.tensor for look in looks if look.is_reshaped)
         flagged = tuple(look.tensor for look in looks if look.is_flagged)
-        self._visit(
-            n,
-            Ran(
-                result,
-                frozenset(wrote),
-                frozenset(watch.named),
-                random,
-                views,
-                reshaped,
-                flagged,
-            ),
-        )
+        named = frozenset(effects.named)
+        ran = Ran(result, frozenset(wrote), named, random, views, reshaped, flagged)
+        self._visit(n, ran)
         return result
 
 
@@ -188,7 +180,9 @@ def _named(node: fx.Node) -> Iterator[None]:
         ) from error
 
 
-def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
+def _refuse_unseen(
+    node: fx.Node, containers: Containers, effects: EffectObserver
+) -> None:
     """Raises where a node changes a list or dict that it is given, or has a split point inside: its op would
     do neither.
     """
@@ -199,10 +193,10 @@ def _refuse_unseen(node: fx.Node, containers: Contents, watch: OpWatch) -> None:
             where=place_of_node(node),
             hint=RETURN_IT,
         )
-    if watch.split and not is_marker(node.target):
+    if effects.split and not is_marker(node.target):
         raise SplitError(
             f"a split point lies inside node '{node.name}' ({node.op} {node.target}), which is kept whole",
-            where=watch.split,
+            where=effects.split,
             hint="put it into the graph: graph.call_function(pipe_split)",
         )
 

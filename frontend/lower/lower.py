@@ -8,7 +8,7 @@ every op inside them, so that a cut through one needs no special case.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, zip_longest
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_unflatten
 
-from stagecut.frontend.lower.types import literal, type_of
+from stagecut.frontend.lower.types import as_literal, type_of
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import (
     CALL,
@@ -54,6 +54,7 @@ from stagecut.ir.graph import (
     ResultForm,
     Scope,
     StateEntry,
+    Target,
     Value,
     leaves,
     scope_fqn,
@@ -93,6 +94,15 @@ class Seen:
     effect: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """The node that is lowered, the ops that its op joins, and the place of that op."""
+
+    node: fx.Node
+    ops: list[Op]
+    place: Place
+
+
 class Lowering:
     """Turns fx nodes into ops of one program. `env` maps each node to a tree of values and literals."""
 
@@ -107,12 +117,12 @@ class Lowering:
         self._schemas: dict[Any, _SchemaEffects] = {}
         self._literals: dict[Any, Any] = {}
         self._extern = Namer()
-        self._whole: list[Context] = []
+        self._regions: list[Context] = []
         self._transforms = count()
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
-        self.whole: frozenset[str] = frozenset()
+        self.whole_paths: frozenset[str] = frozenset()
         """Paths of modules kept whole: nothing inside them is a module of ours."""
 
     def note_storage(self, value: Value, tensor: Any) -> None:
@@ -121,15 +131,15 @@ class Lowering:
         if storage is not None:
             self._storage[value] = storage
 
-    def settled(self, value: Value) -> int:
+    def end_of_writes(self, value: Value) -> int:
         """The first position in the program from which on nothing writes into the storage of `value`."""
         storage = self._storage.get(value, -1)
-        writers = (
-            p
-            for p, op in enumerate(self.program.ops)
-            if any(self._storage.get(value) == storage for value in op.effects.writes)
-        )
-        return max(writers, default=-1) + 1
+        end = 0
+        for position, op in enumerate(self.program.ops, 1):
+            written = [self._storage.get(operand) for operand in op.effects.writes]
+            if storage in written:
+                end = position
+        return end
 
     def run(
         self,
@@ -178,41 +188,38 @@ class Lowering:
             return self._checkpoint(*node.args)  # type: ignore[arg-type]
         step = target.__name__ if getattr(target, "__module__", "") == _VMAP else ""
         self._begin_transform(node, step)
-        outer, context = context, (*self._whole, *context)
-        place = Place(self.scope(node), context, self.loc(node))
+        marks = (*self._regions, *context)
+        site = _Site(node, ops, Place(self.scope(node), marks, self.loc(node)))
         if name == SPLIT:
-            ops.append(Op(SPLIT, place=place))
+            ops.append(Op(SPLIT, place=site.place))
             return None
         args, kwargs = self.tree(node.args, env), self.tree(node.kwargs, env)
         if name == LEAF:
-            call = self.leaf_calls[args[0]]
-            return self._leaf(node, call, args[1], args[2], ops, place)
+            return self._leaf(site, self.leaf_calls[args[0]], args[1], args[2])
         if name == FUNCTION:
-            return self._function(node, node.meta[CALL], args[1], args[2], ops, place)
+            return self._function(site, node.meta[CALL], args[1], args[2])
         wrapped = _wrapped_context(name, args)
         if wrapped is not None:
             inner, graph, operands = wrapped
-            return self._inline(graph, operands, ops, (*outer, inner))
-        tree = self._append(node, name, args, dict(kwargs), ops, place, seen)
+            return self._inline(graph, operands, ops, (*context, inner))
+        tree = self._append(site, name, args, dict(kwargs), seen)
         # an operand that has that shape already is returned as it is
         if isinstance(tree, list) and facts(ops[-1]).returns_operand:
             tree = [
-                given if same_layout(made.type, given.type) else made
-                for made, given in zip(tree, args[0], strict=True)
+                operand if same_layout(result.type, operand.type) else result
+                for result, operand in zip(tree, args[0], strict=True)
             ]
         if step in _CLOSING:
-            self._whole = self._whole[:-1]
+            self._regions = self._regions[:-1]
         return tree
 
     def _begin_transform(self, node: fx.Node, step: str) -> None:
         """The ops that come next are in a transform, where `step` begins one."""
         if step in _OPENING:
-            self._whole = [
-                *self._whole,
-                Context("transform", (next(self._transforms),)),
-            ]
+            mark = Context("transform", (next(self._transforms),))
+            self._regions = [*self._regions, mark]
         elif step == "_add_batch_dim" and not any(
-            region.kind == "transform" for region in self._whole
+            mark.kind == "transform" for mark in self._regions
         ):
             raise CaptureError(
                 "a vmap lies inside a control-flow branch, where torch.export loses its beginning",
@@ -223,56 +230,26 @@ class Lowering:
     def _checkpoint(self, number: int, begins: bool, preserve_rng_state: bool) -> None:
         """The ops between the begin and the end of a checkpoint are in that checkpoint."""
         region = Context("checkpoint", (number, preserve_rng_state))
-        self._whole = (
-            [*self._whole, region]
-            if begins
-            else [other for other in self._whole if other != region]
-        )
+        if begins:
+            self._regions = [*self._regions, region]
+        else:
+            self._regions = [mark for mark in self._regions if mark != region]
 
     def _append(
-        self,
-        node: fx.Node,
-        name: str,
-        args: Any,
-        kwargs: dict[str, Any],
-        ops: list[Op],
-        place: Place,
-        seen: Seen,
+        self, site: _Site, name: str, args: Any, kwargs: dict[str, Any], seen: Seen
     ) -> Any:
+        """The ops gain one that calls a function; the result is the tree of its results."""
+        called, target = _out_of_place(target_of(name), site.node.target, args)
         regions: list[Block] = []
-        target: Any = node.target
-        called = target_of(name)
-        if (view := out_of_place(called)) and _is_made(args[0]):
-            target = (
-                resolve(view)
-                if called.kind is Kind.ATEN
-                else getattr(target, "__name__", target)
-            )
-            called = target_of(view)
-        args = transform(
-            args,
-            lambda a: (
-                self._region(a, regions, place.loc)
-                if isinstance(a, fx.GraphModule)
-                else a
-            ),
-        )
-        position, statistics = flag_position(called), facts_of(called.name).statistics
-        # a norm without statistics knows no modes
-        if position is not None and not (statistics and args[statistics[0]] is None):
-            args = self._follow_mode(
-                _with_defaults(target, args, position), position, place, node
-            )
-        if (
-            position is not None
-            and statistics
-            and args[position : position + 1] == (Mode(False),)
-        ):
-            self._count_batch(ops, place)
-        if called == COUNT and self._is_batch_count(args, place.scope):
-            args = (args[0], Mode(True))
-        op = Op(called, tuple(args), kwargs, place=place, regions=tuple(regions))
-        tree = self._results(op, seen.value, node.name)
+
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, fx.GraphModule):
+                return self._region(leaf, regions, site.place.loc)
+            return leaf
+
+        args = self._with_mode(site, called, target, transform(args, operand))
+        op = Op(called, tuple(args), kwargs, place=site.place, regions=tuple(regions))
+        tree = self._results(op, seen.value, site.node.name)
         op.effects = self._effects(op, target, seen)
         _refuse_resized_views(op)
         self.refuse_written_twins(op)
@@ -280,8 +257,27 @@ class Lowering:
             isinstance(flag(op), Mode) and _is_expanded(op.operands[0].type)
         ):
             op.results[0].type = op.operands[0].type
-        ops.append(op)
+        site.ops.append(op)
         return tree
+
+    def _with_mode(self, site: _Site, called: Target, target: Any, args: Any) -> Any:
+        """The operands of an op, whose training flag follows its module. A BatchNorm counts its batches in
+        training only.
+        """
+        place = site.place
+        if called == COUNT and self._is_batch_count(args, place.scope):
+            return args[0], Mode(True)
+        position = flag_position(called)
+        if position is None:
+            return args
+        statistics = facts_of(called.name).statistics
+        # a norm without statistics knows no modes
+        if not statistics or args[statistics[0]] is not None:
+            args = _with_defaults(target, args, position)
+            args = self._follow_mode(args, position, place, site.node)
+        if statistics and args[position : position + 1] == (Mode(False),):
+            self._count_batch(site.ops, place)
+        return args
 
     def _is_batch_count(self, args: Any, scope: Scope) -> bool:
         """True for the line of a BatchNorm in training that counts batches, which must add nothing in eval
@@ -291,13 +287,13 @@ class Lowering:
         if counter is None or not isinstance(args[0], Value) or args[1:] != (1,):
             return False
         # a module may have several names
-        same = [
+        names = [
             entry.value
             for entry in self.program.state
             if entry.tensor == counter.tensor
         ]
         return (
-            any(written_in_place(args[0], value) for value in same)
+            any(written_in_place(args[0], value) for value in names)
             and self.bindings.flag(scope_fqn(scope)) is True
         )
 
@@ -322,23 +318,17 @@ class Lowering:
         ops.append(op)
 
     def _leaf(
-        self,
-        node: fx.Node,
-        call: LeafCall,
-        tensors: list[Any],
-        numbers: list[Any],
-        ops: list[Op],
-        place: Place,
+        self, site: _Site, call: LeafCall, tensors: list[Any], numbers: list[Any]
     ) -> list[Value]:
-        """`ops` gains the call of a module kept whole; its results are the tensors the module returns."""
-        args, kwargs = self._given(call, tensors, numbers, place.loc)
-        scope, owner = place.scope, self.leaf_owners[call.path]
+        """The ops gain the call of a module kept whole; its results are the tensors the module returns."""
+        args, kwargs = self._arguments(call, tensors, numbers, site.place.loc)
+        scope, owner = site.place.scope, self.leaf_owners[call.path]
         inside = self.leaf_owners.get(scope_fqn(scope)) is owner
         # a shared module goes by the name it is called by
         path = scope_fqn(scope) if inside else call.path
-        held = {
-            name: e.value
-            for name, e in self.program.name_owners().items()
+        state = {
+            name: entry.value
+            for name, entry in self.program.name_owners().items()
             if name.startswith(path + ".")
         }
         scope = scope[:-1] if inside else scope
@@ -347,56 +337,45 @@ class Lowering:
             scope = scope[:-1]
         op = Op(
             f"module.{path}",
-            (args, kwargs, list(dict.fromkeys(held.values()))),
-            place=place._replace(scope=scope),
+            (args, kwargs, list(dict.fromkeys(state.values()))),
+            place=site.place._replace(scope=scope),
         )
-        written = [tensors[i] for i in call.written_inputs] + [
-            held[f"{path}.{name}"] for name in call.written_state
-        ]
+        written = [tensors[position] for position in call.written_inputs]
+        written += [state[f"{path}.{name}"] for name in call.written_state]
         self.bindings.modules[path] = owner
-        return self._append_whole(node, op, call, tensors, written, ops)
+        return self._append_whole(site, op, call, tensors, written)
 
     def _function(
-        self,
-        node: fx.Node,
-        call: LeafCall,
-        tensors: list[Any],
-        numbers: list[Any],
-        ops: list[Op],
-        place: Place,
+        self, site: _Site, call: LeafCall, tensors: list[Any], numbers: list[Any]
     ) -> list[Value]:
-        """`ops` gains the call of a user's function; its results are the tensors the function returns."""
+        """The ops gain the call of a user's function; its results are the tensors the function returns."""
         name = self._targets.get(call.function)
         if name is None:
-            name = self._targets[call.function] = "extern." + self._extern(
-                call.path, "function"
-            )
+            name = "extern." + self._extern(call.path, "function")
+            self._targets[call.function] = name
             self.bindings.functions[name] = call.function
-        args, kwargs = self._given(call, tensors, numbers, place.loc)
-        op = Op(name, args, kwargs, place=place)
-        return self._append_whole(
-            node, op, call, tensors, [tensors[i] for i in call.written_inputs], ops
-        )
+        args, kwargs = self._arguments(call, tensors, numbers, site.place.loc)
+        op = Op(name, args, kwargs, place=site.place)
+        written = [tensors[position] for position in call.written_inputs]
+        return self._append_whole(site, op, call, tensors, written)
 
-    def _given(
+    def _arguments(
         self, call: LeafCall, tensors: list[Any], numbers: list[Any], loc: Loc | None
     ) -> Any:
-        """The arguments of a call of a module or function kept whole."""
-        given, counted = iter(tensors), iter(numbers)
-        flat = [
-            next(given)
-            if isinstance(item, torch.Tensor)
-            else next(counted)
-            if isinstance(item, SYMBOLIC)
-            else item
-            for item in call.in_flat
-        ]
+        """The arguments of a call of a module or function kept whole, as operands."""
+        next_tensor, next_number = iter(tensors), iter(numbers)
+
+        def traced(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return next(next_tensor)
+            return next(next_number) if isinstance(leaf, SYMBOLIC) else leaf
+
+        def operand(leaf: Any) -> Any:
+            return leaf if isinstance(leaf, Value) else self._literal_operand(leaf)
+
+        flat = [traced(leaf) for leaf in call.in_flat]
         try:
-            tree = tree_unflatten(flat, call.in_spec)
-            return transform(
-                tree,
-                lambda item: item if isinstance(item, Value) else self._literal(item),
-            )
+            return transform(tree_unflatten(flat, call.in_spec), operand)
         except CaptureError:
             raise
         except Exception as error:
@@ -414,12 +393,11 @@ class Lowering:
 
     def _append_whole(
         self,
-        node: fx.Node,
+        site: _Site,
         op: Op,
         call: LeafCall,
         tensors: list[Any],
         written: list[Any],
-        ops: list[Op],
     ) -> list[Value]:
         op.form = ResultForm(rest=())
         if not any(isinstance(leaf, SYMBOLIC) for leaf in call.out_flat):
@@ -428,33 +406,29 @@ class Lowering:
                 *numbers_and_texts(call.out_flat),
             ]
             op.form = ResultForm(rest=() if returned == [""] else tuple(returned))
-        for traced in node.meta["val"]:
-            self._result(op, traced.detach(), node.name)
-        views = tuple(None if v is None else tensors[v] for v in call.views)
+        for traced in site.node.meta["val"]:
+            self._result(op, traced.detach(), site.node.name)
+        views = tuple(None if view is None else tensors[view] for view in call.views)
         op.effects = Effects(
             tuple(dict.fromkeys(written)),
-            views if any(v is not None for v in views) else (),
+            views if any(view is not None for view in views) else (),
             call.random,
             effect=True,
         )
         self.refuse_written_twins(op)
-        self.note_twins(
-            op,
-            [
-                storage_of(leaf)
-                for leaf in call.out_flat
-                if isinstance(leaf, torch.Tensor)
-            ],
-        )
-        ops.append(op)
+        returned_tensors = [
+            leaf for leaf in call.out_flat if isinstance(leaf, torch.Tensor)
+        ]
+        self.note_twins(op, [storage_of(tensor) for tensor in returned_tensors])
+        site.ops.append(op)
         return list(op.results)
 
     def note_twins(self, op: Op, homes: Sequence[int | None]) -> None:
         """The results that share memory with one another are noted. `homes` says where each lies."""
-        for place, (result, home) in enumerate(zip(op.results, homes, strict=True)):
+        for position, (result, home) in enumerate(zip(op.results, homes, strict=True)):
             if (
                 home is not None
-                and op.effects.viewed_by(place) is None
+                and op.effects.viewed_by(position) is None
                 and homes.count(home) > 1
             ):
                 self._twins.add(result)
@@ -464,12 +438,12 @@ class Lowering:
         another of its results, because neither is a view of the other.
         """
         for value in op.effects.writes if self._twins else ():
-            made = storage_root(value)
-            if made in self._twins and isinstance(made.owner, Op):
+            root = storage_root(value)
+            if root in self._twins and isinstance(root.owner, Op):
                 raise CaptureError(
                     "what a module kept whole returned is written, and it shares memory with something else "
                     "that it returned",
-                    where=f"{op.where()}; {made.owner.where()}",
+                    where=f"{op.where()}; {root.owner.where()}",
                     hint="write a clone: x = x.clone()",
                 )
 
@@ -480,10 +454,9 @@ class Lowering:
         ops: list[Op],
         context: tuple[Context, ...],
     ) -> Any:
-        parameters = [n for n in graph.nodes if n.op == "placeholder"]
-        return self.run(
-            graph.nodes, dict(zip(parameters, operands, strict=True)), ops, context
-        )
+        parameters = [node for node in graph.nodes if node.op == "placeholder"]
+        env = dict(zip(parameters, operands, strict=True))
+        return self.run(graph.nodes, env, ops, context)
 
     def _region(
         self, module: fx.GraphModule, regions: list[Block], loc: Loc | None
@@ -497,9 +470,9 @@ class Lowering:
                 inputs.append(value)
                 env[node] = value
         ops: list[Op] = []
-        whole, self._whole = self._whole, []
+        outer, self._regions = self._regions, []
         output = self.run(module.graph.nodes, env, ops, ())
-        self._whole = whole
+        self._regions = outer
         for op in ops:
             if op.target == SPLIT:
                 raise CaptureError(
@@ -515,44 +488,44 @@ class Lowering:
 
     # --- operands and results ---------------------------------------------------------------------
 
-    def tree(self, item: Any, env: dict[fx.Node, Any]) -> Any:
+    def tree(self, operand: Any, env: dict[fx.Node, Any]) -> Any:
         """fx operands -> operands of the IR."""
-        if isinstance(item, fx.Node):
-            return env[item]
-        if isinstance(item, tuple):
-            return tuple([self.tree(i, env) for i in item])
-        if isinstance(item, list):
-            return [self.tree(i, env) for i in item]
-        if isinstance(item, dict):
-            return {k: self.tree(v, env) for k, v in item.items()}
-        if isinstance(item, slice):
+        if isinstance(operand, fx.Node):
+            return env[operand]
+        if isinstance(operand, tuple):
+            return tuple([self.tree(part, env) for part in operand])
+        if isinstance(operand, list):
+            return [self.tree(part, env) for part in operand]
+        if isinstance(operand, dict):
+            return {key: self.tree(part, env) for key, part in operand.items()}
+        if isinstance(operand, slice):
             return slice(
-                self.tree(item.start, env),
-                self.tree(item.stop, env),
-                self.tree(item.step, env),
+                self.tree(operand.start, env),
+                self.tree(operand.stop, env),
+                self.tree(operand.step, env),
             )
         if (
-            item is None
-            or item is True
-            or item is False
-            or type(item) in (int, float, str)
+            operand is None
+            or operand is True
+            or operand is False
+            or type(operand) in (int, float, str)
         ):
-            return item
-        return self._literal(item)
+            return operand
+        return self._literal_operand(operand)
 
-    def _literal(self, item: Any) -> Any:
-        if item is None or type(item) in (bool, int, float, complex, str):
-            return item  # equal ones may be of different types: True, 1 and 1.0
-        found = self._literals.get(item)
-        if found is None:
+    def _literal_operand(self, operand: Any) -> Any:
+        if operand is None or type(operand) in (bool, int, float, complex, str):
+            return operand  # equal ones may be of different types: True, 1 and 1.0
+        if operand not in self._literals:
             try:
-                found = self._literals[item] = literal(item)
+                self._literals[operand] = as_literal(operand)
             except TypeError:
+                what = f"an operand of type {type(operand).__name__} cannot be written as a literal"
                 raise CaptureError(
-                    f"an operand of type {type(item).__name__} cannot be written as a literal: {item!r:.80}",
+                    f"{what}: {operand!r:.80}",
                     hint="pass it to the model as an input, or keep it in a buffer",
                 ) from None
-        return found
+        return self._literals[operand]
 
     def _results(self, op: Op, value: Any, name: str) -> Any:
         if not isinstance(value, (tuple, list, dict)):
@@ -574,10 +547,12 @@ class Lowering:
 
     def _result_tree(self, op: Op, value: Any, name: str) -> Any:
         if isinstance(value, dict):
-            return {k: self._result_tree(op, v, name) for k, v in value.items()}
+            return {
+                key: self._result_tree(op, part, name) for key, part in value.items()
+            }
         if isinstance(value, (tuple, list)):
-            items = [self._result_tree(op, v, name) for v in value]
-            return items if isinstance(value, list) else tuple(items)
+            parts = [self._result_tree(op, part, name) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
         return self._result(op, value, name)
 
     def _result(self, op: Op, value: Any, name: str) -> Value:
@@ -647,21 +622,7 @@ class Lowering:
 
     def target(self, node: fx.Node) -> str:
         if node.op == "call_method":
-            if not str(node.target).isidentifier():
-                raise CaptureError(
-                    f"call_method target {node.target!r} is no identifier",
-                    hint="rename the method in the graph",
-                )
-            written_out = (
-                getattr(operator, str(node.target), None)
-                if str(node.target).startswith("__")
-                else None
-            )
-            return (
-                f"method.{node.target}"
-                if written_out is None
-                else str(name_of(written_out))
-            )
+            return _method_target(str(node.target))
         if node.op == "call_module":
             return f"module.{node.target}"
         target: Any = node.target
@@ -685,9 +646,8 @@ class Lowering:
         key = tuple(stack)
         scope = self._scopes.get(key)
         if scope is None:
-            scope = self._scopes[key] = _outside(
-                _scope([(k, v[0]) for k, v in stack.items()]), self.whole
-            )
+            frames = _scope([(call, module[0]) for call, module in stack.items()])
+            scope = self._scopes[key] = _outside(frames, self.whole_paths)
         return scope
 
     def loc(self, node: fx.Node) -> Loc | None:
@@ -716,9 +676,9 @@ class _SchemaEffects:
             return _SchemaEffects(effect=getattr(target, "__module__", "") == _VMAP)
         arguments = target._schema.arguments
         written = tuple(
-            (i, a.name)
-            for i, a in enumerate(arguments)
-            if a.alias_info and a.alias_info.is_write
+            (position, argument.name)
+            for position, argument in enumerate(arguments)
+            if argument.alias_info and argument.alias_info.is_write
         )
         random = torch.Tag.nondeterministic_seeded in target.tags
         effect = not target._schema.returns and not written
@@ -728,12 +688,37 @@ class _SchemaEffects:
         """The operands that are written."""
         written: list[Value] = []
         for position, name in self.written:
-            item = op.args[position] if position < len(op.args) else op.kwargs.get(name)
-            written += leaves(item)
+            if position < len(op.args):
+                written += leaves(op.args[position])
+            else:
+                written += leaves(op.kwargs.get(name))
         return tuple(written)
 
 
-def _is_made(value: Any) -> bool:
+def _method_target(name: str) -> str:
+    """The target of a call of a method. An operator's method goes by the operator."""
+    if not name.isidentifier():
+        raise CaptureError(
+            f"call_method target {name!r} is no identifier",
+            hint="rename the method in the graph",
+        )
+    function = getattr(operator, name, None) if name.startswith("__") else None
+    return f"method.{name}" if function is None else str(name_of(function))
+
+
+def _out_of_place(called: Target, target: Any, args: Any) -> tuple[Target, Any]:
+    """The op that returns a view, for one that gives a tensor another shape in place, where nobody else has
+    the tensor.
+    """
+    view = out_of_place(called)
+    if not view or not _is_new(args[0]):
+        return called, target
+    if called.kind is Kind.ATEN:
+        return target_of(view), resolve(view)
+    return target_of(view), getattr(target, "__name__", target)
+
+
+def _is_new(value: Any) -> bool:
     """True for a tensor that an op made: not for one of the caller's or of the state, even where an in-place
     op returned it.
     """
@@ -748,16 +733,12 @@ def _refuse_resized_views(op: Op) -> None:
     """Raises CaptureError for an `out=` that is a view of another size. Torch would make another view of it,
     which extends over the memory after it.
     """
-    for out in leaves(
-        [item for name, item in op.kwargs.items() if name.startswith("out")]
-    ):
-        sizes = {getattr(value.type, "shape", ()) for value in (out, *op.results[:1])}
-        if (
-            len(op.results) == 1
-            and len(sizes) > 1
-            and viewed_value(out) is not None
-            and op.effects.writes
-        ):
+    if len(op.results) != 1 or not op.effects.writes:
+        return
+    named_out = [value for name, value in op.kwargs.items() if name.startswith("out")]
+    for out in leaves(named_out):
+        sizes = {getattr(value.type, "shape", ()) for value in (out, op.results[0])}
+        if len(sizes) > 1 and viewed_value(out) is not None:
             raise CaptureError(
                 "an operation writes its result to out=, a view of another size, which torch would resize "
                 "over the tensor it is a view of",
@@ -774,8 +755,8 @@ def _with_defaults(
         return args
     rest = target._schema.arguments[len(args) : position + 1]
     return (
-        (*args, *(a.default_value for a in rest))
-        if all(a.has_default_value() for a in rest)
+        (*args, *(argument.default_value for argument in rest))
+        if all(argument.has_default_value() for argument in rest)
         else args
     )
 
@@ -802,11 +783,11 @@ def returns_what_it_is_given(op: Op) -> bool:
     )
 
 
-def _is_expanded(kind: Any) -> bool:
+def _is_expanded(value_type: Any) -> bool:
     """True for a tensor in which several elements are one in memory. The result of a dropout that is on is
     never so.
     """
-    return 0 in (getattr(kind, "strides", None) or ())
+    return 0 in (getattr(value_type, "strides", None) or ())
 
 
 def _never_draws(op: Op) -> bool:
@@ -831,21 +812,21 @@ def written_in_place(value: Value, target: Value) -> bool:
     return True
 
 
-def _holds_values(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_values(v) for v in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_holds_values(v) for v in value)
-    return isinstance(value, SYMBOLS)
+def _holds_values(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return any(_holds_values(part) for part in tree.values())
+    if isinstance(tree, (tuple, list)):
+        return any(_holds_values(part) for part in tree)
+    return isinstance(tree, SYMBOLS)
 
 
 def _map_values(tree: Any, index: dict[Value, int]) -> Any:
     if isinstance(tree, dict):
-        return {k: _map_values(v, index) for k, v in tree.items()}
+        return {key: _map_values(part, index) for key, part in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(_map_values(v, index) for v in tree)
+        return tuple(_map_values(part, index) for part in tree)
     if isinstance(tree, list):
-        return [_map_values(v, index) for v in tree]
+        return [_map_values(part, index) for part in tree]
     return index[tree]
 
 
@@ -867,11 +848,11 @@ def switched(
     if node.target is _ENTER:
         return (*context, Context("autocast", args))
     inner = context[len(outer) :]
-    casts = [place for place, mark in enumerate(inner) if mark.kind == "autocast"]
+    casts = [position for position, mark in enumerate(inner) if mark.kind == "autocast"]
     if node.target is _LEAVE:
         return (
             *outer,
-            *(mark for place, mark in enumerate(inner) if place != casts[-1]),
+            *(mark for position, mark in enumerate(inner) if position != casts[-1]),
         )
     asked = node.meta.get(GRAD, None if args[0] == _grad_mode(outer) else args[0])
     marks = [mark for mark in inner if mark.kind not in ("no_grad", "enable_grad")]
@@ -971,27 +952,30 @@ def state_entries(
     storages: dict[int, int] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
         bindings.learn(prefix, training=owner.training, kind=type(owner).__name__)
-        dot = prefix + "." if prefix else ""
-        named = [
-            (n, p, "param", True) for n, p in owner._parameters.items() if p is not None
-        ]
-        named += [
-            (n, b, "buffer", n not in owner._non_persistent_buffers_set)
-            for n, b in owner._buffers.items()
-            if b is not None
-        ]
-        for name, tensor, kind, persistent in named:
-            entry = StateEntry(
-                (dot + name,),
-                kind,
-                type_of(tensor),
-                frozenset() if persistent else frozenset({dot + name}),
-            )
+        for name, tensor, kind, persistent in _own_state(owner):
+            path = f"{prefix}.{name}" if prefix else name
+            transient = frozenset() if persistent else frozenset({path})
+            entry = StateEntry((path,), kind, type_of(tensor), transient)
             entry.tensor = tensors.setdefault(id(tensor), len(tensors))
             entry.storage = storages.setdefault(
                 storage_of(tensor) or -id(tensor), len(storages)
             )
-            bindings.tensors[dot + name] = tensor
+            bindings.tensors[path] = tensor
             note(entry.value, tensor)
             entries.append(entry)
     return entries
+
+
+def _own_state(
+    owner: torch.nn.Module,
+) -> Iterator[tuple[str, torch.Tensor, str, bool]]:
+    """The parameters and then the buffers of one module: name, tensor, kind of state, whether it is in a
+    state_dict.
+    """
+    for name, parameter in owner._parameters.items():
+        if parameter is not None:
+            yield name, parameter, "param", True
+    for name, buffer in owner._buffers.items():
+        if buffer is not None:
+            persistent = name not in owner._non_persistent_buffers_set
+            yield name, buffer, "buffer", persistent

@@ -63,12 +63,8 @@ class Flags:
         around = {above for scope in scopes for above in _above(scope)}
         chose = [*filter(self.switch, self.readers)]
         near = [reader for reader in chose if reader in around] or chose
-        return tuple(
-            sorted(
-                {self.canonical.get(reader, reader) for reader in near}
-                - {self.canonical.get(path, path)}
-            )
-        )
+        owners = {self.canonical.get(reader, reader) for reader in near}
+        return tuple(sorted(owners - {self.canonical.get(path, path)}))
 
 
 def _above(path: str) -> Iterator[str]:
@@ -130,14 +126,11 @@ class Merge:
                 raise CannotFollow(
                     f"it goes another way there across a split point, at module '{path}'"
                 )
+        around = {*self._context(number)}
         for runs in self._runs:
-            here = _transforms(runs[number]) - {*self._context(number)}
-            if here & {
-                mark
-                for other, ops in enumerate(runs)
-                if other != number
-                for mark in _transforms(ops)
-            }:
+            transforms = _transforms(runs[number]) - around
+            elsewhere = [*runs[:number], *runs[number + 1 :]]
+            if transforms and any(transforms & _transforms(run) for run in elsewhere):
                 raise CannotFollow("it goes another way there inside a vmap")
 
     def _check_memory(self, number: int, part: Part) -> None:
@@ -156,7 +149,7 @@ class Merge:
                 if root.owner not in self._runs[side][number]
             ]
             shared = len(outside) == 2 or any(
-                root in before for root, before in zip(roots, seen, strict=True)
+                root in roots_seen for root, roots_seen in zip(roots, seen, strict=True)
             )
             written = any(
                 memory.is_written_behind(root, number)
@@ -170,33 +163,33 @@ class Merge:
                     "what is written shares memory with another tensor in one of the two modes only, "
                     f"{_where(part)}"
                 )
-            for root, before in zip(roots, seen, strict=True):
-                before.add(root)
+            for root, roots_seen in zip(roots, seen, strict=True):
+                roots_seen.add(root)
 
     def _is_read(self, number: int, value: Value, side: int) -> bool:
         """True when a value from before a run, which the run returns in one mode only, is read after the run
         by its own name.
         """
-        mine = self._ours(value) if side else value
-        yours = (
-            value
-            if side
-            else next(
-                (v for v, partner in self._both.partner.items() if partner is mine),
-                None,
-            )
-        )
-        if yours is None or not isinstance(storage_root(mine).owner, Op):
+        ours = self._ours(value) if side else value
+        theirs = value if side else self._theirs(value)
+        if theirs is None or not isinstance(storage_root(ours).owner, Op):
             return True
-        names = (mine, yours)
-        runs = [
-            other
-            for other, part in enumerate(self._parts)
-            if other > number and not part.shared
+        names = (ours, theirs)
+        later = [
+            place
+            for place, part in enumerate(self._parts)
+            if place > number and not part.shared
         ]
         return self._memory[1 - side].is_read_behind(
             names[1 - side], number
-        ) or self._memory[side].is_read_in(names[side], runs)
+        ) or self._memory[side].is_read_in(names[side], later)
+
+    def _theirs(self, value: Value) -> Value | None:
+        """The first value of theirs for which one of ours stands; None for none."""
+        for theirs, ours in self._both.partner.items():
+            if ours is value:
+                return theirs
+        return None
 
     # --- the merged program -----------------------------------------------------------------------
 
@@ -209,12 +202,7 @@ class Merge:
             if part.ops or part.joins
         ]
         pairs = zip(ours.outputs, theirs.outputs, strict=True)
-        ours.set_outputs(
-            [
-                self._joined.get((a, b), a) if isinstance(a, Value) else a
-                for a, b in pairs
-            ]
-        )
+        ours.set_outputs([self._output(pair) for pair in pairs])
         ours.ops = ops
         ours.state += self.constants.values()
         for part in self._parts:
@@ -222,51 +210,61 @@ class Merge:
                 op.drop()
         theirs.output.drop()
 
+    def _output(self, pair: tuple[Any, Any]) -> Any:
+        """The value that stands for a pair of outputs. A literal is the same in both."""
+        ours = pair[0]
+        return self._joined.get(pair, ours) if isinstance(ours, Value) else ours
+
     def _shared(self, number: int, part: Part) -> Op:
-        one, other = part.ours[0], part.theirs[0]
-        pairs = self._both.pairs(one, other)
+        our_op, their_op = part.ours[0], part.theirs[0]
+        pairs = self._both.pairs(our_op, their_op)
         assert pairs is not None
-        made = iter([self._leaf(pair, one) for pair in pairs])
+        operands = iter([self._leaf(pair, our_op) for pair in pairs])
         alike = (
-            len(one.args) == len(other.args)
-            and one.kwargs.keys() == other.kwargs.keys()
+            len(our_op.args) == len(their_op.args)
+            and our_op.kwargs.keys() == their_op.kwargs.keys()
         )
         joined: dict[Value, Value] = {}
-        ours: dict[Value, Value] = {}
-        for mine, yours in pairs:
-            if isinstance(mine, Value):
-                joined.setdefault(mine, self._leaf((mine, yours), one))
-                ours.setdefault(yours, mine)
-        writes = (*one.effects.writes, *map(ours.__getitem__, other.effects.writes))
+        partner: dict[Value, Value] = {}
+        for ours, theirs in pairs:
+            if isinstance(ours, Value):
+                joined.setdefault(ours, self._leaf((ours, theirs), our_op))
+                partner.setdefault(theirs, ours)
         args, kwargs = transform(
-            (one.args, one.kwargs) if alike else self._both.filled(one, other),
-            lambda _: next(made),
+            (our_op.args, our_op.kwargs)
+            if alike
+            else self._both.filled(our_op, their_op),
+            lambda _: next(operands),
         )
-        one.effects = replace(
-            one.effects,
+        our_effects, their_effects = our_op.effects, their_op.effects
+        writes = (
+            *our_effects.writes,
+            *(partner[value] for value in their_effects.writes),
+        )
+        our_op.effects = replace(
+            our_effects,
             writes=tuple(dict.fromkeys(writes)),
-            random=one.effects.random or other.effects.random,
-            effect=one.effects.effect or other.effects.effect,
+            random=our_effects.random or their_effects.random,
+            effect=our_effects.effect or their_effects.effect,
         ).substitute(joined)
-        one.set_operands(args, kwargs)
-        context = (one, other)[self._trains].context
-        one.place = one.place._replace(context=context)
-        return one
+        our_op.set_operands(args, kwargs)
+        context = (our_op, their_op)[self._trains].context
+        our_op.place = our_op.place._replace(context=context)
+        return our_op
 
     def _leaf(self, pair: tuple[Any, Any], op: Op) -> Any:
         """The operand that stands for a pair of operands: the value that both are, or a literal that follows
         the flag.
         """
-        mine, yours = pair
-        if isinstance(mine, Value):
-            return self._joined.get((mine, yours), mine)
+        ours, theirs = pair
+        if isinstance(ours, Value):
+            return self._joined.get((ours, theirs), ours)
         if not _differ(pair):
-            return mine
+            return ours
         path = scope_fqn(op.scope)
         flag = self._flags.ours[path]
-        training, evaluating = (
-            (_now(mine), _now(yours)) if flag else (_now(yours), _now(mine))
-        )
+        literals = (_captured(ours), _captured(theirs))
+        training, evaluating = literals if flag else reversed(literals)
         return Mode(flag, training, evaluating, self._flags.others(path, [path]))
 
     def _by_mode(self, number: int, part: Part) -> Op:
@@ -294,8 +292,8 @@ class Merge:
             place=Place(scope, self._context(number), loc),
             regions=(*regions,),
         )
-        for mine, yours in part.joins:
-            self._joined[mine, yours] = op.add_result(bare(mine.type), mine.hint)
+        for pair in part.joins:
+            self._joined[pair] = op.add_result(bare(pair[0].type), pair[0].hint)
         return op
 
     def _region(
@@ -322,49 +320,51 @@ class Merge:
     def _outer(self, number: int, part: Part, side: int) -> list[Value]:
         """The values from before that a run reads or returns, in the names of its side."""
         run = self._runs[side][number]
-        made = {value for op in run for value in op.results}
+        results = {value for op in run for value in op.results}
         read = [value for op in run for value in op.operands]
+        returned = [pair[side] for pair in part.joins]
         return [
-            value
-            for value in dict.fromkeys([*read, *(pair[side] for pair in part.joins)])
-            if value not in made
+            value for value in dict.fromkeys([*read, *returned]) if value not in results
         ]
 
     def _operands(self, number: int, part: Part) -> list[Value]:
-        sides = (self._trains, 1 - self._trains)
-        found = [
-            self._ours(value) if side else value
-            for side in sides
-            for value in self._outer(number, part, side)
-        ]
-        return [*dict.fromkeys(found)]
+        operands: dict[Value, None] = {}
+        for side in (self._trains, 1 - self._trains):
+            for value in self._outer(number, part, side):
+                operands[self._ours(value) if side else value] = None
+        return [*operands]
 
     def _ours(self, value: Value) -> Value:
         """The value of ours that stands for one of theirs. A constant that only their trace has becomes one
         of ours.
         """
-        mine = self._both.partner.get(value)
-        if mine is not None:
-            return mine
+        ours = self._both.partner.get(value)
+        if ours is not None:
+            return ours
         entry = value.owner
         assert isinstance(entry, StateEntry)
-        known = next(
-            (
-                e
-                for e in self._both.ours.state
-                if e.kind == "const" and self._both.same_constant(e.name, entry.name)
-            ),
-            None,
-        )
-        if known is None and entry.name not in self.constants:
-            made = self.constants[entry.name] = StateEntry(
-                (self._namer(entry.name),), "const", entry.type
-            )
-            made.tensor = made.storage = (
-                len(self._both.ours.state) + len(self.constants) - 1
-            )
-        self._both.partner[value] = (known or self.constants[entry.name]).value
-        return self._both.partner[value]
+        constant = self._equal_constant(entry) or self._new_constant(entry)
+        self._both.partner[value] = constant.value
+        return constant.value
+
+    def _equal_constant(self, entry: StateEntry) -> StateEntry | None:
+        """The constant of our program that equals one of theirs; None for none."""
+        for constant in self._both.ours.state:
+            if constant.kind == "const" and self._both.same_constant(
+                constant.name, entry.name
+            ):
+                return constant
+        return None
+
+    def _new_constant(self, entry: StateEntry) -> StateEntry:
+        """The constant that our program gains for one of theirs."""
+        if entry.name not in self.constants:
+            name = self._namer(entry.name)
+            constant = StateEntry((name,), "const", entry.type)
+            constant.tensor = len(self._both.ours.state) + len(self.constants)
+            constant.storage = constant.tensor
+            self.constants[entry.name] = constant
+        return self.constants[entry.name]
 
     def _effects(self, number: int, part: Part) -> Effects:
         writes: dict[Value, None] = {}
@@ -389,12 +389,12 @@ class Merge:
 
     def _viewed(self, number: int, aliases: list[Aliases], pair: Pair) -> Value | None:
         """The value of ours of which both results in a pair are views, each in its mode."""
-        mine, yours = (
+        ours, theirs = (
             own.root(value) for own, value in zip(aliases, pair, strict=True)
         )
-        if mine.owner in self._runs[0][number] or yours.owner in self._runs[1][number]:
+        if ours.owner in self._runs[0][number] or theirs.owner in self._runs[1][number]:
             return None
-        return mine if self._ours(yours) is mine else None
+        return ours if self._ours(theirs) is ours else None
 
     def _scope(self, part: Part) -> Scope:
         """The innermost module call around a run whose module has another flag in each mode."""
@@ -456,8 +456,9 @@ def _differ(pair: tuple[Any, Any]) -> bool:
     return not isinstance(pair[0], Value) and not same_literal(*pair)
 
 
-def _now(item: Any) -> Any:
-    return item.now if isinstance(item, Mode) else item
+def _captured(literal: Any) -> Any:
+    """A literal as it was in its trace."""
+    return literal.now if isinstance(literal, Mode) else literal
 
 
 def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -470,7 +471,8 @@ def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _transforms(ops: Iterable[Op]) -> set[Context]:
-    return {mark for op in ops for mark in op.context if mark.kind == "transform"}
+    marks = {mark for op in ops for mark in op.context}
+    return {mark for mark in marks if mark.kind == "transform"}
 
 
 def _where(part: Part) -> str:

@@ -39,13 +39,13 @@ def tensor_type(tensor: torch.Tensor) -> TensorType:
 
 
 def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
-    sizes = [s if isinstance(s, int) else None for s in shape]
-    if None in sizes:
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    if len(sizes) < len(shape):
         return _symbolic_contiguous(shape, strides)
-    known = tuple(s for s in sizes if s is not None)
-    want = contiguous_strides(known)
-    return 0 in known or all(
-        s == 1 or a == b for s, a, b in zip(known, strides, want, strict=True)
+    wanted = contiguous_strides(sizes)
+    return 0 in sizes or all(
+        size == 1 or stride == stride_wanted
+        for size, stride, stride_wanted in zip(sizes, strides, wanted, strict=True)
     )
 
 
@@ -74,33 +74,36 @@ def type_of(value: Any) -> Type:
         return tensor_type(value)
     if value is None:
         return NONE
-    for symbolic, kind in (
-        (torch.SymInt, "int"),
-        (torch.SymFloat, "float"),
-        (torch.SymBool, "bool"),
-    ):
+    for symbolic, name in _SYMBOLIC_NAMES.items():
         if isinstance(value, symbolic):
-            return ScalarType(kind, str(value).replace("\n", " "))
+            return ScalarType(name, str(value).replace("\n", " "))
     return SCALARS.get(type(value), OBJECT)
 
 
-SCALARS: dict[type, Type] = {
-    t: ScalarType(t.__name__) for t in (int, float, bool, complex, str)
+_SYMBOLIC_NAMES: dict[type, str] = {
+    torch.SymInt: "int",
+    torch.SymFloat: "float",
+    torch.SymBool: "bool",
 }
 
-_PLAIN = (type(None), bool, int, float, complex, str, type(...))
+
+SCALARS: dict[type, Type] = {
+    cls: ScalarType(cls.__name__) for cls in (int, float, bool, complex, str)
+}
+
+_LITERALS = (type(None), bool, int, float, complex, str, type(...))
 _TOKENS = (torch.dtype, torch.layout, torch.memory_format)
 
 
-def literal(item: Any) -> Any:
+def as_literal(operand: Any) -> Any:
     """A literal operand in the IR's own terms; raises TypeError for what has none."""
-    if isinstance(item, _PLAIN):
-        return item
-    if isinstance(item, _TOKENS):
-        return Token(str(item))
-    if isinstance(item, torch.device):
-        return Token(f'device("{item}")')
-    raise TypeError(f"{type(item).__name__} is no literal")
+    if isinstance(operand, _LITERALS):
+        return operand
+    if isinstance(operand, _TOKENS):
+        return Token(str(operand))
+    if isinstance(operand, torch.device):
+        return Token(f'device("{operand}")')
+    raise TypeError(f"{type(operand).__name__} is no literal")
 
 
 def specialised(value: Any) -> Type:

@@ -38,162 +38,167 @@ _INTERNAL = dict.fromkeys([*vars(nn.Module()), "forward"])
 """The attributes that every module has, and so none of the user's."""
 
 
-class Contents:
-    """The containers in some items, of any depth, and with `objects` the plain objects too, as they were."""
+class Containers:
+    """Some containers with all containers in them, and with `objects` the plain objects too, as they were."""
 
-    def __init__(self, items: Iterable[Any], objects: bool = True) -> None:
+    def __init__(self, roots: Iterable[Any], objects: bool = True) -> None:
         self._before: dict[int, tuple[Any, Any]] = {}
-        todo = [*items]
+        todo = [*roots]
         while todo:
-            item = todo.pop()
-            thing = (
-                content_of(item)
-                if objects or isinstance(item, _CONTAINERS) or is_memory(item)
-                else None
-            )
-            if thing is not None and id(thing) not in self._before:
-                todo += _parts(self._keep(thing))
+            part = todo.pop()
+            is_container = isinstance(part, _CONTAINERS) or is_memory(part)
+            container = content_of(part) if objects or is_container else None
+            if container is not None and id(container) not in self._before:
+                todo += _parts(self._keep(container))
 
-    def _keep(self, thing: Any) -> Any:
-        held = _held(thing)
-        self._before[id(thing)] = (thing, held)
-        return held
+    def _keep(self, container: Any) -> Any:
+        contents = _contents(container)
+        self._before[id(container)] = (container, contents)
+        return contents
 
     def parts(self) -> Iterator[Any]:
         """The parts that the containers held."""
-        for _, before in self._before.values():
-            yield from _parts(before)
+        for _, contents in self._before.values():
+            yield from _parts(contents)
 
     def changed(self) -> bool:
         """True when a container holds something else, or in another order."""
-        return any(not _same(thing, before) for thing, before in self._before.values())
+        return any(
+            not _holds(container, contents)
+            for container, contents in self._before.values()
+        )
 
     def restore(self) -> None:
         """Every container holds what it held."""
-        for thing, before in self._before.values():
-            if not _same(thing, before):
-                _refill(thing, before)
+        for container, contents in self._before.values():
+            if not _holds(container, contents):
+                _refill(container, contents)
 
 
-class Kept(Contents):
+class ModelContainers(Containers):
     """The modules, containers and plain objects that a model is made of, as they were."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(item for _, item in attributes(module))
-        self._tensors = {id(t) for t in (*module.parameters(), *module.buffers())}
+        super().__init__(value for _, value in attributes(module))
+        self._state = {
+            id(tensor) for tensor in (*module.parameters(), *module.buffers())
+        }
         for owner in module.modules():
             self._keep(vars(owner))
             for name in _INTERNAL:  # parameters, buffers, modules, hooks
-                if isinstance(content := vars(owner).get(name), (dict, set)):
-                    self._keep(content)
+                container = vars(owner).get(name)
+                if isinstance(container, (dict, set)):
+                    self._keep(container)
 
     def replace_tensors(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Tensors that are no state are replaced by stand-ins, because tracing writes real ones: id of each
         stand-in -> the tensor, its stand-in.
         """
-        made: dict[int, torch.Tensor] = {}
-        originals: dict[int, torch.Tensor] = {}
+        stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for container, _ in self._before.values():
+            for key, part in _places(container):
+                replaced = self._replaced(part, stand_ins)
+                if replaced is not part:
+                    container[key] = replaced
+        return {id(pair[1]): pair for pair in stand_ins.values()}
 
-        def stand_in(item: Any) -> Any:
-            if type(item) is tuple:
-                parts = tuple(map(stand_in, item))
-                return item if _same(parts, item) else parts
-            if (
-                not isinstance(item, torch.Tensor)
-                or id(item) in self._tensors
-                or isinstance(item, nn.Parameter)
-            ):
-                return item
-            if id(item) not in made:
-                made[id(item)] = (
-                    item.detach().clone().requires_grad_(item.requires_grad)
-                )
-                originals[id(item)] = item
-            return made[id(item)]
-
-        for thing, _ in self._before.values():
-            pairs = (
-                thing.items()
-                if isinstance(thing, dict)
-                else enumerate(thing)
-                if isinstance(thing, (list, deque))
-                else ()
-            )
-            for key, item in list(pairs):
-                new = stand_in(item)
-                if new is not item:
-                    thing[key] = new
-        return {id(new): (originals[key], new) for key, new in made.items()}
+    def _replaced(
+        self, part: Any, stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> Any:
+        """`part` with stand-ins in place of tensors. `stand_ins` maps the id of a tensor to it and its
+        stand-in.
+        """
+        if type(part) is tuple:
+            parts = tuple(self._replaced(inner, stand_ins) for inner in part)
+            return part if _holds(parts, part) else parts
+        if not isinstance(part, torch.Tensor) or isinstance(part, nn.Parameter):
+            return part
+        if id(part) in self._state:
+            return part
+        if id(part) not in stand_ins:
+            copied = part.detach().clone().requires_grad_(part.requires_grad)
+            stand_ins[id(part)] = (part, copied)
+        return stand_ins[id(part)][1]
 
 
-def _held(thing: Any) -> Any:
-    """The parts of a container in a plain container, because a class of the user's may do anything in its
+def _places(container: Any) -> list[tuple[Any, Any]]:
+    """The keys or indices of a container in which parts can be replaced, with the parts."""
+    if isinstance(container, dict):
+        return [*container.items()]
+    return [*enumerate(container)] if isinstance(container, (list, deque)) else []
+
+
+def _contents(container: Any) -> Any:
+    """The parts of a container in one of Python's own, because a class of the user's may do anything in its
     methods.
     """
-    if isinstance(thing, dict):
-        return dict(dict.items(thing))
-    if is_memory(thing):
-        return copy.copy(thing)
-    return set(thing) if isinstance(thing, set) else list(thing)
+    if isinstance(container, dict):
+        return dict(dict.items(container))
+    if is_memory(container):
+        return copy.copy(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
-def _parts(held: Any) -> Any:
-    if is_memory(held):
+def _parts(contents: Any) -> Any:
+    if is_memory(contents):
         return ()
-    return held.values() if isinstance(held, dict) else held
+    return contents.values() if isinstance(contents, dict) else contents
 
 
-def _refill(thing: Any, held: Any) -> None:
-    if is_memory(thing):
-        thing[... if hasattr(thing, "shape") else slice(None)] = held
+def _refill(container: Any, contents: Any) -> None:
+    if is_memory(container):
+        container[... if hasattr(container, "shape") else slice(None)] = contents
         return
-    thing.clear()
-    (thing.extend if isinstance(thing, (list, deque)) else thing.update)(held)
+    container.clear()
+    if isinstance(container, (list, deque)):
+        container.extend(contents)
+    else:
+        container.update(contents)
 
 
-def is_memory(thing: Any) -> bool:
+def is_memory(part: Any) -> bool:
     """True for an object that is no tensor and holds numbers in a piece of memory: an array of numpy's or of
     Python's, a bytearray.
     """
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(thing, numpy.ndarray):
+    if numpy is not None and isinstance(part, numpy.ndarray):
         return (
-            not thing.dtype.hasobject
-            and bool(thing.flags.writeable)
-            and thing.nbytes <= _MOST
+            not part.dtype.hasobject
+            and bool(part.flags.writeable)
+            and part.nbytes <= _MOST
         )
-    return isinstance(thing, (bytearray, array)) and len(thing) <= _MOST
+    return isinstance(part, (bytearray, array)) and len(part) <= _MOST
 
 
-def content_of(thing: Any) -> Any:
-    """The container in which `thing` keeps its parts; None for an object that has none or is not the
+def content_of(part: Any) -> Any:
+    """The container in which `part` keeps its parts; None for an object that has none or is not the
     user's.
     """
-    if isinstance(thing, _CONTAINERS) or is_memory(thing):
-        return thing
+    if isinstance(part, _CONTAINERS) or is_memory(part):
+        return part
     foreign = isinstance(
-        thing, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType)
+        part, (nn.Module, torch.Tensor, type, ModuleType, FunctionType, MethodType)
     )
-    if foreign or type(thing).__module__.partition(".")[0] in ("torch", "builtins"):
+    if foreign or type(part).__module__.partition(".")[0] in ("torch", "builtins"):
         return None
-    return getattr(thing, "__dict__", None)
+    return getattr(part, "__dict__", None)
 
 
-def _same(thing: Any, held: Any) -> bool:
+def _holds(container: Any, contents: Any) -> bool:
     """True when a container holds these objects in this order."""
-    if is_memory(thing):
+    if is_memory(container):
         return (
-            thing.tobytes() == held.tobytes()
-            if hasattr(thing, "tobytes")
-            else bool(thing == held)
+            container.tobytes() == contents.tobytes()
+            if hasattr(container, "tobytes")
+            else bool(container == contents)
         )
-    if isinstance(thing, set):
-        return {*map(id, thing)} == {*map(id, held)}
-    now = _held(thing)
-    if isinstance(now, dict):
-        now = [part for pair in now.items() for part in pair]
-        held = [part for pair in held.items() for part in pair]
-    return len(now) == len(held) and all(map(alike, now, held))
+    if isinstance(container, set):
+        return {*map(id, container)} == {*map(id, contents)}
+    current = _contents(container)
+    if isinstance(current, dict):
+        current = [part for pair in current.items() for part in pair]
+        contents = [part for pair in contents.items() for part in pair]
+    return len(current) == len(contents) and all(map(alike, current, contents))
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -208,50 +213,47 @@ def alike(one: Any, other: Any) -> bool:
 def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
     """The plain attributes of all modules."""
     for path, owner in module.named_modules():
-        for name, item in vars(owner).items():
+        for name, value in vars(owner).items():
             if name not in _INTERNAL:
-                yield (path, name), item
+                yield (path, name), value
 
 
-def fingerprint(item: Any, settled: bool = False, inside: tuple[int, ...] = ()) -> Any:
-    """A value that is equal for equal items: numbers and texts by value, containers and plain objects by
+def fingerprint(part: Any, by_type: bool = False, inside: tuple[int, ...] = ()) -> Any:
+    """A value that is equal for equal objects: numbers and texts by value, containers and plain objects by
     content, all else by identity.
 
-    With `settled`, tensors are equal to tensors and other objects to those of their class.
+    With `by_type`, tensors are equal to tensors and other objects to those of their class.
     """
-    if isinstance(item, SIMPLE):
-        return type(item), repr(item)
-    content = content_of(item)
+    if isinstance(part, SIMPLE):
+        return type(part), repr(part)
+    content = content_of(part)
     if content is None or id(content) in inside:
-        return (
-            (torch.Tensor if isinstance(item, SYMBOLS) else type(item))
-            if settled
-            else id(item)
-        )
-    if is_memory(item):
-        return type(item), bytes(item) if isinstance(
-            item, bytearray
-        ) else item.tobytes()
+        if not by_type:
+            return id(part)
+        return torch.Tensor if isinstance(part, SYMBOLS) else type(part)
+    if is_memory(part):
+        numbers = bytes(part) if isinstance(part, bytearray) else part.tobytes()
+        return type(part), numbers
     below = (*inside, id(content))
     if isinstance(content, dict):
-        return type(item), [
-            (fingerprint(k, settled, below), fingerprint(v, settled, below))
-            for k, v in content.items()
+        return type(part), [
+            (fingerprint(key, by_type, below), fingerprint(value, by_type, below))
+            for key, value in content.items()
         ]
-    parts = [fingerprint(part, settled, below) for part in content]
-    return type(item), frozenset(map(repr, parts)) if isinstance(
-        content, set
-    ) else parts
+    parts = [fingerprint(inner, by_type, below) for inner in content]
+    if isinstance(content, set):
+        return type(part), frozenset(map(repr, parts))
+    return type(part), parts
 
 
-def brief(item: Any) -> str:
+def brief(value: Any) -> str:
     """A few words for a message."""
-    if isinstance(item, torch.Tensor):
+    if isinstance(value, torch.Tensor):
         with torch._C.DisableTorchFunction():
-            return f"a tensor {list(item.shape)}"
-    if isinstance(item, SIMPLE):
-        return f"{item!r:.40}"
-    content = content_of(item)
-    return f"a {type(item).__name__}" + (
-        f" of {len(content)}" if isinstance(item, _CONTAINERS) else ""
-    )
+            return f"a tensor {list(value.shape)}"
+    if isinstance(value, SIMPLE):
+        return f"{value!r:.40}"
+    name = f"a {type(value).__name__}"
+    if isinstance(value, _CONTAINERS):
+        return f"{name} of {len(value)}"
+    return name

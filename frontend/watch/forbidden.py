@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.source import TORCH_DIR, is_pythons, is_users
+from stagecut.frontend.source import TORCH_DIR, is_pythons_file, is_users_file
 from stagecut.ir.blame import OWN_DIR, OnPurpose
 
 KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
@@ -107,9 +107,9 @@ def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
-        while frame.f_back is not None and is_pythons(frame.f_code.co_filename):
+        while frame.f_back is not None and is_pythons_file(frame.f_code.co_filename):
             frame = frame.f_back
-        if not is_users(frame.f_code.co_filename):
+        if not is_users_file(frame.f_code.co_filename):
             return function(*args, **kwargs)
         raise Untraceable(
             f"{name}() is called in forward, which leaves nothing in a trace", hint
@@ -122,19 +122,19 @@ _SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # typ
 
 
 class GradFlags(TorchFunctionMode):
-    """While open, requires_grad of the tensors that are `held`, by id, can be set to what it is and to
+    """While open, requires_grad of the tensors that are `protected`, by id, can be set to what it is and to
     nothing else.
     """
 
-    def __init__(self, held: Callable[[], Container[int]]) -> None:
+    def __init__(self, protected: Callable[[], Container[int]]) -> None:
         super().__init__()
-        self._held = held
+        self._protected = protected
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SETS and id(args[0]) in self._held():
+        if func in _SETS and id(args[0]) in self._protected():
             wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             if wanted != args[0].requires_grad:
                 raise Untraceable(

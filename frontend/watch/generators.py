@@ -26,7 +26,7 @@ or other than before.
 _WORDS, _STEERED = 624, 400
 
 
-class _Source(NamedTuple):
+class _Generator(NamedTuple):
     """A generator: its name, the functions that read and set its state, and, where it can be steered, the
     function that puts words into a state.
     """
@@ -41,59 +41,57 @@ class Generators:
     """The global generators, and those of `others`, as they were."""
 
     def __init__(self, others: Iterable[Any] = ()) -> None:
-        self._before = [
-            (source, source.read()) for source in (*_global(), *map(_source, others))
-        ]
+        generators = (*_global(), *map(_generator, others))
+        self._before = [(generator, generator.read()) for generator in generators]
 
     def drawn(self) -> str:
         """A generator that is not as it was, '' for none."""
-        return next(
-            (
-                source.name
-                for source, state in self._before
-                if repr(source.read()) != repr(state)
-            ),
-            "",
-        )
+        for generator, state in self._before:
+            if repr(generator.read()) != repr(state):
+                return generator.name
+        return ""
 
     def can_be_steered(self) -> bool:
         """True when `steer` reaches all that are not as they were."""
         return all(
-            source.put is not None or repr(source.read()) == repr(state)
-            for source, state in self._before
+            generator.put is not None or repr(generator.read()) == repr(state)
+            for generator, state in self._before
         )
 
     def steer(self, word: int | None) -> None:
         """The next few hundred draws of the generators that can be steered are as STEERS says; then they go
         on at random.
         """
-        for source, state in self._before:
-            if source.put is not None:
-                source.write(source.put(state, lambda words: _steered(words, word)))
+        for generator, state in self._before:
+            if generator.put is not None:
+                generator.write(
+                    generator.put(state, lambda words: _steered(words, word))
+                )
 
     def restore(self) -> None:
         """All are as they were, except torch's: forks are open around what is traced and recorded."""
-        for source, state in self._before:
-            source.write(state)
+        for generator, state in self._before:
+            generator.write(state)
 
 
-def is_generator(item: Any) -> bool:
+def is_generator(value: Any) -> bool:
     """True for an object of Python's or numpy's that draws random numbers and remembers what comes next."""
     numpy = sys.modules.get("numpy.random")
-    kinds = (numpy.Generator, numpy.RandomState) if numpy else ()
-    return issubclass(type(item), (random.Random, *kinds)) and not isinstance(
-        item, random.SystemRandom
+    classes = (numpy.Generator, numpy.RandomState) if numpy else ()
+    return issubclass(type(value), (random.Random, *classes)) and not isinstance(
+        value, random.SystemRandom
     )
 
 
-def _global() -> list[_Source]:
-    found = [
-        _Source("torch's generator", _state, lambda _: None),
-        _Source("Python's random", random.getstate, random.setstate, _put_pythons),
+def _global() -> list[_Generator]:
+    generators = [
+        _Generator("torch's generator", _state, lambda _: None),
+        _Generator("Python's random", random.getstate, random.setstate, _put_pythons),
     ]
-    if numpy := sys.modules.get("numpy.random"):
-        found.append(_numpys("numpy.random", numpy))
-    return found
+    numpy = sys.modules.get("numpy.random")
+    if numpy:
+        generators.append(_numpys("numpy.random", numpy))
+    return generators
 
 
 def _steered(words: list[int], word: int | None) -> list[int]:
@@ -101,7 +99,7 @@ def _steered(words: list[int], word: int | None) -> list[int]:
     that nothing repeats for ever.
     """
     if word is None:
-        return [(7 * other + 1) % 2**32 for other in words]
+        return [(7 * old + 1) % 2**32 for old in words]
     return words[: _WORDS - _STEERED] + [word] * _STEERED
 
 
@@ -118,11 +116,11 @@ def _put_numpys(state: Any, change: Callable[[list[int]], list[int]]) -> Any:
     return state | {"state": {"key": words, "pos": _WORDS - _STEERED}, "has_gauss": 0}
 
 
-def _numpys(name: str, generator: Any) -> _Source:
+def _numpys(name: str, generator: Any) -> _Generator:
     def read() -> Any:
         return generator.get_state(legacy=False)
 
-    return _Source(
+    return _Generator(
         name,
         read,
         generator.set_state,
@@ -135,10 +133,10 @@ def _state() -> list[int]:
         return torch.get_rng_state().tolist()
 
 
-def _source(generator: Any) -> _Source:
+def _generator(generator: Any) -> _Generator:
     name = f"a generator ({type(generator).__module__}.{type(generator).__name__})"
     if isinstance(generator, random.Random):
-        return _Source(
+        return _Generator(
             name,
             generator.getstate,
             generator.setstate,
@@ -147,6 +145,6 @@ def _source(generator: Any) -> _Source:
     bits = getattr(generator, "bit_generator", None)  # numpy's Generator draws from one
     if bits is None:
         return _numpys(name, generator)
-    return _Source(
+    return _Generator(
         name, lambda: bits.state, lambda state: setattr(bits, "state", state)
     )

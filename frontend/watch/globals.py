@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.frontend.source import is_users
-from stagecut.frontend.watch.attributes import SIMPLE, Contents, alike, is_memory
+from stagecut.frontend.source import is_users_file
+from stagecut.frontend.watch.attributes import SIMPLE, Containers, alike, is_memory
 from stagecut.frontend.watch.generators import Generators, is_generator
 
 _ABSENT: Any = object()
@@ -28,74 +28,67 @@ class Surroundings:
     def __init__(self, module: nn.Module) -> None:
         self._classes = {cls: set(vars(cls)) for cls in _classes(module)}
         functions, caches = _reached(module, [*self._classes])
-        self._caches = [(cached, cached.cache_info()) for cached in caches]
-        places = [
-            *_references(functions),
-            *(
-                (cls, _Attributes(cls), name)
-                for cls in self._classes
-                for name in _own(cls)
-            ),
+        self._caches = [(cache, cache.cache_info()) for cache in caches]
+        places: list[tuple[Any, Any, str]] = [*_references(functions)]
+        for cls in self._classes:
+            places += [(cls, _Attributes(cls), name) for name in _own(cls)]
+        variables = [
+            (owner, home, name, _value(home, name)) for owner, home, name in places
         ]
-        found = [(owner, home, name, _now(home, name)) for owner, home, name in places]
-        self._names = [
-            place
-            for place in found
-            if isinstance(place[-1], _STATE) or place[-1] is _ABSENT
+        self._variables = [
+            variable
+            for variable in variables
+            if isinstance(variable[-1], _STATE) or variable[-1] is _ABSENT
         ]
-        held = [(owner, name, item) for owner, _, name, item in found] + [
-            *_defaults(functions)
+        named = [(owner, name, value) for owner, _, name, value in variables]
+        named += _defaults(functions)
+        self._containers = [
+            (owner, name, Containers([value], objects=False))
+            for owner, name, value in named
+            if isinstance(value, _STATE) or is_memory(value)
         ]
-        self._contents = [
-            (owner, name, Contents([item], objects=False))
-            for owner, name, item in held
-            if isinstance(item, _STATE) or is_memory(item)
-        ]
-        self.generators = [item for _, _, item in held if is_generator(item)]
+        self.generators = [value for _, _, value in named if is_generator(value)]
 
     def changed(self) -> list[tuple[Any, str]]:
         """The functions and classes, and the names in them that refer to something else or to a container
         that holds something else.
         """
-        named = [
+        renamed = [
             (owner, name)
-            for owner, home, name, before in self._names
-            if _is_other(before, _now(home, name))
+            for owner, home, name, old in self._variables
+            if _is_other(old, _value(home, name))
         ]
         added = [(cls, name) for cls in self._classes for name in self._added(cls)]
-        return (
-            named
-            + added
-            + [
-                (owner, name)
-                for owner, name, contents in self._contents
-                if contents.changed()
-            ]
-        )
+        refilled = [
+            (owner, name)
+            for owner, name, containers in self._containers
+            if containers.changed()
+        ]
+        return renamed + added + refilled
 
     def restore(self) -> None:
         """All is as it was; caches that were filled are empty."""
-        for _, home, name, before in self._names:
-            if not _is_other(before, _now(home, name)):
+        for _, home, name, old in self._variables:
+            if not _is_other(old, _value(home, name)):
                 continue
-            if before is _ABSENT:
+            if old is _ABSENT:
                 del home[name]
             else:
-                home[name] = before
+                home[name] = old
         for cls in self._classes:
             for name in self._added(cls):
                 delattr(cls, name)
-        for _, _, contents in self._contents:
-            contents.restore()
-        for cached, info in self._caches:
-            if cached.cache_info() != info:
-                cached.cache_clear()
+        for _, _, containers in self._containers:
+            containers.restore()
+        for cache, info in self._caches:
+            if cache.cache_info() != info:
+                cache.cache_clear()
 
     def _added(self, cls: type) -> list[str]:
         return [
             name
-            for name, item in _own(cls).items()
-            if name not in self._classes[cls] and _is_other(_ABSENT, item)
+            for name, value in _own(cls).items()
+            if name not in self._classes[cls] and _is_other(_ABSENT, value)
         ]
 
 
@@ -104,35 +97,33 @@ def random_state(module: nn.Module, devices: list[int]) -> Callable[[], None]:
     model can reach, to the state that they have now.
     """
     on_cpu = torch.random.get_rng_state()
-    on_gpus = [torch.cuda.get_rng_state(d) for d in devices]
+    on_gpus = [torch.cuda.get_rng_state(device) for device in devices]
     others = Generators(Surroundings(module).generators)
 
     def restore() -> None:
         torch.random.set_rng_state(on_cpu)
-        for place, state in zip(devices, on_gpus, strict=True):
-            torch.cuda.set_rng_state(state, place)
+        for device, state in zip(devices, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, device)
         others.restore()
 
     return restore
 
 
-def _is_other(before: Any, now: Any) -> bool:
+def _is_other(old: Any, new: Any) -> bool:
     """True for another number, tensor or container. A variable that was nothing may become something that is
     none of these: a module, a logger.
     """
-    if before is _ABSENT or before is None:
-        return now is not None and isinstance(now, _STATE)
-    return not alike(before, now)
+    if old is _ABSENT or old is None:
+        return new is not None and isinstance(new, _STATE)
+    return not alike(old, new)
 
 
-def _now(home: Any, name: str) -> Any:
+def _value(home: Any, name: str) -> Any:
+    """The value of a variable, _ABSENT for none."""
     try:
         return home[name]
     # a builtin, an attribute, or a cell that is still empty
-    except (
-        KeyError,
-        ValueError,
-    ):
+    except (KeyError, ValueError):
         return _ABSENT
 
 
@@ -169,21 +160,17 @@ class _Attributes:
 
 def _classes(module: nn.Module) -> list[type]:
     """The user's classes of all modules, with their bases."""
-    found = dict.fromkeys(
-        cls for owner in module.modules() for cls in type(owner).__mro__
-    )
-    return [
-        cls
-        for cls in found
-        if cls.__module__.partition(".")[0]
-        not in ("torch", "builtins", "typing", "abc")
-    ]
+    classes: dict[type, None] = {}
+    for owner in module.modules():
+        classes |= dict.fromkeys(type(owner).__mro__)
+    not_users = ("torch", "builtins", "typing", "abc")
+    return [cls for cls in classes if cls.__module__.partition(".")[0] not in not_users]
 
 
 def _own(cls: type) -> dict[str, Any]:
     return {
-        name: item
-        for name, item in vars(cls).items()
+        name: value
+        for name, value in vars(cls).items()
         if not (name.startswith("__") and name.endswith("__"))
     }
 
@@ -196,44 +183,37 @@ def _reached(
 
     Each function maps to itself; one that only a hook reaches maps to that hook.
     """
-    hooks = [
-        hook
-        for owner in module.modules()
-        for hook in (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values())
-    ]
-    own = [
-        item for place in (*classes, *module.modules()) for item in vars(place).values()
-    ]
-    todo = [(_function(hook), _function(hook)) for hook in hooks] + [
-        (None, item) for item in own
-    ]
-    found: dict[FunctionType, FunctionType] = {}
+    todo: list[tuple[FunctionType | None, Any]] = []
+    for owner in module.modules():
+        hooks = (*owner._forward_pre_hooks.values(), *owner._forward_hooks.values())
+        todo += [(_function(hook), _function(hook)) for hook in hooks]
+    for home in (*classes, *module.modules()):
+        todo += [(None, value) for value in vars(home).values()]
+    reached: dict[FunctionType, FunctionType] = {}
     caches: dict[int, Any] = {}
     while todo:
-        owner, item = todo.pop()
-        function = _function(item)
-        if (
-            function is None
-            or function in found
-            or not is_users(function.__code__.co_filename)
-        ):
+        hook, value = todo.pop()
+        function = _function(value)
+        if function is None or function in reached:
             continue
-        if isinstance(item, _lru_cache_wrapper):
-            caches[id(item)] = item
-        found[function] = owner or function
-        todo += [(owner, _now(home, name)) for home, name in _variables(function)]
-    return found, [*caches.values()]
+        if not is_users_file(function.__code__.co_filename):
+            continue
+        if isinstance(value, _lru_cache_wrapper):
+            caches[id(value)] = value
+        reached[function] = hook or function
+        todo += [(hook, _value(home, name)) for home, name in _variables(function)]
+    return reached, [*caches.values()]
 
 
-def _function(item: Any) -> FunctionType | None:
+def _function(value: Any) -> FunctionType | None:
     """The function in a method, a property or a cache."""
-    if isinstance(item, (staticmethod, classmethod, MethodType)):
-        return _function(item.__func__)
-    if isinstance(item, property):
-        return _function(item.fget)
-    if isinstance(item, _lru_cache_wrapper):
-        return _function(item.__wrapped__)
-    return item if isinstance(item, FunctionType) else None
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        return _function(value.__func__)
+    if isinstance(value, property):
+        return _function(value.fget)
+    if isinstance(value, _lru_cache_wrapper):
+        return _function(value.__wrapped__)
+    return value if isinstance(value, FunctionType) else None
 
 
 def _variables(function: FunctionType) -> Iterator[tuple[Any, str]]:
@@ -272,8 +252,8 @@ def _defaults(
     for function, owner in functions.items():
         positional = function.__code__.co_varnames[: function.__code__.co_argcount]
         defaults = function.__defaults__ or ()
-        for name, item in (
+        for name, value in (
             *zip(reversed(positional), reversed(defaults), strict=False),
             *(function.__kwdefaults__ or {}).items(),
         ):
-            yield owner, name, item
+            yield owner, name, value

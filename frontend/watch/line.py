@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from stagecut.frontend.source import Line, is_users, user_line
+from stagecut.frontend.source import Line, is_users_file, user_line
 
 
 class LineFinder:
@@ -35,7 +35,7 @@ class LineFinder:
             self._look()
 
     def _step(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not is_users(frame.f_code.co_filename):
+        if not is_users_file(frame.f_code.co_filename):
             return None
         self._look()
         # after a call, the line that made it goes on

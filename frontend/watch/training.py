@@ -44,34 +44,29 @@ def _flagged(home: Any) -> dict[Any, tuple[int, str]]:
     """The functions with a training flag in a module of torch's -> the position and the name of the flag
     among their arguments.
     """
-    found: dict[Any, tuple[int, str]] = {}
+    flags: dict[Any, tuple[int, str]] = {}
     for name, function in vars(home).items():
-        if (
-            position := facts_of(name.rstrip(_DIMENSIONS)).training.get("default")
-        ) is None or not callable(function):
+        position = facts_of(name.rstrip(_DIMENSIONS)).training.get("default")
+        if position is None or not callable(function):
             continue
         if inspect.isfunction(function):
-            found[function] = (
-                position,
-                [*inspect.signature(function).parameters][position],
-            )
+            names = [*inspect.signature(function).parameters]
         else:
-            found[function] = (
-                position,
-                getattr(torch.ops.aten, name).default._schema.arguments[position].name,
-            )
-    return found
+            schema = getattr(torch.ops.aten, name).default._schema
+            names = [argument.name for argument in schema.arguments]
+        flags[function] = (position, names[position])
+    return flags
 
 
-_PYTHONS, _BARE_ONES = _flagged(F), _flagged(torch)
-_FLAGGED = _PYTHONS | _BARE_ONES
+_PYTHON_FLAGS, _BARE_FLAGS = _flagged(F), _flagged(torch)
+_FLAGGED = _PYTHON_FLAGS | _BARE_FLAGS
 _DROPOUTS = {
     function
-    for function in _PYTHONS
+    for function in _PYTHON_FLAGS
     if facts_of(function.__name__.rstrip(_DIMENSIONS)).off_is_operand
 }
 _BARE_DROPOUTS = {
-    function for function in _BARE_ONES if facts_of(function.__name__).returns_operand
+    function for function in _BARE_FLAGS if facts_of(function.__name__).returns_operand
 }
 # the signature of these functions, because Python cannot see it
 _BARE = inspect.signature(lambda input, p, train: None)
@@ -176,20 +171,12 @@ class ModeReads(TorchFunctionMode):
         """The switch in the trace says which grad mode forward asks for after it; None means the mode around
         the model.
         """
-        frame, object, method = sys._getframe(2), None, ""
-        while frame.f_back is not None and (
-            object is None or frame.f_code.co_filename.endswith(_GRAD_MODES)
-        ):
-            if frame.f_code.co_filename.endswith(_GRAD_MODES):
-                object, method = frame.f_locals["self"], frame.f_code.co_name
-            elif not frame.f_code.co_filename.endswith(_PLUMBING):
-                break
-            frame = frame.f_back
+        manager, method = _grad_mode_manager(sys._getframe(2))
         if method in ("__exit__", "stop"):
-            self._grad = getattr(object, "_stagecut_grad", None)
+            self._grad = getattr(manager, "_stagecut_grad", None)
         else:
-            if object is not None and not hasattr(object, "_stagecut_grad"):
-                object._stagecut_grad = self._grad
+            if manager is not None and not hasattr(manager, "_stagecut_grad"):
+                manager._stagecut_grad = self._grad
             self._grad = enabled
         if (
             get_proxy_mode() is not None
@@ -202,24 +189,17 @@ class ModeReads(TorchFunctionMode):
         flag of its own.
         """
         span, frame = _span(caller), (id(caller), caller.f_code)
-        here = [r for r in self._reads if r.frame == frame]
+        reads = [read for read in self._reads if read.frame == frame]
         tree = self._tree_of(caller.f_code.co_filename)
         if tree is not None:
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
-            found = next((r for r in here if r.span == flag), None)
+            reads = [read for read in reads if read.span == flag]
         else:  # code without a source: the flag that is read last inside the call
-            found = next(
-                (
-                    r
-                    for r in reversed(here)
-                    if span[:2] <= r.span[:2] and r.span[2:] <= span[2:]
-                ),
-                None,
-            )
-        if found is None:
+            reads = [read for read in reversed(reads) if _lies_in(read.span, span)]
+        if not reads:
             return ()
-        self._reads.remove(found)
-        return tuple(self._paths[found.owner])
+        self._reads.remove(reads[0])
+        return tuple(self._paths[reads[0].owner])
 
     def _tree_of(self, file: str) -> _Tree | None:
         """The calls and choices in a source file; None without a source."""
@@ -234,48 +214,62 @@ class ModeReads(TorchFunctionMode):
 
     @property
     def fixed(self) -> dict[str, str]:
-        return {
-            path: place
-            for owner, place in self._set.items()
-            for path in self._paths.get(owner, ())
-        }
+        """Module path -> where forward sets its flag."""
+        fixed: dict[str, str] = {}
+        for owner, place in self._set.items():
+            fixed |= dict.fromkeys(self._paths.get(owner, ()), place)
+        return fixed
 
     @property
     def choices(self) -> dict[str, str]:
         """Module path -> where Python chose by its mode."""
-        return {
-            path: read.place
-            for read in reversed(self._reads)
-            for path in self._paths[read.owner]
-        }
+        choices: dict[str, str] = {}
+        for read in reversed(self._reads):
+            choices |= dict.fromkeys(self._paths[read.owner], read.place)
+        return choices
+
+
+def _grad_mode_manager(frame: FrameType) -> tuple[Any, str]:
+    """The context manager, and the method of it, through which forward switches the grad mode, seen from
+    `frame` outwards; None for a function.
+    """
+    manager: Any = None
+    method = ""
+    while frame.f_back is not None:
+        is_manager = frame.f_code.co_filename.endswith(_GRAD_MODES)
+        if is_manager:
+            manager, method = frame.f_locals["self"], frame.f_code.co_name
+        elif manager is not None or not frame.f_code.co_filename.endswith(_PLUMBING):
+            break
+        frame = frame.f_back
+    return manager, method
 
 
 def _contiguous(
-    made: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any
+    result: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The result `made` of `contiguous()`. Where the trace had nothing to do, and a dropout returned the
-    tensor, an op of its own makes the result.
+    """The result of `contiguous()`. An op of its own makes it where the trace had nothing to do and a dropout
+    returned the tensor.
 
     A dropout makes a new tensor in a trace. A dropout that is off returns its operand, whose elements may lie
     anyhow.
     """
-    if made is not given or args or kwargs or not _is_of_dropout(given):
-        return made
-    return torch.ops.aten.contiguous.default(_itself(given))  # type: ignore[no-any-return]
+    if result is not tensor or args or kwargs or not _is_of_dropout(tensor):
+        return result
+    return torch.ops.aten.contiguous.default(_itself(tensor))  # type: ignore[no-any-return]
 
 
 def _apart(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The operands of a dropout. A dropout that is off gets an alias of its tensor: it returns the very
     tensor it is given, and the tracer would take its result for its operand.
     """
-    given = (inspect.signature(func) if func in _DROPOUTS else _BARE).bind(
-        *args, **kwargs
-    )
-    given.apply_defaults()
-    if given.arguments[_FLAGGED[func][1]] or given.arguments.get("inplace"):
+    signature = inspect.signature(func) if func in _DROPOUTS else _BARE
+    call = signature.bind(*args, **kwargs)
+    call.apply_defaults()
+    if call.arguments[_FLAGGED[func][1]] or call.arguments.get("inplace"):
         return args, kwargs
-    given.arguments["input"] = _itself(given.arguments["input"])
-    return given.args, given.kwargs
+    call.arguments["input"] = _itself(call.arguments["input"])
+    return call.args, call.kwargs
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -291,21 +285,24 @@ def _is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for the result of a dropout, for views of it, and for the results of in-place ops on those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
+        target = node.target
         if (
-            isinstance(node.target, torch._ops.OpOverload)
-            and facts_of(node.target._opname).off_is_operand
+            isinstance(target, torch._ops.OpOverload)
+            and facts_of(target._opname).off_is_operand
         ):
             return True
-        schema = getattr(node.target, "_schema", None)
-        alias = (
-            schema.arguments[0].alias_info
-            if schema is not None and schema.arguments
-            else None
-        )
-        if node.target is not operator.getitem and alias is None:
+        if target is not operator.getitem and not _returns_alias(target):
             return False
         node = node.args[0] if node.args else None  # type: ignore[assignment]
     return False
+
+
+def _returns_alias(target: Any) -> bool:
+    """True for an op that returns its first argument, or a view of it."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.arguments:
+        return False
+    return schema.arguments[0].alias_info is not None
 
 
 def _chooses(owner: nn.Module) -> bool:
@@ -327,18 +324,23 @@ def _chooses(owner: nn.Module) -> bool:
 _Span = tuple[int, int, int, int]
 
 
-def _argument(made: ast.Call | None, position: int, name: str) -> _Span | None:
+def _argument(call: ast.Call | None, position: int, name: str) -> _Span | None:
     """The place of an argument of a call in the source; None where the call does not give it by itself."""
-    if made is None or any(
-        isinstance(item, ast.Starred) for item in made.args[: position + 1]
+    if call is None or any(
+        isinstance(argument, ast.Starred) for argument in call.args[: position + 1]
     ):
         return None
-    given = (
-        made.args[position]
-        if position < len(made.args)
-        else next((k.value for k in made.keywords if k.arg == name), None)
-    )
-    return _place(given) if given is not None else None
+    if position < len(call.args):
+        return _place(call.args[position])
+    for keyword in call.keywords:
+        if keyword.arg == name:
+            return _place(keyword.value)
+    return None
+
+
+def _lies_in(inner: _Span, outer: _Span) -> bool:
+    """True for a span that begins and ends inside another one."""
+    return outer[:2] <= inner[:2] and inner[2:] <= outer[2:]
 
 
 @dataclass(frozen=True)
@@ -377,29 +379,30 @@ def _is_the_same(choice: ast.IfExp, frame: FrameType) -> bool:
     """True where both sides have one value, as in `0.0 if not self.training else self.rate` with a rate of
     0.0: nothing is chosen.
     """
-    sides = []
-    for side in (choice.body, choice.orelse):
-        if not all(
-            isinstance(node, (ast.Constant, ast.Name, ast.Attribute, ast.Load))
-            for node in ast.walk(side)
-        ):
-            return False
-        try:
-            sides.append(
-                eval(
-                    compile(ast.Expression(side), "<choice>", "eval"),
-                    frame.f_globals,
-                    frame.f_locals,
-                )
-            )
-        except Exception:  # the side that is not taken may not be there
-            return False
-    one, other = sides
+    if not (_is_simple(choice.body) and _is_simple(choice.orelse)):
+        return False
+    try:
+        body, orelse = _evaluated(choice.body, frame), _evaluated(choice.orelse, frame)
+    except Exception:  # the side that is not taken may not be there
+        return False
     return (
-        type(one) is type(other)
-        and isinstance(one, (bool, int, float, str, NoneType))
-        and one == other
+        type(body) is type(orelse)
+        and isinstance(body, (bool, int, float, str, NoneType))
+        and body == orelse
     )
+
+
+def _is_simple(side: ast.expr) -> bool:
+    """True for a constant, a name, or an attribute of a name."""
+    return all(
+        isinstance(node, (ast.Constant, ast.Name, ast.Attribute, ast.Load))
+        for node in ast.walk(side)
+    )
+
+
+def _evaluated(side: ast.expr, frame: FrameType) -> Any:
+    code = compile(ast.Expression(side), "<choice>", "eval")
+    return eval(code, frame.f_globals, frame.f_locals)
 
 
 def _place(node: ast.expr) -> _Span:
@@ -452,8 +455,8 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
 def switches(
     module: nn.Module,
 ) -> tuple[dict[str, dict[bool, dict[str, bool]]], dict[str, str]]:
-    """What train() and eval() do where a user's class has its own: module path -> mode -> the flags below
-    that module. They are tried on a copy.
+    """The effect of train() and eval() where a user's class has its own: module path -> mode -> the flags
+    below that module. They are tried on a copy.
 
     The second part says where the methods stand that do more than set flags.
     """
@@ -480,29 +483,28 @@ def switches(
 def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
     """The flags of all modules in `owner` after train(mode). Raises when it changes anything else."""
     tensors = [*owner.parameters(), *owner.buffers()]
-    made = copy.deepcopy(owner, {id(t): _empty(t) for t in tensors})
-    before = fingerprint_of(made)
-    made.train(mode)
-    if fingerprint_of(made) != before:
+    twin = copy.deepcopy(owner, {id(tensor): _empty(tensor) for tensor in tensors})
+    before = fingerprint_of(twin)
+    twin.train(mode)
+    if fingerprint_of(twin) != before:
         raise Untraceable("train() changes more than flags")
     return {
-        path: part.training for path, part in made.named_modules(remove_duplicate=False)
+        path: part.training for path, part in twin.named_modules(remove_duplicate=False)
     }
 
 
 def fingerprint_of(module: nn.Module) -> Any:
     """A value that stays equal as long as nothing but the flags of `module` changes."""
     state = [
-        (name, id(t), t._version, t.requires_grad)
-        for name, t in (*module.named_parameters(), *module.named_buffers())
+        (name, id(tensor), tensor._version, tensor.requires_grad)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     return state, [(key, fingerprint(value)) for key, value in attributes(module)]
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
-    return (
-        nn.Parameter(made, tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else made
-    )
+    requires_grad = tensor.requires_grad
+    empty = torch.empty_like(tensor, device="meta", requires_grad=requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad)
+    return empty

@@ -1,8 +1,8 @@
 """Watches for what a trace would lose without a word: state that forward changes outside of parameters and
 buffers, and changes that tracing makes to a model.
 
-A `Watch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad modes and
-autocast where they stand, notes plain attributes that change, and leaves the model as it was.
+A `TraceWatch` is open while torch.export runs. It makes assigned buffers writes of the graph, keeps grad
+modes and autocast where they stand, notes plain attributes that change, and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from stagecut.frontend.source import place_of, shown, user_line
 from stagecut.frontend.watch.attributes import (
     HOOKS,
     RETURN_IT,
-    Contents,
-    Kept,
+    Containers,
+    ModelContainers,
     attributes,
     brief,
     content_of,
@@ -53,55 +53,64 @@ from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.run.storage import storage_of
 
+Attributes = dict[tuple[str, str], Any]
+"""Attributes of modules: module path and name -> value."""
+
 
 def watched(
     module: nn.Module,
-    export: Callable[[Watch], ExportedProgram],
+    export: Callable[[TraceWatch], ExportedProgram],
     whole: Sequence[str],
-    remarks: list[str],
+    notes: list[str],
 ) -> ExportedProgram:
-    """The program that `export` returns; `export` opens the watch that it is given around the trace.
+    """The program that `export` returns; `export` opens the watch that it is given around the trace. `notes`
+    become those of the trace.
 
     Where forward leaves attributes changed, it is traced again with the attributes as it left them. The trace
     stands for all calls when the second trace is the same and changes nothing further. Raises CaptureError
     with the source line otherwise.
     """
     _refuse_backward_hooks(module, whole)
-    first = Watch(module)
+    first = TraceWatch(module)
     try:
         exported = export(first)
     except _Lost as error:
-        raise CaptureError(
-            error.what, where=_line_of(error, module, export), hint=error.hint
-        ) from None
+        raise _with_line(error, module, export) from None
     if first.drew:
         if not _draws_for_nothing(module, export, exported):
-            lost = _draw(first.drew, module)
-            raise CaptureError(
-                lost.what, where=_line_of(lost, module, export), hint=lost.hint
-            )
+            raise _with_line(_draw(first.drew, module), module, export)
         first.notes.append(
             f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
         )
-    remarks[:] = first.notes
-    if (
-        first.left
-        and (again := _again(module, export, first, exported, first.left)) != SAME_TRACE
-    ):
-
-        def carrying(left: dict[tuple[str, str], Any]) -> str:
-            return _again(module, export, first, exported, left)
-
-        groups: dict[Any, dict[tuple[str, str], Any]] = {}
-        for (path, name), value in first.left.items():
-            groups.setdefault((type(module.get_submodule(path)), name), {})[
-                path, name
-            ] = value
-        raise first.refusal(
-            next(iter(_guilty(list(groups.values()), carrying) or first.left)),
-            for_good=again == SETTLED,
-        )
+    notes[:] = first.notes
+    if first.left_behind:
+        _refuse_unsettled(module, export, first, exported)
     return first.checked(exported)
+
+
+def _refuse_unsettled(
+    module: nn.Module,
+    export: Callable[[TraceWatch], ExportedProgram],
+    first: TraceWatch,
+    exported: ExportedProgram,
+) -> None:
+    """Raises CaptureError where the next call differs because of the attributes that forward leaves
+    changed.
+    """
+
+    def outcome(left: Attributes) -> str:
+        return _again(module, export, first, exported, left)
+
+    whole_outcome = outcome(first.left_behind)
+    if whole_outcome == SAME_TRACE:
+        return
+    groups: dict[Any, Attributes] = {}
+    for key, value in first.left_behind.items():
+        path, name = key
+        group = groups.setdefault((type(module.get_submodule(path)), name), {})
+        group[key] = value
+    guilty = _guilty(list(groups.values()), outcome) or first.left_behind
+    raise first.refusal(next(iter(guilty)), for_good=whole_outcome == SETTLED)
 
 
 class _Lost(CaptureError):
@@ -110,7 +119,7 @@ class _Lost(CaptureError):
     """
 
     def __init__(
-        self, what: str, happened: Callable[[Watch], Any], *, where: str, hint: str
+        self, what: str, happened: Callable[[TraceWatch], Any], *, where: str, hint: str
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.happened = happened
@@ -125,45 +134,42 @@ def _draw(source: str, module: nn.Module) -> _Lost:
     )
 
 
-def _line_of(
-    error: _Lost, module: nn.Module, export: Callable[[Watch], ExportedProgram]
-) -> str:
-    """The line that does it, found in another trace."""
-    watch = Watch(module, find=error.happened)
+def _with_line(
+    error: _Lost, module: nn.Module, export: Callable[[TraceWatch], ExportedProgram]
+) -> CaptureError:
+    """The error for the user, with the line that does it, found in another trace."""
+    watch = TraceWatch(module, find=error.happened)
     try:
         export(watch)
-    except Exception as other:
-        raise_ours(other)
-    return (
-        shown(watch.finder.line) if watch.finder and watch.finder.line else error.where
+    except Exception as failure:
+        raise_ours(failure)
+    line = watch.finder.line if watch.finder else None
+    return CaptureError(
+        error.what, where=shown(line) if line else error.where, hint=error.hint
     )
 
 
 def _guilty(
-    groups: list[dict[tuple[str, str], Any]],
-    carrying: Callable[[dict[tuple[str, str], Any]], str],
-) -> dict[tuple[str, str], Any]:
+    groups: list[Attributes], outcome: Callable[[Attributes], str]
+) -> Attributes:
     """The changed attributes that make the next call trace differently: the group without which both traces
     are the same, else a group that alone makes them differ.
     """
     if len(groups) == 1:
         return groups[0]
     for group in groups:
-        if (
-            carrying(
-                {
-                    key: value
-                    for other in groups
-                    if other is not group
-                    for key, value in other.items()
-                }
-            )
-            == SAME_TRACE
-        ):
+        rest: Attributes = {}
+        for other in groups:
+            if other is not group:
+                rest |= other
+        if outcome(rest) == SAME_TRACE:
             return group
-    # hooks go with the flag that says they are there
-    plain = [group for group in groups if not any(name in HOOKS for _, name in group)]
-    return next((group for group in plain if carrying(group) != SAME_TRACE), {})
+    for group in groups:
+        # hooks go with the flag that says they are there
+        has_hooks = any(name in HOOKS for _, name in group)
+        if not has_hooks and outcome(group) != SAME_TRACE:
+            return group
+    return {}
 
 
 SAME_TRACE, SETTLED, READ = "same trace", "settled", "read"
@@ -172,14 +178,14 @@ SAME_TRACE, SETTLED, READ = "same trace", "settled", "read"
 def _again(
     module: nn.Module,
     export: Any,
-    first: Watch,
+    first: TraceWatch,
     exported: ExportedProgram,
-    left: dict[tuple[str, str], Any],
+    left: Attributes,
 ) -> str:
     """Traces again with these attributes as forward left them. SAME_TRACE: the graph is equal. SETTLED: the
     graph differs, but forward leaves the same in the attributes. READ: otherwise.
     """
-    second = Watch(module, left)
+    second = TraceWatch(module, left)
     try:
         again = export(second)
     except Exception as error:
@@ -192,12 +198,12 @@ def _again(
 
 def _draws_for_nothing(
     module: nn.Module,
-    export: Callable[[Watch], ExportedProgram],
+    export: Callable[[TraceWatch], ExportedProgram],
     exported: ExportedProgram,
 ) -> bool:
     """True when the trace is the same whatever forward draws from generators that are not torch's."""
     for word in STEERS:
-        watch = Watch(module, steer=partial(Generators.steer, word=word))
+        watch = TraceWatch(module, steer=partial(Generators.steer, word=word))
         try:
             again = export(watch)
         except Exception:
@@ -207,10 +213,10 @@ def _draws_for_nothing(
     return True
 
 
-def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
-    constants = [list(program.constants.values()) for program in (one, other)]
+def _equal(first: ExportedProgram, second: ExportedProgram) -> bool:
+    constants = [list(program.constants.values()) for program in (first, second)]
     return (
-        _text(one) == _text(other)
+        _text(first) == _text(second)
         and len(constants[0]) == len(constants[1])
         and all(map(same_constant, *constants))
     )
@@ -219,9 +225,9 @@ def _equal(one: ExportedProgram, other: ExportedProgram) -> bool:
 def _text(exported: ExportedProgram) -> list[str]:
     """The graphs of a program as text, without the numbers of calls of autograd.Functions."""
     return [
-        re.sub(r"#\d+", "", str(m.graph))
-        for m in exported.graph_module.modules()
-        if isinstance(m, fx.GraphModule)
+        re.sub(r"#\d+", "", str(module.graph))
+        for module in exported.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
     ]
 
 
@@ -238,7 +244,7 @@ def same_constant(one: Any, other: Any) -> bool:
     return torch.equal(one, other)
 
 
-class Watch:
+class TraceWatch:
     """Open while a module is traced. `checked` says afterwards whether the trace holds all that forward
     did.
     """
@@ -246,8 +252,8 @@ class Watch:
     def __init__(
         self,
         module: nn.Module,
-        carried: dict[tuple[str, str], Any] | None = None,
-        find: Callable[[Watch], Any] | None = None,
+        carried: Attributes | None = None,
+        find: Callable[[TraceWatch], Any] | None = None,
         steer: Callable[[Generators], None] = lambda _: None,
     ) -> None:
         self._module = module
@@ -257,68 +263,42 @@ class Watch:
         self._stack = ExitStack()
         self._reads = ModeReads(module)
         self._hooks: set[Any] = set()
-        self._numbers: dict[tuple[str, str], set[int]] = {}
+        self._hook_numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
         self._start: dict[tuple[str, str], Any] = {}
         self._children: dict[tuple[str, str], nn.Module | None] = {}
         self._state: dict[tuple[str, str, str], Any] = {}
         self._versions: dict[tuple[str, str, str], int] = {}
         self._changed: dict[tuple[str, str], str] = {}
-        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.notes: list[str] = []
         self.finder = LineFinder(lambda: find(self)) if find else None
-        self._held: set[int] = set()
-        self.left: dict[tuple[str, str], Any] = {}
+        self._protected: set[int] = set()
+        self.left_behind: Attributes = {}
+        """The attributes that forward leaves changed, as the next call finds them."""
         self.ends: dict[tuple[str, str], Any] = {}
+        """A fingerprint of each attribute after forward."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> TraceWatch:
         with self._stack:  # closed again where opening fails
             self._open()
             self._stack = self._stack.pop_all()
         return self
 
     def _open(self) -> None:
-        from torch._export.passes import (
-            replace_autocast_with_hop_pass,
-            replace_set_grad_with_hop_pass,
-        )
-
-        trace: Any = importlib.import_module("torch.export._trace")
-        kept, self._around = Kept(self._module), Surroundings(self._module)
-        self._generators = Generators(
-            [*self._around.generators, *filter(is_generator, kept.parts())]
-        )
-        for before in (self._generators, self._around, kept):
-            self._stack.callback(before.restore)
+        containers = ModelContainers(self._module)
+        self._around = Surroundings(self._module)
+        in_model = filter(is_generator, containers.parts())
+        self._generators = Generators([*self._around.generators, *in_model])
+        for snapshot in (self._generators, self._around, containers):
+            self._stack.callback(snapshot.restore)
         self._steer(self._generators)
-        self._tensors = kept.replace_tensors()
-        for (path, name), value in self._carried.items():
-            module: nn.Module = self._module.get_submodule(path)
-            if name in HOOKS:
-                vars(module)[name].update(value)
-                continue
-            home: dict[str, Any] = (
-                module._modules if name in module._modules else vars(module)
-            )
-            home[name] = value
-        # these passes lose nested grad modes and autocasts
-        for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
-            self._patch(
-                passes,
-                passes.__name__.rpartition(".")[2],
-                lambda graph, signature: (graph, signature),
-            )
-        # this class looks closer
-        self._patch(trace, "_detect_attribute_assignment", _nothing)
-        self._patch(
-            trace,
-            "_materialize_and_lift_constants",
-            _without_unread(trace._materialize_and_lift_constants),
-        )
-        self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
+        self._stand_ins = containers.replace_tensors()
+        self._carry_on()
+        self._patch_export()
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self._reads.noting())
-        self._stack.enter_context(GradFlags(lambda: self._held))
+        self._stack.enter_context(GradFlags(lambda: self._protected))
         for owner, name, what in NOTED:
             self._patch(owner, name, self._remarking(getattr(owner, name), what))
         for owner, name, why in UNTRACEABLE:
@@ -334,6 +314,41 @@ class Watch:
         if self.finder:
             self._stack.callback(self.finder.stop)
 
+    def _carry_on(self) -> None:
+        """The model has the attributes that an earlier call left behind."""
+        for (path, name), value in self._carried.items():
+            module: nn.Module = self._module.get_submodule(path)
+            if name in HOOKS:
+                vars(module)[name].update(value)
+            elif name in module._modules:
+                module._modules[name] = value
+            else:
+                vars(module)[name] = value
+
+    def _patch_export(self) -> None:
+        """torch.export leaves out passes that lose something, and checks that this class makes closer."""
+        from torch._export.passes import (
+            replace_autocast_with_hop_pass,
+            replace_set_grad_with_hop_pass,
+        )
+
+        trace: Any = importlib.import_module("torch.export._trace")
+        # these passes lose nested grad modes and autocasts
+        for passes in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
+            self._patch(
+                passes,
+                passes.__name__.rpartition(".")[2],
+                lambda graph, signature: (graph, signature),
+            )
+        # this class looks closer
+        self._patch(trace, "_detect_attribute_assignment", _nothing)
+        self._patch(
+            trace,
+            "_materialize_and_lift_constants",
+            _without_unread(trace._materialize_and_lift_constants),
+        )
+        self._patch(trace, "register_buffer_assignment_hook", lambda *_: _Handle())
+
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
@@ -341,34 +356,28 @@ class Watch:
         self._stack.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, new)
 
-    def _noting(self, plain: Callable[..., None]) -> Callable[..., None]:
+    def _noting(self, set_attribute: Callable[..., None]) -> Callable[..., None]:
         def setattr_(owner: nn.Module, name: str, value: Any) -> None:
             self._lines[id(owner), name] = user_line()
-            plain(owner, name, value)
+            set_attribute(owner, name, value)
 
         return setattr_
 
-    def _remarking(self, plain: Callable[..., Any], what: str) -> Callable[..., Any]:
+    def _remarking(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
         def remark(*args: Any, **kwargs: Any) -> Any:
             note = f"{what}: {shown(user_line())}"
             if note not in self.notes:
                 self.notes.append(note)
-            return plain(*args, **kwargs)
+            return function(*args, **kwargs)
 
         return remark
 
     # --- while forward is traced ------------------------------------------------------------------
 
-    def _begin(self, _: nn.Module, *given: Any) -> None:
-        self._given = Contents(given)
-        self._held = {
-            id(t)
-            for t in (
-                *tree_leaves(given),
-                *self._module.parameters(),
-                *self._module.buffers(),
-            )
-        }
+    def _begin(self, _: nn.Module, *arguments: Any) -> None:
+        self._arguments = Containers(arguments)
+        state = (*self._module.parameters(), *self._module.buffers())
+        self._protected = {id(leaf) for leaf in (*tree_leaves(arguments), *state)}
         self._lines.clear()
         self._state = dict(_state(self._module))
         self._versions = {
@@ -376,20 +385,17 @@ class Watch:
             for key, tensor in self._state.items()
             if tensor is not None
         }
-        self._hooks = {
-            hook
-            for owner in self._module.modules()
-            for hook in (
-                *owner._forward_hooks.values(),
-                *owner._forward_pre_hooks.values(),
-            )
-        }
+        self._hooks = set()
+        for owner in self._module.modules():
+            self._hooks.update(owner._forward_hooks.values())
+            self._hooks.update(owner._forward_pre_hooks.values())
         self._start = {
+            # with the value: its identity must not go to another object
             key: (value, fingerprint(value), brief(value))
             for key, value in attributes(self._module)
         }
         self._children = dict(_children(self._module))
-        self._numbers = {key: set(hooks) for key, hooks in _hooks(self._module)}
+        self._hook_numbers = {key: set(hooks) for key, hooks in _hooks(self._module)}
         if self.finder:
             self.finder.start()
 
@@ -402,81 +408,97 @@ class Watch:
                 raise odd_output(self._module, type(leaf).__name__)
         self._refuse_lost()
         self._write_back()
+        self._note_children()
+        self._note_hooks()
+        self._note_attributes()
+
+    def _note_children(self) -> None:
+        """Submodules that forward replaces are left behind."""
         for key, child in _children(self._module):
             self.ends[key] = type(child)
-            before = self._children.get(key)
-            if before is not child:
-                self._changed[key] = (
-                    f"{type(before).__name__} -> {type(child).__name__}"
-                )
-                self.left[key] = child
+            old = self._children.get(key)
+            if old is not child:
+                self._changed[key] = f"{type(old).__name__} -> {type(child).__name__}"
+                self.left_behind[key] = child
+
+    def _note_hooks(self) -> None:
+        """Hooks that forward registers are left behind."""
         for key, hooks in _hooks(self._module):
             self.ends[key] = len(hooks)
-            if new := {
-                number: hook
-                for number, hook in hooks.items()
-                if number not in self._numbers.get(key, ())
-            }:
-                self._changed[key] = f"{len(new)} more"
-                self.left[key] = new
+            numbers = self._hook_numbers.get(key, ())
+            added = {
+                number: hook for number, hook in hooks.items() if number not in numbers
+            }
+            if added:
+                self._changed[key] = f"{len(added)} more"
+                self.left_behind[key] = added
+
+    def _note_attributes(self) -> None:
+        """Attributes that forward changes are left behind, unless each call makes the same constants."""
         for key, value in attributes(self._module):
-            end = fingerprint(value)
-            self.ends[key] = fingerprint(value, settled=True)
-            _, start, was = self._start.get(key, (None, None, "nothing"))
-            if start != end:
-                self._changed[key] = f"{was} -> {brief(value)}"
+            self.ends[key] = fingerprint(value, by_type=True)
+            _, start, text = self._start.get(key, (None, None, "nothing"))
+            if start != fingerprint(value):
+                self._changed[key] = f"{text} -> {brief(value)}"
                 if not _is_constant(value):
-                    self.left[key] = _carry(value)
+                    self.left_behind[key] = _carry(value)
 
     def _refuse_lost(self) -> None:
         """Raises CaptureError where forward changes a container it is given or a variable outside of the
         model, or draws from a generator that cannot be steered.
         """
-        if source := self._generators.drawn():
-            self.drew = source
+        generator = self._generators.drawn()
+        if generator:
+            self.drew = generator
             if not self._generators.can_be_steered():
-                raise _draw(source, self._module)
-        if self._given.changed():
+                raise _draw(generator, self._module)
+        if self._arguments.changed():
             raise _Lost(
                 "forward changes a container it is given, and the stages would not",
-                lambda watch: watch._given.changed(),
+                lambda watch: watch._arguments.changed(),
                 where=place_of(type(self._module)),
                 hint=RETURN_IT,
             )
         for owner, name in self._around.changed():
-            what = (
-                f"'{name}', which lies outside of the model, is changed while forward runs, and the stages "
-                "would not"
+            self._refuse_outside(owner, name)
+
+    def _refuse_outside(self, owner: Any, name: str) -> None:
+        """Raises CaptureError for a variable outside of the model that is changed; a change that only a hook
+        makes is a note.
+        """
+        what = (
+            f"'{name}', which lies outside of the model, is changed while forward runs, and the stages "
+            "would not"
+        )
+        place = place_of(owner) if isinstance(owner, type) else _beginning(owner)
+        if owner not in self._hooks:
+            raise _Lost(
+                what,
+                partial(_changes, owner, name),
+                where=place,
+                hint="return what it collects as an output, make a number a buffer, "
+                + KEEP_WHOLE,
             )
-            place = place_of(owner) if isinstance(owner, type) else _beginning(owner)
-            if owner not in self._hooks:
-                raise _Lost(
-                    what,
-                    partial(_changes, owner, name),
-                    where=place,
-                    hint="return what it collects as an output, make a number a buffer, "
-                    + KEEP_WHOLE,
-                )
-            self.notes.append(f"{what}: {place}")  # a hook that only looks on
+        self.notes.append(f"{what}: {place}")  # a hook that only looks on
 
     def _write_back(self) -> None:
         """Buffers that were given another tensor get its values, after everything else that forward does."""
-        now = dict(_state(self._module))
-        for key in dict.fromkeys([*self._state, *now]):
-            if now.get(key) is not self._state.get(key):
-                self._refuse_assignment(key, self._state.get(key), now.get(key))
+        state = dict(_state(self._module))
+        for key in dict.fromkeys([*self._state, *state]):
+            if state.get(key) is not self._state.get(key):
+                self._refuse_assignment(key, self._state.get(key), state.get(key))
         assigned = [
             (key, self._state[key], new)
-            for key, new in now.items()
+            for key, new in state.items()
             if new is not self._state.get(key)
         ]
-        old = {id(before) for _, before, _ in assigned}
-        final = [
-            self._mark(key, new.clone()) if id(new) in old else new
+        replaced = {id(old) for _, old, _ in assigned}
+        values = [
+            self._mark(key, new.clone()) if id(new) in replaced else new
             for key, _, new in assigned
         ]
-        for (key, before, _), new in zip(assigned, final, strict=True):
-            self._mark(key, before.copy_(new))
+        for (key, old, _), value in zip(assigned, values, strict=True):
+            self._mark(key, old.copy_(value))
 
     def _mark(self, key: tuple[str, str, str], tensor: torch.Tensor) -> torch.Tensor:
         """The last op of the trace stands for the assignment to a buffer."""
@@ -489,22 +511,18 @@ class Watch:
             )
         return tensor
 
-    def _refuse_assignment(
-        self, key: tuple[str, str, str], before: Any, new: Any
-    ) -> None:
+    def _refuse_assignment(self, key: tuple[str, str, str], old: Any, new: Any) -> None:
         """Raises CaptureError for an assignment that changes more than the values of one buffer."""
         path, kind, name = key
         if kind == "parameter":
             why = "a parameter must stay the tensor that an optimizer holds"
-        elif before is None or new is None:
+        elif old is None or new is None:
             why = "which makes or removes state while it runs"
-        elif (before.shape, before.dtype, before.device) != (
-            new.shape,
-            new.dtype,
-            new.device,
-        ):
-            why = f"{brief(before)} becomes {brief(new)}, and state keeps its size and dtype"
-        elif any(other is before and k != key for k, other in self._state.items()):
+        elif (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+            why = (
+                f"{brief(old)} becomes {brief(new)}, and state keeps its size and dtype"
+            )
+        elif self._has_other_name(key, old):
             why = "which has a second name that goes on holding the old tensor"
         elif self._is_tied(key, new):
             why = "a second name for a tensor that is written in place"
@@ -520,15 +538,23 @@ class Watch:
             ),
         )
 
+    def _has_other_name(self, key: tuple[str, str, str], tensor: Any) -> bool:
+        return any(
+            other is tensor and name != key for name, other in self._state.items()
+        )
+
     def _is_tied(self, key: tuple[str, str, str], new: torch.Tensor) -> bool:
         """True when the next call would write two buffers where it wrote one before."""
         others = [
-            k
-            for k, item in _state(self._module)
-            if k != key and item is not None and storage_of(item) == storage_of(new)
+            name
+            for name, tensor in _state(self._module)
+            if name != key
+            and tensor is not None
+            and storage_of(tensor) == storage_of(new)
         ]
         return bool(others) and any(
-            self._state[k]._version != self._versions[k] for k in (key, *others)
+            self._state[name]._version != self._versions[name]
+            for name in (key, *others)
         )
 
     # --- afterwards -------------------------------------------------------------------------------
@@ -548,8 +574,8 @@ class Watch:
                     hint="use torch.autograd.grad(..., create_graph=True), "
                     + KEEP_WHOLE,
                 )
-            if id(value) in self._tensors:
-                exported.constants[name] = self._tensors[id(value)][0]
+            if id(value) in self._stand_ins:
+                exported.constants[name] = self._stand_ins[id(value)][0]
         exported.graph_module.meta |= {
             CHOICES: self._reads.choices,
             FIXED: self._reads.fixed,
@@ -584,10 +610,10 @@ class Watch:
         return shown(line) if line else place_of(type(owner))
 
 
-def odd_output(module: nn.Module, kind: str) -> CaptureError:
+def odd_output(module: nn.Module, class_name: str) -> CaptureError:
     """The error for a result of a class that no trace returns."""
     return CaptureError(
-        f"{type(module).__name__} returns a {kind}, which is neither a tensor nor plain data",
+        f"{type(module).__name__} returns a {class_name}, which is neither a tensor nor plain data",
         where=place_of(type(module)),
         hint=(
             "return tensors, numbers and texts, in tuples, lists, dicts, and objects that have them as "
@@ -596,7 +622,7 @@ def odd_output(module: nn.Module, kind: str) -> CaptureError:
     )
 
 
-def _changes(owner: Any, name: str, watch: Watch) -> bool:
+def _changes(owner: Any, name: str, watch: TraceWatch) -> bool:
     return (owner, name) in watch._around.changed()
 
 
@@ -674,12 +700,10 @@ def _nothing(_: Any) -> Iterator[None]:
 def _state(module: nn.Module) -> Iterator[tuple[tuple[str, str, str], Any]]:
     """Parameters and buffers under all their names, also those that are None."""
     for path, owner in module.named_modules():
-        for kind, held in (
-            ("parameter", owner._parameters),
-            ("buffer", owner._buffers),
-        ):
-            for name, item in held.items():
-                yield (path, kind, name), item
+        for name, parameter in owner._parameters.items():
+            yield (path, "parameter", name), parameter
+        for name, buffer in owner._buffers.items():
+            yield (path, "buffer", name), buffer
 
 
 class _Gone(torch.Tensor):
@@ -701,48 +725,48 @@ class LeftBehind(Untraceable):
     """Forward reads a tensor that an earlier call left in an attribute."""
 
 
-def _carry(item: Any, inside: tuple[int, ...] = ()) -> Any:
-    """The object that the next call finds where this one leaves `item`: new containers, `_Gone` for
+def _carry(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """The object that the next call finds where this one leaves `value`: new containers, `_Gone` for
     tensors.
     """
-    if isinstance(item, SYMBOLS) and not isinstance(item, nn.Parameter):
+    if isinstance(value, SYMBOLS) and not isinstance(value, nn.Parameter):
         return _GONE
-    content = content_of(item)
+    content = content_of(value)
     if content is None or id(content) in inside:
-        return item
-    if is_memory(item):
-        return copy.copy(item)
+        return value
+    if is_memory(value):
+        return copy.copy(value)
     below = (*inside, id(content))
-    if isinstance(item, (list, set, deque)) or type(item) is tuple:
-        return type(item)(_carry(part, below) for part in item)
-    if isinstance(item, tuple):
-        return item
-    made: Any = copy.copy(item)
-    (made if isinstance(item, dict) else vars(made)).update(
-        {k: _carry(v, below) for k, v in content.items()}
+    if isinstance(value, (list, set, deque)) or type(value) is tuple:
+        return type(value)(_carry(part, below) for part in value)
+    if isinstance(value, tuple):
+        return value
+    carried: Any = copy.copy(value)
+    (carried if isinstance(value, dict) else vars(carried)).update(
+        {key: _carry(part, below) for key, part in content.items()}
     )
-    return made
+    return carried
 
 
-def _is_constant(item: Any) -> bool:
+def _is_constant(value: Any) -> bool:
     """True for tensors that depend on no input, no state and no random number. Making them again changes
     nothing.
     """
-    leaves = tree_leaves(item)
+    leaves = tree_leaves(value)
     return bool(leaves) and all(
         isinstance(leaf, torch.Tensor) and not _depends(leaf) for leaf in leaves
     )
 
 
 def _depends(tensor: torch.Tensor) -> bool:
-    made = node_of(tensor)
-    todo = [made] if made is not None else []
+    newest = node_of(tensor)
+    todo = [newest] if newest is not None else []
     seen: set[fx.Node] = set()
     while todo:
         node = todo.pop()
         tags = getattr(node.target, "tags", ())
         if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags:
             return True
-        todo += [before for before in node.all_input_nodes if before not in seen]
+        todo += [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(node.all_input_nodes)
     return False

@@ -19,7 +19,7 @@ from stagecut.tools.dump_ir.hugging_face import make
 
 MEMORY = 12 * 2**30
 """Bytes of address space that one model may take."""
-OPTIONS = argparse.Namespace(config=[], meta=False, batch=2, length=16, given=())
+OPTIONS = argparse.Namespace(config=[], meta=False, batch=2, length=16, named=())
 
 
 def main() -> int:

@@ -69,23 +69,21 @@ def _divided(factor: int) -> Rule:
     def rule(key: str, value: Any) -> Any:
         if isinstance(value, list):
             least = 1 if key.endswith("section") else 64  # those are parts of a head
-            return [
-                item // factor
-                if type(item) is int and item >= least and not _NO_WIDTH.search(key)
-                else item
-                for item in value
-            ]
+            return [_divided_part(key, part, least, factor) for part in value]
         if type(value) is not int or _LAYERS.fullmatch(key):
             return _shallow(key, value)
         if key == "vocab_size":
             return min(value, SMALL[key])
-        return (
-            value // factor
-            if value >= 64 and value % factor == 0 and not _NO_WIDTH.search(key)
-            else value
-        )
+        is_width = value >= 64 and value % factor == 0 and not _NO_WIDTH.search(key)
+        return value // factor if is_width else value
 
     return rule
+
+
+def _divided_part(key: str, part: Any, least: int, factor: int) -> Any:
+    """A part of a list in a config, divided by `factor` where it is a width of at least `least`."""
+    is_width = type(part) is int and part >= least and not _NO_WIDTH.search(key)
+    return part // factor if is_width else part
 
 
 def _shallow(key: str, value: Any) -> Any:
@@ -101,10 +99,9 @@ def make(
     """The model called `name` (a class or a model type) and its example call. Raises InputError for an
     unknown one, and for one that no small config runs.
     """
-    model, inputs = _made(_class(name), options)
-    if "length" in options.given and not any(
-        name.endswith("input_ids") for name in inputs
-    ):
+    model, inputs = _model_and_inputs(_class(name), options)
+    reads_tokens = any(argument.endswith("input_ids") for argument in inputs)
+    if "length" in options.named and not reads_tokens:
         raise InputError(
             f"--length is how many tokens a row has, and {type(model).__name__} reads none",
             hint="leave it out",
@@ -112,32 +109,22 @@ def make(
     return model, (), {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
-    given = settings(options.config)
-    _check_names(kind.config_class, given)
+def _model_and_inputs(
+    cls: Any, options: Namespace
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    chosen = settings(options.config)
+    _check_names(cls.config_class, chosen)
     # a whole config, of any size: taken as it is, and not tried
-    if "model_type" in given:
-        model = _model(kind, _config(kind.config_class, given), options.meta)
+    if "model_type" in chosen:
+        model = _model(cls, _config(cls.config_class, chosen), options.meta)
         return model, next(_calls(model, options))
     why: Exception | None = None
     for rule in _RULES:
         try:
-            config = _config(
-                kind.config_class,
-                _small(
-                    kind.config_class().to_dict(),
-                    rule,
-                    kind.config_class.attribute_map,
-                    given,
-                ),
-            )
-            if (
-                rule is not _by_name
-                and sum(p.numel() for p in _model(kind, config, True).parameters())
-                > _MOST
-            ):
+            config = _small_config(cls.config_class, rule, chosen)
+            if rule is not _by_name and _parameters(cls, config) > _MOST:
                 continue
-            model = _model(kind, config, options.meta)
+            model = _model(cls, config, options.meta)
             for inputs in _calls(model, options):
                 error = _failure(model, inputs)
                 if error is None:
@@ -149,35 +136,41 @@ def _made(kind: Any, options: Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
             # whatever the code of a model raises about its config
             why = why or error
     raise InputError(
-        f"no small config of {kind.__name__} runs: {type(why).__name__}: {' '.join(str(why).split())[:200]}",
+        f"no small config of {cls.__name__} runs: {type(why).__name__}: {' '.join(str(why).split())[:200]}",
         hint="say what it needs with --config KEY=VALUE, or give a whole one: --config config.json",
     )
 
 
-def _model(kind: Any, config: Any, meta: bool) -> Any:
+def _small_config(config_class: Any, rule: Rule, chosen: dict[str, Any]) -> Any:
+    """The default config of a class, made small by a rule, with the settings that are chosen."""
+    data = config_class().to_dict()
+    return _config(config_class, _small(data, rule, config_class.attribute_map, chosen))
+
+
+def _parameters(cls: Any, config: Any) -> int:
+    """The number of parameters of a model with this config; the model is made on meta."""
+    return sum(
+        parameter.numel() for parameter in _model(cls, config, True).parameters()
+    )
+
+
+def _model(cls: Any, config: Any, meta: bool) -> Any:
     torch.manual_seed(0)
     with torch.device("meta" if meta else "cpu"):
-        return kind(config).eval()
+        return cls(config).eval()
 
 
 def _failure(model: Any, inputs: dict[str, Any]) -> Exception | None:
     """The error that the model raises when it is called. On meta, an operation that only values can decide is
     no failure.
     """
+    device = next(model.parameters()).device
     try:
-        with torch.no_grad(), torch.device(next(model.parameters()).device):
-            model(
-                **{
-                    name: tensor.to(next(model.parameters()).device)
-                    for name, tensor in inputs.items()
-                }
-            )
-    except NotImplementedError as error:
-        return None if next(model.parameters()).is_meta else error
+        with torch.no_grad(), torch.device(device):
+            model(**{name: tensor.to(device) for name, tensor in inputs.items()})
     except Exception as error:
-        return (
-            None if "meta" in str(error) and next(model.parameters()).is_meta else error
-        )
+        needs_values = isinstance(error, NotImplementedError) or "meta" in str(error)
+        return None if needs_values and device.type == "meta" else error
     return None
 
 
@@ -194,95 +187,93 @@ def _class(name: str) -> Any:
         **modeling_auto.MODEL_MAPPING_NAMES,
         **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
-    wanted = by_type.get(name, name)
-    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-    found = getattr(transformers, wanted, None) if wanted in dir(transformers) else None
-    if not (
-        isinstance(found, type)
-        and issubclass(found, transformers.PreTrainedModel)
-        and found.config_class
+    names: Any = by_type.get(name, name)
+    class_name = names[0] if isinstance(names, tuple) else names
+    is_there = class_name in dir(transformers)
+    cls = getattr(transformers, class_name, None) if is_there else None
+    if (
+        isinstance(cls, type)
+        and issubclass(cls, transformers.PreTrainedModel)
+        and cls.config_class
     ):
-        classes = [
-            n
-            for n in dir(transformers)
-            if n.endswith(("Model", "LM", "Generation", "Classification"))
-        ]
-        raise InputError(
-            f"transformers has no architecture '{name}'",
-            hint=nearest(name, [*classes, *by_type]),
-        )
-    return found
+        return cls
+    endings = ("Model", "LM", "Generation", "Classification")
+    classes = [
+        candidate for candidate in dir(transformers) if candidate.endswith(endings)
+    ]
+    raise InputError(
+        f"transformers has no architecture '{name}'",
+        hint=nearest(name, [*classes, *by_type]),
+    )
 
 
-def _check_names(kind: Any, given: dict[str, Any]) -> None:
-    default = kind()
-    if unknown := [name for name in given if not hasattr(default, name)]:
-        raise InputError(
-            f"{kind.__name__} has no '{unknown[0]}'",
-            hint=nearest(unknown[0], [n for n in vars(default) if n[0] != "_"]),
-        )
+def _check_names(config_class: Any, chosen: dict[str, Any]) -> None:
+    default = config_class()
+    for name in chosen:
+        if not hasattr(default, name):
+            raise InputError(
+                f"{config_class.__name__} has no '{name}'",
+                hint=nearest(name, [key for key in vars(default) if key[0] != "_"]),
+            )
 
 
-def _config(kind: Any, data: dict[str, Any]) -> Any:
-    made = kind(**data)
-    made.use_cache = False  # a cache is state that no module holds
-    return made
+def _config(config_class: Any, data: dict[str, Any]) -> Any:
+    config = config_class(**data)
+    config.use_cache = False  # a cache is state that no module holds
+    return config
 
 
 def _small(
-    data: dict[str, Any], rule: Rule, aliases: dict[str, str], given: dict[str, Any]
+    data: dict[str, Any], rule: Rule, aliases: dict[str, str], chosen: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a config and of its parts: as given, else made small. Lists with an item for each layer
-    have as many items as there are layers now.
+    """The settings of a config and of its parts: as chosen, else made small. Lists with an entry for each
+    layer have as many entries as there are layers now.
     """
-    real = {name: alias for alias, name in aliases.items() if alias in SMALL}
-    given = {aliases.get(key, key): item for key, item in given.items()}
-    data = {key: item for key, item in data.items() if key not in _FOLLOWS}
-    made: dict[str, Any] = {}
-    for key, item in data.items():
-        made[key] = (
-            _small(item, rule, {}, {})
-            if isinstance(item, dict)
-            else rule(real.get(key, str(key)), item)
-        )
-    made |= given
+    names = {name: alias for alias, name in aliases.items() if alias in SMALL}
+    chosen = {aliases.get(key, key): value for key, value in chosen.items()}
+    data = {key: value for key, value in data.items() if key not in _FOLLOWS}
+    small: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            small[key] = _small(value, rule, {}, {})
+        else:
+            small[key] = rule(names.get(key, str(key)), value)
+    small |= chosen
     layers = {
-        data[key]: made[key]
+        data[key]: small[key]
         for key in data
-        if type(data[key]) is int and _LAYERS.fullmatch(real.get(key, str(key)))
+        if type(data[key]) is int and _LAYERS.fullmatch(names.get(key, str(key)))
     }
-    for key, item in data.items():
-        # by the number of the layer
-        if (
-            isinstance(item, dict)
-            and layers
-            and item
-            and all(str(place).isdigit() for place in item)
-        ):
-            made[key] = {
-                place: made[key][place]
-                for place in item
-                if int(place) < min(layers.values())
-            }
-        if isinstance(item, list) and item and len(item) in layers and key not in given:
-            made[key] = made[key][max(0, len(item) - layers[len(item)]) :]
-    vocabulary = next(
-        (
-            part["vocab_size"]
-            for part in (made, *_parts(made))
-            if type(part.get("vocab_size")) is int
-        ),
-        None,
-    )
-    return (
-        made
-        if rule is _shallow or vocabulary is None
-        else _tokens(made, vocabulary) | given
-    )
+    for key, value in data.items():
+        if layers and _is_by_layer(value):
+            kept = [number for number in value if int(number) < min(layers.values())]
+            small[key] = {number: small[key][number] for number in kept}
+        is_list = isinstance(value, list) and value and key not in chosen
+        if is_list and len(value) in layers:
+            small[key] = small[key][max(0, len(value) - layers[len(value)]) :]
+    vocabulary = _vocabulary(small)
+    if rule is _shallow or vocabulary is None:
+        return small
+    return _tokens(small, vocabulary) | chosen
+
+
+def _is_by_layer(value: Any) -> bool:
+    """True for a dict by the number of the layer."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(str(key).isdigit() for key in value)
+
+
+def _vocabulary(data: dict[str, Any]) -> int | None:
+    """The size of the vocabulary in a config or one of its parts, None for none."""
+    for part in (data, *_parts(data)):
+        if type(part.get("vocab_size")) is int:
+            return int(part["vocab_size"])
+    return None
 
 
 def _parts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return (item for item in data.values() if isinstance(item, dict))
+    return (value for value in data.values() if isinstance(value, dict))
 
 
 def _tokens(data: dict[str, Any], vocabulary: int) -> dict[str, Any]:
@@ -291,10 +282,10 @@ def _tokens(data: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """
     far = [
         key
-        for key, item in data.items()
+        for key, value in data.items()
         if str(key).endswith(("token_id", "token_index"))
-        and type(item) is int
-        and item >= vocabulary
+        and type(value) is int
+        and value >= vocabulary
     ]
     return data | {
         key: _SPECIAL.index(key) if key in _SPECIAL else vocabulary - 1 - place
@@ -311,46 +302,50 @@ def _calls(model: Any, options: Namespace) -> Iterator[dict[str, Any]]:
 
     Raises InputError where the arguments are not known.
     """
-    taken, config = inspect.signature(model.forward).parameters, model.config
-    needed = {
-        n
-        for n, p in taken.items()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    }
-    needed |= {model.main_input_name} & taken.keys()
-    needed |= (
-        {"decoder_input_ids"} & taken.keys()
-        if getattr(config, "is_encoder_decoder", False)
-        else set()
-    )
-    more = {"pixel_values"} if hasattr(config, "vision_config") else set()
-    more |= (
-        {"input_features", "input_values"} if hasattr(config, "audio_config") else set()
-    )
-    for names in dict.fromkeys(
-        [
-            frozenset(needed | (more & taken.keys())),
-            frozenset(needed),
-            frozenset(needed | ({"bbox"} & taken.keys())),
-        ]
-    ):
+    for names in _argument_names(model):
         choices = {
-            name: [*_shapes(name, config, options.batch, options.length)]
+            name: [*_shapes(name, model.config, options.batch, options.length)]
             for name in sorted(names)
         }
-        if unknown := [name for name, found in choices.items() if not found]:
-            raise InputError(
-                f"what to pass as '{unknown[0]}' to {type(model).__name__} is not known",
-                hint="write a file with a function that returns (module, args, kwargs): FILE.py:FACTORY",
-            )
+        for name, shapes in choices.items():
+            if not shapes:
+                raise InputError(
+                    f"what to pass as '{name}' to {type(model).__name__} is not known",
+                    hint="write a file with a function that returns (module, args, kwargs): FILE.py:FACTORY",
+                )
         for chosen in islice(product(*choices.values()), 8):
             torch.manual_seed(0)
             inputs = {
-                name: _tensor(name, shape, config)
+                name: _tensor(name, shape, model.config)
                 for name, shape in zip(choices, chosen, strict=True)
             }
             yield from _with_images(model, inputs)
             yield inputs
+
+
+def _argument_names(model: Any) -> list[frozenset[str]]:
+    """The sets of arguments with which to call a model, the likeliest one first."""
+    taken, config = inspect.signature(model.forward).parameters, model.config
+    needed = {
+        name
+        for name, parameter in taken.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    needed |= {model.main_input_name} & taken.keys()
+    if getattr(config, "is_encoder_decoder", False):
+        needed |= {"decoder_input_ids"} & taken.keys()
+    more: set[str] = set()
+    if hasattr(config, "vision_config"):
+        more |= {"pixel_values"}
+    if hasattr(config, "audio_config"):
+        more |= {"input_features", "input_values"}
+    sets = (
+        needed | (more & taken.keys()),
+        needed,
+        needed | ({"bbox"} & taken.keys()),
+    )
+    return [*dict.fromkeys(map(frozenset, sets))]
 
 
 def _shapes(
@@ -415,15 +410,14 @@ def _with_images(
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     try:
         with torch.no_grad():
-            made = model.get_image_features(pixels.to(model.device))
+            output = model.get_image_features(pixels.to(model.device))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return
-    features = getattr(made, "pooler_output", made)
+    features = getattr(output, "pooler_output", output)
     tensors = [features] if isinstance(features, torch.Tensor) else list(features)
-    rows = sum(t.numel() // t.shape[-1] for t in tensors) // len(pixels)
-    yield inputs | {
-        "input_ids": torch.cat([torch.full((len(ids), rows), token), ids], dim=1)
-    }
+    vectors = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
+    images = torch.full((len(ids), vectors // len(pixels)), token)
+    yield inputs | {"input_ids": torch.cat([images, ids], dim=1)}
 
 
 _BANDS = (
@@ -439,14 +433,11 @@ _BANDS = (
 
 def _first(config: Any, *names: str, default: int) -> int:
     """The first number that a config has by one of these names."""
-    return next(
-        (
-            item
-            for item in (getattr(config, name, None) for name in names)
-            if type(item) is int
-        ),
-        default,
-    )
+    for name in names:
+        value = getattr(config, name, None)
+        if type(value) is int:
+            return value
+    return default
 
 
 def _tensor(name: str, shape: tuple[int, ...], config: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from stagecut.ir.graph import Program
 from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import NAMES, default_pipeline, pass_by_name
-from stagecut.tools.dump_ir.options import given, misuse, spelled
+from stagecut.tools.dump_ir.options import misuse, named, spelled
 from stagecut.tools.dump_ir.session import Session
 
 EXAMPLES = """\
@@ -39,11 +39,12 @@ FORMATS = ("text", "json", "dot", "svg", "html")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when it worked, 1 for an error in what it was given, 2 for a wrong command line."""
-    known = parser()
-    options = known.parse_args(argv)
-    options.given = given(known, argv)
-    if wrong := misuse(options):
-        return _failed(2, wrong)
+    command_line = parser()
+    options = command_line.parse_args(argv)
+    options.named = named(command_line, argv)
+    fault = misuse(options)
+    if fault:
+        return _failed(2, fault)
     try:
         _check(options)
         Session(options, lambda is_model: _passes(options, is_model)).run()
@@ -320,29 +321,24 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     for option, name in _printed(options):
-        _known_pass(option, name, NAMES)
+        _check_pass(option, name)
     if options.stop_after is not None:
-        _known_pass("--stop-after", options.stop_after, NAMES)
+        _check_pass("--stop-after", options.stop_after)
 
 
 def _printed(options: argparse.Namespace) -> list[tuple[str, str]]:
     """The passes that are named to print the program after or before them, with the option that names
     them.
     """
-    after, before = (
-        [name for name in names if name != "all"]
-        for names in (options.print_after, options.print_before)
-    )
-    return [
-        *(("--print-after", name) for name in after),
-        *(("--print-before", name) for name in before),
-    ]
+    after = [("--print-after", name) for name in options.print_after]
+    before = [("--print-before", name) for name in options.print_before]
+    return [(option, name) for option, name in (*after, *before) if name != "all"]
 
 
-def _known_pass(option: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
+def _check_pass(option: str, name: str) -> None:
+    if name not in NAMES:
         raise InputError(
-            f"unknown pass '{name}' after {option}", hint=nearest(name, known)
+            f"unknown pass '{name}' after {option}", hint=nearest(name, NAMES)
         )
 
 

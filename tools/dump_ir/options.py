@@ -64,27 +64,45 @@ def _runs_passes(options: Namespace) -> bool:
     )
 
 
+def _leaves_output_free(look: str) -> Callable[[Namespace], bool]:
+    """A rule that holds where the option is not named, or where what it prints goes into a file."""
+
+    def holds(options: Namespace) -> bool:
+        return look not in options.named or options.directory is not None
+
+    return holds
+
+
 RULES = (
     Rule(
         ("config", "meta", "batch", "length"),
         "needs a SOURCE hf:NAME",
-        lambda o: o.source.startswith("hf:"),
+        lambda options: options.source.startswith("hf:"),
     ),
     Rule(
         ("leaf",),
         "needs a SOURCE in Python: FILE.py:FACTORY, pkg.mod:FACTORY or hf:NAME",
-        lambda o: _is_python(o.source),
+        lambda options: _is_python(options.source),
     ),
-    Rule(("trust",), "needs a SOURCE FILE.pt2", lambda o: o.source.endswith(".pt2")),
+    Rule(
+        ("trust",),
+        "needs a SOURCE FILE.pt2",
+        lambda options: options.source.endswith(".pt2"),
+    ),
     Rule(
         ("split_at",),
         "does not go with --stages: both say where to cut",
-        lambda o: o.stages is None,
+        lambda options: options.stages is None,
     ),
     Rule(
         ("schedule", "microbatches", "device"),
         "needs --stages, --report, --timeline or --format html",
-        lambda o: o.stages is not None or o.report or o.timeline or o.format == "html",
+        lambda options: (
+            options.stages is not None
+            or options.report
+            or options.timeline
+            or options.format == "html"
+        ),
     ),
     Rule(
         ("diff", "check_each", "bisect"),
@@ -94,30 +112,30 @@ RULES = (
     Rule(
         (*LOOKS, *WRITTEN),
         "does not go with --bisect, which prints its verdict and nothing else",
-        lambda o: not o.bisect,
+        lambda options: not options.bisect,
     ),
     *(
         Rule(
             WRITTEN,
             f"does not go with {_flag(look)} on standard output: -o DIR writes both",
-            lambda o, look=look: look not in o.given or o.directory is not None,  # type: ignore[misc]
+            _leaves_output_free(look),
         )
         for look in LOOKS
     ),
     Rule(
         ("timeline",),
         "does not go with --report: ask for one of them",
-        lambda o: not o.report,
+        lambda options: not options.report,
     ),
     Rule(
         ("timeline",),
         "needs --format svg or --format json",
-        lambda o: o.format in ("svg", "json"),
+        lambda options: options.format in ("svg", "json"),
     ),
     Rule(
         ("report",),
         "needs --format text, json or svg",
-        lambda o: o.format in ("text", "json", "svg"),
+        lambda options: options.format in ("text", "json", "svg"),
     ),
     Rule(
         ("only",),
@@ -128,12 +146,12 @@ RULES = (
     Rule(
         ("only",),
         "takes one stage=N and one scope=NAME, not two of a kind",
-        lambda o: len(set(_kinds(o))) == len(o.only),
+        lambda options: len(set(_kinds(options))) == len(options.only),
     ),
     Rule(
         ("only",),
         "takes a stage=N for a picture, not a scope=NAME",
-        lambda o: not _is_picture(o) or "scope" not in _kinds(o),
+        lambda options: not _is_picture(options) or "scope" not in _kinds(options),
     ),
     Rule(
         ("level", "depth"),
@@ -143,41 +161,36 @@ RULES = (
     Rule(
         ("level",),
         "takes modules or ops next to --only, not stages",
-        lambda o: o.level != "stages" or not o.only,
+        lambda options: options.level != "stages" or not options.only,
     ),
     Rule(
         ("depth",),
         "needs --level modules, --level ops or --only stage=N",
-        lambda o: o.level != "stages" or bool(o.only),
+        lambda options: options.level != "stages" or bool(options.only),
     ),
 )
 """In this order; the first broken rule is reported."""
 
 
-def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+def named(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     """The options that a command line names, including those that state what holds anyway. `--format text` is
     left out, because most options write text.
     """
     nothing = Namespace(**{action.dest: None for action in parser._actions})
-    named = {
-        name: value
-        for name, value in vars(parser.parse_args(argv, nothing)).items()
-        if value is not None
-    }
-    return {
-        name
-        for name, value in named.items()
-        if name != "source" and (name, value) != ("format", "text")
-    }
+    options = vars(parser.parse_args(argv, nothing))
+    names = {name for name, value in options.items() if value is not None}
+    if options["format"] == "text":
+        names.discard("format")
+    return names - {"source"}
 
 
 def misuse(options: Namespace) -> str | None:
-    """The first fault of the options as a whole, None for no fault. `options.given` are those that were
+    """The first fault of the options as a whole, None for no fault. `options.named` are those that were
     named.
     """
     for rule in RULES:
         for name in rule.options:
-            if name in options.given and not rule.holds(options):
+            if name in options.named and not rule.holds(options):
                 return f"{_flag(name)} {rule.says}"
     return None
 

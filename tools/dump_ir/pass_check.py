@@ -61,42 +61,45 @@ def interpret(program: Program, feed: Feed) -> Run:
     """One run of the reference interpreter, forward and backward. The global random state is the same as
     before.
     """
-    names = program.name_owners().keys()
-    if any(
-        isinstance(item, torch.Tensor) and item.is_meta
-        for item in [*feed.inputs, *feed.bindings.tensors.values()]
-    ):
-        raise InputError(
-            "the program is to be run, and its tensors have no values: they are on the meta device",
-            hint="check a small one",
-        )
-    if lost := [name for name in feed.bindings.tensors if name not in names]:
-        raise Difference(
-            f"the name '{lost[0]}' is gone from the program's state",
-            where=f"state '{lost[0]}'",
-        )
-    if strange := [name for name in names if name not in feed.bindings.tensors]:
-        raise Difference(
-            f"the model has no '{strange[0]}'", where=f"state '{strange[0]}'"
-        )
-    done = Run(writers=_writers(program))
+    _check_feed(program, feed)
+    result = Run(writers=_writers(program))
 
     def watch(op: Op, results: list[Any]) -> None:
-        done.results[op] = [_kept(item) for item in results]
+        result.results[op] = [_kept(value) for value in results]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         outputs, state = run(
             program, feed.inputs, feed.bindings.tensors, feed.bindings, watch
         )
-        done.random = torch.get_rng_state()
-    done.outputs = [_kept(item) for item in outputs]
-    done.state = {name: _kept(tensor) for name, tensor in state.items()}
-    done.gradients = _gradients(
+        result.random = torch.get_rng_state()
+    result.outputs = [_kept(value) for value in outputs]
+    result.state = {name: _kept(tensor) for name, tensor in state.items()}
+    result.gradients = _gradients(
         outputs,
         {name: tensor for name, tensor in state.items() if tensor.requires_grad},
     )
-    return done
+    return result
+
+
+def _check_feed(program: Program, feed: Feed) -> None:
+    """Raises where tensors have no values, and where the names of the state are not those of the model."""
+    values = [*feed.inputs, *feed.bindings.tensors.values()]
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in values):
+        raise InputError(
+            "the program is to be run, and its tensors have no values: they are on the meta device",
+            hint="check a small one",
+        )
+    names = program.name_owners().keys()
+    for name in feed.bindings.tensors:
+        if name not in names:
+            raise Difference(
+                f"the name '{name}' is gone from the program's state",
+                where=f"state '{name}'",
+            )
+    for name in names:
+        if name not in feed.bindings.tensors:
+            raise Difference(f"the model has no '{name}'", where=f"state '{name}'")
 
 
 def _gradients(
@@ -106,56 +109,34 @@ def _gradients(
     backward needs.
     """
     losses = [
-        o.float().sum()
-        for o in outputs
-        if isinstance(o, torch.Tensor) and o.requires_grad and not o.is_complex()
+        output.float().sum()
+        for output in outputs
+        if isinstance(output, torch.Tensor)
+        and output.requires_grad
+        and not output.is_complex()
     ]
     if not losses or not trained:
         return {}
     try:
-        return dict(
-            zip(
-                trained,
-                torch.autograd.grad(losses, list(trained.values()), allow_unused=True),
-                strict=True,
-            )
+        gradients = torch.autograd.grad(
+            losses, list(trained.values()), allow_unused=True
         )
     except RuntimeError:
         return {}
+    return dict(zip(trained, gradients, strict=True))
 
 
-def _kept(item: Any) -> Any:
-    return item.detach().clone() if isinstance(item, torch.Tensor) else item
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def compare(program: Program, before: Run, after: Run) -> None:
     """Raises Difference at the first op of `program`, output, state or gradient that differs from before."""
     stages = {op: stage.index for stage in program.stages for op in stage.ops}
-    for op, results in after.results.items():
-        wanted = before.results.get(op)
-        if (
-            wanted is not None
-            and not facts(op).uninitialised
-            and not all(map(_same, wanted, results))
-        ):
-            raise Difference(
-                f"{line_of(program, op).strip()}\n  computes something else than before",
-                where=_where(op, stages),
-            )
-    for name, tensor in before.state.items():
-        if not _same(tensor, after.state.get(name)):
-            writer = before.writers.get(name) or after.writers.get(name)
-            gone = (
-                f": {writer.target}, which wrote it, is gone"
-                if writer is not None and writer not in after.results
-                else ""
-            )
-            where = _where(writer, stages) if writer is not None else f"state '{name}'"
-            raise Difference(
-                f"'{name}' holds something else afterwards{gone}", where=where
-            )
+    _compare_ops(program, before, after, stages)
+    _compare_state(before, after, stages)
     for place, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=True)):
-        if not _same(old, new):
+        if not _are_equal(old, new):
             owner = getattr(program.outputs[place], "owner", None)
             raise Difference(
                 f"output {place} is something else",
@@ -168,6 +149,33 @@ def compare(program: Program, before: Run, after: Run) -> None:
             raise Difference(
                 f"the gradient of '{name}' differs", where=f"state '{name}'"
             )
+
+
+def _compare_ops(
+    program: Program, before: Run, after: Run, stages: dict[Op, int]
+) -> None:
+    for op, results in after.results.items():
+        wanted = before.results.get(op)
+        if wanted is None or facts(op).uninitialised:
+            continue
+        if not all(map(_are_equal, wanted, results)):
+            raise Difference(
+                f"{line_of(program, op).strip()}\n  computes something else than before",
+                where=_where(op, stages),
+            )
+
+
+def _compare_state(before: Run, after: Run, stages: dict[Op, int]) -> None:
+    for name, tensor in before.state.items():
+        if _are_equal(tensor, after.state.get(name)):
+            continue
+        writer = before.writers.get(name) or after.writers.get(name)
+        what = f"'{name}' holds something else afterwards"
+        if writer is None:
+            raise Difference(what, where=f"state '{name}'")
+        if writer not in after.results:
+            what += f": {writer.target}, which wrote it, is gone"
+        raise Difference(what, where=_where(writer, stages))
 
 
 def _where(op: Op, stages: dict[Op, int]) -> str:
@@ -184,7 +192,7 @@ def _writers(program: Program) -> dict[str, Op]:
     }
 
 
-def _same(one: Any, other: Any) -> bool:
+def _are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         if (
             not isinstance(other, torch.Tensor)
@@ -219,7 +227,7 @@ def check_passes(
     and source line.
     """
     try:
-        before = interpret(program, feed)
+        last = interpret(program, feed)
     except StagecutError as error:
         if not feed.drawn:
             raise
@@ -228,11 +236,11 @@ def check_passes(
             what, where=error.where, hint="check the model that the text is of"
         ) from error
 
-    def both(record: PassRecord, program: Program) -> None:
-        nonlocal before
+    def check(record: PassRecord, program: Program) -> None:
+        nonlocal last
         try:
-            now = interpret(program, feed)
-            compare(program, before, now)
+            result = interpret(program, feed)
+            compare(program, last, result)
             verify(program, after=record.name)
         except StagecutError as error:
             raise Difference(
@@ -240,10 +248,10 @@ def check_passes(
                 where=error.where,
                 hint=error.hint,
             ) from error
-        before = now
+        last = result
         after(record, program)
 
-    run_passes(program, passes, after=both)
+    run_passes(program, passes, after=check)
 
 
 def random_feed(program: Program) -> Feed:
@@ -252,7 +260,7 @@ def random_feed(program: Program) -> Feed:
     Raises InputError when a value is not a tensor or the text calls something that text cannot hold.
     """
     generator = torch.Generator().manual_seed(SEED)
-    bound = Bindings()
+    bindings = Bindings()
     for op in program.all_ops():
         if op.is_users:
             raise InputError(
@@ -260,32 +268,30 @@ def random_feed(program: Program) -> Feed:
                 where=op.where(),
             )
     for entry in program.state:
-        bound.tensors |= dict.fromkeys(
-            entry.names,
-            _random(entry.name, entry.type, generator).requires_grad_(
-                entry.requires_grad
-            ),
-        )
-    return Feed(
-        [_random(v.hint, v.type, generator) for v in program.inputs], bound, drawn=True
-    )
+        tensor = _random(entry.name, entry.type, generator)
+        tensor.requires_grad_(entry.requires_grad)
+        bindings.tensors |= dict.fromkeys(entry.names, tensor)
+    inputs = [_random(value.hint, value.type, generator) for value in program.inputs]
+    return Feed(inputs, bindings, drawn=True)
 
 
-def _random(name: str, kind: Any, generator: torch.Generator) -> Any:
-    if isinstance(kind, ScalarType) and kind.kind == "int":
-        return int(kind.expr) if kind.expr and kind.expr.isdigit() else 3
-    if isinstance(kind, ScalarType) and kind.kind == "none":
-        return None
-    if (
-        isinstance(kind, ScalarType)
-        and kind.kind in ("float", "bool", "str", "complex")
-        and kind.expr is not None
-    ):
-        return literal_eval(kind.expr)
-    if not isinstance(kind, TensorType):
-        raise InputError(f"'{name}' is {kind}: no random value is known for it")
-    shape = [size if isinstance(size, int) else 3 for size in kind.shape]
-    dtype = getattr(torch, DTYPES[kind.dtype])
+def _random(name: str, value_type: Any, generator: torch.Generator) -> Any:
+    if isinstance(value_type, ScalarType):
+        return _scalar(name, value_type)
+    if not isinstance(value_type, TensorType):
+        raise InputError(f"'{name}' is {value_type}: no random value is known for it")
+    shape = [size if isinstance(size, int) else 3 for size in value_type.shape]
+    dtype = getattr(torch, DTYPES[value_type.dtype])
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def _scalar(name: str, scalar: ScalarType) -> Any:
+    if scalar.kind == "int":
+        return int(scalar.expr) if scalar.expr and scalar.expr.isdigit() else 3
+    if scalar.kind == "none":
+        return None
+    if scalar.kind in ("float", "bool", "str", "complex") and scalar.expr is not None:
+        return literal_eval(scalar.expr)
+    raise InputError(f"'{name}' is {scalar}: no random value is known for it")

@@ -136,18 +136,10 @@ class Session:
         program: Program,
         changed: bool = True,
     ) -> None:
-        before = self._history[-1].text if self._history else ""
-        printed = (text(program) if changed else before) if self._texts else ""
-        self._history.append(
-            Snapshot(
-                name,
-                title,
-                seconds,
-                printed,
-                stats_of(program) if self._options.stats else None,
-                changed,
-            )
-        )
+        last = self._history[-1].text if self._history else ""
+        printed = (text(program) if changed else last) if self._texts else ""
+        stats = stats_of(program) if self._options.stats else None
+        self._history.append(Snapshot(name, title, seconds, printed, stats, changed))
 
     # --- what to show -----------------------------------------------------------------------------
 
@@ -172,19 +164,12 @@ class Session:
 
     def _prints(self) -> bool:
         after, before = set(self._options.print_after), set(self._options.print_before)
-        for number, snapshot in enumerate(self._history):
-            following = (
-                self._history[number + 1].name
-                if number + 1 < len(self._history)
-                else ""
-            )
-            whole = "all" in after and snapshot.changed
-            if (
-                whole
-                or snapshot.name in after
-                or following in before
-                or ("all" in before and following and snapshot.changed)
-            ):
+        following = [snapshot.name for snapshot in self._history[1:]] + [""]
+        for snapshot, next_name in zip(self._history, following, strict=True):
+            names = {snapshot.name} & after or {next_name} & before
+            is_after_all = "all" in after and snapshot.changed
+            is_before_all = "all" in before and next_name and snapshot.changed
+            if names or is_after_all or is_before_all:
                 self._writer.show(f"{snapshot.title}.ir", snapshot.text)
         return bool(after or before)
 
@@ -201,17 +186,20 @@ class Session:
     def _tables(self) -> bool:
         if self._options.stats:
             rows = [
-                (s.title, "yes" if s.changed else "no", *s.stats.cells())
-                for s in self._history
-                if s.stats is not None
+                (
+                    snapshot.title,
+                    "yes" if snapshot.changed else "no",
+                    *snapshot.stats.cells(),
+                )
+                for snapshot in self._history
+                if snapshot.stats is not None
             ]
             self._writer.final(
                 "stats.txt", table([("after", "changed", *Stats.HEAD), *rows]) + "\n"
             )
         if self._options.time:
-            self._writer.final(
-                "time.txt", times([(s.title, s.seconds) for s in self._history])
-            )
+            steps = [(snapshot.title, snapshot.seconds) for snapshot in self._history]
+            self._writer.final("time.txt", times(steps))
         return bool(self._options.stats or self._options.time)
 
     def _lives(self, program: Program) -> bool:
@@ -260,26 +248,21 @@ class Session:
     # --- what needs costs -------------------------------------------------------------------------
 
     def _report(self, program: Program) -> None:
-        found, format = self._costs(program, MOST_RECKONED), self._options.format
-        made = {
-            "text": lambda: f"{found}\n",
-            "json": lambda: found.to_json() + "\n",
-            "svg": found.to_svg,
-        }[format]()
-        self._writer.final(
-            {"text": "report.txt", "json": "report.json", "svg": "report.svg"}[format],
-            made,
-        )
+        costs, format = self._costs(program, MOST_RECKONED), self._options.format
+        if format == "json":
+            self._writer.final("report.json", costs.to_json() + "\n")
+        elif format == "svg":
+            self._writer.final("report.svg", costs.to_svg())
+        else:
+            self._writer.final("report.txt", f"{costs}\n")
 
     def _timeline(self, program: Program) -> None:
         timeline = self._costs(program, MOST_DRAWN).timeline
-        format = self._options.format
-        made = (
-            timeline.to_svg()
-            if format == "svg"
-            else json.dumps(timeline.chrome_trace()) + "\n"
-        )
-        self._writer.final(f"timeline.{format}", made)
+        if self._options.format == "svg":
+            self._writer.final("timeline.svg", timeline.to_svg())
+        else:
+            events = json.dumps(timeline.chrome_trace())
+            self._writer.final("timeline.json", events + "\n")
 
     def _costs(self, program: Program, most: int) -> Report:
         from stagecut.backend.costs.balance import Setting

@@ -65,7 +65,9 @@ def stats_of(program: Program) -> Stats:
         + sum(len(op.results) + len(op.versions) for op in ops)
     )
     crossing = [
-        t.value for t in program.transfers if t.source is not None and t.made is None
+        transfer.value
+        for transfer in program.transfers
+        if transfer.source is not None and transfer.made is None
     ]
     size = sum(value_bytes(value.type) or 0 for value in crossing)
     return Stats(
@@ -224,7 +226,7 @@ class Steps:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError, StagecutError, nearest
@@ -191,15 +191,11 @@ def _factories_in(path: str, file: Path) -> str:
         body = ast.parse(_read(file)).body
     except (SyntaxError, ValueError):
         body = []
-    functions = [
-        item
-        for item in body
-        if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")
-    ]
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     names = [
-        f.name
-        for f in functions
-        if len(f.args.args) == len(f.args.defaults) and None not in f.args.kw_defaults
+        function.name
+        for function in functions
+        if not function.name.startswith("_") and _needs_nothing(function.args)
     ]
     if not names:
         return (
@@ -207,6 +203,14 @@ def _factories_in(path: str, file: Path) -> str:
             f"{path}:make"
         )
     return " or ".join(f"{path}:{name}" for name in names[:MOST_NAMED])
+
+
+def _needs_nothing(parameters: ast.arguments) -> bool:
+    """True where all parameters have defaults."""
+    return (
+        len(parameters.args) == len(parameters.defaults)
+        and None not in parameters.kw_defaults
+    )
 
 
 MOST_NAMED = 8
@@ -217,10 +221,12 @@ def _in_directory(path: Path) -> str:
     """A hint with the files of a directory that can be shown."""
     if path.suffix == ".pt2":
         return "torch.export.save writes one file"
-    files = sorted(p for p in path.iterdir() if p.suffix in (".py", ".ir", ".pt2"))[
-        :MOST_NAMED
+    suffixes = (".py", ".ir", ".pt2")
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    shown = [
+        f"{file}:FACTORY" if file.suffix == ".py" else str(file)
+        for file in files[:MOST_NAMED]
     ]
-    shown = [f"{file}:FACTORY" if file.suffix == ".py" else str(file) for file in files]
     return " or ".join(shown) if shown else f"name a file: {path / 'model.py'}:make"
 
 
@@ -228,19 +234,20 @@ def _factory(path: str, name: str) -> Callable[[], Any]:
     module = _module_of_file(Path(path)) if path.endswith(".py") else _import(path)
     factory = getattr(module, name, None)
     if factory is None:
-        known = [
-            n
-            for n, item in vars(module).items()
-            if callable(item) and not n.startswith("_")
+        functions = [
+            function
+            for function, value in vars(module).items()
+            if callable(value) and not function.startswith("_")
         ]
-        raise InputError(f"'{path}' has no factory '{name}'", hint=nearest(name, known))
+        raise InputError(
+            f"'{path}' has no factory '{name}'", hint=nearest(name, functions)
+        )
     if not callable(factory):
         raise InputError(
             f"'{name}' in '{path}' is no callable",
             hint="it must return (module, args, kwargs)",
         )
-    made: Callable[[], Any] = factory
-    return made
+    return cast(Callable[[], Any], factory)
 
 
 def _module_of_file(path: Path) -> ModuleType:
@@ -264,21 +271,22 @@ def _import(name: str) -> ModuleType:
 
 def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
     where = _definition(factory)
-    if needed := _required(factory):
+    needed = _required(factory)
+    if needed:
         raise InputError(
             f"'{source}' takes arguments: {', '.join(needed)}",
             where=where,
             hint="it is called without any: give them defaults",
         )
-    made = _guard(factory, f"calling '{source}'")
-    if not isinstance(made, tuple) or len(made) != 3:
-        count = f" of {len(made)}" if isinstance(made, tuple) else ""
+    call = _guard(factory, f"calling '{source}'")
+    if not isinstance(call, tuple) or len(call) != 3:
+        count = f" of {len(call)}" if isinstance(call, tuple) else ""
         raise InputError(
-            f"'{source}' returned a {type(made).__name__}{count}",
+            f"'{source}' returned a {type(call).__name__}{count}",
             where=where,
             hint="it must return (module, args, kwargs)",
         )
-    return made
+    return call
 
 
 def _required(factory: Callable[[], Any]) -> list[str]:
@@ -288,9 +296,10 @@ def _required(factory: Callable[[], Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
 
 
@@ -309,10 +318,8 @@ def _definition(factory: Callable[[], Any]) -> str:
 def _guard(action: Callable[[], Any], doing: str) -> Any:
     """The result of the user's code. An error that it raises becomes one that points at the user's line."""
     try:
-        with redirect_stdout(
-            sys.stderr
-            # output of users' code is no part of our output
-        ):
+        # output of users' code is no part of our output
+        with redirect_stdout(sys.stderr):
             return action()
     except StagecutError:
         raise
@@ -343,33 +350,36 @@ def _users_line(error: BaseException) -> str:
     none.
     """
     frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if os.path.exists(f.filename) and not f.filename.startswith(_OWN)
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if os.path.exists(frame.filename) and not frame.filename.startswith(_OWN)
     ]
-    installed = [f for f in frames if _is_installed(f.filename)]
+    installed = [frame for frame in frames if _is_installed(frame.filename)]
     own = [
-        f for f in frames if f not in installed and not f.filename.startswith(_STANDARD)
+        frame
+        for frame in frames
+        if frame not in installed and not frame.filename.startswith(_STANDARD)
     ]
-    return "".join(
-        f"{f.filename}:{f.lineno}: {f.line}" for f in (own or installed)[-1:]
-    )
+    if not own and not installed:
+        return ""
+    frame = (own or installed)[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
 def _is_installed(file: str) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
-def settings(given: list[str]) -> dict[str, Any]:
+def settings(config: list[str]) -> dict[str, Any]:
     """The settings of `--config`: files of JSON, and KEY=VALUE, later ones override earlier ones."""
-    found: dict[str, Any] = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        found |= {key: _literal(value)} if equals else _json(Path(item))
-    return found
+    chosen: dict[str, Any] = {}
+    for text in config:
+        key, equals, value = text.partition("=")
+        chosen |= {key: _parsed(value)} if equals else _json(Path(text))
+    return chosen
 
 
-def _literal(text: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -378,11 +388,11 @@ def _literal(text: str) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        made = json.loads(_read(path))
+        data = json.loads(_read(path))
     except ValueError as error:
         raise InputError(f"'{path}' is no JSON: {error}") from None
-    if not isinstance(made, dict):
+    if not isinstance(data, dict):
         raise InputError(
-            f"'{path}' holds {type(made).__name__}, not the settings of a config"
+            f"'{path}' holds {type(data).__name__}, not the settings of a config"
         )
-    return made
+    return data
