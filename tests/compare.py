@@ -157,12 +157,14 @@ class Near:
     """How far numbers may be apart, relative to the largest of their tensor, or to `least` where that is more.
 
     gradients: of gradients, whose parts are summed in another order; None goes by their dtype. others: of all else.
+    The rest says what is compared besides.
     """
 
     gradients: float | None = None
     others: float = 0.0
     least: float = 1.0
     strides: bool = True
+    gradient_strides: bool = True
     requires_grad: bool = True
 
 
@@ -185,19 +187,20 @@ def _difference(name: str, expected: Seen, found: Seen, near: Near) -> str | Non
     one, other = expected[name], found[name]
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return None if type(one) is type(other) and one == other else f"differs: {other!r} instead of {one!r}"
-    ours, theirs = _form(other, near), _form(one, near)
-    if ours != theirs:
-        return f"differs: {ours} instead of {theirs}"
-    allowed = near.others
+    allowed, strides = near.others, near.strides
     if name.startswith("gradient"):
         allowed = _ROUNDING.get(one.dtype, 0.02) if near.gradients is None else near.gradients
+        strides = near.gradient_strides
+    ours, theirs = (_form(tensor, strides, near.requires_grad) for tensor in (other, one))
+    if ours != theirs:
+        return f"differs: {ours} instead of {theirs}"
     return None if _close(one.detach(), other.detach(), allowed, near.least) else f"differs: {other} instead of {one}"
 
 
-def _form(tensor: torch.Tensor, near: Near) -> str:
-    strides = f" strides {list(tensor.stride())}" if near.strides else ""
-    gradient = f" requires_grad {tensor.requires_grad}" if near.requires_grad else ""
-    return f"{tensor.dtype}{list(tensor.shape)}{strides}{gradient}"
+def _form(tensor: torch.Tensor, strides: bool, requires_grad: bool) -> str:
+    layout = f" strides {list(tensor.stride())}" if strides else ""
+    gradient = f" requires_grad {tensor.requires_grad}" if requires_grad else ""
+    return f"{tensor.dtype}{list(tensor.shape)}{layout}{gradient}"
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, allowed: float, least: float) -> bool:

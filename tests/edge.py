@@ -207,5 +207,5 @@ def compare_call(case: Case, step: int, twin: nn.Module, *runners: Any) -> None:
         apart = isinstance(runner, Posted)
         without = APART if apart else () if case.owns else ("aliases of state",)
         found = observe(runner, case.inputs(step), 100 + step, loss)
-        wrong = differences(expected, found, Near(case.rtol or None, strides=not apart), without)
+        wrong = differences(expected, found, Near(case.rtol or None, gradient_strides=not apart), without)
         assert not wrong, "\n".join([f"call {step}{', posted' * apart}:", *wrong])

@@ -19,9 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
+from compare import Near, differences, observe
 from fuzz.judge import programs
 from fuzz.plans import ModelPlan, build, inputs, options
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree
@@ -224,15 +225,16 @@ def test_stage_is_loaded_alone(name: str, tmp_path: Path) -> None:
 @given(plan=programs(graphs=0.25))
 @settings(max_examples=8)
 def test_random_models_come_back(plan: ModelPlan, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the fuzzer draws."""
+    """What the fuzzer draws, unless it cannot be cut, or is code that a file cannot hold."""
     args, kwargs = inputs(plan)
+    folder = tmp_path_factory.mktemp("random") / "saved"
     try:
         pipe = pipeline(build(plan), args, kwargs, **options(plan))
+        pipe.save(folder)
     except StagecutError:
-        return
-    folder = tmp_path_factory.mktemp("random") / "saved"
-    pipe.save(folder)
-    same(results(stagecut.load(folder), args, kwargs), results(pipe, args, kwargs))
+        reject()
+    expected, found = (observe(one.module(), inputs(plan)) for one in (pipe, stagecut.load(folder)))
+    assert not differences(expected, found, Near(gradients=0.0))
 
 
 def test_modes_are_kept(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def mailbox(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) -
     """
     posted = Posted(pipe)
     # a view made under no_grad says that it requires grad, though nothing flows through it
-    return differences(observe(model, call), observe(posted, other), replace(near, requires_grad=False), APART)
+    return differences(observe(model, call), observe(posted, other), replace(near, gradient_strides=False, requires_grad=False), APART)
 
 
 def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) -> list[str]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +163,15 @@ def _writes_inputs(plan: ModelPlan) -> bool:
     return before != [t._version for t in given]
 
 
-def judge(plan: ModelPlan, deep: bool = False, seed: int = 0) -> Verdict:
-    """Holds `plan` to the checks; with `deep` also to those of single passes and of another order of ops."""
+def judge(plan: ModelPlan, deep: bool = False, seed: int = 0, only: str = "") -> Verdict:
+    """Holds `plan` to the checks, or to `only` one of them; with `deep` also to those of single passes and of another order of ops."""
     expected = runs(plan)
     if expected is None:
         return Verdict("invalid")
     verdict = Verdict(PASSED)
     try:
         with _time_limit(), route_costs(plan), torch.enable_grad():
-            _judge(plan, expected, verdict, deep, seed)
+            _judge(plan, expected, verdict, deep, seed, only)
     except _Failed as failed:
         verdict.kind, verdict.check, verdict.lines = FAILED, failed.check, failed.lines
     except CaptureError as error:
@@ -183,29 +183,30 @@ def judge(plan: ModelPlan, deep: bool = False, seed: int = 0) -> Verdict:
     return verdict
 
 
-def _judge(plan: ModelPlan, expected: Seen, verdict: Verdict, deep: bool, seed: int) -> None:
+def _judge(plan: ModelPlan, expected: Seen, verdict: Verdict, deep: bool, seed: int, only: str) -> None:
     model = build(plan)
     before = snapshot(model)
     pipe: Pipe = _guard("pipeline", lambda: pipeline(model, *inputs(plan), **options(plan)))
     verdict.ops = Counter(op.target for op in pipe.program.all_ops())
     near = Near(tolerance(plan))
-    _check("pipeline", lambda: differences(before, snapshot(model)))
-    _check("names", lambda: names(model, pipe))
-    _check("text", lambda: fuzz_check.round_trip(pipe.program))
+    check = partial(_check, only)
+    check("pipeline", lambda: differences(before, snapshot(model)))
+    check("names", lambda: names(model, pipe))
+    check("text", lambda: fuzz_check.round_trip(pipe.program))
     for name in ("mailbox", "switched"):
         try:
-            _check(name, lambda name=name: getattr(fuzz_check, name)(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), near))
+            check(name, lambda name=name: getattr(fuzz_check, name)(copy.deepcopy(model), pipe, inputs(plan), inputs(plan), near))
         except StagecutError as error:
             verdict.refusals.append(_blank(error))
-    _check("run", lambda: differences(expected, observe_all(pipe.module(), calls(plan)), near, OF_STATE))
+    check("run", lambda: differences(expected, observe_all(pipe.module(), calls(plan)), near, OF_STATE))
     if seed % 5 == 0:
-        _check("verify", lambda: fuzz_check.verified(pipe, inputs(plan)))
-    _check("boundaries", lambda: fuzz_check.boundaries(pipe, *inputs(plan)))
+        check("verify", lambda: fuzz_check.verified(pipe, inputs(plan)))
+    check("boundaries", lambda: fuzz_check.boundaries(pipe, *inputs(plan)))
     if deep:
         splits = find_splits(plan, model)
         flat = pipe.flatten(*inputs(plan))
-        _check("passes", lambda: fuzz_check.passes(lambda: _lowered(plan), splits, flat))
-        _check("shuffled", lambda: fuzz_check.shuffled(lambda: _lowered(plan), splits, flat, seed))
+        check("passes", lambda: fuzz_check.passes(lambda: _lowered(plan), splits, flat))
+        check("shuffled", lambda: fuzz_check.shuffled(lambda: _lowered(plan), splits, flat, seed))
 
 
 def _lowered(plan: ModelPlan) -> Any:
@@ -219,8 +220,10 @@ def find_splits(plan: ModelPlan, model: nn.Module) -> FindSplits:
     return FindSplits(_split_points(chosen.get("split_spec", {}), model), chosen.get("split_policy"), _other_names(model))
 
 
-def _check(name: str, check: Callable[[], list[str]]) -> None:
-    lines = _guard(name, check)
+def _check(only: str, name: str, find: Callable[[], list[str]]) -> None:
+    if only and name != only:
+        return
+    lines = _guard(name, find)
     if lines:
         raise _Failed(name, lines)
 
@@ -290,6 +293,7 @@ def shrink(
 ) -> tuple[ModelPlan, Verdict]:
     """The smallest program found in that time that fails in the same way as `plan`, drawn from `made_of`, and how it fails."""
     deep = verdict.check in ("passes", "shuffled")
+    only = verdict.check if verdict.check not in ("time", "fuzzer") else ""
     end = time.monotonic() + seconds
     failing = [(plan, verdict)]
 
@@ -297,7 +301,7 @@ def shrink(
     def is_alike(candidate: ModelPlan) -> bool:
         if time.monotonic() > end:
             raise _TimeIsUp
-        found = judge(candidate, deep, number)
+        found = judge(candidate, deep, number, only)
         if found.kind != FAILED or found.signature != verdict.signature:
             return False
         failing.append((candidate, found))

@@ -19,7 +19,7 @@ from stagecut import ModeError, Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
 from stagecut.ir.run.objects import opened, opening
 
-NEAR = Near(gradients=1e-6, others=1e-6, least=0.0, strides=False)
+NEAR = Near(gradients=1e-6, others=1e-6, least=0.0, strides=False, gradient_strides=False)
 ELSEWHERE = ("random state", "aliases", "input", "parameter", "gradient of input")
 """What is not compared: a trace of a large model may share storage and draw otherwise."""
 
