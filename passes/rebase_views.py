@@ -241,7 +241,7 @@ class _Stages:
         return True
 
     def _distance(self, value: Value) -> tuple[int, bool]:
-        """The views between a value and the root of its storage, then whether it is another value."""
+        """The number of views between the root of the storage and a value, then whether they differ."""
         root, steps = self._steps(value)
         return len(steps), self._member(value) is not root
 
