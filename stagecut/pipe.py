@@ -203,11 +203,17 @@ def _policy(
     if stages is None and not hasattr(chosen, "plan"):
         return as_cuts(chosen, exported) if chosen is not None else None
     from stagecut.backend.costs.balance import Balanced
+    from stagecut.backend.costs.shared import shared_plan
 
     balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
 
     def cuts(program: Program) -> list[int]:
-        plans.append(balanced.plan(program, sizes(), bindings))
+        def search() -> Plan:
+            found: Plan = balanced.plan(program, sizes(), bindings)
+            return found
+
+        ours = isinstance(balanced, Balanced)
+        plans.append(shared_plan(program, balanced, search) if ours else search())
         return list(plans[0].cuts)
 
     return cuts

@@ -69,6 +69,18 @@ def _refuse_writes_past_autograd(program: Program) -> None:
                 )
 
 
+def written_buffers(block: Stage) -> list[StateEntry]:
+    """The buffers of a stage that it writes in eval mode."""
+    writers = [op for op in block.ops if op.effects.writes and not _follows_mode(op)]
+    written = {
+        unwritten(op.operands[place]) for op in writers for place in op.effects.writes
+    }
+    roots = {storage_root(value) for value in written}
+    return [
+        entry for entry in block.state if entry.kind != "param" and entry.value in roots
+    ]
+
+
 def _follows_mode(op: Op) -> bool:
     return (
         any(isinstance(item, Mode) and item.is_flag for item in op.args)
