@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
+from stagecut.backend.costs.balance import Plan
 from stagecut.ir.graph import Program
 from stagecut.ir.text.printer import fingerprint
-
-if TYPE_CHECKING:
-    from stagecut.backend.costs.balance import Plan
 
 
 def shared_plan(program: Program, policy: object, search: Callable[[], Plan]) -> Plan:

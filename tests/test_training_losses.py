@@ -1,0 +1,279 @@
+"""Losses, metrics, evaluation, unfreezing and random numbers of a Driver equal those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cluster.matrix import SCHEDULES, on_ranks, stages_of
+from torch import nn
+from torch.nn import functional as F
+from zoo.cuts import equal_ops
+
+from stagecut import Driver, InputError, Pipe, StagecutError, pipeline
+
+COUNT, WIDTH, WORDS, IGNORED = 4, 8, 12, -100
+Loss = Callable[..., Any]
+
+
+class Hidden(nn.Module):
+    """Hidden states of a language model. The head, tied to the embedding or not, is for the loss function to use."""
+
+    def __init__(self, tied: bool = True, drop: float = 0.0) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(10))
+        self.drop = nn.Dropout(drop)
+        if tied:
+            self.head.weight = self.emb.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.emb(tokens)
+        for layer in self.layers:
+            x = x + self.drop(torch.tanh(layer(x)))
+        return x
+
+
+class Words(Hidden):
+    """Logits."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(super().forward(tokens))  # type: ignore[no-any-return]
+
+
+def per_token(logits: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The sum over the labelled tokens, and how many they are."""
+    labelled = target != IGNORED
+    right = (logits.argmax(-1) == target) & labelled
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
+    share = right.sum() / labelled.sum().clamp(min=1)
+    return loss, {"tokens": labelled.sum(), "right": int(right.sum()), "accuracy": share, "best": logits.amax((1, 2))}
+
+
+def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and labels of which micro-batches have unequal numbers."""
+    tokens, target = torch.randint(WORDS, (count, 6)), torch.randint(WORDS, (count, 6))
+    for row in range(count):
+        target[row, : row % 6] = IGNORED
+    return tokens, target
+
+
+def cut(make: Callable[[], nn.Module], stages: int, rows: int = 2) -> tuple[nn.Module, Pipe]:
+    """A model, always the same, and its pipe."""
+    torch.manual_seed(3)
+    model = make().double()
+    return model, pipeline(model, (torch.randint(WORDS, (rows, 6)),), split_policy=equal_ops(stages), check=None)
+
+
+def on_schedules(ranks: int, work: Callable[..., str], make: Callable[[], nn.Module], *args: Any) -> dict[str, set[str]]:
+    """Schedule -> what `work(model, pipe, schedule, *args)` says on the ranks."""
+    found: dict[str, set[str]] = {name: set() for name in SCHEDULES}
+    for stages in dict.fromkeys(stages_of(name, ranks) for name in SCHEDULES):
+        chosen = [name for name in SCHEDULES if stages_of(name, ranks) == stages]
+        for answers in on_ranks(ranks, _each, work, *cut(make, stages), chosen, args):
+            for name, answer in zip(chosen, answers, strict=True):
+                found[name].add(answer)
+    return found
+
+
+def _each(work: Callable[..., str], model: nn.Module, pipe: Pipe, names: list[str], args: Any) -> list[str]:
+    answers, start = [], deepcopy(model.state_dict())
+    for name in names:
+        model.load_state_dict(start)
+        model.zero_grad()
+        torch.manual_seed(7)
+        answers.append(work(model, pipe, name, *args) or "ok")
+    return answers
+
+
+OK = {name: {"ok"} for name in SCHEDULES}
+
+
+def gradients_differ(driver: Driver, reference: nn.Module) -> str:
+    """The first parameter of this rank whose gradient is not that of the model, or ''."""
+    want = dict(reference.named_parameters(remove_duplicate=False))
+    for index in driver.stage_indices:
+        for name, parameter in driver.pipe.stages[index].named_parameters():
+            mine, theirs = parameter.grad, want[name].grad
+            if (mine is None) != (theirs is None) or (mine is not None and not torch.allclose(mine, theirs, atol=1e-9)):  # type: ignore[arg-type]
+                return f"gradient of {name}: {mine is not None}, {theirs is not None}"
+    return ""
+
+
+def _train_per_token(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    driver = Driver(pipe, schedule, COUNT, per_token, normalize_by="tokens")
+    mine, theirs = torch.optim.SGD(driver.parameters(), 0.3), torch.optim.SGD(reference.parameters(), 0.3)
+    driver.attach(mine)
+    for step in range(3):
+        for _ in range(1 + step % 2):  # gradients accumulate over two batches in the second step
+            tokens, target = batch()
+            _, losses = driver.step(tokens, target=target, loss_kwargs={"smoothing": 0.1})
+            loss, metrics = per_token(reference(tokens), target, 0.1)
+            whole = loss / metrics["tokens"]
+            whole.backward()
+            assert losses.batch is not None
+            torch.testing.assert_close(losses.batch, whole.detach())
+            assert len(losses) == COUNT
+            for name in ("tokens", "right", "accuracy", "best"):
+                torch.testing.assert_close(losses.metrics[name], metrics[name], check_dtype=False)
+        mine.step()
+        if wrong := gradients_differ(driver, reference):
+            return f"step {step}: {wrong}"
+        theirs.step()
+        mine.zero_grad()
+        theirs.zero_grad()
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_loss_per_token_and_its_metrics_are_those_of_the_whole_batch(ranks: int) -> None:
+    assert on_schedules(ranks, _train_per_token, Words) == OK
+
+
+def _linear_cross_entropy(model: nn.Module) -> Loss:
+    def loss_fn(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, model.head.weight)  # type: ignore[arg-type]
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    return loss_fn
+
+
+def _train_linear(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    pipe._model = lambda: model
+    driver = Driver(pipe, schedule, COUNT, _linear_cross_entropy(model))
+    mine, theirs = torch.optim.SGD(driver.parameters(), 0.3), torch.optim.SGD(reference.parameters(), 0.3)
+    driver.attach(mine)
+    for step in range(3):
+        tokens, target = batch()
+        target = target.clamp(min=0)
+        _, losses = driver.step(tokens, target=target)
+        want = _linear_cross_entropy(reference)(reference(tokens), target)
+        want.backward()
+        assert losses.batch is not None
+        torch.testing.assert_close(losses.batch, want.detach())
+        mine.step()
+        if wrong := gradients_differ(driver, reference):
+            return f"step {step}: {wrong}"
+        theirs.step()
+        mine.zero_grad()
+        theirs.zero_grad()
+    _, losses = driver.eval(tokens, target=target)
+    assert losses.batch is not None
+    torch.testing.assert_close(losses.batch, _linear_cross_entropy(reference)(reference(tokens), target).detach())
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("make", [Hidden, lambda: Hidden(tied=False), Words], ids=["tied", "only in the loss", "in both"])
+def test_a_loss_may_read_a_weight_of_any_stage(make: Callable[[], nn.Module], ranks: int) -> None:
+    work = _train_linear if make is not Words else _train_both
+    assert on_schedules(ranks, work, make) == OK
+
+
+def _penalised(model: nn.Module) -> Loss:
+    def loss_fn(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten()) + model.head.weight.square().sum()  # type: ignore[operator,union-attr,no-any-return]
+
+    return loss_fn
+
+
+def _train_both(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    driver = Driver(pipe, schedule, COUNT, _penalised(model))
+    tokens, target = batch()
+    target = target.clamp(min=0)
+    for _ in range(2):
+        driver.step(tokens, target=target)
+        _penalised(reference)(reference(tokens), target).backward()
+    driver.sync_shared_gradients()
+    return gradients_differ(driver, reference)
+
+
+def _thaw(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    driver = Driver(pipe, schedule, COUNT, lambda out, target: per_token(out, target)[0])
+    plans = [range(11), range(5, 11), range(0), range(11), range(3), range(2, 6), range(11)]
+    for place, frozen in enumerate(plans):
+        for net in (model, reference):
+            net.zero_grad()
+            parts = [net.emb, *net.layers]  # type: ignore[misc]
+            for number, part in enumerate(parts):
+                part.requires_grad_(number not in frozen)
+            net.head.requires_grad_(True)  # type: ignore[union-attr]
+        tokens, target = batch()
+        driver.step(tokens, target=target)
+        for part in range(COUNT):
+            rows = slice(2 * part, 2 * part + 2)
+            (per_token(reference(tokens[rows]), target[rows])[0] / COUNT).backward()
+        if wrong := gradients_differ(driver, reference):
+            return f"plan {place}: {wrong}"
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parameters_are_frozen_and_unfrozen_after_the_cut(ranks: int) -> None:
+    assert on_schedules(ranks, _thaw, lambda: Words(tied=False)) == OK
+
+
+def _evaluate_between(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    frozen = pipe.stages[-1].get_submodule("drop")
+    driver = Driver(pipe, schedule, COUNT, lambda out, target: (per_token(out, target)[0], {"rows": len(out)}))
+    for _ in range(2):
+        tokens, target = batch()
+        driver.step(tokens, target=target)
+        frozen.eval()
+        out, losses = driver.eval(tokens)
+        assert (list(losses), losses.batch, losses.metrics) == ([], None, None)
+        with torch.no_grad():
+            want = reference.eval()(tokens)
+        if driver.is_last:
+            torch.testing.assert_close(out, want)
+        _, losses = driver.eval(tokens, target=target)
+        assert losses.metrics == {"rows": 8}
+        torch.testing.assert_close(torch.stack(losses).sum(), per_token(want, target)[0])
+        assert (pipe.training, frozen.training) == (True, False)
+        assert any(part.training for part in pipe.stages[0].modules())
+        frozen.train()
+    with pytest.raises(InputError, match="loss_fn takes a target"):
+        driver.step(tokens)
+    driver.step(tokens, target=target)
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_eval_is_in_eval_mode_and_needs_no_target(ranks: int) -> None:
+    assert on_schedules(ranks, _evaluate_between, lambda: Words(drop=0.5)) == OK
+
+
+def _draw_as_the_model(model: nn.Module, pipe: Pipe, schedule: str) -> str:
+    reference = deepcopy(model)
+    driver = Driver(pipe, schedule, COUNT, lambda out, target: per_token(out, target)[0], seed=11, scale_grads=False)
+    for call in range(2):
+        tokens, target = batch()
+        before = torch.get_rng_state()
+        out, _ = driver.step(tokens, target=target)
+        assert torch.equal(before, torch.get_rng_state())
+        with torch.random.fork_rng():
+            for part in range(COUNT):
+                rows = slice(2 * part, 2 * part + 2)
+                torch.manual_seed(11 + call * COUNT + part)
+                want = reference(tokens[rows])
+                per_token(want, target[rows])[0].backward()
+                if driver.is_last:
+                    torch.testing.assert_close(out[rows], want.detach())
+    driver.sync_shared_gradients()
+    return gradients_differ(driver, reference)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_with_a_seed_the_stages_draw_what_the_model_draws(ranks: int) -> None:
+    assert on_schedules(ranks, _draw_as_the_model, lambda: Words(drop=0.5)) == OK
