@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from zoo.cuts import equal_ops
 
-from stagecut import Driver, InputError, Pipe, StagecutError, pipeline
+from stagecut import Driver, InputError, Pipe, pipeline
 
-COUNT, WIDTH, WORDS, IGNORED = 4, 8, 12, -100
+WIDTH, WORDS, IGNORED = 8, 12, -100
 Loss = Callable[..., Any]
 
 
@@ -49,15 +49,19 @@ def per_token(logits: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0
     """The sum over the labelled tokens, and how many they are."""
     labelled = target != IGNORED
     right = (logits.argmax(-1) == target) & labelled
-    loss = F.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
     share = right.sum() / labelled.sum().clamp(min=1)
     return loss, {"tokens": labelled.sum(), "right": int(right.sum()), "accuracy": share, "best": logits.amax((1, 2))}
 
 
-def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batches() -> int:
+    """How many there are: DualPipeV wants as many as there are stages."""
+    return 2 * dist.get_world_size()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and labels of which micro-batches have unequal numbers."""
+    count = 2 * micro_batches()
     tokens, target = torch.randint(WORDS, (count, 6)), torch.randint(WORDS, (count, 6))
     for row in range(count):
         target[row, : row % 6] = IGNORED
@@ -108,7 +112,7 @@ def gradients_differ(driver: Driver, reference: nn.Module) -> str:
 
 def _train_per_token(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
-    driver = Driver(pipe, schedule, COUNT, per_token, normalize_by="tokens")
+    driver = Driver(pipe, schedule, micro_batches(), per_token, normalize_by="tokens")
     mine, theirs = torch.optim.SGD(driver.parameters(), 0.3), torch.optim.SGD(reference.parameters(), 0.3)
     driver.attach(mine)
     for step in range(3):
@@ -120,7 +124,7 @@ def _train_per_token(model: nn.Module, pipe: Pipe, schedule: str) -> str:
             whole.backward()
             assert losses.batch is not None
             torch.testing.assert_close(losses.batch, whole.detach())
-            assert len(losses) == COUNT
+            assert len(losses) == micro_batches()
             for name in ("tokens", "right", "accuracy", "best"):
                 torch.testing.assert_close(losses.metrics[name], metrics[name], check_dtype=False)
         mine.step()
@@ -148,7 +152,7 @@ def _linear_cross_entropy(model: nn.Module) -> Loss:
 def _train_linear(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
     pipe._model = lambda: model
-    driver = Driver(pipe, schedule, COUNT, _linear_cross_entropy(model))
+    driver = Driver(pipe, schedule, micro_batches(), _linear_cross_entropy(model))
     mine, theirs = torch.optim.SGD(driver.parameters(), 0.3), torch.optim.SGD(reference.parameters(), 0.3)
     driver.attach(mine)
     for step in range(3):
@@ -187,7 +191,7 @@ def _penalised(model: nn.Module) -> Loss:
 
 def _train_both(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
-    driver = Driver(pipe, schedule, COUNT, _penalised(model))
+    driver = Driver(pipe, schedule, micro_batches(), _penalised(model))
     tokens, target = batch()
     target = target.clamp(min=0)
     for _ in range(2):
@@ -199,7 +203,7 @@ def _train_both(model: nn.Module, pipe: Pipe, schedule: str) -> str:
 
 def _thaw(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
-    driver = Driver(pipe, schedule, COUNT, lambda out, target: per_token(out, target)[0])
+    driver = Driver(pipe, schedule, micro_batches(), lambda out, target: per_token(out, target)[0])
     plans = [range(11), range(5, 11), range(0), range(11), range(3), range(2, 6), range(11)]
     for place, frozen in enumerate(plans):
         for net in (model, reference):
@@ -210,9 +214,9 @@ def _thaw(model: nn.Module, pipe: Pipe, schedule: str) -> str:
             net.head.requires_grad_(True)  # type: ignore[union-attr]
         tokens, target = batch()
         driver.step(tokens, target=target)
-        for part in range(COUNT):
+        for part in range(micro_batches()):
             rows = slice(2 * part, 2 * part + 2)
-            (per_token(reference(tokens[rows]), target[rows])[0] / COUNT).backward()
+            (per_token(reference(tokens[rows]), target[rows])[0] / micro_batches()).backward()
         if wrong := gradients_differ(driver, reference):
             return f"plan {place}: {wrong}"
     return ""
@@ -226,7 +230,7 @@ def test_parameters_are_frozen_and_unfrozen_after_the_cut(ranks: int) -> None:
 def _evaluate_between(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
     frozen = pipe.stages[-1].get_submodule("drop")
-    driver = Driver(pipe, schedule, COUNT, lambda out, target: (per_token(out, target)[0], {"rows": len(out)}))
+    driver = Driver(pipe, schedule, micro_batches(), lambda out, target: (per_token(out, target)[0], {"rows": len(out)}))
     for _ in range(2):
         tokens, target = batch()
         driver.step(tokens, target=target)
@@ -238,7 +242,7 @@ def _evaluate_between(model: nn.Module, pipe: Pipe, schedule: str) -> str:
         if driver.is_last:
             torch.testing.assert_close(out, want)
         _, losses = driver.eval(tokens, target=target)
-        assert losses.metrics == {"rows": 8}
+        assert losses.metrics == {"rows": 2 * micro_batches()}
         torch.testing.assert_close(torch.stack(losses).sum(), per_token(want, target)[0])
         assert (pipe.training, frozen.training) == (True, False)
         assert any(part.training for part in pipe.stages[0].modules())
@@ -256,16 +260,16 @@ def test_eval_is_in_eval_mode_and_needs_no_target(ranks: int) -> None:
 
 def _draw_as_the_model(model: nn.Module, pipe: Pipe, schedule: str) -> str:
     reference = deepcopy(model)
-    driver = Driver(pipe, schedule, COUNT, lambda out, target: per_token(out, target)[0], seed=11, scale_grads=False)
+    driver = Driver(pipe, schedule, micro_batches(), lambda out, target: per_token(out, target)[0], seed=11, scale_grads=False)
     for call in range(2):
         tokens, target = batch()
         before = torch.get_rng_state()
         out, _ = driver.step(tokens, target=target)
         assert torch.equal(before, torch.get_rng_state())
         with torch.random.fork_rng():
-            for part in range(COUNT):
+            for part in range(micro_batches()):
                 rows = slice(2 * part, 2 * part + 2)
-                torch.manual_seed(11 + call * COUNT + part)
+                torch.manual_seed(11 + call * micro_batches() + part)
                 want = reference(tokens[rows])
                 per_token(want, target[rows])[0].backward()
                 if driver.is_last:

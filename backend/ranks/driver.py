@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_tied
 from stagecut.backend.ranks.buffers import Buffers
+from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
@@ -34,7 +35,7 @@ from stagecut.backend.ranks.losses import (
     tell,
 )
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
-from stagecut.backend.ranks.trained import changed_here, follow, refuse_packed
+from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
 from stagecut.backend.schedules import SCHEDULES, V, homes
@@ -44,7 +45,7 @@ from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.run.objects import opened
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import TensorType, value_bytes
 
 
 class Driver:
@@ -64,7 +65,9 @@ class Driver:
 
     `seed`: the model's own stream of random numbers (backend/ranks/draws.py). `eval_mode`: whether `eval`
     runs in eval mode; None for a pipe that is trained. `compare_steps`: in how many calls the ranks compare
-    the contents of their arguments; they compare sizes in every call.
+    the contents of their arguments; they compare sizes in every call. `data_on`: the ranks that are given the
+    arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
+    rank of the last stage with target and `loss_kwargs`; the others call without.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Driver:
         seed: int | None = None,
         eval_mode: bool | None = None,
         compare_steps: int = 2,
+        data_on: str = "all",
     ) -> None:
         _refuse_no_group(group)
         self.pipe = pipe
@@ -110,7 +114,10 @@ class Driver:
         )
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
-        self._calls = Calls(group, self.device, compare_steps)
+        self._data = Data(pipe, self.placement, group, self.device, data_on)
+        # moved data is the same everywhere, and without contents where nobody reads it
+        steps = compare_steps if data_on == "all" else 0
+        self._calls = Calls(group, self.device, steps)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
@@ -133,6 +140,10 @@ class Driver:
     def is_last(self) -> bool:
         """True on the rank that has the last stage, and so the outputs and the losses."""
         return self.pipe.num_stages - 1 in self.stage_indices
+
+    def __repr__(self) -> str:
+        """The schedule, which rank has which stage, and the sizes of a micro-batch."""
+        return described(self)
 
     @cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
@@ -225,6 +236,9 @@ class Driver:
         loss_kwargs: Mapping[str, Any] | None,
         how: str,
     ) -> tuple[Any, StepLosses]:
+        with self.faults.together():
+            inputs, labels = self._data.moved((args, kwargs), (target, loss_kwargs))
+        (args, kwargs), (target, loss_kwargs) = inputs, labels
         losses = self._agreed(args, kwargs, target, loss_kwargs, how)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
@@ -292,9 +306,7 @@ class Driver:
         )
 
     def _follow_trained(self) -> None:
-        for index, module in self.modules.items():
-            refuse_packed(module, index)
-        follow(self.pipe, self.stage_indices, self.group)
+        follow(self.pipe, self.modules, self.group)
         self._schedules.clear()
 
     def _microbatches(
@@ -349,12 +361,19 @@ class Driver:
                 stage.submod = self.modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
-            made = self.schedule_class(
-                stages[0] if single else stages,
-                self.n_microbatches,
-                loss_fn=loss,
-                scale_grads=False,
-            )
+            try:
+                made = self.schedule_class(
+                    stages[0] if single else stages,
+                    self.n_microbatches,
+                    loss_fn=loss,
+                    scale_grads=False,
+                )
+            except ValueError as error:
+                raise StagecutError(
+                    f"{self.schedule_class.__name__} does not run so: {error}",
+                    where=f"{self.n_microbatches} micro-batches, {self.pipe.num_stages} stages",
+                    hint="another number of micro-batches, or another schedule",
+                ) from None
             self._schedules[key] = made, stages
         return self._schedules[key]
 
@@ -471,6 +490,34 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
             hint=f"cut into {ranks} stages",
         )
     return homes(stages, ranks, v)
+
+
+def described(driver: Driver) -> str:
+    """A driver as text: schedule, placement, sizes."""
+    program, ranks = driver.pipe.program, dist.get_world_size(driver.group)
+    here = dist.get_rank(driver.group)
+    lines = [
+        f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
+        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {here}"
+    ]
+    for index, home in enumerate(driver.placement):
+        tensors = {
+            entry: entry.type
+            for entry in program.stages[index].state
+            if entry.kind == "param"
+        }
+        nbytes = sum(value_bytes(kind) or 0 for kind in tensors.values())
+        mark = ", here" if home == here else ""
+        lines.append(
+            f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
+        )
+    lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
+    lines += [
+        f"  ran with {', '.join(f'{name}={size}' for name, size in sizes)}"
+        for sizes in driver._schedules
+        if sizes
+    ]
+    return "\n".join(lines)
 
 
 def _refuse_no_group(group: Group) -> None:

@@ -107,10 +107,13 @@ class BuiltStage(PipelineStage):
             if (v in self.block.inputs or index == 0) and v not in self._strides
         ]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
-        whole = index > 0 and backward_is_whole(
-            self.block,
-            {p.value for p in self.received if p.grad},
-            {p.value for p in self.sent if p.grad},
+        arriving = {p.value for p in self.received if p.grad}
+        # without gradients for its inputs, torch up to 2.12 finds nothing to split
+        whole = index > 0 and (
+            not arriving
+            or backward_is_whole(
+                self.block, arriving, {p.value for p in self.sent if p.grad}
+            )
         )
         runner = (lambda: _nothing) if whole else None
         super().__init__(
@@ -521,10 +524,16 @@ def make_stage(
     draws: Draws | None = None,
 ) -> BuiltStage:
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
-    if not 0 <= index < pipe.num_stages:
+    if not isinstance(index, int) or not 0 <= index < pipe.num_stages:
         raise StagecutError(
-            f"there is no stage {index}",
+            f"there is no stage {index!r}",
             hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}",
+        )
+    if not dist.is_available() or not dist.is_initialized():
+        raise StagecutError(
+            "a stage for torch's schedules runs on a process group, and there is none",
+            hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
+            "process",
         )
     if device.type != "meta" and any(
         t.is_meta

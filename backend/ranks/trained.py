@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 from torch.nn import Module
@@ -40,13 +42,33 @@ def flags_here(pipe: Staged, stages: tuple[int, ...]) -> dict[int, bool]:
 
 
 def follow(
-    pipe: Staged, stages: tuple[int, ...], group: dist.ProcessGroup | None
+    pipe: Staged, modules: Mapping[int, Module], group: dist.ProcessGroup | None
 ) -> None:
     """The program of every rank says which parameters are trained now, and which values carry gradient
-    therefore. Raises StagecutError where ranks that hold one parameter differ.
+    therefore. `modules` are what runs the stages of this rank.
+
+    Raises StagecutError on every rank where those that hold one parameter differ, or where a wrapper has noted
+    once and for all which parameters are trained.
     """
-    everywhere: list[dict[int, bool]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, flags_here(pipe, stages), group)
+    mine = flags_here(pipe, tuple(modules)), _packed(modules)
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, mine, group)
+    for rank, (_, packed) in enumerate(everywhere):
+        for index in packed:
+            raise StagecutError(
+                f"requires_grad of parameters has changed, and DistributedDataParallel averages those that "
+                f"were trained when stage {index} was wrapped",
+                where=f"rank {rank}, stage {index}",
+                hint="set requires_grad before the driver is made, or make a pipe and a driver anew",
+            )
+    known = _agreed(pipe, [flags for flags, _ in everywhere])
+    for place, flag in known.items():
+        _tell(pipe, place, flag)
+    infer_gradients(pipe.program.all_ops())
+
+
+def _agreed(pipe: Staged, everywhere: Sequence[dict[int, bool]]) -> dict[int, bool]:
+    """Place in the program's state -> whether it is trained."""
     known: dict[int, tuple[bool, int]] = {}
     for rank, flags in enumerate(everywhere):
         for place, flag in flags.items():
@@ -58,9 +80,16 @@ def follow(
                     where="a parameter that several stages hold",
                     hint="call requires_grad_ on every rank",
                 )
-    for place, (flag, _) in known.items():
-        _tell(pipe, place, flag)
-    infer_gradients(pipe.program.all_ops())
+    return {place: flag for place, (flag, _) in known.items()}
+
+
+def _packed(modules: Mapping[int, Module]) -> list[int]:
+    """The stages in which DistributedDataParallel is."""
+    return [
+        index
+        for index, module in modules.items()
+        if any(isinstance(part, DistributedDataParallel) for part in module.modules())
+    ]
 
 
 def _tell(pipe: Staged, place: int, flag: bool) -> None:
@@ -68,16 +97,3 @@ def _tell(pipe: Staged, place: int, flag: bool) -> None:
     kind = entry.type
     if isinstance(kind, TensorType) and kind.grad != flag:
         entry.type = entry.value.type = replace(kind, grad=flag)
-
-
-def refuse_packed(module: Module, index: int) -> None:
-    """Raises StagecutError where a wrapper of the stage has noted once and for all which parameters are
-    trained.
-    """
-    if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
-        raise StagecutError(
-            f"requires_grad of parameters of stage {index} has changed, and DistributedDataParallel averages "
-            "those that were trained when it was made",
-            where=f"stage {index}",
-            hint="set requires_grad before the driver is made, or make a pipe and a driver anew",
-        )

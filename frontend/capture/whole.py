@@ -8,7 +8,7 @@ it draws random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -221,6 +221,31 @@ def _flags_turned(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+@contextmanager
+def _without_script_objects(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, `modules` lack the objects of torch.jit that they hold, such as the packed weights of a
+    quantized linear. The export makes stand-ins for all that it finds in the model, which few of their
+    classes allow, and no code that it traces reads these.
+    """
+    parts = {part for module in modules for part in module.modules()}
+    hidden = {
+        part: {
+            name: item
+            for name, item in part.__dict__.items()
+            if isinstance(item, torch.ScriptObject)
+        }
+        for part in parts
+    }
+    try:
+        for part, items in hidden.items():
+            for name in items:
+                del part.__dict__[name]
+        yield
+    finally:
+        for part, items in hidden.items():
+            part.__dict__.update(items)
+
+
 class CalledOtherwise(Untraceable):
     """The model calls a module in another way when it is traced. A module around that one may be kept whole
     instead.
@@ -312,7 +337,8 @@ class Leaves:
         try:
             for path, owner in modules.items():
                 owner.__dict__["forward"] = self._stand_in(path, owner)
-            yield
+            with _without_script_objects(modules.values()):
+                yield
         finally:
             for path, owner in modules.items():
                 if own[path] is None:
