@@ -47,8 +47,8 @@ def follow(
     """The program of every rank says which parameters are trained now, and which values carry gradient
     therefore. `modules` are what runs the stages of this rank.
 
-    Raises StagecutError on every rank where those that hold one parameter differ, or where a wrapper has noted
-    once and for all which parameters are trained.
+    Raises StagecutError on every rank where those that hold one parameter differ, or where a wrapper has
+    noted once and for all which parameters are trained.
     """
     mine = flags_here(pipe, tuple(modules)), _packed(modules)
     everywhere: list[Any] = [None] * dist.get_world_size(group)
