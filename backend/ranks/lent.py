@@ -29,8 +29,9 @@ def leaves_of(loss: torch.Tensor, outputs: Sequence[Any]) -> list[torch.Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
+        leaf: torch.Tensor | None = getattr(node, "variable", None)
+        if leaf is not None:
+            found.append(leaf)
         pending += [following for following, _ in node.next_functions]
     return found
 
