@@ -38,7 +38,7 @@ def _called_otherwise(model: nn.Module, pipe: Pipe) -> str:
     tokens, target = batch()
     driver.step(tokens, target=target)
     other = torch.cat([tokens, tokens]) if odd else tokens
-    with pytest.raises(InputError, match=r"args\[0\] is int64\[16, 6\] on rank 1, and is int64\[8, 6\] on rank 0"):
+    with pytest.raises(InputError, match=r"args\[0\] is int64\[16, 6\] on rank 1, and int64\[8, 6\] on rank 0"):
         driver.step(other, target=target)
     changed = tokens.clone()
     changed[3, 2] = (changed[3, 2] + odd) % WORDS

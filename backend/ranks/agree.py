@@ -156,9 +156,13 @@ class Calls:
                 )
         told = everywhere((described, [*contents.values()]), self._group)
         for place in range(len(described)):
-            _compare([part[place] for part, _ in told], "is {}")
             _compare(
-                [part[place] if part else {} for _, part in told], "has other values"
+                [part[place] for part, _ in told],
+                "is {0} on rank {1}, and {2} on rank {3}",
+            )
+            _compare(
+                [part[place] if part else {} for _, part in told],
+                "has other values on rank {1} than on rank {3}",
             )
 
 
@@ -172,8 +176,8 @@ def _compare(rows: list[dict[str, Any]], words: str) -> None:
             if one == other:
                 continue
             raise InputError(
-                f"the ranks were called with different data: {path} {words.format(other)} on rank {rank}, "
-                f"and {words.format(one)} on rank {there[0]}",
+                f"the ranks were called with different data: {path} "
+                f"{words.format(other, rank, one, there[0])}",
                 where=f"rank {rank}, {path}",
                 hint="give every rank the same batch, or only one of them: Driver(data_on='first')",
             )

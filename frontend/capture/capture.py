@@ -57,6 +57,7 @@ def capture(
     leaves = Leaves(module, inputs)
     for path in leaf_modules:
         leaves.add(path)
+    leaves.add_packed()
     origins: dict[type, CaptureError] = {}
     eager = eager or EagerPath(module)
     retries = 0

@@ -246,6 +246,25 @@ def _without_script_objects(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.__dict__.update(items)
 
 
+def packed_modules(model: nn.Module) -> list[str]:
+    """The paths of torch's quantized modules whose weights are objects that the export cannot stand in for.
+    The objects may lie in a module inside of theirs.
+    """
+    found: dict[str, None] = {}
+    for path, part in model.named_modules():
+        held = [i for i in part.__dict__.values() if isinstance(i, torch.ScriptObject)]
+        if all(hasattr(item, "__obj_flatten__") for item in held):
+            continue
+        above = path.rpartition(".")[0]
+        if above and type(model.get_submodule(above)).__module__.startswith(
+            "torch.ao."
+        ):
+            path = above
+        if path:
+            found[path] = None
+    return list(found)
+
+
 class CalledOtherwise(Untraceable):
     """The model calls a module in another way when it is traced. A module around that one may be kept whole
     instead.
@@ -313,6 +332,15 @@ class Leaves:
                 and not any(name.startswith(p + ".") for p in self.paths)
             ):
                 self.add(name)
+
+    def add_packed(self) -> None:
+        """Modules whose weights the export cannot stand in for are kept whole."""
+        for path in packed_modules(self.module):
+            if not any(f"{path}.".startswith(f"{kept}.") for kept in self.paths):
+                why = (
+                    "its weights are packed by torch.jit, and no trace looks into them"
+                )
+                self.add_class(path, why)
 
     def _because(self, path: str) -> str:
         return f": {self.reasons[path]}" if path in self.reasons else ""
