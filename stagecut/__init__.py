@@ -22,9 +22,15 @@ if TYPE_CHECKING:
         ScheduleZBVZeroBubble,
     )
 
-    from stagecut.backend.costs.balance import AtModules, Balanced, Markers, Setting
+    from stagecut.backend.costs.balance import (
+        AtModules,
+        Balanced,
+        Markers,
+        Plan,
+        Setting,
+    )
     from stagecut.backend.costs.ops import Device
-    from stagecut.backend.costs.timeline import record
+    from stagecut.backend.costs.timeline import Timeline, record
     from stagecut.backend.files import checkpoint
     from stagecut.backend.files.checkpoint import CheckpointError
     from stagecut.backend.files.materialize import MaterializeError
@@ -34,8 +40,16 @@ if TYPE_CHECKING:
     from stagecut.backend.pictures.dot import to_dot, to_svg
     from stagecut.backend.ranks.driver import Driver
     from stagecut.backend.ranks.faults import RankError
-    from stagecut.backend.ranks.stage import MismatchError, build_stage
-    from stagecut.check import CannotCompare, CheckError
+    from stagecut.backend.ranks.lent import StaleError
+    from stagecut.backend.ranks.losses import StepLosses
+    from stagecut.backend.ranks.stage import (
+        BuiltStage,
+        MismatchError,
+        PipeInfo,
+        build_stage,
+    )
+    from stagecut.backend.stages.modules import Stage
+    from stagecut.check import CannotCompare, CheckError, Report
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import (
         CaptureError,
@@ -49,9 +63,10 @@ if TYPE_CHECKING:
         UnknownNameError,
         VerifyError,
     )
+    from stagecut.ir.graph import Program
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
-    from stagecut.pipe import Pipe, load, pipeline
+    from stagecut.pipe import Pipe, PipedModel, load, pipeline
 
 __version__ = VERSION
 
@@ -72,6 +87,16 @@ _HOMES = {
     "UnknownNameError": "stagecut.ir.errors",
     "VerifyError": "stagecut.ir.errors",
     "checkpoint": "stagecut.backend.files",
+    "BuiltStage": "stagecut.backend.ranks.stage",
+    "PipeInfo": "stagecut.backend.ranks.stage",
+    "PipedModel": "stagecut.pipe",
+    "Plan": "stagecut.backend.costs.balance",
+    "Program": "stagecut.ir.graph",
+    "Report": "stagecut.check",
+    "Stage": "stagecut.backend.stages.modules",
+    "StaleError": "stagecut.backend.ranks.lent",
+    "StepLosses": "stagecut.backend.ranks.losses",
+    "Timeline": "stagecut.backend.costs.timeline",
     "record": "stagecut.backend.costs.timeline",
     "to_dot": "stagecut.backend.pictures.dot",
     "to_html": "stagecut.backend.page.page",
@@ -110,6 +135,7 @@ _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 __all__ = [
     "AtModules",
     "Balanced",
+    "BuiltStage",
     "CannotCompare",
     "CaptureError",
     "CheckError",
@@ -125,8 +151,13 @@ __all__ = [
     "ParseError",
     "PassError",
     "Pipe",
+    "PipeInfo",
+    "PipedModel",
     "PipelineStage",
+    "Plan",
+    "Program",
     "RankError",
+    "Report",
     "SavedError",
     "Schedule1F1B",
     "ScheduleDualPipeV",
@@ -138,7 +169,11 @@ __all__ = [
     "Setting",
     "SplitError",
     "SplitPoint",
+    "Stage",
     "StagecutError",
+    "StaleError",
+    "StepLosses",
+    "Timeline",
     "UnknownNameError",
     "VerifyError",
     "build_stage",

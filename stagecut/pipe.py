@@ -123,6 +123,18 @@ def pipeline(
             f"check={check!r} is not known",
             hint=nearest(str(check), [str(c) for c in CHECKS]),
         )
+    _refuse_wrong_kinds(
+        split_spec=(split_spec, Mapping, '{"layers.4": SplitPoint.BEGINNING}'),
+        split_policy=(split_policy, Callable, "a function, or Balanced(stages)"),
+        stages=(stages, int, "a whole number, such as 2"),
+        routes=(routes, Mapping, '{"mask": "recompute"}'),
+        tied=(tied, str | Mapping, '"transmit", or {"head.weight": "transmit"}'),
+    )
+    if isinstance(leaf_modules, str) or not isinstance(leaf_modules, Iterable):
+        raise InputError(
+            f"leaf_modules={leaf_modules!r} is no list of paths",
+            hint=f"leaf_modules=[{leaf_modules!r}]",
+        )
     _refuse_two_wishes(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
@@ -179,6 +191,19 @@ def pipeline(
     return pipe
 
 
+def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
+    """Returns when each argument is None or of its kind. An argument comes with its kind, and with an
+    example.
+    """
+    for name, (value, kind, example) in given.items():
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and not fits:
+            raise InputError(
+                f"{name}={value!r} is a {type(value).__name__}",
+                hint=f"{name}={example}",
+            )
+
+
 def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
     """Returns when at most one of the arguments that say where to cut is given."""
     names = [f"{name}=" for name, wish in wishes.items() if wish is not None]
@@ -203,11 +228,17 @@ def _policy(
     if stages is None and not hasattr(chosen, "plan"):
         return as_cuts(chosen, exported) if chosen is not None else None
     from stagecut.backend.costs.balance import Balanced
+    from stagecut.backend.costs.shared import shared_plan
 
     balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
 
     def cuts(program: Program) -> list[int]:
-        plans.append(balanced.plan(program, sizes(), bindings))
+        def search() -> Plan:
+            found: Plan = balanced.plan(program, sizes(), bindings)
+            return found
+
+        ours = isinstance(balanced, Balanced)
+        plans.append(shared_plan(program, balanced, search) if ours else search())
         return list(plans[0].cuts)
 
     return cuts
@@ -400,6 +431,10 @@ def _chosen_passes(
     """The passes with the user's choices for them."""
     yield Recompute(tuple(routes.items()))
     yield Route(tuple(name for name, route in routes.items() if route == "relay"))
+    if tied is None:
+        raise InputError(
+            "tied=None is not known", hint=nearest("", [REPLICATE, TRANSMIT])
+        )
     by_name = {EVERY: tied} if isinstance(tied, str) else dict(tied)
     for sharing in by_name.values():
         if sharing not in (REPLICATE, TRANSMIT):
@@ -421,6 +456,11 @@ def _split_points(
         paths = [path for path, _ in modules if path]
     points = []
     for name, point in spec.items():
+        if not isinstance(name, str):
+            raise SplitError(
+                f"split_spec names {name!r}, which is no path of a module",
+                hint='a path such as "layers.4"',
+            )
         if paths and name not in paths:
             raise SplitError(
                 f"split_spec names module '{name}', which the model does not have",
@@ -528,6 +568,11 @@ class Pipe(Staged):
         from stagecut.backend.files.materialize import materialize
 
         chosen = [stages] if isinstance(stages, int) else list(stages)
+        if wrong := [index for index in chosen if not isinstance(index, int)]:
+            raise InputError(
+                f"{wrong[0]!r} is no stage",
+                hint="the indices of stages, such as 0 or [0, 3]",
+            )
         materialize(
             self,
             chosen,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers import Bless, diff_of, leaves_alone, load
 
+from stagecut.ir.gradients import grad_enabled
 from stagecut.ir.graph import Context
-from stagecut.passes.infer_gradients import InferGradients, grad_enabled
+from stagecut.passes.infer_gradients import InferGradients
 from stagecut.passes.version_mutations import VersionMutations
 
 

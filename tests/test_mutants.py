@@ -37,13 +37,14 @@ from stagecut import Pipe, pipe_split, pipeline
 from stagecut.backend.stages import emit
 from stagecut.backend.stages.modules import StageModule
 from stagecut.frontend.lower import lower
+from stagecut.ir import gradients
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Effects, Mode, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.outline import Positions
 from stagecut.ir.run.call import CallSpec
 from stagecut.ir.types import TensorType
-from stagecut.passes import canonicalize, infer_gradients, liveness, recompute, route, share_state, version_mutations
+from stagecut.passes import canonicalize, liveness, recompute, route, share_state, version_mutations
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition
 from stagecut.passes.pipeline import default_pipeline
@@ -581,7 +582,7 @@ def released_too_early(patch: Patch) -> None:
 
 @mutant(skips, "mailbox golden")
 def nothing_carries_gradient(patch: Patch) -> None:
-    patch.setattr(infer_gradients, "grad_enabled", lambda context: False)
+    patch.setattr(gradients, "grad_enabled", lambda context: False)
 
 
 @mutant(skips, "mailbox golden")
@@ -593,7 +594,7 @@ def everything_carries_gradient(patch: Patch) -> None:
                 value.type, marked = replace(value.type, grad=True), True
         return marked
 
-    patch.setattr(infer_gradients, "_mark", mark)
+    patch.setattr(gradients, "_mark", mark)
 
 
 # --- effects, order and contexts ------------------------------------------------------------------------

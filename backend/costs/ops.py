@@ -135,9 +135,20 @@ def op_costs(
     counter = _Counter(
         dict(sizes or {}),
         bindings or Bindings(),
-        torch.device(measure_on) if measure_on is not None else None,
+        _place(measure_on),
     )
     return [counter.cost(op) for op in ops]
+
+
+def _place(wanted: torch.device | str | None) -> torch.device | None:
+    if wanted is None:
+        return None
+    try:
+        return torch.device(wanted)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"profile_on={wanted!r} is no device of torch", hint='"cpu" or "cuda:0"'
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def save(
 
     Raises CheckpointError on every rank when the folder is there already or a rank cannot write.
     """
-    folder = Path(folder)
+    folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
     with driver.faults.together(agreed=(StagecutError,)):
         state = together(driver.group, lambda: _state(driver, optimizer, extra))
@@ -86,7 +86,9 @@ def save(
 
 
 def load(
-    driver: Driver, optimizer: Optimizer | None, folder: str | Path
+    driver: Driver,
+    optimizer: Optimizer | None = None,
+    folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """The stages of this rank and its optimizer are as they were saved, bit for bit; returns the `extra` that
     was saved.
@@ -96,14 +98,17 @@ def load(
 
     Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
     """
+    place = _folder(driver, folder)
     with driver.faults.together(agreed=(StagecutError,)):
-        return together(driver.group, lambda: _load(driver, optimizer, Path(folder)))
+        return together(driver.group, lambda: _load(driver, optimizer, place))
 
 
 def latest(folder: str | Path) -> Path | None:
     """The whole checkpoint in `folder` with the highest number at the end of its name, None when there is
     none.
     """
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"{folder!r} is no folder", hint=_A_FOLDER)
     found = [
         (int(number[0]), path)
         for path in Path(folder).glob("*/")
@@ -115,6 +120,26 @@ def latest(folder: str | Path) -> Path | None:
         if (path / ".metadata").is_file() and not path.name.startswith(".")
     ]
     return max(whole)[1] if whole else None
+
+
+_A_FOLDER = 'a str or a Path, such as "run/step-100"'
+
+
+def _folder(driver: Any, folder: Any) -> Path:
+    """The folder of a checkpoint. Raises CheckpointError for what is no driver or no folder."""
+    if not isinstance(driver, Driver):
+        raise CheckpointError(
+            f"a checkpoint is of a Driver, not of a {type(driver).__name__}",
+            hint="checkpoint.load(driver, optimizer, folder); stagecut.load(folder) is for saved pipes",
+        )
+    if folder is None:
+        raise CheckpointError(
+            "there is no checkpoint: the folder is None",
+            hint="checkpoint.latest(folder) gives None where none is: begin from the start then",
+        )
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"{folder!r} is no folder", hint=_A_FOLDER)
+    return Path(folder)
 
 
 # --- writing ------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,19 +19,33 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_tied
+from stagecut.backend.ranks.buffers import Buffers
+from stagecut.backend.ranks.data import Data
+from stagecut.backend.ranks.draws import Draws
 from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
+from stagecut.backend.ranks.losses import (
+    Losses,
+    StepLosses,
+    Told,
+    add_corrected,
+    put_aside,
+    takes_no_target,
+    tell,
+)
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
+from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
+from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program, StateEntry, Value
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.run.objects import opened
-from stagecut.ir.text.printer import fingerprint
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import TensorType, value_bytes
 
 
 class Driver:
@@ -43,6 +58,16 @@ class Driver:
     module that it returns runs in the place of the stage's own: FSDP, DDP, activation checkpointing and
     torch.compile go there. Without `return_outputs`, `step` and `eval` return None for the outputs, and the
     outputs of a micro-batch are released after its loss.
+
+    `loss_fn(output, target, **loss_kwargs)` returns a loss, or (loss, metrics). With `normalize_by`, the name
+    of a metric such as "tokens", losses are sums, and the loss of the batch is the sum of all divided by the
+    sum of that metric. Every rank gets losses and metrics, or with share_losses=False, only the last.
+
+    `seed`: the model's own stream of random numbers (backend/ranks/draws.py). `eval_mode`: whether `eval`
+    runs in eval mode; None for a pipe that is trained. `compare_steps`: in how many calls the ranks compare
+    the contents of their arguments; they compare sizes in every call. `data_on`: the ranks that are given the
+    arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
+    rank of the last stage with target and `loss_kwargs`; the others call without.
     """
 
     def __init__(
@@ -50,15 +75,20 @@ class Driver:
         pipe: Staged,
         schedule: str = "1F1B",
         n_microbatches: int = 1,
-        loss_fn: Callable[..., torch.Tensor] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
         group: Group = None,
         device: torch.device | str | None = None,
         scale_grads: bool = True,
         return_outputs: bool = True,
-        wrap: Callable[
-            [torch.nn.Module, int], torch.nn.Module
-        ] = lambda module, index: module,
+        wrap: Wrap = None,
+        normalize_by: str | None = None,
+        share_losses: bool = True,
+        seed: int | None = None,
+        eval_mode: bool | None = None,
+        compare_steps: int = 2,
+        data_on: str = "all",
     ) -> None:
+        _refuse_no_group(group)
         self.pipe = pipe
         self.n_microbatches = n_microbatches
         self.loss_fn = loss_fn
@@ -71,8 +101,29 @@ class Driver:
         self.stage_indices = tuple(
             i for i, home in enumerate(self.placement) if home == rank
         )
-        _agree(pipe.program, (schedule, n_microbatches), group)
+        settings = (schedule, n_microbatches, loss_fn is not None)
+        agree_on_program(pipe.program, settings, group)
+        agree_on_tied(pipe, self.placement, group)
         self._wrap, self._returns = wrap, return_outputs
+        self._share, self._eval_mode = share_losses, eval_mode
+        self._by, self._looked = normalize_by, set[str]()
+        self.losses = (
+            Losses(loss_fn, n_microbatches, self._scale, normalize_by)
+            if loss_fn is not None
+            else None
+        )
+        self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
+        self._lent = Lent(pipe, self.placement, group, self.device)
+        self._data = Data(pipe, self.placement, group, self.device, data_on)
+        # moved data is the same everywhere, and without contents where nobody reads it
+        steps = compare_steps if data_on == "all" else 0
+        self._calls = Calls(group, self.device, steps)
+        self._buffers = {
+            i: Buffers(pipe.stages[i], pipe.program.stages[i])
+            for i in self.stage_indices
+        }
+        if loss_fn is not None:
+            trained.add(pipe)
         self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
         self._replicas = [
             (ranks, entries)
@@ -83,8 +134,6 @@ class Driver:
             tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
         ] = {}
         self._chunks: list[list[Any]] = []
-        self._targets: list[Any] = []
-        self._losses: list[torch.Tensor] = []
         self.faults = Faults(group, self.placement)
 
     @property
@@ -92,15 +141,17 @@ class Driver:
         """True on the rank that has the last stage, and so the outputs and the losses."""
         return self.pipe.num_stages - 1 in self.stage_indices
 
+    def __repr__(self) -> str:
+        """The schedule, which rank has which stage, and the sizes of a micro-batch."""
+        return described(self)
+
     @cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
         """This rank's stages by index, on its device, with the wrappers of `wrap`. Raises StagecutError while
         one is on meta.
         """
-        for i in self.stage_indices:
-            refuse_meta(self.pipe.program, self.pipe.stages[i])
         return {
-            i: self._wrap(self.pipe.stages[i].to(self.device), i)
+            i: wrapped(self.pipe, i, self.device, self._wrap)
             for i in self.stage_indices
         }
 
@@ -113,95 +164,240 @@ class Driver:
         )
 
     def step(
-        self, *args: Any, target: Any = None, **kwargs: Any
-    ) -> tuple[Any, list[torch.Tensor]]:
+        self,
+        *args: Any,
+        target: Any = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, StepLosses]:
         """One step on a whole batch: the model's own arguments, the same on every rank.
 
-        Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's
-        rank, (None, []) elsewhere. With a loss function, gradients are accumulated, divided by the number of
-        micro-batches.
+        Returns the outputs in the model's structure on the last stage's rank, None elsewhere, and the losses
+        of the micro-batches with the loss and the metrics of the batch. With a loss function, gradients of
+        the loss of the batch are accumulated. `loss_kwargs` are divided as `target` is.
 
         Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies
         (backend/ranks/faults.py).
         """
-        return self._run(args, kwargs, target, "step")
+        return self._run(args, kwargs, target, loss_kwargs, "step")
 
     def eval(
-        self, *args: Any, target: Any = None, **kwargs: Any
-    ) -> tuple[Any, list[torch.Tensor]]:
-        """As `step`, forward only. The mode stays: `pipe.eval()` and `pipe.train()`, on every rank, switch
-        dropout and norms.
+        self,
+        *args: Any,
+        target: Any = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, StepLosses]:
+        """As `step`, forward only. Without a target, a loss function that takes one is not called.
+
+        A pipe that is trained, by this driver or another, is in eval mode meanwhile, and as it was before
+        afterwards. Otherwise the mode stays as `pipe.eval()` and `pipe.train()` set it.
         """
-        with torch.no_grad():
-            return self._run(args, kwargs, target, "eval")
+        with torch.no_grad(), self._evaluating():
+            return self._run(args, kwargs, target, loss_kwargs, "eval")
+
+    def train(self, mode: bool = True) -> Driver:
+        """The pipe is in train mode, or with False in eval mode, as after `pipe.train(mode)`. Each rank calls
+        it. `step` runs in the mode that the pipe is in.
+        """
+        self.pipe.train(mode)
+        for module in self.modules.values():
+            module.train(mode)
+        return self
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The pipe is in eval mode inside, unless it is not to be switched."""
+        wanted = self._eval_mode
+        if wanted is None:
+            wanted = self.pipe in trained
+        parts = [
+            part
+            for module in (self.pipe, *self.pipe.stages, *self.modules.values())
+            for part in module.modules()
+        ]
+        before = {part: part.training for part in parts}
+        if not wanted or not any(before.values()):
+            yield
+            return
+        with self.faults.alike():
+            self.train(False)
+        try:
+            yield
+        finally:
+            for part, mode in before.items():
+                part.training = mode
 
     def _run(
-        self, args: Any, kwargs: Any, target: Any, how: str
-    ) -> tuple[Any, list[torch.Tensor]]:
+        self,
+        args: Any,
+        kwargs: Any,
+        target: Any,
+        loss_kwargs: Mapping[str, Any] | None,
+        how: str,
+    ) -> tuple[Any, StepLosses]:
+        with self.faults.together():
+            inputs, labels = self._data.moved((args, kwargs), (target, loss_kwargs))
+        (args, kwargs), (target, loss_kwargs) = inputs, labels
+        losses = self._agreed(args, kwargs, target, loss_kwargs, how)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
             sizes = self._split(args, kwargs)
-            self._targets, self._losses = _split_target(target, self.n_microbatches), []
+            if losses is not None:
+                losses.begin(
+                    _split_target(target, self.n_microbatches),
+                    _split_target(loss_kwargs, self.n_microbatches),
+                )
             schedule, stages = self._prepared(sizes)
+        self.draws.begin()
         for stage in stages:
             stage.microbatches = self._chunks
             stage.results = {} if self._returns else None
-        numbers = (
-            torch.arange(self.n_microbatches)
-            if self.is_last and self.loss_fn is not None
-            else None
-        )
-        with self.faults.together():
-            getattr(schedule, how)(
-                target=numbers,
-                losses=[] if numbers is not None else None,
-                return_outputs=False,
-            )
+            stage.buffers = self._buffers[stage.stage_index]
+            stage.buffers.begin(self.n_microbatches, not self.pipe.training)
+        with self.faults.together(agreed=(StaleError,)):
+            told = self._microbatches(schedule, how, losses)
         if not self.is_last:
-            return None, []
+            return None, told
         results = next(s for s in stages if s.is_last).results
         if results is None:
-            return None, self._losses
+            return None, told
         structured = [
             self._structure(results[i], i) for i in range(self.n_microbatches)
         ]
-        return self._merge(structured), self._losses
+        return self._merge(structured), told
+
+    def _agreed(
+        self,
+        args: Any,
+        kwargs: Any,
+        target: Any,
+        loss_kwargs: Mapping[str, Any] | None,
+        how: str,
+    ) -> Losses | None:
+        """What computes the losses of a call, None for no losses. The ranks agree on the arguments, and the
+        program says which parameters are trained.
+        """
+        given = {
+            "args": args,
+            "kwargs": kwargs,
+            "target": target,
+            "loss_kwargs": loss_kwargs,
+        }
+        with self.faults.together(agreed=(StagecutError,)):
+            changed = changed_here(self.pipe, self.stage_indices)
+            agreed = self._calls.agree(how, given, changed)
+            if agreed.changed:
+                self._follow_trained()
+        if self.losses is None:
+            return None
+        if self.placement[-1] in agreed.has["target"] or takes_no_target(
+            self.losses.loss_fn, [*(loss_kwargs or ())]
+        ):
+            return self.losses
+        if how == "eval":
+            return None
+        raise InputError(
+            "loss_fn takes a target, and step was called without one",
+            where=f"rank {self.placement[-1]}, which has the last stage",
+            hint="driver.step(..., target=...)",
+        )
+
+    def _follow_trained(self) -> None:
+        follow(self.pipe, self.modules, self.group)
+        self._schedules.clear()
+
+    def _microbatches(
+        self, schedule: Any, how: str, losses: Losses | None
+    ) -> StepLosses:
+        """Runs the schedule. The gradients are those of the batch."""
+        backward = how == "step" and losses is not None
+        self._lent.fetch()
+        aside = put_aside(self.parameters()) if backward and self._by else {}
+        numbers = torch.arange(self.n_microbatches) if self.is_last else None
+        self._now = losses
+        getattr(schedule, how)(
+            target=numbers if self.losses is not None else None,
+            losses=[] if numbers is not None and self.losses is not None else None,
+            return_outputs=False,
+        )
+        told, factor, read = self._told(how, losses)
+        if backward and self._by:
+            add_corrected(self.parameters(), aside, factor)
+        self._lent.agree(read)
+        if backward:
+            self._lent.give(factor)
+        return told
+
+    def _told(self, how: str, losses: Losses | None) -> Told:
+        """The losses, what the gradients lack, and which weights the loss function read, as the last rank
+        tells them.
+        """
+        if losses is None:
+            return StepLosses(), 1.0, ()
+        silent = not self._share and self._by is None and how in self._looked
+        self._looked.add(how)
+        mine: Told = StepLosses(), 1.0, ()
+        if self.is_last:
+            mine = losses.result(), losses.correction, tuple(self._lent.read)
+        if silent:
+            self._lent.refuse_late()
+            return mine
+        return tell(mine, self._share, self.placement[-1], self.group, self.device)
 
     def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
         """The schedule and its stages for these sizes, made at their first use."""
         key = tuple(sorted(sizes.items()))
         if key not in self._schedules:
             stages = [
-                make_stage(self.pipe, i, self.device, self.group, sizes, True)
+                make_stage(
+                    self.pipe, i, self.device, self.group, sizes, True, self.draws
+                )
                 for i in self.stage_indices
             ]
             for stage in stages:
                 stage.submod = self.modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
-            made = self.schedule_class(
-                stages[0] if single else stages,
-                self.n_microbatches,
-                loss_fn=loss,
-                scale_grads=False,
-            )
+            try:
+                made = self.schedule_class(
+                    stages[0] if single else stages,
+                    self.n_microbatches,
+                    loss_fn=loss,
+                    scale_grads=False,
+                )
+            except ValueError as error:
+                raise StagecutError(
+                    f"{self.schedule_class.__name__} does not run so: {error}",
+                    where=f"{self.n_microbatches} micro-batches, {self.pipe.num_stages} stages",
+                    hint="another number of micro-batches, or another schedule",
+                ) from None
             self._schedules[key] = made, stages
         return self._schedules[key]
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         """The user's loss of one micro-batch; torch passes its number for a target."""
-        index = int(number)
-        result = self._structure(as_tuple(output), index)
-        assert self.loss_fn is not None
-        loss = (
-            self.loss_fn(result, self._targets[index])
-            if self._targets
-            else self.loss_fn(result)
-        )
-        self._losses.append(loss.detach())
-        return loss * self._scale
+        index, packed = int(number), as_tuple(output)
+        if self._now is None:
+            return torch.zeros(())
+        result = self._structure(packed, index)
+        grad = torch.is_grad_enabled()
+        look = grad or not (index or "eval" in self._looked)
+        with torch.set_grad_enabled(look):
+            loss = self._now.of(result, index)
+        if look:
+            self._look(leaves_of(loss, packed))
+        return loss
+
+    def _look(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Notes what the loss function reads besides the outputs."""
+        self._lent.look(leaves)
+        if leaves:
+            for _, stages in self._schedules.values():
+                for stage in stages:
+                    stage.whole |= stage.is_last
 
     def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
         """The model's own output of one micro-batch."""
@@ -296,27 +492,53 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
     return homes(stages, ranks, v)
 
 
+def described(driver: Driver) -> str:
+    """A driver as text: schedule, placement, sizes."""
+    program, ranks = driver.pipe.program, dist.get_world_size(driver.group)
+    here = dist.get_rank(driver.group)
+    lines = [
+        f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
+        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {here}"
+    ]
+    for index, home in enumerate(driver.placement):
+        tensors = {
+            entry: entry.type
+            for entry in program.stages[index].state
+            if entry.kind == "param"
+        }
+        nbytes = sum(value_bytes(kind) or 0 for kind in tensors.values())
+        mark = ", here" if home == here else ""
+        lines.append(
+            f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
+        )
+    lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
+    lines += [
+        f"  ran with {', '.join(f'{name}={size}' for name, size in sizes)}"
+        for sizes in driver._schedules
+        if sizes
+    ]
+    return "\n".join(lines)
+
+
+def _refuse_no_group(group: Group) -> None:
+    """Returns when this process is in the process group. Raises StagecutError otherwise."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise StagecutError(
+            "a Driver runs on a process group, and there is none",
+            hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
+            "process",
+        )
+    if dist.get_rank(group) < 0:
+        raise StagecutError(
+            f"rank {dist.get_rank()} is not in the group of the Driver",
+            hint="make a Driver on the ranks of the group only",
+        )
+
+
 def _own_device(group: Group) -> torch.device:
     if "nccl" in str(dist.get_backend(group)):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs. Each rank may have
-    traced on a device of its own.
-    """
-    mine = (fingerprint(program)[:16], program.name, len(program.stages), *settings)
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group)
-    odd = [rank for rank, other in enumerate(found) if other != found[0]]
-    if odd:
-        raise StagecutError(
-            f"the ranks do not run the same program: rank {odd[0]} has {found[odd[0]]}, rank 0 has "
-            f"{found[0]}",
-            where="fingerprint, model, stages, schedule, micro-batches",
-            hint="build the same model with the same cuts on every rank",
-        )
 
 
 def _batch_symbol(inputs: Sequence[Value]) -> str | None:

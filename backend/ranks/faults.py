@@ -43,21 +43,25 @@ _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
 _COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
 
 
+RESTART = "start all ranks again from checkpoint.latest(folder)"
+
+
 class RankError(StagecutError):
-    """A rank failed; every rank of the group raises this. The group is broken: start all ranks again from the
-    last checkpoint.
+    """A rank failed; every rank of the group raises this. The group is broken. The hint says what fits the
+    cause: a rank that was killed is started again, code that raised is mended first.
 
     `ranks` are those that failed. On a rank that failed by itself, the error is `__cause__`.
     """
 
     def __init__(
-        self, what: str, ranks: Sequence[int] = (), *, where: str = ""
+        self,
+        what: str,
+        ranks: Sequence[int] = (),
+        *,
+        where: str = "",
+        hint: str = RESTART,
     ) -> None:
-        super().__init__(
-            what,
-            where=where,
-            hint="start all ranks again from checkpoint.latest(folder)",
-        )
+        super().__init__(what, where=where, hint=hint)
         self.ranks = tuple(ranks)
 
 
@@ -203,6 +207,7 @@ class Faults:
             f"{self._title(rank, report['stage'])} failed: {report['what']}",
             [self._global(rank)],
             where=report["where"],
+            hint=report["hint"],
         )
 
     def _title(self, rank: int, stage: int | None = None) -> str:
@@ -282,7 +287,7 @@ def _described(error: BaseException) -> dict[str, Any]:
     if isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or (frames and _waits(frames[-1]))
     ):
-        return {"what": "", "where": "", "stage": stage}
+        return {"what": "", "where": "", "stage": stage, "hint": RESTART}
     module = next(
         (
             m._path
@@ -308,7 +313,22 @@ def _described(error: BaseException) -> dict[str, Any]:
         "what": _line(error) if not isinstance(error, StagecutError) else error.what,
         "where": where,
         "stage": stage,
+        "hint": _advice(error),
     }
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about an error of a rank. A restart meets most of them again."""
+    if isinstance(error, StagecutError):
+        return error.hint
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return (
+            "more and smaller micro-batches, checkpointing, or other cuts (pipe.report()); "
+            f"then {RESTART}"
+        )
+    if isinstance(error, OSError | dist.DistError | KeyboardInterrupt | SystemExit):
+        return RESTART
+    return f"mend what fails there, which a restart would meet again; then {RESTART}"
 
 
 def _origin(error: BaseException) -> BaseException:

@@ -6,7 +6,8 @@ every model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,8 @@ from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
 
+from stagecut.backend.ranks.buffers import Buffers
+from stagecut.backend.ranks.draws import Draws
 from stagecut.backend.ranks.wire import (
     Port,
     Sizes,
@@ -75,6 +78,7 @@ class BuiltStage(PipelineStage):
         group: Group,
         sizes: Sizes,
         fed: bool,
+        draws: Draws | None = None,
     ) -> None:
         program = pipe.program
         refuse_feedback(program, pipe.training)
@@ -86,6 +90,14 @@ class BuiltStage(PipelineStage):
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
         self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
         self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
+        self.draws = draws
+        self.buffers: Buffers | None = None
+        self._state = draws.port if draws is not None else None
+        if self._state is not None:
+            self.received += [self._state] * (index > 0)
+            self.sent += [self._state] * (not last)
+        self._now = 0
+        self.whole = False
         self._owned = written_inputs(self.block)
         self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
@@ -95,10 +107,13 @@ class BuiltStage(PipelineStage):
             if (v in self.block.inputs or index == 0) and v not in self._strides
         ]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
-        whole = index > 0 and backward_is_whole(
-            self.block,
-            {p.value for p in self.received if p.grad},
-            {p.value for p in self.sent if p.grad},
+        arriving = {p.value for p in self.received if p.grad}
+        # without gradients for its inputs, torch up to 2.12 finds nothing to split
+        whole = index > 0 and (
+            not arriving
+            or backward_is_whole(
+                self.block, arriving, {p.value for p in self.sent if p.grad}
+            )
         )
         runner = (lambda: _nothing) if whole else None
         super().__init__(
@@ -120,6 +135,7 @@ class BuiltStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
+        self._now = fwd_chunk_id
         if self.fed:
             args = ()
             kwargs = {
@@ -154,7 +170,7 @@ class BuiltStage(PipelineStage):
             writable(values[v], self._strides.get(v)) if v in self._owned else values[v]
             for v in self.block.inputs
         ]
-        with writes_explained(self.stage_index):
+        with writes_explained(self.stage_index), self._apart(values):
             results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
         values |= zip(self.block.outputs, results, strict=True)
         for p in self.sent:
@@ -168,6 +184,24 @@ class BuiltStage(PipelineStage):
             self._kept_apart(p, tensor, set())
             for p, tensor in zip(self.sent, packed, strict=True)
         )
+
+    @contextmanager
+    def _apart(self, values: dict[Value, Any]) -> Iterator[None]:
+        """Inside, the stage draws the random numbers of its micro-batch, and in eval mode it has the buffers
+        of its micro-batch.
+        """
+        if self.draws is None or self.buffers is None:
+            yield
+            return
+        state = self._state
+        received = values.get(state.value) if state is not None else None
+        with (
+            self.buffers.of(self._now),
+            self.draws.stream(self.stage_index, self._now, received),
+        ):
+            yield
+            if state is not None:
+                values[state.value] = self.draws.state().to(self.device)
 
     def _returned(self, values: Mapping[Value, Any], buffers: set[int | None]) -> Any:
         """The outputs of the model as they lie in memory, because nobody receives them."""
@@ -198,12 +232,12 @@ class BuiltStage(PipelineStage):
         last_backward: bool = False,
     ) -> Any:
         """As torch's, but the backward of a wrapped or compiled stage is never split, because torch cannot
-        take it apart.
+        take it apart, nor one with `whole`: its loss reads weights.
         """
         if (
             not full_backward
             and self.stage_index
-            and not (self.dw_builder is None and _is_plain(self.submod))
+            and (self.whole or self.dw_builder or not _is_plain(self.submod))
         ):
             self.dw_builder = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
@@ -487,12 +521,19 @@ def make_stage(
     group: Group,
     sizes: Sizes,
     fed: bool,
+    draws: Draws | None = None,
 ) -> BuiltStage:
     """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
-    if not 0 <= index < pipe.num_stages:
+    if not isinstance(index, int) or not 0 <= index < pipe.num_stages:
         raise StagecutError(
-            f"there is no stage {index}",
+            f"there is no stage {index!r}",
             hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}",
+        )
+    if not dist.is_available() or not dist.is_initialized():
+        raise StagecutError(
+            "a stage for torch's schedules runs on a process group, and there is none",
+            hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
+            "process",
         )
     if device.type != "meta" and any(
         t.is_meta
@@ -500,7 +541,7 @@ def make_stage(
     ):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
-    return _STAGE(pipe, index, device, group, sizes, fed)
+    return _STAGE(pipe, index, device, group, sizes, fed, draws)
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

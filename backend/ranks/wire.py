@@ -8,6 +8,7 @@ the same list from the program.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 Sizes = Mapping[str, int]
 """Symbolic size -> its value in this call."""
 
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
 _SCALARS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 
 
@@ -65,9 +72,9 @@ class Port:
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """The dtype that crosses: communication libraries know no 8-bit floats."""
+        """The dtype that crosses: communication libraries know no 8-bit floats and few unsigned numbers."""
         small = self.dtype.is_floating_point and self.dtype.itemsize == 1
-        return torch.uint8 if small else self.dtype.to_real()
+        return torch.uint8 if small else _SIGNED.get(self.dtype, self.dtype.to_real())
 
     @property
     def wire_shape(self) -> tuple[int, ...]:
@@ -93,6 +100,7 @@ class Port:
         if self.shape is None:
             return torch.tensor(item, dtype=self.dtype, device=device)
         refuse_quantized(self.value, item)
+        _refuse_layout(self.value, item)
         tensor: torch.Tensor = item
         for dim in self.repeated:
             tensor = tensor.narrow(dim, 0, 1)
@@ -206,22 +214,31 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     found = sizes.get(dim)
     if found is None:
         found = evaluate(dim, tuple(sorted(sizes.items())))
-    if found is None:
+    if found is not None:
+        return found
+    if any(name.startswith("u") for name in _NAME.findall(dim)):
         raise _cannot_cross(
             value, f"its size {dim} depends on data, so the receiver cannot know it"
         )
-    return found
+    raise StagecutError(
+        f"{value!r} has the size {dim}, which varies, and nobody has said how large it is",
+        where=_place(value),
+        hint="let a Driver make the stages: it knows the sizes of each call; or cut a module with examples",
+    )
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:
-    where = (
-        value.owner.where() if isinstance(value.owner, Op) else f"input '{value.hint}'"
-    )
     return StagecutError(
         f"{value!r} cannot cross to another process: {why}",
-        where=where,
+        where=_place(value),
         hint="cut where it does not cross",
     )
+
+
+def _place(value: Value) -> str:
+    """Where the user's code makes a value."""
+    owner = value.owner
+    return owner.where() if isinstance(owner, Op) else f"input '{value.hint}'"
 
 
 def refuse_quantized(value: Value, item: Any) -> None:
@@ -232,6 +249,15 @@ def refuse_quantized(value: Value, item: Any) -> None:
         raise _cannot_cross(
             value,
             f"it is quantized ({item.dtype}), and its scale is nothing that is sent",
+        )
+
+
+def _refuse_layout(value: Value, tensor: torch.Tensor) -> None:
+    """Returns when the elements of a tensor, which stands for `value`, lie in memory by strides."""
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise _cannot_cross(
+            value, f"its layout is {layout}, and only dense tensors are sent"
         )
 
 

@@ -65,6 +65,15 @@ def _refuse_writes_past_autograd(program: Program) -> None:
                 )
 
 
+def written_buffers(block: Stage) -> list[StateEntry]:
+    """The buffers of a stage that it writes in eval mode."""
+    writers = [op for op in block.ops if op.effects.writes and not _follows_mode(op)]
+    roots = {storage_root(value) for op in writers for value in op.effects.writes}
+    return [
+        entry for entry in block.state if entry.kind != "param" and entry.value in roots
+    ]
+
+
 def _follows_mode(op: Op) -> bool:
     if op.target == BY_MODE:
         return False

@@ -57,6 +57,7 @@ def capture(
     leaves = Leaves(module, inputs)
     for path in leaf_modules:
         leaves.add(path)
+    leaves.add_packed()
     eager = eager or EagerPath(module)
     retries = _Retries(module, leaves, eager)
     while True:

@@ -236,6 +236,50 @@ def _flags_turned(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+@contextmanager
+def _without_script_objects(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, `modules` lack the objects of torch.jit that they hold, such as the packed weights of a
+    quantized linear. The export makes stand-ins for all that it finds in the model, which few of their
+    classes allow, and no code that it traces reads these.
+    """
+    parts = {part for module in modules for part in module.modules()}
+    hidden = {
+        part: {
+            name: item
+            for name, item in part.__dict__.items()
+            if isinstance(item, torch.ScriptObject)
+        }
+        for part in parts
+    }
+    try:
+        for part, items in hidden.items():
+            for name in items:
+                del part.__dict__[name]
+        yield
+    finally:
+        for part, items in hidden.items():
+            part.__dict__.update(items)
+
+
+def packed_modules(model: nn.Module) -> list[str]:
+    """The paths of torch's quantized modules whose weights are objects that the export cannot stand in for.
+    The objects may lie in a module inside of theirs.
+    """
+    found: dict[str, None] = {}
+    for path, part in model.named_modules():
+        held = [i for i in part.__dict__.values() if isinstance(i, torch.ScriptObject)]
+        if all(hasattr(item, "__obj_flatten__") for item in held):
+            continue
+        above = path.rpartition(".")[0]
+        if above and type(model.get_submodule(above)).__module__.startswith(
+            "torch.ao."
+        ):
+            path = above
+        if path:
+            found[path] = None
+    return list(found)
+
+
 class _RealCall:
     """One call of a module kept whole in a real run: its result and its effects. The tensors that it is given
     and those that it returns are counted in the order of their leaves.
@@ -381,6 +425,15 @@ class Leaves:
         """True for a module inside one that is kept whole."""
         return any(name.startswith(f"{path}.") for path in self.paths)
 
+    def add_packed(self) -> None:
+        """Modules whose weights the export cannot stand in for are kept whole."""
+        for path in packed_modules(self.module):
+            if not any(f"{path}.".startswith(f"{kept}.") for kept in self.paths):
+                why = (
+                    "its weights are packed by torch.jit, and no trace looks into them"
+                )
+                self.add_class(path, why)
+
     def _because(self, path: str) -> str:
         return f": {self.reasons[path]}" if path in self.reasons else ""
 
@@ -404,7 +457,8 @@ class Leaves:
         try:
             for path, owner in modules.items():
                 owner.__dict__["forward"] = self._stand_in(path, owner)
-            yield
+            with _without_script_objects(modules.values()):
+                yield
         finally:
             for path, owner in modules.items():
                 if forwards[path] is None:

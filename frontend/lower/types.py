@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import CaptureError, StagecutError
 from stagecut.ir.graph import Token
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
@@ -33,6 +33,11 @@ def tensor_type(tensor: torch.Tensor) -> TensorType:
         strides = tuple(map(_dim, tensor.stride()))
         if _is_contiguous(shape, strides):
             strides = None
+    if tensor.dtype not in SHORT:
+        raise CaptureError(
+            f"the model makes a tensor of {tensor.dtype}, which no program can hold",
+            hint="keep the module that makes it, and all that read it, whole: leaf_modules=[...]",
+        )
     return TensorType(
         SHORT[tensor.dtype], shape, strides, str(tensor.device), tensor.requires_grad
     )

@@ -147,12 +147,14 @@ def _one(reference: nn.Module, subject: Subject, inputs: dict[str, Any], index: 
 
 
 def _compare_outputs(driver: Driver, output: Any, losses: list[torch.Tensor], expected: list[tuple[Any, torch.Tensor]]) -> str:
-    if not driver.is_last:
-        return "" if output is None and not losses else "a rank without the last stage returns something"
-    if type(output) is not type(expected[0][0]):
+    if not driver.is_last and output is not None:
+        return "a rank without the last stage returns an output"
+    if driver.is_last and type(output) is not type(expected[0][0]):
         return f"the output is a {type(output).__name__}"
     if not _near(torch.stack(losses), torch.stack([loss for _, loss in expected])):
         return f"losses {losses} for {[loss for _, loss in expected]}"
+    if not driver.is_last:
+        return ""
     first = output if isinstance(output, torch.Tensor) else next(iter(output.values())) if isinstance(output, dict) else output[0]
     return "" if isinstance(first, torch.Tensor) else "the first output is no tensor"
 

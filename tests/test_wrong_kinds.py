@@ -1,0 +1,121 @@
+"""Arguments of the wrong kind, values that cannot cross, and modules that a trace cannot look into: errors that say so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cluster.matrix import on_ranks
+from torch import nn
+from torch.export import Dim, export
+
+import stagecut
+from stagecut import Balanced, CaptureError, Driver, InputError, SplitError, SplitPoint, StagecutError, pipe_split, pipeline
+from stagecut.backend.ranks.wire import port
+from stagecut.ir.graph import Value
+from stagecut.ir.types import TensorType
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"split_spec": ["b"]}, r"split_spec=\['b'\] is a list\n  try: split_spec="),
+        ({"split_spec": "b"}, "split_spec='b' is a str"),
+        ({"split_spec": {3: SplitPoint.BEGINNING}}, "split_spec names 3, which is no path"),
+        ({"stages": "2"}, "stages='2' is a str\n  try: stages=a whole number"),
+        ({"stages": 2.0}, "stages=2.0 is a float"),
+        ({"stages": True}, "stages=True is a bool"),
+        ({"split_policy": 3}, "split_policy=3 is a int"),
+        ({"routes": ["x"]}, r"routes=\['x'\] is a list"),
+        ({"tied": None}, "tied=None is not known"),
+        ({"stages": 2, "leaf_modules": "a"}, r"no list of paths\n  try: leaf_modules=\['a'\]"),
+        ({"split_policy": Balanced(2, profile_on="nowhere")}, "profile_on='nowhere' is no device of torch"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((InputError, SplitError), match=words):
+        pipeline(Two(), (torch.randn(2, 4),), **options)
+
+
+def test_a_stage_that_is_no_number_is_refused() -> None:
+    with pytest.raises(InputError, match="'0' is no stage"):
+        pipeline(Two(), (torch.randn(2, 4),), stages=2).materialize("0")  # type: ignore[arg-type]
+
+
+def test_classes_that_users_meet_are_imported_from_the_package() -> None:
+    for name in ("BuiltStage", "PipeInfo", "PipedModel", "Plan", "Program", "Report", "Stage", "StepLosses", "Timeline"):
+        assert isinstance(getattr(stagecut, name), type)
+
+
+class Odd(nn.Module):
+    """A value of another dtype crosses."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to(self.dtype)
+        pipe_split()
+        return y.to(torch.float32)
+
+
+class Sparse(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to_sparse()
+        pipe_split()
+        return y.to_dense() * 2
+
+
+def test_a_dtype_that_no_program_holds_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"a tensor of torch\.bits8, which no program can hold"):
+        pipeline(Odd(torch.bits8), (torch.ones(2, 4),), check=None)
+
+
+def test_unsigned_numbers_cross_and_sparse_tensors_are_refused() -> None:
+    pipes = [pipeline(Odd(dtype), (torch.ones(2, 4),), check=None) for dtype in (torch.uint16, torch.uint32, torch.uint64)]
+    assert on_ranks(2, _cross, pipes, pipeline(Sparse(), (torch.ones(2, 4),), check=None)) == ["ok", "ok"]
+
+
+def _cross(pipes: list[Any], sparse: Any) -> str:
+    x = torch.arange(16.0).view(4, 4) * 4000
+    for pipe in pipes:
+        assert port(pipe.program.stages[0].outputs[0], {}).wire_dtype.is_signed
+        driver = Driver(pipe, "GPipe", 2)
+        out, _ = driver.eval(x)
+        assert not driver.is_last or torch.equal(out, x)
+    group = torch.distributed.new_group()
+    with pytest.raises(StagecutError, match="cannot cross to another process: its layout is sparse_coo"):
+        Driver(sparse, "GPipe", 2, group=group).eval(x)  # type: ignore[arg-type]
+    return "ok"
+
+
+def test_a_size_that_nobody_told_is_no_size_that_depends_on_data() -> None:
+    program = export(Two(), (torch.randn(4, 4),), dynamic_shapes=({0: Dim("batch", min=2, max=9)},))
+    value = pipeline(program, stages=2).program.stages[0].outputs[0]
+    with pytest.raises(StagecutError, match=r"varies, and nobody has said how large it is\n  at: .*Linear|linear"):
+        port(value, {})
+    with pytest.raises(StagecutError, match="its size u0 depends on data"):
+        port(Value(TensorType("f32", ("u0",)), "found"), {})
+
+
+def test_quantized_modules_of_torch_are_kept_whole() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(Two().eval(), {nn.Linear}, torch.qint8)
+        x = torch.randn(4, 4)
+        for kept in (["a", "b"], ["a"], []):
+            pipe = pipeline(model, (x,), split_spec={"b": SplitPoint.BEGINNING}, leaf_modules=kept)
+            assert torch.equal(pipe(x)[0], model(x))
+            assert bool(pipe.notes) is (len(kept) < 2)
