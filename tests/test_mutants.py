@@ -40,7 +40,7 @@ from stagecut.frontend.lower import lower
 from stagecut.ir import gradients
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Effects, Mode, Op, Program, Stage, StateEntry, Value
+from stagecut.ir.graph import PURE, Mode, Op, Program, Stage, StateEntry, Value
 from stagecut.ir.outline import Positions
 from stagecut.ir.run.call import CallSpec
 from stagecut.ir.types import TensorType
@@ -215,13 +215,21 @@ def two_inputs(self, x, y):
     return b - a, a * 3
 
 
+def other_ports(block: Stage, inputs: list[Value], outputs: list[Value]) -> Stage:
+    """The stage with other inputs and outputs."""
+    twin = Stage(block.index, block.ops)
+    twin.inputs, twin.state = inputs, block.state
+    twin.set_outputs(outputs)
+    return twin
+
+
 @mutant(two_inputs, "verify pipe mailbox calls")
 def inputs_bound_in_order_of_use(patch: Patch) -> None:
     real = emit._Emitter.stage
 
     def stage(self: Any, block: Stage) -> Any:
         used = [v for v in self.where.live_ins(block.ops) if v in block.inputs]
-        return real(self, replace(block, inputs=used))
+        return real(self, other_ports(block, used, block.outputs))
 
     patch.setattr(emit._Emitter, "stage", stage)
 
@@ -297,7 +305,7 @@ def stages_numbered_by_first_use(patch: Patch) -> None:
 @mutant(two_inputs, "verify pipe mailbox calls")
 def sent_in_another_order_than_received(patch: Patch) -> None:
     real = emit._Emitter.stage
-    patch.setattr(emit._Emitter, "stage", lambda self, block: real(self, replace(block, outputs=block.outputs[::-1])))
+    patch.setattr(emit._Emitter, "stage", lambda self, block: real(self, other_ports(block, block.inputs, block.outputs[::-1])))
 
 
 @mutant(two_inputs, "verifier golden ports")
@@ -341,7 +349,7 @@ def constant_outputs_dropped(patch: Patch) -> None:
 def returned_state_dropped(patch: Patch) -> None:
     def drop(_: None, program: Program) -> None:
         last = program.stages[-1]
-        last.outputs = [v for v in last.outputs if not isinstance(v.owner, StateEntry)]
+        last.set_outputs([v for v in last.outputs if not isinstance(v.owner, StateEntry)])
 
     wrap(patch, liveness, "_returned_last", drop)
 
@@ -350,7 +358,7 @@ def returned_state_dropped(patch: Patch) -> None:
 def last_stage_returns_in_order_of_definition(patch: Patch) -> None:
     def reorder(_: None, program: Program) -> None:
         last = program.stages[-1]
-        last.outputs = sorted(last.outputs, key=lambda v: isinstance(v.owner, StateEntry), reverse=True)
+        last.set_outputs(sorted(last.outputs, key=lambda v: isinstance(v.owner, StateEntry), reverse=True))
 
     wrap(patch, liveness, "_returned_last", reorder)
 
@@ -647,12 +655,12 @@ def contexts_not_emitted(patch: Patch) -> None:
     patch.setattr(emit, "_common_context", lambda run: ())
 
 
-def lose(field: str, empty: Any) -> Callable[..., bool]:
-    """A pass that forgets a field of every op."""
+def forget(change: Callable[[Op], None]) -> Callable[..., bool]:
+    """A pass that forgets something of every op."""
 
     def after(changed: bool, _: Any, program: Program) -> bool:
         for op in program.all_ops():
-            setattr(op, field, empty)
+            change(op)
         return changed
 
     return after
@@ -660,12 +668,12 @@ def lose(field: str, empty: Any) -> Callable[..., bool]:
 
 @mutant(without_gradient, "validator verify pipe mailbox")
 def contexts_lost_by_a_pass(patch: Patch) -> None:
-    wrap(patch, Partition, "run", lose("context", ()))
+    wrap(patch, Partition, "run", forget(lambda op: setattr(op, "place", op.place._replace(context=()))))
 
 
 @mutant(view_of_what_is_written, "verifier validator mailbox golden")
 def effects_lost_by_a_pass(patch: Patch) -> None:
-    wrap(patch, Partition, "run", lose("effects", Effects()))
+    wrap(patch, Partition, "run", forget(lambda op: setattr(op, "effects", PURE)))
 
 
 # --- modules and names ----------------------------------------------------------------------------------

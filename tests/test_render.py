@@ -101,8 +101,8 @@ def test_a_renderer_that_does_not_start_is_told(machine: Machine) -> None:
 
 
 def test_dump_ir_without_a_renderer(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    """A picture is refused in one message; the page draws its stages itself."""
+    """A picture is refused in one message; the page has none."""
     assert main([NET, "--format", "svg"]) == 1
     assert "--format dot needs no program" in capsys.readouterr().err
     assert main([NET, "--format", "html"]) == 0
-    assert 'data-pair="0 1"' in capsys.readouterr().out
+    assert 'Stage graph</h2><div class="picture"></div>' in capsys.readouterr().out
