@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -17,8 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.gradients import Gradients
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
-from stagecut.backend.ranks.tied import _held, _replicas, _sum_gradients
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
@@ -73,11 +74,6 @@ class Driver:
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
         self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
-        self._replicas = [
-            (ranks, entries)
-            for ranks, entries in _replicas(pipe.program, self.placement)
-            if rank in ranks
-        ]
         self._schedules: dict[
             tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
         ] = {}
@@ -85,6 +81,9 @@ class Driver:
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
         self.faults = Faults(group, self.placement)
+        self.gradients = Gradients(
+            pipe, self.placement, group, self.device, self.faults
+        )
 
     @property
     def is_last(self) -> bool:
@@ -152,6 +151,8 @@ class Driver:
             if self.is_last and self.loss_fn is not None
             else None
         )
+        if how == "step" and self.loss_fn is not None:
+            self.gradients.tied.accumulate()
         with self.faults.together():
             getattr(schedule, how)(
                 target=numbers,
@@ -200,7 +201,7 @@ class Driver:
             else self.loss_fn(result)
         )
         self._losses.append(loss.detach())
-        return loss * self._scale
+        return self.gradients.scaled(loss * self._scale)
 
     def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
         """The model's own output of one micro-batch."""
@@ -251,18 +252,36 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
         pipeline calls it.
         """
-        for ranks, entries in self._replicas:
-            held = _held(self.pipe, entries, self.stage_indices)
-            with self.faults.together():
-                _sum_gradients(
-                    [same for same in held if len(ranks) > 1 or len(same) > 1],
-                    ranks,
-                    self.group,
-                )
+        self.gradients.tied.sum()
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """`sync_shared_gradients` runs before every step of `optimizer`."""
-        optimizer.register_step_pre_hook(lambda *_: self.sync_shared_gradients())
+    def attach(self, optimizer: Optimizer | None) -> None:
+        """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
+        other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
+        """
+        if optimizer is not None:
+            self.gradients.attach(optimizer)
+
+    def attach_scaler(self, scaler: GradScaler) -> None:
+        """The backward of every step starts from the scaled loss; `step` returns losses that are not scaled.
+        Every rank attaches one of its own.
+        """
+        self.gradients.attach_scaler(scaler)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """As torch's, over all ranks: tied gradients are summed first and counted once. Every rank calls it
+        and gets the same norm.
+
+        Raises NonFiniteError on every rank.
+        """
+        return self.gradients.clip_norm(
+            max_norm, norm_type, error_if_nonfinite, foreach
+        )
 
 
 def _schedule_class(name: str) -> Any:

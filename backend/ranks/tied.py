@@ -1,17 +1,166 @@
-"""The parameters that several stages hold, each with a replica of its own: their gradients are summed."""
+"""The parameters that several stages hold, each with a replica of its own: their gradients are summed once
+before an update, whoever asks.
+
+What the replicas of a parameter have is one of two things: a part each (`accumulated`: each has the gradient
+of its own stages), or the whole each (`summed`). A backward that follows a sum adds parts to the whole. So
+the whole is then kept at one place, by the first rank that holds the parameter, and is dropped by the others:
+the next sum is right again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import Group
 from stagecut.backend.stages.staged import Staged
+from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry
+
+Replicas = list[torch.nn.Parameter]
+"""The tensors that this rank holds for one parameter."""
+State = Literal["new", "accumulated", "summed"]
+"""What the gradients of replicas are."""
+_states: WeakKeyDictionary[Staged, State] = WeakKeyDictionary()
+"""Pipe -> what its gradients are, whichever driver ran last."""
+
+
+class TiedError(StagecutError):
+    """The replicas of a tied parameter would become different."""
+
+
+class Tied:
+    """The replicated parameters as this rank sees them. All ranks of the group call its methods alike.
+
+    `homes` are the ranks of the stages, by stage.
+    """
+
+    def __init__(
+        self,
+        pipe: Staged,
+        homes: Sequence[int],
+        group: Group,
+        faults: Faults,
+    ) -> None:
+        self._pipe, self._homes, self._group, self._faults = pipe, homes, group, faults
+        self._rank = dist.get_rank(group)
+        self._stages = [i for i, home in enumerate(homes) if home == self._rank]
+        self._shared = [
+            (ranks, entries)
+            for ranks, entries in _replicas(pipe.program, homes)
+            if self._rank in ranks
+        ]
+
+    @property
+    def _state(self) -> State:
+        return _states.get(self._pipe, "new")
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        _states[self._pipe] = state
+
+    def sum(self) -> None:
+        """Every replica that is trained has the sum of the gradients of all replicas."""
+        if self._state == "summed":
+            return
+        for ranks, entries in self._shared:
+            trained = [
+                same
+                for _, same in self._held(entries)
+                if _trained(same) and (len(ranks) > 1 or len(same) > 1)
+            ]
+            if trained:
+                with self._faults.together():
+                    _sum_gradients(trained, ranks, self._group)
+        self._state = "summed"
+
+    def accumulate(self) -> None:
+        """A backward may begin: what it adds to the gradients is summed once, and what was summed before is
+        not summed again.
+        """
+        if self._state == "summed":
+            for parameter in self.repeated():
+                parameter.grad = None
+        self._state = "accumulated"
+
+    def repeated(self) -> Replicas:
+        """The replicas here but for the first of each parameter in the whole group."""
+        repeated: Replicas = []
+        for _, entries in self._shared:
+            for entry, same in self._held(entries):
+                first = self._homes[entry.stages[0]] == self._rank
+                repeated += same[1:] if first else same
+        return repeated
+
+    def trained(self) -> dict[str, bool]:
+        """Name -> whether it is trained, for the replicated parameters that this rank holds."""
+        return {
+            entry.name: _trained(same)
+            for _, entries in self._shared
+            for entry, same in self._held(entries)
+        }
+
+    def refuse_update(self, optimizer: Optimizer) -> None:
+        """Returns when `optimizer` may step. Raises TiedError when it would take a part of a gradient for the
+        whole.
+        """
+        if self._state != "accumulated":
+            return
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for ranks, entries in self._shared:
+            for entry, same in self._held(entries):
+                alone = len(ranks) == 1 and len(same) == 1
+                if not alone and any(
+                    id(p) in theirs and p.grad is not None for p in same
+                ):
+                    with self._faults.alike():
+                        raise _not_summed(entry)
+
+    def _held(self, entries: Sequence[StateEntry]) -> list[tuple[StateEntry, Replicas]]:
+        """Each entry with the tensors that this rank holds for it."""
+        held = _held(self._pipe, entries, self._stages)
+        return list(zip(entries, held, strict=True))
+
+
+def refuse_frozen_in_part(trained: Sequence[dict[str, bool]]) -> None:
+    """Raises TiedError when a parameter is trained on one rank and frozen on another; `trained` are those of
+    all ranks.
+    """
+    first: dict[str, tuple[int, bool]] = {}
+    for rank, mine in enumerate(trained):
+        for name, flag in mine.items():
+            other, known = first.setdefault(name, (rank, flag))
+            if known == flag:
+                continue
+            frozen, free = (rank, other) if known else (other, rank)
+            raise TiedError(
+                f"the tied parameter '{name}' is frozen on rank {frozen} and trained on rank {free}",
+                hint=f"call pipe.get_parameter('{name}').requires_grad_(...) on every rank, or before the cut",
+            )
+
+
+def _trained(same: Replicas) -> bool:
+    return any(parameter.requires_grad for parameter in same)
+
+
+def _not_summed(entry: StateEntry) -> TiedError:
+    names = " and ".join(f"'{name}'" for name in entry.names)
+    stages = " and ".join(map(str, entry.stages))
+    return TiedError(
+        f"an optimizer would step with a part of the gradient of {names}, which stages {stages} share",
+        hint=(
+            "driver.attach(optimizer) once, or driver.sync_shared_gradients() before every step of the "
+            "optimizer"
+        ),
+    )
 
 
 def _replicas(
