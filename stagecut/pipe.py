@@ -170,6 +170,7 @@ def pipeline(
         return pipe
 
     pipe = compiled()
+    pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
         pipe._sizes = check_inputs(
@@ -177,6 +178,15 @@ def pipeline(
         )
         _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
+
+
+def _autocasts() -> dict[str, torch.dtype]:
+    """Device type -> the dtype of the autocast that is on."""
+    return {
+        kind: torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    }
 
 
 def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.gradients import Gradients
+from stagecut.backend.ranks.precision import Dtypes, Key, Precision
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
-from stagecut.backend.ranks.wire import boundaries, fed_inputs
+from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
@@ -74,14 +75,15 @@ class Driver:
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
         self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
-        self._schedules: dict[
-            tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
-        ] = {}
+        self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
         self.faults = Faults(group, self.placement)
         self.gradients = Gradients(
+            pipe, self.placement, group, self.device, self.faults
+        )
+        self.precision = Precision(
             pipe, self.placement, group, self.device, self.faults
         )
 
@@ -136,13 +138,7 @@ class Driver:
     def _run(
         self, args: Any, kwargs: Any, target: Any, how: str
     ) -> tuple[Any, list[torch.Tensor]]:
-        with self.faults.alike():
-            if any(entry.share == "feedback" for entry in self.pipe.program.state):
-                # the pipe may have been switched since the stages were made
-                refuse_feedback(self.pipe.program, self.pipe.training)
-            sizes = self._split(args, kwargs)
-            self._targets, self._losses = _split_target(target, self.n_microbatches), []
-            schedule, stages = self._prepared(sizes)
+        schedule, stages = self._ready(args, kwargs, target)
         for stage in stages:
             stage.microbatches = self._chunks
             stage.results = {} if self._returns else None
@@ -169,16 +165,40 @@ class Driver:
         ]
         return self._merge(structured), self._losses
 
-    def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
-        """The schedule and its stages for these sizes, made at their first use."""
-        key = tuple(sorted(sizes.items()))
+    def _ready(
+        self, args: Any, kwargs: Any, target: Any
+    ) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and the stages for a batch, which is split."""
+        with self.faults.alike():
+            modules = self.modules
+        precision = self.precision.agreed(modules, self.gradients.tied)
+        with self.faults.alike():
+            if any(entry.share == "feedback" for entry in self.pipe.program.state):
+                # the pipe may have been switched since the stages were made
+                refuse_feedback(self.pipe.program, self.pipe.training)
+            sizes = self._split(args, kwargs, self.precision.changed(precision))
+            self._targets, self._losses = _split_target(target, self.n_microbatches), []
+        dtypes = self.precision.dtypes(
+            precision, lambda index, dtypes: self._made(index, sizes, dtypes)
+        )
+        with self.faults.alike():
+            return self._prepared(sizes, precision, dtypes)
+
+    def _made(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
+        """A stage for torch's schedules, with the module that `wrap` made of it."""
+        stage = make_stage(
+            self.pipe, index, self.device, self.group, sizes, True, dtypes
+        )
+        stage.submod, stage.microbatches = self.modules[index], self._chunks
+        return stage
+
+    def _prepared(
+        self, sizes: Sizes, precision: Key, dtypes: Dtypes
+    ) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and its stages for these sizes and dtypes, made at their first use."""
+        key = tuple(sorted(sizes.items())), precision if dtypes else None
         if key not in self._schedules:
-            stages = [
-                make_stage(self.pipe, i, self.device, self.group, sizes, True)
-                for i in self.stage_indices
-            ]
-            for stage in stages:
-                stage.submod = self.modules[stage.stage_index]
+            stages = [self._made(i, sizes, dtypes) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             made = self.schedule_class(
@@ -231,7 +251,7 @@ class Driver:
         """
         return tree_map(_join, *map(opened, outputs))
 
-    def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
+    def _split(self, args: Any, kwargs: Any, cast: bool) -> dict[str, int]:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of one."""
         spec = self.pipe._call_spec
         flat = spec.flatten(args, kwargs) if spec is not None else list(args)
@@ -245,7 +265,7 @@ class Driver:
         ]
         # all chunks have the same sizes
         return check_inputs(
-            inputs, self._chunks[0], spec.ranges if spec is not None else None
+            inputs, self._chunks[0], spec.ranges if spec is not None else None, cast
         )
 
     def sync_shared_gradients(self) -> None:

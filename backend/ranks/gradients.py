@@ -68,7 +68,7 @@ class Gradients:
         """Every update by `optimizer` is made with summed gradients, and is made on all ranks or on none."""
         if isinstance(optimizer, LBFGS):
             raise StagecutError(
-                "LBFGS multiplies the gradients of all parameters with each other, and a rank has only its own",
+                "LBFGS needs the gradients of all parameters together, and a rank has only its own",
                 hint="take an optimizer that treats every parameter by itself, such as AdamW",
             )
         if _attached.get(optimizer) is self:
@@ -99,7 +99,7 @@ class Gradients:
         total = self._total_norm(float(norm_type), foreach)
         if error_if_nonfinite and not total.isfinite():
             raise NonFiniteError(
-                f"the norm of order {norm_type} of the gradients is {total.item()}, so they cannot be clipped",
+                f"the norm of order {norm_type} of the gradients is {total.item()}",
                 hint="leave out error_if_nonfinite, and skip the step where the norm is not finite",
             )
         for parameters in _alike(self.parameters()):
@@ -170,8 +170,12 @@ def _local_norm(
 
 def _norm_dtype(program: Program) -> torch.dtype:
     """The same on every rank, whatever the dtypes of its gradients are."""
-    kinds = {entry.type.dtype for entry in program.state if entry.kind == "param"}
-    return torch.float64 if "f64" in kinds else torch.float32
+    kinds = {str(entry.type) for entry in program.state if entry.kind == "param"}
+    return (
+        torch.float64
+        if any(kind.startswith("f64") for kind in kinds)
+        else torch.float32
+    )
 
 
 def _norm_of_norms(norms: Sequence[torch.Tensor], order: float) -> torch.Tensor | None:

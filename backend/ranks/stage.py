@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,6 +76,7 @@ class BuiltStage(PipelineStage):
         group: Group,
         sizes: Sizes,
         fed: bool,
+        dtypes: Mapping[Value, torch.dtype],
     ) -> None:
         program = pipe.program
         refuse_feedback(program, pipe.training)
@@ -84,8 +86,10 @@ class BuiltStage(PipelineStage):
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
-        self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
+        self.received = [
+            port(v, sizes, dtypes.get(v)) for v in (lists[index - 1] if index else ())
+        ]
+        self.sent = [port(v, sizes, dtypes.get(v), as_it_is=last) for v in lists[index]]
         self._owned = written_inputs(self.block)
         self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
@@ -121,10 +125,7 @@ class BuiltStage(PipelineStage):
     ) -> Any:
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
         if self.fed:
-            args = ()
-            kwargs = {
-                f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed
-            }
+            args, kwargs = (), self.fed_with(fwd_chunk_id)
         try:
             output = super().forward_one_chunk(
                 fwd_chunk_id, args, kwargs, save_forward_output
@@ -139,6 +140,28 @@ class BuiltStage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Unpacks the values that crossed, runs the stage, and packs the values it hands on."""
+        values = self.values(args, kwargs)
+        for p in self.sent:
+            self._check(p, values[p.value])
+        if self.is_last:
+            return self._returned(
+                values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
+            )
+        return tuple(
+            self._kept_apart(p, tensor, set())
+            for p, tensor in zip(self.sent, self.packed(values), strict=True)
+        )
+
+    def packed(self, values: Mapping[Value, Any]) -> list[torch.Tensor]:
+        """The tensors that cross to the next stage."""
+        return [p.pack(values[p.value], self.device) for p in self.sent]
+
+    def fed_with(self, microbatch: int) -> dict[str, Any]:
+        """The stage's own inputs of a micro-batch, as keywords."""
+        return {f"input_{i}": self.microbatches[microbatch][i] for i, _ in self._fed}
+
+    def values(self, args: Any, kwargs: Any) -> dict[Value, Any]:
+        """The values that the stage knows when it has run on what crossed and what it is fed with."""
         values: dict[Value, Any] = {}
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
@@ -157,17 +180,7 @@ class BuiltStage(PipelineStage):
         with writes_explained(self.stage_index):
             results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
         values |= zip(self.block.outputs, results, strict=True)
-        for p in self.sent:
-            self._check(p, values[p.value])
-        if self.is_last:
-            return self._returned(
-                values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
-            )
-        packed = [p.pack(values[p.value], self.device) for p in self.sent]
-        return tuple(
-            self._kept_apart(p, tensor, set())
-            for p, tensor in zip(self.sent, packed, strict=True)
-        )
+        return values
 
     def _returned(self, values: Mapping[Value, Any], buffers: set[int | None]) -> Any:
         """The outputs of the model as they lie in memory, because nobody receives them."""
@@ -487,8 +500,11 @@ def make_stage(
     group: Group,
     sizes: Sizes,
     fed: bool,
+    dtypes: Mapping[Value, torch.dtype] = MappingProxyType({}),
 ) -> BuiltStage:
-    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
+    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`. Values that cross have
+    the `dtypes` that are given, and otherwise those of the program.
+    """
     if not 0 <= index < pipe.num_stages:
         raise StagecutError(
             f"there is no stage {index}",
@@ -500,7 +516,7 @@ def make_stage(
     ):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
-    return _STAGE(pipe, index, device, group, sizes, fed)
+    return _STAGE(pipe, index, device, group, sizes, fed, dtypes)
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

@@ -143,7 +143,7 @@ def refuse_frozen_in_part(trained: Sequence[dict[str, bool]]) -> None:
             frozen, free = (rank, other) if known else (other, rank)
             raise TiedError(
                 f"the tied parameter '{name}' is frozen on rank {frozen} and trained on rank {free}",
-                hint=f"call pipe.get_parameter('{name}').requires_grad_(...) on every rank, or before the cut",
+                hint="set requires_grad of all replicas alike on every rank, or before the cut",
             )
 
 

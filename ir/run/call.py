@@ -26,7 +26,7 @@ from stagecut.ir.graph import Value
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
-from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
+from stagecut.ir.types import DTYPES, FLOATS, NONE, ScalarType, TensorType
 
 Ranges = Mapping[str, tuple[int | None, int | None]]
 """Symbolic size -> its least and its greatest value, None for no bound."""
@@ -194,17 +194,20 @@ def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_inputs(
-    inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None
+    inputs: Sequence[Value],
+    flat: Sequence[Any],
+    ranges: Ranges | None = None,
+    cast: bool = False,
 ) -> dict[str, int]:
     """The symbolic sizes of a call. Every flat input fits the type it was traced with, and every size its
-    range.
+    range. With `cast`, a floating dtype may be another one.
 
     Raises InputError naming the first input that does not.
     """
     sizes: dict[str, tuple[str, int]] = {}
     for value, given in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
-            _check_tensor(value.hint, value.type, given, sizes)
+            _check_tensor(value.hint, value.type, given, sizes, cast)
         elif isinstance(value.type, ScalarType) and (
             value.type.expr is not None or value.type == NONE
         ):
@@ -213,7 +216,11 @@ def check_inputs(
 
 
 def _check_tensor(
-    name: str, kind: TensorType, given: Any, sizes: dict[str, tuple[str, int]]
+    name: str,
+    kind: TensorType,
+    given: Any,
+    sizes: dict[str, tuple[str, int]],
+    cast: bool,
 ) -> None:
     """`sizes` gains the symbolic sizes of the input, each with the name of the input."""
     if not isinstance(given, torch.Tensor):
@@ -221,7 +228,8 @@ def _check_tensor(
             f"input '{name}' must be a tensor, not {type(given).__name__}", hint=_AGAIN
         )
 
-    if SHORT.get(given.dtype) != kind.dtype:
+    free = cast and kind.dtype in FLOATS and given.is_floating_point()
+    if SHORT.get(given.dtype) != kind.dtype and not free:
         raise InputError(
             f"dtype mismatch: input '{name}' has dtype {given.dtype}, the program was traced with "
             f"torch.{DTYPES[kind.dtype]}",
