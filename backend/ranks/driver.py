@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.gradients import Gradients
-from stagecut.backend.ranks.precision import Dtypes, Key, Precision
+from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
 from stagecut.backend.schedules import SCHEDULES, V, homes
@@ -171,18 +171,25 @@ class Driver:
         """The schedule and the stages for a batch, which is split."""
         with self.faults.alike():
             modules = self.modules
-        precision = self.precision.agreed(modules, self.gradients.tied)
+        if self._on_any_rank(self.precision.changed_here()):
+            self.precision.agree(modules)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
-            sizes = self._split(args, kwargs, self.precision.changed(precision))
+            sizes = self._split(args, kwargs)
             self._targets, self._losses = _split_target(target, self.n_microbatches), []
         dtypes = self.precision.dtypes(
-            precision, lambda index, dtypes: self._made(index, sizes, dtypes)
+            lambda index, dtypes: self._made(index, sizes, dtypes)
         )
         with self.faults.alike():
-            return self._prepared(sizes, precision, dtypes)
+            return self._prepared(sizes, dtypes)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        anywhere = torch.tensor(int(flag), device=self.device)
+        with self.faults.together():
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.group)
+        return bool(anywhere)
 
     def _made(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
         """A stage for torch's schedules, with the module that `wrap` made of it."""
@@ -192,11 +199,9 @@ class Driver:
         stage.submod, stage.microbatches = self.modules[index], self._chunks
         return stage
 
-    def _prepared(
-        self, sizes: Sizes, precision: Key, dtypes: Dtypes
-    ) -> tuple[Any, list[BuiltStage]]:
+    def _prepared(self, sizes: Sizes, dtypes: Dtypes) -> tuple[Any, list[BuiltStage]]:
         """The schedule and its stages for these sizes and dtypes, made at their first use."""
-        key = tuple(sorted(sizes.items())), precision if dtypes else None
+        key = tuple(sorted(sizes.items())), tuple(dtypes.values())
         if key not in self._schedules:
             stages = [self._made(i, sizes, dtypes) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
@@ -251,7 +256,7 @@ class Driver:
         """
         return tree_map(_join, *map(opened, outputs))
 
-    def _split(self, args: Any, kwargs: Any, cast: bool) -> dict[str, int]:
+    def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of one."""
         spec = self.pipe._call_spec
         flat = spec.flatten(args, kwargs) if spec is not None else list(args)
@@ -265,7 +270,10 @@ class Driver:
         ]
         # all chunks have the same sizes
         return check_inputs(
-            inputs, self._chunks[0], spec.ranges if spec is not None else None, cast
+            inputs,
+            self._chunks[0],
+            spec.ranges if spec is not None else None,
+            cast=self.precision.agreed.change is not None,
         )
 
     def sync_shared_gradients(self) -> None:

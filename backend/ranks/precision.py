@@ -23,7 +23,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import BuiltStage, Group
-from stagecut.backend.ranks.tied import Tied, refuse_frozen_in_part
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held
@@ -33,8 +32,6 @@ from stagecut.ir.types import DTYPES, TensorType
 
 Dtypes = Mapping[Value, torch.dtype]
 """The dtypes of values that cross. Empty: they are those of the program."""
-Key = tuple[torch.dtype | None, tuple[torch.dtype, ...], tuple[bool, ...]]
-"""What decides dtypes and gradients on a rank: autocast, the state, the tied parameters that are trained."""
 
 _CAST = "cast the model before it is cut"
 _AROUND = "put torch.autocast around pipeline() as well as around the step"
@@ -55,17 +52,24 @@ class Change:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank tells the others once."""
+    """What decides the dtypes on a rank: autocast, and what its stages hold."""
 
     autocast: torch.dtype | None
-    change: Change | None
-    trained: dict[str, bool]
+    state: tuple[torch.dtype, ...]
+
+
+@dataclass(eq=False)
+class Agreed:
+    """What all ranks know: whether the stages run as they were traced, and if not, the dtypes of what
+    crosses, None until they were found.
+    """
+
+    change: Change | None = None
+    dtypes: Dtypes | None = None
 
 
 class Precision:
-    """The dtypes of a pipe's steps, the same on all ranks. `make` gives a stage of this rank for torch's
-    schedules, with these dtypes at its boundaries.
-    """
+    """The dtypes of a pipe's steps, the same on all ranks. `agreed` is what was last agreed on."""
 
     def __init__(
         self,
@@ -75,46 +79,51 @@ class Precision:
         device: torch.device,
         faults: Faults,
     ) -> None:
+        self.agreed = Agreed()
         self._pipe, self._homes, self._group = pipe, tuple(homes), group
         self._device, self._faults = device, faults
         self._mine = [i for i, home in enumerate(homes) if home == faults.rank]
-        self._changes: dict[Key, Change | None] = {}
-        self._dtypes: dict[Key, Dtypes] = {}
+        self._last: Seen | None = None
+        self._known: dict[tuple[Seen, ...], Agreed] = {}
 
-    def agreed(self, modules: Mapping[int, nn.Module], tied: Tied) -> Key:
-        """What decides dtypes now. All ranks have compared it, where it is new.
+    def changed_here(self) -> bool:
+        """Whether this rank must agree with the others anew."""
+        return self._seen() != self._last
 
-        Raises StagecutError on all ranks when they differ, and PrecisionError when the program cannot follow.
+    def agree(self, modules: Mapping[int, nn.Module]) -> None:
+        """All ranks know in which precision each of them runs. Every rank calls it, where one has changed.
+
+        Raises PrecisionError on all ranks when they differ, or when the program cannot follow.
         """
-        trained = tied.trained()
-        key = self._autocast(), self._state(), tuple(trained.values())
-        if key in self._changes:
-            return key
-        change = self._change(key[0], modules)
+        seen = self._seen()
         everywhere: list[Any] = [None] * self._faults.ranks
         with self._faults.together(agreed=(StagecutError,)):
-            mine = Seen(key[0], change, trained)
+            mine = seen, self._change(seen.autocast, modules)
             dist.all_gather_object(everywhere, mine, self._group)
-            refuse_frozen_in_part([seen.trained for seen in everywhere])
-            _refuse_two_autocasts([seen.autocast for seen in everywhere])
-            changes = [seen.change for seen in everywhere if seen.change is not None]
-            for first in changes[:1]:
-                _refuse_named_dtypes(self._pipe, self._device, first)
-        self._changes[key] = changes[0] if changes else None
-        return key
+            _refuse_two_autocasts([other.autocast for other, _ in everywhere])
+            changes = [change for _, change in everywhere if change is not None]
+            if changes:
+                _refuse_named_dtypes(self._pipe, self._device, changes[0])
+        key = tuple(other for other, _ in everywhere)
+        agreed = Agreed(changes[0]) if changes else Agreed()
+        self.agreed = self._known.setdefault(key, agreed)
+        self._last = seen
 
-    def changed(self, key: Key) -> bool:
-        """Whether the stages compute in other dtypes than those of the trace."""
-        return self._changes[key] is not None
+    def dtypes(self, make: Callable[[int, Dtypes], BuiltStage]) -> Dtypes:
+        """The dtypes of what crosses, found in a rehearsal the first time. Every rank calls it.
 
-    def dtypes(self, key: Key, make: Callable[[int, Dtypes], BuiltStage]) -> Dtypes:
-        """The dtypes of what crosses, found in a rehearsal the first time. Every rank calls it."""
-        if not self.changed(key):
+        `make` gives a stage of this rank for torch's schedules, with these dtypes at its boundaries.
+        """
+        agreed = self.agreed
+        if agreed.change is None:
             return {}
-        if key not in self._dtypes:
+        if agreed.dtypes is None:
             with self._faults.together():
-                self._dtypes[key] = self._rehearse(make, self._changes[key])
-        return self._dtypes[key]
+                agreed.dtypes = self._rehearse(make, agreed.change)
+        return agreed.dtypes
+
+    def _seen(self) -> Seen:
+        return Seen(self._autocast(), self._state())
 
     def _autocast(self) -> torch.dtype | None:
         kind = self._device.type
@@ -156,7 +165,7 @@ class Precision:
         return None
 
     def _rehearse(
-        self, make: Callable[[int, Dtypes], BuiltStage], change: Change | None
+        self, make: Callable[[int, Dtypes], BuiltStage], change: Change
     ) -> Dtypes:
         """The dtypes of what every stage hands on, found by a run of one micro-batch."""
         program = self._pipe.program
@@ -195,14 +204,14 @@ class Precision:
 
 
 def _rehearsed(
-    stage: BuiltStage, packed: Sequence[torch.Tensor], change: Change | None
+    stage: BuiltStage, packed: Sequence[torch.Tensor], change: Change
 ) -> dict[Value, Any]:
     """The values of one micro-batch in a stage, which is as it was before."""
     try:
         with undisturbed(stage.submod, stage.device), torch.no_grad():
             return stage.values(packed if stage.stage_index else (), stage.fed_with(0))
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or change is None:
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         raise PrecisionError(
             f"stage {stage.stage_index} does not run in other dtypes than it was traced in: "

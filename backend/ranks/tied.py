@@ -100,14 +100,6 @@ class Tied:
                 repeated += same[1:] if first else same
         return repeated
 
-    def trained(self) -> dict[str, bool]:
-        """Name -> whether it is trained, for the replicated parameters that this rank holds."""
-        return {
-            entry.name: _trained(same)
-            for _, entries in self._shared
-            for entry, same in self._held(entries)
-        }
-
     def refuse_update(self, optimizer: Optimizer) -> None:
         """Returns when `optimizer` may step. Raises TiedError when it would take a part of a gradient for the
         whole.
@@ -128,23 +120,6 @@ class Tied:
         """Each entry with the tensors that this rank holds for it."""
         held = _held(self._pipe, entries, self._stages)
         return list(zip(entries, held, strict=True))
-
-
-def refuse_frozen_in_part(trained: Sequence[dict[str, bool]]) -> None:
-    """Raises TiedError when a parameter is trained on one rank and frozen on another; `trained` are those of
-    all ranks.
-    """
-    first: dict[str, tuple[int, bool]] = {}
-    for rank, mine in enumerate(trained):
-        for name, flag in mine.items():
-            other, known = first.setdefault(name, (rank, flag))
-            if known == flag:
-                continue
-            frozen, free = (rank, other) if known else (other, rank)
-            raise TiedError(
-                f"the tied parameter '{name}' is frozen on rank {frozen} and trained on rank {free}",
-                hint="set requires_grad of all replicas alike on every rank, or before the cut",
-            )
 
 
 def _trained(same: Replicas) -> bool:
