@@ -217,7 +217,7 @@ def _rehearsed(
             f"stage {stage.stage_index} does not run in other dtypes than it was traced in: "
             f"{change.what}: {str(error).splitlines()[0]}",
             hint=change.hint,
-        ) from error
+        ) from None
 
 
 @contextmanager

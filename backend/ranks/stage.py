@@ -7,6 +7,7 @@ every model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -211,7 +212,8 @@ class BuiltStage(PipelineStage):
         last_backward: bool = False,
     ) -> Any:
         """As torch's, but the backward of a wrapped or compiled stage is never split, because torch cannot
-        take it apart.
+        take it apart. Autocast around a step counts for forward and loss: each op of a backward has the
+        dtype of its forward already.
         """
         if (
             not full_backward
@@ -220,9 +222,17 @@ class BuiltStage(PipelineStage):
         ):
             self.dw_builder = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
-        return super().backward_one_chunk(
-            bwd_chunk_id, loss, full_backward, last_backward
-        )
+        with _without_autocast(self.device):
+            return super().backward_one_chunk(
+                bwd_chunk_id, loss, full_backward, last_backward
+            )
+
+    def backward_weight_one_chunk(
+        self, bwd_chunk_id: int, last_backward: bool = False
+    ) -> None:
+        """As torch's, without autocast."""
+        with _without_autocast(self.device):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As torch's, but nothing in an eval, in which V schedules hand gradients on all the same."""
@@ -310,6 +320,12 @@ class BuiltStage(PipelineStage):
         super()._validate_stage_tensors(
             desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there)
         )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _nothing() -> None:
