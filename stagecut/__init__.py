@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from stagecut.backend.pictures.dot import to_dot, to_svg
     from stagecut.backend.ranks.driver import Driver
     from stagecut.backend.ranks.faults import RankError
+    from stagecut.backend.ranks.gradients import NonFiniteError
+    from stagecut.backend.ranks.precision import PrecisionError
     from stagecut.backend.ranks.stage import MismatchError, build_stage
+    from stagecut.backend.ranks.tied import TiedError
     from stagecut.check import CannotCompare, CheckError
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.ir.errors import (
@@ -64,11 +67,14 @@ _HOMES = {
     "InputError": "stagecut.ir.errors",
     "MismatchError": "stagecut.backend.ranks.stage",
     "MaterializeError": "stagecut.backend.files.materialize",
+    "NonFiniteError": "stagecut.backend.ranks.gradients",
     "ParseError": "stagecut.ir.errors",
     "PassError": "stagecut.ir.errors",
+    "PrecisionError": "stagecut.backend.ranks.precision",
     "RankError": "stagecut.backend.ranks.faults",
     "SavedError": "stagecut.backend.files.manifest",
     "SplitError": "stagecut.ir.errors",
+    "TiedError": "stagecut.backend.ranks.tied",
     "UnknownNameError": "stagecut.ir.errors",
     "VerifyError": "stagecut.ir.errors",
     "checkpoint": "stagecut.backend.files",
@@ -122,10 +128,12 @@ __all__ = [
     "MaterializeError",
     "MismatchError",
     "ModeError",
+    "NonFiniteError",
     "ParseError",
     "PassError",
     "Pipe",
     "PipelineStage",
+    "PrecisionError",
     "RankError",
     "SavedError",
     "Schedule1F1B",
@@ -139,6 +147,7 @@ __all__ = [
     "SplitError",
     "SplitPoint",
     "StagecutError",
+    "TiedError",
     "UnknownNameError",
     "VerifyError",
     "build_stage",
