@@ -33,6 +33,9 @@ DTYPES: dict[str, str] = {
 }
 """Short name -> torch's name, for every dtype a value may have."""
 
+FLOATS = ("f64", "f32", "f16", "bf16")
+"""The dtypes that a cast of a model changes, and that it casts to."""
+
 _BYTES = {
     "c128": 16,
     "c64": 8,

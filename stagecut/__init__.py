@@ -40,14 +40,17 @@ if TYPE_CHECKING:
     from stagecut.backend.pictures.dot import to_dot, to_svg
     from stagecut.backend.ranks.driver import Driver
     from stagecut.backend.ranks.faults import RankError
+    from stagecut.backend.ranks.gradients import NonFiniteError
     from stagecut.backend.ranks.lent import StaleError
     from stagecut.backend.ranks.losses import StepLosses
+    from stagecut.backend.ranks.precision import PrecisionError
     from stagecut.backend.ranks.stage import (
         BuiltStage,
         MismatchError,
         PipeInfo,
         build_stage,
     )
+    from stagecut.backend.ranks.tied import TiedError
     from stagecut.backend.stages.modules import Stage
     from stagecut.check import CannotCompare, CheckError, Report
     from stagecut.frontend.markers import SplitPoint, pipe_split
@@ -79,11 +82,14 @@ _HOMES = {
     "InputError": "stagecut.ir.errors",
     "MismatchError": "stagecut.backend.ranks.stage",
     "MaterializeError": "stagecut.backend.files.materialize",
+    "NonFiniteError": "stagecut.backend.ranks.gradients",
     "ParseError": "stagecut.ir.errors",
     "PassError": "stagecut.ir.errors",
+    "PrecisionError": "stagecut.backend.ranks.precision",
     "RankError": "stagecut.backend.ranks.faults",
     "SavedError": "stagecut.backend.files.untrusted",
     "SplitError": "stagecut.ir.errors",
+    "TiedError": "stagecut.backend.ranks.tied",
     "UnknownNameError": "stagecut.ir.errors",
     "VerifyError": "stagecut.ir.errors",
     "checkpoint": "stagecut.backend.files",
@@ -148,6 +154,7 @@ __all__ = [
     "MaterializeError",
     "MismatchError",
     "ModeError",
+    "NonFiniteError",
     "ParseError",
     "PassError",
     "Pipe",
@@ -155,6 +162,7 @@ __all__ = [
     "PipedModel",
     "PipelineStage",
     "Plan",
+    "PrecisionError",
     "Program",
     "RankError",
     "Report",
@@ -173,6 +181,7 @@ __all__ = [
     "StagecutError",
     "StaleError",
     "StepLosses",
+    "TiedError",
     "Timeline",
     "UnknownNameError",
     "VerifyError",

@@ -182,6 +182,7 @@ def pipeline(
         return pipe
 
     pipe = compiled()
+    pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
         pipe._sizes = check_inputs(
@@ -202,6 +203,15 @@ def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
                 f"{name}={value!r} is a {type(value).__name__}",
                 hint=f"{name}={example}",
             )
+
+
+def _autocasts() -> dict[str, torch.dtype]:
+    """Device type -> the dtype of the autocast that is on."""
+    return {
+        kind: torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    }
 
 
 def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel
 
-from stagecut import Driver, StagecutError
+from stagecut import Driver, SplitPoint, StagecutError, pipeline
 from stagecut.backend.files import checkpoint
 from stagecut.backend.stages.modules import StageModule
 
@@ -257,3 +258,94 @@ def test_what_is_sharded_over_other_pipelines_is_refused(tmp_path: Path) -> None
     _, pipe = cut(SUBJECTS["ResNet"], 1)
     for message in on_ranks(2, _save_sharded, pipe, tmp_path):
         assert "is sharded over ranks of other pipelines" in message
+
+
+class Training:
+    """Two optimizers, one of them with two groups, and averages of all weights."""
+
+    def __init__(self, pipe: Any, subject: Any, schedule: str, rate: float) -> None:
+        self.driver, self.subject = Driver(pipe, schedule, 2, subject.loss), subject
+        parameters = self.driver.parameters()
+        wide = [p for p in parameters if p.dim() > 1 and p.shape[0] > 16]
+        narrow = [p for p in parameters if p.dim() > 1 and p.shape[0] <= 16]
+        rest = [p for p in parameters if p.dim() <= 1]
+        groups = [{"params": wide, "lr": rate}, {"params": narrow, "lr": rate / 2}]
+        self.optimizers = [torch.optim.SGD(groups, momentum=0.9), _adam([{"params": rest}])]
+        self.averages = {i: AveragedModel(pipe.stages[i], use_buffers=True) for i in self.driver.stage_indices}
+        for optimizer in self.optimizers:
+            self.driver.attach(optimizer)
+
+    def copies(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"ema": {name: tensor for average in self.averages.values() for name, tensor in average.module.state_dict().items()}}
+
+    def run(self, steps: range) -> list[torch.Tensor]:
+        losses = []
+        for step in steps:
+            torch.manual_seed(step)
+            _, found = self.driver.step(**self.subject.inputs(4))
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            for index, average in self.averages.items():
+                average.update_parameters(self.driver.pipe.stages[index])
+            losses += found
+        return losses
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """All tensors and settings, under the first names of the model's."""
+        firsts = {name: entry.name for entry in self.driver.pipe.program.state for name in entry.names}
+        found = {f"average of {firsts[name]}": tensor.clone() for name, tensor in self.copies()["ema"].items()}
+        names = {p: firsts[n] for i in self.driver.stage_indices for n, p in self.driver.pipe.stages[i].named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                found |= {f"{names[p]} lr": torch.tensor(group["lr"]) for p in group["params"]}
+            for parameter, state in optimizer.state.items():
+                found |= {f"{names[parameter]} {key}": item.clone() for key, item in state.items() if item is not None}
+        return found
+
+
+def _train_more(pipe: Any, subject: Any, schedule: str, folder: Path) -> dict[str, Any]:
+    training = Training(pipe, subject, schedule, 0.01)
+    training.run(range(3))
+    checkpoint.save(training.driver, training.optimizers, folder, copies=training.copies())
+    return {"held": training.held(), "losses": training.run(range(3, 5))}
+
+
+def _resume_more(pipe: Any, subject: Any, schedule: str, folder: Path) -> dict[str, Any]:
+    training = Training(pipe, subject, schedule, 0.7)
+    for name, copies, words in (
+        ("ema", {"no.such": torch.ones(1)}, "no stage of this rank has 'no.such', of which 'ema' has a copy"),
+        ("optim", {}, "copies cannot be called 'optim'"),
+        ("mean", dict(list(training.copies()["ema"].items())[:1]), "is not in the checkpoint"),
+    ):
+        with pytest.raises(StagecutError, match=words):
+            checkpoint.load(training.driver, training.optimizers, folder, {name: copies})
+    checkpoint.load(training.driver, training.optimizers, folder, training.copies())
+    return {"held": training.held(), "losses": training.run(range(3, 5))}
+
+
+def test_several_optimizers_groups_and_averages_go_into_one_checkpoint(tmp_path: Path) -> None:
+    subject, folder = SUBJECTS["GPT-2, tied"], tmp_path / "step-3"
+    answers = on_ranks(2, _train_more, cut(subject, 4)[1], subject, "ZBVZeroBubble", folder)
+    resumed = on_ranks(3, _resume_more, cut(subject, 3)[1], subject, "GPipe", folder)
+    assert _same(_merged(resumed), _merged(answers))
+    went_on, want = (torch.stack(next(a["losses"] for a in run if a["losses"])) for run in (resumed, answers))
+    torch.testing.assert_close(went_on, want, rtol=1e-12, atol=0)
+
+
+def test_a_rank_that_trains_nothing_saves_and_loads_without_an_optimizer(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    pipe = pipeline(model, (torch.randn(2, 4),), split_spec={"1": SplitPoint.BEGINNING}, check=None)
+    assert on_ranks(2, _save_nothing, pipe, tmp_path / "step-1") == ["ok", "ok"]
+
+
+def _save_nothing(pipe: Any, folder: Path) -> str:
+    driver = Driver(pipe, "1F1B", 2, lambda output: output.square().mean())
+    optimizer = _adam(driver.parameters()) if driver.parameters() else None
+    driver.attach(optimizer)
+    driver.step(torch.ones(4, 4))
+    if optimizer is not None:
+        optimizer.step()
+    checkpoint.save(driver, optimizer, folder)
+    checkpoint.load(driver, optimizer, folder)
+    return "ok"

@@ -178,6 +178,9 @@ def _train(model: nn.Module, pipe: Pipe, how: Callable[[DeviceMesh], Wrap], sche
         tokens, target = torch.randint(VOCABULARY, (2, 8 * parts, 5))
         driver.step(tokens.chunk(parts)[place], target=target.chunk(parts)[place])
         loss_of(reference(tokens), target).backward()
+        norm, want_norm = driver.clip_grad_norm_(0.5), nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        if not torch.allclose(norm, want_norm, rtol=1e-5):
+            return f"step {step}: norm {norm}, expected {want_norm}"
         mine.step()
         theirs.step()
         for index in driver.stage_indices:

@@ -151,6 +151,45 @@ def test_an_error_in_a_forward_is_told_to_all_with_its_place() -> None:
     assert found[2].endswith("from ValueError")
 
 
+class TiedEnds(nn.Module):
+    """Three stages; the first and the last share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(8, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        pipe_split()
+        x = self.block(x)
+        pipe_split()
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_an_update_with_parts_of_a_tied_gradient_stops_also_the_ranks_that_hold_none() -> None:
+    torch.manual_seed(0)
+    pipe = pipeline(TiedEnds(), (torch.zeros(2, dtype=torch.int64),), check=None)
+    found = outcomes(3, "file", _forgets_to_sum, pipe)
+    for text in found:
+        assert "failed: an optimizer would step with a part of the gradient of 'embedding.weight' and 'head.weight'" in text
+    assert [text.splitlines()[-1].strip() for text in found][::2] == ["from TiedError", "from TiedError"]
+
+
+def _forgets_to_sum(pipe: Any) -> str:
+    driver = Driver(pipe, "1F1B", 4, lambda out: out.square().mean())
+    optimizer = torch.optim.SGD(driver.parameters(), 0.1)
+    before = [p.clone() for p in driver.parameters()]
+    try:
+        for _ in range(2):
+            driver.step(torch.zeros(8, dtype=torch.int64))
+            optimizer.step()
+    finally:
+        assert dist.get_rank() == 1 or all(torch.equal(*both) for both in zip(before, driver.parameters(), strict=True))
+    return "nothing"
+
+
 def _unknown_number(where: Any) -> None:
     where[1].fill_(99)
 

@@ -260,8 +260,8 @@ class _Meter:
         """
         prepared = driver._prepared
 
-        def watched(sizes: dict[str, int]) -> tuple[Any, list[Any]]:
-            schedule, stages = prepared(sizes)
+        def watched(*how: Any) -> tuple[Any, list[Any]]:
+            schedule, stages = prepared(*how)
             for stage in stages:
                 self.watch(stage)
             return schedule, stages

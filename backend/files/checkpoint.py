@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,10 @@ from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 
 T = TypeVar("T")
+Optimizers = Optimizer | Sequence[Optimizer] | None
+Copies = Mapping[str, Mapping[str, torch.Tensor]]
+"""Name in the checkpoint -> name of the model's -> tensor."""
+_RESERVED = ("model", "optim", "extra")
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))
 
 
@@ -49,12 +54,16 @@ class CheckpointError(StagecutError):
 
 def save(
     driver: Driver,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers,
     folder: str | Path,
     extra: Mapping[str, Any] | None = None,
+    copies: Copies = MappingProxyType({}),
 ) -> None:
-    """`folder` holds the model, the optimizer and the `extra` of rank 0. Every rank calls it; all see the
-    same file system.
+    """`folder` holds the model, the optimizers, the `copies` and the `extra` of rank 0. Every rank calls it;
+    all see the same file system.
+
+    copies: further tensors of the model's, such as averages over steps: {"ema": {"head.weight": tensor}}, on
+    each rank under the names in its stages.
 
     The folder appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are
     saved once; all names of a tied tensor lead to it.
@@ -64,7 +73,7 @@ def save(
     folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
     with driver.faults.together(agreed=(StagecutError,)):
-        state = together(driver.group, lambda: _state(driver, optimizer, extra))
+        state = together(driver.group, lambda: _state(driver, optimizer, extra, copies))
         on_first(driver.group, lambda: _clear(folder, aside))
         aliases = {
             f"model.{names[0]}": names[1:]
@@ -87,11 +96,12 @@ def save(
 
 def load(
     driver: Driver,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers = None,
     folder: str | Path | None = None,
+    copies: Copies = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The stages of this rank and its optimizer are as they were saved, bit for bit; returns the `extra` that
-    was saved.
+    """The stages of this rank, its optimizers and the tensors of `copies` are as they were saved, bit for
+    bit; returns the `extra` that was saved.
 
     Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model.
     It holds pickles: load only what you trust.
@@ -100,7 +110,7 @@ def load(
     """
     place = _folder(driver, folder)
     with driver.faults.together(agreed=(StagecutError,)):
-        return together(driver.group, lambda: _load(driver, optimizer, place))
+        return together(driver.group, lambda: _load(driver, optimizer, place, copies))
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -169,15 +179,53 @@ class _Writer(FileSystemWriter):
 
 
 def _state(
-    driver: Driver, optimizer: Optimizer | None, extra: Mapping[str, Any] | None
+    driver: Driver,
+    optimizer: Optimizers,
+    extra: Mapping[str, Any] | None,
+    copies: Copies,
 ) -> dict[str, Any]:
     """The state that this rank saves."""
     state: dict[str, Any] = {"model": _model_state(driver)}
-    if optimizer is not None:
-        state["optim"] = _optimizer_state(driver, optimizer)
+    for one in _listed(optimizer):
+        state["optim"] = state.get("optim", {}) | _optimizer_state(driver, one)
+    for name in copies:
+        state[name] = {
+            persistent(entry)[0]: tensor.detach()
+            for entry, tensor in _copied(driver, name, copies[name])
+            if entry.stages[0] in driver.stage_indices
+        }
     if extra is not None and dist.get_rank(driver.group) == 0:
         state["extra"] = _pickled(dict(extra))
     return state
+
+
+def _listed(optimizer: Optimizers) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def _copied(
+    driver: Driver, title: str, tensors: Mapping[str, torch.Tensor]
+) -> list[tuple[StateEntry, torch.Tensor]]:
+    """The state of this rank that has a copy, with the copy. Raises CheckpointError for other names."""
+    if title in _RESERVED:
+        raise CheckpointError(
+            f"copies cannot be called '{title}'",
+            hint=f"a checkpoint has {', '.join(_RESERVED)} of its own",
+        )
+    mine = {
+        name: entry
+        for entry in entries(driver.pipe.program, driver.stage_indices)
+        for name in persistent(entry)
+    }
+    for name in tensors:
+        if name not in mine:
+            raise CheckpointError(
+                f"no stage of this rank has '{name}', of which '{title}' has a copy",
+                hint=nearest(name, mine),
+            )
+    return [(mine[name], tensor) for name, tensor in tensors.items()]
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
@@ -323,10 +371,14 @@ class Reader:
             ) from None
 
     def key_for(
-        self, names: Sequence[str], tensor: torch.Tensor, cast: bool = False
+        self,
+        names: Sequence[str],
+        tensor: torch.Tensor,
+        cast: bool = False,
+        title: str = "",
     ) -> str:
         """The key of a tensor as `tensor` under any of the model's names for it: `model.NAME`, or the bare
-        name.
+        name; with a title, `TITLE.NAME`.
 
         Raises CheckpointError when there is none.
         """
@@ -334,7 +386,7 @@ class Reader:
             (
                 key
                 for name in names
-                for key in (f"model.{name}", name)
+                for key in ([f"{title}.{name}"] if title else [f"model.{name}", name])
                 if key in self.known
             ),
             None,
@@ -346,7 +398,7 @@ class Reader:
                 if not name.startswith(("optim.", "extra"))
             ]
             raise CheckpointError(
-                f"'{names[0]}' is not in the checkpoint",
+                f"'{title + '.' if title else ''}{names[0]}' is not in the checkpoint",
                 where=str(self.folder),
                 hint=nearest(names[0], known),
             )
@@ -413,7 +465,9 @@ def check_fits(
         )
 
 
-def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str, Any]:
+def _load(
+    driver: Driver, optimizer: Optimizers, folder: Path, copies: Copies
+) -> dict[str, Any]:
     reader, program = Reader(folder), driver.pipe.program
     stages = [driver.pipe.stages[i] for i in driver.stage_indices]
     for stage in stages:
@@ -423,17 +477,22 @@ def _load(driver: Driver, optimizer: Optimizer | None, folder: Path) -> dict[str
         if persistent(entry):
             replicas = [tensor.detach() for tensor in held(program, stages, entry)]
             tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
-    slots = _Slots(driver, optimizer, reader) if optimizer is not None else None
+    for name in copies:
+        for entry, tensor in _copied(driver, name, copies[name]):
+            key = reader.key_for(persistent(entry), tensor, title=name)
+            tensors.setdefault(key, []).append(tensor.detach())
+    slots = [_Slots(driver, one, reader) for one in _listed(optimizer)]
     wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}
-    wanted |= slots.templates(reader) if slots is not None else {}
+    for slot in slots:
+        wanted |= slot.templates(reader)
     if "extra" in reader.known:
         wanted["extra"] = b""
     reader.read(wanted)
     for first, *others in tensors.values():
         for other in others:
             other.copy_(first)
-    if slots is not None:
-        slots.fill(wanted)
+    for slot in slots:
+        slot.fill(wanted)
     return (
         dict(torch.load(io.BytesIO(wanted["extra"]), weights_only=False))
         if "extra" in wanted

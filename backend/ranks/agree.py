@@ -84,9 +84,9 @@ def everywhere(mine: Any, group: Group) -> list[Any]:
 
 @dataclass(frozen=True)
 class Agreed:
-    """changed: whether some rank has noticed a change. has: argument -> the ranks that were given it."""
+    """changed: the changes that some rank has noticed. has: argument -> the ranks that were given it."""
 
-    changed: bool
+    changed: list[bool]
     has: Mapping[str, frozenset[int]]
 
 
@@ -103,24 +103,29 @@ class Calls:
     def __init__(self, group: Group, device: torch.device, steps: int) -> None:
         self._group, self._device, self._left = group, device, steps
 
-    def agree(self, how: str, given: Mapping[str, Any], changed: bool) -> Agreed:
-        """What all ranks know of this call. Raises InputError on every rank when arguments differ."""
+    def agree(
+        self, how: str, given: Mapping[str, Any], changed: Sequence[bool]
+    ) -> Agreed:
+        """What all ranks know of this call. Raises InputError on every rank when arguments differ.
+
+        `changed` has the changes that this rank has noticed, in an order that all ranks know.
+        """
         described = [dict(_described(name, tree)) for name, tree in given.items()]
         contents = self._contents(given) if self._left > 0 else {}
         self._left -= 1
         row = [
-            int(changed),
+            *map(int, changed),
             _digest(how),
             *(_digest(repr(one)) if one else 0 for one in described),
             *(_digest(repr(contents[n])) if contents.get(n) else 0 for n in given),
         ]
-        rows = self._rows(row)
-        if any(_differ(column) for column in list(zip(*rows, strict=True))[1:]):
+        columns = list(zip(*self._rows(row), strict=True))
+        changes, (calls, *arguments) = columns[: len(changed)], columns[len(changed) :]
+        if any(map(_differ, (calls, *arguments))):
             self._refuse(how, described, contents)
-        columns = dict(zip(given, list(zip(*rows, strict=True))[2:], strict=False))
         return Agreed(
-            any(other[0] for other in rows),
-            {name: _ranks_with(column) for name, column in columns.items()},
+            [any(column) for column in changes],
+            {name: _ranks_with(column) for name, column in zip(given, arguments)},
         )
 
     def _rows(self, row: list[int]) -> list[list[int]]:

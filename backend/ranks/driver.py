@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp._common_utils import clean_tensor_name
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     get_schedule_class,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -24,6 +23,7 @@ from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws
 from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.gradients import Gradients
 from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
 from stagecut.backend.ranks.losses import (
     Losses,
@@ -34,15 +34,16 @@ from stagecut.backend.ranks.losses import (
     takes_no_target,
     tell,
 )
+from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.backend.ranks.trained import changed_here, follow
-from stagecut.backend.ranks.wire import boundaries, fed_inputs
+from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Program, StateEntry, Value
+from stagecut.ir.graph import Value
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.run.objects import opened
 from stagecut.ir.types import TensorType, value_bytes
@@ -125,16 +126,11 @@ class Driver:
         if loss_fn is not None:
             trained.add(pipe)
         self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
-        self._replicas = [
-            (ranks, entries)
-            for ranks, entries in _replicas(pipe.program, self.placement)
-            if rank in ranks
-        ]
-        self._schedules: dict[
-            tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
-        ] = {}
+        self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self._chunks: list[list[Any]] = []
         self.faults = Faults(group, self.placement)
+        ours = pipe, self.placement, group, self.device, self.faults
+        self.gradients, self.precision = Gradients(*ours), Precision(*ours)
 
     @property
     def is_last(self) -> bool:
@@ -250,7 +246,11 @@ class Driver:
                     _split_target(target, self.n_microbatches),
                     _split_target(loss_kwargs, self.n_microbatches),
                 )
-            schedule, stages = self._prepared(sizes)
+        dtypes = self.precision.dtypes(
+            lambda index, dtypes: self._made(index, sizes, dtypes)
+        )
+        with self.faults.alike():
+            schedule, stages = self._prepared(sizes, dtypes)
         self.draws.begin()
         for stage in stages:
             stage.microbatches = self._chunks
@@ -287,10 +287,17 @@ class Driver:
             "loss_kwargs": loss_kwargs,
         }
         with self.faults.together(agreed=(StagecutError,)):
-            changed = changed_here(self.pipe, self.stage_indices)
+            modules = self.modules
+            changed = (
+                changed_here(self.pipe, self.stage_indices),
+                self.precision.changed_here(),
+            )
             agreed = self._calls.agree(how, given, changed)
-            if agreed.changed:
+            trained_changed, precision_changed = agreed.changed
+            if trained_changed:
                 self._follow_trained()
+        if precision_changed:
+            self.precision.agree(modules)
         if self.losses is None:
             return None
         if self.placement[-1] in agreed.has["target"] or takes_no_target(
@@ -315,6 +322,8 @@ class Driver:
         """Runs the schedule. The gradients are those of the batch."""
         backward = how == "step" and losses is not None
         self._lent.fetch()
+        if backward:
+            self.gradients.tied.accumulate()
         aside = put_aside(self.parameters()) if backward and self._by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
         self._now = losses
@@ -347,18 +356,19 @@ class Driver:
             return mine
         return tell(mine, self._share, self.placement[-1], self.group, self.device)
 
-    def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
-        """The schedule and its stages for these sizes, made at their first use."""
-        key = tuple(sorted(sizes.items()))
+    def _made(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
+        """A stage for torch's schedules, with the module that `wrap` made of it."""
+        stage = make_stage(
+            self.pipe, index, self.device, self.group, sizes, True, dtypes, self.draws
+        )
+        stage.submod, stage.microbatches = self.modules[index], self._chunks
+        return stage
+
+    def _prepared(self, sizes: Sizes, dtypes: Dtypes) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and its stages for these sizes and dtypes, made at their first use."""
+        key = tuple(sorted(sizes.items())), tuple(dtypes.values())
         if key not in self._schedules:
-            stages = [
-                make_stage(
-                    self.pipe, i, self.device, self.group, sizes, True, self.draws
-                )
-                for i in self.stage_indices
-            ]
-            for stage in stages:
-                stage.submod = self.modules[stage.stage_index]
+            stages = [self._made(i, sizes, dtypes) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             try:
@@ -389,7 +399,7 @@ class Driver:
             loss = self._now.of(result, index)
         if look:
             self._look(leaves_of(loss, packed))
-        return loss
+        return self.gradients.scaled(loss) if grad else loss
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""
@@ -441,25 +451,46 @@ class Driver:
         ]
         # all chunks have the same sizes
         return check_inputs(
-            inputs, self._chunks[0], spec.ranges if spec is not None else None
+            inputs,
+            self._chunks[0],
+            spec.ranges if spec is not None else None,
+            cast=self.precision.agreed.change is not None,
         )
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
         pipeline calls it.
         """
-        for ranks, entries in self._replicas:
-            held = _held(self.pipe, entries, self.stage_indices)
-            with self.faults.together():
-                _sum_gradients(
-                    [same for same in held if len(ranks) > 1 or len(same) > 1],
-                    ranks,
-                    self.group,
-                )
+        self.gradients.tied.sum()
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """`sync_shared_gradients` runs before every step of `optimizer`."""
-        optimizer.register_step_pre_hook(lambda *_: self.sync_shared_gradients())
+    def attach(self, optimizer: Optimizer | None) -> None:
+        """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
+        other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
+        """
+        if optimizer is not None:
+            self.gradients.attach(optimizer)
+
+    def attach_scaler(self, scaler: GradScaler) -> None:
+        """The backward of every step starts from the scaled loss; `step` returns losses that are not scaled.
+        Every rank attaches one of its own.
+        """
+        self.gradients.attach_scaler(scaler)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """As torch's, over all ranks: tied gradients are summed first and counted once. Every rank calls it
+        and gets the same norm.
+
+        Raises NonFiniteError on every rank.
+        """
+        return self.gradients.clip_norm(
+            max_norm, norm_type, error_if_nonfinite, foreach
+        )
 
 
 def _schedule_class(name: str) -> Any:
@@ -514,7 +545,7 @@ def described(driver: Driver) -> str:
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
     lines += [
         f"  ran with {', '.join(f'{name}={size}' for name, size in sizes)}"
-        for sizes in driver._schedules
+        for sizes, _ in driver._schedules
         if sizes
     ]
     return "\n".join(lines)
@@ -613,129 +644,3 @@ def _join(*items: Any) -> Any:
     if items[0].dim():
         return torch.cat(items)
     return torch.stack(items).mean() if items[0].is_floating_point() else items[0]
-
-
-def _replicas(
-    program: Program, homes: Sequence[int]
-) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
-    """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
-    by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
-    for entry in program.state:
-        if entry.kind == "param" and len(entry.stages) > 1:
-            by_ranks.setdefault(
-                tuple(sorted({homes[stage] for stage in entry.stages})), []
-            ).append(entry)
-    return sorted(by_ranks.items(), key=lambda item: item[0])
-
-
-def _held(
-    pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]
-) -> list[list[torch.nn.Parameter]]:
-    """The tensors that this rank holds for each parameter: several where stages of this rank were sharded
-    separately.
-    """
-    found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
-    for index in stages:
-        names = {
-            clean_tensor_name(name): p
-            for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)
-        }
-        for entry, tensors in zip(entries, found, strict=True):
-            if index in entry.stages:
-                tensors[names[pipe.program.stages[index].state[entry][0]]] = None
-    return [list(tensors) for tensors in found]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that is here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-LARGE = 2**20
-"""A gradient of so many elements or more is summed in place: packing it costs more than a message of
-its own.
-"""
-
-
-def _sum_gradients(
-    replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group
-) -> None:
-    """Each replica of a parameter has the sum of the gradients of all replicas, here and on `ranks`; it has
-    none where no replica has one.
-
-    The host waits for the device only where a gradient is missing here.
-    """
-    for dtype in dict.fromkeys(same[0].dtype for same in replicas):
-        mine = [same for same in replicas if same[0].dtype == dtype]
-        parts = [_gradient(same) for same in mine]
-        missing = [
-            place
-            for place, same in enumerate(mine)
-            if all(p.grad is None for p in same)
-        ]
-        counts = parts[0].new_ones(len(mine))
-        for place in missing:
-            counts[place] = 0
-        small = [
-            place
-            for place, part in enumerate(parts)
-            if part.numel() < LARGE or not part.is_contiguous()
-        ]
-        packed = torch.cat([*(parts[place].flatten() for place in small), counts])
-        *sums, counts = _total(packed, ranks, group).split(
-            [*(parts[place].numel() for place in small), len(mine)]
-        )
-        totals = dict(zip(small, sums, strict=True))
-        totals |= {
-            place: _total(part, ranks, group)
-            for place, part in enumerate(parts)
-            if place not in totals
-        }
-        nowhere = {place for place in missing if not counts[place].item()}
-        for place, same in enumerate(mine):
-            if place not in nowhere:
-                _give(same, totals[place])
-
-
-def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """The sum of the gradients of the replicas here: the gradient itself where there is one, zeros where
-    there is none.
-    """
-    grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
-    if not grads:
-        return torch.zeros_like(_local(same[0]))
-    return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
-
-
-def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
-    """All replicas here have `total` as their gradient."""
-    for parameter in same:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        grad = _local(parameter.grad)
-        if grad.data_ptr() != total.data_ptr():
-            grad.copy_(total.view_as(grad))
-
-
-def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
-    """The sum of a tensor over some ranks of the group, bit for bit the same on each.
-
-    The ranks send to each other. A process group of their own would have to be made by all processes there
-    are, including those of other pipelines.
-    """
-    if len(ranks) == dist.get_world_size(group):
-        dist.all_reduce(mine, group=group)
-        return mine
-    me = dist.get_rank(group)
-    parts = {rank: mine if rank == me else torch.empty_like(mine) for rank in ranks}
-    others = [rank for rank in ranks if rank != me]
-    ops = [
-        dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others
-    ]
-    ops += [
-        dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank)
-        for rank in others
-    ]
-    for work in dist.batch_isend_irecv(ops) if ops else ():
-        work.wait()
-    return torch.stack(list(parts.values())).sum(0)

@@ -7,8 +7,9 @@ every model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,6 +79,7 @@ class BuiltStage(PipelineStage):
         group: Group,
         sizes: Sizes,
         fed: bool,
+        dtypes: Mapping[Value, torch.dtype],
         draws: Draws | None = None,
     ) -> None:
         program = pipe.program
@@ -88,8 +90,10 @@ class BuiltStage(PipelineStage):
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
-        self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
+        self.received = [
+            port(v, sizes, dtypes.get(v)) for v in (lists[index - 1] if index else ())
+        ]
+        self.sent = [port(v, sizes, dtypes.get(v), as_it_is=last) for v in lists[index]]
         self.draws = draws
         self.buffers: Buffers | None = None
         self._state = draws.port if draws is not None else None
@@ -137,10 +141,7 @@ class BuiltStage(PipelineStage):
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
         self._now = fwd_chunk_id
         if self.fed:
-            args = ()
-            kwargs = {
-                f"input_{i}": self.microbatches[fwd_chunk_id][i] for i, _ in self._fed
-            }
+            args, kwargs = (), self.fed_with(fwd_chunk_id)
         try:
             output = super().forward_one_chunk(
                 fwd_chunk_id, args, kwargs, save_forward_output
@@ -155,6 +156,28 @@ class BuiltStage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Unpacks the values that crossed, runs the stage, and packs the values it hands on."""
+        values = self.values(args, kwargs)
+        for p in self.sent:
+            self._check(p, values[p.value])
+        if self.is_last:
+            return self._returned(
+                values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
+            )
+        return tuple(
+            self._kept_apart(p, tensor, set())
+            for p, tensor in zip(self.sent, self.packed(values), strict=True)
+        )
+
+    def packed(self, values: Mapping[Value, Any]) -> list[torch.Tensor]:
+        """The tensors that cross to the next stage."""
+        return [p.pack(values[p.value], self.device) for p in self.sent]
+
+    def fed_with(self, microbatch: int) -> dict[str, Any]:
+        """The stage's own inputs of a micro-batch, as keywords."""
+        return {f"input_{i}": self.microbatches[microbatch][i] for i, _ in self._fed}
+
+    def values(self, args: Any, kwargs: Any) -> dict[Value, Any]:
+        """The values that the stage knows when it has run on what crossed and what it is fed with."""
         values: dict[Value, Any] = {}
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
@@ -173,17 +196,7 @@ class BuiltStage(PipelineStage):
         with writes_explained(self.stage_index), self._apart(values):
             results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
         values |= zip(self.block.outputs, results, strict=True)
-        for p in self.sent:
-            self._check(p, values[p.value])
-        if self.is_last:
-            return self._returned(
-                values, {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
-            )
-        packed = [p.pack(values[p.value], self.device) for p in self.sent]
-        return tuple(
-            self._kept_apart(p, tensor, set())
-            for p, tensor in zip(self.sent, packed, strict=True)
-        )
+        return values
 
     @contextmanager
     def _apart(self, values: dict[Value, Any]) -> Iterator[None]:
@@ -232,7 +245,8 @@ class BuiltStage(PipelineStage):
         last_backward: bool = False,
     ) -> Any:
         """As torch's, but the backward of a wrapped or compiled stage is never split, because torch cannot
-        take it apart, nor one with `whole`: its loss reads weights.
+        take it apart, nor one with `whole`: its loss reads weights. Autocast around a step counts for forward
+        and loss: each op of a backward has the dtype of its forward already.
         """
         if (
             not full_backward
@@ -241,9 +255,17 @@ class BuiltStage(PipelineStage):
         ):
             self.dw_builder = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
-        return super().backward_one_chunk(
-            bwd_chunk_id, loss, full_backward, last_backward
-        )
+        with _without_autocast(self.device):
+            return super().backward_one_chunk(
+                bwd_chunk_id, loss, full_backward, last_backward
+            )
+
+    def backward_weight_one_chunk(
+        self, bwd_chunk_id: int, last_backward: bool = False
+    ) -> None:
+        """As torch's, without autocast."""
+        with _without_autocast(self.device):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As torch's, but nothing in an eval, in which V schedules hand gradients on all the same."""
@@ -331,6 +353,12 @@ class BuiltStage(PipelineStage):
         super()._validate_stage_tensors(
             desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there)
         )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _nothing() -> None:
@@ -521,9 +549,12 @@ def make_stage(
     group: Group,
     sizes: Sizes,
     fed: bool,
+    dtypes: Mapping[Value, torch.dtype] = MappingProxyType({}),
     draws: Draws | None = None,
 ) -> BuiltStage:
-    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`."""
+    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`. Values that cross have
+    the `dtypes` that are given, and otherwise those of the program.
+    """
     if not isinstance(index, int) or not 0 <= index < pipe.num_stages:
         raise StagecutError(
             f"there is no stage {index!r}",
@@ -541,7 +572,7 @@ def make_stage(
     ):
         refuse_meta(pipe.program, pipe.stages[index])
     pipe.stages[index].to(device)
-    return _STAGE(pipe, index, device, group, sizes, fed, draws)
+    return _STAGE(pipe, index, device, group, sizes, fed, dtypes, draws)
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

@@ -184,9 +184,14 @@ def writes_explained(stage: int) -> Iterator[None]:
         ).with_traceback(error.__traceback__) from None
 
 
-def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
-    """The port of a value. With `as_it_is`, it crosses in its own shape. Raises StagecutError for a value
-    that cannot cross between processes.
+def port(
+    value: Value,
+    sizes: Sizes,
+    dtype: torch.dtype | None = None,
+    as_it_is: bool = False,
+) -> Port:
+    """The port of a value, whose dtype is `dtype` where it is not that of the program. With `as_it_is`, it
+    crosses in its own shape. Raises StagecutError for a value that cannot cross between processes.
     """
     kind = value.type
     if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
@@ -194,7 +199,8 @@ def port(value: Value, sizes: Sizes, as_it_is: bool = False) -> Port:
     if not isinstance(kind, TensorType):
         raise _cannot_cross(value, f"a {kind} is no tensor")
     shape = tuple(size(dim, sizes, value) for dim in kind.shape)
-    dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
+    dtype = dtype if dtype is not None else getattr(torch, DTYPES[kind.dtype])
+    assert dtype is not None
     if kind.strides is None or as_it_is:
         return Port(
             value, shape, dtype, tuple(range(len(shape))), (), carries_grad(kind)

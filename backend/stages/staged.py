@@ -42,6 +42,8 @@ class Staged(Named):
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
         self._sizes: dict[str, int] = {}
+        self.traced_under: dict[str, torch.dtype] = {}
+        """Device type -> the dtype of the autocast that stood around the trace."""
         self.plan: Any = None
         self.training = bindings.training
 

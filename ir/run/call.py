@@ -26,7 +26,7 @@ from stagecut.ir.graph import Value
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
-from stagecut.ir.types import DTYPES, NONE, ScalarType, TensorType
+from stagecut.ir.types import DTYPES, FLOATS, NONE, ScalarType, TensorType
 
 Ranges = Mapping[str, tuple[int | None, int | None]]
 """Symbolic size -> its least and its greatest value, None for no bound."""
@@ -193,24 +193,33 @@ def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_inputs(
-    inputs: Sequence[Value], flat: Sequence[Any], ranges: Ranges | None = None
+    inputs: Sequence[Value],
+    flat: Sequence[Any],
+    ranges: Ranges | None = None,
+    cast: bool = False,
 ) -> dict[str, int]:
     """The symbolic sizes of a call. Every flat input fits the type it was traced with, and every size its
-    range.
+    range. With `cast`, a floating dtype may be another one.
 
     Raises InputError naming the first input that does not.
     """
     sizes: dict[str, tuple[str, int]] = {}
     for value, argument in zip(inputs, flat, strict=True):
         if isinstance(value.type, TensorType):
-            _check_tensor(value.hint, value.type, argument, sizes)
-        elif value.type.expr is not None or value.type == NONE:
+            _check_tensor(value.hint, value.type, argument, sizes, cast)
+        elif isinstance(value.type, ScalarType) and (
+            value.type.expr is not None or value.type == NONE
+        ):
             _check_scalar(value.hint, value.type, argument)
     return _check_sizes(sizes, ranges or {})
 
 
 def _check_tensor(
-    name: str, tensor_type: TensorType, argument: Any, sizes: dict[str, tuple[str, int]]
+    name: str,
+    tensor_type: TensorType,
+    argument: Any,
+    sizes: dict[str, tuple[str, int]],
+    cast: bool,
 ) -> None:
     """`sizes` gains the symbolic sizes of the input, each with the name of the input."""
     if not isinstance(argument, torch.Tensor):
@@ -219,7 +228,8 @@ def _check_tensor(
             hint=_AGAIN,
         )
 
-    if SHORT.get(argument.dtype) != tensor_type.dtype:
+    free = cast and tensor_type.dtype in FLOATS and argument.is_floating_point()
+    if SHORT.get(argument.dtype) != tensor_type.dtype and not free:
         raise InputError(
             f"dtype mismatch: input '{name}' has dtype {argument.dtype}, the program was traced with "
             f"torch.{DTYPES[tensor_type.dtype]}",

@@ -1,0 +1,264 @@
+"""The parameters that several stages hold, each with a replica of its own: their gradients are summed once
+before an update, whoever asks.
+
+What the replicas of a parameter have is one of two things: a part each (`accumulated`: each has the gradient
+of its own stages), or the whole each (`summed`). A backward that follows a sum adds parts to the whole. So
+the whole is then kept at one place, by the first rank that holds the parameter, and is dropped by the others:
+the next sum is right again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._common_utils import clean_tensor_name
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.stage import Group
+from stagecut.backend.stages.staged import Staged
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Program, StateEntry
+
+Replicas = list[torch.nn.Parameter]
+"""The tensors that this rank holds for one parameter."""
+State = Literal["new", "accumulated", "summed"]
+"""What the gradients of replicas are."""
+_states: WeakKeyDictionary[Staged, State] = WeakKeyDictionary()
+"""Pipe -> what its gradients are, whichever driver ran last."""
+
+
+class TiedError(StagecutError):
+    """The replicas of a tied parameter would become different."""
+
+
+class Tied:
+    """The replicated parameters as this rank sees them. All ranks of the group call its methods alike.
+
+    `homes` are the ranks of the stages, by stage.
+    """
+
+    def __init__(
+        self,
+        pipe: Staged,
+        homes: Sequence[int],
+        group: Group,
+        faults: Faults,
+    ) -> None:
+        self._pipe, self._homes, self._group, self._faults = pipe, homes, group, faults
+        self._rank = dist.get_rank(group)
+        self._stages = [i for i, home in enumerate(homes) if home == self._rank]
+        self._shared = [
+            (ranks, entries)
+            for ranks, entries in _replicas(pipe.program, homes)
+            if self._rank in ranks
+        ]
+
+    @property
+    def _state(self) -> State:
+        return _states.get(self._pipe, "new")
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        _states[self._pipe] = state
+
+    def sum(self) -> None:
+        """Every replica that is trained has the sum of the gradients of all replicas."""
+        if self._state == "summed":
+            return
+        for ranks, entries in self._shared:
+            trained = [
+                same
+                for _, same in self._held(entries)
+                if _trained(same) and (len(ranks) > 1 or len(same) > 1)
+            ]
+            if trained:
+                with self._faults.together():
+                    _sum_gradients(trained, ranks, self._group)
+        self._state = "summed"
+
+    def accumulate(self) -> None:
+        """A backward may begin: what it adds to the gradients is summed once, and what was summed before is
+        not summed again.
+        """
+        if self._state == "summed":
+            for parameter in self.repeated():
+                parameter.grad = None
+        self._state = "accumulated"
+
+    def repeated(self) -> Replicas:
+        """The replicas here but for the first of each parameter in the whole group."""
+        repeated: Replicas = []
+        for _, entries in self._shared:
+            for entry, same in self._held(entries):
+                first = self._homes[entry.stages[0]] == self._rank
+                repeated += same[1:] if first else same
+        return repeated
+
+    def refuse_update(self, optimizer: Optimizer) -> None:
+        """Returns when `optimizer` may step. Raises TiedError when it would take a part of a gradient for the
+        whole.
+        """
+        if self._state != "accumulated":
+            return
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for ranks, entries in self._shared:
+            for entry, same in self._held(entries):
+                alone = len(ranks) == 1 and len(same) == 1
+                if not alone and any(
+                    id(p) in theirs and p.grad is not None for p in same
+                ):
+                    with self._faults.alike():
+                        raise _not_summed(entry)
+
+    def _held(self, entries: Sequence[StateEntry]) -> list[tuple[StateEntry, Replicas]]:
+        """Each entry with the tensors that this rank holds for it."""
+        held = _held(self._pipe, entries, self._stages)
+        return list(zip(entries, held, strict=True))
+
+
+def _trained(same: Replicas) -> bool:
+    return any(parameter.requires_grad for parameter in same)
+
+
+def _not_summed(entry: StateEntry) -> TiedError:
+    names = " and ".join(f"'{name}'" for name in entry.names)
+    stages = " and ".join(map(str, entry.stages))
+    return TiedError(
+        f"an optimizer would step with a part of the gradient of {names}, which stages {stages} share",
+        hint=(
+            "driver.attach(optimizer) once, or driver.sync_shared_gradients() before every step of the "
+            "optimizer"
+        ),
+    )
+
+
+def _replicas(
+    program: Program, homes: Sequence[int]
+) -> list[tuple[tuple[int, ...], list[StateEntry]]]:
+    """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
+    by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
+    for entry in program.state:
+        if entry.kind == "param" and len(entry.stages) > 1:
+            by_ranks.setdefault(
+                tuple(sorted({homes[stage] for stage in entry.stages})), []
+            ).append(entry)
+    return sorted(by_ranks.items(), key=lambda item: item[0])
+
+
+def _held(
+    pipe: Staged, entries: Sequence[StateEntry], stages: Sequence[int]
+) -> list[list[torch.nn.Parameter]]:
+    """The tensors that this rank holds for each parameter: several where stages of this rank were sharded
+    separately.
+    """
+    found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
+    for index in stages:
+        names = {
+            clean_tensor_name(name): p
+            for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)
+        }
+        for entry, tensors in zip(entries, found, strict=True):
+            if index in entry.stages:
+                tensors[names[pipe.program.stages[index].state[entry][0]]] = None
+    return [list(tensors) for tensors in found]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+LARGE = 2**20
+"""A gradient of so many elements or more is summed in place: packing it costs more than a message of
+its own.
+"""
+
+
+def _sum_gradients(
+    replicas: Sequence[list[torch.nn.Parameter]], ranks: tuple[int, ...], group: Group
+) -> None:
+    """Each replica of a parameter has the sum of the gradients of all replicas, here and on `ranks`; it has
+    none where no replica has one.
+
+    The host waits for the device only where a gradient is missing here.
+    """
+    for dtype in dict.fromkeys(same[0].dtype for same in replicas):
+        mine = [same for same in replicas if same[0].dtype == dtype]
+        parts = [_gradient(same) for same in mine]
+        missing = [
+            place
+            for place, same in enumerate(mine)
+            if all(p.grad is None for p in same)
+        ]
+        counts = parts[0].new_ones(len(mine))
+        for place in missing:
+            counts[place] = 0
+        small = [
+            place
+            for place, part in enumerate(parts)
+            if part.numel() < LARGE or not part.is_contiguous()
+        ]
+        packed = torch.cat([*(parts[place].flatten() for place in small), counts])
+        *sums, counts = _total(packed, ranks, group).split(
+            [*(parts[place].numel() for place in small), len(mine)]
+        )
+        totals = dict(zip(small, sums, strict=True))
+        totals |= {
+            place: _total(part, ranks, group)
+            for place, part in enumerate(parts)
+            if place not in totals
+        }
+        nowhere = {place for place in missing if not counts[place].item()}
+        for place, same in enumerate(mine):
+            if place not in nowhere:
+                _give(same, totals[place])
+
+
+def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """The sum of the gradients of the replicas here: the gradient itself where there is one, zeros where
+    there is none.
+    """
+    grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
+    if not grads:
+        return torch.zeros_like(_local(same[0]))
+    return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+
+
+def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
+    """All replicas here have `total` as their gradient."""
+    for parameter in same:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = _local(parameter.grad)
+        if grad.data_ptr() != total.data_ptr():
+            grad.copy_(total.view_as(grad))
+
+
+def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
+    """The sum of a tensor over some ranks of the group, bit for bit the same on each.
+
+    The ranks send to each other. A process group of their own would have to be made by all processes there
+    are, including those of other pipelines.
+    """
+    if len(ranks) == dist.get_world_size(group):
+        dist.all_reduce(mine, group=group)
+        return mine
+    me = dist.get_rank(group)
+    parts = {rank: mine if rank == me else torch.empty_like(mine) for rank in ranks}
+    others = [rank for rank in ranks if rank != me]
+    ops = [
+        dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others
+    ]
+    ops += [
+        dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank)
+        for rank in others
+    ]
+    for work in dist.batch_isend_irecv(ops) if ops else ():
+        work.wait()
+    return torch.stack(list(parts.values())).sum(0)
