@@ -125,7 +125,10 @@ class Calls:
             self._refuse(how, described, contents)
         return Agreed(
             [any(column) for column in changes],
-            {name: _ranks_with(column) for name, column in zip(given, arguments)},
+            {
+                name: _ranks_with(column)
+                for name, column in zip(given, arguments, strict=False)
+            },
         )
 
     def _rows(self, row: list[int]) -> list[list[int]]:
