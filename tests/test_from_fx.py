@@ -355,3 +355,30 @@ def before_relu(program: Program) -> list[int]:
 def test_a_policy_in_our_own_form() -> None:
     """It needs no exported program."""
     check(cut_before(fx.symbolic_trace(Plain()), "drop"), X, stages=3, split_policy=before_relu)
+
+
+class TwoNames(nn.Module):
+    """A norm under two names, in a module that is kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(4)
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_kept_whole_writes_one_tensor_under_two_names(training: bool) -> None:
+    """The validator counts the write once, as the program does when its two names have become one."""
+    owner = nn.Module()
+    owner.inner = TwoNames()
+    module = by_hand(owner, lambda g: g.call_module("inner", (g.placeholder("x"),))).train(training)
+    pipe = pipeline(module, (X,), split_policy=lambda program: [])
+    (op,) = pipe.program.all_ops()
+    assert [value.hint for value in op.effects.writes] == [
+        "inner.first.running_mean",
+        "inner.first.running_var",
+        "inner.first.num_batches_tracked",
+    ]

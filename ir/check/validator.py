@@ -39,6 +39,12 @@ def _marks(op: Op) -> tuple[Any, ...]:
     return op.context, op.effects.random, op.effects.effect, op.form, op.scope
 
 
+def _writes(op: Op, keys: dict[Value, Key]) -> tuple[Key, ...]:
+    """The written tensors, each once: two names of one tensor have one key."""
+    known = (keys[value] for value in op.effects.writes if value in keys)
+    return tuple(dict.fromkeys(known))
+
+
 def _views(op: Op, keys: dict[Value, Key]) -> tuple[Key | None, ...]:
     return tuple(
         None if value is None else keys.get(value) for value in op.effects.views
@@ -93,7 +99,7 @@ class Trace:
             args,
             kwargs,
             _result_types(op),
-            tuple(self.keys[value] for value in op.effects.writes),
+            _writes(op, self.keys),
             _views(op, self.keys),
             _marks(op),
             needed,
@@ -201,9 +207,8 @@ class _Comparison:
         self._keys.update(_result_keys(op, recorded.position, self._keys))
         if op.target != recorded.target or _result_types(op) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
-        written = tuple(self._keys.get(value) for value in op.effects.writes)
-        marks = (written, _views(op, self._keys), _marks(op))
-        if marks != (recorded.writes, recorded.views, recorded.marks):
+        effects = (_writes(op, self._keys), _views(op, self._keys))
+        if (*effects, _marks(op)) != (recorded.writes, recorded.views, recorded.marks):
             yield f"another context, scope or effect than traced: {op.where()}"
         operands = (op.args, op.kwargs)
         if not _are_recorded(operands, (recorded.args, recorded.kwargs), self._keys):
