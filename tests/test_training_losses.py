@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cluster.matrix import on_ranks
 from cluster.training import OK, Hidden, Words, batch, gradients_differ, micro_batches, on_schedules, per_token
 from torch import nn
 from torch.nn import functional as F
@@ -191,13 +188,3 @@ def _draw_as_the_model(model: nn.Module, pipe: Pipe, schedule: str) -> str:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_with_a_seed_the_stages_draw_what_the_model_draws(ranks: int) -> None:
     assert on_schedules(ranks, _draw_as_the_model, lambda: Words(drop=0.5)) == OK
-
-
-def test_the_python_of_the_sections_runs() -> None:
-    assert on_ranks(2, _run_sections) == ["ok", "ok"]
-
-
-def _run_sections() -> str:
-    text = (Path(__file__).parent.parent / "docs" / "training_losses.part.md").read_text(encoding="utf-8")
-    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {"__name__": "page"})
-    return "ok"
