@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -589,13 +590,30 @@ def test_a_lazy_module_is_to_be_called_first() -> None:
     assert pipeline(model, (X,)).num_stages == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+class EntersNothing(nn.Module):
+    """Enters an object that is no context."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self)  # type: ignore[arg-type]
+        return x
+
+
 def test_no_error_names_a_line_of_the_standard_library() -> None:
     """What fails inside contextlib fails on behalf of the model."""
-    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4), nn.ReLU())
     with pytest.raises(CaptureError) as caught:
-        pipeline(model, (X,))
+        pipeline(EntersNothing(), (X,))
+    assert "test_hunted.py" in caught.value.where
     assert "contextlib" not in caught.value.where
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+def test_a_quantized_layer_is_kept_whole_by_itself() -> None:
+    """Its weights are packed by torch.jit: no trace looks into them."""
+    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4), nn.ReLU())
+    pipe = pipeline(model, (X,))
+    assert [op.target for op in pipe.program.all_ops() if op.is_users] == ["module.0"]
+    torch.testing.assert_close(pipe(X)[0], model(X), rtol=0, atol=0)
 
 
 class Quiet(nn.Module):
