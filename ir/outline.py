@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stagecut.ir.graph import Op, Program, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.graph import Op, Program, Stage, Value, scope_fqn
 
 BEFORE = -1
 """Position of the values that exist before the first op: user inputs and state."""
@@ -33,23 +33,26 @@ class Positions:
             for value in op.reads:
                 last[value] = index
         self.end = index + 1
-        for value in output.operands:
-            last[value] = self.end
+        last |= dict.fromkeys(output.operands, self.end)
 
     def defined(self, value: Value) -> int:
         """The position of the op that defines `value`, BEFORE for inputs and state."""
-        return self.at[value.owner] if isinstance(value.owner, Op) else BEFORE
+        owner = value.owner
+        if not isinstance(owner, Op):
+            return BEFORE
+        return self.at[owner]
 
     def live_ins(self, ops: list[Op]) -> list[Value]:
         """Values that `ops`, an interval, read but do not define, in order of first use; state included."""
         if not ops:
             return []
-        start, at = self.at[ops[0]], self.at
+        at = self.at
+        start = at[ops[0]]
         live: dict[Value, None] = {}
         for op in ops:
             for value in op.reads:
                 owner = value.owner
-                if owner is None or isinstance(owner, StateEntry) or at[owner] < start:
+                if not isinstance(owner, Op) or at[owner] < start:
                     live[value] = None
         return list(live)
 
@@ -57,9 +60,14 @@ class Positions:
         """Values that `ops`, an interval, define and something after it reads, in order of definition."""
         if not ops:
             return []
-        stop, last = self.at[ops[-1]], self.last
-        defined = (value for op in ops for value in op.definitions())
-        return [value for value in defined if last.get(value, BEFORE) > stop]
+        last = self.last
+        stop = self.at[ops[-1]]
+        live: list[Value] = []
+        for op in ops:
+            for value in op.definitions():
+                if last.get(value, BEFORE) > stop:
+                    live.append(value)
+        return live
 
 
 def positions(program: Program) -> Positions:
@@ -71,14 +79,23 @@ def modules_of(stage: Stage, most: int = 4) -> list[str]:
     """The modules that a stage runs, at the deepest depth at which they are no more than `most`, else at the
     outermost depth.
     """
-    scopes = dict.fromkeys(scope_fqn(op.scope) for op in stage.ops if op.scope)
+    scopes: dict[str, None] = {}
+    for op in stage.ops:
+        if op.scope:
+            scopes[scope_fqn(op.scope)] = None
     paths = [scope.split(".") for scope in scopes]
     depth = max(map(len, paths), default=0)
-    while depth > 1 and len(_cut(paths, depth)) > most:
+    names = _cut(paths, depth)
+    while depth > 1 and len(names) > most:
         depth -= 1
-    return _cut(paths, depth)
+        names = _cut(paths, depth)
+    return names
 
 
 def _cut(paths: list[list[str]], depth: int) -> list[str]:
     """The first `depth` parts of each path, each text once."""
-    return list(dict.fromkeys(".".join(path[:depth]) for path in paths))
+    names: dict[str, None] = {}
+    for path in paths:
+        name = ".".join(path[:depth])
+        names[name] = None
+    return list(names)

@@ -10,7 +10,9 @@ from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Place, Program, Scope
 from stagecut.ir.ops import module_path
 
-BEGINNING, END = "beginning", "end"
+BEGINNING = "beginning"
+END = "end"
+SIDES = (BEGINNING, END)
 _Call = tuple[str, Scope]
 
 
@@ -37,49 +39,51 @@ class FindSplits:
         cuts = self._positions(program)
         ops: list[Op] = []
         asked: dict[Op, str] = {}
-        for index in range(len(program.ops) + 1):
-            between = 0 < index < len(program.ops) and SPLIT not in (
-                program.ops[index - 1].target,
-                program.ops[index].target,
-            )
-            if index in cuts and between:
-                ops.append(_marker(program.ops[index]))
-                asked[ops[-1]] = cuts[index]
-            ops += program.ops[index : index + 1]
+        for index, op in enumerate(program.ops):
+            if index in cuts and ops and not (ops[-1].is_split or op.is_split):
+                marker = _marker(op)
+                ops.append(marker)
+                asked[marker] = cuts[index]
+            ops.append(op)
         _refuse_cuts_through_regions(ops, asked)
         program.ops = ops
         return bool(asked)
 
     def _positions(self, program: Program) -> dict[int, str]:
         """Position of a cut -> the request for it."""
-        ops = program.ops
         names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
-        spans = _call_spans(ops, set(chain.from_iterable(names.values())))
+        paths = set(chain.from_iterable(names.values()))
+        spans = _call_spans(program.ops, paths)
         cuts = self._chosen(program)
         for name, side in self.at:
-            if side not in (BEGINNING, END):
+            if side not in SIDES:
                 raise SplitError(
                     f"'{side}' is no side of module '{name}'",
-                    hint=nearest(side, (BEGINNING, END)),
+                    hint=nearest(side, SIDES),
                 )
-            calls = [span for alias in names[name] for span in spans.get(alias, ())]
+            calls: list[tuple[int, int]] = []
+            for alias in names[name]:
+                calls += spans.get(alias, ())
+            asked = _asked(name, side)
             if not calls:
-                self._refuse_inside(names[name], ops, _asked(name, side))
+                self._refuse_inside(names[name], program.ops, asked)
                 raise SplitError(
                     f"no op of the program runs in a call of module '{name}'",
-                    where=_asked(name, side),
+                    where=asked,
                     hint=_hint_for(name, program),
                 )
-            cuts |= {
-                first if side == BEGINNING else last + 1: _asked(name, side)
-                for first, last in calls
-            }
+            for first, last in calls:
+                cut = first if side == BEGINNING else last + 1
+                cuts[cut] = asked
         return cuts
 
     def _refuse_inside(self, names: Sequence[str], ops: list[Op], asked: str) -> None:
         """Raises SplitError when a module, by any of its names, lies inside one that is kept whole."""
-        for leaf in filter(None, dict.fromkeys(map(module_path, ops))):
-            if not any(name.startswith(f"{leaf}.") for name in names):
+        for leaf in dict.fromkeys(map(module_path, ops)):
+            if not leaf:
+                continue
+            inside = f"{leaf}."
+            if not any(name.startswith(inside) for name in names):
                 continue
             what = f"a split point lies inside module '{leaf}', which is kept whole"
             hint = f"cut at '{leaf}'"
@@ -113,52 +117,81 @@ def _hint_for(name: str, program: Program) -> str:
     paths: dict[str, None] = {}
     for op in program.ops:
         paths |= dict.fromkeys(_prefixes(op.scope))
-        if module_path(op):
-            paths[module_path(op)] = None
+        leaf = module_path(op)
+        if leaf:
+            paths[leaf] = None
     hint = nearest(name, paths)
-    if any(fqn.startswith(f"{name}.") for fqn in program.name_owners()):
+    inside = f"{name}."
+    if any(fqn.startswith(inside) for fqn in program.name_owners()):
         return f"a split point is at a call m(x), or m.forward(x) of a module without hooks; {hint}"
     return hint
 
 
-_REGIONS = {"checkpoint": "a checkpointed region", "transform": "a vmap"}
+_REGIONS = {
+    "checkpoint": "a checkpointed region",
+    "transform": "a vmap",
+}
 
 
 def _refuse_cuts_through_regions(ops: list[Op], asked: dict[Op, str]) -> None:
     """Returns when no marker stands between two ops of a region that runs as a whole. Raises SplitError
     naming the first that does.
     """
-    last = {region: index for index, op in enumerate(ops) for region in _regions(op)}
+    last: dict[Context, int] = {}
+    for index, op in enumerate(ops):
+        last |= dict.fromkeys(_regions(op), index)
     begun: dict[Context, None] = {}
     for index, op in enumerate(ops):
         begun |= dict.fromkeys(_regions(op))
-        cut = next(
-            (region for region in begun if op.is_split and index < last[region]), None
-        )
-        if cut is not None:
-            raise SplitError(
-                f"a split point lies inside {_REGIONS[cut.kind]}, which runs as a whole",
-                where=", ".join(filter(None, [asked.get(op), op.where()])),
-                hint="move it before or after the region, or make two regions of it",
-            )
+        if not op.is_split:
+            continue
+        for region in begun:
+            if index < last[region]:
+                raise _cut_through(region, op, asked.get(op))
+
+
+def _cut_through(region: Context, marker: Op, asked: str | None) -> SplitError:
+    where = marker.where()
+    if asked:
+        where = f"{asked}, {where}"
+    return SplitError(
+        f"a split point lies inside {_REGIONS[region.kind]}, which runs as a whole",
+        where=where,
+        hint="move it before or after the region, or make two regions of it",
+    )
 
 
 def _regions(op: Op) -> list[Context]:
-    return [
-        context for context in op.context if context.kind in WHOLE and not op.is_split
-    ]
+    """The regions that run as a whole and that an op is in. A marker is in none."""
+    if op.is_split:
+        return []
+    return [context for context in op.context if context.kind in WHOLE]
 
 
 def _marker(neighbour: Op) -> Op:
-    place = Place(neighbour.scope[:-1], loc=neighbour.loc)
+    outside = neighbour.scope[:-1]
+    place = Place(outside, loc=neighbour.loc)
     return Op(SPLIT, place=place)
 
 
 def _prefixes(scope: Scope) -> list[str]:
     names: list[str] = []
+    path = ""
     for frame in scope:
-        names.append(f"{names[-1]}.{frame.name}" if names else frame.name)
+        if names:
+            path += "."
+        path += frame.name
+        names.append(path)
     return names
+
+
+def _matching_calls(scope: Scope, paths: set[str]) -> list[_Call]:
+    """The calls of these modules that a scope lies in, outermost first."""
+    calls: list[_Call] = []
+    for depth, path in enumerate(_prefixes(scope), 1):
+        if path in paths:
+            calls.append((path, scope[:depth]))
+    return calls
 
 
 def _call_spans(ops: list[Op], paths: set[str]) -> dict[str, list[tuple[int, int]]]:
@@ -167,15 +200,13 @@ def _call_spans(ops: list[Op], paths: set[str]) -> dict[str, list[tuple[int, int
     matches: dict[Scope, list[_Call]] = {}
     for index, op in enumerate(ops):
         if op.scope not in matches:
-            matches[op.scope] = [
-                (path, op.scope[:depth])
-                for depth, path in enumerate(_prefixes(op.scope), 1)
-                if path in paths
-            ]
+            matches[op.scope] = _matching_calls(op.scope, paths)
         calls_around = [*matches[op.scope]]
-        if module_path(op) in paths:
+        leaf = module_path(op)
+        if leaf in paths:
             frame = Frame(op.target, index)
-            calls_around.append((module_path(op), (*op.scope, frame)))
+            scope = (*op.scope, frame)
+            calls_around.append((leaf, scope))
         for call in calls_around:
             first, _ = calls.get(call, (index, index))
             calls[call] = (first, index)

@@ -51,11 +51,9 @@ class Recompute:
     name = "recompute"
 
     def run(self, program: Program) -> bool:
-        if (
-            program.phase != "partitioned"
-            or program.transfers
-            or any(stage.state for stage in program.stages)
-        ):
+        if program.phase != "partitioned" or program.transfers:
+            return False
+        if any(stage.state for stage in program.stages):
             return False
         work = _Work(program, dict(self.routes))
         for stage in program.stages:
@@ -66,13 +64,14 @@ class Recompute:
 
 class _Work:
     def __init__(self, program: Program, routes: dict[str, str]) -> None:
-        self._program, self._routes = program, routes
+        self._program = program
+        self._routes = routes
         self._home = {op: stage.index for stage in program.stages for op in stage.ops}
         self._aliases = Aliases(program.all_ops(), program.state)
-        self._reach: dict[Value, int] = {
-            value: len(program.stages) - 1 for value in program.output.operands
-        }
-        self._returned = {storage_root(value) for value in program.output.operands}
+        last = len(program.stages) - 1
+        returned = program.output.operands
+        self._reach: dict[Value, int] = dict.fromkeys(returned, last)
+        self._returned = {storage_root(value) for value in returned}
         """Storage that the model returns. A value in it must not be recomputed, or it would stop sharing
         storage with the output.
         """
@@ -109,8 +108,14 @@ class _Work:
         may_move = asked or source or not carries_grad(value.type)
         if may_move and route != RELAY:
             self._decide(value, home, later, source, asked)
-        if value not in self._twins[later[-1]]:
-            self._reach[value] = max(later[-1], self._reach.get(value, 0))
+        last = later[-1]
+        if value not in self._twins[last]:
+            self._extend(value, last)
+
+    def _extend(self, value: Value, stage: int) -> None:
+        """The value is sent at least to `stage`."""
+        reach = self._reach.get(value, 0)
+        self._reach[value] = max(stage, reach)
 
     def _decide(
         self, value: Value, home: int, later: list[int], source: bool, asked: bool
@@ -118,36 +123,35 @@ class _Work:
         """The stages `later` compute the value where that costs less than sending it. A source is always
         computed there, and so is a value for which the user asked.
         """
-        limit = None if source or asked else _bytes(value, later[-1] - home)
-        if not (source or asked) and (limit is None or value in self._reach):
-            return
+        limit: int | None = None
+        if not source and not asked:
+            limit = _bytes(value, later[-1] - home)
+            if limit is None or value in self._reach:
+                return
         cost = self._total_cost(value, later, asked)
-        if cost is None or (limit is not None and cost >= limit):
+        if cost is None:
+            return
+        if limit is not None and cost >= limit:
             return
         for stage in later:
             twin = self._make(value, stage, asked)
             self._needs[stage].clear()  # more values are in this stage from here on
             readers = {user for user in value.uses if self._home.get(user) == stage}
             value.replace_uses(twin, readers.__contains__)
-            self._program.transfers.append(
-                Transfer(value, home, stage, RECOMPUTE, twin)
-            )
+            transfer = Transfer(value, home, stage, RECOMPUTE, twin)
+            self._program.transfers.append(transfer)
 
     def _total_cost(self, value: Value, stages: list[int], asked: bool) -> int | None:
         """The cost of computing `value` in all these stages; None when one of them cannot or must not."""
         total = 0
         for stage in stages:
             cost = self._cost(value, stage, 0, asked)
-            if cost is None and asked:
-                raise SplitError(
-                    f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has "
-                    "effects, or so is what it needs",
-                    where=value.owner.where() if isinstance(value.owner, Op) else "",
-                    hint="leave its route to the compiler",
-                )
-            if cost is None:
+            if cost is not None:
+                total += cost
+            elif asked:
+                raise _not_repeatable(value, stage)
+            else:
                 return None
-            total += cost
         return total
 
     def _cost(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
@@ -200,22 +204,21 @@ class _Work:
     def _sending_cost(self, value: Value, stage: int) -> int | None:
         if not isinstance(value.owner, Op):
             return None
-        size = _bytes(value, stage - self._home[value.owner])
-        return size if size is None or not carries_grad(value.type) else 2 * size
+        travelled = stage - self._home[value.owner]
+        size = _bytes(value, travelled)
+        if size is not None and carries_grad(value.type):
+            size *= 2
+        return size
 
     def _make(self, value: Value, stage: int, asked: bool) -> Value:
         """The value as `stage` computes it."""
-        twins, op = self._twins[stage], value.owner
+        twins = self._twins[stage]
+        op = value.owner
         assert isinstance(op, Op)
         swap: dict[Value, Value] = {}
         for operand in dict.fromkeys(op.operands):
             if not self._is_there(operand, stage, asked):
-                computing = self._cost(operand, stage, 1, False)
-                sending = self._sending_cost(operand, stage)
-                if computing is not None and (sending is None or computing < sending):
-                    self._make(operand, stage, False)
-                else:
-                    self._reach[operand] = max(stage, self._reach.get(operand, 0))
+                self._bring(operand, stage)
             if operand in twins:
                 swap[operand] = twins[operand]
         twin = op.copy(swap)
@@ -224,6 +227,18 @@ class _Work:
         self._arriving[stage].append(twin)
         self._copied[op] = None
         return twins[value]
+
+    def _bring(self, operand: Value, stage: int) -> None:
+        """The value gets to `stage` in the cheaper way."""
+        computing = self._cost(operand, stage, 1, False)
+        if computing is None:
+            self._extend(operand, stage)
+            return
+        sending = self._sending_cost(operand, stage)
+        if sending is not None and computing >= sending:
+            self._extend(operand, stage)
+            return
+        self._make(operand, stage, False)
 
     def finish(self) -> bool:
         """The copies stand at the beginning of their stages. Originals and copies that nothing reads are
@@ -245,17 +260,21 @@ class _Work:
         return bool(self._copied)
 
     def _is_source(self, op: Op) -> bool:
-        if op.operands or op.regions or op.effects != PURE or len(op.results) != 1:
+        if op.operands or op.regions or op.effects != PURE:
             return False
-        return self._is_repeatable(op.results[0], op)
+        if len(op.results) != 1:
+            return False
+        result = op.results[0]
+        return self._is_repeatable(result, op)
 
     def _is_repeatable(self, value: Value, op: Op) -> bool:
         if op.has_effect or op.regions or module_path(op):
             return False
         if any(context.kind in WHOLE for context in op.context):
             return False
-        written = map(self._aliases.is_written, op.definitions())
-        return value.version_of is None and not any(written)
+        if value.version_of is not None:
+            return False
+        return not any(map(self._aliases.is_written, op.definitions()))
 
     def refuse_unknown(self) -> None:
         """Raises SplitError for a route of a value that does not cross."""
@@ -267,22 +286,40 @@ class _Work:
                     f"routes names '{name}', which no stage needs from another",
                     hint=nearest(name, names),
                 )
+            if route == RELAY:
+                continue
             what = f"'{route}' is no route for '{name}'"
-            if route not in (RECOMPUTE, RELAY) and name in self._crossing:
-                raise SplitError(what, hint="'recompute' or 'relay'")
-            if route != RELAY and name not in self._crossing:
+            if name not in self._crossing:
                 raise SplitError(what, hint="'relay': it is an input of the model")
+            if route != RECOMPUTE:
+                raise SplitError(what, hint="'recompute' or 'relay'")
 
 
 def _own_cost(op: Op) -> int:
     """The cost of an op when its operands are there: none for a view."""
     if op.is_view:
         return 0
-    moved = sum(value_bytes(value.type) or 0 for value in (*op.operands, *op.results))
+    moved = 0
+    for value in (*op.operands, *op.results):
+        moved += value_bytes(value.type) or 0
     return START + moved // MEMORY
+
+
+def _not_repeatable(value: Value, stage: int) -> SplitError:
+    where = ""
+    if isinstance(value.owner, Op):
+        where = value.owner.where()
+    return SplitError(
+        f"{value!r} cannot be computed anew in stage {stage}: it is random, written or has "
+        "effects, or so is what it needs",
+        where=where,
+        hint="leave its route to the compiler",
+    )
 
 
 def _bytes(value: Value, times: int) -> int | None:
     """Bytes of a value, `times` over; None when its size is symbolic."""
     size = value_bytes(value.type)
-    return None if size is None else size * times
+    if size is None:
+        return None
+    return size * times

@@ -34,31 +34,37 @@ class ShareState:
         home = {op: stage.index for stage in program.stages for op in stage.ops}
         places = _module_places(program)
         _refuse_unknown(self.transmit, program)
+        last = len(program.stages) - 1
         for entry in program.state:
-            readers = _readers(entry, home, len(program.stages) - 1)
-            if not readers and entry.kind == "const":
-                continue
+            readers = _readers(entry, home, last)
             if not readers:
-                readers = {_nearest_stage(entry.name, places): []}
+                if entry.kind == "const":
+                    continue
+                nearest_stage = _nearest_stage(entry.name, places)
+                readers[nearest_stage] = []
             entry.share = _policy(entry, home, len(readers))
             if entry.share == REPLICATE and self._is_sent(entry):
                 entry.share = TRANSMIT
-                readers = dict([*readers.items()][:1])
+                first = next(iter(readers))
+                readers = {first: readers[first]}
             _hold(program, entry, readers)
         return _is_done(program)
 
     def _is_sent(self, entry: StateEntry) -> bool:
-        named = bool({*entry.names} & {*self.transmit})
-        whole = next((op for op in entry.value.uses if module_path(op)), None)
-        if named and whole is not None:
+        named = any(name in self.transmit for name in entry.names)
+        for op in entry.value.uses:
+            if not module_path(op):
+                continue
+            if not named:
+                return False
             raise SplitError(
                 f"'{entry.name}' cannot be transmitted: a module kept whole holds it",
-                where=whole.where(),
+                where=op.where(),
                 hint=REPLICATE,
             )
-        return named or (
-            EVERY in self.transmit and entry.kind == "param" and whole is None
-        )
+        if named:
+            return True
+        return EVERY in self.transmit and entry.kind == "param"
 
 
 def _is_done(program: Program) -> bool:
@@ -68,11 +74,12 @@ def _is_done(program: Program) -> bool:
 def _refuse_unknown(transmit: tuple[str, ...], program: Program) -> None:
     owners = program.name_owners()
     for name in transmit:
-        if name != EVERY and name not in owners:
-            raise SplitError(
-                f"tied names '{name}', which the model does not have",
-                hint=nearest(name, owners),
-            )
+        if name == EVERY or name in owners:
+            continue
+        raise SplitError(
+            f"tied names '{name}', which the model does not have",
+            hint=nearest(name, owners),
+        )
 
 
 def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, list[str]]:
@@ -81,18 +88,22 @@ def _readers(entry: StateEntry, home: dict[Op, int], last: int) -> dict[int, lis
     """
     readers: dict[int, list[str]] = {}
     for op in entry.value.uses:
-        readers.setdefault(home.get(op, last), []).append(scope_fqn(op.scope))
+        stage = home.get(op, last)
+        path = scope_fqn(op.scope)
+        readers.setdefault(stage, []).append(path)
     return dict(sorted(readers.items()))
 
 
 def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) -> None:
     """Each of these stages holds the entry, under the names that its modules know. The first has the rest."""
-    names_in = {
-        stage: {closest_name(entry.names, path) for path in paths}
-        for stage, paths in readers.items()
-    }
+    names_in: dict[int, set[str]] = {}
+    rest = set(entry.names)
+    for stage, paths in readers.items():
+        names = {closest_name(entry.names, path) for path in paths}
+        names_in[stage] = names
+        rest -= names
     first = next(iter(names_in))
-    names_in[first] |= set(entry.names).difference(*names_in.values())
+    names_in[first] |= rest
     for stage, names in names_in.items():
         ordered = tuple(name for name in entry.names if name in names)
         program.stages[stage].state[entry] = ordered
@@ -101,16 +112,19 @@ def _hold(program: Program, entry: StateEntry, readers: dict[int, list[str]]) ->
 
 def _policy(entry: StateEntry, home: dict[Op, int], readers: int) -> str | None:
     writers: set[int] = set()
-    value = entry.value
-    chain = [value]
-    for version in chain:
+    versions = [entry.value]
+    for version in versions:
         for op in version.uses:
             if version in op.versions:
                 writers.add(home[op])
-                chain.append(op.versions[version])
-    if writers and (len(writers) > 1 or readers > 1):
+                versions.append(op.versions[version])
+    if len(writers) > 1:
         return FEEDBACK
-    return REPLICATE if readers > 1 else None
+    if readers <= 1:
+        return None
+    if writers:
+        return FEEDBACK
+    return REPLICATE
 
 
 def _module_places(program: Program) -> dict[str, int]:

@@ -40,7 +40,16 @@ from stagecut.backend.schedules import (
 )
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.errors import InputError, SplitError, nearest
-from stagecut.ir.graph import WHOLE, Op, Program, StateEntry, Value, scope_fqn
+from stagecut.ir.graph import (
+    WHOLE,
+    Context,
+    Op,
+    Program,
+    Scope,
+    StateEntry,
+    Value,
+    scope_fqn,
+)
 from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import carries_grad, value_bytes
@@ -50,6 +59,8 @@ CLOSE = 1e-9
 
 FEW = 20_000
 """Up to so many ways to cut are all tried, where ranks have several stages."""
+
+GIB = 2**30
 
 MOST = 256
 """The most stages that are tried when their number is left open."""
@@ -84,22 +95,24 @@ class Setting:
             )
         if self.schedule in SINGLE:
             return homes(stages, stages, False)
+        is_v = self.schedule in V
         ranks = self.ranks or max(1, stages // 2)
-        if stages % ranks or (self.schedule in V and stages != 2 * ranks):
+        if stages % ranks or (is_v and stages != 2 * ranks):
             raise InputError(
                 f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
                 hint="pass ranks=, a divisor of the stages",
             )
-        return homes(stages, ranks, self.schedule in V)
+        return homes(stages, ranks, is_v)
 
     def devices(self, stages: int) -> list[Device]:
         """The device of each stage. Raises InputError when there are too few."""
         if isinstance(self.device, Device | str):
             return [device(self.device)] * stages
         placement = self.placement(stages)
-        if max(placement) >= len(self.device):
+        ranks = max(placement) + 1
+        if ranks > len(self.device):
             raise InputError(
-                f"{max(placement) + 1} ranks, but {len(self.device)} devices",
+                f"{ranks} ranks, but {len(self.device)} devices",
                 hint="give one for each rank",
             )
         return [device(self.device[home]) for home in placement]
@@ -108,13 +121,17 @@ class Setting:
         """The steps of every rank in their order. Raises InputError when the stages do not fit the ranks, and
         StagecutError where the schedule has no order for these numbers.
         """
-        placement, count = self.placement(stages), self.n_microbatches
+        placement = self.placement(stages)
+        count = self.n_microbatches
         ranks = max(placement) + 1
         if self.training:
             return orders(self.schedule, stages, ranks, count)
-        mine = [[s for s in range(stages) if placement[s] == r] for r in range(ranks)]
-        pairs = [itertools.product(range(count), some) for some in mine]
-        return [tuple(Step(FORWARD, s, m) for m, s in some) for some in pairs]
+        steps: list[list[Step]] = [[] for _ in range(ranks)]
+        for microbatch in range(count):
+            for stage, rank in enumerate(placement):
+                step = Step(FORWARD, stage, microbatch)
+                steps[rank].append(step)
+        return [tuple(order) for order in steps]
 
     def in_flight(self, stages: int) -> list[int]:
         """The largest number of micro-batches of which each stage holds activations."""
@@ -145,40 +162,49 @@ class Line:
         """The line of a program."""
         ops = program_ops(program)
         returned = frozenset(program.output.operands)
-        return Line(ops, op_costs(ops, sizes, bindings, measure_on), setting, returned)
+        costs = op_costs(ops, sizes, bindings, measure_on)
+        return Line(ops, costs, setting, returned)
 
     @cached_property
     def crossing(self) -> torch.Tensor:
         """Bytes that cross in front of each op, forward and, when training, backward. User inputs and
         recomputed values do not cross.
         """
+        count = len(self.ops)
         at = {op: place for place, op in enumerate(self.ops)}
-        steps = torch.zeros(len(self.ops) + 2, dtype=torch.float64)
+        steps = torch.zeros(count + 2, dtype=torch.float64)
         cheap: set[Value] = set()
         for place, op in enumerate(self.ops):
-            anew = _is_cheap(op, cheap)
+            if _is_cheap(op, cheap):
+                cheap.update(op.definitions())
+                continue
             for value in op.definitions():
-                if anew:
-                    cheap.add(value)
-                    continue
-                last = (
-                    len(self.ops)
-                    if value in self.returned
-                    else max(
-                        (at.get(user, place) for user in value.uses), default=place
-                    )
-                )
+                last = self._last_use(value, place, at)
                 if last > place:
-                    size = self._bytes(value) * (
-                        2 if self.setting.training and carries_grad(value.type) else 1
-                    )
+                    size = self._sent_bytes(value)
                     steps[place + 1] += size
                     steps[last + 1] -= size
-        return (
-            steps.cumsum(0)[: len(self.ops) + 1]
-            .clamp(min=0.0)
-            .index_fill(0, torch.tensor([0, len(self.ops)]), 0.0)
-        )
+        sums = steps.cumsum(0)[: count + 1]
+        crossing = sums.clamp(min=0.0)
+        crossing[0] = 0.0
+        crossing[count] = 0.0
+        return crossing
+
+    def _last_use(self, value: Value, place: int, at: Mapping[Op, int]) -> int:
+        """The place of the last op that reads a value of the op at `place`; behind all ops where it is
+        returned.
+        """
+        if value in self.returned:
+            return len(self.ops)
+        places = (at.get(user, place) for user in value.uses)
+        return max(places, default=place)
+
+    def _sent_bytes(self, value: Value) -> int:
+        """Bytes of a value where it crosses, with those of its gradient."""
+        size = self._bytes(value)
+        if self.setting.training and carries_grad(value.type):
+            size *= 2
+        return size
 
     def _bytes(self, value: Value) -> int:
         return value_bytes(value.type) or 0
@@ -187,45 +213,41 @@ class Line:
     def divisible(self) -> torch.Tensor:
         """Where the line may be cut: not inside a region that runs as a whole."""
         free = torch.ones(len(self.ops) + 1, dtype=torch.bool)
-        last = {
-            c: place
-            for place, op in enumerate(self.ops)
-            for c in op.context
-            if c.kind in WHOLE
-        }
+        spans: dict[Context, tuple[int, int]] = {}
         for place, op in enumerate(self.ops):
             for context in op.context:
                 if context.kind in WHOLE:
-                    free[place + 1 : last[context] + 1] = False
+                    first, _ = spans.get(context, (place, place))
+                    spans[context] = (first, place)
+        for first, last in spans.values():
+            free[first + 1 : last + 1] = False
         return free
 
     def seconds(self, where: Device) -> torch.Tensor:
         """Seconds of each op on a device."""
         if where not in self._seconds:
-            self._seconds[where] = torch.tensor(
-                [cost.on(where, self.setting.training) for cost in self.costs],
-                dtype=torch.float64,
-            )
+            training = self.setting.training
+            seconds = [cost.on(where, training) for cost in self.costs]
+            self._seconds[where] = torch.tensor(seconds, dtype=torch.float64)
         return self._seconds[where]
 
     def depth(self) -> torch.Tensor:
         """For each place, the number of module calls that a cut there divides."""
-        found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
+        depth = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for place in range(1, len(self.ops)):
-            one, other = self.ops[place - 1].scope, self.ops[place].scope
-            found[place] = next(
-                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-                min(len(one), len(other)),
-            )
-        return found
+            before = self.ops[place - 1].scope
+            after = self.ops[place].scope
+            depth[place] = _common(before, after)
+        return depth
 
     def held(self, op: Op) -> list[StateEntry]:
         """The state an op reads."""
-        return [
-            entry
-            for v in op.reads
-            if isinstance(entry := unwritten(v).owner, StateEntry)
-        ]
+        entries: list[StateEntry] = []
+        for value in op.reads:
+            owner = unwritten(value).owner
+            if isinstance(owner, StateEntry):
+                entries.append(owner)
+        return entries
 
     def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
         """Bytes of a stage: of its state with gradients and optimizer, of the values it keeps for the
@@ -246,46 +268,47 @@ class Line:
         """Things that each op holds while it is in a stage: a thing, its bytes once, its bytes for every
         micro-batch in flight.
         """
-        return [
-            self._things(op, cost, place)
-            for place, (op, cost) in enumerate(zip(self.ops, self.costs, strict=True))
-        ]
+        things: list[list[tuple[object, int, int]]] = []
+        for op, cost in zip(self.ops, self.costs, strict=True):
+            place = len(things)
+            things.append(self._things(op, cost, place))
+        return things
 
     def _things(
         self, op: Op, cost: OpCost, place: int
     ) -> list[tuple[object, int, int]]:
-        things: list[tuple[object, int, int]] = (
-            [(v, 0, self._bytes(v)) for v in cost.kept] if self.setting.training else []
-        )
-        if self.setting.training and cost.extra:
-            things.append((place, 0, cost.extra))
+        things: list[tuple[object, int, int]] = []
+        copies = 0
+        if self.setting.training:
+            copies = 1 + STATE_OF[self.setting.optimizer]
+            for value in cost.kept:
+                things.append((value, 0, self._bytes(value)))
+            if cost.extra:
+                things.append((place, 0, cost.extra))
         for entry in dict.fromkeys(self.held(op)):
             size, trained = state_bytes([entry])
-            copies = (
-                1 + STATE_OF[self.setting.optimizer] if self.setting.training else 0
-            )
-            things.append((entry, size + trained * copies, 0))
+            size += trained * copies
+            things.append((entry, size, 0))
         return things
 
     def starts(self, budget: float, in_flight: int) -> torch.Tensor:
         """For each end, the first beginning from which a stage fits the budget."""
-        if (budget, in_flight) not in self._starts:
-            self._starts[budget, in_flight] = self._first_beginnings(budget, in_flight)
-        return self._starts[budget, in_flight]
+        key = (budget, in_flight)
+        if key not in self._starts:
+            self._starts[key] = self._first_beginnings(budget, in_flight)
+        return self._starts[key]
 
     def _first_beginnings(self, budget: float, in_flight: int) -> torch.Tensor:
-        window, begin = _Window(self), 0
-        found = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
+        window = _Window(self)
+        begin = 0
+        beginnings = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
             window.add(end - 1)
-            while (
-                begin < end
-                and window.static + window.kept * in_flight + window.passing > budget
-            ):
+            while begin < end and window.held(in_flight) > budget:
                 window.remove(begin)
                 begin += 1
-            found[end] = begin
-        return found
+            beginnings[end] = begin
+        return beginnings
 
 
 class _Window:
@@ -294,19 +317,30 @@ class _Window:
     """
 
     def __init__(self, line: Line) -> None:
-        self._line, self._count = line, dict[object, int]()
+        self._line = line
+        self._count: dict[object, int] = {}
         # the places of ops whose gradients take more than those of any later one
         self._largest: deque[tuple[int, int]] = deque()
-        self.static = self.kept = 0
+        self.static = 0
+        self.kept = 0
 
     @property
     def passing(self) -> int:
         """The most bytes of gradients that one op's backward reads and makes."""
-        return self._largest[0][1] if self._largest else 0
+        if not self._largest:
+            return 0
+        _, passing = self._largest[0]
+        return passing
+
+    def held(self, in_flight: int) -> int:
+        """The bytes of all that the interval holds, with so many micro-batches in flight."""
+        return self.static + self.kept * in_flight + self.passing
 
     def add(self, place: int) -> None:
         """The op at `place` joins."""
-        passing = self._line.costs[place].passing if self._line.setting.training else 0
+        passing = 0
+        if self._line.setting.training:
+            passing = self._line.costs[place].passing
         while self._largest and self._largest[-1][1] <= passing:
             self._largest.pop()
         self._largest.append((place, passing))
@@ -334,12 +368,23 @@ def _is_cheap(op: Op, cheap: set[Value]) -> bool:
         return False
     if any(carries_grad(result.type) for result in op.results):
         return False
-    return all(
-        v.owner is None
-        or v in cheap
-        or (isinstance(v.owner, StateEntry) and v.owner.kind != "param")
-        for v in op.operands
-    )
+    for value in op.operands:
+        owner = value.owner
+        if owner is None or value in cheap:
+            continue
+        if not isinstance(owner, StateEntry) or owner.kind == "param":
+            return False
+    return True
+
+
+def _common(one: Scope, other: Scope) -> int:
+    """The number of outermost calls that two scopes share."""
+    common = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        common += 1
+    return common
 
 
 # --- the search ---------------------------------------------------------------------------------------
@@ -361,41 +406,50 @@ class Problem:
 
     def stage_seconds(self, cuts: Sequence[int]) -> list[float]:
         """Seconds of each stage between `cuts`, which include the first and the last place."""
-        return [
-            float(t[b] - t[a] + link[a] + link[b])
-            for t, link, a, b in zip(
-                self.times, self.links, cuts[:-1], cuts[1:], strict=True
-            )
-        ]
+        seconds: list[float] = []
+        stages = itertools.pairwise(cuts)
+        for time, link, (begin, end) in zip(
+            self.times, self.links, stages, strict=True
+        ):
+            total = time[end] - time[begin] + link[begin] + link[end]
+            seconds.append(float(total))
+        return seconds
 
     def fits(self, cuts: Sequence[int]) -> bool:
         """True when every cut is allowed where it is and every stage fits its memory."""
-        inside = self.starts is None or all(
-            cuts[i] >= int(s[cuts[i + 1]]) for i, s in enumerate(self.starts)
-        )
-        return inside and all(
-            bool(mask[cut]) for mask, cut in zip(self.allowed, cuts, strict=True)
-        )
+        for mask, cut in zip(self.allowed, cuts, strict=True):
+            if not mask[cut]:
+                return False
+        if self.starts is None:
+            return True
+        for i, starts in enumerate(self.starts):
+            end = cuts[i + 1]
+            if cuts[i] < int(starts[end]):
+                return False
+        return True
 
     def within(self, most: float) -> list[int] | None:
         """Cuts with which no stage takes more than `most` seconds, None when there are none."""
         reached = [self.allowed[0].clone()]
         reached[0][1:] = False
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            best = self._best(torch.where(reached[i], time - link, -math.inf), i)
-            reached.append(
-                (best > -math.inf) & (best >= time + link - most) & self.allowed[i + 1]
-            )
-        cuts = [len(self.times[0]) - 1]
-        if not reached[-1][cuts[0]]:
+            values = torch.where(reached[i], time - link, -math.inf)
+            best = self._best(values, i)
+            in_time = best >= time + link - most
+            in_time &= best > -math.inf
+            reached.append(in_time & self.allowed[i + 1])
+        end = len(self.times[0]) - 1
+        if not reached[-1][end]:
             return None
+        cuts = [end]
         for i in reversed(range(len(self.times))):
-            end = cuts[0]
-            begin = int(self.starts[i][end]) if self.starts is not None else 0
-            best = torch.where(reached[i], self.times[i] - self.links[i], -math.inf)[
-                begin:end
-            ]
-            cuts.insert(0, begin + int(best.argmax()))
+            begin = 0
+            if self.starts is not None:
+                begin = int(self.starts[i][end])
+            time = self.times[i]
+            values = torch.where(reached[i], time - self.links[i], -math.inf)
+            end = begin + int(values[begin:end].argmax())
+            cuts.insert(0, end)
         return cuts
 
     def _best(self, values: torch.Tensor, stage: int) -> torch.Tensor:
@@ -410,14 +464,17 @@ class Problem:
         cuts = self.within(math.inf)
         if cuts is None:
             return None
-        high, low = max(self.stage_seconds(cuts)), 0.0
+        low = 0.0
+        high = max(self.stage_seconds(cuts))
         while high - low > CLOSE * high:
             middle = (low + high) / 2
-            found = self.within(middle)
-            if found is None:
+            faster = self.within(middle)
+            if faster is None:
                 low = middle
-            else:
-                cuts, high = found, min(middle, max(self.stage_seconds(found)))
+                continue
+            cuts = faster
+            slowest = max(self.stage_seconds(cuts))
+            high = min(middle, slowest)
         return cuts
 
     def only(self, places: torch.Tensor) -> Problem:
@@ -440,11 +497,12 @@ class Problem:
         total = torch.full((count,), math.inf, dtype=torch.float64)
         total[0] = 0.0
         origins: list[torch.Tensor] = []
-        ends, begins = torch.arange(count)[:, None], torch.arange(count)[None, :]
+        ends = torch.arange(count)[:, None]
+        begins = torch.arange(count)[None, :]
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            fits = (
-                time[:, None] - time[None, :] + link[:, None] + link[None, :] <= most
-            ) & (begins < ends)
+            seconds = time[:, None] - time[None, :] + link[:, None] + link[None, :]
+            fits = seconds <= most
+            fits &= begins < ends
             if self.starts is not None:
                 fits &= begins >= self.starts[i][:, None]
             sums = torch.where(fits, total[None, :], math.inf)
@@ -465,18 +523,17 @@ def _window_max(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     while 2 ** len(tables) <= len(values):
         half = 2 ** (len(tables) - 1)
         last = tables[-1]
-        tables.append(
-            torch.cat([torch.maximum(last[:-half], last[half:]), last[-half:]])
-        )
+        larger = torch.maximum(last[:-half], last[half:])
+        table = torch.cat([larger, last[-half:]])
+        tables.append(table)
     ends = torch.arange(len(values))
     length = ends - starts
     level = torch.log2(length.clamp(min=1).double()).floor().long()
     stacked = torch.stack(tables)
-    found = torch.maximum(
-        stacked[level, starts.clamp(max=len(values) - 1)],
-        stacked[level, (ends - 2**level).clamp(min=0)],
-    )
-    return torch.where(length > 0, found, -math.inf)
+    first = starts.clamp(max=len(values) - 1)
+    second = (ends - 2**level).clamp(min=0)
+    largest = torch.maximum(stacked[level, first], stacked[level, second])
+    return torch.where(length > 0, largest, -math.inf)
 
 
 def by_rank(placement: Sequence[int], seconds: Iterable[float]) -> list[float]:
@@ -522,7 +579,9 @@ class Plan:
         """How far the slowest rank may be above the optimum over any cuts in any order: 0.01 is one
         percent.
         """
-        return self.bottleneck / self.bound - 1 if self.bound else 0.0
+        if not self.bound:
+            return 0.0
+        return self.bottleneck / self.bound - 1
 
 
 @dataclass(frozen=True)
@@ -557,10 +616,11 @@ class Balanced:
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.
         """
-        if self.setting.optimizer not in STATE_OF:
+        optimizer = self.setting.optimizer
+        if optimizer not in STATE_OF:
             raise InputError(
-                f"optimizer '{self.setting.optimizer}' is not known",
-                hint=nearest(self.setting.optimizer, STATE_OF),
+                f"optimizer '{optimizer}' is not known",
+                hint=nearest(optimizer, STATE_OF),
             )
         if any(op.is_split for op in program.ops):
             raise SplitError(
@@ -574,40 +634,42 @@ class Balanced:
 
     def of_line(self, line: Line) -> Plan:
         """As `plan`, for a line whose costs are known."""
-        if self.stages is not None:
-            found = self._cut(line, self.stages)
-            if found is None:
-                raise self._does_not_fit(line, self.stages)
-            return found
-        fewest = self._fewest(line, 1)
-        found = self._cut(line, fewest) if fewest is not None else None
-        if found is None:
-            raise self._does_not_fit(line, min(MOST, len(line.ops)))
-        return found
+        stages = self.stages
+        if stages is None:
+            stages = self._fewest(line, 1)
+        if stages is None:
+            most = min(MOST, len(line.ops))
+            raise self._does_not_fit(line, most)
+        plan = self._cut(line, stages)
+        if plan is None:
+            raise self._does_not_fit(line, stages)
+        return plan
 
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
         limit = self.budget * max(d.memory for d in self._every_device())
-        least = max(least, math.ceil(line.whole[0] / limit))
-        most, tried = min(MOST, len(line.ops)), least - 1
+        static, _, _ = line.whole
+        least = max(least, math.ceil(static / limit))
+        most = min(MOST, len(line.ops))
+        tried = least - 1
         while least <= most and not self._fits(line, least):
-            tried, least = least, max(least + 1, int(1.3 * least))
+            tried = least
+            least = max(least + 1, int(1.3 * least))
         if least > most:
             return None
         while least - tried > 1:  # more stages hold less, so halving finds the fewest
             middle = (tried + least) // 2
-            tried, least = (
-                (tried, middle) if self._fits(line, middle) else (middle, least)
-            )
+            if self._fits(line, middle):
+                least = middle
+            else:
+                tried = middle
         return least
 
     def _every_device(self) -> list[Device]:
-        given = self.setting.device
-        return (
-            [device(given)]
-            if isinstance(given, Device | str)
-            else [device(d) for d in given]
-        )
+        devices = self.setting.device
+        if isinstance(devices, Device | str):
+            return [device(devices)]
+        return [device(name) for name in devices]
 
     def problem(self, line: Line) -> Problem:
         """The problem to search: the times and limits of so many stages of a line."""
@@ -628,10 +690,11 @@ class Balanced:
         cuts = self._cleaner(line, problem, cuts, best)
         if self.setting.schedule not in SINGLE:
             cuts = _shift(problem, cuts, placement)
-        memory = [
-            sum(line.memory(a, b, n))
-            for a, b, n in zip(cuts[:-1], cuts[1:], flights, strict=True)
-        ]
+        memory: list[int] = []
+        intervals = itertools.pairwise(cuts)
+        for (begin, end), flight in zip(intervals, flights, strict=True):
+            parts = line.memory(begin, end, flight)
+            memory.append(sum(parts))
         seconds = problem.stage_seconds(cuts)
         return Plan(
             tuple(cuts[1:-1]),
@@ -644,28 +707,36 @@ class Balanced:
         )
 
     def _problem(self, line: Line, stages: int, scale: float) -> Problem:
-        devices, flights = self.setting.devices(stages), self.setting.in_flight(stages)
+        devices = self.setting.devices(stages)
         zero = torch.zeros(1, dtype=torch.float64)
-        sums = {
-            d: torch.cat([zero, line.seconds(d).cumsum(0)])
-            for d in dict.fromkeys(devices)
-        }
-        # each way is waited for at one of its ends
-        links = {d: line.crossing / d.link_bandwidth / 2 for d in sums}
-        budgets = [d.memory * self.budget * scale for d in devices]
-        starts = None
-        static, kept, passing = line.whole
-        if any(
-            static + kept * n + passing > b
-            for n, b in zip(flights, budgets, strict=True)
-        ):
-            starts = [line.starts(b, n) for n, b in zip(flights, budgets, strict=True)]
+        sums: dict[Device, torch.Tensor] = {}
+        links: dict[Device, torch.Tensor] = {}
+        for where in dict.fromkeys(devices):
+            seconds = line.seconds(where)
+            sums[where] = torch.cat([zero, seconds.cumsum(0)])
+            # each way is waited for at one of its ends
+            links[where] = line.crossing / where.link_bandwidth / 2
         return Problem(
-            [sums[d] for d in devices],
-            [links[d] for d in devices],
-            starts,
+            [sums[where] for where in devices],
+            [links[where] for where in devices],
+            self._starts(line, stages, scale),
             self._allowed(line, stages),
         )
+
+    def _starts(
+        self, line: Line, stages: int, scale: float
+    ) -> list[torch.Tensor] | None:
+        """As `Problem.starts`: None where all ops fit each device."""
+        devices = self.setting.devices(stages)
+        flights = self.setting.in_flight(stages)
+        limits: list[tuple[float, int]] = []
+        for where, flight in zip(devices, flights, strict=True):
+            budget = where.memory * self.budget * scale
+            limits.append((budget, flight))
+        static, kept, passing = line.whole
+        if all(static + kept * flight + passing <= budget for budget, flight in limits):
+            return None
+        return [line.starts(budget, flight) for budget, flight in limits]
 
     def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
         """The places where each cut may be: outside of regions, and such that pinned modules lie in their
@@ -676,23 +747,20 @@ class Balanced:
         for path, pin in self.pins.items():
             stage = pin + stages if pin < 0 else pin
             inside = [i for i, op in enumerate(line.ops) if runs_in(op, path)]
-            if not inside or not 0 <= stage < stages:
-                known = dict.fromkeys(
-                    scope_fqn(op.scope) for op in line.ops if op.scope
-                )
-                what = (
-                    f"module '{path}', which runs no op"
-                    if not inside
-                    else f"stage {pin} of {stages}"
-                )
+            if not inside:
                 raise InputError(
-                    f"pins names {what}",
-                    hint=nearest(path, known)
-                    if not inside
-                    else "count from 0, or from the end",
+                    f"pins names module '{path}', which runs no op",
+                    hint=nearest(path, _paths(line.ops)),
                 )
+            if not 0 <= stage < stages:
+                raise InputError(
+                    f"pins names stage {pin} of {stages}",
+                    hint="count from 0, or from the end",
+                )
+            before = places <= inside[0]
+            behind = places > inside[-1]
             for cut, mask in enumerate(allowed):
-                mask &= places <= inside[0] if cut <= stage else places > inside[-1]
+                mask &= before if cut <= stage else behind
         return allowed
 
     def _cleaner(
@@ -701,20 +769,21 @@ class Balanced:
         """Cuts at the outermost module boundaries, with the fewest bytes, that are within the tolerance of
         the best.
         """
-        most, depth, price = best * (1 + self.tolerance), line.depth(), line.crossing
+        most = best * (1 + self.tolerance)
+        depth = line.depth()
+        deepest = int(depth.max())
         ends = torch.tensor([0, len(line.ops)])
-        for level in range(int(depth.max()) + 1):
-            places = torch.unique(
-                torch.cat(
-                    [ends, torch.nonzero((depth <= level) & line.divisible).flatten()]
-                )
-            )
+        for level in range(deepest + 1):
+            is_boundary = (depth <= level) & line.divisible
+            boundaries = torch.nonzero(is_boundary).flatten()
+            places = torch.unique(torch.cat([ends, boundaries]))
             if not len(cuts) <= len(places) <= 1500:
                 continue
             fewer = problem.only(places)
-            found = fewer.cheapest(most, price[places])
-            if found is not None:
-                return [int(places[i]) for i in found]
+            price = line.crossing[places]
+            cheapest = fewer.cheapest(most, price)
+            if cheapest is not None:
+                return [int(places[i]) for i in cheapest]
         return cuts
 
     def _bound(self, line: Line, stages: int) -> float:
@@ -728,12 +797,18 @@ class Balanced:
         homes = self.setting.placement(stages)
         devices = dict(zip(homes, self.setting.devices(stages), strict=True))
         seconds = torch.stack([line.seconds(d) for d in devices.values()])
+        ranks = len(devices)
         weight = 1 / seconds.sum(1).clamp(min=1e-30)
-        shared = (seconds * (weight / weight.sum())[:, None]).min(0).values.sum()
-        fastest = seconds.min(0).values.sort(descending=True).values
-        sums = torch.cat([fastest.new_zeros(1), fastest.cumsum(0)])
-        counts = torch.arange((len(fastest) - 1) // len(devices) + 1)
-        together = sums[counts * len(devices) + 1] - sums[counts * (len(devices) - 1)]
+        share = weight / weight.sum()
+        weighted = seconds * share[:, None]
+        shared = weighted.min(0).values.sum()
+        fastest = seconds.min(0).values
+        largest = fastest.sort(descending=True).values
+        zero = largest.new_zeros(1)
+        sums = torch.cat([zero, largest.cumsum(0)])
+        most = (len(largest) - 1) // ranks
+        counts = torch.arange(most + 1)
+        together = sums[counts * ranks + 1] - sums[counts * (ranks - 1)]
         return max(float(shared), float(together.max()))
 
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
@@ -743,34 +818,44 @@ class Balanced:
                 f"no cuts into {stages} stages are possible",
                 hint="pins contradict each other, or regions are too large",
             )
-        low, high = 1.0, 2.0
-        while not self._fits(line, stages, high):
-            low, high = high, 2 * high
-        for _ in range(10):
-            middle = (low + high) / 2
-            low, high = (
-                (low, middle) if self._fits(line, stages, middle) else (middle, high)
-            )
-        plan = self._cut(line, stages, high)
+        scale = self._scale_that_fits(line, stages)
+        plan = self._cut(line, stages, scale)
         assert plan is not None
+        memory = plan.memory
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]
-        over = max(range(stages), key=lambda i: plan.memory[i] / limits[i])
+        over = max(range(stages), key=lambda i: memory[i] / limits[i])
+        takes = memory[over] / GIB
+        more_than = (memory[over] - limits[over]) / GIB
+        limit = limits[over] / GIB
         fits = self._fewest(line, stages + 1)
-        more = (
-            f"{fits} stages would fit"
-            if fits
-            else f"devices with {plan.memory[over] / self.budget / 2**30:.1f} GiB would fit"
-        )
+        more = f"{fits} stages would fit"
+        if not fits:
+            larger = memory[over] / self.budget / GIB
+            more = f"devices with {larger:.1f} GiB would fit"
         return SplitError(
-            f"{stages} stages do not fit: with the best cuts for memory, stage {over} takes "
-            f"{plan.memory[over] / 2**30:.2f} GiB, "
-            f"{(plan.memory[over] - limits[over]) / 2**30:.2f} GiB more than the {limits[over] / 2**30:.2f} "
-            "GiB that it may",
+            f"{stages} stages do not fit: with the best cuts for memory, "
+            f"stage {over} takes {takes:.2f} GiB, "
+            f"{more_than:.2f} GiB more than the {limit:.2f} GiB that it may",
             hint=(
                 f"{more}; fewer or smaller micro-batches, a schedule with fewer in flight, or activation "
                 "checkpointing take less"
             ),
         )
+
+    def _scale_that_fits(self, line: Line, stages: int) -> float:
+        """A small factor for the memory of all devices with which so many stages fit."""
+        low = 1.0
+        high = 2.0
+        while not self._fits(line, stages, high):
+            low = high
+            high *= 2
+        for _ in range(10):
+            middle = (low + high) / 2
+            if self._fits(line, stages, middle):
+                high = middle
+            else:
+                low = middle
+        return high
 
     def _fits(self, line: Line, stages: int, scale: float = 1.0) -> bool:
         try:
@@ -783,38 +868,48 @@ def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[
     """Cuts with which the slowest rank is faster, where ranks have several stages. They are the best of all
     where there are few, else the best that the search reaches by moving one cut or two at a time.
     """
-    count, stages = len(problem.times[0]) - 1, len(placement)
+    count = len(problem.times[0]) - 1
+    stages = len(placement)
     if math.comb(count - 1, stages - 1) <= FEW:
-        everything = (
-            [0, *inner, count]
-            for inner in itertools.combinations(range(1, count), stages - 1)
-        )
+        inner = itertools.combinations(range(1, count), stages - 1)
+        everything = ([0, *places, count] for places in inner)
         return min(
             filter(problem.fits, everything),
             key=lambda some: _slowest(problem, some, placement),
         )
-    best, step = _slowest(problem, cuts, placement), max(1, count // 8)
+    best = _slowest(problem, cuts, placement)
+    step = max(1, count // 8)
     while step:
         moved = False
-        single = [{cut: way} for cut in range(1, stages) for way in (-step, step)]
-        for move in [
-            *single,
-            *(
-                {**one, **other}
-                for one, other in itertools.combinations(single, 2)
-                if one.keys() != other.keys()
-            ),
-        ]:
+        for move in _moves(stages, step):
             other = [place + move.get(cut, 0) for cut, place in enumerate(cuts)]
-            if not all(a < b for a, b in itertools.pairwise(other)) or not problem.fits(
-                other
-            ):
+            if not _increases(other) or not problem.fits(other):
                 continue
             now = _slowest(problem, other, placement)
             if now < best:
-                cuts, best, moved = other, now, True
-        step = step if moved else step // 2
+                cuts = other
+                best = now
+                moved = True
+        if not moved:
+            step //= 2
     return cuts
+
+
+def _moves(stages: int, step: int) -> list[dict[int, int]]:
+    """Every way to move one cut or two by a step: cut -> how far."""
+    single: list[dict[int, int]] = []
+    for cut in range(1, stages):
+        single.append({cut: -step})
+        single.append({cut: step})
+    moves = [*single]
+    for one, other in itertools.combinations(single, 2):
+        if one.keys() != other.keys():
+            moves.append({**one, **other})
+    return moves
+
+
+def _increases(cuts: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(cuts))
 
 
 def _slowest(
@@ -827,10 +922,15 @@ def _slowest(
 
 def runs_in(op: Op, path: str) -> bool:
     """True for an op in a call of the module at `path`, or of one inside."""
-    return any(
-        name == path or name.startswith(path + ".")
-        for name in (scope_fqn(op.scope), module_path(op))
-    )
+    inside = f"{path}."
+    names = (scope_fqn(op.scope), module_path(op))
+    return any(name == path or name.startswith(inside) for name in names)
+
+
+def _paths(ops: Iterable[Op]) -> list[str]:
+    """The modules that run ops, each once."""
+    paths = (scope_fqn(op.scope) for op in ops if op.scope)
+    return list(dict.fromkeys(paths))
 
 
 @dataclass(frozen=True)
@@ -851,14 +951,13 @@ class AtModules:
 
     def __call__(self, program: Program) -> list[int]:
         ops = program_ops(program)
-        cuts = []
-        for path in self.paths:
-            place = next((i for i, op in enumerate(ops) if runs_in(op, path)), None)
-            if place is None:
-                known = dict.fromkeys(scope_fqn(op.scope) for op in ops if op.scope)
-                raise SplitError(
-                    f"no op of the program runs in module '{path}'",
-                    hint=nearest(path, known),
-                )
-            cuts.append(place)
-        return cuts
+        return [self._first_op(ops, path) for path in self.paths]
+
+    def _first_op(self, ops: Sequence[Op], path: str) -> int:
+        for place, op in enumerate(ops):
+            if runs_in(op, path):
+                return place
+        raise SplitError(
+            f"no op of the program runs in module '{path}'",
+            hint=nearest(path, _paths(ops)),
+        )

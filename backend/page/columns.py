@@ -53,26 +53,31 @@ class Columns:
 
 def columns_of(history: Sequence[tuple[str, str, float]]) -> Columns:
     """The columns of (name, text, seconds), in order."""
-    made = Columns()
+    table = Columns()
     known: dict[str, int] = {}
     old: list[int] = []
     before = None
     for name, text, seconds in history:
-        raw = text.splitlines()
-        new = [known.setdefault(line.lstrip(" "), len(known)) for line in raw]
-        made.lines += list(known)[len(made.lines) :]
-        hunks = _hunks(old, new, made.lines)
-        made.columns.append(
-            Column(
-                name,
-                seconds,
-                hunks,
-                _counted([len(line) - len(line.lstrip(" ")) for line in raw]),
-                text != before,
-            )
+        new: list[int] = []
+        indents: list[int] = []
+        for line in text.splitlines():
+            bare = line.lstrip(" ")
+            if bare not in known:
+                known[bare] = len(known)
+                table.lines.append(bare)
+            new.append(known[bare])
+            indents.append(len(line) - len(bare))
+        column = Column(
+            name,
+            seconds,
+            hunks=_hunks(old, new, table.lines),
+            indents=_counted(indents),
+            changed=text != before,
         )
-        old, before = new, text
-    return made
+        table.columns.append(column)
+        old = new
+        before = text
+    return table
 
 
 def align(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
@@ -87,15 +92,22 @@ def align(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
 
 def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     """The longest increasing line of pairs among keys that stand once in both."""
-    here, there = Counter(old), Counter(new)
-    place = {key: i for i, key in enumerate(old) if here[key] == 1}
-    return _rising(
-        [
-            (place[key], j)
-            for j, key in enumerate(new)
-            if key in place and there[key] == 1
-        ]
-    )
+    places = _single(old)
+    pairs: list[tuple[int, int]] = []
+    for key, place in _single(new).items():
+        if key in places:
+            pairs.append((places[key], place))
+    return _rising(pairs)
+
+
+def _single(keys: Sequence[str]) -> dict[str, int]:
+    """The keys that stand once, in order, and their places."""
+    counts = Counter(keys)
+    places: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        if counts[key] == 1:
+            places[key] = place
+    return places
 
 
 def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -105,74 +117,111 @@ def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     before = [-1] * len(pairs)
     for i, (a, _) in enumerate(pairs):
         at = bisect_left(ends, a)
-        before[i] = last[at - 1] if at else -1
-        ends[at : at + 1], last[at : at + 1] = [a], [i]
-    found: list[tuple[int, int]] = []
-    i = last[-1] if last else -1
+        if at:
+            before[i] = last[at - 1]
+        if at == len(ends):
+            ends.append(a)
+            last.append(i)
+        else:
+            ends[at] = a
+            last[at] = i
+    if not last:
+        return []
+    rising: list[tuple[int, int]] = []
+    i = last[-1]
     while i >= 0:
-        found.append(pairs[i])
+        rising.append(pairs[i])
         i = before[i]
-    return found[::-1]
+    rising.reverse()
+    return rising
 
 
 def _ends(
     old: Sequence[str], new: Sequence[str], begin: tuple[int, int], end: tuple[int, int]
 ) -> list[tuple[int, int]]:
     """The equal keys at the beginning and at the end of a gap between two anchors."""
-    (a, b), (c, d) = begin, end
+    a, b = begin
+    c, d = end
     head: list[tuple[int, int]] = []
     while a < c and b < d and old[a] == new[b]:
         head.append((a, b))
-        a, b = a + 1, b + 1
+        a += 1
+        b += 1
     tail: list[tuple[int, int]] = []
     while c > a and d > b and old[c - 1] == new[d - 1]:
-        c, d = c - 1, d - 1
+        c -= 1
+        d -= 1
         tail.append((c, d))
-    return head + tail[::-1]
+    tail.reverse()
+    return head + tail
 
 
 def _hunks(old: list[int], new: list[int], lines: list[str]) -> list[Hunk]:
-    steps = _steps(
-        old, new, align([_key(lines[i]) for i in old], [_key(lines[i]) for i in new])
-    )
-    return [
-        _hunk(kind, [line for _, line in group])
-        for kind, group in groupby(steps, lambda step: step[0])
-    ]
+    old_keys = [_key(lines[i]) for i in old]
+    new_keys = [_key(lines[i]) for i in new]
+    pairs = align(old_keys, new_keys)
+    steps = _steps(old, new, pairs)
+    hunks: list[Hunk] = []
+    for kind, group in groupby(steps, lambda step: step[0]):
+        numbers = [line for _, line in group]
+        hunks.append(_hunk(kind, numbers))
+    return hunks
 
 
 def _steps(
     old: list[int], new: list[int], pairs: list[tuple[int, int]]
 ) -> Iterator[tuple[str, int]]:
-    for (a, b), (c, d) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
-        yield from ((LOST, line) for line in old[a + 1 : c])
-        yield from ((NEW, line) for line in new[b + 1 : d])
-        if c < len(old):
-            yield KEPT if old[c] == new[d] else CHANGED, new[d]
+    a = 0
+    b = 0
+    for c, d in [*pairs, (len(old), len(new))]:
+        for line in old[a:c]:
+            yield LOST, line
+        for line in new[b:d]:
+            yield NEW, line
+        if c == len(old):
+            return
+        kind = CHANGED
+        if old[c] == new[d]:
+            kind = KEPT
+        yield kind, new[d]
+        a = c + 1
+        b = d + 1
 
 
 def _hunk(kind: str, lines: list[int]) -> Hunk:
-    return (kind, len(lines)) if kind in (KEPT, LOST) else (kind, _runs(lines))
+    if kind in (KEPT, LOST):
+        return kind, len(lines)
+    return kind, _runs(lines)
 
 
 def _key(line: str) -> str:
-    found = _KEY.match(line)
-    return found[0] if found else line
+    match = _KEY.match(line)
+    if match is None:
+        return line
+    return match[0]
 
 
 def _runs(numbers: Sequence[int]) -> list[int]:
     """Numbers that increase by one, as first, count, first, count, ..."""
     flat: list[int] = []
+    following: int | None = None
     for number in numbers:
-        if flat and number == flat[-2] + flat[-1]:
+        if number == following:
             flat[-1] += 1
         else:
             flat += [number, 1]
+        following = number + 1
     return flat
 
 
 def _counted(numbers: Sequence[int]) -> list[int]:
     """Equal numbers in a row, as number, count, number, count, ..."""
-    return [
-        item for number, group in groupby(numbers) for item in (number, len([*group]))
-    ]
+    flat: list[int] = []
+    current: int | None = None
+    for number in numbers:
+        if number == current:
+            flat[-1] += 1
+        else:
+            flat += [number, 1]
+        current = number
+    return flat

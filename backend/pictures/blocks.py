@@ -5,7 +5,6 @@ another.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from pathlib import PurePath
 
 import graphviz
 
@@ -20,11 +19,9 @@ from stagecut.backend.pictures.drawing import (
     legend,
     outputs_text,
     pen,
-    reduced,
     rich,
     short,
     some,
-    spans,
     stages_text,
     state_lines,
     tip_text,
@@ -33,9 +30,24 @@ from stagecut.backend.pictures.drawing import (
     value_tip,
 )
 from stagecut.backend.pictures.folded import Folded, ModuleCall, folded
+from stagecut.backend.pictures.texts import (
+    module_classes,
+    op_names,
+    path_text,
+    source_lines,
+    state_of,
+    title_text,
+)
 from stagecut.ir.aliases import writes_of
-from stagecut.ir.graph import Kind, Op, Program, Scope, Stage, StateEntry, Target, Value
-from stagecut.ir.text.printer import Printer, fqn_text, scope_text, target_text
+from stagecut.ir.graph import (
+    Op,
+    Program,
+    Scope,
+    Stage,
+    StateEntry,
+    Value,
+)
+from stagecut.ir.text.printer import Printer, fqn_text, scope_text
 
 MOST = 6
 """Up to so many crossing values have a node each. Where there are more, those from one place to the same
@@ -60,7 +72,8 @@ class _BlockGraph:
         self._stage = stage
         self._each_op = each_op
         self._depth = depth
-        self._printer, self._ids = Printer(program), Ids()
+        self._printer = Printer(program)
+        self._ids = Ids()
         self._names = self._printer.names
         self._node: dict[Op, str] = {}
         self._kinds: dict[str, None] = {}
@@ -70,25 +83,22 @@ class _BlockGraph:
         ]
         self._home = {op: shown.index for shown in self._stages for op in shown.ops}
         self._writes: dict[Op, list[Value]] = {}
-        for op, value in writes_of(
-            program.all_ops(), [entry.value for entry in program.state]
-        ):
+        state = [entry.value for entry in program.state]
+        for op, value in writes_of(program.all_ops(), state):
             self._writes.setdefault(op, []).append(value)
-        name, title = (
-            ("program", program.name)
-            if stage is None
-            else (f"stage-{stage}", f"{program.name}: stage {stage}")
-        )
-        self.graph = canvas(name, title, title)
-        self._routes = {
-            (transfer.value, transfer.target): transfer.route or "send"
-            for transfer in program.transfers
-        }
-        self._sources: dict[Value, int | None] = {}
+        name = "program"
+        title = program.name
         if stage is not None:
-            self._sources = {
-                transfer.value: transfer.source for transfer in program.transfers
-            }
+            name = f"stage-{stage}"
+            title += f": stage {stage}"
+        self.graph = canvas(name, title, title)
+        self._routes: dict[tuple[Value, int], str] = {}
+        self._sources: dict[Value, int | None] = {}
+        for transfer in program.transfers:
+            way = (transfer.value, transfer.target)
+            self._routes[way] = transfer.route or "send"
+            if stage is not None:
+                self._sources[transfer.value] = transfer.source
         self._goals = _goals(program, self._stages[0] if stage is not None else None)
         self._tree = self._draw()
         self._ends()
@@ -134,26 +144,29 @@ class _BlockGraph:
         if closed or (innermost and not self._each_op):
             self._closed(graph, block)
             return
-        node = self._ids("module", _path(block.scope))
+        node = self._ids("module", path_text(block.scope))
         with graph.subgraph(name=f"cluster_{node}") as box:
             tip = self._box_tip(scope_text(block.scope), [*block.every_op()], block)
-            label = rich((_title(block), "b"), *self._carried(block))
+            label = rich((title_text(block), "b"), *self._carried(block))
             look = _cluster(depth, len(block.copies) + 1)
-            box.attr(label=label, id=node, tooltip=tip, **_classes(block), **look)
+            box.attr(label=label, id=node, tooltip=tip, **module_classes(block), **look)
             self._parts(box, block, depth + 1)
 
     def _closed(self, graph: graphviz.Digraph, block: ModuleCall) -> None:
         """Draws a block as one box."""
-        node, ops = self._ids("module", _path(block.scope)), [*block.every_op()]
-        lines = [
-            (_title(block), "b"),
-            *self._carried(block),
-            (self._work(ops), "s"),
-            *self._marks(ops),
-        ]
-        look = {"penwidth": "2"} if block.copies else {}
+        node = self._ids("module", path_text(block.scope))
+        ops = [*block.every_op()]
+        lines = [(title_text(block), "b")]
+        lines += self._carried(block)
+        lines.append((self._work(ops), "s"))
+        lines += self._marks(ops)
+        look: dict[str, str] = {}
+        if block.copies:
+            look["penwidth"] = "2"
         tip = self._box_tip(scope_text(block.scope), ops, block)
-        graph.node(node, rich(*lines), id=node, tooltip=tip, **_classes(block), **look)
+        graph.node(
+            node, rich(*lines), id=node, tooltip=tip, **module_classes(block), **look
+        )
         self._node |= dict.fromkeys(block.ops(), node)
 
     def _carried(self, block: ModuleCall) -> list[tuple[str, str]]:
@@ -171,14 +184,17 @@ class _BlockGraph:
             for op in ops:
                 self._op(graph, op)
             return
-        node = self._ids("ops", _path(scope))
+        node = self._ids("ops", path_text(scope))
         where = scope_text(scope) or self._program.name
-        lines = [(some(_counted(ops)), "n"), *self._sized(ops), *self._marks(ops)]
+        lines = [(some(op_names(ops)), "n")]
+        lines += self._sized(ops)
+        lines += self._marks(ops)
+        tip = self._box_tip(where, ops)
         graph.node(
             node,
             rich(*lines),
             id=node,
-            tooltip=self._box_tip(where, ops),
+            tooltip=tip,
             style="filled",
             color="#b4bcc4",
         )
@@ -186,17 +202,14 @@ class _BlockGraph:
 
     def _op(self, graph: graphviz.Digraph, op: Op) -> None:
         defined = [*op.definitions()]
-        node = self._ids("op", self._names[defined[0]] if defined else op.target)
-        call = self._printer.op_call(op).removeprefix("aten.")
-        results = ", ".join(self._names[result] for result in op.results)
-        lines = [(short(f"{results} = {call}" if results else call, 60), "n")]
-        if results:
-            types = [short(type_text(result), 32) for result in op.results[:3]]
-            lines.append((", ".join(types), "s"))
+        name = self._names[defined[0]] if defined else op.target
+        node = self._ids("op", name)
+        lines = self._op_lines(op)
+        lines += self._marks([op])
         tip = tip_text(self._printer.op_line(op))
         graph.node(
             node,
-            rich(*lines, *self._marks([op])),
+            rich(*lines),
             id=node,
             tooltip=tip,
             style="filled",
@@ -204,26 +217,46 @@ class _BlockGraph:
         )
         self._node[op] = node
 
+    def _op_lines(self, op: Op) -> list[tuple[str, str]]:
+        """An op as text, and the types of its first results."""
+        call = self._printer.op_call(op).removeprefix("aten.")
+        if not op.results:
+            return [(short(call, 60), "n")]
+        results = ", ".join(self._names[result] for result in op.results)
+        types = ", ".join(short(type_text(result), 32) for result in op.results[:3])
+        line = short(f"{results} = {call}", 60)
+        return [
+            (line, "n"),
+            (types, "s"),
+        ]
+
     def _work(self, ops: list[Op]) -> str:
         """The ops as text, and the bytes of the state they read."""
-        text = some(_counted(ops))
+        text = some(op_names(ops))
         if len(ops) > 3:
             text = f"{len(ops)} ops: {text}"
-        return ", ".join([text, *(size for size, _ in self._sized(ops))])
+        for size, _ in self._sized(ops):
+            text += f", {size}"
+        return text
 
     def _sized(self, ops: list[Op]) -> list[tuple[str, str]]:
-        state = [entry.value for entry in _state(ops)]
-        return [(f"state {total_text(state)}", "s")] if state else []
+        state = [entry.value for entry in state_of(ops)]
+        if not state:
+            return []
+        return [(f"state {total_text(state)}", "s")]
 
     def _marks(self, ops: list[Op]) -> list[tuple[str, str]]:
-        written = dict.fromkeys(
-            value for op in ops for value in self._writes.get(op, ())
-        )
-        marked = dict.fromkeys(entry for entry in _state(ops) if is_tied(entry))
-        for value in written:
-            if isinstance(value.owner, StateEntry):
-                marked[value.owner] = None
-        return state_lines(marked, set(written), self._home.get(ops[0]))
+        marked: dict[StateEntry, None] = {}
+        for entry in state_of(ops):
+            if is_tied(entry):
+                marked[entry] = None
+        written: set[Value] = set()
+        for op in ops:
+            for value in self._writes.get(op, ()):
+                written.add(value)
+                if isinstance(value.owner, StateEntry):
+                    marked[value.owner] = None
+        return state_lines(marked, written, self._home.get(ops[0]))
 
     def _box_tip(
         self, where: str, ops: list[Op], block: ModuleCall | None = None
@@ -233,12 +266,14 @@ class _BlockGraph:
         if block and block.copies:
             scopes = [scope_text(call.scope) for call in (block, *block.copies)]
             lines.append(f"stands for {some(scopes, 1)}")
-        lines += _lines(ops)
-        state = [f"{fqn_text(entry.name)} : {entry.type}" for entry in _state(ops)]
-        lines += state[:6]
+        lines += source_lines(ops)
+        state = state_of(ops)
+        for entry in state[:6]:
+            lines.append(f"{fqn_text(entry.name)} : {entry.type}")
         if len(state) > 6:
             lines.append(f"{len(state) - 6} more")
-        lines += [self._printer.op_call(op) for op in ops[:12]]
+        for op in ops[:12]:
+            lines.append(self._printer.op_call(op))
         if len(ops) > 12:
             lines.append(f"{len(ops) - 12} more ops")
         return tip_text("\n".join(lines))
@@ -271,11 +306,14 @@ class _BlockGraph:
                 continue
             for value in values:
                 readers[value] = (*readers.get(value, ()), head)
+
+        def way(value: Value) -> Hashable:
+            return self._origin(value), readers[value]
+
         ends: dict[Value, str] = {}
-        for group in _gathered(
-            list(readers), lambda value: (self._origin(value), readers[value])
-        ):
-            end = self._end("in", group, INPUT, self._origin(group[0]))
+        for group in _gathered(list(readers), way):
+            origin = self._origin(group[0])
+            end = self._end("in", group, INPUT, origin)
             ends |= dict.fromkeys(group, end)
         return ends
 
@@ -285,26 +323,32 @@ class _BlockGraph:
         for op, node in self._node.items():
             for value in op.reads:
                 tail = self._tail(value)
-                if tail is not None and tail != node:
-                    key = (tail, node, self._kind(value, op))
-                    edges.setdefault(key, {})[value] = None
+                if tail is None or tail == node:
+                    continue
+                kind = self._kind(value, op)
+                values = edges.setdefault((tail, node, kind), {})
+                values[value] = None
         return edges
 
     def _tail(self, value: Value) -> str | None:
         """The node that a value comes from: '' for the outside, None for state, which comes from nowhere."""
-        if isinstance(value.owner, StateEntry):
-            is_received = self._stage is not None and value in self._stages[0].inputs
-            return "" if is_received else None
-        if value.owner is None:
+        owner = value.owner
+        if owner is None:
             return ""
-        return self._node.get(self._tree.drawn(value.owner), "")
+        if isinstance(owner, Op):
+            drawn = self._tree.drawn(owner)
+            return self._node.get(drawn, "")
+        if self._stage is not None and value in self._stages[0].inputs:
+            return ""
+        return None
 
     def _kind(self, value: Value, op: Op) -> str:
         """The kind of the edge on which a value gets to an op."""
         home = self._home.get(op)
-        if home is None or (
-            isinstance(value.owner, Op) and self._home.get(value.owner) == home
-        ):
+        if home is None:
+            return "inside"
+        owner = value.owner
+        if isinstance(owner, Op) and self._home.get(owner) == home:
             return "inside"
         return self._routes.get((value, home), "feed")
 
@@ -318,8 +362,11 @@ class _BlockGraph:
         else:
             name = self._ids("values", f"{tail}_{head}".replace("-", "_"))
         tip = self._tip(values)
-        label = self._label(values) if named and not self._each_op else ""
-        look = pen(kind, bytes_of(values)) | self._values(values, f"route-{kind}")
+        label = ""
+        if named and not self._each_op:
+            label = self._label(values)
+        look = pen(kind, bytes_of(values))
+        look |= self._values(values, f"route-{kind}")
         self.graph.edge(
             tail, head, label, id=name, tooltip=tip, labeltooltip=tip, **look
         )
@@ -327,9 +374,10 @@ class _BlockGraph:
     def _label(self, values: list[Value]) -> str:
         """The names of a few values, and the type of each where it is named first."""
         if len(values) > 2:
+            names = [self._names[value] for value in values]
             return rich(
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some([self._names[value] for value in values], 2), "s"),
+                (some(names, 2), "s"),
                 pad=2,
             )
         lines: list[tuple[str, str]] = []
@@ -344,11 +392,14 @@ class _BlockGraph:
         self, kind: str, values: list[Value], look: dict[str, str], where: str
     ) -> str:
         """Draws a node for values that cross the border of the picture."""
-        node = self._ids(kind, self._names[values[0]])
-        name, size = f"{len(values)} values", total_text(values)
-        if len(values) == 1:
-            name = self._names[values[0]]
-            size = f"{short(type_text(values[0]), 32)}, {size}"
+        first = values[0]
+        name = self._names[first]
+        node = self._ids(kind, name)
+        size = total_text(values)
+        if len(values) > 1:
+            name = f"{len(values)} values"
+        else:
+            size = f"{short(type_text(first), 32)}, {size}"
         label = rich((name, "b"), (where, "s"), (size, "s"), align="CENTER")
         self.graph.node(
             node,
@@ -362,16 +413,20 @@ class _BlockGraph:
 
     def _origin(self, value: Value) -> str:
         home = self._sources.get(value)
-        return "input" if home is None else f"from {stages_text([home])}"
+        if home is None:
+            return "input"
+        return f"from {stages_text([home])}"
 
     def _returned(self, ends: dict[Value, str]) -> None:
         """Draws the values that leave the picture: to other stages, and as outputs of the model."""
-        tails = {value: self._tail(value) or ends.get(value) for value in self._goals}
+        goals = self._goals
+        tails = {value: self._tail(value) or ends.get(value) for value in goals}
         for values in _gathered(
-            list(self._goals), lambda value: (self._goals[value], tails[value])
+            list(goals), lambda value: (goals[value], tails[value])
         ):
-            tail = tails[values[0]]
-            node = self._end("out", values, OUTPUT, self._goals[values[0]])
+            first = values[0]
+            tail = tails[first]
+            node = self._end("out", values, OUTPUT, goals[first])
             if tail:
                 self._edge(tail, node, "inside", values, named=False)
 
@@ -380,8 +435,12 @@ class _BlockGraph:
         return tip_text("\n".join(lines))
 
     def _values(self, values: Iterable[Value], more: str = "") -> dict[str, str]:
-        names = [f"value-{bare(self._names[value])}" for value in values]
-        return {"class": " ".join([*names, *more.split()])} if names or more else {}
+        classes = [f"value-{bare(self._names[value])}" for value in values]
+        if more:
+            classes.append(more)
+        if not classes:
+            return {}
+        return {"class": " ".join(classes)}
 
 
 def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
@@ -398,13 +457,13 @@ def _goals(program: Program, stage: Stage | None) -> dict[Value, str]:
     for number, output in enumerate(program.outputs):
         if isinstance(output, Value) and (stage is None or output in targets):
             numbers.setdefault(output, []).append(number)
-    texts = {
-        value: [f"to {stages_text(stages)}"]
-        for value, stages in targets.items()
-        if stages
-    }
+    texts: dict[Value, list[str]] = {}
+    for value, stages in targets.items():
+        if stages:
+            texts[value] = [f"to {stages_text(stages)}"]
     for value, places in numbers.items():
-        texts.setdefault(value, []).append(outputs_text(program, places))
+        text = outputs_text(program, places)
+        texts.setdefault(value, []).append(text)
     return {value: ", ".join(lines) for value, lines in texts.items()}
 
 
@@ -418,53 +477,6 @@ def _gathered(
     for value in values:
         groups.setdefault(key(value), []).append(value)
     return list(groups.values())
-
-
-def _state(ops: Iterable[Op]) -> list[StateEntry]:
-    """The state that ops read, each entry once."""
-    owners = dict.fromkeys(value.owner for op in ops for value in op.reads)
-    return [owner for owner in owners if isinstance(owner, StateEntry)]
-
-
-def _counted(ops: Iterable[Op]) -> list[str]:
-    """The short names of ops in order, each once."""
-    return list(dict.fromkeys(_short_target(op.target) for op in ops))
-
-
-def _short_target(target: Target) -> str:
-    return target.name if target.kind is Kind.ATEN else target_text(target)
-
-
-def _lines(ops: Iterable[Op]) -> list[str]:
-    """The user's source lines of ops, a text for each file."""
-    files: dict[str, list[int]] = {}
-    for op in ops:
-        if op.loc:
-            files.setdefault(PurePath(op.loc.file).name, []).append(op.loc.line)
-    return [f"{file}:{spans(lines)}" for file, lines in files.items()]
-
-
-def _path(scope: Scope) -> str:
-    """A scope as the name in an id: the module's path, and the number of the call where it is not the
-    first.
-    """
-    return ".".join(
-        f"{frame.name}.call{frame.call}" if frame.call else frame.name
-        for frame in scope
-    )
-
-
-def _title(block: ModuleCall) -> str:
-    if not block.copies:
-        return block.name
-    return f"{block.name} to {block.copies[-1].name}  x {len(block.copies) + 1}"
-
-
-def _classes(block: ModuleCall) -> dict[str, str]:
-    """A class for each module a block stands for."""
-    calls = (block, *block.copies)
-    classes = [f"module-{reduced(_path(call.scope))}" for call in calls]
-    return {"class": " ".join(classes)}
 
 
 def _cluster(depth: int, count: int) -> dict[str, str]:

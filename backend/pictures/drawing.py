@@ -18,7 +18,9 @@ BACKSLASH = "\u2216\u2060"
 other text here has the second character.
 """
 
-GREY, TIED, WRITTEN = "#66707a", "#b35c00", "#a33a3a"
+GREY = "#66707a"
+TIED = "#b35c00"
+WRITTEN = "#a33a3a"
 PENS = {
     "inside": {"style": "solid", "color": "#5d6b78"},
     "send": {"style": "solid", "color": "#3f5468"},
@@ -58,8 +60,13 @@ _FONT = {
     "fontname": "Helvetica",
     "fontcolor": "#1d252c",
 }
-_ROUND = {"shape": "ellipse", "fontsize": "10", "margin": "0.04,0.02"}
-INPUT, OUTPUT = _ROUND | {"fillcolor": "#e9f0f8"}, _ROUND | {"fillcolor": "#e8f3ea"}
+_ROUND = {
+    "shape": "ellipse",
+    "fontsize": "10",
+    "margin": "0.04,0.02",
+}
+INPUT = _ROUND | {"fillcolor": "#e9f0f8"}
+OUTPUT = _ROUND | {"fillcolor": "#e8f3ea"}
 
 
 class Ids:
@@ -71,13 +78,17 @@ class Ids:
         self._namers: dict[str, Namer] = {}
 
     def __call__(self, kind: str, name: str = "") -> str:
-        return f"{kind}-{self._namers.setdefault(kind, Namer())(bare(name), 'model')}"
+        namer = self._namers.setdefault(kind, Namer())
+        unique = namer(bare(name), "model")
+        return f"{kind}-{unique}"
 
     def edge(self, name: str, head: str) -> str:
         """`value-NAME` for the first edge of a value, `value-NAME-to-HEAD` for those after it."""
         first = f"value-{bare(name)}"
         namer = self._namers.setdefault("edge", Namer())
-        return first if namer(first) == reduced(first) else self(f"{first}-to", head)
+        if namer(first) == reduced(first):
+            return first
+        return self(f"{first}-to", head)
 
 
 def bare(name: str) -> str:
@@ -87,41 +98,60 @@ def bare(name: str) -> str:
 
 def reduced(name: str) -> str:
     """`name` in the characters that a Namer leaves."""
-    return Namer()(name, "_") if name else name
+    if not name:
+        return name
+    return Namer()(name, "_")
 
 
 def tip_text(text: str) -> str:
     """A DOT string for a tooltip that shows `text`, even when it looks like markup."""
-    shown: str = graphviz.nohtml(
-        _printable(text).replace("&", "&amp;").replace("\n", "&#10;")
-    )
+    printable = _printable(text)
+    escaped = printable.replace("&", "&amp;")
+    in_one_line = escaped.replace("\n", "&#10;")
+    shown: str = graphviz.nohtml(in_one_line)
     return shown
 
 
 def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
     """A label of lines, each a text and its look: `b` bold, `n` normal, `s` small and grey, else a colour."""
-    rows = "".join(
-        f'<TR><TD ALIGN="{align}">{_look(text, look)}</TD></TR>' for text, look in lines
+    rows: list[str] = []
+    for text, look in lines:
+        cell = _look(text, look)
+        rows.append(f'<TR><TD ALIGN="{align}">{cell}</TD></TR>')
+    return _table(rows, pad)
+
+
+def _table(rows: list[str], pad: int) -> str:
+    return (
+        '<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" '
+        f'CELLPADDING="{pad}">'
+        f"{''.join(rows)}"
+        "</TABLE>>"
     )
-    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="{pad}">{rows}</TABLE>>'
 
 
 def _look(text: str, look: str) -> str:
-    shown = html.escape(_printable(text).replace("\n", " ")) or " "
+    in_one_line = _printable(text).replace("\n", " ")
+    shown = html.escape(in_one_line) or " "
     if look == "b":
         return f"<B>{shown}</B>"
     if look == "n":
         return shown
-    color = GREY if look == "s" else look
+    color = look
+    if look == "s":
+        color = GREY
     return f'<FONT POINT-SIZE="9" COLOR="{color}">{shown}</FONT>'
 
 
 def _printable(text: str) -> str:
     """`text` without control characters and backslashes."""
-    shown = "".join(
-        char if char.isprintable() or char == "\n" else "\ufffd" for char in text
-    )
-    return shown.replace("\\", BACKSLASH)
+    shown: list[str] = []
+    for char in text:
+        if char.isprintable() or char == "\n":
+            shown.append(char)
+        else:
+            shown.append("\ufffd")
+    return "".join(shown).replace("\\", BACKSLASH)
 
 
 def short(text: str, most: int = 48) -> str:
@@ -129,7 +159,8 @@ def short(text: str, most: int = 48) -> str:
     if len(text) <= most:
         return text
     tail = most // 3
-    return f"{text[: most - tail - 1]}…{text[-tail:]}"
+    head = most - tail - 1
+    return f"{text[:head]}…{text[-tail:]}"
 
 
 def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
@@ -154,36 +185,43 @@ def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
     for each factor of ten above.
     """
     total = sum(size or 0 for size in sizes)
-    growth = 0.25 if kind == "inside" else 0.45
-    return PENS[kind] | {
-        "penwidth": f"{1 + growth * math.log10(max(total, 1024) / 1024):.2f}"
-    }
+    kib = max(total, 1024) / 1024
+    growth = 0.45
+    if kind == "inside":
+        growth = 0.25
+    width = 1 + growth * math.log10(kib)
+    return PENS[kind] | {"penwidth": f"{width:.2f}"}
 
 
 def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
     """A box that says what the kinds of edges mean."""
     cell = '<TD ALIGN="LEFT"><FONT POINT-SIZE="9" COLOR="{}">{}</FONT></TD>'
+    drawn = set(kinds)
     rows: list[str] = []
-    for kind in (kind for kind in MEANING if kind in kinds):
-        sample = cell.format(PENS[kind]["color"], _SAMPLES[kind])
-        rows.append(f"<TR>{sample}{cell.format(GREY, MEANING[kind])}</TR>")
-    table = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{"".join(rows)}</TABLE>>'
-    if rows:
-        graph.node(
-            f"legend-{name}",
-            table,
-            id=f"legend-{name}",
-            tooltip="legend",
-            color="#d5dade",
-            margin="0.05,0.03",
-        )
+    for kind, meaning in MEANING.items():
+        if kind in drawn:
+            sample = cell.format(PENS[kind]["color"], _SAMPLES[kind])
+            text = cell.format(GREY, meaning)
+            rows.append(f"<TR>{sample}{text}</TR>")
+    if not rows:
+        return
+    node = f"legend-{name}"
+    graph.node(
+        node,
+        _table(rows, 2),
+        id=node,
+        tooltip="legend",
+        color="#d5dade",
+        margin="0.05,0.03",
+    )
 
 
 def type_text(value: Value) -> str:
     """A value's type without strides, device and gradient."""
     if not isinstance(value.type, TensorType):
         return str(value.type)
-    return f"{value.type.dtype}[{','.join(map(str, value.type.shape))}]"
+    shape = ",".join(map(str, value.type.shape))
+    return f"{value.type.dtype}[{shape}]"
 
 
 def bytes_of(values: Iterable[Value]) -> list[int | None]:
@@ -197,25 +235,31 @@ def total_text(values: Iterable[Value]) -> str:
     numbers = [size for size in sizes if size is not None]
     if sizes and not numbers:
         return "dynamic"
-    more = "+" if len(numbers) < len(sizes) else ""
-    return f"{size_text(sum(numbers))}{more}"
+    text = size_text(sum(numbers))
+    if len(numbers) < len(sizes):
+        text += "+"
+    return text
 
 
 def value_tip(value: Value, name: str) -> str:
     """The tooltip of a value: name, type, bytes, and where it is made."""
     lines = [f"{name} : {value.type}", total_text([value])]
     if isinstance(value.owner, Op):
-        lines.append(_place(value.owner))
-    return "\n".join(filter(None, lines))
+        place = _place(value.owner)
+        if place:
+            lines.append(place)
+    return "\n".join(lines)
 
 
 def _place(op: Op) -> str:
     """The origin of an op, as errors show it. The file stands without its folder, as in text, so that a
     picture is the same wherever the model and torch are installed.
     """
+    where = op.where()
     if op.loc is None:
-        return op.where()
-    return PurePath(op.loc.file).name + op.where().removeprefix(op.loc.file)
+        return where
+    path = op.loc.file
+    return PurePath(path).name + where.removeprefix(path)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -234,30 +278,43 @@ def spans(numbers: Iterable[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(
-        f"{first}" if first == last else f"{first}-{last}" for first, last in runs
-    )
+    texts: list[str] = []
+    for first, last in runs:
+        text = f"{first}"
+        if last > first:
+            text += f"-{last}"
+        texts.append(text)
+    return ", ".join(texts)
 
 
 def outputs_text(program: Program, places: Iterable[int]) -> str:
     """`output 0: logits`, or `outputs 1-2: hidden`; without names where the model's result has none."""
     numbers = sorted(set(places))
     names = dict(enumerate(program.output_names))
-    told = [
-        names[number]
-        for number in numbers
-        if names.get(number, "") not in ("", f"[{number}]")
-    ]
-    noun = "outputs" if len(numbers) > 1 else "output"
+    told: list[str] = []
+    for number in numbers:
+        name = names.get(number, "")
+        if name not in ("", f"[{number}]"):
+            told.append(name)
+    noun = _noun("output", len(numbers))
     text = f"{noun} {spans(numbers)}"
-    return f"{text}: {some(told)}" if told else text
+    if not told:
+        return text
+    return f"{text}: {some(told)}"
 
 
 def stages_text(numbers: Iterable[int]) -> str:
     """`stage 3`, or `stages 1-3, 5`."""
     distinct = set(numbers)
-    noun = "stages" if len(distinct) > 1 else "stage"
+    noun = _noun("stage", len(distinct))
     return f"{noun} {spans(distinct)}"
+
+
+def _noun(noun: str, count: int) -> str:
+    """The noun, in the plural for more than one."""
+    if count > 1:
+        return f"{noun}s"
+    return noun
 
 
 def is_tied(entry: StateEntry) -> bool:
@@ -269,13 +326,16 @@ def state_lines(
     states: Iterable[StateEntry], written: set[Value], stage: int | None
 ) -> list[tuple[str, str]]:
     """A line for each tied tensor of a part of a stage, and one line for all that the part writes."""
-    states = list(states)
-    lines = [
-        (f"tied {_tied(entry, stage)}", TIED) for entry in states if is_tied(entry)
-    ]
+    lines: list[tuple[str, str]] = []
+    names: list[str] = []
+    for entry in states:
+        if is_tied(entry):
+            lines.append((f"tied {_tied(entry, stage)}", TIED))
+        if entry.value in written:
+            names.append(fqn_text(entry.name))
     if len(lines) > 4:
-        lines[3:] = [(f"{len(lines) - 3} more tied", TIED)]
-    names = [fqn_text(entry.name) for entry in states if entry.value in written]
+        more = len(lines) - 3
+        lines[3:] = [(f"{more} more tied", TIED)]
     if names:
         lines.append((f"writes {some(names, 1)}", WRITTEN))
     return lines
@@ -284,4 +344,6 @@ def state_lines(
 def _tied(entry: StateEntry, stage: int | None) -> str:
     others = [other for other in entry.stages if other != stage]
     names = " = ".join(short(fqn_text(name)) for name in entry.names[:2])
-    return f"{names}, also in {stages_text(others)}" if others else names
+    if not others:
+        return names
+    return f"{names}, also in {stages_text(others)}"

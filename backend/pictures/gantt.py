@@ -23,11 +23,23 @@ COLORS = {
 }
 """Kind of step -> its colour for the first, the second and further stages of a rank."""
 
-LEFT, RIGHT, TOP, ROW, BOX = 74, 84, 62, 30, 24
-LEAST, MOST, ROOMS = 640.0, 3600.0, (24.0, 15.0)
-"""The narrowest and the widest time axis, and the width of a usual step's box where ranks have few steps, or
-many.
-"""
+LEFT = 74
+RIGHT = 84
+TOP = 62
+ROW = 30
+BOX = 24
+BOTTOM = 30
+
+LEAST = 640.0
+MOST = 3600.0
+"""The narrowest and the widest time axis."""
+
+WIDE = 24.0
+NARROW = 15.0
+"""The width of a usual step's box where ranks have few steps, or many."""
+
+MANY = 60
+"""With more steps than this a rank has many."""
 
 
 class Timeline(Protocol):
@@ -78,10 +90,13 @@ class Axis(NamedTuple):
 def gantt(timeline: Timeline) -> str:
     """The timeline as an SVG picture; every box has its exact times as a tooltip."""
     axis = _axis(timeline)
-    wide = math.ceil(axis.at(timeline.seconds)) + RIGHT
-    high = TOP + ROW * timeline.ranks + 30
+    end = axis.at(timeline.seconds)
+    wide = math.ceil(end) + RIGHT
+    high = TOP + ROW * timeline.ranks + BOTTOM
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" '
+        '<svg xmlns="http://www.w3.org/2000/svg" '
+        f'width="{wide}" height="{high}" '
+        f'viewBox="0 0 {wide} {high}" '
         'font-family="Helvetica,Arial,sans-serif" font-size="11" fill="#1d252c">',
         '<defs><pattern id="stagecut-bubble" width="5" height="5" patternUnits="userSpaceOnUse" '
         'patternTransform="rotate(45)"><rect width="5" height="5" fill="#f2f4f6"/>'
@@ -99,15 +114,36 @@ def gantt(timeline: Timeline) -> str:
 
 
 def _axis(timeline: Timeline) -> Axis:
-    spans = [event.end - event.start for event in timeline.events]
-    lengths = sorted(length for length in spans if length > 0)
     total = timeline.seconds or 1.0
-    few, many = ROOMS
-    room = many if len(lengths) > 60 * timeline.ranks else few
-    width = room / lengths[len(lengths) // 2] * total if lengths else LEAST
-    scale = min(max(width, LEAST), MOST) / total
+    width = _width(timeline, total)
+    width = max(width, LEAST)
+    width = min(width, MOST)
+    scale = width / total
     unit, per_second = _unit(total)
-    return Axis(scale, unit, per_second, _round(90 / scale))
+    step = _round(90 / scale)
+    return Axis(scale, unit, per_second, step)
+
+
+def _width(timeline: Timeline, total: float) -> float:
+    """The width of the time axis on which the box of a usual step is as wide as it should be."""
+    lengths: list[float] = []
+    for event in timeline.events:
+        length = _seconds(event)
+        if length > 0:
+            lengths.append(length)
+    if not lengths:
+        return LEAST
+    lengths.sort()
+    usual = lengths[len(lengths) // 2]
+    room = WIDE
+    if len(lengths) > MANY * timeline.ranks:
+        room = NARROW
+    return room / usual * total
+
+
+def _seconds(event: Event) -> float:
+    """The time that a step takes."""
+    return event.end - event.start
 
 
 def _unit(seconds: float) -> tuple[str, float]:
@@ -121,38 +157,63 @@ def _unit(seconds: float) -> tuple[str, float]:
 def _round(seconds: float) -> float:
     """The next larger number of 1, 2 or 5 and a power of ten."""
     power = 10.0 ** math.floor(math.log10(seconds))
-    steps = (factor * power for factor in (1, 2, 5, 10))
-    return next(step for step in steps if step >= seconds * 0.999)
+    least = seconds * 0.999
+    for factor in (1, 2, 5):
+        step = factor * power
+        if step >= least:
+            return step
+    return 10 * power
 
 
 def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
-    share = f"{axis.label(timeline.seconds)}, bubble {100 * timeline.bubble:.1f} %"
-    title = f"{timeline.title}: {share}" if timeline.title else share
+    title = _title(timeline, axis)
     yield f'<text x="12" y="20" font-size="14">{escape(title)}</text>'
+    kinds: set[str] = set()
+    rows: set[tuple[int, int]] = set()
+    for event in timeline.events:
+        kinds.add(event.step.kind)
+        rows.add((event.rank, event.step.stage))
     x = 12.0
-    kinds = {event.step.kind for event in timeline.events}
-    for kind in (kind for kind in NAMES if kind in kinds):
-        yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{COLORS[kind][0]}"/>'
-        yield f'<text x="{x + 18:g}" y="42">{NAMES[kind]}</text>'
-        x += 34 + 5.6 * len(NAMES[kind])
+    for kind, name in NAMES.items():
+        if kind not in kinds:
+            continue
+        color = COLORS[kind][0]
+        yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{color}"/>'
+        yield f'<text x="{x + 18:g}" y="42">{name}</text>'
+        x += 34 + 5.6 * len(name)
     yield (
-        f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="url(#stagecut-bubble)" '
-        'stroke="#d0d6db"/>'
+        f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" '
+        'fill="url(#stagecut-bubble)" stroke="#d0d6db"/>'
     )
     yield f'<text x="{x + 18:g}" y="42">bubble</text>'
-    rows = {(event.rank, event.step.stage) for event in timeline.events}
     if len(rows) > timeline.ranks:
-        yield f'<text x="{x + 78:g}" y="42" fill="#66707a">lighter: further stages of a rank</text>'
+        yield (
+            f'<text x="{x + 78:g}" y="42" fill="#66707a">'
+            "lighter: further stages of a rank</text>"
+        )
+
+
+def _title(timeline: Timeline, axis: Axis) -> str:
+    seconds = axis.label(timeline.seconds)
+    bubble = 100 * timeline.bubble
+    share = f"{seconds}, bubble {bubble:.1f} %"
+    if not timeline.title:
+        return share
+    return f"{timeline.title}: {share}"
 
 
 def _ruler(timeline: Timeline, axis: Axis) -> Iterator[str]:
     bottom = TOP + ROW * timeline.ranks
-    for tick in range(int(timeline.seconds / axis.step * 1.0001) + 1):
-        x = axis.at(tick * axis.step)
+    last = int(timeline.seconds / axis.step * 1.0001)
+    for tick in range(last + 1):
+        seconds = tick * axis.step
+        x = axis.at(seconds)
+        label = axis.label(seconds)
         yield f'<path d="M{x:.1f} {TOP - 4}V{bottom + 4}" stroke="#e1e5e8"/>'
-        label = axis.label(tick * axis.step)
         yield (
-            f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#66707a">{label}</text>'
+            f'<text x="{x:.1f}" y="{bottom + 18}" '
+            'text-anchor="middle" fill="#66707a">'
+            f"{label}</text>"
         )
 
 
@@ -161,20 +222,29 @@ def _row(
 ) -> Iterator[str]:
     """The row of a rank: the bubble in the background, its steps on top, and its share at the end."""
     top = TOP + ROW * rank + (ROW - BOX) / 2
-    busy = sum(event.end - event.start for event in events)
-    waits = timeline.seconds - busy
-    share = 100 * waits / timeline.seconds if timeline.seconds else 0.0
-    yield f'<g id="rank-{rank}"><text x="12" y="{top + 16:g}">rank {rank}</text>'
-    yield f"<g><title>rank {rank} waits {axis.label(waits)}, {share:.1f} % of the step</title>"
+    base = top + 16
+    seconds = timeline.seconds
+    waits = seconds - sum(map(_seconds, events))
+    share = 0.0
+    if seconds:
+        share = 100 * waits / seconds
+    yield f'<g id="rank-{rank}"><text x="12" y="{base:g}">rank {rank}</text>'
     yield (
-        f'<rect x="{LEFT}" y="{top:g}" width="{timeline.seconds * axis.scale:.2f}" height="{BOX}" '
+        f"<g><title>rank {rank} waits {axis.label(waits)}, "
+        f"{share:.1f} % of the step</title>"
+    )
+    wide = seconds * axis.scale
+    yield (
+        f'<rect x="{LEFT}" y="{top:g}" '
+        f'width="{wide:.2f}" height="{BOX}" '
         'fill="url(#stagecut-bubble)"/></g>'
     )
     stages = sorted({event.step.stage for event in events})
     for event in events:
         yield from _box(axis, top, event, stages)
+    right = axis.at(seconds) + 8
     yield (
-        f'<text x="{axis.at(timeline.seconds) + 8:.1f}" y="{top + 16:g}" fill="#66707a">'
+        f'<text x="{right:.1f}" y="{base:g}" fill="#66707a">'
         f"{share:.1f} % idle</text></g>"
     )
 
@@ -183,19 +253,35 @@ def _box(axis: Axis, top: float, event: Event, stages: list[int]) -> Iterator[st
     """One step as a box, with as much text as there is room for: its micro-batch, its stage."""
     step = event.step
     x = axis.at(event.start)
-    wide = (event.end - event.start) * axis.scale
-    color = COLORS[step.kind][min(stages.index(step.stage), 2)]
-    times = f"{axis.label(event.start)} to {axis.label(event.end)}, {axis.label(event.end - event.start)}"
+    seconds = _seconds(event)
+    wide = seconds * axis.scale
+    shade = min(stages.index(step.stage), 2)
+    color = COLORS[step.kind][shade]
+    start = axis.label(event.start)
+    end = axis.label(event.end)
     yield (
-        f"<g><title>{NAMES[step.kind]} of micro-batch {step.microbatch}, stage {step.stage}, rank "
-        f"{event.rank}\n{times}</title>"
+        f"<g><title>{NAMES[step.kind]} "
+        f"of micro-batch {step.microbatch}, "
+        f"stage {step.stage}, "
+        f"rank {event.rank}\n"
+        f"{start} to {end}, {axis.label(seconds)}</title>"
     )
-    edge = ' stroke="white" stroke-width="0.6"' if wide > 3 else ""
-    yield f'<rect x="{x:.2f}" y="{top:g}" width="{wide:.2f}" height="{BOX}" fill="{color}"{edge}/>'
+    edge = ""
+    if wide > 3:
+        edge = ' stroke="white" stroke-width="0.6"'
+    yield (
+        f'<rect x="{x:.2f}" y="{top:g}" '
+        f'width="{wide:.2f}" height="{BOX}" '
+        f'fill="{color}"{edge}/>'
+    )
     text = _text(step.microbatch, step.stage, wide, len(stages) > 1)
     if text:
         middle = x + wide / 2
-        yield f'<text x="{middle:.2f}" y="{top + 16:g}" text-anchor="middle" font-size="10">{text}</text>'
+        yield (
+            f'<text x="{middle:.2f}" y="{top + 16:g}" '
+            'text-anchor="middle" font-size="10">'
+            f"{text}</text>"
+        )
     yield "</g>"
 
 
@@ -204,6 +290,10 @@ def _text(microbatch: int, stage: int, wide: float, several: bool) -> str:
     stages.
     """
     number = str(microbatch)
-    if several and wide >= 5.6 * len(number) + 4.5 * len(str(stage)) + 10:
-        return f'{number}<tspan dx="2" fill="#46525c" font-size="8">s{stage}</tspan>'
-    return number if wide >= 6 * len(number) + 2 else ""
+    digits = len(number)
+    if wide < 6 * digits + 2:
+        return ""
+    with_stage = 5.6 * digits + 4.5 * len(str(stage)) + 10
+    if not several or wide < with_stage:
+        return number
+    return f'{number}<tspan dx="2" fill="#46525c" font-size="8">s{stage}</tspan>'

@@ -5,7 +5,7 @@ stages share.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import graphviz
@@ -34,13 +34,20 @@ from stagecut.backend.pictures.drawing import (
     value_tip,
 )
 from stagecut.ir.aliases import written_in
-from stagecut.ir.graph import Program, Scope, Stage, Value, scope_fqn
+from stagecut.ir.graph import Program, Scope, Stage, Transfer, Value, scope_fqn
 from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3
 """Up to so many values between two stages have an edge each; more share one edge. A value that more stages
 than this recompute or are fed is named in them.
 """
+
+
+VERBS = {
+    "feed": "fed",
+    "recompute": "computes again",
+}
+"""Route of a value that is named in its stage -> how the stage gets it."""
 
 
 class Hop(NamedTuple):
@@ -78,18 +85,19 @@ def hops(program: Program) -> list[Hop]:
 
 class _StageGraph:
     def __init__(self, program: Program) -> None:
-        self._program, self._names, self._ids = program, value_names(program), Ids()
-        self.graph = canvas(
-            "stages", f"{program.name}: {len(program.stages)} stages", program.name
-        )
+        self._program = program
+        self._names = value_names(program)
+        self._ids = Ids()
+        title = f"{program.name}: {len(program.stages)} stages"
+        self.graph = canvas("stages", title, program.name)
         self._homes = homes_of(program)
-        self._transfers = {
-            (transfer.value, transfer.target): transfer
-            for transfer in program.transfers
-        }
+        self._transfers: dict[tuple[Value, int], Transfer] = {}
+        for transfer in program.transfers:
+            self._transfers[transfer.value, transfer.target] = transfer
         drawn, notes = _told_apart(hops(program))
         for stage in program.stages:
-            self._stage(stage, [hop for hop in notes if hop.head == stage.index])
+            named = [hop for hop in notes if hop.head == stage.index]
+            self._stage(stage, named)
         ends = self._inputs(drawn)
         kinds = dict.fromkeys(hop.route for hop in drawn)
         for (tail, head, route), values in _grouped(drawn, ends).items():
@@ -101,53 +109,67 @@ class _StageGraph:
         state = [entry.value for entry in stage.state]
         written = written_in(stage.ops, state)
         lines = [(f"stage {stage.index}", "b")]
-        lines += [(text, "n") for text in modules_text(stage, self._homes)]
-        size = total_text(state) if state else size_text(0)
+        for text in modules_text(stage, self._homes):
+            lines.append((text, "n"))
+        size = size_text(0)
+        if state:
+            size = total_text(state)
         lines.append((f"{len(stage.ops)} ops, state {size}", "s"))
         lines += state_lines(stage.state, written, stage.index)
         lines += self._note_lines(notes)
-        color = {"color": WRITTEN} if written else {}
+        look = {"fillcolor": "#f3f5f7"}
+        if written:
+            look["color"] = WRITTEN
+        node = f"stage-{stage.index}"
         self.graph.node(
-            f"stage-{stage.index}",
+            node,
             rich(*lines),
-            id=f"stage-{stage.index}",
+            id=node,
             tooltip=tip_text(_stage_tip(stage)),
-            fillcolor="#f3f5f7",
-            **color,
+            **look,
         )
 
     def _note_lines(self, notes: list[Hop]) -> Iterator[tuple[str, str]]:
         """The values that are named in their stage, because they have no edges."""
-        for route, verb in (("feed", "fed"), ("recompute", "computes again")):
-            names = [self._names[hop.value] for hop in notes if hop.route == route]
+        for route, verb in VERBS.items():
+            names: list[str] = []
+            for hop in notes:
+                if hop.route == route:
+                    names.append(self._names[hop.value])
             if names:
                 yield f"{verb} {some(names)}", "s"
 
     def _inputs(self, drawn: list[Hop]) -> dict[Value, str]:
         """Input -> the node it is drawn as. Inputs that go the same ways share a node when they are many."""
-        ways: dict[Value, list[tuple[int, str]]] = {
-            value: [] for value in self._program.inputs
-        }
+        inputs = self._program.inputs
+        ways: dict[Value, list[tuple[int, str]]] = {value: [] for value in inputs}
         for hop in drawn:
             if hop.tail is None and hop.value in ways:
                 ways[hop.value].append((hop.head, hop.route))
         ends: dict[Value, str] = {}
         returned = set(self._program.output.operands)
-        for values in _many(self._program.inputs, lambda value: tuple(ways[value])):
+        for values in _many(inputs, lambda value: tuple(ways[value])):
+            first = values[0]
             # a number that was fixed in the trace goes nowhere
-            if ways[values[0]] or values[0] in returned:
-                head = _input_text(self._names, values)
-                ends |= dict.fromkeys(values, self._end("input", values, INPUT, head))
+            if not ways[first] and first not in returned:
+                continue
+            head = _input_text(self._names, values)
+            node = self._end("input", values, INPUT, head)
+            ends |= dict.fromkeys(values, node)
         return ends
 
     def _end(
         self, kind: str, values: list[Value], look: dict[str, str], head: str
     ) -> str:
-        node = self._ids(kind, self._names[values[0]])
-        size = type_text(values[0]) if len(values) == 1 else total_text(values)
+        first = values[0]
+        node = self._ids(kind, self._names[first])
+        size = type_text(first)
+        if len(values) > 1:
+            size = total_text(values)
+        label = rich((head, "b"), (size, "s"), align="CENTER")
         self.graph.node(
             node,
-            rich((head, "b"), (size, "s"), align="CENTER"),
+            label,
             id=node,
             tooltip=self._tip(values),
             **self._classes(values),
@@ -167,19 +189,23 @@ class _StageGraph:
 
     def _edges(self, tail: str, head: int, route: str, values: list[Value]) -> None:
         if len(values) > FEW:
-            name = reduced(f"{tail}_{head}_{route}".replace("-", "_"))
+            ends = f"{tail}_{head}_{route}".replace("-", "_")
+            edge = self._ids("values", reduced(ends))
+            names = [self._names[value] for value in values]
             text = [
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some([self._names[value] for value in values]), "s"),
+                (some(names), "s"),
             ]
-            self._edge(tail, head, route, values, self._ids("values", name), text)
+            self._edge(tail, head, route, values, edge, text)
             return
         for value in values:
             name = self._names[value]
-            text = [(name, "n"), (f"{type_text(value)}, {total_text([value])}", "s")]
-            if tail.startswith("input"):
-                text = []
-            edge = self._ids.edge(name, f"{head}")
+            edge = self._ids.edge(name, str(head))
+            text = []
+            if not tail.startswith("input"):
+                size = total_text([value])
+                text.append((name, "n"))
+                text.append((f"{type_text(value)}, {size}", "s"))
             self._edge(tail, head, route, [value], edge, text)
 
     def _edge(
@@ -191,55 +217,76 @@ class _StageGraph:
         name: str,
         text: list[tuple[str, str]],
     ) -> None:
-        tip = self._tip(values, f"{route} to stage {head}" + self._via(values[0], head))
-        look = pen(route, bytes_of(values)) | self._classes(values, f"route-{route}")
-        label = rich(*text, pad=2) if text else ""
+        way = f"{route} to stage {head}" + self._via(values[0], head)
+        tip = self._tip(values, way)
+        look = pen(route, bytes_of(values))
+        look |= self._classes(values, f"route-{route}")
+        label = ""
+        if text:
+            label = rich(*text, pad=2)
         self.graph.edge(
-            tail, f"stage-{head}", label, id=name, tooltip=tip, labeltooltip=tip, **look
+            tail,
+            f"stage-{head}",
+            label,
+            id=name,
+            tooltip=tip,
+            labeltooltip=tip,
+            **look,
         )
 
     def _via(self, value: Value, head: int) -> str:
-        via = self._transfers[value, head].via
-        return f", through {stages_text(via)}" if via else ""
+        transfer = self._transfers[value, head]
+        if not transfer.via:
+            return ""
+        return f", through {stages_text(transfer.via)}"
 
     def _outputs(self, inputs: dict[Value, str]) -> None:
-        home = {
-            value: f"stage-{stage.index}"
-            for stage in self._program.stages
-            for value in stage.outputs
-        }
+        ends = dict(inputs)
+        for stage in self._program.stages:
+            node = f"stage-{stage.index}"
+            ends |= dict.fromkeys(stage.outputs, node)
         places: dict[Value, list[int]] = {}
         for number, output in enumerate(self._program.outputs):
-            if isinstance(output, Value) and (output in home or output in inputs):
+            if isinstance(output, Value) and output in ends:
                 places.setdefault(output, []).append(number)
-        ends = inputs | home
         for values in _many(list(places), ends.__getitem__):
-            numbers = chain.from_iterable(places[value] for value in values)
+            numbers: list[int] = []
+            for value in values:
+                numbers += places[value]
             head = outputs_text(self._program, numbers)
             node = self._end("output", values, OUTPUT, head)
-            text = [(some([self._names[value] for value in values]), "n")]
-            look = pen("send", bytes_of(values)) | self._classes(values, "route-output")
-            name, tip = f"{node}-edge", self._tip(values)
-            self.graph.edge(
-                ends[values[0]],
-                node,
-                rich(*text, pad=2),
-                id=name,
-                tooltip=tip,
-                labeltooltip=tip,
-                **look,
-            )
+            self._output_edge(ends[values[0]], node, values)
+
+    def _output_edge(self, tail: str, node: str, values: list[Value]) -> None:
+        names = [self._names[value] for value in values]
+        label = rich((some(names), "n"), pad=2)
+        tip = self._tip(values)
+        look = pen("send", bytes_of(values))
+        look |= self._classes(values, "route-output")
+        self.graph.edge(
+            tail,
+            node,
+            label,
+            id=f"{node}-edge",
+            tooltip=tip,
+            labeltooltip=tip,
+            **look,
+        )
 
     def _tied(self) -> list[str]:
         """Draws the ties of state that several stages have; returns the kinds of edges that this adds."""
         pairs: dict[tuple[int, int], list[str]] = {}
         for entry in self._program.state:
-            if entry.share == "replicate":
-                for pair in pairwise(entry.stages):
-                    pairs.setdefault(pair, []).append(fqn_text(entry.name))
+            if entry.share != "replicate":
+                continue
+            name = fqn_text(entry.name)
+            for pair in pairwise(entry.stages):
+                pairs.setdefault(pair, []).append(name)
         for (left, right), names in pairs.items():
             tip = tip_text("tied: " + "\n".join(names))
-            look = pen("tied", ()) | {
+            label = rich((some(names, 1), TIED), pad=2)
+            look = pen("tied", ())
+            look |= {
                 "id": f"tied-{left}-{right}",
                 "tooltip": tip,
                 "labeltooltip": tip,
@@ -248,10 +295,12 @@ class _StageGraph:
             self.graph.edge(
                 f"stage-{left}",
                 f"stage-{right}",
-                rich((some(names, 1), TIED), pad=2),
+                label,
                 **look,
             )
-        return ["tied"] if pairs else []
+        if not pairs:
+            return []
+        return ["tied"]
 
 
 def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
@@ -279,8 +328,11 @@ def _grouped(
     """Tail node, head stage and route -> the values that go there."""
     groups: dict[tuple[str, int, str], list[Value]] = {}
     for hop in drawn:
-        tail = ends[hop.value] if hop.tail is None else f"stage-{hop.tail}"
-        groups.setdefault((tail, hop.head, hop.route), []).append(hop.value)
+        tail = f"stage-{hop.tail}"
+        if hop.tail is None:
+            tail = ends[hop.value]
+        key = (tail, hop.head, hop.route)
+        groups.setdefault(key, []).append(hop.value)
     return groups
 
 
@@ -291,18 +343,30 @@ def _many(values: list[Value], key: Callable[[Value], Hashable]) -> list[list[Va
         groups.setdefault(key(value), []).append(value)
     parts: list[list[Value]] = []
     for group in groups.values():
-        parts += [group] if len(group) > FEW else [[value] for value in group]
+        if len(group) > FEW:
+            parts.append(group)
+            continue
+        for value in group:
+            parts.append([value])
     return parts
 
 
 def _stage_tip(stage: Stage) -> str:
-    scopes = dict.fromkeys(scope_text(op.scope) for op in stage.ops if op.scope)
-    state = [f"holds {fqn_text(entry.name)}" for entry in [*stage.state][:20]]
-    return "\n".join([f"stage {stage.index}", *list(scopes)[:40], *state])
+    scopes: dict[str, None] = {}
+    for op in stage.ops:
+        if op.scope:
+            scopes[scope_text(op.scope)] = None
+    lines = [f"stage {stage.index}"]
+    lines += list(scopes)[:40]
+    for entry in list(stage.state)[:20]:
+        lines.append(f"holds {fqn_text(entry.name)}")
+    return "\n".join(lines)
 
 
 def _input_text(names: dict[Value, str], values: list[Value]) -> str:
-    return f"input {names[values[0]]}" if len(values) == 1 else f"{len(values)} inputs"
+    if len(values) > 1:
+        return f"{len(values)} inputs"
+    return f"input {names[values[0]]}"
 
 
 def modules_text(
@@ -311,30 +375,44 @@ def modules_text(
     """The modules that a stage runs, in a few lines. A module that it runs whole goes by its name; of one
     that it runs in part, the parts are named.
     """
-    own = [op.scope for op in stage.ops if op.origin is None]
-    paths = list(dict.fromkeys(_whole(scope, homes) for scope in own)) or [()]
-    around = {path[:length] for path in paths for length in range(len(path))}
-    lines = _runs([scope_fqn(path).split(".") for path in paths if path not in around])
+    whole: dict[Scope, None] = {}
+    around: set[Scope] = set()
+    for op in stage.ops:
+        if op.origin is None:
+            path = _whole(op.scope, homes)
+            whole[path] = None
+            around.update(path[:length] for length in range(len(path)))
+    if not whole:
+        whole[()] = None
+    paths: list[list[str]] = []
+    for path in whole:
+        if path not in around:
+            paths.append(scope_fqn(path).split("."))
+    lines = _runs(paths)
     if len(lines) <= most:
         return lines
-    return [*lines[: most - 1], f"{len(lines) - most + 1} more"]
+    shown = most - 1
+    return [*lines[:shown], f"{len(lines) - shown} more"]
 
 
 def homes_of(program: Program) -> dict[Scope, set[int]]:
     """Every module call -> the stages it runs in, without recomputed ops."""
     homes: dict[Scope, set[int]] = {}
     for stage in program.stages:
-        for scope in {op.scope for op in stage.ops if op.origin is None}:
+        scopes = {op.scope for op in stage.ops if op.origin is None}
+        for scope in scopes:
             for length in range(1, len(scope) + 1):
-                homes.setdefault(scope[:length], set()).add(stage.index)
+                call = scope[:length]
+                homes.setdefault(call, set()).add(stage.index)
     return homes
 
 
 def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
     """The outermost call around an op that runs in one stage only, else the innermost one."""
     for length in range(1, len(scope)):
-        if len(homes[scope[:length]]) == 1:
-            return scope[:length]
+        call = scope[:length]
+        if len(homes[call]) == 1:
+            return call
     return scope
 
 
@@ -345,10 +423,13 @@ def _runs(paths: list[list[str]]) -> list[str]:
         *parents, last = path
         if not last.isdecimal():
             runs.append((path, []))
-        elif runs and _continues(runs[-1], parents, int(last)):
-            runs[-1][1].append(int(last))
+            continue
+        number = int(last)
+        if runs and _continues(runs[-1], parents, number):
+            _, numbers = runs[-1]
+            numbers.append(number)
         else:
-            runs.append((path, [int(last)]))
+            runs.append((path, [number]))
     return [_line(path, numbers) for path, numbers in runs]
 
 
@@ -356,10 +437,16 @@ def _continues(
     run: tuple[list[str], list[int]], parents: list[str], number: int
 ) -> bool:
     path, numbers = run
-    return path[:-1] == parents and numbers[-1:] == [number - 1]
+    if path[:-1] != parents:
+        return False
+    return bool(numbers) and numbers[-1] == number - 1
 
 
 def _line(path: list[str], numbers: list[int]) -> str:
-    last = spans(numbers) if numbers else path[-1]
-    name = ".".join([*path[:-1], last]) or "the model itself"
-    return f"{name}  x {len(numbers)}" if len(numbers) > 1 else name
+    *parents, last = path
+    if numbers:
+        last = spans(numbers)
+    name = ".".join([*parents, last]) or "the model itself"
+    if len(numbers) <= 1:
+        return name
+    return f"{name}  x {len(numbers)}"

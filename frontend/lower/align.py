@@ -46,7 +46,8 @@ class _Conflict(Exception):
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__(first, last)
-        self.first, self.last = first, last
+        self.first = first
+        self.last = last
 
 
 class Alignment:
@@ -63,8 +64,10 @@ class Alignment:
         same_constant: Callable[[str, str], bool],
         filled: Callable[[Op, Op], tuple[tuple[Any, ...], dict[str, Any]]],
     ) -> None:
-        self.ours, self.theirs = ours, theirs
-        self.same_constant, self.filled = same_constant, filled
+        self.ours = ours
+        self.theirs = theirs
+        self.same_constant = same_constant
+        self.filled = filled
         self._inputs = dict(self._interface())
         self.partner: dict[Value, Value] = {}
         self._place: dict[Value, int] = {}
@@ -95,21 +98,23 @@ class Alignment:
             first -= 1
         while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
             last += 1
-        parts = self.parts[first : last + 1]
-        united = Part(
-            [op for part in parts for op in part.ours],
-            [op for part in parts for op in part.theirs],
-        )
+        united = Part([], [])
+        for part in self.parts[first : last + 1]:
+            united.ours += part.ours
+            united.theirs += part.theirs
         self.parts[first : last + 1] = [united]
 
     # --- one walk over all parts, which ends where two of them must be one ------------------------
 
     def _walk(self) -> None:
-        self.partner, self._place, self._alone = dict(self._inputs), {}, set()
+        self.partner = dict(self._inputs)
+        self._place = {}
+        self._alone = set()
         for number, part in enumerate(self.parts):
             part.joins = {}
             self._visit(part, number)
-            self._place |= {value: number for op in part.ops for value in op.results}
+            for op in part.ops:
+                self._place |= dict.fromkeys(op.results, number)
         for ours, theirs in zip(self.ours.outputs, self.theirs.outputs, strict=True):
             if isinstance(ours, Value) and isinstance(theirs, Value):
                 self._meet(ours, theirs, len(self.parts), None)
@@ -120,7 +125,8 @@ class Alignment:
         if not part.shared:
             self._visit_run(part, number)
             return
-        our_op, their_op = part.ours[0], part.theirs[0]
+        our_op = part.ours[0]
+        their_op = part.theirs[0]
         pairs = self.pairs(our_op, their_op)
         if pairs is None:
             raise _Conflict(number, number)
@@ -163,13 +169,13 @@ class Alignment:
         return number - 1
 
     def _are_equal_constants(self, ours: Value, theirs: Value) -> bool:
-        our_entry, their_entry = ours.owner, theirs.owner
-        return (
-            isinstance(our_entry, StateEntry)
-            and isinstance(their_entry, StateEntry)
-            and our_entry.kind == their_entry.kind == "const"
-            and self.same_constant(our_entry.name, their_entry.name)
-        )
+        our_entry = ours.owner
+        their_entry = theirs.owner
+        if not isinstance(our_entry, StateEntry) or our_entry.kind != "const":
+            return False
+        if not isinstance(their_entry, StateEntry) or their_entry.kind != "const":
+            return False
+        return self.same_constant(our_entry.name, their_entry.name)
 
     # --- pairs ------------------------------------------------------------------------------------
 
@@ -177,8 +183,10 @@ class Alignment:
         """The pairs of leaves of the operands of both, in order; None where the operands are not built
         alike.
         """
-        args, kwargs = our_op.args, our_op.kwargs
-        their_args, their_kwargs = their_op.args, their_op.kwargs
+        args = our_op.args
+        kwargs = our_op.kwargs
+        their_args = their_op.args
+        their_kwargs = their_op.kwargs
         if len(args) != len(their_args) or kwargs.keys() != their_kwargs.keys():
             args, kwargs = self.filled(our_op, their_op)
             their_args, their_kwargs = self.filled(their_op, our_op)
@@ -189,22 +197,26 @@ class Alignment:
         in_our_order = {key: their_kwargs[key] for key in kwargs}
         pairs: list[tuple[Any, Any]] = []
         alike = _zip((args, kwargs), (their_args, in_our_order), pairs)
-        return pairs if alike else None
+        if not alike:
+            return None
+        return pairs
 
     def _are_same_regions(self, ours: Block, theirs: Block) -> bool:
         """True for regions of equal ops. Where anything in them differs by mode, they are not the same, and
         so neither are their ops.
         """
-        if [value.type for value in ours.inputs] != [
-            value.type for value in theirs.inputs
-        ]:
+        our_types = [value.type for value in ours.inputs]
+        their_types = [value.type for value in theirs.inputs]
+        if our_types != their_types:
             return False
-        if [*map(_key, ours.ops)] != [*map(_key, theirs.ops)]:
+        our_keys = [*map(_key, ours.ops)]
+        their_keys = [*map(_key, theirs.ops)]
+        if our_keys != their_keys:
             return False
         partner = dict(zip(theirs.inputs, ours.inputs, strict=True))
-        for our_op, their_op in zip(
-            [*ours.ops, ours.output], [*theirs.ops, theirs.output], strict=True
-        ):
+        our_ops = [*ours.ops, ours.output]
+        their_ops = [*theirs.ops, theirs.output]
+        for our_op, their_op in zip(our_ops, their_ops, strict=True):
             pairs = self.pairs(our_op, their_op)
             if pairs is None:
                 return False
@@ -219,20 +231,29 @@ def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
     """Parts of one op each for ops that may be the same in both, and parts for the runs between them. The
     split points are the same where both traces have as many.
     """
-    our_runs, their_runs = _between_splits(ours), _between_splits(theirs)
+    our_runs = _between_splits(ours)
+    their_runs = _between_splits(theirs)
     if len(our_runs) != len(their_runs):
-        our_runs, their_runs = [[*ours]], [[*theirs]]
+        our_runs = [[*ours]]
+        their_runs = [[*theirs]]
     parts: list[Part] = []
     for our_run, their_run in zip(our_runs, their_runs, strict=True):
-        for tag, start, stop, begin, end in SequenceMatcher(
-            None, [*map(_key, our_run)], [*map(_key, their_run)], autojunk=False
-        ).get_opcodes():
-            if tag != "equal":
-                parts.append(Part(our_run[start:stop], their_run[begin:end]))
-                continue
-            pairs = zip(our_run[start:stop], their_run[begin:end], strict=True)
-            parts += [Part([our_op], [their_op], True) for our_op, their_op in pairs]
+        parts += _aligned_runs(our_run, their_run)
     return parts
+
+
+def _aligned_runs(our_run: list[Op], their_run: list[Op]) -> Iterator[Part]:
+    our_keys = [*map(_key, our_run)]
+    their_keys = [*map(_key, their_run)]
+    matcher = SequenceMatcher(None, our_keys, their_keys, autojunk=False)
+    for tag, start, stop, begin, end in matcher.get_opcodes():
+        ours = our_run[start:stop]
+        theirs = their_run[begin:end]
+        if tag != "equal":
+            yield Part(ours, theirs)
+            continue
+        for our_op, their_op in zip(ours, theirs, strict=True):
+            yield Part([our_op], [their_op], shared=True)
 
 
 def _between_splits(ops: Sequence[Op]) -> list[list[Op]]:
@@ -278,26 +299,22 @@ def _are_partners(ours: Any, theirs: Any, partner: dict[Value, Value]) -> bool:
 def _zip(one: Any, other: Any, pairs: list[tuple[Any, Any]]) -> bool:
     """`pairs` gains the pairs of leaves; False where the trees are not built alike."""
     if isinstance(one, (tuple, list)):
-        return (
-            type(one) is type(other)
-            and len(one) == len(other)
-            and all(_zip(a, b, pairs) for a, b in zip(one, other, strict=True))
-        )
+        if type(one) is not type(other) or len(one) != len(other):
+            return False
+        return all(_zip(a, b, pairs) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and [*one] == [*other]
-            and all(_zip(one[key], other[key], pairs) for key in one)
-        )
+        if not isinstance(other, dict) or [*one] != [*other]:
+            return False
+        return all(_zip(one[key], other[key], pairs) for key in one)
     if isinstance(one, slice):
-        return isinstance(other, slice) and _zip(
-            (one.start, one.stop, one.step),
-            (other.start, other.stop, other.step),
-            pairs,
-        )
-    if isinstance(one, Value) != isinstance(other, Value) or isinstance(
-        other, (tuple, list, dict, slice)
-    ):
+        if not isinstance(other, slice):
+            return False
+        bounds = (one.start, one.stop, one.step)
+        other_bounds = (other.start, other.stop, other.step)
+        return _zip(bounds, other_bounds, pairs)
+    if isinstance(one, Value) != isinstance(other, Value):
+        return False
+    if isinstance(other, (tuple, list, dict, slice)):
         return False
     pairs.append((one, other))
     return True
@@ -308,7 +325,9 @@ def same_literal(one: Any, other: Any) -> bool:
     equal in both modes.
     """
     if isinstance(one, Mode) and isinstance(other, Mode):
-        return same_literal(one.training, other.training) and same_literal(
-            one.evaluating, other.evaluating
-        )
-    return type(one) is type(other) and (one == other or repr(one) == repr(other))
+        if not same_literal(one.training, other.training):
+            return False
+        return same_literal(one.evaluating, other.evaluating)
+    if type(one) is not type(other):
+        return False
+    return bool(one == other) or repr(one) == repr(other)

@@ -68,31 +68,33 @@ class Trace:
             self.keys.update(_result_keys(op, position, self.keys))
             self._place_results(op)
         needed = _needed(ops, program.output)
-        self.ops = {
-            op: self._record(op, position, op in needed)
-            for position, op in enumerate(ops)
-        }
-        self.written = {
-            self.storage.get(key, key)
-            for recorded in self.ops.values()
-            for key in recorded.writes
-        }
+        self.ops: dict[Op, _Recorded] = {}
+        self.written: set[Key] = set()
+        for position, op in enumerate(ops):
+            recorded = self._record(op, position, op in needed)
+            self.ops[op] = recorded
+            for key in recorded.writes:
+                home = self.storage.get(key, key)
+                self.written.add(home)
         self.outputs = [self._leaf(leaf) for leaf in program.outputs]
 
     def _place_state(self, program: Program) -> None:
         homes: dict[int, Key] = {}
         for entry in program.state:
             key = self.keys[entry.value]
-            self.storage.setdefault(key, homes.setdefault(entry.storage, key))
+            home = homes.setdefault(entry.storage, key)
+            self.storage.setdefault(key, home)
 
     def _place_results(self, op: Op) -> None:
         for result, viewed in zip(op.results, op.effects.views, strict=False):
             if viewed is not None:
+                key = self.keys[result]
                 base = self.keys[viewed]
-                self.storage[self.keys[result]] = self.storage.get(base, base)
+                self.storage[key] = self.storage.get(base, base)
 
     def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
-        args, kwargs = transform(op.args, self._leaf), transform(op.kwargs, self._leaf)
+        args = transform(op.args, self._leaf)
+        kwargs = transform(op.kwargs, self._leaf)
         return _Recorded(
             position,
             op.target,
@@ -106,7 +108,9 @@ class Trace:
         )
 
     def _leaf(self, leaf: Any) -> Any:
-        return self.keys[leaf] if type(leaf) is Value else leaf
+        if type(leaf) is not Value:
+            return leaf
+        return self.keys[leaf]
 
 
 def _state_keys(program: Program) -> dict[Value, Key]:
@@ -115,8 +119,11 @@ def _state_keys(program: Program) -> dict[Value, Key]:
 
 def _model_names(program: Program) -> dict[str, int]:
     """Name of the model's state -> the tensor that it names. The tracer's constants are not the model's."""
-    entries = [entry for entry in program.state if entry.kind != "const"]
-    return {name: entry.tensor for entry in entries for name in entry.names}
+    names: dict[str, int] = {}
+    for entry in program.state:
+        if entry.kind != "const":
+            names |= dict.fromkeys(entry.names, entry.tensor)
+    return names
 
 
 def _without_grad(value_type: Type) -> Type:
@@ -171,7 +178,8 @@ def validate(trace: Trace, program: Program) -> None:
 
 class _Comparison:
     def __init__(self, trace: Trace, program: Program) -> None:
-        self._trace, self._program = trace, program
+        self._trace = trace
+        self._program = program
         self._keys: dict[Value, Key] = {}
         self._latest: dict[Key, set[Value]] = {}
         self._stale: dict[Key, Op] = {}
@@ -196,10 +204,12 @@ class _Comparison:
                     continue
                 runs[origin] += 1
                 yield from self._compare(op, recorded)
-                moved = not op.has_effect and (op.origin is not None or not op.operands)
-                if not moved and recorded.position < last:
+                is_copy = op.origin is not None
+                if not op.has_effect and (is_copy or not op.operands):
+                    continue  # it may stand anywhere
+                if recorded.position < last:
                     yield f"out of order: {op.where()} runs behind an op it stood in front of"
-                last = last if moved else recorded.position
+                last = recorded.position
         yield from self._coverage(runs)
         yield from self._results()
 
@@ -230,31 +240,35 @@ class _Comparison:
     def _take_anew(self, op: Op) -> None:
         """A view of the newest version is the newest version of that view."""
         for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed is None:
+                continue
             key = self._keys[result]
-            if viewed is not None and self._stale.pop(key, None) is not None:
+            if self._stale.pop(key, None) is not None:
                 self._latest[key] = {result}
-            elif viewed is not None:
-                self._latest.get(key, set()).add(result)
+            elif key in self._latest:
+                self._latest[key].add(result)
 
     def _copies(self, op: Op) -> Iterator[str]:
         """A copy of an op makes tensors of its own, so no op may write them."""
         for index, result in enumerate(op.results):
+            if op.effects.viewed_by(index) is not None:
+                continue
             key = self._keys[result]
-            if (
-                op.effects.viewed_by(index) is None
-                and self._trace.storage.get(key, key) in self._trace.written
-            ):
+            home = self._trace.storage.get(key, key)
+            if home in self._trace.written:
                 yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
-        newest: dict[Key, set[Value]] = {
-            key: {result for result in op.results if self._keys[result] == key}
-            for key in recorded.writes
-        }
+        newest: dict[Key, set[Value]] = {key: set() for key in recorded.writes}
+        for result in op.results:
+            key = self._keys[result]
+            if key in newest:
+                newest[key].add(result)
         for old, new in op.versions.items():
             if old in self._keys:
-                self._keys[new] = self._keys[old]
-                newest.setdefault(self._keys[old], set()).add(new)
+                key = self._keys[old]
+                self._keys[new] = key
+                newest.setdefault(key, set()).add(new)
         self._latest |= newest
         for key in recorded.writes:
             home = self._trace.storage.get(key, key)
@@ -270,10 +284,12 @@ class _Comparison:
                 yield f"runs {runs[op]} times although it has an effect: {op.where()}"
 
     def _results(self) -> Iterator[str]:
-        returned = [
-            self._keys.get(leaf) if type(leaf) is Value else leaf
-            for leaf in self._program.outputs
-        ]
+        returned: list[Any] = []
+        for leaf in self._program.outputs:
+            if type(leaf) is Value:
+                returned.append(self._keys.get(leaf))
+            else:
+                returned.append(leaf)
         if not _same_literals(returned, self._trace.outputs):
             yield "the program returns other values than traced, or in another order"
         for leaf in self._program.output.operands:
@@ -286,17 +302,14 @@ class _Comparison:
                     "as if unwritten"
                 )
         names = _model_names(self._program)
-        if names != self._trace.names:
-            yield (
-                "state names differ from the model's: "
-                f"{sorted(names.keys() ^ self._trace.names.keys()) or 'ties differ'}"
-            )
+        traced = self._trace.names
+        if names != traced:
+            differing = sorted(names.keys() ^ traced.keys())
+            yield f"state names differ from the model's: {differing or 'ties differ'}"
+        state = self._program.state
         for stage in self._program.stages:
             for entry in stage.state:
-                if (
-                    not isinstance(entry, StateEntry)
-                    or entry not in self._program.state
-                ):
+                if not isinstance(entry, StateEntry) or entry not in state:
                     yield f"stage {stage.index} holds state the program does not have"
 
 
@@ -305,34 +318,30 @@ def _are_recorded(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
     if type(tree) is Value:
         return keys.get(tree) == recorded and type(recorded) is tuple
     if isinstance(tree, (tuple, list)):
-        return (
-            type(tree) is type(recorded)
-            and len(tree) == len(recorded)
-            and all(
-                _are_recorded(part, other, keys)
-                for part, other in zip(tree, recorded, strict=True)
-            )
-        )
+        if type(tree) is not type(recorded) or len(tree) != len(recorded):
+            return False
+        pairs = zip(tree, recorded, strict=True)
+        return all(_are_recorded(part, other, keys) for part, other in pairs)
     if isinstance(tree, dict):
-        return (
-            isinstance(recorded, dict)
-            and tree.keys() == recorded.keys()
-            and all(
-                _are_recorded(part, recorded[key], keys) for key, part in tree.items()
-            )
-        )
+        if not isinstance(recorded, dict) or tree.keys() != recorded.keys():
+            return False
+        return all(_are_recorded(tree[key], recorded[key], keys) for key in tree)
     if isinstance(tree, slice):
-        return isinstance(recorded, slice) and _are_recorded(
-            (tree.start, tree.stop, tree.step),
-            (recorded.start, recorded.stop, recorded.step),
-            keys,
-        )
+        if not isinstance(recorded, slice):
+            return False
+        bounds = (tree.start, tree.stop, tree.step)
+        recorded_bounds = (recorded.start, recorded.stop, recorded.step)
+        return _are_recorded(bounds, recorded_bounds, keys)
     return _same_literals([tree], [recorded])
 
 
 def _same_literals(left: list[Any], right: list[Any]) -> bool:
     """True for equal literals, where 1 is not True and nan is nan."""
-    return len(left) == len(right) and all(
-        type(one) is type(other) and (one == other or repr(one) == repr(other))
-        for one, other in zip(left, right, strict=True)
-    )
+    if len(left) != len(right):
+        return False
+    for one, other in zip(left, right, strict=True):
+        if type(one) is not type(other):
+            return False
+        if one != other and repr(one) != repr(other):
+            return False
+    return True
