@@ -128,13 +128,14 @@ class _DataAsOp(TorchFunctionMode):
             self.differentiated = self.differentiated or shown(user_line())
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return torch.ops.aten.data.default(args[0])
-        is_fake = bool(args) and isinstance(args[0], FakeTensor)
-        if func == torch.Tensor.data.__set__ and is_fake:  # type: ignore[attr-defined]
+        # Dynamo of torch 2.11 traces this for torch.cond, and knows no bool(args)
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
             _refuse_other_data(*args)
             return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
         if kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
-        if getattr(func, "__name__", "") == "__bool__" and is_fake:
+        name = getattr(func, "__name__", "")
+        if name == "__bool__" and isinstance(args[0], FakeTensor):
             outcome = _outcome_that_goes_on(_outside_of_modes(sys._getframe(1)))
             if outcome is not None:
                 return outcome
