@@ -74,9 +74,9 @@ class RanksFailed(Exception):
 
 def _wait(processes: Sequence[Any]) -> None:
     """All have ended; when one fails the others are killed."""
-    while any(process.is_alive() for process in processes):
-        sentinels = [process.sentinel for process in processes if process.is_alive()]
-        multiprocessing.connection.wait(sentinels)
+    # asked once: to wait for none of them is to wait for ever
+    while alive := [process.sentinel for process in processes if process.is_alive()]:
+        multiprocessing.connection.wait(alive)
         if any(process.exitcode for process in processes):
             for process in processes:
                 process.kill()
