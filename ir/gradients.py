@@ -8,7 +8,7 @@ from dataclasses import replace
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.graph import BY_MODE, Context, Op, Value
 from stagecut.ir.ops import facts, state_of
-from stagecut.ir.types import TensorType, carries_grad, same_layout
+from stagecut.ir.types import TensorType, carries_grad, same_elements, same_layout
 
 
 def infer_gradients(ops: Iterable[Op]) -> bool:
@@ -85,11 +85,13 @@ def _result_grad(op: Op, index: int, grad: bool) -> bool:
 
 def _returns_operand(op: Op, index: int, viewed: Value) -> bool:
     """True for a conversion that has nothing to convert: it returns its operand itself, with all its history.
-    So does a module or a function of the user's that returns its operand.
+    A module or a function of the user's may do so in another mode than that of the trace, where its result
+    lies in memory in another way.
     """
-    return (op.is_users or facts(op).returns_operand) and same_layout(
-        op.results[index].type, viewed.type
-    )
+    kind = op.results[index].type
+    if op.is_users:
+        return same_elements(kind, viewed.type)
+    return facts(op).returns_operand and same_layout(kind, viewed.type)
 
 
 def _carriers(op: Op) -> list[Value]:

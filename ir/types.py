@@ -125,11 +125,14 @@ def same_layout(first: Type, second: Type) -> bool:
     """True for tensor types of one dtype, in which every element lies in the same place."""
     if not isinstance(first, TensorType) or not isinstance(second, TensorType):
         return False
-    return (first.dtype, first.shape, first.strides) == (
-        second.dtype,
-        second.shape,
-        second.strides,
-    )
+    return same_elements(first, second) and first.strides == second.strides
+
+
+def same_elements(first: Type, second: Type) -> bool:
+    """True for tensor types of one dtype and shape, wherever their elements lie."""
+    if not isinstance(first, TensorType) or not isinstance(second, TensorType):
+        return False
+    return (first.dtype, first.shape) == (second.dtype, second.shape)
 
 
 def carries_grad(value_type: Type) -> bool:

@@ -983,6 +983,21 @@ def test_a_dropout_kept_whole_may_return_what_it_is_given(training: bool) -> Non
             torch.testing.assert_close(forward(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dropout_kept_whole_under_no_grad_may_return_a_part_with_its_history(training: bool) -> None:
+    """In a trace of train mode its result lies in order; off, it returns the part of a wider tensor that it was given."""
+
+    def run(self: Dropping, x: torch.Tensor) -> Any:
+        part = x[:, :2]
+        with torch.no_grad():
+            return self.drop(part)
+
+    model = Dropping(run)
+    pipe = pipeline(model.train(training), (X.clone().requires_grad_(),), leaf_modules=["drop"])
+    assert model.eval()(X.clone().requires_grad_()).grad_fn is not None
+    assert [value.type.grad for value in pipe.program.outputs] == [True]
+
+
 def test_a_graph_that_assigns_an_element_writes_only_what_it_assigns_to() -> None:
     """What it reads there may lie in the same memory, without a history."""
 
