@@ -16,21 +16,17 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from stagecut.backend.ranks.batch import Batch
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
-from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import refuse_meta
-from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Program, StateEntry, Value
-from stagecut.ir.run.call import check_inputs
-from stagecut.ir.run.objects import opened
+from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.text.printer import fingerprint
-from stagecut.ir.types import TensorType
 
 
 class Driver:
@@ -73,7 +69,7 @@ class Driver:
         )
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
-        self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
+        self._batch = Batch(pipe, n_microbatches, self.device)
         self._replicas = [
             (ranks, entries)
             for ranks, entries in _replicas(pipe.program, self.placement)
@@ -82,8 +78,6 @@ class Driver:
         self._schedules: dict[
             tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
         ] = {}
-        self._chunks: list[list[Any]] = []
-        self._targets: list[Any] = []
         self._losses: list[torch.Tensor] = []
         self.faults = Faults(group, self.placement)
 
@@ -142,11 +136,12 @@ class Driver:
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
-            sizes = self._split(args, kwargs)
-            self._targets, self._losses = _split_target(target, self.n_microbatches), []
+            sizes = self._batch.divide(args, kwargs)
+            self._batch.divide_target(target)
+            self._losses = []
             schedule, stages = self._prepared(sizes)
         for stage in stages:
-            stage.microbatches = self._chunks
+            stage.microbatches = self._batch.inputs
             stage.results = {} if self._returns else None
         numbers = (
             torch.arange(self.n_microbatches)
@@ -164,10 +159,7 @@ class Driver:
         results = next(s for s in stages if s.is_last).results
         if results is None:
             return None, self._losses
-        structured = [
-            self._structure(results[i], i) for i in range(self.n_microbatches)
-        ]
-        return self._merge(structured), self._losses
+        return self._batch.joined(results), self._losses
 
     def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
         """The schedule and its stages for these sizes, made at their first use."""
@@ -193,60 +185,12 @@ class Driver:
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         """The user's loss of one micro-batch; torch passes its number for a target."""
         index = int(number)
-        result = self._structure(as_tuple(output), index)
+        result = self._batch.structured(as_tuple(output), index)
         assert self.loss_fn is not None
-        loss = (
-            self.loss_fn(result, self._targets[index])
-            if self._targets
-            else self.loss_fn(result)
-        )
+        targets = self._batch.targets
+        loss = self.loss_fn(result, targets[index]) if targets else self.loss_fn(result)
         self._losses.append(loss.detach())
         return loss * self._scale
-
-    def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
-        """The model's own output of one micro-batch."""
-        program = self.pipe.program
-        made = dict(zip(self._last_boundary, packed, strict=True))
-        given = {
-            v: item
-            for v, item in zip(program.inputs, self._chunks[chunk], strict=True)
-            if v not in made
-        }
-        flat = [
-            leaf
-            if not isinstance(leaf, Value)
-            else given[leaf]
-            if leaf in given
-            else made[leaf]
-            if isinstance(leaf.type, TensorType)
-            else made[leaf].item()
-            for leaf in program.outputs
-        ]
-        spec = self.pipe._call_spec
-        return spec.unflatten(flat) if spec is not None else flat
-
-    def _merge(self, outputs: list[Any]) -> Any:
-        """The outputs of all micro-batches as those of one batch: tensors are joined along dim 0; a number
-        becomes the mean.
-        """
-        return tree_map(_join, *map(opened, outputs))
-
-    def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
-        """Sets the flat inputs of every micro-batch; returns the symbolic sizes of one."""
-        spec = self.pipe._call_spec
-        flat = spec.flatten(args, kwargs) if spec is not None else list(args)
-        inputs, count = self.pipe.program.inputs, self.n_microbatches
-        batch = _batch_symbol(inputs)
-        parts = [
-            _chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)
-        ]
-        self._chunks = [
-            [_to(part[i], self.device) for part in parts] for i in range(count)
-        ]
-        # all chunks have the same sizes
-        return check_inputs(
-            inputs, self._chunks[0], spec.ranges if spec is not None else None
-        )
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
@@ -317,80 +261,6 @@ def _agree(program: Program, settings: tuple[Any, ...], group: Group) -> None:
             where="fingerprint, model, stages, schedule, micro-batches",
             hint="build the same model with the same cuts on every rank",
         )
-
-
-def _batch_symbol(inputs: Sequence[Value]) -> str | None:
-    """The symbolic size of the batch: that of the first input whose first dim varies."""
-    for value in inputs:
-        if (
-            isinstance(value.type, TensorType)
-            and value.type.shape
-            and isinstance(value.type.shape[0], str)
-        ):
-            return value.type.shape[0]
-    return None
-
-
-def _chunks(value: Value, item: Any, count: int, batch: str | None) -> list[Any]:
-    """One input of the whole batch, split for the micro-batches. An input without a batch dimension is the
-    same for all.
-    """
-    kind = value.type
-    if (
-        count == 1
-        or not isinstance(item, torch.Tensor)
-        or not isinstance(kind, TensorType)
-        or item.dim() != len(kind.shape)
-    ):
-        return [item] * count
-    dim = next(
-        (d for d, want in enumerate(kind.shape) if want == batch and batch is not None),
-        None,
-    )
-    if dim is None:
-        dim = next(
-            (
-                d
-                for d, want in enumerate(kind.shape)
-                if isinstance(want, int) and item.shape[d] == count * want != want
-            ),
-            None,
-        )
-    if dim is None:
-        return [item] * count
-    if item.shape[dim] % count:
-        raise InputError(
-            f"input '{value.hint}' has a batch of {item.shape[dim]}, which {count} micro-batches do not "
-            "divide",
-            hint="pass a multiple of n_microbatches",
-        )
-    return list(item.chunk(count, dim))
-
-
-def _split_target(target: Any, count: int) -> list[Any]:
-    if target is None:
-        return []
-
-    def part(item: Any, index: int) -> Any:
-        return (
-            item.tensor_split(count)[index]
-            if isinstance(item, torch.Tensor) and item.dim()
-            else item
-        )
-
-    return [tree_map(lambda item, i=i: part(item, i), target) for i in range(count)]
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, torch.Tensor) else item
-
-
-def _join(*items: Any) -> Any:
-    if not isinstance(items[0], torch.Tensor):
-        return items[0]
-    if items[0].dim():
-        return torch.cat(items)
-    return torch.stack(items).mean() if items[0].is_floating_point() else items[0]
 
 
 def _replicas(
