@@ -343,7 +343,7 @@ class _Meter:
         """
         prepared = driver._prepared
 
-        def watched(sizes: dict[str, int]) -> tuple[Any, list[Any]]:
+        def watched(sizes: Any) -> tuple[Any, list[Any]]:
             schedule, stages = prepared(sizes)
             for stage in stages:
                 self.watch(stage)

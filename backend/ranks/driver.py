@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from stagecut.backend.ranks.batch import Batch
+from stagecut.backend.ranks.batch import ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
+from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
@@ -39,6 +40,10 @@ class Driver:
     module that it returns runs in the place of the stage's own: FSDP, DDP, activation checkpointing and
     torch.compile go there. Without `return_outputs`, `step` and `eval` return None for the outputs, and the
     outputs of a micro-batch are released after its loss.
+
+    The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
+    `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
+    schedules.
     """
 
     def __init__(
@@ -54,6 +59,11 @@ class Driver:
         wrap: Callable[
             [torch.nn.Module, int], torch.nn.Module
         ] = lambda module, index: module,
+        *,
+        args_chunk_spec: Sequence[Any] | None = None,
+        kwargs_chunk_spec: Mapping[str, Any] | None = None,
+        target_chunk_spec: Any = None,
+        output_merge_spec: Any = None,
     ) -> None:
         self.pipe = pipe
         self.n_microbatches = n_microbatches
@@ -69,15 +79,16 @@ class Driver:
         )
         _agree(pipe.program, (schedule, n_microbatches), group)
         self._wrap, self._returns = wrap, return_outputs
-        self._batch = Batch(pipe, n_microbatches, self.device)
+        specs = ChunkSpecs(
+            args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+        )
+        self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
         self._replicas = [
             (ranks, entries)
             for ranks, entries in _replicas(pipe.program, self.placement)
             if rank in ranks
         ]
-        self._schedules: dict[
-            tuple[tuple[str, int], ...], tuple[Any, list[BuiltStage]]
-        ] = {}
+        self._schedule: tuple[Any, list[BuiltStage]] | None = None
         self._losses: list[torch.Tensor] = []
         self.faults = Faults(group, self.placement)
 
@@ -106,10 +117,22 @@ class Driver:
             )
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The outputs of the steps so far that could not be put together, and why."""
+        return tuple(self._batch.notes)
+
     def step(
-        self, *args: Any, target: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        target: Any = None,
+        arg_mbs: Sequence[Any] | None = None,
+        kwarg_mbs: Sequence[Any] | None = None,
+        target_mbs: Sequence[Any] | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, list[torch.Tensor]]:
-        """One step on a whole batch: the model's own arguments, the same on every rank.
+        """One step on a whole batch: the model's own arguments, the same on every rank. Or on micro-batches
+        as they are, of any number of samples: `arg_mbs`, `kwarg_mbs`, `target_mbs`.
 
         Returns the outputs in the model's structure and the loss of each micro-batch on the last stage's
         rank, (None, []) elsewhere. With a loss function, gradients are accumulated, divided by the number of
@@ -118,26 +141,33 @@ class Driver:
         Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies
         (backend/ranks/faults.py).
         """
-        return self._run(args, kwargs, target, "step")
+        ready = arg_mbs, kwarg_mbs, target_mbs
+        return self._run(args, kwargs, target, ready, "step")
 
     def eval(
-        self, *args: Any, target: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        target: Any = None,
+        arg_mbs: Sequence[Any] | None = None,
+        kwarg_mbs: Sequence[Any] | None = None,
+        target_mbs: Sequence[Any] | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, list[torch.Tensor]]:
         """As `step`, forward only. The mode stays: `pipe.eval()` and `pipe.train()`, on every rank, switch
         dropout and norms.
         """
         with torch.no_grad():
-            return self._run(args, kwargs, target, "eval")
+            ready = arg_mbs, kwarg_mbs, target_mbs
+            return self._run(args, kwargs, target, ready, "eval")
 
     def _run(
-        self, args: Any, kwargs: Any, target: Any, how: str
+        self, args: Any, kwargs: Any, target: Any, ready: Any, how: str
     ) -> tuple[Any, list[torch.Tensor]]:
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
-            sizes = self._batch.divide(args, kwargs)
-            self._batch.divide_target(target)
+            sizes = self._batch.of_call(args, kwargs, target, *ready)
             self._losses = []
             schedule, stages = self._prepared(sizes)
         for stage in stages:
@@ -161,26 +191,29 @@ class Driver:
             return None, self._losses
         return self._batch.joined(results), self._losses
 
-    def _prepared(self, sizes: dict[str, int]) -> tuple[Any, list[BuiltStage]]:
-        """The schedule and its stages for these sizes, made at their first use."""
-        key = tuple(sorted(sizes.items()))
-        if key not in self._schedules:
+    def _prepared(self, sizes: list[Sizes]) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and its stages, for micro-batches of these sizes. They are made once, and receive into
+        buffers of the sizes of the step.
+        """
+        if self._schedule is None:
             stages = [
-                make_stage(self.pipe, i, self.device, self.group, sizes, True)
+                make_stage(self.pipe, i, self.device, self.group, sizes[0], True)
                 for i in self.stage_indices
             ]
             for stage in stages:
                 stage.submod = self.modules[stage.stage_index]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
-            made = self.schedule_class(
+            schedule = self.schedule_class(
                 stages[0] if single else stages,
                 self.n_microbatches,
                 loss_fn=loss,
                 scale_grads=False,
             )
-            self._schedules[key] = made, stages
-        return self._schedules[key]
+            self._schedule = schedule, stages
+        for stage in self._schedule[1]:
+            stage.resize(sizes)
+        return self._schedule
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         """The user's loss of one micro-batch; torch passes its number for a target."""

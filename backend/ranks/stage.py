@@ -6,7 +6,7 @@ every model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,20 +79,19 @@ class BuiltStage(PipelineStage):
         program = pipe.program
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
-        last = index == len(program.stages) - 1
+        self._received, self._sent_on = lists[index - 1] if index else [], lists[index]
         _scaled.setdefault(pipe, set())
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.received = [port(v, sizes) for v in lists[index - 1]] if index else []
-        self.sent = [port(v, sizes, as_it_is=last) for v in lists[index]]
+        self._ports: list[tuple[list[Port], list[Port]]] = []
+        self.received, self.sent = self._first = self._ports_for(sizes)
         self._owned = written_inputs(self.block)
-        self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
         self._fed = [
             (i, v)
             for i, v in enumerate(program.inputs)
-            if (v in self.block.inputs or index == 0) and v not in self._strides
+            if (v in self.block.inputs or index == 0) and v not in self._received
         ]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
         whole = index > 0 and backward_is_whole(
@@ -112,6 +111,42 @@ class BuiltStage(PipelineStage):
             dw_builder=runner,
         )
 
+    def _ports_for(self, sizes: Sizes) -> tuple[list[Port], list[Port]]:
+        """What is received and what is handed on, in a micro-batch of these sizes."""
+        last = self.block is self.pipe.program.stages[-1]
+        return (
+            [port(v, sizes) for v in self._received],
+            [port(v, sizes, as_it_is=last) for v in self._sent_on],
+        )
+
+    def resize(self, sizes: Sequence[Sizes]) -> None:
+        """The micro-batches of the next step have these sizes, one for each."""
+        made: dict[tuple[tuple[str, int], ...], tuple[list[Port], list[Port]]] = {}
+        self._ports = []
+        for mine in sizes:
+            key = tuple(sorted(mine.items()))
+            if key not in made:
+                made[key] = self._ports_for(mine)
+            self._ports.append(made[key])
+
+    def _turn_to(self, chunk: int) -> None:
+        """The ports are those of this micro-batch."""
+        if self._ports:
+            self.received, self.sent = self._ports[chunk]
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """As torch's, into buffers of the sizes of this micro-batch."""
+        self._turn_to(fwd_chunk_id)
+        _fit(self.args_recv_info[fwd_chunk_id], self.received, self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """As torch's, into buffers of the sizes of this micro-batch."""
+        self._turn_to(bwd_chunk_id)
+        if self.has_backward and not self.is_last:
+            _fit(self.grad_recv_info[bwd_chunk_id], self.sent, self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
     def forward_one_chunk(
         self,
         fwd_chunk_id: int,
@@ -120,6 +155,7 @@ class BuiltStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
+        self._turn_to(fwd_chunk_id)
         if self.fed:
             args = ()
             kwargs = {
@@ -150,8 +186,9 @@ class BuiltStage(PipelineStage):
             p.value: p.unpack(t)
             for p, t in zip(self.received, () if self.is_first else args, strict=True)
         }
+        strides = {p.value: p.strides for p in self.received}
         inputs = [
-            writable(values[v], self._strides.get(v)) if v in self._owned else values[v]
+            writable(values[v], strides.get(v)) if v in self._owned else values[v]
             for v in self.block.inputs
         ]
         with writes_explained(self.stage_index):
@@ -218,7 +255,19 @@ class BuiltStage(PipelineStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         """As torch's, but nothing in an eval."""
         if self.has_backward:
+            self._turn_to(mb_index)
+            _fit(self.grad_recv_info[mb_index], self.sent, self.device)
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """As torch's, with zeros of the sizes of this micro-batch where no gradient comes back."""
+        self._turn_to(bwd_chunk_id)
+        if self.has_backward and not self.is_first:
+            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                self._sent(p, grad) if p.grad else grad for p, grad in grads
+            )
+        return super().get_bwd_send_ops(bwd_chunk_id)
 
     def clear_runtime_states(self) -> None:
         """As torch's, which calls it when a step begins."""
@@ -263,7 +312,7 @@ class BuiltStage(PipelineStage):
             ) from error
 
     def _check(self, p: Port, item: Any) -> None:
-        if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
+        if p.shape is None or (p.fits(item) and item.dtype == p.dtype):
             return
         what = "dtype" if item.dtype != p.dtype else "shape"
         raise MismatchError(
@@ -285,9 +334,12 @@ class BuiltStage(PipelineStage):
         """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.
 
         The first stage receives nothing: its arguments are the model's, and the pipe checks them. Where no
-        gradient comes back, torch sends zeros, so that None is right for any gradient.
+        gradient comes back, torch sends zeros, so that None is right for any gradient. What torch expects has
+        the sizes of the first step.
         """
         if self.is_first and expected is self._stage_meta.inputs:
+            return
+        if (self.received, self.sent) != self._first:
             return
         there = [
             (want, tensor)
@@ -297,6 +349,14 @@ class BuiltStage(PipelineStage):
         super()._validate_stage_tensors(
             desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there)
         )
+
+
+def _fit(infos: Sequence[Any], ports: Sequence[Port], device: torch.device) -> None:
+    """Every buffer has the size that crosses at its port."""
+    for info, p in zip(infos, ports, strict=False):
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None and buffer.shape != p.wire_shape:
+            info.buffer = torch.empty(p.wire_shape, dtype=p.wire_dtype, device=device)
 
 
 def _nothing() -> None:
@@ -354,7 +414,7 @@ class _EarlierStage(BuiltStage):
             ]
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
             self.bwd_cache[bwd_chunk_id] = tuple(
-                self._sent(p, grad) if p.grad else None for p, grad in grads
+                grad if p.grad else None for p, grad in grads
             )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
@@ -387,6 +447,8 @@ class _StaticStage(_EarlierStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if not self.has_backward:
             return
+        self._turn_to(mb_index)
+        _fit(self.grad_recv_info[mb_index], self.sent, self.device)
         for info, p, grad in zip(
             self.grad_recv_info[mb_index],
             self.sent,
