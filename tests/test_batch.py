@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[type[nn.Module], Callable[[], tuple[Any, ...]], Any, list
         batches.Patches, lambda: with_patches(2), {"tokens": {0: BATCH}, "patches": {0: Dim("patches", min=2, max=256)}},
         ["batch(0)", "batch(0: b1)"], ["batch(0)"],
     ),
+    "cache": (batches.Cached, lambda: (tokens(3, 1),), None, ["batch(0)"], ["batch(0)"]),
     "own loss": (
         batches.Language, lambda: (tokens(8, 6), tokens(8, 6)), None, ["batch(0)"] * 2, ["batch(mean)", "batch(0)", "batch(sum)", ""],
     ),
@@ -80,7 +81,7 @@ def test_the_batch_of_every_input_and_output_is_known(name: str) -> None:
     assert text(again) == text(pipe.program)
 
 
-ON_META = ["seq first", "seq first, sizes vary", "state beside", "positions first", "own loss", "four times"]
+ON_META = ["seq first", "seq first, sizes vary", "state beside", "positions first", "cache", "own loss", "four times"]
 
 
 @pytest.mark.parametrize("name", ON_META)

@@ -14,7 +14,6 @@ from cluster.training import WIDTH, WORDS, Hidden, Words, batch, cut, gradients_
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining.microbatch import TensorChunkSpec
 from torch.nn import functional as F
 
 from stagecut import Balanced, Driver, InputError, Pipe, RankError, Setting, SplitPoint, StagecutError, StaleError, checkpoint, pipeline
@@ -209,9 +208,7 @@ def test_in_eval_mode_each_micro_batch_has_buffers_of_its_own() -> None:
 
 
 def _decode(model: nn.Module, pipe: Pipe) -> str:
-    # the model runs on samples as many as its buffers hold, and on no others: nothing shows where they are
-    rows = TensorChunkSpec(0)
-    driver = Driver(pipe, "GPipe", 4, args_chunk_spec=(rows,), output_merge_spec=rows)
+    driver = Driver(pipe, "GPipe", 4)
     for prompt in range(2):
         references = [deepcopy(model) for _ in range(4)]
         with torch.no_grad():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ so that sizes tell where the samples went.
 
 Axes = dict[int, int | str]
 """Dims that go together: number of a flat input -> dim; or of a list, counted down from -1 -> ITEM."""
+
+
+Longer = Mapping[str, int]
+"""Name of a buffer -> the dim along which it holds samples, as many as the inputs have."""
+
+
+NO_LONGER: Longer = MappingProxyType({})
 
 
 @dataclass
@@ -173,13 +181,15 @@ class Runs:
         self._shaken = seed > 0
         self._state.clear()
 
-    def __call__(self, call: Any) -> list[Any] | None:
-        """The flat outputs of one call; None where it fails."""
+    def __call__(self, call: Any, longer: Longer = NO_LONGER) -> list[Any] | None:
+        """The flat outputs of one call, with some buffers as many times as long as the inputs become; None
+        where it fails.
+        """
         if not self._left:
             return None
         self._left -= 1
         try:
-            twin = self._twin()
+            twin = self._twin(longer)
             torch.manual_seed(0)  # each run draws the same
             args, kwargs = tree_map(self._given, call)
             with giving_sizes(twin, self.inputs), _Steady(), self._around():
@@ -219,7 +229,7 @@ class Runs:
             yield
         self.mixed = mixing.found
 
-    def _twin(self) -> nn.Module:
+    def _twin(self, longer: Longer) -> nn.Module:
         """A copy of the model. Its parameters are copied once for all runs."""
         memo: dict[int, Any] = {}
         for parameter in self.module.parameters():
@@ -228,8 +238,11 @@ class Runs:
                 if self._shaken and _is_float(parameter):
                     self._state[id(parameter)].data.normal_()
             memo[id(parameter)] = self._state[id(parameter)]
-        for buffer in self.module.buffers():
-            memo[id(buffer)] = self._copy(buffer)
+        for name, buffer in self.module.named_buffers():
+            whole = buffer
+            if (dim := longer.get(name)) is not None:
+                whole = torch.cat([buffer] * self.parts, dim)
+            memo[id(buffer)] = self._copy(whole)
         for part in self._containers.parts():
             if isinstance(part, torch.Tensor) and not part.is_leaf:  # kept from a call
                 memo[id(part)] = part.detach().clone()

@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 
-from stagecut.frontend.capture.samples import PARTS, Axes, Example, Runs
-from stagecut.ir.graph import Program
+from stagecut.frontend.capture.samples import (
+    NO_LONGER,
+    PARTS,
+    Axes,
+    Example,
+    Longer,
+    Runs,
+)
+from stagecut.ir.graph import Program, nested_ops
 from stagecut.ir.types import ITEM, TensorType
 
 OTHER_DATA = 10
@@ -68,6 +75,7 @@ class Search:
             for key, value in enumerate(program.inputs)
             if isinstance(value.type, TensorType)
         }
+        self._written = _written_buffers(program)
         self._tried: dict[tuple[tuple[int, int | str], ...], Together | None] = {}
 
     @property
@@ -235,8 +243,31 @@ class Search:
             self._tried[key] = self._attempt(dict(axes)) if axes else None
         return self._tried[key]
 
+    def _on_more(self, axes: Axes) -> list[Any] | None:
+        """The outputs on more samples. A model that keeps something for each sample in buffers that it
+        writes, such as keys and values, has longer ones then.
+        """
+        parts = self.runs.parts
+        sizes = {self.example.size(key, dim) for key, dim in axes.items()}
+        for longer in (NO_LONGER, *self._kept_along(sizes)):
+            whole = self.runs(self.example.longer(axes, parts), longer)
+            if whole is not None:
+                return whole
+        return None
+
+    def _kept_along(self, sizes: set[int]) -> Iterator[Longer]:
+        """The written buffers that have one of these sizes along a dim, the first dims first."""
+        for dim in range(DEEPEST):
+            longer = {
+                name: dim
+                for name, shape in self._written.items()
+                if dim < len(shape) and shape[dim] in sizes
+            }
+            if longer:
+                yield longer
+
     def _attempt(self, axes: Axes) -> Together | None:
-        whole = self.runs(self.example.longer(axes, self.runs.parts))
+        whole = self._on_more(axes)
         if whole is None or len(whole) != self._outputs:
             return None
         if self.base is None:
@@ -246,6 +277,16 @@ class Search:
             return None
         found = Together(axes, UNKNOWN, whole, other)
         return replace(found, state=_state(self.base, found))
+
+
+def _written_buffers(program: Program) -> dict[str, tuple[Any, ...]]:
+    """The shape of each buffer that an op of the program writes."""
+    written = {v for op in nested_ops(program.all_ops()) for v in op.effects.writes}
+    return {
+        entry.name: entry.type.shape
+        for entry in program.state
+        if entry.value in written and isinstance(entry.type, TensorType)
+    }
 
 
 def _may_be_chosen(one: Together, rivals: Sequence[Together]) -> bool:
