@@ -39,7 +39,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from stagecut import SplitPoint, pipeline
-from stagecut.backend.ranks.driver import placement
+from stagecut.backend.ranks.placement import placement
 
 Step = Callable[[], float]
 

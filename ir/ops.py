@@ -56,6 +56,22 @@ class Facts:
     """Costs: on a GPU it keeps its operand and one number per row."""
     grouped_product: bool = False
     """Costs: it is a product of matrices in groups, for which torch has no formula."""
+    over_samples: str = ""
+    """How its result, a number, follows from its operands: `mean` or `sum` of their elements; `same`: it is
+    the operand; `scaled`: by a factor; `added`: to another; `listed`: the operands in a row. Over-samples.
+    """
+    reduction: int | None = None
+    """The position of the argument that says whether a loss is a mean (1) or a sum (2). Over-samples."""
+    fills: bool = False
+    """It puts the elements of its third argument where its second one, a mask, is set. Filled."""
+    expands: bool = False
+    """Its result is its first operand, repeated. Filled."""
+    along_dim: bool = False
+    """Its results depend on all elements along the dim that is its second argument. Batch."""
+    along_keys: bool = False
+    """Its results depend on all rows of its second argument. Batch."""
+    in_space: bool = False
+    """Its results depend on neighbours along all dims but the first two. Batch."""
     iteration: str = ""
     """The overload that Python's own unpacking of its operand stands for. Emission."""
     bindings: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +185,8 @@ def _facts() -> dict[str, Facts]:
         uninitialised=True,
     )
 
+    for names, known in _OF_BATCHES:
+        know(names, **known)
     know("unbind", iteration="int")
     for home, overloads in _BINDINGS.items():
         for spelled in overloads.split():
@@ -176,6 +194,42 @@ def _facts() -> dict[str, Facts]:
             know((name,), bindings={overload: f"{home}.{name}"})
     return table
 
+
+_OF_BATCHES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod",
+        {"along_dim": True},
+    ),
+    (
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
+        "_scaled_dot_product_fused_attention_overrideable",
+        {"along_keys": True},
+    ),
+    ("conv1d conv2d conv3d convolution", {"in_space": True}),
+    ("masked_scatter masked_scatter_", {"fills": True}),
+    ("expand expand_as", {"expands": True}),
+    ("mean", {"over_samples": "mean"}),
+    ("sum count_nonzero", {"over_samples": "sum"}),
+    (
+        "clone detach alias to _to_copy view reshape squeeze contiguous float double neg",
+        {"over_samples": "same"},
+    ),
+    ("mul div", {"over_samples": "scaled"}),
+    ("add sub", {"over_samples": "added"}),
+    ("stack", {"over_samples": "listed"}),
+    (
+        "mse_loss l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss multilabel_margin_loss",
+        {"reduction": 2},
+    ),
+    (
+        "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d binary_cross_entropy",
+        {"reduction": 3},
+    ),
+    ("binary_cross_entropy_with_logits", {"reduction": 4}),
+)
+"""The facts that tell how a batch goes through an op."""
 
 _BINDINGS = {
     "torch": """

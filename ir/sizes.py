@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from stagecut.ir.errors import StagecutError
@@ -109,7 +109,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
     return _OWN | {name: getattr(sympy, own) for name, own in _FUNCTIONS.items()}
 
 
-@cache
+@lru_cache(2**12)
 def evaluate(text: str, sizes: tuple[tuple[str, int], ...]) -> int | None:
     """The number that an expression over sizes stands for; None when it is open or unknown."""
     import sympy

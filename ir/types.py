@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Dim = int | str
 """A size: a number, or an expression over symbols such as `s0` or `2*s0`."""
@@ -55,15 +55,54 @@ def dtype_bytes(dtype: str) -> int:
     return _BYTES.get(dtype, 1)
 
 
+ITEM = "item"
+ANY = "any"
+MEAN = "mean"
+SUM = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the samples of a batch are in a tensor.
+
+    They lie along `dim`, and `size` is the size of that dim: `b`, the number of samples; `4*b`, four rows for
+    each sample, those of one sample together; `b + b`, all samples twice, one block after the other. Batches
+    that are divided independently have symbols of their own: `b`, `b1`.
+
+    A tensor without such a dim has a word for `dim`. `item`: the tensor is an item of a list that has one for
+    each sample. `mean`, `sum`: the tensor is a number, the mean or the sum over the samples.
+    """
+
+    dim: int | str
+    size: str = "b"
+
+    @property
+    def terms(self) -> tuple[tuple[int, str], ...]:
+        """The blocks that lie one after the other: how many rows for each sample, and of which batch."""
+        if self.size == ANY:
+            return ((1, ANY),)
+        parts = (term.strip().rpartition("*") for term in self.size.split("+"))
+        return tuple((int(rows or 1), symbol) for rows, _, symbol in parts)
+
+    def __str__(self) -> str:
+        plain = self.size == "b" or self.dim in (MEAN, SUM)
+        return f"batch({self.dim})" if plain else f"batch({self.dim}: {self.size})"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """A tensor. `strides` is None when the layout is contiguous; `grad` says whether it carries gradient."""
+    """A tensor. `strides` is None when the layout is contiguous; `grad` says whether it carries gradient.
+
+    `batch` is known of the inputs and outputs of a program, and is no part of the type's identity: tensors
+    are of one type wherever the batch is.
+    """
 
     dtype: str
     shape: tuple[Dim, ...]
     strides: tuple[Dim, ...] | None = None
     device: str = "cpu"
     grad: bool = False
+    batch: Batch | None = field(default=None, compare=False)
 
     @property
     def differentiable(self) -> bool:
@@ -83,7 +122,9 @@ class TensorType:
             text += "{" + ",".join(map(str, self.strides)) + "}"
         if self.device != "cpu":
             text += f"@{self.device}"
-        return text + (" grad" if self.grad else "")
+        if self.grad:
+            text += " grad"
+        return text if self.batch is None else f"{text} {self.batch}"
 
 
 @dataclass(frozen=True, slots=True)

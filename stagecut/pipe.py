@@ -25,6 +25,7 @@ from stagecut.check import (
     is_cheap,
     is_real,
 )
+from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.capture.eager import EagerPath
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
@@ -282,6 +283,15 @@ def lower(
     """
     program, bindings, exported = _lowered(
         module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
+    )
+    mark_batches(
+        program,
+        module if isinstance(module, nn.Module) else None,
+        bindings.call,
+        tuple(args or ()),
+        kwargs or {},
+        exported,
+        isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
     )
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:

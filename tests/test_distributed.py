@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.backend.ranks.agree import agree_on_program
-from stagecut.backend.ranks.driver import placement
+from stagecut.backend.ranks.placement import placement
 from stagecut.backend.ranks.stage import MismatchError
 from stagecut.ir.text.printer import _ON_DEVICE
 

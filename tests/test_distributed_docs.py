@@ -89,9 +89,10 @@ def refusals() -> dict[str, Callable[[], Any]]:
         "input 'tokens' has a batch of 18, which 4 micro-batches do not divide": lambda: Driver(
             chain(2, dynamic_shapes=sizes), "GPipe", 4
         ).eval(torch.randn(18, 8)),
-        "shape mismatch: input 'tokens' has shape [12, 8], the program was traced with [4, 8]": lambda: Driver(chain(2), "GPipe", 4).eval(
-            torch.randn(12, 8)
-        ),
+        "input 'tokens' has shape [12, 8], and 4 micro-batches of [4, 8], as traced, have 16 along dim 0": lambda: Driver(
+            chain(2), "GPipe", 4
+        ).eval(torch.randn(12, 8)),
+        "nothing is divided among 4 micro-batches": lambda: Driver(chain(2), "GPipe", 4).eval(torch.randn(4, 8)),
         "depends on data, so the receiver cannot know it": lambda: Driver(pipeline(Nonzero(), (torch.ones(4),), check=None)).eval(
             torch.ones(4)
         ),

@@ -318,7 +318,7 @@ def test_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str], tmp
     sizes = ("--config", "num_hidden_layers=2", "--batch", "3", "--length", "5")
     program = parse(output(capsys, "hf:LlamaForCausalLM", *sizes, "--passes", ""))
     assert program.name == "LlamaForCausalLM"
-    assert str(program.inputs[0].type) == "i64[3,5]"
+    assert str(program.inputs[0].type) == "i64[3,5] batch(0)"
     assert not any(e.name.startswith("model.layers.2.") for e in program.state)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"num_hidden_layers": 1}))

@@ -347,7 +347,7 @@ def test_a_driver_prints_its_schedule_its_placement_and_its_sizes() -> None:
     )
     assert first.splitlines()[0] == "Driver of Words: Schedule1F1B, 2 stages on 2 ranks, 4 micro-batches, this is rank 0"
     assert "  stage 0 on rank 0, here: " in first
-    assert first.splitlines()[-1] == "  input tokens : i64[2,6]"
+    assert first.splitlines()[-1] == "  input tokens : i64[2,6] batch(0)"
 
 
 def _printed(model: nn.Module, pipe: Pipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from helpers import defining, load, named, rules_broken
@@ -13,7 +14,7 @@ from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import SPLIT, Effects, Op, Program, StateEntry, Transfer, Value
 from stagecut.ir.text.parser import parse
-from stagecut.ir.types import NONE, TensorType
+from stagecut.ir.types import NONE, Batch, TensorType
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
@@ -364,6 +365,10 @@ def _view_of_no_operand(p: Program) -> None:
     p.ops[0].effects = Effects(views=(Value(F32, "other"),))
 
 
+def _samples_along_no_dim(p: Program) -> None:
+    p.inputs[0].type = replace(p.inputs[0].type, batch=Batch(len(p.inputs[0].type.shape)))  # type: ignore[type-var, union-attr]
+
+
 def _traced_with_stages(p: Program) -> None:
     staged = parse(STAGED.format("  stage 0 {\n  }"))
     p.stages = staged.stages
@@ -380,6 +385,7 @@ MUTATED: list[tuple[str, Callable[[Program], None]]] = [
     ("V3", _wrong_owner),
     ("V3", _input_twice),
     ("V3", _input_with_owner),
+    ("V19", _samples_along_no_dim),
     ("V4", _name_of_two_entries),
     ("V4", _name_twice_in_an_entry),
     ("V5", _write_to_no_operand),
@@ -455,7 +461,7 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 19)}
+    assert listed == {f"V{n}" for n in range(1, 20)}
     assert listed == in_text | {rule for rule, _ in MUTATED}
 
 

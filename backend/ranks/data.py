@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from stagecut.backend.ranks.batch import Call
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, nearest
 
@@ -48,38 +49,38 @@ class Data:
         self._pipe, self._homes, self._group = pipe, homes, group
         self._device, self._way, self._rank = device, way, dist.get_rank(group)
 
-    def moved(
-        self, inputs: tuple[Any, Any], labels: tuple[Any, Any]
-    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """The arguments and keyword arguments of the model, and the target and `loss_kwargs`, on the ranks
-        that read them. Other ranks have tensors of the same sizes without memory.
+    def moved(self, call: Call, count: int) -> Call:
+        """The arguments of a call of `count` micro-batches, on the ranks that read them. Other ranks have
+        tensors of the same sizes without memory.
         """
         if self._way == "all":
-            return inputs, labels
+            return call
         first, last = self._homes[0], self._homes[-1]
-        readers = self._readers(inputs) if self._rank == first else {}
+        readers = self._readers(call.calls(count)) if self._rank == first else {}
         source = first if self._way == "first" else last
         targets = {
             id(leaf): (last,)
-            for leaf in tree_flatten(labels)[0]
+            for leaf in tree_flatten(call.labels)[0]
             if isinstance(leaf, torch.Tensor)
         }
-        return self._move(inputs, readers, first), self._move(labels, targets, source)
+        inputs = self._move(call.inputs, readers, first)
+        return Call(*inputs, *self._move(call.labels, targets, source))
 
     def _readers(
-        self, inputs: tuple[Any, Mapping[str, Any]]
+        self, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
     ) -> dict[int, tuple[int, ...]]:
         """Tensor of the arguments -> the ranks whose stages read it."""
-        pipe = self._pipe
-        spec, args, kwargs = pipe._call_spec, *inputs
-        flat = spec.flatten(args, dict(kwargs)) if spec is not None else list(args)
+        pipe, spec = self._pipe, self._pipe._call_spec
+        stages, returned = pipe.program.stages, pipe.program.output.operands
         found: dict[int, set[int]] = {}
-        for value, item in zip(pipe.program.inputs, flat, strict=True):
-            stages = [s.index for s in pipe.program.stages if value in s.inputs]
-            ranks = {self._homes[index] for index in stages} | {self._homes[0]}
-            if value in pipe.program.output.operands:
-                ranks.add(self._homes[-1])
-            found.setdefault(id(item), set()).update(ranks)
+        for args, kwargs in calls:
+            flat = spec.flatten(args, dict(kwargs)) if spec is not None else list(args)
+            for value, item in zip(pipe.program.inputs, flat, strict=True):
+                ranks = {self._homes[s.index] for s in stages if value in s.inputs}
+                ranks |= {self._homes[0]}
+                if value in returned:
+                    ranks.add(self._homes[-1])
+                found.setdefault(id(item), set()).update(ranks)
         return {place: tuple(sorted(ranks)) for place, ranks in found.items()}
 
     def _move(

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    get_schedule_class,
-)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_tied
+from stagecut.backend.ranks.batch import Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws
@@ -34,19 +30,21 @@ from stagecut.backend.ranks.losses import (
     takes_no_target,
     tell,
 )
+from stagecut.backend.ranks.placement import (
+    own_device,
+    placement,
+    refuse_no_group,
+    schedule_class,
+)
 from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.backend.ranks.trained import changed_here, follow
-from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
+from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
-from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Value
-from stagecut.ir.run.call import check_inputs
-from stagecut.ir.run.objects import opened
-from stagecut.ir.types import TensorType, value_bytes
+from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.types import value_bytes
 
 
 class Driver:
@@ -69,6 +67,10 @@ class Driver:
     the contents of their arguments; they compare sizes in every call. `data_on`: the ranks that are given the
     arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
     rank of the last stage with target and `loss_kwargs`; the others call without.
+
+    The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
+    `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
+    schedules.
     """
 
     def __init__(
@@ -88,14 +90,19 @@ class Driver:
         eval_mode: bool | None = None,
         compare_steps: int = 2,
         data_on: str = "all",
+        *,
+        args_chunk_spec: Sequence[Any] | None = None,
+        kwargs_chunk_spec: Mapping[str, Any] | None = None,
+        target_chunk_spec: Any = None,
+        output_merge_spec: Any = None,
     ) -> None:
-        _refuse_no_group(group)
+        refuse_no_group(group)
         self.pipe = pipe
         self.n_microbatches = n_microbatches
         self.loss_fn = loss_fn
         self.group = group
-        self.schedule_class = _schedule_class(schedule)
-        self.device = torch.device(device) if device is not None else _own_device(group)
+        self.schedule_class = schedule_class(schedule)
+        self.device = torch.device(device) if device is not None else own_device(group)
         self._scale = 1.0 / n_microbatches if scale_grads else 1.0
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
@@ -125,9 +132,11 @@ class Driver:
         }
         if loss_fn is not None:
             trained.add(pipe)
-        self._last_boundary = boundaries(pipe.program, fed_inputs(pipe.program))[-1]
+        specs = ChunkSpecs(
+            args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+        )
+        self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
-        self._chunks: list[list[Any]] = []
         self.faults = Faults(group, self.placement)
         ours = pipe, self.placement, group, self.device, self.faults
         self.gradients, self.precision = Gradients(*ours), Precision(*ours)
@@ -136,6 +145,11 @@ class Driver:
     def is_last(self) -> bool:
         """True on the rank that has the last stage, and so the outputs and the losses."""
         return self.pipe.num_stages - 1 in self.stage_indices
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The outputs of the calls so far that could not be put together, and why."""
+        return tuple(self._batch.notes)
 
     def __repr__(self) -> str:
         """The schedule, which rank has which stage, and the sizes of a micro-batch."""
@@ -164,24 +178,33 @@ class Driver:
         *args: Any,
         target: Any = None,
         loss_kwargs: Mapping[str, Any] | None = None,
+        arg_mbs: Sequence[Any] | None = None,
+        kwarg_mbs: Sequence[Any] | None = None,
+        target_mbs: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, StepLosses]:
-        """One step on a whole batch: the model's own arguments, the same on every rank.
+        """One step on a whole batch: the model's own arguments, the same on every rank. Or on micro-batches
+        as they are, of any number of samples: `arg_mbs`, `kwarg_mbs`, `target_mbs`.
 
         Returns the outputs in the model's structure on the last stage's rank, None elsewhere, and the losses
         of the micro-batches with the loss and the metrics of the batch. With a loss function, gradients of
-        the loss of the batch are accumulated. `loss_kwargs` are divided as `target` is.
+        the loss of the batch are accumulated. `loss_kwargs` are divided as `target` is, and each micro-batch
+        of `arg_mbs` is given all of them.
 
         Raises InputError when the arguments do not fit, and RankError on every rank when a rank fails or dies
         (backend/ranks/faults.py).
         """
-        return self._run(args, kwargs, target, loss_kwargs, "step")
+        labels = target, target_mbs, loss_kwargs
+        return self._run(Call(args, kwargs, arg_mbs, kwarg_mbs, *labels), "step")
 
     def eval(
         self,
         *args: Any,
         target: Any = None,
         loss_kwargs: Mapping[str, Any] | None = None,
+        arg_mbs: Sequence[Any] | None = None,
+        kwarg_mbs: Sequence[Any] | None = None,
+        target_mbs: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, StepLosses]:
         """As `step`, forward only. Without a target, a loss function that takes one is not called.
@@ -190,7 +213,8 @@ class Driver:
         afterwards. Otherwise the mode stays as `pipe.eval()` and `pipe.train()` set it.
         """
         with torch.no_grad(), self._evaluating():
-            return self._run(args, kwargs, target, loss_kwargs, "eval")
+            labels = target, target_mbs, loss_kwargs
+            return self._run(Call(args, kwargs, arg_mbs, kwarg_mbs, *labels), "eval")
 
     def train(self, mode: bool = True) -> Driver:
         """The pipe is in train mode, or with False in eval mode, as after `pipe.train(mode)`. Each rank calls
@@ -224,36 +248,26 @@ class Driver:
             for part, mode in before.items():
                 part.training = mode
 
-    def _run(
-        self,
-        args: Any,
-        kwargs: Any,
-        target: Any,
-        loss_kwargs: Mapping[str, Any] | None,
-        how: str,
-    ) -> tuple[Any, StepLosses]:
+    def _run(self, call: Call, how: str) -> tuple[Any, StepLosses]:
         with self.faults.together():
-            inputs, labels = self._data.moved((args, kwargs), (target, loss_kwargs))
-        (args, kwargs), (target, loss_kwargs) = inputs, labels
-        losses = self._agreed(args, kwargs, target, loss_kwargs, how)
+            call = self._data.moved(call, self.n_microbatches)
+        losses = self._agreed(call, how)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
-            sizes = self._split(args, kwargs)
+            cast = self.precision.agreed.change is not None
+            sizes = self._batch.of_call(call, cast)
             if losses is not None:
-                losses.begin(
-                    _split_target(target, self.n_microbatches),
-                    _split_target(loss_kwargs, self.n_microbatches),
-                )
+                losses.begin(*self._batch.labels(call))
         dtypes = self.precision.dtypes(
-            lambda index, dtypes: self._made(index, sizes, dtypes)
+            lambda index, dtypes: self._made(index, sizes[0], dtypes)
         )
         with self.faults.alike():
             schedule, stages = self._prepared(sizes, dtypes)
         self.draws.begin()
         for stage in stages:
-            stage.microbatches = self._chunks
+            stage.microbatches = self._batch.inputs
             stage.results = {} if self._returns else None
             stage.buffers = self._buffers[stage.stage_index]
             stage.buffers.begin(self.n_microbatches, not self.pipe.training)
@@ -264,35 +278,19 @@ class Driver:
         results = next(s for s in stages if s.is_last).results
         if results is None:
             return None, told
-        structured = [
-            self._structure(results[i], i) for i in range(self.n_microbatches)
-        ]
-        return self._merge(structured), told
+        return self._batch.joined(results), told
 
-    def _agreed(
-        self,
-        args: Any,
-        kwargs: Any,
-        target: Any,
-        loss_kwargs: Mapping[str, Any] | None,
-        how: str,
-    ) -> Losses | None:
+    def _agreed(self, call: Call, how: str) -> Losses | None:
         """What computes the losses of a call, None for no losses. The ranks agree on the arguments, and the
         program says which parameters are trained.
         """
-        given = {
-            "args": args,
-            "kwargs": kwargs,
-            "target": target,
-            "loss_kwargs": loss_kwargs,
-        }
         with self.faults.together(agreed=(StagecutError,)):
             modules = self.modules
             changed = (
                 changed_here(self.pipe, self.stage_indices),
                 self.precision.changed_here(),
             )
-            agreed = self._calls.agree(how, given, changed)
+            agreed = self._calls.agree(how, vars(call), changed)
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
@@ -300,8 +298,9 @@ class Driver:
             self.precision.agree(modules)
         if self.losses is None:
             return None
-        if self.placement[-1] in agreed.has["target"] or takes_no_target(
-            self.losses.loss_fn, [*(loss_kwargs or ())]
+        given = agreed.has["target"] | agreed.has["target_mbs"]
+        if self.placement[-1] in given or takes_no_target(
+            self.losses.loss_fn, [*(call.loss_kwargs or ())]
         ):
             return self.losses
         if how == "eval":
@@ -361,14 +360,18 @@ class Driver:
         stage = make_stage(
             self.pipe, index, self.device, self.group, sizes, True, dtypes, self.draws
         )
-        stage.submod, stage.microbatches = self.modules[index], self._chunks
+        stage.submod, stage.microbatches = self.modules[index], self._batch.inputs
         return stage
 
-    def _prepared(self, sizes: Sizes, dtypes: Dtypes) -> tuple[Any, list[BuiltStage]]:
-        """The schedule and its stages for these sizes and dtypes, made at their first use."""
-        key = tuple(sorted(sizes.items())), tuple(dtypes.values())
+    def _prepared(
+        self, sizes: list[Sizes], dtypes: Dtypes
+    ) -> tuple[Any, list[BuiltStage]]:
+        """The schedule and its stages for these dtypes, made at their first use. They receive into buffers of
+        these sizes, one for each micro-batch.
+        """
+        key = tuple(dtypes.values())
         if key not in self._schedules:
-            stages = [self._made(i, sizes, dtypes) for i in self.stage_indices]
+            stages = [self._made(i, sizes[0], dtypes) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             try:
@@ -385,6 +388,8 @@ class Driver:
                     hint="another number of micro-batches, or another schedule",
                 ) from None
             self._schedules[key] = made, stages
+        for stage in self._schedules[key][1]:
+            stage.resize(sizes)
         return self._schedules[key]
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
@@ -392,7 +397,7 @@ class Driver:
         index, packed = int(number), as_tuple(output)
         if self._now is None:
             return torch.zeros(())
-        result = self._structure(packed, index)
+        result = self._batch.structured(packed, index)
         grad = torch.is_grad_enabled()
         look = grad or not (index or "eval" in self._looked)
         with torch.set_grad_enabled(look):
@@ -408,54 +413,6 @@ class Driver:
             for _, stages in self._schedules.values():
                 for stage in stages:
                     stage.whole |= stage.is_last
-
-    def _structure(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
-        """The model's own output of one micro-batch."""
-        program = self.pipe.program
-        made = dict(zip(self._last_boundary, packed, strict=True))
-        given = {
-            v: item
-            for v, item in zip(program.inputs, self._chunks[chunk], strict=True)
-            if v not in made
-        }
-        flat = [
-            leaf
-            if not isinstance(leaf, Value)
-            else given[leaf]
-            if leaf in given
-            else made[leaf]
-            if isinstance(leaf.type, TensorType)
-            else made[leaf].item()
-            for leaf in program.outputs
-        ]
-        spec = self.pipe._call_spec
-        return spec.unflatten(flat) if spec is not None else flat
-
-    def _merge(self, outputs: list[Any]) -> Any:
-        """The outputs of all micro-batches as those of one batch: tensors are joined along dim 0; a number
-        becomes the mean.
-        """
-        return tree_map(_join, *map(opened, outputs))
-
-    def _split(self, args: Any, kwargs: Any) -> dict[str, int]:
-        """Sets the flat inputs of every micro-batch; returns the symbolic sizes of one."""
-        spec = self.pipe._call_spec
-        flat = spec.flatten(args, kwargs) if spec is not None else list(args)
-        inputs, count = self.pipe.program.inputs, self.n_microbatches
-        batch = _batch_symbol(inputs)
-        parts = [
-            _chunks(v, item, count, batch) for v, item in zip(inputs, flat, strict=True)
-        ]
-        self._chunks = [
-            [_to(part[i], self.device) for part in parts] for i in range(count)
-        ]
-        # all chunks have the same sizes
-        return check_inputs(
-            inputs,
-            self._chunks[0],
-            spec.ranges if spec is not None else None,
-            cast=self.precision.agreed.change is not None,
-        )
 
     def sync_shared_gradients(self) -> None:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
@@ -493,36 +450,6 @@ class Driver:
         )
 
 
-def _schedule_class(name: str) -> Any:
-    try:
-        return get_schedule_class(name)
-    except ValueError:
-        raise StagecutError(
-            f"there is no schedule '{name}'",
-            hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}",
-        ) from None
-
-
-def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
-    """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place so many
-    stages.
-    """
-    name = schedule.__name__
-    v = name.removeprefix("Schedule") in V
-    if issubclass(schedule, PipelineScheduleMulti):
-        if stages % ranks or (v and stages != 2 * ranks):
-            raise StagecutError(
-                f"{name} cannot place {stages} stages on {ranks} ranks",
-                hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple",
-            )
-    elif stages != ranks:
-        raise StagecutError(
-            f"{name} has one stage a rank: {stages} stages, {ranks} ranks",
-            hint=f"cut into {ranks} stages",
-        )
-    return homes(stages, ranks, v)
-
-
 def described(driver: Driver) -> str:
     """A driver as text: schedule, placement, sizes."""
     program, ranks = driver.pipe.program, dist.get_world_size(driver.group)
@@ -543,104 +470,6 @@ def described(driver: Driver) -> str:
             f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
         )
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
-    lines += [
-        f"  ran with {', '.join(f'{name}={size}' for name, size in sizes)}"
-        for sizes, _ in driver._schedules
-        if sizes
-    ]
+    ran = (", ".join(f"{k}={v}" for k, v in s.items()) for s in driver._batch.sizes)
+    lines += [f"  ran with {sizes}" for sizes in dict.fromkeys(ran) if sizes]
     return "\n".join(lines)
-
-
-def _refuse_no_group(group: Group) -> None:
-    """Returns when this process is in the process group. Raises StagecutError otherwise."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise StagecutError(
-            "a Driver runs on a process group, and there is none",
-            hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
-            "process",
-        )
-    if dist.get_rank(group) < 0:
-        raise StagecutError(
-            f"rank {dist.get_rank()} is not in the group of the Driver",
-            hint="make a Driver on the ranks of the group only",
-        )
-
-
-def _own_device(group: Group) -> torch.device:
-    if "nccl" in str(dist.get_backend(group)):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _batch_symbol(inputs: Sequence[Value]) -> str | None:
-    """The symbolic size of the batch: that of the first input whose first dim varies."""
-    for value in inputs:
-        if (
-            isinstance(value.type, TensorType)
-            and value.type.shape
-            and isinstance(value.type.shape[0], str)
-        ):
-            return value.type.shape[0]
-    return None
-
-
-def _chunks(value: Value, item: Any, count: int, batch: str | None) -> list[Any]:
-    """One input of the whole batch, split for the micro-batches. An input without a batch dimension is the
-    same for all.
-    """
-    kind = value.type
-    if (
-        count == 1
-        or not isinstance(item, torch.Tensor)
-        or not isinstance(kind, TensorType)
-        or item.dim() != len(kind.shape)
-    ):
-        return [item] * count
-    dim = next(
-        (d for d, want in enumerate(kind.shape) if want == batch and batch is not None),
-        None,
-    )
-    if dim is None:
-        dim = next(
-            (
-                d
-                for d, want in enumerate(kind.shape)
-                if isinstance(want, int) and item.shape[d] == count * want != want
-            ),
-            None,
-        )
-    if dim is None:
-        return [item] * count
-    if item.shape[dim] % count:
-        raise InputError(
-            f"input '{value.hint}' has a batch of {item.shape[dim]}, which {count} micro-batches do not "
-            "divide",
-            hint="pass a multiple of n_microbatches",
-        )
-    return list(item.chunk(count, dim))
-
-
-def _split_target(target: Any, count: int) -> list[Any]:
-    if target is None:
-        return []
-
-    def part(item: Any, index: int) -> Any:
-        return (
-            item.tensor_split(count)[index]
-            if isinstance(item, torch.Tensor) and item.dim()
-            else item
-        )
-
-    return [tree_map(lambda item, i=i: part(item, i), target) for i in range(count)]
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, torch.Tensor) else item
-
-
-def _join(*items: Any) -> Any:
-    if not isinstance(items[0], torch.Tensor):
-        return items[0]
-    if items[0].dim():
-        return torch.cat(items)
-    return torch.stack(items).mean() if items[0].is_floating_point() else items[0]

@@ -6,7 +6,7 @@ every model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -85,30 +85,24 @@ class BuiltStage(PipelineStage):
         program = pipe.program
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
-        last = index == len(program.stages) - 1
+        self._received, self._sent_on = lists[index - 1] if index else [], lists[index]
         _scaled.setdefault(pipe, set())
         self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.received = [
-            port(v, sizes, dtypes.get(v)) for v in (lists[index - 1] if index else ())
-        ]
-        self.sent = [port(v, sizes, dtypes.get(v), as_it_is=last) for v in lists[index]]
-        self.draws = draws
+        self.draws, self._dtypes = draws, dtypes
         self.buffers: Buffers | None = None
         self._state = draws.port if draws is not None else None
-        if self._state is not None:
-            self.received += [self._state] * (index > 0)
-            self.sent += [self._state] * (not last)
         self._now = 0
         self.whole = False
+        self._ports: list[tuple[list[Port], list[Port]]] = []
+        self.received, self.sent = self._first = self._ports_for(sizes)
         self._owned = written_inputs(self.block)
-        self._strides = {p.value: p.strides for p in self.received}
         self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
         self._fed = [
             (i, v)
             for i, v in enumerate(program.inputs)
-            if (v in self.block.inputs or index == 0) and v not in self._strides
+            if (v in self.block.inputs or index == 0) and v not in self._received
         ]
         metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
         arriving = {p.value for p in self.received if p.grad}
@@ -131,6 +125,44 @@ class BuiltStage(PipelineStage):
             dw_builder=runner,
         )
 
+    def _ports_for(self, sizes: Sizes) -> tuple[list[Port], list[Port]]:
+        """What is received and what is handed on, in a micro-batch of these sizes."""
+        last, dtypes = self.block is self.pipe.program.stages[-1], self._dtypes
+        received = [port(v, sizes, dtypes.get(v)) for v in self._received]
+        sent = [port(v, sizes, dtypes.get(v), as_it_is=last) for v in self._sent_on]
+        if self._state is not None:
+            received += [self._state] * (self.block.index > 0)
+            sent += [self._state] * (not last)
+        return received, sent
+
+    def resize(self, sizes: Sequence[Sizes]) -> None:
+        """The micro-batches of the next step have these sizes, one for each."""
+        made: dict[tuple[tuple[str, int], ...], tuple[list[Port], list[Port]]] = {}
+        self._ports = []
+        for mine in sizes:
+            key = tuple(sorted(mine.items()))
+            if key not in made:
+                made[key] = self._ports_for(mine)
+            self._ports.append(made[key])
+
+    def _turn_to(self, chunk: int) -> None:
+        """The ports are those of this micro-batch."""
+        if self._ports:
+            self.received, self.sent = self._ports[chunk]
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """As torch's, into buffers of the sizes of this micro-batch."""
+        self._turn_to(fwd_chunk_id)
+        _fit(self.args_recv_info[fwd_chunk_id], self.received, self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """As torch's, into buffers of the sizes of this micro-batch."""
+        self._turn_to(bwd_chunk_id)
+        if self.has_backward and not self.is_last:
+            _fit(self.grad_recv_info[bwd_chunk_id], self.sent, self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
     def forward_one_chunk(
         self,
         fwd_chunk_id: int,
@@ -140,6 +172,7 @@ class BuiltStage(PipelineStage):
     ) -> Any:
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
         self._now = fwd_chunk_id
+        self._turn_to(fwd_chunk_id)
         if self.fed:
             args, kwargs = (), self.fed_with(fwd_chunk_id)
         try:
@@ -189,8 +222,9 @@ class BuiltStage(PipelineStage):
             p.value: p.unpack(t)
             for p, t in zip(self.received, () if self.is_first else args, strict=True)
         }
+        strides = {p.value: p.strides for p in self.received}
         inputs = [
-            writable(values[v], self._strides.get(v)) if v in self._owned else values[v]
+            writable(values[v], strides.get(v)) if v in self._owned else values[v]
             for v in self.block.inputs
         ]
         with writes_explained(self.stage_index), self._apart(values):
@@ -274,7 +308,19 @@ class BuiltStage(PipelineStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         """As torch's, but nothing in an eval."""
         if self.has_backward:
+            self._turn_to(mb_index)
+            _fit(self.grad_recv_info[mb_index], self.sent, self.device)
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """As torch's, with zeros of the sizes of this micro-batch where no gradient comes back."""
+        self._turn_to(bwd_chunk_id)
+        if self.has_backward and not self.is_first:
+            grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                self._sent(p, grad) if p.grad else grad for p, grad in grads
+            )
+        return super().get_bwd_send_ops(bwd_chunk_id)
 
     def clear_runtime_states(self) -> None:
         """As torch's, which calls it when a step begins."""
@@ -319,7 +365,7 @@ class BuiltStage(PipelineStage):
             ) from error
 
     def _check(self, p: Port, item: Any) -> None:
-        if p.shape is None or (item.shape == p.shape and item.dtype == p.dtype):
+        if p.shape is None or (p.fits(item) and item.dtype == p.dtype):
             return
         what = "dtype" if item.dtype != p.dtype else "shape"
         raise MismatchError(
@@ -341,9 +387,12 @@ class BuiltStage(PipelineStage):
         """As torch's, which TORCH_DISTRIBUTED_DEBUG=DETAIL turns on.
 
         The first stage receives nothing: its arguments are the model's, and the pipe checks them. Where no
-        gradient comes back, torch sends zeros, so that None is right for any gradient.
+        gradient comes back, torch sends zeros, so that None is right for any gradient. What torch expects has
+        the sizes of the first step.
         """
         if self.is_first and expected is self._stage_meta.inputs:
+            return
+        if (self.received, self.sent) != self._first:
             return
         there = [
             (want, tensor)
@@ -359,6 +408,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _fit(infos: Sequence[Any], ports: Sequence[Port], device: torch.device) -> None:
+    """Every buffer has the size that crosses at its port."""
+    for info, p in zip(infos, ports, strict=False):
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None and buffer.shape != p.wire_shape:
+            info.buffer = torch.empty(p.wire_shape, dtype=p.wire_dtype, device=device)
 
 
 def _nothing() -> None:
@@ -416,7 +473,7 @@ class _EarlierStage(BuiltStage):
             ]
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
             self.bwd_cache[bwd_chunk_id] = tuple(
-                self._sent(p, grad) if p.grad else None for p, grad in grads
+                grad if p.grad else None for p, grad in grads
             )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
@@ -449,6 +506,8 @@ class _StaticStage(_EarlierStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if not self.has_backward:
             return
+        self._turn_to(mb_index)
+        _fit(self.grad_recv_info[mb_index], self.sent, self.device)
         for info, p, grad in zip(
             self.grad_recv_info[mb_index],
             self.sent,

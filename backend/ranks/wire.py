@@ -24,6 +24,9 @@ from stagecut.ir.types import DTYPES, ScalarType, TensorType, carries_grad
 Sizes = Mapping[str, int]
 """Symbolic size -> its value in this call."""
 
+OPEN = -1
+"""Stands for a size that depends on data."""
+
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _SIGNED = {
     torch.uint16: torch.int16,
@@ -59,7 +62,8 @@ class Port:
     shape and dtype are the value's own, shape None for a number. order: the dims from the widest stride to
     the narrowest; repeated: dims along which all elements are the same one, of which only the first crosses.
     grad: whether a gradient comes back. strides: those of the value, None where its elements lie one after
-    the other in the order of its dims.
+    the other in the order of its dims. A size of OPEN is known when the value is there; such a value does not
+    cross.
     """
 
     value: Value
@@ -82,9 +86,24 @@ class Port:
         if self.shape is None:
             return ()
         crossing = tuple(
-            1 if dim in self.repeated else self.shape[dim] for dim in self.order
+            1 if dim in self.repeated else max(self.shape[dim], 0) for dim in self.order
         )
         return (*crossing, 2) if self.dtype.is_complex else crossing
+
+    def fits(self, item: Any) -> bool:
+        """True for a tensor of the port's shape."""
+        return (
+            self.shape is None
+            or item.shape == self.shape
+            or (
+                OPEN in self.shape
+                and len(item.shape) == len(self.shape)
+                and all(
+                    want in (OPEN, size)
+                    for size, want in zip(item.shape, self.shape, strict=True)
+                )
+            )
+        )
 
     def meta(self) -> torch.Tensor:
         """A tensor without data of the type that crosses."""
@@ -190,15 +209,20 @@ def port(
     dtype: torch.dtype | None = None,
     as_it_is: bool = False,
 ) -> Port:
-    """The port of a value, whose dtype is `dtype` where it is not that of the program. With `as_it_is`, it
-    crosses in its own shape. Raises StagecutError for a value that cannot cross between processes.
+    """The port of a value, whose dtype is `dtype` where it is not that of the program. With `as_it_is`, it is
+    returned as it is and crosses nothing; its sizes may depend on data. Raises StagecutError for a value that
+    cannot cross between processes.
     """
     kind = value.type
     if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
         return Port(value, None, _SCALARS[kind.kind])
     if not isinstance(kind, TensorType):
         raise _cannot_cross(value, f"a {kind} is no tensor")
-    shape = tuple(size(dim, sizes, value) for dim in kind.shape)
+    if as_it_is:
+        known = [_known(dim, sizes) for dim in kind.shape]
+        shape = tuple(OPEN if number is None else number for number in known)
+    else:
+        shape = tuple(size(dim, sizes, value) for dim in kind.shape)
     dtype = dtype if dtype is not None else getattr(torch, DTYPES[kind.dtype])
     assert dtype is not None
     if kind.strides is None or as_it_is:
@@ -215,14 +239,10 @@ def port(
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     """The number that a size stands for in this call. Raises StagecutError when it depends on data."""
-    if isinstance(dim, int):
-        return dim
-    found = sizes.get(dim)
-    if found is None:
-        found = evaluate(dim, tuple(sorted(sizes.items())))
+    found = _known(dim, sizes)
     if found is not None:
         return found
-    if any(name.startswith("u") for name in _NAME.findall(dim)):
+    if any(name.startswith("u") for name in _NAME.findall(str(dim))):
         raise _cannot_cross(
             value, f"its size {dim} depends on data, so the receiver cannot know it"
         )
@@ -231,6 +251,14 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
         where=_place(value),
         hint="let a Driver make the stages: it knows the sizes of each call; or cut a module with examples",
     )
+
+
+def _known(dim: int | str, sizes: Sizes) -> int | None:
+    """The number that a size stands for; None when it depends on data."""
+    if isinstance(dim, int):
+        return dim
+    found = sizes.get(dim)
+    return evaluate(dim, tuple(sorted(sizes.items()))) if found is None else found
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:

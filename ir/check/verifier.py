@@ -12,6 +12,7 @@ In every phase
   V17 a form names each result of its op once
   V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters;
       each yields its results
+  V19 the samples of a batch lie along a dim that the input or output has
 Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
@@ -50,6 +51,7 @@ from stagecut.ir.graph import (
     nested_ops,
 )
 from stagecut.ir.text.printer import line_printer
+from stagecut.ir.types import TensorType
 
 
 def verify(program: Program, *, after: str = "") -> None:
@@ -89,6 +91,13 @@ def _ops(program: Program) -> Iterator[tuple[str, str]]:
     if repeated or any(value.owner is not None for value in program.inputs):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
     yield from _block(program, program, defined)
+    for value in (*program.inputs, *program.output.operands):
+        kind = value.type
+        if not isinstance(kind, TensorType) or kind.batch is None:
+            continue
+        dim = kind.batch.dim
+        if isinstance(dim, int) and dim >= len(kind.shape):
+            yield "V19", f"{value!r} has no dim {dim}, where its samples should lie"
 
 
 def _block(

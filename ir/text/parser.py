@@ -34,7 +34,15 @@ from stagecut.ir.graph import (
     Transfer,
     Value,
 )
-from stagecut.ir.types import DTYPES, SCALAR_KINDS, Dim, ScalarType, TensorType, Type
+from stagecut.ir.types import (
+    DTYPES,
+    SCALAR_KINDS,
+    Batch,
+    Dim,
+    ScalarType,
+    TensorType,
+    Type,
+)
 
 MAX_DEPTH = 64
 """Deepest nesting of literals and regions that is read, and of modules in a scope or a name."""
@@ -53,6 +61,9 @@ _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _NUMBER = re.compile(r"-?[0-9]{1,4000}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _INT = re.compile(r"[0-9]{1,4000}")
+_PLACE = re.compile(r"[0-9]{1,4}|item|mean|sum")
+_TERM = r"(?:[1-9][0-9]{0,18}\*)?b[0-9]{0,4}"
+_SAMPLES = re.compile(rf"any|{_TERM}(?: \+ {_TERM}){{0,999}}")
 _BRACKET = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[()\[\]{}\n]""")
 """A bracket, or a quoted string; brackets in a string do not count."""
 _LOC = re.compile(r"([A-Za-z0-9_.]+):([0-9]{1,4000})")
@@ -677,7 +688,22 @@ class _Parser:
         device = "cpu"
         if self._source.startswith("@", self._pos):
             device = self._need(_DEVICE, "a device")[1]
-        return TensorType(dtype, shape, strides, device, self._accept("grad"))
+        grad = self._accept("grad")
+        return TensorType(dtype, shape, strides, device, grad, self._batch(shape))
+
+    def _batch(self, shape: tuple[Dim, ...]) -> Batch | None:
+        if not self._accept("batch("):
+            return None
+        start = self._next_position()
+        place = self._need(_PLACE, "a dim, or one of item, mean and sum")[0]
+        dim = int(place) if place.isdecimal() else place
+        if isinstance(dim, int) and dim >= len(shape):
+            self._fail(f"the tensor has {len(shape)} dims", start)
+        size = "b"
+        if self._accept(":"):
+            size = self._need(_SAMPLES, "a size such as 4*b, or b + b1")[0]
+        self._expect(")")
+        return Batch(dim, size)
 
     def _balanced(self, opening: str, closing: str) -> str:
         start, depth = self._pos, 0

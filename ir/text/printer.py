@@ -37,6 +37,7 @@ from stagecut.ir.types import value_bytes
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
 _ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
+_BATCH = re.compile(r" batch\((\d+|item|mean|sum)(: [b\d*+ any]+)?\)")
 
 
 def text(program: Program) -> str:
@@ -60,13 +61,10 @@ def fqn_text(name: str) -> str:
 
 def fingerprint(program: Program) -> str:
     """A digest of the program that is the same wherever it was traced: on another device, from files in
-    another folder.
+    another folder, from a model on meta, which shows less of where the batch is.
     """
-    lines = [
-        line
-        for line in _ON_DEVICE.sub("", text(program)).splitlines()
-        if not line.startswith("  file ")
-    ]
+    alike = _BATCH.sub("", _ON_DEVICE.sub("", text(program)))
+    lines = [line for line in alike.splitlines() if not line.startswith("  file ")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -1,0 +1,70 @@
+"""Which rank runs which stages, under which schedule of torch, on which device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    get_schedule_class,
+)
+
+from stagecut.backend.schedules import SCHEDULES, V, homes
+from stagecut.ir.errors import StagecutError, nearest
+
+Group = dist.ProcessGroup | None
+
+
+def schedule_class(name: str) -> Any:
+    """The class of torch with this name. Raises StagecutError where there is none."""
+    try:
+        return get_schedule_class(name)
+    except ValueError:
+        raise StagecutError(
+            f"there is no schedule '{name}'",
+            hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}",
+        ) from None
+
+
+def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
+    """Stage -> rank under a schedule class of torch. Raises StagecutError when it cannot place so many
+    stages.
+    """
+    name = schedule.__name__
+    v = name.removeprefix("Schedule") in V
+    if issubclass(schedule, PipelineScheduleMulti):
+        if stages % ranks or (v and stages != 2 * ranks):
+            raise StagecutError(
+                f"{name} cannot place {stages} stages on {ranks} ranks",
+                hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple",
+            )
+    elif stages != ranks:
+        raise StagecutError(
+            f"{name} has one stage a rank: {stages} stages, {ranks} ranks",
+            hint=f"cut into {ranks} stages",
+        )
+    return homes(stages, ranks, v)
+
+
+def refuse_no_group(group: Group) -> None:
+    """Returns when this process is in the process group. Raises StagecutError otherwise."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise StagecutError(
+            "a Driver runs on a process group, and there is none",
+            hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
+            "process",
+        )
+    if dist.get_rank(group) < 0:
+        raise StagecutError(
+            f"rank {dist.get_rank()} is not in the group of the Driver",
+            hint="make a Driver on the ranks of the group only",
+        )
+
+
+def own_device(group: Group) -> torch.device:
+    """Where this process computes, as the backend of its group tells."""
+    if "nccl" in str(dist.get_backend(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
