@@ -274,20 +274,15 @@ class Bench:
 
     def ours(self, compiled: bool) -> Step:
         """A step of a Driver."""
-
-        def wrap(module: nn.Module, index: int) -> nn.Module:
-            if compiled:
-                module.compile()
-            return module
-
         driver = Driver(
             self.pipe,
             self.schedule,
             self.microbatches,
             lambda output, target: loss_of(output.logits, target),
             return_outputs=False,
-            wrap=wrap,
         )
+        for module in driver.modules.values() if compiled else ():
+            module.compile()
         optimizer = torch.optim.AdamW(driver.parameters(), lr=0.0, fused=True)
         driver.attach(optimizer)
 

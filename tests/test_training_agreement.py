@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -290,6 +291,31 @@ def _wrap_once(model: nn.Module, pipe: Pipe) -> str:
             torch.testing.assert_close(out, want.detach())
     with pytest.raises(StagecutError, match="was wrapped by another function"):
         driver("GPipe", 2, wrap=lambda stage, _: stage).parameters()
+    return "ok"
+
+
+def test_the_same_code_around_other_values_is_another_wrap() -> None:
+    assert on_ranks(2, _wrap_otherwise, *cut(Words, 2)) == ["ok", "ok"]
+
+
+def _wrap_otherwise(model: nn.Module, pipe: Pipe) -> str:
+    def within(kind: type[nn.Module]) -> Callable[[nn.Module, int], nn.Module]:
+        return lambda stage, _: kind(stage)
+
+    def around(stage: nn.Module, index: int, kind: type[nn.Module]) -> nn.Module:
+        return kind(stage)
+
+    class Other(nn.Sequential):
+        pass
+
+    first = Driver(pipe, "GPipe", 1, wrap=within(nn.Sequential))
+    assert first.modules == Driver(pipe, "GPipe", 2, wrap=within(nn.Sequential)).modules
+    again = cut(Words, 2)[1]
+    first = Driver(again, "GPipe", 1, wrap=partial(around, kind=nn.Sequential))
+    assert first.modules == Driver(again, "GPipe", 2, wrap=partial(around, kind=nn.Sequential)).modules
+    for which, wrap in ((pipe, within(Other)), (again, partial(around, kind=Other)), (again, within(nn.Sequential))):
+        with pytest.raises(StagecutError, match="was wrapped by another function"):
+            Driver(which, "GPipe", 2, wrap=wrap).parameters()
     return "ok"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,7 +18,7 @@ from stagecut.ir.errors import StagecutError
 Wrap = Callable[[nn.Module, int], nn.Module] | None
 
 _made: WeakKeyDictionary[Staged, dict[int, tuple[Any, nn.Module]]] = WeakKeyDictionary()
-"""Pipe -> stage -> the code of the wrap, and the module that it made."""
+"""Pipe -> stage -> the wrap, and the module that it made."""
 
 trained: WeakSet[Staged] = WeakSet()
 """The pipes for which a driver with a loss function was made."""
@@ -31,16 +33,38 @@ def wrapped(pipe: Staged, index: int, device: torch.device, wrap: Wrap) -> nn.Mo
     refuse_meta(pipe.program, pipe.stages[index])
     stage = pipe.stages[index].to(device)
     made = _made.setdefault(pipe, {})
-    code = getattr(wrap, "__code__", wrap)
     if index not in made and wrap is None:
         return stage
     if index not in made and wrap is not None:
-        made[index] = code, wrap(stage, index)
+        made[index] = wrap, wrap(stage, index)
     before, module = made[index]
-    if wrap is not None and code != before:
+    if wrap is not None and not _does_the_same(wrap, before):
         raise StagecutError(
             f"stage {index} was wrapped by another function, by an earlier driver of this pipe",
-            where=f"wrap of that driver: {before}",
+            where=f"wrap of that driver: {getattr(before, '__code__', before)}",
             hint="give every driver of a pipe the same wrap, or make a pipe anew",
         )
     return module
+
+
+def _does_the_same(wrap: Any, before: Any) -> bool:
+    """True for one function, and for two that were made by the same code around the same values."""
+    if wrap == before:
+        return True
+    if isinstance(wrap, partial) and isinstance(before, partial):
+        return _does_the_same(wrap.func, before.func) and (
+            (wrap.args, wrap.keywords) == (before.args, before.keywords)
+        )
+    if not (isinstance(wrap, FunctionType) and isinstance(before, FunctionType)):
+        return False
+    return wrap.__code__ == before.__code__ and _around(wrap) == _around(before)
+
+
+def _around(function: FunctionType) -> tuple[Any, ...]:
+    """The values that a function takes from where it was made."""
+    cells = function.__closure__ or ()
+    return (
+        [cell.cell_contents for cell in cells],
+        function.__defaults__,
+        function.__kwdefaults__,
+    )

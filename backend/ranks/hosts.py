@@ -1,0 +1,34 @@
+"""What hosts tell each other besides the tensors of a step. No device is waited for: it goes on with what
+it was given before.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group of the same ranks for tensors of the CPU and for objects: `group` itself where it has gloo, and
+    where gloo is not to be had.
+
+    Every rank of `group` calls it, and no other process has to. There is one for each group.
+    """
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    if "gloo" in str(dist.get_backend_config(group)) or not dist.is_gloo_available():
+        return group
+    if group not in _hosts:
+        _hosts[group] = gloo_group(group)
+    return _hosts[group]
+
+
+def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the same ranks. Every rank of `group` calls it, and no other process has to."""
+    ranks = dist.get_process_group_ranks(group)
+    made: dist.ProcessGroup
+    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return made
