@@ -93,7 +93,9 @@ def _added(op: Op, depth: int) -> str:
 
 
 def _scaled(op: Op, depth: int) -> str:
-    if len(op.operands) != 1 or not isinstance(op.args[0], Value):
+    if len(op.operands) != 1 or not op.args:
+        return ""
+    if not isinstance(op.args[0], Value):
         return ""
     for factor in op.args:
         if not isinstance(factor, Value | float):

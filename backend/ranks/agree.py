@@ -188,7 +188,7 @@ def _compare(by_rank: list[dict[str, Any]], words: str) -> None:
     for rank in ranks:
         first = by_rank[ranks[0]]
         leaves = by_rank[rank]
-        for path in (first | leaves).keys():
+        for path in first | leaves:
             expected = first.get(path, "absent")
             leaf = leaves.get(path, "absent")
             if leaf == expected:

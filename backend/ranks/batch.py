@@ -261,7 +261,7 @@ class MicroBatches:
                 flat[place] = piece
 
     def _check_fillings(self, flats: list[list[Any]], sizes: list[Sizes]) -> None:
-        """Returns when the rows that were divided are as many as the masks of their micro-batches take."""
+        """Returns when each micro-batch has as many rows as its part of a mask takes."""
         for filling in self._fillings:
             if not any(_is_divided(flats, place) for place in filling.sources):
                 continue
