@@ -19,7 +19,9 @@ def over_samples(value: Value, depth: int = 0) -> str:
     """
     op = value.owner
     kind = value.type
-    if not isinstance(op, Op) or not isinstance(kind, TensorType) or depth > _MOST:
+    if depth > _MOST or not isinstance(op, Op):
+        return ""
+    if not isinstance(kind, TensorType):
         return ""
     if kind.shape:
         return _listed(op, depth)
@@ -93,7 +95,9 @@ def _added(op: Op, depth: int) -> str:
 
 
 def _scaled(op: Op, depth: int) -> str:
-    if len(op.operands) != 1 or not op.args:
+    if not op.args:
+        return ""
+    if len(op.operands) != 1:
         return ""
     if not isinstance(op.args[0], Value):
         return ""

@@ -108,7 +108,11 @@ class Agreed:
 
 
 def _ranks_with(column: Sequence[int]) -> frozenset[int]:
-    return frozenset(rank for rank, number in enumerate(column) if number)
+    ranks: set[int] = set()
+    for rank, number in enumerate(column):
+        if number:
+            ranks.add(rank)
+    return frozenset(ranks)
 
 
 class Calls:
@@ -129,10 +133,14 @@ class Calls:
 
         `changed` has the changes that this rank has noticed, in an order that all ranks know.
         """
-        types = [dict(_described(name, tree)) for name, tree in arguments.items()]
-        contents: list[dict[str, int]] = [{} for _ in arguments]
-        if self._left > 0:
-            contents = [dict(_contents(name, tree)) for name, tree in arguments.items()]
+        types: list[dict[str, str]] = []
+        contents: list[dict[str, int]] = []
+        for name, tree in arguments.items():
+            types.append(dict(_described(name, tree)))
+            checksums: dict[str, int] = {}
+            if self._left > 0:
+                checksums = dict(_contents(name, tree))
+            contents.append(checksums)
         self._left -= 1
         row = [*map(int, changed), _digest(how)]
         row += map(_digest_of, types)
@@ -253,7 +261,9 @@ _PART = 2**20
 
 def checksum(tensor: torch.Tensor) -> int:
     """A number that depends on every bit of a tensor and on where it stands."""
-    if isinstance(tensor, DTensor) or tensor.layout is not torch.strided:
+    if isinstance(tensor, DTensor):
+        return 0
+    if tensor.layout is not torch.strided:
         return 0
     resolved = tensor.detach().resolve_conj().resolve_neg()
     flat = resolved.contiguous().view(-1)
@@ -263,8 +273,11 @@ def checksum(tensor: torch.Tensor) -> int:
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in bits.view(torch.int64).split(_PART):
         weights = torch.arange(1, 2 * len(part), 2, device=part.device)
-        total = total * 31 + (part * weights).sum()
-    return _digest(f"{int(total)} {tensor.dtype} {list(tensor.shape)}")
+        weighted = part * weights
+        total = total * 31 + weighted.sum()
+    number = int(total)
+    shape = list(tensor.shape)
+    return _digest(f"{number} {tensor.dtype} {shape}")
 
 
 def _in_words(bits: torch.Tensor) -> torch.Tensor:

@@ -380,7 +380,9 @@ class MicroBatches:
     def _dim(self, value: Value, item: Any) -> int | None:
         """The dim along which an input is divided; None for one that every micro-batch gets."""
         kind = value.type
-        if not isinstance(item, torch.Tensor) or not isinstance(kind, TensorType):
+        if not isinstance(kind, TensorType):
+            return None
+        if not isinstance(item, torch.Tensor):
             return None
         if item.dim() != len(kind.shape):
             return None  # the check of the inputs refuses it
@@ -431,7 +433,8 @@ class MicroBatches:
         """Returns when something is divided, or there is nothing to divide."""
         if self._divided:
             return
-        if self._specs.args is not None or self._specs.kwargs is not None:
+        specs = self._specs
+        if specs.args is not None or specs.kwargs is not None:
             return
         tensors: dict[Value, torch.Tensor] = {}
         for value, item in zip(self._pipe.program.inputs, flat, strict=True):
@@ -469,11 +472,15 @@ class MicroBatches:
             mark = self._marks[value]
             if mark is None or not isinstance(value.type, TensorType):
                 continue
-            if not isinstance(mark.dim, int) or len(mark.terms) != 1:
+            if not isinstance(mark.dim, int):
+                continue
+            if len(mark.terms) != 1:
                 continue
             rows, symbol = mark.terms[0]
-            sizes = [flat[place].shape[mark.dim] for flat in flats]
-            parts = [size // rows for size in sizes]
+            parts: list[int] = []
+            for flat in flats:
+                size = flat[place].shape[mark.dim]
+                parts.append(size // rows)
             traced = value.type.shape[mark.dim]
             samples = _Samples(
                 whole=parts[0],
@@ -561,7 +568,10 @@ class MicroBatches:
             if divided_shape == shape:
                 return dim
         lengths = {divided_shape[dim] for divided_shape, dim in self._divided}
-        dims = [dim for dim, size in enumerate(shape) if size in lengths]
+        dims: list[int] = []
+        for dim, size in enumerate(shape):
+            if size in lengths:
+                dims.append(dim)
         if len(dims) > 1:
             dims = self._narrowed(dims, shape)
         if not dims:
@@ -593,7 +603,8 @@ class MicroBatches:
             rows = self._rows(mark)
             if rows is None or mark.dim >= tensor.dim():
                 continue
-            if tensor.shape[mark.dim] == sum(map(sum, rows)):
+            whole = sum(map(sum, rows))
+            if tensor.shape[mark.dim] == whole:
                 return mark
         return None
 
@@ -610,12 +621,16 @@ class MicroBatches:
         Tensors are joined along the dim of the samples, means are averaged, sums are summed. What is none of
         these is a list with the value of each micro-batch, and a note says so.
         """
-        chunks = [self._leaves(results[chunk], chunk) for chunk in range(self._count)]
+        chunks: list[list[Any]] = []
+        for chunk in range(self._count):
+            leaves = self._leaves(results[chunk], chunk)
+            chunks.append(leaves)
         if self._count == 1:
             return self._unflattened(chunks[0])
         if self._specs.output is not None:
             outputs = [self._unflattened(leaves) for leaves in chunks]
-            return merged_by_spec(outputs, self._specs.output)
+            spec = self._specs.output
+            return merged_by_spec(outputs, spec)
         joined: list[Any] = []
         for index, leaf in enumerate(self._pipe.program.outputs):
             parts = [leaves[index] for leaves in chunks]
@@ -643,8 +658,11 @@ class MicroBatches:
         return leaves
 
     def _join(self, leaf: Any, parts: list[Any], index: int) -> Any:
-        if not isinstance(leaf, Value) or all(part is parts[0] for part in parts):
-            return parts[0]  # a constant, or an input that is not divided
+        first = parts[0]
+        if not isinstance(leaf, Value):
+            return first
+        if all(part is first for part in parts):
+            return first  # an input that is not divided
         joined = self._joined_by(self._marks[leaf], parts)
         if joined is not None:
             return joined
@@ -695,14 +713,17 @@ class MicroBatches:
         counts = [
             samples.parts for samples in self._samples.values() if samples.divided
         ]
-        is_known = bool(counts or self._divided)
-        if is_known and all(len(set(parts)) == 1 for parts in counts):
-            return torch.stack(means).mean(0)
-        if not counts or any(parts != counts[0] for parts in counts):
+        if not counts and not self._divided:
             return None
-        weights = torch.tensor(counts[0], dtype=means[0].dtype, device=means[0].device)
-        weighted = torch.stack(means) * weights
-        return weighted.sum(0) / weights.sum()
+        if all(map(_are_equal, counts)):
+            return torch.stack(means).mean(0)
+        first = counts[0]
+        if any(parts != first for parts in counts):
+            return None
+        stacked = torch.stack(means)
+        weights = torch.tensor(first, dtype=stacked.dtype, device=stacked.device)
+        total = (stacked * weights).sum(0)
+        return total / weights.sum()
 
     def _rows(self, mark: Batch) -> list[list[int]] | None:
         """How many rows each block of a tensor has in each micro-batch; None where that is not known, or a
@@ -726,7 +747,9 @@ def _marks(
 ) -> dict[Value, Batch | None]:
     """Where the samples are in the inputs and outputs, as the first rank has it whose program tells it."""
     values = [*program.inputs]
-    values += [leaf for leaf in program.outputs if isinstance(leaf, Value)]
+    for leaf in program.outputs:
+        if isinstance(leaf, Value):
+            values.append(leaf)
     own_marks = [_mark(value) for value in values]
     by_rank: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(by_rank, own_marks, group)
@@ -755,7 +778,9 @@ def _places(spec: CallSpec | None, inputs: Sequence[Value]) -> dict[str, range]:
         leaves = tree_leaves(tree)
         places[name] = range(0)
         if leaves:
-            places[name] = range(leaves[0], leaves[-1] + 1)
+            first = leaves[0]
+            last = leaves[-1]
+            places[name] = range(first, last + 1)
     return places
 
 
@@ -768,7 +793,9 @@ def _lists(
         return lists
     for name, tree in _trees(spec):
         leaves = tree_leaves(tree)
-        if not isinstance(tree, list | tuple) or not leaves:
+        if not leaves:
+            continue
+        if not isinstance(tree, list | tuple):
             continue
         first = inputs[leaves[0]]
         mark = marks[first]
@@ -786,6 +813,10 @@ def _trees(spec: CallSpec) -> Iterator[tuple[str, Any]]:
 
 
 # --- samples ----------------------------------------------------------------------------------------------
+
+
+def _are_equal(numbers: Sequence[int]) -> bool:
+    return len(set(numbers)) == 1
 
 
 def _is_divided(flats: Sequence[Sequence[Any]], place: int) -> bool:
@@ -826,15 +857,18 @@ def _cut(
     tensor: torch.Tensor, dim: int, mark: Batch | None, count: int
 ) -> list[torch.Tensor]:
     """A tensor in equal parts, one for each micro-batch; of each block of `mark` an equal part."""
-    if mark is None or mark.size == ANY or len(mark.terms) == 1:
+    if mark is None or len(mark.terms) == 1:
         return list(tensor.tensor_split(count, dim))
-    total = sum(rows for rows, _ in mark.terms)
+    rows = [factor for factor, _ in mark.terms]
+    total = sum(rows)
     size = tensor.shape[dim]
-    block_sizes = [size * rows // total for rows, _ in mark.terms]
-    split_blocks: list[tuple[torch.Tensor, ...]] = []
+    block_sizes = [size * factor // total for factor in rows]
+    chunks: list[list[torch.Tensor]] = [[] for _ in range(count)]
     for block in tensor.split(block_sizes, dim):
-        split_blocks.append(block.tensor_split(count, dim))
-    return [torch.cat(parts, dim) for parts in zip(*split_blocks, strict=True)]
+        parts = block.tensor_split(count, dim)
+        for chunk, part in zip(chunks, parts, strict=True):
+            chunk.append(part)
+    return [torch.cat(chunk, dim) for chunk in chunks]
 
 
 def _unpacked(value: Value, tensor: torch.Tensor) -> Any:

@@ -60,13 +60,17 @@ def _is_replicate(spec: Any) -> bool:
 
 
 def _fits_mapping(value: Any, spec: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(spec, Mapping):
+    if not isinstance(value, dict):
+        return False
+    if not isinstance(spec, Mapping):
         return False
     return spec.keys() <= value.keys()
 
 
 def _fits_sequence(value: Any, spec: Any) -> bool:
-    if not isinstance(value, list | tuple) or not isinstance(spec, list | tuple):
+    if not isinstance(value, list | tuple):
+        return False
+    if not isinstance(spec, list | tuple):
         return False
     return len(value) == len(spec)
 
@@ -77,7 +81,8 @@ def _divided_mapping(
     chunks: list[dict[Any, Any]] = [{} for _ in range(count)]
     for key, inner in value.items():
         inner_spec = spec.get(key)
-        parts = divided_by_spec(inner, inner_spec, count, f"{where}[{key!r}]")
+        inside = f"{where}[{key!r}]"
+        parts = divided_by_spec(inner, inner_spec, count, inside)
         for chunk, part in zip(chunks, parts, strict=True):
             chunk[key] = part
     return chunks
@@ -88,7 +93,8 @@ def _divided_sequence(
 ) -> list[Any]:
     chunks: list[list[Any]] = [[] for _ in range(count)]
     for index, inner in enumerate(value):
-        parts = divided_by_spec(inner, spec[index], count, f"{where}[{index}]")
+        inside = f"{where}[{index}]"
+        parts = divided_by_spec(inner, spec[index], count, inside)
         for chunk, part in zip(chunks, parts, strict=True):
             chunk.append(part)
     return [_like(value, chunk) for chunk in chunks]

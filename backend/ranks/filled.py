@@ -65,16 +65,24 @@ def fillings(program: Program) -> list[Filling]:
     """The ops that put rows of an input where a mask says that follows from the inputs alone."""
     all_fillings: list[Filling] = []
     for op in program.all_ops():
+        if not facts(op).fills:
+            continue
         operands = list(leaves(op.args[:3]))
-        if not facts(op).fills or len(operands) != 3:
+        if len(operands) != 3:
             continue
         mask = _unexpanded(operands[1])
         makers, used = _ancestry(mask)
-        if not used <= {*program.inputs} or not all(map(_can_run_alone, makers)):
+        if not used <= {*program.inputs}:
+            continue
+        if not all(map(_can_run_alone, makers)):
             continue
         ops = [maker for maker in program.all_ops() if maker in makers]
-        places = [i for i, value in enumerate(program.inputs) if value in used]
-        all_fillings.append(Filling(op, tuple(ops), tuple(places)))
+        places: list[int] = []
+        for place, value in enumerate(program.inputs):
+            if value in used:
+                places.append(place)
+        filling = Filling(op, tuple(ops), tuple(places))
+        all_fillings.append(filling)
     return all_fillings
 
 

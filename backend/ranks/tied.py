@@ -153,12 +153,14 @@ def _replicas(
     """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
     for entry in program.state:
-        if entry.kind != "param" or len(entry.stages) < 2:
+        if entry.kind != "param":
+            continue
+        if len(entry.stages) < 2:
             continue
         ranks = {homes[stage] for stage in entry.stages}
         entries = by_ranks.setdefault(tuple(sorted(ranks)), [])
         entries.append(entry)
-    return sorted(by_ranks.items(), key=lambda item: item[0])
+    return [(ranks, by_ranks[ranks]) for ranks in sorted(by_ranks)]
 
 
 def _held(
@@ -225,12 +227,14 @@ def _sum_alike(
         if all(replica.grad is None for replica in same):
             missing.append(place)
             counts[place] = 0
-        if parts[place].numel() < LARGE or not parts[place].is_contiguous():
+        part = parts[place]
+        if part.numel() < LARGE or not part.is_contiguous():
             small.append(place)
     flat = [parts[place].flatten() for place in small]
-    packed = _total(torch.cat([*flat, counts]), ranks, group)
     sizes = [part.numel() for part in flat]
-    *sums, counts = packed.split([*sizes, len(replicas)])
+    packed = torch.cat([*flat, counts])
+    summed = _total(packed, ranks, group)
+    *sums, counts = summed.split([*sizes, len(replicas)])
     totals = dict(zip(small, sums, strict=True))
     for place, part in enumerate(parts):
         if place not in totals:
@@ -245,7 +249,11 @@ def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """The sum of the gradients of the replicas here: the gradient itself where there is one, zeros where
     there is none.
     """
-    grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
+    grads: list[torch.Tensor] = []
+    for replica in same:
+        if replica.grad is not None:
+            grad = replica.grad.detach()
+            grads.append(_local(grad))
     if not grads:
         return torch.zeros_like(_local(same[0]))
     if len(grads) == 1:

@@ -61,7 +61,9 @@ def mark_batches(
     example: Example | None = None
     if module is not None:
         example = Example.of(call, args, kwargs)
-    if module is None or example is None or len(example.flat) != len(program.inputs):
+        if example is not None and len(example.flat) != len(program.inputs):
+            example = None
+    if module is None or example is None:
         _mark(program, unrefuted(varying), None)
         return
     inputs = (tuple(args), dict(kwargs))
@@ -187,7 +189,9 @@ def _mark_inputs(program: Program, together: Together, search: Search | None) ->
     the rows along every axis.
     """
     axes = together.axes
-    rows = {key: _rows(program, key, dim, search) for key, dim in axes.items()}
+    rows: dict[int, int] = {}
+    for key, dim in axes.items():
+        rows[key] = _rows(program, key, dim, search)
     unit = math.gcd(*rows.values())
     for key, dim in axes.items():
         factor = rows[key] // unit
@@ -220,7 +224,9 @@ def _set(value: Value, batch: Batch) -> None:
 
 
 def _product(factor: int, symbol: str) -> str:
-    return symbol if factor == 1 else f"{factor}*{symbol}"
+    if factor == 1:
+        return symbol
+    return f"{factor}*{symbol}"
 
 
 def _sizes_named(value: Value) -> set[str]:
@@ -263,7 +269,9 @@ def _of_output(
     search: Search | None,
 ) -> Batch | None:
     """Where the samples are in an output; None where that is not known."""
-    if not isinstance(value.type, TensorType) or not value.type.shape:
+    if not isinstance(value.type, TensorType):
+        return None
+    if not value.type.shape:
         return None
     places: list[tuple[Rows, str]] = []
     shape = _shape(value.type, number, search)
@@ -286,7 +294,13 @@ def _shape(kind: TensorType, number: int, search: Search | None) -> list[int]:
     if search is not None and search.base is not None:
         shape = search.base[number].shape
         return list(shape)
-    return [size if isinstance(size, int) else 0 for size in kind.shape]
+    sizes: list[int] = []
+    for size in kind.shape:
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            sizes.append(0)
+    return sizes
 
 
 def _grown_dims(
@@ -328,8 +342,12 @@ def _place_of(
         other = together.other[number]
         place = rows_of(base, other, whole)
         if place is not None:
-            return None if _is_ambiguous(base, other, place, unit) else place
-    if shape[dim] != unit or whole.shape[dim] != search.runs.parts * unit:
+            if _is_ambiguous(base, other, place, unit):
+                return None
+            return place
+    if shape[dim] != unit:
+        return None
+    if whole.shape[dim] != search.runs.parts * unit:
         return None
     return Rows(dim, 0, unit, 1)
 
@@ -338,7 +356,9 @@ def _is_ambiguous(
     base: torch.Tensor, other: torch.Tensor, place: Rows, unit: int
 ) -> bool:
     """True when several rows of a sample are the same in all calls, so that their order cannot be told."""
-    if place.rows <= unit or not torch.equal(base, other):
+    if place.rows <= unit:
+        return False
+    if not torch.equal(base, other):
         return False
     rows = base.narrow(place.dim, place.start, place.rows)
     units = rows.split(unit, place.dim)

@@ -99,8 +99,13 @@ class Example:
             if type(tree) not in (list, tuple):
                 continue
             leaves = tree_leaves(tree)
-            if leaves and all(_is_tensor(self.flat[place]) for place in leaves):
-                yield -1 - number, range(leaves[0], leaves[-1] + 1)
+            if not leaves:
+                continue
+            if not all(_is_tensor(self.flat[place]) for place in leaves):
+                continue
+            first = leaves[0]
+            last = leaves[-1]
+            yield -1 - number, range(first, last + 1)
 
     def _arguments(self, flat: Sequence[Any]) -> list[Any]:
         positional, named = self.build(flat)
@@ -118,7 +123,12 @@ class Example:
         """The call with these axes so many times as long: the samples of the example, and the first of them
         again and again.
         """
-        return self._along(axes, lambda rows, first: [rows, *[first] * (times - 1)])
+
+        def parts(rows: Any, first: Any) -> list[Any]:
+            others = [first] * (times - 1)
+            return [rows, *others]
+
+        return self._along(axes, parts)
 
     def shaken(self) -> Example:
         """The same call with random numbers in the place of the floats."""

@@ -108,7 +108,9 @@ class Search:
         inputs = self._inputs(candidate)
         rivals: list[Together] = []
         for other in candidates:
-            if other is not candidate and not inputs.isdisjoint(self._inputs(other)):
+            if other is candidate:
+                continue
+            if not inputs.isdisjoint(self._inputs(other)):
                 rivals.append(other)
         return rivals
 
@@ -171,7 +173,10 @@ class Search:
 
     def _only_mixed(self) -> bool:
         """True when all that goes together so far is no batch."""
-        states = {tried.state for tried in self._tried.values() if tried is not None}
+        states: set[int] = set()
+        for together in self._tried.values():
+            if together is not None:
+                states.add(together.state)
         return states == {NEVER}
 
     def _lists(self, left: set[int]) -> Iterator[Axes]:
@@ -206,8 +211,10 @@ class Search:
         for key in self._tensors(left):
             if key == seed:
                 continue
-            axes = [(key, other) for other in self._free[key]]
-            alike = [axis for axis in axes if self.example.size(*axis) == size]
+            alike: list[Axis] = []
+            for other in self._free[key]:
+                if self.example.size(key, other) == size:
+                    alike.append((key, other))
             if alike:
                 choices.append([None, *alike])
         return choices
@@ -331,7 +338,9 @@ class Search:
 
     def _attempt(self, axes: Axes) -> Together | None:
         whole = self._on_more(axes)
-        if whole is None or len(whole) != self._outputs:
+        if whole is None:
+            return None
+        if len(whole) != self._outputs:
             return None
         if self.base is None:
             state = NEVER if self.runs.mixed else UNKNOWN
@@ -396,8 +405,9 @@ def _may_be_chosen(candidate: Together, rivals: Sequence[Together]) -> bool:
     A class that does not lead stands back behind a leading one that has further inputs. Where no size varies,
     a call shows by its sizes whether it is divided along the right dim.
     """
-    if not candidate.leads and any(_stands_before(r, candidate) for r in rivals):
-        return False
+    for rival in rivals:
+        if _stands_before(rival, candidate):
+            return False
     if not candidate.varies or candidate.state == SEPARATE:
         return True
     if candidate.state == MIXED:
@@ -410,8 +420,10 @@ def _may_be_chosen(candidate: Together, rivals: Sequence[Together]) -> bool:
 
 
 def _stands_before(rival: Together, candidate: Together) -> bool:
-    """True for a leading class that has inputs that the candidate has not."""
-    return rival.leads and not rival.axes.keys() <= candidate.axes.keys()
+    """True for a leading class that has inputs that the candidate, which does not lead, has not."""
+    if candidate.leads or not rival.leads:
+        return False
+    return not rival.axes.keys() <= candidate.axes.keys()
 
 
 # --- what the values tell ---------------------------------------------------------------------------------
@@ -434,7 +446,9 @@ def _state(base: Sequence[Any], other: Sequence[Any], whole: Sequence[Any]) -> i
     state = UNKNOWN
     for outputs in zip(base, other, whole, strict=True):
         before = outputs[0]
-        if not isinstance(before, torch.Tensor) or not before.dim():
+        if not isinstance(before, torch.Tensor):
+            continue
+        if not before.dim():
             continue
         shown = _state_of_output(*outputs)
         if shown == MIXED:
@@ -445,7 +459,9 @@ def _state(base: Sequence[Any], other: Sequence[Any], whole: Sequence[Any]) -> i
 
 def _state_of_output(before: torch.Tensor, other: Any, whole: Any) -> int:
     """What one output shows of that: on the example, on its first sample, and on more samples."""
-    if not _is_comparable(before, other) or not _is_comparable(before, whole):
+    if not _is_comparable(before, other):
+        return MIXED
+    if not _is_comparable(before, whole):
         return MIXED
     is_same = other.shape == before.shape and _near(other, before)
     if whole.shape == before.shape == other.shape:
@@ -471,9 +487,12 @@ def rows_of(
     others; None when it consists of something else, or of these in an order that is not known.
     """
     dim = _grown(before, whole)
-    if dim is None or _grown(before, other) not in (None, dim):
+    if dim is None:
         return None
-    parts = [before, *[other] * (PARTS - 1)]
+    if _grown(before, other) not in (None, dim):
+        return None
+    others = [other] * (PARTS - 1)
+    parts = [before, *others]
     if other.shape == before.shape:
         return _interleaved_rows(parts, whole, dim)
     # data decide how many rows there are
@@ -488,7 +507,8 @@ def _interleaved_rows(
 ) -> Rows | None:
     """The rows of each part that the whole has, in whatever blocks and behind whatever rows of others."""
     size = parts[0].shape[dim]
-    rows, odd = divmod(whole.shape[dim] - size, len(parts) - 1)
+    further = whole.shape[dim] - size
+    rows, odd = divmod(further, len(parts) - 1)
     if odd or not 0 < rows <= size:
         return None
     most = min(size - rows, MOST_STARTS)
@@ -512,23 +532,28 @@ def _joined(parts: Sequence[torch.Tensor], place: Rows) -> torch.Tensor:
     for part in parts:
         rows = part.narrow(dim, place.start, place.rows)
         blocks.append(rows.unflatten(dim, (place.blocks, -1)))
-    middle = torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
+    joined = torch.cat(blocks, dim + 1)
+    middle = joined.flatten(dim, dim + 1)
     first = parts[0]
-    end = place.start + place.rows
     front = first.narrow(dim, 0, place.start)
-    back = first.narrow(dim, end, first.shape[dim] - end)
+    end = place.start + place.rows
+    left = first.shape[dim] - end
+    back = first.narrow(dim, end, left)
     return torch.cat([front, middle, back], dim)
 
 
 def _same_rows(before: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -> bool:
     """True when the whole has the rows of the example and those of the others, in any order."""
     dim = _grown(before, whole)
-    if dim is None or other.shape != before.shape or before.is_complex():
+    if dim is None or before.is_complex():
+        return False
+    if other.shape != before.shape:
         return False
     size = before.shape[dim]
     if whole.shape[dim] != size * PARTS:
         return False
-    joined = torch.cat([before, *[other] * (PARTS - 1)], dim)
+    others = [other] * (PARTS - 1)
+    joined = torch.cat([before, *others], dim)
     joined_marks = _row_marks(joined, dim)
     whole_marks = _row_marks(whole, dim)
     return _near(joined_marks, whole_marks)
@@ -557,7 +582,9 @@ def _grown(before: torch.Tensor, whole: torch.Tensor) -> int | None:
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
     """True for tensors that differ by no more than another order of the same sums makes them."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.shape != other.shape:
+        return False
+    if one.dtype != other.dtype:
         return False
     if not one.numel():
         return True

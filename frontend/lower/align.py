@@ -93,11 +93,18 @@ class Alignment:
             if entry.kind != "const":
                 yield entry.value, owners[entry.name].value
 
+    def _is_run(self, number: int) -> bool:
+        """True for the number of a part that is a run of ops."""
+        if not 0 <= number < len(self.parts):
+            return False
+        part = self.parts[number]
+        return not part.shared
+
     def _unite(self, first: int, last: int) -> None:
         """The parts from `first` to `last`, and the runs beside them, become one run."""
-        while first > 0 and not self.parts[first - 1].shared:
+        while self._is_run(first - 1):
             first -= 1
-        while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
+        while self._is_run(last + 1):
             last += 1
         united = Part([], [])
         for part in self.parts[first : last + 1]:
@@ -152,7 +159,9 @@ class Alignment:
 
     def _meet(self, ours: Value, theirs: Value, number: int, reader: Op | None) -> None:
         """The two values are one, or become one after the part that makes them."""
-        if self.partner.get(theirs) is ours or self._are_equal_constants(ours, theirs):
+        if self.partner.get(theirs) is ours:
+            return
+        if self._are_equal_constants(ours, theirs):
             self.partner[theirs] = ours
             return
         pair = (ours, theirs)
@@ -181,7 +190,7 @@ class Alignment:
 
     def _run_before(self, number: int) -> int:
         """The number of the run right before that part."""
-        if not number or self.parts[number - 1].shared:
+        if not self._is_run(number - 1):
             self.parts.insert(number, Part([], []))
             raise _Conflict(number, number)
         return number - 1
@@ -302,12 +311,14 @@ def _key(op: Op) -> Any:
     checkpoints and the numbers of calls, which change no result.
     """
     path = scope_fqn(op.scope)
-    context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
+    marks = [mark for mark in op.context if mark.kind != "checkpoint"]
+    context = repr(tuple(marks))
     types: list[str] = []
     for result in op.results:
-        types.append(str(bare(result.type)))
+        result_type = bare(result.type)
+        types.append(str(result_type))
     form = repr(op.form)
-    return op.target, path, repr(context), tuple(types), form, len(op.regions)
+    return op.target, path, context, tuple(types), form, len(op.regions)
 
 
 def bare(value_type: Type) -> Type:
@@ -327,13 +338,19 @@ def _are_partners(ours: Any, theirs: Any, partner: dict[Value, Value]) -> bool:
 def _zip(one: Any, other: Any, pairs: list[tuple[Any, Any]]) -> bool:
     """`pairs` gains the pairs of leaves; False where the trees are not built alike."""
     if isinstance(one, (tuple, list)):
-        if type(one) is not type(other) or len(one) != len(other):
+        if type(one) is not type(other):
+            return False
+        if len(one) != len(other):
             return False
         return all(_zip(*parts, pairs) for parts in zip(one, other, strict=True))
     if isinstance(one, dict):
-        if not isinstance(other, dict) or [*one] != [*other]:
+        if not isinstance(other, dict):
             return False
-        return _zip([*one.values()], [*other.values()], pairs)
+        if [*one] != [*other]:
+            return False
+        values = [*one.values()]
+        other_values = [*other.values()]
+        return _zip(values, other_values, pairs)
     if isinstance(one, slice):
         if not isinstance(other, slice):
             return False
@@ -358,4 +375,6 @@ def same_literal(one: Any, other: Any) -> bool:
         return same_literal(one.evaluating, other.evaluating)
     if type(one) is not type(other):
         return False
-    return bool(one == other) or repr(one) == repr(other)
+    if one == other:
+        return True
+    return repr(one) == repr(other)

@@ -231,7 +231,8 @@ class _Comparison:
     def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
         result_keys = _result_keys(op, recorded.position, self._keys)
         self._keys.update(result_keys)
-        if op.target != recorded.target or _result_types(op) != recorded.types:
+        is_same = op.target == recorded.target
+        if not is_same or _result_types(op) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
         if not self._has_recorded_effects(op, recorded):
             yield f"another context, scope or effect than traced: {op.where()}"
@@ -299,7 +300,9 @@ class _Comparison:
         return self._trace.storage.get(key, key)
 
     def _write(self, op: Op, recorded: _Recorded) -> None:
-        newest: dict[Key, set[Value]] = {key: set() for key in recorded.writes}
+        newest: dict[Key, set[Value]] = {}
+        for key in recorded.writes:
+            newest[key] = set()
         for result in op.results:
             key = self._keys[result]
             if key in newest:
@@ -372,14 +375,20 @@ def _may_stand_anywhere(op: Op) -> bool:
 def _are_recorded(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
     """True for operands that are the recorded ones: the same values by origin, the same literals."""
     if type(tree) is Value:
-        return keys.get(tree) == recorded and type(recorded) is tuple
+        if type(recorded) is not tuple:
+            return False
+        return keys.get(tree) == recorded
     if isinstance(tree, (tuple, list)):
-        if type(tree) is not type(recorded) or len(tree) != len(recorded):
+        if type(tree) is not type(recorded):
+            return False
+        if len(tree) != len(recorded):
             return False
         pairs = zip(tree, recorded, strict=True)
         return all(_are_recorded(part, other, keys) for part, other in pairs)
     if isinstance(tree, dict):
-        if not isinstance(recorded, dict) or tree.keys() != recorded.keys():
+        if not isinstance(recorded, dict):
+            return False
+        if tree.keys() != recorded.keys():
             return False
         return all(_are_recorded(tree[key], recorded[key], keys) for key in tree)
     if isinstance(tree, slice):
