@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 
 from stagecut.backend.ranks.chunks import (
     Division,
@@ -22,22 +21,17 @@ from stagecut.backend.ranks.chunks import (
     merged_by_spec,
     parts_of,
 )
+from stagecut.backend.ranks.counts import SAY, SampleCounts, Samples
 from stagecut.backend.ranks.filled import fillings
+from stagecut.backend.ranks.marks import cut, lists_of, marks_of, places_of
 from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Program, Value
-from stagecut.ir.run.call import CallSpec, check_inputs
+from stagecut.ir.graph import Value
+from stagecut.ir.run.call import check_inputs
 from stagecut.ir.run.objects import hides_tensors
 from stagecut.ir.sizes import evaluate
-from stagecut.ir.types import ANY, ITEM, MEAN, SUM, Batch, TensorType
-
-_SAY = (
-    "say how it is divided: Driver(..., args_chunk_spec=, kwargs_chunk_spec=), with torch's TensorChunkSpec; "
-    "or give the micro-batches: step(arg_mbs=[...], kwarg_mbs=[...])"
-)
-Marks = Mapping[Value, Batch | None]
-"""Where the samples are in each input and output; None where no rank knows."""
+from stagecut.ir.types import Batch, TensorType
 
 
 @dataclass(frozen=True)
@@ -144,19 +138,6 @@ def _refuse_bare(calls: Sequence[Any]) -> None:
         )
 
 
-@dataclass
-class _Samples:
-    """The samples of one batch: how many there are in all, in each micro-batch, and in the example (0 where
-    that is not known); whether they are divided; and one input that has them.
-    """
-
-    whole: int
-    parts: list[int]
-    example: int
-    divided: bool
-    where: str
-
-
 class _Argument(NamedTuple):
     """An argument of a call, and what the user says about how it is divided."""
 
@@ -164,13 +145,6 @@ class _Argument(NamedTuple):
     name: str
     value: Any
     spec: Any
-
-
-class _List(NamedTuple):
-    """A list that has an item for each sample: how many the example has, and how they go with the samples."""
-
-    length: int
-    mark: Batch
 
 
 class MicroBatches:
@@ -195,11 +169,11 @@ class MicroBatches:
         program = pipe.program
         crossing = boundaries(program, fed_inputs(program))
         self._last_boundary = crossing[-1]
-        self._marks = _marks(program, group)
-        self._places = _places(pipe._call_spec, program.inputs)
-        self._lists = _lists(pipe._call_spec, program.inputs, self._marks)
+        self._marks = marks_of(program, group)
+        self._places = places_of(pipe._call_spec, program.inputs)
+        self._lists = lists_of(pipe._call_spec, program.inputs, self._marks)
         self._fillings = fillings(program)
-        self._samples: dict[str, _Samples] = {}
+        self._samples = SampleCounts(count)
         self._divided: list[Division] = []
         self._cast = False
         self._ready = False
@@ -228,7 +202,7 @@ class MicroBatches:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of each. Raises InputError
         where an input cannot be divided, or nothing says how.
         """
-        self._samples = {}
+        self._samples = SampleCounts(self._count)
         self._divided = []
         if self._count == 1:
             flat = self._flat(args, kwargs)
@@ -238,7 +212,8 @@ class MicroBatches:
         self._divide_tensors(flats, settled)
         self._refuse_undivided(flats[0])
         self._count_samples(flats)
-        self._refuse_disagreement()
+        self._samples.any_divided = bool(self._divided)
+        self._samples.refuse_disagreement()
         sizes = self._set(flats)
         self._check_fillings(flats, sizes)
         return sizes
@@ -256,7 +231,7 @@ class MicroBatches:
                 continue
             shape = tuple(tensor.shape)
             self._divided.append((shape, dim))
-            pieces = _cut(tensor, dim, self._marks[value], self._count)
+            pieces = cut(tensor, dim, self._marks[value], self._count)
             for flat, piece in zip(flats, pieces, strict=True):
                 flat[place] = piece
 
@@ -273,7 +248,7 @@ class MicroBatches:
     ) -> list[Sizes]:
         """The inputs of every micro-batch are those of these calls, as for torch's schedules."""
         flats = [self._flat(*call) for call in calls]
-        self._samples = {}
+        self._samples = SampleCounts(self._count)
         self._divided = []
         self._count_samples(flats, ready=True)
         return self._set(flats)
@@ -426,7 +401,7 @@ class MicroBatches:
                 raise InputError(
                     f"input '{value.hint}' has shape {list(item.shape)}, traced was {list(kind.shape)}, and "
                     f"it is not known that samples lie along dim {dim}",
-                    hint=_SAY,
+                    hint=SAY,
                 )
 
     def _refuse_undivided(self, flat: Sequence[Any]) -> None:
@@ -449,7 +424,7 @@ class MicroBatches:
         raise InputError(
             f"it is not known along which dims the inputs are divided among {self._count} micro-batches, "
             f"such as input '{value.hint}' of shape {list(tensor.shape)}",
-            hint=_SAY,
+            hint=SAY,
         )
 
     def _nothing_divided(self, value: Value, tensor: torch.Tensor) -> InputError:
@@ -482,7 +457,7 @@ class MicroBatches:
                 size = flat[place].shape[mark.dim]
                 parts.append(size // rows)
             traced = value.type.shape[mark.dim]
-            samples = _Samples(
+            samples = Samples(
                 whole=parts[0],
                 parts=parts,
                 example=_example(traced, self._pipe._sizes) // rows,
@@ -491,9 +466,7 @@ class MicroBatches:
             )
             if samples.divided:
                 samples.whole = sum(parts)
-            first = self._samples.setdefault(symbol, samples)
-            if first.parts != parts or first.divided != samples.divided:
-                raise _do_not_go_together(first, samples)
+            self._samples.add(symbol, samples)
 
     def _count_lists(self, ready: bool) -> None:
         for name, (length, mark) in self._lists.items():
@@ -501,20 +474,8 @@ class MicroBatches:
             parts = [length // rows] * self._count
             whole_shape = (length * self._count,)
             divided = ready or (whole_shape, 0) in self._divided
-            self._samples[symbol] = _Samples(sum(parts), parts, 0, divided, name)
-
-    def _refuse_disagreement(self) -> None:
-        """Returns when batches of their own grow by the same factor over the example. Where they do not, it
-        is not known which of their samples belong together.
-        """
-        first: _Samples | None = None
-        for samples in self._samples.values():
-            if not samples.divided or not samples.example:
-                continue
-            if first is None:
-                first = samples
-            if first.whole * samples.example != samples.whole * first.example:
-                raise _grow_differently(first, samples)
+            samples = Samples(sum(parts), parts, 0, divided, name)
+            self._samples.put(symbol, samples)
 
     # --- targets ----------------------------------------------------------------------------------
 
@@ -552,13 +513,13 @@ class MicroBatches:
     def _part_of_tensor(self, tensor: torch.Tensor, chunk: int) -> torch.Tensor:
         dim = self._dim_of_target(tensor)
         if dim is not None:
-            pieces = _cut(tensor, dim, None, self._count)
+            pieces = cut(tensor, dim, None, self._count)
             return pieces[chunk]
         mark = self._mark_of_output_like(tensor)
         if mark is None:
             return tensor
         assert isinstance(mark.dim, int)
-        pieces = _cut(tensor, mark.dim, mark, self._count)
+        pieces = cut(tensor, mark.dim, mark, self._count)
         return pieces[chunk]
 
     def _dim_of_target(self, tensor: torch.Tensor) -> int | None:
@@ -600,7 +561,7 @@ class MicroBatches:
             mark = self._marks[leaf]
             if mark is None or not isinstance(mark.dim, int):
                 continue
-            rows = self._rows(mark)
+            rows = self._samples.rows(mark)
             if rows is None or mark.dim >= tensor.dim():
                 continue
             whole = sum(map(sum, rows))
@@ -663,7 +624,7 @@ class MicroBatches:
             return first
         if all(part is first for part in parts):
             return first  # an input that is not divided
-        joined = self._joined_by(self._marks[leaf], parts)
+        joined = self._samples.joined(self._marks[leaf], parts)
         if joined is not None:
             return joined
         name = str(index)
@@ -677,169 +638,14 @@ class MicroBatches:
         self.notes[note] = None
         return parts
 
-    def _joined_by(self, mark: Batch | None, parts: list[Any]) -> torch.Tensor | None:
-        if mark is None or mark.dim == ITEM:
-            return None
-        if mark.dim == SUM:
-            total = torch.stack(parts).sum(0)
-            return total.to(parts[0].dtype)
-        if mark.dim == MEAN:
-            return self._mean(parts)
-        dim = mark.dim
-        assert isinstance(dim, int)
-        if mark.size == ANY:
-            return torch.cat(parts, dim)
-        return self._concatenated(mark, parts, dim)
-
-    def _concatenated(
-        self, mark: Batch, parts: list[torch.Tensor], dim: int
-    ) -> torch.Tensor | None:
-        """The parts put together block by block; None where they have other rows than expected."""
-        rows = self._rows(mark)
-        if rows is None:
-            return None
-        split_parts: list[tuple[torch.Tensor, ...]] = []
-        for part, block_rows in zip(parts, rows, strict=True):
-            if part.shape[dim] != sum(block_rows):
-                return None
-            split_parts.append(part.split(block_rows, dim))
-        pieces: list[torch.Tensor] = []
-        for block in zip(*split_parts, strict=True):
-            pieces += block
-        return torch.cat(pieces, dim)
-
-    def _mean(self, means: list[torch.Tensor]) -> torch.Tensor | None:
-        """The mean over all samples of the means over those of each micro-batch."""
-        counts = [
-            samples.parts for samples in self._samples.values() if samples.divided
-        ]
-        if not counts and not self._divided:
-            return None
-        if all(map(_are_equal, counts)):
-            return torch.stack(means).mean(0)
-        first = counts[0]
-        if any(parts != first for parts in counts):
-            return None
-        stacked = torch.stack(means)
-        weights = torch.tensor(first, dtype=stacked.dtype, device=stacked.device)
-        total = (stacked * weights).sum(0)
-        return total / weights.sum()
-
-    def _rows(self, mark: Batch) -> list[list[int]] | None:
-        """How many rows each block of a tensor has in each micro-batch; None where that is not known, or a
-        batch is not divided.
-        """
-        rows: list[list[int]] = [[] for _ in range(self._count)]
-        for factor, symbol in mark.terms:
-            samples = self._samples.get(symbol)
-            if samples is None or not samples.divided:
-                return None
-            for chunk_rows, part in zip(rows, samples.parts, strict=True):
-                chunk_rows.append(factor * part)
-        return rows
-
-
-# --- what a program says of its inputs and outputs --------------------------------------------------------
-
-
-def _marks(
-    program: Program, group: dist.ProcessGroup | None
-) -> dict[Value, Batch | None]:
-    """Where the samples are in the inputs and outputs, as the first rank has it whose program tells it."""
-    values = [*program.inputs]
-    for leaf in program.outputs:
-        if isinstance(leaf, Value):
-            values.append(leaf)
-    own_marks = [_mark(value) for value in values]
-    by_rank: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(by_rank, own_marks, group)
-    marks = max(by_rank, key=_number_known)
-    return dict(zip(values, marks, strict=True))
-
-
-def _mark(value: Value) -> Batch | None:
-    if not isinstance(value.type, TensorType):
-        return None
-    return value.type.batch
-
-
-def _number_known(marks: list[Batch | None]) -> int:
-    return len(marks) - marks.count(None)
-
-
-def _places(spec: CallSpec | None, inputs: Sequence[Value]) -> dict[str, range]:
-    """Name of an argument -> the places of what is in it among the flat inputs."""
-    places: dict[str, range] = {}
-    if spec is None:
-        for place in range(len(inputs)):
-            places[str(place)] = range(place, place + 1)
-        return places
-    for name, tree in _trees(spec):
-        leaves = tree_leaves(tree)
-        places[name] = range(0)
-        if leaves:
-            first = leaves[0]
-            last = leaves[-1]
-            places[name] = range(first, last + 1)
-    return places
-
-
-def _lists(
-    spec: CallSpec | None, inputs: Sequence[Value], marks: Marks
-) -> dict[str, _List]:
-    """Name of an argument -> the list of samples that it is in the example."""
-    lists: dict[str, _List] = {}
-    if spec is None:
-        return lists
-    for name, tree in _trees(spec):
-        leaves = tree_leaves(tree)
-        if not leaves:
-            continue
-        if not isinstance(tree, list | tuple):
-            continue
-        first = inputs[leaves[0]]
-        mark = marks[first]
-        if mark is not None and mark.dim == ITEM:
-            lists[name] = _List(len(tree), mark)
-    return lists
-
-
-def _trees(spec: CallSpec) -> Iterator[tuple[str, Any]]:
-    """Each argument, with the places among the flat inputs as its leaves."""
-    places = range(spec.in_spec.num_leaves)
-    positional, by_name = spec.in_spec.unflatten(places)
-    yield from zip(spec.positional, positional, strict=True)
-    yield from by_name.items()
-
 
 # --- samples ----------------------------------------------------------------------------------------------
-
-
-def _are_equal(numbers: Sequence[int]) -> bool:
-    return len(set(numbers)) == 1
 
 
 def _is_divided(flats: Sequence[Sequence[Any]], place: int) -> bool:
     """True for an input that is not the same object in every micro-batch."""
     first = flats[0][place]
     return any(flat[place] is not first for flat in flats)
-
-
-def _do_not_go_together(first: _Samples, other: _Samples) -> InputError:
-    return InputError(
-        f"input '{other.where}' has a batch of {other.whole}, and input '{first.where}', which goes "
-        f"with it, one of {first.whole}",
-        hint=f"pass inputs of as many samples; or {_SAY}",
-    )
-
-
-def _grow_differently(first: _Samples, other: _Samples) -> InputError:
-    return InputError(
-        f"inputs '{first.where}' and '{other.where}' have batches of {first.whole} and "
-        f"{other.whole}, in the example {first.example} and {other.example}: it is not known "
-        "which samples of the two go into one micro-batch",
-        hint=_SAY,
-    )
 
 
 def _example(size: int | str, sizes: Sizes) -> int:
@@ -851,24 +657,6 @@ def _example(size: int | str, sizes: Sizes) -> int:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------
-
-
-def _cut(
-    tensor: torch.Tensor, dim: int, mark: Batch | None, count: int
-) -> list[torch.Tensor]:
-    """A tensor in equal parts, one for each micro-batch; of each block of `mark` an equal part."""
-    if mark is None or len(mark.terms) == 1:
-        return list(tensor.tensor_split(count, dim))
-    rows = [factor for factor, _ in mark.terms]
-    total = sum(rows)
-    size = tensor.shape[dim]
-    block_sizes = [size * factor // total for factor in rows]
-    chunks: list[list[torch.Tensor]] = [[] for _ in range(count)]
-    for block in tensor.split(block_sizes, dim):
-        parts = block.tensor_split(count, dim)
-        for chunk, part in zip(chunks, parts, strict=True):
-            chunk.append(part)
-    return [torch.cat(chunk, dim) for chunk in chunks]
 
 
 def _unpacked(value: Value, tensor: torch.Tensor) -> Any:
