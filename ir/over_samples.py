@@ -17,57 +17,94 @@ def over_samples(value: Value, depth: int = 0) -> str:
     A mean stays a mean under a factor that is no whole number, because a whole one may be the number of
     samples. A sum of means is a mean, a sum of sums a sum.
     """
-    op, kind = value.owner, value.type
-    if not isinstance(op, Op) or not isinstance(kind, TensorType) or depth > _MOST:
+    op = value.owner
+    kind = value.type
+    if depth > _MOST or not isinstance(op, Op):
         return ""
-    known = facts(op)
+    if not isinstance(kind, TensorType):
+        return ""
     if kind.shape:
-        return _of_all(op, depth) if known.over_samples == "listed" else ""
-    if known.reduction is not None:
-        return _of_loss(op, known.reduction)
-    if known.over_samples in (MEAN, SUM):
-        return _reduced(op, known.over_samples, depth)
-    if known.over_samples == "same":
+        return _listed(op, depth)
+    op_facts = facts(op)
+    if op_facts.reduction is not None:
+        return _of_loss(op, op_facts.reduction)
+    way = op_facts.over_samples
+    if way in (MEAN, SUM):
+        return _reduced(op, way, depth)
+    if way == "same":
         return _of_all(op, depth)
-    if known.over_samples == "added":
+    if way == "added":
         return _added(op, depth)
-    return _scaled(op, depth) if known.over_samples == "scaled" else ""
+    if way == "scaled":
+        return _scaled(op, depth)
+    return ""
 
 
 def _of_loss(op: Op, position: int) -> str:
-    given = op.args[position] if position < len(op.args) else 1
-    way = op.kwargs.get("reduction", given)
-    return {1: MEAN, 2: SUM}.get(way, "") if isinstance(way, int) else ""
+    """The result of torch's loss functions, with `reduction` at that position."""
+    reduction: object = 1
+    if position < len(op.args):
+        reduction = op.args[position]
+    reduction = op.kwargs.get("reduction", reduction)
+    if not isinstance(reduction, int):
+        return ""
+    if reduction == 1:
+        return MEAN
+    if reduction == 2:
+        return SUM
+    return ""
 
 
 def _reduced(op: Op, way: str, depth: int) -> str:
     """The result of a mean or a sum of elements. Elements that are numbers themselves decide."""
-    source = op.operands[0] if op.operands else None
-    if source is None:
+    if not op.operands:
         return ""
-    maker = source.owner
-    is_list = isinstance(maker, Op) and facts(maker).over_samples == "listed"
-    if is_list or not getattr(source.type, "shape", ()):
+    source = op.operands[0]
+    if _is_listed(source.owner) or not getattr(source.type, "shape", ()):
         return over_samples(source, depth + 1)
     return way
 
 
+def _listed(op: Op, depth: int) -> str:
+    """A tensor that is made of numbers."""
+    if not _is_listed(op):
+        return ""
+    return _of_all(op, depth)
+
+
+def _is_listed(owner: object) -> bool:
+    return isinstance(owner, Op) and facts(owner).over_samples == "listed"
+
+
 def _of_all(op: Op, depth: int) -> str:
     """The kind of the operands, when they are of one kind."""
-    kinds = {over_samples(item, depth + 1) for item in leaves(op.args[:1])}
-    return kinds.pop() if len(kinds) == 1 else ""
+    operands = leaves(op.args[:1])
+    kinds = {over_samples(operand, depth + 1) for operand in operands}
+    if len(kinds) != 1:
+        return ""
+    return kinds.pop()
 
 
 def _added(op: Op, depth: int) -> str:
-    kinds = [over_samples(item, depth + 1) for item in op.operands]
-    if len(kinds) == 1:  # and a number of the code
-        return MEAN if kinds == [MEAN] else ""
-    return kinds[0] if kinds and len(set(kinds)) == 1 else ""
+    kinds = [over_samples(operand, depth + 1) for operand in op.operands]
+    if not kinds or len(set(kinds)) != 1:
+        return ""
+    if len(kinds) == 1 and kinds[0] != MEAN:
+        return ""  # a sum and a number of the code
+    return kinds[0]
 
 
 def _scaled(op: Op, depth: int) -> str:
-    numbers = [item for item in op.args if not isinstance(item, Value)]
-    if len(op.operands) != 1 or not all(isinstance(item, float) for item in numbers):
+    if not op.args:
         return ""
+    if len(op.operands) != 1:
+        return ""
+    if not isinstance(op.args[0], Value):
+        return ""
+    for factor in op.args:
+        if not isinstance(factor, Value | float):
+            return ""
     kind = over_samples(op.operands[0], depth + 1)
-    return kind if kind == MEAN and isinstance(op.args[0], Value) else ""
+    if kind != MEAN:
+        return ""
+    return kind

@@ -40,7 +40,8 @@ class FindSplits:
         ops: list[Op] = []
         asked: dict[Op, str] = {}
         for index, op in enumerate(program.ops):
-            if index in cuts and ops and not (ops[-1].is_split or op.is_split):
+            may_cut = bool(ops) and not ops[-1].is_split and not op.is_split
+            if may_cut and index in cuts:
                 marker = _marker(op)
                 ops.append(marker)
                 asked[marker] = cuts[index]
@@ -51,7 +52,10 @@ class FindSplits:
 
     def _positions(self, program: Program) -> dict[int, str]:
         """Position of a cut -> the request for it."""
-        names = {name: (name, *self.also.get(name, ())) for name, _ in self.at}
+        names: dict[str, Sequence[str]] = {}
+        for name, _ in self.at:
+            others = self.also.get(name, ())
+            names[name] = (name, *others)
         paths = set(chain.from_iterable(names.values()))
         spans = _call_spans(program.ops, paths)
         cuts = self._chosen(program)
@@ -95,7 +99,10 @@ class FindSplits:
     def _chosen(self, program: Program) -> dict[int, str]:
         if self.policy is None:
             return {}
-        places = [place for place, op in enumerate(program.ops) if not op.is_split]
+        places: list[int] = []
+        for place, op in enumerate(program.ops):
+            if not op.is_split:
+                places.append(place)
         cuts: dict[int, str] = {}
         for cut in self.policy(program):
             if not isinstance(cut, int) or not 0 <= cut <= len(places):

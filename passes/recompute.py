@@ -66,7 +66,9 @@ class _Work:
     def __init__(self, program: Program, routes: dict[str, str]) -> None:
         self._program = program
         self._routes = routes
-        self._home = {op: stage.index for stage in program.stages for op in stage.ops}
+        self._home: dict[Op, int] = {}
+        for stage in program.stages:
+            self._home |= dict.fromkeys(stage.ops, stage.index)
         self._aliases = Aliases(program.all_ops(), program.state)
         last = len(program.stages) - 1
         returned = program.output.operands
@@ -136,7 +138,7 @@ class _Work:
         for stage in later:
             twin = self._make(value, stage, asked)
             self._needs[stage].clear()  # more values are in this stage from here on
-            readers = {user for user in value.uses if self._home.get(user) == stage}
+            readers = self._readers(value, stage)
             value.replace_uses(twin, readers.__contains__)
             transfer = Transfer(value, home, stage, RECOMPUTE, twin)
             self._program.transfers.append(transfer)
@@ -159,11 +161,13 @@ class _Work:
         value that is needed twice on the way is counted twice.
         """
         op = value.owner
-        if not isinstance(op, Op) or depth > DEEPEST:
+        if not isinstance(op, Op):
+            return None
+        if depth > DEEPEST:
             return None
         if not self._is_repeatable(value, op):
             return None
-        if not asked and (is_heavy(op) or storage_root(value) in self._returned):
+        if not asked and not self._may_be_copied(value, op):
             return None
         total = _own_cost(op)
         for operand in dict.fromkeys(op.operands):
@@ -172,6 +176,12 @@ class _Work:
                 return None
             total += cost
         return total
+
+    def _may_be_copied(self, value: Value, op: Op) -> bool:
+        """True for a value that is recomputed without the user's asking."""
+        if is_heavy(op):
+            return False
+        return storage_root(value) not in self._returned
 
     def _need(self, value: Value, stage: int, depth: int, asked: bool) -> int | None:
         """The cost of having `value` in `stage`: nothing when it is there, else the lesser of the costs of
@@ -196,10 +206,20 @@ class _Work:
         if isinstance(owner, StateEntry):
             if asked or owner.kind != "param":
                 return True
-            return any(self._home.get(user) == stage for user in value.uses)
-        if owner is None or value in self._twins[stage]:
+            return bool(self._readers(value, stage))
+        if owner is None:
             return True
-        return self._home[owner] == stage or self._reach.get(value, -1) >= stage
+        if value in self._twins[stage] or self._home[owner] == stage:
+            return True
+        return self._reach.get(value, -1) >= stage
+
+    def _readers(self, value: Value, stage: int) -> set[Op]:
+        """The ops of a stage that read a value."""
+        readers: set[Op] = set()
+        for user in value.uses:
+            if self._home.get(user) == stage:
+                readers.add(user)
+        return readers
 
     def _sending_cost(self, value: Value, stage: int) -> int | None:
         if not isinstance(value.owner, Op):

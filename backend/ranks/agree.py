@@ -19,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.text.printer import fingerprint
 
 Group = dist.ProcessGroup | None
@@ -29,13 +29,15 @@ def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) 
     """Raises StagecutError on every rank when the ranks have cut different programs. Each rank may have
     traced on a device of its own.
     """
-    mine = (fingerprint(program)[:16], program.name, len(program.stages), *settings)
-    found = everywhere(mine, group)
-    odd = [rank for rank, other in enumerate(found) if other != found[0]]
-    if odd:
+    digest = fingerprint(program)[:16]
+    own = (digest, program.name, len(program.stages), *settings)
+    by_rank = everywhere(own, group)
+    first = by_rank[0]
+    for rank, other in enumerate(by_rank):
+        if other == first:
+            continue
         raise StagecutError(
-            f"the ranks do not run the same program: rank {odd[0]} has {found[odd[0]]}, rank 0 has "
-            f"{found[0]}",
+            f"the ranks do not run the same program: rank {rank} has {other}, rank 0 has {first}",
             where="fingerprint, model, stages, schedule, micro-batches",
             hint="build the same model with the same cuts on every rank",
         )
@@ -45,41 +47,56 @@ def agree_on_tied(pipe: Staged, homes: Sequence[int], group: Group) -> None:
     """Raises StagecutError on every rank when ranks hold different values of state that they share. State
     without values, and sharded state, is not compared.
     """
-    rank = dist.get_rank(group)
-    shared = [
-        (place, entry)
-        for place, entry in enumerate(pipe.program.state)
-        if len({homes[stage] for stage in entry.stages}) > 1
-    ]
+    shared: dict[int, StateEntry] = {}
+    for position, entry in enumerate(pipe.program.state):
+        ranks = {homes[stage] for stage in entry.stages}
+        if len(ranks) > 1:
+            shared[position] = entry
     if not shared:
         return
-    mine = {}
-    for place, entry in shared:
-        here = [stage for stage in entry.stages if homes[stage] == rank]
-        for stage in here[:1]:
-            name = pipe.program.stages[stage].state[entry][0]
-            tensor = find(pipe.stages[stage], name)
-            if tensor is not None and not tensor.is_meta:
-                mine[place] = checksum(tensor)
-    found = everywhere(mine, group)
-    for place, entry in shared:
-        sums = {r: sums[place] for r, sums in enumerate(found) if sums.get(place)}
-        for other, number in sums.items():
-            first = min(sums)
-            if number != sums[first]:
-                raise StagecutError(
-                    f"rank {other} and rank {first} have different values of '{entry.name}', which their "
-                    "stages share",
-                    where=f"stages {' and '.join(map(str, entry.stages))}",
-                    hint="seed every rank alike before the model is made, or load the same weights on each",
-                )
+    rank = dist.get_rank(group)
+    checksums: dict[int, int] = {}
+    for position, entry in shared.items():
+        own_stages = [stage for stage in entry.stages if homes[stage] == rank]
+        if not own_stages:
+            continue
+        tensor = _held_by(pipe, own_stages[0], entry)
+        if tensor is not None and not tensor.is_meta:
+            checksums[position] = checksum(tensor)
+    by_rank = everywhere(checksums, group)
+    for position, entry in shared.items():
+        _compare_tied(entry, [others.get(position) for others in by_rank])
 
 
-def everywhere(mine: Any, group: Group) -> list[Any]:
+def _compare_tied(entry: StateEntry, checksums: Sequence[int | None]) -> None:
+    """Raises StagecutError when two ranks have different checksums of an entry."""
+    first: int | None = None
+    for rank, number in enumerate(checksums):
+        if not number:
+            continue
+        if first is None:
+            first = rank
+        if number == checksums[first]:
+            continue
+        raise StagecutError(
+            f"rank {rank} and rank {first} have different values of '{entry.name}', which their "
+            "stages share",
+            where=f"stages {' and '.join(map(str, entry.stages))}",
+            hint="seed every rank alike before the model is made, or load the same weights on each",
+        )
+
+
+def _held_by(pipe: Staged, stage: int, entry: StateEntry) -> torch.Tensor | None:
+    """The tensor that a stage holds for an entry of the program's state."""
+    names = pipe.program.stages[stage].state[entry]
+    return find(pipe.stages[stage], names[0])
+
+
+def everywhere(own: Any, group: Group) -> list[Any]:
     """What each rank has."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group)
-    return found
+    by_rank: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(by_rank, own, group)
+    return by_rank
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,11 @@ class Agreed:
 
 
 def _ranks_with(column: Sequence[int]) -> frozenset[int]:
-    return frozenset(rank for rank, number in enumerate(column) if number)
+    ranks: set[int] = set()
+    for rank, number in enumerate(column):
+        if number:
+            ranks.add(rank)
+    return frozenset(ranks)
 
 
 class Calls:
@@ -101,112 +122,119 @@ class Calls:
     """
 
     def __init__(self, group: Group, device: torch.device, steps: int) -> None:
-        self._group, self._device, self._left = group, device, steps
+        self._group = group
+        self._device = device
+        self._left = steps
 
     def agree(
-        self, how: str, given: Mapping[str, Any], changed: Sequence[bool]
+        self, how: str, arguments: Mapping[str, Any], changed: Sequence[bool]
     ) -> Agreed:
         """What all ranks know of this call. Raises InputError on every rank when arguments differ.
 
         `changed` has the changes that this rank has noticed, in an order that all ranks know.
         """
-        described = [dict(_described(name, tree)) for name, tree in given.items()]
-        contents = self._contents(given) if self._left > 0 else {}
+        types: list[dict[str, str]] = []
+        contents: list[dict[str, int]] = []
+        for name, tree in arguments.items():
+            types.append(dict(_described(name, tree)))
+            checksums: dict[str, int] = {}
+            if self._left > 0:
+                checksums = dict(_contents(name, tree))
+            contents.append(checksums)
         self._left -= 1
-        row = [
-            *map(int, changed),
-            _digest(how),
-            *(_digest(repr(one)) if one else 0 for one in described),
-            *(_digest(repr(contents[n])) if contents.get(n) else 0 for n in given),
-        ]
-        columns = list(zip(*self._rows(row), strict=True))
-        changes, (calls, *arguments) = columns[: len(changed)], columns[len(changed) :]
-        if any(map(_differ, (calls, *arguments))):
-            self._refuse(how, described, contents)
-        return Agreed(
-            [any(column) for column in changes],
-            {
-                name: _ranks_with(column)
-                for name, column in zip(given, arguments, strict=False)
-            },
-        )
+        row = [*map(int, changed), _digest(how)]
+        row += map(_digest_of, types)
+        row += map(_digest_of, contents)
+        columns = self._columns(row)
+        changes = columns[: len(changed)]
+        compared = columns[len(changed) :]
+        if any(map(_differ, compared)):
+            self._refuse(how, types, contents)
+        has: dict[str, frozenset[int]] = {}
+        for name, column in zip(arguments, compared[1:], strict=False):
+            has[name] = _ranks_with(column)
+        return Agreed([any(column) for column in changes], has)
 
-    def _rows(self, row: list[int]) -> list[list[int]]:
-        mine = torch.tensor(row, device=self._device)
+    def _columns(self, row: list[int]) -> list[list[int]]:
+        """For each number of `row`, what each rank has in its place."""
+        own = torch.tensor(row, device=self._device)
         ranks = dist.get_world_size(self._group)
-        rows = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(rows, mine, group=self._group)
-        found: list[list[int]] = torch.stack(rows).tolist()
-        return found
-
-    def _contents(self, given: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-        return {
-            name: {
-                path: checksum(leaf)
-                for path, leaf in _leaves(name, tree)
-                if isinstance(leaf, torch.Tensor) and not leaf.is_meta
-            }
-            for name, tree in given.items()
-        }
+        rows = [torch.empty_like(own) for _ in range(ranks)]
+        dist.all_gather(rows, own, group=self._group)
+        columns: list[list[int]] = torch.stack(rows, dim=1).tolist()
+        return columns
 
     def _refuse(
         self,
         how: str,
-        described: list[dict[str, str]],
-        contents: dict[str, dict[str, int]],
+        types: list[dict[str, str]],
+        contents: list[dict[str, int]],
     ) -> None:
-        hows = everywhere(how, self._group)
-        for rank, other in enumerate(hows):
-            if other != hows[0]:
+        """Raises InputError for the first difference between two ranks."""
+        calls = everywhere(how, self._group)
+        for rank, other in enumerate(calls):
+            if other != calls[0]:
                 raise InputError(
-                    f"rank {rank} calls driver.{other}, rank 0 calls driver.{hows[0]}",
+                    f"rank {rank} calls driver.{other}, rank 0 calls driver.{calls[0]}",
                     hint="every rank makes the same calls in the same order",
                 )
-        told = everywhere((described, [*contents.values()]), self._group)
-        for place in range(len(described)):
+        by_rank = everywhere((types, contents), self._group)
+        for position in range(len(types)):
             _compare(
-                [part[place] for part, _ in told],
+                [rank_types[position] for rank_types, _ in by_rank],
                 "is {0} on rank {1}, and {2} on rank {3}",
             )
             _compare(
-                [part[place] if part else {} for _, part in told],
+                [rank_contents[position] for _, rank_contents in by_rank],
                 "has other values on rank {1} than on rank {3}",
             )
 
 
-def _compare(rows: list[dict[str, Any]], words: str) -> None:
+def _compare(by_rank: list[dict[str, Any]], words: str) -> None:
     """Raises InputError when two ranks that have something have different things."""
-    there = [rank for rank, row in enumerate(rows) if row]
-    for rank in there:
-        first = rows[there[0]]
-        for path in dict.fromkeys([*first, *rows[rank]]):
-            one, other = first.get(path, "absent"), rows[rank].get(path, "absent")
-            if one == other:
+    ranks = [rank for rank, leaves in enumerate(by_rank) if leaves]
+    for rank in ranks:
+        first = by_rank[ranks[0]]
+        leaves = by_rank[rank]
+        for path in first | leaves:
+            expected = first.get(path, "absent")
+            leaf = leaves.get(path, "absent")
+            if leaf == expected:
                 continue
+            difference = words.format(leaf, rank, expected, ranks[0])
             raise InputError(
-                f"the ranks were called with different data: {path} "
-                f"{words.format(other, rank, one, there[0])}",
+                f"the ranks were called with different data: {path} {difference}",
                 where=f"rank {rank}, {path}",
                 hint="give every rank the same batch, or only one of them: Driver(data_on='first')",
             )
 
 
 def _differ(column: Sequence[int]) -> bool:
-    return len({number for number in column if number}) > 1
+    numbers = set(column)
+    numbers.discard(0)
+    return len(numbers) > 1
 
 
 def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
     if name in ("args", "kwargs") and not tree:
         return
-    for path, leaf in tree_flatten_with_path(tree)[0]:
+    leaves, _ = tree_flatten_with_path(tree)
+    for path, leaf in leaves:
         if leaf is not None:
             yield f"{name}{keystr(path)}", leaf
+
+
+def _contents(name: str, tree: Any) -> Iterator[tuple[str, int]]:
+    for path, leaf in _leaves(name, tree):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            yield path, checksum(leaf)
 
 
 def _described(name: str, tree: Any) -> Iterator[tuple[str, str]]:
     for path, leaf in _leaves(name, tree):
         if isinstance(leaf, torch.Tensor):
-            yield path, f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            yield path, f"{dtype}{list(leaf.shape)}"
         elif isinstance(leaf, bool | int | float | str):
             yield path, repr(leaf)
         else:
@@ -215,8 +243,16 @@ def _described(name: str, tree: Any) -> Iterator[tuple[str, str]]:
 
 def _digest(text: str) -> int:
     """A number for a text, never 0."""
-    made = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(made, signed=True) or 1
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, signed=True)
+    return number or 1
+
+
+def _digest_of(leaves: Mapping[str, Any]) -> int:
+    """A number for what an argument has, 0 for an argument that was not given."""
+    if not leaves:
+        return 0
+    return _digest(repr(leaves))
 
 
 _PART = 2**20
@@ -225,16 +261,28 @@ _PART = 2**20
 
 def checksum(tensor: torch.Tensor) -> int:
     """A number that depends on every bit of a tensor and on where it stands."""
-    if isinstance(tensor, DTensor) or tensor.layout is not torch.strided:
+    if isinstance(tensor, DTensor):
         return 0
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    if plain.is_quantized or not plain.numel():
+    if tensor.layout is not torch.strided:
         return 0
-    bits = plain.view(torch.uint8)
-    if len(bits) % 8 or bits.data_ptr() % 8 or bits.storage_offset() % 8:
-        bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
+    resolved = tensor.detach().resolve_conj().resolve_neg()
+    flat = resolved.contiguous().view(-1)
+    if flat.is_quantized or not flat.numel():
+        return 0
+    bits = _in_words(flat.view(torch.uint8))
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in bits.view(torch.int64).split(_PART):
         weights = torch.arange(1, 2 * len(part), 2, device=part.device)
-        total = total * 31 + (part * weights).sum()
-    return _digest(f"{int(total)} {tensor.dtype} {list(tensor.shape)}")
+        weighted = part * weights
+        total = total * 31 + weighted.sum()
+    number = int(total)
+    shape = list(tensor.shape)
+    return _digest(f"{number} {tensor.dtype} {shape}")
+
+
+def _in_words(bits: torch.Tensor) -> torch.Tensor:
+    """The same bytes, with zeros behind them, as they can be read eight at a time."""
+    missing = -len(bits) % 8
+    if missing or bits.data_ptr() % 8 or bits.storage_offset() % 8:
+        return torch.cat([bits, bits.new_zeros(missing)])
+    return bits

@@ -7,37 +7,31 @@ user says so, in torch's own terms, or gives the micro-batches themselves. Nothi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining.microbatch import (
-    TensorChunkSpec,
-    _Replicate,
-    _split_block_mask,
-    merge_chunks,
-)
-from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._pytree import tree_leaves, tree_map
 
+from stagecut.backend.ranks.chunks import (
+    Division,
+    divided_by_spec,
+    divisions,
+    merged_by_spec,
+    parts_of,
+)
+from stagecut.backend.ranks.counts import SAY, SampleCounts, Samples
 from stagecut.backend.ranks.filled import fillings
+from stagecut.backend.ranks.marks import cut, lists_of, marks_of, places_of
 from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Value
-from stagecut.ir.run.call import CallSpec, check_inputs
-from stagecut.ir.run.objects import hides_tensors, opened
+from stagecut.ir.run.call import check_inputs
+from stagecut.ir.run.objects import hides_tensors
 from stagecut.ir.sizes import evaluate
-from stagecut.ir.types import ANY, ITEM, MEAN, SUM, Batch, TensorType, Type
-
-_SAY = (
-    "say how it is divided: Driver(..., args_chunk_spec=, kwargs_chunk_spec=), with torch's TensorChunkSpec; "
-    "or give the micro-batches: step(arg_mbs=[...], kwarg_mbs=[...])"
-)
+from stagecut.ir.types import Batch, TensorType
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,24 @@ class Call:
         """The arguments of the whole batch, or those of each of `count` ready micro-batches. Raises
         InputError where both are given, or other than so many.
         """
+        self._refuse_both()
+        if not self.is_ready:
+            return [(self.args, self.kwargs)]
+        args = _ready("arg_mbs", self.arg_mbs, count)
+        kwargs = _ready("kwarg_mbs", self.kwarg_mbs, count)
+        _refuse_bare(args)
+        if not args:
+            args = [()] * count
+        if not kwargs:
+            kwargs = [{}] * count
+        return list(zip(args, kwargs, strict=True))
+
+    def _refuse_both(self) -> None:
+        """Returns when nothing is given both whole and in micro-batches."""
         if self.target is not None and self.target_mbs is not None:
             raise InputError("target and target_mbs are both given", hint="give one")
         if not self.is_ready:
-            return [(self.args, self.kwargs)]
+            return
         if self.args or self.kwargs:
             raise InputError(
                 "arguments of the model are given beside arg_mbs and kwarg_mbs",
@@ -99,28 +107,44 @@ class Call:
                 "a whole target is given with micro-batches of the inputs",
                 hint="target_mbs=[...], with the target of each micro-batch",
             )
-        args = _ready("arg_mbs", self.arg_mbs, count) or [()] * count
-        kwargs = _ready("kwarg_mbs", self.kwarg_mbs, count) or [{}] * count
-        for item in args:
-            if not isinstance(item, tuple | list):
-                raise InputError(
-                    f"arg_mbs holds a {type(item).__name__}, not the arguments of a micro-batch",
-                    hint="write [(x,), (y,)] for a single argument",
-                )
-        return list(zip(args, kwargs, strict=True))
 
 
-@dataclass
-class _Samples:
-    """The samples of one batch: how many there are in all, in each micro-batch, and in the example (0 where
-    that is not known); whether they are divided; and one input that has them.
-    """
+def _ready(name: str, chunks: Any, count: int) -> list[Any]:
+    """What is given for each micro-batch, [] for nothing."""
+    if chunks is None:
+        return []
+    is_list = isinstance(chunks, list | tuple)
+    if is_list and len(chunks) == count:
+        return list(chunks)
+    size = "none"
+    if is_list:
+        size = f"{len(chunks)} of them"
+    kind = type(chunks).__name__
+    raise InputError(
+        f"{name} is a {kind} with {size}: the step has {count} micro-batches",
+        hint=f"{name}=[...], with one item for each micro-batch",
+    )
 
-    whole: int
-    parts: list[int]
-    example: int
-    divided: bool
-    where: str
+
+def _refuse_bare(calls: Sequence[Any]) -> None:
+    """Returns when each micro-batch has its arguments in a tuple or a list."""
+    for args in calls:
+        if isinstance(args, tuple | list):
+            continue
+        kind = type(args).__name__
+        raise InputError(
+            f"arg_mbs holds a {kind}, not the arguments of a micro-batch",
+            hint="write [(x,), (y,)] for a single argument",
+        )
+
+
+class _Argument(NamedTuple):
+    """An argument of a call, and what the user says about how it is divided."""
+
+    key: int | str
+    name: str
+    value: Any
+    spec: Any
 
 
 class MicroBatches:
@@ -138,22 +162,21 @@ class MicroBatches:
         group: dist.ProcessGroup | None,
         specs: ChunkSpecs,
     ) -> None:
-        self._pipe, self._count, self._device, self._specs = pipe, count, device, specs
+        self._pipe = pipe
+        self._count = count
+        self._device = device
+        self._specs = specs
         program = pipe.program
-        self._last_boundary = boundaries(program, fed_inputs(program))[-1]
-        values = [
-            *program.inputs,
-            *(leaf for leaf in program.outputs if isinstance(leaf, Value)),
-        ]
-        known = _known([value.type for value in values], group)
-        self._marks = dict(zip(values, known, strict=True))
-        self._places, self._lists = _arguments(
-            pipe._call_spec, program.inputs, self._marks
-        )
+        crossing = boundaries(program, fed_inputs(program))
+        self._last_boundary = crossing[-1]
+        self._marks = marks_of(program, group)
+        self._places = places_of(pipe._call_spec, program.inputs)
+        self._lists = lists_of(pipe._call_spec, program.inputs, self._marks)
         self._fillings = fillings(program)
-        self._samples: dict[str, _Samples] = {}
-        self._divided: list[tuple[tuple[int, ...], int]] = []
-        self._cast = self._ready = False
+        self._samples = SampleCounts(count)
+        self._divided: list[Division] = []
+        self._cast = False
+        self._ready = False
         self.inputs: list[list[Any]] = []
         self.sizes: list[Sizes] = []
         self.notes: dict[str, None] = {}
@@ -164,8 +187,13 @@ class MicroBatches:
         or nothing says how.
         """
         calls = call.calls(self._count)
-        self._cast, self._ready = cast, call.is_ready
-        self.sizes = self.take(calls) if call.is_ready else self.divide(*calls[0])
+        self._cast = cast
+        self._ready = call.is_ready
+        if call.is_ready:
+            self.sizes = self.take(calls)
+        else:
+            args, kwargs = calls[0]
+            self.sizes = self.divide(args, kwargs)
         return self.sizes
 
     # --- inputs -----------------------------------------------------------------------------------
@@ -174,53 +202,74 @@ class MicroBatches:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of each. Raises InputError
         where an input cannot be divided, or nothing says how.
         """
-        count = self._count
-        self._samples, self._divided = {}, []
-        if count == 1:
-            return self._set([self._flat(args, kwargs)])
+        self._samples = SampleCounts(self._count)
+        self._divided = []
+        if self._count == 1:
+            flat = self._flat(args, kwargs)
+            return self._set([flat])
         calls, settled = self._by_argument(args, kwargs)
         flats = [self._flat(*call) for call in calls]
-        inputs = self._pipe.program.inputs
-        for place, value in enumerate(inputs):
-            item = flats[0][place]
-            dim = None if place in settled else self._dim(value, item)
+        self._divide_tensors(flats, settled)
+        self._refuse_undivided(flats[0])
+        self._count_samples(flats)
+        self._samples.any_divided = bool(self._divided)
+        self._samples.refuse_disagreement()
+        sizes = self._set(flats)
+        self._check_fillings(flats, sizes)
+        return sizes
+
+    def _divide_tensors(self, flats: list[list[Any]], settled: set[int]) -> None:
+        """Each micro-batch has its part of every input that the program says how to divide. Those in
+        `settled` stay as they are.
+        """
+        for place, value in enumerate(self._pipe.program.inputs):
+            if place in settled:
+                continue
+            tensor = flats[0][place]
+            dim = self._dim(value, tensor)
             if dim is None:
                 continue
-            self._divided.append((tuple(item.shape), dim))
-            pieces = _cut(item, dim, self._marks[value], count)
+            shape = tuple(tensor.shape)
+            self._divided.append((shape, dim))
+            pieces = cut(tensor, dim, self._marks[value], self._count)
             for flat, piece in zip(flats, pieces, strict=True):
                 flat[place] = piece
-        self._refuse_undivided(flats[0], settled)
-        self._count_samples(flats)
-        self._refuse_disagreement()
-        sizes = self._set(flats)
+
+    def _check_fillings(self, flats: list[list[Any]], sizes: list[Sizes]) -> None:
+        """Returns when each micro-batch has as many rows as its part of a mask takes."""
         for filling in self._fillings:
-            if any(flats[0][place] is not flats[1][place] for place in filling.sources):
-                for flat, mine in zip(flats, sizes, strict=True):
-                    filling.check(self._pipe.program, flat, mine)
-        return sizes
+            if not any(_is_divided(flats, place) for place in filling.sources):
+                continue
+            for flat, chunk_sizes in zip(flats, sizes, strict=True):
+                filling.check(self._pipe.program, flat, chunk_sizes)
 
     def take(
         self, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
     ) -> list[Sizes]:
         """The inputs of every micro-batch are those of these calls, as for torch's schedules."""
         flats = [self._flat(*call) for call in calls]
-        self._samples, self._divided = {}, []
+        self._samples = SampleCounts(self._count)
+        self._divided = []
         self._count_samples(flats, ready=True)
         return self._set(flats)
 
     def _set(self, flats: list[list[Any]]) -> list[Sizes]:
+        ranges = None
         spec = self._pipe._call_spec
-        ranges = spec.ranges if spec is not None else None
-        self.inputs = [[_to(item, self._device) for item in flat] for flat in flats]
-        return [
-            check_inputs(self._pipe.program.inputs, flat, ranges, cast=self._cast)
-            for flat in self.inputs
-        ]
+        if spec is not None:
+            ranges = spec.ranges
+        inputs = self._pipe.program.inputs
+        self.inputs = [_on_device(flat, self._device) for flat in flats]
+        sizes: list[Sizes] = []
+        for flat in self.inputs:
+            sizes.append(check_inputs(inputs, flat, ranges, cast=self._cast))
+        return sizes
 
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         spec = self._pipe._call_spec
-        return spec.flatten(args, dict(kwargs)) if spec is not None else list(args)
+        if spec is None:
+            return list(args)
+        return spec.flatten(args, dict(kwargs))
 
     def _by_argument(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -228,43 +277,69 @@ class MicroBatches:
         """The calls of the micro-batches, in which the arguments are divided that the user says how to, and
         lists of samples; and the places of these among the flat inputs.
         """
-        calls: list[tuple[list[Any], dict[str, Any]]]
-        calls = [(list(args), dict(kwargs)) for _ in range(self._count)]
+        calls: list[tuple[list[Any], dict[str, Any]]] = []
+        for _ in range(self._count):
+            calls.append((list(args), dict(kwargs)))
         settled: set[int] = set()
-        for key, name, item, spec in self._arguments(args, kwargs):
-            mine = self._places.get(name, range(0))
-            if spec is not None:
-                pieces = _by_spec(item, spec, self._count, f"argument '{name}'")
-                self._divided += _divided_by(item, spec)
-            elif name in self._lists:
-                pieces = self._sublists(name, item)
-            else:
+        for argument in self._arguments(args, kwargs):
+            pieces = self._pieces(argument)
+            if pieces is None:
                 continue
-            settled |= {*mine}
-            for call, piece in zip(calls, pieces, strict=True):
-                call[isinstance(key, str)][key] = piece  # type: ignore[index]
+            settled.update(self._places.get(argument.name, ()))
+            for (own_args, own_kwargs), piece in zip(calls, pieces, strict=True):
+                if isinstance(argument.key, int):
+                    own_args[argument.key] = piece
+                else:
+                    own_kwargs[argument.key] = piece
         return calls, settled
+
+    def _pieces(self, argument: _Argument) -> list[Any] | None:
+        """The parts of an argument, where the user says how it is divided or it is a list of samples."""
+        name = argument.name
+        value = argument.value
+        if argument.spec is not None:
+            where = f"argument '{name}'"
+            pieces = divided_by_spec(value, argument.spec, self._count, where)
+            self._divided += divisions(value, argument.spec)
+            return pieces
+        if name in self._lists:
+            return self._sublists(name, value)
+        return None
 
     def _arguments(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[tuple[int | str, str, Any, Any]]:
-        """The key, the name, the value and the user's spec of each argument of a call."""
+    ) -> Iterator[_Argument]:
+        names = self._positional_names(len(args))
+        specs = [*(self._specs.args or ())]
+        for index, value in enumerate(args):
+            name = str(index)
+            if index < len(names):
+                name = names[index]
+            spec = None
+            if index < len(specs):
+                spec = specs[index]
+            yield _Argument(index, name, value, spec)
+        specs_by_name = self._specs.kwargs or {}
+        for name, value in kwargs.items():
+            spec = specs_by_name.get(name)
+            yield _Argument(name, name, value, spec)
+
+    def _positional_names(self, count: int) -> Sequence[str]:
+        """The names of so many positional arguments, as far as they have names."""
         spec = self._pipe._call_spec
-        names = list(spec.parameters) if spec is not None else []
-        if spec is not None and len(args) <= len(spec.positional):
-            names = list(spec.positional)
-        said = [*(self._specs.args or ()), *[None] * len(args)]
-        for place, item in enumerate(args):
-            name = names[place] if place < len(names) else str(place)
-            yield place, name, item, said[place]
-        by_name = self._specs.kwargs or {}
-        for name, item in kwargs.items():
-            yield name, name, item, by_name.get(name)
+        if spec is None:
+            return []
+        if count <= len(spec.positional):
+            return list(spec.positional)
+        return list(spec.parameters)
 
     def _sublists(self, name: str, items: Any) -> list[Any]:
         """The parts of a list that has an item for each sample."""
-        count, example = self._count, self._lists[name][0]
-        length = len(items) if isinstance(items, list | tuple) else example
+        count = self._count
+        example = self._lists[name].length
+        length = example
+        if isinstance(items, list | tuple):
+            length = len(items)
         if length == example:
             return [items] * count
         if length != example * count:
@@ -274,21 +349,33 @@ class MicroBatches:
                 hint="pass as many, or trace with a list as long as that of one micro-batch",
             )
         self._divided.append(((length,), 0))
-        return [items[i * example : (i + 1) * example] for i in range(count)]
+        starts = range(0, length, example)
+        return [items[start : start + example] for start in starts]
 
     def _dim(self, value: Value, item: Any) -> int | None:
         """The dim along which an input is divided; None for one that every micro-batch gets."""
-        mark, kind = self._marks[value], value.type
-        if not isinstance(item, torch.Tensor) or not isinstance(kind, TensorType):
+        kind = value.type
+        if not isinstance(kind, TensorType):
+            return None
+        if not isinstance(item, torch.Tensor):
             return None
         if item.dim() != len(kind.shape):
             return None  # the check of the inputs refuses it
+        mark = self._marks[value]
         if mark is None or not isinstance(mark.dim, int):
             self._refuse_unknown(value, kind, item)
             return None
-        size, traced = item.shape[mark.dim], kind.shape[mark.dim]
-        if size == traced:
+        if item.shape[mark.dim] == kind.shape[mark.dim]:
             return None
+        self._refuse_odd(value, kind, item, mark.dim)
+        return mark.dim
+
+    def _refuse_odd(
+        self, value: Value, kind: TensorType, item: torch.Tensor, dim: int
+    ) -> None:
+        """Returns when the micro-batches divide an input along a dim, and are those of the trace."""
+        size = item.shape[dim]
+        traced = kind.shape[dim]
         if size % self._count:
             raise InputError(
                 f"input '{value.hint}' has a batch of {size}, which {self._count} micro-batches do not "
@@ -298,99 +385,97 @@ class MicroBatches:
         if isinstance(traced, int) and size != traced * self._count:
             raise InputError(
                 f"input '{value.hint}' has shape {list(item.shape)}, and {self._count} micro-batches of "
-                f"{list(kind.shape)}, as traced, have {traced * self._count} along dim {mark.dim}",
+                f"{list(kind.shape)}, as traced, have {traced * self._count} along dim {dim}",
                 hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you "
                 "run",
             )
-        return mark.dim
 
     def _refuse_unknown(
         self, value: Value, kind: TensorType, item: torch.Tensor
     ) -> None:
         """Returns when an input that is not divided has the sizes of the trace."""
-        for dim, (size, traced) in enumerate(zip(item.shape, kind.shape, strict=True)):
-            if isinstance(traced, int) and size == traced * self._count != traced:
+        for dim, traced in enumerate(kind.shape):
+            if not isinstance(traced, int) or item.shape[dim] == traced:
+                continue
+            if item.shape[dim] == traced * self._count:
                 raise InputError(
                     f"input '{value.hint}' has shape {list(item.shape)}, traced was {list(kind.shape)}, and "
                     f"it is not known that samples lie along dim {dim}",
-                    hint=_SAY,
+                    hint=SAY,
                 )
 
-    def _refuse_undivided(self, flat: Sequence[Any], settled: set[int]) -> None:
+    def _refuse_undivided(self, flat: Sequence[Any]) -> None:
         """Returns when something is divided, or there is nothing to divide."""
-        inputs = self._pipe.program.inputs
-        tensors = [
-            (value, item)
-            for value, item in zip(inputs, flat, strict=True)
-            if isinstance(item, torch.Tensor) and item.dim()
-        ]
-        said = self._specs.args is not None or self._specs.kwargs is not None
-        if self._divided or said or not tensors:
+        if self._divided:
             return
-        value, item = next(
-            ((v, t) for v, t in tensors if self._marks[v] is not None), tensors[0]
-        )
-        mark = self._marks[value]
-        if mark is None:
-            raise InputError(
-                f"it is not known along which dims the inputs are divided among {self._count} micro-batches, "
-                f"such as input '{value.hint}' of shape {list(item.shape)}",
-                hint=_SAY,
-            )
-        what = f"input '{value.hint}' has shape {list(item.shape)}"
+        specs = self._specs
+        if specs.args is not None or specs.kwargs is not None:
+            return
+        tensors: dict[Value, torch.Tensor] = {}
+        for value, item in zip(self._pipe.program.inputs, flat, strict=True):
+            if isinstance(item, torch.Tensor) and item.dim():
+                tensors[value] = item
+        if not tensors:
+            return
+        for value, tensor in tensors.items():
+            if self._marks[value] is not None:
+                raise self._nothing_divided(value, tensor)
+        value, tensor = next(iter(tensors.items()))
         raise InputError(
+            f"it is not known along which dims the inputs are divided among {self._count} micro-batches, "
+            f"such as input '{value.hint}' of shape {list(tensor.shape)}",
+            hint=SAY,
+        )
+
+    def _nothing_divided(self, value: Value, tensor: torch.Tensor) -> InputError:
+        what = f"input '{value.hint}' has shape {list(tensor.shape)}"
+        return InputError(
             f"nothing is divided among {self._count} micro-batches: {what}, that of the example, which is "
             "one micro-batch",
             hint=f"pass a batch {self._count} times as large, or cut the model with a smaller example: "
             "mb_args and mb_kwargs have the size of one micro-batch",
         )
 
+    # --- samples ----------------------------------------------------------------------------------
+
     def _count_samples(
         self, flats: Sequence[Sequence[Any]], ready: bool = False
     ) -> None:
         """Counts the samples of each batch. Raises InputError where inputs have different numbers of them."""
-        for name, (length, listed) in self._lists.items():
-            rows, symbol = listed.terms[0]
-            parts = [length // rows] * self._count
-            divided = ready or ((length * self._count,), 0) in self._divided
-            self._samples[symbol] = _Samples(sum(parts), parts, 0, divided, name)
+        self._count_lists(ready)
         for place, value in enumerate(self._pipe.program.inputs):
-            mark, kind = self._marks[value], value.type
-            if mark is None or not isinstance(kind, TensorType):
+            mark = self._marks[value]
+            if mark is None or not isinstance(value.type, TensorType):
                 continue
-            if not isinstance(mark.dim, int) or len(mark.terms) != 1:
+            if not isinstance(mark.dim, int):
+                continue
+            if len(mark.terms) != 1:
                 continue
             rows, symbol = mark.terms[0]
-            sizes = [flat[place].shape[mark.dim] for flat in flats]
-            parts = [size // rows for size in sizes]
-            divided = ready or any(
-                flats[0][place] is not flat[place] for flat in flats[1:]
+            parts: list[int] = []
+            for flat in flats:
+                size = flat[place].shape[mark.dim]
+                parts.append(size // rows)
+            traced = value.type.shape[mark.dim]
+            samples = Samples(
+                whole=parts[0],
+                parts=parts,
+                example=_example(traced, self._pipe._sizes) // rows,
+                divided=ready or _is_divided(flats, place),
+                where=value.hint,
             )
-            example = _example(kind.shape[mark.dim], self._pipe._sizes) // rows
-            whole = sum(parts) if divided else parts[0]
-            mine = _Samples(whole, parts, example, divided, value.hint)
-            first = self._samples.setdefault(symbol, mine)
-            if first.parts != parts or first.divided != divided:
-                raise InputError(
-                    f"input '{value.hint}' has a batch of {whole}, and input '{first.where}', which goes "
-                    f"with it, one of {first.whole}",
-                    hint=f"pass inputs of as many samples; or {_SAY}",
-                )
+            if samples.divided:
+                samples.whole = sum(parts)
+            self._samples.add(symbol, samples)
 
-    def _refuse_disagreement(self) -> None:
-        """Returns when batches of their own grow by the same factor over the example. Where they do not, it
-        is not known which of their samples belong together.
-        """
-        grown = [s for s in self._samples.values() if s.divided and s.example]
-        for other in grown[1:]:
-            first = grown[0]
-            if first.whole * other.example != other.whole * first.example:
-                raise InputError(
-                    f"inputs '{first.where}' and '{other.where}' have batches of {first.whole} and "
-                    f"{other.whole}, in the example {first.example} and {other.example}: it is not known "
-                    "which samples of the two go into one micro-batch",
-                    hint=_SAY,
-                )
+    def _count_lists(self, ready: bool) -> None:
+        for name, (length, mark) in self._lists.items():
+            rows, symbol = mark.terms[0]
+            parts = [length // rows] * self._count
+            whole_shape = (length * self._count,)
+            divided = ready or (whole_shape, 0) in self._divided
+            samples = Samples(sum(parts), parts, 0, divided, name)
+            self._samples.put(symbol, samples)
 
     # --- targets ----------------------------------------------------------------------------------
 
@@ -405,67 +490,91 @@ class MicroBatches:
             return targets, []
         if self._ready:
             return targets, [call.loss_kwargs] * self._count
-        return targets, self._parts(call.loss_kwargs)
+        return targets, parts_of(call.loss_kwargs, self._part, self._count)
 
     def _divided_target(self, target: Any) -> list[Any]:
-        if self._specs.target is not None:
-            return _by_spec(target, self._specs.target, self._count, "target")
-        return self._parts(target)
+        spec = self._specs.target
+        if spec is not None:
+            return divided_by_spec(target, spec, self._count, "target")
+        return parts_of(target, self._part, self._count)
 
-    def _parts(self, tree: Any) -> list[Any]:
-        return [
-            _mapped(tree, lambda item, i=i: self._part(item, i))
-            for i in range(self._count)
-        ]
+    def _part(self, leaf: Any, chunk: int) -> Any:
+        """The part of what is in a target that goes to one micro-batch."""
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and self._count > 1:
+            return self._part_of_tensor(leaf, chunk)
+        if not hides_tensors(leaf):
+            return leaf
+        kind = type(leaf).__name__
+        raise InputError(
+            f"target holds a {kind}, and what is in it cannot be divided",
+            hint="give the targets of the micro-batches: step(target_mbs=[...])",
+        )
 
-    def _part(self, item: Any, index: int) -> Any:
-        if isinstance(item, torch.Tensor) and item.dim() and self._count > 1:
-            if (place := self._place(item)) is not None:
-                return _cut(item, *place, self._count)[index]
-        elif hides_tensors(item):
-            raise InputError(
-                f"target holds a {type(item).__name__}, and what is in it cannot be divided",
-                hint="give the targets of the micro-batches: step(target_mbs=[...])",
-            )
-        return item
+    def _part_of_tensor(self, tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+        dim = self._dim_of_target(tensor)
+        if dim is not None:
+            pieces = cut(tensor, dim, None, self._count)
+            return pieces[chunk]
+        mark = self._mark_of_output_like(tensor)
+        if mark is None:
+            return tensor
+        assert isinstance(mark.dim, int)
+        pieces = cut(tensor, mark.dim, mark, self._count)
+        return pieces[chunk]
 
-    def _place(self, item: torch.Tensor) -> tuple[int, Batch | None] | None:
-        """Along which dim, and in which blocks, a target is divided."""
-        shape = tuple(item.shape)
-        for place, dim in self._divided:  # like an input
-            if place == shape:
-                return dim, None
-        dims = [
-            dim
-            for dim, size in enumerate(shape)
-            if any(size == place[d] for place, d in self._divided)
-        ]
+    def _dim_of_target(self, tensor: torch.Tensor) -> int | None:
+        """The dim along which a target is as long as an input that is divided; None where none is."""
+        shape = tuple(tensor.shape)
+        for divided_shape, dim in self._divided:
+            if divided_shape == shape:
+                return dim
+        lengths = {divided_shape[dim] for divided_shape, dim in self._divided}
+        dims: list[int] = []
+        for dim, size in enumerate(shape):
+            if size in lengths:
+                dims.append(dim)
+        if len(dims) > 1:
+            dims = self._narrowed(dims, shape)
         if not dims:
-            return self._like_an_output(shape)
-        at = [dim for dim in dims if any(dim == d for _, d in self._divided)]
-        if len(at or dims) > 1:
-            raise InputError(
-                f"target of shape {list(shape)}: dims {dims} have as many elements as a divided dim of the "
-                "inputs",
-                hint="say along which it is divided: Driver(..., target_chunk_spec=TensorChunkSpec(dim))",
-            )
-        return (at or dims)[0], None
+            return None
+        return dims[0]
 
-    def _like_an_output(self, shape: tuple[int, ...]) -> tuple[int, Batch] | None:
+    def _narrowed(self, dims: list[int], shape: tuple[int, ...]) -> list[int]:
+        """The one dim of these along which an input is divided. Raises InputError where that does not tell
+        which it is.
+        """
+        input_dims = {dim for _, dim in self._divided}
+        common = [dim for dim in dims if dim in input_dims]
+        if len(common) == 1:
+            return common
+        raise InputError(
+            f"target of shape {list(shape)}: dims {dims} have as many elements as a divided dim of the "
+            "inputs",
+            hint="say along which it is divided: Driver(..., target_chunk_spec=TensorChunkSpec(dim))",
+        )
+
+    def _mark_of_output_like(self, tensor: torch.Tensor) -> Batch | None:
+        """Where the samples are in an output that has as many rows along a dim as the target."""
         for leaf in self._pipe.program.outputs:
-            mark = self._marks.get(leaf) if isinstance(leaf, Value) else None
-            if mark is None or not isinstance(mark.dim, int) or mark.dim >= len(shape):
+            if not isinstance(leaf, Value):
                 continue
-            rows = self._rows(mark)
-            if rows is not None and shape[mark.dim] == sum(map(sum, rows)):
-                return mark.dim, mark
+            mark = self._marks[leaf]
+            if mark is None or not isinstance(mark.dim, int):
+                continue
+            rows = self._samples.rows(mark)
+            if rows is None or mark.dim >= tensor.dim():
+                continue
+            whole = sum(map(sum, rows))
+            if tensor.shape[mark.dim] == whole:
+                return mark
         return None
 
     # --- outputs ----------------------------------------------------------------------------------
 
     def structured(self, packed: Sequence[torch.Tensor], chunk: int) -> Any:
         """The model's own output of one micro-batch."""
-        return self._together(self._leaves(packed, chunk))
+        leaves = self._leaves(packed, chunk)
+        return self._unflattened(leaves)
 
     def joined(self, results: Mapping[int, Sequence[torch.Tensor]]) -> Any:
         """The outputs of all micro-batches as those of one batch.
@@ -473,261 +582,95 @@ class MicroBatches:
         Tensors are joined along the dim of the samples, means are averaged, sums are summed. What is none of
         these is a list with the value of each micro-batch, and a note says so.
         """
-        rows = [self._leaves(results[i], i) for i in range(self._count)]
+        chunks: list[list[Any]] = []
+        for chunk in range(self._count):
+            leaves = self._leaves(results[chunk], chunk)
+            chunks.append(leaves)
         if self._count == 1:
-            return self._together(rows[0])
+            return self._unflattened(chunks[0])
         if self._specs.output is not None:
-            return _merged([self._together(row) for row in rows], self._specs.output)
-        outputs = self._pipe.program.outputs
-        parts = zip(*rows, strict=True)
-        return self._together(
-            [
-                self._join(leaf, list(items), place)
-                for place, (leaf, items) in enumerate(zip(outputs, parts, strict=True))
-            ]
-        )
+            outputs = [self._unflattened(leaves) for leaves in chunks]
+            spec = self._specs.output
+            return merged_by_spec(outputs, spec)
+        joined: list[Any] = []
+        for index, leaf in enumerate(self._pipe.program.outputs):
+            parts = [leaves[index] for leaves in chunks]
+            joined.append(self._join(leaf, parts, index))
+        return self._unflattened(joined)
 
-    def _together(self, flat: Sequence[Any]) -> Any:
+    def _unflattened(self, leaves: Sequence[Any]) -> Any:
+        """These leaves in the structure of what the model returns."""
         spec = self._pipe._call_spec
-        return spec.unflatten(flat) if spec is not None else list(flat)
+        if spec is None:
+            return list(leaves)
+        return spec.unflatten(leaves)
 
     def _leaves(self, packed: Sequence[torch.Tensor], chunk: int) -> list[Any]:
         program = self._pipe.program
-        crossed = dict(zip(self._last_boundary, packed, strict=True))
-        own = dict(zip(program.inputs, self.inputs[chunk], strict=True))
-        return [self._leaf(leaf, crossed, own) for leaf in program.outputs]
+        env = dict(zip(program.inputs, self.inputs[chunk], strict=True))
+        for value, tensor in zip(self._last_boundary, packed, strict=True):
+            env[value] = _unpacked(value, tensor)
+        leaves: list[Any] = []
+        for leaf in program.outputs:
+            if isinstance(leaf, Value):
+                leaves.append(env[leaf])
+            else:
+                leaves.append(leaf)
+        return leaves
 
-    def _leaf(
-        self, leaf: Any, crossed: Mapping[Value, Any], own: Mapping[Value, Any]
-    ) -> Any:
+    def _join(self, leaf: Any, parts: list[Any], index: int) -> Any:
+        first = parts[0]
         if not isinstance(leaf, Value):
-            return leaf
-        if leaf not in crossed:
-            return own[leaf]
-        item = crossed[leaf]
-        return item if isinstance(leaf.type, TensorType) else item.item()
-
-    def _join(self, leaf: Any, items: list[Any], place: int) -> Any:
-        if not isinstance(leaf, Value) or all(item is items[0] for item in items):
-            return items[0]  # a constant, or an input that is not divided
-        joined = self._joined_by(self._marks[leaf], items)
-        if joined is None:
-            names = self._pipe.program.output_names
-            name = names[place] if place < len(names) else str(place)
-            self.notes[
-                f"output '{name}' is a list with the value of each micro-batch: it is not known how they "
-                "make that of the batch; Driver(..., output_merge_spec=...) can say it"
-            ] = None
-            return items
-        return joined
-
-    def _joined_by(self, mark: Batch | None, items: list[Any]) -> torch.Tensor | None:
-        if mark is None or mark.dim == ITEM:
-            return None
-        if mark.dim == SUM:
-            return torch.stack(items).sum(0).to(items[0].dtype)
-        if mark.dim == MEAN:
-            return self._mean(items)
-        rows = self._rows(mark)
-        dim = mark.dim
-        assert isinstance(dim, int)
-        if mark.size == ANY:
-            return torch.cat(items, dim)
-        if rows is None or [t.shape[dim] for t in items] != [
-            sum(part) for part in rows
-        ]:
-            return None
-        blocks = [item.split(part, dim) for item, part in zip(items, rows, strict=True)]
-        return torch.cat([b for block in zip(*blocks, strict=True) for b in block], dim)
-
-    def _mean(self, items: list[torch.Tensor]) -> torch.Tensor | None:
-        """The mean over all samples of the means over those of each micro-batch."""
-        counts = [s.parts for s in self._samples.values() if s.divided]
-        if all(len(set(parts)) == 1 for parts in counts) and (counts or self._divided):
-            return torch.stack(items).mean(0)
-        if not counts or any(parts != counts[0] for parts in counts):
-            return None
-        weights = torch.tensor(counts[0], dtype=items[0].dtype, device=items[0].device)
-        return (torch.stack(items) * weights).sum(0) / weights.sum()
-
-    def _rows(self, mark: Batch) -> list[list[int]] | None:
-        """How many rows each block of a tensor has in each micro-batch; None where that is not known, or a
-        batch is not divided.
-        """
-        counts = [(rows, self._samples.get(symbol)) for rows, symbol in mark.terms]
-        if any(samples is None or not samples.divided for _, samples in counts):
-            return None
-        return [
-            [rows * samples.parts[i] for rows, samples in counts if samples is not None]
-            for i in range(self._count)
-        ]
+            return first
+        if all(part is first for part in parts):
+            return first  # an input that is not divided
+        joined = self._samples.joined(self._marks[leaf], parts)
+        if joined is not None:
+            return joined
+        name = str(index)
+        names = self._pipe.program.output_names
+        if index < len(names):
+            name = names[index]
+        note = (
+            f"output '{name}' is a list with the value of each micro-batch: it is not known how they "
+            "make that of the batch; Driver(..., output_merge_spec=...) can say it"
+        )
+        self.notes[note] = None
+        return parts
 
 
-def _known(
-    types: Sequence[Type], group: dist.ProcessGroup | None
-) -> list[Batch | None]:
-    """Where the samples are in some values, as the first rank has it whose program tells it."""
-    mine = [kind.batch if isinstance(kind, TensorType) else None for kind in types]
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group)
-    return max(found, key=lambda marks: len(marks) - marks.count(None))
+# --- samples ----------------------------------------------------------------------------------------------
 
 
-def _arguments(
-    spec: CallSpec | None,
-    inputs: Sequence[Value],
-    marks: Mapping[Value, Batch | None],
-) -> tuple[dict[str, range], dict[str, tuple[int, Batch]]]:
-    """Name of an argument -> the places of what is in it among the flat inputs; for a list that has an item
-    for each sample, how many items the example has, and how they go with the samples.
-    """
-    if spec is None:
-        return {str(i): range(i, i + 1) for i in range(len(inputs))}, {}
-    positional, named = spec.in_spec.unflatten(range(spec.in_spec.num_leaves))
-    places: dict[str, range] = {}
-    lists: dict[str, tuple[int, Batch]] = {}
-    for name, item in (*zip(spec.positional, positional, strict=True), *named.items()):
-        leaves = tree_leaves(item)
-        places[name] = range(leaves[0], leaves[-1] + 1) if leaves else range(0)
-        mark = marks[inputs[leaves[0]]] if leaves else None
-        if mark is not None and mark.dim == ITEM and isinstance(item, list | tuple):
-            lists[name] = len(item), mark
-    return places, lists
+def _is_divided(flats: Sequence[Sequence[Any]], place: int) -> bool:
+    """True for an input that is not the same object in every micro-batch."""
+    first = flats[0][place]
+    return any(flat[place] is not first for flat in flats)
 
 
 def _example(size: int | str, sizes: Sizes) -> int:
     """A size in the example; 0 where that is not known."""
     if isinstance(size, int):
         return size
-    return evaluate(size, tuple(sorted(sizes.items()))) or 0
+    known_sizes = tuple(sorted(sizes.items()))
+    return evaluate(size, known_sizes) or 0
 
 
-def _ready(name: str, items: Any, count: int) -> list[Any]:
-    if items is None:
-        return []
-    if not isinstance(items, list | tuple) or len(items) != count:
-        size = f"{len(items)} of them" if isinstance(items, list | tuple) else "none"
-        raise InputError(
-            f"{name} is a {type(items).__name__} with {size}: the step has {count} micro-batches",
-            hint=f"{name}=[...], with one item for each micro-batch",
-        )
-    return list(items)
+# --- tensors ----------------------------------------------------------------------------------------------
 
 
-def _cut(
-    item: torch.Tensor, dim: int, mark: Batch | None, count: int
-) -> list[torch.Tensor]:
-    """A tensor in equal parts, one for each micro-batch; of each block of `mark` an equal part."""
-    terms = mark.terms if mark is not None and mark.size != ANY else ((1, ""),)
-    if len(terms) == 1:
-        return list(item.tensor_split(count, dim))
-    total = sum(rows for rows, _ in terms)
-    sizes = [item.shape[dim] * rows // total for rows, _ in terms]
-    blocks = [block.tensor_split(count, dim) for block in item.split(sizes, dim)]
-    return [torch.cat(parts, dim) for parts in zip(*blocks, strict=True)]
+def _unpacked(value: Value, tensor: torch.Tensor) -> Any:
+    """What crossed as a tensor, as the model returns it."""
+    if isinstance(value.type, TensorType):
+        return tensor
+    return tensor.item()
 
 
-def _to(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, torch.Tensor) else item
-
-
-# --- torch's specs ----------------------------------------------------------------------------------------
-
-
-def _merged(outputs: list[Any], spec: Any) -> Any:
-    """The outputs of the micro-batches put together as torch's specs say."""
-    try:
-        return merge_chunks(outputs, spec)
-    except (AssertionError, ValueError, RuntimeError, IndexError, TypeError) as error:
-        raise InputError(
-            f"output_merge_spec does not fit what the model returns: {error}",
-            hint="TensorChunkSpec(dim) or a reducer, such as sum_reducer, for each tensor that it returns",
-        ) from error
-
-
-def _is_replicate(spec: Any) -> bool:
-    return spec is _Replicate or isinstance(spec, _Replicate)
-
-
-def _by_spec(item: Any, spec: Any, count: int, where: str) -> list[Any]:
-    """The parts of a value as torch's specs say. Raises InputError for a spec that does not fit."""
-    if _is_replicate(spec) or spec is None:
-        return [item] * count
-    if isinstance(spec, TensorChunkSpec):
-        return _all_by(item, spec, count, where)
-    if (
-        isinstance(item, dict)
-        and isinstance(spec, Mapping)
-        and spec.keys() <= item.keys()
-    ):
-        parts = {
-            key: _by_spec(value, spec.get(key), count, f"{where}[{key!r}]")
-            for key, value in item.items()
-        }
-        return [{key: part[i] for key, part in parts.items()} for i in range(count)]
-    fits = isinstance(item, list | tuple) and isinstance(spec, list | tuple)
-    if fits and len(item) == len(spec):
-        pieces = [
-            _by_spec(value, one, count, f"{where}[{place}]")
-            for place, (value, one) in enumerate(zip(item, spec, strict=True))
-        ]
-        return [_like(item, [piece[i] for piece in pieces]) for i in range(count)]
-    raise InputError(
-        f"{where} is a {type(item).__name__}, and its chunk spec a {type(spec).__name__} that does not fit",
-        hint="TensorChunkSpec(dim) or _Replicate(), of torch.distributed.pipelining.microbatch, for each "
-        "tensor",
-    )
-
-
-def _like(item: Any, parts: list[Any]) -> Any:
-    return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
-
-
-def _all_by(item: Any, spec: TensorChunkSpec, count: int, where: str) -> list[Any]:
-    """The parts of everything in a value along one dim."""
-    if isinstance(item, BlockMask):
-        return list(_split_block_mask(item, count))
-
-    def part(leaf: Any, index: int) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        dim = spec.split_dim
-        if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] < count:
-            raise InputError(
-                f"{where} of shape {list(leaf.shape)} cannot be divided along dim {dim} among {count} "
-                "micro-batches"
-            )
-        return leaf.tensor_split(count, dim)[index]
-
-    return [_mapped(item, lambda leaf, i=i: part(leaf, i)) for i in range(count)]
-
-
-def _divided_by(item: Any, spec: Any) -> Iterator[tuple[tuple[int, ...], int]]:
-    """The shapes of the tensors that a spec divides, and the dims along which it does."""
-    if isinstance(spec, TensorChunkSpec):
-        for leaf in tree_leaves(item):
-            if isinstance(leaf, torch.Tensor) and leaf.dim():
-                yield tuple(leaf.shape), spec.split_dim % leaf.dim()
-    elif isinstance(spec, Mapping):
-        for key, one in spec.items():
-            yield from _divided_by(item[key], one)
-    elif isinstance(spec, list | tuple):
-        for value, one in zip(item, spec, strict=True):
-            yield from _divided_by(value, one)
-
-
-def _mapped(tree: Any, function: Any) -> Any:
-    """`tree` with `function` of each leaf in its place, also in dataclasses, and in objects of any class that
-    hold tensors in their attributes.
-    """
-    return tree_map(lambda leaf: _inside(leaf, function), opened(tree))
-
-
-def _inside(leaf: Any, function: Any) -> Any:
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return function(leaf)
-    twin = copy(leaf)
-    for part in dataclasses.fields(leaf):
-        inner = _mapped(getattr(leaf, part.name), function)
-        object.__setattr__(twin, part.name, inner)
-    return twin
+def _on_device(flat: Sequence[Any], device: torch.device) -> list[Any]:
+    """The same inputs, with the tensors on a device."""
+    moved: list[Any] = []
+    for leaf in flat:
+        if isinstance(leaf, torch.Tensor):
+            leaf = leaf.to(device)
+        moved.append(leaf)
+    return moved

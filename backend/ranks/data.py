@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.backend.ranks.batch import Call
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.graph import Value
 
 WAYS = ("all", "first", "ends")
 """Every rank is given everything; the first stage's rank is; or that one the inputs, and the rank of the last
 stage the targets.
 """
+
+Readers = dict[int, tuple[int, ...]]
+"""Id of a tensor -> the ranks that read it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,12 @@ class Data:
             raise InputError(
                 f"data_on={way!r} is not known", hint=nearest(str(way), WAYS)
             )
-        self._pipe, self._homes, self._group = pipe, homes, group
-        self._device, self._way, self._rank = device, way, dist.get_rank(group)
+        self._pipe = pipe
+        self._homes = homes
+        self._group = group
+        self._device = device
+        self._way = way
+        self._rank = dist.get_rank(group)
 
     def moved(self, call: Call, count: int) -> Call:
         """The arguments of a call of `count` micro-batches, on the ranks that read them. Other ranks have
@@ -55,49 +63,68 @@ class Data:
         """
         if self._way == "all":
             return call
-        first, last = self._homes[0], self._homes[-1]
-        readers = self._readers(call.calls(count)) if self._rank == first else {}
-        source = first if self._way == "first" else last
-        targets = {
-            id(leaf): (last,)
-            for leaf in tree_flatten(call.labels)[0]
-            if isinstance(leaf, torch.Tensor)
-        }
+        first = self._homes[0]
+        last = self._homes[-1]
+        readers: Readers = {}
+        if self._rank == first:
+            calls = call.calls(count)
+            readers = self._readers(calls)
         inputs = self._move(call.inputs, readers, first)
-        return Call(*inputs, *self._move(call.labels, targets, source))
+        source = first if self._way == "first" else last
+        label_readers: Readers = {}
+        for leaf in tree_leaves(call.labels):
+            if isinstance(leaf, torch.Tensor):
+                label_readers[id(leaf)] = (last,)
+        labels = self._move(call.labels, label_readers, source)
+        return Call(*inputs, *labels)
 
     def _readers(
         self, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
-    ) -> dict[int, tuple[int, ...]]:
+    ) -> Readers:
         """Tensor of the arguments -> the ranks whose stages read it."""
-        pipe, spec = self._pipe, self._pipe._call_spec
-        stages, returned = pipe.program.stages, pipe.program.output.operands
-        found: dict[int, set[int]] = {}
+        inputs = self._pipe.program.inputs
+        readers: dict[int, set[int]] = {}
         for args, kwargs in calls:
-            flat = spec.flatten(args, dict(kwargs)) if spec is not None else list(args)
-            for value, item in zip(pipe.program.inputs, flat, strict=True):
-                ranks = {self._homes[s.index] for s in stages if value in s.inputs}
-                ranks |= {self._homes[0]}
-                if value in returned:
-                    ranks.add(self._homes[-1])
-                found.setdefault(id(item), set()).update(ranks)
-        return {place: tuple(sorted(ranks)) for place, ranks in found.items()}
+            flat = self._flat(args, kwargs)
+            for value, leaf in zip(inputs, flat, strict=True):
+                ranks = readers.setdefault(id(leaf), set())
+                ranks |= self._readers_of(value)
+        return {leaf: tuple(sorted(ranks)) for leaf, ranks in readers.items()}
 
-    def _move(
-        self, tree: Any, readers: Mapping[int, tuple[int, ...]], source: int
-    ) -> Any:
+    def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        spec = self._pipe._call_spec
+        if spec is None:
+            return list(args)
+        return spec.flatten(args, dict(kwargs))
+
+    def _readers_of(self, value: Value) -> set[int]:
+        """The ranks that read an input: the first one, those of the stages that read it, and the last one
+        where the model returns it.
+        """
+        program = self._pipe.program
+        ranks = {self._homes[0]}
+        for stage in program.stages:
+            if value in stage.inputs:
+                ranks.add(self._homes[stage.index])
+        if value in program.output.operands:
+            ranks.add(self._homes[-1])
+        return ranks
+
+    def _move(self, tree: Any, readers: Readers, source: int) -> Any:
         """`tree` of rank `source`, on every rank that reads any of it."""
         leaves, spec = tree_flatten(tree)
-        message = [None]
+        message: list[Any] = [None]
         if self._rank == source:
             described = [_described(leaf, readers) for leaf in leaves]
-            message = [(described, spec)]  # type: ignore[list-item]
+            message = [(described, spec)]
         dist.broadcast_object_list(message, group=self._group, group_src=source)
-        told: Any = message[0]
-        described, spec = told
-        here = leaves if self._rank == source else described
-        pairs = zip(here, described, strict=True)
-        return tree_unflatten([self._leaf(*pair, source) for pair in pairs], spec)
+        described, spec = message[0]
+        if self._rank != source:
+            leaves = described
+        moved: list[Any] = []
+        for leaf, sent in zip(leaves, described, strict=True):
+            moved.append(self._leaf(leaf, sent, source))
+        return tree_unflatten(moved, spec)
 
     def _leaf(self, leaf: Any, sent: Any, source: int) -> Any:
         if not isinstance(sent, _Sent):
@@ -115,15 +142,19 @@ class Data:
         return nothing.expand(sent.shape)
 
     def _exchange(self, operations: list[tuple[Any, torch.Tensor, int]]) -> None:
-        made = [
-            dist.P2POp(work, tensor, group=self._group, group_peer=rank)
-            for work, tensor, rank in operations
-        ]
-        for request in dist.batch_isend_irecv(made) if made else ():
-            request.wait()
+        requests: list[dist.P2POp] = []
+        for work, tensor, rank in operations:
+            request = dist.P2POp(work, tensor, group=self._group, group_peer=rank)
+            requests.append(request)
+        if not requests:
+            return
+        for pending in dist.batch_isend_irecv(requests):
+            pending.wait()
 
 
-def _described(leaf: Any, readers: Mapping[int, tuple[int, ...]]) -> Any:
+def _described(leaf: Any, readers: Readers) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    return _Sent(tuple(leaf.shape), leaf.dtype, readers.get(id(leaf), ()))
+    shape = tuple(leaf.shape)
+    ranks = readers.get(id(leaf), ())
+    return _Sent(shape, leaf.dtype, ranks)

@@ -25,7 +25,7 @@ from stagecut.ir.types import TensorType
 @dataclass(frozen=True)
 class Filling:
     """An op that puts rows where a mask says; the ops that make the mask of the inputs of the model; the
-    inputs, by place, of which the rows are made.
+    inputs, by place, of which the mask is made.
     """
 
     op: Op
@@ -44,11 +44,12 @@ class Filling:
         env = dict(zip(program.inputs, flat, strict=True))
         with torch.no_grad():
             Machine(Bindings()).run(self.makers, env)
-        places = torch.broadcast_to(env[mask], _shape(filled, sizes)).sum().item()
-        there = torch.Size(_shape(rows, sizes)).numel()
-        if places != there:
+        whole_mask = torch.broadcast_to(env[mask], _shape(filled, sizes))
+        places = whole_mask.sum().item()
+        numbers = torch.Size(_shape(rows, sizes)).numel()
+        if places != numbers:
             raise InputError(
-                f"a micro-batch has {there} numbers to put where a mask has {places} places: its samples "
+                f"a micro-batch has {numbers} numbers to put where a mask has {places} places: its samples "
                 "take fewer or more than an equal part",
                 where=self.op.where(),
                 hint="give each micro-batch what its samples take: step(arg_mbs=[...], kwarg_mbs=[...])",
@@ -62,21 +63,31 @@ def _shape(value: Value, sizes: Sizes) -> list[int]:
 
 def fillings(program: Program) -> list[Filling]:
     """The ops that put rows of an input where a mask says that follows from the inputs alone."""
-    found: list[Filling] = []
+    all_fillings: list[Filling] = []
     for op in program.all_ops():
-        operands = list(leaves(op.args[:3]))
-        if not facts(op).fills or len(operands) != 3:
+        if not facts(op).fills:
             continue
-        makers, used = _ancestry(operands[2])
-        sources = (i for i, value in enumerate(program.inputs) if value in used)
-        makers, used = _ancestry(_unexpanded(operands[1]))
-        alone = used <= {*program.inputs} and not any(
-            maker.has_effect or maker.is_users or maker.regions for maker in makers
-        )
-        if alone:
-            ops = tuple(maker for maker in program.all_ops() if maker in makers)
-            found.append(Filling(op, ops, tuple(sources)))
-    return found
+        operands = list(leaves(op.args[:3]))
+        if len(operands) != 3:
+            continue
+        mask = _unexpanded(operands[1])
+        makers, used = _ancestry(mask)
+        if not used <= {*program.inputs}:
+            continue
+        if not all(map(_can_run_alone, makers)):
+            continue
+        ops = [maker for maker in program.all_ops() if maker in makers]
+        places: list[int] = []
+        for place, value in enumerate(program.inputs):
+            if value in used:
+                places.append(place)
+        filling = Filling(op, tuple(ops), tuple(places))
+        all_fillings.append(filling)
+    return all_fillings
+
+
+def _can_run_alone(op: Op) -> bool:
+    return not (op.has_effect or op.is_users or op.regions)
 
 
 def _unexpanded(mask: Value) -> Value:
@@ -92,10 +103,10 @@ def _ancestry(value: Value) -> tuple[set[Op], set[Value]]:
     used: set[Value] = set()
     todo = [value]
     while todo:
-        one = todo.pop()
-        op = one.owner
+        needed = todo.pop()
+        op = needed.owner
         if not isinstance(op, Op):
-            used.add(one)
+            used.add(needed)
         elif op not in makers:
             makers.add(op)
             todo += op.reads

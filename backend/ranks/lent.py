@@ -22,8 +22,9 @@ from stagecut.ir.graph import StateEntry
 
 def leaves_of(loss: torch.Tensor, outputs: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors to which a backward of `loss` gives gradients without passing through `outputs`."""
-    ends = {t.grad_fn for t in outputs if isinstance(t, torch.Tensor)}
-    pending, seen, found = [loss.grad_fn], set(ends), []
+    seen = {leaf.grad_fn for leaf in outputs if isinstance(leaf, torch.Tensor)}
+    leaves: list[torch.Tensor] = []
+    pending = [loss.grad_fn]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -31,9 +32,10 @@ def leaves_of(loss: torch.Tensor, outputs: Sequence[Any]) -> list[torch.Tensor]:
         seen.add(node)
         leaf: torch.Tensor | None = getattr(node, "variable", None)
         if leaf is not None:
-            found.append(leaf)
-        pending += [following for following, _ in node.next_functions]
-    return found
+            leaves.append(leaf)
+        for following, _ in node.next_functions:
+            pending.append(following)
+    return leaves
 
 
 class StaleError(StagecutError):
@@ -55,9 +57,12 @@ class Lent:
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
-        self._pipe, self._homes, self._group = pipe, homes, group
-        self._device, self._rank = device, dist.get_rank(group)
-        self._known: dict[int, int | str] | None = None
+        self._pipe = pipe
+        self._homes = homes
+        self._group = group
+        self._device = device
+        self._rank = dist.get_rank(group)
+        self._elsewhere: dict[int, int | str] | None = None
         self.entries: tuple[int, ...] = ()
         self.read: dict[int, None] = {}
 
@@ -65,10 +70,10 @@ class Lent:
         """`read` has the entries among the leaves of a loss that other ranks hold. Raises StagecutError for a
         weight of the model in whose place a stage holds another tensor.
         """
-        if self._known is None:
-            self._known = dict(self._places())
+        if self._elsewhere is None:
+            self._elsewhere = dict(self._not_here())
         for leaf in leaves:
-            place = self._known.get(id(leaf))
+            place = self._elsewhere.get(id(leaf))
             if isinstance(place, str):
                 raise StagecutError(
                     f"loss_fn reads '{place}' of the model, in whose place a stage holds another tensor",
@@ -78,25 +83,33 @@ class Lent:
             if place is not None:
                 self.read[place] = None
 
-    def _places(self) -> Iterator[tuple[int, int | str]]:
+    def _not_here(self) -> Iterator[tuple[int, int | str]]:
         """Tensor -> the entry of a stage of another rank, or its name in the model where no stage has it."""
-        program = self._pipe.program
-        stages = range(len(program.stages))
-        here = {i for i in stages if self._homes[i] == self._rank}
-        held = {id(p) for i in here for p in self._pipe.stages[i].parameters()}
-        model = self._pipe._model() if self._pipe._model is not None else None
-        for name, parameter in model.named_parameters() if model is not None else ():
-            if id(parameter) not in held:
-                yield id(parameter), name
-        for place, entry in enumerate(program.state):
-            for stage in set(entry.stages) - here:
+        held = {id(parameter) for parameter in self._parameters_here()}
+        model: torch.nn.Module | None = None
+        if self._pipe._model is not None:
+            model = self._pipe._model()
+        if model is not None:
+            for name, parameter in model.named_parameters():
+                if id(parameter) not in held:
+                    yield id(parameter), name
+        for place, entry in enumerate(self._pipe.program.state):
+            for stage in entry.stages:
+                if self._homes[stage] == self._rank:
+                    continue
                 tensor = self._held(entry, stage)
                 if tensor is not None and id(tensor) not in held:
                     yield id(tensor), place
 
+    def _parameters_here(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of the stages of this rank."""
+        for stage in range(len(self._pipe.program.stages)):
+            if self._homes[stage] == self._rank:
+                yield from self._pipe.stages[stage].parameters()
+
     def _held(self, entry: StateEntry, stage: int) -> torch.Tensor | None:
-        name = self._pipe.program.stages[stage].state[entry][0]
-        return find(self._pipe.stages[stage], name)
+        names = self._pipe.program.stages[stage].state[entry]
+        return find(self._pipe.stages[stage], names[0])
 
     def agree(self, read: Iterable[int]) -> None:
         """Every rank knows that the loss function reads these entries, and that the last rank read the values
@@ -107,9 +120,9 @@ class Lent:
         stale = [place for place in fresh if self._was_stale(place)]
         if not fresh:
             return
-        told = [stale]
-        dist.broadcast_object_list(told, group=self._group, group_src=self._last)
-        for place in told[0]:
+        message = [stale]
+        dist.broadcast_object_list(message, group=self._group, group_src=self._last)
+        for place in message[0]:
             raise StaleError(
                 f"loss_fn read another '{self._name(place)}' than rank {self._home(place)} has in its stage",
                 where=f"rank {self._last}, which has the last stage",
@@ -146,20 +159,28 @@ class Lent:
         """The homes of the weights have the gradients of the loss function's use of them, times `factor`."""
         for place in self.entries:
             tensor = self._here(place)
-            found = tensor.grad if self._rank == self._last else None
-            grad = torch.zeros_like(tensor) if found is None else found * factor
-            self._move(place, grad, self._last, self._home(place))
+            home = self._home(place)
+            grad = self._gradient(tensor, factor)
+            self._move(place, grad, self._last, home)
             if self._rank == self._last:
                 tensor.grad = None
-            elif self._rank == self._home(place):
-                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+            elif self._rank == home:
+                _add_gradient(tensor, grad)
+
+    def _gradient(self, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        """What the last rank has of it, times `factor`; zeros elsewhere, to receive into."""
+        if self._rank != self._last or tensor.grad is None:
+            return torch.zeros_like(tensor)
+        return tensor.grad * factor
 
     @property
     def _last(self) -> int:
         return self._homes[-1]
 
     def _home(self, place: int) -> int:
-        return self._homes[self._pipe.program.state[place].stages[0]]
+        entry = self._pipe.program.state[place]
+        first = entry.stages[0]
+        return self._homes[first]
 
     def _name(self, place: int) -> str:
         return self._pipe.program.state[place].name
@@ -191,3 +212,9 @@ class Lent:
             request.wait()
         if not sends and buffer.data_ptr() != tensor.data_ptr():
             tensor.copy_(buffer)
+
+
+def _add_gradient(tensor: torch.Tensor, grad: torch.Tensor) -> None:
+    if tensor.grad is not None:
+        grad = tensor.grad + grad
+    tensor.grad = grad

@@ -30,7 +30,8 @@ class StepLosses(list[torch.Tensor]):
         metrics: Any = None,
     ) -> None:
         super().__init__(losses)
-        self.batch, self.metrics = batch, metrics
+        self.batch = batch
+        self.metrics = metrics
 
 
 class Losses:
@@ -51,14 +52,17 @@ class Losses:
         normalize_by: str | None,
     ) -> None:
         self.loss_fn = loss_fn
-        self._count, self._scale, self._by = count, scale, normalize_by
+        self._count = count
+        self._scale = scale
+        self._by = normalize_by
         self.begin([], [])
 
     def begin(self, targets: Sequence[Any], kwargs: Sequence[dict[str, Any]]) -> None:
         """A call of the driver begins, with these targets and keyword arguments of its micro-batches, none of
         either for [].
         """
-        self._targets, self._kwargs = targets, kwargs
+        self._targets = targets
+        self._kwargs = kwargs
         self._losses: list[torch.Tensor] = []
         self._numbers: list[torch.Tensor] = []
         self._metrics: list[Any] = []
@@ -67,7 +71,9 @@ class Losses:
     def of(self, output: Any, index: int) -> torch.Tensor:
         """The loss of micro-batch `index`, as it goes backward."""
         targets = self._targets[index : index + 1]
-        kwargs = self._kwargs[index] if self._kwargs else {}
+        kwargs: dict[str, Any] = {}
+        if self._kwargs:
+            kwargs = self._kwargs[index]
         returned = self.loss_fn(output, *targets, **kwargs)
         loss, metrics = self._parts(returned)
         self._metrics.append(metrics)
@@ -77,19 +83,21 @@ class Losses:
         number = self._number(metrics, loss)
         self._numbers.append(number)
         if self._expected is None:
-            self._expected = number.clamp(min=1) * self._count
+            first = number.clamp(min=1)
+            self._expected = first * self._count
         return loss / self._expected
 
     def _parts(self, returned: Any) -> tuple[torch.Tensor, Any]:
-        pair = isinstance(returned, tuple) and len(returned) == 2
-        loss, metrics = returned if pair else (returned, None)
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            return loss.reshape(()), _detached(metrics)
-        what = (
-            f"a tensor of shape {list(loss.shape)}"
-            if isinstance(loss, torch.Tensor)
-            else f"a {type(returned).__name__}"
-        )
+        """The loss and the metrics in what the loss function returned."""
+        loss = returned
+        metrics: Any = None
+        if isinstance(returned, tuple) and len(returned) == 2:
+            loss, metrics = returned
+        what = f"a {type(returned).__name__}"
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() == 1:
+                return loss.reshape(()), _detached(metrics)
+            what = f"a tensor of shape {list(loss.shape)}"
         raise InputError(
             f"loss_fn returns {what}, not a loss of one element",
             where=_name(self.loss_fn),
@@ -97,22 +105,28 @@ class Losses:
         )
 
     def _number(self, metrics: Any, loss: torch.Tensor) -> torch.Tensor:
-        known = metrics if isinstance(metrics, dict) else {}
-        if self._by not in known:
+        """How many things the loss is a sum over."""
+        by_name: dict[Any, Any] = {}
+        if isinstance(metrics, dict):
+            by_name = metrics
+        if self._by not in by_name:
+            names = map(str, by_name)
             raise InputError(
                 f"normalize_by={self._by!r}, and loss_fn returns no metric of that name",
                 where=_name(self.loss_fn),
                 hint=f"return (sum, {{{self._by!r}: number}}); "
-                f"{nearest(str(self._by), map(str, known))}",
+                f"{nearest(str(self._by), names)}",
             )
-        return torch.as_tensor(known[self._by], device=loss.device).to(loss.dtype)
+        number = torch.as_tensor(by_name[self._by], device=loss.device)
+        return number.to(loss.dtype)
 
     @property
     def correction(self) -> float:
         """The factor between the gradients of this call and those of its batch."""
         if self._expected is None:
             return 1.0
-        return float(self._expected / torch.stack(self._numbers).sum())
+        total = torch.stack(self._numbers).sum()
+        return float(self._expected / total)
 
     def result(self) -> StepLosses:
         """The losses and metrics of the call, when its last micro-batch is through."""
@@ -124,9 +138,9 @@ class Losses:
             whole = losses.mean() if self._scale != 1.0 else losses.sum()
             return StepLosses(self._losses, whole, metrics)
         numbers = torch.stack(self._numbers)
-        return StepLosses(
-            list((losses / numbers).unbind()), losses.sum() / numbers.sum(), metrics
-        )
+        means = (losses / numbers).unbind()
+        whole = losses.sum() / numbers.sum()
+        return StepLosses(means, whole, metrics)
 
 
 Told = tuple[StepLosses, float, tuple[int, ...]]
@@ -134,41 +148,46 @@ Told = tuple[StepLosses, float, tuple[int, ...]]
 
 
 def tell(
-    mine: Told,
+    own: Told,
     share: bool,
     source: int,
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Told:
     """What rank `source` has of these; without `share`, the losses stay there."""
-    losses, factor, read = mine
-    shared = losses if share else StepLosses()
-    message = [(_moved(shared, torch.device("cpu")), factor, read)]
+    losses, factor, read = own
+    if not share:
+        losses = StepLosses()
+    on_host = _moved(losses, torch.device("cpu"))
+    message = [(on_host, factor, read)]
     dist.broadcast_object_list(message, group=group, group_src=source)
     if dist.get_rank(group) == source:
-        return mine
+        return own
     losses, factor, read = message[0]
     return _moved(losses, device), factor, read
 
 
 def _moved(losses: StepLosses, device: torch.device) -> StepLosses:
     def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.to(device)
 
-    return StepLosses(
-        [move(loss) for loss in losses],
-        move(losses.batch),
-        tree_map(move, losses.metrics),
-    )
+    parts = [move(loss) for loss in losses]
+    batch = move(losses.batch)
+    metrics = tree_map(move, losses.metrics)
+    return StepLosses(parts, batch, metrics)
 
 
 def put_aside(
     parameters: Sequence[torch.nn.Parameter],
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """The gradients of the parameters, which have none afterwards."""
-    aside = {p: p.grad for p in parameters if p.grad is not None}
-    for parameter in aside:
-        parameter.grad = None
+    aside: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            aside[parameter] = parameter.grad
+            parameter.grad = None
     return aside
 
 
@@ -179,11 +198,15 @@ def add_corrected(
 ) -> None:
     """The gradients are those put aside, and `factor` times those of now."""
     for parameter in parameters:
-        before, now = aside.get(parameter), parameter.grad
+        before = aside.get(parameter)
+        now = parameter.grad
         if now is not None and factor != 1.0:
             now.mul_(factor)
-        if before is not None:
-            parameter.grad = before if now is None else before.add_(now)
+        if before is None:
+            continue
+        if now is not None:
+            before.add_(now)
+        parameter.grad = before
 
 
 def takes_no_target(loss_fn: Callable[..., Any], names: Sequence[str] = ()) -> bool:
@@ -208,11 +231,14 @@ def joined_metrics(
     Whole numbers, and the metric called `total`, are summed. Floats are averaged, by `weights` where there
     are any. Tensors are joined along their first dim. All else stays a list of one per micro-batch.
     """
-    flat = [tree_flatten(part) for part in parts]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat):
-        return list(parts)
-    rows = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    first, spec = tree_flatten(parts[0])
+    rows: list[list[Any]] = [[] for _ in first]
+    for part in parts:
+        leaves, other_spec = tree_flatten(part)
+        if other_spec != spec:
+            return list(parts)
+        for row, leaf in zip(rows, leaves, strict=True):
+            row.append(leaf)
     merged = [_merged(row, weights) for row in rows]
     whole = tree_unflatten(merged, spec)
     if total is not None:
@@ -220,40 +246,62 @@ def joined_metrics(
     return whole
 
 
-def _merged(row: Sequence[Any], weights: Sequence[Any]) -> Any:
-    if all(isinstance(one, torch.Tensor) for one in row):
+def _merged(row: list[Any], weights: Sequence[Any]) -> Any:
+    """The values of one metric put together."""
+    if _are_all(row, torch.Tensor):
         return _merged_tensors(row, weights)
-    if all(isinstance(one, int) and not isinstance(one, bool) for one in row):
+    if _are_all(row, int) and not any(isinstance(number, bool) for number in row):
         return sum(row)
-    if all(isinstance(one, float) for one in row):
-        return _mean(row, [float(weight) for weight in weights] or [1.0] * len(row))
-    return row[0] if all(one is None for one in row) else list(row)
+    if _are_all(row, float):
+        return _mean(row, [float(weight) for weight in weights])
+    if _are_all(row, type(None)):
+        return None
+    return row
 
 
-def _merged_tensors(row: Sequence[torch.Tensor], weights: Sequence[Any]) -> Any:
-    if row[0].dim():
-        alike = all(one.shape[1:] == row[0].shape[1:] for one in row)
-        return torch.cat(list(row)) if alike else list(row)
-    if not row[0].is_floating_point():
-        return torch.stack(list(row)).sum()
-    return _mean(row, weights or [1.0] * len(row))
+def _are_all(row: Sequence[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in row)
+
+
+def _merged_tensors(row: list[torch.Tensor], weights: Sequence[Any]) -> Any:
+    first = row[0]
+    if first.dim():
+        if any(tensor.shape[1:] != first.shape[1:] for tensor in row):
+            return row
+        return torch.cat(row)
+    if first.is_floating_point():
+        return _mean(row, weights)
+    numbers = torch.stack(row)
+    return numbers.sum()
 
 
 def _mean(row: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """The mean of some numbers, by weights where there are any."""
+    if not weights:
+        weights = [1.0] * len(row)
     total = sum(weights)
     if isinstance(total, float) and not total:
         return math.nan
-    return sum(one * weight / total for one, weight in zip(row, weights, strict=True))
+    mean = 0
+    for number, weight in zip(row, weights, strict=True):
+        mean = mean + number * weight / total
+    return mean
 
 
 def _detached(metrics: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, metrics
-    )
+    return tree_map(_detached_leaf, metrics)
+
+
+def _detached_leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach()
 
 
 def _name(function: Callable[..., Any]) -> str:
     """`loss_fn` at file:line, as far as it can be told."""
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__name__)
-    return f"{code.co_filename}:{code.co_firstlineno}, {name}" if code else name
+    if not code:
+        return name
+    return f"{code.co_filename}:{code.co_firstlineno}, {name}"

@@ -50,14 +50,16 @@ class Tied:
         group: Group,
         faults: Faults,
     ) -> None:
-        self._pipe, self._homes, self._group, self._faults = pipe, homes, group, faults
+        self._pipe = pipe
+        self._homes = homes
+        self._group = group
+        self._faults = faults
         self._rank = dist.get_rank(group)
         self._stages = [i for i, home in enumerate(homes) if home == self._rank]
-        self._shared = [
-            (ranks, entries)
-            for ranks, entries in _replicas(pipe.program, homes)
-            if self._rank in ranks
-        ]
+        self._shared: list[tuple[tuple[int, ...], list[StateEntry]]] = []
+        for ranks, entries in _replicas(pipe.program, homes):
+            if self._rank in ranks:
+                self._shared.append((ranks, entries))
 
     @property
     def _state(self) -> State:
@@ -72,11 +74,10 @@ class Tied:
         if self._state == "summed":
             return
         for ranks, entries in self._shared:
-            trained = [
-                same
-                for _, same in self._held(entries)
-                if _trained(same) and (len(ranks) > 1 or len(same) > 1)
-            ]
+            trained: list[Replicas] = []
+            for _, same in self._held(entries):
+                if _are_several(ranks, same) and _is_trained(same):
+                    trained.append(same)
             if trained:
                 with self._faults.together():
                     _sum_gradients(trained, ranks, self._group)
@@ -106,15 +107,18 @@ class Tied:
         """
         if self._state != "accumulated":
             return
-        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        updated: set[int] = set()
+        for group in optimizer.param_groups:
+            updated.update(map(id, group["params"]))
         for ranks, entries in self._shared:
             for entry, same in self._held(entries):
-                alone = len(ranks) == 1 and len(same) == 1
-                if not alone and any(
-                    id(p) in theirs and p.grad is not None for p in same
-                ):
-                    with self._faults.alike():
-                        raise _not_summed(entry)
+                if not _are_several(ranks, same):
+                    continue
+                graded = {id(replica) for replica in same if replica.grad is not None}
+                if updated.isdisjoint(graded):
+                    continue
+                with self._faults.alike():
+                    raise _not_summed(entry)
 
     def _held(self, entries: Sequence[StateEntry]) -> list[tuple[StateEntry, Replicas]]:
         """Each entry with the tensors that this rank holds for it."""
@@ -122,8 +126,13 @@ class Tied:
         return list(zip(entries, held, strict=True))
 
 
-def _trained(same: Replicas) -> bool:
+def _is_trained(same: Replicas) -> bool:
     return any(parameter.requires_grad for parameter in same)
+
+
+def _are_several(ranks: Sequence[int], same: Replicas) -> bool:
+    """True for a parameter that has replicas on other ranks too, or several here."""
+    return len(ranks) > 1 or len(same) > 1
 
 
 def _not_summed(entry: StateEntry) -> TiedError:
@@ -144,11 +153,14 @@ def _replicas(
     """The parameters of several stages by the ranks that hold them, in the same order everywhere."""
     by_ranks: dict[tuple[int, ...], list[StateEntry]] = {}
     for entry in program.state:
-        if entry.kind == "param" and len(entry.stages) > 1:
-            by_ranks.setdefault(
-                tuple(sorted({homes[stage] for stage in entry.stages})), []
-            ).append(entry)
-    return sorted(by_ranks.items(), key=lambda item: item[0])
+        if entry.kind != "param":
+            continue
+        if len(entry.stages) < 2:
+            continue
+        ranks = {homes[stage] for stage in entry.stages}
+        entries = by_ranks.setdefault(tuple(sorted(ranks)), [])
+        entries.append(entry)
+    return [(ranks, by_ranks[ranks]) for ranks in sorted(by_ranks)]
 
 
 def _held(
@@ -157,16 +169,23 @@ def _held(
     """The tensors that this rank holds for each parameter: several where stages of this rank were sharded
     separately.
     """
-    found: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
+    held: list[dict[torch.nn.Parameter, None]] = [{} for _ in entries]
     for index in stages:
-        names = {
-            clean_tensor_name(name): p
-            for name, p in pipe.stages[index].named_parameters(remove_duplicate=False)
-        }
-        for entry, tensors in zip(entries, found, strict=True):
+        by_name = _by_clean_name(pipe.stages[index])
+        names = pipe.program.stages[index].state
+        for entry, tensors in zip(entries, held, strict=True):
             if index in entry.stages:
-                tensors[names[pipe.program.stages[index].state[entry][0]]] = None
-    return [list(tensors) for tensors in found]
+                name = names[entry][0]
+                tensors[by_name[name]] = None
+    return [list(tensors) for tensors in held]
+
+
+def _by_clean_name(stage: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a stage by the names that they had before it was wrapped."""
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in stage.named_parameters(remove_duplicate=False):
+        parameters[clean_tensor_name(name)] = parameter
+    return parameters
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,46 +207,58 @@ def _sum_gradients(
 
     The host waits for the device only where a gradient is missing here.
     """
-    for dtype in dict.fromkeys(same[0].dtype for same in replicas):
-        mine = [same for same in replicas if same[0].dtype == dtype]
-        parts = [_gradient(same) for same in mine]
-        missing = [
-            place
-            for place, same in enumerate(mine)
-            if all(p.grad is None for p in same)
-        ]
-        counts = parts[0].new_ones(len(mine))
-        for place in missing:
+    by_dtype: dict[torch.dtype, list[Replicas]] = {}
+    for same in replicas:
+        alike = by_dtype.setdefault(same[0].dtype, [])
+        alike.append(same)
+    for alike in by_dtype.values():
+        _sum_alike(alike, ranks, group)
+
+
+def _sum_alike(
+    replicas: Sequence[Replicas], ranks: tuple[int, ...], group: Group
+) -> None:
+    """The same for parameters of one dtype."""
+    parts = [_gradient(same) for same in replicas]
+    missing: list[int] = []
+    small: list[int] = []
+    counts = parts[0].new_ones(len(replicas))
+    for place, same in enumerate(replicas):
+        if all(replica.grad is None for replica in same):
+            missing.append(place)
             counts[place] = 0
-        small = [
-            place
-            for place, part in enumerate(parts)
-            if part.numel() < LARGE or not part.is_contiguous()
-        ]
-        packed = torch.cat([*(parts[place].flatten() for place in small), counts])
-        *sums, counts = _total(packed, ranks, group).split(
-            [*(parts[place].numel() for place in small), len(mine)]
-        )
-        totals = dict(zip(small, sums, strict=True))
-        totals |= {
-            place: _total(part, ranks, group)
-            for place, part in enumerate(parts)
-            if place not in totals
-        }
-        nowhere = {place for place in missing if not counts[place].item()}
-        for place, same in enumerate(mine):
-            if place not in nowhere:
-                _give(same, totals[place])
+        part = parts[place]
+        if part.numel() < LARGE or not part.is_contiguous():
+            small.append(place)
+    flat = [parts[place].flatten() for place in small]
+    sizes = [part.numel() for part in flat]
+    packed = torch.cat([*flat, counts])
+    summed = _total(packed, ranks, group)
+    *sums, counts = summed.split([*sizes, len(replicas)])
+    totals = dict(zip(small, sums, strict=True))
+    for place, part in enumerate(parts):
+        if place not in totals:
+            totals[place] = _total(part, ranks, group)
+    nowhere = {place for place in missing if not counts[place].item()}
+    for place, same in enumerate(replicas):
+        if place not in nowhere:
+            _give(same, totals[place])
 
 
 def _gradient(same: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """The sum of the gradients of the replicas here: the gradient itself where there is one, zeros where
     there is none.
     """
-    grads = [_local(p.grad.detach()) for p in same if p.grad is not None]
+    grads: list[torch.Tensor] = []
+    for replica in same:
+        if replica.grad is not None:
+            grad = replica.grad.detach()
+            grads.append(_local(grad))
     if not grads:
         return torch.zeros_like(_local(same[0]))
-    return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+    if len(grads) == 1:
+        return grads[0]
+    return torch.stack(grads).sum(0)
 
 
 def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
@@ -240,25 +271,30 @@ def _give(same: Sequence[torch.nn.Parameter], total: torch.Tensor) -> None:
             grad.copy_(total.view_as(grad))
 
 
-def _total(mine: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
+def _total(part: torch.Tensor, ranks: tuple[int, ...], group: Group) -> torch.Tensor:
     """The sum of a tensor over some ranks of the group, bit for bit the same on each.
 
     The ranks send to each other. A process group of their own would have to be made by all processes there
     are, including those of other pipelines.
     """
     if len(ranks) == dist.get_world_size(group):
-        dist.all_reduce(mine, group=group)
-        return mine
-    me = dist.get_rank(group)
-    parts = {rank: mine if rank == me else torch.empty_like(mine) for rank in ranks}
-    others = [rank for rank in ranks if rank != me]
-    ops = [
-        dist.P2POp(dist.isend, mine, group=group, group_peer=rank) for rank in others
-    ]
-    ops += [
-        dist.P2POp(dist.irecv, parts[rank], group=group, group_peer=rank)
-        for rank in others
-    ]
-    for work in dist.batch_isend_irecv(ops) if ops else ():
-        work.wait()
-    return torch.stack(list(parts.values())).sum(0)
+        dist.all_reduce(part, group=group)
+        return part
+    own_rank = dist.get_rank(group)
+    parts: list[torch.Tensor] = []
+    sends: list[dist.P2POp] = []
+    receives: list[dist.P2POp] = []
+    for rank in ranks:
+        if rank == own_rank:
+            parts.append(part)
+            continue
+        theirs = torch.empty_like(part)
+        parts.append(theirs)
+        send = dist.P2POp(dist.isend, part, group=group, group_peer=rank)
+        sends.append(send)
+        receive = dist.P2POp(dist.irecv, theirs, group=group, group_peer=rank)
+        receives.append(receive)
+    if sends:
+        for work in dist.batch_isend_irecv(sends + receives):
+            work.wait()
+    return torch.stack(parts).sum(0)

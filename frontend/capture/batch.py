@@ -35,6 +35,7 @@ from stagecut.frontend.capture.together import (
     Search,
     Together,
     rows_of,
+    unrefuted,
 )
 from stagecut.ir.graph import Program, Value
 from stagecut.ir.over_samples import over_samples
@@ -56,13 +57,17 @@ def mark_batches(
     model may be run for real.
     """
     _mark_numbers(program)
-    inputs = (tuple(args), dict(kwargs))
-    runs = Runs(module, inputs, real) if module is not None else None
-    example = Example.of(call, args, kwargs) if runs is not None else None
     varying = varying_sizes(program, exported)
-    if example is None or runs is None or len(example.flat) != len(program.inputs):
-        _mark(program, [c for c in varying if c.state == UNKNOWN and c.leads], None)
+    example: Example | None = None
+    if module is not None:
+        example = Example.of(call, args, kwargs)
+        if example is not None and len(example.flat) != len(program.inputs):
+            example = None
+    if module is None or example is None:
+        _mark(program, unrefuted(varying), None)
         return
+    inputs = (tuple(args), dict(kwargs))
+    runs = Runs(module, inputs, real)
     with runs.unchanged():
         search = Search(example, runs, program)
         _mark(program, search.chosen(varying), search)
@@ -73,19 +78,23 @@ def mark_batches(
 
 def varying_sizes(program: Program, exported: ExportedProgram | None) -> list[Together]:
     """For each size that was declared to vary, the dims of the inputs that are a multiple of it."""
-    classes: dict[str, Axes] = {}
+    axes_by_symbol: dict[str, Axes] = {}
     for key, value in enumerate(program.inputs):
-        if isinstance(value.type, TensorType):
-            for dim, size in enumerate(value.type.shape):
-                symbol = multiple(size)[1]
-                if symbol:
-                    classes.setdefault(symbol, {}).setdefault(key, dim)
-    mixed = _mixed_symbols(exported) if classes and exported is not None else set()
-    return [
-        Together(axes, NEVER if symbol in mixed else UNKNOWN, varies=symbol)
-        for symbol, axes in classes.items()
-        if axes
-    ]
+        for dim, size in enumerate(_sizes(value)):
+            _, symbol = multiple(size)
+            if symbol:
+                axes = axes_by_symbol.setdefault(symbol, {})
+                axes.setdefault(key, dim)
+    if not axes_by_symbol:
+        return []
+    mixed: set[str] = set()
+    if exported is not None:
+        mixed = _mixed_symbols(exported)
+    classes: list[Together] = []
+    for symbol, axes in axes_by_symbol.items():
+        state = NEVER if symbol in mixed else UNKNOWN
+        classes.append(Together(axes, state, varies=symbol))
+    return classes
 
 
 def multiple(size: int | str) -> tuple[int, str]:
@@ -98,36 +107,48 @@ def multiple(size: int | str) -> tuple[int, str]:
     symbols = list(parsed.free_symbols)
     if len(symbols) != 1:
         return 0, ""
-    factor = parsed / symbols[0]
-    return (int(factor), str(symbols[0])) if factor.is_Integer else (0, "")
+    symbol = symbols[0]
+    factor = parsed / symbol
+    if not factor.is_Integer:
+        return 0, ""
+    return int(factor), str(symbol)
 
 
 def names_in(size: int | str) -> set[str]:
     """The symbols in a size."""
     if isinstance(size, int):
         return set()
-    return {str(symbol) for symbol in expression(size, {}).free_symbols}
+    parsed = expression(size, {})
+    return {str(symbol) for symbol in parsed.free_symbols}
 
 
 def _mixed_symbols(exported: ExportedProgram) -> set[str]:
     """The sizes along which an op of the trace surely mixes."""
-    found: set[str] = set()
+    mixed: set[str] = set()
     for module in exported.graph_module.modules():
         graph = getattr(module, "graph", None)
-        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
-            if node.op == "call_function":
-                values = [_value(item) for item in node.args]
-                found.update(*map(_symbols, sizes_mixed_by(node.target, values)))
-    return found
+        if not isinstance(graph, fx.Graph):
+            continue
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            values = [_value(argument) for argument in node.args]
+            for size in sizes_mixed_by(node.target, values):
+                mixed.update(_symbols(size))
+    return mixed
 
 
-def _value(item: Any) -> Any:
-    return item.meta.get("val") if isinstance(item, fx.Node) else item
+def _value(argument: Any) -> Any:
+    if not isinstance(argument, fx.Node):
+        return argument
+    return argument.meta.get("val")
 
 
 def _symbols(size: Any) -> set[str]:
-    expr = getattr(getattr(size, "node", None), "expr", None)
-    return {str(symbol) for symbol in getattr(expr, "free_symbols", ())}
+    node = getattr(size, "node", None)
+    expr = getattr(node, "expr", None)
+    symbols = getattr(expr, "free_symbols", ())
+    return {str(symbol) for symbol in symbols}
 
 
 # --- marks ------------------------------------------------------------------------------------------------
@@ -136,44 +157,65 @@ def _symbols(size: Any) -> set[str]:
 def _mark_numbers(program: Program) -> None:
     """Outputs that are numbers say whether they are means or sums."""
     for value in program.outputs:
-        kind = over_samples(value) if isinstance(value, Value) else ""
-        if kind and not getattr(value.type, "shape", ()):
+        if not isinstance(value, Value) or _sizes(value):
+            continue
+        kind = over_samples(value)
+        if kind:
             _set(value, Batch(kind))
 
 
 def _mark(program: Program, classes: Sequence[Together], search: Search | None) -> None:
     """Inputs and outputs say where the samples of the classes are."""
     units: dict[str, int] = {}
-    for number, one in enumerate(classes):
-        symbol = f"b{number or ''}"
-        one.symbol = symbol
-        rows = {key: _rows(program, key, dim, search) for key, dim in one.axes.items()}
-        units[symbol] = math.gcd(*rows.values())
-        for key, dim in one.axes.items():
-            factor = rows[key] // units[symbol]
-            keys = (key,) if key >= 0 or search is None else search.example.lists[key]
-            for place in keys:
-                _set(program.inputs[place], Batch(dim, _product(factor, symbol)))
-    declared = {name for v in program.inputs for name in _sizes_named(v)}
+    for number, together in enumerate(classes):
+        together.symbol = f"b{number or ''}"
+        units[together.symbol] = _mark_inputs(program, together, search)
+    declared: set[str] = set()
+    for value in program.inputs:
+        declared |= _sizes_named(value)
     for number, value in enumerate(program.outputs):
-        if isinstance(value, Value) and value.owner is not None:
-            batch = (
-                _of_data(number, classes, search)
-                if _sizes_named(value) - declared
-                else _of_output(value, number, classes, units, search)
-            )
-            if batch is not None:
-                _set(value, batch)
+        if not isinstance(value, Value) or value.owner is None:
+            continue
+        if _sizes_named(value) <= declared:
+            batch = _of_output(value, number, classes, units, search)
+        else:
+            batch = _of_data(number, classes, search)
+        if batch is not None:
+            _set(value, batch)
+
+
+def _mark_inputs(program: Program, together: Together, search: Search | None) -> int:
+    """The inputs say where the samples of a class are. Returns how many rows are its unit: as many as divide
+    the rows along every axis.
+    """
+    axes = together.axes
+    rows: dict[int, int] = {}
+    for key, dim in axes.items():
+        rows[key] = _rows(program, key, dim, search)
+    unit = math.gcd(*rows.values())
+    for key, dim in axes.items():
+        factor = rows[key] // unit
+        batch = Batch(dim, _product(factor, together.symbol))
+        for place in _inputs_of(key, search):
+            _set(program.inputs[place], batch)
+    return unit
+
+
+def _inputs_of(key: int, search: Search | None) -> Sequence[int]:
+    """The flat input of this number, or those in the list of this number."""
+    if key >= 0 or search is None:
+        return [key]
+    return search.example.lists[key]
 
 
 def _rows(program: Program, key: int, dim: int | str, search: Search | None) -> int:
     """How many rows of the example lie along a dim; without an example, for one unit of the size."""
     if search is not None:
         return search.example.size(key, dim)
-    kind = program.inputs[key].type
-    assert isinstance(kind, TensorType)
     assert isinstance(dim, int)
-    return multiple(kind.shape[dim])[0]
+    sizes = _sizes(program.inputs[key])
+    factor, _ = multiple(sizes[dim])
+    return factor
 
 
 def _set(value: Value, batch: Batch) -> None:
@@ -182,13 +224,23 @@ def _set(value: Value, batch: Batch) -> None:
 
 
 def _product(factor: int, symbol: str) -> str:
-    return symbol if factor == 1 else f"{factor}*{symbol}"
+    if factor == 1:
+        return symbol
+    return f"{factor}*{symbol}"
 
 
 def _sizes_named(value: Value) -> set[str]:
     """The symbols in the sizes of a value."""
-    shape = value.type.shape if isinstance(value.type, TensorType) else ()
-    return {name for size in shape for name in names_in(size)}
+    names: set[str] = set()
+    for size in _sizes(value):
+        names |= names_in(size)
+    return names
+
+
+def _sizes(value: Value) -> Sequence[int | str]:
+    if not isinstance(value.type, TensorType):
+        return ()
+    return value.type.shape
 
 
 def _of_data(
@@ -201,8 +253,11 @@ def _of_data(
         return None
     for base, other, whole in search.on_other_data(classes[0]):
         place = rows_of(base[number], other[number], whole[number])
-        if place is not None and base[number].numel():
-            return Batch(place.dim, ANY) if place.blocks == 1 else None
+        if place is None or not base[number].numel():
+            continue
+        if place.blocks != 1:
+            return None
+        return Batch(place.dim, ANY)
     return None
 
 
@@ -214,43 +269,62 @@ def _of_output(
     search: Search | None,
 ) -> Batch | None:
     """Where the samples are in an output; None where that is not known."""
-    if not isinstance(value.type, TensorType) or not value.type.shape:
+    if not isinstance(value.type, TensorType):
+        return None
+    if not value.type.shape:
         return None
     places: list[tuple[Rows, str]] = []
-    for one in classes:
-        shape = _shape(value.type, number, search)
-        grown = _grown_dims(value.type, shape, number, one)
+    shape = _shape(value.type, number, search)
+    for together in classes:
+        grown = _grown_dims(value.type, shape, number, together)
         if not grown:
             continue
-        place = _place_of(shape, grown, number, one, units[one.symbol], search)
+        unit = units[together.symbol]
+        place = _place_of(shape, grown, number, together, unit, search)
         if place is None:
             return None
-        places.append((place, one.symbol))
-    return _written(places, units, value.type) if places else None
+        places.append((place, together.symbol))
+    if not places:
+        return None
+    return _all_rows(places, units, value.type)
 
 
 def _shape(kind: TensorType, number: int, search: Search | None) -> list[int]:
     """The sizes of an output on the example; 0 where a size varies and no run has shown it."""
     if search is not None and search.base is not None:
-        return list(search.base[number].shape)
-    return [size if isinstance(size, int) else 0 for size in kind.shape]
+        shape = search.base[number].shape
+        return list(shape)
+    sizes: list[int] = []
+    for size in kind.shape:
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            sizes.append(0)
+    return sizes
 
 
 def _grown_dims(
-    kind: TensorType, shape: Sequence[int], number: int, one: Together
+    kind: TensorType, shape: Sequence[int], number: int, together: Together
 ) -> list[int]:
     """The dims of an output whose size depends on the size of a class."""
-    if one.whole is None:
-        return [d for d, size in enumerate(kind.shape) if one.varies in names_in(size)]
-    whole = one.whole[number].shape
-    return [d for d, size in enumerate(shape) if whole[d] != size]
+    grown: list[int] = []
+    if together.whole is None:
+        for dim, size in enumerate(kind.shape):
+            if together.varies in names_in(size):
+                grown.append(dim)
+        return grown
+    whole = together.whole[number].shape
+    for dim, size in enumerate(shape):
+        if whole[dim] != size:
+            grown.append(dim)
+    return grown
 
 
 def _place_of(
     shape: Sequence[int],
     grown: Sequence[int],
     number: int,
-    one: Together,
+    together: Together,
     unit: int,
     search: Search | None,
 ) -> Rows | None:
@@ -260,27 +334,38 @@ def _place_of(
     if len(grown) != 1:
         return None
     dim = grown[0]
-    if one.whole is None or search is None:
+    if together.whole is None or search is None:
         return Rows(dim, 0, unit, 1)
-    if search.base is not None and one.other is not None:
-        base, other = search.base[number], one.other[number]
-        place = rows_of(base, other, one.whole[number])
+    whole = together.whole[number]
+    if search.base is not None and together.other is not None:
+        base = search.base[number]
+        other = together.other[number]
+        place = rows_of(base, other, whole)
         if place is not None:
-            return None if _is_ambiguous(base, other, place, unit) else place
-    rows = shape[dim]
-    fits = rows == unit and one.whole[number].shape[dim] == search.runs.parts * rows
-    return Rows(dim, 0, rows, 1) if fits else None
+            if _is_ambiguous(base, other, place, unit):
+                return None
+            return place
+    if shape[dim] != unit:
+        return None
+    if whole.shape[dim] != search.runs.parts * unit:
+        return None
+    return Rows(dim, 0, unit, 1)
 
 
-def _is_ambiguous(base: torch.Tensor, other: torch.Tensor, at: Rows, unit: int) -> bool:
+def _is_ambiguous(
+    base: torch.Tensor, other: torch.Tensor, place: Rows, unit: int
+) -> bool:
     """True when several rows of a sample are the same in all calls, so that their order cannot be told."""
-    if at.rows <= unit or not torch.equal(base, other):
+    if place.rows <= unit:
         return False
-    rows = base.narrow(at.dim, at.start, at.rows).split(unit, at.dim)
-    return any(torch.equal(one, two) for one, two in combinations(rows, 2))
+    if not torch.equal(base, other):
+        return False
+    rows = base.narrow(place.dim, place.start, place.rows)
+    units = rows.split(unit, place.dim)
+    return any(torch.equal(*pair) for pair in combinations(units, 2))
 
 
-def _written(
+def _all_rows(
     places: Sequence[tuple[Rows, str]], units: Mapping[str, int], kind: TensorType
 ) -> Batch | None:
     """The places of all classes in one output as a size. None where there are rows of no class."""
@@ -290,15 +375,19 @@ def _written(
     dim = dims.pop()
     terms: list[str] = []
     end = 0
-    for place, symbol in sorted(places, key=lambda item: item[0].start):
-        factor, odd = divmod(place.rows, units[symbol] * place.blocks)
+    for place, symbol in sorted(places, key=_start):
+        unit = units[symbol] * place.blocks
+        factor, odd = divmod(place.rows, unit)
         if odd or place.start != end:
             return None
         terms += [_product(factor, symbol)] * place.blocks
         end = place.start + place.rows
-    fixed = kind.shape[dim]
-    return (
-        None
-        if isinstance(fixed, int) and fixed != end
-        else Batch(dim, " + ".join(terms))
-    )
+    size = kind.shape[dim]
+    if isinstance(size, int) and size != end:
+        return None
+    return Batch(dim, " + ".join(terms))
+
+
+def _start(located: tuple[Rows, str]) -> int:
+    place, _ = located
+    return place.start

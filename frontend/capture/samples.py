@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from stagecut.frontend.capture.example import giving_sizes
 from stagecut.frontend.capture.quiet import quiet_torch
@@ -50,15 +51,21 @@ PRIMES = (7, 11, 13, 17, 19, 23)
 so that sizes tell where the samples went.
 """
 
-Axes = dict[int, int | str]
-"""Dims that go together: number of a flat input -> dim; or of a list, counted down from -1 -> ITEM."""
+Axis = tuple[int, int | str]
+"""A dim of an input: number of a flat input, dim; or of a list, counted down from -1, ITEM."""
 
+Axes = dict[int, int | str]
+"""Dims that go together, by input."""
 
 Longer = Mapping[str, int]
 """Name of a buffer -> the dim along which it holds samples, as many as the inputs have."""
 
 
 NO_LONGER: Longer = MappingProxyType({})
+
+
+Parts = Callable[[Any, Any], list[Any]]
+"""A function of the rows of an input and of its first row in the place of all: what is put together."""
 
 
 @dataclass
@@ -81,87 +88,122 @@ class Example:
         except Exception as error:  # the default of a graph's placeholder
             raise_ours(error)
             return None
-        found = Example(flat, lambda flat: tree_unflatten(list(flat), call.in_spec))
-        positional, named = found.build(range(len(flat)))
-        for number, item in enumerate((*positional, *named.values())):
-            leaves = tree_leaves(item)
-            if type(item) in (list, tuple) and _all_tensors(flat, leaves):
-                found.lists[-1 - number] = range(leaves[0], leaves[-1] + 1)
-        return found
+        example = Example(flat, lambda flat: tree_unflatten(list(flat), call.in_spec))
+        example.lists = dict(example._lists_of_tensors())
+        return example
+
+    def _lists_of_tensors(self) -> Iterator[tuple[int, range]]:
+        """Number of a list -> the flat inputs that are in it."""
+        places = range(len(self.flat))
+        for number, tree in enumerate(self._arguments(places)):
+            if type(tree) not in (list, tuple):
+                continue
+            leaves = tree_leaves(tree)
+            if not leaves:
+                continue
+            if not all(_is_tensor(self.flat[place]) for place in leaves):
+                continue
+            first = leaves[0]
+            last = leaves[-1]
+            yield -1 - number, range(first, last + 1)
+
+    def _arguments(self, flat: Sequence[Any]) -> list[Any]:
+        positional, named = self.build(flat)
+        return [*positional, *named.values()]
 
     def size(self, key: int, dim: int | str) -> int:
         """The size of a dim, or the length of a list."""
         if key < 0:
-            return len(self._list(key))
-        return int(self.flat[key].shape[dim])
-
-    def _list(self, key: int) -> list[Any]:
-        positional, named = self.build(self.flat)
-        return list((*positional, *named.values())[-1 - key])
+            arguments = self._arguments(self.flat)
+            return len(arguments[-1 - key])
+        shape = self.flat[key].shape
+        return int(shape[dim])
 
     def longer(self, axes: Axes, times: int = PARTS) -> Any:
         """The call with these axes so many times as long: the samples of the example, and the first of them
         again and again.
         """
-        return self._along(axes, lambda item, first: [item, *[first] * (times - 1)])
+
+        def parts(rows: Any, first: Any) -> list[Any]:
+            others = [first] * (times - 1)
+            return [rows, *others]
+
+        return self._along(axes, parts)
 
     def shaken(self) -> Example:
         """The same call with random numbers in the place of the floats."""
-        flat = [
-            torch.randn_like(item) if _is_float(item) else item for item in self.flat
-        ]
+        flat: list[Any] = []
+        for leaf in self.flat:
+            if _is_float(leaf):
+                leaf = torch.randn_like(leaf)
+            flat.append(leaf)
         return replace(self, flat=flat)
 
     def first(self, axes: Axes) -> Any:
         """The call with the first sample in the place of all."""
-        return self._along(axes, lambda item, first: [first])
+        return self._along(axes, lambda rows, first: [first])
 
-    def _along(self, axes: Axes, parts: Callable[[Any, Any], list[Any]]) -> Any:
-        flat = [
-            torch.cat(parts(item, _first_along(item, dim)), dim)
-            if isinstance(dim := axes.get(key), int)
-            else item.detach().clone()
-            if isinstance(item, torch.Tensor)
-            else item
-            for key, item in enumerate(self.flat)
-        ]
+    def _along(self, axes: Axes, parts: Parts) -> Any:
+        """The call with `parts` of the rows, and of the first in the place of all, along these axes."""
+        flat: list[Any] = []
+        for key, leaf in enumerate(self.flat):
+            dim = axes.get(key)
+            if isinstance(dim, int):
+                pieces = parts(leaf, _first_along(leaf, dim))
+                leaf = torch.cat(pieces, dim)
+            elif isinstance(leaf, torch.Tensor):
+                leaf = leaf.detach().clone()
+            flat.append(leaf)
         positional, named = self.build(flat)
-        items = [*positional, *named.values()]
+        arguments = [*positional, *named.values()]
         for key in axes:
             if key < 0:
-                kind, whole = type(items[-1 - key]), list(items[-1 - key])
-                pieces = parts(whole, whole[:1] * len(whole))
-                items[-1 - key] = kind(item for piece in pieces for item in piece)
-        return tuple(items[: len(positional)]), dict(
-            zip(named, items[len(positional) :], strict=True)
-        )
+                place = -1 - key
+                arguments[place] = _items_along(arguments[place], parts)
+        args = tuple(arguments[: len(positional)])
+        values = arguments[len(positional) :]
+        return args, dict(zip(named, values, strict=True))
 
 
-def _is_float(item: Any) -> bool:
-    return isinstance(item, torch.Tensor) and item.is_floating_point()
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
 
 
-def _all_tensors(flat: Sequence[Any], leaves: Sequence[int]) -> bool:
-    return bool(leaves) and all(isinstance(flat[i], torch.Tensor) for i in leaves)
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def _first_along(item: torch.Tensor, dim: int) -> torch.Tensor:
+def _items_along(whole: Any, parts: Parts) -> Any:
+    """A list with `parts` of its items, and of the first in the place of all."""
+    kind = type(whole)
+    items = list(whole)
+    firsts = items[:1] * len(items)
+    pieces = parts(items, firsts)
+    return kind(chain.from_iterable(pieces))
+
+
+def _first_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The first row in the place of all; floats are a bit smaller, so that one row is another one too."""
-    rows = item.narrow(dim, 0, 1).expand(item.shape)
-    return rows * 0.75 if _is_float(item) else rows
+    first = tensor.narrow(dim, 0, 1)
+    rows = first.expand(tensor.shape)
+    if not _is_float(tensor):
+        return rows
+    return rows * 0.75
 
 
 class Runs:
     """Runs copies of a model, as often as is allowed."""
 
     def __init__(self, module: nn.Module, inputs: Any, real: bool) -> None:
-        self.module, self.inputs, self.real = module, inputs, real
-        self._containers, around = ModelContainers(module), Surroundings(module)
-        self._before = (Generators(around.generators), around, self._containers)
+        self.module = module
+        self.inputs = inputs
+        self.real = real
+        self._containers = ModelContainers(module)
+        around = Surroundings(module)
+        generators = Generators(around.generators)
+        self._before = (generators, around, self._containers)
         self._left = MOST_RUNS[real]
-        self._fake = None if real else FakeTensorMode(shape_env=ShapeEnv())
-        if self._fake is not None:
-            self._fake.allow_non_fake_inputs = True
+        self._fake = None if real else _fake_mode()
         self._state: dict[int, torch.Tensor] = {}
         self._shaken = False
         self.parts = PARTS if real else self._prime()
@@ -169,11 +211,16 @@ class Runs:
         """Whether an op of the last run computed along the samples. Seen on fake tensors only."""
 
     def _prime(self) -> int:
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        tensors += [t for t in tree_leaves(self.inputs) if isinstance(t, torch.Tensor)]
-        sizes = {size for tensor in tensors for size in tensor.shape}
-        free = (p for p in PRIMES if not any(size and size % p == 0 for size in sizes))
-        return next(free, PRIMES[-1])
+        """The first of PRIMES that divides no size of the model and its inputs, or the last."""
+        sizes: set[int] = set()
+        inputs = tree_leaves(self.inputs)
+        for leaf in (*self.module.parameters(), *self.module.buffers(), *inputs):
+            if isinstance(leaf, torch.Tensor):
+                sizes.update(leaf.shape)
+        for prime in PRIMES:
+            if not any(_is_multiple(size, prime) for size in sizes):
+                return prime
+        return PRIMES[-1]
 
     def shake(self, seed: int) -> None:
         """The parameters of the copies are random numbers from now on, or for 0 the model's."""
@@ -191,10 +238,11 @@ class Runs:
         try:
             twin = self._twin(longer)
             torch.manual_seed(0)  # each run draws the same
-            args, kwargs = tree_map(self._given, call)
+            args, kwargs = tree_map(self._as_argument, call)
             with giving_sizes(twin, self.inputs), _Steady(), self._around():
                 result = twin(*args, **kwargs)
-            return [_own(leaf) for leaf in tree_flatten(opened(result))[0]]
+            leaves = tree_leaves(opened(result))
+            return [_without_history(leaf) for leaf in leaves]
         except Exception as error:  # whatever the code of a model raises
             raise_ours(error)
             return None
@@ -227,21 +275,17 @@ class Runs:
             return
         with self._fake, _Mixing(self.parts) as mixing:
             yield
-        self.mixed = mixing.found
+        self.mixed = mixing.seen
 
     def _twin(self, longer: Longer) -> nn.Module:
         """A copy of the model. Its parameters are copied once for all runs."""
         memo: dict[int, Any] = {}
         for parameter in self.module.parameters():
-            if id(parameter) not in self._state:
-                self._state[id(parameter)] = self._copy(parameter)
-                if self._shaken and _is_float(parameter):
-                    self._state[id(parameter)].data.normal_()
-            memo[id(parameter)] = self._state[id(parameter)]
+            memo[id(parameter)] = self._twin_parameter(parameter)
         for name, buffer in self.module.named_buffers():
             whole = buffer
-            if (dim := longer.get(name)) is not None:
-                whole = torch.cat([buffer] * self.parts, dim)
+            if name in longer:
+                whole = torch.cat([buffer] * self.parts, longer[name])
             memo[id(buffer)] = self._copy(whole)
         for part in self._containers.parts():
             if isinstance(part, torch.Tensor) and not part.is_leaf:  # kept from a call
@@ -250,20 +294,44 @@ class Runs:
         _steady(twin)
         return twin
 
+    def _twin_parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        key = id(parameter)
+        if key not in self._state:
+            twin = self._copy(parameter)
+            if self._shaken and _is_float(parameter):
+                twin.data.normal_()
+            self._state[key] = twin
+        return self._state[key]
+
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._fake is not None:
             return self._fake.from_tensor(tensor, static_shapes=True)
-        return copy.deepcopy(tensor.detach()).requires_grad_(tensor.requires_grad)
+        twin = copy.deepcopy(tensor.detach())
+        return twin.requires_grad_(tensor.requires_grad)
 
-    def _given(self, leaf: Any) -> Any:
+    def _as_argument(self, leaf: Any) -> Any:
         if self._fake is None or not isinstance(leaf, torch.Tensor):
             return leaf
         return self._fake.from_tensor(leaf, static_shapes=True)
 
 
-def _own(leaf: Any) -> Any:
-    """A result without its history."""
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+def _fake_mode() -> FakeTensorMode:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode.allow_non_fake_inputs = True
+    return mode
+
+
+def _without_history(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach()
+
+
+def _is_multiple(size: Any, number: int) -> bool:
+    """True for a size of some multiples of a number; a symbol is none."""
+    if not isinstance(size, int) or not size:
+        return False
+    return size % number == 0
 
 
 class _Mixing(TorchDispatchMode):
@@ -272,16 +340,14 @@ class _Mixing(TorchDispatchMode):
     def __init__(self, number: int) -> None:
         super().__init__()
         self._number = number
-        self.found = False
+        self.seen = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        sizes = sizes_mixed_by(func, args)
-        self.found |= any(
-            isinstance(size, int) and size and size % self._number == 0
-            for size in sizes
-        )
+        for size in sizes_mixed_by(func, args):
+            if _is_multiple(size, self._number):
+                self.seen = True
         return func(*args, **(kwargs or {}))
 
 
@@ -289,15 +355,25 @@ def sizes_mixed_by(target: Any, args: Sequence[Any]) -> Sequence[Any]:
     """The sizes along which an op surely mixes: attention along its keys, a softmax or a running sum along
     its dim, a convolution along all but the first two.
     """
-    known = facts_of(str(getattr(target, "_opname", "")))
-    if not (known.along_keys or known.along_dim or known.in_space):
+    name = getattr(target, "_opname", "")
+    facts = facts_of(str(name))
+    if facts.along_keys:
+        keys = _shape(args[1])
+        return keys[-2:-1]
+    if not facts.along_dim and not facts.in_space:
         return ()
-    shapes = [item.shape if isinstance(item, torch.Tensor) else () for item in args]
-    if known.along_keys:
-        return shapes[1][-2:-1]
-    if known.along_dim:
-        return [shapes[0][args[1]]] if shapes[0] else ()
-    return shapes[0][2:]
+    shape = _shape(args[0])
+    if facts.in_space:
+        return shape[2:]
+    if not shape:
+        return ()
+    return [shape[args[1]]]
+
+
+def _shape(item: Any) -> Sequence[Any]:
+    if not isinstance(item, torch.Tensor):
+        return ()
+    return item.shape
 
 
 def _steady(model: nn.Module) -> None:
@@ -317,10 +393,14 @@ class _Steady(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
+            if args:
+                return args[0]
+            return kwargs["input"]
         if func is F.scaled_dot_product_attention:
-            args = args[:4] + tuple(0.0 for _ in args[4:5]) + args[5:]
-            kwargs |= {} if len(args) > 4 else {"dropout_p": 0.0}
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
         if func is F.batch_norm and len(args) > 5 and args[1] is not None:
             args = (*args[:5], False, *args[6:])
         return func(*args, **kwargs)

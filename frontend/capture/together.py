@@ -13,11 +13,12 @@ from stagecut.frontend.capture.samples import (
     NO_LONGER,
     PARTS,
     Axes,
+    Axis,
     Example,
     Longer,
     Runs,
 )
-from stagecut.ir.graph import Program, nested_ops
+from stagecut.ir.graph import Program, Value, nested_ops
 from stagecut.ir.types import ITEM, TensorType
 
 OTHER_DATA = 10
@@ -61,22 +62,24 @@ class Search:
     """Finds the axes of an example that go together."""
 
     def __init__(self, example: Example, runs: Runs, program: Program) -> None:
-        self.example, self.runs, self.program = example, runs, program
-        self.base = runs(example.longer({})) if runs.real else None
+        self.example = example
+        self.runs = runs
+        self.program = program
         self._outputs = len(program.outputs)
-        if self.base is not None and len(self.base) != self._outputs:
-            self.base = None
-        self._free = {
-            key: [
-                dim
-                for dim, size in enumerate(value.type.shape)
-                if isinstance(size, int) and size > 0
-            ]
-            for key, value in enumerate(program.inputs)
-            if isinstance(value.type, TensorType)
-        }
+        self.base = self._on_example()
+        self._free = _fixed_dims(program)
         self._written = _written_buffers(program)
-        self._tried: dict[tuple[tuple[int, int | str], ...], Together | None] = {}
+        self._tried: dict[tuple[Axis, ...], Together | None] = {}
+
+    def _on_example(self) -> list[Any] | None:
+        """The outputs of a real run on the example; None where there is none."""
+        if not self.runs.real:
+            return None
+        call = self.example.longer({})
+        outputs = self.runs(call)
+        if outputs is None or len(outputs) != self._outputs:
+            return None
+        return outputs
 
     @property
     def values(self) -> bool:
@@ -86,50 +89,71 @@ class Search:
     def chosen(self, varying: Sequence[Together]) -> list[Together]:
         """The classes of axes along which the batch of a call may be divided, no input in two of them."""
         if self.runs.real and not self.values:
-            return [c for c in varying if c.state == UNKNOWN and c.leads]
-        candidates = [self._shown(c) for c in varying]
+            return unrefuted(varying)
+        candidates = [self._shown(declared) for declared in varying]
         candidates += self._static(candidates)
-        ranked = sorted(candidates, key=lambda c: (-c.state, not c.leads, -len(c.axes)))
         chosen: list[Together] = []
-        for one in ranked:
-            rivals = [c for c in candidates if c is not one and self._meet(c, one)]
-            taken = any(c in chosen for c in rivals)
-            if not taken and _may_be_chosen(one, rivals):
-                chosen.append(one)
-        return sorted(chosen, key=lambda c: min(map(self._first_input, c.axes)))
+        for candidate in sorted(candidates, key=_rank):
+            rivals = self._rivals(candidate, candidates)
+            if any(rival in chosen for rival in rivals):
+                continue
+            if _may_be_chosen(candidate, rivals):
+                chosen.append(candidate)
+        return sorted(chosen, key=self._first_input)
 
-    def _meet(self, one: Together, other: Together) -> bool:
-        """True for two classes with axes of the same input."""
-        return not self._inputs(one).isdisjoint(self._inputs(other))
+    def _rivals(
+        self, candidate: Together, candidates: Sequence[Together]
+    ) -> list[Together]:
+        """The other classes with axes of the same inputs."""
+        inputs = self._inputs(candidate)
+        rivals: list[Together] = []
+        for other in candidates:
+            if other is candidate:
+                continue
+            if not inputs.isdisjoint(self._inputs(other)):
+                rivals.append(other)
+        return rivals
 
-    def _inputs(self, one: Together) -> set[int]:
-        lists = [self.example.lists[key] for key in one.axes if key < 0]
-        return {*one.axes, *(i for items in lists for i in items)}
+    def _inputs(self, together: Together) -> set[int]:
+        """The inputs that the axes are of, and the lists that these are in."""
+        inputs = set(together.axes)
+        for key in together.axes:
+            inputs.update(self.example.lists.get(key, ()))
+        return inputs
 
-    def _first_input(self, key: int) -> int:
-        return key if key >= 0 else self.example.lists[key].start
+    def _first_input(self, together: Together) -> int:
+        firsts: list[int] = []
+        for key in together.axes:
+            if key in self.example.lists:
+                key = self.example.lists[key].start
+            firsts.append(key)
+        return min(firsts)
 
-    def _shown(self, one: Together) -> Together:
+    def _shown(self, declared: Together) -> Together:
         """A class of sizes that vary, and what a run shows of it."""
-        found = self.attempt(one.axes) if self.values else None
-        if found is None:
-            return one
-        state = found.state if found.state == SEPARATE else min(one.state, found.state)
-        return replace(found, state=state, varies=one.varies)
+        if not self.values:
+            return declared
+        shown = self.attempt(declared.axes)
+        if shown is None:
+            return declared
+        state = shown.state
+        if state != SEPARATE:
+            state = min(declared.state, state)
+        return replace(shown, state=state, varies=declared.varies)
 
     def _static(self, varying: Sequence[Together]) -> list[Together]:
         """The classes of dims whose sizes are fixed in the trace."""
-        settled = {key for c in varying if c.leads and c.state for key in c.axes}
-        left = {*self._free, *self.example.lists} - settled
-        found: dict[Together, None] = {}
+        left = {*self._free, *self.example.lists}
+        for declared in varying:
+            if declared.leads and declared.state:
+                left.difference_update(declared.axes)
+        classes: dict[Together, None] = {}
         for axes in self._proposals(left):
-            for one in self._minimal(axes):
-                found[one] = None
-                likely = one.leads or len(one.axes) > 1
-                if one.state == SEPARATE or (one.state == UNKNOWN and likely):
-                    for key in one.axes:
-                        left -= {key, *self.example.lists.get(key, ())}
-        return list(found)
+            for together in self._minimal(axes):
+                classes[together] = None
+                if _is_likely(together):
+                    left -= self._inputs(together)
+        return list(classes)
 
     def _proposals(self, left: set[int]) -> Iterator[Axes]:
         """Axes that may go together, the most likely ones first. Only inputs in `left`, which shrinks, are
@@ -138,11 +162,7 @@ class Search:
         for depth in range(DEEPEST):
             yield self._at(left, depth)
             for size in self._sizes_at(left, depth):
-                yield {
-                    key: dim
-                    for key, dim in self._at(left, depth).items()
-                    if self.example.size(key, dim) == size
-                }
+                yield self._of_size(left, depth, size)
             for key in sorted(left):
                 yield self._at({key} & left, depth)
             if depth == 0:
@@ -153,47 +173,78 @@ class Search:
 
     def _only_mixed(self) -> bool:
         """True when all that goes together so far is no batch."""
-        found = [one.state for one in self._tried.values() if one is not None]
-        return bool(found) and max(found) == NEVER
+        states: set[int] = set()
+        for together in self._tried.values():
+            if together is not None:
+                states.add(together.state)
+        return states == {NEVER}
 
     def _lists(self, left: set[int]) -> Iterator[Axes]:
         """Lists that have an item for each sample, alone and with the other inputs."""
-        lists: Axes = {key: ITEM for key in self.example.lists if key in left}
-        inside = {i for key in lists for i in self.example.lists[key]}
+        lists: Axes = {}
+        inside: set[int] = set()
+        for key, items in self.example.lists.items():
+            if key in left:
+                lists[key] = ITEM
+                inside.update(items)
         for key in lists:
             yield {key: ITEM}
         yield lists
-        yield lists | self._at(left - inside - lists.keys(), 0)
+        others = left - inside
+        yield lists | self._at(others, 0)
 
     def _mixtures(self, left: set[int]) -> Iterator[Axes]:
         """Axes of one size, another dim in each input."""
-        for seed in sorted(key for key in left if key >= 0):
+        for seed in self._tensors(left):
             for dim in self._free.get(seed, ())[:DEEPEST]:
-                size = self.example.size(seed, dim)
-                others: list[list[tuple[int, int | str] | None]]
-                others = [
-                    [
-                        (key, d)
-                        for d in self._free[key]
-                        if self.example.size(key, d) == size
-                    ]
-                    for key in sorted(left)
-                    if key >= 0 and key != seed
-                ]
-                choices = [[None, *dims] for dims in others if dims]
+                choices = self._partners(seed, dim, left)
                 for choice in product(*choices):
-                    if seed in left:
-                        yield {seed: dim, **dict(filter(None, choice))}
+                    if seed not in left:
+                        continue
+                    partners = filter(None, choice)
+                    yield {seed: dim, **dict(partners)}
+
+    def _partners(self, seed: int, dim: int, left: set[int]) -> list[list[Axis | None]]:
+        """For each other input with dims of the size of this one: these dims, or none of them."""
+        size = self.example.size(seed, dim)
+        choices: list[list[Axis | None]] = []
+        for key in self._tensors(left):
+            if key == seed:
+                continue
+            alike: list[Axis] = []
+            for other in self._free[key]:
+                if self.example.size(key, other) == size:
+                    alike.append((key, other))
+            if alike:
+                choices.append([None, *alike])
+        return choices
+
+    def _tensors(self, keys: set[int]) -> list[int]:
+        """Those of some inputs that are no lists, in order."""
+        return sorted(key for key in keys if key >= 0)
 
     def _at(self, keys: set[int], depth: int) -> Axes:
-        return {
-            key: depth for key in sorted(keys) if key >= 0 and depth in self._free[key]
-        }
+        """The dims number `depth` of some inputs."""
+        axes: Axes = {}
+        for key in self._tensors(keys):
+            if depth in self._free[key]:
+                axes[key] = depth
+        return axes
+
+    def _of_size(self, keys: set[int], depth: int, size: int) -> Axes:
+        axes = self._at(keys, depth)
+        for key in list(axes):
+            if self.example.size(key, depth) != size:
+                del axes[key]
+        return axes
 
     def _sizes_at(self, keys: set[int], depth: int) -> list[int]:
+        """The sizes of the dims number `depth`, when there are several."""
         axes = self._at(keys, depth)
-        sizes = dict.fromkeys(self.example.size(key, dim) for key, dim in axes.items())
-        return list(sizes) if len(sizes) > 1 else []
+        sizes = dict.fromkeys(self.example.size(*axis) for axis in axes.items())
+        if len(sizes) == 1:
+            return []
+        return list(sizes)
 
     def _minimal(self, axes: Axes) -> list[Together]:
         """The classes that axes consist of; nothing for axes that do not go together."""
@@ -207,40 +258,59 @@ class Search:
             if part is None:
                 break
             parts.append(part)
-            rest = {key: dim for key, dim in rest.items() if key not in part.axes}
+            for key in part.axes:
+                del rest[key]
         if not rest:
             return parts
         last = self.attempt(rest)
-        return [*parts, last] if last is not None else [together]
+        if last is None:
+            return [together]
+        return [*parts, last]
 
     def _part(self, axes: Axes) -> Together | None:
         """The smallest class with the first of some axes; None where it is all of them."""
-        (first, dim), *others = axes.items()
-        if (alone := self.attempt({first: dim})) is not None:
+        first, *others = axes.items()
+        alone = self.attempt(dict([first]))
+        if alone is not None:
             return alone
         if not self.values or len(others) < 2:
             return None
-        pairs = (self.attempt({first: dim, key: d}) for key, d in others)
-        return next(filter(None, pairs), None)
+        for other in others:
+            pair = self.attempt(dict([first, other]))
+            if pair is not None:
+                return pair
+        return None
 
-    def on_other_data(self, one: Together) -> Iterator[tuple[Any, Any, Any]]:
+    def on_other_data(self, together: Together) -> Iterator[tuple[Any, Any, Any]]:
         """The outputs on the example, on its first sample alone, and on three times the samples; then the
         same with random numbers in the place of all floats, those of the model too.
         """
-        for seed in range(OTHER_DATA + 1 if self.values else 0):
-            self.runs.shake(seed)
-            some = self.example.shaken() if seed else self.example
-            calls = some.longer({}), some.first(one.axes), some.longer(one.axes)
-            base, other, whole = map(self.runs, calls)
-            if {len(base or ()), len(other or ()), len(whole or ())} == {self._outputs}:
-                yield base, other, whole
+        if self.values:
+            for seed in range(OTHER_DATA + 1):
+                self.runs.shake(seed)
+                yield from self._three_runs(together.axes, seed)
         self.runs.shake(0)
+
+    def _three_runs(self, axes: Axes, seed: int) -> Iterator[tuple[Any, Any, Any]]:
+        """The outputs of the three calls, where the model runs on all of them."""
+        example = self.example
+        if seed:
+            example = example.shaken()
+        base = self.runs(example.longer({}))
+        other = self.runs(example.first(axes))
+        whole = self.runs(example.longer(axes))
+        for outputs in (base, other, whole):
+            if outputs is None or len(outputs) != self._outputs:
+                return
+        yield base, other, whole
 
     def attempt(self, axes: Axes) -> Together | None:
         """What a run along these axes shows; None where the model does not run."""
         key = tuple(sorted(axes.items()))
+        if not axes:
+            return None
         if key not in self._tried:
-            self._tried[key] = self._attempt(dict(axes)) if axes else None
+            self._tried[key] = self._attempt(dict(axes))
         return self._tried[key]
 
     def _on_more(self, axes: Axes) -> list[Any] | None:
@@ -248,9 +318,10 @@ class Search:
         writes, such as keys and values, has longer ones then.
         """
         parts = self.runs.parts
-        sizes = {self.example.size(key, dim) for key, dim in axes.items()}
+        sizes = {self.example.size(*axis) for axis in axes.items()}
         for longer in (NO_LONGER, *self._kept_along(sizes)):
-            whole = self.runs(self.example.longer(axes, parts), longer)
+            call = self.example.longer(axes, parts)
+            whole = self.runs(call, longer)
             if whole is not None:
                 return whole
         return None
@@ -258,53 +329,101 @@ class Search:
     def _kept_along(self, sizes: set[int]) -> Iterator[Longer]:
         """The written buffers that have one of these sizes along a dim, the first dims first."""
         for dim in range(DEEPEST):
-            longer = {
-                name: dim
-                for name, shape in self._written.items()
-                if dim < len(shape) and shape[dim] in sizes
-            }
+            longer: dict[str, int] = {}
+            for name, shape in self._written.items():
+                if dim < len(shape) and shape[dim] in sizes:
+                    longer[name] = dim
             if longer:
                 yield longer
 
     def _attempt(self, axes: Axes) -> Together | None:
         whole = self._on_more(axes)
-        if whole is None or len(whole) != self._outputs:
+        if whole is None:
+            return None
+        if len(whole) != self._outputs:
             return None
         if self.base is None:
-            return Together(axes, NEVER if self.runs.mixed else UNKNOWN, whole)
-        other = self.runs(self.example.first(axes))
+            state = NEVER if self.runs.mixed else UNKNOWN
+            return Together(axes, state, whole)
+        call = self.example.first(axes)
+        other = self.runs(call)
         if other is None or len(other) != len(whole):
             return None
-        found = Together(axes, UNKNOWN, whole, other)
-        return replace(found, state=_state(self.base, found))
+        state = _state(self.base, other, whole)
+        return Together(axes, state, whole, other)
+
+
+def unrefuted(varying: Sequence[Together]) -> list[Together]:
+    """The classes of sizes that were declared to vary, as far as they may be batches."""
+    classes: list[Together] = []
+    for declared in varying:
+        if declared.state == UNKNOWN and declared.leads:
+            classes.append(declared)
+    return classes
+
+
+def _fixed_dims(program: Program) -> dict[int, list[int]]:
+    """The dims of each input whose sizes are fixed in the trace."""
+    fixed: dict[int, list[int]] = {}
+    for key, value in enumerate(program.inputs):
+        if not isinstance(value.type, TensorType):
+            continue
+        fixed[key] = []
+        for dim, size in enumerate(value.type.shape):
+            if isinstance(size, int) and size > 0:
+                fixed[key].append(dim)
+    return fixed
 
 
 def _written_buffers(program: Program) -> dict[str, tuple[Any, ...]]:
     """The shape of each buffer that an op of the program writes."""
-    written = {v for op in nested_ops(program.all_ops()) for v in op.effects.writes}
-    return {
-        entry.name: entry.type.shape
-        for entry in program.state
-        if entry.value in written and isinstance(entry.type, TensorType)
-    }
+    written: set[Value] = set()
+    for op in nested_ops(program.all_ops()):
+        written.update(op.effects.writes)
+    shapes: dict[str, tuple[Any, ...]] = {}
+    for entry in program.state:
+        if entry.value in written and isinstance(entry.type, TensorType):
+            shapes[entry.name] = entry.type.shape
+    return shapes
 
 
-def _may_be_chosen(one: Together, rivals: Sequence[Together]) -> bool:
+def _rank(together: Together) -> tuple[int, bool, int]:
+    """Sorts the most likely classes to the front."""
+    return -together.state, not together.leads, -len(together.axes)
+
+
+def _is_likely(together: Together) -> bool:
+    """True for a class whose inputs need not be looked at further."""
+    if together.state == UNKNOWN:
+        return together.leads or len(together.axes) > 1
+    return together.state == SEPARATE
+
+
+def _may_be_chosen(candidate: Together, rivals: Sequence[Together]) -> bool:
     """True for a class along which a batch may be divided. Its rivals have other dims of the same inputs.
 
     A class that does not lead stands back behind a leading one that has further inputs. Where no size varies,
     a call shows by its sizes whether it is divided along the right dim.
     """
-    leading = [rival for rival in rivals if rival.leads and not one.leads]
-    if any(not rival.axes.keys() <= one.axes.keys() for rival in leading):
-        return False
-    if not one.varies or one.state == SEPARATE:
+    for rival in rivals:
+        if _stands_before(rival, candidate):
+            return False
+    if not candidate.varies or candidate.state == SEPARATE:
         return True
-    if one.state == UNKNOWN:
-        return one.leads or (
-            bool(rivals) and all(rival.state <= MIXED for rival in rivals)
-        )
-    return one.state == MIXED and one.leads and not rivals
+    if candidate.state == MIXED:
+        return candidate.leads and not rivals
+    if candidate.state != UNKNOWN:
+        return False
+    if candidate.leads:
+        return True
+    return bool(rivals) and all(rival.state <= MIXED for rival in rivals)
+
+
+def _stands_before(rival: Together, candidate: Together) -> bool:
+    """True for a leading class that has inputs that the candidate, which does not lead, has not."""
+    if candidate.leads or not rival.leads:
+        return False
+    return not rival.axes.keys() <= candidate.axes.keys()
 
 
 # --- what the values tell ---------------------------------------------------------------------------------
@@ -322,33 +441,43 @@ class Rows:
     blocks: int
 
 
-def _state(base: Sequence[Any], one: Together) -> int:
+def _state(base: Sequence[Any], other: Sequence[Any], whole: Sequence[Any]) -> int:
     """Whether the rows of a sample depend on other samples."""
-    assert one.whole is not None
-    assert one.other is not None
-    told = False
-    for before, other, whole in zip(base, one.other, one.whole, strict=True):
-        if not isinstance(before, torch.Tensor) or not before.dim():
+    state = UNKNOWN
+    for outputs in zip(base, other, whole, strict=True):
+        before = outputs[0]
+        if not isinstance(before, torch.Tensor):
             continue
-        if not _comparable(before, other, whole):
-            return MIXED
-        if whole.shape == before.shape and other.shape == before.shape:
-            if not (_near(whole, before) and _near(other, before)):
-                return MIXED
+        if not before.dim():
             continue
-        ordered = rows_of(before, other, whole) is not None
-        if not ordered and not _same_rows(before, other, whole):
+        shown = _state_of_output(*outputs)
+        if shown == MIXED:
             return MIXED
-        told |= other.shape != before.shape or not _near(other, before)
-    return SEPARATE if told else UNKNOWN
+        state = max(state, shown)
+    return state
 
 
-def _comparable(before: Any, other: Any, whole: Any) -> bool:
-    return (
-        isinstance(other, torch.Tensor)
-        and isinstance(whole, torch.Tensor)
-        and before.dim() == other.dim() == whole.dim()
-    )
+def _state_of_output(before: torch.Tensor, other: Any, whole: Any) -> int:
+    """What one output shows of that: on the example, on its first sample, and on more samples."""
+    if not _is_comparable(before, other):
+        return MIXED
+    if not _is_comparable(before, whole):
+        return MIXED
+    is_same = other.shape == before.shape and _near(other, before)
+    if whole.shape == before.shape == other.shape:
+        if is_same and _near(whole, before):
+            return UNKNOWN
+        return MIXED
+    is_ordered = rows_of(before, other, whole) is not None
+    if not is_ordered and not _same_rows(before, other, whole):
+        return MIXED
+    if is_same:
+        return UNKNOWN
+    return SEPARATE
+
+
+def _is_comparable(before: torch.Tensor, output: Any) -> bool:
+    return isinstance(output, torch.Tensor) and output.dim() == before.dim()
 
 
 def rows_of(
@@ -358,81 +487,112 @@ def rows_of(
     others; None when it consists of something else, or of these in an order that is not known.
     """
     dim = _grown(before, whole)
-    if dim is None or _grown(before, other) not in (None, dim):
+    if dim is None:
         return None
-    size = before.shape[dim]
-    if other.shape != before.shape:  # data decide how many rows there are
-        joined = torch.cat([before, *[other] * (PARTS - 1)], dim)
-        return Rows(dim, 0, size, 1) if _near(joined, whole) else None
-    rows, odd = divmod(whole.shape[dim] - size, PARTS - 1)
+    if _grown(before, other) not in (None, dim):
+        return None
+    others = [other] * (PARTS - 1)
+    parts = [before, *others]
+    if other.shape == before.shape:
+        return _interleaved_rows(parts, whole, dim)
+    # data decide how many rows there are
+    joined = torch.cat(parts, dim)
+    if not _near(joined, whole):
+        return None
+    return Rows(dim, 0, before.shape[dim], 1)
+
+
+def _interleaved_rows(
+    parts: Sequence[torch.Tensor], whole: torch.Tensor, dim: int
+) -> Rows | None:
+    """The rows of each part that the whole has, in whatever blocks and behind whatever rows of others."""
+    size = parts[0].shape[dim]
+    further = whole.shape[dim] - size
+    rows, odd = divmod(further, len(parts) - 1)
     if odd or not 0 < rows <= size:
         return None
-    for blocks in (n for n in range(1, rows + 1) if rows % n == 0):
-        for start in range(min(size - rows, MOST_STARTS) + 1):
-            found = Rows(dim, start, rows, blocks)
-            if _near(_joined([before, *[other] * (PARTS - 1)], found), whole):
-                return found
+    most = min(size - rows, MOST_STARTS)
+    for blocks in range(1, rows + 1):
+        if rows % blocks:
+            continue
+        for start in range(most + 1):
+            place = Rows(dim, start, rows, blocks)
+            joined = _joined(parts, place)
+            if _near(joined, whole):
+                return place
     return None
 
 
-def _joined(parts: Sequence[torch.Tensor], at: Rows) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor], place: Rows) -> torch.Tensor:
     """Tensors put together: the rows in question of all of them, block by block, between the other rows of
     the first.
     """
-    end = at.start + at.rows
+    dim = place.dim
+    blocks: list[torch.Tensor] = []
+    for part in parts:
+        rows = part.narrow(dim, place.start, place.rows)
+        blocks.append(rows.unflatten(dim, (place.blocks, -1)))
+    joined = torch.cat(blocks, dim + 1)
+    middle = joined.flatten(dim, dim + 1)
     first = parts[0]
-    blocks = [
-        part.narrow(at.dim, at.start, at.rows).unflatten(at.dim, (at.blocks, -1))
-        for part in parts
-    ]
-    return torch.cat(
-        [
-            first.narrow(at.dim, 0, at.start),
-            torch.cat(blocks, at.dim + 1).flatten(at.dim, at.dim + 1),
-            first.narrow(at.dim, end, first.shape[at.dim] - end),
-        ],
-        at.dim,
-    )
+    front = first.narrow(dim, 0, place.start)
+    end = place.start + place.rows
+    left = first.shape[dim] - end
+    back = first.narrow(dim, end, left)
+    return torch.cat([front, middle, back], dim)
 
 
 def _same_rows(before: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -> bool:
     """True when the whole has the rows of the example and those of the others, in any order."""
     dim = _grown(before, whole)
-    if dim is None or other.shape != before.shape or before.is_complex():
+    if dim is None or before.is_complex():
         return False
-    rows, odd = divmod(whole.shape[dim] - before.shape[dim], PARTS - 1)
-    if odd or rows != before.shape[dim]:
+    if other.shape != before.shape:
         return False
-    there = torch.cat([before, *[other] * (PARTS - 1)], dim)
-    return _near(_marks(there, dim), _marks(whole, dim))
+    size = before.shape[dim]
+    if whole.shape[dim] != size * PARTS:
+        return False
+    others = [other] * (PARTS - 1)
+    joined = torch.cat([before, *others], dim)
+    joined_marks = _row_marks(joined, dim)
+    whole_marks = _row_marks(whole, dim)
+    return _near(joined_marks, whole_marks)
 
 
-def _marks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def _row_marks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """A number for each row, in order of size."""
-    rows = tensor.detach().movedim(dim, 0).flatten(1).double()
+    detached = tensor.detach().movedim(dim, 0)
+    rows = detached.flatten(1).double()
     weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return (rows * weights).sum(1).sort().values
+    marks = (rows * weights).sum(1)
+    return marks.sort().values
 
 
 def _grown(before: torch.Tensor, whole: torch.Tensor) -> int | None:
     """The one dim along which two tensors have different sizes; None for another number of such dims."""
-    dims = [
-        dim
-        for dim, (one, more) in enumerate(zip(before.shape, whole.shape, strict=True))
-        if one != more
-    ]
-    return dims[0] if len(dims) == 1 else None
+    dims: list[int] = []
+    sizes = zip(before.shape, whole.shape, strict=True)
+    for dim, (size, other_size) in enumerate(sizes):
+        if size != other_size:
+            dims.append(dim)
+    if len(dims) != 1:
+        return None
+    return dims[0]
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
     """True for tensors that differ by no more than another order of the same sums makes them."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.shape != other.shape:
+        return False
+    if one.dtype != other.dtype:
         return False
     if not one.numel():
         return True
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
     wide = torch.complex128 if one.is_complex() else torch.float64
-    one, other = one.detach().to(wide), other.detach().to(wide)
-    scale = one.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    one = one.detach().to(wide)
+    other = other.detach().to(wide)
+    sizes = one.abs().nan_to_num(0.0, 0.0, 0.0)
+    scale = sizes.max().item()
     return torch.allclose(one, other, rtol=1e-2, atol=1e-3 * scale, equal_nan=True)

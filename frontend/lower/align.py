@@ -83,8 +83,9 @@ class Alignment:
     def _interface(self) -> Iterator[Pair]:
         """Inputs and state, theirs first."""
         ours, theirs = self.ours, self.theirs
-        types = [bare(value.type) for value in ours.inputs]
-        if types != [bare(value.type) for value in theirs.inputs]:
+        our_types = [bare(value.type) for value in ours.inputs]
+        their_types = [bare(value.type) for value in theirs.inputs]
+        if our_types != their_types:
             raise CannotFollow("it takes other inputs there")
         yield from zip(theirs.inputs, ours.inputs, strict=True)
         owners = ours.name_owners()
@@ -92,11 +93,18 @@ class Alignment:
             if entry.kind != "const":
                 yield entry.value, owners[entry.name].value
 
+    def _is_run(self, number: int) -> bool:
+        """True for the number of a part that is a run of ops."""
+        if not 0 <= number < len(self.parts):
+            return False
+        part = self.parts[number]
+        return not part.shared
+
     def _unite(self, first: int, last: int) -> None:
         """The parts from `first` to `last`, and the runs beside them, become one run."""
-        while first > 0 and not self.parts[first - 1].shared:
+        while self._is_run(first - 1):
             first -= 1
-        while last + 1 < len(self.parts) and not self.parts[last + 1].shared:
+        while self._is_run(last + 1):
             last += 1
         united = Part([], [])
         for part in self.parts[first : last + 1]:
@@ -115,7 +123,11 @@ class Alignment:
             self._visit(part, number)
             for op in part.ops:
                 self._place |= dict.fromkeys(op.results, number)
-        for ours, theirs in zip(self.ours.outputs, self.theirs.outputs, strict=True):
+        self._visit_outputs()
+
+    def _visit_outputs(self) -> None:
+        outputs = zip(self.ours.outputs, self.theirs.outputs, strict=True)
+        for ours, theirs in outputs:
             if isinstance(ours, Value) and isinstance(theirs, Value):
                 self._meet(ours, theirs, len(self.parts), None)
             elif isinstance(theirs, Value) or not same_literal(ours, theirs):
@@ -136,7 +148,9 @@ class Alignment:
         self.partner |= zip(their_op.results, our_op.results, strict=True)
 
     def _visit_run(self, part: Part, number: int) -> None:
-        results = {value for op in part.ops for value in op.results}
+        results: set[Value] = set()
+        for op in part.ops:
+            results.update(op.results)
         for op in part.ops:
             for value in op.operands:
                 if value in self._alone and value not in results:
@@ -145,37 +159,48 @@ class Alignment:
 
     def _meet(self, ours: Value, theirs: Value, number: int, reader: Op | None) -> None:
         """The two values are one, or become one after the part that makes them."""
-        if self.partner.get(theirs) is ours or self._are_equal_constants(ours, theirs):
+        if self.partner.get(theirs) is ours:
+            return
+        if self._are_equal_constants(ours, theirs):
             self.partner[theirs] = ours
             return
         pair = (ours, theirs)
-        homes = [self._place[value] for value in pair if value in self._alone]
-        where = max(homes) if homes else self._run_before(number)
-        first = min([where, *homes])
-        last = max(where, *(self._place.get(value, -1) for value in pair))
-        if first < where or last > where:
-            raise _Conflict(first, last)
+        where = self._where_joined(pair, number)
         if bare(ours.type) != bare(theirs.type):
             if reader is None:
                 raise CannotFollow("it returns tensors of another type or size there")
             raise _Conflict(where, number)
         self.parts[where].joins.setdefault(pair, reader)
 
+    def _where_joined(self, pair: Pair, number: int) -> int:
+        """The number of the run that makes the values of a pair, or of the one before part `number` where no
+        run does.
+        """
+        runs = [self._place[value] for value in pair if value in self._alone]
+        if runs:
+            where = max(runs)
+        else:
+            where = self._run_before(number)
+        first = min([where, *runs])
+        makers = [self._place.get(value, -1) for value in pair]
+        last = max(where, *makers)
+        if first < where or last > where:
+            raise _Conflict(first, last)
+        return where
+
     def _run_before(self, number: int) -> int:
         """The number of the run right before that part."""
-        if not number or self.parts[number - 1].shared:
+        if not self._is_run(number - 1):
             self.parts.insert(number, Part([], []))
             raise _Conflict(number, number)
         return number - 1
 
     def _are_equal_constants(self, ours: Value, theirs: Value) -> bool:
-        our_entry = ours.owner
-        their_entry = theirs.owner
-        if not isinstance(our_entry, StateEntry) or our_entry.kind != "const":
+        our_name = _constant_name(ours)
+        their_name = _constant_name(theirs)
+        if our_name is None or their_name is None:
             return False
-        if not isinstance(their_entry, StateEntry) or their_entry.kind != "const":
-            return False
-        return self.same_constant(our_entry.name, their_entry.name)
+        return self.same_constant(our_name, their_name)
 
     # --- pairs ------------------------------------------------------------------------------------
 
@@ -205,26 +230,40 @@ class Alignment:
         """True for regions of equal ops. Where anything in them differs by mode, they are not the same, and
         so neither are their ops.
         """
-        our_types = [value.type for value in ours.inputs]
-        their_types = [value.type for value in theirs.inputs]
-        if our_types != their_types:
-            return False
-        our_keys = [*map(_key, ours.ops)]
-        their_keys = [*map(_key, theirs.ops)]
-        if our_keys != their_keys:
+        if _signature(ours) != _signature(theirs):
             return False
         partner = dict(zip(theirs.inputs, ours.inputs, strict=True))
         our_ops = [*ours.ops, ours.output]
         their_ops = [*theirs.ops, theirs.output]
         for our_op, their_op in zip(our_ops, their_ops, strict=True):
-            pairs = self.pairs(our_op, their_op)
-            if pairs is None:
+            if not self._reads_partners(our_op, their_op, partner):
                 return False
-            for our_leaf, their_leaf in pairs:
-                if not _are_partners(our_leaf, their_leaf, partner):
-                    return False
             partner |= zip(their_op.results, our_op.results, strict=True)
         return True
+
+    def _reads_partners(
+        self, our_op: Op, their_op: Op, partner: dict[Value, Value]
+    ) -> bool:
+        """True for ops of a region whose operands are the same in both."""
+        pairs = self.pairs(our_op, their_op)
+        if pairs is None:
+            return False
+        return all(_are_partners(*pair, partner) for pair in pairs)
+
+
+def _constant_name(value: Value) -> str | None:
+    """The name of a constant of the tracer's; None for another value."""
+    entry = value.owner
+    if not isinstance(entry, StateEntry) or entry.kind != "const":
+        return None
+    return entry.name
+
+
+def _signature(region: Block) -> tuple[list[Type], list[Any]]:
+    """The types of the inputs of a region, and the keys of its ops."""
+    types = [value.type for value in region.inputs]
+    keys = [_key(op) for op in region.ops]
+    return types, keys
 
 
 def _aligned(ours: Sequence[Op], theirs: Sequence[Op]) -> list[Part]:
@@ -271,15 +310,15 @@ def _key(op: Op) -> Any:
     """A key that is equal for ops that can stand for each other. It leaves out the operands, and also
     checkpoints and the numbers of calls, which change no result.
     """
-    context = tuple(mark for mark in op.context if mark.kind != "checkpoint")
-    return (
-        op.target,
-        scope_fqn(op.scope),
-        repr(context),
-        tuple(str(bare(result.type)) for result in op.results),
-        repr(op.form),
-        len(op.regions),
-    )
+    path = scope_fqn(op.scope)
+    marks = [mark for mark in op.context if mark.kind != "checkpoint"]
+    context = repr(tuple(marks))
+    types: list[str] = []
+    for result in op.results:
+        result_type = bare(result.type)
+        types.append(str(result_type))
+    form = repr(op.form)
+    return op.target, path, context, tuple(types), form, len(op.regions)
 
 
 def bare(value_type: Type) -> Type:
@@ -299,13 +338,19 @@ def _are_partners(ours: Any, theirs: Any, partner: dict[Value, Value]) -> bool:
 def _zip(one: Any, other: Any, pairs: list[tuple[Any, Any]]) -> bool:
     """`pairs` gains the pairs of leaves; False where the trees are not built alike."""
     if isinstance(one, (tuple, list)):
-        if type(one) is not type(other) or len(one) != len(other):
+        if type(one) is not type(other):
             return False
-        return all(_zip(a, b, pairs) for a, b in zip(one, other, strict=True))
+        if len(one) != len(other):
+            return False
+        return all(_zip(*parts, pairs) for parts in zip(one, other, strict=True))
     if isinstance(one, dict):
-        if not isinstance(other, dict) or [*one] != [*other]:
+        if not isinstance(other, dict):
             return False
-        return all(_zip(one[key], other[key], pairs) for key in one)
+        if [*one] != [*other]:
+            return False
+        values = [*one.values()]
+        other_values = [*other.values()]
+        return _zip(values, other_values, pairs)
     if isinstance(one, slice):
         if not isinstance(other, slice):
             return False
@@ -330,4 +375,6 @@ def same_literal(one: Any, other: Any) -> bool:
         return same_literal(one.evaluating, other.evaluating)
     if type(one) is not type(other):
         return False
-    return bool(one == other) or repr(one) == repr(other)
+    if one == other:
+        return True
+    return repr(one) == repr(other)

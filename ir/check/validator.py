@@ -41,14 +41,21 @@ def _marks(op: Op) -> tuple[Any, ...]:
 
 def _writes(op: Op, keys: dict[Value, Key]) -> tuple[Key, ...]:
     """The written tensors, each once: two names of one tensor have one key."""
-    known = (keys[value] for value in op.effects.writes if value in keys)
-    return tuple(dict.fromkeys(known))
+    written: dict[Key, None] = {}
+    for value in op.effects.writes:
+        if value in keys:
+            written[keys[value]] = None
+    return tuple(written)
 
 
 def _views(op: Op, keys: dict[Value, Key]) -> tuple[Key | None, ...]:
-    return tuple(
-        None if value is None else keys.get(value) for value in op.effects.views
-    )
+    views: list[Key | None] = []
+    for value in op.effects.views:
+        if value is None:
+            views.append(None)
+        else:
+            views.append(keys.get(value))
+    return tuple(views)
 
 
 class Trace:
@@ -56,16 +63,17 @@ class Trace:
 
     def __init__(self, program: Program) -> None:
         self.inputs = list(program.inputs)
-        self.keys: dict[Value, Key] = {
-            value: ("input", place, 0) for place, value in enumerate(self.inputs)
-        }
+        self.keys: dict[Value, Key] = {}
+        for position, value in enumerate(self.inputs):
+            self.keys[value] = ("input", position, 0)
         self.keys |= _state_keys(program)
         self.names = _model_names(program)
         self.storage: dict[Key, Key] = {}
         self._place_state(program)
         ops = list(program.all_ops())
         for position, op in enumerate(ops):
-            self.keys.update(_result_keys(op, position, self.keys))
+            result_keys = _result_keys(op, position, self.keys)
+            self.keys.update(result_keys)
             self._place_results(op)
         needed = _needed(ops, program.output)
         self.ops: dict[Op, _Recorded] = {}
@@ -87,10 +95,11 @@ class Trace:
 
     def _place_results(self, op: Op) -> None:
         for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed is not None:
-                key = self.keys[result]
-                base = self.keys[viewed]
-                self.storage[key] = self.storage.get(base, base)
+            if viewed is None:
+                continue
+            key = self.keys[result]
+            base = self.keys[viewed]
+            self.storage[key] = self.storage.get(base, base)
 
     def _record(self, op: Op, position: int, needed: bool) -> _Recorded:
         args = transform(op.args, self._leaf)
@@ -114,7 +123,10 @@ class Trace:
 
 
 def _state_keys(program: Program) -> dict[Value, Key]:
-    return {entry.value: ("state", entry.tensor, 0) for entry in program.state}
+    keys: dict[Value, Key] = {}
+    for entry in program.state:
+        keys[entry.value] = ("state", entry.tensor, 0)
+    return keys
 
 
 def _model_names(program: Program) -> dict[str, int]:
@@ -185,14 +197,17 @@ class _Comparison:
         self._stale: dict[Key, Op] = {}
         self._members: dict[Key, list[Key]] = {}
         for key, home in trace.storage.items():
-            self._members.setdefault(home, []).append(key)
+            members = self._members.setdefault(home, [])
+            members.append(key)
 
     def differences(self) -> Iterator[str]:
         if self._program.inputs != self._trace.inputs:
             yield "the user inputs are not those of the trace, or in another order"
-        keys = self._trace.keys.items()
-        self._keys = {value: key for value, key in keys if key[0] == "input"}
-        self._keys |= _state_keys(self._program)
+        self._keys = _state_keys(self._program)
+        for value, key in self._trace.keys.items():
+            kind, _, _ = key
+            if kind == "input":
+                self._keys.setdefault(value, key)
         runs: Counter[Op] = Counter()
         last = -1
         for stage in self._program.stages:
@@ -204,38 +219,61 @@ class _Comparison:
                     continue
                 runs[origin] += 1
                 yield from self._compare(op, recorded)
-                is_copy = op.origin is not None
-                if not op.has_effect and (is_copy or not op.operands):
-                    continue  # it may stand anywhere
+                if _may_stand_anywhere(op):
+                    continue
                 if recorded.position < last:
                     yield f"out of order: {op.where()} runs behind an op it stood in front of"
                 last = recorded.position
         yield from self._coverage(runs)
         yield from self._results()
+        yield from self._state()
 
     def _compare(self, op: Op, recorded: _Recorded) -> Iterator[str]:
-        self._keys.update(_result_keys(op, recorded.position, self._keys))
-        if op.target != recorded.target or _result_types(op) != recorded.types:
+        result_keys = _result_keys(op, recorded.position, self._keys)
+        self._keys.update(result_keys)
+        is_same = op.target == recorded.target
+        if not is_same or _result_types(op) != recorded.types:
             yield f"another op or another result type than traced: {op.where()}"
-        effects = (_writes(op, self._keys), _views(op, self._keys))
-        if (*effects, _marks(op)) != (recorded.writes, recorded.views, recorded.marks):
+        if not self._has_recorded_effects(op, recorded):
             yield f"another context, scope or effect than traced: {op.where()}"
         operands = (op.args, op.kwargs)
-        if not _are_recorded(operands, (recorded.args, recorded.kwargs), self._keys):
+        recorded_operands = (recorded.args, recorded.kwargs)
+        if not _are_recorded(operands, recorded_operands, self._keys):
             yield f"other operands than traced: {op.where()}"
         for value in op.reads:
-            key = self._keys.get(value)
-            if key is not None and value not in self._latest.get(key, (value,)):
+            if self._is_outdated(value):
                 yield f"{value!r} is read after a newer version was written: {op.where()}"
-            if key in self._stale:
+            writer = self._writer_beside(value)
+            if writer is not None:
                 yield (
-                    f"{value!r} shares storage with what {self._stale[key].where()} wrote, but is read as "
+                    f"{value!r} shares storage with what {writer.where()} wrote, but is read as "
                     f"if unwritten: {op.where()}"
                 )
         if op.origin is not None:
             self._take_anew(op)
             yield from self._copies(op)
         self._write(op, recorded)
+
+    def _has_recorded_effects(self, op: Op, recorded: _Recorded) -> bool:
+        if _writes(op, self._keys) != recorded.writes:
+            return False
+        if _views(op, self._keys) != recorded.views:
+            return False
+        return _marks(op) == recorded.marks
+
+    def _is_outdated(self, value: Value) -> bool:
+        """True for a value that an op wrote, and that has a newer version."""
+        key = self._keys.get(value)
+        if key is None or key not in self._latest:
+            return False
+        return value not in self._latest[key]
+
+    def _writer_beside(self, value: Value) -> Op | None:
+        """The op that wrote what shares storage with a value, which has no newer version."""
+        key = self._keys.get(value)
+        if key is None:
+            return None
+        return self._stale.get(key)
 
     def _take_anew(self, op: Op) -> None:
         """A view of the newest version is the newest version of that view."""
@@ -254,27 +292,40 @@ class _Comparison:
             if op.effects.viewed_by(index) is not None:
                 continue
             key = self._keys[result]
-            home = self._trace.storage.get(key, key)
-            if home in self._trace.written:
+            if self._home(key) in self._trace.written:
                 yield f"{result!r} is made anew, although what shares its storage is written: {op.where()}"
 
+    def _home(self, key: Key) -> Key:
+        """The tensor that has the storage of another."""
+        return self._trace.storage.get(key, key)
+
     def _write(self, op: Op, recorded: _Recorded) -> None:
-        newest: dict[Key, set[Value]] = {key: set() for key in recorded.writes}
+        newest: dict[Key, set[Value]] = {}
+        for key in recorded.writes:
+            newest[key] = set()
         for result in op.results:
             key = self._keys[result]
             if key in newest:
                 newest[key].add(result)
         for old, new in op.versions.items():
-            if old in self._keys:
-                key = self._keys[old]
-                self._keys[new] = key
-                newest.setdefault(key, set()).add(new)
+            if old not in self._keys:
+                continue
+            key = self._keys[old]
+            self._keys[new] = key
+            versions = newest.setdefault(key, set())
+            versions.add(new)
         self._latest |= newest
         for key in recorded.writes:
-            home = self._trace.storage.get(key, key)
-            for member in {key, home, *self._members.get(home, ())} - newest.keys():
-                if member[0] != "op" or member[1] < recorded.position:
+            for member in self._sharing(key) - newest.keys():
+                kind, position, _ = member
+                if kind != "op" or position < recorded.position:
                     self._stale[member] = op
+
+    def _sharing(self, key: Key) -> set[Key]:
+        """All tensors in the storage of one."""
+        home = self._home(key)
+        members = self._members.get(home, ())
+        return {key, home, *members}
 
     def _coverage(self, runs: Counter[Op]) -> Iterator[str]:
         for op, recorded in self._trace.ops.items():
@@ -287,20 +338,21 @@ class _Comparison:
         returned: list[Any] = []
         for leaf in self._program.outputs:
             if type(leaf) is Value:
-                returned.append(self._keys.get(leaf))
-            else:
-                returned.append(leaf)
+                leaf = self._keys.get(leaf)
+            returned.append(leaf)
         if not _same_literals(returned, self._trace.outputs):
             yield "the program returns other values than traced, or in another order"
-        for leaf in self._program.output.operands:
-            key = self._keys.get(leaf)
-            if key is not None and leaf not in self._latest.get(key, (leaf,)):
-                yield f"{leaf!r} is returned after a newer version was written"
-            if key in self._stale:
+        for value in self._program.output.operands:
+            if self._is_outdated(value):
+                yield f"{value!r} is returned after a newer version was written"
+            writer = self._writer_beside(value)
+            if writer is not None:
                 yield (
-                    f"{leaf!r} shares storage with what {self._stale[key].where()} wrote, but is returned "
+                    f"{value!r} shares storage with what {writer.where()} wrote, but is returned "
                     "as if unwritten"
                 )
+
+    def _state(self) -> Iterator[str]:
         names = _model_names(self._program)
         traced = self._trace.names
         if names != traced:
@@ -313,17 +365,30 @@ class _Comparison:
                     yield f"stage {stage.index} holds state the program does not have"
 
 
+def _may_stand_anywhere(op: Op) -> bool:
+    """True for a copy or an op without operands, as long as it has no effect."""
+    if op.has_effect:
+        return False
+    return op.origin is not None or not op.operands
+
+
 def _are_recorded(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
     """True for operands that are the recorded ones: the same values by origin, the same literals."""
     if type(tree) is Value:
-        return keys.get(tree) == recorded and type(recorded) is tuple
+        if type(recorded) is not tuple:
+            return False
+        return keys.get(tree) == recorded
     if isinstance(tree, (tuple, list)):
-        if type(tree) is not type(recorded) or len(tree) != len(recorded):
+        if type(tree) is not type(recorded):
+            return False
+        if len(tree) != len(recorded):
             return False
         pairs = zip(tree, recorded, strict=True)
         return all(_are_recorded(part, other, keys) for part, other in pairs)
     if isinstance(tree, dict):
-        if not isinstance(recorded, dict) or tree.keys() != recorded.keys():
+        if not isinstance(recorded, dict):
+            return False
+        if tree.keys() != recorded.keys():
             return False
         return all(_are_recorded(tree[key], recorded[key], keys) for key in tree)
     if isinstance(tree, slice):

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from stagecut.ir.graph import (
@@ -42,7 +42,8 @@ _BATCH = re.compile(r" batch\((\d+|item|mean|sum)(: [b\d*+ any]+)?\)")
 
 def text(program: Program) -> str:
     """The whole program as text; `parse` gives the same program back."""
-    return "\n".join(Printer(program).program()) + "\n"
+    lines = Printer(program).program()
+    return "\n".join(lines) + "\n"
 
 
 def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
@@ -51,21 +52,31 @@ def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
 
     Comments count the ops that are left out. The excerpt cannot be read back.
     """
-    return "\n".join(Printer(program).excerpt(keep)) + "\n"
+    lines = Printer(program).excerpt(keep)
+    return "\n".join(lines) + "\n"
 
 
 def fqn_text(name: str) -> str:
     """A state name as it is printed: bare where it is plain, quoted where it is not."""
-    return f"@{name}" if _PLAIN_FQN.match(name) else "@" + json.dumps(name)
+    return f"@{_quoted(name)}"
+
+
+def _quoted(name: str) -> str:
+    if _PLAIN_FQN.match(name):
+        return name
+    return json.dumps(name)
 
 
 def fingerprint(program: Program) -> str:
     """A digest of the program that is the same wherever it was traced: on another device, from files in
     another folder, from a model on meta, which shows less of where the batch is.
     """
-    alike = _BATCH.sub("", _ON_DEVICE.sub("", text(program)))
+    anywhere = _ON_DEVICE.sub("", text(program))
+    alike = _BATCH.sub("", anywhere)
     lines = [line for line in alike.splitlines() if not line.startswith("  file ")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    joined = "\n".join(lines)
+    digest = hashlib.sha256(joined.encode())
+    return digest.hexdigest()
 
 
 def value_names(program: Program) -> dict[Value, str]:
@@ -79,16 +90,15 @@ def size_text(nbytes: int | None) -> str:
         return "dynamic"
     if nbytes >> 80:
         return "beyond 2^80 B"  # no float may hold it
-    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    size = float(nbytes)
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024
         del units[0]
     unit = units[0]
-    return (
-        f"{size:.0f} {unit}"
-        if size >= 10 or size == int(size)
-        else f"{size:.1f} {unit}"
-    )
+    if size >= 10 or size == int(size):
+        return f"{size:.0f} {unit}"
+    return f"{size:.1f} {unit}"
 
 
 def file_names(ops: Iterable[Op]) -> dict[str, str]:
@@ -96,8 +106,10 @@ def file_names(ops: Iterable[Op]) -> dict[str, str]:
     namer = Namer()
     names: dict[str, str] = {}
     for op in ops:
-        if op.loc and op.loc.file not in names:
-            names[op.loc.file] = namer(os.path.basename(op.loc.file), "file")
+        if not op.loc or op.loc.file in names:
+            continue
+        base = os.path.basename(op.loc.file)
+        names[op.loc.file] = namer(base, "file")
     return names
 
 
@@ -106,10 +118,11 @@ class Printer:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._files = file_names(nested_ops(program.all_ops()))
-        self.names: dict[Value, str] = {
-            entry.value: fqn_text(entry.name) for entry in program.state
-        }
+        all_ops = nested_ops(program.all_ops())
+        self._files = file_names(all_ops)
+        self.names: dict[Value, str] = {}
+        for entry in program.state:
+            self.names[entry.value] = fqn_text(entry.name)
         namer = Namer()
         for value in program.inputs:
             self._name(value, namer)
@@ -130,18 +143,21 @@ class Printer:
 
     def program(self) -> Iterator[str]:
         program = self._program
-        stages = f" stages={len(program.stages)}" if program.stages else ""
-        head = f"program {fqn_text(program.name)} phase={program.phase}{stages}"
-        yield from self._block(
-            head, program, "", list(self._head()), list(self._tail())
-        )
+        head = self._program_head()
+        if program.stages:
+            head += f" stages={len(program.stages)}"
+        yield from self._block(head, program, "", self._head(), self._tail())
+
+    def _program_head(self) -> str:
+        program = self._program
+        return f"program {fqn_text(program.name)} phase={program.phase}"
 
     def _head(self) -> Iterator[str]:
         """The lines of the program before its ops."""
         for path, short in self._files.items():
             yield f"file {short} {json.dumps(path)}"
         for value in self._program.inputs:
-            yield f"input {self.names[value]} : {value.type}"
+            yield f"input {self._typed(value)}"
         yield from self._state(self._program.state)
 
     def _tail(self) -> Iterator[str]:
@@ -150,7 +166,11 @@ class Printer:
             yield from self._stage(stage)
         for transfer in self._program.transfers:
             yield self._transfer(transfer)
-        yield f"output {self._tree(tuple(self._program.outputs))}"
+        outputs = tuple(self._program.outputs)
+        yield f"output {self._tree(outputs)}"
+
+    def _typed(self, value: Value) -> str:
+        return f"{self.names[value]} : {value.type}"
 
     def _block(
         self,
@@ -161,25 +181,25 @@ class Printer:
         last: Iterable[str] = (),
     ) -> Iterator[str]:
         """A block: its head, and in braces the lines of `first`, its ops, and the lines of `last`."""
+        inner = indent + "  "
         yield f"{indent}{head} {{"
-        yield from (f"{indent}  {line}" for line in first)
+        for line in first:
+            yield inner + line
         for op in block.ops:
-            yield from self._op(op, indent + "  ")
-        yield from (f"{indent}  {line}" for line in last)
+            yield from self._op(op, inner)
+        for line in last:
+            yield inner + line
         yield indent + "}"
 
     def excerpt(self, keep: Callable[[Op], bool]) -> Iterator[str]:
         program = self._program
         kept = {op for op in program.all_ops() if keep(op)}
-        touched = {value for op in kept for value in (*op.reads, *op.definitions())}
-        yield f"program {fqn_text(program.name)} phase={program.phase} {{"
-        yield from (
-            f"  input {self.names[value]} : {value.type}"
-            for value in program.inputs
-            if value in touched
-        )
-        state = [entry for entry in program.state if entry.value in touched]
-        yield from (f"  {line}" for line in self._state(state))
+        touched: set[Value] = set()
+        for op in kept:
+            touched.update(op.reads, op.definitions())
+        yield f"{self._program_head()} {{"
+        for line in self._touched_head(touched):
+            yield f"  {line}"
         if program.phase == "traced":
             yield from self._kept_ops(program.ops, kept, "  ")
         for stage in program.stages:
@@ -187,28 +207,37 @@ class Printer:
                 yield f"  {self._stage_head(stage)} {{"
                 yield from self._kept_ops(stage.ops, kept, "    ")
                 yield "  }"
-        yield from (
-            f"  {self._transfer(transfer)}"
-            for transfer in program.transfers
-            if transfer.value in touched or transfer.made in touched
-        )
+        for transfer in program.transfers:
+            if transfer.value in touched or transfer.made in touched:
+                yield f"  {self._transfer(transfer)}"
         yield "}"
+
+    def _touched_head(self, touched: set[Value]) -> Iterator[str]:
+        """The lines of the inputs and the state that the kept ops touch."""
+        for value in self._program.inputs:
+            if value in touched:
+                yield f"input {self._typed(value)}"
+        state = [entry for entry in self._program.state if entry.value in touched]
+        yield from self._state(state)
 
     def _kept_ops(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
         """The kept ops, and a comment for each run of others."""
         for shown, run in groupby(ops, kept.__contains__):
-            if shown:
-                yield from (line for op in run for line in self._op(op, indent))
-            else:
-                yield f"{indent}# {sum(1 for _ in run)} ops left out"
+            ops_of_run = list(run)
+            if not shown:
+                yield f"{indent}# {len(ops_of_run)} ops left out"
+                continue
+            for op in ops_of_run:
+                yield from self._op(op, indent)
 
     def _state(self, entries: list[StateEntry]) -> Iterator[str]:
         tensors = Counter(entry.tensor for entry in entries)
         storages = Counter(entry.storage for entry in entries)
         for entry in entries:
             line = f"state {fqn_text(entry.name)} : {entry.kind} {entry.type}"
-            if len(entry.names) > 1:
-                line += f" names({', '.join(map(fqn_text, entry.names[1:]))})"
+            others = entry.names[1:]
+            if others:
+                line += f" names({_fqn_list(others)})"
             line += _transient(entry)
             if tensors[entry.tensor] > 1:
                 line += f" tensor({entry.tensor})"
@@ -221,29 +250,38 @@ class Printer:
             yield line
 
     def _stage(self, stage: Stage) -> Iterator[str]:
-        names = [fqn_text(name) for names in stage.state.values() for name in names]
-        first = [f"holds {', '.join(names)}"] if names else []
-        yield from self._block(self._stage_head(stage), stage, "", first)
+        names = list(chain.from_iterable(stage.state.values()))
+        first: list[str] = []
+        if names:
+            first.append(f"holds {_fqn_list(names)}")
+        head = self._stage_head(stage)
+        yield from self._block(head, stage, "", first)
 
     def _stage_head(self, stage: Stage) -> str:
         head = f"stage {stage.index}"
         if self._program.phase == "linked" or stage.inputs or stage.outputs:
-            head += f" {self._bare(stage.inputs)} -> {self._bare(stage.outputs)}"
+            inputs = self._names_of(stage.inputs)
+            outputs = self._names_of(stage.outputs)
+            head += f" ({inputs}) -> ({outputs})"
         return head
 
-    def _bare(self, values: list[Value]) -> str:
-        return "(" + ", ".join(self.names[value] for value in values) + ")"
+    def _names_of(self, values: Iterable[Value]) -> str:
+        return ", ".join(self.names[value] for value in values)
 
     def _transfer(self, transfer: Transfer) -> str:
-        source = "input" if transfer.source is None else transfer.source
+        source: int | str = "input"
+        if transfer.source is not None:
+            source = transfer.source
         line = f"transfer {self.names[transfer.value]} : {source} -> {transfer.target}"
         if transfer.route:
             line += f" {transfer.route}"
         if transfer.made is not None:
             line += f"({self.names[transfer.made]})"
         if transfer.via:
-            line += "(" + ", ".join(map(str, transfer.via)) + ")"
-        return f"{line}  # {size_text(value_bytes(transfer.value.type))}"
+            stages = ", ".join(map(str, transfer.via))
+            line += f"({stages})"
+        nbytes = value_bytes(transfer.value.type)
+        return f"{line}  # {size_text(nbytes)}"
 
     def _op(self, op: Op, indent: str) -> Iterator[str]:
         line = indent + self.op_line(op)
@@ -252,11 +290,10 @@ class Printer:
             return
         yield line + " {"
         for region in op.regions:
-            inputs = ", ".join(
-                f"{self.names[value]} : {value.type}" for value in region.inputs
-            )
+            inputs = ", ".join(map(self._typed, region.inputs))
             head = f"region {region.name} ({inputs})"
-            last = [f"yield {self._tree(region.outputs)}"]
+            outputs = self._tree(region.outputs)
+            last = [f"yield {outputs}"]
             yield from self._block(head, region, indent + "  ", last=last)
         yield indent + "}"
 
@@ -265,31 +302,37 @@ class Printer:
         if op.target == SPLIT:
             return "split"
         args = [self._tree(operand) for operand in op.args]
-        args += [f"{key}={self._tree(operand)}" for key, operand in op.kwargs.items()]
-        return f"{target_text(op.target)}({', '.join(args)})"
+        for key, operand in op.kwargs.items():
+            args.append(f"{key}={self._tree(operand)}")
+        target = target_text(op.target)
+        return f"{target}({', '.join(args)})"
 
     def op_line(self, op: Op) -> str:
         """The op on one line, without its regions."""
         line = self.op_call(op)
         if op.results:
-            names = ", ".join(self.names[result] for result in op.results)
+            names = self._names_of(op.results)
             types = ", ".join(str(result.type) for result in op.results)
             line = f"{names} = {line} : {types}"
         if op.form is not None:
             line += f" form({self._form(op.form)})"
         line += self._effects(op)
         if op.context:
-            line += " with " + ", ".join(map(self._context, op.context))
+            contexts = ", ".join(map(self._context, op.context))
+            line += f" with {contexts}"
         if op.scope:
             line += f" in {scope_text(op.scope)}"
         if op.loc:
-            line += f" at {self._files.get(op.loc.file, op.loc.file)}:{op.loc.line}"
+            file = self._files.get(op.loc.file, op.loc.file)
+            line += f" at {file}:{op.loc.line}"
         return line
 
     def _form(self, form: ResultForm) -> str:
         if form.rest is None:
             return self._tree(form.tree)
-        return self._tree(("tensors", *form.rest) if form.rest else "tensors")
+        if not form.rest:
+            return self._tree("tensors")
+        return self._tree(("tensors", *form.rest))
 
     def _effects(self, op: Op) -> str:
         effects = op.effects
@@ -306,13 +349,17 @@ class Printer:
         return line
 
     def _views(self, op: Op) -> str:
-        views = op.effects.views
-        viewed = ["-" if value is None else self._tree(value) for value in views]
+        viewed: list[str] = []
+        for value in op.effects.views:
+            if value is None:
+                viewed.append("-")
+            else:
+                viewed.append(self._tree(value))
         if not viewed:
             return ""
-        is_one = len(set(viewed)) == 1 and len(viewed) == len(op.results)
-        if is_one and viewed[0] != "-":
-            return f" view({viewed[0]})"
+        first = viewed[0]
+        if first != "-" and viewed == [first] * len(op.results):
+            return f" view({first})"
         return f" views({', '.join(viewed)})"
 
     def _versions(self, op: Op, values: Iterable[Value]) -> str:
@@ -322,13 +369,16 @@ class Printer:
         new = op.versions.get(old)
         if new is None:
             return self._tree(old)
-        new_type = f" : {new.type}" if new.type != old.type else ""
-        return f"{self._tree(old)} -> {self._tree(new)}{new_type}"
+        version = f"{self._tree(old)} -> {self._tree(new)}"
+        if new.type == old.type:
+            return version
+        return f"{version} : {new.type}"
 
     def _context(self, context: Context) -> str:
         if not context.args:
             return context.kind
-        return f"{context.kind}({', '.join(map(self._tree, context.args))})"
+        args = ", ".join(map(self._tree, context.args))
+        return f"{context.kind}({args})"
 
     def _tree(self, tree: Any) -> str:
         return tree_text(tree, self._leaf)
@@ -343,17 +393,30 @@ def tree_text(tree: Any, leaf: Callable[[Any], str] | None = None) -> str:
     """Nested literals as text, with `leaf` for what is no container."""
     leaf = leaf or literal_text
     if isinstance(tree, tuple):
-        inner = ", ".join(tree_text(part, leaf) for part in tree)
-        return f"({inner},)" if len(tree) == 1 else f"({inner})"
+        inner = _parts_text(tree, leaf)
+        if len(tree) == 1:
+            inner += ","
+        return f"({inner})"
     if isinstance(tree, list):
-        return "[" + ", ".join(tree_text(part, leaf) for part in tree) + "]"
+        return f"[{_parts_text(tree, leaf)}]"
     if isinstance(tree, dict):
-        pairs = (f"{literal_text(k)}: {tree_text(v, leaf)}" for k, v in tree.items())
-        return "{" + ", ".join(pairs) + "}"
+        pairs: list[str] = []
+        for key, part in tree.items():
+            pairs.append(f"{literal_text(key)}: {tree_text(part, leaf)}")
+        inner = ", ".join(pairs)
+        return f"{{{inner}}}"
     if isinstance(tree, slice):
-        parts = (tree.start, tree.stop, tree.step)
-        return f"slice({', '.join(tree_text(part, leaf) for part in parts)})"
+        bounds = (tree.start, tree.stop, tree.step)
+        return f"slice({_parts_text(bounds, leaf)})"
     return leaf(tree)
+
+
+def _parts_text(parts: Iterable[Any], leaf: Callable[[Any], str]) -> str:
+    return ", ".join(tree_text(part, leaf) for part in parts)
+
+
+def _fqn_list(names: Iterable[str]) -> str:
+    return ", ".join(map(fqn_text, names))
 
 
 def _transient(entry: StateEntry) -> str:
@@ -362,8 +425,10 @@ def _transient(entry: StateEntry) -> str:
         return ""
     if len(entry.transient) >= len(entry.names):
         return " nonpersistent"
-    names = [fqn_text(name) for name in entry.names if name in entry.transient]
-    return f" nonpersistent({', '.join(names)})" if names else " nonpersistent"
+    names = [name for name in entry.names if name in entry.transient]
+    if not names:
+        return " nonpersistent"
+    return f" nonpersistent({_fqn_list(names)})"
 
 
 def literal_text(literal: Any) -> str:
@@ -377,16 +442,21 @@ def literal_text(literal: Any) -> str:
     if isinstance(literal, RegionRef):
         return f"<{literal.index}>"
     if isinstance(literal, complex):
-        return f"complex({literal_text(literal.real)}, {literal_text(literal.imag)})"
+        real = literal_text(literal.real)
+        imaginary = literal_text(literal.imag)
+        return f"complex({real}, {imaginary})"
     if isinstance(literal, float) and not math.isfinite(literal):
-        return "nan" if math.isnan(literal) else ("inf" if literal > 0 else "-inf")
-    return "..." if literal is ... else repr(literal)
+        return repr(float(literal))
+    if literal is ...:
+        return "..."
+    return repr(literal)
 
 
 def _mode_text(mode: Mode) -> str:
     parts = [str(mode.captured)]
     if not mode.is_flag or mode.others:
-        parts += [literal_text(mode.training), literal_text(mode.evaluating)]
+        parts.append(literal_text(mode.training))
+        parts.append(literal_text(mode.evaluating))
     parts += map(literal_text, mode.others)
     return f"mode({', '.join(parts)})"
 
@@ -402,8 +472,10 @@ def scope_text(scope: Scope) -> str:
     """A scope as printed: calls separated by `/`, a second call of a module marked `~1`."""
     parts = []
     for frame in scope:
-        name = frame.name if _PLAIN_FQN.match(frame.name) else json.dumps(frame.name)
-        parts.append(name + (f"~{frame.call}" if frame.call else ""))
+        part = _quoted(frame.name)
+        if frame.call:
+            part += f"~{frame.call}"
+        parts.append(part)
     return "/".join(parts)
 
 
