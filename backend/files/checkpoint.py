@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.state import (
     entries,
-    held,
+    held_tensors,
     lost_hint,
     persistent,
     refuse_meta,
@@ -256,7 +256,7 @@ def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
     ]
     state = {
         persistent(entry)[0]: next(
-            held(pipe.program, [pipe.stages[entry.stages[0]]], entry)
+            held_tensors(pipe.program, [pipe.stages[entry.stages[0]]], entry)
         ).detach()
         for entry in mine
     }
@@ -309,7 +309,7 @@ def _homes(driver: Driver) -> dict[int, StateEntry]:
     return {
         id(tensor): entry
         for entry in mine
-        for tensor in held(pipe.program, stages, entry)
+        for tensor in held_tensors(pipe.program, stages, entry)
     }
 
 
@@ -475,7 +475,9 @@ def _load(
     tensors: dict[str, list[torch.Tensor]] = {}
     for entry in entries(program, driver.stage_indices):
         if persistent(entry):
-            replicas = [tensor.detach() for tensor in held(program, stages, entry)]
+            replicas = [
+                tensor.detach() for tensor in held_tensors(program, stages, entry)
+            ]
             tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
     for name in copies:
         for entry, tensor in _copied(driver, name, copies[name]):

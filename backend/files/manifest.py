@@ -261,7 +261,7 @@ def _form(spec: TreeSpec, what: str) -> Node | None:
     if spec.type is namedtuple:
         return Node(_name(spec.context), children, fields=list(spec.context._fields))
     if spec.type in (Opened, Constant):
-        kind = spec.context.kind if spec.type is Opened else type(spec.context)
+        kind = spec.context.cls if spec.type is Opened else type(spec.context)
         raise SavedError(
             f"{what} of the model holds a {_name(kind)}, an object that load could not make without code of "
             "its class",

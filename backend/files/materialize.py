@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stagecut.backend.files.checkpoint import CheckpointError, Reader, check_fits
 from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held, persistent
+from stagecut.backend.stages.state import entries, held_tensors, persistent
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.run.storage import storage_of, written_by
@@ -60,7 +60,7 @@ def materialize(
     """
     stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
     mine = entries(pipe.program, [stage.index for stage in stages])
-    now = {entry: next(held(pipe.program, stages, entry)) for entry in mine}
+    now = {entry: next(held_tensors(pipe.program, stages, entry)) for entry in mine}
     _refuse_overlaps(now)
     given = _by_entry(pipe, values, now, cast)
     known = {
@@ -389,7 +389,7 @@ def _make_real(
 
 
 def _held_now(pipe: Staged, entry: StateEntry) -> torch.Tensor:
-    return next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry))
+    return next(held_tensors(pipe.program, [pipe.stages[entry.stages[0]]], entry))
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:

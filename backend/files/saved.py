@@ -46,7 +46,7 @@ from stagecut.backend.files.untrusted import (
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, StageModule, stored
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held, lost_hint, refuse_meta
+from stagecut.backend.stages.state import entries, held_tensors, lost_hint, refuse_meta
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves, nested_ops
@@ -173,7 +173,7 @@ def _state(pipe: Staged, stage: Stage) -> dict[StateEntry, torch.Tensor]:
 
 
 def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
-    first, *others = held(pipe.program, [stage], entry)
+    first, *others = held_tensors(pipe.program, [stage], entry)
     if others:
         raise SavedError(
             f"the names of '{entry.name}' are different tensors now",

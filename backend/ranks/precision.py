@@ -25,7 +25,7 @@ from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import BuiltStage, Group
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held
+from stagecut.backend.stages.state import entries, held_tensors
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, Token, Value
 from stagecut.ir.types import DTYPES, TensorType
@@ -156,7 +156,7 @@ class Precision:
         stages = [self._pipe.stages[index] for index in self._mine]
         for entry in entries(program, self._mine):
             want = _dtype(entry.type)
-            for tensor in held(program, stages, entry):
+            for tensor in held_tensors(program, stages, entry):
                 if want is not None and tensor.dtype != want:
                     return Change(
                         f"'{entry.name}' is {tensor.dtype}, and was traced as {want}",

@@ -190,7 +190,7 @@ class Printer:
         yield from (
             f"  {self._transfer(transfer)}"
             for transfer in program.transfers
-            if transfer.value in touched or transfer.made in touched
+            if transfer.value in touched or transfer.recomputed in touched
         )
         yield "}"
 
@@ -239,8 +239,8 @@ class Printer:
         line = f"transfer {self.names[transfer.value]} : {source} -> {transfer.target}"
         if transfer.route:
             line += f" {transfer.route}"
-        if transfer.made is not None:
-            line += f"({self.names[transfer.made]})"
+        if transfer.recomputed is not None:
+            line += f"({self.names[transfer.recomputed]})"
         if transfer.via:
             line += "(" + ", ".join(map(str, transfer.via)) + ")"
         return f"{line}  # {size_text(value_bytes(transfer.value.type))}"
