@@ -129,7 +129,7 @@ class Mode:
     others: tuple[str, ...] = ()
 
     @property
-    def now(self) -> Any:
+    def in_trace(self) -> Any:
         """The value of the literal in the trace."""
         return self.training if self.captured else self.evaluating
 
@@ -572,14 +572,14 @@ class Transfer:
     """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed
     from the first one.
 
-    Nothing travels by the route `recompute`: the stage computes the value itself, as `made`.
+    Nothing travels by the route `recompute`: the stage computes the value itself, as `recomputed`.
     """
 
     value: Value
     source: int | None
     target: int
     route: str | None = None
-    made: Value | None = None
+    recomputed: Value | None = None
 
     @property
     def via_count(self) -> int:
@@ -649,7 +649,7 @@ class Program(Block):
             transfer
             for transfer in self.transfers
             if transfer.value.owner not in dead
-            and (transfer.made is None or transfer.made.owner not in dead)
+            and (transfer.recomputed is None or transfer.recomputed.owner not in dead)
         ]
         for stage in self.stages:
             stage.ops = [op for op in stage.ops if op not in dead]

@@ -48,8 +48,13 @@ def _tensors(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     return [
         *model.parameters(),
         *model.buffers(),
-        *(t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)),
+        *_tensor_leaves(inputs),
     ]
+
+
+def _tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    leaves, _ = tree_flatten(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 class CheckError(StagecutError):
@@ -75,13 +80,10 @@ class Report:
         return not self.differences
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {kind}" for kind, count in self.compared.items())
-        return "\n".join(
-            [
-                f"{'equal' if self.ok else 'DIFFERENT'}: compared {counts}",
-                *self.differences,
-            ]
-        )
+        counts = [f"{count} {kind}" for kind, count in self.compared.items()]
+        verdict = "equal" if self.ok else "DIFFERENT"
+        head = f"{verdict}: compared {', '.join(counts)}"
+        return "\n".join([head, *self.differences])
 
     def note(self, kind: str, found: str | None) -> None:
         """Counts one comparison of `kind`; `found` says what differs, None for equal."""
@@ -108,8 +110,8 @@ def holds_both_modes(program: Program) -> bool:
     )
 
 
-def _is_choice(item: Any) -> bool:
-    return isinstance(item, Mode) and not item.is_flag
+def _is_choice(literal: Any) -> bool:
+    return isinstance(literal, Mode) and not literal.is_flag
 
 
 def compare(
@@ -129,19 +131,22 @@ def compare(
     reference, stages = _copies(model, pipe)
     _into_mode(reference, stages, pipe.training, switched)
     program = pipe.program
-    places = gpus(model, args, kwargs)
+    devices = gpus(model, args, kwargs)
     with (
-        torch.random.fork_rng(places),
+        torch.random.fork_rng(devices),
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,
     ):
-        seed_again = random_state(model, places)
+        seed_again = random_state(model, devices)
         stack.callback(seed_again)
-        mine = fresh((tuple(args), dict(kwargs)))
+        inputs = fresh((tuple(args), dict(kwargs)))
         try:
             with _gradients_apart(model):
                 expected = _observe(
-                    lambda: reference(*mine[0], **mine[1]), reference, mine, gradients
+                    lambda: reference(*inputs[0], **inputs[1]),
+                    reference,
+                    inputs,
+                    gradients,
                 )
         except CannotCompare:
             raise
@@ -151,63 +156,35 @@ def compare(
                 f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}"
             ) from error
         seed_again()
-        mine = fresh((tuple(args), dict(kwargs)))
-        flat = pipe.flatten(*mine)
-        found = _observe(
+        inputs = fresh((tuple(args), dict(kwargs)))
+        flat = pipe.flatten(*inputs)
+        actual = _observe(
             lambda: run_stages(program, stages, pipe._plan, flat),
             _Holder(program, stages),
-            mine,
+            inputs,
             gradients,
         )
         report = Report()
         # before the second call: it may write what the first one returned
-        _compare_outputs(report, program, expected.outputs, found.outputs)
-        again = _second_call(reference, (tuple(args), dict(kwargs)), pipe, stages)
+        _compare_outputs(report, program, expected.outputs, actual.outputs)
+        second_outputs = _second_call(
+            reference, (tuple(args), dict(kwargs)), pipe, stages
+        )
     tolerance = _program_tolerance(program)
-    for one, other in again:
+    for in_model, in_pipe in second_outputs:
         report.note(
             "outputs of a second call",
-            difference("an output of a second call", one, other),
+            difference("an output of a second call", in_model, in_pipe),
         )
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    for name, tensor in expected.state.items():
-        if name not in own:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = parameters | dict(model.named_buffers(remove_duplicate=False))
+    for name, in_model in expected.state.items():
+        if name not in named:
             continue  # copying a GraphModule makes buffers of its constants
-        report.note(
-            "state",
-            difference(f"state '{name}' afterwards", tensor, found.state.get(name)),
-        )
-    largest = max(
-        (
-            _plain(g).abs().max().item()
-            for g in expected.gradients.values()
-            if g is not None and g.numel()
-        ),
-        default=0.0,
-    )
-    for name, grad in expected.gradients.items():
-        allowed = max(tolerance, _summed(grad))
-        report.note(
-            "gradients",
-            difference(
-                f"gradient of '{name}'",
-                grad,
-                found.gradients.get(name),
-                allowed,
-                largest,
-            ),
-        )
-    for index, (one, other) in enumerate(
-        zip(expected.input_gradients, found.input_gradients, strict=True)
-    ):
-        report.note(
-            "input gradients",
-            difference(
-                f"gradient of input {index}", one, other, max(tolerance, _summed(one))
-            ),
-        )
+        what = f"state '{name}' afterwards"
+        in_pipe = actual.state.get(name)
+        report.note("state", difference(what, in_model, in_pipe))
+    _compare_gradients(report, expected, actual, tolerance)
     _compare_names(report, model, stages)
     return report
 
@@ -234,9 +211,10 @@ def _second_call(
         raise_ours(error)
         return []
     seed_again()
-    found = run_stages(pipe.program, stages, pipe._plan, pipe.flatten(*fresh(inputs)))
+    flat = pipe.flatten(*fresh(inputs))
+    actual = run_stages(pipe.program, stages, pipe._plan, flat)
     # if they differ in number, the first call has shown it
-    return list(zip(expected, found, strict=False))
+    return list(zip(expected, actual, strict=False))
 
 
 def _copies(model: nn.Module, pipe: Staged) -> tuple[nn.Module, list[Stage]]:
@@ -262,14 +240,10 @@ def _into_mode(
     if reference.training != training:
         reference.train(training)
     own = dict(reference.named_modules(remove_duplicate=False))
-    for part in (
-        part
-        for stage in stages
-        for part in stage.modules()
-        if isinstance(part, StageModule)
-    ):
-        if part._path in own:
-            own[part._path].training = part.training
+    for stage in stages:
+        for part in stage.modules():
+            if isinstance(part, StageModule) and part._path in own:
+                own[part._path].training = part.training
 
 
 @contextmanager
@@ -278,7 +252,7 @@ def _gradients_apart(model: nn.Module) -> Iterator[None]:
     computed with parameters of `model`.
     """
     parameters = dict(model.named_parameters())
-    before = {name: parameter.grad for name, parameter in parameters.items()}
+    grads = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
     try:
@@ -288,7 +262,7 @@ def _gradients_apart(model: nn.Module) -> Iterator[None]:
         ]
     finally:
         for name, parameter in parameters.items():
-            parameter.grad = before[name]
+            parameter.grad = grads[name]
     if shared:
         raise CannotCompare(
             f"a copy of {type(model).__name__} still computes with the parameter '{shared[0]}' of the "
@@ -319,9 +293,7 @@ class _Holder:
 
 def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
     outputs = tree_flatten(opened(run()))[0]
-    leaves = [
-        leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)
-    ]
+    leaves = _tensor_leaves(inputs)
     parameters = dict(holder.named_parameters(remove_duplicate=False))
     if gradients:
         for parameter in parameters.values():
@@ -331,29 +303,22 @@ def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
         ]
         if losses:
             torch.stack(losses).sum().backward()
-    state = {
-        n: t.detach().clone()
-        for n, t in (
-            parameters | dict(holder.named_buffers(remove_duplicate=False))
-        ).items()
-    }
-    grads = {name: p.grad for name, p in parameters.items()} if gradients else {}
-    return _Run(
-        outputs,
-        grads,
-        [leaf.grad if leaf.is_leaf else None for leaf in leaves] if gradients else [],
-        state,
-    )
+    named = parameters | dict(holder.named_buffers(remove_duplicate=False))
+    state = {name: tensor.detach().clone() for name, tensor in named.items()}
+    if not gradients:
+        return _Run(outputs, {}, [], state)
+    grads = {name: parameter.grad for name, parameter in parameters.items()}
+    input_grads = [leaf.grad if leaf.is_leaf else None for leaf in leaves]
+    return _Run(outputs, grads, input_grads, state)
 
 
 def _loss(output: torch.Tensor) -> torch.Tensor:
     """A scalar that depends on every element differently, so that gradients tell elements apart."""
-    output = output if output.layout is torch.strided else output.to_dense()
-    flat = (
-        torch.view_as_real(output).flatten()
-        if output.is_complex()
-        else output.flatten()
-    )
+    if output.layout is not torch.strided:
+        output = output.to_dense()
+    if output.is_complex():
+        output = torch.view_as_real(output)
+    flat = output.flatten()
     weights = torch.linspace(
         0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device
     )
@@ -362,28 +327,46 @@ def _loss(output: torch.Tensor) -> torch.Tensor:
 
 def fresh(tree: Any) -> Any:
     def clone(leaf: Any) -> Any:
-        return (
-            leaf.detach().clone().requires_grad_(leaf.requires_grad)
-            if isinstance(leaf, torch.Tensor)
-            else leaf
-        )
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
     return tree_map(clone, tree, is_leaf=is_size)
 
 
 def _compare_outputs(
-    report: Report, program: Program, expected: list[Any], found: list[Any]
+    report: Report, program: Program, expected: list[Any], actual: list[Any]
 ) -> None:
-    if len(expected) != len(found):
+    if len(expected) != len(actual):
         report.note(
             "outputs",
-            f"the model returns {len(expected)} leaves, the pipe {len(found)}",
+            f"the model returns {len(expected)} leaves, the pipe {len(actual)}",
         )
         return
-    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-        report.note(
-            "outputs", difference(f"output {index}{_where(program, index)}", one, other)
-        )
+    for index, (in_model, in_pipe) in enumerate(zip(expected, actual, strict=True)):
+        what = f"output {index}{_where(program, index)}"
+        report.note("outputs", difference(what, in_model, in_pipe))
+
+
+def _compare_gradients(
+    report: Report, expected: _Run, actual: _Run, tolerance: float
+) -> None:
+    sizes: list[float] = []
+    for grad in expected.gradients.values():
+        if grad is not None and grad.numel():
+            sizes.append(_plain(grad).abs().max().item())
+    largest = max(sizes, default=0.0)
+    for name, in_model in expected.gradients.items():
+        what = f"gradient of '{name}'"
+        in_pipe = actual.gradients.get(name)
+        allowed = max(tolerance, _summed(in_model))
+        message = difference(what, in_model, in_pipe, allowed, largest)
+        report.note("gradients", message)
+    pairs = zip(expected.input_gradients, actual.input_gradients, strict=True)
+    for index, (in_model, in_pipe) in enumerate(pairs):
+        what = f"gradient of input {index}"
+        allowed = max(tolerance, _summed(in_model))
+        report.note("input gradients", difference(what, in_model, in_pipe, allowed))
 
 
 def _where(program: Program, index: int) -> str:
@@ -414,66 +397,68 @@ _ROUNDING = {
 
 
 def _summed(gradient: torch.Tensor | None) -> float:
-    """How much a gradient may differ, relative to its largest element: it is a sum of sums, and often of
-    large ones that cancel out.
+    """The difference allowed to a gradient, relative to its largest element: it is a sum of sums, which are
+    often large and cancel out.
     """
-    return 10 * _ROUNDING.get(gradient.dtype, 0.0) if gradient is not None else 0.0
+    if gradient is None:
+        return 0.0
+    return 10 * _ROUNDING.get(gradient.dtype, 0.0)
 
 
 def _program_tolerance(program: Program) -> float:
-    """How much gradients may differ: their sums pass through the least precise dtype of the program."""
+    """The difference allowed to gradients: their sums pass through the least precise dtype of the program."""
     dtypes = {
         v.type.dtype
         for op in program.all_ops()
         for v in op.results
         if isinstance(v.type, TensorType)
     }
-    return (
-        2e-2
-        if dtypes & {"bf16", "f16"} or any(d.startswith("f8") for d in dtypes)
-        else 0.0
-    )
+    if dtypes & {"bf16", "f16"} or any(d.startswith("f8") for d in dtypes):
+        return 2e-2
+    return 0.0
 
 
 def difference(
-    what: str, one: Any, other: Any, tolerance: float = 0.0, among: float = 0.0
+    what: str, in_model: Any, in_pipe: Any, tolerance: float = 0.0, among: float = 0.0
 ) -> str | None:
     """A message when the two differ by more than rounding. Rounding is relative to the tensor's largest
     element, or to a hundredth of `among` (the largest of all numbers of this kind) where that is more.
     """
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        same = one is other or (type(one) is type(other) and one == other)
+    if not isinstance(in_model, torch.Tensor) or not isinstance(in_pipe, torch.Tensor):
+        same_type = type(in_model) is type(in_pipe)
+        if in_model is in_pipe or (same_type and in_model == in_pipe):
+            return None
+        return f"{what}: {_brief(in_model)} in the model, {_brief(in_pipe)} in the pipe"
+    if in_model.requires_grad != in_pipe.requires_grad:
         return (
-            None
-            if same
-            else f"{what}: {_brief(one)} in the model, {_brief(other)} in the pipe"
+            f"{what}: requires_grad is {in_model.requires_grad} in the model, {in_pipe.requires_grad} "
+            "in the pipe"
         )
-    if one.requires_grad != other.requires_grad:
-        return f"{what}: requires_grad is {one.requires_grad} in the model, {other.requires_grad} in the pipe"
-    if one.layout != other.layout:
-        return f"{what}: {one.layout} in the model, {other.layout} in the pipe"
-    if one.dtype != other.dtype or one.shape != other.shape:
-        mine, yours = (f"{t.dtype}{list(t.shape)}" for t in (one, other))
-        return f"{what}: {mine} in the model, {yours} in the pipe"
-    kind = one.dtype
-    one, other = _plain(one), _plain(other)
-    if torch.equal(one, other):
+    if in_model.layout != in_pipe.layout:
+        return f"{what}: {in_model.layout} in the model, {in_pipe.layout} in the pipe"
+    if in_model.dtype != in_pipe.dtype or in_model.shape != in_pipe.shape:
+        return f"{what}: {_brief(in_model)} in the model, {_brief(in_pipe)} in the pipe"
+    dtype = in_model.dtype
+    in_model = _plain(in_model)
+    in_pipe = _plain(in_pipe)
+    if torch.equal(in_model, in_pipe):
         return None
-    scale = one.abs()[one.isfinite()].max().item() if one.isfinite().any() else 0.0
-    if kind.is_floating_point or kind.is_complex:
-        allowed = max(tolerance, _ROUNDING.get(kind, 2e-2))
+    finite = in_model[in_model.isfinite()]
+    scale = 0.0
+    if finite.numel():
+        scale = finite.abs().max().item()
+    if dtype.is_floating_point or dtype.is_complex:
+        allowed = max(tolerance, _ROUNDING.get(dtype, 2e-2))
         if torch.allclose(
-            one,
-            other,
+            in_model,
+            in_pipe,
             rtol=allowed,
             atol=max(allowed * scale, 1e-2 * allowed * among),
             equal_nan=True,
         ):
             return None
-    return (
-        f"{what}: differs by up to {(one - other).abs().max().item():.3g}, where the largest element is "
-        f"{scale:.3g}"
-    )
+    largest = (in_model - in_pipe).abs().max().item()
+    return f"{what}: differs by up to {largest:.3g}, where the largest element is {scale:.3g}"
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -490,9 +475,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return dense.to(torch.complex128 if dense.is_complex() else torch.float64)
 
 
-def _brief(item: Any) -> str:
-    return (
-        f"{item.dtype}{list(item.shape)}"
-        if isinstance(item, torch.Tensor)
-        else f"{item!r:.60}"
-    )
+def _brief(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return f"{leaf!r:.60}"

@@ -23,8 +23,8 @@ from stagecut.ir.run.objects import opened
 @dataclass
 class _Call:
     path: str
-    given: list[Any]
-    made: list[Any]
+    inputs: list[Any]
+    results: list[Any]
 
 
 def changing(
@@ -40,26 +40,25 @@ def changing(
             tensor: tensor.detach().clone()
             for tensor in (*twin.parameters(), *twin.buffers())
         }
-        first, second = (
-            _calls(
-                twin,
-                state,
-                args,
-                kwargs,
-                random_state(model, gpus(model, args, kwargs)),
-            )
-            for _ in range(2)
-        )
+        runs: list[list[_Call]] = []
+        for _ in range(2):
+            seed_again = random_state(model, gpus(model, args, kwargs))
+            runs.append(_calls(twin, state, args, kwargs, seed_again))
     except Exception as error:
         # whatever the code of a model raises when it is called again
         raise_ours(error)
         return None
-    for one, other in zip(first, second, strict=False):
-        if one.path != other.path:
+    first, second = runs
+    for call, repeated in zip(first, second, strict=False):
+        if call.path != repeated.path:
             return ""
-        if _same(one.given, other.given) and not _same(one.made, other.made):
-            return one.path
-    return None if len(first) == len(second) else ""
+        if _same(call.inputs, repeated.inputs) and not _same(
+            call.results, repeated.results
+        ):
+            return call.path
+    if len(first) == len(second):
+        return None
+    return ""
 
 
 def _calls(
@@ -71,24 +70,24 @@ def _calls(
 ) -> list[_Call]:
     """The calls of all modules, inner ones before those around them."""
     calls: list[_Call] = []
-    given: list[list[Any]] = []
+    pending: list[list[Any]] = []
     hooks = []
     for path, module in twin.named_modules():
         hooks += [
             module.register_forward_pre_hook(
-                lambda _, args, kwargs: given.append(_leaves((args, kwargs))),
+                lambda _, args, kwargs: pending.append(_leaves((args, kwargs))),
                 with_kwargs=True,
             ),
             module.register_forward_hook(
                 lambda _, args, result, path=path: calls.append(
-                    _Call(path, given.pop(), _leaves(result))
+                    _Call(path, pending.pop(), _leaves(result))
                 )
             ),
         ]
     try:
         with torch.no_grad():
-            for tensor, before in state.items():
-                tensor.copy_(before)
+            for tensor, values in state.items():
+                tensor.copy_(values)
         own_args, own_kwargs = fresh((tuple(args), dict(kwargs)))
         twin(*own_args, **own_kwargs)
     finally:
@@ -105,8 +104,8 @@ def _leaves(tree: Any) -> list[Any]:
     ]
 
 
-def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(
-        difference("", one, other) is None
-        for one, other in zip(some, others, strict=True)
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(
+        difference("", first_leaf, second_leaf) is None
+        for first_leaf, second_leaf in zip(first, second, strict=True)
     )

@@ -496,6 +496,6 @@ def test_both_modes_are_compared_where_both_were_traced(training: bool, counted:
     """A fault in the mode that the model is not in shows at the cut."""
     pipeline(Chosen().train(training), (X,))
     assert counted == [True, True]
-    monkeypatch.setattr(emit._Function, "_mode", lambda self, item, op: "self.training" if item.is_flag else repr(item.now))
+    monkeypatch.setattr(emit._Function, "_mode", lambda self, item, op: "self.training" if item.is_flag else repr(item.in_trace))
     with pytest.raises(CheckError, match=f"does not compute what the model computes in {'eval' if training else 'train'} mode: output 0"):
         pipeline(Chosen().train(training), (X,))

@@ -155,7 +155,7 @@ def see_ports(case: Model) -> None:
     assert last == [v for v in dict.fromkeys(program.output.operands) if v in last]
     for transfer in program.transfers:
         near = transfer.target - 1 == transfer.source
-        if transfer.made is None:
+        if transfer.recomputed is None:
             assert transfer.route == ("feed" if transfer.source is None else "send" if near else "relay")
 
 

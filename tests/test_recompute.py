@@ -71,7 +71,7 @@ def test_a_recompute_must_be_one() -> None:
     transfer = next(t for t in program.transfers if t.route == "recompute")
     assert f"recompute({'%ones_1'})" in text(program)
     assert text(parse(text(program))) == text(program)
-    transfer.made = program.stages[0].ops[-1].results[0]
+    transfer.recomputed = program.stages[0].ops[-1].results[0]
     with pytest.raises(VerifyError, match="V13"):
         verify(program)
 

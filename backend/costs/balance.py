@@ -55,7 +55,7 @@ from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import carries_grad, value_bytes
 
 CLOSE = 1e-9
-"""How near the found time is to the smallest one, relative to it."""
+"""The distance between the found time and the smallest one, relative to it, at which the search ends."""
 
 FEW = 20_000
 """Up to so many ways to cut are all tried, where ranks have several stages."""
@@ -71,7 +71,7 @@ STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how the stages will run.
+    """The devices on which the stages will run, and how they run there.
 
     device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
     optimizer: a key of STATE_OF.
@@ -171,18 +171,18 @@ class Line:
         recomputed values do not cross.
         """
         count = len(self.ops)
-        at = {op: place for place, op in enumerate(self.ops)}
+        positions = {op: position for position, op in enumerate(self.ops)}
         steps = torch.zeros(count + 2, dtype=torch.float64)
         cheap: set[Value] = set()
-        for place, op in enumerate(self.ops):
+        for position, op in enumerate(self.ops):
             if _is_cheap(op, cheap):
                 cheap.update(op.definitions())
                 continue
             for value in op.definitions():
-                last = self._last_use(value, place, at)
-                if last > place:
+                last = self._last_use(value, position, positions)
+                if last > position:
                     size = self._sent_bytes(value)
-                    steps[place + 1] += size
+                    steps[position + 1] += size
                     steps[last + 1] -= size
         sums = steps.cumsum(0)[: count + 1]
         crossing = sums.clamp(min=0.0)
@@ -190,14 +190,16 @@ class Line:
         crossing[count] = 0.0
         return crossing
 
-    def _last_use(self, value: Value, place: int, at: Mapping[Op, int]) -> int:
-        """The place of the last op that reads a value of the op at `place`; behind all ops where it is
-        returned.
+    def _last_use(
+        self, value: Value, position: int, positions: Mapping[Op, int]
+    ) -> int:
+        """The position of the last op that reads a value of the op at `position`, or behind all ops when the
+        model returns the value.
         """
         if value in self.returned:
             return len(self.ops)
-        places = (at.get(user, place) for user in value.uses)
-        return max(places, default=place)
+        users = (positions.get(user, position) for user in value.uses)
+        return max(users, default=position)
 
     def _sent_bytes(self, value: Value) -> int:
         """Bytes of a value where it crosses, with those of its gradient."""
@@ -211,14 +213,14 @@ class Line:
 
     @cached_property
     def divisible(self) -> torch.Tensor:
-        """Where the line may be cut: not inside a region that runs as a whole."""
+        """Per position, whether the line may be cut there: not inside a region that runs as a whole."""
         free = torch.ones(len(self.ops) + 1, dtype=torch.bool)
         spans: dict[Context, tuple[int, int]] = {}
-        for place, op in enumerate(self.ops):
+        for position, op in enumerate(self.ops):
             for context in op.context:
                 if context.kind in WHOLE:
-                    first, _ = spans.get(context, (place, place))
-                    spans[context] = (first, place)
+                    first, _ = spans.get(context, (position, position))
+                    spans[context] = (first, position)
         for first, last in spans.values():
             free[first + 1 : last + 1] = False
         return free
@@ -232,15 +234,15 @@ class Line:
         return self._seconds[where]
 
     def depth(self) -> torch.Tensor:
-        """For each place, the number of module calls that a cut there divides."""
+        """For each position, the number of module calls that a cut there divides."""
         depth = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
-        for place in range(1, len(self.ops)):
-            before = self.ops[place - 1].scope
-            after = self.ops[place].scope
-            depth[place] = _common(before, after)
+        for position in range(1, len(self.ops)):
+            before = self.ops[position - 1].scope
+            after = self.ops[position].scope
+            depth[position] = _common(before, after)
         return depth
 
-    def held(self, op: Op) -> list[StateEntry]:
+    def state_read(self, op: Op) -> list[StateEntry]:
         """The state an op reads."""
         entries: list[StateEntry] = []
         for value in op.reads:
@@ -254,8 +256,8 @@ class Line:
         backward, of gradients on their way.
         """
         window = _Window(self)
-        for place in range(begin, end):
-            window.add(place)
+        for position in range(begin, end):
+            window.add(position)
         return window.static, window.kept * in_flight, window.passing
 
     @cached_property
@@ -264,32 +266,32 @@ class Line:
         return self.memory(0, len(self.ops), 1)
 
     @cached_property
-    def things(self) -> list[list[tuple[object, int, int]]]:
-        """Things that each op holds while it is in a stage: a thing, its bytes once, its bytes for every
-        micro-batch in flight.
+    def holdings(self) -> list[list[tuple[object, int, int]]]:
+        """For each op, the memory that it needs in a stage. A holding is the holder, its bytes once, and its
+        bytes for every micro-batch in flight.
         """
-        things: list[list[tuple[object, int, int]]] = []
+        holdings: list[list[tuple[object, int, int]]] = []
         for op, cost in zip(self.ops, self.costs, strict=True):
-            place = len(things)
-            things.append(self._things(op, cost, place))
-        return things
+            position = len(holdings)
+            holdings.append(self._holdings_of(op, cost, position))
+        return holdings
 
-    def _things(
-        self, op: Op, cost: OpCost, place: int
+    def _holdings_of(
+        self, op: Op, cost: OpCost, position: int
     ) -> list[tuple[object, int, int]]:
-        things: list[tuple[object, int, int]] = []
+        holdings: list[tuple[object, int, int]] = []
         copies = 0
         if self.setting.training:
             copies = 1 + STATE_OF[self.setting.optimizer]
             for value in cost.kept:
-                things.append((value, 0, self._bytes(value)))
+                holdings.append((value, 0, self._bytes(value)))
             if cost.extra:
-                things.append((place, 0, cost.extra))
-        for entry in dict.fromkeys(self.held(op)):
+                holdings.append((position, 0, cost.extra))
+        for entry in dict.fromkeys(self.state_read(op)):
             size, trained = state_bytes([entry])
             size += trained * copies
-            things.append((entry, size, 0))
-        return things
+            holdings.append((entry, size, 0))
+        return holdings
 
     def starts(self, budget: float, in_flight: int) -> torch.Tensor:
         """For each end, the first beginning from which a stage fits the budget."""
@@ -304,7 +306,7 @@ class Line:
         beginnings = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
             window.add(end - 1)
-            while begin < end and window.held(in_flight) > budget:
+            while begin < end and window.nbytes(in_flight) > budget:
                 window.remove(begin)
                 begin += 1
             beginnings[end] = begin
@@ -312,14 +314,14 @@ class Line:
 
 
 class _Window:
-    """An interval that grows to the right and shrinks from the left. It counts the bytes that it holds, each
-    thing once.
+    """An interval that grows to the right and shrinks from the left. It counts the bytes that it holds,
+    each holding once.
     """
 
     def __init__(self, line: Line) -> None:
         self._line = line
         self._count: dict[object, int] = {}
-        # the places of ops whose gradients take more than those of any later one
+        # the positions of ops whose gradients take more than those of any later one
         self._largest: deque[tuple[int, int]] = deque()
         self.static = 0
         self.kept = 0
@@ -332,32 +334,32 @@ class _Window:
         _, passing = self._largest[0]
         return passing
 
-    def held(self, in_flight: int) -> int:
+    def nbytes(self, in_flight: int) -> int:
         """The bytes of all that the interval holds, with so many micro-batches in flight."""
         return self.static + self.kept * in_flight + self.passing
 
-    def add(self, place: int) -> None:
-        """The op at `place` joins."""
+    def add(self, position: int) -> None:
+        """The op at `position` joins."""
         passing = 0
         if self._line.setting.training:
-            passing = self._line.costs[place].passing
+            passing = self._line.costs[position].passing
         while self._largest and self._largest[-1][1] <= passing:
             self._largest.pop()
-        self._largest.append((place, passing))
-        for thing, static, kept in self._line.things[place]:
-            count = self._count.get(thing, 0)
-            self._count[thing] = count + 1
+        self._largest.append((position, passing))
+        for key, static, kept in self._line.holdings[position]:
+            count = self._count.get(key, 0)
+            self._count[key] = count + 1
             if not count:
                 self.static += static
                 self.kept += kept
 
-    def remove(self, place: int) -> None:
-        """The op at `place` leaves."""
-        if self._largest and self._largest[0][0] == place:
+    def remove(self, position: int) -> None:
+        """The op at `position` leaves."""
+        if self._largest and self._largest[0][0] == position:
             self._largest.popleft()
-        for thing, static, kept in self._line.things[place]:
-            self._count[thing] -= 1
-            if not self._count[thing]:
+        for key, static, kept in self._line.holdings[position]:
+            self._count[key] -= 1
+            if not self._count[key]:
                 self.static -= static
                 self.kept -= kept
 
@@ -377,10 +379,10 @@ def _is_cheap(op: Op, cheap: set[Value]) -> bool:
     return True
 
 
-def _common(one: Scope, other: Scope) -> int:
+def _common(first: Scope, second: Scope) -> int:
     """The number of outermost calls that two scopes share."""
     common = 0
-    for a, b in zip(one, other, strict=False):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         common += 1
@@ -395,8 +397,8 @@ class Problem:
     """A line to cut into `len(times)` stages.
 
     times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that the values
-    crossing at each place take. starts: per stage and end, the first beginning that fits its memory; None
-    when every beginning fits. allowed: per cut (0, ..., stages) and place, whether the cut may be there.
+    crossing at each position take. starts: per stage and end, the first beginning that fits its memory; None
+    when every beginning fits. allowed: per cut (0, ..., stages) and position, whether the cut may be there.
     """
 
     times: list[torch.Tensor]
@@ -405,13 +407,15 @@ class Problem:
     allowed: list[torch.Tensor]
 
     def stage_seconds(self, cuts: Sequence[int]) -> list[float]:
-        """Seconds of each stage between `cuts`, which include the first and the last place."""
+        """Seconds of each stage between `cuts`, which include the first and the last position."""
         seconds: list[float] = []
         stages = itertools.pairwise(cuts)
         for time, link, (begin, end) in zip(
             self.times, self.links, stages, strict=True
         ):
-            total = time[end] - time[begin] + link[begin] + link[end]
+            total = time[end] - time[begin]
+            total += link[begin]
+            total += link[end]
             seconds.append(float(total))
         return seconds
 
@@ -447,7 +451,8 @@ class Problem:
             if self.starts is not None:
                 begin = int(self.starts[i][end])
             time = self.times[i]
-            values = torch.where(reached[i], time - self.links[i], -math.inf)
+            link = self.links[i]
+            values = torch.where(reached[i], time - link, -math.inf)
             end = begin + int(values[begin:end].argmax())
             cuts.insert(0, end)
         return cuts
@@ -477,21 +482,21 @@ class Problem:
             high = min(middle, slowest)
         return cuts
 
-    def only(self, places: torch.Tensor) -> Problem:
-        """The same problem with cuts at those places only. They must include the first and the last."""
+    def only(self, positions: torch.Tensor) -> Problem:
+        """The same problem with cuts at those positions only. They must include the first and the last."""
         starts = None
         if self.starts is not None:
-            starts = [torch.searchsorted(places, s[places]) for s in self.starts]
+            starts = [torch.searchsorted(positions, s[positions]) for s in self.starts]
         return Problem(
-            [t[places] for t in self.times],
-            [x[places] for x in self.links],
+            [t[positions] for t in self.times],
+            [x[positions] for x in self.links],
             starts,
-            [a[places] for a in self.allowed],
+            [a[positions] for a in self.allowed],
         )
 
     def cheapest(self, most: float, price: torch.Tensor) -> list[int] | None:
         """The cuts with the smallest sum of prices among those with which no stage takes more than `most`.
-        Quadratic in the places.
+        Quadratic in the positions.
         """
         count = len(price)
         total = torch.full((count,), math.inf, dtype=torch.float64)
@@ -500,7 +505,9 @@ class Problem:
         ends = torch.arange(count)[:, None]
         begins = torch.arange(count)[None, :]
         for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            seconds = time[:, None] - time[None, :] + link[:, None] + link[None, :]
+            seconds = time[:, None] - time[None, :]
+            seconds += link[:, None]
+            seconds += link[None, :]
             fits = seconds <= most
             fits &= begins < ends
             if self.starts is not None:
@@ -508,7 +515,8 @@ class Problem:
             sums = torch.where(fits, total[None, :], math.inf)
             smallest = sums.min(1)
             origins.append(smallest.indices)
-            total = torch.where(self.allowed[i + 1], smallest.values + price, math.inf)
+            allowed = self.allowed[i + 1]
+            total = torch.where(allowed, smallest.values + price, math.inf)
         if not math.isfinite(float(total[-1])):
             return None
         cuts = [count - 1]
@@ -739,10 +747,10 @@ class Balanced:
         return [line.starts(budget, flight) for budget, flight in limits]
 
     def _allowed(self, line: Line, stages: int) -> list[torch.Tensor]:
-        """The places where each cut may be: outside of regions, and such that pinned modules lie in their
+        """The positions where each cut may be: outside of regions, and such that pinned modules lie in their
         stages.
         """
-        places = torch.arange(len(line.ops) + 1)
+        positions = torch.arange(len(line.ops) + 1)
         allowed = [line.divisible.clone() for _ in range(stages + 1)]
         for path, pin in self.pins.items():
             stage = pin + stages if pin < 0 else pin
@@ -757,8 +765,8 @@ class Balanced:
                     f"pins names stage {pin} of {stages}",
                     hint="count from 0, or from the end",
                 )
-            before = places <= inside[0]
-            behind = places > inside[-1]
+            before = positions <= inside[0]
+            behind = positions > inside[-1]
             for cut, mask in enumerate(allowed):
                 mask &= before if cut <= stage else behind
         return allowed
@@ -776,14 +784,14 @@ class Balanced:
         for level in range(deepest + 1):
             is_boundary = (depth <= level) & line.divisible
             boundaries = torch.nonzero(is_boundary).flatten()
-            places = torch.unique(torch.cat([ends, boundaries]))
-            if not len(cuts) <= len(places) <= 1500:
+            positions = torch.unique(torch.cat([ends, boundaries]))
+            if not len(cuts) <= len(positions) <= 1500:
                 continue
-            fewer = problem.only(places)
-            price = line.crossing[places]
+            fewer = problem.only(positions)
+            price = line.crossing[positions]
             cheapest = fewer.cheapest(most, price)
             if cheapest is not None:
-                return [int(places[i]) for i in cheapest]
+                return [int(positions[i]) for i in cheapest]
         return cuts
 
     def _bound(self, line: Line, stages: int) -> float:
@@ -808,7 +816,9 @@ class Balanced:
         sums = torch.cat([zero, largest.cumsum(0)])
         most = (len(largest) - 1) // ranks
         counts = torch.arange(most + 1)
-        together = sums[counts * ranks + 1] - sums[counts * (ranks - 1)]
+        largest_sum = sums[counts * ranks + 1]
+        larger_ones = sums[counts * (ranks - 1)]
+        together = largest_sum - larger_ones
         return max(float(shared), float(together.max()))
 
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
@@ -872,23 +882,23 @@ def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[
     stages = len(placement)
     if math.comb(count - 1, stages - 1) <= FEW:
         inner = itertools.combinations(range(1, count), stages - 1)
-        everything = ([0, *places, count] for places in inner)
+        everything = ([0, *positions, count] for positions in inner)
         return min(
             filter(problem.fits, everything),
-            key=lambda some: _slowest(problem, some, placement),
+            key=lambda choice: _slowest(problem, choice, placement),
         )
     best = _slowest(problem, cuts, placement)
     step = max(1, count // 8)
     while step:
         moved = False
         for move in _moves(stages, step):
-            other = [place + move.get(cut, 0) for cut, place in enumerate(cuts)]
-            if not _increases(other) or not problem.fits(other):
+            shifted = [position + move.get(cut, 0) for cut, position in enumerate(cuts)]
+            if not _increases(shifted) or not problem.fits(shifted):
                 continue
-            now = _slowest(problem, other, placement)
-            if now < best:
-                cuts = other
-                best = now
+            slowest = _slowest(problem, shifted, placement)
+            if slowest < best:
+                cuts = shifted
+                best = slowest
                 moved = True
         if not moved:
             step //= 2
@@ -902,9 +912,9 @@ def _moves(stages: int, step: int) -> list[dict[int, int]]:
         single.append({cut: -step})
         single.append({cut: step})
     moves = [*single]
-    for one, other in itertools.combinations(single, 2):
-        if one.keys() != other.keys():
-            moves.append({**one, **other})
+    for first, second in itertools.combinations(single, 2):
+        if first.keys() != second.keys():
+            moves.append({**first, **second})
     return moves
 
 
@@ -954,9 +964,9 @@ class AtModules:
         return [self._first_op(ops, path) for path in self.paths]
 
     def _first_op(self, ops: Sequence[Op], path: str) -> int:
-        for place, op in enumerate(ops):
+        for position, op in enumerate(ops):
             if runs_in(op, path):
-                return place
+                return position
         raise SplitError(
             f"no op of the program runs in module '{path}'",
             hint=nearest(path, _paths(ops)),

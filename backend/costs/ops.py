@@ -53,10 +53,9 @@ class Device:
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
         """Seconds of an op: the longer of computing and moving, and its start."""
         slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)
-        return (
-            max(flops * slow / (self.flops * self.reached), moved / self.bandwidth)
-            + self.overhead
-        )
+        computing = flops * slow / (self.flops * self.reached)
+        moving = moved / self.bandwidth
+        return max(computing, moving) + self.overhead
 
 
 GiB = 2**30
@@ -135,12 +134,12 @@ def op_costs(
     counter = _Counter(
         dict(sizes or {}),
         bindings or Bindings(),
-        _place(measure_on),
+        _torch_device(measure_on),
     )
     return [counter.cost(op) for op in ops]
 
 
-def _place(wanted: torch.device | str | None) -> torch.device | None:
+def _torch_device(wanted: torch.device | str | None) -> torch.device | None:
     if wanted is None:
         return None
     try:
@@ -152,8 +151,10 @@ def _place(wanted: torch.device | str | None) -> torch.device | None:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The result of running an op of some signature; `kept` are places among its operands and results."""
+class _Counted:
+    """The counts of one run of an op, for all ops of its signature. kept: the values that its backward reads,
+    each as ("operand" or "result", position).
+    """
 
     flops: float
     backward_flops: float
@@ -166,8 +167,8 @@ class _Seen:
 class _Counter:
     sizes: dict[str, int]
     bindings: Bindings
-    place: torch.device | None
-    seen: dict[str, _Seen | None] = field(default_factory=dict)
+    timed_on: torch.device | None
+    counted: dict[str, _Counted | None] = field(default_factory=dict)
 
     def cost(self, op: Op) -> OpCost:
         if op.is_split:
@@ -175,46 +176,39 @@ class _Counter:
         again = any(context.kind == "checkpoint" for context in op.context)
         trains = any(carries_grad(result.type) for result in op.definitions())
         moved = self._moved(op)
-        found = None
+        counted = None
         if op.operands and (moved or op.regions):
             key = self._signature(op)
-            if key not in self.seen:
-                self.seen[key] = self._run(op, trains)
-            found = self.seen[key]
-        if found is None:
+            if key not in self.counted:
+                self.counted[key] = self._run(op, trains)
+            counted = self.counted[key]
+        if counted is None:
             return OpCost(
                 moved=moved,
                 backward_moved=1.5 * moved if trains else 0.0,
                 passing=self._passing(op),
                 dtype=_dtype(op),
             )
-        kept = [
-            op.operands[i] if kind == "operand" else op.results[i]
-            for kind, i in found.kept
-        ]
-        if again:  # the region keeps what comes into it
-            kept = [
-                v
-                for v in op.operands
-                if not (isinstance(v.owner, Op) and v.owner.context == op.context)
-            ]
+        backward_flops = counted.backward_flops
+        backward_moved = 1.5 * moved if trains else 0.0
+        kept = _kept_values(op, counted)
+        extra = counted.extra
+        if again:  # the region keeps what comes into it, and runs twice
+            backward_flops += counted.flops
+            backward_moved += moved
+            kept = _entering(op)
+            extra = 0
         return OpCost(
-            found.flops,
+            counted.flops,
             moved,
-            found.backward_flops + (found.flops if again else 0.0),
-            (1.5 * moved if trains else 0.0) + (moved if again else 0.0),
-            tuple(
-                dict.fromkeys(
-                    root
-                    for root in map(storage_root, kept)
-                    if isinstance(root.owner, Op)
-                )
-            ),
-            0 if again else found.extra,
+            backward_flops,
+            backward_moved,
+            _made_by_ops(kept),
+            extra,
             self._passing(op),
             _dtype(op),
-            "measured" if found.seconds else "formula",
-            found.seconds,
+            "measured" if counted.seconds else "formula",
+            counted.seconds,
         )
 
     def _moved(self, op: Op) -> float:
@@ -224,11 +218,11 @@ class _Counter:
         return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
 
     def _passing(self, op: Op) -> int:
-        given = [
+        operands = [
             v for v in dict.fromkeys(op.operands) if not isinstance(v.owner, StateEntry)
         ]
         return sum(
-            self.nbytes(v) for v in (*given, *op.results) if carries_grad(v.type)
+            self.nbytes(v) for v in (*operands, *op.results) if carries_grad(v.type)
         )
 
     def nbytes(self, value: Value) -> int:
@@ -240,70 +234,83 @@ class _Counter:
             count *= dim
         return count
 
-    def _shape(self, kind: TensorType) -> list[int]:
-        return [self._size(dim) for dim in kind.shape]
+    def _shape(self, tensor_type: TensorType) -> list[int]:
+        return [self._size(dim) for dim in tensor_type.shape]
 
     def _size(self, dim: Dim) -> int:
         """The number that a size stands for, 1 where it is not known."""
-        return dim if isinstance(dim, int) else evaluate(dim, self._known) or 1
+        if isinstance(dim, int):
+            return dim
+        return evaluate(dim, self._sorted_sizes) or 1
 
     @cached_property
-    def _known(self) -> tuple[tuple[str, int], ...]:
+    def _sorted_sizes(self) -> tuple[tuple[str, int], ...]:
         return tuple(sorted(self.sizes.items()))
 
-    def _strided(self, made: torch.Tensor, strides: Sequence[Dim]) -> torch.Tensor:
+    def _strided(self, tensor: torch.Tensor, strides: Sequence[Dim]) -> torch.Tensor:
         """The same number of elements, laid out in the order of dims that these strides have."""
         steps = [self._size(step) for step in strides]
-        order = sorted(range(made.dim()), key=lambda dim: -steps[dim])
-        places = sorted(range(made.dim()), key=order.__getitem__)
-        return made.reshape([made.shape[dim] for dim in order]).permute(places)
+        order = sorted(range(tensor.dim()), key=lambda dim: -steps[dim])
+        inverse = sorted(range(tensor.dim()), key=order.__getitem__)
+        return tensor.reshape([tensor.shape[dim] for dim in order]).permute(inverse)
 
     def _signature(self, op: Op) -> str:
         tree = transform(
             (op.args, op.kwargs),
             lambda leaf: leaf.type if isinstance(leaf, Value) else leaf,
         )
-        return f"{op.target} {tree} {op.context} {id(op) if op.regions else ''}"
+        identity = id(op) if op.regions else ""
+        return f"{op.target} {tree} {op.context} {identity}"
 
-    def _run(self, op: Op, trains: bool) -> _Seen | None:
+    def _run(self, op: Op, trains: bool) -> _Counted | None:
         """The op's run on the meta device, None when it cannot run there."""
         try:
             forward, backward, kept, extra = self._count(op, trains)
         except Exception as error:
             raise_ours(error)
             return None
-        return _Seen(forward, backward, kept, extra, self._seconds(op, trains))
+        return _Counted(forward, backward, kept, extra, self._seconds(op, trains))
 
     def _seconds(self, op: Op, trains: bool) -> tuple[float, float] | None:
         """The measured seconds of the op, None when it cannot run there or ops are not timed."""
-        if self.place is None:
+        if self.timed_on is None:
             return None
         try:
-            return self._time(op, trains, self.place)
+            return self._time(op, trains, self.timed_on)
         except Exception as error:
             raise_ours(error)
             return None
 
-    def _tensors(self, op: Op, trains: bool, place: torch.device) -> dict[Value, Any]:
-        """A tensor for each operand, of the same type, on `place`. A tensor that carries gradient is no leaf,
+    def _tensors(
+        self, op: Op, trains: bool, torch_device: torch.device
+    ) -> dict[Value, Any]:
+        """A tensor for each operand, of the same type, on that device. One that carries gradient is no leaf,
         because the op may write it.
         """
         env: dict[Value, Any] = {}
         for value in op.operands:
-            kind = value.type
-            if not isinstance(kind, TensorType):
-                env[value] = self._size(str(getattr(kind, "expr", "1")))
+            value_type = value.type
+            if not isinstance(value_type, TensorType):
+                env[value] = self._size(str(getattr(value_type, "expr", "1")))
                 continue
-            dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
-            if place.type == "meta":
-                made = torch.empty(self._shape(kind), dtype=dtype, device=place)
+            dtype: torch.dtype = getattr(torch, DTYPES[value_type.dtype])
+            if torch_device.type == "meta":
+                tensor = torch.empty(
+                    self._shape(value_type), dtype=dtype, device=torch_device
+                )
             elif dtype.is_floating_point or dtype.is_complex:
-                made = torch.rand(self._shape(kind), device=place).to(dtype)
+                tensor = torch.rand(self._shape(value_type), device=torch_device).to(
+                    dtype
+                )
             else:
-                made = torch.zeros(self._shape(kind), dtype=dtype, device=place)
-            if kind.strides is not None:
-                made = self._strided(made, kind.strides)
-            env[value] = made.requires_grad_().clone() if trains and kind.grad else made
+                tensor = torch.zeros(
+                    self._shape(value_type), dtype=dtype, device=torch_device
+                )
+            if value_type.strides is not None:
+                tensor = self._strided(tensor, value_type.strides)
+            if trains and value_type.grad:
+                tensor = tensor.requires_grad_().clone()
+            env[value] = tensor
         return env
 
     def _count(
@@ -328,18 +335,22 @@ class _Counter:
                 _backward(result, env)
             total = counter.get_total_flops()
         if facts(op).grouped_product and not forward:
-            forward = 2 * env[op.operands[0]].numel() * env[op.operands[1]].shape[-1]
+            rows = env[op.operands[0]]
+            matrices = env[op.operands[1]]
+            forward = 2 * rows.numel() * matrices.shape[-1]
             total = forward * 3
         homes: dict[int | None, tuple[str, int]] = {}
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        for place, tensor in enumerate(made[: len(op.results)]):
-            homes[storage_of(tensor)] = ("result", place)
-        for place, value in enumerate(op.operands):
+        results = [
+            leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)
+        ]
+        for position, tensor in enumerate(results[: len(op.results)]):
+            homes[storage_of(tensor)] = ("result", position)
+        for position, value in enumerate(op.operands):
             if isinstance(env[value], torch.Tensor):
-                homes[storage_of(env[value])] = ("operand", place)
+                homes[storage_of(env[value])] = ("operand", position)
         # on meta attention is decomposed; kernels keep operands, result and a row of sums
         if facts(op).attention:
-            places = [
+            carrying = [
                 ("operand", i)
                 for i, v in enumerate(op.operands)
                 if carries_grad(v.type)
@@ -347,8 +358,8 @@ class _Counter:
             return (
                 forward,
                 total - forward,
-                (*places, ("result", 0)),
-                made[0].numel() // max(1, made[0].shape[-1]) * 4,
+                (*carrying, ("result", 0)),
+                results[0].numel() // max(1, results[0].shape[-1]) * 4,
             )
         # a norm is decomposed too; its kernel keeps its operand and a number for each row
         if facts(op).norm_of_rows:
@@ -356,42 +367,68 @@ class _Counter:
                 forward,
                 total - forward,
                 (("operand", 0),),
-                made[0].numel() // max(1, made[0].shape[-1]) * 4,
+                results[0].numel() // max(1, results[0].shape[-1]) * 4,
             )
         extra = {
             storage_of(t): t.untyped_storage().nbytes()
             for t in kept
             if storage_of(t) not in homes
         }
-        found = tuple(
+        kept_at = tuple(
             dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes)
         )
-        return forward, total - forward, found, sum(extra.values())
+        return forward, total - forward, kept_at, sum(extra.values())
 
     def _time(
-        self, op: Op, trains: bool, place: torch.device, budget: float = 0.05
+        self, op: Op, trains: bool, torch_device: torch.device, budget: float = 0.05
     ) -> tuple[float, float]:
         """Median seconds of the forward and the backward; at most a few runs, within `budget` seconds."""
         runs: list[tuple[float, float]] = []
         begin = time.perf_counter()
         while len(runs) < 3 or (len(runs) < 9 and time.perf_counter() - begin < budget):
-            env = self._tensors(op, trains, place)
+            env = self._tensors(op, trains, torch_device)
             with torch.set_grad_enabled(trains):
-                start = _now(place)
+                start = _now(torch_device)
                 result = _apply(op, env, self.bindings)
-                middle = _now(place)
+                middle = _now(torch_device)
                 if trains:
                     _backward(result, env)
-                runs.append((middle - start, _now(place) - middle))
+                runs.append((middle - start, _now(torch_device) - middle))
         runs = runs[1:]
-        return sorted(r[0] for r in runs)[len(runs) // 2], sorted(r[1] for r in runs)[
-            len(runs) // 2
-        ]
+        middle_run = len(runs) // 2
+        forwards = sorted(forward for forward, _ in runs)
+        backwards = sorted(backward for _, backward in runs)
+        return forwards[middle_run], backwards[middle_run]
 
 
-def _now(place: torch.device) -> float:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+def _kept_values(op: Op, counted: _Counted) -> list[Value]:
+    """The operands and results that the backward of an op reads."""
+    kept: list[Value] = []
+    for role, position in counted.kept:
+        values = op.operands if role == "operand" else op.results
+        kept.append(values[position])
+    return kept
+
+
+def _entering(op: Op) -> list[Value]:
+    """The operands of an op that come into its region from outside."""
+    entering: list[Value] = []
+    for value in op.operands:
+        owner = value.owner
+        if not isinstance(owner, Op) or owner.context != op.context:
+            entering.append(value)
+    return entering
+
+
+def _made_by_ops(values: Iterable[Value]) -> tuple[Value, ...]:
+    """The storage of these values, each once, without that of state and of user inputs."""
+    roots = dict.fromkeys(map(storage_root, values))
+    return tuple(root for root in roots if isinstance(root.owner, Op))
+
+
+def _now(torch_device: torch.device) -> float:
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)
     return time.perf_counter()
 
 
@@ -427,12 +464,12 @@ def _dtype(op: Op) -> str:
         if context.kind == "autocast" and len(context.args) > 2 and context.args[2]:
             text = getattr(context.args[1], "text", "")
             return "bf16" if "16" in text else "f32"
-    kinds = [
+    dtypes = [
         v.type.dtype
         for v in (*op.operands, *op.results)
         if isinstance(v.type, TensorType) and v.type.differentiable
     ]
-    return max(kinds, key=dtype_bytes, default="f32")
+    return max(dtypes, key=dtype_bytes, default="f32")
 
 
 def state_bytes(entries: Iterable[StateEntry]) -> tuple[int, int]:

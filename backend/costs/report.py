@@ -5,6 +5,7 @@ picture.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
@@ -75,11 +76,9 @@ class TooLarge:
 
     def __str__(self) -> str:
         numbers = ", ".join(map(str, self.stages))
-        who = (
-            f"stage {numbers} needs"
-            if len(self.stages) == 1
-            else f"the stages {numbers} of rank {self.rank} need"
-        )
+        who = f"stage {numbers} needs"
+        if len(self.stages) > 1:
+            who = f"the stages {numbers} of rank {self.rank} need"
         return (
             f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: "
             f"{_REMEDIES[self.kind in _HELD]}"
@@ -94,7 +93,7 @@ _REMEDIES = {
         "a device with more memory"
     ),
 }
-"""How to make a rank smaller: True for when its state takes the most, False for when the activations do."""
+"""Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON, without the timeline."""
         data: dict[str, Any] = {
-            name: item for name, item in asdict(self).items() if name != "timeline"
+            name: value for name, value in asdict(self).items() if name != "timeline"
         }
         return json.dumps(data, indent=1)
 
@@ -151,7 +150,7 @@ class Report:
             "modules",
         )
         yield table([head, *map(_row, self.stages)], left=(len(head) - 1,))
-        yield from (f"too large: {one}" for one in self.too_large)
+        yield from (f"too large: {overfull}" for overfull in self.too_large)
         yield ""
         yield (
             f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes "
@@ -169,21 +168,25 @@ class Report:
                 "best cuts of this order, "
                 f"and no order of ops can be below {_time(self.bound)}"
             )
-        sources = {kind for s in self.stages for kind in s.sources}
-        yield "costs: " + ", ".join(
-            f"{kind} for {sum(s.sources.get(kind, 0) for s in self.stages)} ops"
-            for kind in sorted(sources)
-        )
+        counts: Counter[str] = Counter()
+        for stage in self.stages:
+            counts.update(stage.sources)
+        parts = [f"{source} for {counts[source]} ops" for source in sorted(counts)]
+        yield f"costs: {', '.join(parts)}"
         if self.crossings:
             yield ""
             yield table([_crossing_row(c) for c in self.crossings], left=(0, 2, 4))
 
     def to_svg(self) -> str:
         """Two bars for each stage, its time and its memory by kind, as an SVG picture."""
-        row, left, wide = 56, 90, 640
-        slowest = max((s.forward + s.backward for s in self.stages), default=0.0) or 1.0
-        fullest = max((sum(s.memory.values()) for s in self.stages), default=0) or 1
-        over = {index for one in self.too_large for index in one.stages}
+        row = 56
+        left = 90
+        wide = 640
+        seconds = [s.forward + s.backward for s in self.stages]
+        nbytes = [sum(s.memory.values()) for s in self.stages]
+        slowest = max(seconds, default=0.0) or 1.0
+        fullest = max(nbytes, default=0) or 1
+        over = {index for overfull in self.too_large for index in overfull.stages}
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 150}" '
             f'height="{row * len(self.stages) + 60}" '
@@ -196,12 +199,11 @@ class Report:
                 *zip(_KINDS, _COLORS[2:], strict=True),
             ]
         ):
-            parts.append(
-                f'<rect x="{left + 118 * i}" y="8" width="12" height="12" fill="{color}"/>'
-            )
-            parts.append(f'<text x="{left + 118 * i + 17}" y="19">{name}</text>')
-        for place, s in enumerate(self.stages):
-            top = 36 + row * place
+            x = left + 118 * i
+            parts.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{color}"/>')
+            parts.append(f'<text x="{x + 17}" y="19">{name}</text>')
+        for number, s in enumerate(self.stages):
+            top = 36 + row * number
             parts.append(f"<g><title>{escape(', '.join(s.modules))}</title>")
             parts.append(f'<text x="8" y="{top + 25}">stage {s.index}</text>')
             times = [s.forward, s.backward]
@@ -209,9 +211,9 @@ class Report:
                 left, top, wide / slowest, times, _COLORS[:2], _time(sum(times))
             )
             sizes = [float(s.memory[kind]) for kind in _KINDS]
-            label = size_text(sum(s.memory.values())) + (
-                ", too large" if s.index in over else ""
-            )
+            label = size_text(sum(s.memory.values()))
+            if s.index in over:
+                label += ", too large"
             parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], label)
             parts.append("</g>")
         return "\n".join([*parts, "</svg>\n"])
@@ -256,8 +258,11 @@ def _bar(
 ) -> Iterator[str]:
     x = left
     for size, color in zip(sizes, colors, strict=True):
-        yield f'<rect x="{x:.1f}" y="{top}" width="{size * scale:.1f}" height="17" fill="{color}"/>'
-        x += size * scale
+        width = size * scale
+        yield (
+            f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="17" fill="{color}"/>'
+        )
+        x += width
     yield f'<text x="{x + 6:.1f}" y="{top + 13}">{label}</text>'
 
 
@@ -296,13 +301,8 @@ def report(
     times: list[tuple[float, float]] = []
     for stage, where in zip(program.stages, devices, strict=True):
         forward = sum(costs[op].on(where, False) for op in stage.ops)
-        times.append(
-            (
-                forward,
-                sum(costs[op].on(where, setting.training) for op in stage.ops)
-                - forward,
-            )
-        )
+        both_ways = sum(costs[op].on(where, setting.training) for op in stage.ops)
+        times.append((forward, both_ways - forward))
     total = sum(map(sum, times)) or 1.0
     crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
     stages = []
@@ -359,28 +359,30 @@ def report(
 
 def bindings_of(pipe: Staged) -> Bindings:
     """The user's modules and functions that the stages of a pipe call."""
-    found = Bindings()
+    bindings = Bindings()
     for stage in pipe.stages:
-        found.functions |= stage._code.functions
+        bindings.functions |= stage._code.functions
         for op in pipe.program.stages[stage.index].ops:
             if path := module_path(op):
-                found.modules[path] = stage.get_submodule(path)
-    return found
+                bindings.modules[path] = stage.get_submodule(path)
+    return bindings
 
 
 def _modules(stage: Stage, most: int = 4) -> tuple[str, ...]:
     """The modules that a stage runs, few enough to read."""
-    found = modules_of(stage, most)
-    return tuple(found) if len(found) <= most else (found[0], "...", found[-1])
+    paths = modules_of(stage, most)
+    if len(paths) > most:
+        return paths[0], "...", paths[-1]
+    return tuple(paths)
 
 
 def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str, int]:
-    held, trained = state_bytes(stage.state)
+    size, trained = state_bytes(stage.state)
     trained = trained if setting.training else 0
     _, kept, passing = line.memory(0, len(stage.ops), flight)
     optimizer = trained * STATE_OF[setting.optimizer]
     return {
-        "parameters": held,
+        "parameters": size,
         "gradients": trained,
         "optimizer": optimizer,
         "activations": kept,
@@ -390,16 +392,17 @@ def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str
 
 def _too_large(stages: list[StageReport], devices: list[Device]) -> Iterator[TooLarge]:
     """The ranks whose stages need more than their device has."""
-    for rank, where in sorted(
-        {s.rank: where for s, where in zip(stages, devices, strict=True)}.items()
-    ):
-        mine = [s for s in stages if s.rank == rank]
-        sums = {kind: sum(s.memory[kind] for s in mine) for kind in _KINDS}
+    device_of_rank: dict[int, Device] = {}
+    for stage, where in zip(stages, devices, strict=True):
+        device_of_rank[stage.rank] = where
+    for rank, where in sorted(device_of_rank.items()):
+        own = [s for s in stages if s.rank == rank]
+        sums = {kind: sum(s.memory[kind] for s in own) for kind in _KINDS}
         if sum(sums.values()) > where.memory:
             most = max(sums, key=lambda kind: sums[kind])
             yield TooLarge(
                 rank,
-                tuple(s.index for s in mine),
+                tuple(s.index for s in own),
                 sum(sums.values()),
                 where.name,
                 int(where.memory),
@@ -407,15 +410,15 @@ def _too_large(stages: list[StageReport], devices: list[Device]) -> Iterator[Too
             )
 
 
-def _elements(kind: Any) -> int:
+def _elements(tensor_type: Any) -> int:
     count = 1
-    for dim in getattr(kind, "shape", (0,)):
+    for dim in getattr(tensor_type, "shape", (0,)):
         count *= dim if isinstance(dim, int) else 0
     return count
 
 
-def _sources(kinds: list[str]) -> dict[str, int]:
-    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+def _sources(sources: list[str]) -> dict[str, int]:
+    return {source: sources.count(source) for source in dict.fromkeys(sources)}
 
 
 def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
@@ -452,11 +455,12 @@ def _why(t: Transfer) -> str:
         return "costs less to compute again than to send"
     if t.source is None:
         return "an input that was asked to travel from the first stage"
-    through = f", handed on by {', '.join(map(str, t.via))}" if t.via else ""
+    through = ""
+    if t.via:
+        through = f", handed on by {', '.join(map(str, t.via))}"
     if not isinstance(t.value.owner, Op):
         return "a tied parameter that is sent" + through
-    return (
-        "its gradient comes back"
-        if carries_grad(t.value.type)
-        else "costs more to compute again"
-    ) + through
+    reason = "costs more to compute again"
+    if carries_grad(t.value.type):
+        reason = "its gradient comes back"
+    return reason + through

@@ -26,8 +26,8 @@ def shared_plan(program: Program, policy: object, search: Callable[[], Plan]) ->
     store: Any = dist.group.WORLD.get_group_store()
     key = f"stagecut/plan/{fingerprint(program)}/{policy!r}"
     if not store.check([key]):
-        found = pickle.dumps(search()).hex()
-        return _read(store.compare_set(key, "", found))
+        pickled = pickle.dumps(search()).hex()
+        return _read(store.compare_set(key, "", pickled))
     return _read(store.get(key))
 
 

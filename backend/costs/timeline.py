@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import networkx
@@ -48,7 +48,9 @@ class Timeline:
     def bubble(self) -> float:
         """The part of the ranks' time in which they wait."""
         busy = sum(e.end - e.start for e in self.events)
-        return 1 - busy / (self.ranks * self.seconds) if self.seconds else 0.0
+        if self.seconds:
+            return 1 - busy / (self.ranks * self.seconds)
+        return 0.0
 
     def chrome_trace(self) -> dict[str, Any]:
         """The events in Chrome's trace format, in order of their start; microseconds."""
@@ -125,26 +127,27 @@ def _step_graph(
     result.
     """
     steps = [step for rank in ranks for step in rank]
-    known = set(steps)
+    all_steps = set(steps)
     graph: networkx.DiGraph[Step] = networkx.DiGraph()
     graph.add_nodes_from(steps)
     for rank in ranks:
         graph.add_edges_from(pairwise(rank), delay=0.0)
     for step in steps:
-        for need in _needs(step, known):
-            there = placement[need.stage] == placement[step.stage]
+        for need in _needs(step, all_steps):
+            same_rank = placement[need.stage] == placement[step.stage]
             between = min(need.stage, step.stage)
             graph.add_edge(
                 need,
                 step,
-                delay=0.0 if there or between >= len(sent) else sent[between],
+                delay=0.0 if same_rank or between >= len(sent) else sent[between],
             )
     return graph
 
 
-def _needs(step: Step, known: set[Step]) -> list[Step]:
-    """The steps in `known` whose results a step needs."""
-    stage, microbatch = step.stage, step.microbatch
+def _needs(step: Step, all_steps: set[Step]) -> list[Step]:
+    """The steps in `all_steps` whose results a step needs."""
+    stage = step.stage
+    microbatch = step.microbatch
     if step.kind == FORWARD:
         needs = [Step(FORWARD, stage - 1, microbatch)]
     elif step.kind == WEIGHT:
@@ -154,7 +157,7 @@ def _needs(step: Step, known: set[Step]) -> list[Step]:
             Step(FORWARD, stage, microbatch),
             *(Step(kind, stage + 1, microbatch) for kind in (BACKWARD, INPUT)),
         ]
-    return [need for need in needs if need in known]
+    return [need for need in needs if need in all_steps]
 
 
 class Recording:
@@ -198,19 +201,25 @@ def record(
 
     together: Callable[[], AbstractContextManager[Any]] = nullcontext
     if isinstance(what, Driver):
-        driver, stages, title = [what], list[PipelineStage](), _title(what)
-        group, device, together = what.group, what.device, what.faults.together
+        drivers = [what]
+        stages = list[PipelineStage]()
+        title = _title(what)
+        group = what.group
+        device = what.device
+        together = what.faults.together
     else:
-        driver = []
+        drivers = []
         stages = [what] if isinstance(what, PipelineStage) else list(what)
         title = "measured"
-        device = stages[0].device if stages else torch.device("cpu")
+        device = torch.device("cpu")
+        if stages:
+            device = stages[0].device
     recording = Recording()
     with together():
         meter = _Meter(device, group)
     try:
-        for one in driver:
-            meter.watch_made(one)
+        for driver in drivers:
+            meter.watch_driver(driver)
         for stage in stages:
             meter.watch(stage)
         yield recording
@@ -232,7 +241,9 @@ class _Meter:
     """Times the steps of stages, by methods that it puts in front of their own."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        self._device, self._cuda, self._group = device, device.type == "cuda", group
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._group = group
         self._changed: list[tuple[Any, str, Any]] = []
         self._watched: set[int] = set()
         self._marks: list[tuple[Step, Any, Any]] = []
@@ -254,7 +265,7 @@ class _Meter:
                     partial(self._timed, getattr(stage, name), name, stage.stage_index),
                 )
 
-    def watch_made(self, driver: Driver) -> None:
+    def watch_driver(self, driver: Driver) -> None:
         """The steps of all stages of a driver are timed too. The driver makes the stages when it first needs
         them.
         """
@@ -270,30 +281,28 @@ class _Meter:
 
     def restore(self) -> None:
         """Everything is as it was before."""
-        for owner, name, before in reversed(self._changed):
-            if before is None:
+        for owner, name, original in reversed(self._changed):
+            if original is None:
                 del vars(owner)[name]
             else:
-                vars(owner)[name] = before
+                vars(owner)[name] = original
         self._changed.clear()
 
     def timeline(self, title: str) -> Timeline:
         """The steps of all ranks, from the first start on."""
-        rank, ranks = (
-            (dist.get_rank(self._group), dist.get_world_size(self._group))
-            if self._meets
-            else (0, 1)
-        )
-        mine = [
+        rank = 0
+        ranks = 1
+        if self._meets:
+            rank = dist.get_rank(self._group)
+            ranks = dist.get_world_size(self._group)
+        own = [
             Event(step, rank, self._since(start), self._since(end))
             for step, start, end in self._marks
         ]
-        everywhere: list[Any] = [mine] * ranks
+        everywhere: list[Any] = [own] * ranks
         if self._meets:
-            dist.all_gather_object(everywhere, mine, group=self._group)
-        events = sorted(
-            (e for part in everywhere for e in part), key=lambda e: (e.start, e.rank)
-        )
+            dist.all_gather_object(everywhere, own, group=self._group)
+        events = sorted(chain(*everywhere), key=lambda e: (e.start, e.rank))
         first = events[0].start if events else 0.0
         return Timeline(
             tuple(replace(e, start=e.start - first, end=e.end - first) for e in events),

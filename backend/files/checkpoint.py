@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.state import (
     entries,
-    held,
+    held_tensors,
     lost_hint,
     persistent,
     refuse_meta,
@@ -108,9 +108,9 @@ def load(
 
     Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
     """
-    place = _folder(driver, folder)
+    path = _folder(driver, folder)
     with driver.faults.together(agreed=(StagecutError,)):
-        return together(driver.group, lambda: _load(driver, optimizer, place, copies))
+        return together(driver.group, lambda: _load(driver, optimizer, path, copies))
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -119,17 +119,17 @@ def latest(folder: str | Path) -> Path | None:
     """
     if not isinstance(folder, str | Path):
         raise CheckpointError(f"{folder!r} is no folder", hint=_A_FOLDER)
-    found = [
-        (int(number[0]), path)
-        for path in Path(folder).glob("*/")
-        if (number := re.findall(r"\d+$", path.name))
-    ]
-    whole = [
-        (number, path)
-        for number, path in found
-        if (path / ".metadata").is_file() and not path.name.startswith(".")
-    ]
-    return max(whole)[1] if whole else None
+    whole: list[tuple[int, Path]] = []
+    for path in Path(folder).glob("*/"):
+        number = re.search(r"\d+$", path.name)
+        if number is None or path.name.startswith("."):
+            continue
+        if (path / ".metadata").is_file():
+            whole.append((int(number[0]), path))
+    if not whole:
+        return None
+    _, newest = max(whole)
+    return newest
 
 
 _A_FOLDER = 'a str or a Path, such as "run/step-100"'
@@ -180,14 +180,14 @@ class _Writer(FileSystemWriter):
 
 def _state(
     driver: Driver,
-    optimizer: Optimizers,
+    optimizers: Optimizers,
     extra: Mapping[str, Any] | None,
     copies: Copies,
 ) -> dict[str, Any]:
     """The state that this rank saves."""
     state: dict[str, Any] = {"model": _model_state(driver)}
-    for one in _listed(optimizer):
-        state["optim"] = state.get("optim", {}) | _optimizer_state(driver, one)
+    for optimizer in _listed(optimizers):
+        state["optim"] = state.get("optim", {}) | _optimizer_state(driver, optimizer)
     for name in copies:
         state[name] = {
             persistent(entry)[0]: tensor.detach()
@@ -199,10 +199,12 @@ def _state(
     return state
 
 
-def _listed(optimizer: Optimizers) -> list[Optimizer]:
-    if optimizer is None:
+def _listed(optimizers: Optimizers) -> list[Optimizer]:
+    if optimizers is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    if isinstance(optimizers, Optimizer):
+        return [optimizers]
+    return list(optimizers)
 
 
 def _copied(
@@ -214,18 +216,16 @@ def _copied(
             f"copies cannot be called '{title}'",
             hint=f"a checkpoint has {', '.join(_RESERVED)} of its own",
         )
-    mine = {
-        name: entry
-        for entry in entries(driver.pipe.program, driver.stage_indices)
-        for name in persistent(entry)
-    }
+    own: dict[str, StateEntry] = {}
+    for entry in entries(driver.pipe.program, driver.stage_indices):
+        own |= dict.fromkeys(persistent(entry), entry)
     for name in tensors:
-        if name not in mine:
+        if name not in own:
             raise CheckpointError(
                 f"no stage of this rank has '{name}', of which '{title}' has a copy",
-                hint=nearest(name, mine),
+                hint=nearest(name, own),
             )
-    return [(mine[name], tensor) for name, tensor in tensors.items()]
+    return [(own[name], tensor) for name, tensor in tensors.items()]
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
@@ -235,42 +235,32 @@ def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
     pipe = driver.pipe
     for index in driver.stage_indices:
         refuse_meta(pipe.program, pipe.stages[index])
-    named = {name for entry in pipe.program.state for name in persistent(entry)}
-    strange = [
-        name
-        for i in driver.stage_indices
-        for name in pipe.stages[i].state_dict()
-        if name not in named
-    ]
-    if strange:
-        raise CheckpointError(
-            f"'{strange[0]}' is no tensor of the traced model, it would be lost",
-            hint=lost_hint(strange[0], "register it before the model is cut"),
-        )
-    mine = [
-        entry
-        for entry in pipe.program.state
-        if entry.stages
-        and entry.stages[0] in driver.stage_indices
-        and persistent(entry)
-    ]
-    state = {
-        persistent(entry)[0]: next(
-            held(pipe.program, [pipe.stages[entry.stages[0]]], entry)
-        ).detach()
-        for entry in mine
-    }
-    sharded = next(
-        (name for name, tensor in state.items() if isinstance(tensor, DTensor)), None
-    )
-    if sharded is not None:
-        raise CheckpointError(
-            f"'{sharded}' is sharded over ranks of other pipelines, which this one does not know",
-            hint=(
-                "save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: its "
-                "names are the model's"
-            ),
-        )
+    traced = {name for entry in pipe.program.state for name in persistent(entry)}
+    for index in driver.stage_indices:
+        for name in pipe.stages[index].state_dict():
+            if name not in traced:
+                raise CheckpointError(
+                    f"'{name}' is no tensor of the traced model, it would be lost",
+                    hint=lost_hint(name, "register it before the model is cut"),
+                )
+    state: dict[str, torch.Tensor] = {}
+    for entry in pipe.program.state:
+        names = persistent(entry)
+        if not names or not entry.stages:
+            continue
+        first = entry.stages[0]
+        if first in driver.stage_indices:
+            tensors = held_tensors(pipe.program, [pipe.stages[first]], entry)
+            state[names[0]] = next(tensors).detach()
+    for name, tensor in state.items():
+        if isinstance(tensor, DTensor):
+            raise CheckpointError(
+                f"'{name}' is sharded over ranks of other pipelines, which this one does not know",
+                hint=(
+                    "save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: "
+                    "its names are the model's"
+                ),
+            )
     return state
 
 
@@ -283,45 +273,40 @@ def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
             entry = _entry_of(parameter, homes)
             if entry.stages[0] not in driver.stage_indices:
                 continue
-            state |= {
-                f"param_groups.{entry.name}.{key}": item
-                for key, item in group.items()
-                if key not in ("params", "param_names")
-            }
-            for key, item in optimizer.state.get(parameter, {}).items():
-                if not isinstance(item, _PLAIN):
+            for key, value in group.items():
+                if key not in ("params", "param_names"):
+                    state[f"param_groups.{entry.name}.{key}"] = value
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, _PLAIN):
                     raise CheckpointError(
-                        f"optimizer state '{key}' of '{entry.name}' is a {type(item).__name__}",
+                        f"optimizer state '{key}' of '{entry.name}' is a {type(value).__name__}",
                         hint="only tensors and numbers are saved",
                     )
-                state[f"state.{entry.name}.{key}"] = item
+                state[f"state.{entry.name}.{key}"] = value
     return state
 
 
 def _homes(driver: Driver) -> dict[int, StateEntry]:
     """id of a parameter -> its entry, for the parameters of this rank."""
-    pipe, stages = driver.pipe, [driver.pipe.stages[i] for i in driver.stage_indices]
-    mine = [
-        entry
-        for entry in entries(pipe.program, driver.stage_indices)
-        if entry.kind == "param"
-    ]
-    return {
-        id(tensor): entry
-        for entry in mine
-        for tensor in held(pipe.program, stages, entry)
-    }
+    pipe = driver.pipe
+    stages = [driver.pipe.stages[i] for i in driver.stage_indices]
+    homes: dict[int, StateEntry] = {}
+    for entry in entries(pipe.program, driver.stage_indices):
+        if entry.kind == "param":
+            for tensor in held_tensors(pipe.program, stages, entry):
+                homes[id(tensor)] = entry
+    return homes
 
 
 def _entry_of(parameter: torch.Tensor, homes: Mapping[int, StateEntry]) -> StateEntry:
-    found = homes.get(id(parameter))
-    if found is None:
+    entry = homes.get(id(parameter))
+    if entry is None:
         raise CheckpointError(
             f"the optimizer has a parameter of shape {list(parameter.shape)} that no stage of this rank "
             "holds",
             hint="make it with driver.parameters(), after materialize()",
         )
-    return found
+    return entry
 
 
 def _clear(folder: Path, aside: Path) -> None:
@@ -330,7 +315,7 @@ def _clear(folder: Path, aside: Path) -> None:
             f"'{folder}' is there already",
             hint="give every checkpoint a folder of its own, such as run/step-100",
         )
-    shutil.rmtree(aside, ignore_errors=True)  # what a save that was killed left
+    shutil.rmtree(aside, ignore_errors=True)  # left by a save that was killed
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -343,10 +328,10 @@ def _publish(aside: Path, folder: Path) -> None:
         os.close(parent)
 
 
-def _pickled(item: Any) -> bytes:
-    made = io.BytesIO()
-    torch.save(item, made)
-    return made.getvalue()
+def _pickled(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -361,7 +346,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.known: dict[str, Any] = (
+            self.contents: dict[str, Any] = (
                 FileSystemReader(folder).read_metadata().state_dict_metadata
             )
         except (FileNotFoundError, NotADirectoryError):
@@ -382,40 +367,38 @@ class Reader:
 
         Raises CheckpointError when there is none.
         """
-        key = next(
-            (
-                key
-                for name in names
-                for key in ([f"{title}.{name}"] if title else [f"model.{name}", name])
-                if key in self.known
-            ),
-            None,
-        )
-        if key is None:
-            known = [
-                name.removeprefix("model.")
-                for name in self.known
-                if not name.startswith(("optim.", "extra"))
-            ]
-            raise CheckpointError(
-                f"'{title + '.' if title else ''}{names[0]}' is not in the checkpoint",
-                where=str(self.folder),
-                hint=nearest(names[0], known),
-            )
-        found = self.known[key]
-        if not isinstance(found, TensorStorageMetadata):
+        key = self._key(names, title)
+        metadata = self.contents[key]
+        if not isinstance(metadata, TensorStorageMetadata):
             raise CheckpointError(
                 f"'{key}' is no tensor in the checkpoint", where=str(self.folder)
             )
         check_fits(
             names[0],
             tensor,
-            tuple(found.size),
-            found.properties.dtype,
+            tuple(metadata.size),
+            metadata.properties.dtype,
             str(self.folder),
             cast,
         )
         return key
+
+    def _key(self, names: Sequence[str], title: str) -> str:
+        prefixes = (f"{title}.",) if title else ("model.", "")
+        for name in names:
+            for prefix in prefixes:
+                if prefix + name in self.contents:
+                    return prefix + name
+        known: list[str] = []
+        for key in self.contents:
+            if not key.startswith(("optim.", "extra")):
+                known.append(key.removeprefix("model."))
+        name = f"{title}.{names[0]}" if title else names[0]
+        raise CheckpointError(
+            f"'{name}' is not in the checkpoint",
+            where=str(self.folder),
+            hint=nearest(names[0], known),
+        )
 
     def read(self, into: dict[str, Any]) -> None:
         """Every tensor of `into` is filled, and everything else replaced, with the checkpoint's contents
@@ -429,10 +412,12 @@ class Reader:
 
     def template(self, key: str, device: torch.device) -> Any:
         """An object that `read` can fill under `key`."""
-        found = self.known[key]
-        if not isinstance(found, TensorStorageMetadata):
+        metadata = self.contents[key]
+        if not isinstance(metadata, TensorStorageMetadata):
             return None
-        return torch.empty(found.size, dtype=found.properties.dtype, device=device)
+        return torch.empty(
+            metadata.size, dtype=metadata.properties.dtype, device=device
+        )
 
 
 def check_fits(
@@ -466,42 +451,44 @@ def check_fits(
 
 
 def _load(
-    driver: Driver, optimizer: Optimizers, folder: Path, copies: Copies
+    driver: Driver, optimizers: Optimizers, folder: Path, copies: Copies
 ) -> dict[str, Any]:
-    reader, program = Reader(folder), driver.pipe.program
+    reader = Reader(folder)
+    program = driver.pipe.program
     stages = [driver.pipe.stages[i] for i in driver.stage_indices]
     for stage in stages:
         refuse_meta(program, stage)
     tensors: dict[str, list[torch.Tensor]] = {}
     for entry in entries(program, driver.stage_indices):
         if persistent(entry):
-            replicas = [tensor.detach() for tensor in held(program, stages, entry)]
+            replicas = [
+                tensor.detach() for tensor in held_tensors(program, stages, entry)
+            ]
             tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
     for name in copies:
         for entry, tensor in _copied(driver, name, copies[name]):
             key = reader.key_for(persistent(entry), tensor, title=name)
             tensors.setdefault(key, []).append(tensor.detach())
-    slots = [_Slots(driver, one, reader) for one in _listed(optimizer)]
+    slots = [_Slots(driver, optimizer, reader) for optimizer in _listed(optimizers)]
     wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}
     for slot in slots:
         wanted |= slot.templates(reader)
-    if "extra" in reader.known:
+    if "extra" in reader.contents:
         wanted["extra"] = b""
     reader.read(wanted)
     for first, *others in tensors.values():
-        for other in others:
-            other.copy_(first)
+        for replica in others:
+            replica.copy_(first)
     for slot in slots:
         slot.fill(wanted)
-    return (
-        dict(torch.load(io.BytesIO(wanted["extra"]), weights_only=False))
-        if "extra" in wanted
-        else {}
-    )
+    if "extra" not in wanted:
+        return {}
+    extra = io.BytesIO(wanted["extra"])
+    return dict(torch.load(extra, weights_only=False))
 
 
 class _Slots:
-    """Where the optimizer's state of this rank lies in a checkpoint. Raises CheckpointError when it has no
+    """The keys of an optimizer's state of this rank in a checkpoint. Raises CheckpointError when it has no
     state for a parameter.
     """
 
@@ -510,7 +497,7 @@ class _Slots:
         self.groups: list[
             list[tuple[torch.Tensor, dict[str, str], dict[str, str]]]
         ] = []
-        saved = _saved_optimizer(reader.known)
+        saved = _saved_optimizer(reader.contents)
         homes = _homes(driver)
         for group in optimizer.param_groups:
             self.groups.append([])
@@ -524,7 +511,9 @@ class _Slots:
                     raise CheckpointError(
                         f"there is no optimizer state of '{entry.name}' in the checkpoint",
                         where=str(reader.folder),
-                        hint=nearest(entry.name, (known for _, known in saved)),
+                        hint=nearest(
+                            entry.name, (parameter_name for _, parameter_name in saved)
+                        ),
                     )
                 self.groups[-1].append(
                     (
@@ -538,24 +527,21 @@ class _Slots:
         """Key -> the object that `Reader.read` fills. As in torch, a step count is on the CPU unless a kernel
         reads it.
         """
-        found: dict[str, Any] = {}
+        cpu = torch.device("cpu")
+        templates: dict[str, Any] = {}
         for group, members in zip(
             self.optimizer.param_groups, self.groups, strict=True
         ):
             on_device = group.get("capturable") or group.get("fused")
             for parameter, settings, state in members:
-                found |= {
-                    full: reader.template(full, torch.device("cpu"))
-                    for full in settings.values()
-                }
-                for key, full in state.items():
-                    found[full] = reader.template(
-                        full,
-                        parameter.device
-                        if key != "step" or on_device
-                        else torch.device("cpu"),
-                    )
-        return found
+                for full_key in settings.values():
+                    templates[full_key] = reader.template(full_key, cpu)
+                for key, full_key in state.items():
+                    device = parameter.device
+                    if key == "step" and not on_device:
+                        device = cpu
+                    templates[full_key] = reader.template(full_key, device)
+        return templates
 
     def fill(self, read: Mapping[str, Any]) -> None:
         """The optimizer has the settings and the state that were read."""
@@ -563,42 +549,42 @@ class _Slots:
         for group, members in zip(
             self.optimizer.param_groups, self.groups, strict=True
         ):
-            mine = {key: item for key, item in group.items() if key != "params"}
-            settings = [
-                {key: read[full] for key, full in settings.items()}
-                for _, settings, _ in members
-            ]
-            for key, item in (settings[0] if settings else {}).items():
-                if any(other.get(key) != item for other in settings):
+            saved = [_read_values(read, settings) for _, settings, _ in members]
+            first = saved[0] if saved else {}
+            for key, value in first.items():
+                if any(settings.get(key) != value for settings in saved):
                     raise CheckpointError(
                         f"parameters of one group were saved with several values of '{key}'",
                         hint="group them as before",
                     )
-            groups.append(
-                mine
-                | (settings[0] if settings else {})
-                | {"params": list(range(len(members)))}
-            )
+            numbers = list(range(len(members)))
+            own_settings = {key: group[key] for key in group if key != "params"}
+            groups.append({**own_settings, **first, "params": numbers})
         self.optimizer.load_state_dict({"state": {}, "param_groups": groups})
         for parameter, _, state in (
             member for members in self.groups for member in members
         ):
             # set here, because load_state_dict casts to the parameter's dtype
             if state:
-                self.optimizer.state[parameter] = {
-                    key: read[full] for key, full in state.items()
-                }
+                self.optimizer.state[parameter] = _read_values(read, state)
 
 
-def _saved_optimizer(known: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+def _read_values(
+    read: Mapping[str, Any], full_keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """Key -> the value that was read under its full key."""
+    return {key: read[full_key] for key, full_key in full_keys.items()}
+
+
+def _saved_optimizer(full_keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
     """('state' or 'param_groups', parameter name) -> key -> its full key in the checkpoint."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for full in known:
+    saved: dict[tuple[str, str], dict[str, str]] = {}
+    for full_key in full_keys:
         for part in ("state", "param_groups"):
-            if full.startswith(f"optim.{part}."):
-                name, _, key = full.removeprefix(f"optim.{part}.").rpartition(".")
-                found.setdefault((part, name), {})[key] = full
-    return found
+            if full_key.startswith(f"optim.{part}."):
+                name, _, key = full_key.removeprefix(f"optim.{part}.").rpartition(".")
+                saved.setdefault((part, name), {})[key] = full_key
+    return saved
 
 
 # --- all ranks or none --------------------------------------------------------------------------------
@@ -606,7 +592,8 @@ def _saved_optimizer(known: Iterable[str]) -> dict[tuple[str, str], dict[str, st
 
 def on_first(group: dist.ProcessGroup | None, work: Callable[[], None]) -> None:
     """Rank 0 has done `work`; if it raised, every rank raises the same error."""
-    together(group, lambda: work() if dist.get_rank(group) == 0 else None)
+    is_first = dist.get_rank(group) == 0
+    together(group, lambda: work() if is_first else None)
 
 
 def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
@@ -614,18 +601,20 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     on all.
     """
     error: Exception | None = None
-    made: T | None = None
+    result: T | None = None
     try:
-        made = work()
+        result = work()
     except Exception as caught:
         error = caught
-    found: list[str | None] = [None] * dist.get_world_size(group)
+    failures: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(
-        found, None if error is None else str(error) or type(error).__name__, group
+        failures, None if error is None else str(error) or type(error).__name__, group
     )
     if isinstance(error, StagecutError):
         raise error
-    failed = next((rank for rank, text in enumerate(found) if text is not None), None)
+    failed = next(
+        (rank for rank, text in enumerate(failures) if text is not None), None
+    )
     if failed is not None:
-        raise CheckpointError(f"rank {failed}: {found[failed]}") from error
-    return made  # type: ignore[return-value]
+        raise CheckpointError(f"rank {failed}: {failures[failed]}") from error
+    return result  # type: ignore[return-value]

@@ -135,13 +135,13 @@ class _Versioned(Struct):
 File = TypeVar("File", Manifest, Side)
 
 
-def read_json(path: Path, kind: type[File]) -> File:
+def read_json(path: Path, file_class: type[File]) -> File:
     """The contents of a JSON file of that kind. Raises SavedError for anything else, its format first."""
     content = read(path, MAX_JSON)
     try:
         version = msgspec.json.decode(content, type=_Versioned).format
         if version == FORMAT:
-            return msgspec.json.decode(content, type=kind)
+            return msgspec.json.decode(content, type=file_class)
     except (ValueError, RecursionError) as error:
         raise SavedError(
             f"'{path.name}' is no file of a saved pipe: {str(error)[:200]}",
@@ -186,7 +186,8 @@ def call_spec(call: Call, inputs: int, outputs: int) -> CallSpec:
     """The calling convention of a program with so many flat inputs and outputs. Raises SavedError for a form
     that is none.
     """
-    in_spec, out_spec = _spec(call.inputs, 0), _spec(call.outputs, 0)
+    in_spec = _spec(call.inputs, 0)
+    out_spec = _spec(call.outputs, 0)
     if in_spec.num_leaves != inputs or out_spec.num_leaves != outputs:
         raise SavedError(
             f"the call has {in_spec.num_leaves} inputs and {out_spec.num_leaves} outputs, the program "
@@ -215,7 +216,9 @@ def _parameter(name: str, default: Any) -> Parameter:
 
 
 def _default(parameter: Parameter) -> Any:
-    return ABSENT if parameter.default is None else _literal(parameter.default)
+    if parameter.default is None:
+        return ABSENT
+    return _literal(parameter.default)
 
 
 def _literal(text: str) -> Any:
@@ -244,8 +247,8 @@ def _is_plain(tree: Any) -> bool:
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:
     children: Any = getattr(spec, "children", None)
-    found: Any = children() if callable(children) else spec.children_specs
-    return list(found)
+    specs: Any = children() if callable(children) else spec.children_specs
+    return list(specs)
 
 
 def _is_leaf(spec: TreeSpec) -> bool:
@@ -261,9 +264,9 @@ def _form(spec: TreeSpec, what: str) -> Node | None:
     if spec.type is namedtuple:
         return Node(_name(spec.context), children, fields=list(spec.context._fields))
     if spec.type in (Opened, Constant):
-        kind = spec.context.kind if spec.type is Opened else type(spec.context)
+        cls = spec.context.cls if spec.type is Opened else type(spec.context)
         raise SavedError(
-            f"{what} of the model holds a {_name(kind)}, an object that load could not make without code of "
+            f"{what} of the model holds a {_name(cls)}, an object that load could not make without code of "
             "its class",
             hint=(
                 "return tuples, lists, dicts, or classes registered by torch.utils._pytree; call a decoder "
@@ -289,9 +292,10 @@ def _spec(form: Node | None, depth: int) -> TreeSpec:
         raise SavedError(f"arguments or outputs are nested more than {MAX_DEPTH} deep")
     children = [_spec(child, depth + 1) for child in form.children]
     if form.fields is not None:
-        kind = _named_tuple(form.name, form.fields, len(children))
-        return TreeSpec(namedtuple, kind, children)
-    node, context = _registered(_LONG.get(form.name, form.name)), _literal(form.context)
+        cls = _named_tuple(form.name, form.fields, len(children))
+        return TreeSpec(namedtuple, cls, children)
+    node = _registered(_LONG.get(form.name, form.name))
+    context = _literal(form.context)
     _check_context(form.name, context, len(children))
     return TreeSpec(node, context, children)
 
@@ -326,17 +330,12 @@ def _may_be_read(name: str) -> bool:
 
 
 def _registered(name: str) -> type:
-    found = next(
-        (
-            node
-            for node in _pytree.SUPPORTED_NODES
-            if isinstance(node, type) and _name(node) == name
-        ),
-        None,
-    )
-    if found is None or not _may_be_read(name):
+    if not _may_be_read(name):
         raise _unknown(name)
-    return found
+    for cls in _pytree.SUPPORTED_NODES:
+        if isinstance(cls, type) and _name(cls) == name:
+            return cls
+    raise _unknown(name)
 
 
 def _named_tuple(name: str, fields: list[str], children: int) -> type:
@@ -345,14 +344,17 @@ def _named_tuple(name: str, fields: list[str], children: int) -> type:
     """
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
-        found: Any = sys.modules.get(".".join(parts[:split]))
+        candidate: Any = sys.modules.get(".".join(parts[:split]))
         for part in parts[split:]:
-            found = vars(found).get(part) if hasattr(found, "__dict__") else None
-        if isinstance(found, type) and _pytree.is_namedtuple_class(found):
-            here = list(vars(found)["_fields"])
-            if here == fields and len(fields) == children:
-                return found
-            raise SavedError(f"{name} has the fields {here} here, saved were {fields}")
+            attributes = vars(candidate) if hasattr(candidate, "__dict__") else {}
+            candidate = attributes.get(part)
+        if isinstance(candidate, type) and _pytree.is_namedtuple_class(candidate):
+            own_fields = list(vars(candidate)["_fields"])
+            if own_fields == fields and len(fields) == children:
+                return candidate
+            raise SavedError(
+                f"{name} has the fields {own_fields} here, saved were {fields}"
+            )
     raise _unknown(name)
 
 

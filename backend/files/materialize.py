@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stagecut.backend.files.checkpoint import CheckpointError, Reader, check_fits
 from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held, persistent
+from stagecut.backend.stages.state import entries, held_tensors, persistent
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.run.storage import storage_of, written_by
@@ -59,46 +59,51 @@ def materialize(
     stage changes.
     """
     stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
-    mine = entries(pipe.program, [stage.index for stage in stages])
-    now = {entry: next(held(pipe.program, stages, entry)) for entry in mine}
-    _refuse_overlaps(now)
-    given = _by_entry(pipe, values, now, cast)
-    known = {
-        entry: real
-        for entry in mine
-        if now[entry].is_meta and (real := _elsewhere(pipe, entry, device)) is not None
+    wanted = entries(pipe.program, [stage.index for stage in stages])
+    current = {
+        entry: next(held_tensors(pipe.program, stages, entry)) for entry in wanted
     }
-    reader: Source | None = None if source is None else _open(Path(source))
-    keys: dict[StateEntry, str] = {}
-    for entry in mine if reader is not None else ():
-        names = [name if rename is None else rename(name) for name in persistent(entry)]
-        if names and entry not in given and entry not in known and reader is not None:
-            keys[entry] = reader.key_for(names, now[entry], cast)
+    _refuse_overlaps(current)
+    from_values = _by_entry(pipe, values, current, cast)
+    from_stages: dict[StateEntry, torch.Tensor] = {}
+    for entry in wanted:
+        if not current[entry].is_meta:
+            continue
+        tensor = _elsewhere(pipe, entry, device)
+        if tensor is not None:
+            from_stages[entry] = tensor
+    reader: Source | None = None
+    from_source: dict[StateEntry, str] = {}
+    if source is not None:
+        reader = _open(Path(source))
+        for entry in wanted:
+            names = persistent(entry)
+            if rename is not None:
+                names = [rename(name) for name in names]
+            if names and entry not in from_values and entry not in from_stages:
+                from_source[entry] = reader.key_for(names, current[entry], cast)
+    has_value = {*from_values, *from_stages, *from_source}
     lacking = [
-        entry
-        for entry in mine
-        if now[entry].is_meta
-        and not (entry in given or entry in known or entry in keys)
+        entry for entry in wanted if current[entry].is_meta and entry not in has_value
     ]
     if lacking and init_fn is None:
         raise _no_value(lacking, source)
 
-    made = known | _initial(pipe, lacking, init_fn, device, seed)
-    made |= {
-        e: now[e].detach()
-        if not now[e].is_meta
-        else torch.empty_like(now[e].detach(), device=device)
-        for e in (*given, *keys)
-    }
-    for entry, tensor in given.items():
-        made[entry].copy_(tensor)
+    tensors = from_stages | _initial(pipe, lacking, init_fn, device, seed)
+    for entry in (*from_values, *from_source):
+        own = current[entry].detach()
+        if own.is_meta:
+            own = torch.empty_like(own, device=device)
+        tensors[entry] = own
+    for entry, tensor in from_values.items():
+        tensors[entry].copy_(tensor)
     if reader is not None:
-        reader.read({key: made[entry] for entry, key in keys.items()})
+        reader.read({key: tensors[entry] for entry, key in from_source.items()})
     _install(
         pipe,
         stages,
-        {entry: tensor for entry, tensor in made.items() if now[entry].is_meta},
-        now,
+        {entry: tensor for entry, tensor in tensors.items() if current[entry].is_meta},
+        current,
         device,
     )
 
@@ -106,16 +111,14 @@ def materialize(
 def _install(
     pipe: Staged,
     stages: Sequence[Stage],
-    made: Mapping[StateEntry, torch.Tensor],
-    now: Mapping[StateEntry, torch.Tensor],
+    tensors: Mapping[StateEntry, torch.Tensor],
+    current: Mapping[StateEntry, torch.Tensor],
     device: torch.device,
 ) -> None:
-    """The stages hold the tensors of `made`, one tensor under all its names, and are on `device` as a
-    whole.
-    """
-    for entry, tensor in made.items():
+    """The stages hold these tensors, each under all its names, and are on `device` as a whole."""
+    for entry, tensor in tensors.items():
         if entry.kind == "param" and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=now[entry].requires_grad)
+            tensor = nn.Parameter(tensor, requires_grad=current[entry].requires_grad)
         for stage in stages:
             for name in pipe.program.stages[stage.index].state.get(entry, ()):
                 put(stage, name, tensor)
@@ -126,16 +129,16 @@ def _install(
         stage.to(device)
 
 
-def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
+def _refuse_overlaps(current: Mapping[StateEntry, torch.Tensor]) -> None:
     """Raises MaterializeError for two tensors in one storage, because they would become two: a write to one
     would not show in the other.
     """
     seen: dict[int | None, StateEntry] = {}
-    for entry, tensor in now.items():
-        other = seen.setdefault(storage_of(tensor), entry)
-        if tensor.is_meta and other is not entry:
+    for entry, tensor in current.items():
+        first = seen.setdefault(storage_of(tensor), entry)
+        if tensor.is_meta and first is not entry:
             raise MaterializeError(
-                f"'{other.name}' and '{entry.name}' lie in one storage",
+                f"'{first.name}' and '{entry.name}' lie in one storage",
                 hint="make one from the other in forward, not in __init__",
             )
 
@@ -143,18 +146,17 @@ def _refuse_overlaps(now: Mapping[StateEntry, torch.Tensor]) -> None:
 def _by_entry(
     pipe: Staged,
     values: Mapping[str, torch.Tensor],
-    now: Mapping[StateEntry, torch.Tensor],
+    current: Mapping[StateEntry, torch.Tensor],
     cast: bool,
 ) -> dict[StateEntry, torch.Tensor]:
     """The given tensors of these stages. Raises MaterializeError for a name that no stage has, and for a
     tensor without values.
     """
-    owners = {
-        known: entry
-        for name, entry in pipe.program.name_owners().items()
-        for known in (name, stored(name))
-    }
-    found: dict[StateEntry, torch.Tensor] = {}
+    owners: dict[str, StateEntry] = {}
+    for name, entry in pipe.program.name_owners().items():
+        for alias in (name, stored(name)):
+            owners[alias] = entry
+    tensors: dict[StateEntry, torch.Tensor] = {}
     for name, tensor in values.items():
         if name not in owners:
             raise MaterializeError(
@@ -163,17 +165,12 @@ def _by_entry(
             )
         if tensor.is_meta:
             raise MaterializeError(f"values['{name}'] is on the meta device itself")
-        if owners[name] in now:
-            check_fits(
-                name,
-                now[owners[name]],
-                tuple(tensor.shape),
-                tensor.dtype,
-                "values",
-                cast,
-            )
-            found[owners[name]] = tensor.detach()
-    return found
+        entry = owners[name]
+        if entry in current:
+            shape = tuple(tensor.shape)
+            check_fits(name, current[entry], shape, tensor.dtype, "values", cast)
+            tensors[entry] = tensor.detach()
+    return tensors
 
 
 def _elsewhere(
@@ -184,14 +181,12 @@ def _elsewhere(
         find(pipe.stages[index], pipe.program.stages[index].state[entry][0])
         for index in entry.stages
     )
-    return next(
-        (
-            t
-            for t in tensors
-            if t is not None and not t.is_meta and t.device == _indexed(device)
-        ),
-        None,
-    )
+    for tensor in tensors:
+        if tensor is None or tensor.is_meta:
+            continue
+        if tensor.device == _indexed(device):
+            return tensor
+    return None
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -201,20 +196,20 @@ def _indexed(device: torch.device) -> torch.device:
 def _no_value(
     lacking: Sequence[StateEntry], source: str | Path | None
 ) -> MaterializeError:
-    names = ", ".join(f"'{entry.name}'" for entry in lacking[:5]) + (
-        f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-    )
+    names = ", ".join(f"'{entry.name}'" for entry in lacking[:5])
+    if len(lacking) > 5:
+        names += f" and {len(lacking) - 5} more"
     if source is None:
         return MaterializeError(
             f"nothing gives values to {names}",
             hint="give a checkpoint, init_fn=..., or values={name: tensor}",
         )
-    kinds = dict.fromkeys(
+    categories = dict.fromkeys(
         "constants" if entry.kind == "const" else "non-persistent buffers"
         for entry in lacking
     )
     return MaterializeError(
-        f"no checkpoint holds {' and '.join(kinds)}, and these were made on meta: {names}",
+        f"no checkpoint holds {' and '.join(categories)}, and these were made on meta: {names}",
         hint=(
             "values={name: tensor}, or an init_fn that computes them in their module; a tensor that forward "
             "makes must not be on meta"
@@ -241,12 +236,9 @@ class _Safetensors:
         self.files: dict[str, Path] = {}
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {
-                name: path / file
-                for name, file in json.loads(index.read_text(encoding="utf-8"))[
-                    "weight_map"
-                ].items()
-            }
+            contents = json.loads(index.read_text(encoding="utf-8"))
+            for name, file_name in contents["weight_map"].items():
+                self.files[name] = path / file_name
             return
         file = path if path.is_file() else path / "model.safetensors"
         if not file.is_file():
@@ -266,9 +258,9 @@ class _Safetensors:
                 where=str(self.path),
                 hint=nearest(names[0], self.files),
             )
-        found = self._tensor(key)
+        saved = self._tensor(key)
         check_fits(
-            key, tensor, tuple(found.shape), found.dtype, str(self.files[key]), cast
+            key, tensor, tuple(saved.shape), saved.dtype, str(self.files[key]), cast
         )
         return key
 
@@ -288,8 +280,8 @@ class _Safetensors:
                     where=str(self.files[key]),
                     hint="load the checkpoint again",
                 )
-            found: torch.Tensor = handle.get_tensor(key)
-            return found
+            tensor: torch.Tensor = handle.get_tensor(key)
+            return tensor
 
 
 def _opened(file: Path) -> Any:
@@ -338,32 +330,27 @@ def _initial(
         )
     twin = deepcopy(model)
     real = {entry.name: _make_real(twin, entry, device) for entry in wanted}
-    streams = _Streams(
-        {name: tensor for name, tensor in real.items() if tensor is not None}, seed
-    )
+    streams = _RandomStreams(real, seed)
     streams.run(twin, init_fn, device)
-    made: dict[StateEntry, torch.Tensor] = {}
+    initial: dict[StateEntry, torch.Tensor] = {}
     for entry in wanted:
-        _, last, place = _slot(twin, entry.name)
-        tensor = None if place is None else place[last]
-        if (
-            tensor is None
-            or tensor.is_meta
-            or (tensor is real[entry.name] and entry.name not in streams.written)
-        ):
+        _, last, holder = _slot(twin, entry.name)
+        tensor = None if holder is None else holder[last]
+        untouched = tensor is real[entry.name] and entry.name not in streams.written
+        if tensor is None or tensor.is_meta or untouched:
             raise MaterializeError(
                 f"init_fn gave no value to '{entry.name}'",
                 hint="initialise it there, or give values={name: tensor}",
             )
         check_fits(
             entry.name,
-            _held_now(pipe, entry),
+            _current(pipe, entry),
             tuple(tensor.shape),
             tensor.dtype,
             "init_fn",
         )
-        made[entry] = tensor.detach().to(device)
-    return made
+        initial[entry] = tensor.detach().to(device)
+    return initial
 
 
 def _make_real(
@@ -374,22 +361,20 @@ def _make_real(
     """
     fresh: torch.Tensor | None = None
     for name in entry.names:
-        owner, last, place = _slot(twin, name)
-        if place is None:
+        owner, last, holder = _slot(twin, name)
+        if holder is None:
             continue
         if fresh is None:
-            fresh = torch.empty_like(place[last].detach(), device=device)
-            fresh = (
-                nn.Parameter(fresh, requires_grad=place[last].requires_grad)
-                if entry.kind == "param"
-                else fresh
-            )
+            fresh = torch.empty_like(holder[last].detach(), device=device)
+            if entry.kind == "param":
+                requires_grad = holder[last].requires_grad
+                fresh = nn.Parameter(fresh, requires_grad=requires_grad)
         setattr(owner, last, fresh)
     return fresh
 
 
-def _held_now(pipe: Staged, entry: StateEntry) -> torch.Tensor:
-    return next(held(pipe.program, [pipe.stages[entry.stages[0]]], entry))
+def _current(pipe: Staged, entry: StateEntry) -> torch.Tensor:
+    return next(held_tensors(pipe.program, [pipe.stages[entry.stages[0]]], entry))
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
@@ -398,30 +383,27 @@ def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
     """
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
-    places = (owner._parameters, owner._buffers, owner.__dict__)
-    return (
-        owner,
-        last,
-        next(
-            (place for place in places if isinstance(place.get(last), torch.Tensor)),
-            None,
-        ),
-    )
+    holders = (owner._parameters, owner._buffers, owner.__dict__)
+    for holder in holders:
+        if isinstance(holder.get(last), torch.Tensor):
+            return owner, last, holder
+    return owner, last, None
 
 
-class _Streams(TorchDispatchMode):
+class _RandomStreams(TorchDispatchMode):
     """Random numbers for each tensor separately, so that its values depend on the seed and its name, not on
     where the model is cut.
 
     `written` are the names of the tensors that were written.
     """
 
-    def __init__(self, real: Mapping[str, torch.Tensor], seed: int) -> None:
+    def __init__(self, real: Mapping[str, torch.Tensor | None], seed: int) -> None:
         super().__init__()
         self.written: set[str] = set()
-        self._names: dict[int | None, str] = {
-            storage_of(tensor): name for name, tensor in real.items()
-        }
+        self._names: dict[int | None, str] = {}
+        for name, tensor in real.items():
+            if tensor is not None:
+                self._names[storage_of(tensor)] = name
         self._seed = seed
         self._draws: dict[str, int] = {}
 
@@ -450,13 +432,17 @@ class _Streams(TorchDispatchMode):
         self.written.update(names)
         if not names or torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        draw = self._draws[names[0]] = self._draws.get(names[0], -1) + 1
+        name = names[0]
+        draw = self._draws.get(name, -1) + 1
+        self._draws[name] = draw
         with _own_random_state(args[0].device):
-            torch.manual_seed(self._number(f"{names[0]} {draw}"))
+            torch.manual_seed(self._number(f"{name} {draw}"))
             return func(*args, **kwargs)
 
     def _number(self, text: str) -> int:
-        return int(hashlib.sha256(f"{self._seed} {text}".encode()).hexdigest()[:15], 16)
+        seeded = f"{self._seed} {text}"
+        digest = hashlib.sha256(seeded.encode()).hexdigest()
+        return int(digest[:15], 16)
 
 
 def _own_random_state(device: torch.device) -> Any:

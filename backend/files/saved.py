@@ -46,7 +46,7 @@ from stagecut.backend.files.untrusted import (
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, StageModule, stored
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held, lost_hint, refuse_meta
+from stagecut.backend.stages.state import entries, held_tensors, lost_hint, refuse_meta
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves, nested_ops
@@ -76,29 +76,19 @@ def save(pipe: Staged, folder: str | Path, stages: Iterable[int] | None = None) 
     chosen = [pipe.stages[index] for index in _chosen(stages, pipe.num_stages)]
     _refuse_whole(pipe.program)
     state = {stage.index: _state(pipe, stage) for stage in chosen}
-    _refuse_restrided(
-        pipe.program,
-        {
-            entry: tensor
-            for tensors in state.values()
-            for entry, tensor in tensors.items()
-        },
-    )
-    _refuse_overlaps(
-        pipe.program, [item for tensors in state.values() for item in tensors.items()]
-    )
+    tensors: dict[StateEntry, torch.Tensor] = {}
+    for of_stage in state.values():
+        tensors |= of_stage
+    _refuse_restrided(pipe.program, tensors)
+    _refuse_overlaps(pipe.program, tensors)
     mark = fingerprint(pipe.program)
     with _writing(folder) as aside:
         _write_program(pipe, mark, aside)
         for stage in chosen:
             _write_stage(stage, mark, state[stage.index], aside)
         if not _moved(aside, folder):
-            _join(
-                mark,
-                aside,
-                folder,
-                None if stages is None else [stage.index for stage in chosen],
-            )
+            indices = None if stages is None else [stage.index for stage in chosen]
+            _join(mark, aside, folder, indices)
 
 
 def _folder(folder: str | Path) -> Path:
@@ -141,7 +131,8 @@ def _refuse_whole(program: Program) -> None:
         op.target for op in nested_ops(program.all_ops()) if op.is_users
     )
     if whole:
-        names = ", ".join(f"'{name.partition('.')[2]}'" for name in whole)
+        paths = [target.partition(".")[2] for target in whole]
+        names = ", ".join(f"'{path}'" for path in paths)
         raise SavedError(
             f"the pipe calls code of yours that a file cannot hold: {names}",
             where="modules kept whole and functions of yours",
@@ -155,17 +146,15 @@ def _refuse_whole(program: Program) -> None:
 def _state(pipe: Staged, stage: Stage) -> dict[StateEntry, torch.Tensor]:
     """The tensors a stage holds. Raises SavedError for one that cannot be written or would be lost."""
     refuse_meta(pipe.program, stage)
-    known = {
-        stored(name)
-        for names in pipe.program.stages[stage.index].state.values()
-        for name in names
-    }
-    strange = next((name for name in stage.state_dict() if name not in known), None)
-    if strange is not None:
-        raise SavedError(
-            f"'{strange}' is no tensor of the traced model, it would be lost",
-            hint=lost_hint(strange, "save before the stages are wrapped"),
-        )
+    traced: set[str] = set()
+    for names in pipe.program.stages[stage.index].state.values():
+        traced.update(map(stored, names))
+    for name in stage.state_dict():
+        if name not in traced:
+            raise SavedError(
+                f"'{name}' is no tensor of the traced model, it would be lost",
+                hint=lost_hint(name, "save before the stages are wrapped"),
+            )
     return {
         entry: _held(pipe, stage, entry)
         for entry in entries(pipe.program, [stage.index])
@@ -173,7 +162,7 @@ def _state(pipe: Staged, stage: Stage) -> dict[StateEntry, torch.Tensor]:
 
 
 def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
-    first, *others = held(pipe.program, [stage], entry)
+    first, *others = held_tensors(pipe.program, [stage], entry)
     if others:
         raise SavedError(
             f"the names of '{entry.name}' are different tensors now",
@@ -185,29 +174,29 @@ def _held(pipe: Staged, stage: Stage, entry: StateEntry) -> torch.Tensor:
 
 
 def _refuse_overlaps(
-    program: Program, state: list[tuple[StateEntry, torch.Tensor]]
+    program: Program, state: Mapping[StateEntry, torch.Tensor]
 ) -> None:
     """Raises SavedError for overlapping tensors, because two tensors in one place would become two: a change
     of one would not change the other.
     """
     written = {value for op in program.all_ops() for value in op.versions}
-    last: dict[int, tuple[int, StateEntry]] = {}
-    for start, end, entry in sorted(
-        ((*_extent(tensor), entry) for entry, tensor in dict(state).items()),
-        key=lambda item: item[:2],
-    ):
-        key = entry.storage
-        before = last.get(key)
-        if (
-            before is not None
-            and start < before[0]
-            and any(e.kind == "param" or e.value in written for e in (entry, before[1]))
-        ):
+    # storage -> the end of the memory that was passed there, and the tensor that ends there
+    farthest: dict[int, tuple[int, StateEntry]] = {}
+    for entry in sorted(state, key=lambda entry: _extent(state[entry])):
+        start, end = _extent(state[entry])
+        reached, other = farthest.get(entry.storage, (0, entry))
+        changes = _changes(entry, written) or _changes(other, written)
+        if start < reached and changes:
             raise SavedError(
-                f"'{before[1].name}' and '{entry.name}' lie in the same memory",
+                f"'{other.name}' and '{entry.name}' lie in the same memory",
                 hint="make one from the other in forward, not in __init__",
             )
-        last[key] = max((end, entry), before or (0, entry), key=lambda item: item[0])
+        if end >= reached:
+            farthest[entry.storage] = (end, entry)
+
+
+def _changes(entry: StateEntry, written: Collection[Value]) -> bool:
+    return entry.kind == "param" or entry.value in written
 
 
 def _refuse_restrided(
@@ -260,13 +249,12 @@ def _own(stage: Stage) -> Iterator[StageModule]:
 
 
 def _module_form(module: StageModule) -> Module:
-    switches = {
-        mode: dict(module._facts.switches[flag])
-        for mode, flag in _MODES.items()
-        if flag in module._facts.switches
-    }
-    known = module._facts
-    return Module(module._title, known.training, known.branch, switches)
+    module_facts = module._facts
+    switches: dict[str, dict[str, bool]] = {}
+    for mode, flag in _MODES.items():
+        if flag in module_facts.switches:
+            switches[mode] = dict(module_facts.switches[flag])
+    return Module(module._title, module_facts.training, module_facts.branch, switches)
 
 
 def _write_stage(
@@ -310,33 +298,21 @@ def _moved(aside: Path, folder: Path) -> bool:
 
 def _join(mark: str, aside: Path, folder: Path, stages: list[int] | None) -> None:
     """The stages written aside stand beside those that other ranks have saved of the same program."""
-    there = (
-        []
-        if stages is None
-        else [
-            index for index in stages if os.path.lexists(folder / f"stage-{index}.json")
-        ]
-    )
-    if stages is None or there:
-        what = (
-            f"stage {there[0]} is in '{folder}' already"
-            if there
-            else f"'{folder}' is there already"
-        )
-        raise SavedError(
-            what, hint="give every save a folder of its own, such as run/step-100"
-        )
+    hint = "give every save a folder of its own, such as run/step-100"
+    if stages is None:
+        raise SavedError(f"'{folder}' is there already", hint=hint)
+    for index in stages:
+        if os.path.lexists(folder / f"stage-{index}.json"):
+            raise SavedError(f"stage {index} is in '{folder}' already", hint=hint)
     if _manifest(folder).program.fingerprint != mark:
         raise SavedError(
             f"'{folder}' holds another program",
             hint="build the same model with the same cuts on every rank",
         )
     for index in stages:
-        os.replace(
-            aside / f"stage-{index}.safetensors", folder / f"stage-{index}.safetensors"
-        )
-        # last: it says that the stage is whole
-        os.replace(aside / f"stage-{index}.json", folder / f"stage-{index}.json")
+        # the JSON file comes last: it says that the stage is whole
+        for name in (f"stage-{index}.safetensors", f"stage-{index}.json"):
+            os.replace(aside / name, folder / name)
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -346,7 +322,7 @@ Restored = TypeVar("Restored", bound=Staged)
 
 
 def restored(
-    kind: type[Restored],
+    pipe_class: type[Restored],
     folder: str | Path,
     stages: Iterable[int] | None,
     device: torch.device | str,
@@ -359,19 +335,19 @@ def restored(
     for index, side in sides.items():
         for entry, tensor in saved.state(index, side).items():
             _agree(entry, tensors.setdefault(entry, tensor), tensor)
-    tensors = {
-        e: tensors[e] if e in tensors else _absent(e)
-        for e in saved.program.state
-        if e.stages
-    }
-    saved.bind(tensors)
-    saved.program.output_names = (
-        saved.bindings.call.output_names() if saved.bindings.call else ()
-    )
-    pipe = kind(saved.program, saved.bindings)
+    bound: dict[StateEntry, torch.Tensor] = {}
+    for entry in saved.program.state:
+        if entry.stages:
+            bound[entry] = tensors[entry] if entry in tensors else _absent(entry)
+    saved.bind(bound)
+    saved.program.output_names = ()
+    if saved.bindings.call:
+        saved.program.output_names = saved.bindings.call.output_names()
+    pipe = pipe_class(saved.program, saved.bindings)
     for index, side in sides.items():
         _set_modes(pipe.stages[index], side)
-    pipe.training, pipe._sizes = saved.manifest.training, dict(saved.manifest.sizes)
+    pipe.training = saved.manifest.training
+    pipe._sizes = dict(saved.manifest.sizes)
     return pipe
 
 
@@ -401,7 +377,8 @@ class _Saved:
     def __init__(
         self, folder: Path, device: torch.device | str, ops: Collection[str]
     ) -> None:
-        self.folder, self.device = folder, _device(device)
+        self.folder = folder
+        self.device = _device(device)
         self.manifest = _manifest(folder)
         written = self.manifest.program
         self.program = parse(
@@ -422,7 +399,8 @@ class _Saved:
         self.bindings = self._bindings()
 
     def _bindings(self) -> Bindings:
-        modules, call = self.manifest.modules, self.manifest.call
+        modules = self.manifest.modules
+        call = self.manifest.call
         bindings = Bindings(device=self.device, notes=list(self.manifest.notes))
         for path, module in modules.items():
             switches = _switches(module.switches)
@@ -430,7 +408,8 @@ class _Saved:
                 module.title, module.captured, module.branch, switches
             )
         if call is not None:
-            inputs, outputs = len(self.program.inputs), len(self.program.outputs)
+            inputs = len(self.program.inputs)
+            outputs = len(self.program.outputs)
             bindings.call = call_spec(call, inputs, outputs)
         return bindings
 
@@ -462,7 +441,8 @@ class _Saved:
 
     def bind(self, tensors: Mapping[StateEntry, torch.Tensor]) -> None:
         """Every name of the state stands for its tensor, in the order of the model."""
-        owners, names = self.program.name_owners(), self.manifest.names
+        owners = self.program.name_owners()
+        names = self.manifest.names
         if len(set(names)) != len(names) or set(names) != set(owners):
             raise SavedError(
                 "manifest.json does not list the state of the program",
@@ -526,23 +506,23 @@ def _check_program(program: Program, namespaces: Collection[str]) -> None:
 
 
 def _check_namespace(op: Op, namespaces: Collection[str]) -> None:
-    found = re.match(r"torch\.ops\.(\w+)", op.target)
-    if found and found[1] not in namespaces:
+    match = re.match(r"torch\.ops\.(\w+)", op.target)
+    if match and match[1] not in namespaces:
         raise SavedError(
             f"the program calls '{op.target}', an operator of a library",
             where=op.where(),
-            hint=f'load(..., ops=["{found[1]}"]) allows it',
+            hint=f'load(..., ops=["{match[1]}"]) allows it',
         )
 
 
-def _agree(entry: StateEntry, one: torch.Tensor, other: torch.Tensor) -> None:
+def _agree(entry: StateEntry, first: torch.Tensor, second: torch.Tensor) -> None:
     """Returns when two stages have saved the same bits for a tensor that they share. On meta there are no
     bits to compare.
     """
     if (
-        one is not other
-        and not one.is_meta
-        and not torch.equal(_bits(one), _bits(other))
+        first is not second
+        and not first.is_meta
+        and not torch.equal(_bits(first), _bits(second))
     ):
         raise SavedError(
             f"the stages hold different values for '{entry.name}'",
@@ -560,16 +540,14 @@ def _absent(entry: StateEntry) -> torch.Tensor:
     try:
         shape: Any = entry.type.shape
         dtype = getattr(torch, DTYPES[entry.type.dtype])
-        made = torch.empty(shape, dtype=dtype, device="meta")
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
     except (RuntimeError, OverflowError, TypeError):
         raise SavedError(
             f"'{entry.name}' cannot have the size {entry.type}", where="program.ir"
         ) from None
-    return (
-        nn.Parameter(made, requires_grad=entry.requires_grad)
-        if entry.kind == "param"
-        else made
-    )
+    if entry.kind == "param":
+        return nn.Parameter(tensor, requires_grad=entry.requires_grad)
+    return tensor
 
 
 def _set_modes(stage: Stage, side: Side) -> None:

@@ -44,7 +44,7 @@ _BYTES = "U8"
 
 def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
     """Returns when a tensor can be written as that of `entry`. Raises SavedError otherwise."""
-    kind = entry.type
+    tensor_type = entry.type
     if (
         type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
         or tensor.layout is not torch.strided
@@ -54,12 +54,12 @@ def check_storable(entry: StateEntry, tensor: torch.Tensor) -> None:
             hint="plain dense tensors are saved; gather it first",
         )
     if (
-        not isinstance(kind, TensorType)
-        or tuple(tensor.shape) != kind.shape
-        or tensor.dtype != getattr(torch, DTYPES[kind.dtype])
+        not isinstance(tensor_type, TensorType)
+        or tuple(tensor.shape) != tensor_type.shape
+        or tensor.dtype != getattr(torch, DTYPES[tensor_type.dtype])
     ):
         raise SavedError(
-            f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {kind}",
+            f"'{entry.name}' is {tensor.dtype} {list(tensor.shape)}, traced was {tensor_type}",
             hint="cast or resize the model before it is cut",
         )
     if _strides(tensor) is not None and not _is_dense(tensor.shape, tensor.stride()):
@@ -106,27 +106,37 @@ def _stored(entry: StateEntry, tensor: torch.Tensor) -> torch.Tensor:
         dense = dense.clone()
     if dense.is_complex():
         return torch.view_as_real(dense)
-    return dense if _dtype(entry) in _STORED else dense.view(torch.uint8)
+    if _dtype(entry) in _STORED:
+        return dense
+    return dense.view(torch.uint8)
 
 
 def _dtype(entry: StateEntry) -> str:
-    return entry.type.dtype if isinstance(entry.type, TensorType) else ""
+    if isinstance(entry.type, TensorType):
+        return entry.type.dtype
+    return ""
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:
-    return None if tensor.is_contiguous() else list(tensor.stride())
+    if tensor.is_contiguous():
+        return None
+    return list(tensor.stride())
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """True when each element has a place of its own and no place is left over. False for an empty tensor."""
     if len(shape) != len(strides) or 0 in shape:
         return False
-    dims = sorted(
-        (stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1
-    )
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size != 1:
+            dims.append((stride, size))
+    dims.sort()
     want = contiguous_strides(tuple(size for _, size in reversed(dims)))
     steps = [stride for stride, _ in reversed(dims)]
-    return steps == list(want) and all(0 < stride < 2**62 for stride in strides)
+    if steps != list(want):
+        return False
+    return all(0 < stride < 2**62 for stride in strides)
 
 
 def read_tensors(
@@ -149,7 +159,7 @@ def read_tensors(
                     path, entry, file.get_slice(entry.name), described[entry.name]
                 )
             return {
-                entry: _made(
+                entry: _restored(
                     entry, file.get_tensor(entry.name), described[entry.name], device
                 )
                 for entry in wanted
@@ -162,63 +172,63 @@ def read_tensors(
         ) from error
 
 
-def _check_names(path: Path, want: set[str], there: set[str], where: str) -> None:
-    lacking, strange = sorted(want - there), sorted(there - want)
+def _check_names(path: Path, want: set[str], present: set[str], where: str) -> None:
+    lacking = sorted(want - present)
+    strange = sorted(present - want)
     if lacking or strange:
-        what = (
-            f"'{lacking[0]}' is missing"
-            if lacking
-            else f"'{strange[0]}' is no tensor of this stage"
-        )
+        what = f"'{strange[0]}' is no tensor of this stage" if strange else ""
+        if lacking:
+            what = f"'{lacking[0]}' is missing"
         raise SavedError(
             f"{what} in {where}", where=str(path), hint="copy or save it again"
         )
 
 
 def _check_header(
-    path: Path, entry: StateEntry, found: Any, described: Description
+    path: Path, entry: StateEntry, stored: Any, described: Description
 ) -> None:
-    kind = entry.type
-    assert isinstance(kind, TensorType)
-    pair = (2,) if kind.dtype.startswith("c") else ()
-    if (found.get_dtype(), tuple(found.get_shape())) != (
-        _STORED.get(kind.dtype, _BYTES),
-        (*kind.shape, *pair),
-    ):
+    tensor_type = entry.type
+    assert isinstance(tensor_type, TensorType)
+    pair = (2,) if tensor_type.dtype.startswith("c") else ()
+    dtype = stored.get_dtype()
+    shape = stored.get_shape()
+    wanted_dtype = _STORED.get(tensor_type.dtype, _BYTES)
+    wanted_shape = (*tensor_type.shape, *pair)
+    if dtype != wanted_dtype or tuple(shape) != wanted_shape:
         raise SavedError(
-            f"'{entry.name}' is {found.get_dtype()} {found.get_shape()}, the program wants {kind}",
+            f"'{entry.name}' is {dtype} {shape}, the program wants {tensor_type}",
             where=str(path),
         )
-    sizes = tuple(dim for dim in kind.shape if isinstance(dim, int))
+    sizes = tuple(dim for dim in tensor_type.shape if isinstance(dim, int))
     if described.strides is not None and not _is_dense(sizes, described.strides):
         raise SavedError(
             f"'{entry.name}' cannot have the strides {described.strides[:8]}",
             where=str(path),
         )
-    if described.requires_grad and not kind.differentiable:
+    if described.requires_grad and not tensor_type.differentiable:
         raise SavedError(
-            f"'{entry.name}' cannot have a gradient: it is {kind}", where=str(path)
+            f"'{entry.name}' cannot have a gradient: it is {tensor_type}",
+            where=str(path),
         )
 
 
-def _made(
+def _restored(
     entry: StateEntry,
     stored: torch.Tensor,
     described: Description,
     device: torch.device,
 ) -> torch.Tensor:
     dtype = getattr(torch, DTYPES[_dtype(entry)])
-    seen = (
-        torch.view_as_complex(stored.clone())
-        if dtype.is_complex
-        else stored.view(dtype)
-    )
+    if dtype.is_complex:
+        view = torch.view_as_complex(stored.clone())
+    else:
+        view = stored.view(dtype)
     strides = described.strides
     if strides is None:
-        made = torch.empty(seen.shape, dtype=dtype, device=device)
+        tensor = torch.empty(view.shape, dtype=dtype, device=device)
     else:
-        made = torch.empty_strided(seen.shape, strides, dtype=dtype, device=device)
-    made.copy_(seen)
+        tensor = torch.empty_strided(view.shape, strides, dtype=dtype, device=device)
+    tensor.copy_(view)
     if entry.kind == "param":
-        return nn.Parameter(made, requires_grad=described.requires_grad)
-    return made.requires_grad_(described.requires_grad)
+        return nn.Parameter(tensor, requires_grad=described.requires_grad)
+    return tensor.requires_grad_(described.requires_grad)

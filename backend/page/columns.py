@@ -16,7 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
-KEPT, LOST, NEW, CHANGED = "=", "-", "+", "~"
+KEPT = "="
+LOST = "-"
+NEW = "+"
+CHANGED = "~"
 """Kinds of hunks."""
 
 Hunk = tuple[str, int] | tuple[str, list[int]]
@@ -54,71 +57,74 @@ class Columns:
 def columns_of(history: Sequence[tuple[str, str, float]]) -> Columns:
     """The columns of (name, text, seconds), in order."""
     table = Columns()
-    known: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     old: list[int] = []
-    before = None
+    previous_text = None
     for name, text, seconds in history:
         new: list[int] = []
         indents: list[int] = []
         for line in text.splitlines():
             bare = line.lstrip(" ")
-            if bare not in known:
-                known[bare] = len(known)
+            if bare not in numbers:
+                numbers[bare] = len(numbers)
                 table.lines.append(bare)
-            new.append(known[bare])
+            new.append(numbers[bare])
             indents.append(len(line) - len(bare))
         column = Column(
             name,
             seconds,
             hunks=_hunks(old, new, table.lines),
             indents=_counted(indents),
-            changed=text != before,
+            changed=text != previous_text,
         )
         table.columns.append(column)
         old = new
-        before = text
+        previous_text = text
     return table
 
 
 def align(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs (place in old, place in new) of equal keys; both places increase."""
-    anchors = [(-1, -1), *_anchors(old, new), (len(old), len(new))]
+    """Pairs (position in old, position in new) of equal keys; both positions increase."""
+    first = (-1, -1)
+    last = (len(old), len(new))
+    anchors = [first, *_anchors(old, new), last]
     pairs: list[tuple[int, int]] = []
-    for (a, b), (c, d) in pairwise(anchors):
-        pairs += _ends(old, new, (a + 1, b + 1), (c, d))
-        pairs.append((c, d))
+    for (a, b), anchor in pairwise(anchors):
+        begin = (a + 1, b + 1)
+        pairs += _ends(old, new, begin, anchor)
+        pairs.append(anchor)
     return pairs[:-1]
 
 
 def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     """The longest increasing line of pairs among keys that stand once in both."""
-    places = _single(old)
+    positions = _single(old)
     pairs: list[tuple[int, int]] = []
-    for key, place in _single(new).items():
-        if key in places:
-            pairs.append((places[key], place))
+    for key, position in _single(new).items():
+        if key in positions:
+            pairs.append((positions[key], position))
     return _rising(pairs)
 
 
 def _single(keys: Sequence[str]) -> dict[str, int]:
-    """The keys that stand once, in order, and their places."""
+    """The keys that stand once, in order, and their positions."""
     counts = Counter(keys)
-    places: dict[str, int] = {}
-    for place, key in enumerate(keys):
+    positions: dict[str, int] = {}
+    for position, key in enumerate(keys):
         if counts[key] == 1:
-            places[key] = place
-    return places
+            positions[key] = position
+    return positions
 
 
 def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The longest subsequence whose first numbers increase; the second numbers increase already."""
     ends: list[int] = []
     last: list[int] = []
-    before = [-1] * len(pairs)
+    previous = [-1] * len(pairs)
     for i, (a, _) in enumerate(pairs):
         at = bisect_left(ends, a)
         if at:
-            before[i] = last[at - 1]
+            previous[i] = last[at - 1]
         if at == len(ends):
             ends.append(a)
             last.append(i)
@@ -131,7 +137,7 @@ def _rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     i = last[-1]
     while i >= 0:
         rising.append(pairs[i])
-        i = before[i]
+        i = previous[i]
     rising.reverse()
     return rising
 

@@ -68,7 +68,7 @@ def to_html(
         "data": _json(page_data(history, program, report)),
         "script": script,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
 
 
 def _picture(svg: str | None) -> str:
@@ -102,18 +102,24 @@ def page_data(
     history: History, program: Program, report: Report | None = None
 ) -> dict[str, Any]:
     """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
-    lives, strings = Lives(program), _Strings()
+    lives = Lives(program)
+    strings = _Strings()
     columns = columns_of(history)
-    places, values, states = lives.places(), [*lives.values()], [*lives.states()]
+    sites = lives.places()
+    values = [*lives.values()]
+    states = [*lives.states()]
     renamed = {version.name for life in states for version in life.versions}
     files = file_names(nested_ops(program.all_ops()))
-    last = [line.strip() for line in history[-1][1].splitlines()] if history else []
+    last: list[str] = []
+    if history:
+        _, text, _ = history[-1]
+        last = [line.strip() for line in text.splitlines()]
     return {
         "name": program.name,
         "phase": program.phase,
         "ops": [
-            _op(place, line, files, strings)
-            for place, line in zip(places, _lines_of(places, last), strict=True)
+            _op(site, line, files, strings)
+            for site, line in zip(sites, _lines_of(sites, last), strict=True)
         ],
         "values": [_value(life, strings) for life in values],
         "state": [_state(life, strings) for life in states],
@@ -138,45 +144,45 @@ class _Strings:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
-    def __call__(self, item: str) -> int:
-        return self._numbers.setdefault(item, len(self._numbers))
+    def __call__(self, text: str) -> int:
+        return self._numbers.setdefault(text, len(self._numbers))
 
     @property
     def all(self) -> list[str]:
         return [*self._numbers]
 
 
-def _lines_of(places: list[Site], lines: list[str]) -> Iterator[int]:
+def _lines_of(sites: list[Site], lines: list[str]) -> Iterator[int]:
     """The line of the text that shows each op, -1 for none. Ops are in the same order there."""
-    at = 0
+    next_line = 0
     rest: dict[str, list[int]] = {}
     for number, line in enumerate(lines):
         rest.setdefault(line.removesuffix(" {"), []).append(number)
-    for place in places:
-        found = next((n for n in rest.get(place.text, ()) if n >= at), -1)
-        at = max(at, found + 1)
-        yield found
+    for site in sites:
+        numbers = rest.get(site.text, [])
+        number = next((number for number in numbers if number >= next_line), -1)
+        next_line = max(next_line, number + 1)
+        yield number
 
 
 def _op(
-    place: Site, line: int, files: dict[str, str], strings: _Strings
+    site: Site, line: int, files: dict[str, str], strings: _Strings
 ) -> list[int | None]:
-    loc = (
-        f"{files.get(place.loc.file, place.loc.file)}:{place.loc.line}"
-        if place.loc
-        else ""
-    )
+    loc = ""
+    if site.loc:
+        file = site.loc.file
+        loc = f"{files.get(file, file)}:{site.loc.line}"
     return [
-        place.stage,
-        strings(place.target),
-        strings(place.module),
+        site.stage,
+        strings(site.target),
+        strings(site.module),
         strings(loc),
         line,
     ]
 
 
 def _value(life: ValueLife, strings: _Strings) -> dict[str, Any]:
-    found = {
+    data = {
         "name": life.name,
         "kind": life.kind,
         "type": strings(life.type),
@@ -189,7 +195,9 @@ def _value(life: ValueLife, strings: _Strings) -> dict[str, Any]:
         "returned": life.returned,
     }
     return {
-        key: item for key, item in found.items() if item not in (None, (), [], "result")
+        key: field
+        for key, field in data.items()
+        if field not in (None, (), [], "result")
     }
 
 
@@ -202,7 +210,7 @@ def _chains(lives: list[ValueLife] | list[StateLife]) -> Iterator[list[str]]:
 
 
 def _state(life: StateLife, strings: _Strings) -> dict[str, Any]:
-    found = {
+    data = {
         "name": fqn_text(life.name),
         "names": [fqn_text(n) for n in life.names],
         "kind": life.kind,
@@ -211,13 +219,16 @@ def _state(life: StateLife, strings: _Strings) -> dict[str, Any]:
         "trained": life.trained,
         "transient": [fqn_text(n) for n in life.transient],
         "share": life.share,
-        "held": [[held.stage, [fqn_text(n) for n in held.names]] for held in life.held],
+        "held": [
+            [holding.stage, [fqn_text(n) for n in holding.names]]
+            for holding in life.held
+        ],
         "overlaps": [fqn_text(n) for n in life.overlaps],
         "uses": _uses(life.uses),
         "returned": life.returned,
     }
     return {
-        key: item for key, item in found.items() if item not in (None, (), [], False)
+        key: field for key, field in data.items() if field not in (None, (), [], False)
     }
 
 
@@ -232,21 +243,37 @@ def _uses(uses: tuple[Use, ...]) -> list[list[Any]]:
 def _ways(
     values: list[ValueLife], states: list[StateLife], report: Report | None
 ) -> Iterator[dict[str, Any]]:
-    why = {(c.value, c.target): c.why for c in report.crossings} if report else {}
-    found = [(life.name, way) for life in values for way in life.crossings]
-    found += [(fqn_text(life.name), way) for life in states for way in life.crossings]
-    for name, way in sorted(found, key=lambda pair: (pair[1].target, _source(pair[1]))):
-        yield {"value": name, "why": why.get((name, way.target)), **asdict(way)}
+    why: dict[tuple[str, int], str] = {}
+    if report:
+        why = {(c.value, c.target): c.why for c in report.crossings}
+    crossings = [
+        (life.name, crossing) for life in values for crossing in life.crossings
+    ]
+    crossings += [
+        (fqn_text(life.name), crossing)
+        for life in states
+        for crossing in life.crossings
+    ]
+    for name, crossing in sorted(
+        crossings, key=lambda pair: (pair[1].target, _source(pair[1]))
+    ):
+        yield {
+            "value": name,
+            "why": why.get((name, crossing.target)),
+            **asdict(crossing),
+        }
 
 
-def _source(way: Crossing) -> int:
-    return -1 if way.source is None else way.source
+def _source(crossing: Crossing) -> int:
+    if crossing.source is None:
+        return -1
+    return crossing.source
 
 
 def _stages(program: Program, report: Report | None) -> Iterator[dict[str, Any]]:
-    costs: dict[int, StageReport] = (
-        {stage.index: stage for stage in report.stages} if report else {}
-    )
+    costs: dict[int, StageReport] = {}
+    if report:
+        costs = {stage.index: stage for stage in report.stages}
     names = value_names(program)
     for stage in program.stages:
         cost = costs.get(stage.index)
@@ -271,7 +298,7 @@ def _totals(report: Report | None) -> dict[str, Any] | None:
         "bound",
         "best",
     )
-    too_large = [index for one in report.too_large for index in one.stages]
+    too_large = [index for overfull in report.too_large for index in overfull.stages]
     return {**{name: getattr(report, name) for name in kept}, "too_large": too_large}
 
 
@@ -282,7 +309,10 @@ Finding = tuple[str, str]
 def findings(program: Program, report: Report | None) -> Iterator[Finding]:
     """The facts that a person with a slow or unbalanced pipeline should look at first."""
     if report is not None and report.stages:
-        yield from ((str(one), f"stage:{one.stages[0]}") for one in report.too_large)
+        yield from (
+            (str(overfull), f"stage:{overfull.stages[0]}")
+            for overfull in report.too_large
+        )
         yield from _time_findings(report)
         yield from _memory_findings(report)
         yield from _source_findings(report)
@@ -298,10 +328,10 @@ def findings(program: Program, report: Report | None) -> Iterator[Finding]:
 
 def _time_findings(report: Report) -> Iterator[Finding]:
     slowest = max(report.stages, key=lambda s: s.forward + s.backward)
-    mean = (
-        sum(s.forward + s.backward for s in report.stages) / len(report.stages) or 1.0
-    )
-    over = 100 * ((slowest.forward + slowest.backward) / mean - 1)
+    seconds = slowest.forward + slowest.backward
+    total = sum(s.forward + s.backward for s in report.stages)
+    mean = total / len(report.stages) or 1.0
+    over = 100 * (seconds / mean - 1)
     others = "the others wait for it" if over >= 2 else "the stages are balanced"
     yield (
         f"stage {slowest.index} is the slowest, {over:.0f} % above the mean: {others}",
@@ -314,8 +344,8 @@ def _time_findings(report: Report) -> Iterator[Finding]:
             "less",
             "",
         )
-    if report.best and report.best < 0.95 * (slowest.forward + slowest.backward):
-        gain = 100 * (1 - report.best / (slowest.forward + slowest.backward))
+    if report.best and report.best < 0.95 * seconds:
+        gain = 100 * (1 - report.best / seconds)
         yield (
             f"other cuts of the same order make the slowest stage {gain:.0f} % faster",
             f"stage:{slowest.index}",
@@ -357,4 +387,6 @@ def _way_findings(program: Program) -> Iterator[Finding]:
 
 
 def _kind(owner: object) -> str:
-    return "value" if owner is None or isinstance(owner, Op) else "state"
+    if owner is None or isinstance(owner, Op):
+        return "value"
+    return "state"

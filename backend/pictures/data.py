@@ -71,7 +71,7 @@ class _Data:
         }
 
     def _transfer(self, transfer: Transfer) -> dict[str, Any]:
-        copy = transfer.made
+        copy = transfer.recomputed
         return {
             "value": self._names[transfer.value],
             "source": transfer.source,

@@ -37,7 +37,10 @@ class Buffers:
             self._copies = []
         elif len(self._copies) != count - 1 or not self._is_left():
             own = self._own()
-            self._copies = [[t.clone() for t in own] for _ in range(count - 1)]
+            self._copies = []
+            for _ in range(count - 1):
+                copies = [tensor.clone() for tensor in own]
+                self._copies.append(copies)
 
     @contextmanager
     def of(self, microbatch: int) -> Iterator[None]:
@@ -60,14 +63,16 @@ class Buffers:
     def _is_left(self) -> bool:
         """True when nobody has written the stage's own buffers since the last call."""
         own = self._own()
-        return len(own) == len(self._left) and all(
-            tensor is before and _version(tensor) == version
-            for tensor, (before, version) in zip(own, self._left, strict=True)
-        )
+        if len(own) != len(self._left):
+            return False
+        for tensor, (left, version) in zip(own, self._left, strict=True):
+            if tensor is not left or _version(tensor) != version:
+                return False
+        return True
 
     def _own(self) -> list[torch.Tensor]:
-        found = [find(self._module, names[0]) for names in self._names]
-        return [tensor for tensor in found if tensor is not None]
+        tensors = [find(self._module, names[0]) for names in self._names]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _put(self, tensors: list[torch.Tensor]) -> None:
         for names, tensor in zip(self._names, tensors, strict=True):
@@ -76,4 +81,6 @@ class Buffers:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1
+    return tensor._version

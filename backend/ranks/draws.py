@@ -46,8 +46,11 @@ class Draws:
     def __init__(
         self, program: Program, device: torch.device, count: int, seed: int | None
     ) -> None:
-        self.device, self.seed, self.calls = device, seed, 0
-        self._active, self._count = draws(program), count
+        self.device = device
+        self.seed = seed
+        self.calls = 0
+        self._active = draws(program)
+        self._count = count
         self._base = 0
         self.port = self._state_port() if self._active and seed is not None else None
 
@@ -71,12 +74,12 @@ class Draws:
         if not self._active:
             yield
             return
-        before = self.state()
+        outer = self.state()
         try:
             self._enter(stage, microbatch, received)
             yield
         finally:
-            self._set(before)
+            self._set(outer)
 
     def _enter(
         self, stage: int, microbatch: int, received: torch.Tensor | None
@@ -84,9 +87,11 @@ class Draws:
         if received is not None:
             self._set(received.cpu())
             return
-        number = self._base + microbatch
+        offset = microbatch
         if self.seed is None:
-            number = self._base + _ODD * (1 + stage + (microbatch << 20))
+            stream = 1 + stage + (microbatch << 20)
+            offset = _ODD * stream
+        number = self._base + offset
         self._seed(number % _SEEDS)
 
     def state(self) -> torch.Tensor:
@@ -106,13 +111,14 @@ class Draws:
             generator.manual_seed(number)
 
     def _generators(self) -> list[torch.Generator]:
-        """Those of the CPU and of the stages' device."""
-        found = [torch.default_generator]
+        """The generators of the CPU and of the stages' device."""
+        generators = [torch.default_generator]
         if self.device.type == "cuda":
             index = self.device.index
-            place = torch.cuda.current_device() if index is None else index
-            found.append(torch.cuda.default_generators[place])
-        return found
+            if index is None:
+                index = torch.cuda.current_device()
+            generators.append(torch.cuda.default_generators[index])
+        return generators
 
     def _state_port(self) -> Port:
         shape = tuple(self.state().shape)

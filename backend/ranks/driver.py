@@ -104,7 +104,8 @@ class Driver:
         self.schedule_class = schedule_class(schedule)
         self.device = torch.device(device) if device is not None else own_device(group)
         self._scale = 1.0 / n_microbatches if scale_grads else 1.0
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        rank = dist.get_rank(group)
+        ranks = dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(
             i for i, home in enumerate(self.placement) if home == rank
@@ -112,20 +113,22 @@ class Driver:
         settings = (schedule, n_microbatches, loss_fn is not None)
         agree_on_program(pipe.program, settings, group)
         agree_on_tied(pipe, self.placement, group)
-        self._wrap, self._returns = wrap, return_outputs
-        self._share, self._eval_mode = share_losses, eval_mode
-        self._by, self._looked = normalize_by, set[str]()
-        self.losses = (
-            Losses(loss_fn, n_microbatches, self._scale, normalize_by)
-            if loss_fn is not None
-            else None
-        )
+        self._wrap = wrap
+        self._returns = return_outputs
+        self._share = share_losses
+        self._eval_mode = eval_mode
+        self._normalize_by = normalize_by
+        self._looked = set[str]()
+        self.losses: Losses | None = None
+        if loss_fn is not None:
+            self.losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
         self._data = Data(pipe, self.placement, group, self.device, data_on)
         # moved data is the same everywhere, and without contents where nobody reads it
-        steps = compare_steps if data_on == "all" else 0
-        self._calls = Calls(group, self.device, steps)
+        if data_on != "all":
+            compare_steps = 0
+        self._calls = Calls(group, self.device, compare_steps)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
@@ -138,8 +141,9 @@ class Driver:
         self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
-        ours = pipe, self.placement, group, self.device, self.faults
-        self.gradients, self.precision = Gradients(*ours), Precision(*ours)
+        shared = pipe, self.placement, group, self.device, self.faults
+        self.gradients = Gradients(*shared)
+        self.precision = Precision(*shared)
 
     @property
     def is_last(self) -> bool:
@@ -167,11 +171,9 @@ class Driver:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters this rank holds, each once, as they are in `modules`."""
-        return list(
-            dict.fromkeys(
-                p for i in self.modules for p in self.pipe.stages[i].parameters()
-            )
-        )
+        stages = [self.pipe.stages[index] for index in self.modules]
+        held = (p for stage in stages for p in stage.parameters())
+        return list(dict.fromkeys(held))
 
     def step(
         self,
@@ -231,13 +233,10 @@ class Driver:
         wanted = self._eval_mode
         if wanted is None:
             wanted = self.pipe in trained
-        parts = [
-            part
-            for module in (self.pipe, *self.pipe.stages, *self.modules.values())
-            for part in module.modules()
-        ]
-        before = {part: part.training for part in parts}
-        if not wanted or not any(before.values()):
+        modes: dict[torch.nn.Module, bool] = {}
+        for module in (self.pipe, *self.pipe.stages, *self.modules.values()):
+            modes |= {part: part.training for part in module.modules()}
+        if not wanted or not any(modes.values()):
             yield
             return
         with self.faults.alike():
@@ -245,7 +244,7 @@ class Driver:
         try:
             yield
         finally:
-            for part, mode in before.items():
+            for part, mode in modes.items():
                 part.training = mode
 
     def _run(self, call: Call, how: str) -> tuple[Any, StepLosses]:
@@ -261,7 +260,7 @@ class Driver:
             if losses is not None:
                 losses.begin(*self._batch.labels(call))
         dtypes = self.precision.dtypes(
-            lambda index, dtypes: self._made(index, sizes[0], dtypes)
+            lambda index, dtypes: self._built(index, sizes[0], dtypes)
         )
         with self.faults.alike():
             schedule, stages = self._prepared(sizes, dtypes)
@@ -272,17 +271,17 @@ class Driver:
             stage.buffers = self._buffers[stage.stage_index]
             stage.buffers.begin(self.n_microbatches, not self.pipe.training)
         with self.faults.together(agreed=(StaleError,)):
-            told = self._microbatches(schedule, how, losses)
+            step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
-            return None, told
+            return None, step_losses
         results = next(s for s in stages if s.is_last).results
         if results is None:
-            return None, told
-        return self._batch.joined(results), told
+            return None, step_losses
+        return self._batch.joined(results), step_losses
 
     def _agreed(self, call: Call, how: str) -> Losses | None:
-        """What computes the losses of a call, None for no losses. The ranks agree on the arguments, and the
-        program says which parameters are trained.
+        """The object that computes the losses of a call, None for a call without losses. The ranks agree on
+        the arguments, and the program says which parameters are trained.
         """
         with self.faults.together(agreed=(StagecutError,)):
             modules = self.modules
@@ -298,8 +297,8 @@ class Driver:
             self.precision.agree(modules)
         if self.losses is None:
             return None
-        given = agreed.has["target"] | agreed.has["target_mbs"]
-        if self.placement[-1] in given or takes_no_target(
+        with_target = agreed.has["target"] | agreed.has["target_mbs"]
+        if self.placement[-1] in with_target or takes_no_target(
             self.losses.loss_fn, [*(call.loss_kwargs or ())]
         ):
             return self.losses
@@ -323,44 +322,46 @@ class Driver:
         self._lent.fetch()
         if backward:
             self.gradients.tied.accumulate()
-        aside = put_aside(self.parameters()) if backward and self._by else {}
+        aside = put_aside(self.parameters()) if backward and self._normalize_by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
-        self._now = losses
+        self._call_losses = losses
         getattr(schedule, how)(
             target=numbers if self.losses is not None else None,
             losses=[] if numbers is not None and self.losses is not None else None,
             return_outputs=False,
         )
-        told, factor, read = self._told(how, losses)
-        if backward and self._by:
+        step_losses, factor, read = self._last_told(how, losses)
+        if backward and self._normalize_by:
             add_corrected(self.parameters(), aside, factor)
         self._lent.agree(read)
         if backward:
             self._lent.give(factor)
-        return told
+        return step_losses
 
-    def _told(self, how: str, losses: Losses | None) -> Told:
-        """The losses, what the gradients lack, and which weights the loss function read, as the last rank
-        tells them.
+    def _last_told(self, how: str, losses: Losses | None) -> Told:
+        """The losses, the factor that the gradients lack, and the weights that the loss function read, as the
+        last rank tells them.
         """
         if losses is None:
             return StepLosses(), 1.0, ()
-        silent = not self._share and self._by is None and how in self._looked
+        needed = self._share or self._normalize_by is not None
+        silent = not needed and how in self._looked
         self._looked.add(how)
-        mine: Told = StepLosses(), 1.0, ()
+        own: Told = StepLosses(), 1.0, ()
         if self.is_last:
-            mine = losses.result(), losses.correction, tuple(self._lent.read)
+            own = losses.result(), losses.correction, tuple(self._lent.read)
         if silent:
             self._lent.refuse_late()
-            return mine
-        return tell(mine, self._share, self.placement[-1], self.group, self.device)
+            return own
+        return tell(own, self._share, self.placement[-1], self.group, self.device)
 
-    def _made(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
+    def _built(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
         """A stage for torch's schedules, with the module that `wrap` made of it."""
         stage = make_stage(
             self.pipe, index, self.device, self.group, sizes, True, dtypes, self.draws
         )
-        stage.submod, stage.microbatches = self.modules[index], self._batch.inputs
+        stage.submod = self.modules[index]
+        stage.microbatches = self._batch.inputs
         return stage
 
     def _prepared(
@@ -371,11 +372,11 @@ class Driver:
         """
         key = tuple(dtypes.values())
         if key not in self._schedules:
-            stages = [self._made(i, sizes[0], dtypes) for i in self.stage_indices]
+            stages = [self._built(i, sizes[0], dtypes) for i in self.stage_indices]
             single = issubclass(self.schedule_class, PipelineScheduleSingle)
             loss = self._loss if self.loss_fn is not None else None
             try:
-                made = self.schedule_class(
+                schedule = self.schedule_class(
                     stages[0] if single else stages,
                     self.n_microbatches,
                     loss_fn=loss,
@@ -387,24 +388,27 @@ class Driver:
                     where=f"{self.n_microbatches} micro-batches, {self.pipe.num_stages} stages",
                     hint="another number of micro-batches, or another schedule",
                 ) from None
-            self._schedules[key] = made, stages
+            self._schedules[key] = schedule, stages
         for stage in self._schedules[key][1]:
             stage.resize(sizes)
         return self._schedules[key]
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         """The user's loss of one micro-batch; torch passes its number for a target."""
-        index, packed = int(number), as_tuple(output)
-        if self._now is None:
+        index = int(number)
+        packed = as_tuple(output)
+        if self._call_losses is None:
             return torch.zeros(())
         result = self._batch.structured(packed, index)
         grad = torch.is_grad_enabled()
         look = grad or not (index or "eval" in self._looked)
         with torch.set_grad_enabled(look):
-            loss = self._now.of(result, index)
+            loss = self._call_losses.of(result, index)
         if look:
             self._look(leaves_of(loss, packed))
-        return self.gradients.scaled(loss) if grad else loss
+        if grad:
+            return self.gradients.scaled(loss)
+        return loss
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""
@@ -452,11 +456,12 @@ class Driver:
 
 def described(driver: Driver) -> str:
     """A driver as text: schedule, placement, sizes."""
-    program, ranks = driver.pipe.program, dist.get_world_size(driver.group)
-    here = dist.get_rank(driver.group)
+    program = driver.pipe.program
+    ranks = dist.get_world_size(driver.group)
+    rank = dist.get_rank(driver.group)
     lines = [
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
-        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {here}"
+        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {rank}"
     ]
     for index, home in enumerate(driver.placement):
         tensors = {
@@ -464,12 +469,15 @@ def described(driver: Driver) -> str:
             for entry in program.stages[index].state
             if entry.kind == "param"
         }
-        nbytes = sum(value_bytes(kind) or 0 for kind in tensors.values())
-        mark = ", here" if home == here else ""
+        nbytes = sum(value_bytes(tensor_type) or 0 for tensor_type in tensors.values())
+        mark = ", here" if home == rank else ""
         lines.append(
             f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
         )
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
-    ran = (", ".join(f"{k}={v}" for k, v in s.items()) for s in driver._batch.sizes)
-    lines += [f"  ran with {sizes}" for sizes in dict.fromkeys(ran) if sizes]
+    calls: dict[str, None] = {}
+    for sizes in driver._batch.sizes:
+        numbers = [f"{name}={number}" for name, number in sizes.items()]
+        calls[", ".join(numbers)] = None
+    lines += [f"  ran with {sizes}" for sizes in calls if sizes]
     return "\n".join(lines)

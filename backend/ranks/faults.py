@@ -39,7 +39,8 @@ GRACE = 5.0
 
 _FAILED = "failed"
 _UNUSED_TAG = 2**20 + 7
-_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
+_TORCH_FOLDER = Path(torch.__file__).parent
+_OWN_FOLDER = Path(__file__).parent
 _COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
 
 
@@ -74,7 +75,8 @@ class Faults:
         self._group = group if group is not None else dist.group.WORLD
         assert self._group is not None
         self._homes = tuple(homes)
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
         self.groups: list[Any] = [self._group]
         self._watching = threading.Lock()
         self._refusals = 0
@@ -172,31 +174,29 @@ class Faults:
         when the store does not answer.
         """
         answered: set[int] = set()
-        found: list[tuple[int, dict[str, Any]]] = []
+        reports: list[tuple[int, dict[str, Any]]] = []
 
-        def known() -> bool:
+        def one_has_failed() -> bool:
             for rank in range(self.ranks):
                 if self._store.check([f"report {rank}"]):
                     report = json.loads(self._store.get(f"report {rank}"))
                     answered.add(rank)
                     if report["what"]:
-                        found.append((rank, report))
+                        reports.append((rank, report))
                 elif self._store.check([f"alive {rank}"]):
                     answered.add(rank)
-            return bool(found)
+            return bool(reports)
 
-        if _within(GRACE, known):
-            return self._error(*found[0])
+        if _within(GRACE, one_has_failed):
+            return self._error(*reports[0])
         gone = [rank for rank in range(self.ranks) if rank not in answered]
         if not gone:
             return RankError(
                 f"the ranks lost their connection, though all are alive: {_line(error)}"
             )
-        does = (
-            "do not answer: they were killed, have ended, or hang"
-            if gone[1:]
-            else "does not answer: it was killed, has ended, or hangs"
-        )
+        does = "does not answer: it was killed, has ended, or hangs"
+        if gone[1:]:
+            does = "do not answer: they were killed, have ended, or hang"
         return RankError(
             f"{' and '.join(map(self._title, gone))} {does}",
             [self._global(rank) for rank in gone],
@@ -212,12 +212,12 @@ class Faults:
 
     def _title(self, rank: int, stage: int | None = None) -> str:
         """`rank 2 (stage 2)`: the stage where it failed, or all the stages that the rank has."""
-        mine = (
-            [stage]
-            if stage is not None
-            else [index for index, home in enumerate(self._homes) if home == rank]
-        )
-        return f"rank {self._global(rank)} (stage{'s' if mine[1:] else ''} {' and '.join(map(str, mine))})"
+        stages = [index for index, home in enumerate(self._homes) if home == rank]
+        if stage is not None:
+            stages = [stage]
+        plural = "s" if stages[1:] else ""
+        numbers = " and ".join(map(str, stages))
+        return f"rank {self._global(rank)} (stage{plural} {numbers})"
 
     def _global(self, rank: int) -> int:
         assert self._group is not None
@@ -236,10 +236,10 @@ def _break_connections(group: Any) -> None:
 
     gloo has no abort, but a receive that times out closes all connections of its group.
     """
-    for kind in sorted(
+    for device_type in sorted(
         {"cuda", "cpu"} & {device.type for device in group._device_types}
     ):
-        backend = group._get_backend(torch.device(kind))
+        backend = group._get_backend(torch.device(device_type))
         if backend.name() != "gloo":
             backend.abort()
             continue
@@ -272,7 +272,9 @@ def _line(error: BaseException) -> str:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    """What, where and in which stage; `what` is empty when the error only says that another rank is gone."""
+    """A report of the error: what, where, in which stage, and a hint. `what` is empty when the error only
+    says that another rank is gone.
+    """
     error = _origin(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
@@ -290,25 +292,27 @@ def _described(error: BaseException) -> dict[str, Any]:
         return {"what": "", "where": "", "stage": stage, "hint": RESTART}
     module = next(
         (
-            m._path
+            module_of_frame._path
             for frame in reversed(frames)
-            if isinstance(m := frame.f_locals.get("self"), StageModule)
+            if isinstance(module_of_frame := frame.f_locals.get("self"), StageModule)
         ),
         "",
     )
-    place = next(
+    location = next(
         (
-            _place(f, n)
+            _location(f, n)
             for f, n in zip(reversed(frames), reversed(lines), strict=True)
-            if not (_in(f, _TORCH) or _in(f, _OURS))
+            if not (_in(f, _TORCH_FOLDER) or _in(f, _OWN_FOLDER))
         ),
         "",
     )
     if isinstance(error, StagecutError):
-        place = error.where or place
-    where = ", ".join(
-        [*([f"module '{module}'"] if module else []), *([place] if place else [])]
-    )
+        location = error.where or location
+    where = location
+    if module:
+        where = f"module '{module}'"
+        if location:
+            where += f", {location}"
     return {
         "what": _line(error) if not isinstance(error, StagecutError) else error.what,
         "where": where,
@@ -318,7 +322,7 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def _advice(error: BaseException) -> str:
-    """What to do about an error of a rank. A restart meets most of them again."""
+    """A hint on what to do about an error of a rank. A restart meets most of them again."""
     if isinstance(error, StagecutError):
         return error.hint
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -341,9 +345,9 @@ def _origin(error: BaseException) -> BaseException:
 def _stage_of(frame: FrameType) -> int | None:
     """The stage that a frame is about."""
     me = frame.f_locals.get("self")
-    for found in (me, frame.f_locals.get("stage"), getattr(me, "_stage", None)):
-        if isinstance(found, PipelineStage):
-            return found.stage_index
+    for candidate in (me, frame.f_locals.get("stage"), getattr(me, "_stage", None)):
+        if isinstance(candidate, PipelineStage):
+            return candidate.stage_index
     return None
 
 
@@ -359,12 +363,12 @@ def _in(frame: FrameType, folder: Path) -> bool:
     return frame.f_code.co_filename.startswith(f"{folder}/")
 
 
-def _place(frame: FrameType, line: int) -> str:
+def _location(frame: FrameType, line: int) -> str:
     """file:line, of the model where the code is a stage's."""
     file = frame.f_code.co_filename
     if not file.startswith("<stagecut "):
         return f"{Path(file).name}:{line}"
-    above = (
+    matches = (
         _COMMENT.match(linecache.getline(file, number)) for number in range(line, 0, -1)
     )
-    return next((found[1] for found in above if found), "")
+    return next((match[1] for match in matches if match), "")

@@ -38,7 +38,7 @@ class NonFiniteError(StagecutError, RuntimeError):
 
 
 class Gradients:
-    """The gradients of this rank's stages of a pipe, and what they need of the other ranks, which all make
+    """The gradients of this rank's stages of a pipe, and what they need of the other ranks. Every rank makes
     one. `homes` are the ranks of the stages, by stage.
     """
 
@@ -52,7 +52,9 @@ class Gradients:
     ) -> None:
         self.tied = Tied(pipe, homes, group, faults)
         self.scaler: GradScaler | None = None
-        self._pipe, self._group, self._device = pipe, group, device
+        self._pipe = pipe
+        self._group = group
+        self._device = device
         self._stages = [i for i, home in enumerate(homes) if home == faults.rank]
         self._faults = faults
         _watch_updates()
@@ -85,7 +87,9 @@ class Gradients:
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """A loss as the backward starts from it."""
-        return loss if self.scaler is None else self.scaler.scale(loss)
+        if self.scaler is None:
+            return loss
+        return self.scaler.scale(loss)
 
     def clip_norm(
         self,
@@ -111,15 +115,15 @@ class Gradients:
         repeated = {id(parameter) for parameter in self.tied.repeated()}
         counted = [p for p in self.parameters() if id(p) not in repeated]
         norms = [_local_norm(same, order, foreach) for same in _alike(counted)]
-        mine = _norm_of_norms([norm.to(self._device) for norm in norms], order)
-        if mine is None:
+        own = _norm_of_norms([norm.to(self._device) for norm in norms], order)
+        if own is None:
             nothing = math.inf if order < 0 else 0.0
-            mine = torch.tensor(nothing, dtype=torch.float64, device=self._device)
+            own = torch.tensor(nothing, dtype=torch.float64, device=self._device)
         everywhere = [
-            torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))
+            torch.empty_like(own) for _ in range(dist.get_world_size(self._group))
         ]
         with self._faults.together():
-            dist.all_gather(everywhere, mine, self._group)
+            dist.all_gather(everywhere, own, self._group)
         total = _norm_of_norms(everywhere, order)
         assert total is not None
         return total.to(_norm_dtype(self._pipe.program))
@@ -132,7 +136,7 @@ class Gradients:
             self.tied.refuse_update(optimizer)
 
     def _agree(self, overflowed: dict[torch.device, torch.Tensor]) -> None:
-        """Device -> 1.0 where some gradient of this rank is not finite, becomes that of all ranks."""
+        """Every flag of `overflowed` (device -> flag) is 1.0 when a gradient of any rank is not finite."""
         flags = [flag.to(self._device).reshape(()) for flag in overflowed.values()]
         anywhere = torch.zeros((), device=self._device)
         if flags:
@@ -170,12 +174,10 @@ def _local_norm(
 
 def _norm_dtype(program: Program) -> torch.dtype:
     """The same on every rank, whatever the dtypes of its gradients are."""
-    kinds = {str(entry.type) for entry in program.state if entry.kind == "param"}
-    return (
-        torch.float64
-        if any(kind.startswith("f64") for kind in kinds)
-        else torch.float32
-    )
+    for entry in program.state:
+        if entry.kind == "param" and str(entry.type).startswith("f64"):
+            return torch.float64
+    return torch.float32
 
 
 def _norm_of_norms(norms: Sequence[torch.Tensor], order: float) -> torch.Tensor | None:
@@ -207,12 +209,11 @@ def _before_update(
         return call
 
     optimizer, *rest = args
-    rest = [followed(item) if callable(item) else item for item in rest]
-    named = {
-        name: followed(item) if name == "closure" and item is not None else item
-        for name, item in kwargs.items()
-    }
-    return (optimizer, *rest), named
+    rest = [followed(argument) if callable(argument) else argument for argument in rest]
+    keywords = {**kwargs}
+    if keywords.get("closure") is not None:
+        keywords["closure"] = followed(keywords["closure"])
+    return (optimizer, *rest), keywords
 
 
 @cache
@@ -265,11 +266,11 @@ def _on_all_ranks(unscale: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _gradients_of(optimizer: Optimizer) -> Gradients | None:
-    """Those that `optimizer` is attached to, or else those of a pipeline whose parameters it has."""
+    """The gradients that `optimizer` is attached to, else those of a pipeline whose parameters it has."""
     if optimizer in _attached:
         return _attached[optimizer]
-    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for gradients in list(_alive):
-        if any(id(p) in theirs for p in gradients.parameters()):
+        if any(id(p) in updated for p in gradients.parameters()):
             return gradients
     return None

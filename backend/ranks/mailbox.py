@@ -50,26 +50,23 @@ class Mailbox:
         """The flat outputs; tensors that carry gradient are leaves."""
         program = self._program
         refuse_feedback(program, any(stage.training for stage in self._stages))
-        self._received, self._sent = [], []
+        self._received = []
+        self._sent = []
         mail: dict[Value, Any] = {}
         self._fed = dict(zip(program.inputs, flat, strict=True))
         for stage, block in zip(self._stages, program.stages, strict=True):
-            mine = [
+            received = [
                 self._feed(v) if v in self._fed else self._sent_on(v, mail[v])
                 for v in block.inputs
             ]
             owned = written_inputs(block)
+            arguments = [
+                writable(tensor) if value in owned else tensor
+                for value, tensor in zip(block.inputs, received, strict=True)
+            ]
             with writes_explained(block.index):
-                results = results_of(
-                    stage(
-                        *[
-                            writable(t) if v in owned else t
-                            for v, t in zip(block.inputs, mine, strict=True)
-                        ]
-                    ),
-                    block,
-                )
-            self._received.append(mine)
+                results = results_of(stage(*arguments), block)
+            self._received.append(received)
             self._sent.append(results)
             mail.update(zip(block.outputs, results, strict=True))
         self._outputs = [self._returned(leaf, mail) for leaf in program.outputs]
@@ -80,8 +77,8 @@ class Mailbox:
         return _post(sent, carries_grad(value.type))
 
     def _feed(self, value: Value) -> Any:
-        given = self._fed[value]
-        return _post(given, isinstance(given, torch.Tensor) and given.requires_grad)
+        fed = self._fed[value]
+        return _post(fed, isinstance(fed, torch.Tensor) and fed.requires_grad)
 
     def _returned(self, leaf: Any, mail: dict[Value, Any]) -> Any:
         if not isinstance(leaf, Value):
@@ -110,51 +107,57 @@ class Mailbox:
             if not live:
                 continue
             with writes_explained(index):
-                torch.autograd.backward([t for t, _ in live], [g for _, g in live])
+                outputs = [tensor for tensor, _ in live]
+                grads = [grad for _, grad in live]
+                torch.autograd.backward(outputs, grads)
 
     def _gradient(self, value: Value, index: int) -> torch.Tensor | None:
         """The sum of the gradients that all readers of a value send back."""
-        found = [
+        grads = [
             leaf.grad
-            for item, leaf in zip(self._program.outputs, self._outputs, strict=True)
-            if item is value and _has_grad(leaf)
+            for output, leaf in zip(self._program.outputs, self._outputs, strict=True)
+            if output is value and _has_grad(leaf)
         ]
         for later in range(index + 1, len(self._stages)):
             for received, leaf in zip(
                 self._program.stages[later].inputs, self._received[later], strict=True
             ):
                 if received is value and _has_grad(leaf):
-                    found.append(leaf.grad)
-        return torch.stack(found).sum(0) if len(found) > 1 else next(iter(found), None)
+                    grads.append(leaf.grad)
+        if len(grads) > 1:
+            return torch.stack(grads).sum(0)
+        return next(iter(grads), None)
 
     def input_gradients(self) -> list[torch.Tensor | None]:
         """Per flat input, the sum of the gradients of the stages it was fed to."""
         sums: list[torch.Tensor | None] = []
         for value in self._program.inputs:
-            given = self._fed[value]
-            found = [given.grad] if _has_grad(given) else []
+            fed = self._fed[value]
+            grads = [fed.grad] if _has_grad(fed) else []
             for block, received in zip(
                 self._program.stages, self._received, strict=True
             ):
-                found += [
+                grads += [
                     leaf.grad
                     for v, leaf in zip(block.inputs, received, strict=True)
                     if v is value and _has_grad(leaf)
                 ]
-            sums.append(torch.stack(found).sum(0) if found else None)
+            sums.append(torch.stack(grads).sum(0) if grads else None)
         return sums
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         """Every parameter name -> its gradient, summed over the stages that hold a replica."""
-        found: dict[str, torch.Tensor | None] = {}
+        gradients: dict[str, torch.Tensor | None] = {}
         for entry in self._program.state:
             if entry.kind != "param":
                 continue
             replicas = [self._tensor(entry, index) for index in entry.stages]
             grads = [t.grad for t in replicas if t.grad is not None]
-            total = torch.stack(grads).sum(0) if grads else None
-            found.update(dict.fromkeys(entry.names, total))
-        return found
+            total = None
+            if grads:
+                total = torch.stack(grads).sum(0)
+            gradients.update(dict.fromkeys(entry.names, total))
+        return gradients
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every state name -> its tensor afterwards, as its owner holds it."""
@@ -173,20 +176,20 @@ class Mailbox:
         return tensor
 
 
-def _post(item: Any, grad: bool) -> Any:
+def _post(sent: Any, grad: bool) -> Any:
     """A tensor as it arrives: fresh storage, no history, the strides it was sent with."""
-    if not isinstance(item, torch.Tensor):
-        return item
-    if item.layout is not torch.strided:
-        return item.detach().clone().requires_grad_(grad)
-    once = item.detach()[
-        tuple(slice(0, 1) if step == 0 else slice(None) for step in item.stride())
+    if not isinstance(sent, torch.Tensor):
+        return sent
+    if sent.layout is not torch.strided:
+        return sent.detach().clone().requires_grad_(grad)
+    once = sent.detach()[
+        tuple(slice(0, 1) if step == 0 else slice(None) for step in sent.stride())
     ]
     fresh = torch.empty_strided(
-        once.shape, once.stride(), dtype=item.dtype, device=item.device
+        once.shape, once.stride(), dtype=sent.dtype, device=sent.device
     ).copy_(once)
-    return fresh.expand(item.shape).requires_grad_(grad)
+    return fresh.expand(sent.shape).requires_grad_(grad)
 
 
-def _has_grad(item: Any) -> bool:
-    return isinstance(item, torch.Tensor) and item.is_leaf and item.grad is not None
+def _has_grad(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.grad is not None

@@ -64,7 +64,7 @@ def refuse_no_group(group: Group) -> None:
 
 
 def own_device(group: Group) -> torch.device:
-    """Where this process computes, as the backend of its group tells."""
+    """The device on which this process computes, by the backend of its group."""
     if "nccl" in str(dist.get_backend(group)):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

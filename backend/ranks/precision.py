@@ -25,7 +25,7 @@ from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import BuiltStage, Group
 from stagecut.backend.ranks.wire import boundaries, fed_inputs
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.stages.state import entries, held
+from stagecut.backend.stages.state import entries, held_tensors
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, Token, Value
 from stagecut.ir.types import DTYPES, TensorType
@@ -51,8 +51,8 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What decides the dtypes on a rank: autocast, and what its stages hold."""
+class RankDtypes:
+    """The dtypes that decide all others on a rank: that of autocast, and those of the state of its stages."""
 
     autocast: torch.dtype | None
     state: tuple[torch.dtype, ...]
@@ -60,8 +60,8 @@ class Seen:
 
 @dataclass(eq=False)
 class Agreed:
-    """What all ranks know: whether the stages run as they were traced, and if not, the dtypes of what
-    crosses, None until they were found.
+    """The facts that all ranks know: a change from how the model was traced, None for no change, and the
+    dtypes of what crosses then, None until they were found.
     """
 
     change: Change | None = None
@@ -80,34 +80,37 @@ class Precision:
         faults: Faults,
     ) -> None:
         self.agreed = Agreed()
-        self._pipe, self._homes, self._group = pipe, tuple(homes), group
-        self._device, self._faults = device, faults
-        self._mine = [i for i, home in enumerate(homes) if home == faults.rank]
-        self._last: Seen | None = None
-        self._known: dict[tuple[Seen, ...], Agreed] = {}
+        self._pipe = pipe
+        self._homes = tuple(homes)
+        self._group = group
+        self._device = device
+        self._faults = faults
+        self._own_stages = [i for i, home in enumerate(homes) if home == faults.rank]
+        self._last: RankDtypes | None = None
+        self._agreements: dict[tuple[RankDtypes, ...], Agreed] = {}
 
     def changed_here(self) -> bool:
-        """Whether this rank must agree with the others anew."""
-        return self._seen() != self._last
+        """True when this rank must agree with the others anew."""
+        return self._rank_dtypes() != self._last
 
     def agree(self, modules: Mapping[int, nn.Module]) -> None:
         """All ranks know in which precision each of them runs. Every rank calls it, where one has changed.
 
         Raises PrecisionError on all ranks when they differ, or when the program cannot follow.
         """
-        seen = self._seen()
+        own = self._rank_dtypes()
         everywhere: list[Any] = [None] * self._faults.ranks
         with self._faults.together(agreed=(StagecutError,)):
-            mine = seen, self._change(seen.autocast, modules)
-            dist.all_gather_object(everywhere, mine, self._group)
-            _refuse_two_autocasts([other.autocast for other, _ in everywhere])
+            message = own, self._change(own.autocast, modules)
+            dist.all_gather_object(everywhere, message, self._group)
+            _refuse_two_autocasts([dtypes.autocast for dtypes, _ in everywhere])
             changes = [change for _, change in everywhere if change is not None]
             if changes:
                 _refuse_named_dtypes(self._pipe, self._device, changes[0])
-        key = tuple(other for other, _ in everywhere)
+        key = tuple(dtypes for dtypes, _ in everywhere)
         agreed = Agreed(changes[0]) if changes else Agreed()
-        self.agreed = self._known.setdefault(key, agreed)
-        self._last = seen
+        self.agreed = self._agreements.setdefault(key, agreed)
+        self._last = own
 
     def dtypes(self, make: Callable[[int, Dtypes], BuiltStage]) -> Dtypes:
         """The dtypes of what crosses, found in a rehearsal the first time. Every rank calls it.
@@ -122,17 +125,17 @@ class Precision:
                 agreed.dtypes = self._rehearse(make, agreed.change)
         return agreed.dtypes
 
-    def _seen(self) -> Seen:
-        return Seen(self._autocast(), self._state())
+    def _rank_dtypes(self) -> RankDtypes:
+        return RankDtypes(self._autocast(), self._state())
 
     def _autocast(self) -> torch.dtype | None:
-        kind = self._device.type
-        return (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        )
+        device_type = self._device.type
+        if not torch.is_autocast_enabled(device_type):
+            return None
+        return torch.get_autocast_dtype(device_type)
 
     def _state(self) -> tuple[torch.dtype, ...]:
-        stages = [self._pipe.stages[index] for index in self._mine]
+        stages = [self._pipe.stages[index] for index in self._own_stages]
         return tuple(
             tensor.dtype
             for stage in stages
@@ -153,10 +156,10 @@ class Precision:
 
     def _cast(self) -> Change | None:
         program = self._pipe.program
-        stages = [self._pipe.stages[index] for index in self._mine]
-        for entry in entries(program, self._mine):
+        stages = [self._pipe.stages[index] for index in self._own_stages]
+        for entry in entries(program, self._own_stages):
             want = _dtype(entry.type)
-            for tensor in held(program, stages, entry):
+            for tensor in held_tensors(program, stages, entry):
                 if want is not None and tensor.dtype != want:
                     return Change(
                         f"'{entry.name}' is {tensor.dtype}, and was traced as {want}",
@@ -173,16 +176,16 @@ class Precision:
         dtypes: dict[Value, torch.dtype] = {}
         packed: list[torch.Tensor] = []
         for index, home in enumerate(self._homes):
-            told: list[Any] = [None]
+            message: list[Any] = [None]
             values: dict[Value, Any] = {}
             if home == self._faults.rank:
                 stage = make(index, dtypes)
                 if index and self._homes[index - 1] != home:
                     packed = self._received(stage, self._homes[index - 1])
                 values = _rehearsed(stage, packed, change)
-                told = [[getattr(values[v], "dtype", None) for v in lists[index]]]
-            dist.broadcast_object_list(told, group=self._group, group_src=home)
-            pairs = zip(lists[index], told[0], strict=True)
+                message = [[getattr(values[v], "dtype", None) for v in lists[index]]]
+            dist.broadcast_object_list(message, group=self._group, group_src=home)
+            pairs = zip(lists[index], message[0], strict=True)
             dtypes |= {value: dtype for value, dtype in pairs if dtype is not None}
             if values and index + 1 < len(self._homes):
                 packed = make(index, dtypes).packed(values)
@@ -199,7 +202,9 @@ class Precision:
         return packed
 
     def _send(self, packed: Sequence[torch.Tensor], target: int) -> None:
-        for tensor in packed if target != self._faults.rank else ():
+        if target == self._faults.rank:
+            return
+        for tensor in packed:
             dist.send(tensor, group=self._group, group_dst=target)
 
 
@@ -222,7 +227,7 @@ def _rehearsed(
 
 @contextmanager
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """What runs inside leaves no trace: buffers, random numbers, autocast's copies of weights, and what FSDP
+    """A run inside leaves no trace: buffers, random numbers, autocast's copies of weights, and what FSDP
     holds are afterwards as they were.
     """
     buffers = [
@@ -238,9 +243,9 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(caches)
-        for owner, name, tensor, before in buffers:
+        for owner, name, tensor, contents in buffers:
             owner._buffers[name] = tensor
-            tensor.copy_(before)
+            tensor.copy_(contents)
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
@@ -289,14 +294,18 @@ def _refuse_named_dtypes(pipe: Staged, device: torch.device, change: Change) -> 
 
 def _traced_in(program: Program) -> set[str]:
     """The dtypes of the floating state of a program, as torch writes them."""
-    kinds = [_dtype(entry.type) for entry in program.state]
-    return {str(kind) for kind in kinds if kind is not None and kind.is_floating_point}
+    traced: set[str] = set()
+    for entry in program.state:
+        dtype = _dtype(entry.type)
+        if dtype is not None and dtype.is_floating_point:
+            traced.add(str(dtype))
+    return traced
 
 
-def _dtype(kind: object) -> torch.dtype | None:
-    if not isinstance(kind, TensorType):
+def _dtype(value_type: object) -> torch.dtype | None:
+    if not isinstance(value_type, TensorType):
         return None
-    dtype: torch.dtype = getattr(torch, DTYPES[kind.dtype])
+    dtype: torch.dtype = getattr(torch, DTYPES[value_type.dtype])
     return dtype
 
 
@@ -312,4 +321,6 @@ def _tokens(tree: Any) -> Iterator[str]:
 
 
 def _under(autocast: torch.dtype | None) -> str:
-    return "without autocast" if autocast is None else f"under autocast to {autocast}"
+    if autocast is None:
+        return "without autocast"
+    return f"under autocast to {autocast}"

@@ -46,7 +46,8 @@ from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
 from stagecut.ir.run.storage import storage_of
 
-_METADATA, _SHAPE = "PipeliningMetadataError", "PipeliningShapeError"
+_METADATA = "PipeliningMetadataError"
+_SHAPE = "PipeliningShapeError"
 _MISMATCH = _METADATA if hasattr(_utils, _METADATA) else _SHAPE
 _TorchMismatch: Any = getattr(_utils, _MISMATCH)
 
@@ -55,8 +56,12 @@ _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules treat every value at a boundary as one with a gradient."""
 
 
+_Ports = tuple[list[Port], list[Port]]
+"""The ports of what a stage receives, and of what it hands on."""
+
+
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
-    """A tensor at a boundary has another shape or dtype than the program says."""
+    """A tensor at a boundary does not have the shape or the dtype that the program says."""
 
 
 _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
@@ -85,51 +90,54 @@ class BuiltStage(PipelineStage):
         program = pipe.program
         refuse_feedback(program, pipe.training)
         lists = boundaries(program, fed_inputs(program) if fed else frozenset())
-        self._received, self._sent_on = lists[index - 1] if index else [], lists[index]
+        self._received = lists[index - 1] if index else []
+        self._sent_on = lists[index]
         _scaled.setdefault(pipe, set())
-        self.pipe, self.fed, self.block = pipe, fed, program.stages[index]
+        self.pipe = pipe
+        self.fed = fed
+        self.block = program.stages[index]
         self.microbatches: list[list[Any]] = []
         self.results: dict[int, tuple[torch.Tensor, ...]] | None = {}
-        self.draws, self._dtypes = draws, dtypes
+        self.draws = draws
+        self._dtypes = dtypes
         self.buffers: Buffers | None = None
         self._state = draws.port if draws is not None else None
-        self._now = 0
+        self._microbatch = 0
         self.whole = False
-        self._ports: list[tuple[list[Port], list[Port]]] = []
+        self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
-        self._owned = written_inputs(self.block)
-        self._kept = {p.value for p in self.sent if lives_in_buffer(p.value)}
-        self._fed = [
-            (i, v)
-            for i, v in enumerate(program.inputs)
-            if (v in self.block.inputs or index == 0) and v not in self._received
-        ]
-        metas = [tuple(p.meta() for p in ports) for ports in (self.received, self.sent)]
+        self._written = written_inputs(self.block)
+        self._in_buffers = {p.value for p in self.sent if lives_in_buffer(p.value)}
+        self._fed_inputs: list[tuple[int, Value]] = []
+        for number, value in enumerate(program.inputs):
+            if value in self._received:
+                continue
+            if value in self.block.inputs or index == 0:
+                self._fed_inputs.append((number, value))
+        received_metas = tuple(p.meta() for p in self.received)
+        sent_metas = tuple(p.meta() for p in self.sent)
         arriving = {p.value for p in self.received if p.grad}
+        leaving = {p.value for p in self.sent if p.grad}
         # without gradients for its inputs, torch up to 2.12 finds nothing to split
-        whole = index > 0 and (
-            not arriving
-            or backward_is_whole(
-                self.block, arriving, {p.value for p in self.sent if p.grad}
-            )
-        )
-        runner = (lambda: _nothing) if whole else None
+        whole = not arriving or backward_is_whole(self.block, arriving, leaving)
+        runner = (lambda: _nothing) if index > 0 and whole else None
         super().__init__(
             pipe.stages[index],
             index,
             len(program.stages),
             device,
-            metas[0],
-            metas[1],
+            received_metas,
+            sent_metas,
             group=group,
             dw_builder=runner,
         )
 
-    def _ports_for(self, sizes: Sizes) -> tuple[list[Port], list[Port]]:
-        """What is received and what is handed on, in a micro-batch of these sizes."""
-        last, dtypes = self.block is self.pipe.program.stages[-1], self._dtypes
+    def _ports_for(self, sizes: Sizes) -> _Ports:
+        """The ports of what is received and of what is handed on, in a micro-batch of these sizes."""
+        last = self.block is self.pipe.program.stages[-1]
+        dtypes = self._dtypes
         received = [port(v, sizes, dtypes.get(v)) for v in self._received]
-        sent = [port(v, sizes, dtypes.get(v), as_it_is=last) for v in self._sent_on]
+        sent = [port(v, sizes, dtypes.get(v), returned=last) for v in self._sent_on]
         if self._state is not None:
             received += [self._state] * (self.block.index > 0)
             sent += [self._state] * (not last)
@@ -137,13 +145,13 @@ class BuiltStage(PipelineStage):
 
     def resize(self, sizes: Sequence[Sizes]) -> None:
         """The micro-batches of the next step have these sizes, one for each."""
-        made: dict[tuple[tuple[str, int], ...], tuple[list[Port], list[Port]]] = {}
+        ports: dict[tuple[tuple[str, int], ...], _Ports] = {}
         self._ports = []
-        for mine in sizes:
-            key = tuple(sorted(mine.items()))
-            if key not in made:
-                made[key] = self._ports_for(mine)
-            self._ports.append(made[key])
+        for chunk_sizes in sizes:
+            key = tuple(sorted(chunk_sizes.items()))
+            if key not in ports:
+                ports[key] = self._ports_for(chunk_sizes)
+            self._ports.append(ports[key])
 
     def _turn_to(self, chunk: int) -> None:
         """The ports are those of this micro-batch."""
@@ -171,10 +179,11 @@ class BuiltStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         """As torch's. With `fed`, the stage's own inputs of this micro-batch are passed as keywords."""
-        self._now = fwd_chunk_id
+        self._microbatch = fwd_chunk_id
         self._turn_to(fwd_chunk_id)
         if self.fed:
-            args, kwargs = (), self.fed_with(fwd_chunk_id)
+            args = ()
+            kwargs = self.fed_with(fwd_chunk_id)
         try:
             output = super().forward_one_chunk(
                 fwd_chunk_id, args, kwargs, save_forward_output
@@ -207,16 +216,22 @@ class BuiltStage(PipelineStage):
 
     def fed_with(self, microbatch: int) -> dict[str, Any]:
         """The stage's own inputs of a micro-batch, as keywords."""
-        return {f"input_{i}": self.microbatches[microbatch][i] for i, _ in self._fed}
+        return {
+            f"input_{i}": self.microbatches[microbatch][i] for i, _ in self._fed_inputs
+        }
 
     def values(self, args: Any, kwargs: Any) -> dict[Value, Any]:
         """The values that the stage knows when it has run on what crossed and what it is fed with."""
         values: dict[Value, Any] = {}
         if self.fed:
-            values = {v: kwargs[f"input_{i}"] for i, v in self._fed}
+            values = {v: kwargs[f"input_{i}"] for i, v in self._fed_inputs}
         elif self.is_first:
             values = dict(
-                zip(self.pipe.program.inputs, self._given(args, kwargs), strict=True)
+                zip(
+                    self.pipe.program.inputs,
+                    self._flat_inputs(args, kwargs),
+                    strict=True,
+                )
             )
         values |= {
             p.value: p.unpack(t)
@@ -224,7 +239,7 @@ class BuiltStage(PipelineStage):
         }
         strides = {p.value: p.strides for p in self.received}
         inputs = [
-            writable(values[v], strides.get(v)) if v in self._owned else values[v]
+            writable(values[v], strides.get(v)) if v in self._written else values[v]
             for v in self.block.inputs
         ]
         with writes_explained(self.stage_index), self._apart(values):
@@ -243,8 +258,8 @@ class BuiltStage(PipelineStage):
         state = self._state
         received = values.get(state.value) if state is not None else None
         with (
-            self.buffers.of(self._now),
-            self.draws.stream(self.stage_index, self._now, received),
+            self.buffers.of(self._microbatch),
+            self.draws.stream(self.stage_index, self._microbatch, received),
         ):
             yield
             if state is not None:
@@ -257,7 +272,9 @@ class BuiltStage(PipelineStage):
             self._kept_apart(p, tensor, buffers)
             for p, tensor in zip(self.sent, tensors, strict=True)
         )
-        return outputs[0] if len(outputs) == 1 else outputs
+        if len(outputs) == 1:
+            return outputs[0]
+        return outputs
 
     def _kept_apart(
         self, p: Port, tensor: torch.Tensor, buffers: set[int | None]
@@ -265,11 +282,9 @@ class BuiltStage(PipelineStage):
         """A copy of a tensor that is written again before it is read: a buffer of the model, or one of
         `buffers`, into which torch receives. Other tensors are returned as they are.
         """
-        return (
-            tensor.clone()
-            if p.value in self._kept or storage_of(tensor) in buffers
-            else tensor
-        )
+        if p.value in self._in_buffers or storage_of(tensor) in buffers:
+            return tensor.clone()
+        return tensor
 
     def backward_one_chunk(
         self,
@@ -303,7 +318,9 @@ class BuiltStage(PipelineStage):
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As torch's, but nothing in an eval, in which V schedules hand gradients on all the same."""
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+        if self.has_backward:
+            return super().get_local_bwd_output(mb_index)
+        return ()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         """As torch's, but nothing in an eval."""
@@ -318,7 +335,7 @@ class BuiltStage(PipelineStage):
         if self.has_backward and not self.is_first:
             grads = zip(self.received, self.bwd_cache[bwd_chunk_id], strict=True)
             self.bwd_cache[bwd_chunk_id] = tuple(
-                self._sent(p, grad) if p.grad else grad for p, grad in grads
+                self._grad_or_zeros(p, grad) if p.grad else grad for p, grad in grads
             )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
@@ -335,28 +352,21 @@ class BuiltStage(PipelineStage):
         gradient of a parameter.
         """
         _scaled[self.pipe].add(self.stage_index)
-        mine = [
-            stage
-            for stage, rank in self.stage_index_to_group_rank.items()
-            if rank == self.group_rank
-        ]
-        to_come = [
-            self.pipe.stages[stage] for stage in mine if stage not in _scaled[self.pipe]
-        ]
-        left = {parameter for stage in to_come for parameter in stage.parameters()}
+        unscaled: set[torch.nn.Parameter] = set()
+        for stage, rank in self.stage_index_to_group_rank.items():
+            if rank == self.group_rank and stage not in _scaled[self.pipe]:
+                unscaled.update(self.pipe.stages[stage].parameters())
         for parameter in self.submod.parameters():
-            if parameter.grad is not None and parameter not in left:
+            if parameter.grad is not None and parameter not in unscaled:
                 parameter.grad.div_(grad_scale_factor)
 
-    def _sent(self, p: Port, grad: torch.Tensor | None) -> torch.Tensor:
+    def _grad_or_zeros(self, p: Port, grad: torch.Tensor | None) -> torch.Tensor:
         """The gradient of what crossed at a port, zeros for none."""
-        return (
-            torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device)
-            if grad is None
-            else grad
-        )
+        if grad is not None:
+            return grad
+        return torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device)
 
-    def _given(self, args: Any, kwargs: Any) -> list[Any]:
+    def _flat_inputs(self, args: Any, kwargs: Any) -> list[Any]:
         try:
             return self.pipe.flatten(args, kwargs)
         except InputError as error:
@@ -364,12 +374,12 @@ class BuiltStage(PipelineStage):
                 error.what, where=error.where, hint=error.hint
             ) from error
 
-    def _check(self, p: Port, item: Any) -> None:
-        if p.shape is None or (p.fits(item) and item.dtype == p.dtype):
+    def _check(self, p: Port, actual: Any) -> None:
+        if p.shape is None or (p.fits(actual) and actual.dtype == p.dtype):
             return
-        what = "dtype" if item.dtype != p.dtype else "shape"
+        what = "dtype" if actual.dtype != p.dtype else "shape"
         raise MismatchError(
-            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {item.dtype}{list(item.shape)}, "
+            f"stage {self.stage_index}: {what} mismatch: {p.value!r} is {actual.dtype}{list(actual.shape)}, "
             f"expected {p.dtype}{list(p.shape)}",
             where=p.value.owner.where() if isinstance(p.value.owner, Op) else "",
             hint="a hook or a wrapper of the stage changes what it returns",
@@ -394,14 +404,13 @@ class BuiltStage(PipelineStage):
             return
         if (self.received, self.sent) != self._first:
             return
-        there = [
-            (want, tensor)
-            for want, tensor in zip(expected, actual, strict=True)
-            if tensor is not None
-        ]
-        super()._validate_stage_tensors(
-            desc, tuple(want for want, _ in there), tuple(tensor for _, tensor in there)
-        )
+        wanted: list[Any] = []
+        present: list[Any] = []
+        for want, tensor in zip(expected, actual, strict=True):
+            if tensor is not None:
+                wanted.append(want)
+                present.append(tensor)
+        super()._validate_stage_tensors(desc, tuple(wanted), tuple(present))
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -457,13 +466,12 @@ class _EarlierStage(BuiltStage):
             "stage_output": tuple(outputs[i] for i in live),
             "input_values": wanted,
         }
-        bwd_kwargs["output_grads"] = (
-            None if grads is None else tuple(grads[i] for i in live)
-        )
-        found, groups = super().backward_maybe_with_nosync(
+        if grads is not None:
+            bwd_kwargs["output_grads"] = tuple(grads[i] for i in live)
+        input_grads, groups = super().backward_maybe_with_nosync(
             backward_type, bwd_kwargs, last_backward
         )
-        by_input = dict(zip(map(id, wanted), found, strict=True))
+        by_input = dict(zip(map(id, wanted), input_grads, strict=True))
         return tuple(by_input.get(id(t)) for t in inputs), groups
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
@@ -492,10 +500,11 @@ class _StaticStage(_EarlierStage):
     def _prepare_forward_infra(  # type: ignore[override]
         self, num_microbatches: int, args: Any, kwargs: Any = None
     ) -> Any:
-        backward, self.has_backward = self.has_backward, False
-        made = super()._prepare_forward_infra(num_microbatches, args, kwargs)
+        backward = self.has_backward
+        self.has_backward = False
+        infra = super()._prepare_forward_infra(num_microbatches, args, kwargs)
         self.has_backward = backward
-        return made
+        return infra
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         for info, tensor in zip(
@@ -558,8 +567,8 @@ _STAGE = (
 
 @dataclass(frozen=True)
 class PipeInfo:
-    """The part of a pipe that `build_stage` needs: ours, and torch's own where torch runs the stages
-    right.
+    """The part of a pipe that `build_stage` needs. It serves stagecut's `build_stage`, and torch's own where
+    torch runs the stages right.
     """
 
     pipe: Staged
@@ -567,7 +576,7 @@ class PipeInfo:
 
     @property
     def num_stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return self.pipe.num_stages
 
     @property
@@ -589,7 +598,7 @@ def build_stage(
     """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`:
     the stage, or a wrapper.
     """
-    made = make_stage(
+    stage = make_stage(
         pipe_info.pipe,
         stage_index,
         torch.device(device),
@@ -597,8 +606,8 @@ def build_stage(
         pipe_info.pipe._sizes,
         False,
     )
-    made.submod = stage_module
-    return made
+    stage.submod = stage_module
+    return stage
 
 
 def make_stage(
@@ -635,4 +644,6 @@ def make_stage(
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
-    return tuple(output) if isinstance(output, tuple | list) else (output,)
+    if isinstance(output, tuple | list):
+        return tuple(output)
+    return (output,)

@@ -23,21 +23,22 @@ def changed_here(pipe: Staged, stages: tuple[int, ...]) -> bool:
     """
     flags = flags_here(pipe, stages)
     return any(
-        pipe.program.state[place].requires_grad != flag for place, flag in flags.items()
+        pipe.program.state[position].requires_grad != flag
+        for position, flag in flags.items()
     )
 
 
 def flags_here(pipe: Staged, stages: tuple[int, ...]) -> dict[int, bool]:
-    """Place in the program's state -> whether it is trained, for the parameters of these stages."""
+    """Position in the program's state -> whether it is trained, for the parameters of these stages."""
     flags = {}
-    for place, entry in enumerate(pipe.program.state):
-        held = [index for index in entry.stages if index in stages]
-        if entry.kind != "param" or not held:
+    for position, entry in enumerate(pipe.program.state):
+        holders = [index for index in entry.stages if index in stages]
+        if entry.kind != "param" or not holders:
             continue
-        name = pipe.program.stages[held[0]].state[entry][0]
-        tensor = find(pipe.stages[held[0]], name)
+        name = pipe.program.stages[holders[0]].state[entry][0]
+        tensor = find(pipe.stages[holders[0]], name)
         if tensor is not None:
-            flags[place] = tensor.requires_grad
+            flags[position] = tensor.requires_grad
     return flags
 
 
@@ -50,9 +51,9 @@ def follow(
     Raises StagecutError on every rank where those that hold one parameter differ, or where a wrapper has
     noted once and for all which parameters are trained.
     """
-    mine = flags_here(pipe, tuple(modules)), _packed(modules)
+    own = flags_here(pipe, tuple(modules)), _packed(modules)
     everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, mine, group)
+    dist.all_gather_object(everywhere, own, group)
     for rank, (_, packed) in enumerate(everywhere):
         for index in packed:
             raise StagecutError(
@@ -61,26 +62,26 @@ def follow(
                 where=f"rank {rank}, stage {index}",
                 hint="set requires_grad before the driver is made, or make a pipe and a driver anew",
             )
-    known = _agreed(pipe, [flags for flags, _ in everywhere])
-    for place, flag in known.items():
-        _tell(pipe, place, flag)
+    agreed = _agreed(pipe, [flags for flags, _ in everywhere])
+    for position, flag in agreed.items():
+        _tell(pipe, position, flag)
     infer_gradients(pipe.program.all_ops())
 
 
 def _agreed(pipe: Staged, everywhere: Sequence[dict[int, bool]]) -> dict[int, bool]:
-    """Place in the program's state -> whether it is trained."""
-    known: dict[int, tuple[bool, int]] = {}
+    """Position in the program's state -> whether it is trained, as all ranks say alike."""
+    first_told: dict[int, tuple[bool, int]] = {}
     for rank, flags in enumerate(everywhere):
-        for place, flag in flags.items():
-            before, other = known.setdefault(place, (flag, rank))
-            if before != flag:
+        for position, flag in flags.items():
+            first_flag, first_rank = first_told.setdefault(position, (flag, rank))
+            if first_flag != flag:
                 raise StagecutError(
-                    f"'{pipe.program.state[place].name}' is "
-                    f"{'trained' if flag else 'frozen'} on rank {rank}, and not so on rank {other}",
+                    f"'{pipe.program.state[position].name}' is "
+                    f"{'trained' if flag else 'frozen'} on rank {rank}, and not so on rank {first_rank}",
                     where="a parameter that several stages hold",
                     hint="call requires_grad_ on every rank",
                 )
-    return {place: flag for place, (flag, _) in known.items()}
+    return {position: flag for position, (flag, _) in first_told.items()}
 
 
 def _packed(modules: Mapping[int, Module]) -> list[int]:
@@ -92,8 +93,8 @@ def _packed(modules: Mapping[int, Module]) -> list[int]:
     ]
 
 
-def _tell(pipe: Staged, place: int, flag: bool) -> None:
-    entry = pipe.program.state[place]
-    kind = entry.type
-    if isinstance(kind, TensorType) and kind.grad != flag:
-        entry.type = entry.value.type = replace(kind, grad=flag)
+def _tell(pipe: Staged, position: int, flag: bool) -> None:
+    entry = pipe.program.state[position]
+    tensor_type = entry.type
+    if isinstance(tensor_type, TensorType) and tensor_type.grad != flag:
+        entry.type = entry.value.type = replace(tensor_type, grad=flag)

@@ -78,7 +78,9 @@ class Port:
     def wire_dtype(self) -> torch.dtype:
         """The dtype that crosses: communication libraries know no 8-bit floats and few unsigned numbers."""
         small = self.dtype.is_floating_point and self.dtype.itemsize == 1
-        return torch.uint8 if small else _SIGNED.get(self.dtype, self.dtype.to_real())
+        if small:
+            return torch.uint8
+        return _SIGNED.get(self.dtype, self.dtype.to_real())
 
     @property
     def wire_shape(self) -> tuple[int, ...]:
@@ -88,22 +90,18 @@ class Port:
         crossing = tuple(
             1 if dim in self.repeated else max(self.shape[dim], 0) for dim in self.order
         )
-        return (*crossing, 2) if self.dtype.is_complex else crossing
+        if self.dtype.is_complex:
+            return (*crossing, 2)
+        return crossing
 
-    def fits(self, item: Any) -> bool:
+    def fits(self, tensor: Any) -> bool:
         """True for a tensor of the port's shape."""
-        return (
-            self.shape is None
-            or item.shape == self.shape
-            or (
-                OPEN in self.shape
-                and len(item.shape) == len(self.shape)
-                and all(
-                    want in (OPEN, size)
-                    for size, want in zip(item.shape, self.shape, strict=True)
-                )
-            )
-        )
+        if self.shape is None or tensor.shape == self.shape:
+            return True
+        if len(tensor.shape) != len(self.shape):
+            return False
+        sizes = zip(tensor.shape, self.shape, strict=True)
+        return all(want in (OPEN, size) for size, want in sizes)
 
     def meta(self) -> torch.Tensor:
         """A tensor without data of the type that crosses."""
@@ -114,13 +112,13 @@ class Port:
             requires_grad=self.grad,
         )
 
-    def pack(self, item: Any, device: torch.device) -> torch.Tensor:
-        """`item` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
+    def pack(self, actual: Any, device: torch.device) -> torch.Tensor:
+        """`actual` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
         if self.shape is None:
-            return torch.tensor(item, dtype=self.dtype, device=device)
-        refuse_quantized(self.value, item)
-        _refuse_layout(self.value, item)
-        tensor: torch.Tensor = item
+            return torch.tensor(actual, dtype=self.dtype, device=device)
+        refuse_quantized(self.value, actual)
+        _refuse_layout(self.value, actual)
+        tensor: torch.Tensor = actual
         for dim in self.repeated:
             tensor = tensor.narrow(dim, 0, 1)
         tensor = tensor.permute(self.order)
@@ -130,7 +128,9 @@ class Port:
         tensor = tensor.contiguous().view(-1).view(tensor.shape)
         if self.wire_dtype != tensor.dtype:
             tensor = tensor.view(self.wire_dtype)
-        return _own(tensor) if self.grad else tensor.detach()
+        if self.grad:
+            return _own(tensor)
+        return tensor.detach()
 
     def unpack(self, tensor: torch.Tensor) -> Any:
         """The value in a tensor that crossed, with the strides it had."""
@@ -138,37 +138,36 @@ class Port:
             return tensor.item()
         tensor = _own(tensor)
         if self.wire_dtype != self.dtype:
-            tensor = (
-                torch.view_as_complex(tensor)
-                if self.dtype.is_complex
-                else tensor.view(self.dtype)
-            )
-        places = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return tensor.permute(places).expand(self.shape)
+            if self.dtype.is_complex:
+                tensor = torch.view_as_complex(tensor)
+            else:
+                tensor = tensor.view(self.dtype)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return tensor.permute(inverse).expand(self.shape)
 
 
-def own(p: Port, item: Any, device: torch.device) -> torch.Tensor:
-    """`item` as torch's schedules take it from the last stage: a tensor that is no view, with history only
+def own(p: Port, actual: Any, device: torch.device) -> torch.Tensor:
+    """`actual` as torch's schedules take it from the last stage: a tensor that is no view, with history only
     where a gradient comes back.
     """
     if p.shape is None:
-        return p.pack(item, device)
-    refuse_quantized(p.value, item)
-    return _own(item) if p.grad else item.detach()
+        return p.pack(actual, device)
+    refuse_quantized(p.value, actual)
+    tensor: torch.Tensor = actual
+    return _own(tensor) if p.grad else tensor.detach()
 
 
-def writable(item: Any, strides: Sequence[int] | None = None) -> Any:
+def writable(argument: Any, strides: Sequence[int] | None = None) -> Any:
     """A copy of a tensor that a stage may write, with these strides, or else with the strides of the tensor:
     torch refuses some writes by how elements lie.
     """
-    if not isinstance(item, torch.Tensor):
-        return item
-    strides = (
-        item.stride() if strides is None and item.layout is torch.strided else strides
-    )
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    if strides is None and argument.layout is torch.strided:
+        strides = argument.stride()
     if strides is None or 0 in strides:
-        return item.clone()
-    return item.new_empty_strided(item.shape, strides).copy_(item)
+        return argument.clone()
+    return argument.new_empty_strided(argument.shape, strides).copy_(argument)
 
 
 _WRITES = (
@@ -207,82 +206,87 @@ def port(
     value: Value,
     sizes: Sizes,
     dtype: torch.dtype | None = None,
-    as_it_is: bool = False,
+    returned: bool = False,
 ) -> Port:
-    """The port of a value, whose dtype is `dtype` where it is not that of the program. With `as_it_is`, it is
-    returned as it is and crosses nothing; its sizes may depend on data. Raises StagecutError for a value that
-    cannot cross between processes.
+    """The port of a value, whose dtype is `dtype` where it is not that of the program. With `returned`, the
+    model returns it and it crosses nothing; its sizes may depend on data. Raises StagecutError for a value
+    that cannot cross between processes.
     """
-    kind = value.type
-    if isinstance(kind, ScalarType) and kind.kind in _SCALARS:
-        return Port(value, None, _SCALARS[kind.kind])
-    if not isinstance(kind, TensorType):
-        raise _cannot_cross(value, f"a {kind} is no tensor")
-    if as_it_is:
-        known = [_known(dim, sizes) for dim in kind.shape]
-        shape = tuple(OPEN if number is None else number for number in known)
+    value_type = value.type
+    if isinstance(value_type, ScalarType) and value_type.kind in _SCALARS:
+        return Port(value, None, _SCALARS[value_type.kind])
+    if not isinstance(value_type, TensorType):
+        raise _cannot_cross(value, f"a {value_type} is no tensor")
+    if returned:
+        numbers = [_number(dim, sizes) for dim in value_type.shape]
+        shape = tuple(OPEN if number is None else number for number in numbers)
     else:
-        shape = tuple(size(dim, sizes, value) for dim in kind.shape)
-    dtype = dtype if dtype is not None else getattr(torch, DTYPES[kind.dtype])
+        shape = tuple(size(dim, sizes, value) for dim in value_type.shape)
+    dtype = dtype if dtype is not None else getattr(torch, DTYPES[value_type.dtype])
     assert dtype is not None
-    if kind.strides is None or as_it_is:
+    if value_type.strides is None or returned:
         return Port(
-            value, shape, dtype, tuple(range(len(shape))), (), carries_grad(kind)
+            value, shape, dtype, tuple(range(len(shape))), (), carries_grad(value_type)
         )
-    strides = [size(step, sizes, value) for step in kind.strides]
-    order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim)))
-    repeated = tuple(dim for dim in order if strides[dim] == 0 and shape[dim] > 1)
+    strides = [size(step, sizes, value) for step in value_type.strides]
+    dims = range(len(shape))
+    order = tuple(sorted(dims, key=lambda dim: (-strides[dim], dim)))
+    unmoved = [dim for dim in order if strides[dim] == 0]
+    repeated = tuple(dim for dim in unmoved if shape[dim] > 1)
     return Port(
-        value, shape, dtype, order, repeated, carries_grad(kind), tuple(strides)
+        value, shape, dtype, order, repeated, carries_grad(value_type), tuple(strides)
     )
 
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     """The number that a size stands for in this call. Raises StagecutError when it depends on data."""
-    found = _known(dim, sizes)
-    if found is not None:
-        return found
+    number = _number(dim, sizes)
+    if number is not None:
+        return number
     if any(name.startswith("u") for name in _NAME.findall(str(dim))):
         raise _cannot_cross(
             value, f"its size {dim} depends on data, so the receiver cannot know it"
         )
     raise StagecutError(
         f"{value!r} has the size {dim}, which varies, and nobody has said how large it is",
-        where=_place(value),
+        where=_where(value),
         hint="let a Driver make the stages: it knows the sizes of each call; or cut a module with examples",
     )
 
 
-def _known(dim: int | str, sizes: Sizes) -> int | None:
+def _number(dim: int | str, sizes: Sizes) -> int | None:
     """The number that a size stands for; None when it depends on data."""
     if isinstance(dim, int):
         return dim
-    found = sizes.get(dim)
-    return evaluate(dim, tuple(sorted(sizes.items()))) if found is None else found
+    if dim in sizes:
+        return sizes[dim]
+    return evaluate(dim, tuple(sorted(sizes.items())))
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:
     return StagecutError(
         f"{value!r} cannot cross to another process: {why}",
-        where=_place(value),
+        where=_where(value),
         hint="cut where it does not cross",
     )
 
 
-def _place(value: Value) -> str:
-    """Where the user's code makes a value."""
+def _where(value: Value) -> str:
+    """The line of the user's code that makes a value, or the input that it is."""
     owner = value.owner
-    return owner.where() if isinstance(owner, Op) else f"input '{value.hint}'"
+    if isinstance(owner, Op):
+        return owner.where()
+    return f"input '{value.hint}'"
 
 
-def refuse_quantized(value: Value, item: Any) -> None:
-    """Returns when `item`, which stands for `value`, is no quantized tensor. A trace takes quantized tensors
-    for tensors of floats.
+def refuse_quantized(value: Value, actual: Any) -> None:
+    """Returns when `actual`, which stands for `value`, is no quantized tensor. A trace takes a quantized
+    tensor for one of floats.
     """
-    if isinstance(item, torch.Tensor) and item.is_quantized:
+    if isinstance(actual, torch.Tensor) and actual.is_quantized:
         raise _cannot_cross(
             value,
-            f"it is quantized ({item.dtype}), and its scale is nothing that is sent",
+            f"it is quantized ({actual.dtype}), and its scale is nothing that is sent",
         )
 
 
@@ -312,17 +316,21 @@ def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
     them on.
     """
     last_stage = len(program.stages) - 1
-    made: dict[Value, int] = {value: 0 for value in program.inputs if value not in fed}
-    needed: dict[Value, int] = {}
+    made_in: dict[Value, int] = {
+        value: 0 for value in program.inputs if value not in fed
+    }
+    needed_in: dict[Value, int] = {}
     for stage in program.stages:
-        made |= {value: stage.index for value in stage.outputs if value not in made}
-        needed |= dict.fromkeys(stage.inputs, stage.index)
+        made_in |= {
+            value: stage.index for value in stage.outputs if value not in made_in
+        }
+        needed_in |= dict.fromkeys(stage.inputs, stage.index)
     returned = [
         value for value in dict.fromkeys(program.output.operands) if value not in fed
     ]
-    needed |= dict.fromkeys(returned, last_stage)
+    needed_in |= dict.fromkeys(returned, last_stage)
     lists = [
-        [v for v, start in made.items() if start <= i < needed.get(v, -1)]
+        [v for v, start in made_in.items() if start <= i < needed_in.get(v, -1)]
         for i in range(last_stage)
     ]
     return [*lists, returned]

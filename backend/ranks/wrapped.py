@@ -17,7 +17,9 @@ from stagecut.ir.errors import StagecutError
 
 Wrap = Callable[[nn.Module, int], nn.Module] | None
 
-_made: WeakKeyDictionary[Staged, dict[int, tuple[Any, nn.Module]]] = WeakKeyDictionary()
+_wrappings: WeakKeyDictionary[Staged, dict[int, tuple[Any, nn.Module]]] = (
+    WeakKeyDictionary()
+)
 """Pipe -> stage -> the wrap, and the module that it made."""
 
 trained: WeakSet[Staged] = WeakSet()
@@ -25,19 +27,19 @@ trained: WeakSet[Staged] = WeakSet()
 
 
 def wrapped(pipe: Staged, index: int, device: torch.device, wrap: Wrap) -> nn.Module:
-    """The module that runs in the place of a stage, which is on `device`: what `wrap` made of it when it was
-    first asked for, by this driver or an earlier one of the pipe.
+    """The module that runs in the place of a stage, on `device`. `wrap` is called once for each stage, by the
+    first driver of the pipe that asks.
 
     Raises StagecutError while the stage is on meta, or where it was wrapped in another way.
     """
     refuse_meta(pipe.program, pipe.stages[index])
     stage = pipe.stages[index].to(device)
-    made = _made.setdefault(pipe, {})
-    if index not in made and wrap is None:
+    wrappings = _wrappings.setdefault(pipe, {})
+    if index not in wrappings and wrap is None:
         return stage
-    if index not in made and wrap is not None:
-        made[index] = wrap, wrap(stage, index)
-    before, module = made[index]
+    if index not in wrappings and wrap is not None:
+        wrappings[index] = wrap, wrap(stage, index)
+    before, module = wrappings[index]
     if wrap is not None and not _does_the_same(wrap, before):
         raise StagecutError(
             f"stage {index} was wrapped by another function, by an earlier driver of this pipe",

@@ -12,7 +12,7 @@ from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.run.bindings import EXTRA
 
 
-def held(
+def held_tensors(
     program: Program, stages: Iterable[Stage], entry: StateEntry
 ) -> Iterator[torch.Tensor]:
     """Every distinct tensor that `stages` hold for `entry`: the one they share, or replicas that became
@@ -35,7 +35,7 @@ def held(
 def refuse_meta(program: Program, stage: Stage) -> None:
     """Returns when `stage` is real; raises StagecutError naming what is on meta."""
     for entry in entries(program, [stage.index]):
-        if next(held(program, [stage], entry)).is_meta:
+        if next(held_tensors(program, [stage], entry)).is_meta:
             raise StagecutError(
                 f"stage {stage.index} is on the meta device: '{entry.name}' has no values",
                 hint=f"pipe.materialize({stage.index}, ...); of a saved pipe, load that stage as well",

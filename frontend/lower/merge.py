@@ -458,7 +458,7 @@ def _differ(pair: tuple[Any, Any]) -> bool:
 
 def _captured(literal: Any) -> Any:
     """A literal as it was in its trace."""
-    return literal.now if isinstance(literal, Mode) else literal
+    return literal.in_trace if isinstance(literal, Mode) else literal
 
 
 def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -341,7 +341,7 @@ def _transfers(program: Program) -> Iterator[tuple[str, str]]:
     count = Counter(
         (transfer.value, transfer.target)
         for transfer in program.transfers
-        if transfer.made is None
+        if transfer.recomputed is None
     )
     for value, target in listed:
         if count[value, target] != 1:
@@ -352,7 +352,7 @@ def _transfers(program: Program) -> Iterator[tuple[str, str]]:
     inputs = set(program.inputs)
     outputs = {stage.index: stage.outputs for stage in program.stages}
     for transfer in program.transfers:
-        if transfer.made is not None or transfer.route == "recompute":
+        if transfer.recomputed is not None or transfer.route == "recompute":
             yield from _recomputed(program, transfer)
             continue
         value, source, target = transfer.value, transfer.source, transfer.target
@@ -404,14 +404,14 @@ def _recomputed(program: Program, transfer: Transfer) -> Iterator[tuple[str, str
 def _is_recomputed(program: Program, transfer: Transfer) -> bool:
     if (
         transfer.route != "recompute"
-        or transfer.made is None
+        or transfer.recomputed is None
         or transfer.source is None
     ):
         return False
     target = transfer.target
     if not 0 <= target < len(program.stages) or transfer.source >= target:
         return False
-    op, copy = transfer.value.owner, transfer.made.owner
+    op, copy = transfer.value.owner, transfer.recomputed.owner
     if not isinstance(op, Op) or not isinstance(copy, Op) or op.has_effect:
         return False
     return op.target == copy.target and copy in program.stages[target].ops

@@ -89,7 +89,7 @@ def _run_linked(
         arriving = {
             transfer.value
             for transfer in program.transfers
-            if transfer.target == stage.index and transfer.made is None
+            if transfer.target == stage.index and transfer.recomputed is None
         }
         local: Environment = {entry.value: env[entry.value] for entry in stage.state}
         for value in stage.inputs:
@@ -199,7 +199,7 @@ class Machine:
         if isinstance(leaf, RegionRef):
             return functions[leaf.index]
         if isinstance(leaf, Mode):
-            return leaf.now
+            return leaf.in_trace
         if isinstance(leaf, Token):
             return constant(leaf)
         return self.lookup(leaf, env)

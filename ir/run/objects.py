@@ -66,7 +66,7 @@ class Shape:
     values.
     """
 
-    kind: type
+    cls: type
     names: tuple[str, ...]
     others: dict[str, Any] = field(compare=False)
 
@@ -90,7 +90,7 @@ class Constant:
 
 
 def _together(parts: Iterable[Any], shape: Shape) -> Any:
-    instance = _blank(shape.kind)
+    instance = _blank(shape.cls)
     for name, value in shape.others.items():
         own = copy.copy(value) if isinstance(value, _CONTAINERS) else value
         object.__setattr__(instance, name, own)

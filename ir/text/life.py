@@ -264,9 +264,9 @@ class Lives:
     def _copies(self) -> dict[Value, list[Value]]:
         """Value -> the copies that stages compute in its place."""
         pairs = {
-            transfer.made: transfer.value
+            transfer.recomputed: transfer.value
             for transfer in self._program.transfers
-            if transfer.made is not None
+            if transfer.recomputed is not None
         }
         twins = [(op.origin, op) for op in self._numbers if op.origin is not None]
         pairs |= {
@@ -393,7 +393,9 @@ class Lives:
                 transfer.route,
                 transfer.via,
                 value_bytes(value.type),
-                None if transfer.made is None else self._names[transfer.made],
+                None
+                if transfer.recomputed is None
+                else self._names[transfer.recomputed],
             )
 
     def _state_life(self, entry: StateEntry) -> StateLife:

@@ -331,7 +331,7 @@ class _Parser:
             start = self._next_position()
             if transfer.route == "recompute":
                 self._expect("(")
-                transfer.made = self._value()
+                transfer.recomputed = self._value()
                 self._expect(")")
             via = tuple(self._list(self._int)) if self._accept("(") else ()
             if len(via) != transfer.via_count or via != transfer.via:

@@ -208,7 +208,7 @@ class Printer:
                 yield from self._kept_ops(stage.ops, kept, "    ")
                 yield "  }"
         for transfer in program.transfers:
-            if transfer.value in touched or transfer.made in touched:
+            if transfer.value in touched or transfer.recomputed in touched:
                 yield f"  {self._transfer(transfer)}"
         yield "}"
 
@@ -275,8 +275,8 @@ class Printer:
         line = f"transfer {self.names[transfer.value]} : {source} -> {transfer.target}"
         if transfer.route:
             line += f" {transfer.route}"
-        if transfer.made is not None:
-            line += f"({self.names[transfer.made]})"
+        if transfer.recomputed is not None:
+            line += f"({self.names[transfer.recomputed]})"
         if transfer.via:
             stages = ", ".join(map(str, transfer.via))
             line += f"({stages})"

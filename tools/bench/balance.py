@@ -108,7 +108,7 @@ def _parameters(line: Line, a: int, b: int) -> float:
     entries = dict.fromkeys(
         entry
         for op in line.ops[a:b]
-        for entry in line.held(op)
+        for entry in line.state_read(op)
         if entry.kind == "param"
     )
     return float(state_bytes(entries)[0])

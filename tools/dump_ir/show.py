@@ -67,7 +67,7 @@ def stats_of(program: Program) -> Stats:
     crossing = [
         transfer.value
         for transfer in program.transfers
-        if transfer.source is not None and transfer.made is None
+        if transfer.source is not None and transfer.recomputed is None
     ]
     size = sum(value_bytes(value.type) or 0 for value in crossing)
     return Stats(
