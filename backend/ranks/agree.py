@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
@@ -95,7 +96,7 @@ def _held_by(pipe: Staged, stage: int, entry: StateEntry) -> torch.Tensor | None
 def everywhere(own: Any, group: Group) -> list[Any]:
     """What each rank has."""
     by_rank: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(by_rank, own, group)
+    dist.all_gather_object(by_rank, own, group_of_hosts(group))
     return by_rank
 
 
@@ -121,9 +122,8 @@ class Calls:
     Ranks that are given nothing for an argument are left out.
     """
 
-    def __init__(self, group: Group, device: torch.device, steps: int) -> None:
-        self._group = group
-        self._device = device
+    def __init__(self, group: Group, steps: int) -> None:
+        self._group = group_of_hosts(group)
         self._left = steps
 
     def agree(
@@ -157,7 +157,7 @@ class Calls:
 
     def _columns(self, row: list[int]) -> list[list[int]]:
         """For each number of `row`, what each rank has in its place."""
-        own = torch.tensor(row, device=self._device)
+        own = torch.tensor(row)
         ranks = dist.get_world_size(self._group)
         rows = [torch.empty_like(own) for _ in range(ranks)]
         dist.all_gather(rows, own, group=self._group)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.backend.ranks.batch import Call
+from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
@@ -117,7 +118,8 @@ class Data:
         if self._rank == source:
             described = [_described(leaf, readers) for leaf in leaves]
             message = [(described, spec)]
-        dist.broadcast_object_list(message, group=self._group, group_src=source)
+        hosts = group_of_hosts(self._group)
+        dist.broadcast_object_list(message, group=hosts, group_src=source)
         described, spec = message[0]
         if self._rank != source:
             leaves = described

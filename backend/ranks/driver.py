@@ -24,11 +24,9 @@ from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
 from stagecut.backend.ranks.losses import (
     Losses,
     StepLosses,
-    Told,
     add_corrected,
     put_aside,
     takes_no_target,
-    tell,
 )
 from stagecut.backend.ranks.placement import (
     own_device,
@@ -38,6 +36,7 @@ from stagecut.backend.ranks.placement import (
 )
 from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
+from stagecut.backend.ranks.told import Told, tell
 from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
@@ -128,7 +127,7 @@ class Driver:
         # moved data is the same everywhere, and without contents where nobody reads it
         if data_on != "all":
             compare_steps = 0
-        self._calls = Calls(group, self.device, compare_steps)
+        self._calls = Calls(group, compare_steps)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
@@ -330,26 +329,27 @@ class Driver:
             losses=[] if numbers is not None and self.losses is not None else None,
             return_outputs=False,
         )
-        step_losses, factor, read = self._last_told(how, losses)
+        told = self._last_told(how, losses)
         if backward and self._normalize_by:
-            add_corrected(self.parameters(), aside, factor)
-        self._lent.agree(read)
+            add_corrected(self.parameters(), aside, told.factor)
+        self._lent.agree(told.read)
         if backward:
-            self._lent.give(factor)
-        return step_losses
+            self._lent.give(told.factor)
+        return told.losses
 
     def _last_told(self, how: str, losses: Losses | None) -> Told:
         """The losses, the factor that the gradients lack, and the weights that the loss function read, as the
         last rank tells them.
         """
         if losses is None:
-            return StepLosses(), 1.0, ()
+            return Told()
         needed = self._share or self._normalize_by is not None
         silent = not needed and how in self._looked
         self._looked.add(how)
-        own: Told = StepLosses(), 1.0, ()
+        own = Told()
         if self.is_last:
-            own = losses.result(), losses.correction, tuple(self._lent.read)
+            read = tuple(self._lent.read)
+            own = Told(losses.result(), losses.correction, read)
         if silent:
             self._lent.refuse_late()
             return own

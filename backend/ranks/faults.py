@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.pipelining import PipelineStage
 
+from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.modules import StageModule
 from stagecut.ir.errors import StagecutError
 
@@ -77,11 +78,12 @@ class Faults:
         self._homes = tuple(homes)
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
-        self.groups: list[Any] = [self._group]
+        hosts = group_of_hosts(self._group)
+        self.groups: list[Any] = list(dict.fromkeys([self._group, hosts]))
         self._watching = threading.Lock()
         self._refusals = 0
         token = [uuid.uuid4().hex]
-        dist.broadcast_object_list(token, group=self._group, group_src=0)
+        dist.broadcast_object_list(token, group=hosts, group_src=0)
         store: Any = self._group.get_group_store()
         self._store: Any = PrefixStore(f"stagecut/{token[0]}", store.clone())
 

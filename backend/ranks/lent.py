@@ -155,7 +155,7 @@ class Lent:
             if self._rank == self._last:
                 tensor.grad = None
 
-    def give(self, factor: float) -> None:
+    def give(self, factor: torch.Tensor | None) -> None:
         """The homes of the weights have the gradients of the loss function's use of them, times `factor`."""
         for place in self.entries:
             tensor = self._here(place)
@@ -167,11 +167,15 @@ class Lent:
             elif self._rank == home:
                 _add_gradient(tensor, grad)
 
-    def _gradient(self, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    def _gradient(
+        self, tensor: torch.Tensor, factor: torch.Tensor | None
+    ) -> torch.Tensor:
         """What the last rank has of it, times `factor`; zeros elsewhere, to receive into."""
         if self._rank != self._last or tensor.grad is None:
             return torch.zeros_like(tensor)
-        return tensor.grad * factor
+        if factor is None:
+            return tensor.grad
+        return (tensor.grad * factor).to(tensor.dtype)
 
     @property
     def _last(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from stagecut.ir.errors import InputError, nearest
@@ -121,12 +121,11 @@ class Losses:
         return number.to(loss.dtype)
 
     @property
-    def correction(self) -> float:
-        """The factor between the gradients of this call and those of its batch."""
+    def correction(self) -> torch.Tensor | None:
+        """The factor between the gradients of this call and those of its batch; None where they are equal."""
         if self._expected is None:
-            return 1.0
-        total = torch.stack(self._numbers).sum()
-        return float(self._expected / total)
+            return None
+        return self._expected / torch.stack(self._numbers).sum()
 
     def result(self) -> StepLosses:
         """The losses and metrics of the call, when its last micro-batch is through."""
@@ -141,42 +140,6 @@ class Losses:
         means = (losses / numbers).unbind()
         whole = losses.sum() / numbers.sum()
         return StepLosses(means, whole, metrics)
-
-
-Told = tuple[StepLosses, float, tuple[int, ...]]
-"""Losses, the factor that gradients lack, and the weights that the loss function read."""
-
-
-def tell(
-    own: Told,
-    share: bool,
-    source: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Told:
-    """What rank `source` has of these; without `share`, the losses stay there."""
-    losses, factor, read = own
-    if not share:
-        losses = StepLosses()
-    on_host = _moved(losses, torch.device("cpu"))
-    message = [(on_host, factor, read)]
-    dist.broadcast_object_list(message, group=group, group_src=source)
-    if dist.get_rank(group) == source:
-        return own
-    losses, factor, read = message[0]
-    return _moved(losses, device), factor, read
-
-
-def _moved(losses: StepLosses, device: torch.device) -> StepLosses:
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf.to(device)
-
-    parts = [move(loss) for loss in losses]
-    batch = move(losses.batch)
-    metrics = tree_map(move, losses.metrics)
-    return StepLosses(parts, batch, metrics)
 
 
 def put_aside(
@@ -194,14 +157,15 @@ def put_aside(
 def add_corrected(
     parameters: Sequence[torch.nn.Parameter],
     aside: dict[torch.nn.Parameter, torch.Tensor],
-    factor: float,
+    factor: torch.Tensor | None,
 ) -> None:
     """The gradients are those put aside, and `factor` times those of now."""
     for parameter in parameters:
         before = aside.get(parameter)
         now = parameter.grad
-        if now is not None and factor != 1.0:
-            now.mul_(factor)
+        if now is not None and factor is not None:
+            local = now.to_local() if isinstance(now, DTensor) else now
+            local.mul_(factor.to(local.device))
         if before is None:
             continue
         if now is not None:
