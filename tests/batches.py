@@ -60,6 +60,17 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Shaded(nn.Module):
+    """Takes a list of images and one of masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, images: list[torch.Tensor], masks: list[torch.Tensor]) -> torch.Tensor:
+        return self.head(torch.stack(images) * torch.stack(masks))  # type: ignore[no-any-return]
+
+
 class Positions(nn.Module):
     """The first input, the positions, has no batch; attention goes along the second dim of the other one."""
 

@@ -25,6 +25,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate,
 from torch.export import Dim
 
 from stagecut import Driver, InputError, SplitPoint, load, pipe_split, pipeline
+from stagecut.backend.ranks.filled import fillings
 from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.samples import Example, Runs
 from stagecut.frontend.capture.together import MIXED, Search
@@ -539,6 +540,20 @@ def test_micro_batches_are_taken_as_they_are_with_any_number_of_samples(alone: N
     parts = output if isinstance(output, list) else output.split([7, 4, 9])
     for mine, one in zip(parts, expected, strict=True):
         torch.testing.assert_close(mine, one)
+
+
+def test_lists_of_unequal_numbers_of_samples_are_refused(alone: None) -> None:
+    image = torch.ones(4)
+    driver = driver_of(batches.Shaded(), ([image] * 2, [image] * 2))
+    output, _ = driver.eval([image] * 8, [image] * 8)
+    assert output.shape == (8, 4)
+    with pytest.raises(InputError, match="'masks' has a batch of 2, and input 'images', which goes with it, one of 8"):
+        driver.eval([image] * 8, [image] * 2)
+
+
+def test_rows_are_counted_when_they_are_divided_and_when_their_places_are() -> None:
+    pipe = pipeline(batches.Patches(), with_patches(2), check=None)
+    assert [filling.sources for filling in fillings(pipe.program)] == [(0, 1)]
 
 
 @pytest.mark.parametrize(

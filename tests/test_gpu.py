@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import Patches, Positions, marks, tokens, with_patches
 from torch import nn
 
 from stagecut import SplitPoint, pipeline
@@ -23,6 +24,24 @@ def test_dropout_on_a_gpu_draws_the_models_stream() -> None:
     expected = model(x)
     torch.manual_seed(1)
     assert torch.equal(pipe(x)[0], expected)
+
+
+class Needle(nn.Module):
+    """Runs on a GPU alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.is_cuda
+        return x * torch.ones(1, device="cuda")
+
+
+@pytest.mark.parametrize("kind", [Patches, Positions, Needle])
+def test_the_search_for_the_batch_does_not_break_the_gpu(kind: type[nn.Module]) -> None:
+    """It runs the model on inputs that do not fit together; on a GPU an index that is too large ends everything."""
+    torch.manual_seed(0)
+    inputs = {Patches: with_patches(2), Positions: (torch.arange(6), tokens(3, 6)), Needle: (torch.randn(2, 4),)}[kind]
+    pipe = pipeline(kind().cuda(), tuple(x.cuda() for x in inputs), check=None)
+    assert marks(pipe)[1] == ["batch(0)"]
+    torch.ones(1, device="cuda").item()
 
 
 def test_a_module_kept_whole_on_a_gpu() -> None:

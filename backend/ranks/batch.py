@@ -175,6 +175,7 @@ class MicroBatches:
         self._fillings = fillings(program)
         self._samples = SampleCounts(count)
         self._divided: list[Division] = []
+        self._divided_lists: set[str] = set()
         self._cast = False
         self._ready = False
         self.inputs: list[list[Any]] = []
@@ -204,6 +205,7 @@ class MicroBatches:
         """
         self._samples = SampleCounts(self._count)
         self._divided = []
+        self._divided_lists = set()
         if self._count == 1:
             flat = self._flat(args, kwargs)
             return self._set([flat])
@@ -250,6 +252,7 @@ class MicroBatches:
         flats = [self._flat(*call) for call in calls]
         self._samples = SampleCounts(self._count)
         self._divided = []
+        self._divided_lists = set()
         self._count_samples(flats, ready=True)
         return self._set(flats)
 
@@ -349,6 +352,7 @@ class MicroBatches:
                 hint="pass as many, or trace with a list as long as that of one micro-batch",
             )
         self._divided.append(((length,), 0))
+        self._divided_lists.add(name)
         starts = range(0, length, example)
         return [items[start : start + example] for start in starts]
 
@@ -472,10 +476,10 @@ class MicroBatches:
         for name, (length, mark) in self._lists.items():
             rows, symbol = mark.terms[0]
             parts = [length // rows] * self._count
-            whole_shape = (length * self._count,)
-            divided = ready or (whole_shape, 0) in self._divided
-            samples = Samples(sum(parts), parts, 0, divided, name)
-            self._samples.put(symbol, samples)
+            divided = ready or name in self._divided_lists
+            whole = sum(parts) if divided else parts[0]
+            samples = Samples(whole, parts, parts[0], divided, name)
+            self._samples.add(symbol, samples)
 
     # --- targets ----------------------------------------------------------------------------------
 

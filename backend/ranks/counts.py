@@ -48,10 +48,6 @@ class SampleCounts:
         if first.parts != samples.parts or first.divided != samples.divided:
             raise _do_not_go_together(first, samples)
 
-    def put(self, symbol: str, samples: Samples) -> None:
-        """A list has these samples of a batch, whatever another list has."""
-        self._by_symbol[symbol] = samples
-
     def refuse_disagreement(self) -> None:
         """Returns when batches of their own grow by the same factor over the example. Where they do not, it
         is not known which of their samples belong together.

@@ -25,7 +25,7 @@ from stagecut.ir.types import TensorType
 @dataclass(frozen=True)
 class Filling:
     """An op that puts rows where a mask says; the ops that make the mask of the inputs of the model; the
-    inputs, by place, of which the mask is made.
+    inputs, by place, of which the mask and the rows are made.
     """
 
     op: Op
@@ -77,6 +77,7 @@ def fillings(program: Program) -> list[Filling]:
         if not all(map(_can_run_alone, makers)):
             continue
         ops = [maker for maker in program.all_ops() if maker in makers]
+        used |= _ancestry(operands[2])[1]
         places: list[int] = []
         for place, value in enumerate(program.inputs):
             if value in used:

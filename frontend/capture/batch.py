@@ -67,10 +67,23 @@ def mark_batches(
         _mark(program, unrefuted(varying), None)
         return
     inputs = (tuple(args), dict(kwargs))
-    runs = Runs(module, inputs, real)
+    marked = _mark_by_runs(program, Runs(module, inputs, real), example, varying)
+    if not marked:
+        _mark_by_runs(program, Runs(module, inputs, False), example, varying)
+
+
+def _mark_by_runs(
+    program: Program, runs: Runs, example: Example, varying: Sequence[Together]
+) -> bool:
+    """Inputs and outputs say where their samples are, as far as these runs show it. False for a model of a
+    GPU that does not run on the CPU.
+    """
     with runs.unchanged():
         search = Search(example, runs, program)
+        if runs.moved and not search.values:
+            return False
         _mark(program, search.chosen(varying), search)
+    return True
 
 
 # --- sizes that vary --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Runs of a model on more samples than its example has.
 
-A model that is cheap to run is run for real. Another one is run on fake tensors, which have sizes and no
-values. The model is not changed, and neither is what it draws from or refers to.
+A model that is cheap to run is run for real, on the CPU: on a GPU an index that does not fit more samples
+would end the process's use of it. Another one is run on fake tensors, which have sizes and no values. The
+model is not changed, and neither is what it draws from or refers to.
 """
 
 from __future__ import annotations
@@ -198,6 +199,8 @@ class Runs:
         self.module = module
         self.inputs = inputs
         self.real = real
+        self.moved = real and _on_accelerator(module, inputs)
+        """Whether the model is run on the CPU, and is elsewhere."""
         self._containers = ModelContainers(module)
         around = Surroundings(module)
         generators = Generators(around.generators)
@@ -288,7 +291,11 @@ class Runs:
                 whole = torch.cat([buffer] * self.parts, longer[name])
             memo[id(buffer)] = self._copy(whole)
         for part in self._containers.parts():
-            if isinstance(part, torch.Tensor) and not part.is_leaf:  # kept from a call
+            if not isinstance(part, torch.Tensor):
+                continue
+            if self.moved:
+                memo[id(part)] = part.detach().cpu()
+            elif not part.is_leaf:  # kept from a call
                 memo[id(part)] = part.detach().clone()
         twin: nn.Module = copy.deepcopy(self.module, memo)
         _steady(twin)
@@ -306,13 +313,22 @@ class Runs:
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._fake is not None:
             return self._fake.from_tensor(tensor, static_shapes=True)
-        twin = copy.deepcopy(tensor.detach())
+        plain = tensor.detach()
+        twin = plain.cpu() if self.moved else copy.deepcopy(plain)
         return twin.requires_grad_(tensor.requires_grad)
 
     def _as_argument(self, leaf: Any) -> Any:
-        if self._fake is None or not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor):
             return leaf
+        if self._fake is None:
+            return leaf.cpu() if self.moved else leaf
         return self._fake.from_tensor(leaf, static_shapes=True)
+
+
+def _on_accelerator(module: nn.Module, inputs: Any) -> bool:
+    tensors = (*module.parameters(), *module.buffers(), *tree_leaves(inputs))
+    devices = {leaf.device.type for leaf in tensors if isinstance(leaf, torch.Tensor)}
+    return not devices <= {"cpu", "meta"}
 
 
 def _fake_mode() -> FakeTensorMode:
