@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from stagecut.ir.graph import Op, StateEntry, Value
+from stagecut.ir.graph import BY_MODE, Op, StateEntry, Value
 from stagecut.ir.types import same_layout
 
 
@@ -110,6 +110,21 @@ class Aliases:
     def is_written(self, value: Value) -> bool:
         """True when an op writes the storage of `value`."""
         return self.root(value) in self.written
+
+
+def passed_through(op: Op) -> Iterator[tuple[Value, Value]]:
+    """The results of an op that is another in each mode which are, in a mode, an operand or a view of it, and
+    that operand.
+    """
+    if op.target != BY_MODE:
+        return
+    for region in op.regions:
+        operands = dict(zip(region.inputs, op.args[3], strict=True))
+        aliases = Aliases(region.ops, roots=region.inputs)
+        for result, value in zip(op.results, region.output.operands, strict=True):
+            operand = operands.get(aliases.root(value))
+            if operand is not None:
+                yield result, operand
 
 
 def writes_of(ops: Iterable[Op], values: Iterable[Value]) -> Iterator[tuple[Op, Value]]:

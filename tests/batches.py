@@ -182,6 +182,17 @@ class Cached(nn.Module):
         return self.head(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class Flipped(nn.Module):
+    """Returns a number for each sample, those of the last samples first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x).squeeze(1).flip(0)  # type: ignore[no-any-return]
+
+
 class Packed(nn.Module):
     """Sequences of several samples in one row; `ends` says where each of them ends."""
 

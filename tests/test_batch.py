@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[type[nn.Module], Callable[[], tuple[Any, ...]], Any, list
         batches.Patches, lambda: with_patches(2), {"tokens": {0: BATCH}, "patches": {0: Dim("patches", min=2, max=256)}},
         ["batch(0)", "batch(0: b1)"], ["batch(0)"],
     ),
+    "numbers in another order": (batches.Flipped, lambda: (torch.randn(3, 4),), None, ["batch(0)"], [""]),
     "cache": (batches.Cached, lambda: (tokens(3, 1),), None, ["batch(0)"], ["batch(0)"]),
     "own loss": (
         batches.Language, lambda: (tokens(8, 6), tokens(8, 6)), None, ["batch(0)"] * 2, ["batch(mean)", "batch(0)", "batch(sum)", ""],

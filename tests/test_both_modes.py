@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stagecut
 from stagecut import ModeError, SplitPoint, StagecutError, parse, pipe_split, pipeline, text
+from stagecut.backend.ranks.mailbox import Mailbox
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower import both_modes
 from stagecut.ir.graph import BY_MODE
@@ -683,3 +684,29 @@ def test_stages_are_searched_in_a_model_with_two_modes(training: bool) -> None:
     assert pipe.num_stages == 2
     assert len(pipe.report().stages) == 2
     assert pipe.train(training).verify(X).ok
+
+
+class Passes(nn.Module):
+    """In train mode what it writes is what it was given, in eval mode a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, dtype=X.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        pipe_split()
+        y = x if self.training else x * 0.5
+        y.tanh_()
+        return y * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_mode_passes_through_and_the_stage_writes_is_the_stage_s_own(training: bool) -> None:
+    torch.manual_seed(0)
+    model = Passes().train(training)
+    pipe = pipeline(model, (X,), check=None)
+    assert pipe.num_stages == 2
+    for mode in (training, not training):
+        (out,) = Mailbox(pipe.program, pipe.train(mode).stages).forward([X])
+        torch.testing.assert_close(out, model.train(mode)(X))

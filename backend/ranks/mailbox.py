@@ -98,11 +98,10 @@ class Mailbox:
                 (v, sent, self._gradient(v, index))
                 for v, sent in zip(block.outputs, self._sent[index], strict=True)
             ]
-            # a view made under no_grad says that it requires grad, but nothing flows through it
             live = [
                 (t, g)
                 for v, t, g in pairs
-                if g is not None and carries_grad(v.type) and t.requires_grad
+                if g is not None and carries_grad(v.type) and _has_history(t)
             ]
             if not live:
                 continue
@@ -193,3 +192,14 @@ def _post(sent: Any, grad: bool) -> Any:
 
 def _has_grad(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.grad is not None
+
+
+def _has_history(tensor: torch.Tensor) -> bool:
+    """True when gradients flow through a tensor. A view made under no_grad says that it requires grad, but
+    nothing flows through it: not even a leaf takes its gradient.
+    """
+    if not tensor.requires_grad or tensor.grad_fn is not None:
+        return tensor.requires_grad
+    with torch.enable_grad():
+        behind = tensor.view_as(tensor).grad_fn
+    return behind is not None and behind.next_functions[0][0] is not None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from stagecut.ir.aliases import storage_root, unwritten, writes_of, written_in
+from stagecut.ir.aliases import (
+    Aliases,
+    passed_through,
+    storage_root,
+    unwritten,
+    writes_of,
+)
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import (
     BY_MODE,
@@ -85,10 +91,16 @@ def _touches(op: Op, entry: StateEntry) -> bool:
 
 
 def written_inputs(stage: Stage) -> set[Value]:
-    """The inputs that a stage writes in place, directly or through a view. A receiver must own them: they
-    cannot be leaves.
+    """The inputs that a stage writes in place, directly or through a view, in either mode. A receiver must
+    own them: they cannot be leaves.
     """
-    return written_in(stage.ops, stage.inputs)
+    aliases = Aliases(stage.ops, roots=stage.inputs)
+    written = set(aliases.written)
+    for op in reversed(stage.ops):
+        for result, operand in passed_through(op):
+            if aliases.root(result) in written:
+                written.add(aliases.root(operand))
+    return written.intersection(stage.inputs)
 
 
 def lives_in_buffer(value: Value) -> bool:

@@ -35,6 +35,7 @@ from stagecut.frontend.capture.together import (
     Search,
     Together,
     rows_of,
+    same_rows,
     unrefuted,
 )
 from stagecut.ir.graph import Program, Value
@@ -358,6 +359,8 @@ def _place_of(
             if _is_ambiguous(base, other, place, unit):
                 return None
             return place
+        if same_rows(base, other, whole):
+            return None  # in another order
     if shape[dim] != unit:
         return None
     if whole.shape[dim] != search.runs.parts * unit:

@@ -469,7 +469,7 @@ def _state_of_output(before: torch.Tensor, other: Any, whole: Any) -> int:
             return UNKNOWN
         return MIXED
     is_ordered = rows_of(before, other, whole) is not None
-    if not is_ordered and not _same_rows(before, other, whole):
+    if not is_ordered and not same_rows(before, other, whole):
         return MIXED
     if is_same:
         return UNKNOWN
@@ -542,7 +542,7 @@ def _joined(parts: Sequence[torch.Tensor], place: Rows) -> torch.Tensor:
     return torch.cat([front, middle, back], dim)
 
 
-def _same_rows(before: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -> bool:
+def same_rows(before: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -> bool:
     """True when the whole has the rows of the example and those of the others, in any order."""
     dim = _grown(before, whole)
     if dim is None or before.is_complex():
@@ -561,8 +561,8 @@ def _same_rows(before: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -
 
 def _row_marks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """A number for each row, in order of size."""
-    detached = tensor.detach().movedim(dim, 0)
-    rows = detached.flatten(1).double()
+    first = tensor.detach().movedim(dim, 0)
+    rows = first.reshape(len(first), -1).double()
     weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
     marks = (rows * weights).sum(1)
     return marks.sort().values

@@ -47,6 +47,7 @@ CUT_REFUSALS = (
     "which may or may not be the tensor it was given",
     "which is kept whole",
     "has a part of a tensor that is written",
+    "writes one of several views of a tensor that earlier stages made",
     "which the model does not have",  # a graph has the modules that it calls
 )
 RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
