@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
@@ -15,6 +16,7 @@ from cluster.training import WIDTH, WORDS, Hidden, Words, batch, cut, gradients_
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 from torch.nn import functional as F
 
 from stagecut import Balanced, Driver, InputError, Pipe, RankError, Setting, SplitPoint, StagecutError, StaleError, checkpoint, pipeline
@@ -364,6 +366,29 @@ def _error_of(driver: Driver) -> str:
     with pytest.raises(RankError) as caught:
         driver.step(tokens, target=target)
     return str(caught.value)
+
+
+def test_options_go_to_torch_s_schedule() -> None:
+    assert on_ranks(2, _with_options, *cut(Words, 4)) == ["ok", "ok"]
+
+
+def _with_options(model: nn.Module, pipe: Pipe) -> str:
+    for options, words in (
+        ({"defer_pp_receive": True}, "takes no 'defer_pp_receive'"),
+        ({"n_microbatches": 3}, "schedule_kwargs has 'n_microbatches', which is set by the Driver's own argument"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Driver(pipe, "Interleaved1F1B", 4, schedule_kwargs=options)
+    taken = inspect.signature(ScheduleInterleaved1F1B.__init__).parameters
+    options = {name: True for name in ("defer_pp_recv",) if name in taken}  # since torch 2.13
+    driver = Driver(pipe, "Interleaved1F1B", 4, _loss, schedule_kwargs=options)
+    torch.manual_seed(0)
+    tokens, target = batch()
+    driver.step(tokens, target=target)
+    driver.sync_shared_gradients()
+    reference = deepcopy(model)
+    (_loss(reference(tokens), target) / 4).backward()  # the sum of each of four micro-batches
+    return gradients_differ(driver, reference) or "ok"
 
 
 def test_a_driver_prints_its_schedule_its_placement_and_its_sizes() -> None:

@@ -29,6 +29,7 @@ from stagecut.backend.ranks.losses import (
     takes_no_target,
 )
 from stagecut.backend.ranks.placement import (
+    accepted_by,
     own_device,
     placement,
     refuse_no_group,
@@ -69,7 +70,7 @@ class Driver:
 
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
-    schedules.
+    schedules. `schedule_kwargs` are handed to torch's schedule, such as {"defer_pp_recv": True}.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Driver:
         kwargs_chunk_spec: Mapping[str, Any] | None = None,
         target_chunk_spec: Any = None,
         output_merge_spec: Any = None,
+        schedule_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         refuse_no_group(group)
         self.pipe = pipe
@@ -101,6 +103,7 @@ class Driver:
         self.loss_fn = loss_fn
         self.group = group
         self.schedule_class = schedule_class(schedule)
+        self._schedule_kwargs = accepted_by(self.schedule_class, schedule_kwargs or {})
         self.device = torch.device(device) if device is not None else own_device(group)
         self._scale = 1.0 / n_microbatches if scale_grads else 1.0
         rank = dist.get_rank(group)
@@ -381,6 +384,7 @@ class Driver:
                     self.n_microbatches,
                     loss_fn=loss,
                     scale_grads=False,
+                    **self._schedule_kwargs,
                 )
             except ValueError as error:
                 raise StagecutError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from stagecut.backend.schedules import SCHEDULES, V, homes
-from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.errors import InputError, StagecutError, nearest
 
 Group = dist.ProcessGroup | None
 
@@ -26,6 +28,29 @@ def schedule_class(name: str) -> Any:
             f"there is no schedule '{name}'",
             hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}",
         ) from None
+
+
+_SET_BY_DRIVER = (
+    "n_microbatches loss_fn scale_grads args_chunk_spec kwargs_chunk_spec output_merge_spec"
+).split()
+
+
+def accepted_by(schedule: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`options`, which a schedule class of torch takes. Raises InputError for one that it does not take, or
+    that the Driver gives it.
+    """
+    for name in options:
+        if name in _SET_BY_DRIVER:
+            raise InputError(
+                f"schedule_kwargs has '{name}', which is set by the Driver's own argument"
+            )
+        taken = inspect.signature(schedule.__init__).parameters
+        if name not in taken:
+            raise InputError(
+                f"{schedule.__name__} of torch {torch.__version__} takes no '{name}'",
+                hint=nearest(name, taken),
+            )
+    return options
 
 
 def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
