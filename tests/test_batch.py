@@ -543,6 +543,17 @@ def test_micro_batches_are_taken_as_they_are_with_any_number_of_samples(alone: N
         torch.testing.assert_close(mine, one)
 
 
+def test_outputs_of_other_lengths_are_a_list(alone: None) -> None:
+    """Sequences of each micro-batch are as long as its longest one: their logits are of no common size."""
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    driver = driver_of(model, (tokens(2, 6),), 3, dynamic_shapes=({0: BATCH, 1: LENGTH},))
+    mbs = [(tokens(2, 5),), (tokens(3, 7),), (tokens(2, 3),)]
+    output, _ = driver.eval(arg_mbs=mbs)
+    for part, (words,) in zip(output, mbs, strict=True):
+        torch.testing.assert_close(part, model(words))
+    assert "is a list with the value of each micro-batch" in driver.notes[0]
+
+
 def test_lists_of_unequal_numbers_of_samples_are_refused(alone: None) -> None:
     image = torch.ones(4)
     driver = driver_of(batches.Shaded(), ([image] * 2, [image] * 2))

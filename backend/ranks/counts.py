@@ -72,6 +72,8 @@ class SampleCounts:
             return self._mean(parts)
         dim = mark.dim
         assert isinstance(dim, int)
+        if not _differ_only_along(dim, parts):
+            return None
         if mark.size == ANY:
             return torch.cat(parts, dim)
         return self._concatenated(mark, parts, dim)
@@ -122,6 +124,12 @@ class SampleCounts:
             for chunk_rows, part in zip(rows, samples.parts, strict=True):
                 chunk_rows.append(factor * part)
         return rows
+
+
+def _differ_only_along(dim: int, parts: Sequence[torch.Tensor]) -> bool:
+    """True for tensors that can be put together along a dim."""
+    rests = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    return len(rests) == 1
 
 
 def _are_equal(numbers: Sequence[int]) -> bool:
