@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
 
+from stagecut import StagecutError
 from stagecut.backend.ranks.faults import _break_connections
 from stagecut.backend.ranks.hosts import gloo_group, group_of_hosts
 
@@ -43,3 +47,13 @@ def _broken() -> str:
     except RuntimeError:
         return "broken"
     return "it answered"
+
+
+def test_hosts_that_do_not_reach_each_other_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connect [127.0.1.1]:33041: Connection refused")
+
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5])
+    monkeypatch.setattr(dist, "new_group", fails)
+    with pytest.raises(StagecutError, match=r"ranks 4, 5 do not reach each other: connect .* refused(.|\n)*GLOO_SOCKET_IFNAME"):
+        gloo_group(None)  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from stagecut.ir.errors import StagecutError
+
 _hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
@@ -27,8 +29,18 @@ def group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new group of the same ranks. Every rank of `group` calls it, and no other process has to."""
+    """A new group of the same ranks. Every rank of `group` calls it, and no other process has to.
+
+    Raises StagecutError where the hosts do not reach each other.
+    """
     ranks = dist.get_process_group_ranks(group)
-    made: dist.ProcessGroup
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return made
+    hosts: dist.ProcessGroup
+    try:
+        hosts = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    except RuntimeError as error:
+        raise StagecutError(
+            f"the hosts of ranks {', '.join(map(str, ranks))} do not reach each other: {error}",
+            where="a group of gloo beside that of the devices, for small messages",
+            hint="GLOO_SOCKET_IFNAME=<the network interface that connects them>",
+        ) from error
+    return hosts
