@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stagecut import pipe_split, pipeline
 from stagecut.frontend import markers, policy, source
-from stagecut.frontend.capture import capture, eager, example, functions, known, quiet, rewrites, scopes, whole
+from stagecut.frontend.capture import batch, capture, eager, example, functions, known, quiet, rewrites, samples, scopes, together, whole
 from stagecut.frontend.lower import align, both_modes, from_export, from_fx, fx_run, lower, merge, types
 from stagecut.frontend.watch import attributes, forbidden, generators, line, training, watch
 from stagecut.frontend.watch import globals as globals_
@@ -156,6 +156,8 @@ def broken(victim: Any, error: str) -> Iterator[None]:
 PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (align.Alignment._walk, choose),
     (align._aligned, choose),
+    (batch._mark, cut),
+    (batch.varying_sizes, cut),
     (both_modes.in_other_mode, choose),
     (both_modes._merge, choose),
     (example.check_example, cut),
@@ -186,6 +188,8 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (markers.is_marker, cut),
     (markers.pipe_split, cut),
     (merge.Merge._by_mode, choose),
+    (together.Search._static, cut),
+    (together._grown, cut),
     (training.last_node, cut),
     (training.node_of, cut),
     (training._empty, cut),
@@ -194,6 +198,9 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (line.LineFinder._look, refuse),
     (line.LineFinder.start, refuse),
     (quiet.quiet_torch, cut),
+    (samples.Runs._twin, cut),
+    (samples._steady, cut),
+    (samples.Example.longer, cut),
     (scopes._classes_with_forward, cut),
     (policy._nodes_behind_splits, cut_by_policy),
     (globals_.Surroundings.changed, cut),
