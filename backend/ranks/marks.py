@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from stagecut.backend.ranks.agree import everywhere
 from stagecut.ir.graph import Program, Value
 from stagecut.ir.run.call import CallSpec
 from stagecut.ir.types import ITEM, Batch, TensorType
@@ -33,9 +34,7 @@ def marks_of(
         if isinstance(leaf, Value):
             values.append(leaf)
     own_marks = [_mark(value) for value in values]
-    by_rank: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(by_rank, own_marks, group)
-    marks = max(by_rank, key=_number_known)
+    marks = max(everywhere(own_marks, group), key=_number_known)
     return dict(zip(values, marks, strict=True))
 
 

@@ -397,16 +397,17 @@ def _are_recorded(tree: Any, recorded: Any, keys: dict[Value, Key]) -> bool:
         bounds = (tree.start, tree.stop, tree.step)
         recorded_bounds = (recorded.start, recorded.stop, recorded.step)
         return _are_recorded(bounds, recorded_bounds, keys)
-    return _same_literals([tree], [recorded])
+    return _same_literal(tree, recorded)
 
 
 def _same_literals(left: list[Any], right: list[Any]) -> bool:
     """True for equal literals, where 1 is not True and nan is nan."""
     if len(left) != len(right):
         return False
-    for one, other in zip(left, right, strict=True):
-        if type(one) is not type(other):
-            return False
-        if one != other and repr(one) != repr(other):
-            return False
-    return True
+    return all(map(_same_literal, left, right))
+
+
+def _same_literal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    return one == other or repr(one) == repr(other)
