@@ -471,7 +471,7 @@ def switches(
         ):
             continue
         try:
-            flags[path] = {mode: _flags_after(owner, mode) for mode in (True, False)}
+            flags[path] = _flags_after(owner)
         except Exception as error:
             raise_ours(error)
             places[path] = (
@@ -480,17 +480,26 @@ def switches(
     return flags, places
 
 
-def _flags_after(owner: nn.Module, mode: bool) -> dict[str, bool]:
-    """The flags of all modules in `owner` after train(mode). Raises when it changes anything else."""
+def _flags_after(owner: nn.Module) -> dict[bool, dict[str, bool]]:
+    """The flags of all modules in `owner` after train(mode), for both modes. Raises when it changes anything
+    else.
+    """
     tensors = [*owner.parameters(), *owner.buffers()]
     twin = copy.deepcopy(owner, {id(tensor): _empty(tensor) for tensor in tensors})
     before = fingerprint_of(twin)
-    twin.train(mode)
-    if fingerprint_of(twin) != before:
-        raise Untraceable("train() changes more than flags")
-    return {
-        path: part.training for path, part in twin.named_modules(remove_duplicate=False)
-    }
+    found = [(part, part.training) for part in twin.modules()]
+    flags = {}
+    for mode in (True, False):
+        for part, flag in found:
+            part.training = flag
+        twin.train(mode)
+        if fingerprint_of(twin) != before:
+            raise Untraceable("train() changes more than flags")
+        flags[mode] = {
+            path: part.training
+            for path, part in twin.named_modules(remove_duplicate=False)
+        }
+    return flags
 
 
 def fingerprint_of(module: nn.Module) -> Any:
@@ -499,7 +508,10 @@ def fingerprint_of(module: nn.Module) -> Any:
         (name, id(tensor), tensor._version, tensor.requires_grad)
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
-    return state, [(key, fingerprint(value)) for key, value in attributes(module)]
+    values = {id(value): value for _, value in attributes(module)}
+    # many modules have one and the same configuration
+    prints = {address: fingerprint(value) for address, value in values.items()}
+    return state, [(key, prints[id(value)]) for key, value in attributes(module)]
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
