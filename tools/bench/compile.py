@@ -89,12 +89,24 @@ def _row(
     ops, stages = sum(1 for _ in program.all_ops()), pipe.num_stages
     del program, pipe
     ours = _best(lambda: _compile(exported, model), repeat)
-    theirs = _best(lambda: TorchPipe._from_traced(model, exported), repeat)
+    theirs = _torch_seconds(exported, model, repeat)
+    against = f"{ours / theirs:.3f}" if theirs else "refused"
     memory = f"{own_memory / trace_memory:.2f}" if trace_memory > 2**24 else "-"
     print(
-        f"{name:28}{ops:>7}{stages:>8}{ours / theirs:>12.3f}{ours / traced:>12.3f}{memory:>14}",
+        f"{name:28}{ops:>7}{stages:>8}{against:>12}{ours / traced:>12.3f}{memory:>14}",
         flush=True,
     )
+
+
+def _torch_seconds(
+    exported: ExportedProgram, model: torch.nn.Module, repeat: int
+) -> float | None:
+    """Seconds of torch's splitter, None where it ends in an error."""
+    try:
+        return _best(lambda: TorchPipe._from_traced(model, exported), repeat)
+    except Exception as error:
+        print(f"torch: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
 
 
 def _compile(exported: ExportedProgram, model: torch.nn.Module) -> tuple[Program, Pipe]:
