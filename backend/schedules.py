@@ -26,6 +26,9 @@ LOOPED = ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
 V = ("ZBVZeroBubble", "DualPipeV")
 """Two stages a rank, there and back again."""
 
+SPLITTING = ("InterleavedZeroBubble", *V)
+"""A backward is done in two steps."""
+
 SCHEDULES = (*SINGLE, *LOOPED, *V)
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
@@ -62,22 +65,6 @@ Order = tuple[Step, ...]
 """The steps of a rank, in their order."""
 
 
-@cache
-def orders(schedule: str, stages: int, ranks: int, count: int) -> tuple[Order, ...]:
-    """The steps of every rank in a training step with `count` micro-batches. Raises StagecutError where the
-    schedule has no order for these numbers.
-    """
-    if schedule in SINGLE:
-        # torch runs these by code: what it lists for 1F1B lacks the first forward of the last stage
-        ahead = [count if schedule == "GPipe" else stages - s for s in range(stages)]
-        return tuple(tuple(_one_ahead(s, count, ahead[s])) for s in range(stages))
-    actions = _torch_order(schedule, stages, ranks, count)
-    return tuple(
-        tuple(step for action in actions[rank] for step in _steps(action))
-        for rank in range(ranks)
-    )
-
-
 def in_flight(ranks: Sequence[Order], stages: int) -> list[int]:
     """Stage -> the largest number of micro-batches of which it holds activations at a time. A backward frees
     them, and where it is split, its half for the weights.
@@ -92,20 +79,10 @@ def in_flight(ranks: Sequence[Order], stages: int) -> list[int]:
     return most
 
 
-def _one_ahead(stage: int, count: int, ahead: int) -> Iterator[Step]:
-    """`ahead` forwards, or all, then a backward and a forward in turn."""
-    ahead = min(ahead, count)
-    for i in range(count + ahead):
-        if i >= ahead:
-            yield Step(BACKWARD, stage, i - ahead)
-        if i < count:
-            yield Step(FORWARD, stage, i)
-
-
-def _torch_order(
-    schedule: str, stages: int, ranks: int, count: int
-) -> dict[int, list[Any]]:
-    """The order that torch's schedule computes in its constructor, which looks at numbers only."""
+def torch_schedule(schedule: str, stages: int, ranks: int, count: int) -> Any:
+    """torch's schedule object. It computes the order in its constructor, which looks at numbers only. Raises
+    StagecutError where it has none for these numbers.
+    """
     known = [
         SimpleNamespace(
             stage_index=i,
@@ -128,8 +105,7 @@ def _torch_order(
         raise StagecutError(
             f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}"
         ) from error
-    order: dict[int, list[Any]] = made.pipeline_order
-    return order
+    return made
 
 
 @contextmanager
@@ -144,10 +120,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _steps(action: Any) -> Iterator[Step]:
+def parts_of(action: Any) -> tuple[Any, ...]:
+    """The actions that an action of torch's consists of."""
     if action is None:
-        return
-    for part in getattr(action, "sub_actions", None) or (action,):
-        kind = str(part.computation_type.value)
-        if kind in (FORWARD, BACKWARD, INPUT, WEIGHT):
-            yield Step(kind, part.stage_index, part.microbatch_index)
+        return ()
+    return getattr(action, "sub_actions", None) or (action,)
+
+
+def is_step(action: Any) -> bool:
+    """True for an action of torch's that computes."""
+    return str(action.computation_type.value) in (FORWARD, BACKWARD, INPUT, WEIGHT)
+
+
+def step_of(action: Any) -> Step:
+    """An action of torch's that computes, as a step."""
+    kind = str(action.computation_type.value)
+    return Step(kind, action.stage_index, action.microbatch_index)

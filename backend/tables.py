@@ -13,6 +13,14 @@ _WIDE = 1_000_000
 """Characters of a line that no cell is folded for."""
 
 
+def time_text(seconds: float) -> str:
+    """A short text for some seconds: `12.3 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:.3g} {unit}"
+    return ""
+
+
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
     """Rows as aligned lines: the columns in `left` to the left, the others to the right."""
     grid = Table.grid(padding=(0, 2, 0, 0))

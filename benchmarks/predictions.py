@@ -1,42 +1,56 @@
-"""Predicted stage times and memory beside measured ones, and the automatic cut beside every cut between
-blocks.
+"""The predicted step of a pipeline beside the measured one: for cuts by hand and for the automatic one, under
+several schedules, eager and compiled.
 
-python benchmarks/predictions.py --device cpu            # stage times of three models on this machine's CPU
-python benchmarks/predictions.py --device cuda           # the same on a GPU, and memory
-torchrun --nproc-per-node 2 benchmarks/predictions.py --device cuda --cuts --preset H200
-                                                         # 1F1B over 2 GPUs, every cut between blocks and the
-                                                         # automatic one
+torchrun --nproc-per-node 2 benchmarks/predictions.py --device cuda
+torchrun --nproc-per-node 2 benchmarks/predictions.py --device cpu --small    # tiny models, to try the script
 
-Times are compared as shares of the whole, since a share is what decides a cut. `ranks` is Spearman's
-correlation over all stages. The model of the second part is that of gpu_pipeline.py, with its loss inside, so
-that the search sees what the loss costs.
+Blocks are timed on the first process, and a step is simulated from their seconds. `error` is predicted /
+measured - 1, `ranks` is Spearman's correlation of the predicted and the measured order of the cuts by hand.
+`compiled` means that each block is compiled, as is usual for large models.
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from statistics import mean, median
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from gpu_pipeline import SMALL, Llama, Size, loss_of
 from torch import nn
 
-from stagecut import Balanced, Driver, Pipe, Setting, SplitPoint, pipeline
+from stagecut import Balanced, Driver, Pipe, Setting, record
+from stagecut.backend.costs.line import Line
+from stagecut.backend.costs.loss import counted_loss
+from stagecut.backend.costs.measured import Trial, Way, time_spans
+from stagecut.ir.run.call import check_inputs
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
+from stagecut.passes.find_splits import FindSplits
+from stagecut.passes.pipeline import default_pipeline
+from stagecut.passes.recompute import Recompute
+from stagecut.passes.runner import run_passes
+from stagecut.pipe import lower
 
-Made = tuple[nn.Module, tuple[torch.Tensor, ...]]
+SCHEDULES = {"1F1B": 1, "Interleaved1F1B": 2, "ZBVZeroBubble": 2}
+"""Schedule -> stages a rank."""
 
 
-class WithLoss(nn.Module):
-    """A model that returns its loss."""
+@dataclass
+class Case:
+    """A model, an example of its arguments for one micro-batch, its loss, and how many micro-batches."""
 
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.model = Llama(size)
-
-    def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return loss_of(self.model(tokens), target)
+    name: str
+    model: nn.Module
+    args: tuple[torch.Tensor, ...]
+    target: torch.Tensor
+    loss_fn: Callable[..., torch.Tensor]
+    microbatches: int
 
 
 class Wide(nn.Module):
@@ -44,115 +58,277 @@ class Wide(nn.Module):
 
     def __init__(self, base: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, base, 3, padding=1)]
+        self.blocks = nn.ModuleList([nn.Conv2d(3, base, 3, padding=1)])
         for level in range(4):
             width = base * 2**level
             for _ in range(3):
-                layers += [
-                    nn.Conv2d(width, width, 3, padding=1),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
-            layers += [
-                nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-                nn.BatchNorm2d(2 * width),
-                nn.ReLU(),
-            ]
-        self.layers = nn.Sequential(*layers)
+                self.blocks.append(_unit(width, width, 1))
+            self.blocks.append(_unit(width, 2 * width, 2))
+        self.head = nn.Linear(16 * base, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x).mean()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
 
 
-class Encoder(nn.Module):
-    """A transformer encoder with a large embedding and a small head."""
-
-    def __init__(self, width: int, depth: int, words: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(words, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
-        self.ups, self.downs = (
-            nn.ModuleList(nn.Linear(a, b) for _ in range(depth))
-            for a, b in ((width, 4 * width), (4 * width, width))
-        )
-        self.mix = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.head = nn.Linear(width, 8)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(ids)
-        for norm, up, down, mix in zip(
-            self.norms, self.ups, self.downs, self.mix, strict=True
-        ):
-            y = norm(x)
-            x = x + torch.softmax(y @ y.transpose(1, 2) / y.shape[-1] ** 0.5, -1) @ mix(
-                y
-            )
-            x = x + down(nn.functional.gelu(up(x)))
-        return self.head(x).square().mean()
-
-
-def models(device: torch.device) -> dict[str, Made]:
-    """Three models with an example each, small on a CPU."""
-    big = device.type == "cuda"
-    torch.manual_seed(0)
-    size = Size(blocks=8) if big else Size(6, 256, 4, 704, 8000, 256, 2)
-    dtype = torch.bfloat16 if big else torch.float32
-    with device:
-        llama = WithLoss(size).to(dtype)
-        tokens = torch.randint(size.vocabulary, (size.batch, size.length))
-        wide = Wide(64 if big else 16).to(dtype)
-        images = torch.randn((16, 3, 256, 256) if big else (4, 3, 96, 96), dtype=dtype)
-        encoder = Encoder(*((2048, 12, 50_000) if big else (192, 8, 20_000))).to(dtype)
-        ids = torch.randint(20_000, (4, 1024) if big else (4, 192))
-    return {
-        "Llama-like": (llama, (tokens, tokens)),
-        "convolutions": (wide, (images,)),
-        "encoder": (encoder, (ids,)),
-    }
-
-
-def measured(
-    pipe: Pipe, args: tuple[torch.Tensor, ...], device: torch.device, repeats: int = 7
-) -> tuple[list[float], list[int]]:
-    """Per stage: median seconds of forward and backward, and bytes that it keeps between them."""
-    times: list[list[float]] = [[] for _ in pipe.stages]
-    kept = [0] * len(pipe.stages)
-    for _ in range(repeats):
-        values = dict(zip(pipe.program.inputs, args, strict=True))
-        for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
-            held = _held(device)
-            given = [_received(values[v]) for v in block.inputs]
-            begin = _now(device)
-            result = stage(*given)
-            results = result if isinstance(result, tuple) else (result,)
-            flowing = [
-                r for r in results if isinstance(r, torch.Tensor) and r.requires_grad
-            ]
-            middle = _now(device)
-            kept[block.index] = _held(device) - held
-            grads = [torch.ones_like(r) for r in flowing]
-            start = _now(device)
-            torch.autograd.backward(flowing, grads)
-            times[block.index].append(middle - begin + _now(device) - start)
-            stage.zero_grad()
-            values |= zip(block.outputs, map(_received, results), strict=True)
-            # the next stage's bytes are counted from here
-            del (
-                given,
-                result,
-                results,
-                flowing,
-                grads,
-            )
-    return [median(t[2:]) for t in times], kept
-
-
-def _received(item: object) -> object:
-    return (
-        item.detach().clone().requires_grad_(item.requires_grad)
-        if isinstance(item, torch.Tensor)
-        else item
+def _unit(width: int, out: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, out, 3, stride=stride, padding=1),
+        nn.BatchNorm2d(out),
+        nn.ReLU(),
     )
+
+
+def llama_like(device: torch.device, small: bool) -> Case:
+    size = SMALL if small else Size()
+    model = Llama(size)
+    tokens = torch.randint(size.vocabulary, (size.batch, size.length), device=device)
+    return Case("Llama-like", model, (tokens,), tokens, loss_of, size.microbatches[0])
+
+
+def hugging_face(device: torch.device, small: bool) -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+    }  # fmt: skip
+    if small:
+        shape |= {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 8,
+            "vocab_size": 512,
+        }
+    config = LlamaConfig(**shape, use_cache=False, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config)
+    tokens = torch.randint(
+        shape["vocab_size"], (1, 64 if small else 4096), device=device
+    )
+
+    def loss_fn(output: Any, target: torch.Tensor) -> torch.Tensor:
+        return loss_of(output.logits, target)
+
+    return Case("Llama 3.2-1B", model, (tokens,), tokens, loss_fn, 8)
+
+
+def convolutions(device: torch.device, small: bool) -> Case:
+    images = torch.randn((4, 3, 32, 32) if small else (32, 3, 256, 256), device=device)
+    images = images if device.type == "cpu" else images.bfloat16()
+    target = torch.randint(1000, (len(images),), device=device)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output.float(), target)
+
+    return Case("convolutions", Wide(8 if small else 64), (images,), target, loss_fn, 8)
+
+
+CASES = {"like": llama_like, "hf": hugging_face, "conv": convolutions}
+
+
+def compile_blocks(module: nn.Module, index: int) -> nn.Module:
+    """Each block of a list is compiled."""
+    for name, block in module.named_modules():
+        parts = [part.isdecimal() for part in name.split(".")]
+        if parts[-1] and sum(parts) == 1:
+            block.compile()
+    return module
+
+
+class Bench:
+    """A case, traced once, that is cut in many ways."""
+
+    def __init__(self, case: Case, device: torch.device, preset: str) -> None:
+        self.case = case
+        self.device = device
+        self.preset = preset
+        self.model = case.model
+        program, self.bindings, _ = lower(case.model, case.args, {})
+        names = [each.name for each in default_pipeline()]
+        before = names.index(FindSplits.name)
+        run_passes(program, default_pipeline()[:before])
+        self.traced = text(program)
+        self.flat = self.bindings.call.flatten(case.args, {})
+        self.sizes = check_inputs(program.inputs, self.flat)
+
+    def cut(self, positions: Sequence[int], recompute: bool = True) -> Pipe:
+        program = parse(self.traced)
+        passes = default_pipeline(FindSplits((), lambda _: positions))
+        names = [each.name for each in passes]
+        rest = passes[names.index(FindSplits.name) :]
+        run_passes(
+            program, [p for p in rest if recompute or not isinstance(p, Recompute)]
+        )
+        pipe = Pipe(program, self.bindings)
+        pipe._sizes = self.sizes
+        return pipe
+
+    def line(self, compiled: bool) -> Line:
+        """The program as a line with the seconds of its blocks."""
+        case = self.case
+        setting = Setting(self.preset, "ZBVZeroBubble", case.microbatches)
+        program = parse(self.traced)
+        loss = counted_loss(
+            program, self.bindings.call, self.sizes, setting, case.loss_fn, case.target
+        )
+        line = Line.of(program, setting, self.sizes, self.bindings, loss)
+        way = Way.before(
+            loss, self.device, compile_blocks if compiled else None, setting
+        )
+        trial = Trial(lambda cuts: self.cut(cuts, False), self.flat)
+        spans = line.blocks()
+        line.calibrate(spans, time_spans(line.ops, spans, trial, way, self.sizes))
+        return line
+
+
+def by_hand(edges: Sequence[int], stages: int, most: int) -> list[list[int]]:
+    """Cuts between blocks: the equal ones, and those around them."""
+    equal = [round(len(edges) * (i + 1) / stages) for i in range(stages - 1)]
+    moves = sorted(
+        itertools.product((0, -1, 1, -2, 2, -3, 3), repeat=stages - 1),
+        key=lambda move: (sum(map(abs, move)), len(set(move)), move),
+    )
+    found: list[list[int]] = []
+    for move in moves:
+        places = [p + m for p, m in zip(equal, move, strict=True)]
+        increasing = all(
+            a < b for a, b in itertools.pairwise([-1, *places, len(edges)])
+        )
+        if increasing:
+            found.append([edges[p] for p in places])
+    return found[:most]
+
+
+def rows(bench: Bench, options: argparse.Namespace) -> None:
+    """Prints the table of a case."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for compiled in (False, True):
+        if ("compiled" if compiled else "eager") not in options.ways:
+            continue
+        begin = time.perf_counter()
+        lines = [bench.line(compiled) if rank == 0 else None]
+        seconds = time.perf_counter() - begin
+        for schedule in options.schedules:
+            stages = ranks * SCHEDULES[schedule]
+            setting = Setting(
+                bench.preset,
+                schedule,
+                bench.case.microbatches,
+                ranks=None if stages == ranks else ranks,
+            )
+            chosen: list[Any] = [None, None]
+            if lines[0] is not None:
+                line = replace(lines[0], setting=setting)
+                wrap = compile_blocks if compiled else None
+                policy = Balanced(stages, setting, budget=4.0, wrap=wrap)
+                plan = policy.of_line(line)
+                edges = [start for start, _ in line.blocks()[1:]]
+                cuts = [*by_hand(edges, stages, options.cuts), list(plan.cuts)]
+                steps = policy.steps(line, stages, 1.0)
+                ends = [[0, *cut, len(line.ops)] for cut in cuts]
+                chosen = [cuts, steps.seconds(torch.tensor(ends)).tolist()]
+            dist.broadcast_object_list(chosen)
+            measured = [
+                _measured(bench, cut, schedule, compiled, options) for cut in chosen[0]
+            ]
+            if rank == 0:
+                _print(
+                    bench, schedule, compiled, chosen, [m for m, _ in measured], seconds
+                )
+            if options.timeline and rank == 0:
+                _print_steps(measured[0][1], lines[0], chosen[0][0])
+
+
+def _measured(
+    bench: Bench,
+    cut: list[int],
+    schedule: str,
+    compiled: bool,
+    options: argparse.Namespace,
+) -> tuple[float, Any]:
+    """The median step of the slowest process, and a timeline."""
+    case = bench.case
+    pipe = bench.cut(cut)
+    driver = Driver(
+        pipe, schedule, case.microbatches, loss_fn=case.loss_fn, device=bench.device,
+        return_outputs=False, wrap=compile_blocks if compiled else None, compare_steps=1,
+        share_losses=False,
+    )  # fmt: skip
+    args = [torch.cat([a] * case.microbatches) for a in case.args]
+    target = torch.cat([case.target] * case.microbatches)
+    taken: list[float] = []
+    for _ in range(2 + options.repeats):
+        dist.barrier()
+        begin = _now(bench.device)
+        driver.step(*args, target=target)
+        seconds = torch.tensor([_now(bench.device) - begin], device=bench.device)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        taken.append(float(seconds))
+    timeline = None
+    if options.timeline:
+        with record(driver) as recording:
+            driver.step(*args, target=target)
+        timeline = recording.timeline
+    for parameter in case.model.parameters():
+        parameter.grad = None
+    return median(taken[2:]), timeline
+
+
+def _print(
+    bench: Bench,
+    schedule: str,
+    compiled: bool,
+    chosen: list[Any],
+    measured: list[float],
+    seconds: float,
+) -> None:
+    cuts, predicted = chosen
+    way = "compiled" if compiled else "eager"
+    for cut, p, m in zip(cuts, predicted, measured, strict=True):
+        name = "automatic" if cut is cuts[-1] else ",".join(map(str, cut))
+        print(
+            f"{bench.case.name:14}{way:10}{schedule:17}{name:22}{1e3 * p:>9.1f}{1e3 * m:>9.1f}{p / m - 1:>8.3f}",
+            flush=True,
+        )
+    hand = measured[:-1]
+    print(
+        f"{bench.case.name:14}{way:10}{schedule:17}ranks {spearman(predicted[:-1], hand):.3f}  "
+        f"best by hand / automatic {min(hand) / measured[-1]:.3f}  timing of blocks took {seconds:.0f} s",
+        flush=True,
+    )
+
+
+def _print_steps(timeline: Any, line: Line, cut: list[int]) -> None:
+    """The seconds of each kind of step, predicted and measured."""
+    ends = [0, *cut, len(line.ops)]
+    for stage, (begin, end) in enumerate(itertools.pairwise(ends)):
+        device, host = 1e3 * line.measured[..., begin:end].sum(2)
+        shown = [f"{end - begin} ops"]
+        for row, kind in enumerate("FBIW"):
+            spans = [
+                e.end - e.start
+                for e in timeline.events
+                if e.step.kind == kind and e.step.stage == stage
+            ]
+            if spans:
+                measured = f"{1e3 * median(spans):.1f}"
+                shown.append(
+                    f"{kind} {device[row]:.1f} (host {host[row]:.1f}) | {measured}"
+                )
+        print(f"    stage {stage}: predicted | measured ms  {'   '.join(shown)}")
+
+
+def _ranks(numbers: Sequence[float]) -> list[int]:
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return [order.index(i) for i in range(len(numbers))]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """The correlation of two orders; 1 for equal ones."""
+    pairs = zip(_ranks(one), _ranks(other), strict=True)
+    n = len(one)
+    return 1 - 6 * sum((x - y) ** 2 for x, y in pairs) / (n * (n * n - 1))
 
 
 def _now(device: torch.device) -> float:
@@ -161,222 +337,52 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _ranks(numbers: list[float]) -> list[int]:
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [order.index(i) for i in range(len(numbers))]
-
-
-def spearman(one: list[float], other: list[float]) -> float:
-    """The correlation of two orders; 1 for equal ones."""
-    a, b, n = _ranks(one), _ranks(other), len(one)
-    return 1 - 6 * sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (
-        n * (n * n - 1)
-    )
-
-
-def stage_times(device: torch.device, preset: str) -> None:
-    """Prints the shares of four equal runs of ops, measured and predicted."""
-    setting = Setting(preset, "GPipe", 1, optimizer="none")
-    print(
-        f"{'model':14}{'stage':>6}{'measured':>11}{'timed ops':>11}{'roofline':>11}   MiB kept, measured | "
-        "predicted"
-    )
-    everything: dict[str, list[float]] = {"measured": [], "timed": [], "roofline": []}
-    for name, (model, args) in models(device).items():
-        pipe = pipeline(
-            model,
-            args,
-            split_policy=lambda program: [len(program.ops) * i // 4 for i in (1, 2, 3)],
-            check=None,
-        )
-        seconds, kept = measured(pipe, args, device)
-        reports = {
-            "timed": pipe.report(setting, profile_on=str(device)),
-            "roofline": pipe.report(setting),
-        }
-        shares = {"measured": [s / sum(seconds) for s in seconds]} | {
-            how: [s.share for s in r.stages] for how, r in reports.items()
-        }
-        for i in range(pipe.num_stages):
-            predicted = reports["roofline"].stages[i].memory["activations"]
-            memory = (
-                f"{kept[i] / 2**20:>10.1f} | {predicted / 2**20:.1f}"
-                if device.type == "cuda"
-                else ""
-            )
-            row = "".join(f"{shares[how][i]:>11.3f}" for how in everything)
-            print(f"{name:14}{i:>6}{row}   {memory}", flush=True)
-        for how, numbers in shares.items():
-            everything[how] += numbers
-    for how in ("timed", "roofline"):
-        errors = [
-            abs(p / m - 1)
-            for p, m in zip(everything[how], everything["measured"], strict=True)
-        ]
-        order = spearman(everything["measured"], everything[how])
-        print(
-            f"{how}: ranks {order:.3f}, mean error {mean(errors):.3f}, largest {max(errors):.3f}"
-        )
-
-
-def compare_cuts(
-    device: torch.device, preset: str, small: bool, schedule: str = "1F1B"
-) -> None:
-    """Prints tokens per second of every cut between blocks and of the automatic one, and the predictions."""
-    size = SMALL if small else Size()
-    rank = dist.get_rank()
-    ranks = dist.get_world_size()
-    torch.manual_seed(0)
-    with device:
-        model = WithLoss(size).to(
-            torch.bfloat16 if device.type == "cuda" else torch.float32
-        )
-        tokens = torch.randint(
-            size.vocabulary, (size.batch * size.microbatches[0], size.length)
-        )
-    count = size.microbatches[0]
-    args = (tokens[: size.batch], tokens[: size.batch])
-    setting = Setting(preset, schedule, count, optimizer="adamw")
-    middle = size.blocks // 2
-    places = {
-        i: {"split_spec": {f"model.blocks.{i}": SplitPoint.BEGINNING}}
-        for i in range(middle - 2, middle + 4)
-    }
-    ways = {f"in front of block {i}": way for i, way in places.items()}
-    ways["automatic, roofline"] = {"split_policy": Balanced(ranks, setting)}
-    ways["automatic, timed ops"] = {
-        "split_policy": Balanced(ranks, setting, profile_on=str(device))
-    }
-    drivers, predicted, memory = {}, {}, {}
-    for name, way in ways.items():
-        torch.manual_seed(0)
-        # timed ops differ between processes
-        pipe = _alike(lambda way=way: pipeline(model, args, check=None, **way), rank)
-        report = pipe.report(setting)
-        predicted[name] = max(s.forward + s.backward for s in report.stages)
-        memory[name] = [
-            s.memory["activations"] + s.memory["gradients"] + s.memory["passing"]
-            for s in report.stages
-        ]
-        drivers[name] = Driver(
-            pipe,
-            schedule,
-            count,
-            loss_fn=lambda out: out,
-            device=device,
-            return_outputs=False,
-        )
-    alone, speeds, taken = [], {name: [] for name in drivers}, {}
-    for repeat in range(size.warm_up + size.repeats):
-        for name in list(drivers)[:: -1 if repeat % 2 else 1]:
-            seconds, peak = _step(
-                lambda name=name: drivers[name].step(tokens, tokens), model, device
-            )
-            speeds[name].append(seconds)
-            taken[name] = peak
-        alone.append(
-            _step(
-                lambda: (
-                    rank == 0
-                    and [
-                        (model(t, t) / count).backward()
-                        for t in tokens.split(size.batch)
-                    ]
-                ),
-                model,
-                device,
-            )[0]
-        )
-    total = tokens.numel()
-    single = total / median(alone[size.warm_up :])
-    bound = ranks * single * count / (count + ranks - 1)
-    if rank == 0:
-        machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print(
-            f"{ranks} x {machine}, torch {torch.__version__}, {schedule}, {count} micro-batches"
-        )
-        print(f"one GPU {single:.0f} tokens/s, bound {bound:.0f}")
-        print(
-            f"{'cut':24}{'tokens/s':>10}{'of bound':>10}{'predicted slowest':>19}   GiB taken, measured | "
-            "predicted"
-        )
-        for name, seconds in speeds.items():
-            speed = total / median(seconds[size.warm_up :])
-            sizes = (
-                " ".join(f"{b / 2**30:.2f}" for b in taken[name])
-                + " | "
-                + " ".join(f"{b / 2**30:.2f}" for b in memory[name])
-            )
-            print(
-                f"{name:24}{speed:>10.0f}{speed / bound:>10.3f}{1e3 * predicted[name]:>16.2f} ms   {sizes}"
-            )
-
-
-def _alike(make, rank: int) -> Pipe:
-    """The pipe of the first process, made by all processes, because the cuts of the first one count."""
-    pipe = make()
-    positions = [[*pipe.plan.cuts] if pipe.plan else None]
-    dist.broadcast_object_list(positions)
-    if positions[0] is None or rank == 0:
-        return pipe
-    model = pipe._model()
-    return pipeline(
-        model, _example(pipe), split_policy=lambda program: positions[0], check=None
-    )
-
-
-def _example(pipe: Pipe) -> tuple[torch.Tensor, ...]:
-    return tuple(
-        torch.zeros(v.type.shape, dtype=torch.long, device=v.type.device)
-        for v in pipe.program.inputs
-    )
-
-
-def _step(run, model: nn.Module, device: torch.device) -> tuple[float, list[int]]:
-    """Seconds of the slowest process, and the bytes that each took beyond those it held."""
-    dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    held, begin = _held(device), _now(device)
-    run()
-    seconds = _now(device) - begin
-    peak = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
-    model.zero_grad()
-    everywhere: list[tuple[float, int]] = [(0.0, 0)] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (seconds, peak))
-    return max(s for s, _ in everywhere), [p for _, p in everywhere]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
     parser.add_argument(
-        "--preset", help="the device of the roofline; CPU or H100 when not given"
+        "--preset", help="a device of stagecut's; CPU or H100 when not given"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny models")
+    parser.add_argument("--models", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=["eager", "compiled"],
+        default=["eager", "compiled"],
     )
     parser.add_argument(
-        "--cuts",
-        action="store_true",
-        help="compare cuts over the processes that torchrun starts",
+        "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
     )
-    parser.add_argument("--small", action="store_true", help="a tiny model for --cuts")
-    args = parser.parse_args()
-    preset = args.preset or ("CPU" if args.device == "cpu" else "H100")
-    if not args.cuts:
-        stage_times(torch.device(args.device), preset)
-        return 0
+    parser.add_argument("--cuts", type=int, default=6, help="how many by hand")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--timeline", action="store_true", help="steps of the first cut too"
+    )
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
     device = torch.device(
-        args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None
+        options.device, int(os.environ["LOCAL_RANK"]) if cuda else None
     )
-    if args.device == "cuda":
+    if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    compare_cuts(device, preset, args.small)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank() == 0:
+        card = torch.cuda.get_device_name() if cuda else "CPU"
+        print(f"{dist.get_world_size()} x {card}, torch {torch.__version__}")
+        print(
+            f"{'model':14}{'way':10}{'schedule':17}{'cut':22}{'predicted':>9}{'measured':>9}{'error':>8}"
+        )
+    for name in options.models:
+        torch.manual_seed(0)
+        case = CASES[name](device, options.small)
+        case.model.to(device, torch.bfloat16 if cuda else torch.float32)
+        preset = options.preset or ("H100" if cuda else "CPU")
+        rows(Bench(case, device, preset), options)
+        del case
+        torch.cuda.empty_cache()
     dist.destroy_process_group()
     return 0
 

@@ -54,6 +54,8 @@ class Facts:
     """Its result is whatever the memory held. Constants, checks of passes."""
     norm_of_rows: bool = False
     """Costs: on a GPU it keeps its operand and one number per row."""
+    takes_rows: bool = False
+    """It takes the rows of its first operand whose numbers are in the second one. Costs: an example for it."""
     grouped_product: bool = False
     """Costs: it is a product of matrices in groups, for which torch has no formula."""
     over_samples: str = ""
@@ -108,6 +110,7 @@ def _facts() -> dict[str, Facts]:
     know("lstm gru rnn_tanh rnn_relu", training={"input": 6, "data": 7})
     know("_cudnn_rnn", training={"default": 12})
     know("miopen_rnn", training={"default": 10})
+    know("embedding", takes_rows=True)
     know("lift_fresh_copy", copies=True)
     know(
         "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_",

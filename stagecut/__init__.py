@@ -26,11 +26,12 @@ if TYPE_CHECKING:
         AtModules,
         Balanced,
         Markers,
-        Plan,
-        Setting,
     )
     from stagecut.backend.costs.ops import Device
-    from stagecut.backend.costs.timeline import Timeline, record
+    from stagecut.backend.costs.plan import Plan
+    from stagecut.backend.costs.record import record
+    from stagecut.backend.costs.setting import Setting
+    from stagecut.backend.costs.timeline import Timeline
     from stagecut.backend.files import checkpoint
     from stagecut.backend.files.checkpoint import CheckpointError
     from stagecut.backend.files.materialize import MaterializeError
@@ -96,21 +97,21 @@ _HOMES = {
     "BuiltStage": "stagecut.backend.ranks.stage",
     "PipeInfo": "stagecut.backend.ranks.stage",
     "PipedModel": "stagecut.pipe",
-    "Plan": "stagecut.backend.costs.balance",
+    "Plan": "stagecut.backend.costs.plan",
     "Program": "stagecut.ir.graph",
     "Report": "stagecut.check",
     "Stage": "stagecut.backend.stages.modules",
     "StaleError": "stagecut.backend.ranks.lent",
     "StepLosses": "stagecut.backend.ranks.losses",
     "Timeline": "stagecut.backend.costs.timeline",
-    "record": "stagecut.backend.costs.timeline",
+    "record": "stagecut.backend.costs.record",
     "to_dot": "stagecut.backend.pictures.dot",
     "to_html": "stagecut.backend.page.page",
     "to_svg": "stagecut.backend.pictures.dot",
     "AtModules": "stagecut.backend.costs.balance",
     "Balanced": "stagecut.backend.costs.balance",
     "Markers": "stagecut.backend.costs.balance",
-    "Setting": "stagecut.backend.costs.balance",
+    "Setting": "stagecut.backend.costs.setting",
     "Device": "stagecut.backend.costs.ops",
     "Driver": "stagecut.backend.ranks.driver",
     "build_stage": "stagecut.backend.ranks.stage",

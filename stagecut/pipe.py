@@ -47,6 +47,8 @@ from stagecut.ir.graph import BY_MODE, Program
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import check_inputs
+from stagecut.ir.text.parser import parse
+from stagecut.ir.text.printer import text
 from stagecut.passes.base import Pass
 from stagecut.passes.causal_attention import CausalAttention
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
@@ -58,8 +60,11 @@ from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 from stagecut.repeat import changing
 
 if TYPE_CHECKING:
-    from stagecut.backend.costs.balance import Plan, Setting
+    from stagecut.backend.costs.measured import Trial
+    from stagecut.backend.costs.plan import Plan
     from stagecut.backend.costs.report import Report as StageCosts
+    from stagecut.backend.costs.setting import Setting
+    from stagecut.backend.ranks.wrapped import Wrap
 
 CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -161,6 +166,7 @@ def pipeline(
                 plans,
                 lambda: _sizes_of(program, bindings, mb_args, mb_kwargs),
                 bindings,
+                lambda: _trial(program, bindings, mb_args, mb_kwargs),
             )
             trace = Trace(program)
             run_passes(
@@ -234,6 +240,7 @@ def _policy(
     plans: list[Plan],
     sizes: Callable[[], dict[str, int]],
     bindings: Bindings,
+    trial: Callable[[], Trial],
 ) -> Cuts | None:
     """The policy that chooses the cuts. Where it searches for them, `plans` gains the result."""
     if stages is None and not hasattr(chosen, "plan"):
@@ -245,7 +252,10 @@ def _policy(
 
     def cuts(program: Program) -> list[int]:
         def search() -> Plan:
-            found: Plan = balanced.plan(program, sizes(), bindings)
+            known = [sizes(), bindings]
+            if getattr(balanced, "profile_on", None) is not None:
+                known.append(trial())
+            found: Plan = balanced.plan(program, *known)
             return found
 
         ours = isinstance(balanced, Balanced)
@@ -253,6 +263,27 @@ def _policy(
         return list(plans[0].cuts)
 
     return cuts
+
+
+def _trial(program: Program, bindings: Bindings, args: Any, kwargs: Any) -> Trial:
+    """Cuts copies of the program as it is when the cuts are searched, to time their stages."""
+    from stagecut.backend.costs.measured import Trial
+
+    traced = text(program)
+
+    def cut(positions: Sequence[int]) -> Staged:
+        copy = parse(traced)
+        passes = default_pipeline(FindSplits((), lambda _: positions))
+        names = [each.name for each in passes]
+        rest = passes[names.index(FindSplits.name) :]
+        # what each stage would compute again would be timed in each
+        run_passes(copy, [each for each in rest if not isinstance(each, Recompute)])
+        return Staged(copy, bindings)
+
+    flat: list[Any] = []
+    if bindings.call is not None:
+        flat = bindings.call.flatten(tuple(args or ()), dict(kwargs or {}))
+    return Trial(cut, flat)
 
 
 def _sizes_of(
@@ -533,21 +564,47 @@ class Pipe(Staged):
         return compare(model, self, args, kwargs)
 
     def report(
-        self, setting: Setting | None = None, *, profile_on: str | None = None
+        self,
+        setting: Setting | None = None,
+        *,
+        profile_on: torch.device | str | None = None,
+        wrap: Wrap = None,
+        loss_fn: Callable[..., Any] | None = None,
+        target: Any = None,
     ) -> StageCosts:
         """The costs of the stages: time, memory by kind, each crossing with its route and the reason, the
         bubble, the speed-up.
 
         `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices and by which schedule
         the stages run; by default it is that of the search, where the cuts were searched. With `profile_on`,
-        a torch device, ops are timed there instead of estimated.
+        a torch device, stages are timed there instead of estimated, in the form that `wrap` gives to them, as
+        for Driver. `loss_fn` and an example of its `target` for one micro-batch: the loss of the last stage;
+        without one, cross-entropy counts where the model returns logits.
         """
-        from stagecut.backend.costs.balance import Setting
+        from stagecut.backend.costs.loss import counted_loss
+        from stagecut.backend.costs.measured import Way, measure, torch_device
         from stagecut.backend.costs.report import bindings_of, report
+        from stagecut.backend.costs.setting import Setting
 
+        program = self.program
         chosen = setting or (self.plan.setting if self.plan else Setting())
+        loss = counted_loss(
+            program, self._call_spec, self._sizes, chosen, loss_fn, target
+        )
+        seconds = None
+        if profile_on is not None:
+            way = Way.before(loss, torch_device(profile_on), wrap, chosen)
+            indices = range(self.num_stages)
+            seconds = [measure(self, i, way, self._sizes) for i in indices]
         return report(
-            self.program, chosen, self.plan, self._sizes, bindings_of(self), profile_on
+            program,
+            chosen,
+            self.plan,
+            self._sizes,
+            bindings_of(self),
+            loss,
+            seconds,
+            wrap is None,
         )
 
     def materialize(

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.setting import Setting
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.pictures.gantt import BOX, COLORS, LEFT, ROW, gantt
 from stagecut.backend.schedules import SCHEDULES, SINGLE, Event, Step

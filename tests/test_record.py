@@ -19,8 +19,9 @@ from torch.distributed.pipelining import ScheduleGPipe
 from zoo.cuts import equal_ops
 
 from stagecut import Driver, Pipe, StagecutError, pipeline
-from stagecut.backend.costs.balance import Setting
-from stagecut.backend.costs.timeline import Timeline, record
+from stagecut.backend.costs.record import record
+from stagecut.backend.costs.setting import Setting
+from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SINGLE, WEIGHT
 
 COUNT = 4

@@ -1,606 +1,60 @@
-"""Finds the cuts: the slowest stage is as fast as possible within the memory of every device, and a bound
-shows how near that is to the optimum.
-
-Ops stand in a line, and a stage is an interval of it. The time of a stage is that of its ops and of the
-values that cross at its two ends. For a time B, a scan from the left marks where a stage may end so that none
-takes longer than B; bisection finds the smallest such B. This is exact over all cuts of the line, and a scan
-costs a few vector operations for each stage. Where ranks have several stages, the result is the start of a
-search by moving cuts, which is exact for up to FEW ways to cut.
+"""Policies that find the cuts: a step of the schedule takes the shortest time within the memory of every
+device.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 
-from stagecut.backend.costs.ops import (
-    Device,
-    OpCost,
-    device,
-    op_costs,
-    program_ops,
-    state_bytes,
-)
-from stagecut.backend.schedules import (
-    FORWARD,
-    SCHEDULES,
-    SINGLE,
-    Order,
-    Step,
-    V,
-    homes,
-    in_flight,
-    orders,
-)
-from stagecut.ir.aliases import unwritten
+from stagecut.backend.costs.line import Line
+from stagecut.backend.costs.ops import Device, device, program_ops
+from stagecut.backend.costs.loss import counted_loss
+from stagecut.backend.costs.measured import Trial, Way, time_spans, torch_device
+from stagecut.backend.costs.plan import Choice, Plan
+from stagecut.backend.costs.runtime import KINDS, Parts, as_run
+from stagecut.backend.costs.search import Problem
+from stagecut.backend.costs.setting import STATE_OF, Setting
+from stagecut.backend.costs.steps import Found, Steps
+from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.ir.errors import InputError, SplitError, nearest
-from stagecut.ir.graph import (
-    WHOLE,
-    Context,
-    Op,
-    Program,
-    Scope,
-    StateEntry,
-    Value,
-    scope_fqn,
-)
-from stagecut.ir.ops import is_heavy, module_path
+from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.ops import module_path
 from stagecut.ir.run.bindings import Bindings
-from stagecut.ir.types import carries_grad, value_bytes
-
-CLOSE = 1e-9
-"""The distance between the found time and the smallest one, relative to it, at which the search ends."""
-
-FEW = 20_000
-"""Up to so many ways to cut are all tried, where ranks have several stages."""
 
 GIB = 2**30
+
+INSIDE = ("never", "if worth it", "always")
+"""Whether cuts may divide a block."""
+
+WORTH = 0.03
+"""A cut may divide a block where the step gains more than this part."""
 
 MOST = 256
 """The most stages that are tried when their number is left open."""
 
-STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
-"""Optimizer -> how many tensors of the size of a parameter it keeps for each."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The devices on which the stages will run, and how they run there.
-
-    device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
-    optimizer: a key of STATE_OF.
-    """
-
-    device: Device | str | Sequence[Device | str] = "H100"
-    schedule: str = "1F1B"
-    n_microbatches: int = 8
-    training: bool = True
-    optimizer: str = "adamw"
-    ranks: int | None = None
-
-    def placement(self, stages: int) -> list[int]:
-        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
-        ranks.
-        """
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"there is no schedule '{self.schedule}'",
-                hint=nearest(self.schedule, SCHEDULES),
-            )
-        if self.schedule in SINGLE:
-            return homes(stages, stages, False)
-        is_v = self.schedule in V
-        ranks = self.ranks or max(1, stages // 2)
-        if stages % ranks or (is_v and stages != 2 * ranks):
-            raise InputError(
-                f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
-                hint="pass ranks=, a divisor of the stages",
-            )
-        return homes(stages, ranks, is_v)
-
-    def devices(self, stages: int) -> list[Device]:
-        """The device of each stage. Raises InputError when there are too few."""
-        if isinstance(self.device, Device | str):
-            return [device(self.device)] * stages
-        placement = self.placement(stages)
-        ranks = max(placement) + 1
-        if ranks > len(self.device):
-            raise InputError(
-                f"{ranks} ranks, but {len(self.device)} devices",
-                hint="give one for each rank",
-            )
-        return [device(self.device[home]) for home in placement]
-
-    def orders(self, stages: int) -> Sequence[Order]:
-        """The steps of every rank in their order. Raises InputError when the stages do not fit the ranks, and
-        StagecutError where the schedule has no order for these numbers.
-        """
-        placement = self.placement(stages)
-        count = self.n_microbatches
-        ranks = max(placement) + 1
-        if self.training:
-            return orders(self.schedule, stages, ranks, count)
-        steps: list[list[Step]] = [[] for _ in range(ranks)]
-        for microbatch in range(count):
-            for stage, rank in enumerate(placement):
-                step = Step(FORWARD, stage, microbatch)
-                steps[rank].append(step)
-        return [tuple(order) for order in steps]
-
-    def in_flight(self, stages: int) -> list[int]:
-        """The largest number of micro-batches of which each stage holds activations."""
-        if not self.training:
-            return [1] * stages
-        return in_flight(self.orders(stages), stages)
-
-
-@dataclass
-class Line:
-    """A program as a line of ops with their costs: gives the costs of stages that are intervals of it."""
-
-    ops: list[Op]
-    costs: list[OpCost]
-    setting: Setting
-    returned: frozenset[Value]
-    _starts: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
-    _seconds: dict[Device, torch.Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def of(
-        program: Program,
-        setting: Setting,
-        sizes: Mapping[str, int],
-        bindings: Bindings | None,
-        measure_on: str | None,
-    ) -> Line:
-        """The line of a program."""
-        ops = program_ops(program)
-        returned = frozenset(program.output.operands)
-        costs = op_costs(ops, sizes, bindings, measure_on)
-        return Line(ops, costs, setting, returned)
-
-    @cached_property
-    def crossing(self) -> torch.Tensor:
-        """Bytes that cross in front of each op, forward and, when training, backward. User inputs and
-        recomputed values do not cross.
-        """
-        count = len(self.ops)
-        positions = {op: position for position, op in enumerate(self.ops)}
-        steps = torch.zeros(count + 2, dtype=torch.float64)
-        cheap: set[Value] = set()
-        for position, op in enumerate(self.ops):
-            if _is_cheap(op, cheap):
-                cheap.update(op.definitions())
-                continue
-            for value in op.definitions():
-                last = self._last_use(value, position, positions)
-                if last > position:
-                    size = self._sent_bytes(value)
-                    steps[position + 1] += size
-                    steps[last + 1] -= size
-        sums = steps.cumsum(0)[: count + 1]
-        crossing = sums.clamp(min=0.0)
-        crossing[0] = 0.0
-        crossing[count] = 0.0
-        return crossing
-
-    def _last_use(
-        self, value: Value, position: int, positions: Mapping[Op, int]
-    ) -> int:
-        """The position of the last op that reads a value of the op at `position`, or behind all ops when the
-        model returns the value.
-        """
-        if value in self.returned:
-            return len(self.ops)
-        users = (positions.get(user, position) for user in value.uses)
-        return max(users, default=position)
-
-    def _sent_bytes(self, value: Value) -> int:
-        """Bytes of a value where it crosses, with those of its gradient."""
-        size = self._bytes(value)
-        if self.setting.training and carries_grad(value.type):
-            size *= 2
-        return size
-
-    def _bytes(self, value: Value) -> int:
-        return value_bytes(value.type) or 0
-
-    @cached_property
-    def divisible(self) -> torch.Tensor:
-        """Per position, whether the line may be cut there: not inside a region that runs as a whole."""
-        free = torch.ones(len(self.ops) + 1, dtype=torch.bool)
-        spans: dict[Context, tuple[int, int]] = {}
-        for position, op in enumerate(self.ops):
-            for context in op.context:
-                if context.kind in WHOLE:
-                    first, _ = spans.get(context, (position, position))
-                    spans[context] = (first, position)
-        for first, last in spans.values():
-            free[first + 1 : last + 1] = False
-        return free
-
-    def seconds(self, where: Device) -> torch.Tensor:
-        """Seconds of each op on a device."""
-        if where not in self._seconds:
-            training = self.setting.training
-            seconds = [cost.on(where, training) for cost in self.costs]
-            self._seconds[where] = torch.tensor(seconds, dtype=torch.float64)
-        return self._seconds[where]
-
-    def depth(self) -> torch.Tensor:
-        """For each position, the number of module calls that a cut there divides."""
-        depth = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
-        for position in range(1, len(self.ops)):
-            before = self.ops[position - 1].scope
-            after = self.ops[position].scope
-            depth[position] = _common(before, after)
-        return depth
-
-    def state_read(self, op: Op) -> list[StateEntry]:
-        """The state an op reads."""
-        entries: list[StateEntry] = []
-        for value in op.reads:
-            owner = unwritten(value).owner
-            if isinstance(owner, StateEntry):
-                entries.append(owner)
-        return entries
-
-    def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
-        """Bytes of a stage: of its state with gradients and optimizer, of the values it keeps for the
-        backward, of gradients on their way.
-        """
-        window = _Window(self)
-        for position in range(begin, end):
-            window.add(position)
-        return window.static, window.kept * in_flight, window.passing
-
-    @cached_property
-    def whole(self) -> tuple[int, int, int]:
-        """As `memory` of all ops as one stage, with one micro-batch in flight."""
-        return self.memory(0, len(self.ops), 1)
-
-    @cached_property
-    def holdings(self) -> list[list[tuple[object, int, int]]]:
-        """For each op, the memory that it needs in a stage. A holding is the holder, its bytes once, and its
-        bytes for every micro-batch in flight.
-        """
-        holdings: list[list[tuple[object, int, int]]] = []
-        for op, cost in zip(self.ops, self.costs, strict=True):
-            position = len(holdings)
-            holdings.append(self._holdings_of(op, cost, position))
-        return holdings
-
-    def _holdings_of(
-        self, op: Op, cost: OpCost, position: int
-    ) -> list[tuple[object, int, int]]:
-        holdings: list[tuple[object, int, int]] = []
-        copies = 0
-        if self.setting.training:
-            copies = 1 + STATE_OF[self.setting.optimizer]
-            for value in cost.kept:
-                holdings.append((value, 0, self._bytes(value)))
-            if cost.extra:
-                holdings.append((position, 0, cost.extra))
-        for entry in dict.fromkeys(self.state_read(op)):
-            size, trained = state_bytes([entry])
-            size += trained * copies
-            holdings.append((entry, size, 0))
-        return holdings
-
-    def starts(self, budget: float, in_flight: int) -> torch.Tensor:
-        """For each end, the first beginning from which a stage fits the budget."""
-        key = (budget, in_flight)
-        if key not in self._starts:
-            self._starts[key] = self._first_beginnings(budget, in_flight)
-        return self._starts[key]
-
-    def _first_beginnings(self, budget: float, in_flight: int) -> torch.Tensor:
-        window = _Window(self)
-        begin = 0
-        beginnings = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
-        for end in range(1, len(self.ops) + 1):
-            window.add(end - 1)
-            while begin < end and window.nbytes(in_flight) > budget:
-                window.remove(begin)
-                begin += 1
-            beginnings[end] = begin
-        return beginnings
-
-
-class _Window:
-    """An interval that grows to the right and shrinks from the left. It counts the bytes that it holds,
-    each holding once.
-    """
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._count: dict[object, int] = {}
-        # the positions of ops whose gradients take more than those of any later one
-        self._largest: deque[tuple[int, int]] = deque()
-        self.static = 0
-        self.kept = 0
-
-    @property
-    def passing(self) -> int:
-        """The most bytes of gradients that one op's backward reads and makes."""
-        if not self._largest:
-            return 0
-        _, passing = self._largest[0]
-        return passing
-
-    def nbytes(self, in_flight: int) -> int:
-        """The bytes of all that the interval holds, with so many micro-batches in flight."""
-        return self.static + self.kept * in_flight + self.passing
-
-    def add(self, position: int) -> None:
-        """The op at `position` joins."""
-        passing = 0
-        if self._line.setting.training:
-            passing = self._line.costs[position].passing
-        while self._largest and self._largest[-1][1] <= passing:
-            self._largest.pop()
-        self._largest.append((position, passing))
-        for key, static, kept in self._line.holdings[position]:
-            count = self._count.get(key, 0)
-            self._count[key] = count + 1
-            if not count:
-                self.static += static
-                self.kept += kept
-
-    def remove(self, position: int) -> None:
-        """The op at `position` leaves."""
-        if self._largest and self._largest[0][0] == position:
-            self._largest.popleft()
-        for key, static, kept in self._line.holdings[position]:
-            self._count[key] -= 1
-            if not self._count[key]:
-                self.static -= static
-                self.kept -= kept
-
-
-def _is_cheap(op: Op, cheap: set[Value]) -> bool:
-    """True when stages compute the result again instead of receiving it."""
-    if op.has_effect or op.regions or op.is_users or is_heavy(op):
-        return False
-    if any(carries_grad(result.type) for result in op.results):
-        return False
-    for value in op.operands:
-        owner = value.owner
-        if owner is None or value in cheap:
-            continue
-        if not isinstance(owner, StateEntry) or owner.kind == "param":
-            return False
-    return True
-
-
-def _common(first: Scope, second: Scope) -> int:
-    """The number of outermost calls that two scopes share."""
-    common = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        common += 1
-    return common
-
-
-# --- the search ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Problem:
-    """A line to cut into `len(times)` stages.
-
-    times: per stage, the prefix sums of the seconds of its ops. links: per stage, the seconds that the values
-    crossing at each position take. starts: per stage and end, the first beginning that fits its memory; None
-    when every beginning fits. allowed: per cut (0, ..., stages) and position, whether the cut may be there.
-    """
-
-    times: list[torch.Tensor]
-    links: list[torch.Tensor]
-    starts: list[torch.Tensor] | None
-    allowed: list[torch.Tensor]
-
-    def stage_seconds(self, cuts: Sequence[int]) -> list[float]:
-        """Seconds of each stage between `cuts`, which include the first and the last position."""
-        seconds: list[float] = []
-        stages = itertools.pairwise(cuts)
-        for time, link, (begin, end) in zip(
-            self.times, self.links, stages, strict=True
-        ):
-            total = time[end] - time[begin]
-            total += link[begin]
-            total += link[end]
-            seconds.append(float(total))
-        return seconds
-
-    def fits(self, cuts: Sequence[int]) -> bool:
-        """True when every cut is allowed where it is and every stage fits its memory."""
-        for mask, cut in zip(self.allowed, cuts, strict=True):
-            if not mask[cut]:
-                return False
-        if self.starts is None:
-            return True
-        for i, starts in enumerate(self.starts):
-            end = cuts[i + 1]
-            if cuts[i] < int(starts[end]):
-                return False
-        return True
-
-    def within(self, most: float) -> list[int] | None:
-        """Cuts with which no stage takes more than `most` seconds, None when there are none."""
-        reached = [self.allowed[0].clone()]
-        reached[0][1:] = False
-        for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            values = torch.where(reached[i], time - link, -math.inf)
-            best = self._best(values, i)
-            in_time = best >= time + link - most
-            in_time &= best > -math.inf
-            reached.append(in_time & self.allowed[i + 1])
-        end = len(self.times[0]) - 1
-        if not reached[-1][end]:
-            return None
-        cuts = [end]
-        for i in reversed(range(len(self.times))):
-            begin = 0
-            if self.starts is not None:
-                begin = int(self.starts[i][end])
-            time = self.times[i]
-            link = self.links[i]
-            values = torch.where(reached[i], time - link, -math.inf)
-            end = begin + int(values[begin:end].argmax())
-            cuts.insert(0, end)
-        return cuts
-
-    def _best(self, values: torch.Tensor, stage: int) -> torch.Tensor:
-        """For each end, the largest of `values` at the beginnings that fit."""
-        none = values.new_full((1,), -math.inf)
-        if self.starts is None:
-            return torch.cat([none, values[:-1].cummax(0).values])
-        return _window_max(values, self.starts[stage])
-
-    def best(self) -> list[int] | None:
-        """The cuts with which the slowest stage is as fast as possible, None when no cuts are allowed."""
-        cuts = self.within(math.inf)
-        if cuts is None:
-            return None
-        low = 0.0
-        high = max(self.stage_seconds(cuts))
-        while high - low > CLOSE * high:
-            middle = (low + high) / 2
-            faster = self.within(middle)
-            if faster is None:
-                low = middle
-                continue
-            cuts = faster
-            slowest = max(self.stage_seconds(cuts))
-            high = min(middle, slowest)
-        return cuts
-
-    def only(self, positions: torch.Tensor) -> Problem:
-        """The same problem with cuts at those positions only. They must include the first and the last."""
-        starts = None
-        if self.starts is not None:
-            starts = [torch.searchsorted(positions, s[positions]) for s in self.starts]
-        return Problem(
-            [t[positions] for t in self.times],
-            [x[positions] for x in self.links],
-            starts,
-            [a[positions] for a in self.allowed],
-        )
-
-    def cheapest(self, most: float, price: torch.Tensor) -> list[int] | None:
-        """The cuts with the smallest sum of prices among those with which no stage takes more than `most`.
-        Quadratic in the positions.
-        """
-        count = len(price)
-        total = torch.full((count,), math.inf, dtype=torch.float64)
-        total[0] = 0.0
-        origins: list[torch.Tensor] = []
-        ends = torch.arange(count)[:, None]
-        begins = torch.arange(count)[None, :]
-        for i, (time, link) in enumerate(zip(self.times, self.links, strict=True)):
-            seconds = time[:, None] - time[None, :]
-            seconds += link[:, None]
-            seconds += link[None, :]
-            fits = seconds <= most
-            fits &= begins < ends
-            if self.starts is not None:
-                fits &= begins >= self.starts[i][:, None]
-            sums = torch.where(fits, total[None, :], math.inf)
-            smallest = sums.min(1)
-            origins.append(smallest.indices)
-            allowed = self.allowed[i + 1]
-            total = torch.where(allowed, smallest.values + price, math.inf)
-        if not math.isfinite(float(total[-1])):
-            return None
-        cuts = [count - 1]
-        for origin in reversed(origins):
-            cuts.insert(0, int(origin[cuts[0]]))
-        return cuts
-
-
-def _window_max(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """For each end e, the largest of values[starts[e]:e], minus infinity where that is empty."""
-    tables = [values]
-    while 2 ** len(tables) <= len(values):
-        half = 2 ** (len(tables) - 1)
-        last = tables[-1]
-        larger = torch.maximum(last[:-half], last[half:])
-        table = torch.cat([larger, last[-half:]])
-        tables.append(table)
-    ends = torch.arange(len(values))
-    length = ends - starts
-    level = torch.log2(length.clamp(min=1).double()).floor().long()
-    stacked = torch.stack(tables)
-    first = starts.clamp(max=len(values) - 1)
-    second = (ends - 2**level).clamp(min=0)
-    largest = torch.maximum(stacked[level, first], stacked[level, second])
-    return torch.where(length > 0, largest, -math.inf)
-
-
-def by_rank(placement: Sequence[int], seconds: Iterable[float]) -> list[float]:
-    """The seconds of all stages of each rank."""
-    sums = [0.0] * (max(placement) + 1)
-    for rank, time in zip(placement, seconds, strict=True):
-        sums[rank] += time
-    return sums
-
-
-# --- policies -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Cuts, and their predicted costs.
-
-    cuts: the positions of ops in front of which to cut. seconds, memory: per stage, predicted. bound: no
-    stage order and no cuts can have a slowest rank below it. best: the slowest stage of the best cuts of this
-    order; the chosen ones may be slower within the tolerance.
-    """
-
-    cuts: tuple[int, ...]
-    seconds: tuple[float, ...]
-    memory: tuple[int, ...]
-    placement: tuple[int, ...]
-    bound: float
-    best: float
-    setting: Setting = field(default_factory=Setting)
-
-    @property
-    def rank_seconds(self) -> list[float]:
-        """Seconds of each rank for one micro-batch."""
-        return by_rank(self.placement, self.seconds)
-
-    @property
-    def bottleneck(self) -> float:
-        """Seconds of the slowest rank for one micro-batch."""
-        return max(self.rank_seconds)
-
-    @property
-    def gap(self) -> float:
-        """How far the slowest rank may be above the optimum over any cuts in any order: 0.01 is one
-        percent.
-        """
-        if not self.bound:
-            return 0.0
-        return self.bottleneck / self.bound - 1
-
 
 @dataclass(frozen=True)
 class Balanced:
-    """A policy: cuts so that the slowest stage is as fast as possible, and every stage fits its device.
+    """A policy: cuts with which a step of the schedule takes the shortest time, and every stage fits its
+    device.
 
     stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins:
-    module path -> the stage it runs in, counted from the end when negative. tolerance: how much slower than
-    the best the slowest stage may be, in exchange for cuts at module boundaries and fewer bytes that cross.
-    budget: the part of a device's memory to fill. profile_on: a torch device on which ops are timed, instead
-    of a roofline. Called with a program it returns the cuts; `plan` returns more.
+    module path -> the stage it runs in, counted from the end when negative. tolerance: how much longer than
+    the best the step may take, in exchange for cuts at outer modules and fewer bytes that cross. budget: the
+    part of a device's memory to fill.
+
+    inside: whether a cut may divide a block of repeated ones: "never", "always", or "if worth it", when the
+    step gains more than WORTH. loss_fn(output, target): the loss that the last stage computes, with an
+    example of its target for one micro-batch; without one, cross-entropy where the model returns logits.
+
+    profile_on: a torch device on which blocks are timed instead of estimated, in the form that `wrap(module,
+    index)` gives to a stage. Called with a program it returns the cuts; `plan` returns more.
     """
 
     stages: int | None = None
@@ -609,6 +63,10 @@ class Balanced:
     tolerance: float = 0.01
     budget: float = 0.9
     profile_on: str | None = None
+    inside: str = "if worth it"
+    loss_fn: Callable[..., Any] | None = field(default=None, repr=False)
+    target: Any = field(default=None, repr=False, compare=False)
+    wrap: Wrap = field(default=None, repr=False)
 
     def __call__(self, program: Program) -> list[int]:
         return list(self.plan(program).cuts)
@@ -618,27 +76,42 @@ class Balanced:
         program: Program,
         sizes: Mapping[str, int] | None = None,
         bindings: Bindings | None = None,
+        trial: Trial | None = None,
     ) -> Plan:
-        """The cuts of a traced program and their predicted costs.
+        """The cuts of a traced program and their predicted costs. `trial` makes what is timed.
 
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.
         """
-        optimizer = self.setting.optimizer
-        if optimizer not in STATE_OF:
-            raise InputError(
-                f"optimizer '{optimizer}' is not known",
-                hint=nearest(optimizer, STATE_OF),
-            )
+        _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
+        _refuse_unknown("inside", self.inside, INSIDE)
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
                 hint="take the markers out, or leave stages= and Balanced away",
             )
-        line = Line.of(program, self.setting, sizes or {}, bindings, self.profile_on)
+        call = bindings.call if bindings is not None else None
+        loss = counted_loss(
+            program, call, sizes or {}, self.setting, self.loss_fn, self.target
+        )
+        line = Line.of(program, self.setting, sizes or {}, bindings, loss)
         if not line.ops:
             return Plan((), (0.0,), (0,), (0,), 0.0, 0.0, self.setting)
+        if self.profile_on is not None:
+            self._time(line, sizes or {}, trial)
         return self.of_line(line)
+
+    def _time(self, line: Line, sizes: Mapping[str, int], trial: Trial | None) -> None:
+        """The seconds of the line are those of its blocks, measured."""
+        if trial is None:
+            raise InputError(
+                "ops are timed within a compilation only",
+                hint="pipeline(model, ..., split_policy=Balanced(..., profile_on=...))",
+            )
+        device_there = torch_device(self.profile_on)
+        way = Way.before(line.loss, device_there, self.wrap, self.setting)
+        spans = line.blocks()
+        line.calibrate(spans, time_spans(line.ops, spans, trial, way, sizes))
 
     def of_line(self, line: Line) -> Plan:
         """As `plan`, for a line whose costs are known."""
@@ -688,31 +161,91 @@ class Balanced:
             raise SplitError(
                 f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty"
             )
-        problem = self._problem(line, stages, scale)
-        cuts = problem.best()
-        if cuts is None:
+        steps = self.steps(line, stages, scale)
+        choice = self._choice(line, steps)
+        if choice is None:
             return None
-        placement = self.setting.placement(stages)
+        cuts = list(choice.chosen.cuts)
         flights = self.setting.in_flight(stages)
-        best = max(problem.stage_seconds(cuts))
-        cuts = self._cleaner(line, problem, cuts, best)
-        if self.setting.schedule not in SINGLE:
-            cuts = _shift(problem, cuts, placement)
         memory: list[int] = []
         intervals = itertools.pairwise(cuts)
         for (begin, end), flight in zip(intervals, flights, strict=True):
             parts = line.memory(begin, end, flight)
             memory.append(sum(parts))
-        seconds = problem.stage_seconds(cuts)
+        seconds = steps.problem.stage_seconds(cuts)
         return Plan(
             tuple(cuts[1:-1]),
             tuple(seconds),
             tuple(memory),
-            tuple(placement),
+            tuple(self.setting.placement(stages)),
             self._bound(line, stages),
-            best,
+            choice.chosen.seconds,
             self.setting,
+            choice,
+            line.loss.name if line.loss is not None else "",
         )
+
+    def steps(self, line: Line, stages: int, scale: float) -> Steps:
+        parts: list[torch.Tensor] = []
+        delays: list[torch.Tensor] = []
+        zero = torch.zeros(2, len(KINDS), 1, dtype=torch.float64)
+        ways = 2 if self.setting.training else 1
+        for stage, where in enumerate(self.setting.devices(stages)):
+            rows = [
+                as_run(Parts(*part), stage, self.wrap is None)
+                for part in line.parts(where)
+            ]
+            seconds = torch.stack([torch.stack([*row]) for row in rows])
+            parts.append(torch.cat([zero, seconds.cumsum(2)], 2))
+            delays.append(
+                line.crossing / ways / where.link_bandwidth + where.link_latency
+            )
+        return Steps(
+            self.setting,
+            self._problem(line, stages, scale),
+            parts,
+            delays,
+            line.crossing,
+        )
+
+    def _choice(self, line: Line, steps: Steps) -> Choice | None:
+        """The cuts that `inside` allows: at the outermost modules, with the fewest bytes, that are within the
+        tolerance of the best. None where no cuts fit.
+        """
+        levels = [*self._levels(line)]
+        inside = line.is_inside_block
+        at_blocks = [steps.best(level & ~inside) for level in levels]
+        anywhere = at_blocks
+        if inside.any():
+            anywhere = [*at_blocks, *(steps.best(level) for level in levels)]
+        best = _least(anywhere)
+        if best is None:
+            return None
+        best_at_blocks = _least(at_blocks)
+        allowed = anywhere
+        if self.inside != "always" and best_at_blocks is not None:
+            gain = best_at_blocks.least / best.least - 1
+            if self.inside == "never" or gain <= WORTH:
+                allowed = at_blocks
+        if self.inside == "never" and best_at_blocks is None:
+            return None
+        limit = _least(allowed).least * (1 + self.tolerance)  # type: ignore[union-attr]
+        outermost = next(found for found in allowed if found and found.least <= limit)
+        return Choice(
+            outermost.cheapest(limit),
+            best_at_blocks.shortest if best_at_blocks is not None else None,
+            best.shortest,
+        )
+
+    def _levels(self, line: Line) -> Iterator[torch.Tensor]:
+        """Per number of module calls that cuts may divide, from none on: whether a cut may be at each
+        position.
+        """
+        depth = line.depth()
+        for level in range(int(depth.max()) + 1):
+            positions = (depth <= level) & line.divisible
+            positions[[0, -1]] = True
+            yield positions
 
     def _problem(self, line: Line, stages: int, scale: float) -> Problem:
         devices = self.setting.devices(stages)
@@ -770,29 +303,6 @@ class Balanced:
             for cut, mask in enumerate(allowed):
                 mask &= before if cut <= stage else behind
         return allowed
-
-    def _cleaner(
-        self, line: Line, problem: Problem, cuts: list[int], best: float
-    ) -> list[int]:
-        """Cuts at the outermost module boundaries, with the fewest bytes, that are within the tolerance of
-        the best.
-        """
-        most = best * (1 + self.tolerance)
-        depth = line.depth()
-        deepest = int(depth.max())
-        ends = torch.tensor([0, len(line.ops)])
-        for level in range(deepest + 1):
-            is_boundary = (depth <= level) & line.divisible
-            boundaries = torch.nonzero(is_boundary).flatten()
-            positions = torch.unique(torch.cat([ends, boundaries]))
-            if not len(cuts) <= len(positions) <= 1500:
-                continue
-            fewer = problem.only(positions)
-            price = line.crossing[positions]
-            cheapest = fewer.cheapest(most, price)
-            if cheapest is not None:
-                return [int(positions[i]) for i in cheapest]
-        return cuts
 
     def _bound(self, line: Line, stages: int) -> float:
         """A lower bound for the slowest rank, for any order of ops and any cuts: the largest of these.
@@ -874,60 +384,15 @@ class Balanced:
             return False
 
 
-def _shift(problem: Problem, cuts: list[int], placement: Sequence[int]) -> list[int]:
-    """Cuts with which the slowest rank is faster, where ranks have several stages. They are the best of all
-    where there are few, else the best that the search reaches by moving one cut or two at a time.
-    """
-    count = len(problem.times[0]) - 1
-    stages = len(placement)
-    if math.comb(count - 1, stages - 1) <= FEW:
-        inner = itertools.combinations(range(1, count), stages - 1)
-        everything = ([0, *positions, count] for positions in inner)
-        return min(
-            filter(problem.fits, everything),
-            key=lambda choice: _slowest(problem, choice, placement),
-        )
-    best = _slowest(problem, cuts, placement)
-    step = max(1, count // 8)
-    while step:
-        moved = False
-        for move in _moves(stages, step):
-            shifted = [position + move.get(cut, 0) for cut, position in enumerate(cuts)]
-            if not _increases(shifted) or not problem.fits(shifted):
-                continue
-            slowest = _slowest(problem, shifted, placement)
-            if slowest < best:
-                cuts = shifted
-                best = slowest
-                moved = True
-        if not moved:
-            step //= 2
-    return cuts
+def _least(tried: Iterable[Found | None]) -> Found | None:
+    """The one with the shortest step; the first of equals."""
+    return min((f for f in tried if f), key=lambda f: f.least, default=None)
 
 
-def _moves(stages: int, step: int) -> list[dict[int, int]]:
-    """Every way to move one cut or two by a step: cut -> how far."""
-    single: list[dict[int, int]] = []
-    for cut in range(1, stages):
-        single.append({cut: -step})
-        single.append({cut: step})
-    moves = [*single]
-    for first, second in itertools.combinations(single, 2):
-        if first.keys() != second.keys():
-            moves.append({**first, **second})
-    return moves
-
-
-def _increases(cuts: Sequence[int]) -> bool:
-    return all(a < b for a, b in itertools.pairwise(cuts))
-
-
-def _slowest(
-    problem: Problem, cuts: Sequence[int], placement: Sequence[int]
-) -> tuple[float, float]:
-    """Seconds of the slowest rank, and a measure of how unequal all ranks are."""
-    sums = by_rank(placement, problem.stage_seconds(cuts))
-    return max(sums), sum(s * s for s in sums)
+def _refuse_unknown(name: str, value: str, known: Iterable[str]) -> None:
+    """Returns for a known value."""
+    if value not in known:
+        raise InputError(f"{name} '{value}' is not known", hint=nearest(value, known))
 
 
 def runs_in(op: Op, path: str) -> bool:

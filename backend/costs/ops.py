@@ -7,7 +7,7 @@ there what it keeps. Seconds are those of a roofline, the larger of computing an
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,7 +27,14 @@ from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.interp import Machine, enter
 from stagecut.ir.run.storage import storage_of
 from stagecut.ir.sizes import evaluate
-from stagecut.ir.types import DTYPES, Dim, TensorType, carries_grad, dtype_bytes
+from stagecut.ir.types import (
+    DTYPES,
+    Dim,
+    TensorType,
+    Type,
+    carries_grad,
+    dtype_bytes,
+)
 
 Sizes = Mapping[str, int]
 
@@ -39,7 +46,9 @@ class Device:
     flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long).
     bandwidth, link_bandwidth: bytes per second of its memory, and to a neighbour, one way. memory: bytes.
     overhead: seconds that starting an op takes. reached: the part of `flops` that large matrix products
-    reach.
+    reach. link_latency: seconds that a message takes besides its bytes. starting, posting: seconds in which
+    the host starts an op, and posts messages. slowed: the part by which it computes more slowly while messages
+    are under way.
     """
 
     name: str
@@ -49,6 +58,10 @@ class Device:
     link_bandwidth: float
     overhead: float = 0.0
     reached: float = 0.7
+    link_latency: float = 1e-5
+    starting: float = 0.0
+    posting: float = 0.0
+    slowed: float = 0.0
 
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
         """Seconds of an op: the longer of computing and moving, and its start."""
@@ -63,7 +76,7 @@ DEVICES = {
     d.name: d
     for d in (
         Device("B200", 2250e12, 8.0e12, 180 * GiB, 900e9, 3e-6),
-        Device("H200", 989e12, 4.8e12, 139 * GiB, 450e9, 3e-6),
+        Device("H200", 989e12, 4.8e12, 139 * GiB, 450e9, 1e-6, starting=8e-6, posting=6e-5, slowed=0.1),
         Device("H100", 989e12, 3.35e12, 79 * GiB, 450e9, 3e-6),
         Device("A100", 312e12, 2.04e12, 79 * GiB, 300e9, 3e-6),
         Device("MI300X", 1307e12, 5.3e12, 191 * GiB, 448e9, 3e-6),
@@ -94,9 +107,8 @@ class OpCost:
     `backward_` those of the backward.
 
     kept: values whose storage the backward reads, neither state nor user inputs; extra: further bytes kept.
-    passing: bytes of the gradients that its backward reads and makes. seconds: measured, forward and
-    backward, None where nothing was measured. source: where `flops` comes from: 'formula', 'measured', 'bytes
-    only'.
+    passing: bytes of the gradients that its backward reads and makes. weights: the part of the backward that
+    is for parameters. source: where `flops` comes from: 'formula' or 'bytes only'.
     """
 
     flops: float = 0.0
@@ -108,12 +120,10 @@ class OpCost:
     passing: int = 0
     dtype: str = "f32"
     source: str = "bytes only"
-    seconds: tuple[float, float] | None = None
+    weights: float = 0.0
 
     def on(self, where: Device, training: bool = True) -> float:
         """Seconds on a device, with the backward when training."""
-        if self.seconds is not None:
-            return self.seconds[0] + (self.seconds[1] if training else 0.0)
         if not self.moved and not self.flops:
             return 0.0
         total = where.seconds(self.flops, self.moved, self.dtype)
@@ -126,28 +136,29 @@ def op_costs(
     ops: Sequence[Op],
     sizes: Sizes | None = None,
     bindings: Bindings | None = None,
-    measure_on: torch.device | str | None = None,
 ) -> list[OpCost]:
-    """The cost of each op. `sizes` gives the symbolic sizes. With `measure_on`, each distinct op runs there
-    on random values and is timed.
-    """
-    counter = _Counter(
-        dict(sizes or {}),
-        bindings or Bindings(),
-        _torch_device(measure_on),
-    )
+    """The cost of each op. `sizes` gives the symbolic sizes."""
+    counter = _Counter(dict(sizes or {}), bindings or Bindings())
     return [counter.cost(op) for op in ops]
 
 
-def _torch_device(wanted: torch.device | str | None) -> torch.device | None:
-    if wanted is None:
-        return None
-    try:
-        return torch.device(wanted)
-    except (RuntimeError, TypeError):
-        raise InputError(
-            f"profile_on={wanted!r} is no device of torch", hint='"cpu" or "cuda:0"'
-        ) from None
+def known_shape(kind: TensorType, sizes: Sizes) -> list[int]:
+    """The shape of a tensor, with 1 for a size that is not known."""
+    symbols = tuple(sorted(sizes.items()))
+    return [_known(dim, symbols) for dim in kind.shape]
+
+
+def _known(dim: Dim, symbols: tuple[tuple[str, int], ...]) -> int:
+    if isinstance(dim, int):
+        return dim
+    return evaluate(dim, symbols) or 1
+
+
+def known_bytes(kind: Type, sizes: Sizes) -> int:
+    """Bytes of a value; 8 for one that is no tensor."""
+    if not isinstance(kind, TensorType):
+        return 8
+    return math.prod(known_shape(kind, sizes)) * dtype_bytes(kind.dtype)
 
 
 @dataclass(frozen=True)
@@ -160,14 +171,13 @@ class _Counted:
     backward_flops: float
     kept: tuple[tuple[str, int], ...]
     extra: int
-    seconds: tuple[float, float] | None = None
+    weight_flops: float
 
 
 @dataclass
 class _Counter:
     sizes: dict[str, int]
     bindings: Bindings
-    timed_on: torch.device | None
     counted: dict[str, _Counted | None] = field(default_factory=dict)
 
     def cost(self, op: Op) -> OpCost:
@@ -188,6 +198,7 @@ class _Counter:
                 backward_moved=1.5 * moved if trains else 0.0,
                 passing=self._passing(op),
                 dtype=_dtype(op),
+                weights=_weights_share(op, None),
             )
         backward_flops = counted.backward_flops
         backward_moved = 1.5 * moved if trains else 0.0
@@ -207,8 +218,8 @@ class _Counter:
             extra,
             self._passing(op),
             _dtype(op),
-            "measured" if counted.seconds else "formula",
-            counted.seconds,
+            "formula",
+            _weights_share(op, counted),
         )
 
     def _moved(self, op: Op) -> float:
@@ -229,19 +240,14 @@ class _Counter:
         """Bytes of a value, 0 for a value that is no tensor."""
         if not isinstance(value.type, TensorType):
             return 0
-        count = dtype_bytes(value.type.dtype)
-        for dim in self._shape(value.type):
-            count *= dim
-        return count
+        return known_bytes(value.type, self.sizes)
 
     def _shape(self, tensor_type: TensorType) -> list[int]:
-        return [self._size(dim) for dim in tensor_type.shape]
+        return known_shape(tensor_type, self.sizes)
 
     def _size(self, dim: Dim) -> int:
         """The number that a size stands for, 1 where it is not known."""
-        if isinstance(dim, int):
-            return dim
-        return evaluate(dim, self._sorted_sizes) or 1
+        return _known(dim, self._sorted_sizes)
 
     @cached_property
     def _sorted_sizes(self) -> tuple[tuple[str, int], ...]:
@@ -265,27 +271,14 @@ class _Counter:
     def _run(self, op: Op, trains: bool) -> _Counted | None:
         """The op's run on the meta device, None when it cannot run there."""
         try:
-            forward, backward, kept, extra = self._count(op, trains)
-        except Exception as error:
-            raise_ours(error)
-            return None
-        return _Counted(forward, backward, kept, extra, self._seconds(op, trains))
-
-    def _seconds(self, op: Op, trains: bool) -> tuple[float, float] | None:
-        """The measured seconds of the op, None when it cannot run there or ops are not timed."""
-        if self.timed_on is None:
-            return None
-        try:
-            return self._time(op, trains, self.timed_on)
+            return self._count(op, trains)
         except Exception as error:
             raise_ours(error)
             return None
 
-    def _tensors(
-        self, op: Op, trains: bool, torch_device: torch.device
-    ) -> dict[Value, Any]:
-        """A tensor for each operand, of the same type, on that device. One that carries gradient is no leaf,
-        because the op may write it.
+    def _tensors(self, op: Op, trains: bool) -> dict[Value, Any]:
+        """A tensor on meta for each operand, of the same type. One that carries gradient is no leaf, because
+        the op may write it.
         """
         env: dict[Value, Any] = {}
         for value in op.operands:
@@ -294,18 +287,8 @@ class _Counter:
                 env[value] = self._size(str(getattr(value_type, "expr", "1")))
                 continue
             dtype: torch.dtype = getattr(torch, DTYPES[value_type.dtype])
-            if torch_device.type == "meta":
-                tensor = torch.empty(
-                    self._shape(value_type), dtype=dtype, device=torch_device
-                )
-            elif dtype.is_floating_point or dtype.is_complex:
-                tensor = torch.rand(self._shape(value_type), device=torch_device).to(
-                    dtype
-                )
-            else:
-                tensor = torch.zeros(
-                    self._shape(value_type), dtype=dtype, device=torch_device
-                )
+            shape = self._shape(value_type)
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
             if value_type.strides is not None:
                 tensor = self._strided(tensor, value_type.strides)
             if trains and value_type.grad:
@@ -313,10 +296,8 @@ class _Counter:
             env[value] = tensor
         return env
 
-    def _count(
-        self, op: Op, trains: bool
-    ) -> tuple[float, float, tuple[tuple[str, int], ...], int]:
-        env = self._tensors(op, trains, torch.device("meta"))
+    def _count(self, op: Op, trains: bool) -> _Counted:
+        env = self._tensors(op, trains)
         kept: list[torch.Tensor] = []
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -331,74 +312,94 @@ class _Counter:
         ):
             result = _apply(op, env, self.bindings)
             forward = counter.get_total_flops()
+            for_inputs = 0
             if trains:
-                _backward(result, env)
-            total = counter.get_total_flops()
+                _backward(result, _of_state(env, False), keep_graph=True)
+                for_inputs = counter.get_total_flops() - forward
+                _backward(result, _of_state(env, True))
+            backward = counter.get_total_flops() - forward
         if facts(op).grouped_product and not forward:
             rows = env[op.operands[0]]
             matrices = env[op.operands[1]]
-            forward = 2 * rows.numel() * matrices.shape[-1]
-            total = forward * 3
-        homes: dict[int | None, tuple[str, int]] = {}
+            forward = for_inputs = 2 * rows.numel() * matrices.shape[-1]
+            backward = forward * 2
         results = [
             leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)
         ]
-        for position, tensor in enumerate(results[: len(op.results)]):
-            homes[storage_of(tensor)] = ("result", position)
-        for position, value in enumerate(op.operands):
-            if isinstance(env[value], torch.Tensor):
-                homes[storage_of(env[value])] = ("operand", position)
-        # on meta attention is decomposed; kernels keep operands, result and a row of sums
-        if facts(op).attention:
-            carrying = [
-                ("operand", i)
-                for i, v in enumerate(op.operands)
-                if carries_grad(v.type)
-            ]
-            return (
-                forward,
-                total - forward,
-                (*carrying, ("result", 0)),
-                results[0].numel() // max(1, results[0].shape[-1]) * 4,
-            )
-        # a norm is decomposed too; its kernel keeps its operand and a number for each row
-        if facts(op).norm_of_rows:
-            return (
-                forward,
-                total - forward,
-                (("operand", 0),),
-                results[0].numel() // max(1, results[0].shape[-1]) * 4,
-            )
-        extra = {
-            storage_of(t): t.untyped_storage().nbytes()
-            for t in kept
-            if storage_of(t) not in homes
-        }
-        kept_at = tuple(
-            dict.fromkeys(homes[storage_of(t)] for t in kept if storage_of(t) in homes)
-        )
-        return forward, total - forward, kept_at, sum(extra.values())
+        kept_at, extra = _kept_by_kernel(op, results)
+        if kept_at is None:
+            kept_at, extra = _kept_by_autograd(op, env, results, kept)
+        return _Counted(forward, backward, kept_at, extra, backward - for_inputs)
 
-    def _time(
-        self, op: Op, trains: bool, torch_device: torch.device, budget: float = 0.05
-    ) -> tuple[float, float]:
-        """Median seconds of the forward and the backward; at most a few runs, within `budget` seconds."""
-        runs: list[tuple[float, float]] = []
-        begin = time.perf_counter()
-        while len(runs) < 3 or (len(runs) < 9 and time.perf_counter() - begin < budget):
-            env = self._tensors(op, trains, torch_device)
-            with torch.set_grad_enabled(trains):
-                start = _now(torch_device)
-                result = _apply(op, env, self.bindings)
-                middle = _now(torch_device)
-                if trains:
-                    _backward(result, env)
-                runs.append((middle - start, _now(torch_device) - middle))
-        runs = runs[1:]
-        middle_run = len(runs) // 2
-        forwards = sorted(forward for forward, _ in runs)
-        backwards = sorted(backward for _, backward in runs)
-        return forwards[middle_run], backwards[middle_run]
+
+_Places = tuple[tuple[str, int], ...]
+
+
+def _kept_by_kernel(
+    op: Op, results: Sequence[torch.Tensor]
+) -> tuple[_Places | None, int]:
+    """As `_kept_by_autograd`, for ops that are decomposed on meta and are one kernel elsewhere; None for
+    others.
+    """
+    known = facts(op)
+    if not (known.attention or known.norm_of_rows):
+        return None, 0
+    rows = results[0].numel() // max(1, results[0].shape[-1]) * 4
+    if known.norm_of_rows:  # its operand and a number for each row
+        return (("operand", 0),), rows
+    carrying = [
+        ("operand", i) for i, v in enumerate(op.operands) if carries_grad(v.type)
+    ]
+    return (*carrying, ("result", 0)), rows  # and a row of sums
+
+
+def _kept_by_autograd(
+    op: Op,
+    env: Mapping[Value, Any],
+    results: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
+) -> tuple[_Places, int]:
+    """The operands and results that autograd keeps, and the bytes of what it keeps besides."""
+    homes: dict[int | None, tuple[str, int]] = {}
+    for position, tensor in enumerate(results[: len(op.results)]):
+        homes[storage_of(tensor)] = ("result", position)
+    for position, value in enumerate(op.operands):
+        if isinstance(env[value], torch.Tensor):
+            homes[storage_of(env[value])] = ("operand", position)
+    places: dict[tuple[str, int], None] = {}
+    extra: dict[int | None, int] = {}
+    for tensor in kept:
+        storage = storage_of(tensor)
+        if storage in homes:
+            places[homes[storage]] = None
+        else:
+            extra[storage] = tensor.untyped_storage().nbytes()
+    return tuple(places), sum(extra.values())
+
+
+def _of_state(env: Mapping[Value, Any], state: bool) -> list[Any]:
+    """The operands that are state, or those that are not."""
+    return [
+        tensor
+        for value, tensor in env.items()
+        if isinstance(value.owner, StateEntry) == state
+    ]
+
+
+def _weights_share(op: Op, counted: _Counted | None) -> float:
+    """The part of an op's backward that is for parameters: by FLOPs where it has any, else all or nothing."""
+    state = False
+    others = False
+    for value in op.operands:
+        if carries_grad(value.type):
+            is_state = isinstance(value.owner, StateEntry)
+            state |= is_state
+            others |= not is_state
+    if not state:
+        return 0.0
+    if counted is not None and counted.backward_flops and others:
+        return counted.weight_flops / counted.backward_flops
+    return 0.0 if others else 1.0
 
 
 def _kept_values(op: Op, counted: _Counted) -> list[Value]:
@@ -426,12 +427,6 @@ def _made_by_ops(values: Iterable[Value]) -> tuple[Value, ...]:
     return tuple(root for root in roots if isinstance(root.owner, Op))
 
 
-def _now(torch_device: torch.device) -> float:
-    if torch_device.type == "cuda":
-        torch.cuda.synchronize(torch_device)
-    return time.perf_counter()
-
-
 def _apply(op: Op, env: dict[Value, Any], bindings: Bindings) -> Any:
     machine = Machine(bindings)
     with ExitStack() as stack:
@@ -441,18 +436,21 @@ def _apply(op: Op, env: dict[Value, Any], bindings: Bindings) -> Any:
         return machine.apply(op, env)
 
 
-def _backward(result: Any, env: dict[Value, Any]) -> None:
+def _backward(result: Any, operands: Sequence[Any], keep_graph: bool = False) -> None:
+    """The gradients of these operands."""
     outputs = [
         leaf
         for leaf in tree_leaves(result)
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad
     ]
-    inputs = [
-        t for t in env.values() if isinstance(t, torch.Tensor) and t.requires_grad
-    ]
+    inputs = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
     if outputs and inputs:
         torch.autograd.grad(
-            outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True
+            outputs,
+            inputs,
+            [torch.ones_like(o) for o in outputs],
+            retain_graph=keep_graph,
+            allow_unused=True,
         )
 
 

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from stagecut.backend.costs.balance import STATE_OF, Line, Plan, Setting, by_rank
+from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
+from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.plan import Plan
+from stagecut.backend.costs.runtime import Timing, as_run
+from stagecut.backend.costs.search import by_rank
+from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.tables import table
+from stagecut.backend.tables import table, time_text
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
@@ -103,8 +108,8 @@ class Report:
     seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
-    it; best: the slowest rank of the best cuts; in seconds, None where the cuts were not searched. too_large:
-    the ranks that do not fit their devices.
+    it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched. loss: the
+    one that was counted on the last stage. too_large: the ranks that do not fit their devices.
     """
 
     stages: tuple[StageReport, ...]
@@ -119,6 +124,7 @@ class Report:
     slowest: float | None
     bound: float | None
     best: float | None
+    loss: str
     too_large: tuple[TooLarge, ...]
     timeline: Timeline
 
@@ -154,7 +160,7 @@ class Report:
         yield ""
         yield (
             f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes "
-            f"{_time(self.seconds)}, "
+            f"{time_text(self.seconds)}, "
             f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} "
             "times as fast as one device"
         )
@@ -164,14 +170,16 @@ class Report:
             and self.bound is not None
         ):
             yield (
-                f"with its links the slowest rank takes {_time(self.slowest)}; {_time(self.best)} by the "
-                "best cuts of this order, "
-                f"and no order of ops can be below {_time(self.bound)}"
+                f"a micro-batch takes the slowest rank {time_text(self.slowest)} with its links, and no order "
+                f"of ops can be below {time_text(self.bound)}; by the best cuts anywhere a step takes "
+                f"{time_text(self.best)}"
             )
         counts: Counter[str] = Counter()
         for stage in self.stages:
             counts.update(stage.sources)
         parts = [f"{source} for {counts[source]} ops" for source in sorted(counts)]
+        if self.loss:
+            parts.append(f"the last stage computes the loss, {self.loss}")
         yield f"costs: {', '.join(parts)}"
         if self.crossings:
             yield ""
@@ -208,7 +216,7 @@ class Report:
             parts.append(f'<text x="8" y="{top + 25}">stage {s.index}</text>')
             times = [s.forward, s.backward]
             parts += _bar(
-                left, top, wide / slowest, times, _COLORS[:2], _time(sum(times))
+                left, top, wide / slowest, times, _COLORS[:2], time_text(sum(times))
             )
             sizes = [float(s.memory[kind]) for kind in _KINDS]
             label = size_text(sum(s.memory.values()))
@@ -223,10 +231,10 @@ def _row(s: StageReport) -> tuple[str, ...]:
     return (
         str(s.index),
         str(s.rank),
-        _time(s.forward + s.backward),
+        time_text(s.forward + s.backward),
         f"{100 * s.share:.1f} %",
-        _time(s.forward),
-        _time(s.backward),
+        time_text(s.forward),
+        time_text(s.backward),
         _count(s.flops),
         _count(s.parameters),
         size_text(sum(s.memory.values())),
@@ -266,13 +274,6 @@ def _bar(
     yield f'<text x="{x + 6:.1f}" y="{top + 13}">{label}</text>'
 
 
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1 or unit == "us":
-            return f"{seconds * scale:.3g} {unit}"
-    return ""
-
-
 def _count(number: float) -> str:
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
@@ -286,59 +287,65 @@ def report(
     plan: Plan | None = None,
     sizes: Mapping[str, int] | None = None,
     bindings: Bindings | None = None,
-    profile_on: str | None = None,
+    loss: LossCost | None = None,
+    measured: Sequence[Timing[float]] | None = None,
+    splits: bool = True,
 ) -> Report:
-    """The costs of the stages of a linked program under `setting`. Raises InputError when they do not fit its
-    schedule.
+    """The costs of the stages of a linked program under `setting`, with the loss on the last one. `measured`:
+    the seconds of each stage where they are known; `splits`: whether torch can split their backwards.
+
+    Raises InputError when the stages do not fit their schedule.
     """
     count = len(program.stages)
     placement = setting.placement(count)
     devices = setting.devices(count)
     flights = setting.in_flight(count)
-    ops = program_ops(program)
-    costs = dict(zip(ops, op_costs(ops, sizes, bindings, profile_on), strict=True))
+    lines = _lines_of(program, setting, sizes, bindings, loss)
+    timings = measured or [
+        line.total(where) for line, where in zip(lines, devices, strict=True)
+    ]
+    seconds = [timing.device for timing in timings]
+    run = [as_run(s, i, splits) for i, s in enumerate(seconds)]
+    hosts = [as_run(timing.host, i, splits) for i, timing in enumerate(timings)]
     crossings = tuple(_crossings(program))
-    times: list[tuple[float, float]] = []
-    for stage, where in zip(program.stages, devices, strict=True):
-        forward = sum(costs[op].on(where, False) for op in stage.ops)
-        both_ways = sum(costs[op].on(where, setting.training) for op in stage.ops)
-        times.append((forward, both_ways - forward))
-    total = sum(map(sum, times)) or 1.0
+    total = sum(s.forward + s.backward for s in seconds) or 1.0
     crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
-    stages = []
-    for stage, (forward, backward) in zip(program.stages, times, strict=True):
-        line = Line(
-            stage.ops,
-            [costs[op] for op in stage.ops],
-            setting,
-            frozenset(stage.outputs),
-        )
-        i = stage.index
+    stages: list[StageReport] = []
+    for i, (stage, line) in enumerate(zip(program.stages, lines, strict=True)):
+        time = seconds[i]
+        sources = ["measured"] * len(line.ops)
+        if measured is None:
+            sources = [cost.source for cost in line.costs]
         stages.append(
             StageReport(
                 i,
                 placement[i],
                 _modules(stage),
                 len(stage.ops),
-                sum(costs[op].flops for op in stage.ops),
-                forward,
-                backward,
-                (forward + backward) / total,
+                sum(cost.flops for cost in line.costs),
+                time.forward,
+                time.backward,
+                (time.forward + time.backward) / total,
                 sum(_elements(e.type) for e in stage.state if e.kind == "param"),
                 _memory(stage, line, setting, flights[i]),
                 crossing[i - 1] if i else 0,
                 crossing[i] if i < count - 1 else 0,
-                _sources([costs[op].source for op in stage.ops]),
+                _sources(sources),
             )
         )
     delays = [
-        size / where.link_bandwidth
+        size / where.link_bandwidth + where.link_latency
         for size, where in zip(crossing, devices, strict=False)
     ]
     line_of_time = simulate(
-        setting, [f for f, _ in times], [b for _, b in times], delays
+        setting,
+        [s.forward for s in run],
+        [s.backward for s in run],
+        delays,
+        [(s.inputs, s.weights) for s in run],
+        hosts,
     )
-    ranks = by_rank(placement, map(sum, times))
+    ranks = by_rank(placement, [s.forward + s.backward for s in seconds])
     return Report(
         tuple(stages),
         crossings,
@@ -351,10 +358,35 @@ def report(
         sum(ranks) / len(ranks) / (max(ranks) or 1.0),
         plan.bottleneck if plan else None,
         plan.bound if plan else None,
-        plan.best if plan else None,
+        plan.choice.anywhere.seconds if plan and plan.choice else None,
+        loss.name if loss is not None else "",
         tuple(_too_large(stages, devices)),
         line_of_time,
     )
+
+
+def _lines_of(
+    program: Program,
+    setting: Setting,
+    sizes: Mapping[str, int] | None,
+    bindings: Bindings | None,
+    loss: LossCost | None,
+) -> list[Line]:
+    """Each stage as a line; the last one has the loss."""
+    ops = program_ops(program)
+    costs = dict(zip(ops, op_costs(ops, sizes, bindings), strict=True))
+    last = program.stages[-1]
+    return [
+        Line(
+            stage.ops,
+            [costs[op] for op in stage.ops],
+            setting,
+            frozenset(stage.outputs),
+            loss if stage is last else None,
+            sizes or {},
+        )
+        for stage in program.stages
+    ]
 
 
 def bindings_of(pipe: Staged) -> Bindings:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from stagecut.backend.costs.balance import Plan
+from stagecut.backend.costs.plan import Plan
 from stagecut.ir.graph import Program
 from stagecut.ir.text.printer import fingerprint
 

@@ -4,31 +4,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import networkx
-import torch
-import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
-
-from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.runtime import KINDS, Parts, Run
+from stagecut.backend.costs.setting import Setting
 from stagecut.backend.pictures.gantt import gantt
-from stagecut.backend.ranks.driver import Driver
-from stagecut.backend.schedules import (
-    BACKWARD,
-    FORWARD,
-    INPUT,
-    WEIGHT,
-    Event,
-    Step,
-)
-from stagecut.ir.errors import StagecutError
+from stagecut.backend.schedules import Event, Step
 
 
 @dataclass(frozen=True)
@@ -78,270 +61,35 @@ def simulate(
     forward: Sequence[float],
     backward: Sequence[float],
     sent: Sequence[float] = (),
+    split: Sequence[tuple[float, float]] | None = None,
+    host: Sequence[Parts[float]] | None = None,
 ) -> Timeline:
     """The time of every step, when stages take these seconds for a micro-batch, and the values they send on
     take those seconds to arrive, each way.
 
-    A split backward takes half for its inputs and half for its weights. Each rank runs its steps in order,
-    each as soon as the results it needs are there.
+    `split` has the seconds for the inputs and for the weights where a backward is split; by default, half of
+    it each. `host` are the seconds in which the host starts all of it. Ranks compute, send and wait as torch's runtime does (backend/costs/runtime.py).
     """
     stages = len(forward)
-    placement = setting.placement(stages)
-    seconds = {
-        FORWARD: forward,
-        BACKWARD: backward,
-        INPUT: [b / 2 for b in backward],
-        WEIGHT: [b / 2 for b in backward],
-    }
-    ranks = setting.orders(stages)
-    graph = _step_graph(ranks, placement, sent)
-    ends: dict[Step, float] = {}
-    events: list[Event] = []
-    try:
-        for step in networkx.topological_sort(graph):
-            start = max(
-                (
-                    ends[need] + delay
-                    for need, _, delay in graph.in_edges(step, data="delay")
-                ),
-                default=0.0,
-            )
-            ends[step] = start + seconds[step.kind][step.stage]
-            events.append(Event(step, placement[step.stage], start, ends[step]))
-    except networkx.NetworkXUnfeasible:
-        raise StagecutError(
-            f"the order of {setting.schedule} waits for itself"
-        ) from None
+    parts = split or [(b / 2, b / 2) for b in backward]
+    zip_of_stages = zip(forward, backward, parts, strict=True)
+    device = [Parts(f, b, inputs, weights) for f, b, (inputs, weights) in zip_of_stages]
+    starting = host or [Parts(0.0, 0.0, 0.0, 0.0)] * stages
+
+    def seconds(step: Step) -> tuple[float, float]:
+        kind = KINDS.index(step.kind)
+        return device[step.stage][kind], starting[step.stage][kind]
+
+    delays = [*sent, *[0.0] * (stages - len(sent))]
+    where = setting.devices(stages)[0]
+    limits = (where.posting, where.slowed) if host else (0.0, 0.0)
+    run = Run(setting.actions(stages), seconds, delays, 0.0, max, *limits)
+    events = [Event(step, rank, start, end) for step, rank, start, end in run.steps]
     title = (
         f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
     )
     return Timeline(
-        tuple(sorted(events, key=lambda e: (e.start, e.rank))), len(ranks), title
+        tuple(sorted(events, key=lambda e: (e.start, e.rank))),
+        max(setting.placement(stages)) + 1,
+        title,
     )
-
-
-def _step_graph(
-    ranks: Sequence[Sequence[Step]], placement: Sequence[int], sent: Sequence[float]
-) -> networkx.DiGraph[Step]:
-    """An edge from each step to those that wait for it: the next step of its rank, and those that need its
-    result.
-    """
-    steps = [step for rank in ranks for step in rank]
-    all_steps = set(steps)
-    graph: networkx.DiGraph[Step] = networkx.DiGraph()
-    graph.add_nodes_from(steps)
-    for rank in ranks:
-        graph.add_edges_from(pairwise(rank), delay=0.0)
-    for step in steps:
-        for need in _needs(step, all_steps):
-            same_rank = placement[need.stage] == placement[step.stage]
-            between = min(need.stage, step.stage)
-            graph.add_edge(
-                need,
-                step,
-                delay=0.0 if same_rank or between >= len(sent) else sent[between],
-            )
-    return graph
-
-
-def _needs(step: Step, all_steps: set[Step]) -> list[Step]:
-    """The steps in `all_steps` whose results a step needs."""
-    stage = step.stage
-    microbatch = step.microbatch
-    if step.kind == FORWARD:
-        needs = [Step(FORWARD, stage - 1, microbatch)]
-    elif step.kind == WEIGHT:
-        needs = [Step(INPUT, stage, microbatch)]
-    else:
-        needs = [
-            Step(FORWARD, stage, microbatch),
-            *(Step(kind, stage + 1, microbatch) for kind in (BACKWARD, INPUT)),
-        ]
-    return [need for need in needs if need in all_steps]
-
-
-class Recording:
-    """The measurement of `record`; `timeline` is there after its end."""
-
-    def __init__(self) -> None:
-        self._timeline: Timeline | None = None
-
-    @property
-    def timeline(self) -> Timeline:
-        """The measured steps of all ranks. Raises StagecutError while they are still being measured, and when
-        a step failed.
-        """
-        if self._timeline is None:
-            raise StagecutError(
-                "there is no timeline yet",
-                hint="read it behind the `with` block, which must not end with an error",
-            )
-        return self._timeline
-
-
-@contextmanager
-def record(
-    what: Driver | PipelineStage | Sequence[PipelineStage],
-    group: dist.ProcessGroup | None = None,
-) -> Iterator[Recording]:
-    """Measures every step that these stages, or those of a driver, run inside; all ranks of the group do it
-    together.
-
-        with record(driver) as recording:
-            driver.step(x)
-        recording.timeline.to_svg()
-
-    Every rank has the timeline of all ranks afterwards. All ranks meet at a barrier first, and each counts
-    from there on its own clock. So the times of two ranks are apart by as much as the ranks leave the barrier
-    apart, some ten microseconds on one host. The first step starts at 0. On a GPU a step is from when its
-    first kernel may run to when its last one is done, by CUDA events; elsewhere it is the time of the call.
-    The time between steps, waiting and sending, belongs to none. The steps run in the usual way otherwise,
-    and the stages are as before at the end.
-    """
-
-    together: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if isinstance(what, Driver):
-        drivers = [what]
-        stages = list[PipelineStage]()
-        title = _title(what)
-        group = what.group
-        device = what.device
-        together = what.faults.together
-    else:
-        drivers = []
-        stages = [what] if isinstance(what, PipelineStage) else list(what)
-        title = "measured"
-        device = torch.device("cpu")
-        if stages:
-            device = stages[0].device
-    recording = Recording()
-    with together():
-        meter = _Meter(device, group)
-    try:
-        for driver in drivers:
-            meter.watch_driver(driver)
-        for stage in stages:
-            meter.watch(stage)
-        yield recording
-    finally:
-        meter.restore()
-    with together():
-        recording._timeline = meter.timeline(title)
-
-
-def _title(driver: Driver) -> str:
-    name = driver.schedule_class.__name__.removeprefix("Schedule")
-    return f"{name}, {driver.pipe.num_stages} stages, {driver.n_microbatches} micro-batches, measured"
-
-
-_METHODS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
-
-
-class _Meter:
-    """Times the steps of stages, by methods that it puts in front of their own."""
-
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        self._device = device
-        self._cuda = device.type == "cuda"
-        self._group = group
-        self._changed: list[tuple[Any, str, Any]] = []
-        self._watched: set[int] = set()
-        self._marks: list[tuple[Step, Any, Any]] = []
-        self._meets = dist.is_available() and dist.is_initialized()
-        if self._meets:
-            dist.barrier(group)
-        if self._cuda:
-            torch.cuda.synchronize(device)
-        self._zero = self._now()
-
-    def watch(self, stage: PipelineStage) -> None:
-        """The steps of this stage are timed from now on."""
-        if id(stage) not in self._watched:
-            self._watched.add(id(stage))
-            for name in _METHODS:
-                self._put(
-                    stage,
-                    name,
-                    partial(self._timed, getattr(stage, name), name, stage.stage_index),
-                )
-
-    def watch_driver(self, driver: Driver) -> None:
-        """The steps of all stages of a driver are timed too. The driver makes the stages when it first needs
-        them.
-        """
-        prepared = driver._prepared
-
-        def watched(*how: Any) -> tuple[Any, list[Any]]:
-            schedule, stages = prepared(*how)
-            for stage in stages:
-                self.watch(stage)
-            return schedule, stages
-
-        self._put(driver, "_prepared", watched)
-
-    def restore(self) -> None:
-        """Everything is as it was before."""
-        for owner, name, original in reversed(self._changed):
-            if original is None:
-                del vars(owner)[name]
-            else:
-                vars(owner)[name] = original
-        self._changed.clear()
-
-    def timeline(self, title: str) -> Timeline:
-        """The steps of all ranks, from the first start on."""
-        rank = 0
-        ranks = 1
-        if self._meets:
-            rank = dist.get_rank(self._group)
-            ranks = dist.get_world_size(self._group)
-        own = [
-            Event(step, rank, self._since(start), self._since(end))
-            for step, start, end in self._marks
-        ]
-        everywhere: list[Any] = [own] * ranks
-        if self._meets:
-            dist.all_gather_object(everywhere, own, group=self._group)
-        events = sorted(chain(*everywhere), key=lambda e: (e.start, e.rank))
-        first = events[0].start if events else 0.0
-        return Timeline(
-            tuple(replace(e, start=e.start - first, end=e.end - first) for e in events),
-            ranks,
-            title,
-        )
-
-    def _put(self, owner: Any, name: str, method: Any) -> None:
-        self._changed.append((owner, name, vars(owner).get(name)))
-        vars(owner)[name] = method
-
-    def _timed(
-        self, method: Any, name: str, stage: int, chunk: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        start = self._now()
-        result = method(chunk, *args, **kwargs)
-        self._marks.append(
-            (Step(_kind(name, args, kwargs), stage, chunk), start, self._now())
-        )
-        return result
-
-    def _now(self) -> Any:
-        """The present moment. On a GPU, it is the moment at which the work submitted so far is done."""
-        if not self._cuda:
-            return time.perf_counter()
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record(torch.cuda.current_stream(self._device))
-        return mark
-
-    def _since(self, mark: Any) -> float:
-        if not self._cuda:
-            return float(mark - self._zero)
-        mark.synchronize()
-        return float(self._zero.elapsed_time(mark)) / 1e3
-
-
-def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The kind of a step, by the method of the stage that it calls: (chunk, loss, full_backward, ...)."""
-    if name != "backward_one_chunk":
-        return FORWARD if name == "forward_one_chunk" else WEIGHT
-    whole = kwargs.get("full_backward", args[1] if len(args) > 1 else True)
-    return BACKWARD if whole else INPUT

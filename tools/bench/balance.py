@@ -19,8 +19,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from stagecut.backend.costs.balance import Balanced, Line, Problem, Setting, runs_in
+from stagecut.backend.costs.balance import Balanced, runs_in
+from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.ops import DEVICES, state_bytes
+from stagecut.backend.costs.search import Problem
+from stagecut.backend.costs.setting import Setting
 from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
 from stagecut.pipe import lower

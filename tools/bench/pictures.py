@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagecut.backend.costs.balance import Setting
+from stagecut.backend.costs.setting import Setting
 from stagecut.backend.costs.timeline import simulate
 from stagecut.backend.pictures.render import PURE
 from stagecut.frontend.markers import SplitPoint, pipe_split

@@ -382,7 +382,8 @@ def _policy(options: argparse.Namespace) -> Any:
     options.plan = None
     if options.stages is None:
         return None
-    from stagecut.backend.costs.balance import Balanced, Setting
+    from stagecut.backend.costs.balance import Balanced
+    from stagecut.backend.costs.setting import Setting
 
     balanced = Balanced(
         options.stages,

@@ -265,8 +265,9 @@ class Session:
             self._writer.final("timeline.json", events + "\n")
 
     def _costs(self, program: Program, most: int) -> Report:
-        from stagecut.backend.costs.balance import Setting
+        from stagecut.backend.costs.loss import counted_loss
         from stagecut.backend.costs.report import report
+        from stagecut.backend.costs.setting import Setting
 
         options = self._options
         if program.phase != "linked":
@@ -282,9 +283,9 @@ class Session:
                 "shown"
             )
             raise InputError(what, hint=f"--microbatches {most // (2 * stages)}")
-        return report(
-            program, Setting(options.device, options.schedule, count), options.plan
-        )
+        setting = Setting(options.device, options.schedule, count)
+        loss = counted_loss(program, None, {}, setting)
+        return report(program, setting, options.plan, loss=loss)
 
     def _page(self, program: Program) -> str:
         from stagecut.backend.page.page import to_html

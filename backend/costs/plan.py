@@ -1,0 +1,82 @@
+"""Cuts that were searched, and what they and others are predicted to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from stagecut.backend.costs.search import by_rank
+from stagecut.backend.costs.setting import Setting
+from stagecut.backend.costs.steps import Cuts
+from stagecut.backend.tables import table, time_text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen cuts, the best at the boundaries of blocks, where there are any, and the best anywhere."""
+
+    chosen: Cuts
+    at_blocks: Cuts | None
+    anywhere: Cuts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cuts, and their predicted costs. `print` it for a table.
+
+    cuts: the positions of ops in front of which to cut. seconds, memory: per stage for one micro-batch. step:
+    the seconds of one step of the schedule. bound: no stage order and no cuts can have a slowest rank below
+    it. choice: the steps of other cuts. loss: the loss that was counted.
+    """
+
+    cuts: tuple[int, ...]
+    seconds: tuple[float, ...]
+    memory: tuple[int, ...]
+    placement: tuple[int, ...]
+    bound: float
+    step: float
+    setting: Setting = field(default_factory=Setting)
+    choice: Choice | None = None
+    loss: str = ""
+
+    @property
+    def rank_seconds(self) -> list[float]:
+        """Seconds of each rank for one micro-batch."""
+        return by_rank(self.placement, self.seconds)
+
+    @property
+    def bottleneck(self) -> float:
+        """Seconds of the slowest rank for one micro-batch."""
+        return max(self.rank_seconds)
+
+    @property
+    def gap(self) -> float:
+        """How far the slowest rank may be above the optimum over any cuts in any order: 0.01 is one
+        percent.
+        """
+        if not self.bound:
+            return 0.0
+        return self.bottleneck / self.bound - 1
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        rows = [("cuts", "step", "in front of op")]
+        if self.choice is not None:
+            ways = {
+                "chosen": self.choice.chosen,
+                "best between blocks": self.choice.at_blocks,
+                "best anywhere": self.choice.anywhere,
+            }
+            for name, way in ways.items():
+                if way is not None:
+                    places = ", ".join(map(str, way.cuts[1:-1]))
+                    rows.append((name, time_text(way.seconds), places))
+        yield table(rows, left=(0, 2))
+        ranks = max(self.placement) + 1
+        yield (
+            f"{self.setting.schedule}, {len(self.seconds)} stages on {ranks} ranks, "
+            f"{self.setting.n_microbatches} micro-batches"
+        )
+        yield f"loss: {self.loss or 'none counted'}"

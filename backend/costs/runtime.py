@@ -1,0 +1,392 @@
+"""A step as torch's runtime executes it: what each rank computes, sends and waits for, in which order.
+
+On a GPU a rank computes on one stream and sends on another. A batch of sends and receives starts when the
+batches before it are done and when all that was computed before it was posted is done. It ends when both
+ends of each message have started and the bytes are over. What waits for it starts then. So a receive that is
+posted early holds up what is sent behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from stagecut.backend.schedules import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    WEIGHT,
+    Step,
+    V,
+    homes,
+    is_step,
+    parts_of,
+    step_of,
+    torch_schedule,
+)
+from stagecut.ir.errors import StagecutError
+
+
+@dataclass(frozen=True)
+class Message:
+    """What crosses between stage `boundary` and the next for a micro-batch: values, or their gradients."""
+
+    boundary: int
+    microbatch: int
+    is_gradient: bool
+
+
+@dataclass(frozen=True)
+class Post:
+    """Messages that a rank begins to send or to receive together."""
+
+    number: int
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Await:
+    """What follows waits for the end of a post of the same rank."""
+
+    number: int
+
+
+Action = Step | Post | Await
+Actions = tuple[tuple[Action, ...], ...]
+"""The actions of every rank, in their order."""
+
+
+@cache
+def actions(
+    schedule: str, stages: int, ranks: int, count: int, training: bool
+) -> Actions:
+    """The actions of every rank in a step with `count` micro-batches. Raises StagecutError where the schedule
+    has no order for these numbers.
+    """
+    if not training:
+        placement = homes(stages, ranks, schedule in V)
+        return tuple(tuple(_forward_only(placement, r, count)) for r in range(ranks))
+    if schedule == "GPipe":
+        return tuple(tuple(_gpipe(s, stages, count)) for s in range(stages))
+    if schedule == "1F1B":
+        return tuple(tuple(_one_ahead(s, stages, count)) for s in range(stages))
+    made = torch_schedule(schedule, stages, ranks, count)
+    return tuple(
+        tuple(_of_runtime(made.pipeline_order_with_comms[rank]))
+        for rank in range(ranks)
+    )
+
+
+@dataclass
+class _Script:
+    """The actions of one rank while they are written."""
+
+    actions: list[Action] = field(default_factory=list)
+
+    def post(self, *messages: Message) -> Iterable[Await]:
+        """The messages are posted. Returns what waits for them, nothing where there are none."""
+        if not messages:
+            return ()
+        number = len(self.actions)
+        self.actions.append(Post(number, messages))
+        return (Await(number),)
+
+    def run(self, kind: str, stage: int, microbatch: int) -> None:
+        """A step is done."""
+        self.actions.append(Step(kind, stage, microbatch))
+
+    def wait(self, posts: Iterable[Await]) -> None:
+        """What follows waits for these."""
+        self.actions += posts
+
+
+def _values(boundary: int, microbatch: int, stages: int) -> tuple[Message, ...]:
+    """The values that cross behind stage `boundary`, nothing where no stage or none but one is."""
+    return (Message(boundary, microbatch, False),) * (0 <= boundary < stages - 1)
+
+
+def _gradients(boundary: int, microbatch: int, stages: int) -> tuple[Message, ...]:
+    return (Message(boundary, microbatch, True),) * (0 <= boundary < stages - 1)
+
+
+def _gpipe(stage: int, stages: int, count: int) -> list[Action]:
+    script = _Script()
+    sent: list[Await] = []
+    for i in range(count):
+        script.wait(script.post(*_values(stage - 1, i, stages)))
+        script.run(FORWARD, stage, i)
+        sent += script.post(*_values(stage, i, stages))
+    script.wait(sent)
+    sent = []
+    for i in range(count):
+        script.wait(script.post(*_gradients(stage, i, stages)))
+        script.run(BACKWARD, stage, i)
+        sent += script.post(*_gradients(stage - 1, i, stages))
+    script.wait(sent)
+    return script.actions
+
+
+def _one_ahead(stage: int, stages: int, count: int) -> list[Action]:
+    script = _Script()
+    ahead = min(count, stages - stage)
+    sent: Iterable[Await] = ()
+    for i in range(ahead):
+        script.wait(script.post(*_values(stage - 1, i, stages)))
+        script.run(FORWARD, stage, i)
+        script.wait(sent)
+        if i < ahead - 1:
+            sent = script.post(*_values(stage, i, stages))
+    # the last value of the warm-up goes together with the first gradient
+    values = _values(stage, ahead - 1, stages)
+    for i in range(count):
+        script.wait(script.post(*values, *_gradients(stage, i, stages)))
+        script.run(BACKWARD, stage, i)
+        gradients = _gradients(stage - 1, i, stages)
+        forward = i + ahead
+        if forward >= count:
+            values = ()
+            script.wait(sent)
+            sent = script.post(*gradients)
+            continue
+        script.wait(script.post(*gradients, *_values(stage - 1, forward, stages)))
+        script.run(FORWARD, stage, forward)
+        values = _values(stage, forward, stages)
+    script.wait(sent)
+    return script.actions
+
+
+def _forward_only(placement: Sequence[int], rank: int, count: int) -> list[Action]:
+    script = _Script()
+    stages = len(placement)
+    sent: list[Await] = []
+    for i in range(count):
+        for stage in (s for s in range(stages) if placement[s] == rank):
+            if stage and placement[stage - 1] != rank:
+                script.wait(script.post(*_values(stage - 1, i, stages)))
+            script.run(FORWARD, stage, i)
+            if stage < stages - 1 and placement[stage + 1] != rank:
+                sent += script.post(*_values(stage, i, stages))
+    script.wait(sent)
+    return script.actions
+
+
+def _of_runtime(listed: Iterable[Any]) -> Iterator[Action]:
+    """The actions that torch's runtime executes for a list with communication."""
+    script = _Script()
+    sent: list[Await] = []
+    received: dict[Message, Iterable[Await]] = {}
+    for action in (part for listed_one in listed for part in parts_of(listed_one)):
+        name = str(action.computation_type.value)
+        stage = action.stage_index
+        microbatch = action.microbatch_index
+        if is_step(action):
+            step = step_of(action)
+            is_gradient = step.kind != FORWARD
+            boundary = stage if is_gradient else stage - 1
+            if step.kind in (FORWARD, BACKWARD, INPUT):
+                arrived = Message(boundary, microbatch, is_gradient)
+                script.wait(received.pop(arrived, ()))
+            script.actions.append(step)
+        elif name.startswith(("SEND", "RECV")):
+            is_gradient = name.endswith("B")
+            sends = name.startswith("SEND")
+            boundary = stage if sends != is_gradient else stage - 1
+            message = Message(boundary, microbatch, is_gradient)
+            posted = script.post(message)
+            if sends:
+                sent += posted
+            else:
+                received[message] = posted
+    script.wait(reversed(sent))
+    yield from script.actions
+
+
+T = TypeVar("T")
+
+KINDS = (FORWARD, BACKWARD, INPUT, WEIGHT)
+"""The kinds of steps, in the order of `Parts`."""
+
+
+class Parts(NamedTuple, Generic[T]):
+    """The seconds of a stage, or of each of some ops, for one micro-batch. inputs, weights: those of a
+    backward that is split.
+    """
+
+    forward: T
+    backward: T
+    inputs: T
+    weights: T
+
+
+class Timing(NamedTuple, Generic[T]):
+    """The seconds for which a device computes, and those in which the host starts what it computes."""
+
+    device: Parts[T]
+    host: Parts[T]
+
+    def over(self, count: int) -> Timing[Any]:
+        """Those of one of so many."""
+        parts: list[Any] = [*self]
+        return Timing(*(Parts(*(each / count for each in part)) for part in parts))
+
+
+def as_run(seconds: Parts[T], stage: int, splits: bool) -> Parts[T]:
+    """The seconds as torch's runtime spends them in a stage: it does the backward of the first stage in the
+    step for the weights, and takes none apart that is wrapped.
+    """
+    forward, backward, inputs, weights = seconds
+    none: Any = 0.0 * backward  # type: ignore[operator]
+    if stage == 0:
+        inputs, weights = none, backward
+    elif not splits:
+        inputs, weights = backward, none
+    return Parts(forward, backward, inputs, weights)
+
+
+@dataclass
+class _Rank(Generic[T]):
+    """A rank while its actions run. computed: when all that it has computed is done; started: when the host
+    has started all of it; sent: when the posts that are known to end have ended.
+    """
+
+    number: int
+    actions: deque[Action]
+    computed: T
+    started: T
+    sent: T
+    begun: int = -1
+    posted: deque[tuple[Post, T]] = field(default_factory=deque)
+    ends: dict[int, T] = field(default_factory=dict)
+
+
+class Run(Generic[T]):
+    """Actions and when they run. A time is a float, or a tensor with a number for each of many cuts. The rank
+    that is behind the others takes the next turn, or the ranks take those of an earlier run.
+
+    seconds: of each step, on the device and on the host. delays: of a message, by the stage that it leaves or
+    comes to. posting: seconds in which the host starts a post. slowed: the part by which a step takes longer
+    while messages are under way, because their kernels take room on the device.
+    """
+
+    def __init__(
+        self,
+        listed: Actions,
+        seconds: Callable[[Step], tuple[T, T]],
+        delays: Sequence[T],
+        zero: T,
+        larger: Callable[[T, T], T],
+        posting: float = 0.0,
+        slowed: float = 0.0,
+        turns: Sequence[int] = (),
+    ) -> None:
+        self._seconds = seconds
+        self._delays = delays
+        self._larger = larger
+        self._posting = posting
+        self._slowed = slowed
+        self._begun: dict[Message, list[T]] = {}
+        self.steps: list[tuple[Step, int, T, T]] = []
+        self._ranks = [
+            _Rank(number, deque(own), zero, zero, zero)
+            for number, own in enumerate(listed)
+        ]
+        self.turns: list[int] = []
+        for number in turns or self._behind():
+            if self._advance(self._ranks[number]):
+                self.turns.append(number)
+        if any(rank.actions for rank in self._ranks):
+            raise StagecutError("the order of the schedule waits for itself")
+
+    def _behind(self) -> Iterator[int]:
+        """Numbers of ranks that have something to do: the one that is behind first, until it waits."""
+        moved = True
+        while moved:
+            moved = False
+            times: Any = {r.number: r.computed for r in self._ranks if r.actions}
+            for number in sorted(times, key=times.__getitem__):
+                done = len(self.turns)
+                yield number
+                moved = len(self.turns) > done
+                if moved:
+                    break
+
+    @property
+    def end(self) -> T:
+        """When the last rank is done."""
+        ends = [self._larger(rank.computed, rank.started) for rank in self._ranks]
+        return reduce(self._larger, ends)
+
+    def _advance(self, rank: _Rank[T]) -> bool:
+        """Runs the next action, or where it has to wait, does what others wait for; False for nothing."""
+        settled = self._settle(rank)
+        if not rank.actions:
+            return settled
+        action = rank.actions[0]
+        if isinstance(action, Await):
+            if action.number not in rank.ends:
+                return settled
+            rank.computed = self._larger(rank.computed, rank.ends[action.number])
+        elif isinstance(action, Post):
+            started: Any = rank.started
+            rank.started = started + self._posting
+            ready = self._larger(rank.computed, rank.started)
+            rank.posted.append((action, ready))
+            self._settle(rank)
+        else:
+            self._run(rank, action)
+        rank.actions.popleft()
+        return True
+
+    def _run(self, rank: _Rank[T], step: Step) -> None:
+        device, host = self._seconds(step)
+        start: Any = self._larger(rank.computed, rank.started)
+        started: Any = rank.started
+        rank.started = started + host
+        end: Any = start
+        end = end + device
+        if self._slowed:
+            end = end + self._slowed * self._overlap(rank, start, device)
+        # the last kernel runs when it is started
+        rank.computed = self._larger(end, rank.started)
+        self.steps.append((step, rank.number, start, rank.computed))
+
+    def _overlap(self, rank: _Rank[T], start: Any, device: Any) -> Any:
+        """For how long messages are under way while a step runs: all the time where their end is not known
+        yet.
+        """
+        if rank.posted:
+            return device
+        sent: Any = rank.sent
+        beyond = self._larger(sent - start, 0.0 * device)
+        return device - self._larger(device - beyond, 0.0 * device)
+
+    def _settle(self, rank: _Rank[T]) -> bool:
+        """Posts begin and end, in their order, as far as the other ends of their messages have begun; False
+        where none does.
+        """
+        moved = False
+        while rank.posted:
+            post, ready = rank.posted[0]
+            if rank.begun != post.number:
+                rank.begun = post.number
+                rank.sent = self._larger(ready, rank.sent)
+                for message in post.messages:
+                    self._begun.setdefault(message, []).append(rank.sent)
+                moved = True
+            if any(len(self._begun[message]) < 2 for message in post.messages):
+                return moved
+            ends = [self._end_of(message) for message in post.messages]
+            rank.sent = reduce(self._larger, ends, rank.sent)
+            rank.ends[post.number] = rank.sent
+            rank.posted.popleft()
+            moved = True
+        return moved
+
+    def _end_of(self, message: Message) -> Any:
+        """When a message is over, both ends of which have begun."""
+        delay: Any = self._delays[message.boundary]
+        return delay + self._larger(*self._begun[message])
+

@@ -1,0 +1,99 @@
+"""The devices on which stages run, and how they run there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagecut.backend.costs.ops import Device, device
+from stagecut.backend.costs.runtime import Actions, actions
+from stagecut.backend.schedules import (
+    SCHEDULES,
+    SINGLE,
+    Order,
+    Step,
+    SPLITTING,
+    V,
+    homes,
+    in_flight,
+)
+from stagecut.ir.errors import InputError, nearest
+
+STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
+"""Optimizer -> how many tensors of the size of a parameter it keeps for each."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The devices on which the stages will run, and how they run there.
+
+    device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
+    optimizer: a key of STATE_OF.
+    """
+
+    device: Device | str | Sequence[Device | str] = "H100"
+    schedule: str = "1F1B"
+    n_microbatches: int = 8
+    training: bool = True
+    optimizer: str = "adamw"
+    ranks: int | None = None
+
+    def placement(self, stages: int) -> list[int]:
+        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
+        ranks.
+        """
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"there is no schedule '{self.schedule}'",
+                hint=nearest(self.schedule, SCHEDULES),
+            )
+        if self.schedule in SINGLE:
+            return homes(stages, stages, False)
+        is_v = self.schedule in V
+        ranks = self.ranks or max(1, stages // 2)
+        if stages % ranks or (is_v and stages != 2 * ranks):
+            raise InputError(
+                f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
+                hint="pass ranks=, a divisor of the stages",
+            )
+        return homes(stages, ranks, is_v)
+
+    def devices(self, stages: int) -> list[Device]:
+        """The device of each stage. Raises InputError when there are too few."""
+        if isinstance(self.device, Device | str):
+            return [device(self.device)] * stages
+        placement = self.placement(stages)
+        ranks = max(placement) + 1
+        if ranks > len(self.device):
+            raise InputError(
+                f"{ranks} ranks, but {len(self.device)} devices",
+                hint="give one for each rank",
+            )
+        return [device(self.device[home]) for home in placement]
+
+    def actions(self, stages: int) -> Actions:
+        """The actions of every rank in their order. Raises InputError when the stages do not fit the ranks,
+        and StagecutError where the schedule has no order for these numbers.
+        """
+        ranks = max(self.placement(stages)) + 1
+        return actions(
+            self.schedule, stages, ranks, self.n_microbatches, self.training
+        )
+
+    def orders(self, stages: int) -> Sequence[Order]:
+        """The steps of every rank in their order. Raises as `actions`."""
+        return [
+            tuple(action for action in own if isinstance(action, Step))
+            for own in self.actions(stages)
+        ]
+
+    @property
+    def splits(self) -> bool:
+        """Whether the schedule splits backwards."""
+        return self.training and self.schedule in SPLITTING
+
+    def in_flight(self, stages: int) -> list[int]:
+        """The largest number of micro-batches of which each stage holds activations."""
+        if not self.training:
+            return [1] * stages
+        return in_flight(self.orders(stages), stages)

@@ -1,0 +1,186 @@
+"""Finds the cuts with which a step of the schedule takes the shortest time, as torch's runtime executes it.
+
+The step is simulated for many ways to cut at once: what runs next does not depend on times, so that each time
+is a tensor with a number for each way. Up to FEW ways are all tried. Where there are more, the search starts
+from the cuts whose slowest stage is the fastest, and moves one cut or two at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stagecut.backend.costs.runtime import KINDS, Run
+from stagecut.backend.costs.search import Problem
+from stagecut.backend.costs.setting import Setting
+
+FEW = 20_000
+"""Up to so many ways to cut are all tried."""
+
+
+@dataclass
+class Steps:
+    """The step of the schedule as a function of the cuts.
+
+    parts: per stage, the prefix sums of the seconds of the ops, on the device and on the host, with a row for
+    each of KINDS. delays: per stage, the seconds that what crosses at each position takes one way. price:
+    bytes that cross there.
+    """
+
+    setting: Setting
+    problem: Problem
+    parts: list[torch.Tensor]
+    delays: list[torch.Tensor]
+    price: torch.Tensor
+    tried: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _turns: list[int] = field(default_factory=list)
+
+    def seconds(self, cuts: torch.Tensor) -> torch.Tensor:
+        """The seconds of the step for each row of cuts. Ranks take turns as with the first cuts of all."""
+        if not self._turns:
+            one = self._run(cuts[:1], self._of_one)
+            self._turns = one.turns
+        zero = torch.zeros(len(cuts), dtype=torch.float64)
+        end: torch.Tensor = self._run(cuts, lambda times: times, zero, torch.maximum).end
+        return end
+
+    def _of_one(self, times: torch.Tensor) -> Any:
+        return float(times[0])
+
+    def _run(
+        self,
+        cuts: torch.Tensor,
+        read: Callable[[torch.Tensor], Any],
+        zero: Any = 0.0,
+        larger: Callable[[Any, Any], Any] = max,
+    ) -> Run[Any]:
+        stages = len(self.parts)
+        times: dict[tuple[str, int], tuple[Any, Any]] = {}
+        for stage, parts in enumerate(self.parts):
+            ends, begins = cuts[:, stage + 1], cuts[:, stage]
+            spans = parts.index_select(2, ends) - parts.index_select(2, begins)
+            for kind, device, host in zip(KINDS, *spans, strict=True):
+                times[kind, stage] = read(device), read(host)
+        delays = [read(self.delays[i][cuts[:, i + 1]]) for i in range(stages)]
+        where = self.setting.devices(stages)[0]
+        return Run(
+            self.setting.actions(stages),
+            lambda step: times[step.kind, step.stage],
+            delays,
+            zero,
+            larger,
+            where.posting,
+            where.slowed,
+            self._turns,
+        )
+
+    def best(self, allowed: torch.Tensor) -> Found | None:
+        """The best cuts at the allowed positions, which include the first and the last; None where none
+        fit.
+        """
+        self.tried.clear()
+        positions = torch.nonzero(allowed).flatten()
+        stages = len(self.parts)
+        inner = len(positions) - 2
+        if inner < stages - 1:
+            return None
+        if math.comb(inner, stages - 1) <= FEW:
+            self._try(self._all(positions))
+        else:
+            self._climb(positions)
+        return self._chosen() if self.tried else None
+
+    def _all(self, positions: torch.Tensor) -> torch.Tensor:
+        count = len(self.parts) - 1
+        if not count:
+            return positions[[0, -1]][None]
+        inner = torch.combinations(positions[1:-1], count)
+        ends = positions[[0, -1]].expand(len(inner), 2)
+        return torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+
+    def _climb(self, positions: torch.Tensor) -> None:
+        start = self.problem.only(positions).best()
+        if start is None:
+            return
+        at = torch.tensor(start)
+        least = self._try(positions[at][None])
+        step = max(1, len(positions) // 8)
+        moves = torch.tensor([*_moves(len(self.parts))])
+        while step:
+            ways = at + moves * step
+            ways = ways[((ways >= 0) & (ways < len(positions))).all(1)]
+            tried = len(self.tried)
+            seconds = self._try(positions[ways])
+            if seconds < least:
+                least = seconds
+                cuts, times = self.tried[tried]
+                at = torch.searchsorted(positions, cuts[times.argmin()])
+            else:
+                step //= 2
+
+    def _try(self, cuts: torch.Tensor) -> float:
+        """The shortest step with one of these cuts; infinity where none fits."""
+        fitting = cuts[self.problem.fitting(cuts)]
+        if not len(fitting):
+            return math.inf
+        seconds = self.seconds(fitting)
+        self.tried.append((fitting, seconds))
+        return float(seconds.min())
+
+    def _chosen(self) -> Found:
+        cuts = torch.cat([cuts for cuts, _ in self.tried])
+        seconds = torch.cat([seconds for _, seconds in self.tried])
+        return Found(cuts, seconds, self.price[cuts].sum(1))
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Positions, with the first and the last one of the line, and the seconds of a step with these cuts."""
+
+    cuts: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Ways to cut that were tried, with the seconds of their steps and the bytes that cross."""
+
+    cuts: torch.Tensor
+    seconds: torch.Tensor
+    price: torch.Tensor
+
+    @property
+    def least(self) -> float:
+        """The shortest step."""
+        return float(self.seconds.min())
+
+    @property
+    def shortest(self) -> Cuts:
+        """The cuts with the shortest step."""
+        return self._row(self.seconds.argmin())
+
+    def cheapest(self, limit: float) -> Cuts:
+        """The cuts with the fewest bytes among those whose step takes at most `limit`; the faster one of
+        equals.
+        """
+        price = torch.where(self.seconds <= limit, self.price, math.inf)
+        fewest = price <= price.min()
+        return self._row(torch.where(fewest, self.seconds, math.inf).argmin())
+
+    def _row(self, row: torch.Tensor) -> Cuts:
+        return Cuts(tuple(self.cuts[row].tolist()), float(self.seconds[row]))
+
+
+def _moves(stages: int) -> Iterator[list[int]]:
+    """Every way to move one cut or two by one."""
+    single = [(cut, by) for cut in range(1, stages) for by in (-1, 1)]
+    for cut, by in single:
+        yield [by * (i == cut) for i in range(stages + 1)]
+    for (one, by), (other, further) in itertools.combinations(single, 2):
+        if one != other:
+            yield [by * (i == one) + further * (i == other) for i in range(stages + 1)]

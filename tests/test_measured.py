@@ -1,0 +1,102 @@
+"""measured: blocks are timed once each, as they run, and kept; a search uses their seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_balance import IDS, Blocks
+from torch import nn
+
+from stagecut import Balanced, Setting, StagecutError, pipeline
+from stagecut.backend.costs import measured
+from stagecut.backend.costs.measured import Way, measure
+
+CPU = Setting("CPU", "ZBVZeroBubble", 4, ranks=1)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[tuple[int, int]]:
+    """The stages that are timed, as (how many stages, which one), with an empty store."""
+    monkeypatch.setenv("STAGECUT_CACHE", str(tmp_path / "new" / "folder"))
+    stages: list[tuple[int, int]] = []
+
+    def spy(pipe: Any, index: int, *rest: Any) -> Any:
+        stages.append((pipe.num_stages, index))
+        return measure(pipe, index, *rest)
+
+    monkeypatch.setattr(measured, "measure", spy)
+    return stages
+
+
+def _cut(model: nn.Module, **options: Any) -> Any:
+    return pipeline(model, (IDS,), split_policy=Balanced(2, CPU, profile_on="cpu", **options))
+
+
+def test_equal_blocks_are_timed_once_and_never_again(timed: list[tuple[int, int]]) -> None:
+    pipe = _cut(Blocks(8))
+    # the embedding, the first of the blocks with what adds to it, ..., the head
+    assert 3 <= len(timed) <= 4
+    assert pipe.num_stages == 2
+    timed.clear()
+    assert _cut(Blocks(8)).plan.cuts == pipe.plan.cuts
+    assert timed == []
+    _cut(Blocks(8, 32))
+    assert timed
+
+
+def test_another_form_is_timed_anew(timed: list[tuple[int, int]]) -> None:
+    indices: list[int] = []
+
+    def wrap(module: nn.Module, index: int) -> nn.Module:
+        indices.append(index)
+        return module
+
+    _cut(Blocks(4))
+    timed.clear()
+    _cut(Blocks(4), wrap=wrap)
+    assert len(timed) == len(indices) > 2
+
+
+def test_a_slow_block_gets_fewer_beside_it(timed: list[tuple[int, int]]) -> None:
+    """What no roofline knows: a block that takes long though it computes little."""
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(200):
+                x = x.sin()
+            return x
+
+    model = Blocks(8)
+    model.blocks[0] = Slow()
+    pipe = _cut(model)
+    assert {name.split(".")[1] for name in pipe.stages[0].state_dict() if "blocks" in name} <= {"1", "2", "3"}
+
+
+def test_the_seconds_of_a_stage_as_it_runs() -> None:
+    pipe = pipeline(Blocks(4), (IDS,), stages=3)
+    device = torch.device("cpu")
+    whole, split = (measure(pipe, 1, Way(device, splits=s), {}) for s in (False, True))
+    assert whole.device.weights == 0
+    assert whole.device.inputs == whole.device.backward > 0
+    assert split.device.inputs > 0
+    assert split.device.weights > 0
+    assert measure(pipe, 1, Way(device, training=False), {}).device.backward < whole.device.backward
+    assert all(p.grad is None for p in pipe.parameters())
+
+
+def test_a_loss_that_fails_is_an_error_of_that_stage() -> None:
+    pipe = pipeline(Blocks(2), (IDS,), stages=2)
+
+    def bad(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no such target")
+
+    with pytest.raises(StagecutError, match="stage 1 could not be timed on cpu: no such target"):
+        measure(pipe, 1, Way(torch.device("cpu"), loss_fn=bad), {})
+
+
+def test_a_folder_that_cannot_be_written_costs_the_store_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STAGECUT_CACHE", str(tmp_path / "file"))
+    assert _cut(Blocks(2)).num_stages == 2
