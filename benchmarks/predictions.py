@@ -28,6 +28,7 @@ from stagecut import Balanced, Driver, Pipe, Setting, record
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
 from stagecut.backend.costs.measured import Trial, Way, time_spans
+from stagecut.backend.costs.ops import DEVICES
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
@@ -343,7 +344,8 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
     parser.add_argument(
-        "--preset", help="a device of stagecut's; CPU or H100 when not given"
+        "--preset",
+        help="a device of stagecut's; by the name of the card when not given",
     )
     parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--models", nargs="+", choices=[*CASES], default=[*CASES])
@@ -379,7 +381,8 @@ def main() -> int:
         torch.manual_seed(0)
         case = CASES[name](device, options.small)
         case.model.to(device, torch.bfloat16 if cuda else torch.float32)
-        preset = options.preset or ("H100" if cuda else "CPU")
+        card = torch.cuda.get_device_name() if cuda else "CPU"
+        preset = options.preset or next((n for n in DEVICES if n in card), "H100")
         rows(Bench(case, device, preset), options)
         del case
         torch.cuda.empty_cache()

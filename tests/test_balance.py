@@ -287,6 +287,18 @@ def test_blocks_stay_whole_unless_it_is_worth_more() -> None:
     assert either == (never if between <= anywhere * 1.03 else always)
 
 
+def test_schedules_are_compared_on_so_many_ranks() -> None:
+    setting = Setting(PLAIN.device, ranks=2)
+    plan = pipeline(Blocks(), (IDS,), split_policy=Balanced(None, setting)).plan
+    assert plan is not None
+    assert [schedule for schedule, _, _ in plan.compared] == [*SCHEDULES]
+    steps = {schedule: step for schedule, _, step in plan.compared if isinstance(step, float)}
+    assert plan.step == min(steps.values()) == steps[plan.setting.schedule]
+    again = Balanced(len(plan.seconds), plan.setting)
+    assert pipeline(Blocks(), (IDS,), split_policy=again).plan.cuts == plan.cuts  # type: ignore[union-attr]
+    assert f"{plan.setting.schedule}, " in str(plan)
+
+
 def test_a_plan_prints_as_a_table() -> None:
     plan = pipeline(Blocks(), (IDS,), stages=2).plan
     lines = str(plan).splitlines()

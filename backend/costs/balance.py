@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.steps import Found, Steps
 from stagecut.backend.ranks.wrapped import Wrap
-from stagecut.ir.errors import InputError, SplitError, nearest
+from stagecut.backend.schedules import SCHEDULES, SINGLE
+from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
 from stagecut.ir.run.bindings import Bindings
@@ -44,7 +45,8 @@ class Balanced:
     """A policy: cuts with which a step of the schedule takes the shortest time, and every stage fits its
     device.
 
-    stages: how many; None takes as few as memory allows. setting: devices, schedule, micro-batches. pins:
+    stages: how many; None takes as few as memory allows, or with `ranks` in the setting, compares all schedules
+    on so many ranks. setting: devices, schedule, micro-batches. pins:
     module path -> the stage it runs in, counted from the end when negative. tolerance: how much longer than
     the best the step may take, in exchange for cuts at outer modules and fewer bytes that cross. budget: the
     part of a device's memory to fill.
@@ -116,6 +118,8 @@ class Balanced:
     def of_line(self, line: Line) -> Plan:
         """As `plan`, for a line whose costs are known."""
         stages = self.stages
+        if stages is None and self.setting.ranks is not None:
+            return self._compared(line, self.setting.ranks)
         if stages is None:
             stages = self._fewest(line, 1)
         if stages is None:
@@ -125,6 +129,29 @@ class Balanced:
         if plan is None:
             raise self._does_not_fit(line, stages)
         return plan
+
+    def _compared(self, line: Line, ranks: int) -> Plan:
+        """The plan with the shortest step of all schedules on so many ranks."""
+        plans: list[Plan] = []
+        compared: list[tuple[str, int, float | str]] = []
+        for schedule in SCHEDULES:
+            single = schedule in SINGLE
+            stages = ranks if single else 2 * ranks
+            setting = replace(
+                self.setting, schedule=schedule, ranks=None if single else ranks
+            )
+            policy = replace(self, stages=stages, setting=setting)
+            try:
+                plan = policy.of_line(replace(line, setting=setting))
+            except StagecutError as error:
+                compared.append((schedule, stages, error.what))
+                continue
+            plans.append(plan)
+            compared.append((schedule, stages, plan.step))
+        if not plans:
+            raise self._does_not_fit(line, ranks)
+        best = min(plans, key=lambda plan: plan.step)
+        return replace(best, compared=tuple(compared))
 
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""

@@ -143,8 +143,8 @@ class Line:
     def _host_parts(self, cost: OpCost, where: Device) -> tuple[float, ...]:
         runs_back = bool(cost.backward_moved) and self.setting.training
         start = where.starting
-        back = start * runs_back
-        return start, back, back * (cost.weights < 1), back * (cost.weights > 0)
+        back = 2 * start * runs_back  # for its inputs and for its weights
+        return start, back, back * (1 - cost.weights), back * cost.weights
 
     def _loss_parts(self, loss: LossCost, where: Device) -> torch.Tensor:
         training = self.setting.training

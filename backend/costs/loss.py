@@ -71,8 +71,8 @@ def loss_cost(
     goal = tree_map(
         lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, target
     )
-    forward = _Counter()
-    backward = _Counter()
+    forward = _Counter(())
+    backward = _Counter(kept)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     try:
         with torch.enable_grad(), hooks, forward:
@@ -93,7 +93,7 @@ def loss_cost(
         tuple(forward.ops),
         tuple(backward.ops),
         sum(size for storage, size in sized.items() if storage not in outputs),
-        int(max((moved for _, moved, _ in backward.ops), default=0)),
+        backward.passing,
         loss_fn,
         target,
     )
@@ -155,8 +155,12 @@ class _CrossEntropy:
 
 @dataclass
 class _Counter(TorchDispatchMode):
-    """Counts every op that runs inside."""
+    """Counts every op that runs inside. passing: the most bytes that one of them reads and makes besides the
+    tensors in `kept`.
+    """
 
+    kept: Sequence[torch.Tensor]
+    passing: int = 0
     ops: list[tuple[float, float, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -168,11 +172,19 @@ class _Counter(TorchDispatchMode):
         with FlopCounterMode(display=False) as counter:
             result = func(*args, **(kwargs or {}))
         if func._schema.is_mutable or not _is_view(func):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if _is_tensor(leaf)]
-            moved = float(sum(t.numel() * t.element_size() for t in tensors))
-            widest = max((t.element_size() for t in tensors), default=4)
-            self.ops.append((counter.get_total_flops(), moved, "bf16" if widest < 4 else "f32"))
+            leaves = tree_leaves((args, kwargs, result))
+            self._count([leaf for leaf in leaves if _is_tensor(leaf)], counter)
         return result
+
+    def _count(self, tensors: list[torch.Tensor], counter: FlopCounterMode) -> None:
+        moved = float(sum(t.numel() * t.element_size() for t in tensors))
+        widest = max((t.element_size() for t in tensors), default=4)
+        dtype = "bf16" if widest < 4 else "f32"
+        self.ops.append((counter.get_total_flops(), moved, dtype))
+        kept = {storage_of(tensor) for tensor in self.kept}
+        sizes = {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
+        passing = sum(size for storage, size in sizes.items() if storage not in kept)
+        self.passing = max(self.passing, passing)
 
 
 def _is_view(func: Any) -> bool:

@@ -26,7 +26,8 @@ class Plan:
 
     cuts: the positions of ops in front of which to cut. seconds, memory: per stage for one micro-batch. step:
     the seconds of one step of the schedule. bound: no stage order and no cuts can have a slowest rank below
-    it. choice: the steps of other cuts. loss: the loss that was counted.
+    it. choice: the steps of other cuts. loss: the loss that was counted. compared: (schedule, stages, its
+    step or why it has none), where schedules were compared.
     """
 
     cuts: tuple[int, ...]
@@ -38,6 +39,7 @@ class Plan:
     setting: Setting = field(default_factory=Setting)
     choice: Choice | None = None
     loss: str = ""
+    compared: tuple[tuple[str, int, float | str], ...] = ()
 
     @property
     def rank_seconds(self) -> list[float]:
@@ -80,3 +82,9 @@ class Plan:
             f"{self.setting.n_microbatches} micro-batches"
         )
         yield f"loss: {self.loss or 'none counted'}"
+        if self.compared:
+            rows = [("schedule", "stages", "step")]
+            for schedule, stages, step in self.compared:
+                text = step if isinstance(step, str) else time_text(step)
+                rows.append((schedule, str(stages), text))
+            yield table(rows, left=(0, 2))

@@ -135,7 +135,16 @@ class Steps:
     def _chosen(self) -> Found:
         cuts = torch.cat([cuts for cuts, _ in self.tried])
         seconds = torch.cat([seconds for _, seconds in self.tried])
-        return Found(cuts, seconds, self.price[cuts].sum(1))
+        return Found(cuts, seconds, self.price[cuts].sum(1), self._unevenness(cuts))
+
+    def _unevenness(self, cuts: torch.Tensor) -> torch.Tensor:
+        """Per row of cuts, a measure of how unlike the times of the ranks are."""
+        placement = self.setting.placement(len(self.parts))
+        ranks = torch.zeros(max(placement) + 1, len(cuts), dtype=torch.float64)
+        for stage, (parts, rank) in enumerate(zip(self.parts, placement, strict=True)):
+            both_ways = parts[0, :2].sum(0)
+            ranks[rank] += both_ways[cuts[:, stage + 1]] - both_ways[cuts[:, stage]]
+        return ranks.square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -148,11 +157,14 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Found:
-    """Ways to cut that were tried, with the seconds of their steps and the bytes that cross."""
+    """Ways to cut that were tried, with the seconds of their steps, the bytes that cross, and how unlike the
+    times of the ranks are.
+    """
 
     cuts: torch.Tensor
     seconds: torch.Tensor
     price: torch.Tensor
+    unevenness: torch.Tensor
 
     @property
     def least(self) -> float:
@@ -165,12 +177,12 @@ class Found:
         return self._row(self.seconds.argmin())
 
     def cheapest(self, limit: float) -> Cuts:
-        """The cuts with the fewest bytes among those whose step takes at most `limit`; the faster one of
-        equals.
+        """The cuts with the fewest bytes among those whose step takes at most `limit`. Of equals it is the
+        most even one, which stays good where a prediction is wrong.
         """
         price = torch.where(self.seconds <= limit, self.price, math.inf)
         fewest = price <= price.min()
-        return self._row(torch.where(fewest, self.seconds, math.inf).argmin())
+        return self._row(torch.where(fewest, self.unevenness, math.inf).argmin())
 
     def _row(self, row: torch.Tensor) -> Cuts:
         return Cuts(tuple(self.cuts[row].tolist()), float(self.seconds[row]))
