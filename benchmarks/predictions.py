@@ -288,9 +288,9 @@ def _print(
     way = "compiled" if compiled else "eager"
     for cut, p, m in zip(cuts, predicted, measured, strict=True):
         name = "automatic" if cut is cuts[-1] else ",".join(map(str, cut))
+        numbers = f"{1e3 * p:>9.1f}{1e3 * m:>9.1f}{p / m - 1:>8.3f}"
         print(
-            f"{bench.case.name:14}{way:10}{schedule:17}{name:22}{1e3 * p:>9.1f}{1e3 * m:>9.1f}{p / m - 1:>8.3f}",
-            flush=True,
+            f"{bench.case.name:14}{way:10}{schedule:17}{name:22}{numbers}", flush=True
         )
     hand = measured[:-1]
     print(

@@ -151,7 +151,9 @@ class Line:
         forward, backward = loss.on(where, training)
         start = where.starting * len(loss.forward)
         back = where.starting * len(loss.backward) * training
-        return torch.tensor([[forward, backward, backward, 0.0], [start, back, back, 0.0]])
+        return torch.tensor(
+            [[forward, backward, backward, 0.0], [start, back, back, 0.0]]
+        )
 
     def seconds(self, where: Device) -> torch.Tensor:
         """Seconds of each op on a device, forward and backward: the longer of computing and starting."""

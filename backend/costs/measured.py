@@ -343,7 +343,9 @@ class _Runner:
         runs += [self._round(split) for _ in range(REPEATS)]
         devices = zip(*(device for device, _ in runs[1:]), strict=True)
         hosts_of_all = zip(*(host for _, host in runs), strict=True)
-        return [statistics.median(part) for part in devices], [min(p) for p in hosts_of_all]
+        return [statistics.median(part) for part in devices], [
+            min(p) for p in hosts_of_all
+        ]
 
     def _can_split(self) -> bool:
         """True where torch splits the backward of the stage: none that is wrapped, nor one that has no
@@ -423,14 +425,18 @@ class _Runner:
     def _forward(self) -> tuple[list[torch.Tensor], list[Any]]:
         """The outputs from which the backward starts, and the inputs."""
         inputs = [
-            x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            x.detach().requires_grad_(x.requires_grad)
+            if isinstance(x, torch.Tensor)
+            else x
             for x in self._given
         ]
         # the stage may write what it is given
         results = results_of(self._module(*inputs), self._block)
         if self._is_last and self._way.loss_fn is not None:
             results = (self._loss(results),)
-        outputs = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        outputs = [
+            r for r in results if isinstance(r, torch.Tensor) and r.requires_grad
+        ]
         return outputs if self._way.training else [], inputs
 
     def _loss(self, results: Sequence[Any]) -> torch.Tensor:

@@ -389,4 +389,3 @@ class Run(Generic[T]):
         """When a message is over, both ends of which have begun."""
         delay: Any = self._delays[message.boundary]
         return delay + self._larger(*self._begun[message])
-

@@ -17,6 +17,7 @@ import torch
 CLOSE = 1e-9
 """The distance between the found time and the smallest one, relative to it, at which the search ends."""
 
+
 @dataclass
 class Problem:
     """A line to cut into `len(times)` stages.

@@ -76,9 +76,7 @@ class Setting:
         and StagecutError where the schedule has no order for these numbers.
         """
         ranks = max(self.placement(stages)) + 1
-        return actions(
-            self.schedule, stages, ranks, self.n_microbatches, self.training
-        )
+        return actions(self.schedule, stages, ranks, self.n_microbatches, self.training)
 
     def orders(self, stages: int) -> Sequence[Order]:
         """The steps of every rank in their order. Raises as `actions`."""

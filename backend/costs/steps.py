@@ -46,7 +46,9 @@ class Steps:
             one = self._run(cuts[:1], self._of_one)
             self._turns = one.turns
         zero = torch.zeros(len(cuts), dtype=torch.float64)
-        end: torch.Tensor = self._run(cuts, lambda times: times, zero, torch.maximum).end
+        end: torch.Tensor = self._run(
+            cuts, lambda times: times, zero, torch.maximum
+        ).end
         return end
 
     def _of_one(self, times: torch.Tensor) -> Any:
