@@ -44,6 +44,7 @@ from stagecut.ir.errors import (
     nearest,
 )
 from stagecut.ir.graph import BY_MODE, Program
+from stagecut.ir.roles import Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import check_inputs
@@ -674,6 +675,21 @@ class Pipe(Staged):
         from stagecut.backend.ranks.stage import PipeInfo
 
         return PipeInfo(self)
+
+    def differentiated(
+        self,
+        function: Callable[..., tuple[torch.Tensor, ...]],
+        arguments: Sequence[torch.Tensor],
+        names: Sequence[str],
+        weights: Collection[int],
+    ) -> tuple[Roles, Bindings]:
+        from stagecut.frontend.capture.joint import joint_graph
+        from stagecut.frontend.lower.from_joint import lower_joint
+        from stagecut.passes.roles import split
+
+        graph, tangents = joint_graph(function, arguments)
+        joint, bindings = lower_joint(graph, names, tangents, weights)
+        return split(joint), bindings
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""

@@ -1,0 +1,127 @@
+"""Splits the joint block of a stage into its roles, by what each gradient needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from stagecut.ir.graph import Block, Op, StateEntry, Value
+from stagecut.ir.roles import Joint, RandomBackwardError, Roles
+
+
+def split(joint: Joint) -> Roles:
+    """The roles of a stage. Every op is in one of them, in program order: what the results need is in the
+    forward, and of the rest, what the gradients of inputs need is in the backward for inputs.
+
+    The ops of the joint block are those of the roles afterwards. Raises RandomBackwardError.
+    """
+    block = joint.block
+    outputs = block.outputs
+    gradients = joint.gradients
+    of_weights = [gradients[place] for place in sorted(joint.weights)]
+    of_inputs = [
+        gradient
+        for place, gradient in enumerate(gradients)
+        if place not in joint.weights
+    ]
+    forward = _needed(_values(outputs[: joint.results]), set())
+    forward |= _effects(joint, forward)
+    backward_input = _needed(_values(of_inputs), forward)
+    done = forward | backward_input
+    backward_weight = _needed(_values(of_weights), done)
+    _refuse_draws(backward_input | backward_weight)
+    role_ops = [
+        [op for op in block.ops if op in ops]
+        for ops in (forward, backward_input, backward_weight)
+    ]
+    weight_block = _block("backward_weight", joint, role_ops[2], _values(of_weights))
+    input_results = _values(of_inputs)
+    input_block = _block(
+        "backward_input",
+        joint,
+        role_ops[1],
+        _with_saved(input_results, role_ops[1], weight_block.inputs),
+    )
+    read_later = [*input_block.inputs, *weight_block.inputs]
+    results = list(outputs[: joint.results])
+    forward_block = _block(
+        "forward", joint, role_ops[0], _with_saved(results, role_ops[0], read_later)
+    )
+    return Roles(joint, forward_block, input_block, weight_block)
+
+
+def _values(outputs: Iterable[Value | None]) -> list[Value]:
+    """The values among some outputs, each once."""
+    return list(dict.fromkeys(value for value in outputs if value is not None))
+
+
+def _needed(values: Sequence[Value], done: set[Op]) -> set[Op]:
+    """The ops that compute these values, without those in `done`."""
+    needed: set[Op] = set()
+    pending = list(values)
+    while pending:
+        op = pending.pop().owner
+        if isinstance(op, Op) and op not in done and op not in needed:
+            needed.add(op)
+            pending += op.reads
+    return needed
+
+
+def _effects(joint: Joint, forward: set[Op]) -> set[Op]:
+    """The ops that must run though nothing reads them, with the ops that they need: those that read no
+    tangent. A draw of which nobody reads the result moves the generator on.
+    """
+    late = set(joint.cotangents)
+    effects: set[Op] = set()
+    for op in joint.block.ops:
+        if any(value in late for value in op.reads):
+            late.update(op.results)
+        elif op.has_effect and not any(result.uses for result in op.results):
+            effects |= _needed(op.reads, forward | effects) | {op}
+    return effects
+
+
+def _refuse_draws(backward: set[Op]) -> None:
+    """Raises RandomBackwardError where the backward draws: what a checkpoint computes again would draw other
+    numbers than its forward.
+    """
+    for op in backward:
+        if op.effects.random:
+            raise RandomBackwardError(
+                "the backward computes random numbers again",
+                where=op.where(),
+                hint="checkpoint(..., preserve_rng_state=...) needs autograd",
+            )
+
+
+def _with_saved(
+    results: list[Value], ops: Sequence[Op], readers: Iterable[Value]
+) -> list[Value]:
+    """The results of a role, and after them the values of its ops that later roles read."""
+    own = set(ops)
+    saved = [value for value in readers if value.owner in own]
+    return list(dict.fromkeys([*results, *saved]))
+
+
+def _block(
+    name: str, joint: Joint, ops: Sequence[Op], outputs: Sequence[Value]
+) -> Block:
+    """A role. Its inputs are the values that it reads or returns and does not define: in the order of the
+    joint block's inputs, then of their definition.
+    """
+    own = set(ops)
+    read: dict[Value, None] = {}
+    for op in ops:
+        read |= dict.fromkeys(op.reads)
+    read |= dict.fromkeys(outputs)
+    outside = {value for value in read if value.owner not in own}
+    given = [value for value in joint.block.inputs if value in outside]
+    defined = [
+        value
+        for op in joint.block.ops
+        for value in op.results
+        if value in outside
+    ]
+    state = [value for value in outside if isinstance(value.owner, StateEntry)]
+    constants = {value for value in state if value not in joint.block.inputs}
+    inputs = [value for value in (*given, *defined) if value not in constants]
+    return Block(name, inputs, ops, list(outputs))

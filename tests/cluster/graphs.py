@@ -1,0 +1,53 @@
+"""Trains a model by graphs and by autograd: losses, gradients and buffers must be the same, bit for bit."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagecut import Driver, Pipe
+
+STEPS = 2
+
+
+def compare_each(pipe: Pipe, loss: Any, batches: list[tuple[Any, dict[str, Any]]], schedules: list[str], **options: Any) -> list[str]:
+    """For each schedule 'ok', or the first thing that differs."""
+    start = [deepcopy(stage.state_dict()) for stage in pipe.stages]
+    answers = []
+    for schedule in schedules:
+        runs = [_run(pipe, start, Driver(pipe, schedule, 4, loss, **extra), batches) for extra in ({}, {"backward": "graph", **options})]
+        answers.append(_first_difference(*runs) or "ok")
+    return answers
+
+
+def _run(pipe: Pipe, start: list[Any], driver: Driver, batches: list[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """What some steps leave behind, by name."""
+    for stage, state in zip(pipe.stages, start, strict=True):
+        stage.load_state_dict(state)
+        stage.zero_grad()
+    result: dict[str, Any] = {}
+    for step, (args, kwargs) in enumerate(batches):
+        torch.manual_seed(step)
+        output, losses = driver.step(*args, **kwargs)
+        result[f"losses of step {step}"] = torch.stack(losses)
+    for index, module in driver.modules.items():
+        result |= {f"gradient of {name} in stage {index}": p.grad for name, p in module.named_parameters()}
+        result |= {f"buffer {name} in stage {index}": b.clone() for name, b in module.named_buffers()}
+    driver.pipe.zero_grad()
+    result["notes"] = driver.notes
+    return result
+
+
+def _first_difference(expected: dict[str, Any], actual: dict[str, Any]) -> str:
+    for name, tensor in expected.items():
+        if name == "notes":
+            if actual[name]:
+                return str(actual[name])
+        elif (tensor is None) != (actual[name] is None):
+            return f"{name}: {tensor} and {actual[name]}"
+        elif tensor is not None and not (torch.equal(tensor, actual[name]) and tensor.stride() == actual[name].stride()):
+            return f"{name}: {(tensor - actual[name]).abs().max()}"
+    return ""
