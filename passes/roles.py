@@ -116,10 +116,7 @@ def _block(
     outside = {value for value in read if value.owner not in own}
     given = [value for value in joint.block.inputs if value in outside]
     defined = [
-        value
-        for op in joint.block.ops
-        for value in op.results
-        if value in outside
+        value for op in joint.block.ops for value in op.results if value in outside
     ]
     state = [value for value in outside if isinstance(value.owner, StateEntry)]
     constants = {value for value in state if value not in joint.block.inputs}

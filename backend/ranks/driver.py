@@ -486,7 +486,8 @@ def graphs_of(
     """The graphs of these stages; none where autograd makes the backward. Raises InputError."""
     if backward not in BACKWARDS:
         raise InputError(
-            f"backward={backward!r} is not known", hint=nearest(str(backward), BACKWARDS)
+            f"backward={backward!r} is not known",
+            hint=nearest(str(backward), BACKWARDS),
         )
     if backward == "autograd" and compiled:
         raise InputError(

@@ -37,8 +37,8 @@ from stagecut.backend.stages.crossing import (
     refuse_feedback,
     written_inputs,
 )
-from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.fx_view import refuse_torchs_stage, split_graph
+from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.modules import StageModule
 from stagecut.backend.stages.run import results_of
 from stagecut.backend.stages.staged import Staged

@@ -101,7 +101,7 @@ class Split:
         if grad is None:
             shape: Any = tangent_type.shape
             return torch.zeros(shape, dtype=_dtype(tangent_type), device=device)
-        strides = tangent_type.strides
+        strides: Any = tangent_type.strides
         if strides is None:
             return grad.contiguous()
         if grad.stride() == strides:
@@ -169,15 +169,14 @@ class Graphs:
     def begin(self, module: torch.nn.Module) -> None:
         """A step begins, in which `module` stands for the stage."""
         self.left = _nothing
-        self.note = self._refused or _why_not_plain(module, self._stage)
-        if self.note:
-            return
-        if self._pure is None:
+        if self._pure is None and not self._refused:
             try:
                 self._pure = PureStage(self._stage, self._block)
             except CannotSplitError as error:
-                self.note = self._refused = str(error)
-                return
+                self._refused = str(error)
+        self.note = self._refused or _why_not_plain(module, self._stage)
+        if self.note or self._pure is None:
+            return
         flags = [part.training for part in self._stage.modules()]
         signatures = [_signature(slot.tensor) for slot in self._pure.slots]
         self._state_key = (*flags, *signatures)
@@ -195,9 +194,7 @@ class Graphs:
         split = self._split(tensors, inputs)
         if split is None:
             return None
-        outputs: tuple[Any, ...] = _Run.apply(
-            self, split, state, self._anchor, *inputs
-        )
+        outputs: tuple[Any, ...] = _Run.apply(self, split, state, self._anchor, *inputs)
         return outputs
 
     @property
@@ -274,7 +271,7 @@ class _Run(torch.autograd.Function):
         anchor: torch.Tensor,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        primals = [*graphs.snapshot(state), *inputs]
+        primals = [*graphs.snapshot(state), *(t.detach() for t in inputs)]
         with _without_autocast():
             results, saved = split.forward(primals)
         outputs = results[: split.outputs]
@@ -324,10 +321,11 @@ class _Weights:
         with torch.no_grad(), _without_autocast():
             results = self._split.backward_weight(needed)
         del needed
-        chosen = _chosen(self._split.gradients, results, self._live)
+        gradients = self._split.gradients[: len(self._state)]
         weights = []
         grads = []
-        for weight, grad in zip(self._state, chosen, strict=False):
+        chosen = _chosen(gradients, results, self._live)
+        for weight, grad in zip(self._state, chosen, strict=True):
             if grad is not None:
                 weights.append(weight)
                 grads.append(grad)

@@ -16,8 +16,8 @@ from stagecut.backend.stages.modules import Stage, StageModule, find
 from stagecut.backend.stages.run import results_of
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import StateEntry, nested_ops
 from stagecut.ir.graph import Stage as IrStage
+from stagecut.ir.graph import StateEntry, nested_ops
 from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import TensorType
 
@@ -56,7 +56,7 @@ class PureStage:
     """
 
     def __init__(self, stage: Stage, block: IrStage) -> None:
-        _refuse_users_code(block)
+        _refuse_what_no_graph_shows(block)
         self.stage = stage
         self.block = block
         self.slots = _slots(stage)
@@ -102,14 +102,18 @@ def _apart(
         taken.add(storage)
 
 
-def _refuse_users_code(block: IrStage) -> None:
-    """Raises CannotSplitError where a stage runs code of the user's that no trace shows, and where it hands
-    on or takes what is no tensor.
+def _refuse_what_no_graph_shows(block: IrStage) -> None:
+    """Raises CannotSplitError where a stage runs code of the user's that no trace shows, or computes again
+    what it ran; and where it hands on or takes what is no tensor.
     """
     for op in nested_ops(block.ops):
         if op.is_users:
             raise CannotSplitError(
                 f"{op.target} is code of yours that runs as a whole", where=op.where()
+            )
+        if any(context.kind == "checkpoint" for context in op.context):
+            raise CannotSplitError(
+                "a checkpoint computes again what a graph would keep", where=op.where()
             )
     for value in (*block.inputs, *block.outputs):
         if not isinstance(value.type, TensorType):
@@ -135,8 +139,8 @@ def _slots(stage: Stage) -> list[Slot]:
 
 
 def _mark_written(slots: Sequence[Slot], stage: Stage, block: IrStage) -> None:
-    """The slots that the stage writes say so. Raises CannotSplitError for a parameter that is written, and for
-    a buffer that shares its memory with another tensor of the stage.
+    """The slots that the stage writes say so. Raises CannotSplitError for a parameter that is written, and
+    for a buffer that shares its memory with another tensor of the stage.
     """
     by_tensor = {id(slot.tensor): slot for slot in slots}
     storages = [storage_of(slot.tensor) for slot in slots]

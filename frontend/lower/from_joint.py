@@ -29,6 +29,8 @@ def lower_joint(
     program = Program("joint")
     bindings = Bindings()
     lowering = Lowering(program, bindings)
+    # a graph is that of one mode
+    lowering.fixed = {"": ""}
     env: dict[fx.Node, Value] = {}
     nodes: list[fx.Node] = []
     placeholders = graph.graph.find_nodes(op="placeholder")

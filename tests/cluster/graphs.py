@@ -6,14 +6,19 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from cluster.models import Subject
 
 from stagecut import Driver, Pipe
 
-STEPS = 2
+Batches = list[tuple[Any, dict[str, Any]]]
 
 
-def compare_each(pipe: Pipe, loss: Any, batches: list[tuple[Any, dict[str, Any]]], schedules: list[str], **options: Any) -> list[str]:
+def compare_subject(pipe: Pipe, subject: Subject, batches: Batches, schedules: list[str]) -> list[str]:
+    """As `compare_each`, for a model of cluster.models."""
+    return compare_each(pipe, subject.loss, batches, schedules)
+
+
+def compare_each(pipe: Pipe, loss: Any, batches: Batches, schedules: list[str], **options: Any) -> list[str]:
     """For each schedule 'ok', or the first thing that differs."""
     start = [deepcopy(stage.state_dict()) for stage in pipe.stages]
     answers = []
@@ -23,7 +28,7 @@ def compare_each(pipe: Pipe, loss: Any, batches: list[tuple[Any, dict[str, Any]]
     return answers
 
 
-def _run(pipe: Pipe, start: list[Any], driver: Driver, batches: list[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+def _run(pipe: Pipe, start: list[Any], driver: Driver, batches: Batches) -> dict[str, Any]:
     """What some steps leave behind, by name."""
     for stage, state in zip(pipe.stages, start, strict=True):
         stage.load_state_dict(state)
@@ -31,13 +36,13 @@ def _run(pipe: Pipe, start: list[Any], driver: Driver, batches: list[tuple[Any, 
     result: dict[str, Any] = {}
     for step, (args, kwargs) in enumerate(batches):
         torch.manual_seed(step)
-        output, losses = driver.step(*args, **kwargs)
+        _, losses = driver.step(*args, **kwargs)
         result[f"losses of step {step}"] = torch.stack(losses)
     for index, module in driver.modules.items():
         result |= {f"gradient of {name} in stage {index}": p.grad for name, p in module.named_parameters()}
         result |= {f"buffer {name} in stage {index}": b.clone() for name, b in module.named_buffers()}
     driver.pipe.zero_grad()
-    result["notes"] = driver.notes
+    result["notes"] = [note for note in driver.notes if "autograd" in note]
     return result
 
 
