@@ -1,4 +1,4 @@
-"""Time of a backward in two steps, inputs first and weights later, over that of the whole backward of autograd.
+"""Time of a backward in two steps, inputs first and weights later, over that of autograd's whole backward.
 
 python benchmarks/split_backward.py                  # on a GPU
 python benchmarks/split_backward.py --device cpu     # small tensors: the time that the process takes

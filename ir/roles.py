@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Block, Value
-
-
-class RandomBackwardError(StagecutError):
-    """A backward would draw random numbers again."""
 
 
 @dataclass(frozen=True)

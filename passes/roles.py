@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from stagecut.ir.errors import RolesError
 from stagecut.ir.graph import Block, Op, StateEntry, Value
-from stagecut.ir.roles import Joint, RandomBackwardError, Roles
+from stagecut.ir.ops import facts
+from stagecut.ir.roles import Joint, Roles
+from stagecut.ir.types import same_layout
 
 
 def split(joint: Joint) -> Roles:
     """The roles of a stage. Every op is in one of them, in program order: what the results need is in the
     forward, and of the rest, what the gradients of inputs need is in the backward for inputs.
 
-    The ops of the joint block are those of the roles afterwards. Raises RandomBackwardError.
+    The ops of the joint block are those of the roles afterwards. Raises RolesError.
     """
     block = joint.block
+    _skip_views(block)
     outputs = block.outputs
     gradients = joint.gradients
     of_weights = [gradients[place] for place in sorted(joint.weights)]
@@ -49,6 +53,28 @@ def split(joint: Joint) -> Roles:
     return Roles(joint, forward_block, input_block, weight_block)
 
 
+def _skip_views(block: Block) -> None:
+    """Who reads a view of a view that is the tensor at the beginning again reads that tensor, as where
+    a weight is transposed twice. No tensor of a joint block is written.
+    """
+    for op in block.ops:
+        if facts(op).rearranges:
+            same = _same_before(op)
+            if same is not None:
+                op.results[0].replace_uses(same)
+
+
+def _same_before(op: Op) -> Value | None:
+    """The tensor that the result of a view is, where views before it began with it."""
+    (result,) = op.results
+    value = op.operands[0]
+    while not same_layout(value.type, result.type):
+        if not isinstance(value.owner, Op) or not facts(value.owner).rearranges:
+            return None
+        value = value.owner.operands[0]
+    return value
+
+
 def _values(outputs: Iterable[Value | None]) -> list[Value]:
     """The values among some outputs, each once."""
     return list(dict.fromkeys(value for value in outputs if value is not None))
@@ -81,12 +107,12 @@ def _effects(joint: Joint, forward: set[Op]) -> set[Op]:
 
 
 def _refuse_draws(backward: set[Op]) -> None:
-    """Raises RandomBackwardError where the backward draws: what a checkpoint computes again would draw other
+    """Raises RolesError where the backward draws: what a checkpoint computes again would draw other
     numbers than its forward.
     """
     for op in backward:
         if op.effects.random:
-            raise RandomBackwardError(
+            raise RolesError(
                 "the backward computes random numbers again",
                 where=op.where(),
                 hint="checkpoint(..., preserve_rng_state=...) needs autograd",

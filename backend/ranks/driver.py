@@ -70,9 +70,9 @@ class Driver:
     arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
     rank of the last stage with target and `loss_kwargs`; the others call without.
 
-    `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its inputs
-    and those of its weights, so that a schedule that delays weights has nothing to search (docs/TRAINING.md).
-    A stage that cannot be has a note that says why. With `compile`, torch.compile makes each of the three.
+    `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its
+    inputs and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage
+    that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three.
 
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's

@@ -17,18 +17,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as torch_module
 
 from stagecut.backend.stages.modules import Stage, StageModule
-from stagecut.backend.stages.pure import CannotSplitError, PureStage
+from stagecut.backend.stages.pure import PureStage
 from stagecut.backend.stages.roles import Function, RoleCode
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import CaptureError
+from stagecut.ir.errors import CaptureError, RolesError
 from stagecut.ir.graph import Value
-from stagecut.ir.roles import RandomBackwardError, Roles
+from stagecut.ir.roles import Roles
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import DTYPES, TensorType
 
 Tensors = Sequence[torch.Tensor]
 
-REFUSALS = (CannotSplitError, CaptureError, RandomBackwardError)
+REFUSALS = (RolesError, CaptureError)
 """The errors that say why a stage has no graphs."""
 
 
@@ -172,7 +172,7 @@ class Graphs:
         if self._pure is None and not self._refused:
             try:
                 self._pure = PureStage(self._stage, self._block)
-            except CannotSplitError as error:
+            except RolesError as error:
                 self._refused = str(error)
         self.note = self._refused or _why_not_plain(module, self._stage)
         if self.note or self._pure is None:

@@ -1,5 +1,5 @@
-"""A stage as a function of tensors, as AOT autograd takes it: its state comes in, and the state that it writes
-goes out.
+"""A stage as a function of tensors, as AOT autograd takes it: its state comes in, and the state that it
+writes goes out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.modules import Stage, StageModule, find
 from stagecut.backend.stages.run import results_of
 from stagecut.ir.aliases import storage_root
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import RolesError
 from stagecut.ir.graph import Stage as IrStage
 from stagecut.ir.graph import StateEntry, nested_ops
 from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import TensorType
-
-
-class CannotSplitError(StagecutError):
-    """The backward of a stage cannot be made of graphs."""
 
 
 @dataclass(eq=False)
@@ -52,7 +48,7 @@ class PureStage:
     of its own.
 
     It returns the outputs and then the new contents of each written slot. No result shares memory with an
-    argument or with another result. Raises CannotSplitError for a stage that no graph can stand for.
+    argument or with another result. Raises RolesError for a stage that no graph can stand for.
     """
 
     def __init__(self, stage: Stage, block: IrStage) -> None:
@@ -103,21 +99,21 @@ def _apart(
 
 
 def _refuse_what_no_graph_shows(block: IrStage) -> None:
-    """Raises CannotSplitError where a stage runs code of the user's that no trace shows, or computes again
+    """Raises RolesError where a stage runs code of the user's that no trace shows, or computes again
     what it ran; and where it hands on or takes what is no tensor.
     """
     for op in nested_ops(block.ops):
         if op.is_users:
-            raise CannotSplitError(
+            raise RolesError(
                 f"{op.target} is code of yours that runs as a whole", where=op.where()
             )
         if any(context.kind == "checkpoint" for context in op.context):
-            raise CannotSplitError(
+            raise RolesError(
                 "a checkpoint computes again what a graph would keep", where=op.where()
             )
     for value in (*block.inputs, *block.outputs):
         if not isinstance(value.type, TensorType):
-            raise CannotSplitError(
+            raise RolesError(
                 f"{value!r}, which crosses, is a {value.type} and no tensor"
             )
 
@@ -139,7 +135,7 @@ def _slots(stage: Stage) -> list[Slot]:
 
 
 def _mark_written(slots: Sequence[Slot], stage: Stage, block: IrStage) -> None:
-    """The slots that the stage writes say so. Raises CannotSplitError for a parameter that is written, and
+    """The slots that the stage writes say so. Raises RolesError for a parameter that is written, and
     for a buffer that shares its memory with another tensor of the stage.
     """
     by_tensor = {id(slot.tensor): slot for slot in slots}
@@ -147,9 +143,9 @@ def _mark_written(slots: Sequence[Slot], stage: Stage, block: IrStage) -> None:
     for entry in _written_entries(block):
         tensor = find(stage, block.state[entry][0])
         if entry.kind == "param":
-            raise CannotSplitError(f"forward writes the parameter '{entry.name}'")
+            raise RolesError(f"forward writes the parameter '{entry.name}'")
         if storages.count(storage_of(tensor)) > 1:
-            raise CannotSplitError(
+            raise RolesError(
                 f"forward writes '{entry.name}', which shares its memory with other state"
             )
         by_tensor[id(tensor)].written = True
