@@ -1,7 +1,7 @@
 """The roles of a stage: what it computes forward, the gradients that it hands back, those of its weights.
 
 A joint block computes all three. It takes the primals (state and inputs of the stage) and a tangent for each
-result that carries gradient. It returns the results, the written state, and a gradient for each primal.
+result that carries gradient. It returns the results, and then a gradient for each primal.
 """
 
 from __future__ import annotations
@@ -16,25 +16,18 @@ from stagecut.ir.graph import Block, Value
 class Joint:
     """A stage and its backward in one block.
 
-    results: how many outputs of the block are results of the stage; as many gradients as there are primals
-    follow them, None where none is wanted. tangents: the place of each tangent's result among the results.
-    weights: the places of the primals whose gradients are those of weights.
+    primals: the state and the inputs of the stage. cotangents: the gradients of its results, as they arrive;
+    tangents: the place of the result of each. results: how many outputs of the block are results; as many
+    gradients as there are primals follow them, None where none is wanted. weights: the places of the primals
+    whose gradients are those of weights.
     """
 
     block: Block
-    results: int
+    primals: Sequence[Value]
+    cotangents: Sequence[Value]
     tangents: tuple[int, ...]
+    results: int
     weights: frozenset[int]
-
-    @property
-    def primals(self) -> Sequence[Value]:
-        """The state and the inputs of the stage."""
-        return self.block.inputs[: len(self.block.inputs) - len(self.tangents)]
-
-    @property
-    def cotangents(self) -> Sequence[Value]:
-        """The gradients of the results, as the next stage hands them back."""
-        return self.block.inputs[len(self.primals) :]
 
     @property
     def gradients(self) -> Sequence[Value | None]:
@@ -45,7 +38,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Roles:
-    """The three blocks that a joint block was split into. Each reads primals, tangents, and outputs of the
+    """The three blocks that a joint block was split into. Each reads primals, cotangents, and outputs of the
     blocks before it.
 
     forward returns the results, then the values saved for the backward. backward_input returns the gradients

@@ -15,10 +15,10 @@ def split(joint: Joint) -> Roles:
     """The roles of a stage. Every op is in one of them, in program order: what the results need is in the
     forward, and of the rest, what the gradients of inputs need is in the backward for inputs.
 
-    The ops of the joint block are those of the roles afterwards. Raises RolesError.
+    The ops of the joint block are those of the roles afterwards; what nothing needs is gone. Raises
+    RolesError.
     """
     block = joint.block
-    _skip_views(block)
     outputs = block.outputs
     gradients = joint.gradients
     of_weights = [gradients[place] for place in sorted(joint.weights)]
@@ -27,12 +27,16 @@ def split(joint: Joint) -> Roles:
         for place, gradient in enumerate(gradients)
         if place not in joint.weights
     ]
-    forward = _needed(_values(outputs[: joint.results]), set())
-    forward |= _effects(joint, forward)
-    backward_input = _needed(_values(of_inputs), forward)
-    done = forward | backward_input
-    backward_weight = _needed(_values(of_weights), done)
+    rest = set(block.ops)
+    forward = _needed(_values(outputs[: joint.results]), rest)
+    forward |= _effects(joint, rest - forward)
+    rest -= forward
+    backward_input = _needed(_values(of_inputs), rest)
+    rest -= backward_input
+    backward_weight = _needed(_values(of_weights), rest)
+    rest -= backward_weight
     _refuse_draws(backward_input | backward_weight)
+    _drop(block, rest)
     role_ops = [
         [op for op in block.ops if op in ops]
         for ops in (forward, backward_input, backward_weight)
@@ -53,7 +57,7 @@ def split(joint: Joint) -> Roles:
     return Roles(joint, forward_block, input_block, weight_block)
 
 
-def _skip_views(block: Block) -> None:
+def skip_views(block: Block) -> None:
     """Who reads a view of a view that is the tensor at the beginning again reads that tensor, as where
     a weight is transposed twice. No tensor of a joint block is written.
     """
@@ -80,30 +84,42 @@ def _values(outputs: Iterable[Value | None]) -> list[Value]:
     return list(dict.fromkeys(value for value in outputs if value is not None))
 
 
-def _needed(values: Sequence[Value], done: set[Op]) -> set[Op]:
-    """The ops that compute these values, without those in `done`."""
+def _needed(values: Sequence[Value], among: set[Op]) -> set[Op]:
+    """The ops that compute these values, as far as they are in `among`."""
     needed: set[Op] = set()
     pending = list(values)
     while pending:
         op = pending.pop().owner
-        if isinstance(op, Op) and op not in done and op not in needed:
+        if isinstance(op, Op) and op in among and op not in needed:
             needed.add(op)
             pending += op.reads
     return needed
 
 
-def _effects(joint: Joint, forward: set[Op]) -> set[Op]:
-    """The ops that must run though nothing reads them, with the ops that they need: those that read no
-    tangent. A draw of which nobody reads the result moves the generator on.
+def _drop(block: Block, dead: set[Op]) -> None:
+    """The block has no dead op any more."""
+    for op in reversed(block.ops):
+        if op in dead:
+            op.drop()
+    block.ops = [op for op in block.ops if op not in dead]
+
+
+def _effects(joint: Joint, rest: set[Op]) -> set[Op]:
+    """Those of the rest that must run though nothing reads them, with the ops that they need: those that read
+    no tangent. A draw of which nobody reads the result moves the generator on.
     """
     late = set(joint.cotangents)
     effects: set[Op] = set()
     for op in joint.block.ops:
         if any(value in late for value in op.reads):
             late.update(op.results)
-        elif op.has_effect and not any(result.uses for result in op.results):
-            effects |= _needed(op.reads, forward | effects) | {op}
+        elif op in rest and op.has_effect and not _is_read(op):
+            effects |= _needed(op.reads, rest) | {op}
     return effects
+
+
+def _is_read(op: Op) -> bool:
+    return any(result.uses for result in op.results)
 
 
 def _refuse_draws(backward: set[Op]) -> None:

@@ -676,7 +676,7 @@ class Pipe(Staged):
 
         return PipeInfo(self)
 
-    def differentiated(
+    def roles(
         self,
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],
@@ -685,11 +685,23 @@ class Pipe(Staged):
     ) -> tuple[Roles, Bindings]:
         from stagecut.frontend.capture.joint import joint_graph
         from stagecut.frontend.lower.from_joint import lower_joint
-        from stagecut.passes.roles import split
+        from stagecut.passes.roles import skip_views, split
 
         graph, tangents = joint_graph(function, arguments)
         joint, bindings = lower_joint(graph, names, tangents, weights)
+        skip_views(joint.block)
         return split(joint), bindings
+
+    def differentiated(self) -> tuple[Program, Bindings]:
+        """The program with a backward for each stage, in the mode that the pipe is in, and the constants that
+        it reads besides. The ops of its stages are those that autograd sees. `print(program)` shows the three
+        roles of each stage, the values saved between them, and the gradients that cross.
+
+        Raises RolesError where the backward of a stage cannot be in the program.
+        """
+        from stagecut.differentiate import differentiated
+
+        return differentiated(self)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""

@@ -247,9 +247,7 @@ class Graphs:
         weights = range(len(slots))
         arguments = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         try:
-            roles, bindings = self._pipe.differentiated(
-                self._pure, arguments, names, weights
-            )
+            roles, bindings = self._pipe.roles(self._pure, arguments, names, weights)
         except REFUSALS as error:
             return str(error)
         return Split(roles, bindings, self._code, len(self._block.outputs))

@@ -98,7 +98,7 @@ class Staged(Named):
             for stage in self.stages:
                 refuse_meta(self.program, stage)
 
-    def differentiated(
+    def roles(
         self,
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],

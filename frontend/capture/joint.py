@@ -22,7 +22,7 @@ def joint_graph(
 ) -> tuple[fx.GraphModule, tuple[int, ...]]:
     """The graph takes the arguments and a tangent for each result that carries gradient; it returns the
     results, then a gradient for each argument, None where it requires none. Beside it stand the places of the
-    results that carry gradient.
+    results that carry gradient. Where none does, the graph returns the results alone.
 
     `function` writes none of its arguments, and none of its results shares memory with anything. Raises
     CaptureError where AOT autograd cannot trace it.
@@ -36,9 +36,10 @@ def joint_graph(
 
     try:
         with _kernels_kept():
-            graph: Any = aot_export_joint_simple(
-                traced, tuple(arguments), trace_joint=True
-            )
+            graph = _traced(traced, arguments)
+            if not carrying:
+                # there is no backward
+                graph = _traced(traced, [argument.detach() for argument in arguments])
     except Exception as error:  # anything that torch's or the user's code may raise
         raise_ours(error)
         first_line = str(error).strip().partition("\n")[0]
@@ -46,9 +47,12 @@ def joint_graph(
             f"AOT autograd cannot trace it: {type(error).__name__}: {first_line}",
             hint="the stage runs by autograd",
         ) from error
-    if not carrying:
-        raise CaptureError("nothing that it hands on carries gradient")
     return graph, tuple(carrying)
+
+
+def _traced(function: Function, arguments: Sequence[torch.Tensor]) -> Any:
+    joint = any(argument.requires_grad for argument in arguments)
+    return aot_export_joint_simple(function, tuple(arguments), trace_joint=joint)
 
 
 @contextmanager

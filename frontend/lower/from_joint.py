@@ -47,9 +47,13 @@ def lower_joint(
             node.meta[SAME] = True
         nodes.append(node)
     outputs = list(lowering.run(nodes, env, program.ops, ()))
+    if not tangents:
+        outputs += [None] * len(names)
     program.set_outputs(outputs)
     results = len(outputs) - len(names)
-    return Joint(program, results, tangents, frozenset(weights)), bindings
+    primals, cotangents = program.inputs[: len(names)], program.inputs[len(names) :]
+    joint = Joint(program, primals, cotangents, tangents, results, frozenset(weights))
+    return joint, bindings
 
 
 def _constant(
