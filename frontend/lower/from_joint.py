@@ -47,6 +47,9 @@ def lower_joint(
             node.meta[SAME] = True
         nodes.append(node)
     outputs = list(lowering.run(nodes, env, program.ops, ()))
+    for op in program.ops:
+        for result in op.results:
+            result.hint = op.target.name
     if not tangents:
         outputs += [None] * len(names)
     program.set_outputs(outputs)

@@ -93,6 +93,8 @@ class Session:
                     f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n",
                 )
                 return
+            if self._options.roles:
+                program = self._steps.do("roles", lambda: _differentiated(source))
             self._show(program)
 
     def _note(self, notes: Sequence[str]) -> None:
@@ -300,3 +302,22 @@ class Session:
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name
         )
+
+
+def _differentiated(source: Source) -> Program:
+    """The program of a model, with the backward of each stage. Raises InputError for one that is not
+    linked.
+    """
+    from stagecut.ir.run.call import check_inputs
+    from stagecut.pipe import Pipe
+
+    program = source.program
+    if program.phase != "linked" or source.bindings is None:
+        raise InputError(
+            f"stages have roles in a linked program, this one is {program.phase}",
+            hint="run all passes: --passes all",
+        )
+    pipe = Pipe(program, source.bindings)
+    if source.inputs is not None:
+        pipe._sizes = check_inputs(program.inputs, source.inputs)
+    return pipe.differentiated()[0]
