@@ -682,6 +682,7 @@ class Pipe(Staged):
         arguments: Sequence[torch.Tensor],
         names: Sequence[str],
         weights: Collection[int],
+        same: Mapping[int, int],
     ) -> tuple[Roles, Bindings]:
         from stagecut.frontend.capture.joint import joint_graph
         from stagecut.frontend.lower.from_joint import lower_joint
@@ -690,6 +691,10 @@ class Pipe(Staged):
         graph, tangents = joint_graph(function, arguments)
         joint, bindings = lower_joint(graph, names, tangents, weights)
         skip_views(joint.block)
+        outputs = list(joint.block.outputs)
+        for result, argument in same.items():
+            outputs[result] = joint.primals[argument]
+        joint.block.set_outputs(outputs)
         return split(joint), bindings
 
     def differentiated(self) -> tuple[Program, Bindings]:

@@ -50,6 +50,27 @@ def test_a_tied_language_model_gets_the_gradients_of_autograd() -> None:
     assert on_ranks(2, compare_each, pipe, recipe.loss, batches, schedules) == [["ok", "ok"]] * 2
 
 
+class Relayed(nn.Module):
+    """Every layer reads what the first one made, several times over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x = torch.tanh(self.layers[0](x))
+        for layer in self.layers[1:]:
+            x = torch.tanh(layer(x * first) + first.sin() - first.exp())
+        return x
+
+
+def test_gradients_of_what_is_handed_on_are_added_in_the_order_of_autograd() -> None:
+    torch.manual_seed(0)
+    pipe = _pipe(Relayed().double(), 4, torch.randn(2, 8).double())
+    batches: list[Any] = [((torch.randn(8, 8).double(),), {"target": torch.randn(8, 8).double()})]
+    assert on_ranks(2, compare_each, pipe, F.mse_loss, batches, ["LoopedBFS", "ZBVZeroBubble"]) == [["ok", "ok"]] * 2
+
+
 # --- one process ----------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,12 @@ class BuiltStage(PipelineStage):
         self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
         self._written = written_inputs(self.block)
+        sent_on = {p.value for p in self.sent if p.grad}
+        self._handed_on = tuple(
+            place
+            for place, value in enumerate(self.block.inputs)
+            if value in sent_on and value not in self._written
+        )
         self._in_buffers = {p.value for p in self.sent if lives_in_buffer(p.value)}
         self._fed_inputs: list[tuple[int, Value]] = []
         for number, value in enumerate(program.inputs):
@@ -249,12 +255,25 @@ class BuiltStage(PipelineStage):
             for v in self.block.inputs
         ]
         with writes_explained(self.stage_index), self._apart(values):
-            results = self.graphs.run(inputs) if self.graphs is not None else None
-            if results is None:
+            computed = self._by_graphs(inputs)
+            if computed is None:
                 returned = super().forward_maybe_with_nosync(*inputs)
                 results = results_of(returned, self.block)
-        values |= zip(self.block.outputs, results, strict=True)
+                computed = dict(zip(self.block.outputs, results, strict=True))
+        values |= computed
         return values
+
+    def _by_graphs(self, inputs: list[Any]) -> dict[Value, Any] | None:
+        """The outputs of the stage, and the inputs that it hands on, as graphs give them. None where they do
+        not run it.
+        """
+        if self.graphs is None:
+            return None
+        results = self.graphs.run(inputs, self._handed_on)
+        if results is None:
+            return None
+        handed_on = [self.block.inputs[place] for place in self._handed_on]
+        return dict(zip([*self.block.outputs, *handed_on], results, strict=True))
 
     @contextmanager
     def _apart(self, values: dict[Value, Any]) -> Iterator[None]:

@@ -181,9 +181,13 @@ class Graphs:
         signatures = [_signature(slot.tensor) for slot in self._pure.slots]
         self._state_key = (*flags, *signatures)
 
-    def run(self, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
-        """The outputs of the stage for these inputs; None where autograd runs it: there is a note why, or
-        nothing carries gradient.
+    def run(
+        self, inputs: Sequence[Any], handed_on: tuple[int, ...] = ()
+    ) -> tuple[Any, ...] | None:
+        """The outputs of the stage for these inputs, and after them the inputs at the places `handed_on`. Who
+        reads these adds to the gradients of the inputs before the stage does, as autograd would have it.
+
+        None where autograd runs the stage: there is a note why, or nothing carries gradient.
         """
         if self.note or self._pure is None or not torch.is_grad_enabled():
             return None
@@ -191,7 +195,7 @@ class Graphs:
         tensors = [*state, *inputs]
         if not any(tensor.requires_grad for tensor in tensors):
             return None
-        split = self._split(tensors, inputs)
+        split = self._split(tensors, inputs, handed_on)
         if split is None:
             return None
         outputs: tuple[Any, ...] = _Run.apply(self, split, state, self._anchor, *inputs)
@@ -226,31 +230,41 @@ class Graphs:
         for slot, tensor in zip(slots, tensors, strict=True):
             slot.tensor.copy_(tensor)
 
-    def _split(self, tensors: Tensors, inputs: Tensors) -> Split | None:
+    def _split(
+        self, tensors: Tensors, inputs: Tensors, handed_on: tuple[int, ...]
+    ) -> Split | None:
         """The functions for these tensors. None with a note where there are none."""
         autocast = _autocasts()
-        key = (self._state_key, autocast, *map(_signature, inputs))
+        key = (self._state_key, autocast, handed_on, *map(_signature, inputs))
         if key not in self._splits:
-            self._splits[key] = self._made(tensors)
+            self._splits[key] = self._made(tensors, handed_on)
         split = self._splits[key]
         if isinstance(split, Split):
             return split
         self.note = split
         return None
 
-    def _made(self, tensors: Tensors) -> Split | str:
+    def _made(self, tensors: Tensors, handed_on: tuple[int, ...]) -> Split | str:
         """The functions for these tensors, or why there are none."""
         assert self._pure is not None
+        self._pure.handed_on = handed_on
         slots = self._pure.slots
         names = [slot.name for slot in slots]
         names += [value.hint for value in self._block.inputs]
         weights = range(len(slots))
         arguments = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        same = {
+            len(self._block.outputs) + number: len(slots) + place
+            for number, place in enumerate(handed_on)
+        }
         try:
-            roles, bindings = self._pipe.roles(self._pure, arguments, names, weights)
+            roles, bindings = self._pipe.roles(
+                self._pure, arguments, names, weights, same
+            )
         except REFUSALS as error:
             return str(error)
-        return Split(roles, bindings, self._code, len(self._block.outputs))
+        outputs = len(self._block.outputs) + len(handed_on)
+        return Split(roles, bindings, self._code, outputs)
 
 
 def _nothing() -> None:
@@ -320,16 +334,27 @@ class _Weights:
             results = self._split.backward_weight(needed)
         del needed
         gradients = self._split.gradients[: len(self._state)]
-        weights = []
-        grads = []
         chosen = _chosen(gradients, results, self._live)
-        for weight, grad in zip(self._state, chosen, strict=True):
-            if grad is not None:
-                weights.append(weight)
-                grads.append(grad)
-        # autograd adds them as it adds its own: in place, hooks included
-        if weights:
-            torch.autograd.backward(weights, grads)
+        del results
+        _accumulate(self._state, chosen)
+
+
+def _accumulate(weights: Tensors, grads: list[torch.Tensor | None]) -> None:
+    """Autograd adds the gradients to those of the weights, as it adds its own: in place, hooks included.
+    `grads` is empty afterwards.
+    """
+    later: dict[torch.Tensor, torch.Tensor] = {}
+    for weight in reversed(weights):
+        grad = grads.pop()
+        if grad is None:
+            continue
+        if weight.grad is None:
+            # autograd copies it; no two of all are there at once
+            torch.autograd.backward([weight], [grad])
+        else:
+            later[weight] = grad
+    if later:
+        torch.autograd.backward([*later], [*later.values()])
 
 
 def _chosen(

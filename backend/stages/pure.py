@@ -47,8 +47,9 @@ class PureStage:
     """`pure(*state, *inputs)` computes what the stage computes for these inputs, with this state in the place
     of its own.
 
-    It returns the outputs and then the new contents of each written slot. No result shares memory with an
-    argument or with another result. Raises RolesError for a stage that no graph can stand for.
+    It returns the outputs, the inputs at the places `handed_on`, and the new contents of each written slot.
+    No result shares memory with an argument or with another result. Raises RolesError for a stage that no
+    graph can stand for.
     """
 
     def __init__(self, stage: Stage, block: IrStage) -> None:
@@ -56,6 +57,7 @@ class PureStage:
         self.stage = stage
         self.block = block
         self.slots = _slots(stage)
+        self.handed_on: tuple[int, ...] = ()
         self._written_inputs = written_inputs(block)
         _mark_written(self.slots, stage, block)
 
@@ -72,6 +74,8 @@ class PureStage:
         with self._holding(state):
             outputs = results_of(self.stage(*inputs), self.block)
             written = [slot.tensor.detach() for slot in self.slots if slot.written]
+        own = tensors[count:]
+        outputs = (*outputs, *(own[place] for place in self.handed_on))
         return *_apart(outputs, (*tensors, *written)), *written
 
     @contextmanager

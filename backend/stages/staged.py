@@ -104,9 +104,11 @@ class Staged(Named):
         arguments: Sequence[torch.Tensor],
         names: Sequence[str],
         weights: Collection[int],
+        same: Mapping[int, int],
     ) -> tuple[Roles, Bindings]:
         """The roles of a function of these arguments, which have these names, and the constants that the
-        roles read. `weights` are the places of the arguments whose gradients may come last.
+        roles read. `weights` are the places of the arguments whose gradients may come last. `same`: the place
+        of a result -> that of the argument which it is a copy of, and which the forward returns instead.
 
         The frontend traces, so the public class overrides this.
         """
