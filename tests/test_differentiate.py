@@ -12,10 +12,11 @@ from cluster.models import SUBJECTS
 from helpers import load
 from torch import nn
 
-from stagecut import Pipe, RolesError, parse, pipe_split, pipeline, text
+from stagecut import Pipe, RolesError, parse, pipe_split, pipeline, text, to_dot, to_html
 from stagecut.backend.stages.modules import find
 from stagecut.ir.errors import ParseError
 from stagecut.ir.run.backward import run_roles
+from stagecut.ir.text.life import life_of_value
 
 
 class Net(nn.Module):
@@ -64,6 +65,23 @@ def test_a_fault_in_the_text_is_told(old: str, new: str, message: str) -> None:
     assert old in source
     with pytest.raises(ParseError, match=message):
         parse(source.replace(old, new, 1))
+
+
+def test_a_value_that_is_saved_dies_in_the_backward() -> None:
+    program = load("differentiated")
+    life = life_of_value(program, "tanh")
+    assert [(use.place.stage, use.place.target) for use in life.uses][2:] == [
+        (1, "aten.native_layer_norm_backward.default"),
+        (0, "aten.tanh_backward.default"),
+    ]
+    crossings = life_of_value(program, "tanh.grad").crossings
+    assert [(crossing.source, crossing.target, crossing.route, crossing.via) for crossing in crossings] == [(2, 0, "relay", (1,))]
+
+
+def test_the_page_shows_a_program_with_its_backward() -> None:
+    program = load("differentiated")
+    assert "backward_weight 0" in to_html([("roles", text(program), 0.0)], program, title="roles")
+    assert "stage-2" in to_dot(program)
 
 
 def _tensors(pipe: Pipe) -> dict[str, torch.Tensor]:

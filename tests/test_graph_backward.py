@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cluster.graphs import compare_each, compare_subject
+from cluster.graphs import compare_each, compare_in_autocast, compare_seeded, compare_subject, unfreeze_and_compare
 from cluster.matrix import SCHEDULES, cut, on_ranks, stages_of
 from cluster.models import SUBJECTS
 from cluster.recipes import RECIPES
@@ -69,6 +69,25 @@ def test_gradients_of_what_is_handed_on_are_added_in_the_order_of_autograd() -> 
     pipe = _pipe(Relayed().double(), 4, torch.randn(2, 8).double())
     batches: list[Any] = [((torch.randn(8, 8).double(),), {"target": torch.randn(8, 8).double()})]
     assert on_ranks(2, compare_each, pipe, F.mse_loss, batches, ["LoopedBFS", "ZBVZeroBubble"]) == [["ok", "ok"]] * 2
+
+
+def _batches(*shape: int) -> list[Any]:
+    torch.manual_seed(5)
+    return [((torch.randn(shape),), {"target": torch.randn(shape)}) for _ in range(2)]
+
+
+def test_dropout_draws_what_it_draws_under_autograd() -> None:
+    pipe = _pipe(Deep(4, nn.Dropout(0.5)), 4)
+    assert on_ranks(2, compare_each, pipe, F.mse_loss, _batches(16, 6), ["Interleaved1F1B", "DualPipeV"]) == [["ok", "ok"]] * 2
+    assert on_ranks(2, compare_seeded, pipe, F.mse_loss, _batches(16, 6), ["ZBVZeroBubble"]) == [["ok"]] * 2
+
+
+def test_autocast_around_the_step_counts() -> None:
+    assert on_ranks(2, compare_in_autocast, _pipe(Net()), F.mse_loss, _batches(16, 6), ["1F1B"]) == [["ok"]] * 2
+
+
+def test_weights_that_are_trained_later_have_gradients_then() -> None:
+    assert on_ranks(2, unfreeze_and_compare, _pipe(Net()), F.mse_loss, _batches(16, 6)) == [["ok", "ok"]] * 2
 
 
 # --- one process ----------------------------------------------------------------------------------------
@@ -283,9 +302,9 @@ def test_hooks_of_parameters_are_called() -> None:
 
 
 class Deep(nn.Module):
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, between: nn.Module | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Net() for _ in range(depth))
+        self.layers = nn.ModuleList(Net(between) for _ in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

@@ -23,8 +23,32 @@ def compare_each(pipe: Pipe, loss: Any, batches: Batches, schedules: list[str], 
     start = [deepcopy(stage.state_dict()) for stage in pipe.stages]
     answers = []
     for schedule in schedules:
-        runs = [_run(pipe, start, Driver(pipe, schedule, 4, loss, **extra), batches) for extra in ({}, {"backward": "graph", **options})]
+        ways: list[dict[str, Any]] = [{}, {"backward": "graph"}]
+        runs = [_run(pipe, start, Driver(pipe, schedule, 4, loss, **options, **way), batches) for way in ways]
         answers.append(_first_difference(*runs) or "ok")
+    return answers
+
+
+def compare_in_autocast(*args: Any) -> list[str]:
+    """As `compare_each`, under an autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return compare_each(*args)
+
+
+def compare_seeded(*args: Any) -> list[str]:
+    """As `compare_each`, with random numbers that cross from stage to stage."""
+    return compare_each(*args, seed=3)
+
+
+def unfreeze_and_compare(pipe: Pipe, loss: Any, batches: Batches) -> list[str]:
+    """Trains with a frozen layer, and then with the same drivers all of it; compares each."""
+    drivers = [Driver(pipe, "1F1B", 4, loss), Driver(pipe, "1F1B", 4, loss, backward="graph")]
+    start = [deepcopy(stage.state_dict()) for stage in pipe.stages]
+    answers = []
+    for trained in (False, True):
+        for index in drivers[0].stage_indices:
+            next(pipe.stages[index].parameters()).requires_grad_(trained)
+        answers.append(_first_difference(*(_run(pipe, start, driver, batches) for driver in drivers)) or "ok")
     return answers
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import LINKED, Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
@@ -233,7 +233,7 @@ class Session:
         from stagecut.backend.pictures.dot import to_dot, to_svg
 
         options = self._options
-        if program.phase != "linked" and (options.level == "stages" or options.only):
+        if program.phase not in LINKED and (options.level == "stages" or options.only):
             raise InputError(
                 f"a picture of stages is of a linked program, this one is {program.phase}",
                 hint="run all passes, --passes all; or draw the whole of it, --level modules or --level ops",
@@ -274,7 +274,9 @@ class Session:
         if program.phase != "linked":
             raise InputError(
                 f"costs are those of linked programs, this one is {program.phase}",
-                hint="run all passes: --passes all",
+                hint="dump-ir the model"
+                if program.phase in LINKED
+                else "run all passes: --passes all",
             )
         stages, count = len(program.stages), options.microbatches
         steps = 2 * stages * count  # a forward and a backward of each
