@@ -34,13 +34,17 @@ class Differentiated:
     written: Sequence[str]
 
 
-def differentiate(program: Program, stages: Sequence[Differentiated]) -> None:
-    """A linked program is `differentiated`. The ops of its stages are those of the joint blocks."""
+def differentiate(
+    program: Program, stages: Sequence[Differentiated], recompute: bool = False
+) -> None:
+    """A linked program is `differentiated`. The ops of its stages are those of the joint blocks. With
+    `recompute`, as little as possible is saved.
+    """
     relayed = [t.value.hint for t in program.transfers if t.source is None and t.via]
     for stage, parts in zip(program.stages, stages, strict=True):
         _take_forward(program, stage, parts)
     joints = _connected(program, [parts.joint for parts in stages])
-    roles = [split(joint) for joint in joints]
+    roles = [split(joint, recompute) for joint in joints]
     for stage, of_stage, parts in zip(program.stages, roles, stages, strict=True):
         stage.ops = [*of_stage.forward.ops, *_writes(program, parts, of_stage)]
         # the outputs of the stage are those that liveness finds

@@ -9,17 +9,27 @@ from stagecut.ir.graph import Block, Op, StateEntry, Value
 from stagecut.ir.ops import facts
 from stagecut.ir.roles import Joint, Roles
 from stagecut.ir.types import same_layout
+from stagecut.passes.recompute_saved import recompute_saved
 
 
-def split(joint: Joint) -> Roles:
+def split(joint: Joint, recompute: bool = False) -> Roles:
     """The roles of a stage. Every op is in one of them, in program order: what the results need is in the
     forward, and of the rest, what the gradients of inputs need is in the backward for inputs.
 
-    The ops of the joint block are those of the roles afterwards; what nothing needs is gone. Raises
-    RolesError.
+    The ops of the joint block are those of the roles afterwards; what nothing needs is gone. With
+    `recompute`, the backward computes light ops again where less is saved then. Raises RolesError.
     """
     block = joint.block
     outputs = block.outputs
+    rest = set(block.ops)
+    forward = _needed(_values(outputs[: joint.results]), rest)
+    forward |= _effects(joint, rest - forward)
+    backward = _needed(_values(joint.gradients), rest - forward)
+    _refuse_draws(backward)
+    _drop(block, rest - forward - backward)
+    if recompute:
+        recompute_saved(joint, forward)
+    rest = set(block.ops) - forward
     gradients = joint.gradients
     of_weights = [gradients[place] for place in sorted(joint.weights)]
     of_inputs = [
@@ -27,16 +37,8 @@ def split(joint: Joint) -> Roles:
         for place, gradient in enumerate(gradients)
         if place not in joint.weights
     ]
-    rest = set(block.ops)
-    forward = _needed(_values(outputs[: joint.results]), rest)
-    forward |= _effects(joint, rest - forward)
-    rest -= forward
     backward_input = _needed(_values(of_inputs), rest)
-    rest -= backward_input
-    backward_weight = _needed(_values(of_weights), rest)
-    rest -= backward_weight
-    _refuse_draws(backward_input | backward_weight)
-    _drop(block, rest)
+    backward_weight = rest - backward_input
     role_ops = [
         [op for op in block.ops if op in ops]
         for ops in (forward, backward_input, backward_weight)

@@ -21,9 +21,9 @@ from stagecut.ir.types import DTYPES, TensorType
 from stagecut.passes.differentiate import Differentiated, differentiate
 
 
-def differentiated(pipe: Staged) -> tuple[Program, Bindings]:
-    """The program of a pipe, `differentiated`, and the constants that it reads besides its state. Raises
-    RolesError.
+def differentiated(pipe: Staged, recompute: bool = False) -> tuple[Program, Bindings]:
+    """The program of a pipe, `differentiated`, and the constants that it reads besides its state. With
+    `recompute`, as little as possible is saved. Raises RolesError.
     """
     program = parse(text(pipe.program))
     constants = Bindings()
@@ -37,7 +37,7 @@ def differentiated(pipe: Staged) -> tuple[Program, Bindings]:
                 f"stage {block.index} has no backward in the program: {error.what}",
                 where=error.where,
             ) from error
-    differentiate(program, parts)
+    differentiate(program, parts, recompute)
     verify(program, after="differentiate")
     return program, constants
 

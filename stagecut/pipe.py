@@ -683,6 +683,7 @@ class Pipe(Staged):
         names: Sequence[str],
         weights: Collection[int],
         same: Mapping[int, int],
+        recompute: bool = False,
     ) -> tuple[Roles, Bindings]:
         from stagecut.frontend.capture.joint import joint_graph
         from stagecut.frontend.lower.from_joint import lower_joint
@@ -695,18 +696,19 @@ class Pipe(Staged):
         for result, argument in same.items():
             outputs[result] = joint.primals[argument]
         joint.block.set_outputs(outputs)
-        return split(joint), bindings
+        return split(joint, recompute), bindings
 
-    def differentiated(self) -> tuple[Program, Bindings]:
+    def differentiated(self, recompute: bool = False) -> tuple[Program, Bindings]:
         """The program with a backward for each stage, in the mode that the pipe is in, and the constants that
         it reads besides. The ops of its stages are those that autograd sees. `print(program)` shows the three
-        roles of each stage, the values saved between them, and the gradients that cross.
+        roles of each stage, the values saved between them, and the gradients that cross. With `recompute`,
+        the backward computes light ops again, so that less is saved.
 
         Raises RolesError where the backward of a stage cannot be in the program.
         """
         from stagecut.differentiate import differentiated
 
-        return differentiated(self)
+        return differentiated(self, recompute)
 
     def module(self) -> nn.Module:
         """The pipe as a module with the model's own signature and output structure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -97,11 +98,16 @@ class Run:
     """One forward and backward of a pipe by graphs, and then by autograd, with the same random numbers."""
 
     def __init__(
-        self, pipe: Pipe, *args: torch.Tensor, loss: Callable[..., torch.Tensor] | None = None, code: RoleCode | None = None
+        self,
+        pipe: Pipe,
+        *args: torch.Tensor,
+        loss: Callable[..., torch.Tensor] | None = None,
+        code: RoleCode | None = None,
+        recompute: bool = False,
     ) -> None:
         self.pipe = pipe
         self.code = code or RoleCode()
-        self.graphs = [Graphs(pipe, index, self.code) for index in range(pipe.num_stages)]
+        self.graphs = [Graphs(pipe, index, self.code, recompute) for index in range(pipe.num_stages)]
         self.loss = loss or (lambda *outputs: sum(output.square().sum() for output in outputs))
         buffers = [buffer.clone() for buffer in pipe.buffers()]
         self.mine = self._run(args, self._stage)
@@ -304,7 +310,7 @@ def test_hooks_of_parameters_are_called() -> None:
 class Deep(nn.Module):
     def __init__(self, depth: int, between: nn.Module | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Net(between) for _ in range(depth))
+        self.layers = nn.ModuleList(Net(deepcopy(between)) for _ in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -353,6 +359,25 @@ def test_a_loss_that_writes_what_the_backward_needs_is_refused_as_by_autograd() 
         output.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "between", [nn.SiLU(), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Softmax(-1)], ids=lambda module: type(module).__name__
+)
+def test_what_is_computed_again_is_the_same(between: nn.Module) -> None:
+    run = Run(_pipe(Deep(3, between), 2), torch.randn(4, 6, requires_grad=True), recompute=True).check()
+    assert run.notes == ["", ""]
+
+
+def test_light_ops_are_computed_again_and_heavy_ones_are_not() -> None:
+    pipe, x = _pipe(Deep(3, nn.SiLU()), 1), torch.randn(4, 6)
+    texts = []
+    for recompute in (False, True):
+        run = Run(pipe, x, recompute=recompute).check()
+        texts.append("".join(text for text, _ in run.code._functions))
+    before, after = ([text.count(call) for call in ("silu(", "relu(", "addmm(", ".mm(")] for text in texts)
+    assert before == [3, 3, 6, 11]
+    assert after == [6, 3, 6, 11]
+
+
 # --- stages that autograd runs --------------------------------------------------------------------------
 
 
@@ -394,7 +419,7 @@ def test_a_checkpoint_runs_by_autograd() -> None:
 
 
 def test_an_error_of_ours_is_no_reason_for_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(joint: Any) -> Any:
+    def broken(joint: Any, recompute: bool) -> Any:
         raise ValueError("a bug")
 
     monkeypatch.setattr("stagecut.passes.roles.split", broken)
@@ -412,6 +437,8 @@ def test_the_driver_says_what_it_does_not_know() -> None:
 def _refused(pipe: Pipe) -> str:
     with pytest.raises(InputError, match="backward='graphs' is not known"):
         Driver(pipe, "1F1B", 2, F.mse_loss, backward="graphs")
+    with pytest.raises(InputError, match="recompute=True chooses"):
+        Driver(pipe, "1F1B", 2, F.mse_loss, recompute=True)
     with pytest.raises(InputError, match="compile=True compiles the functions"):
         Driver(pipe, "1F1B", 2, F.mse_loss, compile=True)
     driver = Driver(pipe, "1F1B", 2, F.mse_loss, backward="graph", wrap=lambda module, index: nn.Sequential(module))

@@ -72,7 +72,8 @@ class Driver:
 
     `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its
     inputs and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage
-    that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three.
+    that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three. With
+    `recompute`, the backward computes light ops again, so that less is saved.
 
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
@@ -99,6 +100,7 @@ class Driver:
         *,
         backward: str = "autograd",
         compile: bool = False,
+        recompute: bool = False,
         args_chunk_spec: Sequence[Any] | None = None,
         kwargs_chunk_spec: Mapping[str, Any] | None = None,
         target_chunk_spec: Any = None,
@@ -149,7 +151,7 @@ class Driver:
             args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
         )
         self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
-        self._graphs = graphs_of(pipe, self.stage_indices, backward, compile)
+        self._graphs = graphs_of(pipe, self.stage_indices, backward, compile, recompute)
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
@@ -481,7 +483,11 @@ BACKWARDS = ("autograd", "graph")
 
 
 def graphs_of(
-    pipe: Staged, indices: Sequence[int], backward: str, compiled: bool
+    pipe: Staged,
+    indices: Sequence[int],
+    backward: str,
+    compiled: bool,
+    recompute: bool,
 ) -> dict[int, Graphs]:
     """The graphs of these stages; none where autograd makes the backward. Raises InputError."""
     if backward not in BACKWARDS:
@@ -494,10 +500,15 @@ def graphs_of(
             "compile=True compiles the functions of backward='graph'",
             hint="wrap=lambda module, index: torch.compile(module) compiles stages for autograd",
         )
+    if backward == "autograd" and recompute:
+        raise InputError(
+            "recompute=True chooses what backward='graph' saves",
+            hint="torch.utils.checkpoint in the model computes again for autograd",
+        )
     if backward == "autograd":
         return {}
     code = RoleCode(compiled)
-    return {index: Graphs(pipe, index, code) for index in indices}
+    return {index: Graphs(pipe, index, code, recompute) for index in indices}
 
 
 def described(driver: Driver) -> str:

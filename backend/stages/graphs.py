@@ -149,11 +149,15 @@ def _tangents_of(roles: Roles) -> dict[Value, frozenset[int]]:
 class Graphs:
     """One stage of a pipe, run by graphs, which are made at their first use for each signature.
 
-    `note` says why the stage runs by autograd, '' while it does not.
+    With `recompute`, the backward computes light ops again, so that less is saved. `note` says why the stage
+    runs by autograd, '' while it does not.
     """
 
-    def __init__(self, pipe: Staged, index: int, code: RoleCode) -> None:
+    def __init__(
+        self, pipe: Staged, index: int, code: RoleCode, recompute: bool = False
+    ) -> None:
         self._pipe = pipe
+        self._recompute = recompute
         self._stage = pipe.stages[index]
         self._block = pipe.program.stages[index]
         self._code = code
@@ -259,7 +263,7 @@ class Graphs:
         }
         try:
             roles, bindings = self._pipe.roles(
-                self._pure, arguments, names, weights, same
+                self._pure, arguments, names, weights, same, self._recompute
             )
         except REFUSALS as error:
             return str(error)

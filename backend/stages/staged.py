@@ -105,10 +105,12 @@ class Staged(Named):
         names: Sequence[str],
         weights: Collection[int],
         same: Mapping[int, int],
+        recompute: bool = False,
     ) -> tuple[Roles, Bindings]:
         """The roles of a function of these arguments, which have these names, and the constants that the
         roles read. `weights` are the places of the arguments whose gradients may come last. `same`: the place
         of a result -> that of the argument which it is a copy of, and which the forward returns instead.
+        With `recompute`, the backward computes light ops again, so that less is saved.
 
         The frontend traces, so the public class overrides this.
         """
