@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cluster.graphs import compare_each, compare_in_autocast, compare_seeded, compare_subject, unfreeze_and_compare
+from cluster.graphs import compare_each, compare_in_autocast, compare_one_by_autograd, compare_seeded, compare_subject, unfreeze_and_compare
 from cluster.matrix import SCHEDULES, cut, on_ranks, stages_of
 from cluster.models import SUBJECTS
 from cluster.recipes import RECIPES
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from zoo.cuts import equal_ops
@@ -89,6 +90,14 @@ def test_autocast_around_the_step_counts() -> None:
 
 def test_weights_that_are_trained_later_have_gradients_then() -> None:
     assert on_ranks(2, unfreeze_and_compare, _pipe(Net()), F.mse_loss, _batches(16, 6)) == [["ok", "ok"]] * 2
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_a_micro_batch_without_graphs_loses_no_gradient_of_the_others(schedule: str) -> None:
+    stages = stages_of(schedule, 2)
+    pipe = _pipe(Deep(stages), stages, dynamic_shapes={"x": {0: Dim("batch")}})
+    xs = [torch.randn(size, 6) for size in (4, 2, 4, 4)]
+    assert on_ranks(2, compare_one_by_autograd, pipe, F.mse_loss, xs, schedule) == ["ok", "ok"]
 
 
 # --- one process ----------------------------------------------------------------------------------------

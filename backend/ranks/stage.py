@@ -109,6 +109,8 @@ class BuiltStage(PipelineStage):
         self._microbatch = 0
         self.whole = False
         self.graphs: Graphs | None = None
+        self._graph_chunks: set[int] = set()
+        """The micro-batches of this step whose forward was run by graphs."""
         self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
         self._written = written_inputs(self.block)
@@ -270,8 +272,10 @@ class BuiltStage(PipelineStage):
         if self.graphs is None:
             return None
         results = self.graphs.run(inputs, self._handed_on)
+        self._graph_chunks.discard(self._microbatch)
         if results is None:
             return None
+        self._graph_chunks.add(self._microbatch)
         handed_on = [self.block.inputs[place] for place in self._handed_on]
         return dict(zip([*self.block.outputs, *handed_on], results, strict=True))
 
@@ -326,7 +330,7 @@ class BuiltStage(PipelineStage):
         leaves the gradients of the weights to a function of theirs. Autocast around a step counts for forward
         and loss: each op of a backward has the dtype of its forward already.
         """
-        by_graphs = self.graphs is not None and self.graphs.runs
+        by_graphs = bwd_chunk_id in self._graph_chunks
         if self.graphs is not None:
             # a backward of torch's that no step asked for may have left some
             self.graphs.take_weights()
@@ -338,11 +342,16 @@ class BuiltStage(PipelineStage):
         ):
             self._by_autograd = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
-        self.dw_builder = self._weights if by_graphs else self._by_autograd
+        self._choose_builder(bwd_chunk_id)
         with _without_autocast(self.device):
             return super().backward_one_chunk(
                 bwd_chunk_id, loss, full_backward, last_backward
             )
+
+    def _choose_builder(self, chunk: int) -> None:
+        """torch takes the weight part of the backward of this micro-batch from where its forward ran."""
+        by_graphs = chunk in self._graph_chunks
+        self.dw_builder = self._weights if by_graphs else self._by_autograd
 
     def _weights(self) -> Callable[[], None]:
         """The function that adds the gradients of the weights of the backward that ran last."""
@@ -353,6 +362,7 @@ class BuiltStage(PipelineStage):
         self, bwd_chunk_id: int, last_backward: bool = False
     ) -> None:
         """As torch's, without autocast."""
+        self._choose_builder(bwd_chunk_id)
         with _without_autocast(self.device):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 

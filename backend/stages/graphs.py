@@ -205,11 +205,6 @@ class Graphs:
         outputs: tuple[Any, ...] = _Run.apply(self, split, state, self._anchor, *inputs)
         return outputs
 
-    @property
-    def runs(self) -> bool:
-        """True when graphs run the stage in this step."""
-        return self._pure is not None and not self.note
-
     def take_weights(self) -> Callable[[], None]:
         """The function that adds the gradients of the weights of the backward that ran last. The next call
         gives one that does nothing, as after a backward that did not reach the stage.
