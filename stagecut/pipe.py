@@ -744,6 +744,6 @@ class PipedModel(Named):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._pipe(*args, **kwargs)
+        flat = self._pipe.flat_outputs(args, kwargs)
         spec = self._pipe._call_spec
-        return spec.unflatten(flat) if spec is not None else flat
+        return spec.unflatten(flat, args, kwargs) if spec is not None else flat

@@ -5,8 +5,10 @@ model's structure. Needs torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,14 @@ from torch.utils._pytree import (
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
+from stagecut.ir.run.given import (
+    Outcome,
+    children,
+    holds_given,
+    opened_arguments,
+    other_attributes,
+    put_together,
+)
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
@@ -34,6 +44,8 @@ Ranges = Mapping[str, tuple[int | None, int | None]]
 
 _AGAIN = "trace again with such an example input"
 
+
+NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 
 ABSENT = inspect.Parameter.empty
 """Stands for the default of a parameter that has none."""
@@ -57,11 +69,8 @@ class CallSpec:
 
     def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
-        args, kwargs = tuple(args), dict(kwargs)
-        if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
-            args, kwargs = self._rebind(args, kwargs)
-        ordered = {name: kwargs[name] for name in self.keywords}
-        flat, spec = tree_flatten(without_sizes((args, ordered)))
+        args, ordered = self.arranged(args, kwargs)
+        flat, spec = tree_flatten(opened_arguments(without_sizes((args, ordered))))
         if spec != self.in_spec:
             raise InputError(
                 "the arguments are nested otherwise than in the example call: "
@@ -71,24 +80,77 @@ class CallSpec:
                     "mb_kwargs"
                 ),
             )
+        for name, traced, actual in other_attributes(self.in_spec, spec):
+            raise InputError(
+                f"the attribute '{name}' of an argument is {actual!r:.60}, the program was traced with "
+                f"{traced!r:.60}",
+                hint=_AGAIN,
+            )
         return flat
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """The model's own output structure around the flat outputs."""
-        return tree_unflatten(list(outputs), self.out_spec)
+    def arranged(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call by position and by name, as the example call gave them."""
+        args, kwargs = tuple(args), dict(kwargs)
+        if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
+            args, kwargs = self._rebind(args, kwargs)
+        return args, {name: kwargs[name] for name in self.keywords}
+
+    @property
+    def changes(self) -> bool:
+        """True when forward changes objects or containers that it is given: its last outputs are what it
+        leaves there.
+        """
+        return self.out_spec.type is Outcome
+
+    @cached_property
+    def _needs_arguments(self) -> bool:
+        """True when the result holds objects that forward was given, or forward changes them."""
+        return holds_given(self.out_spec)
+
+    @property
+    def result_leaves(self) -> int:
+        """The number of flat outputs that are in the result; the others are what forward leaves in what it is
+        given.
+        """
+        result = children(self.out_spec)[0] if self.changes else self.out_spec
+        return result.num_leaves
+
+    def unflatten(
+        self,
+        outputs: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = NO_NAMES,
+    ) -> Any:
+        """The model's own output structure around the flat outputs. What forward changed in the objects that
+        it was given is changed in those of this call.
+        """
+        if not self._needs_arguments:
+            return tree_unflatten(list(outputs), self.out_spec)
+        return put_together(outputs, self.out_spec, self.arranged(args, kwargs))
 
     def output_names(self) -> tuple[str, ...]:
         """The place of each output in the model's result: `logits`, `hidden[1]`. Empty where that is not
         known, or where the result is a bare tensor.
         """
         try:
-            paths = tree_flatten_with_path(
-                opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves))
-            )[0]
+            leaves = [torch.empty(0)] * self.out_spec.num_leaves
+            tree = tree_unflatten(leaves, self.out_spec)
+            if isinstance(tree, Outcome):
+                return (*_leaf_names(tree.result), *self._names_of_changes(tree))
+            return _leaf_names(tree)
         except Exception as error:  # the user's own class, made of empty tensors
             raise_ours(error)
             return ()
-        return tuple(_path_text(path) for path, _ in paths)
+
+    def _names_of_changes(self, outcome: Outcome) -> Iterator[str]:
+        for change in outcome.changes:
+            for name, part in zip(
+                change.names(self.positional), change.parts, strict=True
+            ):
+                for path, _ in tree_flatten_with_path(opened(part, every=True))[0]:
+                    yield name + keystr(path)
 
     def _rebind(
         self, args: Sequence[Any], kwargs: dict[str, Any]
@@ -138,21 +200,20 @@ class CallSpec:
                 )
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        by_position, by_name = _children(self.in_spec)
+        by_position, by_name = children(self.in_spec)
         names = [*self.positional, *self.keywords]
         values = [*args, *kwargs.values()]
-        specs = [*_children(by_position), *_children(by_name)]
+        specs = [*children(by_position), *children(by_name)]
         for name, value, spec in zip(names, values, specs, strict=True):
-            if tree_flatten(without_sizes(value))[1] != spec:
+            actual = tree_flatten(opened_arguments(without_sizes(value)))[1]
+            if actual != spec:
                 return f"argument '{name}' has another structure"
         return "the nesting differs"
 
 
-def _children(spec: Any) -> Sequence[Any]:
-    """The specs of the parts of a structure: a method in later versions of torch, an attribute in earlier."""
-    if callable(getattr(spec, "children", None)):
-        return list(spec.children())
-    return list(spec.children_specs)
+def _leaf_names(tree: Any) -> tuple[str, ...]:
+    paths = tree_flatten_with_path(opened(tree))[0]
+    return tuple(_path_text(path) for path, _ in paths)
 
 
 def _path_text(path: Sequence[Any]) -> str:
