@@ -14,7 +14,12 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from stagecut.frontend.capture.eager import FORWARDS, EagerPath
-from stagecut.frontend.capture.example import check_example, giving_sizes
+from stagecut.frontend.capture.example import (
+    check_example,
+    giving_sizes,
+    keywords_by_name,
+    shapes_by_name,
+)
 from stagecut.frontend.capture.functions import functions_whole
 from stagecut.frontend.capture.known import KnownValues
 from stagecut.frontend.capture.quiet import quiet_torch
@@ -156,6 +161,7 @@ def _export(
             leaves.standing_in(),
             visible(),
             KnownValues(),
+            keywords_by_name(),
             opening(module),
             sizes,
             eager.open(),
@@ -167,7 +173,7 @@ def _export(
                 module,
                 opened_arguments(args),
                 opened_arguments(kwargs),
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=shapes_by_name(module, dynamic_shapes),
                 strict=False,
             )
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -42,6 +43,35 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def keywords_by_name() -> Iterator[None]:
+    """While open, torch.export has dynamic shapes of each keyword argument under its name.
+
+    It goes by two orders otherwise, and takes none where forward has keywords that its signature does not
+    name.
+    """
+
+    def combined(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        named = inspect.signature(module.forward).bind_partial(*args).arguments
+        return {**named, **(kwargs or {})}
+
+    with ExitStack() as stack:
+        for place in ("torch._export.non_strict_utils", "torch.export._trace"):
+            stack.enter_context(patch(f"{place}._combine_args", combined))
+        yield
+
+
+def shapes_by_name(module: torch.nn.Module, shapes: Any) -> Any:
+    """The dynamic shapes of all keyword arguments by name, those that no parameter names among them."""
+    if not isinstance(shapes, dict):
+        return shapes
+    by_name = dict(shapes)
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            by_name |= by_name.pop(name, None) or {}
+    return by_name
 
 
 def check_example(
