@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import (
+    GetAttrKey,
     MappingKey,
     TreeSpec,
     keystr,
@@ -32,6 +33,7 @@ from stagecut.ir.run.given import (
     opened_arguments,
     other_attributes,
     put_together,
+    text_of,
 )
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
@@ -146,11 +148,26 @@ class CallSpec:
 
     def _names_of_changes(self, outcome: Outcome) -> Iterator[str]:
         for change in outcome.changes:
-            for name, part in zip(
-                change.names(self.positional), change.parts, strict=True
-            ):
+            for key, part in zip(change.places, change.parts, strict=True):
                 for path, _ in tree_flatten_with_path(opened(part, every=True))[0]:
-                    yield name + keystr(path)
+                    yield text_of((*change.path, key, *_keys(path)), self.positional)
+
+    def lanes(self) -> dict[int, int | None]:
+        """Flat input that is in an object which forward is given -> the flat output that stands in its place
+        afterwards, None where it stays.
+        """
+        spec = self.in_spec
+        outputs = {name: place for place, name in enumerate(self.output_names())}
+        if not self.changes:
+            outputs = {}
+        lanes: dict[int, int | None] = {}
+        tree = tree_unflatten(range(spec.num_leaves), spec)
+        for path, place in tree_flatten_with_path(tree)[0]:
+            if any(isinstance(key, GetAttrKey) for key in path):
+                name = text_of(_keys(path), self.positional)
+                left = outputs.get(name, -1)
+                lanes[place] = left if left >= self.result_leaves else None
+        return lanes
 
     def _rebind(
         self, args: Sequence[Any], kwargs: dict[str, Any]
@@ -214,6 +231,21 @@ class CallSpec:
 def _leaf_names(tree: Any) -> tuple[str, ...]:
     paths = tree_flatten_with_path(opened(tree))[0]
     return tuple(_path_text(path) for path, _ in paths)
+
+
+def _keys(path: Sequence[Any]) -> tuple[Any, ...]:
+    """The keys of a path in a pytree as Python has them: names of attributes, keys, indices."""
+    return tuple(
+        next(
+            (
+                getattr(key, name)
+                for name in ("name", "key", "idx")
+                if hasattr(key, name)
+            ),
+            str(key),
+        )
+        for key in path
+    )
 
 
 def _path_text(path: Sequence[Any]) -> str:

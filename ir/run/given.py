@@ -86,12 +86,10 @@ class Change:
     removed: tuple[Any, ...] = ()
     is_list: bool = False
 
-    def names(self, positional: Sequence[str] = ()) -> list[str]:
-        """The places of the parts, as in `cache.layers[0].keys`. `positional` names the positional
-        arguments.
-        """
-        keys = range(len(self.parts)) if self.is_list else self.keys
-        return [text_of((*self.path, key), positional) for key in keys]
+    @property
+    def places(self) -> Sequence[Any]:
+        """The keys or indices at which the parts are."""
+        return range(len(self.parts)) if self.is_list else self.keys
 
 
 @dataclass(frozen=True)
