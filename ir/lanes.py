@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.graph import Lane, Op, Program, Stage, Value
-from stagecut.ir.types import TensorType
+from stagecut.ir.types import ScalarType, TensorType
 
 
 def left_value(program: Program, lane: Lane) -> Value:
@@ -26,8 +26,18 @@ def goes_on(given: Value, left: object) -> bool:
     )
 
 
+def reads_sizes_only(op: Op) -> bool:
+    """True for an op that only makes numbers which follow from the sizes of its operands."""
+    return bool(op.results) and all(
+        isinstance(result.type, ScalarType) and result.type.expr is not None
+        for result in op.results
+    )
+
+
 def touching(program: Program) -> dict[Lane, tuple[int, ...]]:
-    """The stages that read or write what each lane holds before or after a call. One pass over the ops."""
+    """The stages that read or write what each lane holds before or after a call, its sizes apart. One pass
+    over the ops.
+    """
     ops = [*program.all_ops()]
     aliases = Aliases(ops, roots=[lane.given for lane in program.lanes])
     lanes_of: dict[Value, list[Lane]] = {}
@@ -46,6 +56,8 @@ def _roots(stage: Stage, aliases: Aliases) -> set[Value]:
     """The storages that a stage reads or makes."""
     roots: set[Value] = set()
     for op in stage.ops:
+        if reads_sizes_only(op):
+            continue
         roots.update(map(aliases.root, _values(op)))
     return roots
 

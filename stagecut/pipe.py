@@ -139,7 +139,7 @@ def pipeline(
     _refuse_two_wishes(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
-    at = _split_points(split_spec or {}, module)
+    at = split_points(split_spec or {}, module)
     passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
@@ -275,15 +275,19 @@ def lower(
     leaf_modules: Sequence[str] = (),
     asked: Iterable[str] = (),
     one_mode: str = "",
+    batches: bool = True,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
-    mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`.
+    mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
+    program says where its batch is.
     """
     program, bindings, exported = _lowered(
         module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
     )
+    if not batches:
+        return program, bindings, exported
     mark_batches(
         program,
         module if isinstance(module, nn.Module) else None,
@@ -467,7 +471,7 @@ def _chosen_passes(
     )
 
 
-def _split_points(
+def split_points(
     spec: Mapping[str, SplitPoint], module: Model
 ) -> tuple[tuple[str, str], ...]:
     paths: list[str] = []

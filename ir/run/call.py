@@ -303,7 +303,7 @@ def check_inputs(
         elif isinstance(value.type, ScalarType) and (
             value.type.expr is not None or value.type == NONE
         ):
-            _check_scalar(value.hint, value.type, argument)
+            _check_scalar(value.hint, value.type, argument, sizes)
     return _check_sizes(sizes, ranges or {})
 
 
@@ -393,15 +393,23 @@ def _check_derived(
     return {str(symbol): number for symbol, number in numbers.items()}
 
 
-def _check_scalar(name: str, scalar_type: ScalarType, argument: Any) -> None:
+def _check_scalar(
+    name: str,
+    scalar_type: ScalarType,
+    argument: Any,
+    sizes: dict[str, tuple[str, int]],
+) -> None:
+    """`sizes` gains the number, where it is one that varies: it has a symbol as a size has."""
     kind, expr = scalar_type.kind, scalar_type.expr
     if kind == "none" and argument is None:
         return
     if kind in ("int", "float", "bool", "str", "complex") and repr(argument) == expr:
         return
     is_fixed = (expr or "").lstrip("-").isdigit()
-    if kind == "int" and not is_fixed and isinstance(argument, int):
-        return
+    if kind == "int" and expr is not None and not is_fixed and type(argument) is int:
+        _, known = sizes.setdefault(expr, (name, argument))
+        if known == argument:
+            return
     raise InputError(
         f"input '{name}' is {argument!r}, but the program was specialised to {expr or kind}",
         hint="trace again with this value; a tensor stays variable, a Python scalar does not",

@@ -1,0 +1,198 @@
+"""One call of a linked program: all stages in this process, or one stage on each rank of a group.
+
+Every rank has the inputs that are small: token ids, masks, positions. Tensors of a cache are on the rank of
+the stage that touches them; elsewhere a tensor on the meta device stands for them, with their sizes. So the
+objects that hold a cache have one structure on all ranks, and nothing of a cache crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from stagecut.backend.ranks.wire import (
+    Port,
+    Sizes,
+    boundaries,
+    number_of,
+    port,
+)
+from stagecut.backend.serve.everywhere import Everywhere
+from stagecut.backend.stages.run import release_plan, results_of, run_stages
+from stagecut.backend.stages.staged import Staged
+from stagecut.ir.errors import StagecutError
+from stagecut.ir.graph import Value
+from stagecut.ir.lanes import reads_sizes_only
+from stagecut.ir.types import DTYPES, ScalarType, TensorType
+
+
+class Step(Protocol):
+    """Runs a program: its flat inputs -> its flat outputs."""
+
+    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]: ...
+
+
+class LocalStep:
+    """All stages, one after the other, in this process."""
+
+    def __init__(self, pipe: Staged) -> None:
+        self._pipe = pipe
+        self._plan = release_plan(pipe.program)
+
+    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
+        return run_stages(self._pipe.program, self._pipe.stages, self._plan, flat)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The place of this process: it runs the stage of its rank in `group`, on `device`."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """The rank, which is the number of the stage."""
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks, which is that of the stages."""
+        return dist.get_world_size(self.group)
+
+
+class RankStep:
+    """The stage of this rank, between those of its neighbours."""
+
+    def __init__(self, pipe: Staged, seat: Seat) -> None:
+        program = pipe.program
+        if len(program.stages) != seat.ranks:
+            raise StagecutError(
+                f"{len(program.stages)} stages on {seat.ranks} ranks",
+                hint="one stage for each rank of the group",
+            )
+        self._program = program
+        self._seat = seat
+        self._module = pipe.stages[seat.rank]
+        self._block = program.stages[seat.rank]
+        lists = boundaries(program, frozenset(program.inputs), _left(pipe))
+        self._received = lists[seat.rank - 1] if seat.rank else []
+        self._sent = lists[seat.rank] if seat.rank + 1 < seat.ranks else []
+        own = set(self._block.ops)
+        self._sized = {
+            value
+            for value in self._block.inputs
+            if all(map(reads_sizes_only, own.intersection(value.uses)))
+        }
+        self._everywhere = Everywhere(program, seat.rank)
+        self._ports: dict[tuple[tuple[str, int], ...], tuple[list[Port], ...]] = {}
+
+    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
+        values: dict[Value, Any] = dict(zip(self._program.inputs, flat, strict=True))
+        received, sent = self._ports_for(sizes)
+        for p in received:
+            values[p.value] = self._receive(p)
+        arguments = [
+            self._argument(value, values, sizes) for value in self._block.inputs
+        ]
+        results = results_of(self._module(*arguments), self._block)
+        values |= zip(self._block.outputs, results, strict=True)
+        for p in sent:
+            self._send(p, values[p.value])
+        self._everywhere.write(values)
+        return tuple(
+            self._output(leaf, values, sizes) if isinstance(leaf, Value) else leaf
+            for leaf in self._program.outputs
+        )
+
+    def _ports_for(self, sizes: Sizes) -> tuple[list[Port], ...]:
+        """The ports of what is received and of what is sent on. A number that follows from the sizes of the
+        inputs does not cross.
+        """
+        key = tuple(sorted(sizes.items()))
+        if key not in self._ports:
+            self._ports[key] = tuple(
+                [port(v, sizes) for v in values if known_number(v, sizes) is None]
+                for values in (self._received, self._sent)
+            )
+        return self._ports[key]
+
+    def _receive(self, p: Port) -> Any:
+        seat = self._seat
+        tensor = torch.empty(p.wire_shape, dtype=p.wire_dtype, device=seat.device)
+        if tensor.numel():
+            dist.recv(tensor, group=seat.group, group_src=seat.rank - 1)
+        return p.unpack(tensor)
+
+    def _send(self, p: Port, actual: Any) -> None:
+        seat = self._seat
+        tensor = p.pack(actual, seat.device)
+        if tensor.numel():
+            dist.send(tensor, group=seat.group, group_dst=seat.rank + 1)
+
+    def _argument(self, value: Value, values: Mapping[Value, Any], sizes: Sizes) -> Any:
+        if value not in values:
+            return known_number(value, sizes)
+        argument = values[value]
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if argument.is_meta and value in self._sized:
+            return argument
+        if argument.is_meta:
+            raise StagecutError(
+                f"stage {self._block.index} reads {value.hint}, which another rank holds",
+                where=", ".join(map(str, self._touching(value))),
+                hint="cut where one stage has all that reads it",
+            )
+        return argument.to(self._seat.device)
+
+    def _touching(self, value: Value) -> list[str]:
+        return [
+            f"stages {lane.stages} touch it"
+            for lane in self._program.lanes
+            if lane.given is value
+        ]
+
+    def _output(self, value: Value, values: Mapping[Value, Any], sizes: Sizes) -> Any:
+        if value in values:
+            return values[value]
+        number = known_number(value, sizes)
+        return placeholder(value, sizes) if number is None else number
+
+
+def _left(pipe: Staged) -> frozenset[Value]:
+    """The outputs that stand in objects of the caller's after a call, and are not in the result."""
+    spec = pipe._call_spec
+    outputs = pipe.program.outputs
+    if spec is None:
+        return frozenset()
+    values = [leaf for leaf in outputs if isinstance(leaf, Value)]
+    result = {leaf for leaf in outputs[: spec.result_leaves] if isinstance(leaf, Value)}
+    return frozenset(values) - result
+
+
+def known_number(value: Value, sizes: Sizes) -> int | None:
+    """The number that a value stands for in a call of these sizes; None for another value."""
+    kind = value.type
+    if not isinstance(kind, ScalarType) or kind.kind != "int" or kind.expr is None:
+        return None
+    return number_of(kind.expr, sizes)
+
+
+def placeholder(value: Value, sizes: Sizes) -> torch.Tensor:
+    """The tensor that stands for a value of another rank."""
+    kind = value.type
+    shape = []
+    if isinstance(kind, TensorType):
+        shape = [number_of(dim, sizes) for dim in kind.shape]
+    if not isinstance(kind, TensorType) or None in shape:
+        raise StagecutError(
+            f"{value!r} is made on another rank, and its {kind} cannot be told here",
+            hint="cut where it is made in the last stage, or run in one process",
+        )
+    dtype = getattr(torch, DTYPES[kind.dtype])
+    return torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
