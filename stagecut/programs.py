@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
 from stagecut.backend.serve.step import LocalStep, RankStep, Seat, Step
@@ -278,14 +278,15 @@ def _like(node: Any, leaves: Iterator[Any]) -> Any:
         return [_like(part, leaves) for part in node.parts]
     if isinstance(node, Fixed):
         return []
-    if isinstance(node, dict):
+    if type(node) is dict:
         return {key: _like(part, leaves) for key, part in node.items()}
     if type(node) in (list, tuple):
         return type(node)(_like(part, leaves) for part in node)
-    own, _ = tree_flatten(node)
-    if any(leaf is node for leaf in own):
+    registered = SUPPORTED_NODES.get(type(node))
+    if registered is None:
         return next(leaves)
-    return [next(leaves) for _ in own]
+    parts, _ = registered.flatten_fn(node)
+    return [_like(part, leaves) for part in parts]
 
 
 def beginnings_near(program: Program, cuts: Sequence[int]) -> list[str]:
