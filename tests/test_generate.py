@@ -159,7 +159,8 @@ def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Genera
             return_dict_in_generate=True,
             output_scores=True,
         )
-        results.append((streamer.seen, found.sequences.tolist(), [score.tolist() for score in found.scores]))
+        scores = [score.tolist() for score in found.scores]
+        results.append((streamer.seen, found.sequences.tolist(), scores))
         assert found.past_key_values.get_seq_length() == 8
     assert results[0] == results[1]
 
