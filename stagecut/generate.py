@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.source import place_of
 from stagecut.ir.errors import InputError
 from stagecut.pipe import Pipe
-from stagecut.programs import Fit, Programs
+from stagecut.programs import Fit, Programs, Source
 
 
 class Generator:
@@ -38,8 +39,10 @@ class Generator:
         group. What is searched is moved to the nearest module in a list of modules, such as `layers.4`,
         because all programs are cut at the same places.
     group: the ranks that run a stage each, in the order of the stages. None runs all stages in this process.
-    device: where the stage of this rank runs, and its part of every cache.
+    device: where the stages of this process run, and their part of every cache; the model's own by default.
     max_length: the most tokens of a prompt and what follows it.
+    checkpoint, init_fn: for a model on the meta device, where its weights come from, as for
+        `Pipe.materialize`: each rank reads those of its stage. `init_fn` is the model's own by default.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Generator:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         max_length: int | None = None,
+        checkpoint: str | Path | None = None,
+        init_fn: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         _refuse_other_models(model)
         _refuse_wishes(stages, split_spec, split_policy, group)
@@ -58,6 +63,11 @@ class Generator:
         self.max_length = max_length
         own = next(model.parameters()).device
         self.device = own if device is None else torch.device(device)
+        if self.device.type == "meta":
+            raise InputError(
+                "the model is on the meta device, which computes nothing",
+                hint='Generator(model, device="cuda" or "cpu", checkpoint=FOLDER)',
+            )
         self._seat = None if group is None else Seat(group, self.device)
         self._faults = None
         if group is not None:
@@ -67,7 +77,10 @@ class Generator:
         if split_spec is None and policy is None:
             setting = Setting(training=False, n_microbatches=1)
             policy = Balanced(stages, setting, budget=math.inf)
-        self._programs = Programs(model, split_spec, policy, self._seat)
+        source = Source(checkpoint, init_fn or getattr(model, "_init_weights", None))
+        self._programs = Programs(
+            model, split_spec, policy, self._seat, self.device, source
+        )
         self._tokens: Tokens | None = None
         if self._seat is not None:
             self._tokens = Tokens(self._seat, _vocabulary(model))
@@ -217,7 +230,8 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
     def no_compile(*_: Any, **__: Any) -> bool:
         return False
 
-    methods = {
+    methods: dict[str, Any] = {
+        "device": property(lambda _: generator.device),
         "__call__": call,
         "_get_stopping_criteria": criteria,
         "_get_logits_processor": processor,

@@ -7,9 +7,11 @@ these vary in the new program, as far as the model lets them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
 from stagecut.backend.serve.step import LocalStep, RankStep, Seat, Step
-from stagecut.backend.stages.modules import find, put
+from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
@@ -111,9 +113,17 @@ def _differing(one: Any, other: Any) -> set[int | None] | None:
     return dims
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a model on the meta device come from, as for `Pipe.materialize`."""
+
+    checkpoint: str | Path | None = None
+    init_fn: Callable[[nn.Module], Any] | None = None
+
+
 class Programs:
     """The programs of `model` that calls have needed so far. `spec` and `policy` say where it is cut; a
-    policy is asked once. With a `seat`, this process runs one stage; without one, all.
+    policy is asked once. With a `seat`, this process runs one stage; without one, all, on `device`.
     """
 
     def __init__(
@@ -121,9 +131,15 @@ class Programs:
         model: nn.Module,
         spec: Mapping[str, SplitPoint] | None,
         policy: Any,
-        seat: Seat | None,
+        seat: Seat | None = None,
+        device: torch.device | None = None,
+        source: Source | None = None,
     ) -> None:
         self._model = model
+        own = next(model.parameters()).device
+        self._device = own if device is None else device
+        self._moves = self._device != own
+        self._source = source or Source()
         self._spec = None if spec is None else dict(spec)
         self._policy = policy
         self._seat = seat
@@ -156,10 +172,12 @@ class Programs:
         return fit
 
     def _step(self, pipe: Pipe) -> Step:
-        if self._seat is None:
-            return LocalStep(pipe)
-        self._settle(pipe, self._seat)
-        return RankStep(pipe, self._seat)
+        seat = self._seat
+        own = range(pipe.num_stages) if seat is None else [seat.rank]
+        if self._moves:
+            for index in own:
+                self._settle(pipe, index)
+        return LocalStep(pipe, self._device) if seat is None else RankStep(pipe, seat)
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if len(self._cut) == MOST_PROGRAMS:
@@ -198,6 +216,7 @@ class Programs:
         )
         validate(trace, program)
         pipe = Pipe(program, bindings)
+        pipe._model = weakref.ref(self._model)
         if self._seat is None and is_cheap(self._model, ((), call)):
             report = compare(self._model, pipe, (), call, gradients=False)
             if not report.ok:
@@ -223,20 +242,42 @@ class Programs:
 
         return cuts
 
-    def _settle(self, pipe: Pipe, seat: Seat) -> None:
-        """The stage of this rank is on the device of its seat, with the tensors of the other programs."""
-        stage = pipe.stages[seat.rank]
-        for name in chain.from_iterable(pipe.program.stages[seat.rank].state.values()):
-            tensor = find(stage, name)
-            if tensor is None:
-                continue
-            if name not in self._weights:
-                moved = tensor.detach().to(seat.device)
-                if isinstance(tensor, nn.Parameter):
-                    moved = nn.Parameter(moved, requires_grad=False)
-                self._weights[name] = moved
+    def _settle(self, pipe: Pipe, index: int) -> None:
+        """A stage is on the device of this process, with the tensors that it has in the other programs."""
+        stage = pipe.stages[index]
+        held = pipe.program.stages[index].state.items()
+        # constants belong to the program
+        names = [*chain(*(names for entry, names in held if entry.kind != "const"))]
+        known = [name for name in names if name in self._weights]
+        for name in known:
             put(stage, name, self._weights[name])
-        stage.to(seat.device)
+        if next(self._model.parameters()).is_meta:
+            whole = len(known) == len(names)
+            source = self._source
+            pipe.materialize(
+                index,
+                None if whole else source.checkpoint,
+                device=self._device,
+                init_fn=source.init_fn,
+            )
+        for name, tensor in zip(names, _tensors(stage, names), strict=True):
+            if name not in self._weights:
+                self._weights[name] = _on(self._device, tensor)
+                put(stage, name, self._weights[name])
+        stage.to(self._device)
+
+
+def _tensors(stage: Stage, names: Sequence[str]) -> list[torch.Tensor]:
+    tensors = [find(stage, name) for name in names]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on a device: a tensor of its own, so that the model keeps its."""
+    moved = tensor.detach().to(device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(moved, requires_grad=False)
+    return moved
 
 
 def _fit(pipe: Pipe, step: Step, kwargs: Mapping[str, Any]) -> Fit | None:

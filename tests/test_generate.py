@@ -99,7 +99,7 @@ def llama() -> tuple[Any, Generator]:
         (_llama, {"cache_implementation": "static"}, 2),
         (_sliding, {}, 4),
         (_mamba, {}, 2),
-        (_t5, {}, 3),
+        (_t5, {}, 4),
     ],
     ids=["static", "sliding", "mamba", "t5"],
 )

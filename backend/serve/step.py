@@ -37,14 +37,33 @@ class Step(Protocol):
 
 
 class LocalStep:
-    """All stages, one after the other, in this process."""
+    """All stages, one after the other, in this process and on one device."""
 
-    def __init__(self, pipe: Staged) -> None:
+    def __init__(self, pipe: Staged, device: torch.device) -> None:
         self._pipe = pipe
         self._plan = release_plan(pipe.program)
+        self._device = device
+        self._kept = {lane.given for lane in pipe.program.lanes}
 
     def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
-        return run_stages(self._pipe.program, self._pipe.stages, self._plan, flat)
+        program = self._pipe.program
+        there = [
+            moved(leaf, self._device, value in self._kept)
+            for value, leaf in zip(program.inputs, flat, strict=True)
+        ]
+        return run_stages(program, self._pipe.stages, self._plan, there)
+
+
+def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
+    """An argument on a device. A tensor that an object of the caller's keeps is moved itself, so that what is
+    written into it is written there.
+    """
+    if not isinstance(leaf, torch.Tensor) or leaf.device == device:
+        return leaf
+    if not kept:
+        return leaf.to(device)
+    leaf.data = leaf.data.to(device)
+    return leaf
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class RankStep:
             )
         self._program = program
         self._seat = seat
+        self._kept = {lane.given for lane in program.lanes}
         self._module = pipe.stages[seat.rank]
         self._block = program.stages[seat.rank]
         lists = boundaries(program, frozenset(program.inputs), _left(pipe))
@@ -148,7 +168,7 @@ class RankStep:
                 where=", ".join(map(str, self._touching(value))),
                 hint="cut where one stage has all that reads it",
             )
-        return argument.to(self._seat.device)
+        return moved(argument, self._seat.device, value in self._kept)
 
     def _touching(self, value: Value) -> list[str]:
         return [

@@ -208,7 +208,7 @@ def _opened_part(leaf: Any, around: tuple[Any, ...]) -> Any:
     parts: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for name, value in vars(leaf).items():
-        part = tree_map(lambda inner: _opened_part(inner, within), value)
+        part = _opened_tree(value, within)
         if _is_input(part):
             parts[name] = part
         elif any(isinstance(inner, torch.Tensor) for inner in tree_leaves(part)):
@@ -218,7 +218,26 @@ def _opened_part(leaf: Any, around: tuple[Any, ...]) -> Any:
     return Apart(Shape(type(leaf), tuple(parts), others), tuple(parts.values()))
 
 
+def _opened_tree(value: Any, within: tuple[Any, ...]) -> Any:
+    """The value of an attribute, with all objects in it opened."""
+    kind = type(value)
+    if kind in (torch.Tensor, int):
+        return value
+    if kind is list:
+        return [_opened_tree(part, within) for part in value]
+    if kind is dict:
+        return {key: _opened_tree(part, within) for key, part in value.items()}
+    if value is None or kind in (bool, float, str):
+        return Fixed(value)
+    return tree_map(lambda leaf: _opened_part(leaf, within), value)
+
+
 def _is_input(part: Any) -> bool:
+    kind = type(part)
+    if kind in (torch.Tensor, int, Fixed, Apart):
+        return True
+    if kind in (list, dict):
+        return all(map(_is_input, part.values() if kind is dict else part))
     return all(
         isinstance(leaf, (torch.Tensor, *SYMBOLIC)) or type(leaf) is int
         for leaf in tree_leaves(part)
