@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import nn
 
 from stagecut.backend.costs.balance import Balanced, Setting
 from stagecut.backend.ranks.faults import Faults
-from stagecut.backend.serve.step import Seat
+from stagecut.backend.serve.line import Seat
 from stagecut.backend.serve.tokens import Tokens
+from stagecut.backend.serve.turns import Turns
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.source import place_of
 from stagecut.ir.errors import InputError
@@ -40,6 +42,7 @@ class Generator:
         because all programs are cut at the same places.
     group: the ranks that run a stage each, in the order of the stages. None runs all stages in this process.
     device: where the stages of this process run, and their part of every cache; the model's own by default.
+    lanes: how many requests of `generate_all` are in flight together. Each has a cache of its own.
     max_length: the most tokens of a prompt and what follows it.
     checkpoint, init_fn: for a model on the meta device, where its weights come from, as for
         `Pipe.materialize`: each rank reads those of its stage. `init_fn` is the model's own by default.
@@ -53,6 +56,7 @@ class Generator:
         split_policy: Callable[..., Any] | None = None,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
+        lanes: int = 1,
         max_length: int | None = None,
         checkpoint: str | Path | None = None,
         init_fn: Callable[[nn.Module], Any] | None = None,
@@ -81,9 +85,12 @@ class Generator:
         self._programs = Programs(
             model, split_spec, policy, self._seat, self.device, source
         )
+        self._turns = Turns(self.device)
+        self.lanes = lanes
         self._tokens: Tokens | None = None
         if self._seat is not None:
-            self._tokens = Tokens(self._seat, _vocabulary(model))
+            vocabulary = _vocabulary(model)
+            self._tokens = Tokens(self._seat, vocabulary, self._turns.pass_on)
         self._served = _served(model, self)
 
     @property
@@ -106,7 +113,42 @@ class Generator:
         if self._faults is None:
             return model.generate(*args, **kwargs)
         with self._faults.together((InputError,)):
-            return model.generate(*args, **kwargs)
+            result = model.generate(*args, **kwargs)
+            self._finish()
+            return result
+
+    def generate_all(
+        self, requests: Iterable[Mapping[str, Any]], seeds: Sequence[int] = ()
+    ) -> list[Any]:
+        """The results of several requests, each the keyword arguments of one call of `generate`.
+
+        Up to `lanes` of them are in flight together, so that all stages have work. One that ends makes room
+        for the next. A request with a seed in `seeds` gives the tokens that it gives alone after
+        `torch.manual_seed`.
+        """
+        pending = deque(enumerate(requests))
+        results: list[Any] = [None] * len(pending)
+        model: Any = self._served
+
+        def lane() -> None:
+            while pending:
+                place, request = pending.popleft()
+                if place < len(seeds):
+                    torch.manual_seed(seeds[place])
+                results[place] = model.generate(**request)
+
+        if self._faults is None:
+            lane()
+            return results
+        with self._faults.together((InputError,)):
+            self._turns.run([lane] * min(self.lanes, len(pending)))
+            self._finish()
+        return results
+
+    def _finish(self) -> None:
+        self._programs.finish()
+        if self._tokens is not None:
+            self._tokens.finish()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model in the loop."""
@@ -114,6 +156,8 @@ class Generator:
             raise InputError(
                 "the model is called with positional arguments in generate"
             )
+        if self._tokens is not None:
+            self._tokens.before_call()
         given = {name: part for name, part in kwargs.items() if part is not None}
         fit = self._programs.fitting(given)
         with torch.no_grad():

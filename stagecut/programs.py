@@ -20,7 +20,8 @@ from torch.export import Dim
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
-from stagecut.backend.serve.step import LocalStep, RankStep, Seat, Step
+from stagecut.backend.serve.line import Line, Seat
+from stagecut.backend.serve.step import LocalStep, RankStep, Step
 from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
@@ -143,6 +144,7 @@ class Programs:
         self._spec = None if spec is None else dict(spec)
         self._policy = policy
         self._seat = seat
+        self._line = None if seat is None else Line(seat)
         self._cut: list[tuple[Pipe, Step]] = []
         self._examples: list[_Example] = []
         self._weights: dict[str, torch.Tensor] = {}
@@ -171,13 +173,20 @@ class Programs:
         assert fit is not None
         return fit
 
+    def finish(self) -> None:
+        """Nothing is on its way between the stages."""
+        if self._line is not None:
+            self._line.finish()
+
     def _step(self, pipe: Pipe) -> Step:
         seat = self._seat
         own = range(pipe.num_stages) if seat is None else [seat.rank]
         if self._moves:
             for index in own:
                 self._settle(pipe, index)
-        return LocalStep(pipe, self._device) if seat is None else RankStep(pipe, seat)
+        if seat is None or self._line is None:
+            return LocalStep(pipe, self._device)
+        return RankStep(pipe, seat, self._line)
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if len(self._cut) == MOST_PROGRAMS:

@@ -217,6 +217,7 @@ def test_loops_over_state_of_several_kinds(kinds: list[str]) -> None:
 def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
     reports = on_ranks(2, _generate_on_rank)
     assert [report["equal"] for report in reports] == [[True] * 4] * 2
+    assert [report["all"] for report in reports] == [[True] * 5] * 2
     sent, told = reports[0]["sent"], reports[1]["told"]
     hidden = 3 * 32 * 4
     for step in sent:  # of decode steps
@@ -236,7 +237,7 @@ def _generate_on_rank() -> dict[str, Any]:
     for options in (GREEDY | static, SAMPLED | static, GREEDY | static | {"prefill_chunk_size": 3}):
         expected = tokens(model, **options)
         equal.append(torch.equal(tokens(generator, **options), expected))
-    report: dict[str, Any] = {"sent": [], "told": []}
+    report: dict[str, Any] = {"sent": [], "told": [], "all": _requests_together(model, generator, static)}
     with _counting(report):
         options = static | {"return_dict_in_generate": True}
         found: Any = tokens(generator, **options)
@@ -244,6 +245,26 @@ def _generate_on_rank() -> dict[str, Any]:
     report["sent"] = report["sent"][1:]  # without the prefill
     report["cache"] = [layer.keys.device.type for layer in found.past_key_values.layers]
     return report | {"equal": equal}
+
+
+def _requests_together(model: Any, generator: Generator, static: dict[str, Any]) -> list[bool]:
+    """More requests than lanes, of unlike lengths, sampled with a seed each; one prefills in parts."""
+    ids = prompts()["input_ids"]
+    requests = [
+        GREEDY | {"input_ids": ids[:, 1:], "max_new_tokens": 13, "prefill_chunk_size": 3},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 4},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 12},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 1},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 12},
+    ]
+    requests = [static | {"pad_token_id": 0} | request for request in requests]
+    expected = []
+    for seed, request in enumerate(requests):
+        torch.manual_seed(seed)
+        expected.append(model.generate(**request))
+    generator.lanes = 2
+    found = generator.generate_all(requests, seeds=range(5))
+    return [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
 
 
 class _counting:
@@ -254,7 +275,7 @@ class _counting:
         self._step = 0
 
     def __enter__(self) -> None:
-        self._send, self._broadcast = dist.send, dist.broadcast
+        self._send, self._broadcast = dist.isend, dist.broadcast
 
         def send(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._step += tensor.nbytes
@@ -268,10 +289,10 @@ class _counting:
                 self._step = 0
             return self._broadcast(tensor, *args, **kwargs)
 
-        dist.send, dist.broadcast = send, broadcast
+        dist.isend, dist.broadcast = send, broadcast
 
     def __exit__(self, *_: Any) -> None:
-        dist.send, dist.broadcast = self._send, self._broadcast
+        dist.isend, dist.broadcast = self._send, self._broadcast
 
 
 def test_a_rank_that_fails_stops_all() -> None:

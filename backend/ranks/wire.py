@@ -263,6 +263,14 @@ def number_of(dim: int | str, sizes: Sizes) -> int | None:
     return evaluate(dim, tuple(sorted(sizes.items())))
 
 
+def known_number(value: Value, sizes: Sizes) -> int | None:
+    """The number that a value stands for in a call of these sizes; None for another value."""
+    kind = value.type
+    if not isinstance(kind, ScalarType) or kind.kind != "int" or kind.expr is None:
+        return None
+    return number_of(kind.expr, sizes)
+
+
 def _cannot_cross(value: Value, why: str) -> StagecutError:
     return StagecutError(
         f"{value!r} cannot cross to another process: {why}",

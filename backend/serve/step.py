@@ -8,26 +8,26 @@ objects that hold a cache have one structure on all ranks, and nothing of a cach
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from stagecut.backend.ranks.wire import (
     Port,
     Sizes,
     boundaries,
+    known_number,
     number_of,
     port,
 )
 from stagecut.backend.serve.everywhere import Everywhere
+from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Value
 from stagecut.ir.lanes import reads_sizes_only
-from stagecut.ir.types import DTYPES, ScalarType, TensorType
+from stagecut.ir.types import DTYPES, TensorType
 
 
 class Step(Protocol):
@@ -66,28 +66,10 @@ def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
     return leaf
 
 
-@dataclass(frozen=True)
-class Seat:
-    """The place of this process: it runs the stage of its rank in `group`, on `device`."""
-
-    group: dist.ProcessGroup
-    device: torch.device
-
-    @property
-    def rank(self) -> int:
-        """The rank, which is the number of the stage."""
-        return dist.get_rank(self.group)
-
-    @property
-    def ranks(self) -> int:
-        """The number of ranks, which is that of the stages."""
-        return dist.get_world_size(self.group)
-
-
 class RankStep:
     """The stage of this rank, between those of its neighbours."""
 
-    def __init__(self, pipe: Staged, seat: Seat) -> None:
+    def __init__(self, pipe: Staged, seat: Seat, line: Line) -> None:
         program = pipe.program
         if len(program.stages) != seat.ranks:
             raise StagecutError(
@@ -109,21 +91,22 @@ class RankStep:
             if all(map(reads_sizes_only, own.intersection(value.uses)))
         }
         self._everywhere = Everywhere(program, seat.rank)
+        self._line = line
         self._ports: dict[tuple[tuple[str, int], ...], tuple[list[Port], ...]] = {}
 
     def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
         values: dict[Value, Any] = dict(zip(self._program.inputs, flat, strict=True))
         received, sent = self._ports_for(sizes)
-        for p in received:
-            values[p.value] = self._receive(p)
+        if received:
+            values |= self._line.receive(received)
         arguments = [
             self._argument(value, values, sizes) for value in self._block.inputs
         ]
         results = results_of(self._module(*arguments), self._block)
         values |= zip(self._block.outputs, results, strict=True)
-        for p in sent:
-            self._send(p, values[p.value])
-        self._everywhere.write(values)
+        if sent:
+            self._line.send(sent, values)
+        self._everywhere.write(values, sizes)
         return tuple(
             self._output(leaf, values, sizes) if isinstance(leaf, Value) else leaf
             for leaf in self._program.outputs
@@ -140,19 +123,6 @@ class RankStep:
                 for values in (self._received, self._sent)
             )
         return self._ports[key]
-
-    def _receive(self, p: Port) -> Any:
-        seat = self._seat
-        tensor = torch.empty(p.wire_shape, dtype=p.wire_dtype, device=seat.device)
-        if tensor.numel():
-            dist.recv(tensor, group=seat.group, group_src=seat.rank - 1)
-        return p.unpack(tensor)
-
-    def _send(self, p: Port, actual: Any) -> None:
-        seat = self._seat
-        tensor = p.pack(actual, seat.device)
-        if tensor.numel():
-            dist.send(tensor, group=seat.group, group_dst=seat.rank + 1)
 
     def _argument(self, value: Value, values: Mapping[Value, Any], sizes: Sizes) -> Any:
         if value not in values:
@@ -193,14 +163,6 @@ def _left(pipe: Staged) -> frozenset[Value]:
     values = [leaf for leaf in outputs if isinstance(leaf, Value)]
     result = {leaf for leaf in outputs[: spec.result_leaves] if isinstance(leaf, Value)}
     return frozenset(values) - result
-
-
-def known_number(value: Value, sizes: Sizes) -> int | None:
-    """The number that a value stands for in a call of these sizes; None for another value."""
-    kind = value.type
-    if not isinstance(kind, ScalarType) or kind.kind != "int" or kind.expr is None:
-        return None
-    return number_of(kind.expr, sizes)
 
 
 def placeholder(value: Value, sizes: Sizes) -> torch.Tensor:

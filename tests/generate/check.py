@@ -35,7 +35,7 @@ def _generates(architecture: Architecture) -> bool:
     import transformers
 
     cls = getattr(transformers, architecture.name.partition(" ")[0], None)
-    wanted = ("decoder", "moe", "recurrent", "encoder-decoder", "multimodal", "audio")
+    wanted = ("decoder", "moe", "recurrent", "encoder-decoder", "audio")
     return architecture.family in wanted and cls is not None and bool(cls.can_generate())
 
 

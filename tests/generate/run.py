@@ -24,8 +24,10 @@ def main() -> int:
     start, right, silent = time.perf_counter(), 0, 0
     chosen = [place for place, one in enumerate(decoders()) if not options.only or one.name in options.only or one.family in options.only]
     for place in chosen:
-        results = [_apart(context, place, options.timeout)]
-        if not options.local:
+        results = []
+        if options.where != "ranks":
+            results.append(_apart(context, place, options.timeout))
+        if options.where != "process":
             results += _on_ranks(context, place, options.timeout)
         wrong = [result for result in results if result != "ok"]
         right += not wrong
@@ -39,7 +41,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these architectures or families")
-    parser.add_argument("--local", action="store_true", help="in one process only")
+    parser.add_argument("--where", choices=("process", "ranks", "both"), default="both", help="in one process, on two ranks, or both")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
     return parser.parse_args()
 
