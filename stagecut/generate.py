@@ -22,11 +22,14 @@ from torch import nn
 from stagecut.backend.costs.balance import Balanced, Setting
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.serve.line import Seat
-from stagecut.backend.serve.tokens import Tokens
+from stagecut.backend.serve.tokens import MOST_LANES, Tokens
 from stagecut.backend.serve.turns import Turns
+from stagecut.backend.tables import table
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.source import place_of
 from stagecut.ir.errors import InputError
+from stagecut.ir.text.printer import size_text
+from stagecut.ir.types import value_bytes
 from stagecut.pipe import Pipe
 from stagecut.programs import Fit, Programs, Source
 
@@ -46,6 +49,8 @@ class Generator:
     max_length: the most tokens of a prompt and what follows it.
     checkpoint, init_fn: for a model on the meta device, where its weights come from, as for
         `Pipe.materialize`: each rank reads those of its stage. `init_fn` is the model's own by default.
+    compile, cuda_graphs: decode steps with a static cache are compiled, and captured in CUDA graphs, one for
+        each cache: a cache of your own that you `reset()` keeps its graph from request to request.
     """
 
     def __init__(
@@ -60,13 +65,22 @@ class Generator:
         max_length: int | None = None,
         checkpoint: str | Path | None = None,
         init_fn: Callable[[nn.Module], Any] | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         _refuse_other_models(model)
         _refuse_wishes(stages, split_spec, split_policy, group)
         self._model = model
         self.max_length = max_length
+        if not 1 <= lanes <= MOST_LANES:
+            raise InputError(f"lanes={lanes!r}", hint=f"1 to {MOST_LANES}")
         own = next(model.parameters()).device
         self.device = own if device is None else torch.device(device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise InputError(
+                f"cuda_graphs=True, and the stages run on {self.device}",
+                hint="leave it away, or device='cuda'",
+            )
         if self.device.type == "meta":
             raise InputError(
                 "the model is on the meta device, which computes nothing",
@@ -83,7 +97,14 @@ class Generator:
             policy = Balanced(stages, setting, budget=math.inf)
         source = Source(checkpoint, init_fn or getattr(model, "_init_weights", None))
         self._programs = Programs(
-            model, split_spec, policy, self._seat, self.device, source
+            model,
+            split_spec,
+            policy,
+            self._seat,
+            self.device,
+            source,
+            compile,
+            cuda_graphs,
         )
         self._turns = Turns(self.device)
         self.lanes = lanes
@@ -102,6 +123,19 @@ class Generator:
     def split_spec(self) -> dict[str, SplitPoint] | None:
         """The places of the cuts; None before the first call where they are searched."""
         return self._programs.spec
+
+    def report(self) -> str:
+        """A table of what each stage holds: its parameters and buffers, and its part of the cache of one
+        request. It is empty before the first call.
+        """
+        rows = [("stage", "weights", "cache of a request")]
+        cache = self._programs.cache_bytes()
+        for pipe in self.pipes[:1]:
+            for block in pipe.program.stages:
+                weights = sum(value_bytes(entry.type) or 0 for entry in block.state)
+                size = size_text(cache.get(block.index, 0))
+                rows.append((str(block.index), size_text(weights), size))
+        return table(rows) if rows[1:] else ""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The same as `model.generate` with the same arguments; on every rank the same tokens.

@@ -20,8 +20,9 @@ from torch.export import Dim
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
+from stagecut.backend.serve.faster import faster
 from stagecut.backend.serve.line import Line, Seat
-from stagecut.backend.serve.step import LocalStep, RankStep, Step
+from stagecut.backend.serve.step import LocalStep, RankStep, Step, lane_bytes
 from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
@@ -124,7 +125,8 @@ class Source:
 
 class Programs:
     """The programs of `model` that calls have needed so far. `spec` and `policy` say where it is cut; a
-    policy is asked once. With a `seat`, this process runs one stage; without one, all, on `device`.
+    policy is asked once. With a `seat`, this process runs one stage; without one, all, on `device`. Programs
+    whose sizes do not vary are `compiled`, and captured in CUDA `graphs`.
     """
 
     def __init__(
@@ -135,18 +137,23 @@ class Programs:
         seat: Seat | None = None,
         device: torch.device | None = None,
         source: Source | None = None,
+        compiled: bool = False,
+        graphs: bool = False,
     ) -> None:
         self._model = model
         own = next(model.parameters()).device
         self._device = own if device is None else device
         self._moves = self._device != own
         self._source = source or Source()
+        self._compiled = compiled
+        self._graphs = graphs
         self._spec = None if spec is None else dict(spec)
         self._policy = policy
         self._seat = seat
         self._line = None if seat is None else Line(seat)
         self._cut: list[tuple[Pipe, Step]] = []
         self._examples: list[_Example] = []
+        self._sizes: dict[Pipe, dict[str, int]] = {}
         self._weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -166,12 +173,22 @@ class Programs:
             if fit is not None:
                 # steps come in rows of one kind
                 self._cut.insert(0, self._cut.pop(place))
+                self._sizes[pipe] = fit.sizes
                 return fit
         pipe = self._traced(kwargs)
         self._cut.insert(0, (pipe, self._step(pipe)))
         fit = _fit(*self._cut[0], kwargs)
         assert fit is not None
+        self._sizes[pipe] = fit.sizes
         return fit
+
+    def cache_bytes(self) -> dict[int, int]:
+        """Stage -> the bytes of the cache of one request there, the largest of the last calls."""
+        largest: dict[int, int] = {}
+        for pipe, sizes in self._sizes.items():
+            for stage, size in lane_bytes(pipe.program, sizes).items():
+                largest[stage] = max(size, largest.get(stage, 0))
+        return largest
 
     def finish(self) -> None:
         """Nothing is on its way between the stages."""
@@ -184,9 +201,10 @@ class Programs:
         if self._moves:
             for index in own:
                 self._settle(pipe, index)
+        runs = [faster(pipe, index, self._compiled, self._graphs) for index in own]
         if seat is None or self._line is None:
-            return LocalStep(pipe, self._device)
-        return RankStep(pipe, seat, self._line)
+            return LocalStep(pipe, self._device, runs)
+        return RankStep(pipe, seat, self._line, runs[0])
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if len(self._cut) == MOST_PROGRAMS:

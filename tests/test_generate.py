@@ -19,6 +19,7 @@ from test_given import Tower, X, assert_alike, tower_state
 from torch import nn
 
 from stagecut import Generator, InputError, SplitError, SplitPoint
+from stagecut.ir.text.printer import size_text
 from stagecut.programs import Programs, beginnings_near
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
@@ -130,6 +131,17 @@ def test_other_lengths_and_batches_need_few_programs(llama: tuple[Any, Generator
     for length in (9, 4, 12):
         assert torch.equal(tokens(generator, length=length, new=5), tokens(model, length=length, new=5))
     assert len(generator.pipes) == 4
+
+
+def test_the_report_says_what_a_request_costs() -> None:
+    model = made(_llama)
+    generator = Generator(model, split_spec={"model.layers.2": SplitPoint.BEGINNING})
+    assert generator.report() == ""
+    tokens(generator, new=10, cache_implementation="static")
+    lines = [line.split() for line in generator.report().splitlines()]
+    assert lines[0][:2] == ["stage", "weights"]
+    layer = 2 * 3 * 2 * 15 * 8 * 4 + 8  # keys and values of 3 rows, 2 heads, 15 positions, and a counter
+    assert [" ".join(line[-2:]) for line in lines[1:]] == [size_text(2 * layer), size_text(layer)]
 
 
 def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Generator]) -> None:

@@ -21,12 +21,13 @@ from stagecut.backend.ranks.wire import (
     port,
 )
 from stagecut.backend.serve.everywhere import Everywhere
+from stagecut.backend.serve.faster import Run
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Value
-from stagecut.ir.lanes import reads_sizes_only
+from stagecut.ir.graph import Program, Value
+from stagecut.ir.lanes import left_value, reads_sizes_only
 from stagecut.ir.types import DTYPES, TensorType
 
 
@@ -39,8 +40,9 @@ class Step(Protocol):
 class LocalStep:
     """All stages, one after the other, in this process and on one device."""
 
-    def __init__(self, pipe: Staged, device: torch.device) -> None:
+    def __init__(self, pipe: Staged, device: torch.device, runs: Sequence[Run]) -> None:
         self._pipe = pipe
+        self._runs = runs
         self._plan = release_plan(pipe.program)
         self._device = device
         self._kept = {lane.given for lane in pipe.program.lanes}
@@ -51,7 +53,7 @@ class LocalStep:
             moved(leaf, self._device, value in self._kept)
             for value, leaf in zip(program.inputs, flat, strict=True)
         ]
-        return run_stages(program, self._pipe.stages, self._plan, there)
+        return run_stages(program, self._runs, self._plan, there)
 
 
 def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
@@ -69,7 +71,7 @@ def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
 class RankStep:
     """The stage of this rank, between those of its neighbours."""
 
-    def __init__(self, pipe: Staged, seat: Seat, line: Line) -> None:
+    def __init__(self, pipe: Staged, seat: Seat, line: Line, run: Run) -> None:
         program = pipe.program
         if len(program.stages) != seat.ranks:
             raise StagecutError(
@@ -79,7 +81,7 @@ class RankStep:
         self._program = program
         self._seat = seat
         self._kept = {lane.given for lane in program.lanes}
-        self._module = pipe.stages[seat.rank]
+        self._run = run
         self._block = program.stages[seat.rank]
         lists = boundaries(program, frozenset(program.inputs), _left(pipe))
         self._received = lists[seat.rank - 1] if seat.rank else []
@@ -102,7 +104,7 @@ class RankStep:
         arguments = [
             self._argument(value, values, sizes) for value in self._block.inputs
         ]
-        results = results_of(self._module(*arguments), self._block)
+        results = results_of(self._run(*arguments), self._block)
         values |= zip(self._block.outputs, results, strict=True)
         if sent:
             self._line.send(sent, values)
@@ -178,3 +180,13 @@ def placeholder(value: Value, sizes: Sizes) -> torch.Tensor:
         )
     dtype = getattr(torch, DTYPES[kind.dtype])
     return torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
+
+
+def lane_bytes(program: Program, sizes: Sizes) -> dict[int, int]:
+    """Stage -> the bytes of the caller's objects that it touches, after a call of these sizes."""
+    sums: dict[int, int] = {}
+    for lane in program.lanes:
+        after = placeholder(left_value(program, lane), sizes)
+        for stage in lane.stages:
+            sums[stage] = sums.get(stage, 0) + after.nbytes
+    return sums

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.serve.line import Seat, arrived
 
-MOST_TOLD = 64
-"""Steps whose tokens are told before the first of them must have been heard: more than requests in flight."""
+MOST_LANES = 64
+"""Requests in flight together. So many steps may be told before the first of them is heard."""
 
 
 class Tokens:
@@ -53,7 +53,7 @@ class Tokens:
         message = torch.stack([tokens.long(), done.long()]).cpu()
         # the others may have calls of other requests to make before they hear
         self._told.append((self._broadcast(message), message))
-        while len(self._told) > MOST_TOLD:
+        while len(self._told) > MOST_LANES:
             arrived(self._told.popleft()[0])
 
     def hear(self, rows: int) -> torch.Tensor:
