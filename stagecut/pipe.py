@@ -139,7 +139,7 @@ def pipeline(
     _refuse_two_wishes(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
-    at = split_points(split_spec or {}, module)
+    at = _split_points(split_spec or {}, module)
     passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
@@ -471,7 +471,7 @@ def _chosen_passes(
     )
 
 
-def split_points(
+def _split_points(
     spec: Mapping[str, SplitPoint], module: Model
 ) -> tuple[tuple[str, str], ...]:
     paths: list[str] = []

@@ -36,7 +36,7 @@ from stagecut.ir.run.given import Apart, Fixed, mapped, opened_arguments
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
-from stagecut.pipe import Pipe, lower, split_points
+from stagecut.pipe import Pipe, _split_points, lower
 
 MOST_PROGRAMS = 24
 """A model that needs more programs than this is not served: each call would be traced."""
@@ -234,7 +234,7 @@ class Programs:
             self._model, (), call, shapes, (), names, ONE_MODE, batches=False
         )
         trace = Trace(program)
-        at = split_points(self._spec or {}, self._model)
+        at = _split_points(self._spec or {}, self._model)
         policy = None
         if self._spec is None:
             policy = self._choose(self._policy_for(exported, bindings))
