@@ -621,6 +621,20 @@ class Transfer:
         return range(0 if self.source is None else self.source + 1, self.target)
 
 
+@dataclass(eq=False)
+class Lane:
+    """A tensor in an object that forward is given, such as a cache: state of the caller's.
+
+    given: the input. left: the place among the program's outputs of what the object holds afterwards; None
+    where it holds the same tensor still, which may be written. stages: those that touch it, in a linked
+    program.
+    """
+
+    given: Value
+    left: int | None = None
+    stages: tuple[int, ...] = ()
+
+
 class Program(Block):
     """A model as the compiler sees it: a block with state and a phase. From `partitioned` on its ops are in
     its stages. Its outputs are a flat list of values and literals.
@@ -637,6 +651,7 @@ class Program(Block):
         self.state: list[StateEntry] = []
         self.stages: list[Stage] = []
         self.transfers: list[Transfer] = []
+        self.lanes: list[Lane] = []
         self.cotangents: list[Value] = []
         self.backward_transfers: list[Transfer] = []
         self.output_names: tuple[str, ...] = ()

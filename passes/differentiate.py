@@ -19,6 +19,7 @@ from stagecut.ir.graph import (
 from stagecut.ir.roles import Joint, Roles
 from stagecut.ir.types import TensorType, contiguous_strides, same_layout
 from stagecut.passes.liveness import Liveness
+from stagecut.passes.place_lanes import PlaceLanes
 from stagecut.passes.roles import skip_views, split
 from stagecut.passes.route import Route
 
@@ -54,6 +55,7 @@ def differentiate(
     program.phase = "partitioned"
     Liveness().run(program)
     Route(tuple(relayed)).run(program)
+    PlaceLanes().run(program)
     for stage, of_stage in zip(program.stages, roles, strict=True):
         _take_backward(program, stage, of_stage)
     program.raise_phase("differentiated")

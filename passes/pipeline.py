@@ -13,6 +13,7 @@ from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.infer_gradients import InferGradients
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.partition import Partition
+from stagecut.passes.place_lanes import PlaceLanes
 from stagecut.passes.rebase_views import RebaseViews
 from stagecut.passes.recompute import Recompute
 from stagecut.passes.resolve_aliases import ResolveAliases
@@ -32,6 +33,7 @@ PASSES: tuple[type[Any], ...] = (
     ShareState,  # needs stages; before liveness, because state that is held does not cross
     Liveness,  # which values cross
     Route,  # how they cross; links the program
+    PlaceLanes,  # last: it only says where state of the caller's is touched
 )
 
 ORDER = (
@@ -46,6 +48,7 @@ ORDER = (
     ("rebase-views", "share-state"),
     ("share-state", "liveness"),
     ("liveness", "route"),
+    ("route", "place-lanes"),
 )
 """Pairs (before, after) that must hold in PASSES."""
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from stagecut.backend.stages.modules import Stage
     from stagecut.check import CannotCompare, CheckError, Report
     from stagecut.frontend.markers import SplitPoint, pipe_split
+    from stagecut.generate import Generator
     from stagecut.ir.errors import (
         CaptureError,
         EmitError,
@@ -116,6 +117,7 @@ _HOMES = {
     "Setting": "stagecut.backend.costs.setting",
     "Device": "stagecut.backend.costs.ops",
     "Driver": "stagecut.backend.ranks.driver",
+    "Generator": "stagecut.generate",
     "build_stage": "stagecut.backend.ranks.stage",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
@@ -152,6 +154,7 @@ __all__ = [
     "Device",
     "Driver",
     "EmitError",
+    "Generator",
     "InputError",
     "Markers",
     "MaterializeError",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from stagecut.backend.stages.modules import Stage, StageModule, copied
 from stagecut.backend.stages.run import run_stages
@@ -19,8 +19,7 @@ from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value, literals
-from stagecut.ir.run.call import is_size
-from stagecut.ir.run.objects import opened
+from stagecut.ir.run.given import GivenObjects, mapped, opened_arguments
 from stagecut.ir.types import TensorType
 
 CHECK_BYTES = 2**28
@@ -53,7 +52,7 @@ def _tensors(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
 
 
 def _tensor_leaves(tree: Any) -> list[torch.Tensor]:
-    leaves, _ = tree_flatten(tree)
+    leaves, _ = tree_flatten(opened_arguments(tree))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -98,6 +97,7 @@ class _Run:
     gradients: dict[str, torch.Tensor | None]
     input_gradients: list[torch.Tensor | None]
     state: dict[str, torch.Tensor]
+    written: dict[int, torch.Tensor]
 
 
 def holds_both_modes(program: Program) -> bool:
@@ -143,7 +143,7 @@ def compare(
         try:
             with _gradients_apart(model):
                 expected = _observe(
-                    lambda: reference(*inputs[0], **inputs[1]),
+                    lambda: outcome_of(reference, inputs),
                     reference,
                     inputs,
                     gradients,
@@ -184,6 +184,11 @@ def compare(
         what = f"state '{name}' afterwards"
         in_pipe = actual.state.get(name)
         report.note("state", difference(what, in_model, in_pipe))
+    for index in sorted(expected.written.keys() | actual.written.keys()):
+        pair = expected.written.get(index), actual.written.get(index)
+        report.note(
+            "inputs", difference(f"tensor {index} of the inputs afterwards", *pair)
+        )
     _compare_gradients(report, expected, actual, tolerance)
     _compare_names(report, model, stages)
     return report
@@ -196,17 +201,16 @@ def _second_call(
     call that became fixed.
     """
     seed_again = random_state(reference, gpus(reference, inputs))
-    inputs = tree_map(
+    inputs = mapped(
         lambda leaf: (
             leaf * 0.9 if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
         ),
         inputs,
-        is_leaf=is_size,
     )
     # in the grad mode of the first call: some of torch's own modules compute otherwise without gradients
-    args, kwargs = fresh(inputs)
+    call = fresh(inputs)
     try:
-        expected = tree_flatten(opened(reference(*args, **kwargs)))[0]
+        expected = tree_flatten(outcome_of(reference, call))[0]
     except Exception as error:  # it refuses these values
         raise_ours(error)
         return []
@@ -291,9 +295,18 @@ class _Holder:
             yield from stage.named_buffers(remove_duplicate=remove_duplicate)
 
 
+def outcome_of(module: nn.Module, inputs: Any) -> Any:
+    """What a call of `module` returns, opened, with the changes that it makes to what it is given."""
+    args, kwargs = inputs
+    given = GivenObjects(args, kwargs)
+    return given.outcome(module(*args, **kwargs))
+
+
 def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
-    outputs = tree_flatten(opened(run()))[0]
+    # before the run, which may put other tensors into what it is given
     leaves = _tensor_leaves(inputs)
+    versions = [leaf._version for leaf in leaves]
+    outputs = tree_flatten(run())[0]
     parameters = dict(holder.named_parameters(remove_duplicate=False))
     if gradients:
         for parameter in parameters.values():
@@ -305,11 +318,16 @@ def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
             torch.stack(losses).sum().backward()
     named = parameters | dict(holder.named_buffers(remove_duplicate=False))
     state = {name: tensor.detach().clone() for name, tensor in named.items()}
+    written = {
+        index: leaf.detach().clone()
+        for index, (leaf, version) in enumerate(zip(leaves, versions, strict=True))
+        if leaf._version != version
+    }
     if not gradients:
-        return _Run(outputs, {}, [], state)
+        return _Run(outputs, {}, [], state, written)
     grads = {name: parameter.grad for name, parameter in parameters.items()}
     input_grads = [leaf.grad if leaf.is_leaf else None for leaf in leaves]
-    return _Run(outputs, grads, input_grads, state)
+    return _Run(outputs, grads, input_grads, state, written)
 
 
 def _loss(output: torch.Tensor) -> torch.Tensor:
@@ -331,7 +349,7 @@ def fresh(tree: Any) -> Any:
             return leaf
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
-    return tree_map(clone, tree, is_leaf=is_size)
+    return mapped(clone, tree)
 
 
 def _compare_outputs(

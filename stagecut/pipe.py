@@ -307,15 +307,19 @@ def lower(
     leaf_modules: Sequence[str] = (),
     asked: Iterable[str] = (),
     one_mode: str = "",
+    batches: bool = True,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
-    mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`.
+    mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
+    program says where its batch is.
     """
     program, bindings, exported = _lowered(
         module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
     )
+    if not batches:
+        return program, bindings, exported
     mark_batches(
         program,
         module if isinstance(module, nn.Module) else None,
@@ -836,6 +840,6 @@ class PipedModel(Named):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._pipe(*args, **kwargs)
+        flat = self._pipe.flat_outputs(args, kwargs)
         spec = self._pipe._call_spec
-        return spec.unflatten(flat) if spec is not None else flat
+        return spec.unflatten(flat, args, kwargs) if spec is not None else flat

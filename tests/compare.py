@@ -35,7 +35,7 @@ class Posted:
         self._given = self._pipe.flatten(args, kwargs)
         outputs = self._box.forward(self._pipe.flatten(*distinct_tensors((args, kwargs))))
         spec = self._pipe._call_spec
-        return spec.unflatten(outputs) if spec is not None else outputs
+        return spec.unflatten(outputs, args, kwargs) if spec is not None else outputs
 
     def train(self, mode: bool) -> None:
         """Its stages switch, those of the pipe do not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,4 +160,38 @@ def test_frozen_weights_have_no_gradient() -> None:
 def test_a_stage_without_a_backward_is_named() -> None:
     pipe = pipeline(Net(), (torch.randn(2, 4),), check=None, leaf_modules=["norm"])
     with pytest.raises(RolesError, match=r"stage 1 has no backward in the program: module\.norm is code of yours"):
+        pipe.differentiated()
+
+
+class Remembers(nn.Module):
+    """A state of the caller's that grows in one stage, and of which another reads a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
+        cache.rows = torch.cat([cache.rows, torch.tanh(self.lin(x))])
+        row = cache.rows[0]
+        pipe_split()
+        return x * row
+
+
+def test_state_of_the_caller_is_kept_in_lanes() -> None:
+    pipe = pipeline(Remembers(), (torch.randn(2, 4), SimpleNamespace(rows=torch.ones(3, 4))), check=None)
+    program, _ = pipe.differentiated()
+    assert [(lane.left, lane.stages) for lane in pipe.program.lanes] == [(1, (0, 1))]
+    # the row that crosses is a copy
+    assert [(lane.left, lane.stages) for lane in program.lanes] == [(1, (0,))]
+    assert text(parse(text(program))) == text(program)
+
+
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2) + 1
+
+
+def test_a_stage_that_writes_what_is_the_callers_has_no_backward() -> None:
+    pipe = pipeline(Writes(), (torch.randn(2, 4),), check=None)
+    with pytest.raises(RolesError, match=r"stage 0 has no backward in the program: forward writes %x, which is the caller's"):
         pipe.differentiated()

@@ -229,7 +229,7 @@ def test_print_before_shows_what_the_pass_gets(model: str, capsys: pytest.Captur
     before = output(capsys, *source, "--print-before", "liveness")
     assert before.startswith("# 08-share-state\n")
     assert before.split("\n", 1)[1] == output(capsys, *source, "--print-after", "share-state").split("\n", 1)[1]
-    assert output(capsys, *source, "--print-before", "all").count("program @Two") == 6
+    assert output(capsys, *source, "--print-before", "all").count("program @Two") == 7
 
 
 def test_stop_after_runs_no_further_pass(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,8 +257,8 @@ def test_stats_count_after_each_pass(model: str, capsys: pytest.CaptureFixture[s
     lines = output(capsys, f"{model}:make", "--split-at", "second", "--stats").splitlines()
     assert lines[0].split() == ["after", "changed", "ops", "values", "state", "stages", "crossing", "bytes"]
     assert lines[1].split() == ["input", "yes", "2", "7", "4", "0", "0", "0", "B"]
-    assert lines[-1].split() == ["10-route", "yes", "2", "7", "4", "2", "1", "32", "B"]
-    assert len(lines) == 13
+    assert lines[-2].split() == ["10-route", "yes", "2", "7", "4", "2", "1", "32", "B"]
+    assert len(lines) == 14
 
 
 def test_time_is_that_of_tracing_and_of_each_pass(model: str, capsys: pytest.CaptureFixture[str]) -> None:

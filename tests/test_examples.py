@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,3 +34,23 @@ def test_an_example_runs(ranks: int, command: str, said: str) -> None:
     done = torchrun(ranks, *command.split())
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
+
+
+def test_generate_hf_reads_a_folder_stage_by_stage(tmp_path: Path) -> None:
+    """Two ranks say what the model says in one process."""
+    transformers.logging.set_verbosity_error()
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=3, **size)).eval()
+    model.save_pretrained(tmp_path)
+    words = WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    command = ["examples/generate_hf.py", "--model", str(tmp_path), "--prompt", "w5 w9 w12", "--new", "6", "--dtype", "float32"]
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stderr
+    expected = model.generate(torch.tensor([[5, 9, 12]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert " ".join(f"w{number}" for number in expected[0].tolist()) in done.stdout
+    assert "tokens/s" in done.stdout
+    assert "6/6" in done.stderr

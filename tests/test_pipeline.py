@@ -17,7 +17,8 @@ from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import NAMES, ORDER, PASSES, default_pipeline, pass_by_name
 
 DESIGNED = (
-    "canonicalize resolve-aliases version-mutations infer-gradients find-splits partition recompute rebase-views share-state liveness route"
+    "canonicalize resolve-aliases version-mutations infer-gradients find-splits partition recompute rebase-views share-state"
+    " liveness route place-lanes"
 )
 
 

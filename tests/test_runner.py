@@ -79,7 +79,7 @@ def test_records_and_callback() -> None:
     records = run_passes(program, default_pipeline(), check=True, after=lambda record, p: seen.append((record, p.phase)))
     assert records == [record for record, _ in seen]
     assert [(record.index, record.name) for record in records] == list(enumerate(NAMES))
-    assert [phase for _, phase in seen] == ["traced"] * 5 + ["partitioned"] * 5 + ["linked"]
+    assert [phase for _, phase in seen] == ["traced"] * 5 + ["partitioned"] * 5 + ["linked"] * 2
     assert [record.name for record in records if record.changed] == ["partition", "share-state", "liveness", "route"]
     assert all(record.seconds >= 0 for record in records)
 

@@ -36,7 +36,27 @@ _BY_MODE = """
     }}
   }}"""
 
+_LANES = """program @P phase=linked {{
+  input %x : f32[4]
+  input %y : f32[4]
+  {}  # error: {}
+  stage 0 (%x) -> (%a) {{
+    %a = torch.neg(%x) : f32[4]
+  }}
+  stage 1 (%a) -> (%b) {{
+    %b = torch.neg(%a) : f32[4]
+  }}
+  transfer %x : input -> 0 feed
+  transfer %a : 0 -> 1 send
+  output (%b, 3, %y)
+}}"""
+
 IN_TEXT = {
+    "lane that is no input": _LANES.format("lane %x\n  lane %x", "V25"),
+    "lane that ends in a number": _LANES.format("lane %x -> output 1", "V25"),
+    "lane that ends nowhere": _LANES.format("lane %x -> output 9", "V25"),
+    "two lanes that end in one output": _LANES.format("lane %x -> output 0\n  lane %y -> output 0", "V25"),
+    "lane in other stages": _LANES.format("lane %x -> output 0 stages(0)", "V26"),
     "region value read outside": TRACED.format("""
   extern.f(<0>) {
     region r (%p : f32[4]) {
@@ -536,7 +556,7 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 25)}
+    assert listed == {f"V{n}" for n in range(1, 27)}
     assert listed == in_text | {rule for rule, _ in MUTATED + IN_BACKWARD}
 
 

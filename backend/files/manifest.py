@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec
 from stagecut.backend.files.untrusted import MAX_JSON, SAVE_AGAIN, SavedError, read
 from stagecut.ir.errors import ParseError
 from stagecut.ir.run.call import ABSENT, CallSpec
+from stagecut.ir.run.given import Apart, Given, Outcome
 from stagecut.ir.run.objects import Constant, Opened
 from stagecut.ir.text.parser import parse_literal
 from stagecut.ir.text.printer import tree_text
@@ -263,8 +264,13 @@ def _form(spec: TreeSpec, what: str) -> Node | None:
     # torch uses the function namedtuple as the type of all named tuples
     if spec.type is namedtuple:
         return Node(_name(spec.context), children, fields=list(spec.context._fields))
-    if spec.type in (Opened, Constant):
-        cls = spec.context.cls if spec.type is Opened else type(spec.context)
+    if spec.type in (Outcome, Given):
+        raise SavedError(
+            "forward changes what it is given, or returns it, and no file says how",
+            hint="return new tuples, lists and dicts; call a decoder with use_cache=False",
+        )
+    if spec.type in (Opened, Apart, Constant):
+        cls = type(spec.context) if spec.type is Constant else spec.context.cls
         raise SavedError(
             f"{what} of the model holds a {_name(cls)}, an object that load could not make without code of "
             "its class",

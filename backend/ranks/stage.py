@@ -72,6 +72,20 @@ _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 """Pipe -> its stages whose gradients have been scaled in this step."""
 
 
+def _refuse_changes(pipe: Staged) -> None:
+    """Raises StagecutError where forward changes objects that it is given: a schedule of torch's knows inputs
+    and outputs.
+    """
+    spec = pipe._call_spec
+    if spec is not None and spec.changes:
+        left = pipe.program.output_names[spec.result_leaves :]
+        raise StagecutError(
+            "forward changes what it is given, and no schedule would put that back",
+            where=", ".join([*left[:3], *["..."] * (len(left) > 3)]),
+            hint="return new tuples, lists and dicts; or run the stages in one process",
+        )
+
+
 class BuiltStage(PipelineStage):
     """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
 
@@ -678,6 +692,7 @@ def make_stage(
             f"there is no stage {index!r}",
             hint=f"the pipe has {pipe.num_stages} stages, 0 to {pipe.num_stages - 1}",
         )
+    _refuse_changes(pipe)
     if not dist.is_available() or not dist.is_initialized():
         raise StagecutError(
             "a stage for torch's schedules runs on a process group, and there is none",

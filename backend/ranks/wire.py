@@ -218,7 +218,7 @@ def port(
     if not isinstance(value_type, TensorType):
         raise _cannot_cross(value, f"a {value_type} is no tensor")
     if returned:
-        numbers = [_number(dim, sizes) for dim in value_type.shape]
+        numbers = [number_of(dim, sizes) for dim in value_type.shape]
         shape = tuple(OPEN if number is None else number for number in numbers)
     else:
         shape = tuple(size(dim, sizes, value) for dim in value_type.shape)
@@ -240,7 +240,7 @@ def port(
 
 def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     """The number that a size stands for in this call. Raises StagecutError when it depends on data."""
-    number = _number(dim, sizes)
+    number = number_of(dim, sizes)
     if number is not None:
         return number
     if any(name.startswith("u") for name in _NAME.findall(str(dim))):
@@ -254,13 +254,21 @@ def size(dim: int | str, sizes: Sizes, value: Value) -> int:
     )
 
 
-def _number(dim: int | str, sizes: Sizes) -> int | None:
+def number_of(dim: int | str, sizes: Sizes) -> int | None:
     """The number that a size stands for; None when it depends on data."""
     if isinstance(dim, int):
         return dim
     if dim in sizes:
         return sizes[dim]
     return evaluate(dim, tuple(sorted(sizes.items())))
+
+
+def known_number(value: Value, sizes: Sizes) -> int | None:
+    """The number that a value stands for in a call of these sizes; None for another value."""
+    kind = value.type
+    if not isinstance(kind, ScalarType) or kind.kind != "int" or kind.expr is None:
+        return None
+    return number_of(kind.expr, sizes)
 
 
 def _cannot_cross(value: Value, why: str) -> StagecutError:
@@ -308,12 +316,14 @@ def fed_inputs(program: Program) -> frozenset[Value]:
     }
 
 
-def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
+def boundaries(
+    program: Program, fed: frozenset[Value], left: frozenset[Value] = frozenset()
+) -> list[list[Value]]:
     """Per stage, the values it hands on, in order of definition; for the last one, the values that the model
     returns.
 
     Inputs in `fed` are given to each stage that reads them; the others go to the first stage, which hands
-    them on.
+    them on. Outputs in `left` stay with the stage that makes them.
     """
     last_stage = len(program.stages) - 1
     made_in: dict[Value, int] = {
@@ -326,7 +336,9 @@ def boundaries(program: Program, fed: frozenset[Value]) -> list[list[Value]]:
         }
         needed_in |= dict.fromkeys(stage.inputs, stage.index)
     returned = [
-        value for value in dict.fromkeys(program.output.operands) if value not in fed
+        value
+        for value in dict.fromkeys(program.output.operands)
+        if value not in fed and value not in left
     ]
     needed_in |= dict.fromkeys(returned, last_stage)
     lists = [

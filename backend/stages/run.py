@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from stagecut.backend.stages.modules import Stage
 from stagecut.ir.graph import Block, Program, Value
 
 
@@ -25,7 +24,7 @@ def release_plan(program: Program) -> list[list[Value]]:
 
 def run_stages(
     program: Program,
-    stages: Sequence[Stage],
+    stages: Sequence[Callable[..., Any]],
     plan: list[list[Value]],
     flat: Sequence[Any],
 ) -> tuple[Any, ...]:

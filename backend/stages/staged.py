@@ -77,8 +77,22 @@ class Staged(Named):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Runs all stages in order on the model's own arguments; returns the flat tuple of output leaves.
+        What forward changed in the objects that it was given is changed in the arguments.
 
         Raises StagecutError where a stage is on the meta device and the arguments are not.
+        """
+        spec = self._call_spec
+        results = self.flat_outputs(args, kwargs)
+        if spec is None or not spec.changes:
+            return results
+        spec.unflatten(results, args, kwargs)
+        return results[: spec.result_leaves]
+
+    def flat_outputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """The flat outputs of the program for a call of the model: the leaves of its result, then what it
+        leaves in the objects that it is given, which stay as they are.
         """
         flat = self.flatten(args, kwargs)
         try:

@@ -12,10 +12,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_map
 
 from stagecut.frontend.capture.eager import FORWARDS, EagerPath
-from stagecut.frontend.capture.example import check_example, giving_sizes
+from stagecut.frontend.capture.example import (
+    check_example,
+    giving_sizes,
+    keywords_by_name,
+    shapes_by_name,
+)
 from stagecut.frontend.capture.functions import functions_whole
 from stagecut.frontend.capture.known import KnownValues
 from stagecut.frontend.capture.quiet import quiet_torch
@@ -27,8 +31,13 @@ from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
-from stagecut.ir.run.call import is_size
-from stagecut.ir.run.objects import numbers_and_texts, opening
+from stagecut.ir.run.given import (
+    mapped,
+    opened_arguments,
+    opening,
+    refuse_shared,
+)
+from stagecut.ir.run.objects import numbers_and_texts
 
 MOST_RETRIES = 8
 """How often a capture is tried again with one more class of modules kept whole, before it gives up."""
@@ -71,6 +80,9 @@ def capture(
         except Exception as error:
             raise_ours(error)
             retries.after_failure(error)
+    signature = exported.module_call_graph[0].signature
+    if signature is not None:
+        refuse_shared(signature.out_spec, (args, kwargs))
     leaves.trace_notes += eager.notes
     return exported, leaves
 
@@ -149,15 +161,20 @@ def _export(
             leaves.standing_in(),
             visible(),
             KnownValues(),
-            sizes,
+            keywords_by_name(),
             opening(module),
+            sizes,
             eager.open(),
             watch,
             functions_whole(watch.notes, lambda: shown(user_line())),
             scopes(module),
         ):
             return torch.export.export(
-                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+                module,
+                opened_arguments(args),
+                opened_arguments(kwargs),
+                dynamic_shapes=shapes_by_name(module, dynamic_shapes),
+                strict=False,
             )
 
     return watched(module, export, leaves.paths, leaves.trace_notes)
@@ -234,7 +251,7 @@ def distinct_tensors(tree: Any) -> Any:
         seen.add(id(leaf))
         return leaf
 
-    return tree_map(once, tree, is_leaf=is_size)
+    return mapped(once, tree)
 
 
 def _refusal(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -42,6 +44,48 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+_NESTED = hasattr(import_module("torch.export._trace"), "_combine_args_for_tracing")
+"""True for the torch that has the shapes of keywords without a parameter under the name of `**kwargs`."""
+
+
+@contextmanager
+def keywords_by_name() -> Iterator[None]:
+    """While open, torch.export has dynamic shapes of each keyword argument under its name.
+
+    Before torch 2.14 it goes by two orders, and takes none where forward has keywords that its signature does
+    not name.
+    """
+    if _NESTED:
+        yield
+        return
+
+    def combined(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        named = inspect.signature(module.forward).bind_partial(*args).arguments
+        return {**named, **(kwargs or {})}
+
+    with ExitStack() as stack:
+        for place in ("torch._export.non_strict_utils", "torch.export._trace"):
+            stack.enter_context(patch(f"{place}._combine_args", combined))
+        yield
+
+
+def shapes_by_name(module: torch.nn.Module, shapes: Any) -> Any:
+    """The dynamic shapes of all keyword arguments by name. Those that no parameter names are among them, or
+    under the name of the parameter that takes them, as the version of torch has it.
+    """
+    if not isinstance(shapes, dict):
+        return shapes
+    by_name = dict(shapes)
+    parameters = inspect.signature(module.forward).parameters
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            by_name |= by_name.pop(name, None) or {}
+            if _NESTED and not by_name.keys() <= parameters.keys():
+                others = [key for key in by_name if key not in parameters]
+                by_name[name] = {key: by_name.pop(key) for key in others}
+    return by_name
 
 
 def check_example(

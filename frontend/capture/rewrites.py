@@ -108,6 +108,14 @@ def _into_out(func: Any, args: Any, kwargs: Any) -> Any:
         ) from None
 
 
+_OF_NUMBERS = (torch.tensor, torch.as_tensor)
+"""Functions that make tensors of Python's numbers."""
+
+
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
 _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
@@ -132,6 +140,9 @@ class _DataAsOp(TorchFunctionMode):
         if func == torch.Tensor.data.__set__ and isinstance(args[0], FakeTensor):  # type: ignore[attr-defined]
             _refuse_other_data(*args)
             return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
+        if func in _OF_NUMBERS and _is_meta(kwargs.get("device")):
+            # a tensor made on meta would lose its numbers
+            return func(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
         if kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
         name = getattr(func, "__name__", "")

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.capture.example import giving_sizes
 from stagecut.frontend.capture.quiet import quiet_torch
@@ -37,7 +37,12 @@ from stagecut.frontend.watch.globals import Surroundings
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.ops import facts_of
 from stagecut.ir.run.call import CallSpec
-from stagecut.ir.run.objects import opened
+from stagecut.ir.run.given import (
+    GivenObjects,
+    mapped,
+    opened_arguments,
+    put_in,
+)
 
 MOST_RUNS = {True: 48, False: 12}
 """How often a model is run at most: for real, and on fake tensors."""
@@ -89,7 +94,7 @@ class Example:
         except Exception as error:  # the default of a graph's placeholder
             raise_ours(error)
             return None
-        example = Example(flat, lambda flat: tree_unflatten(list(flat), call.in_spec))
+        example = Example(flat, lambda flat: put_in(flat, call.in_spec))
         example.lists = dict(example._lists_of_tensors())
         return example
 
@@ -216,7 +221,7 @@ class Runs:
     def _prime(self) -> int:
         """The first of PRIMES that divides no size of the model and its inputs, or the last."""
         sizes: set[int] = set()
-        inputs = tree_leaves(self.inputs)
+        inputs = tree_leaves(opened_arguments(self.inputs))
         for leaf in (*self.module.parameters(), *self.module.buffers(), *inputs):
             if isinstance(leaf, torch.Tensor):
                 sizes.update(leaf.shape)
@@ -241,10 +246,11 @@ class Runs:
         try:
             twin = self._twin(longer)
             torch.manual_seed(0)  # each run draws the same
-            args, kwargs = tree_map(self._as_argument, call)
+            args, kwargs = mapped(self._as_argument, call)
+            given = GivenObjects(args, kwargs)
             with giving_sizes(twin, self.inputs), _Steady(), self._around():
                 result = twin(*args, **kwargs)
-            leaves = tree_leaves(opened(result))
+            leaves = tree_leaves(given.outcome(result))
             return [_without_history(leaf) for leaf in leaves]
         except Exception as error:  # whatever the code of a model raises
             raise_ours(error)
@@ -326,7 +332,8 @@ class Runs:
 
 
 def _on_accelerator(module: nn.Module, inputs: Any) -> bool:
-    tensors = (*module.parameters(), *module.buffers(), *tree_leaves(inputs))
+    leaves = tree_leaves(opened_arguments(inputs))
+    tensors = (*module.parameters(), *module.buffers(), *leaves)
     devices = {leaf.device.type for leaf in tensors if isinstance(leaf, torch.Tensor)}
     return not devices <= {"cpu", "meta"}
 

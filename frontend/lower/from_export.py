@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
 from stagecut.frontend.watch.training import switches
 from stagecut.ir.errors import CaptureError
-from stagecut.ir.graph import Effects, Op, Program, StateEntry, Value
+from stagecut.ir.graph import Effects, Lane, Op, Program, StateEntry, Value
+from stagecut.ir.lanes import goes_on
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import ABSENT, CallSpec, parameters_of
 from stagecut.ir.types import TensorType
@@ -67,7 +69,16 @@ def lower_export(
         _reassign(node, env, lowering)
     bindings.call = _call_spec(exported, module)
     program.output_names = bindings.call.output_names()
+    program.lanes = [*_lanes(program, bindings.call)]
     return program, bindings
+
+
+def _lanes(program: Program, call: CallSpec) -> Iterator[Lane]:
+    for place, left in call.lanes().items():
+        given = program.inputs[place]
+        after = program.outputs[left] if left is not None else given
+        if isinstance(after, Value) and goes_on(given, after):
+            yield Lane(given, left)
 
 
 def _learn_modes(

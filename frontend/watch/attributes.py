@@ -25,6 +25,11 @@ _MOST = 2**26
 
 RETURN_IT = "leave lists, dicts and objects that are given as they are: make new ones and return them"
 
+PUT_BACK = (list, dict, deque)
+"""The containers in which the stages leave what forward leaves there, where it was given them. The attributes
+of an object are a dict.
+"""
+
 HOOKS: tuple[str, ...] = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -61,10 +66,10 @@ class Containers:
         for _, contents in self._before.values():
             yield from _parts(contents)
 
-    def changed(self) -> bool:
-        """True when a container holds something else, or in another order."""
+    def changed(self, besides: tuple[type, ...] = ()) -> bool:
+        """True when a container of another class than these holds something else, or in another order."""
         return any(
-            not _holds(container, contents)
+            not isinstance(container, besides) and not _holds(container, contents)
             for container, contents in self._before.values()
         )
 

@@ -26,6 +26,7 @@ from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
 from stagecut.frontend.source import place_of, shown, user_line
 from stagecut.frontend.watch.attributes import (
     HOOKS,
+    PUT_BACK,
     RETURN_IT,
     Containers,
     ModelContainers,
@@ -452,10 +453,10 @@ class TraceWatch:
             self.drew = generator
             if not self._generators.can_be_steered():
                 raise _draw(generator, self._module)
-        if self._arguments.changed():
+        if self._arguments.changed(besides=PUT_BACK):
             raise _Lost(
                 "forward changes a container it is given, and the stages would not",
-                lambda watch: watch._arguments.changed(),
+                lambda watch: watch._arguments.changed(besides=PUT_BACK),
                 where=place_of(type(self._module)),
                 hint=RETURN_IT,
             )

@@ -13,6 +13,7 @@ In every phase
   V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters;
       each yields its results
   V19 the samples of a batch lie along a dim that the input or output has
+  V25 a lane is an input and an output of one dtype, neither of them in another lane
 Until `partitioned`
   V8  a traced program has no stages and no transfers
 From `partitioned` on
@@ -26,6 +27,7 @@ From `linked` on
   V15 every returned value is an input or an output of a stage
   V16 both ends of a boundary list its values in one order; user inputs stand first, returned values as the
       model returns them
+  V26 a lane lists the stages that touch it
 In `differentiated`
   V20 every stage has a backward for its inputs and one for its weights; before, none
   V21 a block of a backward lists what it reads, but for state that the stage holds: saved values, gradients
@@ -61,6 +63,7 @@ from stagecut.ir.graph import (
     literals,
     nested_ops,
 )
+from stagecut.ir.lanes import goes_on, touching
 from stagecut.ir.text.printer import line_printer
 from stagecut.ir.types import TensorType
 
@@ -79,6 +82,7 @@ def _violations(program: Program) -> Iterator[tuple[str, str]]:
     yield from _uses(program)
     yield from _state_names(program)
     yield from _stale_reads(program)
+    yield from _lanes(program)
     if program.phase == "traced":
         if program.stages or program.transfers:
             yield "V8", "a traced program has stages or transfers"
@@ -274,6 +278,33 @@ def _stale_reads(program: Program) -> Iterator[tuple[str, str]]:
         stale.update(op.versions)
 
 
+def _lanes(program: Program) -> Iterator[tuple[str, str]]:
+    count = len(program.outputs)
+    given = Counter(lane.given for lane in program.lanes)
+    left = Counter(lane.left for lane in program.lanes)
+    known = {*program.inputs}
+    for lane in program.lanes:
+        if lane.given not in known or given[lane.given] > 1:
+            yield "V25", f"{lane.given!r} is no input, or in two lanes"
+        if lane.left is None:
+            continue
+        value = program.outputs[lane.left] if lane.left < count else None
+        if left[lane.left] > 1 or not goes_on(lane.given, value):
+            yield (
+                "V25",
+                f"output {lane.left} does not go on where {lane.given!r} was, or is in two lanes",
+            )
+
+
+def _lane_stages(program: Program) -> Iterator[tuple[str, str]]:
+    for lane, stages in touching(program).items():
+        if lane.stages and lane.stages != stages:
+            yield (
+                "V26",
+                f"the lane of {lane.given!r} is in stages {lane.stages}, and stages {stages} touch it",
+            )
+
+
 def _stages(program: Program) -> Iterator[tuple[str, str]]:
     placed: set[Op] = set()
     if program.ops:
@@ -306,6 +337,8 @@ def _linked(program: Program) -> Iterator[tuple[str, str]]:
             needed.setdefault(value, stage.index)
     yield from _transfers(program)
     yield from _port_order(program, homes)
+    if program.lanes and not [*_lanes(program)]:
+        yield from _lane_stages(program)
     yield from _holders(program)
     listed = {value for stage in program.stages for value in stage.outputs} | set(
         program.inputs

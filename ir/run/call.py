@@ -5,12 +5,15 @@ model's structure. Needs torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils._pytree import (
+    GetAttrKey,
     MappingKey,
     TreeSpec,
     keystr,
@@ -23,6 +26,15 @@ from torch.utils._pytree import (
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
+from stagecut.ir.run.given import (
+    Outcome,
+    children,
+    holds_given,
+    opened_arguments,
+    other_attributes,
+    put_together,
+    text_of,
+)
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
@@ -34,6 +46,8 @@ Ranges = Mapping[str, tuple[int | None, int | None]]
 
 _AGAIN = "trace again with such an example input"
 
+
+NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 
 ABSENT = inspect.Parameter.empty
 """Stands for the default of a parameter that has none."""
@@ -57,11 +71,8 @@ class CallSpec:
 
     def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
-        args, kwargs = tuple(args), dict(kwargs)
-        if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
-            args, kwargs = self._rebind(args, kwargs)
-        ordered = {name: kwargs[name] for name in self.keywords}
-        flat, spec = tree_flatten(without_sizes((args, ordered)))
+        args, ordered = self.arranged(args, kwargs)
+        flat, spec = tree_flatten(opened_arguments(without_sizes((args, ordered))))
         if spec != self.in_spec:
             raise InputError(
                 "the arguments are nested otherwise than in the example call: "
@@ -71,24 +82,92 @@ class CallSpec:
                     "mb_kwargs"
                 ),
             )
+        for name, traced, actual in other_attributes(self.in_spec, spec):
+            raise InputError(
+                f"the attribute '{name}' of an argument is {actual!r:.60}, the program was traced with "
+                f"{traced!r:.60}",
+                hint=_AGAIN,
+            )
         return flat
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """The model's own output structure around the flat outputs."""
-        return tree_unflatten(list(outputs), self.out_spec)
+    def arranged(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call by position and by name, as the example call gave them."""
+        args, kwargs = tuple(args), dict(kwargs)
+        if len(args) != len(self.positional) or set(kwargs) != set(self.keywords):
+            args, kwargs = self._rebind(args, kwargs)
+        return args, {name: kwargs[name] for name in self.keywords}
+
+    @property
+    def changes(self) -> bool:
+        """True when forward changes objects or containers that it is given: its last outputs are what it
+        leaves there.
+        """
+        return self.out_spec.type is Outcome
+
+    @cached_property
+    def _needs_arguments(self) -> bool:
+        """True when the result holds objects that forward was given, or forward changes them."""
+        return holds_given(self.out_spec)
+
+    @property
+    def result_leaves(self) -> int:
+        """The number of flat outputs that are in the result; the others are what forward leaves in what it is
+        given.
+        """
+        result = children(self.out_spec)[0] if self.changes else self.out_spec
+        return result.num_leaves
+
+    def unflatten(
+        self,
+        outputs: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = NO_NAMES,
+    ) -> Any:
+        """The model's own output structure around the flat outputs. What forward changed in the objects that
+        it was given is changed in those of this call.
+        """
+        if not self._needs_arguments:
+            return tree_unflatten(list(outputs), self.out_spec)
+        return put_together(outputs, self.out_spec, self.arranged(args, kwargs))
 
     def output_names(self) -> tuple[str, ...]:
         """The place of each output in the model's result: `logits`, `hidden[1]`. Empty where that is not
         known, or where the result is a bare tensor.
         """
         try:
-            paths = tree_flatten_with_path(
-                opened(self.unflatten([torch.empty(0)] * self.out_spec.num_leaves))
-            )[0]
+            leaves = [torch.empty(0)] * self.out_spec.num_leaves
+            tree = tree_unflatten(leaves, self.out_spec)
+            if isinstance(tree, Outcome):
+                return (*_leaf_names(tree.result), *self._names_of_changes(tree))
+            return _leaf_names(tree)
         except Exception as error:  # the user's own class, made of empty tensors
             raise_ours(error)
             return ()
-        return tuple(_path_text(path) for path, _ in paths)
+
+    def _names_of_changes(self, outcome: Outcome) -> Iterator[str]:
+        for change in outcome.changes:
+            for key, part in zip(change.places, change.parts, strict=True):
+                for path, _ in tree_flatten_with_path(opened(part, every=True))[0]:
+                    yield text_of((*change.path, key, *_keys(path)), self.positional)
+
+    def lanes(self) -> dict[int, int | None]:
+        """Flat input that is in an object which forward is given -> the flat output that stands in its place
+        afterwards, None where it stays.
+        """
+        spec = self.in_spec
+        outputs = {name: place for place, name in enumerate(self.output_names())}
+        if not self.changes:
+            outputs = {}
+        lanes: dict[int, int | None] = {}
+        tree = tree_unflatten(range(spec.num_leaves), spec)
+        for path, place in tree_flatten_with_path(tree)[0]:
+            if any(isinstance(key, GetAttrKey) for key in path):
+                name = text_of(_keys(path), self.positional)
+                left = outputs.get(name, -1)
+                lanes[place] = left if left >= self.result_leaves else None
+        return lanes
 
     def _rebind(
         self, args: Sequence[Any], kwargs: dict[str, Any]
@@ -138,21 +217,35 @@ class CallSpec:
                 )
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        by_position, by_name = _children(self.in_spec)
+        by_position, by_name = children(self.in_spec)
         names = [*self.positional, *self.keywords]
         values = [*args, *kwargs.values()]
-        specs = [*_children(by_position), *_children(by_name)]
+        specs = [*children(by_position), *children(by_name)]
         for name, value, spec in zip(names, values, specs, strict=True):
-            if tree_flatten(without_sizes(value))[1] != spec:
+            actual = tree_flatten(opened_arguments(without_sizes(value)))[1]
+            if actual != spec:
                 return f"argument '{name}' has another structure"
         return "the nesting differs"
 
 
-def _children(spec: Any) -> Sequence[Any]:
-    """The specs of the parts of a structure: a method in later versions of torch, an attribute in earlier."""
-    if callable(getattr(spec, "children", None)):
-        return list(spec.children())
-    return list(spec.children_specs)
+def _leaf_names(tree: Any) -> tuple[str, ...]:
+    paths = tree_flatten_with_path(opened(tree))[0]
+    return tuple(_path_text(path) for path, _ in paths)
+
+
+def _keys(path: Sequence[Any]) -> tuple[Any, ...]:
+    """The keys of a path in a pytree as Python has them: names of attributes, keys, indices."""
+    return tuple(
+        next(
+            (
+                getattr(key, name)
+                for name in ("name", "key", "idx")
+                if hasattr(key, name)
+            ),
+            str(key),
+        )
+        for key in path
+    )
 
 
 def _path_text(path: Sequence[Any]) -> str:
@@ -210,7 +303,7 @@ def check_inputs(
         elif isinstance(value.type, ScalarType) and (
             value.type.expr is not None or value.type == NONE
         ):
-            _check_scalar(value.hint, value.type, argument)
+            _check_scalar(value.hint, value.type, argument, sizes)
     return _check_sizes(sizes, ranges or {})
 
 
@@ -300,15 +393,23 @@ def _check_derived(
     return {str(symbol): number for symbol, number in numbers.items()}
 
 
-def _check_scalar(name: str, scalar_type: ScalarType, argument: Any) -> None:
+def _check_scalar(
+    name: str,
+    scalar_type: ScalarType,
+    argument: Any,
+    sizes: dict[str, tuple[str, int]],
+) -> None:
+    """`sizes` gains the number, where it is one that varies: it has a symbol as a size has."""
     kind, expr = scalar_type.kind, scalar_type.expr
     if kind == "none" and argument is None:
         return
     if kind in ("int", "float", "bool", "str", "complex") and repr(argument) == expr:
         return
     is_fixed = (expr or "").lstrip("-").isdigit()
-    if kind == "int" and not is_fixed and isinstance(argument, int):
-        return
+    if kind == "int" and expr is not None and not is_fixed and type(argument) is int:
+        _, known = sizes.setdefault(expr, (name, argument))
+        if known == argument:
+            return
     raise InputError(
         f"input '{name}' is {argument!r}, but the program was specialised to {expr or kind}",
         hint="trace again with this value; a tensor stays variable, a Python scalar does not",

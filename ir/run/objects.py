@@ -11,11 +11,16 @@ an enum, becomes a `Constant`: a node without children.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -30,8 +35,8 @@ from torch.utils._pytree import (
 
 from stagecut.ir.errors import without_addresses
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_DATA = (torch.Tensor, *_SYMBOLIC, int, float, bool, str, type(None))
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_DATA = (torch.Tensor, *SYMBOLIC, int, float, bool, str, type(None))
 """The types that a trace can return."""
 _WITHOUT_PARTS = (
     *_DATA,
@@ -46,7 +51,7 @@ _CLOSED = (*_WITHOUT_PARTS, tuple, list, dict, set, frozenset)
 """Objects of these types are no containers of attributes."""
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
-_CONSTANT = (
+CONSTANT = (
     Enum,
     complex,
     bytes,
@@ -58,6 +63,9 @@ _CONSTANT = (
 """Types that no trace can return, whose values are the same in each call that follows the trace, and on every
 device.
 """
+
+
+_NOTHING: Mapping[int, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ class Constant:
     value: Any
 
 
-def _together(parts: Iterable[Any], shape: Shape) -> Any:
+def together(parts: Iterable[Any], shape: Shape) -> Any:
+    """An object of that shape with these parts."""
     instance = _blank(shape.cls)
     for name, value in shape.others.items():
         own = copy.copy(value) if isinstance(value, _CONTAINERS) else value
@@ -107,7 +116,7 @@ def _with_keys(node: Opened) -> tuple[list[tuple[Any, Any]], Any]:
 register_pytree_node(
     Opened,
     lambda node: (list(node.parts), node.shape),
-    _together,
+    together,
     serialized_type_name="stagecut.ir.run.objects.Opened",
     flatten_with_keys_fn=_with_keys,
 )
@@ -120,37 +129,71 @@ register_pytree_node(
 )
 
 
-class _Closed(Exception):
+class Closed(Exception):
     """An object is reached from its own attributes, or one without tensors holds a size that varies."""
 
 
-def opened(tree: Any) -> Any:
+@dataclass(frozen=True)
+class _How:
+    """How a tree is opened. given: id of a part -> what stands in its place. every: objects without tensors
+    are opened too. devices: a device is a constant.
+    """
+
+    given: Mapping[int, Any]
+    every: bool
+    devices: bool
+
+    def is_constant(self, leaf: Any) -> bool:
+        """True for a value that is put together as it is."""
+        return is_constant(leaf) or (self.devices and isinstance(leaf, torch.device))
+
+    def is_given(self, part: Any) -> bool:
+        """True for a part that something else stands for."""
+        return id(part) in self.given
+
+    def each(self, tree: Any, open_leaf: Callable[[Any], Any]) -> Any:
+        """`tree` with what stands for the parts that are given, and with every other leaf opened."""
+        if not self.given:
+            return tree_map(open_leaf, tree)
+        return tree_map(
+            lambda leaf: (
+                self.given[id(leaf)] if self.is_given(leaf) else open_leaf(leaf)
+            ),
+            tree,
+            is_leaf=self.is_given,
+        )
+
+
+def opened(tree: Any, given: Mapping[int, Any] = _NOTHING, every: bool = False) -> Any:
     """`tree` with an `Opened` in the place of every object that holds tensors and that torch takes for a
-    leaf, and a `Constant` in the place of every value that never changes.
+    leaf, and a `Constant` in the place of every value that never changes. With `every`, objects without
+    tensors are opened as well, and devices are constants. `given` says what stands for some parts, by their
+    ids.
 
     Some objects stay leaves: one that holds itself, one that has slots, one that holds another object without
     tensors but with a size that varies, and one that holds a tensor in one container with an object that no
     trace can return.
     """
-    return tree_map(_opened_if_it_can_be, tree)
+    how = _How(given, every, devices=every)
+    return how.each(tree, lambda leaf: _opened_if_it_can_be(leaf, how))
 
 
-def _opened_if_it_can_be(leaf: Any) -> Any:
-    if _is_constant(leaf):
+def _opened_if_it_can_be(leaf: Any, how: _How) -> Any:
+    if how.is_constant(leaf):
         return Constant(leaf)
     try:
-        return _open(leaf, ())
-    except _Closed:
+        return _open(leaf, (), how)
+    except Closed:
         return leaf
 
 
-def _is_constant(leaf: Any) -> bool:
+def is_constant(leaf: Any) -> bool:
     if isinstance(leaf, (set, frozenset)):
         return all(
-            isinstance(member, _CONSTANT) or member is None or type(member) in _PLAIN
+            isinstance(member, CONSTANT) or member is None or type(member) in _PLAIN
             for member in leaf
         )
-    return isinstance(leaf, _CONSTANT)
+    return isinstance(leaf, CONSTANT)
 
 
 def _blank(cls: type) -> Any:
@@ -162,7 +205,7 @@ def _blank(cls: type) -> Any:
     return object.__new__(cls)
 
 
-def _has_only_attributes(leaf: Any) -> bool:
+def has_only_attributes(leaf: Any) -> bool:
     """True when an object is its class and its `__dict__`, and nothing besides."""
     if (
         isinstance(leaf, _CLOSED)
@@ -177,38 +220,39 @@ def _has_only_attributes(leaf: Any) -> bool:
     return True
 
 
-def _open(leaf: Any, around: tuple[Any, ...], without_tensors: bool = False) -> Any:
-    """The object as `Opened`. An object without tensors, and a constant, stay as they are, unless
-    `without_tensors` asks for them too. `around` are the objects that it is an attribute of.
+def _open(leaf: Any, around: tuple[Any, ...], how: _How) -> Any:
+    """The object as `Opened`. Unless all are opened, an object without tensors, and a constant, stay as they
+    are. `around` are the objects that it is an attribute of.
     """
-    if without_tensors and _is_constant(leaf):
+    if how.every and how.is_constant(leaf):
         return Constant(leaf)
-    if not _has_only_attributes(leaf):
+    if not has_only_attributes(leaf):
         return leaf
     if any(leaf is owner for owner in around):
-        raise _Closed
+        raise Closed
     parts = {
-        name: _opened_attribute(value, (*around, leaf))
+        name: _opened_attribute(value, (*around, leaf), how)
         for name, value in vars(leaf).items()
     }
     row = [*parts.values()]
-    if not without_tensors and not _holds(row, torch.Tensor):
-        if _holds(row, _SYMBOLIC):
-            raise _Closed
+    if not how.every and not _holds(row, torch.Tensor):
+        if _holds(row, SYMBOLIC):
+            raise Closed
         return leaf
     data = {name: part for name, part in parts.items() if _is_data(part)}
     others = {name: value for name, value in vars(leaf).items() if name not in data}
     return Opened(Shape(type(leaf), tuple(data), others), tuple(data.values()))
 
 
-def _opened_attribute(value: Any, around: tuple[Any, ...]) -> Any:
-    """The value of an attribute, opened. If a tensor is in it, all of it is opened, or _Closed is raised."""
-    part = tree_map(lambda leaf: _open(leaf, around), value)
+def _opened_attribute(value: Any, around: tuple[Any, ...], how: _How) -> Any:
+    """The value of an attribute, opened. If a tensor is in it, all of it is opened, or Closed is raised."""
+    part = how.each(value, lambda leaf: _open(leaf, around, how))
     if _is_data(part) or not _holds(part, torch.Tensor):
         return part
-    part = tree_map(lambda leaf: _open(leaf, around, without_tensors=True), value)
+    every = replace(how, every=True)
+    part = every.each(value, lambda leaf: _open(leaf, around, every))
     if not _is_data(part):
-        raise _Closed
+        raise Closed
     return part
 
 
@@ -266,18 +310,3 @@ def _parts(thing: Any) -> Iterable[Any]:
     ]
     attributes = getattr(thing, "__dict__", {})
     return [*(getattr(thing, name, None) for name in slots), *attributes.values()]
-
-
-@contextmanager
-def opening(module: torch.nn.Module) -> Iterator[None]:
-    """While open, `module` returns its result `opened`."""
-    hook = module.register_forward_hook(_Hook())
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-class _Hook:
-    def __call__(self, module: torch.nn.Module, args: Any, result: Any) -> Any:
-        return opened(result)

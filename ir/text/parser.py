@@ -22,6 +22,7 @@ from stagecut.ir.graph import (
     Context,
     Effects,
     Frame,
+    Lane,
     Loc,
     Mode,
     Op,
@@ -226,6 +227,8 @@ class _Parser:
             self._define(name, program.add_input(self._type(), name))
         elif self._accept("state"):
             self._state()
+        elif self._accept("lane"):
+            self._lane()
         elif self._accept("stage"):
             self._stage()
         elif self._accept("transfer"):
@@ -271,6 +274,16 @@ class _Parser:
                 self._fail(f"state '{name}' is defined twice", start)
             self._states[name] = entry
         self._program.state.append(entry)
+
+    def _lane(self) -> None:
+        lane = Lane(self._value())
+        if self._accept("->"):
+            self._expect("output")
+            lane.left = self._int()
+        if self._accept("stages"):
+            self._expect("(")
+            lane.stages = tuple(self._list(self._int))
+        self._program.lanes.append(lane)
 
     def _word_among(self, words: tuple[str, ...], what: str) -> str:
         word = self._need(_WORD, f"a {what}")

@@ -18,6 +18,7 @@ from stagecut.ir.graph import (
     Block,
     Context,
     Kind,
+    Lane,
     Mode,
     Namer,
     Op,
@@ -166,6 +167,8 @@ class Printer:
         for value in self._program.inputs:
             yield f"input {self._typed(value)}"
         yield from self._state(self._program.state)
+        for lane in self._program.lanes:
+            yield self._lane(lane)
 
     def _tail(self) -> Iterator[str]:
         """The lines of the program after its ops."""
@@ -308,6 +311,15 @@ class Printer:
             stages = ", ".join(map(str, transfer.via))
             line += f"({stages})"
         nbytes = value_bytes(transfer.value.type)
+        return f"{line}  # {size_text(nbytes)}"
+
+    def _lane(self, lane: Lane) -> str:
+        line = f"lane {self.names[lane.given]}"
+        if lane.left is not None:
+            line += f" -> output {lane.left}"
+        if lane.stages:
+            line += f" stages({', '.join(map(str, lane.stages))})"
+        nbytes = value_bytes(lane.given.type)
         return f"{line}  # {size_text(nbytes)}"
 
     def _op(self, op: Op, indent: str) -> Iterator[str]:

@@ -18,7 +18,8 @@ from zoo.models import Architecture
 
 from stagecut import ModeError, Pipe, SplitPoint, pipeline
 from stagecut.ir.errors import SplitError, VerifyError
-from stagecut.ir.run.objects import opened, opening
+from stagecut.ir.run.given import opening
+from stagecut.ir.run.objects import opened
 
 NEAR = Near(gradients=1e-6, others=1e-6, least=0.0, strides=False, gradient_strides=False)
 ELSEWHERE = ("random state", "aliases", "input", "parameter", "gradient of input")

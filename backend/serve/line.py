@@ -1,0 +1,116 @@
+"""The line of ranks: what goes from each to the next, in one message a call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stagecut.backend.ranks.wire import Port
+from stagecut.ir.graph import Value
+
+ALIGNED = 16
+"""Tensors begin at multiples of so many bytes in a message."""
+
+MOST_ON_THE_WAY = 8
+"""Messages that are sent before the oldest of them must have arrived."""
+
+TAGS = 2**15
+"""Messages are told apart by a number below this, where the backend knows tags: it may deliver what is under
+one tag in another order than it was sent.
+"""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The place of this process: it runs the stage of its rank in `group`, on `device`."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """The rank, which is the number of the stage."""
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks, which is that of the stages."""
+        return dist.get_world_size(self.group)
+
+
+class Line:
+    """The connections of a rank with the one before and the one behind, for all its programs."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self._tagged = "gloo" in str(dist.get_backend_config(seat.group))
+        self._received = 0
+        self._sent = 0
+        self._on_the_way: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def receive(self, ports: Sequence[Port]) -> dict[Value, Any]:
+        """The values of the next message from the rank before."""
+        seat = self._seat
+        offsets, size = _layout(ports)
+        message = torch.empty(size, dtype=torch.uint8, device=seat.device)
+        tag = self._tag(self._received)
+        self._received += 1
+        dist.recv(message, group=seat.group, group_src=seat.rank - 1, tag=tag)
+        values: dict[Value, Any] = {}
+        for p, offset in zip(ports, offsets, strict=True):
+            part = message[offset : offset + _bytes(p)].view(p.wire_dtype)
+            values[p.value] = p.unpack(part.view(p.wire_shape))
+        return values
+
+    def send(self, ports: Sequence[Port], values: Mapping[Value, Any]) -> None:
+        """The rank behind gets these values, when it comes to receive them."""
+        seat = self._seat
+        offsets, size = _layout(ports)
+        message = torch.empty(size, dtype=torch.uint8, device=seat.device)
+        for p, offset in zip(ports, offsets, strict=True):
+            packed = p.pack(values[p.value], seat.device)
+            part = message[offset : offset + _bytes(p)].view(p.wire_dtype)
+            part.view(p.wire_shape).copy_(packed)
+        tag = self._tag(self._sent)
+        self._sent += 1
+        to = seat.rank + 1
+        work = dist.isend(message, group=seat.group, group_dst=to, tag=tag)
+        # with the message, which must live until then
+        self._on_the_way.append((work, message))
+        while len(self._on_the_way) > MOST_ON_THE_WAY:
+            arrived(self._on_the_way.popleft()[0])
+
+    def finish(self) -> None:
+        """All that was sent has arrived."""
+        while self._on_the_way:
+            arrived(self._on_the_way.popleft()[0])
+
+    def _tag(self, number: int) -> int:
+        return number % TAGS if self._tagged else 0
+
+
+def arrived(work: Any) -> None:
+    """A message has arrived. Raises a DistError where a connection is broken: another rank is to blame."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise dist.DistNetworkError(str(error)) from None
+
+
+def _bytes(p: Port) -> int:
+    return torch.Size(p.wire_shape).numel() * p.wire_dtype.itemsize
+
+
+def _layout(ports: Sequence[Port]) -> tuple[list[int], int]:
+    """The places of the tensors in a message, and its size, at least one byte."""
+    offsets: list[int] = []
+    end = 0
+    for p in ports:
+        offsets.append(end)
+        end += -(-_bytes(p) // ALIGNED) * ALIGNED
+    return offsets, max(1, end)

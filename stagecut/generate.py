@@ -1,0 +1,322 @@
+"""Any decoder generates through stages: `Generator`.
+
+The loop is that of the model's own `generate`: it prepares masks and positions, processes logits, chooses
+tokens and decides when to stop. Only the calls of the model in it are other ones: they run programs that were
+cut into stages. On several ranks, every rank runs the loop. The last rank has the logits and chooses; the
+others hear which tokens it chose, and choose the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stagecut.backend.costs.balance import Balanced
+from stagecut.backend.costs.setting import Setting
+from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.serve.line import Seat
+from stagecut.backend.serve.tokens import MOST_LANES, Tokens
+from stagecut.backend.serve.turns import Turns
+from stagecut.backend.tables import table
+from stagecut.frontend.markers import SplitPoint
+from stagecut.frontend.source import place_of
+from stagecut.ir.errors import InputError
+from stagecut.ir.text.printer import size_text
+from stagecut.ir.types import value_bytes
+from stagecut.pipe import Pipe
+from stagecut.programs import Fit, Programs, Source
+
+
+class Generator:
+    """A decoder that is cut into stages once for each kind of call, and generates through them.
+
+    Arguments
+    ---------
+    model: a model with the `generate` of transformers, in eval mode. Its tensors are those of the stages.
+    stages, split_spec, split_policy: where to cut, as for `pipeline`; `stages` defaults to the ranks of the
+        group. What is searched is moved to the nearest module in a list of modules, such as `layers.4`,
+        because all programs are cut at the same places.
+    group: the ranks that run a stage each, in the order of the stages. None runs all stages in this process.
+    device: where the stages of this process run, and their part of every cache; the model's own by default.
+    lanes: how many requests of `generate_all` are in flight together. Each has a cache of its own.
+    max_length: the most tokens of a prompt and what follows it.
+    checkpoint, init_fn: for a model on the meta device, where its weights come from, as for
+        `Pipe.materialize`: each rank reads those of its stage. `init_fn` is the model's own by default.
+    compile, cuda_graphs: decode steps with a static cache are compiled, and captured in CUDA graphs, one for
+        each cache: a cache of your own that you `reset()` keeps its graph from request to request.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: int | None = None,
+        split_spec: Mapping[str, SplitPoint] | None = None,
+        split_policy: Callable[..., Any] | None = None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        lanes: int = 1,
+        max_length: int | None = None,
+        checkpoint: str | Path | None = None,
+        init_fn: Callable[[nn.Module], Any] | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
+        _refuse_other_models(model)
+        _refuse_wishes(stages, split_spec, split_policy, group)
+        self._model = model
+        self.max_length = max_length
+        if not 1 <= lanes <= MOST_LANES:
+            raise InputError(f"lanes={lanes!r}", hint=f"1 to {MOST_LANES}")
+        own = next(model.parameters()).device
+        self.device = own if device is None else torch.device(device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise InputError(
+                f"cuda_graphs=True, and the stages run on {self.device}",
+                hint="leave it away, or device='cuda'",
+            )
+        if self.device.type == "meta":
+            raise InputError(
+                "the model is on the meta device, which computes nothing",
+                hint='Generator(model, device="cuda" or "cpu", checkpoint=FOLDER)',
+            )
+        self._seat = None if group is None else Seat(group, self.device)
+        self._faults = None
+        if group is not None:
+            self._faults = Faults(group, range(dist.get_world_size(group)))
+            stages = stages or dist.get_world_size(group)
+        policy: Any = split_policy
+        if split_spec is None and policy is None:
+            setting = Setting(training=False, n_microbatches=1)
+            policy = Balanced(stages, setting, budget=math.inf)
+        source = Source(checkpoint, init_fn or getattr(model, "_init_weights", None))
+        self._programs = Programs(
+            model,
+            split_spec,
+            policy,
+            self._seat,
+            self.device,
+            source,
+            compile,
+            cuda_graphs,
+        )
+        self._turns = Turns(self.device)
+        self.lanes = lanes
+        self._tokens: Tokens | None = None
+        if self._seat is not None:
+            vocabulary = _vocabulary(model)
+            self._tokens = Tokens(self._seat, vocabulary, self._turns.pass_on)
+        self._served = _served(model, self)
+
+    @property
+    def pipes(self) -> list[Pipe]:
+        """A pipe for each kind of call so far, the latest first: prefills, decode steps."""
+        return self._programs.pipes
+
+    @property
+    def split_spec(self) -> dict[str, SplitPoint] | None:
+        """The places of the cuts; None before the first call where they are searched."""
+        return self._programs.spec
+
+    def report(self) -> str:
+        """A table of what each stage holds: its parameters and buffers, and its part of the cache of one
+        request. It is empty before the first call.
+        """
+        rows = [("stage", "weights", "cache of a request")]
+        cache = self._programs.cache_bytes()
+        for pipe in self.pipes[:1]:
+            for block in pipe.program.stages:
+                weights = sum(value_bytes(entry.type) or 0 for entry in block.state)
+                size = size_text(cache.get(block.index, 0))
+                rows.append((str(block.index), size_text(weights), size))
+        return table(rows) if rows[1:] else ""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as `model.generate` with the same arguments; on every rank the same tokens.
+
+        On several ranks every rank calls it alike. There, greedy decoding and sampling are known, and scores
+        and logits in the result are those of the last rank only.
+        """
+        model: Any = self._served
+        if self._faults is None:
+            return model.generate(*args, **kwargs)
+        with self._faults.together((InputError,)):
+            result = model.generate(*args, **kwargs)
+            self._finish()
+            return result
+
+    def generate_all(
+        self, requests: Iterable[Mapping[str, Any]], seeds: Sequence[int] = ()
+    ) -> list[Any]:
+        """The results of several requests, each the keyword arguments of one call of `generate`.
+
+        Up to `lanes` of them are in flight together, so that all stages have work. One that ends makes room
+        for the next. A request with a seed in `seeds` gives the tokens that it gives alone after
+        `torch.manual_seed`.
+        """
+        pending = deque(enumerate(requests))
+        results: list[Any] = [None] * len(pending)
+        model: Any = self._served
+
+        def lane() -> None:
+            while pending:
+                place, request = pending.popleft()
+                if place < len(seeds):
+                    torch.manual_seed(seeds[place])
+                results[place] = model.generate(**request)
+
+        if self._faults is None:
+            lane()
+            return results
+        with self._faults.together((InputError,)):
+            self._turns.run([lane] * min(self.lanes, len(pending)))
+            self._finish()
+        return results
+
+    def _finish(self) -> None:
+        self._programs.finish()
+        if self._tokens is not None:
+            self._tokens.finish()
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the model in the loop."""
+        if args:
+            raise InputError(
+                "the model is called with positional arguments in generate"
+            )
+        if self._tokens is not None:
+            self._tokens.before_call()
+        given = {name: part for name, part in kwargs.items() if part is not None}
+        fit = self._programs.fitting(given)
+        with torch.no_grad():
+            result = fit.run(given)
+        return self._with_logits(result, fit)
+
+    def _with_logits(self, result: Any, fit: Fit) -> Any:
+        """The result; where the logits are on another rank, with those by which its tokens are chosen."""
+        if self._tokens is None or self._tokens.chooses:
+            return result
+        rows = int(result.logits.shape[0])
+        result.logits = self._tokens.as_logits(rows)
+        return result
+
+    def checked(self, criteria: Any) -> Any:
+        """Stopping criteria that say the same on all ranks."""
+        if self._tokens is None:
+            return criteria
+        kind: Any = type(criteria)
+        tokens = self._tokens
+
+        def tell(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
+            done = kind.__call__(this, input_ids, scores, **more)
+            tokens.tell(input_ids[:, -1], done)
+            return done
+
+        def hear(_: Any, input_ids: torch.Tensor, *__: Any, **___: Any) -> Any:
+            assert tokens.done is not None
+            return tokens.done.to(input_ids.device)
+
+        call = tell if tokens.chooses else hear
+        criteria.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+        return criteria
+
+    def check(self, config: Any, length: int) -> None:
+        """Returns for a request that can be served; raises InputError for another one."""
+        longest = self.max_length
+        if longest is not None and config.max_length > longest:
+            raise InputError(
+                f"a prompt of {length} tokens and what follows it are up to {config.max_length} tokens, and "
+                f"the generator was made for {longest}",
+                hint="a shorter prompt, fewer max_new_tokens, or Generator(max_length=)",
+            )
+        if self._seat is None:
+            return
+        for name, plain in _PLAIN.items():
+            if getattr(config, name, plain) not in (plain, None):
+                raise InputError(
+                    f"{name}={getattr(config, name)!r} needs the logits on every rank, and only the last "
+                    "has them",
+                    hint="greedy decoding or sampling; or a generator in one process",
+                )
+
+
+_PLAIN = {"num_beams": 1, "penalty_alpha": None, "prompt_lookup_num_tokens": None}
+"""Options of `generate` that choose another loop than greedy decoding or sampling -> the value that does not.
+"""
+
+
+def _refuse_other_models(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
+        raise InputError(
+            f"{type(model).__name__} has no generate()",
+            hint="a model of transformers for generation, such as AutoModelForCausalLM makes",
+        )
+    if model.training:
+        raise InputError(
+            f"{type(model).__name__} is in train mode",
+            where=place_of(type(model)),
+            hint="model.eval()",
+        )
+
+
+def _refuse_wishes(stages: Any, spec: Any, policy: Any, group: Any) -> None:
+    wishes = {"stages": stages, "split_spec": spec, "split_policy": policy}
+    names = [f"{name}=" for name, wish in wishes.items() if wish is not None]
+    if len(names) > 1:
+        raise InputError(
+            f"{' and '.join(names)} both say where to cut", hint="give one of them"
+        )
+    if not names and group is None:
+        raise InputError(
+            "nothing says where to cut",
+            hint='stages=2, or split_spec={"model.layers.4": SplitPoint.BEGINNING}',
+        )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True)
+    return int(text.vocab_size)
+
+
+def _served(model: nn.Module, generator: Generator) -> nn.Module:
+    """`model` as its own `generate` sees it, with calls that go to `generator`."""
+    kind: Any = type(model)
+
+    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return generator.call(*args, **kwargs)
+
+    def criteria(this: Any, *args: Any, **kwargs: Any) -> Any:
+        return generator.checked(kind._get_stopping_criteria(this, *args, **kwargs))
+
+    def processor(this: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = kind._get_logits_processor(this, *args, **kwargs)
+        tokens = generator._tokens
+        return processors if tokens is None or tokens.chooses else type(processors)()
+
+    def length(this: Any, *args: Any, **kwargs: Any) -> Any:
+        config = kind._prepare_generated_length(this, *args, **kwargs)
+        generator.check(config, kwargs["input_ids_length"])
+        return config
+
+    def no_compile(*_: Any, **__: Any) -> bool:
+        return False
+
+    methods: dict[str, Any] = {
+        "device": property(lambda _: generator.device),
+        "__call__": call,
+        "_get_stopping_criteria": criteria,
+        "_get_logits_processor": processor,
+        "_prepare_generated_length": length,
+        "_valid_auto_compile_criteria": no_compile,
+    }
+    served = copy.copy(model)
+    object.__setattr__(served, "__class__", type(kind.__name__, (kind,), methods))
+    return served

@@ -1,0 +1,340 @@
+"""generate: decoders generate through stages as they do without, in one process and on ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from cluster.matrix import on_ranks
+from helpers import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_faults import outcomes
+from test_given import Tower, X, assert_alike, tower_state
+from torch import nn
+
+from stagecut import Generator, InputError, SplitError, SplitPoint
+from stagecut.ir.text.printer import size_text
+from stagecut.programs import Programs, beginnings_near
+
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "eos_token_id": 7}
+
+
+def _llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=3, **SIZE))
+
+
+def _sliding() -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(num_hidden_layers=3, sliding_window=8, **SIZE))
+
+
+def _mamba() -> Any:
+    config = transformers.MambaConfig(num_hidden_layers=3, hidden_size=32, vocab_size=64, state_size=4)
+    return transformers.MambaForCausalLM(config)
+
+
+def _t5() -> Any:
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, decoder_start_token_id=0, **size))
+
+
+def made(make: Callable[[], Any]) -> Any:
+    """A model whose tokens differ from step to step."""
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def prompts(length: int = 6) -> dict[str, torch.Tensor]:
+    """Three prompts, two of them padded on the left."""
+    torch.manual_seed(1)
+    ids = torch.randint(8, 64, (3, length))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    mask[1, :1] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def tokens(run: Any, *, length: int = 6, new: int = 12, **options: Any) -> torch.Tensor:
+    """What `run.generate` returns, from a fixed random state."""
+    torch.manual_seed(5)
+    found: torch.Tensor = run.generate(**prompts(length), max_new_tokens=new, pad_token_id=0, **options)
+    return found
+
+
+def assert_equal_tokens(model: Any, generator: Generator, **options: Any) -> None:
+    """Greedy and sampled."""
+    seen: set[int] = set()
+    for way in (GREEDY, SAMPLED):
+        expected = tokens(model, **way, **options)
+        assert torch.equal(tokens(generator, **way, **options), expected)
+        seen.update(expected[:, -6:].flatten().tolist())
+    assert len(seen) > 3, "the tokens tell nothing apart"
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[Any, Generator]:
+    """A model, and its generator."""
+    model = made(_llama)
+    return model, Generator(model, stages=2)
+
+
+# --- in one process ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "programs"),
+    [
+        (_llama, {"cache_implementation": "static"}, 2),
+        (_sliding, {}, 4),
+        (_mamba, {}, 2),
+        (_t5, {}, 4),
+    ],
+    ids=["static", "sliding", "mamba", "t5"],
+)
+def test_tokens_are_those_of_the_model(make: Any, options: dict[str, Any], programs: int) -> None:
+    model = made(make)
+    generator = Generator(model, stages=2)
+    assert_equal_tokens(model, generator, **options)
+    assert len(generator.pipes) == programs
+    assert all(pipe.num_stages == 2 for pipe in generator.pipes)
+
+
+def test_one_set_of_weights_and_one_place_of_cuts(llama: tuple[Any, Generator]) -> None:
+    model, generator = llama
+    assert_equal_tokens(model, generator)
+    assert len(generator.pipes) == 3
+    assert generator.split_spec is not None
+    assert len(generator.split_spec) == 1
+    names = [[{*stage.state_dict()} for stage in pipe.stages] for pipe in generator.pipes]
+    assert names[0] == names[1] == names[2]
+    weight = model.model.layers[1].mlp.up_proj.weight
+    for pipe in generator.pipes:
+        assert pipe.get_parameter("model.layers.1.mlp.up_proj.weight") is weight
+
+
+def test_other_lengths_and_batches_need_few_programs(llama: tuple[Any, Generator]) -> None:
+    model, generator = llama
+    tokens(generator)
+    for length in (9, 4, 12):
+        assert torch.equal(tokens(generator, length=length, new=5), tokens(model, length=length, new=5))
+    assert len(generator.pipes) == 4
+
+
+def test_the_report_says_what_a_request_costs() -> None:
+    model = made(_llama)
+    generator = Generator(model, split_spec={"model.layers.2": SplitPoint.BEGINNING})
+    assert generator.report() == ""
+    tokens(generator, new=10, cache_implementation="static")
+    lines = [line.split() for line in generator.report().splitlines()]
+    assert lines[0][:2] == ["stage", "weights"]
+    layer = 2 * 3 * 2 * 15 * 8 * 4 + 8  # keys and values of 3 rows, 2 heads, 15 positions, and a counter
+    assert [" ".join(line[-2:]) for line in lines[1:]] == [size_text(2 * layer), size_text(layer)]
+
+
+def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Generator]) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    def few(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 9)
+
+    results = []
+    for run in llama:
+        streamer = Streamer()
+        one = {name: tensor[2:] for name, tensor in prompts().items()}
+        found = run.generate(
+            **one,
+            max_new_tokens=12,
+            do_sample=False,
+            streamer=streamer,
+            stopping_criteria=[few],
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        scores = [score.tolist() for score in found.scores]
+        results.append((streamer.seen, found.sequences.tolist(), scores))
+        assert found.past_key_values.get_seq_length() == 8
+    assert results[0] == results[1]
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------
+
+
+def test_what_cannot_generate_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Linear has no generate\(\)"):
+        Generator(nn.Linear(2, 2), stages=2)
+    with pytest.raises(InputError, match="train mode"):
+        Generator(made(_llama).train(), stages=2)
+    with pytest.raises(InputError, match="nothing says where to cut"):
+        Generator(made(_llama))
+    with pytest.raises(InputError, match="both say where to cut"):
+        Generator(made(_llama), stages=2, split_spec={})
+
+
+def test_a_request_that_is_too_long_is_refused() -> None:
+    generator = Generator(made(_llama), stages=2, max_length=10)
+    with pytest.raises(InputError, match="up to 18 tokens, and the generator was made for 10"):
+        tokens(generator)
+
+
+def test_cuts_that_find_no_place_say_what_to_name() -> None:
+    program = load("clean")
+    with pytest.raises(SplitError, match=r"not 2 places between modules(.|\n)*split_spec="):
+        beginnings_near(program, [1, 2])
+
+
+# --- loops of our own -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.sampled_from(["grows", "replaced", "written", "shared"]), min_size=2, max_size=4))
+def test_loops_over_state_of_several_kinds(kinds: list[str]) -> None:
+    """Steps in a row, from the state that the step before has left."""
+    torch.manual_seed(0)
+    model = Tower(kinds).eval()
+    programs = Programs(model, {"layers.1": SplitPoint.BEGINNING}, None, None)
+    theirs, ours = tower_state(kinds), tower_state(kinds)
+    with torch.no_grad():
+        for step in range(4):
+            x = X + step
+            call = {"x": x, "cache": ours[0], "heads": ours[1]}
+            assert torch.equal(programs.fitting(call).run(call), model(x, *theirs))
+            assert_alike(ours, theirs)
+    assert len(programs.pipes) <= 2
+
+
+# --- on ranks ---------------------------------------------------------------------------------------------
+
+
+def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
+    reports = on_ranks(2, _generate_on_rank)
+    assert [report["equal"] for report in reports] == [[True] * 4] * 2
+    assert [report["all"] for report in reports] == [[True] * 5] * 2
+    sent, told = reports[0]["sent"], reports[1]["told"]
+    hidden = 3 * 32 * 4
+    for step in sent:  # of decode steps
+        assert hidden <= step <= 2 * hidden
+    assert set(told) == {2 * 3 * 8}
+    assert reports[1]["sent"] == reports[0]["told"] == []
+    assert [report["cache"] for report in reports] == [["cpu", "cpu", "meta"], ["meta", "meta", "cpu"]]
+
+
+def _generate_on_rank() -> dict[str, Any]:
+    group = dist.group.WORLD
+    assert group is not None
+    equal = []
+    model = made(_llama)
+    generator = Generator(model, split_spec={"model.layers.2": SplitPoint.BEGINNING}, group=group)
+    static = {"cache_implementation": "static"}
+    for options in (GREEDY | static, SAMPLED | static, GREEDY | static | {"prefill_chunk_size": 3}):
+        expected = tokens(model, **options)
+        equal.append(torch.equal(tokens(generator, **options), expected))
+    report: dict[str, Any] = {"sent": [], "told": [], "all": _requests_together(model, generator, static)}
+    with _counting(report):
+        options = static | {"return_dict_in_generate": True}
+        found: Any = tokens(generator, **options)
+    equal.append(torch.equal(found.sequences, tokens(model, **options).sequences))  # type: ignore[attr-defined]
+    report["sent"] = report["sent"][1:]  # without the prefill
+    report["cache"] = [layer.keys.device.type for layer in found.past_key_values.layers]
+    return report | {"equal": equal}
+
+
+def _requests_together(model: Any, generator: Generator, static: dict[str, Any]) -> list[bool]:
+    """More requests than lanes, of unlike lengths, sampled with a seed each; one prefills in parts."""
+    ids = prompts()["input_ids"]
+    requests = [
+        GREEDY | {"input_ids": ids[:, 1:], "max_new_tokens": 13, "prefill_chunk_size": 3},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 4},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 12},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 1},
+        SAMPLED | {"input_ids": ids, "max_new_tokens": 12},
+    ]
+    requests = [static | {"pad_token_id": 0} | request for request in requests]
+    expected = []
+    for seed, request in enumerate(requests):
+        torch.manual_seed(seed)
+        expected.append(model.generate(**request))
+    generator.lanes = 2
+    found = generator.generate_all(requests, seeds=range(5))
+    return [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
+
+
+class _counting:
+    """While open, the bytes of each step that are sent to the next stage, and told by the last one."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self._report = report
+        self._step = 0
+
+    def __enter__(self) -> None:
+        self._send, self._broadcast = dist.isend, dist.broadcast
+
+        def send(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._step += tensor.nbytes
+            return self._send(tensor, *args, **kwargs)
+
+        def broadcast(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if dist.get_rank() == 1:
+                self._report["told"].append(tensor.nbytes)
+            elif self._step:
+                self._report["sent"].append(self._step)
+                self._step = 0
+            return self._broadcast(tensor, *args, **kwargs)
+
+        dist.isend, dist.broadcast = send, broadcast
+
+    def __exit__(self, *_: Any) -> None:
+        dist.isend, dist.broadcast = self._send, self._broadcast
+
+
+def test_a_rank_that_fails_stops_all() -> None:
+    reports = outcomes(2, "file", _fail_on_rank)
+    assert all(report.startswith("RankError: rank 1 (stage 1) failed: ValueError: no more") for report in reports)
+
+
+def _fail_on_rank() -> str:
+    generator = Generator(made(_llama), group=dist.group.WORLD)
+
+    def few(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.shape[1] > 8:
+            raise ValueError("no more")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    with pytest.raises(InputError, match="num_beams=2 needs the logits on every rank"):
+        tokens(generator, num_beams=2)
+    tokens(generator, stopping_criteria=[few])
+    return "it went on"
+
+
+def test_a_caller_keeps_its_own_cache(llama: tuple[Any, Generator]) -> None:
+    """What was generated goes on from the cache that it left."""
+    ids = prompts()["input_ids"][2:]
+    found = []
+    model, _ = llama
+    for run in llama:
+        cache: Any = transformers.DynamicCache(config=model.config)
+        first = run.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        again = run.generate(first, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        found.append((again.tolist(), cache.get_seq_length(), deepcopy(cache.layers[2].keys)))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2])
