@@ -32,17 +32,19 @@ def _llama() -> Any:
 
 
 def _sliding() -> Any:
-    return transformers.MistralForCausalLM(transformers.MistralConfig(num_hidden_layers=3, sliding_window=8, **SIZE))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(num_hidden_layers=2, sliding_window=8, **SIZE))
 
 
 def _mamba() -> Any:
-    config = transformers.MambaConfig(num_hidden_layers=3, hidden_size=32, vocab_size=64, state_size=4)
+    config = transformers.MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64, state_size=4)
     return transformers.MambaForCausalLM(config)
 
 
 def _t5() -> Any:
     size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, decoder_start_token_id=0, **size))
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=1, num_decoder_layers=2, decoder_start_token_id=0, **size)
+    )
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -228,7 +230,7 @@ def test_loops_over_state_of_several_kinds(kinds: list[str]) -> None:
 
 def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
     reports = on_ranks(2, _generate_on_rank)
-    assert [report["equal"] for report in reports] == [[True] * 4] * 2
+    assert [report["equal"] for report in reports] == [[True] * 3] * 2
     assert [report["all"] for report in reports] == [[True] * 5] * 2
     sent, told = reports[0]["sent"], reports[1]["told"]
     hidden = 3 * 32 * 4
@@ -246,7 +248,7 @@ def _generate_on_rank() -> dict[str, Any]:
     model = made(_llama)
     generator = Generator(model, split_spec={"model.layers.2": SplitPoint.BEGINNING}, group=group)
     static = {"cache_implementation": "static"}
-    for options in (GREEDY | static, SAMPLED | static, GREEDY | static | {"prefill_chunk_size": 3}):
+    for options in (SAMPLED | static, GREEDY | static | {"prefill_chunk_size": 3}):
         expected = tokens(model, **options)
         equal.append(torch.equal(tokens(generator, **options), expected))
     report: dict[str, Any] = {"sent": [], "told": [], "all": _requests_together(model, generator, static)}
@@ -316,7 +318,7 @@ def _fail_on_rank() -> str:
     generator = Generator(made(_llama), group=dist.group.WORLD)
 
     def few(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if input_ids.shape[1] > 8:
+        if input_ids.shape[1] > 7:
             raise ValueError("no more")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
