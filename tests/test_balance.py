@@ -428,3 +428,10 @@ def test_presets_are_accelerators() -> None:
 def test_a_policy_is_a_function_of_the_program() -> None:
     program, _, _ = lower(Blocks(2), (IDS,), None)
     assert Balanced(2, PLAIN)(program) == list(Balanced(2, PLAIN).plan(program).cuts)
+
+
+def test_many_stages_of_few_positions_are_all_tried() -> None:
+    """torch.combinations would hold all pairs of everything."""
+    setting = Setting(_device())
+    plan = Balanced(12, setting).of_line(_line([1] * 14, [0] * 14, setting))
+    assert len(plan.cuts) == 11
