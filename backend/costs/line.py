@@ -156,9 +156,9 @@ class Line:
         )
 
     def seconds(self, where: Device) -> torch.Tensor:
-        """Seconds of each op on a device, forward and backward: the longer of computing and starting."""
-        device_parts, host_parts = self.parts(where)
-        return torch.maximum(device_parts[:2], host_parts[:2]).sum(0)
+        """Seconds for which a device computes each op, forward and backward."""
+        device_parts, _ = self.parts(where)
+        return device_parts[:2].sum(0)
 
     def total(self, where: Device) -> Timing[float]:
         """Seconds of all ops together."""

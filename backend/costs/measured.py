@@ -379,8 +379,8 @@ class _Runner:
 
     def _for_inputs(self, back: tuple[Any, Any, Any]) -> Any:
         outputs, grads, inputs = back
-        # torch detaches them in place, which no view allows
-        ends = [output.clone() if output._is_view() else output for output in outputs]
+        # torch detaches them in place, and a backward may still read them
+        ends = [output.clone() for output in outputs]
         parameters = iter(self._parameters)
         return _backward.stage_backward_input(ends, grads, inputs, parameters)[1]
 

@@ -98,12 +98,9 @@ class Steps:
         return self._chosen() if self.tried else None
 
     def _all(self, positions: torch.Tensor) -> torch.Tensor:
-        count = len(self.parts) - 1
-        if not count:
-            return positions[[0, -1]][None]
-        inner = torch.combinations(positions[1:-1], count)
-        ends = positions[[0, -1]].expand(len(inner), 2)
-        return torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+        first, *inner, last = positions.tolist()
+        ways = itertools.combinations(inner, len(self.parts) - 1)
+        return torch.tensor([[first, *way, last] for way in ways])
 
     def _climb(self, positions: torch.Tensor) -> None:
         start = self.problem.only(positions).best()

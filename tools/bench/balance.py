@@ -3,9 +3,9 @@ published sizes.
 
     python -m stagecut.tools.bench.balance --models "Llama 8B" --stages 4 8 16
 
-Every number is the predicted time of the slowest stage over the bound that holds for any order of ops and any
-cuts. All ways are judged by the same costs: a roofline of one device. Nothing is run; models are on the meta
-device.
+Every number is the predicted step of 1F1B with four micro-batches for each stage, over the step of stages
+that are all as fast as the bound, with links that take no time. All ways are judged by the same costs: a
+roofline of one device, with the loss of language models. Nothing is run; models are on the meta device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from stagecut.backend.costs.balance import Balanced, runs_in
 from stagecut.backend.costs.line import Line
+from stagecut.backend.costs.loss import counted_loss
 from stagecut.backend.costs.ops import DEVICES, state_bytes
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import Setting
@@ -35,6 +38,9 @@ from stagecut.tools.bench.rivals import (
     partition_balanced,
 )
 
+MICROBATCHES = 4
+"""Micro-batches for each stage."""
+
 WAYS = (
     "stagecut",
     "stagecut, free links",
@@ -48,28 +54,32 @@ WAYS = (
 def ways(
     program: Program, layers: list[str], stages: list[int], device: str
 ) -> dict[int, dict[str, float]]:
-    """Number of stages -> way -> the slowest stage over the bound; nan where there are too few layers."""
+    """Number of stages -> way -> a step of 1F1B over that of even stages and free links; nan where there are
+    too few layers.
+    """
     where = replace(DEVICES[device], memory=math.inf)
-    line = Line.of(program, Setting(where), {}, None, None)
-    free = Setting(replace(where, link_bandwidth=math.inf))
+    setting = Setting(where)
+    loss = counted_loss(program, None, {}, setting)
+    line = Line.of(program, setting, {}, None, loss)
     found: dict[int, dict[str, float]] = {}
     for count in stages:
-        policy = Balanced(count, Setting(where), tolerance=0.0)
-        plan, problem = policy.of_line(line), policy.problem(line)
-        alone = Balanced(count, free, tolerance=0.0).of_line(
-            Line(line.ops, line.costs, free, line.returned)
-        )
+        setting = Setting(where, n_microbatches=MICROBATCHES * count)
+        free = replace(setting, device=replace(where, link_bandwidth=math.inf))
+        line = replace(line, setting=setting)
+        policy = Balanced(count, setting, tolerance=0.0, inside="always")
+        plan = policy.of_line(line)
+        alone = replace(policy, setting=free).of_line(replace(line, setting=free))
+        even = plan.bound * (setting.n_microbatches + count - 1)
         found[count] = dict.fromkeys(WAYS, math.nan)
         found[count] |= {
-            "stagecut": plan.bottleneck / plan.bound,
-            "stagecut, free links": alone.bottleneck / alone.bound,
+            "stagecut": plan.step / even,
+            "stagecut, free links": alone.step / even,
         }
         if count <= len(layers):
-            others = _others(line, layers, problem, count)
-            found[count] |= {
-                name: max(problem.stage_seconds(cuts)) / plan.bound
-                for name, cuts in others.items()
-            }
+            steps = policy.steps(line, count, 1.0)
+            for name, cuts in _others(line, layers, steps.problem, count).items():
+                step = steps.seconds(torch.tensor([cuts]))
+                found[count][name] = float(step) / even
     return found
 
 
