@@ -318,5 +318,9 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
         "_valid_auto_compile_criteria": no_compile,
     }
     served = copy.copy(model)
-    object.__setattr__(served, "__class__", type(kind.__name__, (kind,), methods))
+    object.__setattr__(
+        served,
+        "__class__",
+        type(kind.__name__, (kind,), methods),
+    )
     return served

@@ -80,7 +80,13 @@ class _Example:
         varying: dict[int, set[int | None]] = {}
         if self.spec != other.spec:
             return varying
-        for place, (one, another) in enumerate(zip(self.flat, other.flat, strict=True)):
+        for place, (one, another) in enumerate(
+            zip(
+                self.flat,
+                other.flat,
+                strict=True,
+            )
+        ):
             dims = _differing(one, another)
             if dims is None:
                 return {}
@@ -106,7 +112,13 @@ def _differing(one: Any, other: Any) -> set[int | None] | None:
     if one[0] != other[0] or len(one) != len(other):
         return None
     dims: set[int | None] = set()
-    for dim, (size, other_size) in enumerate(zip(one[1:], other[1:], strict=True)):
+    for dim, (size, other_size) in enumerate(
+        zip(
+            one[1:],
+            other[1:],
+            strict=True,
+        )
+    ):
         if size == other_size:
             continue
         if min(size, other_size) < 2:
@@ -201,7 +213,15 @@ class Programs:
         if self._moves:
             for index in own:
                 self._settle(pipe, index)
-        runs = [faster(pipe, index, self._compiled, self._graphs) for index in own]
+        runs = [
+            faster(
+                pipe,
+                index,
+                self._compiled,
+                self._graphs,
+            )
+            for index in own
+        ]
         if seat is None or self._line is None:
             return LocalStep(pipe, self._device, runs)
         return RankStep(pipe, seat, self._line, runs[0])
@@ -219,11 +239,17 @@ class Programs:
                 varying.setdefault(place, set()).update(dims)
         self._examples.append(example)
         device = next(self._model.parameters()).device
-        call = mapped(lambda leaf: _example_on(device, leaf), dict(kwargs))
+        call = mapped(
+            lambda leaf: _example_on(device, leaf),
+            dict(kwargs),
+        )
         if not varying:
             return self._pipe(call, None)
         try:
-            return self._pipe(call, _shapes(call, len(example.flat), varying))
+            return self._pipe(
+                call,
+                _shapes(call, len(example.flat), varying),
+            )
         except StagecutError:
             # the model fixes them: this call gets a program of its own
             return self._pipe(call, None)
@@ -244,7 +270,10 @@ class Programs:
         validate(trace, program)
         pipe = Pipe(program, bindings)
         pipe._model = weakref.ref(self._model)
-        if self._seat is None and is_cheap(self._model, ((), call)):
+        if self._seat is None and is_cheap(
+            self._model,
+            ((), call),
+        ):
             report = compare(self._model, pipe, (), call, gradients=False)
             if not report.ok:
                 raise StagecutError(
@@ -287,7 +316,11 @@ class Programs:
                 device=self._device,
                 init_fn=source.init_fn,
             )
-        for name, tensor in zip(names, _tensors(stage, names), strict=True):
+        for name, tensor in zip(
+            names,
+            _tensors(stage, names),
+            strict=True,
+        ):
             if name not in self._weights:
                 self._weights[name] = _on(self._device, tensor)
                 put(stage, name, self._weights[name])
@@ -337,7 +370,10 @@ def _shapes(
             return Dim.AUTO
         return dict.fromkeys(dims, Dim.AUTO) if dims else None
 
-    return _like(opened_arguments(dict(call)), iter([shape(n) for n in range(leaves)]))
+    return _like(
+        opened_arguments(dict(call)),
+        iter([shape(n) for n in range(leaves)]),
+    )
 
 
 def _like(node: Any, leaves: Iterator[Any]) -> Any:
@@ -384,5 +420,10 @@ def beginnings_near(program: Program, cuts: Sequence[int]) -> list[str]:
                 f"there are not {len(cuts)} places between modules to cut {program.name} at",
                 hint='name them: split_spec={"layers.4": SplitPoint.BEGINNING}',
             )
-        chosen.append(min(rest, key=lambda path: abs(candidates[path] - cut)))
+        chosen.append(
+            min(
+                rest,
+                key=lambda path: abs(candidates[path] - cut),
+            )
+        )
     return sorted(chosen, key=candidates.__getitem__)

@@ -60,7 +60,12 @@ class Line:
         message = torch.empty(size, dtype=torch.uint8, device=seat.device)
         tag = self._tag(self._received)
         self._received += 1
-        dist.recv(message, group=seat.group, group_src=seat.rank - 1, tag=tag)
+        dist.recv(
+            message,
+            group=seat.group,
+            group_src=seat.rank - 1,
+            tag=tag,
+        )
         values: dict[Value, Any] = {}
         for p, offset in zip(ports, offsets, strict=True):
             part = message[offset : offset + _bytes(p)].view(p.wire_dtype)
@@ -79,7 +84,12 @@ class Line:
         tag = self._tag(self._sent)
         self._sent += 1
         to = seat.rank + 1
-        work = dist.isend(message, group=seat.group, group_dst=to, tag=tag)
+        work = dist.isend(
+            message,
+            group=seat.group,
+            group_dst=to,
+            tag=tag,
+        )
         # with the message, which must live until then
         self._on_the_way.append((work, message))
         while len(self._on_the_way) > MOST_ON_THE_WAY:

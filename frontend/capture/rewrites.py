@@ -142,7 +142,10 @@ class _DataAsOp(TorchFunctionMode):
             return None  # `tensor.data += 1` ends by assigning the tensor that it wrote in place
         if func in _OF_NUMBERS and _is_meta(kwargs.get("device")):
             # a tensor made on meta would lose its numbers
-            return func(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
+            return func(
+                *args,
+                **kwargs | {"device": "cpu"},
+            ).to(kwargs["device"])
         if kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
         name = getattr(func, "__name__", "")

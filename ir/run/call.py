@@ -150,7 +150,10 @@ class CallSpec:
         for change in outcome.changes:
             for key, part in zip(change.places, change.parts, strict=True):
                 for path, _ in tree_flatten_with_path(opened(part, every=True))[0]:
-                    yield text_of((*change.path, key, *_keys(path)), self.positional)
+                    yield text_of(
+                        (*change.path, key, *_keys(path)),
+                        self.positional,
+                    )
 
     def lanes(self) -> dict[int, int | None]:
         """Flat input that is in an object which forward is given -> the flat output that stands in its place

@@ -166,7 +166,10 @@ _register(Change, _change_parts, _change)
 _register(
     Outcome,
     lambda node: ([node.result, list(node.changes)], None),
-    lambda parts, _: Outcome(parts[0], tuple(parts[1])),
+    lambda parts, _: Outcome(
+        parts[0],
+        tuple(parts[1]),
+    ),
 )
 
 
@@ -215,7 +218,10 @@ def _opened_part(leaf: Any, around: tuple[Any, ...]) -> Any:
             raise Closed
         else:
             others[name] = value
-    return Apart(Shape(type(leaf), tuple(parts), others), tuple(parts.values()))
+    return Apart(
+        Shape(type(leaf), tuple(parts), others),
+        tuple(parts.values()),
+    )
 
 
 def _opened_tree(value: Any, within: tuple[Any, ...]) -> Any:
@@ -237,9 +243,18 @@ def _is_input(part: Any) -> bool:
     if kind in (torch.Tensor, int, Fixed, Apart):
         return True
     if kind in (list, dict):
-        return all(map(_is_input, part.values() if kind is dict else part))
+        return all(
+            map(
+                _is_input,
+                part.values() if kind is dict else part,
+            )
+        )
     return all(
-        isinstance(leaf, (torch.Tensor, *SYMBOLIC)) or type(leaf) is int
+        isinstance(
+            leaf,
+            (torch.Tensor, *SYMBOLIC),
+        )
+        or type(leaf) is int
         for leaf in tree_leaves(part)
     )
 
@@ -379,7 +394,10 @@ class GivenObjects:
         changes = [*self._changes()]
         if not changes:
             return opened(result, self._objects(changes))
-        return Outcome(opened(result, self._objects(changes)), tuple(changes))
+        return Outcome(
+            opened(result, self._objects(changes)),
+            tuple(changes),
+        )
 
     def _objects(self, changes: Sequence[Change]) -> dict[int, Given]:
         """The given parts that stand for themselves in a result: objects that torch takes for leaves, and
@@ -410,7 +428,12 @@ class GivenObjects:
             ]
             removed = tuple(key for key, _ in before if key not in dict(after))
             values = tuple(opened(value, parts, every=True) for _, value in new)
-            yield Change(path, tuple(key for key, _ in new), values, removed)
+            yield Change(
+                path,
+                tuple(key for key, _ in new),
+                values,
+                removed,
+            )
 
 
 def _is_leaf(part: Any) -> bool:

@@ -246,11 +246,17 @@ def _open(leaf: Any, around: tuple[Any, ...], how: _How) -> Any:
 
 def _opened_attribute(value: Any, around: tuple[Any, ...], how: _How) -> Any:
     """The value of an attribute, opened. If a tensor is in it, all of it is opened, or Closed is raised."""
-    part = how.each(value, lambda leaf: _open(leaf, around, how))
+    part = how.each(
+        value,
+        lambda leaf: _open(leaf, around, how),
+    )
     if _is_data(part) or not _holds(part, torch.Tensor):
         return part
     every = replace(how, every=True)
-    part = every.each(value, lambda leaf: _open(leaf, around, every))
+    part = every.each(
+        value,
+        lambda leaf: _open(leaf, around, every),
+    )
     if not _is_data(part):
         raise Closed
     return part
