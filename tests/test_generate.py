@@ -42,9 +42,7 @@ def _mamba() -> Any:
 
 def _t5() -> Any:
     size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(num_layers=1, num_decoder_layers=2, decoder_start_token_id=0, **size)
-    )
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, decoder_start_token_id=0, **size))
 
 
 def made(make: Callable[[], Any]) -> Any:
