@@ -49,6 +49,10 @@ class EmitError(StagecutError):
     """A program could not be turned into executable stages."""
 
 
+class RolesError(StagecutError):
+    """The backward of a stage cannot be made of graphs."""
+
+
 class ModeError(StagecutError):
     """The stages cannot follow a switch to train or eval mode. Nothing is switched."""
 

@@ -1,7 +1,8 @@
 """The IR: programs, values, ops, state, stages and transfers. No torch here.
 
-A program rises through three phases. `traced`: one list of ops. `partitioned`: every op sits in one
+A program rises through four phases. `traced`: one list of ops. `partitioned`: every op sits in one
 stage. `linked`: stages know their inputs, outputs and state, and transfers carry what crosses.
+`differentiated`: beside its ops, which are its forward, each stage has blocks that compute gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any, NamedTuple
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.types import Type, carries_grad
 
-PHASES = ("traced", "partitioned", "linked")
+PHASES = ("traced", "partitioned", "linked", "differentiated")
+LINKED = PHASES[2:]
+"""The phases in which stages know what crosses."""
+ROLES = ("forward", "backward_input", "backward_weight")
 SPLIT = "stagecut.split"
 """Target of the op that marks a boundary between two stages."""
 BY_MODE = "stagecut.by_mode"
@@ -172,11 +176,19 @@ class Value:
     """One definition. `owner` is the op or state entry that defines it, None for a user input.
 
     `index` is its place among the results of its op. A version has no index: it stands for `version_of` after
-    a write of its op. `hint` is only a wish for a printed name; nothing keys on it. `uses` maps each user op
-    to None, in order.
+    a write of its op. `gradient_of` is the value that it is the gradient of. `hint` is only a wish for a
+    printed name; nothing keys on it. `uses` maps each user op to None, in order.
     """
 
-    __slots__ = ("hint", "index", "owner", "type", "uses", "version_of")
+    __slots__ = (
+        "gradient_of",
+        "hint",
+        "index",
+        "owner",
+        "type",
+        "uses",
+        "version_of",
+    )
 
     def __init__(
         self, value_type: Type, hint: str = "", owner: Op | StateEntry | None = None
@@ -186,6 +198,7 @@ class Value:
         self.owner = owner
         self.index = 0
         self.version_of: Value | None = None
+        self.gradient_of: Value | None = None
         self.uses: dict[Op, None] = {}
 
     def __repr__(self) -> str:
@@ -555,12 +568,18 @@ class Stage(Block):
     """A block of ops with a number and, for each state entry that it holds, the names it holds it under.
 
     Its inputs and outputs are values: what it receives, and what it passes on or returns.
+
+    In `differentiated`, its ops are its forward. `saved` are the values that lie in memory until its
+    backward. `backward` has the blocks of the two other roles: the gradients of its inputs, and those of its
+    weights, which also reads what the first leaves it.
     """
 
     def __init__(self, index: int, ops: Iterable[Op] = ()) -> None:
         super().__init__(ops=ops, outputs=[])
         self.index = index
         self.state: dict[StateEntry, tuple[str, ...]] = {}
+        self.saved: list[Value] = []
+        self.backward: list[Block] = []
 
 
 SHARES = ("replicate", "feedback", "transmit")
@@ -572,7 +591,8 @@ class Transfer:
     """A value on its way to a stage. `source` is None for a user input, which is fed to the stage, or relayed
     from the first one.
 
-    Nothing travels by the route `recompute`: the stage computes the value itself, as `recomputed`.
+    Nothing travels by the route `recompute`: the stage computes the value itself, as `recomputed`. A gradient
+    travels backward.
     """
 
     value: Value
@@ -584,7 +604,8 @@ class Transfer:
     @property
     def via_count(self) -> int:
         """The number of stages a relayed value passes through."""
-        return max(0, self._between.stop - self._between.start)
+        between = self._between
+        return max(0, (between.stop - between.start) * between.step)
 
     @property
     def via(self) -> tuple[int, ...]:
@@ -595,6 +616,8 @@ class Transfer:
     def _between(self) -> range:
         if self.route != "relay":
             return range(0)
+        if self.source is not None and self.source > self.target:
+            return range(self.source - 1, self.target, -1)
         return range(0 if self.source is None else self.source + 1, self.target)
 
 
@@ -602,8 +625,10 @@ class Program(Block):
     """A model as the compiler sees it: a block with state and a phase. From `partitioned` on its ops are in
     its stages. Its outputs are a flat list of values and literals.
 
-    output_names: for people, the place of each output in the model's result (`logits`, `hidden[1]`), where
-    that is known. Like hints of values, they mean nothing; they are not in the text.
+    cotangents: from `differentiated` on, the gradients of what the model returns, which the loss gives.
+    backward_transfers: the gradients that cross. output_names: for people, the place of each output in the
+    model's result (`logits`, `hidden[1]`), where that is known. Like hints of values, they mean nothing; they
+    are not in the text.
     """
 
     def __init__(self, name: str) -> None:
@@ -612,6 +637,8 @@ class Program(Block):
         self.state: list[StateEntry] = []
         self.stages: list[Stage] = []
         self.transfers: list[Transfer] = []
+        self.cotangents: list[Value] = []
+        self.backward_transfers: list[Transfer] = []
         self.output_names: tuple[str, ...] = ()
 
     def add_input(self, value_type: Type, hint: str) -> Value:
@@ -626,6 +653,12 @@ class Program(Block):
             yield from self.ops
         for stage in self.stages:
             yield from stage.ops
+
+    def backward_blocks(self) -> Iterator[tuple[Stage, Block]]:
+        """The blocks of the backward with their stages, in the order in which they run."""
+        for stage in reversed(self.stages):
+            for block in stage.backward:
+                yield stage, block
 
     def raise_phase(self, phase: str) -> None:
         """The program is in `phase`, which must not lie before the present one."""

@@ -74,6 +74,10 @@ class Facts:
     """Its results depend on all rows of its second argument. Batch."""
     in_space: bool = False
     """Its results depend on neighbours along all dims but the first two. Batch."""
+    rearranges: bool = False
+    """Its result has all elements of its operand, in another shape or order. Roles: what several such views
+    end in may be the tensor that they began with.
+    """
     iteration: str = ""
     """The overload that Python's own unpacking of its operand stands for. Emission."""
     bindings: Mapping[str, str] = field(default_factory=dict)
@@ -190,6 +194,10 @@ def _facts() -> dict[str, Facts]:
 
     for names, known in _OF_BATCHES:
         know(names, **known)
+    know(
+        "t transpose permute view _unsafe_view unsqueeze squeeze",
+        rearranges=True,
+    )
     know("unbind", iteration="int")
     for home, overloads in _BINDINGS.items():
         for spelled in overloads.split():
@@ -242,7 +250,8 @@ _BINDINGS = {
         mm.default bmm.default embedding.default layer_norm.default rms_norm.default
         group_norm.default batch_norm.default conv1d.default conv2d.default cat.default
         stack.default chunk.default transpose.int permute.default unsqueeze.default
-        squeeze.dim flatten.using_ints unflatten.int reshape.default
+        squeeze.dim flatten.using_ints unflatten.int reshape.default t.default sum.default
+        sum.dim_IntList addmm.default
     """,
     "torch.nn.functional": "linear.default gelu.default scaled_dot_product_attention.default",
     "torch.Tensor": "view.default expand.default contiguous.default",

@@ -259,6 +259,17 @@ def test_views_of_methods_and_functions() -> None:
     assert not out_of_place(Target("operator.t_"))
 
 
+@pytest.mark.parametrize("name", having("rearranges"))
+def test_what_rearranges_has_all_elements_of_its_operand(name: str) -> None:
+    x = torch.randn(2, 3, 1)[:, :, 0] if name == "t" else torch.randn(2, 3, 1)
+    args: dict[str, tuple[Any, ...]] = {"transpose": (0, 1), "permute": ((2, 0, 1),), "unsqueeze": (0,)}
+    args |= dict.fromkeys(("view", "_unsafe_view"), ((3, 2),))
+    result = getattr(torch.ops.aten, name)(x, *args.get(name, ()))
+    assert result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert result.storage_offset() == x.storage_offset()
+    assert sorted(result.flatten().tolist()) == sorted(x.flatten().tolist())
+
+
 def test_iterations_are_what_python_unpacks() -> None:
     """Held to its tensors in test_calls."""
     assert having("iteration") == ["unbind"]

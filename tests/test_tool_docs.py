@@ -12,7 +12,7 @@ import pytest
 from stagecut.tools.dump_ir.main import main, parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("DUMP_IR.md", "READ_THE_IR.md", "FIND_A_WRONG_GRADIENT.md", "FIND_A_SLOW_STAGE.md")
+PAGES = ("DUMP_IR.md", "READ_THE_IR.md", "FIND_A_WRONG_GRADIENT.md", "FIND_A_SLOW_STAGE.md", "BACKWARD.md")
 _BLOCK = re.compile(r"```console\n(.*?)```|```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 _COMMAND = re.compile(r"^\$ (dump-ir .*)\n((?:(?!^\$ ).*\n)*)", re.MULTILINE)
 

@@ -12,7 +12,7 @@ from helpers import defining, load, named, rules_broken
 from stagecut.ir.check.verifier import __doc__ as INVARIANTS
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import VerifyError
-from stagecut.ir.graph import SPLIT, Effects, Op, Program, StateEntry, Transfer, Value
+from stagecut.ir.graph import ROLES, SPLIT, Block, Effects, Op, Program, StateEntry, Transfer, Value
 from stagecut.ir.text.parser import parse
 from stagecut.ir.types import NONE, Batch, TensorType
 from stagecut.passes.liveness import Liveness
@@ -20,7 +20,7 @@ from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
 
 F32 = TensorType("f32", (4,))
-VALID = ("everything", "shared", "crossing", "linked")
+VALID = ("everything", "shared", "crossing", "linked", "differentiated")
 
 TRACED = "program @P phase=traced {{\n  input %x : f32[4]\n  state @w : param f32[4]\n{}\n  output (%x)\n}}"
 STAGED = "program @P phase=partitioned {{\n  input %x : f32[4]\n{}\n  output (%x)\n}}"
@@ -443,13 +443,88 @@ def test_v14_foreign_name() -> None:
     assert rules_broken(program) == {"V14"}
 
 
+def _block_too_many(program: Program) -> None:
+    program.stages[0].backward.append(Block("backward_weight"))
+
+
+def _lists_what_it_does_not_read(program: Program) -> None:
+    program.stages[0].backward[1].inputs.append(program.cotangents[0])
+
+
+def _reads_what_it_does_not_list(program: Program) -> None:
+    program.stages[2].backward[0].inputs.clear()
+
+
+def _saves_twice(program: Program) -> None:
+    program.stages[0].saved.append(program.stages[0].saved[0])
+
+
+def _saves_what_is_not_read(program: Program) -> None:
+    program.stages[0].saved.append(program.stages[0].ops[0].results[0])
+
+
+def _gradient_of_another_type(program: Program) -> None:
+    program.stages[0].backward[1].outputs[0].type = F32
+
+
+def _gradient_of_a_foreign_weight(program: Program) -> None:
+    program.stages[0].backward[1].outputs[0].gradient_of = program.name_owners()["lin.bias"].value
+
+
+def _gradient_by_another_route(program: Program) -> None:
+    program.backward_transfers[-1].route = "relay"
+
+
+IN_BACKWARD = [
+    ("V20", _block_too_many),
+    ("V21", _reads_what_it_does_not_list),
+    ("V21", _lists_what_it_does_not_read),
+    ("V22", _saves_twice),
+    ("V22", _saves_what_is_not_read),
+    ("V23", _gradient_of_another_type),
+    ("V23", _gradient_of_a_foreign_weight),
+    ("V24", _gradient_by_another_route),
+]
+
+
+@pytest.mark.parametrize(("rule", "mutate"), IN_BACKWARD)
+def test_only_one_rule_of_a_backward_is_broken_by(rule: str, mutate: Callable[[Program], None]) -> None:
+    program = load("differentiated")
+    mutate(program)
+    assert rules_broken(program) == {rule}
+
+
+def test_no_backward_stands_in_a_linked_program() -> None:
+    program = load("linked")
+    program.stages[0].backward = [Block(name) for name in ROLES[1:]]
+    assert rules_broken(program) == {"V20"}
+
+
+def test_a_gradient_arrives_once() -> None:
+    program = load("differentiated")
+    program.backward_transfers.append(program.backward_transfers[0])
+    assert rules_broken(program) == {"V24"}
+
+
+def test_a_gradient_that_does_not_arrive_is_missed() -> None:
+    program = load("differentiated")
+    program.backward_transfers.pop()
+    assert rules_broken(program) == {"V21", "V24"}
+
+
+def test_a_cotangent_is_that_of_an_output() -> None:
+    program = load("differentiated")
+    program.cotangents[0].gradient_of = program.inputs[0]
+    assert rules_broken(program) == {"V21", "V23"}
+
+
 @pytest.mark.parametrize("case", VALID)
 def test_valid_in_every_phase(case: str) -> None:
     assert rules_broken(load(case)) == set()
 
 
 def test_valid_programs_cover_every_phase() -> None:
-    assert {load(case).phase for case in VALID} == {"traced", "partitioned", "linked"}
+    assert {load(case).phase for case in VALID} == {"traced", "partitioned", "linked", "differentiated"}
 
 
 def test_program_without_ops_is_valid() -> None:
@@ -461,8 +536,8 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 20)}
-    assert listed == in_text | {rule for rule, _ in MUTATED}
+    assert listed == {f"V{n}" for n in range(1, 25)}
+    assert listed == in_text | {rule for rule, _ in MUTATED + IN_BACKWARD}
 
 
 def test_all_violations_are_reported() -> None:

@@ -9,7 +9,7 @@ from stagecut.backend.pictures.drawing import BACKSLASH
 from stagecut.backend.pictures.render import render
 from stagecut.backend.pictures.stages import stage_graph
 from stagecut.ir.errors import InputError, nearest
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import LINKED, Program
 
 LEVELS = ("stages", "modules", "ops")
 
@@ -77,7 +77,7 @@ def _graph(
 
 
 def _stages(program: Program, stage: int | None, depth: int | None) -> graphviz.Digraph:
-    if program.phase != "linked":
+    if program.phase not in LINKED:
         raise InputError(
             f"the stage graph shows linked programs, this one is {program.phase}",
             hint="run all passes, or level='modules'",

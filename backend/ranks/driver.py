@@ -42,8 +42,10 @@ from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
 from stagecut.backend.stages.crossing import refuse_feedback
+from stagecut.backend.stages.graphs import Graphs
+from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.types import value_bytes
 
 
@@ -68,6 +70,11 @@ class Driver:
     arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
     rank of the last stage with target and `loss_kwargs`; the others call without.
 
+    `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its
+    inputs and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage
+    that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three. With
+    `recompute`, the backward computes light ops again, so that less is saved.
+
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
     schedules. `schedule_kwargs` are handed to torch's schedule, such as {"defer_pp_recv": True}.
@@ -91,6 +98,9 @@ class Driver:
         compare_steps: int = 2,
         data_on: str = "all",
         *,
+        backward: str = "autograd",
+        compile: bool = False,
+        recompute: bool = False,
         args_chunk_spec: Sequence[Any] | None = None,
         kwargs_chunk_spec: Mapping[str, Any] | None = None,
         target_chunk_spec: Any = None,
@@ -141,6 +151,7 @@ class Driver:
             args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
         )
         self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
+        self._graphs = graphs_of(pipe, self.stage_indices, backward, compile, recompute)
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
@@ -154,8 +165,15 @@ class Driver:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The outputs of the calls so far that could not be put together, and why."""
-        return tuple(self._batch.notes)
+        """The outputs of the calls so far that could not be put together, and why; the stages that autograd
+        runs in the place of graphs, and why.
+        """
+        stages = [
+            f"stage {index} runs by autograd: {graphs.note}"
+            for index, graphs in self._graphs.items()
+            if graphs.note
+        ]
+        return *self._batch.notes, *stages
 
     def __repr__(self) -> str:
         """The schedule, which rank has which stage, and the sizes of a micro-batch."""
@@ -272,6 +290,8 @@ class Driver:
             stage.results = {} if self._returns else None
             stage.buffers = self._buffers[stage.stage_index]
             stage.buffers.begin(self.n_microbatches, not self.pipe.training)
+            if stage.graphs is not None:
+                stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
             step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
@@ -365,6 +385,7 @@ class Driver:
         )
         stage.submod = self.modules[index]
         stage.microbatches = self._batch.inputs
+        stage.graphs = self._graphs.get(index)
         return stage
 
     def _prepared(
@@ -456,6 +477,38 @@ class Driver:
         return self.gradients.clip_norm(
             max_norm, norm_type, error_if_nonfinite, foreach
         )
+
+
+BACKWARDS = ("autograd", "graph")
+
+
+def graphs_of(
+    pipe: Staged,
+    indices: Sequence[int],
+    backward: str,
+    compiled: bool,
+    recompute: bool,
+) -> dict[int, Graphs]:
+    """The graphs of these stages; none where autograd makes the backward. Raises InputError."""
+    if backward not in BACKWARDS:
+        raise InputError(
+            f"backward={backward!r} is not known",
+            hint=nearest(str(backward), BACKWARDS),
+        )
+    if backward == "autograd" and compiled:
+        raise InputError(
+            "compile=True compiles the functions of backward='graph'",
+            hint="wrap=lambda module, index: torch.compile(module) compiles stages for autograd",
+        )
+    if backward == "autograd" and recompute:
+        raise InputError(
+            "recompute=True chooses what backward='graph' saves",
+            hint="torch.utils.checkpoint in the model computes again for autograd",
+        )
+    if backward == "autograd":
+        return {}
+    code = RoleCode(compiled)
+    return {index: Graphs(pipe, index, code, recompute) for index in indices}
 
 
 def described(driver: Driver) -> str:

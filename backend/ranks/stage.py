@@ -6,7 +6,7 @@ every model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,6 +38,7 @@ from stagecut.backend.stages.crossing import (
     written_inputs,
 )
 from stagecut.backend.stages.fx_view import refuse_torchs_stage, split_graph
+from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.modules import StageModule
 from stagecut.backend.stages.run import results_of
 from stagecut.backend.stages.staged import Staged
@@ -55,6 +56,9 @@ Group = dist.ProcessGroup | None
 _STATIC_GRADS = not hasattr(PipelineStage, "_setup_forward_recv_info")
 """True for the torch whose schedules treat every value at a boundary as one with a gradient."""
 
+
+_Runner = Callable[[], Callable[[], None]]
+"""Gives the part of a backward that computes the gradients of weights."""
 
 _Ports = tuple[list[Port], list[Port]]
 """The ports of what a stage receives, and of what it hands on."""
@@ -104,9 +108,18 @@ class BuiltStage(PipelineStage):
         self._state = draws.port if draws is not None else None
         self._microbatch = 0
         self.whole = False
+        self.graphs: Graphs | None = None
+        self._graph_chunks: set[int] = set()
+        """The micro-batches of this step whose forward was run by graphs."""
         self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
         self._written = written_inputs(self.block)
+        sent_on = {p.value for p in self.sent if p.grad}
+        self._handed_on = tuple(
+            place
+            for place, value in enumerate(self.block.inputs)
+            if value in sent_on and value not in self._written
+        )
         self._in_buffers = {p.value for p in self.sent if lives_in_buffer(p.value)}
         self._fed_inputs: list[tuple[int, Value]] = []
         for number, value in enumerate(program.inputs):
@@ -120,7 +133,8 @@ class BuiltStage(PipelineStage):
         leaving = {p.value for p in self.sent if p.grad}
         # without gradients for its inputs, torch up to 2.12 finds nothing to split
         whole = not arriving or backward_is_whole(self.block, arriving, leaving)
-        runner = (lambda: _nothing) if index > 0 and whole else None
+        runner: _Runner | None = (lambda: _nothing) if index > 0 and whole else None
+        self._by_autograd = runner
         super().__init__(
             pipe.stages[index],
             index,
@@ -243,9 +257,27 @@ class BuiltStage(PipelineStage):
             for v in self.block.inputs
         ]
         with writes_explained(self.stage_index), self._apart(values):
-            results = results_of(super().forward_maybe_with_nosync(*inputs), self.block)
-        values |= zip(self.block.outputs, results, strict=True)
+            computed = self._by_graphs(inputs)
+            if computed is None:
+                returned = super().forward_maybe_with_nosync(*inputs)
+                results = results_of(returned, self.block)
+                computed = dict(zip(self.block.outputs, results, strict=True))
+        values |= computed
         return values
+
+    def _by_graphs(self, inputs: list[Any]) -> dict[Value, Any] | None:
+        """The outputs of the stage, and the inputs that it hands on, as graphs give them. None where they do
+        not run it.
+        """
+        if self.graphs is None:
+            return None
+        results = self.graphs.run(inputs, self._handed_on)
+        self._graph_chunks.discard(self._microbatch)
+        if results is None:
+            return None
+        self._graph_chunks.add(self._microbatch)
+        handed_on = [self.block.inputs[place] for place in self._handed_on]
+        return dict(zip([*self.block.outputs, *handed_on], results, strict=True))
 
     @contextmanager
     def _apart(self, values: dict[Value, Any]) -> Iterator[None]:
@@ -294,25 +326,43 @@ class BuiltStage(PipelineStage):
         last_backward: bool = False,
     ) -> Any:
         """As torch's, but the backward of a wrapped or compiled stage is never split, because torch cannot
-        take it apart, nor one with `whole`: its loss reads weights. Autocast around a step counts for forward
+        take it apart, nor one with `whole`: its loss reads weights. Where graphs run the stage, its backward
+        leaves the gradients of the weights to a function of theirs. Autocast around a step counts for forward
         and loss: each op of a backward has the dtype of its forward already.
         """
+        by_graphs = bwd_chunk_id in self._graph_chunks
+        if self.graphs is not None:
+            # a backward of torch's that no step asked for may have left some
+            self.graphs.take_weights()
         if (
-            not full_backward
+            not by_graphs
+            and not full_backward
             and self.stage_index
-            and (self.whole or self.dw_builder or not _is_plain(self.submod))
+            and (self.whole or self._by_autograd or not _is_plain(self.submod))
         ):
-            self.dw_builder = lambda: _nothing
+            self._by_autograd = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
+        self._choose_builder(bwd_chunk_id)
         with _without_autocast(self.device):
             return super().backward_one_chunk(
                 bwd_chunk_id, loss, full_backward, last_backward
             )
 
+    def _choose_builder(self, chunk: int) -> None:
+        """torch takes the weight part of the backward of this micro-batch from where its forward ran."""
+        by_graphs = chunk in self._graph_chunks
+        self.dw_builder = self._weights if by_graphs else self._by_autograd
+
+    def _weights(self) -> Callable[[], None]:
+        """The function that adds the gradients of the weights of the backward that ran last."""
+        assert self.graphs is not None
+        return self.graphs.take_weights()
+
     def backward_weight_one_chunk(
         self, bwd_chunk_id: int, last_backward: bool = False
     ) -> None:
         """As torch's, without autocast."""
+        self._choose_builder(bwd_chunk_id)
         with _without_autocast(self.device):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 

@@ -4,7 +4,7 @@ stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,7 @@ from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
+from stagecut.ir.roles import Roles
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import CallSpec, check_inputs
 from stagecut.ir.text.parser import parse
@@ -96,6 +97,24 @@ class Staged(Named):
         if not any(map(_is_meta, flat)):
             for stage in self.stages:
                 refuse_meta(self.program, stage)
+
+    def roles(
+        self,
+        function: Callable[..., tuple[torch.Tensor, ...]],
+        arguments: Sequence[torch.Tensor],
+        names: Sequence[str],
+        weights: Collection[int],
+        same: Mapping[int, int],
+        recompute: bool = False,
+    ) -> tuple[Roles, Bindings]:
+        """The roles of a function of these arguments, which have these names, and the constants that the
+        roles read. `weights` are the places of the arguments whose gradients may come last. `same`: the place
+        of a result -> that of the argument which it is a copy of, and which the forward returns instead.
+        With `recompute`, the backward computes light ops again, so that less is saved.
+
+        The frontend traces, so the public class overrides this.
+        """
+        raise NotImplementedError
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the

@@ -18,7 +18,7 @@ Until `partitioned`
 From `partitioned` on
   V9  every op is in exactly one stage, and no split marker is left
   V10 stages are numbered 0, 1, 2, ... and none is empty, unless the program has no op at all
-In `linked`
+From `linked` on
   V11 what a stage reads is its own, an input it lists, or state it holds; what it lists it reads
   V12 a stage's outputs are its own definitions or its own state, and something after it needs each of them
   V13 every input of a stage has one transfer, with a route, from the stage that outputs it
@@ -26,6 +26,14 @@ In `linked`
   V15 every returned value is an input or an output of a stage
   V16 both ends of a boundary list its values in one order; user inputs stand first, returned values as the
       model returns them
+In `differentiated`
+  V20 every stage has a backward for its inputs and one for its weights; before, none
+  V21 a block of a backward lists what it reads, but for state that the stage holds: saved values, gradients
+      that arrive, and for weights, outputs of the backward for inputs; it writes and draws nothing
+  V22 a stage saves what it defines or receives and its backward reads
+  V23 the gradients that a block returns are its own, of inputs or weights of its stage (the backward for
+      weights: of weights), and of their types
+  V24 a gradient of another stage's value has one transfer, back to that stage
 """
 
 from __future__ import annotations
@@ -34,9 +42,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
+from stagecut.ir.check.backward import backward_faults
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import (
     BY_MODE,
+    LINKED,
+    ROLES,
     SPLIT,
     Block,
     Mode,
@@ -73,8 +84,9 @@ def _violations(program: Program) -> Iterator[tuple[str, str]]:
             yield "V8", "a traced program has stages or transfers"
         return
     yield from _stages(program)
-    if program.phase == "linked":
+    if program.phase in LINKED:
         yield from _linked(program)
+    yield from backward_faults(program)
 
 
 _lines = lru_cache(1)(line_printer)
@@ -91,6 +103,9 @@ def _ops(program: Program) -> Iterator[tuple[str, str]]:
     if repeated or any(value.owner is not None for value in program.inputs):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
     yield from _block(program, program, defined)
+    defined.update(program.cotangents)
+    for _, block in program.backward_blocks():
+        yield from _block(program, block, defined)
     for value in (*program.inputs, *program.output.operands):
         kind = value.type
         if not isinstance(kind, TensorType) or kind.batch is None:
@@ -105,7 +120,11 @@ def _block(
 ) -> Iterator[tuple[str, str]]:
     """The faults of the ops of the program or of a region. `defined` gains the values that they define."""
     rule, name = (
-        ("V1", "the program") if block is program else ("V6", f"region {block.name}")
+        ("V1", "the program")
+        if block is program
+        else ("V1", f"a {block.name}")
+        if block.name in ROLES
+        else ("V6", f"region {block.name}")
     )
     for op in program.all_ops() if block is program else block.ops:
         for value in op.reads:
@@ -216,12 +235,16 @@ def _every_op(program: Program) -> Iterator[Op]:
         yield op
         yield from (region.output for region in op.regions)
     yield from (stage.output for stage in program.stages)
+    for _, block in program.backward_blocks():
+        yield from nested_ops(block.ops)
+        yield block.output
     yield program.output
 
 
 def _uses(program: Program) -> Iterator[tuple[str, str]]:
     real: dict[Value, set[Op]] = {}
     values: list[Value] = [*program.inputs, *(entry.value for entry in program.state)]
+    values += program.cotangents
     for op in _every_op(program):
         values.extend(op.definitions())
         values.extend(param for region in op.regions for param in region.inputs)

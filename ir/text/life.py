@@ -208,6 +208,9 @@ class Lives:
         self._yields: set[Op] = set()
         for stage, op in _staged(program):
             self._number(op, stage)
+        for stage_of_block, block in program.backward_blocks():
+            for op in block.ops:
+                self._number(op, stage_of_block.index)
         self._sites: dict[Op, Site] = {}
         self._lines_of_versions: dict[Value, tuple[Version, ...]] = {}
 
@@ -256,9 +259,9 @@ class Lives:
 
     @cached_property
     def _transfers(self) -> dict[Value, list[Transfer]]:
-        return _grouped(
-            (transfer.value, transfer) for transfer in self._program.transfers
-        )
+        program = self._program
+        transfers = [*program.transfers, *program.backward_transfers]
+        return _grouped((transfer.value, transfer) for transfer in transfers)
 
     @cached_property
     def _copies(self) -> dict[Value, list[Value]]:

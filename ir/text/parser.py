@@ -12,7 +12,9 @@ from stagecut.ir.errors import ParseError, nearest
 from stagecut.ir.graph import (
     CONTEXTS,
     KINDS,
+    LINKED,
     PHASES,
+    ROLES,
     ROUTES,
     SHARES,
     SPLIT,
@@ -96,6 +98,7 @@ class _Parser:
         self._states: dict[str, StateEntry] = {}
         self._files: dict[str, str] = {}
         self._program = Program("")
+        self._ended = ""
 
     # --- scanning -------------------------------------------------------------------------------
 
@@ -160,6 +163,13 @@ class _Parser:
         except (ValueError, RecursionError):
             self._fail("bad escape in string", start)
 
+    def _comma_list(self, read: Callable[[], Any]) -> list[Any]:
+        """One part or more with commas between them, each read by `read`."""
+        parts = [read()]
+        while self._accept(","):
+            parts.append(read())
+        return parts
+
     def _list(self, read: Callable[[], Any], close: str = ")") -> list[Any]:
         """The parts up to `close`, with commas between them, each read by `read`."""
         parts: list[Any] = []
@@ -220,6 +230,12 @@ class _Parser:
             self._stage()
         elif self._accept("transfer"):
             self._transfer()
+        elif program.phase == "differentiated" and self._accept("cotangent"):
+            self._cotangent()
+        elif program.phase == "differentiated" and self._accept("backward_input"):
+            self._backward("backward_input")
+        elif program.phase == "differentiated" and self._accept("backward_weight"):
+            self._backward("backward_weight")
         elif program.phase == "traced":
             program.ops.append(self._op())
         else:
@@ -290,7 +306,7 @@ class _Parser:
         stage = Stage(self._int())
         inputs: list[Value] = []
         outputs: list[tuple[str, int]] = []
-        if program.phase == "linked" or self._source.startswith(
+        if program.phase in LINKED or self._source.startswith(
             "(", self._next_position()
         ):
             self._expect("(")
@@ -303,9 +319,18 @@ class _Parser:
         self._skip(_BLANK)
         if self._accept("holds"):
             self._holds(stage)
-        stage.ops = self._ops("}")
+        stage.ops = self._stage_ops()
+        if self._ended == "saves":
+            stage.saved = self._comma_list(self._value)
+            self._skip(_BLANK)
+            self._expect("}")
         stage.inputs = inputs
         stage.set_outputs([self._resolve(*name) for name in outputs])
+
+    def _stage_ops(self) -> list[Op]:
+        if self._program.phase == "differentiated":
+            return self._ops("}", "saves")
+        return self._ops("}")
 
     def _holds(self, stage: Stage) -> None:
         while True:
@@ -336,17 +361,61 @@ class _Parser:
             via = tuple(self._list(self._int)) if self._accept("(") else ()
             if len(via) != transfer.via_count or via != transfer.via:
                 self._fail(f"this transfer goes through stages {_via(transfer)}", start)
-        self._program.transfers.append(transfer)
+        if source is not None and source > transfer.target:
+            self._program.backward_transfers.append(transfer)
+        else:
+            self._program.transfers.append(transfer)
+
+    def _cotangent(self) -> None:
+        name = self._fresh()
+        self._expect(":")
+        value = Value(self._type(), name)
+        self._define(name, value)
+        self._gradients([value])
+        self._program.cotangents.append(value)
+
+    def _backward(self, role: str) -> None:
+        """A block of the backward of a stage that stands before it in the text."""
+        start = self._next_position()
+        number = self._int()
+        if number >= len(self._program.stages):
+            self._fail(f"there is no stage {number} before this", start)
+        stage = self._program.stages[number]
+        if len(stage.backward) != ROLES.index(role) - 1:
+            self._fail(f"not the place of a {role} of stage {number}", start)
+        self._expect("(")
+        block = Block(role, self._list(self._value))
+        self._expect("->")
+        self._expect("(")
+        outputs = self._list(self._value_name)
+        self._expect("{")
+        block.ops = self._ops("}")
+        block.set_outputs([self._resolve(*name) for name in outputs])
+        stage.backward.append(block)
+
+    def _gradients(self, values: Sequence[Value]) -> None:
+        """The clause that says what each of some values is the gradient of, where there is one."""
+        if not self._accept("gradient"):
+            return
+        self._expect("(")
+        start = self._next_position()
+        of = self._list(lambda: None if self._accept("-") else self._value())
+        if len(of) != len(values):
+            self._fail(f"{len(of)} gradients for {len(values)} values", start)
+        for value, whose in zip(values, of, strict=True):
+            value.gradient_of = whose
 
     # --- ops ------------------------------------------------------------------------------------
 
-    def _ops(self, end: str) -> list[Op]:
-        """The ops of a block, up to `end`, which is read too."""
+    def _ops(self, *ends: str) -> list[Op]:
+        """The ops of a block, up to one of `ends`, which is read too and is `_ended` then."""
         ops: list[Op] = []
         while True:
             self._skip(_BLANK)
-            if self._accept(end):
-                return ops
+            for end in ends:
+                if self._accept(end):
+                    self._ended = end
+                    return ops
             ops.append(self._op())
 
     def _op(self) -> Op:
@@ -414,6 +483,7 @@ class _Parser:
         op = Op(target, args, kwargs)
         for name, value_type in zip(names, types, strict=True):
             self._define(name, op.add_result(value_type, name))
+        self._gradients(op.results)
         if self._accept("form"):
             self._expect("(")
             op.form = _form(self._tree())

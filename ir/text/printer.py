@@ -8,11 +8,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
 from stagecut.ir.graph import (
+    LINKED,
     SPLIT,
     Block,
     Context,
@@ -118,7 +119,8 @@ class Printer:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        all_ops = nested_ops(program.all_ops())
+        backward = (op for _, block in program.backward_blocks() for op in block.ops)
+        all_ops = nested_ops(chain(program.all_ops(), backward))
         self._files = file_names(all_ops)
         self.names: dict[Value, str] = {}
         for entry in program.state:
@@ -128,6 +130,11 @@ class Printer:
             self._name(value, namer)
         for op in program.all_ops():
             self._name_op(op, namer)
+        for value in program.cotangents:
+            self._name(value, namer)
+        for _, block in program.backward_blocks():
+            for op in block.ops:
+                self._name_op(op, namer)
 
     def _name(self, value: Value, namer: Namer) -> None:
         self.names[value] = "%" + namer(value.hint)
@@ -165,6 +172,12 @@ class Printer:
         for stage in self._program.stages:
             yield from self._stage(stage)
         for transfer in self._program.transfers:
+            yield self._transfer(transfer)
+        for value in self._program.cotangents:
+            yield f"cotangent {self._typed(value)}{self._gradients([value])}"
+        for stage, block in self._program.backward_blocks():
+            yield from self._backward(stage, block)
+        for transfer in self._program.backward_transfers:
             yield self._transfer(transfer)
         outputs = tuple(self._program.outputs)
         yield f"output {self._tree(outputs)}"
@@ -255,11 +268,25 @@ class Printer:
         if names:
             first.append(f"holds {_fqn_list(names)}")
         head = self._stage_head(stage)
-        yield from self._block(head, stage, "", first)
+        last: list[str] = []
+        if stage.saved:
+            sizes = [value_bytes(value.type) for value in stage.saved]
+            known = [size for size in sizes if size is not None]
+            nbytes = sum(known) if len(known) == len(sizes) else None
+            names_saved = self._names_of(stage.saved)
+            last.append(f"saves {names_saved}  # {size_text(nbytes)}")
+        yield from self._block(head, stage, "", first, last)
+
+    def _backward(self, stage: Stage, block: Block) -> Iterator[str]:
+        """A block of the backward of a stage."""
+        inputs = self._names_of(block.inputs)
+        outputs = self._names_of(block.outputs)
+        head = f"{block.name} {stage.index} ({inputs}) -> ({outputs})"
+        yield from self._block(head, block, "")
 
     def _stage_head(self, stage: Stage) -> str:
         head = f"stage {stage.index}"
-        if self._program.phase == "linked" or stage.inputs or stage.outputs:
+        if self._program.phase in LINKED or stage.inputs or stage.outputs:
             inputs = self._names_of(stage.inputs)
             outputs = self._names_of(stage.outputs)
             head += f" ({inputs}) -> ({outputs})"
@@ -313,7 +340,7 @@ class Printer:
         if op.results:
             names = self._names_of(op.results)
             types = ", ".join(str(result.type) for result in op.results)
-            line = f"{names} = {line} : {types}"
+            line = f"{names} = {line} : {types}{self._gradients(op.results)}"
         if op.form is not None:
             line += f" form({self._form(op.form)})"
         line += self._effects(op)
@@ -326,6 +353,16 @@ class Printer:
             file = self._files.get(op.loc.file, op.loc.file)
             line += f" at {file}:{op.loc.line}"
         return line
+
+    def _gradients(self, values: Sequence[Value]) -> str:
+        """The clause that says what some values are the gradients of."""
+        if all(value.gradient_of is None for value in values):
+            return ""
+        names = [
+            "-" if value.gradient_of is None else self._tree(value.gradient_of)
+            for value in values
+        ]
+        return f" gradient({', '.join(names)})"
 
     def _form(self, form: ResultForm) -> str:
         if form.rest is None:

@@ -255,6 +255,11 @@ def _add_shown(group: Any) -> None:
         help="a parameter's or buffer's names, owners, uses and policy",
     )
     group.add_argument(
+        "--roles",
+        action="store_true",
+        help="each stage as its forward, the gradients of its inputs, those of its weights",
+    )
+    group.add_argument(
         "--report",
         action="store_true",
         help="what the stages cost; also as --format json or svg",

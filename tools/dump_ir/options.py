@@ -20,7 +20,7 @@ LOOKS = (
 )
 """Options that print something of their own; the program is then written only as a file."""
 
-WRITTEN = ("format", "report", "timeline", "only", "level", "depth")
+WRITTEN = ("format", "roles", "report", "timeline", "only", "level", "depth")
 """Options that choose what is written at the end."""
 
 
@@ -136,6 +136,18 @@ RULES = (
         ("report",),
         "needs --format text, json or svg",
         lambda options: options.format in ("text", "json", "svg"),
+    ),
+    Rule(
+        ("roles",),
+        "needs a model: IR text has no code to differentiate",
+        lambda options: not is_text(options.source),
+    ),
+    Rule(
+        ("roles",),
+        "needs --format text, and no --only, --report or --timeline",
+        lambda options: (
+            options.format == "text" and not options.only and _is_program(options)
+        ),
     ),
     Rule(
         ("only",),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import LINKED, Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
@@ -93,6 +93,8 @@ class Session:
                     f"no pass changes what the program computes: {', '.join(p.name for p in passes)}\n",
                 )
                 return
+            if self._options.roles:
+                program = self._steps.do("roles", lambda: _differentiated(source))
             self._show(program)
 
     def _note(self, notes: Sequence[str]) -> None:
@@ -231,7 +233,7 @@ class Session:
         from stagecut.backend.pictures.dot import to_dot, to_svg
 
         options = self._options
-        if program.phase != "linked" and (options.level == "stages" or options.only):
+        if program.phase not in LINKED and (options.level == "stages" or options.only):
             raise InputError(
                 f"a picture of stages is of a linked program, this one is {program.phase}",
                 hint="run all passes, --passes all; or draw the whole of it, --level modules or --level ops",
@@ -273,7 +275,9 @@ class Session:
         if program.phase != "linked":
             raise InputError(
                 f"costs are those of linked programs, this one is {program.phase}",
-                hint="run all passes: --passes all",
+                hint="dump-ir the model"
+                if program.phase in LINKED
+                else "run all passes: --passes all",
             )
         stages, count = len(program.stages), options.microbatches
         steps = 2 * stages * count  # a forward and a backward of each
@@ -301,3 +305,22 @@ class Session:
         return to_html(
             history, program, costs, costs.timeline.to_svg(), graph, title=program.name
         )
+
+
+def _differentiated(source: Source) -> Program:
+    """The program of a model, with the backward of each stage. Raises InputError for one that is not
+    linked.
+    """
+    from stagecut.ir.run.call import check_inputs
+    from stagecut.pipe import Pipe
+
+    program = source.program
+    if program.phase != "linked" or source.bindings is None:
+        raise InputError(
+            f"stages have roles in a linked program, this one is {program.phase}",
+            hint="run all passes: --passes all",
+        )
+    pipe = Pipe(program, source.bindings)
+    if source.inputs is not None:
+        pipe._sizes = check_inputs(program.inputs, source.inputs)
+    return pipe.differentiated()[0]

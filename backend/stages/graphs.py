@@ -1,0 +1,421 @@
+"""The backward of a stage as compiled functions: `Driver(..., backward="graph")`.
+
+A stage runs as an autograd.Function. Its backward computes the gradients of the inputs, and leaves a function
+that computes those of the weights: the schedule says when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as torch_module
+
+from stagecut.backend.stages.modules import Stage, StageModule
+from stagecut.backend.stages.pure import PureStage
+from stagecut.backend.stages.roles import Function, RoleCode
+from stagecut.backend.stages.staged import Staged
+from stagecut.ir.errors import CaptureError, RolesError
+from stagecut.ir.graph import Value
+from stagecut.ir.roles import Roles
+from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.types import DTYPES, TensorType
+
+Tensors = Sequence[torch.Tensor]
+
+REFUSALS = (RolesError, CaptureError)
+"""The errors that say why a stage has no graphs."""
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The place of a gradient among the results of its role, and the tangents that it depends on."""
+
+    place: int
+    tangents: frozenset[int]
+
+
+class Split:
+    """The three functions of a stage for tensors of one signature, and what is passed between them."""
+
+    def __init__(
+        self, roles: Roles, bindings: Bindings, code: RoleCode, outputs: int
+    ) -> None:
+        joint = roles.joint
+        self.outputs = outputs
+        self._functions: list[Function] = [
+            code.function(block, bindings)
+            for block in (roles.forward, roles.backward_input, roles.backward_weight)
+        ]
+        primals = list(joint.primals)
+        saved = roles.saved
+        first = [*primals, *roles.forward.outputs]
+        second = [*saved, *joint.cotangents, *roles.backward_input.outputs]
+        self._forward_reads = _places(roles.forward.inputs, primals)
+        self._saves = _places(saved, first)
+        self._returns = _places(joint.block.outputs[: joint.results], first)
+        self._input_reads = _places(roles.backward_input.inputs, second)
+        self._weight_reads = _places(roles.backward_weight.inputs, second)
+        self.tangents = joint.tangents
+        self._tangent_types = [value.type for value in joint.cotangents]
+        depends = _tangents_of(roles)
+        self.gradients: list[_Gradient | None] = []
+        for place, value in enumerate(joint.gradients):
+            weight = place in joint.weights
+            role = roles.backward_weight if weight else roles.backward_input
+            self.gradients.append(
+                None
+                if value is None
+                else _Gradient(role.outputs.index(value), depends[value])
+            )
+
+    def forward(self, primals: Tensors) -> tuple[list[torch.Tensor], Tensors]:
+        """The results, the written state last, and the tensors that the backward needs."""
+        known = [*primals]
+        known += _called(self._functions[0], [primals[i] for i in self._forward_reads])
+        results = [known[place] for place in self._returns]
+        return results, [known[place] for place in self._saves]
+
+    def backward_input(self, saved: Tensors, tangents: Tensors) -> tuple[Any, Tensors]:
+        """The gradients of inputs, and what the gradients of the weights need."""
+        known = [*saved, *tangents]
+        results = _called(self._functions[1], [known[i] for i in self._input_reads])
+        known += results
+        return results, [known[place] for place in self._weight_reads]
+
+    def backward_weight(self, needed: Tensors) -> Sequence[Any]:
+        """The gradients of weights."""
+        return _called(self._functions[2], needed)
+
+    def tangent(self, number: int, grad: torch.Tensor | None, device: Any) -> Any:
+        """A gradient of a result as the backward takes it: zeros for none, its elements where the trace had
+        them.
+        """
+        tangent_type = self._tangent_types[number]
+        assert isinstance(tangent_type, TensorType)
+        if grad is None:
+            shape: Any = tangent_type.shape
+            return torch.zeros(shape, dtype=_dtype(tangent_type), device=device)
+        strides: Any = tangent_type.strides
+        if strides is None:
+            return grad.contiguous()
+        if grad.stride() == strides:
+            return grad
+        laid: Any = torch.empty_strided(
+            grad.shape, strides, dtype=grad.dtype, device=grad.device
+        )
+        return laid.copy_(grad)
+
+
+def _called(function: Function, arguments: Tensors) -> tuple[Any, ...]:
+    result = function(*arguments)
+    if result is None:
+        return ()
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _dtype(tensor_type: TensorType) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[tensor_type.dtype])
+    return dtype
+
+
+def _places(values: Sequence[Value], among: Sequence[Value]) -> list[int]:
+    """Where each of some values stands among others."""
+    places = {value: place for place, value in reversed([*enumerate(among)])}
+    return [places[value] for value in values]
+
+
+def _tangents_of(roles: Roles) -> dict[Value, frozenset[int]]:
+    """Value -> the tangents that it depends on, by number."""
+    depends = {
+        value: frozenset([number])
+        for number, value in enumerate(roles.joint.cotangents)
+    }
+    none: frozenset[int] = frozenset()
+    for op in roles.joint.block.ops:
+        of_op = none.union(*(depends.get(value, none) for value in op.reads))
+        depends |= dict.fromkeys(op.results, of_op)
+    for gradient in roles.joint.gradients:
+        if gradient is not None:
+            depends.setdefault(gradient, none)
+    return depends
+
+
+class Graphs:
+    """One stage of a pipe, run by graphs, which are made at their first use for each signature.
+
+    With `recompute`, the backward computes light ops again, so that less is saved. `note` says why the stage
+    runs by autograd, '' while it does not.
+    """
+
+    def __init__(
+        self, pipe: Staged, index: int, code: RoleCode, recompute: bool = False
+    ) -> None:
+        self._pipe = pipe
+        self._recompute = recompute
+        self._stage = pipe.stages[index]
+        self._block = pipe.program.stages[index]
+        self._code = code
+        self._splits: dict[Any, Split | str] = {}
+        self._anchor = torch.empty(0, requires_grad=True)
+        self._pure: PureStage | None = None
+        self._refused = ""
+        self._state: list[torch.Tensor] = []
+        self._state_key: Any = None
+        self.note = ""
+        self.left: Callable[[], None] = _nothing
+
+    def begin(self, module: torch.nn.Module) -> None:
+        """A step begins, in which `module` stands for the stage."""
+        self.left = _nothing
+        if self._pure is None and not self._refused:
+            try:
+                self._pure = PureStage(self._stage, self._block)
+            except RolesError as error:
+                self._refused = str(error)
+        self.note = self._refused or _why_not_plain(module, self._stage)
+        if self.note or self._pure is None:
+            return
+        flags = [part.training for part in self._stage.modules()]
+        signatures = [_signature(slot.tensor) for slot in self._pure.slots]
+        self._state_key = (*flags, *signatures)
+
+    def run(
+        self, inputs: Sequence[Any], handed_on: tuple[int, ...] = ()
+    ) -> tuple[Any, ...] | None:
+        """The outputs of the stage for these inputs, and after them the inputs at the places `handed_on`. Who
+        reads these adds to the gradients of the inputs before the stage does, as autograd would have it.
+
+        None where autograd runs the stage: there is a note why, or nothing carries gradient.
+        """
+        if self.note or self._pure is None or not torch.is_grad_enabled():
+            return None
+        state = [slot.tensor for slot in self._pure.slots]
+        tensors = [*state, *inputs]
+        if not any(tensor.requires_grad for tensor in tensors):
+            return None
+        split = self._split(tensors, inputs, handed_on)
+        if split is None:
+            return None
+        outputs: tuple[Any, ...] = _Run.apply(self, split, state, self._anchor, *inputs)
+        return outputs
+
+    def take_weights(self) -> Callable[[], None]:
+        """The function that adds the gradients of the weights of the backward that ran last. The next call
+        gives one that does nothing, as after a backward that did not reach the stage.
+        """
+        left, self.left = self.left, _nothing
+        return left
+
+    def snapshot(self, state: Tensors) -> list[torch.Tensor]:
+        """The state, with copies of what forward writes: the backward of this micro-batch needs it as it is
+        now.
+        """
+        assert self._pure is not None
+        return [
+            tensor.clone() if slot.written else tensor
+            for slot, tensor in zip(self._pure.slots, state, strict=True)
+        ]
+
+    def write(self, tensors: Tensors) -> None:
+        """The written state has these contents."""
+        assert self._pure is not None
+        slots = [slot for slot in self._pure.slots if slot.written]
+        for slot, tensor in zip(slots, tensors, strict=True):
+            slot.tensor.copy_(tensor)
+
+    def _split(
+        self, tensors: Tensors, inputs: Tensors, handed_on: tuple[int, ...]
+    ) -> Split | None:
+        """The functions for these tensors. None with a note where there are none."""
+        autocast = _autocasts()
+        key = (self._state_key, autocast, handed_on, *map(_signature, inputs))
+        if key not in self._splits:
+            self._splits[key] = self._made(tensors, handed_on)
+        split = self._splits[key]
+        if isinstance(split, Split):
+            return split
+        self.note = split
+        return None
+
+    def _made(self, tensors: Tensors, handed_on: tuple[int, ...]) -> Split | str:
+        """The functions for these tensors, or why there are none."""
+        assert self._pure is not None
+        self._pure.handed_on = handed_on
+        slots = self._pure.slots
+        names = [slot.name for slot in slots]
+        names += [value.hint for value in self._block.inputs]
+        weights = range(len(slots))
+        arguments = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        same = {
+            len(self._block.outputs) + number: len(slots) + place
+            for number, place in enumerate(handed_on)
+        }
+        try:
+            roles, bindings = self._pipe.roles(
+                self._pure, arguments, names, weights, same, self._recompute
+            )
+        except REFUSALS as error:
+            return str(error)
+        outputs = len(self._block.outputs) + len(handed_on)
+        return Split(roles, bindings, self._code, outputs)
+
+
+def _nothing() -> None:
+    """No gradients of weights are left to compute."""
+
+
+class _Run(torch.autograd.Function):
+    """One micro-batch of a stage."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        graphs: Graphs,
+        split: Split,
+        state: list[torch.Tensor],
+        anchor: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        primals = [*graphs.snapshot(state), *(t.detach() for t in inputs)]
+        with _without_autocast():
+            results, saved = split.forward(primals)
+        outputs = results[: split.outputs]
+        graphs.write(results[split.outputs :])
+        ctx.graphs, ctx.split, ctx.state = graphs, split, state
+        ctx.device = results[0].device if results else None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in split.tangents)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        split: Split = ctx.split
+        received = [grads[place] for place in split.tangents]
+        live = {i for i, grad in enumerate(received) if grad is not None}
+        count = len(ctx.state)
+        skipped = (None, None, None, None)
+        if not live:
+            return *skipped, *(None for _ in split.gradients[count:])
+        tangents = [
+            split.tangent(number, grad, ctx.device)
+            for number, grad in enumerate(received)
+        ]
+        with _without_autocast():
+            results, needed = split.backward_input(ctx.saved_tensors, tangents)
+        ctx.graphs.left = _Weights(split, ctx.state, needed, live)
+        return *skipped, *_chosen(split.gradients[count:], results, live)
+
+
+class _Weights:
+    """Adds the gradients of the weights of one micro-batch when it is called, once."""
+
+    def __init__(
+        self, split: Split, state: Tensors, needed: Tensors, live: set[int]
+    ) -> None:
+        self._split = split
+        self._state = state
+        self._needed = needed
+        self._live = live
+
+    def __call__(self) -> None:
+        needed, self._needed = self._needed, ()
+        with torch.no_grad(), _without_autocast():
+            results = self._split.backward_weight(needed)
+        del needed
+        gradients = self._split.gradients[: len(self._state)]
+        chosen = _chosen(gradients, results, self._live)
+        del results
+        _accumulate(self._state, chosen)
+
+
+def _accumulate(weights: Tensors, grads: list[torch.Tensor | None]) -> None:
+    """Autograd adds the gradients to those of the weights, as it adds its own: in place, hooks included.
+    `grads` is empty afterwards.
+    """
+    later: dict[torch.Tensor, torch.Tensor] = {}
+    for weight in reversed(weights):
+        grad = grads.pop()
+        if grad is None:
+            continue
+        if weight.grad is None:
+            # autograd copies it; no two of all are there at once
+            torch.autograd.backward([weight], [grad])
+        else:
+            later[weight] = grad
+    if later:
+        torch.autograd.backward([*later], [*later.values()])
+
+
+def _chosen(
+    gradients: Sequence[_Gradient | None], results: Sequence[Any], live: set[int]
+) -> list[Any]:
+    """The gradients among the results of a role; None where nothing that arrived leads to one."""
+    return [
+        None
+        if gradient is None or live.isdisjoint(gradient.tangents)
+        else results[gradient.place]
+        for gradient in gradients
+    ]
+
+
+def _signature(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that the graph of a stage takes from a tensor but its contents."""
+    return (
+        tensor.shape,
+        tensor.dtype,
+        tensor.stride(),
+        tensor.device,
+        tensor.requires_grad,
+    )
+
+
+def _autocasts() -> tuple[Any, ...]:
+    """The autocasts that are on, with their dtypes."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    )
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Inside, no autocast casts: the ops of a graph have their casts."""
+    with ExitStack() as stack:
+        for kind, _ in _autocasts():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _why_not_plain(module: torch.nn.Module, stage: Stage) -> str:
+    """Why a graph cannot stand for a stage as it is now; '' where it can."""
+    if module is not stage:
+        return f"wrap returned a {type(module).__name__}, which runs around the stage"
+    if torch_module._has_any_global_hook():
+        return "hooks are registered for all modules"
+    for path, part in stage.named_modules():
+        if not isinstance(part, StageModule) or isinstance(part, FSDPModule):
+            return f"'{path}' was wrapped, as a {type(part).__name__}"
+        if part._compiled_call_impl is not None:
+            return f"'{path}' was compiled"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"'{path}' has hooks, which a graph would not call"
+    return ""
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
