@@ -36,9 +36,9 @@ def compare_in_autocast(*args: Any) -> list[str]:
         return compare_each(*args)
 
 
-def compare_seeded(*args: Any) -> list[str]:
-    """As `compare_each`, with random numbers that cross from stage to stage."""
-    return compare_each(*args, seed=3)
+def compare_unseeded_and_seeded(pipe: Pipe, loss: Any, batches: Batches, unseeded: list[str], seeded: list[str]) -> list[str]:
+    """As `compare_each`, for some schedules with random numbers of each rank, for others with those that cross from stage to stage."""
+    return compare_each(pipe, loss, batches, unseeded) + compare_each(pipe, loss, batches, seeded, seed=3)
 
 
 def unfreeze_and_compare(pipe: Pipe, loss: Any, batches: Batches) -> list[str]:
