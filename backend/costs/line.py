@@ -156,9 +156,10 @@ class Line:
         )
 
     def seconds(self, where: Device) -> torch.Tensor:
-        """Seconds for which a device computes each op, forward and backward."""
-        device_parts, _ = self.parts(where)
-        return device_parts[:2].sum(0)
+        """Seconds of each op, forward and backward: of the device or of the host, whichever has more to do."""
+        both_ways = self.parts(where)[:, :2].sum(1)
+        busier = both_ways.sum(1).argmax()
+        return both_ways[busier]
 
     def total(self, where: Device) -> Timing[float]:
         """Seconds of all ops together."""
