@@ -156,7 +156,7 @@ class Line:
         )
 
     def seconds(self, where: Device) -> torch.Tensor:
-        """Seconds of each op, forward and backward: of the device or of the host, whichever has more to do."""
+        """Seconds of each op, forward and backward: of the device or the host, whichever has more to do."""
         both_ways = self.parts(where)[:, :2].sum(1)
         busier = both_ways.sum(1).argmax()
         return both_ways[busier]
