@@ -45,7 +45,12 @@ def differentiate(
         _take_forward(program, stage, parts)
     joints = _connected(program, [parts.joint for parts in stages])
     roles = [split(joint, recompute) for joint in joints]
-    for stage, of_stage, parts in zip(program.stages, roles, stages, strict=True):
+    for stage, of_stage, parts in zip(
+        program.stages,
+        roles,
+        stages,
+        strict=True,
+    ):
         stage.ops = [*of_stage.forward.ops, *_writes(program, parts, of_stage)]
         # the outputs of the stage are those that liveness finds
         of_stage.forward.output.drop()
@@ -67,7 +72,11 @@ def _take_forward(program: Program, stage: Stage, parts: Differentiated) -> None
     skip_views(joint.block)
     owners = program.name_owners()
     own: list[Value] = [owners[name].value for name in parts.state]
-    for primal, value in zip(joint.primals, [*own, *stage.inputs], strict=True):
+    for primal, value in zip(
+        joint.primals,
+        [*own, *stage.inputs],
+        strict=True,
+    ):
         primal.replace_uses(value)
     joint.block.inputs = [*own, *stage.inputs]
     _hold_constants(program, stage, joint.block)
@@ -77,7 +86,11 @@ def _take_forward(program: Program, stage: Stage, parts: Differentiated) -> None
     for old, new in zip(outputs, results, strict=True):
         assert isinstance(old.type, TensorType)
         new.hint = old.hint
-        new.type = replace(new.type, grad=old.type.grad, batch=old.type.batch)
+        new.type = replace(
+            new.type,
+            grad=old.type.grad,
+            batch=old.type.batch,
+        )
         _stand_in(program, stage, old, new)
     for op in reversed(stage.ops):
         op.drop()

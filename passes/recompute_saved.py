@@ -37,7 +37,12 @@ def recompute_saved(joint: Joint, forward: set[Op]) -> None:
             _copy(op.reads, again, copies, ops)
             op.substitute(copies)
         ops.append(op)
-    _copy([v for v in joint.gradients if v is not None], again, copies, ops)
+    _copy(
+        [v for v in joint.gradients if v is not None],
+        again,
+        copies,
+        ops,
+    )
     block.ops = ops
     gradients = [None if g is None else copies.get(g, g) for g in joint.gradients]
     block.set_outputs([*block.outputs[: joint.results], *gradients])

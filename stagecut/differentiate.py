@@ -28,7 +28,11 @@ def differentiated(pipe: Staged, recompute: bool = False) -> tuple[Program, Bind
     program = parse(text(pipe.program))
     constants = Bindings()
     parts = []
-    for stage, block in zip(pipe.stages, pipe.program.stages, strict=True):
+    for stage, block in zip(
+        pipe.stages,
+        pipe.program.stages,
+        strict=True,
+    ):
         try:
             pure = PureStage(stage, block)
             parts.append(_parts(pure, pipe._sizes, constants))
@@ -55,7 +59,12 @@ def _parts(
     names = [slot.name for slot in pure.slots]
     hints = [*names, *(value.hint for value in pure.block.inputs)]
     graph, tangents = joint_graph(pure, arguments)
-    joint, own = lower_joint(graph, hints, tangents, range(len(names)))
+    joint, own = lower_joint(
+        graph,
+        hints,
+        tangents,
+        range(len(names)),
+    )
     assert isinstance(joint.block, Program)
     for entry in joint.block.state:
         name = f"{entry.name}_{pure.block.index}"

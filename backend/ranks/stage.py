@@ -277,7 +277,13 @@ class BuiltStage(PipelineStage):
             return None
         self._graph_chunks.add(self._microbatch)
         handed_on = [self.block.inputs[place] for place in self._handed_on]
-        return dict(zip([*self.block.outputs, *handed_on], results, strict=True))
+        return dict(
+            zip(
+                [*self.block.outputs, *handed_on],
+                results,
+                strict=True,
+            )
+        )
 
     @contextmanager
     def _apart(self, values: dict[Value, Any]) -> Iterator[None]:

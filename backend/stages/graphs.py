@@ -58,7 +58,10 @@ class Split:
         second = [*saved, *joint.cotangents, *roles.backward_input.outputs]
         self._forward_reads = _places(roles.forward.inputs, primals)
         self._saves = _places(saved, first)
-        self._returns = _places(joint.block.outputs[: joint.results], first)
+        self._returns = _places(
+            joint.block.outputs[: joint.results],
+            first,
+        )
         self._input_reads = _places(roles.backward_input.inputs, second)
         self._weight_reads = _places(roles.backward_weight.inputs, second)
         self.tangents = joint.tangents
@@ -77,14 +80,20 @@ class Split:
     def forward(self, primals: Tensors) -> tuple[list[torch.Tensor], Tensors]:
         """The results, the written state last, and the tensors that the backward needs."""
         known = [*primals]
-        known += _called(self._functions[0], [primals[i] for i in self._forward_reads])
+        known += _called(
+            self._functions[0],
+            [primals[i] for i in self._forward_reads],
+        )
         results = [known[place] for place in self._returns]
         return results, [known[place] for place in self._saves]
 
     def backward_input(self, saved: Tensors, tangents: Tensors) -> tuple[Any, Tensors]:
         """The gradients of inputs, and what the gradients of the weights need."""
         known = [*saved, *tangents]
-        results = _called(self._functions[1], [known[i] for i in self._input_reads])
+        results = _called(
+            self._functions[1],
+            [known[i] for i in self._input_reads],
+        )
         known += results
         return results, [known[place] for place in self._weight_reads]
 
@@ -202,7 +211,13 @@ class Graphs:
         split = self._split(tensors, inputs, handed_on)
         if split is None:
             return None
-        outputs: tuple[Any, ...] = _Run.apply(self, split, state, self._anchor, *inputs)
+        outputs: tuple[Any, ...] = _Run.apply(
+            self,
+            split,
+            state,
+            self._anchor,
+            *inputs,
+        )
         return outputs
 
     def take_weights(self) -> Callable[[], None]:
@@ -313,7 +328,11 @@ class _Run(torch.autograd.Function):
         with _without_autocast():
             results, needed = split.backward_input(ctx.saved_tensors, tangents)
         ctx.graphs.left = _Weights(split, ctx.state, needed, live)
-        return *skipped, *_chosen(split.gradients[count:], results, live)
+        return *skipped, *_chosen(
+            split.gradients[count:],
+            results,
+            live,
+        )
 
 
 class _Weights:
@@ -353,7 +372,10 @@ def _accumulate(weights: Tensors, grads: list[torch.Tensor | None]) -> None:
         else:
             later[weight] = grad
     if later:
-        torch.autograd.backward([*later], [*later.values()])
+        torch.autograd.backward(
+            [*later],
+            [*later.values()],
+        )
 
 
 def _chosen(

@@ -69,14 +69,21 @@ class PureStage:
         ]
         inputs = [
             tensor.clone() if value in self._written_inputs else tensor
-            for value, tensor in zip(self.block.inputs, tensors[count:], strict=True)
+            for value, tensor in zip(
+                self.block.inputs,
+                tensors[count:],
+                strict=True,
+            )
         ]
         with self._holding(state):
             outputs = results_of(self.stage(*inputs), self.block)
             written = [slot.tensor.detach() for slot in self.slots if slot.written]
         own = tensors[count:]
         outputs = (*outputs, *(own[place] for place in self.handed_on))
-        return *_apart(outputs, (*tensors, *written)), *written
+        return *_apart(
+            outputs,
+            (*tensors, *written),
+        ), *written
 
     @contextmanager
     def _holding(self, state: Sequence[torch.Tensor]) -> Iterator[None]:

@@ -95,7 +95,12 @@ def _with_kernel_and_formula() -> list[Any]:
         packet, _, overload = rest.partition(".")
         keys = [_FORMULA.name, "CPU"], [_FORMULA.name, "CUDA"]
         if namespace == "aten" and any(_has_kernels(name, pair) for pair in keys):
-            ops.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
+            ops.append(
+                getattr(
+                    getattr(torch.ops.aten, packet),
+                    overload or "default",
+                )
+            )
     return ops
 
 

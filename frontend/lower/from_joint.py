@@ -36,11 +36,19 @@ def lower_joint(
     placeholders = graph.graph.find_nodes(op="placeholder")
     hints = [*names, *(f"tangent_{place}" for place in tangents)]
     for node, hint in zip(placeholders, hints, strict=True):
-        env[node] = program.add_input(type_of(node.meta["val"]), hint)
+        env[node] = program.add_input(
+            type_of(node.meta["val"]),
+            hint,
+        )
         lowering.note_storage(env[node], node.meta["val"])
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            env[node] = _constant(graph, str(node.target), program, bindings)
+            env[node] = _constant(
+                graph,
+                str(node.target),
+                program,
+                bindings,
+            )
             continue
         # a tensor of a graph without writes is as good as its alias
         if node.target is torch.ops.aten.detach.default:

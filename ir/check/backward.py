@@ -27,7 +27,11 @@ def backward_faults(program: Program) -> Faults:
         yield from _roles(program, stage)
         yield from _saved(stage)
         for block in stage.backward:
-            yield from _reads(stage, block, arriving.get(stage.index, set()))
+            yield from _reads(
+                stage,
+                block,
+                arriving.get(stage.index, set()),
+            )
             yield from _gradients(stage, block)
     for value in program.cotangents:
         if value.gradient_of not in program.output.operands or value.owner is not None:

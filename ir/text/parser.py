@@ -401,7 +401,10 @@ class _Parser:
         start = self._next_position()
         of = self._list(lambda: None if self._accept("-") else self._value())
         if len(of) != len(values):
-            self._fail(f"{len(of)} gradients for {len(values)} values", start)
+            self._fail(
+                f"{len(of)} gradients for {len(values)} values",
+                start,
+            )
         for value, whose in zip(values, of, strict=True):
             value.gradient_of = whose
 
