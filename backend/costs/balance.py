@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from stagecut.backend.costs.line import Line
-from stagecut.backend.costs.ops import Device, device, program_ops
 from stagecut.backend.costs.loss import counted_loss
 from stagecut.backend.costs.measured import Trial, Way, time_spans, torch_device
+from stagecut.backend.costs.ops import Device, device, program_ops
 from stagecut.backend.costs.plan import Choice, Plan
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
@@ -45,11 +45,11 @@ class Balanced:
     """A policy: cuts with which a step of the schedule takes the shortest time, and every stage fits its
     device.
 
-    stages: how many; None takes as few as memory allows, or with `ranks` in the setting, compares all schedules
-    on so many ranks. setting: devices, schedule, micro-batches. pins:
-    module path -> the stage it runs in, counted from the end when negative. tolerance: how much longer than
-    the best the step may take, in exchange for cuts at outer modules and fewer bytes that cross. budget: the
-    part of a device's memory to fill.
+    stages: how many; None takes as few as memory allows, or with `ranks` in the setting, compares all
+    schedules on so many ranks. setting: devices, schedule, micro-batches. pins: module path -> the stage it
+    runs in, counted from the end when negative. tolerance: how much longer than the best the step may take,
+    in exchange for cuts at outer modules and fewer bytes that cross. budget: the part of a device's memory
+    to fill.
 
     inside: whether a cut may divide a block of repeated ones: "never", "always", or "if worth it", when the
     step gains more than WORTH. loss_fn(output, target): the loss that the last stage computes, with an

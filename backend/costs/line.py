@@ -12,7 +12,6 @@ from itertools import pairwise
 import torch
 
 from stagecut.backend.costs.loss import LossCost
-from stagecut.backend.costs.runtime import KINDS, Parts, Timing
 from stagecut.backend.costs.ops import (
     Device,
     OpCost,
@@ -22,6 +21,7 @@ from stagecut.backend.costs.ops import (
     program_ops,
     state_bytes,
 )
+from stagecut.backend.costs.runtime import KINDS, Parts, Timing
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.graph import WHOLE, Context, Op, Program, Scope, StateEntry, Value
@@ -156,7 +156,7 @@ class Line:
         )
 
     def seconds(self, where: Device) -> torch.Tensor:
-        """Seconds of each op, forward and backward: of the device or of the host, whichever has more to do."""
+        """Seconds of each op, forward and backward: of the device or the host, whichever has more to do."""
         both_ways = self.parts(where)[:, :2].sum(1)
         busier = both_ways.sum(1).argmax()
         return both_ways[busier]

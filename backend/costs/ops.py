@@ -47,8 +47,8 @@ class Device:
     bandwidth, link_bandwidth: bytes per second of its memory, and to a neighbour, one way. memory: bytes.
     overhead: seconds that starting an op takes. reached: the part of `flops` that large matrix products
     reach. link_latency: seconds that a message takes besides its bytes. starting, posting: seconds in which
-    the host starts an op, and posts messages. slowed: the part by which it computes more slowly while messages
-    are under way.
+    the host starts an op, and posts messages. slowed: the part by which it computes more slowly while
+    messages are under way.
     """
 
     name: str

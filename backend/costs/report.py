@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 from stagecut.backend.costs.line import Line
-from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.plan import Plan
 from stagecut.backend.costs.runtime import Timing, as_run
 from stagecut.backend.costs.search import by_rank
@@ -170,8 +170,8 @@ class Report:
             and self.bound is not None
         ):
             yield (
-                f"a micro-batch takes the slowest rank {time_text(self.slowest)} with its links, and no order "
-                f"of ops can be below {time_text(self.bound)}; by the best cuts anywhere a step takes "
+                f"a micro-batch takes the slowest rank {time_text(self.slowest)} with its links, and no "
+                f"order of ops can be below {time_text(self.bound)}; by the best cuts anywhere a step takes "
                 f"{time_text(self.best)}"
             )
         counts: Counter[str] = Counter()

@@ -10,9 +10,9 @@ from stagecut.backend.costs.runtime import Actions, actions
 from stagecut.backend.schedules import (
     SCHEDULES,
     SINGLE,
+    SPLITTING,
     Order,
     Step,
-    SPLITTING,
     V,
     homes,
     in_flight,
