@@ -55,7 +55,7 @@ class Facts:
     norm_of_rows: bool = False
     """Costs: on a GPU it keeps its operand and one number per row."""
     takes_rows: bool = False
-    """It takes the rows of its first operand with the numbers in the second one. Costs: an example for it."""
+    """It takes the rows of its first operand whose numbers are in the second one. Costs: an example."""
     grouped_product: bool = False
     """Costs: it is a product of matrices in groups, for which torch has no formula."""
     over_samples: str = ""

@@ -48,8 +48,8 @@ class Balanced:
     stages: how many; None takes as few as memory allows, or with `ranks` in the setting, compares all
     schedules on so many ranks. setting: devices, schedule, micro-batches. pins: module path -> the stage it
     runs in, counted from the end when negative. tolerance: how much longer than the best the step may take,
-    in exchange for cuts at outer modules and fewer bytes that cross. budget: the part of a device's memory to
-    fill.
+    in exchange for cuts at outer modules and fewer bytes that cross. budget: the part of a device's memory
+    to fill.
 
     inside: whether a cut may divide a block of repeated ones: "never", "always", or "if worth it", when the
     step gains more than WORTH. loss_fn(output, target): the loss that the last stage computes, with an

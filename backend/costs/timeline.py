@@ -68,8 +68,8 @@ def simulate(
     take those seconds to arrive, each way.
 
     `split` has the seconds for the inputs and for the weights where a backward is split; by default, half of
-    it each. `host` are the seconds in which the host starts all of it. Ranks
-    compute, send and wait as torch's runtime does (backend/costs/runtime.py).
+    it each. `host` are the seconds in which the host starts all of it. Ranks compute, send and wait as
+    torch's runtime does (backend/costs/runtime.py).
     """
     stages = len(forward)
     parts = split or [(b / 2, b / 2) for b in backward]
