@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
+from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.pure import PureStage
 from stagecut.backend.stages.staged import Staged
 from stagecut.frontend.capture.joint import joint_graph
 from stagecut.frontend.lower.from_joint import lower_joint
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, RolesError
-from stagecut.ir.graph import Program, Value
+from stagecut.ir.graph import Program, Stage, Value
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.sizes import evaluate
 from stagecut.ir.text.parser import parse
@@ -50,6 +51,7 @@ def _parts(
     pure: PureStage, sizes: Mapping[str, int], constants: Bindings
 ) -> Differentiated:
     """What a stage computes on inputs of the types of the program."""
+    _refuse_changes(pure.block)
     state = [slot.tensor for slot in pure.slots]
     inputs = [_example(value, sizes) for value in pure.block.inputs]
     arguments = [
@@ -72,6 +74,14 @@ def _parts(
         entry.names = (name,)
     written = [slot.name for slot in pure.slots if slot.written]
     return Differentiated(joint, names, written)
+
+
+def _refuse_changes(block: Stage) -> None:
+    """Raises RolesError where a stage writes an input of the model: the caller would not see it."""
+    written = written_inputs(block)
+    for value in block.inputs:
+        if value.owner is None and value in written:
+            raise RolesError(f"forward writes {value!r}, which is the caller's")
 
 
 def _example(value: Value, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -160,3 +160,14 @@ def test_a_stage_without_a_backward_is_named() -> None:
     pipe = pipeline(Net(), (torch.randn(2, 4),), check=None, leaf_modules=["norm"])
     with pytest.raises(RolesError, match=r"stage 1 has no backward in the program: module\.norm is code of yours"):
         pipe.differentiated()
+
+
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2) + 1
+
+
+def test_a_stage_that_writes_what_is_the_callers_has_no_backward() -> None:
+    pipe = pipeline(Writes(), (torch.randn(2, 4),), check=None)
+    with pytest.raises(RolesError, match=r"stage 0 has no backward in the program: forward writes %x, which is the caller's"):
+        pipe.differentiated()
