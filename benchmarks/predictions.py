@@ -34,9 +34,8 @@ from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
 from stagecut.passes.find_splits import FindSplits
 from stagecut.passes.pipeline import default_pipeline
-from stagecut.passes.recompute import Recompute
 from stagecut.passes.runner import run_passes
-from stagecut.pipe import lower
+from stagecut.pipe import cut_copy, lower
 
 SCHEDULES = {"1F1B": 1, "Interleaved1F1B": 2, "ZBVZeroBubble": 2}
 """Schedule -> stages a rank."""
@@ -154,14 +153,7 @@ class Bench:
         self.sizes = check_inputs(program.inputs, self.flat)
 
     def cut(self, positions: Sequence[int], recompute: bool = True) -> Pipe:
-        program = parse(self.traced)
-        passes = default_pipeline(FindSplits((), lambda _: positions))
-        names = [each.name for each in passes]
-        rest = passes[names.index(FindSplits.name) :]
-        run_passes(
-            program, [p for p in rest if recompute or not isinstance(p, Recompute)]
-        )
-        pipe = Pipe(program, self.bindings)
+        pipe = cut_copy(self.traced, self.bindings, positions, recompute)
         pipe._sizes = self.sizes
         return pipe
 

@@ -266,6 +266,20 @@ def _policy(
     return cuts
 
 
+def cut_copy(
+    traced: str, bindings: Bindings, positions: Sequence[int], recompute: bool = True
+) -> Pipe:
+    """A copy of a program, cut in front of these ops. `traced` is its text at the time when the cuts are
+    searched.
+    """
+    copy = parse(traced)
+    passes = default_pipeline(FindSplits((), lambda _: positions))
+    names = [each.name for each in passes]
+    rest = passes[names.index(FindSplits.name) :]
+    run_passes(copy, [p for p in rest if recompute or not isinstance(p, Recompute)])
+    return Pipe(copy, bindings)
+
+
 def _trial(program: Program, bindings: Bindings, args: Any, kwargs: Any) -> Trial:
     """Cuts copies of the program as it is when the cuts are searched, to time their stages."""
     from stagecut.backend.costs.measured import Trial
@@ -273,13 +287,8 @@ def _trial(program: Program, bindings: Bindings, args: Any, kwargs: Any) -> Tria
     traced = text(program)
 
     def cut(positions: Sequence[int]) -> Staged:
-        copy = parse(traced)
-        passes = default_pipeline(FindSplits((), lambda _: positions))
-        names = [each.name for each in passes]
-        rest = passes[names.index(FindSplits.name) :]
         # what each stage would compute again would be timed in each
-        run_passes(copy, [each for each in rest if not isinstance(each, Recompute)])
-        return Staged(copy, bindings)
+        return cut_copy(traced, bindings, positions, recompute=False)
 
     flat: list[Any] = []
     if bindings.call is not None:

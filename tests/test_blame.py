@@ -16,8 +16,22 @@ from torch.nn import functional as F
 
 from stagecut import pipe_split, pipeline
 from stagecut.frontend import markers, policy, source
-from stagecut.frontend.capture import batch, capture, eager, example, functions, known, quiet, rewrites, samples, scopes, together, whole
-from stagecut.frontend.lower import align, both_modes, from_export, from_fx, fx_run, lower, merge, types
+from stagecut.frontend.capture import (
+    batch,
+    capture,
+    eager,
+    example,
+    functions,
+    joint,
+    known,
+    quiet,
+    rewrites,
+    samples,
+    scopes,
+    together,
+    whole,
+)
+from stagecut.frontend.lower import align, both_modes, from_export, from_fx, from_joint, fx_run, lower, merge, types
 from stagecut.frontend.watch import attributes, forbidden, generators, line, training, watch
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
@@ -82,6 +96,11 @@ class Everything(nn.Module):
 
 def cut() -> None:
     pipeline(Everything(), (torch.ones(2, 4),), check=None)
+
+
+def differentiate() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    pipeline(model, (torch.ones(2, 4),), stages=2, check=None).differentiated()
 
 
 def cut_graph() -> None:
@@ -171,6 +190,8 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (from_export._placeholders, cut),
     (from_export._write_back, cut),
     (from_fx._bind, cut_graph),
+    (from_joint.lower_joint, differentiate),
+    (joint._traced, differentiate),
     (from_fx._GraphLowering.node, cut_graph),
     (fx_run.FakeRun.run_node, cut_graph),
     (fx_run._WriteObserver.see, cut_graph),

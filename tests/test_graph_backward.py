@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
@@ -463,6 +464,7 @@ def _refused(pipe: Pipe) -> str:
     return "ok"
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_functions_give_the_gradients_of_autograd_up_to_rounding() -> None:
     run = Run(_pipe(Net(nn.Dropout(0.5)), 1), torch.randn(4, 6, requires_grad=True), code=RoleCode(compiled=True))
     for mine, expected in zip(run.mine, run.expected, strict=True):

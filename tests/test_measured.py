@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_balance import IDS, Blocks
+from test_balance import IDS, Blocks, _line
 from torch import nn
 
 from stagecut import Balanced, Setting, StagecutError, pipeline
@@ -110,3 +110,26 @@ def test_a_folder_that_cannot_be_written_costs_the_store_only(monkeypatch: pytes
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STAGECUT_CACHE", str(tmp_path / "file"))
     assert _cut(Blocks(2)).num_stages == 2
+
+
+def test_a_span_in_which_nothing_is_estimated_has_what_was_measured() -> None:
+    """Views cost nothing by the roofline. Shares of nothing were no numbers."""
+    setting = Setting("CPU", "1F1B", 4)
+    line = _line([1, 1, 0, 0], [0] * 4, setting)
+    line.calibrate([(0, 2), (2, 4)], [Timing(Parts(1.0, 2.0, 2.0, 0.0), Parts(0.5, 0.5, 0.5, 0.0))] * 2)
+    assert line.measured is not None
+    device, host = line.measured[..., 2:].sum(2).tolist()
+    assert device == pytest.approx([1.0, 2.0, 2.0, 0.0])
+    assert host == pytest.approx([0.5, 0.5, 0.5, 0.0])
+
+
+def test_the_place_in_the_store_has_all_that_decides() -> None:
+    def made(mode: object) -> Any:
+        return lambda module, index: (module, mode)[0]
+
+    def key(sizes: dict[str, int], mode: object) -> str:
+        return Way(torch.device("cpu"), made(mode)).key("ops", 1, sizes)
+
+    assert key({"batch": 2}, "eager") == key({"batch": 2}, "eager")
+    assert key({"batch": 2}, "eager") != key({"batch": 64}, "eager")
+    assert key({"batch": 2}, "eager") != key({"batch": 2}, "compiled")

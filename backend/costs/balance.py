@@ -15,7 +15,7 @@ import torch
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
 from stagecut.backend.costs.measured import Trial, Way, time_spans, torch_device
-from stagecut.backend.costs.ops import Device, device, program_ops
+from stagecut.backend.costs.ops import Device, program_ops
 from stagecut.backend.costs.plan import Choice, Plan
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
@@ -155,7 +155,7 @@ class Balanced:
 
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
-        limit = self.budget * max(d.memory for d in self._every_device())
+        limit = self.budget * max(d.memory for d in self.setting.every_device)
         static, _, _ = line.whole
         least = max(least, math.ceil(static / limit))
         most = min(MOST, len(line.ops))
@@ -172,16 +172,6 @@ class Balanced:
             else:
                 tried = middle
         return least
-
-    def _every_device(self) -> list[Device]:
-        devices = self.setting.device
-        if isinstance(devices, Device | str):
-            return [device(devices)]
-        return [device(name) for name in devices]
-
-    def problem(self, line: Line) -> Problem:
-        """The problem to search: the times and limits of so many stages of a line."""
-        return self._problem(line, self.stages or 1, 1.0)
 
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):
@@ -224,9 +214,7 @@ class Balanced:
             ]
             seconds = torch.stack([torch.stack([*row]) for row in rows])
             parts.append(torch.cat([zero, seconds.cumsum(2)], 2))
-            delays.append(
-                line.crossing / ways / where.link_bandwidth + where.link_latency
-            )
+            delays.append(where.delay(line.crossing / ways))
         return Steps(
             self.setting,
             self._problem(line, stages, scale),
@@ -241,18 +229,18 @@ class Balanced:
         """
         levels = [*self._levels(line)]
         inside = line.is_inside_block
-        at_blocks = [steps.best(level & ~inside) for level in levels]
-        anywhere = at_blocks
-        if inside.any():
-            anywhere = [*at_blocks, *(steps.best(level) for level in levels)]
+        at_blocks = [steps.best(mask) for mask in _distinct(levels, ~inside)]
+        dividing = [level for level in levels if (level & inside).any()]
+        everywhere = torch.ones_like(inside)
+        anywhere = at_blocks + [steps.best(m) for m in _distinct(dividing, everywhere)]
         best = _least(anywhere)
         if best is None:
             return None
         best_at_blocks = _least(at_blocks)
         allowed = anywhere
         if self.inside != "always" and best_at_blocks is not None:
-            gain = best_at_blocks.least / best.least - 1
-            if self.inside == "never" or gain <= WORTH:
+            is_close = best_at_blocks.least <= best.least * (1 + WORTH)
+            if self.inside == "never" or is_close:
                 allowed = at_blocks
         if self.inside == "never" and best_at_blocks is None:
             return None
@@ -268,7 +256,7 @@ class Balanced:
         """Per number of module calls that cuts may divide, from none on: whether a cut may be at each
         position.
         """
-        depth = line.depth()
+        depth = line.depth
         for level in range(int(depth.max()) + 1):
             positions = (depth <= level) & line.divisible
             positions[[0, -1]] = True
@@ -409,6 +397,18 @@ class Balanced:
             return self._problem(line, stages, scale).within(math.inf) is not None
         except InputError:  # so many stages lie on no ranks
             return False
+
+
+def _distinct(
+    levels: Iterable[torch.Tensor], mask: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The levels within a mask, each of which has the positions of those before it; equal ones once."""
+    before = torch.zeros_like(mask)
+    for level in levels:
+        within = level & mask
+        if not torch.equal(within, before):
+            yield within
+        before = within
 
 
 def _least(tried: Iterable[Found | None]) -> Found | None:

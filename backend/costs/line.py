@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 
@@ -15,7 +14,6 @@ from stagecut.backend.costs.loss import LossCost
 from stagecut.backend.costs.ops import (
     Device,
     OpCost,
-    device,
     known_bytes,
     op_costs,
     program_ops,
@@ -172,22 +170,19 @@ class Line:
         """The seconds of each span of ops are those measured, in the shares that the roofline gives to its
         ops.
         """
-        shares = self.parts(device(self._first_device()))[0]
+        shares = self.parts(self.setting.every_device[0])[0]
         measured = torch.zeros(2, *shares.shape, dtype=torch.float64)
         for (begin, end), timing in zip(spans, seconds, strict=True):
             total = shares[:2, begin:end].sum(0)
-            for row, where in itertools.product(range(len(KINDS)), range(2)):
+            for row, where in product(range(len(KINDS)), range(2)):
                 share = shares[row, begin:end]
                 if not float(share.sum()):
-                    share = total
+                    share = total if float(total.sum()) else torch.ones_like(total)
                 amount = timing[where][row]
                 measured[where, row, begin:end] = amount * share / share.sum()
         self.measured = measured
 
-    def _first_device(self) -> Device | str:
-        where = self.setting.device
-        return where if isinstance(where, Device | str) else where[0]
-
+    @cached_property
     def depth(self) -> torch.Tensor:
         """For each position, the number of module calls that a cut there divides."""
         depth = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
@@ -202,9 +197,7 @@ class Line:
         span for each module that the model calls.
         """
         edges = self._edges_of_blocks() or [
-            position
-            for position, depth in enumerate(self.depth().tolist())
-            if depth == 0
+            position for position, depth in enumerate(self.depth.tolist()) if depth == 0
         ]
         inner = [p for p in edges if 0 < p < len(self.ops) and self.divisible[p]]
         return [*pairwise([0, *inner, len(self.ops)])]
@@ -269,11 +262,9 @@ class Line:
         its list.
         """
         inside = torch.zeros(len(self.ops) + 1, dtype=torch.bool)
-        for position in range(1, len(self.ops)):
-            before = self.ops[position - 1].scope
-            after = self.ops[position].scope
-            shared = before[: _common(before, after)]
-            inside[position] = bool(_block_of(shared))
+        depths = self.depth.tolist()
+        for position, op in enumerate(self.ops):
+            inside[position] = bool(_block_of(op.scope[: depths[position]]))
         return inside
 
     def _holdings_of(

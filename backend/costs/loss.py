@@ -64,22 +64,18 @@ def loss_cost(
         kept.append(tensor)
         return tensor
 
-    leaves = [_on_meta(leaf, sizes) for leaf in program.outputs]
-    output: Any = leaves[0] if len(leaves) == 1 else leaves
-    if call is not None:
-        output = call.unflatten(leaves)
+    output = output_of(call, [_on_meta(leaf, sizes) for leaf in program.outputs])
     goal = tree_map(
         lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, target
     )
-    forward = _Counter(())
-    backward = _Counter(kept)
+    forward = _Counter()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     try:
         with torch.enable_grad(), hooks, forward:
             loss = loss_fn(output, goal)
-        loss = loss[0] if isinstance(loss, tuple) else loss
+        backward = _Counter(frozenset(map(storage_of, kept)))
         with backward:
-            loss.backward()
+            loss_alone(loss).backward()
     except Exception as error:
         raise_ours(error)
         raise InputError(
@@ -97,6 +93,19 @@ def loss_cost(
         loss_fn,
         target,
     )
+
+
+def output_of(call: CallSpec | None, leaves: Sequence[Any]) -> Any:
+    """What the loss is given: the model's output, or its leaves where nothing is known of its structure."""
+    if call is not None:
+        return call.unflatten(leaves)
+    return leaves[0] if len(leaves) == 1 else [*leaves]
+
+
+def loss_alone(returned: Any) -> torch.Tensor:
+    """The loss in what a loss function returns, which may be (loss, metrics)."""
+    loss: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return loss
 
 
 def counted_loss(
@@ -156,10 +165,10 @@ class _CrossEntropy:
 @dataclass
 class _Counter(TorchDispatchMode):
     """Counts every op that runs inside. passing: the most bytes that one of them reads and makes besides the
-    tensors in `kept`.
+    storages in `kept`.
     """
 
-    kept: Sequence[torch.Tensor]
+    kept: frozenset[int | None] = frozenset()
     passing: int = 0
     ops: list[tuple[float, float, str]] = field(default_factory=list)
 
@@ -181,9 +190,8 @@ class _Counter(TorchDispatchMode):
         widest = max((t.element_size() for t in tensors), default=4)
         dtype = "bf16" if widest < 4 else "f32"
         self.ops.append((counter.get_total_flops(), moved, dtype))
-        kept = {storage_of(tensor) for tensor in self.kept}
         sizes = {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
-        passing = sum(size for storage, size in sizes.items() if storage not in kept)
+        passing = sum(n for storage, n in sizes.items() if storage not in self.kept)
         self.passing = max(self.passing, passing)
 
 

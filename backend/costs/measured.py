@@ -20,7 +20,7 @@ from torch.distributed.pipelining import _backward
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.costs import store
-from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.loss import LossCost, loss_alone, output_of
 from stagecut.backend.costs.ops import known_shape
 from stagecut.backend.costs.runtime import Parts, Timing
 from stagecut.backend.costs.setting import Setting
@@ -73,12 +73,19 @@ class Way:
     training: bool = True
     splits: bool = False
 
-    def key(self, ops: str, count: int) -> str:
-        """The place in the store of so many spans of these ops."""
+    def key(self, ops: str, count: int, sizes: Mapping[str, int]) -> str:
+        """The place in the store of so many spans of these ops, for these sizes."""
         forms = store.form_of(self.wrap), store.form_of(self.loss_fn)
         target = tree_map(_described, self.target)
         return store.key_of(
-            self.device, *forms, target, self.training, self.splits, count, ops
+            self.device,
+            *forms,
+            target,
+            self.training,
+            self.splits,
+            sorted(sizes.items()),
+            count,
+            ops,
         )
 
     @staticmethod
@@ -136,7 +143,7 @@ def time_spans(
     keys[-1] += " and the loss"
     rows = _rows_of(keys, spans)
     known: dict[str, Timing[float]] = {}
-    places = {key: way.key(key, len(row)) for key, row in rows.items()}
+    places = {key: way.key(key, len(row), sizes) for key, row in rows.items()}
     for key, place in places.items():
         kept = store.read(place)
         if kept is not None:
@@ -202,10 +209,8 @@ def measure(
     stage = _placed(pipe.stages[index], way.device)
     module: nn.Module = stage if way.wrap is None else way.wrap(stage, index)
     known = dict(zip(pipe.program.inputs, examples, strict=False))
-    given = [
-        _example(value, pipe.program, sizes, known, way.device)
-        for value in block.inputs
-    ]
+    rows = _rows(pipe.program)
+    given = [_example(value, rows, sizes, known, way.device) for value in block.inputs]
     runner = _Runner(pipe, stage, module, given, way, block)
     try:
         return runner.seconds()
@@ -239,7 +244,7 @@ def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _example(
     value: Value,
-    program: Program,
+    rows: Mapping[Value, int],
     sizes: Mapping[str, int],
     examples: Mapping[Value, Any],
     device: torch.device,
@@ -259,10 +264,10 @@ def _example(
         return tensor.requires_grad_(carries_grad(kind))
     if dtype is torch.bool:
         return torch.ones(shape, dtype=dtype, device=device)
-    rows = _rows(program).get(storage_root(value))
-    if rows is None:
+    count = rows.get(storage_root(value))
+    if count is None:
         return torch.ones(shape, dtype=dtype, device=device)
-    return torch.randint(rows, shape, dtype=dtype, device=device)
+    return torch.randint(count, shape, dtype=dtype, device=device)
 
 
 def _rows(program: Program) -> dict[Value, int]:
@@ -308,7 +313,8 @@ class _Runner:
         self._way = way
         self._block = block
         self._parameters = [p for p in stage.parameters() if p.requires_grad]
-        self._is_last = block is pipe.program.stages[-1]
+        is_last = block is pipe.program.stages[-1]
+        self._has_loss = is_last and way.loss_fn is not None
         self._target = tree_map(lambda leaf: _goal(leaf, way.device), way.target)
         self._cuda = way.device.type == "cuda"
         self._before = 0
@@ -432,7 +438,7 @@ class _Runner:
         ]
         # the stage may write what it is given
         results = results_of(self._module(*inputs), self._block)
-        if self._is_last and self._way.loss_fn is not None:
+        if self._has_loss:
             results = (self._loss(results),)
         outputs = [
             r for r in results if isinstance(r, torch.Tensor) and r.requires_grad
@@ -440,18 +446,15 @@ class _Runner:
         return outputs if self._way.training else [], inputs
 
     def _loss(self, results: Sequence[Any]) -> torch.Tensor:
-        spec = self._pipe._call_spec
         by_value = dict(zip(self._block.outputs, results, strict=True))
         leaves = [by_value.get(leaf, leaf) for leaf in self._pipe.program.outputs]
-        output = leaves[0] if spec is None else spec.unflatten(leaves)
+        output = output_of(self._pipe._call_spec, leaves)
         assert self._way.loss_fn is not None
-        loss: Any = self._way.loss_fn(output, self._target)
-        tensor: torch.Tensor = loss[0] if isinstance(loss, tuple) else loss
-        return tensor
+        return loss_alone(self._way.loss_fn(output, self._target))
 
     def _grads(self, outputs: list[torch.Tensor]) -> Any:
         """The gradients that come back: None behind a loss."""
-        if self._is_last and self._way.loss_fn is not None:
+        if self._has_loss:
             return None
         return [torch.ones_like(output) for output in outputs]
 

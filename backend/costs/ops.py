@@ -63,6 +63,10 @@ class Device:
     posting: float = 0.0
     slowed: float = 0.0
 
+    def delay(self, nbytes: Any) -> Any:
+        """Seconds that a message of so many bytes takes, or messages of a tensor of numbers."""
+        return nbytes / self.link_bandwidth + self.link_latency
+
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
         """Seconds of an op: the longer of computing and moving, and its start."""
         slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)

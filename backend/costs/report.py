@@ -333,10 +333,7 @@ def report(
                 _sources(sources),
             )
         )
-    delays = [
-        size / where.link_bandwidth + where.link_latency
-        for size, where in zip(crossing, devices, strict=False)
-    ]
+    delays = [where.delay(size) for size, where in zip(crossing, devices, strict=False)]
     line_of_time = simulate(
         setting,
         [s.forward for s in run],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from stagecut.backend.schedules import (
@@ -103,13 +103,16 @@ class _Script:
         self.actions += posts
 
 
-def _values(boundary: int, microbatch: int, stages: int) -> tuple[Message, ...]:
-    """The values that cross behind stage `boundary`, nothing where no stage or none but one is."""
-    return (Message(boundary, microbatch, False),) * (0 <= boundary < stages - 1)
+def _values(
+    boundary: int, microbatch: int, stages: int, is_gradient: bool = False
+) -> tuple[Message, ...]:
+    """What crosses behind stage `boundary`: nothing where no two stages meet."""
+    if not 0 <= boundary < stages - 1:
+        return ()
+    return (Message(boundary, microbatch, is_gradient),)
 
 
-def _gradients(boundary: int, microbatch: int, stages: int) -> tuple[Message, ...]:
-    return (Message(boundary, microbatch, True),) * (0 <= boundary < stages - 1)
+_gradients = partial(_values, is_gradient=True)
 
 
 def _gpipe(stage: int, stages: int, count: int) -> list[Action]:

@@ -58,6 +58,13 @@ class Setting:
             )
         return homes(stages, ranks, is_v)
 
+    @property
+    def every_device(self) -> list[Device]:
+        """The devices as they are given: one for all ranks, or one for each."""
+        if isinstance(self.device, Device | str):
+            return [device(self.device)]
+        return [device(name) for name in self.device]
+
     def devices(self, stages: int) -> list[Device]:
         """The device of each stage. Raises InputError when there are too few."""
         if isinstance(self.device, Device | str):

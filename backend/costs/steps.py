@@ -43,16 +43,12 @@ class Steps:
     def seconds(self, cuts: torch.Tensor) -> torch.Tensor:
         """The seconds of the step for each row of cuts. Ranks take turns as with the first cuts of all."""
         if not self._turns:
-            one = self._run(cuts[:1], self._of_one)
-            self._turns = one.turns
+            self._turns = self._run(cuts[:1], lambda times: float(times[0])).turns
         zero = torch.zeros(len(cuts), dtype=torch.float64)
         end: torch.Tensor = self._run(
             cuts, lambda times: times, zero, torch.maximum
         ).end
         return end
-
-    def _of_one(self, times: torch.Tensor) -> Any:
-        return float(times[0])
 
     def _run(
         self,

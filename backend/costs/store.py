@@ -12,13 +12,19 @@ import json
 import os
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
+from uuid import uuid4
 
 import torch
 
 from stagecut.backend.costs.runtime import Parts, Timing
+from stagecut.backend.ranks.wrapped import around
+
+_HERE = uuid4().hex
+"""This process."""
 
 _TABLE = "create table if not exists seconds (key text primary key, value text)"
 
@@ -33,13 +39,28 @@ def key_of(device: torch.device, *parts: object) -> str:
 
 
 def form_of(function: Any) -> str:
-    """A text for a function of the user's that is equal in every process, and differs where its code does."""
-    code = getattr(function, "__code__", None)
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-    if not isinstance(code, CodeType):
-        return name
-    constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
-    return f"{name} {code.co_code.hex()} {constants} {code.co_names}"
+    """A text for a function of the user's: it differs where its code does, or what it takes from where it was
+    made, and is the same in every process unless that is an object without a text of its own.
+    """
+    if isinstance(function, FunctionType):
+        name = f"{function.__module__}.{function.__qualname__}"
+        return f"{name} {_code_text(function.__code__)} {_text(around(function))}"
+    if isinstance(function, partial):
+        return f"{form_of(function.func)} {_text((function.args, function.keywords))}"
+    return _text(function)
+
+
+def _code_text(code: CodeType) -> str:
+    constants = [
+        _code_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts
+    ]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _text(value: object) -> str:
+    """The text of a value. One with an address is worth nothing in another process."""
+    text = repr(value)
+    return f"{text} in {_HERE}" if " at 0x" in text else text
 
 
 def read(key: str) -> Timing[float] | None:

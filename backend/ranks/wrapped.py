@@ -59,10 +59,10 @@ def _does_the_same(wrap: Any, before: Any) -> bool:
         )
     if not (isinstance(wrap, FunctionType) and isinstance(before, FunctionType)):
         return False
-    return wrap.__code__ == before.__code__ and _around(wrap) == _around(before)
+    return wrap.__code__ == before.__code__ and around(wrap) == around(before)
 
 
-def _around(function: FunctionType) -> tuple[Any, ...]:
+def around(function: FunctionType) -> tuple[Any, ...]:
     """The values that a function takes from where it was made."""
     cells = function.__closure__ or ()
     return (
