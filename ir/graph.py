@@ -408,6 +408,20 @@ class Op:
         """
         if self.versions:
             raise StagecutError("an op that writes has no twin", where=self.where())
+        return self._twin(swap)
+
+    def elsewhere(self, swap: dict[Value, Value]) -> Op:
+        """A twin of this op for another program, which makes versions of its own. `swap` learns what it
+        defines.
+        """
+        twin = self._twin(swap)
+        for old, new in self.versions.items():
+            if old in swap:
+                swap[new] = twin.add_version(swap[old], new.hint)
+        swap |= zip(self.results, twin.results, strict=True)
+        return twin
+
+    def _twin(self, swap: dict[Value, Value]) -> Op:
         twin = Op(
             self.target,
             substitute(self.args, swap) if swap else self.args,

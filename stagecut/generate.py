@@ -22,6 +22,7 @@ from torch import nn
 from stagecut.backend.costs.balance import Balanced
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.serve.caches import Caches
 from stagecut.backend.serve.line import Seat
 from stagecut.backend.serve.tokens import MOST_LANES, Tokens
 from stagecut.backend.serve.turns import Turns
@@ -47,11 +48,12 @@ class Generator:
     group: the ranks that run a stage each, in the order of the stages. None runs all stages in this process.
     device: where the stages of this process run, and their part of every cache; the model's own by default.
     lanes: how many requests of `generate_all` are in flight together. Each has a cache of its own.
-    max_length: the most tokens of a prompt and what follows it.
+    max_length: the most tokens of a prompt and what follows it. Static caches are so long.
     checkpoint, init_fn: for a model on the meta device, where its weights come from, as for
         `Pipe.materialize`: each rank reads those of its stage. `init_fn` is the model's own by default.
     compile, cuda_graphs: decode steps with a static cache are compiled, and captured in CUDA graphs, one for
-        each cache: a cache of your own that you `reset()` keeps its graph from request to request.
+        each cache. The caches that `cache_implementation="static"` makes are kept for later requests of the
+        same size, and a cache of your own that you `reset()` keeps its graph too.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Generator:
             cuda_graphs,
         )
         self._turns = Turns(self.device)
+        self._caches = Caches() if cuda_graphs else None
         self.lanes = lanes
         self._tokens: Tokens | None = None
         if self._seat is not None:
@@ -144,13 +147,37 @@ class Generator:
         On several ranks every rank calls it alike. There, greedy decoding and sampling are known, and scores
         and logits in the result are those of the last rank only.
         """
-        model: Any = self._served
         if self._faults is None:
-            return model.generate(*args, **kwargs)
+            return self._request(*args, **kwargs)
         with self._faults.together((InputError,)):
-            result = model.generate(*args, **kwargs)
+            result = self._request(*args, **kwargs)
             self._finish()
             return result
+
+    def _request(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._served
+        if self._caches is None:
+            return model.generate(*args, **kwargs)
+        self._caches.forget()
+        result = model.generate(*args, **kwargs)
+        self._caches.finish(result)
+        return result
+
+    def static_cache(self, make: Callable[..., Any], wishes: dict[str, Any]) -> Any:
+        """A static cache for a request, with what transformers wishes of it."""
+        longest = self.max_length
+        if longest is not None:
+            wishes["max_cache_len"] = max(longest, wishes["max_cache_len"])
+        if self._caches is None:
+            return make(**wishes)
+        encoded = wishes["model_kwargs"].get("encoder_outputs")
+        size = (
+            wishes["cache_implementation"],
+            wishes["batch_size"],
+            wishes["max_cache_len"],
+            None if encoded is None else encoded[0].shape[1],
+        )
+        return self._caches.take(size, lambda: make(**wishes))
 
     def generate_all(
         self, requests: Iterable[Mapping[str, Any]], seeds: Sequence[int] = ()
@@ -163,14 +190,13 @@ class Generator:
         """
         pending = deque(enumerate(requests))
         results: list[Any] = [None] * len(pending)
-        model: Any = self._served
 
         def lane() -> None:
             while pending:
                 place, request = pending.popleft()
                 if place < len(seeds):
                     torch.manual_seed(seeds[place])
-                results[place] = model.generate(**request)
+                results[place] = self._request(**request)
 
         if self._faults is None:
             lane()
@@ -306,6 +332,13 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
         generator.check(config, kwargs["input_ids_length"])
         return config
 
+    def static(this: Any, **wishes: Any) -> Any:
+        make = kind._prepare_static_cache
+        return generator.static_cache(
+            lambda **final: make(this, **final),
+            wishes,
+        )
+
     def no_compile(*_: Any, **__: Any) -> bool:
         return False
 
@@ -315,6 +348,7 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
         "_get_stopping_criteria": criteria,
         "_get_logits_processor": processor,
         "_prepare_generated_length": length,
+        "_prepare_static_cache": static,
         "_valid_auto_compile_criteria": no_compile,
     }
     served = copy.copy(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from torch.export import Dim
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
-from stagecut.backend.serve.faster import faster
+from stagecut.backend.serve.again import Again
+from stagecut.backend.serve.faster import faster, is_static, recorded
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.step import LocalStep, RankStep, Step, lane_bytes
 from stagecut.backend.stages.modules import Stage, find, put
@@ -158,7 +159,7 @@ class Programs:
         self._moves = self._device != own
         self._source = source or Source()
         self._compiled = compiled
-        self._graphs = graphs
+        self._record = recorded if graphs else None
         self._spec = None if spec is None else dict(spec)
         self._policy = policy
         self._seat = seat
@@ -167,6 +168,7 @@ class Programs:
         self._examples: list[_Example] = []
         self._sizes: dict[Pipe, dict[str, int]] = {}
         self._weights: dict[str, torch.Tensor] = {}
+        self._again: Again[Fit] = Again()
 
     @property
     def pipes(self) -> list[Pipe]:
@@ -180,6 +182,15 @@ class Programs:
 
     def fitting(self, kwargs: Mapping[str, Any]) -> Fit:
         """A program that fits a call by these keyword arguments, traced where there is none yet."""
+        again = self._again.found(kwargs)
+        if again is not None:
+            fit, flat = again
+            return replace(fit, flat=flat)
+        fit = self._searched(kwargs)
+        self._again.note(kwargs, fit.flat, fit)
+        return fit
+
+    def _searched(self, kwargs: Mapping[str, Any]) -> Fit:
         for place, (pipe, step) in enumerate(self._cut):
             fit = _fit(pipe, step, kwargs)
             if fit is not None:
@@ -218,13 +229,14 @@ class Programs:
                 pipe,
                 index,
                 self._compiled,
-                self._graphs,
+                self._record,
             )
             for index in own
         ]
         if seat is None or self._line is None:
             return LocalStep(pipe, self._device, runs)
-        return RankStep(pipe, seat, self._line, runs[0])
+        record = self._record if is_static(pipe.program) else None
+        return RankStep(pipe, seat, self._line, runs[0], record)
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if len(self._cut) == MOST_PROGRAMS:

@@ -43,5 +43,5 @@ def test_only_programs_that_write_in_place_are_captured() -> None:
     state = Plain(first=torch.ones(5, 4), second=torch.ones(1, 4), at=torch.tensor([2]))
     with torch.no_grad():
         pipe = cut(Writes(), X[:1], state)
-    assert isinstance(faster(pipe, 0, False, True), Graphed)
-    assert faster(pipe, 0, False, False) is pipe.stages[0]
+    assert isinstance(faster(pipe, 0, False, record_on_cpu), Graphed)
+    assert faster(pipe, 0, False, None) is pipe.stages[0]

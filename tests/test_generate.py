@@ -19,6 +19,7 @@ from test_given import Tower, X, assert_alike, tower_state
 from torch import nn
 
 from stagecut import Generator, InputError, SplitError, SplitPoint
+from stagecut.backend.serve.caches import Caches
 from stagecut.ir.text.printer import size_text
 from stagecut.programs import Programs, beginnings_near
 
@@ -338,3 +339,15 @@ def test_a_caller_keeps_its_own_cache(llama: tuple[Any, Generator]) -> None:
         found.append((again.tolist(), cache.get_seq_length(), deepcopy(cache.layers[2].keys)))
     assert found[0][:2] == found[1][:2]
     torch.testing.assert_close(found[0][2], found[1][2])
+
+
+def test_static_caches_serve_later_requests() -> None:
+    """As with CUDA graphs, which belong to the cache on which they were made."""
+    model = made(_llama)
+    generator = Generator(model, stages=2, max_length=24)
+    generator._caches = Caches()
+    for length, new in ((6, 12), (9, 5), (6, 18)):
+        options = SAMPLED | {"length": length, "new": new, "cache_implementation": "static"}
+        assert torch.equal(tokens(generator, **options), tokens(model, **options))
+    assert [len(free) for free in generator._caches._free.values()] == [1]
+    assert len(generator.pipes) == 4  # a prefill of a new cache, two of a used one, and one step

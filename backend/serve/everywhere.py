@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from stagecut.backend.ranks.wire import Sizes, known_number
+from stagecut.backend.serve.faster import Graphed, Record, Run
+from stagecut.backend.serve.moved import moved
+from stagecut.backend.stages.emit import emit
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.graph import Op, Program, Stage, Value
 from stagecut.ir.lanes import reads_sizes_only
 from stagecut.ir.run.bindings import Bindings
-from stagecut.ir.run.interp import Machine
 from stagecut.ir.types import TensorType
 
 MOST_ELEMENTS = 64
@@ -23,39 +27,71 @@ MOST_ELEMENTS = 64
 
 
 class Everywhere:
-    """The ops of other stages that write small inputs in place, and what these ops read.
+    """The ops of other stages that write small inputs in place, and what these ops read, on a device.
 
     Raises StagecutError for such a write that depends on more than small inputs and sizes.
     """
 
-    def __init__(self, program: Program, rank: int) -> None:
-        self._machine = Machine(Bindings())
-        self._inputs = [value for value in program.inputs if _is_small(value)]
-        self._numbers: list[Value] = []
-        self._ops: list[Op] = []
-        known: set[Value] = set(self._inputs)
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        self._device = device
+        inputs = {value for value in program.inputs if _is_small(value)}
+        known = set(inputs)
+        numbers: set[Value] = set()
         aliases = Aliases(program.all_ops(), roots=program.inputs)
-        small = {lane.given for lane in program.lanes} & known
+        self._kept = {lane.given for lane in program.lanes}
+        small = self._kept & known
+        ops: list[Op] = []
         for stage in program.stages:
             for op in stage.ops:
                 if reads_sizes_only(op):
-                    self._numbers += op.results
+                    numbers.update(op.results)
                     known.update(op.results)
                 elif _depends_on(op, known):
                     known.update(op.definitions())
                     if stage.index != rank:
-                        self._ops.append(op)
+                        ops.append(op)
                 elif stage.index != rank:
                     _refuse_write(op, aliases, small)
-        self._ops = _needed(self._ops, aliases, small)
+        ops = _needed(ops, aliases, small)
+        read = [value for op in ops for value in op.reads]
+        self._inputs = [
+            value for value in dict.fromkeys(read) if value in inputs | numbers
+        ]
+        self._run: Run | None = None
+        if ops:
+            run = _function(ops, self._inputs, device)
+            kept = [value in self._kept for value in self._inputs]
+            self._run = run if record is None else Graphed(run, kept, record)
 
     def write(self, values: Mapping[Value, Any], sizes: Sizes) -> None:
         """The small inputs that other stages write hold what they hold there."""
-        if not self._ops:
+        if self._run is None:
             return
-        env = {value: values[value] for value in self._inputs}
-        env |= {value: known_number(value, sizes) for value in self._numbers}
-        self._machine.run(self._ops, env)
+        arguments = [
+            moved(values[value], self._device, value in self._kept)
+            if value in values
+            else known_number(value, sizes)
+            for value in self._inputs
+        ]
+        self._run(*arguments)
+
+
+def _function(ops: list[Op], inputs: list[Value], device: torch.device) -> Run:
+    """These ops as a function of `inputs` that runs on a device and returns nothing."""
+    swap = {value: Value(value.type, value.hint) for value in inputs}
+    program = Program("everywhere")
+    program.phase = "linked"
+    program.inputs = [*swap.values()]
+    stage = Stage(0, [op.elsewhere(swap) for op in ops])
+    stage.inputs = program.inputs
+    program.stages = [stage]
+    return emit(program, Bindings(device=device))[0]
 
 
 def _is_small(value: Value) -> bool:

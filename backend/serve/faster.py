@@ -6,33 +6,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from stagecut.backend.stages.staged import Staged
+from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
 from stagecut.ir.types import TensorType
 
 Run = Callable[..., Any]
 Replay = Callable[[], None]
+Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
 MOST_GRAPHS = 64
 """Graphs of one stage. A call on tensors that none of them has runs as it is then."""
 
 
-def faster(pipe: Staged, index: int, compiled: bool, graphs: bool) -> Run:
-    """Stage `index` of a pipe. If its sizes do not vary, it is compiled and captured where that is asked."""
+def faster(pipe: Staged, index: int, compiled: bool, record: Record | None) -> Run:
+    """Stage `index` of a pipe. If its sizes do not vary, it is compiled and recorded where that is asked."""
     run: Run = pipe.stages[index]
-    if not _is_static(pipe.program):
+    if not is_static(pipe.program):
         return run
     if compiled:
         run = torch.compile(run, dynamic=False)
-    if graphs:
+    if record is not None:
         kept = {lane.given for lane in pipe.program.lanes}
         inputs = pipe.program.stages[index].inputs
-        run = Graphed(run, [value in kept for value in inputs], recorded)
+        run = Graphed(run, [value in kept for value in inputs], record)
     return run
 
 
-def _is_static(program: Program) -> bool:
+def is_static(program: Program) -> bool:
     """True where all sizes are numbers, and what the caller's objects hold stays the same tensors."""
     sizes: list[int | str] = []
     for value in program.inputs:
@@ -45,10 +48,21 @@ def _is_static(program: Program) -> bool:
 
 
 def recorded(run: Callable[[], Any]) -> tuple[Replay, Any]:
-    """The kernels of `run` as a graph: what starts them again, and the tensors in which results are then."""
+    """The kernels of `run` as a graph: what starts them again, and the tensors in which results are then. The
+    graph has memory of its own, because requests in flight replay theirs at the same time.
+
+    Raises StagecutError where `run` cannot be captured.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    try:
+        # other threads, such as one that watches over messages, may ask the device what they like
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = run()
+    except RuntimeError as error:
+        raise StagecutError(
+            f"a decode step cannot be captured in a CUDA graph: {error}",
+            hint="leave cuda_graphs=True away, or use another cache",
+        ) from error
     return graph.replay, results
 
 
@@ -57,14 +71,15 @@ class Graphed:
     then on.
 
     kept: for each argument, whether it is used where it lies, as a cache is; others are copied to where the
-    recording reads them. The first call runs as it is: libraries set themselves up in it.
+    recording reads them. The first call runs as it is: libraries set themselves up in it. Results are
+    tensors of their own, which the next call leaves alone.
     """
 
     def __init__(
         self,
         run: Run,
         kept: Sequence[bool],
-        record: Callable[[Callable[[], Any]], tuple[Replay, Any]],
+        record: Record,
     ) -> None:
         self._run = run
         self._kept = tuple(kept)
@@ -90,10 +105,14 @@ class Graphed:
             if isinstance(mine, torch.Tensor) and mine is not argument:
                 mine.copy_(argument)
         replay()
-        return results
+        return tree_map(_copied, results)
 
     def _key(self, argument: Any, keeps: bool) -> Any:
         if not isinstance(argument, torch.Tensor):
             return argument
         where = argument.data_ptr() if keeps else None
         return where, argument.dtype, argument.shape, argument.stride()
+
+
+def _copied(result: Any) -> Any:
+    return result.clone() if isinstance(result, torch.Tensor) else result

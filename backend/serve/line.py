@@ -16,7 +16,7 @@ from stagecut.ir.graph import Value
 ALIGNED = 16
 """Tensors begin at multiples of so many bytes in a message."""
 
-MOST_ON_THE_WAY = 8
+MOST_ON_THE_WAY = 64
 """Messages that are sent before the oldest of them must have arrived."""
 
 TAGS = 2**15
@@ -90,15 +90,24 @@ class Line:
             group_dst=to,
             tag=tag,
         )
-        # with the message, which must live until then
+        # with the message, which must live until it is read: its memory is free for the stream that made it
         self._on_the_way.append((work, message))
-        while len(self._on_the_way) > MOST_ON_THE_WAY:
+        while self._on_the_way and self._on_the_way[0][0].is_completed():
             arrived(self._on_the_way.popleft()[0])
+        while len(self._on_the_way) > MOST_ON_THE_WAY:
+            self._wait_for_the_oldest()
 
     def finish(self) -> None:
         """All that was sent has arrived."""
         while self._on_the_way:
-            arrived(self._on_the_way.popleft()[0])
+            self._wait_for_the_oldest()
+
+    def _wait_for_the_oldest(self) -> None:
+        work, _ = self._on_the_way[0]
+        arrived(work)
+        if self._seat.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self._on_the_way.popleft()
 
     def _tag(self, number: int) -> int:
         return number % TAGS if self._tagged else 0

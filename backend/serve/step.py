@@ -21,8 +21,9 @@ from stagecut.backend.ranks.wire import (
     port,
 )
 from stagecut.backend.serve.everywhere import Everywhere
-from stagecut.backend.serve.faster import Run
+from stagecut.backend.serve.faster import Record, Run
 from stagecut.backend.serve.line import Line, Seat
+from stagecut.backend.serve.moved import moved
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
@@ -56,22 +57,17 @@ class LocalStep:
         return run_stages(program, self._runs, self._plan, there)
 
 
-def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
-    """An argument on a device. A tensor that an object of the caller's keeps is moved itself, so that what is
-    written into it is written there.
-    """
-    if not isinstance(leaf, torch.Tensor) or leaf.device == device:
-        return leaf
-    if not kept:
-        return leaf.to(device)
-    leaf.data = leaf.data.to(device)
-    return leaf
-
-
 class RankStep:
     """The stage of this rank, between those of its neighbours."""
 
-    def __init__(self, pipe: Staged, seat: Seat, line: Line, run: Run) -> None:
+    def __init__(
+        self,
+        pipe: Staged,
+        seat: Seat,
+        line: Line,
+        run: Run,
+        record: Record | None = None,
+    ) -> None:
         program = pipe.program
         if len(program.stages) != seat.ranks:
             raise StagecutError(
@@ -92,7 +88,7 @@ class RankStep:
             for value in self._block.inputs
             if all(map(reads_sizes_only, own.intersection(value.uses)))
         }
-        self._everywhere = Everywhere(program, seat.rank)
+        self._everywhere = Everywhere(program, seat.rank, seat.device, record)
         self._line = line
         self._ports: dict[tuple[tuple[str, int], ...], tuple[list[Port], ...]] = {}
 

@@ -22,7 +22,7 @@ class Tokens:
 
     The last rank tells; the others hear. Nothing else travels back. It travels between hosts, where the loop
     of generation needs it, and beside what goes from stage to stage. `wait` is called before a rank waits for
-    tokens.
+    tokens, or for its device.
     """
 
     def __init__(self, seat: Seat, vocabulary: int, wait: Callable[[], None]) -> None:
@@ -30,6 +30,7 @@ class Tokens:
         self._hosts = group_of_hosts(seat.group)
         self._vocabulary = vocabulary
         self._wait = wait
+        self.is_ahead = seat.device.type == "cuda"
         self._own = threading.local()  # each request has a thread
         self._told: deque[tuple[Any, torch.Tensor]] = deque()
         self.done: torch.Tensor | None = None
@@ -41,20 +42,36 @@ class Tokens:
 
     def before_call(self) -> None:
         """The rank that chooses waits for the stage before it, once for each token: the prefill of a long
-        prompt is several calls. The others wait when they look at the logits.
+        prompt is several calls. The others wait when they look at the logits. A rank with a device starts the
+        call, and waits when it needs the tokens.
         """
-        if self.chooses and getattr(self._own, "has_chosen", True):
+        waits = self.chooses and not self.is_ahead
+        if waits and getattr(self._own, "has_chosen", True):
             self._own.has_chosen = False
             self._wait()
 
     def tell(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
         """All other ranks are told the tokens of this step."""
         self._own.has_chosen = True
-        message = torch.stack([tokens.long(), done.long()]).cpu()
+        message = self._on_host(torch.stack([tokens.long(), done.long()]))
         # the others may have calls of other requests to make before they hear
         self._told.append((self._broadcast(message), message))
         while len(self._told) > MOST_LANES:
             arrived(self._told.popleft()[0])
+
+    def _on_host(self, message: torch.Tensor) -> torch.Tensor:
+        """The message in the memory of the host; other requests start calls until it is there."""
+        if not self.is_ahead:
+            return message.cpu()
+        arriving = message.to("cpu", non_blocking=True)
+        if message.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+            self._wait()
+            copied.synchronize()
+        else:
+            self._wait()
+        return arriving
 
     def hear(self, rows: int) -> torch.Tensor:
         """The tokens of this step, one for each row. `done` holds the rows that end with them."""

@@ -1,13 +1,15 @@
 """Requests that are in flight together: each runs in a thread of its own, and the threads take turns.
 
 One thread runs at a time, and they follow each other in one order, so all ranks run the same calls in the
-same order. A thread passes its turn on where it would wait for another rank.
+same order. A thread passes its turn on where it would wait for another rank, or for its device. On a device each
+has a stream of its own: it waits for its own work alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,14 +64,26 @@ class Turns:
         place = self._live.index(gate)
         return self._live[(place + 1) % len(self._live)]
 
+    @contextmanager
+    def _on_a_stream(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_device(self._device)
+        stream = torch.cuda.Stream()
+        # what was made before, weights for one, is there
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
     def _enter(self, gate: threading.Semaphore, work: Work) -> None:
         gate.acquire()
         self._own.gate = gate
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
             if not self._errors:
-                work()
+                with self._on_a_stream():
+                    work()
         except _Stopped:
             pass
         except BaseException as error:

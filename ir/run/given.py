@@ -327,7 +327,7 @@ def part_at(arguments: Any, path: Path) -> Any:
     """The part of the arguments at a path."""
     part = arguments
     for key in path:
-        part = _parts_of(part)[key]
+        part = parts_of(part)[key]
     return part
 
 
@@ -344,7 +344,7 @@ def text_of(path: Path, positional: Sequence[str] = ()) -> str:
     return text
 
 
-def _parts_of(part: Any) -> Any:
+def parts_of(part: Any) -> Any:
     """The container that holds the parts of an object or container; None for one that has none."""
     if isinstance(part, (tuple, dict, *_LISTS)):
         return None if _is_size(part) else part
@@ -353,7 +353,8 @@ def _parts_of(part: Any) -> Any:
     return vars(part)
 
 
-def _entries(container: Any) -> list[tuple[Any, Any]]:
+def entries(container: Any) -> list[tuple[Any, Any]]:
+    """The parts of a container with their keys or indices."""
     if isinstance(container, dict):
         return [*container.items()]
     return [*enumerate(container)]
@@ -374,7 +375,7 @@ class GivenObjects:
         todo: list[tuple[Path, Any]] = [((), arguments)]
         while todo:
             path, part = todo.pop()
-            container = _parts_of(part)
+            container = parts_of(part)
             if container is None and not isinstance(part, torch.Tensor):
                 continue
             if id(part) in self._paths:
@@ -384,10 +385,10 @@ class GivenObjects:
             self._kept.append(part)
             if container is None:
                 continue
-            entries = _entries(container)
+            pairs = entries(container)
             if len(path) > 1:
-                self._before.append((path, part, entries))
-            todo += [((*path, key), value) for key, value in reversed(entries)]
+                self._before.append((path, part, pairs))
+            todo += [((*path, key), value) for key, value in reversed(pairs)]
 
     def outcome(self, result: Any) -> Any:
         """The result `opened`, as an `Outcome` where forward has changed what it was given."""
@@ -413,7 +414,7 @@ class GivenObjects:
     def _changes(self) -> Iterator[Change]:
         parts = {id(part): Given(self._paths[id(part)]) for part in self._kept}
         for path, part, before in self._before:
-            after = _entries(_parts_of(part))
+            after = entries(parts_of(part))
             if isinstance(part, tuple) or _is_equal(before, after):
                 continue
             if isinstance(part, _LISTS):
@@ -500,7 +501,7 @@ def holds_given(spec: Any) -> bool:
 
 
 def _make(change: Change, part: Any) -> None:
-    container = _parts_of(part)
+    container = parts_of(part)
     if change.is_list:
         container.clear()
         container.extend(change.parts)

@@ -1,0 +1,19 @@
+"""Arguments on the device of this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def moved(leaf: Any, device: torch.device, kept: bool) -> Any:
+    """An argument on a device. A tensor that an object of the caller's keeps is moved itself, so that what is
+    written into it is written there.
+    """
+    if not isinstance(leaf, torch.Tensor) or leaf.device == device:
+        return leaf
+    if not kept:
+        return leaf.to(device)
+    leaf.data = leaf.data.to(device)
+    return leaf
