@@ -23,7 +23,7 @@ from stagecut.backend.costs.balance import AtModules
 from stagecut.backend.serve.again import Again
 from stagecut.backend.serve.faster import faster, is_static, recorded
 from stagecut.backend.serve.line import Line, Seat
-from stagecut.backend.serve.step import LocalStep, RankStep, Step, lane_bytes
+from stagecut.backend.serve.step import Call, LocalStep, RankStep, Step, lane_bytes
 from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
@@ -50,7 +50,7 @@ class Fit:
     """A program that fits a call, and the call as the program takes it."""
 
     pipe: Pipe
-    step: Step
+    call: Call
     flat: list[Any]
     sizes: dict[str, int]
 
@@ -58,7 +58,7 @@ class Fit:
         """The result of the call. The objects that it is given are left as forward leaves them."""
         spec = self.pipe._call_spec
         assert spec is not None
-        outputs = self.step(self.flat, self.sizes)
+        outputs = self.call(self.flat)
         return spec.unflatten(outputs, (), kwargs)
 
 
@@ -360,7 +360,7 @@ def _fit(pipe: Pipe, step: Step, kwargs: Mapping[str, Any]) -> Fit | None:
         sizes = check_inputs(pipe.program.inputs, flat, spec.ranges)
     except InputError:
         return None
-    return Fit(pipe, step, flat, sizes)
+    return Fit(pipe, step.prepared(flat, sizes), flat, sizes)
 
 
 def _example_on(device: torch.device, leaf: Any) -> Any:

@@ -8,7 +8,7 @@ to start the step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from operator import is_
 from typing import Any, Generic, TypeVar
@@ -119,7 +119,7 @@ class _Call(Generic[T]):
             todo += values
 
     def again(self, form: _Form) -> tuple[T, list[Any]] | None:
-        if form.form != self._form or not all(self._unchanged()):
+        if form.form != self._form or not self._is_unchanged():
             return None
         flat = list(self._flat)
         for place, tensor in zip(self._places, form.tensors, strict=True):
@@ -127,13 +127,13 @@ class _Call(Generic[T]):
             flat[place] = tensor
         return self._fact, flat
 
-    def _unchanged(self) -> Iterator[bool]:
+    def _is_unchanged(self) -> bool:
         for container, keys, values in self._contents:
+            parts = container
             if isinstance(container, dict):
-                yield list(container) == keys
-                yield all(map(is_, container.values(), values))
-            else:
-                yield len(container) == len(values)
-                yield all(map(is_, container, values))
-        for tensor, shape in self._shapes:
-            yield tensor.shape == shape
+                if list(container) != keys:
+                    return False
+                parts = container.values()
+            if len(parts) != len(values) or not all(map(is_, parts, values)):
+                return False
+        return all(tensor.shape == shape for tensor, shape in self._shapes)

@@ -6,14 +6,12 @@ looks at it on every rank. What it becomes depends on nothing but small inputs, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from stagecut.backend.ranks.wire import Sizes, known_number
-from stagecut.backend.serve.faster import Graphed, Record, Run
-from stagecut.backend.serve.moved import moved
+from stagecut.backend.serve.faster import Graphed, Ready, Record, Run
 from stagecut.backend.stages.emit import emit
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.errors import StagecutError
@@ -27,25 +25,21 @@ MOST_ELEMENTS = 64
 
 
 class Everywhere:
-    """The ops of other stages that write small inputs in place, and what these ops read, on a device.
+    """The ops of other stages that write small inputs in place, and what these ops read. `inputs` are the
+    inputs and numbers that they need.
 
     Raises StagecutError for such a write that depends on more than small inputs and sizes.
     """
 
     def __init__(
-        self,
-        program: Program,
-        rank: int,
-        device: torch.device,
-        record: Record | None = None,
+        self, program: Program, rank: int, device: torch.device, record: Record | None
     ) -> None:
-        self._device = device
         inputs = {value for value in program.inputs if _is_small(value)}
         known = set(inputs)
         numbers: set[Value] = set()
         aliases = Aliases(program.all_ops(), roots=program.inputs)
-        self._kept = {lane.given for lane in program.lanes}
-        small = self._kept & known
+        lanes = {lane.given for lane in program.lanes}
+        small = lanes & known
         ops: list[Op] = []
         for stage in program.stages:
             for op in stage.ops:
@@ -60,26 +54,25 @@ class Everywhere:
                     _refuse_write(op, aliases, small)
         ops = _needed(ops, aliases, small)
         read = [value for op in ops for value in op.reads]
-        self._inputs = [
+        self.inputs = [
             value for value in dict.fromkeys(read) if value in inputs | numbers
         ]
         self._run: Run | None = None
         if ops:
-            run = _function(ops, self._inputs, device)
-            kept = [value in self._kept for value in self._inputs]
+            run = _function(ops, self.inputs, device)
+            kept = [value in lanes for value in self.inputs]
             self._run = run if record is None else Graphed(run, kept, record)
 
-    def write(self, values: Mapping[Value, Any], sizes: Sizes) -> None:
-        """The small inputs that other stages write hold what they hold there."""
+    def ready(self) -> Callable[[Mapping[Value, Any]], None]:
+        """Writes what other stages write into the small inputs, for calls on the same caches."""
         if self._run is None:
-            return
-        arguments = [
-            moved(values[value], self._device, value in self._kept)
-            if value in values
-            else known_number(value, sizes)
-            for value in self._inputs
-        ]
-        self._run(*arguments)
+            return lambda values: None
+        run = Ready(self._run)
+
+        def write(values: Mapping[Value, Any]) -> None:
+            run(*(values[value] for value in self.inputs))
+
+        return write
 
 
 def _function(ops: list[Op], inputs: list[Value], device: torch.device) -> Run:

@@ -66,13 +66,29 @@ def recorded(run: Callable[[], Any]) -> tuple[Replay, Any]:
     return graph.replay, results
 
 
+class Recording:
+    """A recorded function on the tensors that it keeps, ready to be replayed with others in place of the rest.
+    Results are tensors of their own, which the next call leaves alone.
+    """
+
+    def __init__(self, own: dict[int, torch.Tensor], replay: Replay, results: Any):
+        self._own = own
+        self._replay = replay
+        self._results = results
+
+    def __call__(self, *arguments: Any) -> Any:
+        for place, own in self._own.items():
+            own.copy_(arguments[place])
+        self._replay()
+        return tree_map(_copied, self._results)
+
+
 class Graphed:
     """A function of tensors that is recorded at its second call on the same kept tensors, and replayed from
     then on.
 
     kept: for each argument, whether it is used where it lies, as a cache is; others are copied to where the
-    recording reads them. The first call runs as it is: libraries set themselves up in it. Results are
-    tensors of their own, which the next call leaves alone.
+    recording reads them. The first call runs as it is: libraries set themselves up in it.
     """
 
     def __init__(
@@ -85,33 +101,56 @@ class Graphed:
         self._kept = tuple(kept)
         self._record = record
         self._seen: set[tuple[Any, ...]] = set()
-        self._recordings: dict[tuple[Any, ...], tuple[list[Any], Replay, Any]] = {}
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
 
     def __call__(self, *arguments: Any) -> Any:
+        return self.fitting(arguments)(*arguments)
+
+    def fitting(self, arguments: Sequence[Any]) -> Run:
+        """What runs for these arguments, and others on the same kept tensors: a recording, or for the first
+        call the function itself.
+        """
         key = tuple(map(self._key, arguments, self._kept))
-        if key not in self._recordings:
-            if key not in self._seen or len(self._recordings) == MOST_GRAPHS:
-                self._seen.add(key)
-                return self._run(*arguments)
-            own = [
-                argument
-                if keeps or not isinstance(argument, torch.Tensor)
-                else argument.clone()
-                for argument, keeps in zip(arguments, self._kept, strict=True)
-            ]
-            self._recordings[key] = (own, *self._record(lambda: self._run(*own)))
-        own, replay, results = self._recordings[key]
-        for mine, argument in zip(own, arguments, strict=True):
-            if isinstance(mine, torch.Tensor) and mine is not argument:
-                mine.copy_(argument)
-        replay()
-        return tree_map(_copied, results)
+        if key in self._recordings:
+            return self._recordings[key]
+        if key not in self._seen or len(self._recordings) == MOST_GRAPHS:
+            self._seen.add(key)
+            return self._run
+        self._recordings[key] = self._recorded(arguments)
+        return self._recordings[key]
+
+    def _recorded(self, arguments: Sequence[Any]) -> Recording:
+        own = {
+            place: argument.clone()
+            for place, argument in enumerate(arguments)
+            if isinstance(argument, torch.Tensor) and not self._kept[place]
+        }
+        # the kept ones belong to the caller: a recording knows where they lie
+        called = [
+            own.get(place, argument) for place, argument in enumerate(arguments)
+        ]
+        return Recording(own, *self._record(lambda: self._run(*called)))
 
     def _key(self, argument: Any, keeps: bool) -> Any:
         if not isinstance(argument, torch.Tensor):
             return argument
         where = argument.data_ptr() if keeps else None
         return where, argument.dtype, argument.shape, argument.stride()
+
+
+class Ready:
+    """A stage for calls that are all on the same kept tensors: its recording is not looked for again."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, *arguments: Any) -> Any:
+        run = self._run
+        if isinstance(run, Graphed):
+            run = run.fitting(arguments)
+            if isinstance(run, Recording):
+                self._run = run
+        return run(*arguments)
 
 
 def _copied(result: Any) -> Any:

@@ -7,7 +7,7 @@ objects that hold a cache have one structure on all ranks, and nothing of a cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from stagecut.backend.ranks.wire import (
     port,
 )
 from stagecut.backend.serve.everywhere import Everywhere
-from stagecut.backend.serve.faster import Record, Run
+from stagecut.backend.serve.faster import Ready, Record, Run
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.moved import moved
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
@@ -32,10 +32,18 @@ from stagecut.ir.lanes import left_value, reads_sizes_only
 from stagecut.ir.types import DTYPES, TensorType
 
 
-class Step(Protocol):
-    """Runs a program: its flat inputs -> its flat outputs."""
+Call = Callable[[Sequence[Any]], tuple[Any, ...]]
+"""Flat inputs -> flat outputs."""
 
-    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]: ...
+
+class Step(Protocol):
+    """Runs a program."""
+
+    def prepared(self, flat: Sequence[Any], sizes: Sizes) -> Call:
+        """What runs a call on these flat inputs, and others on the same caches and with tensors of the same
+        forms.
+        """
+        ...
 
 
 class LocalStep:
@@ -46,15 +54,39 @@ class LocalStep:
         self._runs = runs
         self._plan = release_plan(pipe.program)
         self._device = device
-        self._kept = {lane.given for lane in pipe.program.lanes}
 
-    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
+    def prepared(self, flat: Sequence[Any], sizes: Sizes) -> Call:
+        """All stages on these inputs."""
         program = self._pipe.program
-        there = [
-            moved(leaf, self._device, value in self._kept)
+        inputs = Inputs(program, flat, self._device)
+        runs = [Ready(run) for run in self._runs]
+        return lambda flat: run_stages(program, runs, self._plan, inputs.moved(flat))
+
+
+class Inputs:
+    """The flat inputs of calls on the same caches, on a device. A cache is moved there once."""
+
+    def __init__(
+        self, program: Program, flat: Sequence[Any], device: torch.device
+    ) -> None:
+        kept = {lane.given for lane in program.lanes}
+        self._device = device
+        self._ready = [
+            moved(leaf, device, value in kept)
             for value, leaf in zip(program.inputs, flat, strict=True)
         ]
-        return run_stages(program, self._runs, self._plan, there)
+        self._others = [
+            place
+            for place, value in enumerate(program.inputs)
+            if value not in kept and isinstance(flat[place], torch.Tensor)
+        ]
+
+    def moved(self, flat: Sequence[Any]) -> list[Any]:
+        """The inputs of a call."""
+        there = list(self._ready)
+        for place in self._others:
+            there[place] = moved(flat[place], self._device, False)
+        return there
 
 
 class RankStep:
@@ -76,7 +108,6 @@ class RankStep:
             )
         self._program = program
         self._seat = seat
-        self._kept = {lane.given for lane in program.lanes}
         self._run = run
         self._block = program.stages[seat.rank]
         lists = boundaries(program, frozenset(program.inputs), _left(pipe))
@@ -88,55 +119,66 @@ class RankStep:
             for value in self._block.inputs
             if all(map(reads_sizes_only, own.intersection(value.uses)))
         }
-        self._everywhere = Everywhere(program, seat.rank, seat.device, record)
-        self._line = line
-        self._ports: dict[tuple[tuple[str, int], ...], tuple[list[Port], ...]] = {}
-
-    def __call__(self, flat: Sequence[Any], sizes: Sizes) -> tuple[Any, ...]:
-        values: dict[Value, Any] = dict(zip(self._program.inputs, flat, strict=True))
-        received, sent = self._ports_for(sizes)
-        if received:
-            values |= self._line.receive(received)
-        arguments = [
-            self._argument(value, values, sizes) for value in self._block.inputs
-        ]
-        results = results_of(self._run(*arguments), self._block)
-        values |= zip(self._block.outputs, results, strict=True)
-        if sent:
-            self._line.send(sent, values)
-        self._everywhere.write(values, sizes)
-        return tuple(
-            self._output(leaf, values, sizes) if isinstance(leaf, Value) else leaf
-            for leaf in self._program.outputs
+        self._everywhere = Everywhere(
+            program,
+            seat.rank,
+            seat.device,
+            record,
         )
+        self._line = line
 
-    def _ports_for(self, sizes: Sizes) -> tuple[list[Port], ...]:
-        """The ports of what is received and of what is sent on. A number that follows from the sizes of the
-        inputs does not cross.
-        """
-        key = tuple(sorted(sizes.items()))
-        if key not in self._ports:
-            self._ports[key] = tuple(
-                [port(v, sizes) for v in values if known_number(v, sizes) is None]
-                for values in (self._received, self._sent)
+    def prepared(self, flat: Sequence[Any], sizes: Sizes) -> Call:
+        """The stage of this rank on these inputs and on what the rank before sends."""
+        program, block, line = self._program, self._block, self._line
+        received, sent = self._ports(self._received, sizes), self._ports(self._sent, sizes)
+        inputs = Inputs(program, flat, self._seat.device)
+        values: dict[Value, Any] = dict(zip(program.inputs, inputs.moved(flat), strict=True))
+        arriving = {p.value for p in received}
+        numbers = {
+            value: known_number(value, sizes)
+            for value in (*block.inputs, *self._everywhere.inputs)
+            if value not in values and value not in arriving
+        }
+        for value in block.inputs:
+            self._refuse_absent(value, values)
+        places = {
+            place: self._output(leaf, values, sizes)
+            for place, leaf in enumerate(program.outputs)
+            if leaf not in arriving and leaf not in block.outputs
+        }
+        run, write = Ready(self._run), self._everywhere.ready()
+
+        def call(flat: Sequence[Any]) -> tuple[Any, ...]:
+            values = numbers | dict(zip(program.inputs, inputs.moved(flat), strict=True))
+            if received:
+                values |= line.receive(received)
+            arguments = [values[value] for value in block.inputs]
+            results = results_of(run(*arguments), block)
+            values |= zip(block.outputs, results, strict=True)
+            if sent:
+                line.send(sent, values)
+            write(values)
+            return tuple(
+                places[place] if place in places else values[leaf]
+                for place, leaf in enumerate(program.outputs)
             )
-        return self._ports[key]
 
-    def _argument(self, value: Value, values: Mapping[Value, Any], sizes: Sizes) -> Any:
-        if value not in values:
-            return known_number(value, sizes)
-        argument = values[value]
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        if argument.is_meta and value in self._sized:
-            return argument
-        if argument.is_meta:
+        return call
+
+    def _ports(self, values: Sequence[Value], sizes: Sizes) -> list[Port]:
+        """The ports of what crosses. A number that follows from the sizes of the inputs does not cross."""
+        return [port(v, sizes) for v in values if known_number(v, sizes) is None]
+
+    def _refuse_absent(self, value: Value, values: Mapping[Value, Any]) -> None:
+        argument = values.get(value)
+        if not isinstance(argument, torch.Tensor) or not argument.is_meta:
+            return
+        if value not in self._sized:
             raise StagecutError(
                 f"stage {self._block.index} reads {value.hint}, which another rank holds",
                 where=", ".join(map(str, self._touching(value))),
                 hint="cut where one stage has all that reads it",
             )
-        return moved(argument, self._seat.device, value in self._kept)
 
     def _touching(self, value: Value) -> list[str]:
         return [
@@ -145,7 +187,10 @@ class RankStep:
             if lane.given is value
         ]
 
-    def _output(self, value: Value, values: Mapping[Value, Any], sizes: Sizes) -> Any:
+    def _output(self, value: Any, values: Mapping[Value, Any], sizes: Sizes) -> Any:
+        """An output that is not of this stage."""
+        if not isinstance(value, Value):
+            return value
         if value in values:
             return values[value]
         number = known_number(value, sizes)
