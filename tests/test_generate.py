@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +232,7 @@ def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
     reports = on_ranks(2, _generate_on_rank)
     assert [report["equal"] for report in reports] == [[True] * 3] * 2
     assert [report["all"] for report in reports] == [[True] * 5] * 2
+    assert [report["ahead"] for report in reports] == [[True] * 5] * 2
     sent, told = reports[0]["sent"], reports[1]["told"]
     hidden = 3 * 32 * 4
     for step in sent:  # of decode steps
@@ -256,6 +258,11 @@ def _generate_on_rank() -> dict[str, Any]:
         found: Any = tokens(generator, **options)
     equal.append(torch.equal(found.sequences, tokens(model, **options).sequences))  # type: ignore[attr-defined]
     report["sent"] = report["sent"][1:]  # without the prefill
+    # as on GPUs: steps are started before the tokens of the step before are there, on caches that are used again
+    assert generator._tokens is not None
+    generator._tokens.is_ahead = True
+    generator._caches = Caches()
+    report["ahead"] = _requests_together(model, generator, static)
     report["cache"] = [layer.keys.device.type for layer in found.past_key_values.layers]
     return report | {"equal": equal}
 
@@ -306,6 +313,22 @@ class _counting:
 
     def __exit__(self, *_: Any) -> None:
         dist.isend, dist.broadcast = self._send, self._broadcast
+
+
+def test_each_rank_reads_its_stage_from_a_folder(tmp_path: Path) -> None:
+    """The model is traced on the meta device, where counters are made; each rank has those of its own."""
+    made(_llama).save_pretrained(tmp_path)
+    assert on_ranks(2, _from_a_folder, str(tmp_path)) == [[True] * 3] * 2
+
+
+def _from_a_folder(folder: str) -> list[bool]:
+    model = made(_llama)
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(model.config).eval()
+    group = dist.group.WORLD
+    generator = Generator(empty, group=group, device="cpu", checkpoint=folder)
+    ways = (GREEDY, GREEDY | {"cache_implementation": "static"}, SAMPLED | {"cache_implementation": "static"})
+    return [torch.equal(tokens(generator, **way), tokens(model, **way)) for way in ways]
 
 
 def test_a_rank_that_fails_stops_all() -> None:

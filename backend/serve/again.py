@@ -1,8 +1,8 @@
-"""Calls that come again: on the same objects, in which nothing was replaced, with tensors of the same form. What
-was found out about the first of them holds for all of them.
+"""Calls that come again: on the same objects, in which nothing was replaced, with tensors of the same form.
+What was found out about the first of them holds for all of them.
 
-A decode step on a static cache is such a call. To look into the cache each time would take the host longer than
-to start the step.
+A decode step on a static cache is such a call. To look into the cache each time would take the host longer
+than to start the step.
 """
 
 from __future__ import annotations

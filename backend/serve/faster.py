@@ -67,8 +67,8 @@ def recorded(run: Callable[[], Any]) -> tuple[Replay, Any]:
 
 
 class Recording:
-    """A recorded function on the tensors that it keeps, ready to be replayed with others in place of the rest.
-    Results are tensors of their own, which the next call leaves alone.
+    """A recorded function on the tensors that it keeps, to be replayed with others in place of the rest. The
+    results are tensors of their own, which the next call leaves alone.
     """
 
     def __init__(self, own: dict[int, torch.Tensor], replay: Replay, results: Any):
@@ -126,9 +126,7 @@ class Graphed:
             if isinstance(argument, torch.Tensor) and not self._kept[place]
         }
         # the kept ones belong to the caller: a recording knows where they lie
-        called = [
-            own.get(place, argument) for place, argument in enumerate(arguments)
-        ]
+        called = [own.get(place, argument) for place, argument in enumerate(arguments)]
         return Recording(own, *self._record(lambda: self._run(*called)))
 
     def _key(self, argument: Any, keeps: bool) -> Any:

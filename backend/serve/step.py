@@ -8,6 +8,7 @@ objects that hold a cache have one structure on all ranks, and nothing of a cach
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +28,9 @@ from stagecut.backend.serve.moved import moved
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
-from stagecut.ir.graph import Program, Value
+from stagecut.ir.graph import Program, Stage, Value
 from stagecut.ir.lanes import left_value, reads_sizes_only
 from stagecut.ir.types import DTYPES, TensorType
-
 
 Call = Callable[[Sequence[Any]], tuple[Any, ...]]
 """Flat inputs -> flat outputs."""
@@ -129,41 +129,40 @@ class RankStep:
 
     def prepared(self, flat: Sequence[Any], sizes: Sizes) -> Call:
         """The stage of this rank on these inputs and on what the rank before sends."""
-        program, block, line = self._program, self._block, self._line
-        received, sent = self._ports(self._received, sizes), self._ports(self._sent, sizes)
-        inputs = Inputs(program, flat, self._seat.device)
-        values: dict[Value, Any] = dict(zip(program.inputs, inputs.moved(flat), strict=True))
-        arriving = {p.value for p in received}
-        numbers = {
-            value: known_number(value, sizes)
-            for value in (*block.inputs, *self._everywhere.inputs)
-            if value not in values and value not in arriving
-        }
-        for value in block.inputs:
+        inputs = Inputs(self._program, flat, self._seat.device)
+        received = self._ports(self._received, sizes)
+        values: dict[Value, Any] = dict(
+            zip(self._program.inputs, inputs.moved(flat), strict=True)
+        )
+        for value in self._block.inputs:
             self._refuse_absent(value, values)
-        places = {
-            place: self._output(leaf, values, sizes)
-            for place, leaf in enumerate(program.outputs)
-            if leaf not in arriving and leaf not in block.outputs
-        }
-        run, write = Ready(self._run), self._everywhere.ready()
+        here = {p.value for p in received}
+        here.update(self._block.outputs, self._program.inputs)
+        return _RankCall(
+            program=self._program,
+            block=self._block,
+            inputs=inputs,
+            received=received,
+            sent=self._ports(self._sent, sizes),
+            numbers=self._numbers(sizes),
+            elsewhere={
+                place: self._output(leaf, sizes)
+                for place, leaf in enumerate(self._program.outputs)
+                if not isinstance(leaf, Value) or leaf not in here
+            },
+            line=self._line,
+            run=Ready(self._run),
+            write=self._everywhere.ready(),
+        )
 
-        def call(flat: Sequence[Any]) -> tuple[Any, ...]:
-            values = numbers | dict(zip(program.inputs, inputs.moved(flat), strict=True))
-            if received:
-                values |= line.receive(received)
-            arguments = [values[value] for value in block.inputs]
-            results = results_of(run(*arguments), block)
-            values |= zip(block.outputs, results, strict=True)
-            if sent:
-                line.send(sent, values)
-            write(values)
-            return tuple(
-                places[place] if place in places else values[leaf]
-                for place, leaf in enumerate(program.outputs)
-            )
-
-        return call
+    def _numbers(self, sizes: Sizes) -> dict[Value, Any]:
+        """The numbers that follow from the sizes of the inputs."""
+        numbers: dict[Value, Any] = {}
+        for value in (*self._block.inputs, *self._everywhere.inputs):
+            number = known_number(value, sizes)
+            if number is not None:
+                numbers[value] = number
+        return numbers
 
     def _ports(self, values: Sequence[Value], sizes: Sizes) -> list[Port]:
         """The ports of what crosses. A number that follows from the sizes of the inputs does not cross."""
@@ -187,14 +186,46 @@ class RankStep:
             if lane.given is value
         ]
 
-    def _output(self, value: Any, values: Mapping[Value, Any], sizes: Sizes) -> Any:
-        """An output that is not of this stage."""
+    def _output(self, value: Any, sizes: Sizes) -> Any:
+        """What stands for an output of another rank."""
         if not isinstance(value, Value):
             return value
-        if value in values:
-            return values[value]
         number = known_number(value, sizes)
         return placeholder(value, sizes) if number is None else number
+
+
+@dataclass(frozen=True)
+class _RankCall:
+    """Calls of the stage of a rank that differ in their tensors alone. elsewhere: place -> what stands for an
+    output of another rank.
+    """
+
+    program: Program
+    block: Stage
+    inputs: Inputs
+    received: list[Port]
+    sent: list[Port]
+    numbers: dict[Value, Any]
+    elsewhere: dict[int, Any]
+    line: Line
+    run: Run
+    write: Callable[[Mapping[Value, Any]], None]
+
+    def __call__(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        values = dict(self.numbers)
+        values |= zip(self.program.inputs, self.inputs.moved(flat), strict=True)
+        if self.received:
+            values |= self.line.receive(self.received)
+        arguments = [values[value] for value in self.block.inputs]
+        results = results_of(self.run(*arguments), self.block)
+        values |= zip(self.block.outputs, results, strict=True)
+        if self.sent:
+            self.line.send(self.sent, values)
+        self.write(values)
+        return tuple(
+            self.elsewhere[place] if place in self.elsewhere else values[leaf]
+            for place, leaf in enumerate(self.program.outputs)
+        )
 
 
 def _left(pipe: Staged) -> frozenset[Value]:

@@ -1,8 +1,8 @@
 """Requests that are in flight together: each runs in a thread of its own, and the threads take turns.
 
 One thread runs at a time, and they follow each other in one order, so all ranks run the same calls in the
-same order. A thread passes its turn on where it would wait for another rank, or for its device. On a device each
-has a stream of its own: it waits for its own work alone.
+same order. A thread passes its turn on where it would wait for another rank, or for its device. On a device
+each has a stream of its own: it waits for its own work alone.
 """
 
 from __future__ import annotations
