@@ -183,7 +183,8 @@ def _pipe(model: nn.Module, stages: int = 2, x: torch.Tensor | None = None, **op
 
 @pytest.mark.parametrize(
     "between",
-    [nn.SiLU(), nn.Mish(), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.Softmax(-1), nn.GELU(), nn.Dropout(0.5).eval()],
+    [nn.SiLU(), nn.Mish(), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.RMSNorm(6), nn.Softmax(-1), nn.GELU()]
+    + [nn.Dropout(0.5).eval()],
     ids=lambda module: f"{type(module).__name__}-{module.training}",
 )
 def test_one_stage_after_the_other(between: nn.Module) -> None:
