@@ -157,18 +157,21 @@ class Bench:
         pipe._sizes = self.sizes
         return pipe
 
-    def line(self, compiled: bool) -> Line:
-        """The program as a line with the seconds of its blocks."""
+    def estimated(self) -> Line:
+        """The program as a line with the seconds that a roofline gives."""
         case = self.case
         setting = Setting(self.preset, "ZBVZeroBubble", case.microbatches)
         program = parse(self.traced)
         loss = counted_loss(
             program, self.bindings.call, self.sizes, setting, case.loss_fn, case.target
         )
-        line = Line.of(program, setting, self.sizes, self.bindings, loss)
-        way = Way.before(
-            loss, self.device, compile_blocks if compiled else None, setting
-        )
+        return Line.of(program, setting, self.sizes, self.bindings, loss)
+
+    def line(self, compiled: bool) -> Line:
+        """The program as a line with the seconds of its blocks."""
+        line = self.estimated()
+        wrap = compile_blocks if compiled else None
+        way = Way.before(line.loss, self.device, wrap, line.setting)
         trial = Trial(lambda cuts: self.cut(cuts, False), self.flat)
         spans = line.blocks()
         line.calibrate(spans, time_spans(line.ops, spans, trial, way, self.sizes))

@@ -1,0 +1,369 @@
+"""Tokens per second of zero-bubble schedules beside 1F1B, with the backward of autograd and with that of graphs.
+
+torchrun --nproc-per-node 2 benchmarks/zero_bubble.py
+torchrun --nproc-per-node 2 benchmarks/zero_bubble.py --device cpu --small    # tiny models, to try the script
+
+A step is forward and backward of all micro-batches and AdamW. Its learning rate is zero, so that all rows of a
+model keep the same weights, which they share. With so many micro-batches they must have the same loss and the
+same norm of the gradients; the script ends with 1 where one has not. Times are those of the slower process;
+medians are taken.
+
+ways    eager            the backward is autograd's
+        blocks           the same, and each block is compiled
+        stages           the same, and each stage is compiled as a whole
+        graph            Driver(backward="graph")
+        graph-compiled   Driver(backward="graph", compile=True)
+
+All ways of a schedule have the same cut, and all numbers of micro-batches: that which Balanced finds from the
+seconds of compiled blocks on the first process, or with --cut equal, the one between equally many blocks. The
+loss is not compiled in any way. `ratio` is to the best of `blocks` and `stages` under 1F1B with as many
+micro-batches; `first` the seconds of the first step, in which functions are made and compiled; `GiB` what a
+step takes on each process beyond weights and optimizer.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from predictions import CASES, SCHEDULES, Bench, by_hand, compile_blocks
+from torch import nn
+
+from stagecut import Balanced, Driver, Setting
+from stagecut.backend.costs.ops import DEVICES
+
+
+def compile_stage(module: nn.Module, index: int) -> nn.Module:
+    """The stage is compiled as a whole."""
+    module.compile()
+    return module
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "blocks": {"wrap": compile_blocks},
+    "stages": {"wrap": compile_stage},
+    "graph": {"backward": "graph"},
+    "graph-compiled": {"backward": "graph", "compile": True},
+}
+"""Way -> the arguments of Driver that make it."""
+
+ORDER = (
+    ("1F1B", "blocks"),
+    ("ZBVZeroBubble", "graph-compiled"),
+    ("1F1B", "graph-compiled"),
+    ("1F1B", "stages"),
+    ("Interleaved1F1B", "blocks"),
+    ("Interleaved1F1B", "graph-compiled"),
+    ("1F1B", "eager"),
+    ("ZBVZeroBubble", "eager"),
+    ("ZBVZeroBubble", "graph"),
+    ("1F1B", "graph"),
+    ("Interleaved1F1B", "eager"),
+    ("Interleaved1F1B", "graph"),
+    ("ZBVZeroBubble", "blocks"),
+    ("Interleaved1F1B", "stages"),
+    ("ZBVZeroBubble", "stages"),
+)
+"""The rows, the most important ones first."""
+
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4}
+"""The part by which losses and norms may differ."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    schedule: str
+    way: str
+    count: int
+    speed: float
+    loss: float
+    norm: float
+    first: float
+    taken: tuple[float, ...]
+
+    def line(self, best: float | None) -> str:
+        """The row as text, with its ratio to the best compiled 1F1B where that is known."""
+        names = f"{self.model:14}{self.schedule:17}{self.way:16}{self.count:>4}"
+        ratio = f"{self.speed / best:>8.3f}" if best else f"{'-':>8}"
+        numbers = f"{self.speed:>12.0f}{ratio}{self.loss:>12.5f}{self.norm:>12.5f}"
+        taken = " ".join(f"{gib:.2f}" for gib in self.taken)
+        return f"{names}{numbers}{self.first:>8.1f}   {taken}"
+
+
+HEADER = (
+    f"{'model':14}{'schedule':17}{'way':16}{'mb':>4}"
+    f"{'tokens/s':>12}{'ratio':>8}{'loss':>12}{'norm':>12}{'first':>8}   GiB"
+)
+
+
+class Table:
+    """The rows of one model."""
+
+    def __init__(self, bench: Bench, options: argparse.Namespace) -> None:
+        self.bench = bench
+        self.options = options
+        self.rows: list[Row] = []
+        self.differing: list[str] = []
+        self._cuts: dict[str, list[int]] = {}
+        parameters = bench.model.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+        self._dtype = next(bench.model.parameters()).dtype
+
+    def find_cuts(self) -> None:
+        """The first process finds a cut for each schedule, and all know it."""
+        ranks = dist.get_world_size()
+        cuts = [{}]
+        if dist.get_rank() == 0:
+            timed = self.options.cut == "automatic"
+            line = self.bench.line(True) if timed else self.bench.estimated()
+            for schedule in self.options.schedules:
+                stages = ranks * SCHEDULES[schedule]
+                setting = Setting(
+                    self.bench.preset,
+                    schedule,
+                    max(self.options.microbatches),
+                    ranks=None if stages == ranks else ranks,
+                )
+                if timed:
+                    policy = Balanced(stages, setting, inside="never")
+                    plan = policy.of_line(replace(line, setting=setting))
+                    cuts[0][schedule] = list(plan.cuts)
+                else:
+                    edges = [start for start, _ in line.blocks()[1:]]
+                    cuts[0][schedule] = by_hand(edges, stages, 1)[0]
+                begins = [0, *cuts[0][schedule]]
+                numbers = [
+                    str(number)
+                    for number, (start, _) in enumerate(line.blocks())
+                    if start in begins
+                ]
+                say(f"{schedule}: stages begin at blocks {', '.join(numbers)}")
+        dist.broadcast_object_list(cuts)
+        self._cuts = cuts[0]
+
+    def measure(self, schedule: str, way: str) -> Iterator[Row]:
+        """The rows of a schedule in one way, for each number of micro-batches."""
+        pipe = self.bench.cut(self._cuts[schedule])
+        graphs: Any = None
+        for count in self.options.microbatches:
+            driver = Driver(
+                pipe,
+                schedule,
+                count,
+                loss_fn=self.bench.case.loss_fn,
+                device=self.bench.device,
+                return_outputs=False,
+                share_losses=False,
+                compare_steps=1,
+                **WAYS[way],
+            )
+            # so that the functions of a stage are made once
+            if graphs is not None:
+                driver._graphs = graphs
+            graphs = driver._graphs
+            yield self._row(driver, schedule, way, count)
+
+    def _row(self, driver: Driver, schedule: str, way: str, count: int) -> Row:
+        case = self.bench.case
+        args = [
+            torch.cat([self._varied(a, i) for i in range(count)]) for a in case.args
+        ]
+        target = torch.cat([self._varied(case.target, i) for i in range(count)])
+        loss, norm, first = self._first(driver, args, target)
+        if driver.notes:
+            raise SystemExit(f"{schedule}, {way}: {driver.notes}")
+        seconds: list[float] = []
+        taken: list[float] = []
+        for _ in range(1 + self.options.repeats):
+            elapsed, taken = self._once(driver, args, target)
+            seconds.append(elapsed)
+        tokens = count * case.target.numel()
+        return Row(
+            case.name,
+            schedule,
+            way,
+            count,
+            tokens / median(seconds[1:]),
+            loss,
+            norm,
+            first,
+            tuple(taken),
+        )
+
+    def _varied(self, tensor: torch.Tensor, microbatch: int) -> torch.Tensor:
+        """Other data for each micro-batch, the same on all processes."""
+        return tensor.roll(microbatch, -1).flip(-1) if microbatch % 2 else tensor
+
+    def _first(
+        self, driver: Driver, args: Sequence[torch.Tensor], target: torch.Tensor
+    ) -> tuple[float, float, float]:
+        """The loss and the norm of the gradients, and the seconds of the first step."""
+        begin = time.perf_counter()
+        _, losses = driver.step(*args, target=target)
+        norm = float(driver.clip_grad_norm_(float("inf")))
+        seconds = time.perf_counter() - begin
+        self._optimizer.zero_grad()
+        loss = (
+            float(losses.batch) if driver.is_last and losses.batch is not None else None
+        )
+        everywhere = gathered((loss, seconds))
+        known = [each for each, _ in everywhere if each is not None]
+        return known[0], norm, max(each for _, each in everywhere)
+
+    def _once(
+        self, driver: Driver, args: Sequence[torch.Tensor], target: torch.Tensor
+    ) -> tuple[float, list[float]]:
+        """The seconds of one step, and the GiB that it takes on each process."""
+        cuda = self.bench.device.type == "cuda"
+        held = 0
+        dist.barrier()
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        begin = time.perf_counter()
+        driver.step(*args, target=target)
+        if self.options.optimizer == "adamw":
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        taken = torch.cuda.max_memory_allocated() - held if cuda else 0
+        everywhere = gathered((seconds, taken / 2**30))
+        return max(each for each, _ in everywhere), [each for _, each in everywhere]
+
+    def best(self, count: int) -> float | None:
+        """The tokens per second of the best compiled 1F1B with so many micro-batches, if there is one yet."""
+        speeds = [
+            row.speed
+            for row in self.rows
+            if row.count == count
+            and row.schedule == "1F1B"
+            and row.way in ("blocks", "stages")
+        ]
+        return max(speeds, default=None)
+
+    def add(self, row: Row) -> None:
+        """The row is in the table, and is compared with the first one of as many micro-batches."""
+        self.rows.append(row)
+        first = next(other for other in self.rows if other.count == row.count)
+        say(row.line(self.best(row.count)))
+        for name in ("loss", "norm"):
+            own, other = getattr(row, name), getattr(first, name)
+            # not a number is far from every number
+            if not abs(own - other) <= ROUNDING[self._dtype] * abs(other):
+                text = f"{row.schedule}, {row.way}, {row.count}: {name} {own} and not {other}"
+                self.differing.append(text)
+                say(f"DIFFERS: {text}")
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
+
+
+def say(text: str) -> None:
+    """The first process prints it at once."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def fill(table: Table, options: argparse.Namespace, began: float) -> None:
+    """Measures the rows that are wanted, as long as there is time."""
+    table.find_cuts()
+    for schedule, way in ORDER:
+        if schedule not in options.schedules or way not in options.ways:
+            continue
+        spent = max(gathered(time.perf_counter() - began))
+        if spent > 60 * options.minutes:
+            say(f"{schedule}, {way}: left out after {spent:.0f} s")
+            continue
+        for row in table.measure(schedule, way):
+            table.add(row)
+        gc.collect()
+        if table.bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def summary(table: Table) -> None:
+    """The table in order, with all ratios."""
+    say(f"\n{HEADER}")
+    for count in sorted({row.count for row in table.rows}):
+        rows = [row for row in table.rows if row.count == count]
+        for row in sorted(rows, key=lambda row: (row.schedule, row.way)):
+            say(row.line(table.best(count)))
+    say("")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--preset", help="a device of stagecut's; by the card otherwise"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny models")
+    parser.add_argument("--models", nargs="+", choices=[*CASES], default=["like", "hf"])
+    parser.add_argument(
+        "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
+    )
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
+    parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--cut", choices=["automatic", "equal"], default="automatic")
+    parser.add_argument("--optimizer", choices=["adamw", "none"], default="adamw")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="begin no more rows after so many"
+    )
+    options = parser.parse_args()
+    began = time.perf_counter()
+    cuda = options.device == "cuda"
+    device = torch.device(
+        options.device, int(os.environ["LOCAL_RANK"]) if cuda else None
+    )
+    if cuda:
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    card = torch.cuda.get_device_name() if cuda else "CPU"
+    say(f"{dist.get_world_size()} x {card}, torch {torch.__version__}, {vars(options)}")
+    say(HEADER)
+    differing: list[str] = []
+    for name in options.models:
+        torch.manual_seed(0)
+        with device:
+            case = CASES[name](device, options.small)
+        case.model.to(device, torch.bfloat16 if cuda else torch.float32)
+        preset = options.preset or next((n for n in DEVICES if n in card), "H100")
+        table = Table(Bench(case, device, preset), options)
+        fill(table, options, began)
+        summary(table)
+        differing += table.differing
+        del case, table
+        gc.collect()
+    say(
+        f"{time.perf_counter() - began:.0f} s; "
+        + ("; ".join(differing) or "losses and norms are the same")
+    )
+    dist.destroy_process_group()
+    return int(bool(differing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
