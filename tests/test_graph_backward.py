@@ -183,8 +183,17 @@ def _pipe(model: nn.Module, stages: int = 2, x: torch.Tensor | None = None, **op
 
 @pytest.mark.parametrize(
     "between",
-    [nn.SiLU(), nn.Mish(), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.RMSNorm(6), nn.Softmax(-1), nn.GELU()]
-    + [nn.Dropout(0.5).eval()],
+    [
+        nn.SiLU(),
+        nn.Mish(),
+        nn.Dropout(0.5),
+        nn.BatchNorm1d(6),
+        nn.LayerNorm(6),
+        nn.RMSNorm(6),
+        nn.Softmax(-1),
+        nn.GELU(),
+        nn.Dropout(0.5).eval(),
+    ],
     ids=lambda module: f"{type(module).__name__}-{module.training}",
 )
 def test_one_stage_after_the_other(between: nn.Module) -> None:
@@ -309,6 +318,52 @@ def test_gradients_accumulate_in_place() -> None:
         graphs.take_weights()()
         tensors.append([p.grad for p in pipe.parameters()])
     assert all(one is other for one, other in zip(*tensors, strict=True))
+
+
+def test_a_weight_takes_its_first_gradient_without_a_copy() -> None:
+    pipe = _pipe(nn.Linear(6, 6), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    (output,) = graphs.run([torch.randn(4, 6)])
+    output.sum().backward()
+    places = []
+    split = next(iter(graphs._splits.values()))
+    compute = split.backward_weight
+
+    def watched(needed: Any) -> Any:
+        results = compute(needed)
+        places.extend(result.data_ptr() for result in results)
+        return results
+
+    split.backward_weight = watched
+    graphs.take_weights()()
+    assert pipe.stages[0].weight.grad.data_ptr() in places
+
+
+class Added(nn.Module):
+    """The gradient of both weights is that of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.one + self.other.view(4, 6)
+
+
+def test_weights_with_one_gradient_accumulate_apart() -> None:
+    pipe = _pipe(Added(), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    factor = torch.randn(4, 6)
+    for count in (1, 2, 3):
+        (output,) = graphs.run([torch.randn(4, 6)])
+        output.backward(factor)
+        graphs.take_weights()()
+        stage = pipe.stages[0]
+        assert torch.equal(stage.one.grad, sum([factor] * count))
+        assert torch.equal(stage.other.grad, stage.one.grad.flatten())
+        assert torch.equal(stage.one.grad, sum([factor] * count))
 
 
 def test_hooks_of_parameters_are_called() -> None:

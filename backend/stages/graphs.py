@@ -24,6 +24,7 @@ from stagecut.ir.errors import CaptureError, RolesError
 from stagecut.ir.graph import Value
 from stagecut.ir.roles import Roles
 from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import DTYPES, TensorType
 
 Tensors = Sequence[torch.Tensor]
@@ -347,35 +348,55 @@ class _Weights:
         self._live = live
 
     def __call__(self) -> None:
+        _accumulate(self._grads())
+
+    def _grads(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Weight -> gradient, which shares memory with nothing else that lives on."""
         needed, self._needed = self._needed, ()
         with torch.no_grad(), _without_autocast():
             results = self._split.backward_weight(needed)
-        del needed
         gradients = self._split.gradients[: len(self._state)]
         chosen = _chosen(gradients, results, self._live)
-        del results
-        _accumulate(self._state, chosen)
+        taken = {storage_of(tensor) for tensor in needed}
+        grads: dict[torch.Tensor, torch.Tensor] = {}
+        for weight, grad in zip(self._state, chosen, strict=True):
+            if grad is None:
+                continue
+            storage = storage_of(grad)
+            grads[weight] = grad.clone() if storage in taken else grad
+            taken.add(storage)
+        return grads
 
 
-def _accumulate(weights: Tensors, grads: list[torch.Tensor | None]) -> None:
+class _Accumulate(torch.autograd.Function):
+    """Its backward gives weights their gradients. Nobody else holds these, so that a weight without a gradient
+    takes its own as it is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grads: dict[torch.Tensor, torch.Tensor], *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.grads = grads
+        return weights[0].new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[Any, ...]:
+        grads = [*ctx.grads.values()]
+        ctx.grads.clear()
+        return None, *grads
+
+
+def _accumulate(grads: dict[torch.Tensor, torch.Tensor]) -> None:
     """Autograd adds the gradients to those of the weights, as it adds its own: in place, hooks included.
     `grads` is empty afterwards.
     """
-    later: dict[torch.Tensor, torch.Tensor] = {}
-    for weight in reversed(weights):
-        grad = grads.pop()
-        if grad is None:
-            continue
-        if weight.grad is None:
-            # autograd copies it; no two of all are there at once
-            torch.autograd.backward([weight], [grad])
-        else:
-            later[weight] = grad
-    if later:
-        torch.autograd.backward(
-            [*later],
-            [*later.values()],
-        )
+    if not grads:
+        return
+    with torch.enable_grad():
+        start: torch.Tensor = _Accumulate.apply(grads, *grads)
+    start.backward(torch.empty_like(start))
 
 
 def _chosen(
