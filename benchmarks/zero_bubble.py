@@ -1,24 +1,26 @@
-"""Tokens per second of zero-bubble schedules beside 1F1B, with the backward of autograd and with that of graphs.
+"""Tokens per second of zero-bubble schedules beside 1F1B, by the backward of autograd and by that of graphs.
 
 torchrun --nproc-per-node 2 benchmarks/zero_bubble.py
 torchrun --nproc-per-node 2 benchmarks/zero_bubble.py --device cpu --small    # tiny models, to try the script
 
-A step is forward and backward of all micro-batches and AdamW. Its learning rate is zero, so that all rows of a
-model keep the same weights, which they share. With so many micro-batches they must have the same loss and the
-same norm of the gradients; the script ends with 1 where one has not. Times are those of the slower process;
-medians are taken.
+A step is forward and backward of all micro-batches and AdamW. Its learning rate is zero, so that all rows of
+a model keep the same weights, which they share. With so many micro-batches they must have the same loss and
+the same norm of the gradients; the script ends with 1 where one has not. Times are those of the slower
+process; medians are taken.
 
-ways    eager            the backward is autograd's
-        blocks           the same, and each block is compiled
-        stages           the same, and each stage is compiled as a whole
-        graph            Driver(backward="graph")
-        graph-compiled   Driver(backward="graph", compile=True)
+ways    eager             the backward is autograd's
+        compiled          the same, and each block is compiled
+        stages            the same, and each stage is compiled as a whole
+        graph             Driver(backward="graph")
+        graph-compiled    Driver(backward="graph", compile=True)
+        graph-recompute   Driver(backward="graph", compile=True, recompute=True)
 
-All ways of a schedule have the same cut, and all numbers of micro-batches: that which Balanced finds from the
-seconds of compiled blocks on the first process, or with --cut equal, the one between equally many blocks. The
-loss is not compiled in any way. `ratio` is to the best of `blocks` and `stages` under 1F1B with as many
-micro-batches; `first` the seconds of the first step, in which functions are made and compiled; `GiB` what a
-step takes on each process beyond weights and optimizer.
+All ways of a schedule have the same cut between blocks, and all numbers of micro-batches: that which Balanced
+finds from blocks that are timed on the first process, compiled, for ZBVZeroBubble with the compiled graph
+backward; or with --cut equal, the one between equally many blocks. The loss is not compiled in any way.
+`ratio` is to the best of `compiled` and `stages` under 1F1B with as many micro-batches; `first` the seconds
+of the first step, in which functions are made and compiled; `GiB` what a step takes on each process beyond
+weights and optimizer.
 """
 
 import argparse
@@ -33,11 +35,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from predictions import CASES, SCHEDULES, Bench, by_hand, compile_blocks
+from predictions import CASES, SCHEDULES, WAYS, Bench, by_hand
 from torch import nn
 
-from stagecut import Balanced, Driver, Setting
+from stagecut import Balanced, Driver
+from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.ops import DEVICES
+from stagecut.ir.graph import scope_fqn
 
 
 def compile_stage(module: nn.Module, index: int) -> nn.Module:
@@ -46,21 +50,16 @@ def compile_stage(module: nn.Module, index: int) -> nn.Module:
     return module
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "blocks": {"wrap": compile_blocks},
-    "stages": {"wrap": compile_stage},
-    "graph": {"backward": "graph"},
-    "graph-compiled": {"backward": "graph", "compile": True},
-}
+DRIVERS: dict[str, dict[str, Any]] = {**WAYS, "stages": {"wrap": compile_stage}}
 """Way -> the arguments of Driver that make it."""
 
 ORDER = (
-    ("1F1B", "blocks"),
+    ("1F1B", "compiled"),
     ("ZBVZeroBubble", "graph-compiled"),
     ("1F1B", "graph-compiled"),
     ("1F1B", "stages"),
-    ("Interleaved1F1B", "blocks"),
+    ("ZBVZeroBubble", "graph-recompute"),
+    ("Interleaved1F1B", "compiled"),
     ("Interleaved1F1B", "graph-compiled"),
     ("1F1B", "eager"),
     ("ZBVZeroBubble", "eager"),
@@ -68,9 +67,11 @@ ORDER = (
     ("1F1B", "graph"),
     ("Interleaved1F1B", "eager"),
     ("Interleaved1F1B", "graph"),
-    ("ZBVZeroBubble", "blocks"),
+    ("ZBVZeroBubble", "compiled"),
     ("Interleaved1F1B", "stages"),
     ("ZBVZeroBubble", "stages"),
+    ("1F1B", "graph-recompute"),
+    ("Interleaved1F1B", "graph-recompute"),
 )
 """The rows, the most important ones first."""
 
@@ -116,41 +117,45 @@ class Table:
         self.rows: list[Row] = []
         self.differing: list[str] = []
         self._cuts: dict[str, list[int]] = {}
+        self._lines: dict[str, Line] = {}
         parameters = bench.model.parameters()
         self._optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
         self._dtype = next(bench.model.parameters()).dtype
 
     def find_cuts(self) -> None:
         """The first process finds a cut for each schedule, and all know it."""
-        ranks = dist.get_world_size()
-        cuts = [{}]
+        cuts: list[dict[str, list[int]]] = [{}]
         if dist.get_rank() == 0:
-            timed = self.options.cut == "automatic"
-            line = self.bench.line(True) if timed else self.bench.estimated()
             for schedule in self.options.schedules:
-                stages = ranks * SCHEDULES[schedule]
-                setting = Setting(
-                    self.bench.preset,
-                    schedule,
-                    max(self.options.microbatches),
-                    ranks=None if stages == ranks else ranks,
-                )
-                if timed:
-                    policy = Balanced(stages, setting, inside="never")
-                    plan = policy.of_line(replace(line, setting=setting))
-                    cuts[0][schedule] = list(plan.cuts)
-                else:
-                    edges = [start for start, _ in line.blocks()[1:]]
-                    cuts[0][schedule] = by_hand(edges, stages, 1)[0]
-                begins = [0, *cuts[0][schedule]]
-                numbers = [
-                    str(number)
-                    for number, (start, _) in enumerate(line.blocks())
-                    if start in begins
-                ]
-                say(f"{schedule}: stages begin at blocks {', '.join(numbers)}")
+                cuts[0][schedule] = self._cut(schedule)
         dist.broadcast_object_list(cuts)
         self._cuts = cuts[0]
+
+    def _cut(self, schedule: str) -> list[int]:
+        way = "graph-compiled" if schedule == "ZBVZeroBubble" else "compiled"
+        line = self._line(way)
+        stages = dist.get_world_size() * SCHEDULES[schedule]
+        starts = [start for start, _ in line.blocks()]
+        if self.options.cut == "equal":
+            cut = by_hand(starts[1:], stages, 1)[0]
+        else:
+            count = max(self.options.microbatches)
+            setting = self.bench.setting(schedule, way, count)
+            wrap = WAYS[way].get("wrap")
+            policy = Balanced(stages, setting, wrap=wrap, inside="never")
+            plan = policy.of_line(replace(line, setting=setting))
+            cut = list(plan.cuts)
+        firsts = [scope_fqn(line.ops[start].scope) for start in [0, *cut]]
+        say(f"{schedule}: stages begin at {', '.join(firsts)}")
+        return cut
+
+    def _line(self, way: str) -> Line:
+        if self.options.cut == "equal":
+            way = ""
+        if way not in self._lines:
+            timed = self.bench.line(way) if way else self.bench.estimated("eager")
+            self._lines[way] = timed
+        return self._lines[way]
 
     def measure(self, schedule: str, way: str) -> Iterator[Row]:
         """The rows of a schedule in one way, for each number of micro-batches."""
@@ -166,7 +171,7 @@ class Table:
                 return_outputs=False,
                 share_losses=False,
                 compare_steps=1,
-                **WAYS[way],
+                **DRIVERS[way],
             )
             # so that the functions of a stage are made once
             if graphs is not None:
@@ -251,7 +256,7 @@ class Table:
             for row in self.rows
             if row.count == count
             and row.schedule == "1F1B"
-            and row.way in ("blocks", "stages")
+            and row.way in ("compiled", "stages")
         ]
         return max(speeds, default=None)
 
@@ -322,7 +327,7 @@ def main() -> int:
     parser.add_argument(
         "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
     )
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
+    parser.add_argument("--ways", nargs="+", choices=[*DRIVERS], default=[*DRIVERS])
     parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--cut", choices=["automatic", "equal"], default="automatic")
     parser.add_argument("--optimizer", choices=["adamw", "none"], default="adamw")

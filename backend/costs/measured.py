@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from stagecut.backend.costs.ops import known_shape
 from stagecut.backend.costs.runtime import Parts, Timing
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.ranks.wrapped import Wrap
+from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.crossing import backward_is_whole
+from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.modules import Stage
+from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.run import results_of
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.aliases import storage_root
@@ -61,9 +65,10 @@ SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Way:
-    """How stages run: on which device, in which form (`wrap` as that of Driver), before which loss.
+    """How stages run: on which device, in which form, before which loss.
 
-    target: an example for one micro-batch. splits: whether backwards are split too.
+    wrap, backward, compile, recompute: as those of Driver. target: an example for one micro-batch. splits:
+    whether backwards are split too.
     """
 
     device: torch.device
@@ -72,6 +77,9 @@ class Way:
     target: Any = None
     training: bool = True
     splits: bool = False
+    backward: str = "autograd"
+    compile: bool = False
+    recompute: bool = False
 
     def key(self, ops: str, count: int, sizes: Mapping[str, int]) -> str:
         """The place in the store of so many spans of these ops, for these sizes."""
@@ -83,6 +91,9 @@ class Way:
             target,
             self.training,
             self.splits,
+            self.backward,
+            self.compile,
+            self.recompute,
             sorted(sizes.items()),
             count,
             ops,
@@ -95,7 +106,10 @@ class Way:
         wrap: Wrap,
         setting: Setting,
     ) -> Way:
-        """How stages run under a setting, before a loss whose cost is known."""
+        """How stages run under a setting, before a loss whose cost is known. Raises InputError for what
+        Driver does not know either.
+        """
+        refuse_backward(setting.backward, setting.compile, setting.recompute)
         return Way(
             device,
             wrap,
@@ -103,6 +117,21 @@ class Way:
             loss.target if loss is not None else None,
             setting.training,
             setting.splits,
+            setting.backward,
+            setting.compile,
+            setting.recompute,
+        )
+
+    def graphs(self, pipe: Staged, index: int, stage: Stage) -> Graphs | None:
+        """The graphs that run a copy of a stage; None where autograd makes the backward."""
+        if self.backward != "graph":
+            return None
+        return Graphs(
+            pipe,
+            index,
+            RoleCode(self.compile),
+            self.recompute,
+            stage,
         )
 
 
@@ -211,7 +240,8 @@ def measure(
     known = dict(zip(pipe.program.inputs, examples, strict=False))
     rows = _rows(pipe.program)
     given = [_example(value, rows, sizes, known, way.device) for value in block.inputs]
-    runner = _Runner(pipe, stage, module, given, way, block)
+    graphs = way.graphs(pipe, index, stage)
+    runner = _Runner(pipe, stage, module, given, way, block, graphs)
     try:
         return runner.seconds()
     except Exception as error:
@@ -295,6 +325,10 @@ def _goal(leaf: Any, device: torch.device) -> Any:
     return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
 
 
+_Back = tuple[list[torch.Tensor], Any, list[Any]]
+"""What a backward needs: outputs, their gradients, inputs."""
+
+
 class _Runner:
     """Runs a stage as torch's runtime does."""
 
@@ -306,9 +340,13 @@ class _Runner:
         given: Sequence[Any],
         way: Way,
         block: Any,
+        graphs: Graphs | None = None,
     ) -> None:
         self._pipe = pipe
         self._module = module
+        self._graphs = graphs
+        if graphs is not None:
+            graphs.begin(module)
         self._given = given
         self._way = way
         self._block = block
@@ -322,6 +360,12 @@ class _Runner:
 
     def seconds(self) -> Timing[float]:
         """The medians of some measurements, and the least of the host."""
+        if self._graphs is not None:
+            # the first run shows whether they can
+            self._round(False)
+        if self._runs_by_graphs:
+            device, host = self._least(True)
+            return Timing(_of_graphs(*device), _of_graphs(*host))
         device, host = self._least(False)
         forward, backward, _ = device
         starts, starts_backward, _ = host
@@ -335,6 +379,13 @@ class _Runner:
             Parts(forward, backward, inputs[0], weights[0]),
             Parts(starts, starts_backward, inputs[1], weights[1]),
         )
+
+    @property
+    def _runs_by_graphs(self) -> bool:
+        """Whether graphs run the stage: there is a note where they do not."""
+        if self._graphs is None or not self._way.training:
+            return False
+        return not self._graphs.note
 
     def _least(self, split: bool) -> tuple[list[float], list[float]]:
         self._before = 0
@@ -375,23 +426,30 @@ class _Runner:
             if outputs:
                 backs.append((outputs, self._grads(outputs), inputs))
         if not split:
-            _, backward = self._timed(lambda back: _whole_backward(*back), backs)
+            _, backward = self._timed(self._whole, backs)
             _, weights = self._timed(lambda _: None, ())
         else:
-            groups, backward = self._timed(self._for_inputs, backs)
-            _, weights = self._timed(self._for_weights, groups)
+            rest, backward = self._timed(self._for_inputs, backs)
+            _, weights = self._timed(lambda weights_of: weights_of(), rest)
         device, host = zip(forward, backward, weights, strict=True)
         return [*device], [*host]
 
-    def _for_inputs(self, back: tuple[Any, Any, Any]) -> Any:
+    def _whole(self, back: _Back) -> None:
+        _whole_backward(*back)
+        if self._graphs is not None:
+            self._graphs.take_weights()()
+
+    def _for_inputs(self, back: _Back) -> Callable[[], None]:
+        """Computes the gradients of the inputs. Returns what computes those of the weights."""
+        if self._graphs is not None and self._runs_by_graphs:
+            _whole_backward(*back)
+            return self._graphs.take_weights()
         outputs, grads, inputs = back
         # torch detaches them in place, and a backward may still read them
         ends = [output.clone() for output in outputs]
         parameters = iter(self._parameters)
-        return _backward.stage_backward_input(ends, grads, inputs, parameters)[1]
-
-    def _for_weights(self, groups: Any) -> None:
-        _backward.stage_backward_weight(iter(self._parameters), groups)
+        _, groups = _backward.stage_backward_input(ends, grads, inputs, parameters)
+        return partial(_weights_of_groups, self._parameters, groups)
 
     def _timed(
         self, run: Callable[[Any], Any], items: Iterable[Any]
@@ -418,7 +476,7 @@ class _Runner:
         for _ in range(self._before):
             outputs, inputs = self._forward()
             if outputs:
-                _whole_backward(outputs, self._grads(outputs), inputs)
+                self._whole((outputs, self._grads(outputs), inputs))
 
     def _mark(self) -> tuple[float, Any]:
         """The present moment on the host, and an event on a GPU."""
@@ -436,8 +494,12 @@ class _Runner:
             else x
             for x in self._given
         ]
-        # the stage may write what it is given
-        results = results_of(self._module(*inputs), self._block)
+        results: Sequence[Any] | None = None
+        if self._graphs is not None:
+            results = self._graphs.run(inputs)
+        if results is None:
+            # the stage may write what it is given
+            results = results_of(self._module(*inputs), self._block)
         if self._has_loss:
             results = (self._loss(results),)
         outputs = [
@@ -463,3 +525,12 @@ def _whole_backward(outputs: list[torch.Tensor], grads: Any, inputs: list[Any]) 
     # torch takes a loss bare
     ends: Any = outputs if grads is not None else outputs[0]
     _backward.stage_backward(ends, grads, inputs)
+
+
+def _weights_of_groups(parameters: Sequence[nn.Parameter], groups: Any) -> None:
+    _backward.stage_backward_weight(iter(parameters), groups)
+
+
+def _of_graphs(forward: float, inputs: float, weights: float) -> Parts[float]:
+    """The seconds of a stage whose backward is two functions, whether or not the schedule divides them."""
+    return Parts(forward, inputs + weights, inputs, weights)

@@ -159,16 +159,21 @@ def _tangents_of(roles: Roles) -> dict[Value, frozenset[int]]:
 class Graphs:
     """One stage of a pipe, run by graphs, which are made at their first use for each signature.
 
-    With `recompute`, the backward computes light ops again, so that less is saved. `note` says why the stage
-    runs by autograd, '' while it does not.
+    With `recompute`, the backward computes light ops again, so that less is saved. `stage`: a copy that runs
+    in the place of the pipe's own. `note` says why the stage runs by autograd, '' while it does not.
     """
 
     def __init__(
-        self, pipe: Staged, index: int, code: RoleCode, recompute: bool = False
+        self,
+        pipe: Staged,
+        index: int,
+        code: RoleCode,
+        recompute: bool = False,
+        stage: Stage | None = None,
     ) -> None:
         self._pipe = pipe
         self._recompute = recompute
-        self._stage = pipe.stages[index]
+        self._stage = stage or pipe.stages[index]
         self._block = pipe.program.stages[index]
         self._code = code
         self._splits: dict[Any, Split | str] = {}
@@ -369,8 +374,8 @@ class _Weights:
 
 
 class _Accumulate(torch.autograd.Function):
-    """Its backward gives weights their gradients. Nobody else holds these, so that a weight without a gradient
-    takes its own as it is.
+    """Its backward gives weights their gradients. Nobody else holds these, so that a weight that had none
+    takes its own without a copy.
     """
 
     @staticmethod
