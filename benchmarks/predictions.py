@@ -28,8 +28,9 @@ from torch import nn
 from stagecut import Balanced, Driver, Pipe, Setting, record
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
-from stagecut.backend.costs.measured import Trial, Way, time_spans
+from stagecut.backend.costs.measured import Trial, time_spans
 from stagecut.backend.costs.ops import DEVICES
+from stagecut.backend.costs.way import Way
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text

@@ -12,8 +12,9 @@ from torch import nn
 
 from stagecut import Balanced, Setting, StagecutError, pipeline
 from stagecut.backend.costs import measured
-from stagecut.backend.costs.measured import Way, measure
+from stagecut.backend.costs.measured import measure
 from stagecut.backend.costs.runtime import Parts, Timing
+from stagecut.backend.costs.way import Way
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.ir.graph import Block
 

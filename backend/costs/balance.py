@@ -14,13 +14,14 @@ import torch
 
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
-from stagecut.backend.costs.measured import Trial, Way, time_spans, torch_device
+from stagecut.backend.costs.measured import Trial, time_spans, torch_device
 from stagecut.backend.costs.ops import Device, program_ops
 from stagecut.backend.costs.plan import Choice, Plan
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.steps import Found, Steps
+from stagecut.backend.costs.way import Way
 from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.backend.stages.backwards import refuse_backward
