@@ -32,7 +32,10 @@ from stagecut import Driver, InputError, Pipe, pipeline
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.run import results_of
+from stagecut.frontend.capture.joint import joint_graph
+from stagecut.frontend.lower.from_joint import lower_joint
 from stagecut.ir.graph import Value
+from stagecut.passes.roles import skip_views, split
 
 # --- all schedules, two ranks ---------------------------------------------------------------------------
 
@@ -448,6 +451,32 @@ def test_light_ops_are_computed_again_and_heavy_ones_are_not() -> None:
     before, after = ([text.count(call) for call in ("silu(", "relu(", "addmm(", ".mm(")] for text in texts)
     assert before == [3, 3, 6, 11]
     assert after == [6, 3, 6, 11]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ("_scaled_dot_product_flash_attention", (0.1, True)),
+        ("_scaled_dot_product_cudnn_attention", (None, True, 0.1, True)),
+        ("_scaled_dot_product_efficient_attention", (None, True, 0.1, True)),
+    ],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_on_a_gpu_draws_in_its_forward_only(kernel: str, options: tuple[Any, ...], recompute: bool) -> None:
+    """The backward is given the seed. The device meta has the forms of the kernels of a GPU."""
+    op = getattr(torch.ops.aten, kernel)
+
+    def attend(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (op(*operands, *options)[0],)
+
+    operands = [torch.empty(2, 4, 16, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
+    graph, tangents = joint_graph(attend, operands)
+    joint, _ = lower_joint(graph, ["q", "k", "v"], tangents, [])
+    skip_views(joint.block)
+    roles = split(joint, recompute)
+    assert [op.effects.random for op in roles.forward.ops] == [True]
+    assert f"aten.{kernel}_backward.default" in [op.target for op in roles.backward_input.ops]
+    assert not any(op.effects.random for op in roles.backward_input.ops)
 
 
 # --- stages that autograd runs --------------------------------------------------------------------------
