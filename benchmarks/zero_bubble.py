@@ -20,7 +20,8 @@ finds from blocks that are timed on the first process, compiled, for ZBVZeroBubb
 backward; or with --cut equal, the one between equally many blocks. The loss is not compiled in any way.
 `ratio` is to the best of `compiled` and `stages` under 1F1B with as many micro-batches; `first` the seconds
 of the first step, in which functions are made and compiled; `GiB` what a step takes on each process beyond
-weights and optimizer.
+weights and optimizer. At the end, if there is time, the compiled graphs alternate with that best 1F1B, and
+`pairs` is the median ratio of neighbours, with the least and the largest.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -75,6 +76,12 @@ ORDER = (
 )
 """The rows, the most important ones first."""
 
+COMPILED = ("compiled", "stages")
+"""The ways of autograd with which graphs are compared."""
+
+GRAPHS = ("graph-compiled", "graph-recompute")
+"""The ways that are compared with them in turn."""
+
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4}
 """The part by which losses and norms may differ."""
 
@@ -93,10 +100,10 @@ class Row:
     first: float
     taken: tuple[float, ...]
 
-    def line(self, best: float | None) -> str:
+    def line(self, best: "Row | None") -> str:
         """The row as text, with its ratio to the best compiled 1F1B where that is known."""
         names = f"{self.model:14}{self.schedule:17}{self.way:16}{self.count:>4}"
-        ratio = f"{self.speed / best:>8.3f}" if best else f"{'-':>8}"
+        ratio = f"{self.speed / best.speed:>8.3f}" if best else f"{'-':>8}"
         numbers = f"{self.speed:>12.0f}{ratio}{self.loss:>12.5f}{self.norm:>12.5f}"
         taken = " ".join(f"{gib:.2f}" for gib in self.taken)
         return f"{names}{numbers}{self.first:>8.1f}   {taken}"
@@ -116,6 +123,7 @@ class Table:
         self.options = options
         self.rows: list[Row] = []
         self.differing: list[str] = []
+        self.steps: dict[tuple[str, str, int], Callable[[], float]] = {}
         self._cuts: dict[str, list[int]] = {}
         self._lines: dict[str, Line] = {}
         parameters = bench.model.parameters()
@@ -194,6 +202,10 @@ class Table:
             elapsed, taken = self._once(driver, args, target)
             seconds.append(elapsed)
         tokens = count * case.target.numel()
+        if way in (*COMPILED, *GRAPHS):
+            self.steps[schedule, way, count] = lambda: self._once(driver, args, target)[
+                0
+            ]
         return Row(
             case.name,
             schedule,
@@ -258,16 +270,33 @@ class Table:
         everywhere = gathered((seconds, taken / 2**30))
         return max(each for each, _ in everywhere), [each for _, each in everywhere]
 
-    def best(self, count: int) -> float | None:
-        """The tokens per second of the best compiled 1F1B with so many micro-batches, if there is one yet."""
-        speeds = [
-            row.speed
+    def best(self, count: int) -> Row | None:
+        """The best compiled 1F1B with so many micro-batches, if there is one yet."""
+        rows = [
+            row
             for row in self.rows
-            if row.count == count
-            and row.schedule == "1F1B"
-            and row.way in ("compiled", "stages")
+            if row.count == count and row.schedule == "1F1B" and row.way in COMPILED
         ]
-        return max(speeds, default=None)
+        return max(rows, key=lambda row: row.speed, default=None)
+
+    def pairs(self, count: int) -> None:
+        """Prints how compiled graphs do in turn with the best compiled 1F1B."""
+        best = self.best(count)
+        if best is None:
+            return
+        baseline = self.steps["1F1B", best.way, count]
+        for (schedule, way, of_count), step in self.steps.items():
+            if way not in GRAPHS or of_count != count:
+                continue
+            ratios: list[float] = []
+            for turn in range(1 + self.options.pairs):
+                order = (baseline, step) if turn % 2 else (step, baseline)
+                seconds = {each: each() for each in order}
+                ratios.append(seconds[baseline] / seconds[step])
+            ratios = sorted(ratios[1:])
+            spread = f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            names = f"{best.model:14}{schedule:17}{way:16}{count:>4}"
+            say(f"{names}   pairs with 1F1B {best.way}: {spread}")
 
     def add(self, row: Row) -> None:
         """The row is in the table, and is compared with the first one of as many micro-batches."""
@@ -302,9 +331,8 @@ def fill(table: Table, options: argparse.Namespace, began: float) -> None:
     for schedule, way in ORDER:
         if schedule not in options.schedules or way not in options.ways:
             continue
-        spent = max(gathered(time.perf_counter() - began))
-        if spent > 60 * options.minutes:
-            say(f"{schedule}, {way}: left out after {spent:.0f} s")
+        if not has_time(options, began):
+            say(f"{schedule}, {way}: left out, the time is over")
             continue
         for row in table.measure(schedule, way):
             table.add(row)
@@ -313,14 +341,23 @@ def fill(table: Table, options: argparse.Namespace, began: float) -> None:
             torch.cuda.empty_cache()
 
 
-def summary(table: Table) -> None:
-    """The table in order, with all ratios."""
+def finish(table: Table, options: argparse.Namespace, began: float) -> None:
+    """The table in order, with all ratios, and pairs."""
     say(f"\n{HEADER}")
     for count in sorted({row.count for row in table.rows}):
         rows = [row for row in table.rows if row.count == count]
         for row in sorted(rows, key=lambda row: (row.schedule, row.way)):
             say(row.line(table.best(count)))
     say("")
+    for count in options.microbatches:
+        if options.pairs and has_time(options, began):
+            table.pairs(count)
+
+
+def has_time(options: argparse.Namespace, began: float) -> bool:
+    """The same answer on all processes."""
+    spent = max(gathered(time.perf_counter() - began))
+    return spent < 60 * options.minutes
 
 
 def main() -> int:
@@ -341,6 +378,7 @@ def main() -> int:
     parser.add_argument("--cut", choices=["automatic", "equal"], default="automatic")
     parser.add_argument("--optimizer", choices=["adamw", "none"], default="adamw")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=7, help="0 for none")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="begin no more rows after so many"
     )
@@ -367,7 +405,7 @@ def main() -> int:
         preset = options.preset or next((n for n in DEVICES if n in card), "H100")
         table = Table(Bench(case, device, preset), options)
         fill(table, options, began)
-        summary(table)
+        finish(table, options, began)
         differing += table.differing
         del case, table
         gc.collect()
