@@ -12,6 +12,7 @@ measured - 1, `ranks` is Spearman's correlation of the predicted and the measure
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
@@ -340,7 +341,9 @@ def _ranks(numbers: Sequence[float]) -> list[int]:
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """The correlation of two orders; 1 for equal ones."""
+    """The correlation of two orders; 1 for equal ones, not a number for one alone."""
+    if len(one) < 2:
+        return math.nan
     pairs = zip(_ranks(one), _ranks(other), strict=True)
     n = len(one)
     return 1 - 6 * sum((x - y) ** 2 for x, y in pairs) / (n * (n * n - 1))

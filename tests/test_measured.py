@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_balance import IDS, Blocks, _line
 from torch import nn
 
 from stagecut import Balanced, Setting, StagecutError, pipeline
 from stagecut.backend.costs import measured
 from stagecut.backend.costs.measured import measure
-from stagecut.backend.costs.runtime import Parts, Timing
+from stagecut.backend.costs.runtime import Parts, Timing, as_run
 from stagecut.backend.costs.way import Way
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.ir.graph import Block
@@ -120,6 +122,18 @@ def _parts(index: int, **options: Any) -> Parts[float]:
     timing = measure(pipe, index, way, {}, (IDS,))
     assert all(p.grad is None for p in pipe.parameters())
     return timing.device
+
+
+SECONDS = st.floats(0, 100)
+
+
+@given(SECONDS, SECONDS, SECONDS, st.integers(0, 3), st.booleans())
+def test_no_work_is_lost_by_when_it_is_done(forward: float, inputs: float, weights: float, stage: int, splits: bool) -> None:
+    parts = Parts(forward, inputs + weights, inputs, weights)
+    run = as_run(parts, stage, splits)
+    assert (run.forward, run.backward) == (forward, inputs + weights)
+    assert run.inputs + run.weights == inputs + weights
+    assert (run.inputs == 0) >= (stage == 0)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
