@@ -292,6 +292,17 @@ def test_a_buffer_that_forward_writes_is_as_it_was_for_the_backward() -> None:
     assert all(torch.equal(one, other) for one, other in zip(by_graphs, by_autograd, strict=True))
 
 
+def test_a_written_buffer_that_no_backward_reads_is_not_copied() -> None:
+    pipe = _pipe(nn.BatchNorm1d(6), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    graphs.run([torch.randn(4, 6)])
+    state = [slot.tensor for slot in graphs._pure.slots]
+    (split,) = graphs._splits.values()
+    assert sum(slot.written for slot in graphs._pure.slots) == 3
+    assert all(one is other for one, other in zip(graphs.snapshot(state, split), state, strict=True))
+
+
 def _both_forwards_first(pipe: Pipe, forwards: list[Callable[[], torch.Tensor]], graphs: Graphs) -> list[torch.Tensor]:
     pipe.zero_grad()
     pipe.stages[0].seen.fill_(1)

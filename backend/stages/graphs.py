@@ -59,6 +59,7 @@ class Split:
         second = [*saved, *joint.cotangents, *roles.backward_input.outputs]
         self._forward_reads = _places(roles.forward.inputs, primals)
         self._saves = _places(saved, first)
+        self._keeps = frozenset(self._saves)
         self._returns = _places(
             joint.block.outputs[: joint.results],
             first,
@@ -77,6 +78,10 @@ class Split:
                 if value is None
                 else _Gradient(role.outputs.index(value), depends[value])
             )
+
+    def keeps(self, place: int) -> bool:
+        """Whether the backward reads the argument of forward at this place."""
+        return place in self._keeps
 
     def forward(self, primals: Tensors) -> tuple[list[torch.Tensor], Tensors]:
         """The results, the written state last, and the tensors that the backward needs."""
@@ -233,14 +238,16 @@ class Graphs:
         left, self.left = self.left, _nothing
         return left
 
-    def snapshot(self, state: Tensors) -> list[torch.Tensor]:
-        """The state, with copies of what forward writes: the backward of this micro-batch needs it as it is
-        now.
+    def snapshot(self, state: Tensors, split: Split) -> list[torch.Tensor]:
+        """The state. What forward writes and the backward of this micro-batch reads is copied, because it reads
+        what is there now.
         """
         assert self._pure is not None
         return [
-            tensor.clone() if slot.written else tensor
-            for slot, tensor in zip(self._pure.slots, state, strict=True)
+            tensor.clone() if slot.written and split.keeps(place) else tensor
+            for place, (slot, tensor) in enumerate(
+                zip(self._pure.slots, state, strict=True)
+            )
         ]
 
     def write(self, tensors: Tensors) -> None:
@@ -303,7 +310,7 @@ class _Run(torch.autograd.Function):
         anchor: torch.Tensor,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        primals = [*graphs.snapshot(state), *(t.detach() for t in inputs)]
+        primals = [*graphs.snapshot(state, split), *(t.detach() for t in inputs)]
         with _without_autocast():
             results, saved = split.forward(primals)
         outputs = results[: split.outputs]
