@@ -239,8 +239,8 @@ class Graphs:
         return left
 
     def snapshot(self, state: Tensors, split: Split) -> list[torch.Tensor]:
-        """The state. What forward writes and the backward of this micro-batch reads is copied, because it reads
-        what is there now.
+        """The state. What forward writes is copied where the backward of this micro-batch reads it, as it is
+        now.
         """
         assert self._pure is not None
         return [
