@@ -6,11 +6,13 @@ torchrun --nproc-per-node 2 benchmarks/predictions.py --device cpu --small    # 
 
 Blocks are timed on the first process, and a step is simulated from their seconds. `error` is predicted /
 measured - 1, `ranks` is Spearman's correlation of the predicted and the measured order of the cuts by hand.
-`compiled` means that each block is compiled, as is usual for large models.
+`compiled` means that each block is compiled, as is usual for large models; `graph`, `graph-compiled` and
+`graph-recompute` what Driver(backward="graph") runs, alone, with compile=True, with recompute=True as well.
 """
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
@@ -27,8 +29,9 @@ from torch import nn
 from stagecut import Balanced, Driver, Pipe, Setting, record
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
-from stagecut.backend.costs.measured import Trial, Way, time_spans
+from stagecut.backend.costs.measured import Trial, time_spans
 from stagecut.backend.costs.ops import DEVICES
+from stagecut.backend.costs.way import Way
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
@@ -136,6 +139,16 @@ def compile_blocks(module: nn.Module, index: int) -> nn.Module:
     return module
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"wrap": compile_blocks},
+    "graph": {"backward": "graph"},
+    "graph-compiled": {"backward": "graph", "compile": True},
+    "graph-recompute": {"backward": "graph", "compile": True, "recompute": True},
+}
+"""Way -> the arguments of Driver that make it."""
+
+
 class Bench:
     """A case, traced once, that is cut in many ways."""
 
@@ -157,18 +170,27 @@ class Bench:
         pipe._sizes = self.sizes
         return pipe
 
-    def line(self, compiled: bool) -> Line:
-        """The program as a line with the seconds of its blocks."""
+    def setting(self, schedule: str, way: str, count: int) -> Setting:
+        """How the stages run by a schedule on all processes, in one of WAYS."""
+        options = {name: of for name, of in WAYS[way].items() if name != "wrap"}
+        ranks = dist.get_world_size() if SCHEDULES[schedule] > 1 else None
+        return Setting(self.preset, schedule, count, ranks=ranks, **options)
+
+    def estimated(self, way: str) -> Line:
+        """The program as a line with the seconds that a roofline gives."""
         case = self.case
-        setting = Setting(self.preset, "ZBVZeroBubble", case.microbatches)
+        setting = self.setting("ZBVZeroBubble", way, case.microbatches)
         program = parse(self.traced)
         loss = counted_loss(
             program, self.bindings.call, self.sizes, setting, case.loss_fn, case.target
         )
-        line = Line.of(program, setting, self.sizes, self.bindings, loss)
-        way = Way.before(
-            loss, self.device, compile_blocks if compiled else None, setting
-        )
+        return Line.of(program, setting, self.sizes, self.bindings, loss)
+
+    def line(self, name: str) -> Line:
+        """The program as a line with the seconds of its blocks, in one of WAYS."""
+        line = self.estimated(name)
+        wrap = WAYS[name].get("wrap")
+        way = Way.before(line.loss, self.device, wrap, line.setting)
         trial = Trial(lambda cuts: self.cut(cuts, False), self.flat)
         spans = line.blocks()
         line.calibrate(spans, time_spans(line.ops, spans, trial, way, self.sizes))
@@ -195,49 +217,50 @@ def by_hand(edges: Sequence[int], stages: int, most: int) -> list[list[int]]:
 
 def rows(bench: Bench, options: argparse.Namespace) -> None:
     """Prints the table of a case."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for compiled in (False, True):
-        if ("compiled" if compiled else "eager") not in options.ways:
-            continue
+    for way in options.ways:
         begin = time.perf_counter()
-        lines = [bench.line(compiled) if rank == 0 else None]
+        line = bench.line(way) if dist.get_rank() == 0 else None
         seconds = time.perf_counter() - begin
         for schedule in options.schedules:
-            stages = ranks * SCHEDULES[schedule]
-            setting = Setting(
-                bench.preset,
-                schedule,
-                bench.case.microbatches,
-                ranks=None if stages == ranks else ranks,
-            )
             chosen: list[Any] = [None, None]
-            if lines[0] is not None:
-                line = replace(lines[0], setting=setting)
-                wrap = compile_blocks if compiled else None
-                policy = Balanced(stages, setting, budget=4.0, wrap=wrap)
-                plan = policy.of_line(line)
-                edges = [start for start, _ in line.blocks()[1:]]
-                cuts = [*by_hand(edges, stages, options.cuts), list(plan.cuts)]
-                steps = policy.steps(line, stages, 1.0)
-                ends = [[0, *cut, len(line.ops)] for cut in cuts]
-                chosen = [cuts, steps.seconds(torch.tensor(ends)).tolist()]
+            if line is not None:
+                chosen = _predicted(bench, line, schedule, way, options)
             dist.broadcast_object_list(chosen)
             measured = [
-                _measured(bench, cut, schedule, compiled, options) for cut in chosen[0]
+                _measured(bench, cut, schedule, way, options) for cut in chosen[0]
             ]
-            if rank == 0:
-                _print(
-                    bench, schedule, compiled, chosen, [m for m, _ in measured], seconds
-                )
-            if options.timeline and rank == 0:
-                _print_steps(measured[0][1], lines[0], chosen[0][0])
+            if dist.get_rank() == 0:
+                times = [m for m, _ in measured]
+                _print(bench, schedule, way, chosen, times, seconds)
+            if options.timeline and line is not None:
+                _print_steps(measured[0][1], line, chosen[0][0])
+
+
+def _predicted(
+    bench: Bench, line: Line, schedule: str, way: str, options: argparse.Namespace
+) -> list[Any]:
+    """Cuts between blocks, and behind them the automatic one; the seconds of a step with each."""
+    stages = dist.get_world_size() * SCHEDULES[schedule]
+    setting = bench.setting(schedule, way, bench.case.microbatches)
+    of_schedule = replace(line, setting=setting)
+    policy = Balanced(stages, setting, budget=4.0, wrap=WAYS[way].get("wrap"))
+    plan = policy.of_line(of_schedule)
+    edges = [start for start, _ in line.blocks()[1:]]
+    numbers = [int(number) for number in options.cuts if number != "all"]
+    cuts = by_hand(edges, stages, numbers[0] if numbers else 6)
+    if "all" in options.cuts and stages == 2:
+        cuts = [[edge] for edge in edges]
+    cuts.append(list(plan.cuts))
+    ends = [[0, *cut, len(line.ops)] for cut in cuts]
+    steps = policy.steps(of_schedule, stages, 1.0)
+    return [cuts, steps.seconds(torch.tensor(ends)).tolist()]
 
 
 def _measured(
     bench: Bench,
     cut: list[int],
     schedule: str,
-    compiled: bool,
+    way: str,
     options: argparse.Namespace,
 ) -> tuple[float, Any]:
     """The median step of the slowest process, and a timeline."""
@@ -245,8 +268,7 @@ def _measured(
     pipe = bench.cut(cut)
     driver = Driver(
         pipe, schedule, case.microbatches, loss_fn=case.loss_fn, device=bench.device,
-        return_outputs=False, wrap=compile_blocks if compiled else None, compare_steps=1,
-        share_losses=False,
+        return_outputs=False, compare_steps=1, share_losses=False, **WAYS[way],
     )  # fmt: skip
     args = [torch.cat([a] * case.microbatches) for a in case.args]
     target = torch.cat([case.target] * case.microbatches)
@@ -258,6 +280,8 @@ def _measured(
         seconds = torch.tensor([_now(bench.device) - begin], device=bench.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         taken.append(float(seconds))
+    if driver.notes:
+        raise SystemExit(f"{schedule}, {way}: {driver.notes}")
     timeline = None
     if options.timeline:
         with record(driver) as recording:
@@ -271,22 +295,21 @@ def _measured(
 def _print(
     bench: Bench,
     schedule: str,
-    compiled: bool,
+    way: str,
     chosen: list[Any],
     measured: list[float],
     seconds: float,
 ) -> None:
     cuts, predicted = chosen
-    way = "compiled" if compiled else "eager"
     for cut, p, m in zip(cuts, predicted, measured, strict=True):
         name = "automatic" if cut is cuts[-1] else ",".join(map(str, cut))
         numbers = f"{1e3 * p:>9.1f}{1e3 * m:>9.1f}{p / m - 1:>8.3f}"
         print(
-            f"{bench.case.name:14}{way:10}{schedule:17}{name:22}{numbers}", flush=True
+            f"{bench.case.name:14}{way:16}{schedule:17}{name:22}{numbers}", flush=True
         )
     hand = measured[:-1]
     print(
-        f"{bench.case.name:14}{way:10}{schedule:17}ranks {spearman(predicted[:-1], hand):.3f}  "
+        f"{bench.case.name:14}{way:16}{schedule:17}ranks {spearman(predicted[:-1], hand):.3f}  "
         f"best by hand / automatic {min(hand) / measured[-1]:.3f}  timing of blocks took {seconds:.0f} s",
         flush=True,
     )
@@ -318,7 +341,9 @@ def _ranks(numbers: Sequence[float]) -> list[int]:
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """The correlation of two orders; 1 for equal ones."""
+    """The correlation of two orders; 1 for equal ones, not a number for one alone."""
+    if len(one) < 2:
+        return math.nan
     pairs = zip(_ranks(one), _ranks(other), strict=True)
     n = len(one)
     return 1 - 6 * sum((x - y) ** 2 for x, y in pairs) / (n * (n * n - 1))
@@ -344,13 +369,18 @@ def main() -> int:
     parser.add_argument(
         "--ways",
         nargs="+",
-        choices=["eager", "compiled"],
+        choices=[*WAYS],
         default=["eager", "compiled"],
     )
     parser.add_argument(
         "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
     )
-    parser.add_argument("--cuts", type=int, default=6, help="how many by hand")
+    parser.add_argument(
+        "--cuts",
+        nargs="+",
+        default=["6"],
+        help='how many by hand, and "all" for each one between blocks where there are two stages',
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--timeline", action="store_true", help="steps of the first cut too"
@@ -367,7 +397,7 @@ def main() -> int:
         card = torch.cuda.get_device_name() if cuda else "CPU"
         print(f"{dist.get_world_size()} x {card}, torch {torch.__version__}")
         print(
-            f"{'model':14}{'way':10}{'schedule':17}{'cut':22}{'predicted':>9}{'measured':>9}{'error':>8}"
+            f"{'model':14}{'way':16}{'schedule':17}{'cut':22}{'predicted':>9}{'measured':>9}{'error':>8}"
         )
     for name in options.models:
         torch.manual_seed(0)

@@ -596,9 +596,10 @@ class Pipe(Staged):
         without one, cross-entropy counts where the model returns logits.
         """
         from stagecut.backend.costs.loss import counted_loss
-        from stagecut.backend.costs.measured import Way, measure, torch_device
+        from stagecut.backend.costs.measured import measure, torch_device
         from stagecut.backend.costs.report import bindings_of, report
         from stagecut.backend.costs.setting import Setting
+        from stagecut.backend.costs.way import Way
 
         program = self.program
         chosen = setting or (self.plan.setting if self.plan else Setting())

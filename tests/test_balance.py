@@ -391,6 +391,9 @@ def test_other_policies() -> None:
         ({"split_policy": Balanced(2, Setting(optimizer="adam"))}, "did you mean 'adamw'"),
         ({"split_policy": Balanced(3, Setting(schedule="ZBVZeroBubble", ranks=2))}, "cannot place 3 stages"),
         ({"split_policy": Balanced(2, Setting(["H100"]))}, "2 ranks, but 1 devices"),
+        ({"split_policy": Balanced(2, Setting(backward="graphs"))}, "did you mean 'graph'"),
+        ({"split_policy": Balanced(2, Setting(compile=True))}, "compiles the functions of backward='graph'"),
+        ({"split_policy": Balanced(2, Setting(recompute=True))}, "chooses what backward='graph' saves"),
     ],
 )
 def test_refusals(options: dict[str, Any], why: str) -> None:

@@ -32,7 +32,10 @@ from stagecut import Driver, InputError, Pipe, pipeline
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.run import results_of
+from stagecut.frontend.capture.joint import joint_graph
+from stagecut.frontend.lower.from_joint import lower_joint
 from stagecut.ir.graph import Value
+from stagecut.passes.roles import skip_views, split
 
 # --- all schedules, two ranks ---------------------------------------------------------------------------
 
@@ -183,7 +186,17 @@ def _pipe(model: nn.Module, stages: int = 2, x: torch.Tensor | None = None, **op
 
 @pytest.mark.parametrize(
     "between",
-    [nn.SiLU(), nn.Mish(), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.Softmax(-1), nn.GELU(), nn.Dropout(0.5).eval()],
+    [
+        nn.SiLU(),
+        nn.Mish(),
+        nn.Dropout(0.5),
+        nn.BatchNorm1d(6),
+        nn.LayerNorm(6),
+        nn.RMSNorm(6),
+        nn.Softmax(-1),
+        nn.GELU(),
+        nn.Dropout(0.5).eval(),
+    ],
     ids=lambda module: f"{type(module).__name__}-{module.training}",
 )
 def test_one_stage_after_the_other(between: nn.Module) -> None:
@@ -279,6 +292,17 @@ def test_a_buffer_that_forward_writes_is_as_it_was_for_the_backward() -> None:
     assert all(torch.equal(one, other) for one, other in zip(by_graphs, by_autograd, strict=True))
 
 
+def test_a_written_buffer_that_no_backward_reads_is_not_copied() -> None:
+    pipe = _pipe(nn.BatchNorm1d(6), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    graphs.run([torch.randn(4, 6)])
+    state = [slot.tensor for slot in graphs._pure.slots]
+    (split,) = graphs._splits.values()
+    assert sum(slot.written for slot in graphs._pure.slots) == 3
+    assert all(one is other for one, other in zip(graphs.snapshot(state, split), state, strict=True))
+
+
 def _both_forwards_first(pipe: Pipe, forwards: list[Callable[[], torch.Tensor]], graphs: Graphs) -> list[torch.Tensor]:
     pipe.zero_grad()
     pipe.stages[0].seen.fill_(1)
@@ -308,6 +332,52 @@ def test_gradients_accumulate_in_place() -> None:
         graphs.take_weights()()
         tensors.append([p.grad for p in pipe.parameters()])
     assert all(one is other for one, other in zip(*tensors, strict=True))
+
+
+def test_a_weight_takes_its_first_gradient_without_a_copy() -> None:
+    pipe = _pipe(nn.Linear(6, 6), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    (output,) = graphs.run([torch.randn(4, 6)])
+    output.sum().backward()
+    places = []
+    split = next(iter(graphs._splits.values()))
+    compute = split.backward_weight
+
+    def watched(needed: Any) -> Any:
+        results = compute(needed)
+        places.extend(result.data_ptr() for result in results)
+        return results
+
+    split.backward_weight = watched
+    graphs.take_weights()()
+    assert pipe.stages[0].weight.grad.data_ptr() in places
+
+
+class Added(nn.Module):
+    """The gradient of both weights is that of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.one + self.other.view(4, 6)
+
+
+def test_weights_with_one_gradient_accumulate_apart() -> None:
+    pipe = _pipe(Added(), 1)
+    graphs = Graphs(pipe, 0, RoleCode())
+    graphs.begin(pipe.stages[0])
+    factor = torch.randn(4, 6)
+    for count in (1, 2, 3):
+        (output,) = graphs.run([torch.randn(4, 6)])
+        output.backward(factor)
+        graphs.take_weights()()
+        stage = pipe.stages[0]
+        assert torch.equal(stage.one.grad, sum([factor] * count))
+        assert torch.equal(stage.other.grad, stage.one.grad.flatten())
+        assert torch.equal(stage.one.grad, sum([factor] * count))
 
 
 def test_hooks_of_parameters_are_called() -> None:
@@ -392,6 +462,32 @@ def test_light_ops_are_computed_again_and_heavy_ones_are_not() -> None:
     before, after = ([text.count(call) for call in ("silu(", "relu(", "addmm(", ".mm(")] for text in texts)
     assert before == [3, 3, 6, 11]
     assert after == [6, 3, 6, 11]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ("_scaled_dot_product_flash_attention", (0.1, True)),
+        ("_scaled_dot_product_cudnn_attention", (None, True, 0.1, True)),
+        ("_scaled_dot_product_efficient_attention", (None, True, 0.1, True)),
+    ],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_on_a_gpu_draws_in_its_forward_only(kernel: str, options: tuple[Any, ...], recompute: bool) -> None:
+    """The backward is given the seed. The device meta has the forms of the kernels of a GPU."""
+    op = getattr(torch.ops.aten, kernel)
+
+    def attend(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (op(*operands, *options)[0],)
+
+    operands = [torch.empty(2, 4, 16, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
+    graph, tangents = joint_graph(attend, operands)
+    joint, _ = lower_joint(graph, ["q", "k", "v"], tangents, [])
+    skip_views(joint.block)
+    roles = split(joint, recompute)
+    assert [op.effects.random for op in roles.forward.ops] == [True]
+    assert f"aten.{kernel}_backward.default" in [op.target for op in roles.backward_input.ops]
+    assert not any(op.effects.random for op in roles.backward_input.ops)
 
 
 # --- stages that autograd runs --------------------------------------------------------------------------

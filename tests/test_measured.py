@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_balance import IDS, Blocks, _line
 from torch import nn
 
 from stagecut import Balanced, Setting, StagecutError, pipeline
 from stagecut.backend.costs import measured
-from stagecut.backend.costs.measured import Way, measure
-from stagecut.backend.costs.runtime import Parts, Timing
+from stagecut.backend.costs.measured import measure
+from stagecut.backend.costs.runtime import Parts, Timing, as_run
+from stagecut.backend.costs.way import Way
+from stagecut.backend.stages.roles import RoleCode
+from stagecut.ir.graph import Block
 
 CPU = Setting("CPU", "ZBVZeroBubble", 4, ranks=1)
 
@@ -96,6 +102,88 @@ def test_the_seconds_of_a_stage_as_it_runs() -> None:
     assert all(p.grad is None for p in pipe.parameters())
 
 
+@pytest.fixture
+def roles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The functions that are made, as (role, how many ops)."""
+    made: list[tuple[str, int]] = []
+    function = RoleCode.function
+
+    def spy(code: RoleCode, block: Block, bindings: Any) -> Any:
+        made.append((block.name, len(block.ops)))
+        return function(code, block, bindings)
+
+    monkeypatch.setattr(RoleCode, "function", spy)
+    return made
+
+
+def _parts(index: int, **options: Any) -> Parts[float]:
+    pipe = pipeline(Blocks(4), (IDS,), stages=3)
+    way = Way(torch.device("cpu"), splits=True, backward="graph", **options)
+    timing = measure(pipe, index, way, {}, (IDS,))
+    assert all(p.grad is None for p in pipe.parameters())
+    return timing.device
+
+
+SECONDS = st.floats(0, 100)
+
+
+@given(SECONDS, SECONDS, SECONDS, st.integers(0, 3), st.booleans())
+def test_no_work_is_lost_by_when_it_is_done(forward: float, inputs: float, weights: float, stage: int, splits: bool) -> None:
+    parts = Parts(forward, inputs + weights, inputs, weights)
+    run = as_run(parts, stage, splits)
+    assert (run.forward, run.backward) == (forward, inputs + weights)
+    assert run.inputs + run.weights == inputs + weights
+    assert (run.inputs == 0) >= (stage == 0)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_stage_is_timed_as_its_three_functions(index: int, roles: list[tuple[str, int]]) -> None:
+    parts = _parts(index)
+    names = [name for name, _ in roles]
+    assert names == ["forward", "backward_input", "backward_weight"]
+    # nothing comes before the first stage that waits for a gradient
+    assert (roles[1][1] == 0) == (index == 0)
+    assert parts.backward == parts.inputs + parts.weights
+    assert parts.weights > 0
+
+
+def test_a_stage_is_timed_as_it_computes_again(roles: list[tuple[str, int]]) -> None:
+    for recompute in (False, True):
+        _parts(1, recompute=recompute)
+    before, after = roles[:3], roles[3:]
+    assert sum(ops for _, ops in after) > sum(ops for _, ops in before)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.inner(*inputs)
+
+
+def test_a_stage_that_no_graph_stands_for_is_timed_by_autograd(roles: list[tuple[str, int]]) -> None:
+    parts = _parts(1, wrap=lambda module, index: Around(module))
+    assert roles == []
+    assert parts.inputs == parts.backward > 0
+    assert parts.weights == 0
+
+
+def test_a_search_times_blocks_as_the_driver_runs_them(timed: list[tuple[int, int]], roles: list[tuple[str, int]]) -> None:
+    def search(setting: Setting) -> int:
+        """How many stages were timed."""
+        timed.clear()
+        pipeline(Blocks(4), (IDS,), split_policy=Balanced(2, setting, profile_on="cpu"))
+        return len(timed)
+
+    assert search(CPU) > 2
+    assert roles == []
+    by_graphs = replace(CPU, backward="graph")
+    assert 3 * search(by_graphs) == len(roles) > 6
+    assert search(by_graphs) == 0
+
+
 def test_a_loss_that_fails_is_an_error_of_that_stage() -> None:
     pipe = pipeline(Blocks(2), (IDS,), stages=2)
 
@@ -133,3 +221,15 @@ def test_the_place_in_the_store_has_all_that_decides() -> None:
     assert key({"batch": 2}, "eager") == key({"batch": 2}, "eager")
     assert key({"batch": 2}, "eager") != key({"batch": 64}, "eager")
     assert key({"batch": 2}, "eager") != key({"batch": 2}, "compiled")
+
+
+def test_the_place_in_the_store_knows_the_backward() -> None:
+    cpu = torch.device("cpu")
+    ways = [
+        Way(cpu),
+        Way(cpu, backward="graph"),
+        Way(cpu, backward="graph", compile=True),
+        Way(cpu, backward="graph", recompute=True),
+        Way(cpu, backward="graph", compile=True, recompute=True),
+    ]
+    assert len({way.key("ops", 1, {}) for way in ways}) == len(ways)

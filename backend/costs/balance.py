@@ -14,15 +14,17 @@ import torch
 
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
-from stagecut.backend.costs.measured import Trial, Way, time_spans, torch_device
+from stagecut.backend.costs.measured import Trial, time_spans, torch_device
 from stagecut.backend.costs.ops import Device, program_ops
 from stagecut.backend.costs.plan import Choice, Plan
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.steps import Found, Steps
+from stagecut.backend.costs.way import Way
 from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.backend.schedules import SCHEDULES, SINGLE
+from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
@@ -87,6 +89,8 @@ class Balanced:
         """
         _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
         _refuse_unknown("inside", self.inside, INSIDE)
+        setting = self.setting
+        refuse_backward(setting.backward, setting.compile, setting.recompute)
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",

@@ -237,8 +237,8 @@ class Timing(NamedTuple, Generic[T]):
 
 
 def as_run(seconds: Parts[T], stage: int, splits: bool) -> Parts[T]:
-    """The seconds as torch's runtime spends them in a stage: it does the backward of the first stage in the
-    step for the weights, and takes none apart that is wrapped.
+    """The seconds as torch's runtime spends them in a stage. All of the backward of the first stage is done
+    in the step for the weights, by autograd and by graphs. None is taken apart that is wrapped.
     """
     forward, backward, inputs, weights = seconds
     none: Any = 0.0 * backward  # type: ignore[operator]

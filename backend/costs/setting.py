@@ -28,7 +28,7 @@ class Setting:
     """The devices on which the stages will run, and how they run there.
 
     device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
-    optimizer: a key of STATE_OF.
+    optimizer: a key of STATE_OF. backward, compile, recompute: what Driver is told of the backward.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -37,6 +37,9 @@ class Setting:
     training: bool = True
     optimizer: str = "adamw"
     ranks: int | None = None
+    backward: str = "autograd"
+    compile: bool = False
+    recompute: bool = False
 
     def placement(self, stages: int) -> list[int]:
         """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the

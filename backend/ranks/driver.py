@@ -41,11 +41,12 @@ from stagecut.backend.ranks.told import Told, tell
 from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
+from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import InputError, StagecutError, nearest
+from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.types import value_bytes
 
 
@@ -479,9 +480,6 @@ class Driver:
         )
 
 
-BACKWARDS = ("autograd", "graph")
-
-
 def graphs_of(
     pipe: Staged,
     indices: Sequence[int],
@@ -490,21 +488,7 @@ def graphs_of(
     recompute: bool,
 ) -> dict[int, Graphs]:
     """The graphs of these stages; none where autograd makes the backward. Raises InputError."""
-    if backward not in BACKWARDS:
-        raise InputError(
-            f"backward={backward!r} is not known",
-            hint=nearest(str(backward), BACKWARDS),
-        )
-    if backward == "autograd" and compiled:
-        raise InputError(
-            "compile=True compiles the functions of backward='graph'",
-            hint="wrap=lambda module, index: torch.compile(module) compiles stages for autograd",
-        )
-    if backward == "autograd" and recompute:
-        raise InputError(
-            "recompute=True chooses what backward='graph' saves",
-            hint="torch.utils.checkpoint in the model computes again for autograd",
-        )
+    refuse_backward(backward, compiled, recompute)
     if backward == "autograd":
         return {}
     code = RoleCode(compiled)

@@ -24,6 +24,7 @@ from stagecut.ir.errors import CaptureError, RolesError
 from stagecut.ir.graph import Value
 from stagecut.ir.roles import Roles
 from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import DTYPES, TensorType
 
 Tensors = Sequence[torch.Tensor]
@@ -58,6 +59,7 @@ class Split:
         second = [*saved, *joint.cotangents, *roles.backward_input.outputs]
         self._forward_reads = _places(roles.forward.inputs, primals)
         self._saves = _places(saved, first)
+        self._keeps = frozenset(self._saves)
         self._returns = _places(
             joint.block.outputs[: joint.results],
             first,
@@ -76,6 +78,10 @@ class Split:
                 if value is None
                 else _Gradient(role.outputs.index(value), depends[value])
             )
+
+    def keeps(self, place: int) -> bool:
+        """Whether the backward reads the argument of forward at this place."""
+        return place in self._keeps
 
     def forward(self, primals: Tensors) -> tuple[list[torch.Tensor], Tensors]:
         """The results, the written state last, and the tensors that the backward needs."""
@@ -158,16 +164,21 @@ def _tangents_of(roles: Roles) -> dict[Value, frozenset[int]]:
 class Graphs:
     """One stage of a pipe, run by graphs, which are made at their first use for each signature.
 
-    With `recompute`, the backward computes light ops again, so that less is saved. `note` says why the stage
-    runs by autograd, '' while it does not.
+    With `recompute`, the backward computes light ops again, so that less is saved. `stage`: a copy that runs
+    in the place of the pipe's own. `note` says why the stage runs by autograd, '' while it does not.
     """
 
     def __init__(
-        self, pipe: Staged, index: int, code: RoleCode, recompute: bool = False
+        self,
+        pipe: Staged,
+        index: int,
+        code: RoleCode,
+        recompute: bool = False,
+        stage: Stage | None = None,
     ) -> None:
         self._pipe = pipe
         self._recompute = recompute
-        self._stage = pipe.stages[index]
+        self._stage = stage or pipe.stages[index]
         self._block = pipe.program.stages[index]
         self._code = code
         self._splits: dict[Any, Split | str] = {}
@@ -227,14 +238,16 @@ class Graphs:
         left, self.left = self.left, _nothing
         return left
 
-    def snapshot(self, state: Tensors) -> list[torch.Tensor]:
-        """The state, with copies of what forward writes: the backward of this micro-batch needs it as it is
+    def snapshot(self, state: Tensors, split: Split) -> list[torch.Tensor]:
+        """The state. What forward writes is copied where the backward of this micro-batch reads it, as it is
         now.
         """
         assert self._pure is not None
         return [
-            tensor.clone() if slot.written else tensor
-            for slot, tensor in zip(self._pure.slots, state, strict=True)
+            tensor.clone() if slot.written and split.keeps(place) else tensor
+            for place, (slot, tensor) in enumerate(
+                zip(self._pure.slots, state, strict=True)
+            )
         ]
 
     def write(self, tensors: Tensors) -> None:
@@ -297,7 +310,7 @@ class _Run(torch.autograd.Function):
         anchor: torch.Tensor,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        primals = [*graphs.snapshot(state), *(t.detach() for t in inputs)]
+        primals = [*graphs.snapshot(state, split), *(t.detach() for t in inputs)]
         with _without_autocast():
             results, saved = split.forward(primals)
         outputs = results[: split.outputs]
@@ -347,35 +360,55 @@ class _Weights:
         self._live = live
 
     def __call__(self) -> None:
+        _accumulate(self._grads())
+
+    def _grads(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Weight -> gradient, which shares memory with nothing else that lives on."""
         needed, self._needed = self._needed, ()
         with torch.no_grad(), _without_autocast():
             results = self._split.backward_weight(needed)
-        del needed
         gradients = self._split.gradients[: len(self._state)]
         chosen = _chosen(gradients, results, self._live)
-        del results
-        _accumulate(self._state, chosen)
+        taken = {storage_of(tensor) for tensor in needed}
+        grads: dict[torch.Tensor, torch.Tensor] = {}
+        for weight, grad in zip(self._state, chosen, strict=True):
+            if grad is None:
+                continue
+            storage = storage_of(grad)
+            grads[weight] = grad.clone() if storage in taken else grad
+            taken.add(storage)
+        return grads
 
 
-def _accumulate(weights: Tensors, grads: list[torch.Tensor | None]) -> None:
+class _Accumulate(torch.autograd.Function):
+    """Its backward gives weights their gradients. Nobody else holds these, so that a weight that had none
+    takes its own without a copy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grads: dict[torch.Tensor, torch.Tensor], *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.grads = grads
+        return weights[0].new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[Any, ...]:
+        grads = [*ctx.grads.values()]
+        ctx.grads.clear()
+        return None, *grads
+
+
+def _accumulate(grads: dict[torch.Tensor, torch.Tensor]) -> None:
     """Autograd adds the gradients to those of the weights, as it adds its own: in place, hooks included.
     `grads` is empty afterwards.
     """
-    later: dict[torch.Tensor, torch.Tensor] = {}
-    for weight in reversed(weights):
-        grad = grads.pop()
-        if grad is None:
-            continue
-        if weight.grad is None:
-            # autograd copies it; no two of all are there at once
-            torch.autograd.backward([weight], [grad])
-        else:
-            later[weight] = grad
-    if later:
-        torch.autograd.backward(
-            [*later],
-            [*later.values()],
-        )
+    if not grads:
+        return
+    with torch.enable_grad():
+        start: torch.Tensor = _Accumulate.apply(grads, *grads)
+    start.backward(torch.empty_like(start))
 
 
 def _chosen(

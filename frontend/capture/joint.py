@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,13 +57,13 @@ def _traced(function: Function, arguments: Sequence[torch.Tensor]) -> Any:
 
 @contextmanager
 def _kernels_kept() -> Iterator[None]:
-    """Inside, a trace holds the ops that eager runs as one kernel. Torch would take apart those that it can
-    also compute from other ops, which rounds differently.
+    """Inside, a trace holds the ops that eager runs as one kernel on the device. Torch would take apart those
+    that it can also compute from other ops, which rounds differently.
     """
     ops = _with_kernel_and_formula()
     before = [op.py_kernels.get(_FORMULA) for op in ops]
-    for op in ops:
-        _set_formula(op, _no_formula)
+    for op, formula in zip(ops, before, strict=True):
+        _set_formula(op, partial(_formula_without_kernel, op, formula))
     try:
         yield
     finally:
@@ -74,8 +74,15 @@ def _kernels_kept() -> Iterator[None]:
 _FORMULA = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-def _no_formula(*args: Any, **kwargs: Any) -> Any:
-    return NotImplemented
+def _formula_without_kernel(op: Any, formula: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the formula of an op gives; NotImplemented where the device has a kernel for the op."""
+    tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+    key = torch._C._dispatch_key_for_device(next(tensors).device.type)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
+        return NotImplemented
+    if formula is not None:
+        return formula(*args, **kwargs)
+    return op._op_dk(_FORMULA, *args, **kwargs)
 
 
 def _set_formula(op: Any, formula: Any) -> None:

@@ -681,6 +681,8 @@ class _SchemaEffects:
             if argument.alias_info and argument.alias_info.is_write
         )
         random = torch.Tag.nondeterministic_seeded in target.tags
+        # the backward of attention is given the seed with which its forward drew
+        random = random and all(a.name != "philox_seed" for a in arguments)
         effect = not target._schema.returns and not written
         return _SchemaEffects(written, random, effect)
 
