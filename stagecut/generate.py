@@ -144,6 +144,7 @@ class Generator:
         On several ranks every rank calls it alike. There, greedy decoding and sampling are known, and scores
         and logits in the result are those of the last rank only.
         """
+        _refuse_train_mode(self._model)
         model: Any = self._served
         if self._faults is None:
             return model.generate(*args, **kwargs)
@@ -161,6 +162,7 @@ class Generator:
         for the next. A request with a seed in `seeds` gives the tokens that it gives alone after
         `torch.manual_seed`.
         """
+        _refuse_train_mode(self._model)
         pending = deque(enumerate(requests))
         results: list[Any] = [None] * len(pending)
         model: Any = self._served
@@ -258,6 +260,10 @@ def _refuse_other_models(model: nn.Module) -> None:
             f"{type(model).__name__} has no generate()",
             hint="a model of transformers for generation, such as AutoModelForCausalLM makes",
         )
+    _refuse_train_mode(model)
+
+
+def _refuse_train_mode(model: nn.Module) -> None:
     if model.training:
         raise InputError(
             f"{type(model).__name__} is in train mode",

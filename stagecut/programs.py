@@ -39,7 +39,9 @@ from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe, _split_points, lower
 
 MOST_PROGRAMS = 24
-"""A model that needs more programs than this is not served: each call would be traced."""
+"""Programs that are kept, those of the latest calls. A model that needs so many in so many calls is not
+served: each call would be traced.
+"""
 
 ONE_MODE = "a model that generates stays in its mode"
 
@@ -167,6 +169,7 @@ class Programs:
         self._examples: list[_Example] = []
         self._sizes: dict[Pipe, dict[str, int]] = {}
         self._weights: dict[str, torch.Tensor] = {}
+        self._traced_in_a_row = 0
 
     @property
     def pipes(self) -> list[Pipe]:
@@ -185,10 +188,15 @@ class Programs:
             if fit is not None:
                 # steps come in rows of one kind
                 self._cut.insert(0, self._cut.pop(place))
+                self._traced_in_a_row = 0
                 self._sizes[pipe] = fit.sizes
                 return fit
         pipe = self._traced(kwargs)
+        self._traced_in_a_row += 1
         self._cut.insert(0, (pipe, self._step(pipe)))
+        for unused, _ in self._cut[MOST_PROGRAMS:]:
+            self._sizes.pop(unused, None)
+        del self._cut[MOST_PROGRAMS:]
         fit = _fit(*self._cut[0], kwargs)
         assert fit is not None
         self._sizes[pipe] = fit.sizes
@@ -227,9 +235,10 @@ class Programs:
         return RankStep(pipe, seat, self._line, runs[0])
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
-        if len(self._cut) == MOST_PROGRAMS:
+        if self._traced_in_a_row == MOST_PROGRAMS:
             raise StagecutError(
-                f"{type(self._model).__name__} was traced {MOST_PROGRAMS} times, and a call fits no trace",
+                f"each of {MOST_PROGRAMS} calls of {type(self._model).__name__} had to be traced, and this "
+                "one fits no trace either",
                 hint="its calls differ in more than sizes: give them equal structure, or a static cache",
             )
         example = _Example.of(kwargs)
