@@ -202,10 +202,19 @@ class Generator:
         are in flight, one before the first call of the model, which may give them their turns.
         """
         model: Any = self._served
-        self._own.alone, self._own.crosses = alone, False
+        own = self._own
+        own.alone, own.crosses, own.calls = alone, False, 0
         try:
             self._refuse_loops(kwargs)
-            return model.generate(*args, **kwargs)
+            result = model.generate(*args, **kwargs)
+            if own.calls == 0:
+                raise InputError(
+                    f"generate of {type(self._model).__name__} never calls the model: nothing runs in stages",
+                    where=place_of(type(self._model)),
+                    hint="if it generates with a part of the model, make a generator of that part: "
+                    "Generator(model.language_model, ...), and give it what comes before as inputs_embeds",
+                )
+            return result
         except Exception as error:
             if not self._own.crosses:
                 self._early = error
@@ -244,6 +253,7 @@ class Generator:
                 "a logits processor or a stopping criterion calls the model, and only the last rank runs it",
                 hint="a generator in one process",
             )
+        self._own.calls += 1
         self._own.crosses |= not self._own.alone
         if self._tokens is not None:
             self._tokens.before_call()

@@ -177,6 +177,34 @@ def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Genera
     assert results[0] == results[1]
 
 
+def _llava() -> Any:
+    """A decoder behind a vision tower that is heavier than it."""
+    text = SIZE | {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 100}
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    eye = tower | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(text_config=text, vision_config=eye, image_token_index=90)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_a_model_that_sees_is_cut_where_every_step_runs() -> None:
+    model = made(_llava)
+    generator = Generator(model, stages=2)
+    pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    results = []
+    for place in (1, 4):  # where the picture is
+        ids = torch.randint(8, 80, (3, 9), generator=torch.Generator().manual_seed(3))
+        ids[:, place : place + 4] = 90
+        for seen in (pictures, pictures.flip(0) * 2):
+            call = GREEDY | {"input_ids": ids, "pixel_values": seen, "max_new_tokens": 8, "pad_token_id": 0}
+            expected = model.generate(**call)
+            assert torch.equal(generator.generate(**call), expected)
+            results.append(expected[:, 9:].tolist())
+    assert len({str(one) for one in results}) == 4, "the pictures change nothing"
+    assert generator.split_spec is not None
+    assert [*generator.split_spec] == ["model.language_model.layers.1"]
+    assert len(generator.pipes) == 3
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------
 
 
@@ -189,6 +217,19 @@ def test_what_cannot_generate_is_refused() -> None:
         Generator(made(_llama))
     with pytest.raises(InputError, match="both say where to cut"):
         Generator(made(_llama), stages=2, split_spec={})
+
+
+def test_a_model_that_generates_with_a_part_of_it_is_refused() -> None:
+    model = made(_llama)
+
+    class Around(type(model)):  # type: ignore[misc]
+        def generate(self, **kwargs: Any) -> Any:
+            return self.inner.generate(**kwargs)
+
+    around = Around(model.config).eval()
+    around.inner = model
+    with pytest.raises(InputError, match=r"(?s)generate of Around never calls the model.*Generator\(model.language_model"):
+        tokens(Generator(around, stages=2))
 
 
 def test_a_model_in_train_mode_is_refused_in_each_call(llama: tuple[Any, Generator]) -> None:
