@@ -178,15 +178,14 @@ def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Genera
 
 
 def _llava() -> Any:
-    """A decoder behind a vision tower that is heavier than it."""
     text = SIZE | {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 100}
-    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     eye = tower | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
     config = transformers.LlavaConfig(text_config=text, vision_config=eye, image_token_index=90)
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def test_a_model_that_sees_is_cut_where_every_step_runs() -> None:
+def test_a_model_that_sees_generates_from_other_pictures_in_other_places() -> None:
     model = made(_llava)
     generator = Generator(model, stages=2)
     pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -203,6 +202,47 @@ def test_a_model_that_sees_is_cut_where_every_step_runs() -> None:
     assert generator.split_spec is not None
     assert [*generator.split_spec] == ["model.language_model.layers.1"]
     assert len(generator.pipes) == 3
+
+
+class Keeps(nn.Linear):
+    """A layer with a part of the cache."""
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor], key: str) -> torch.Tensor:  # type: ignore[override]
+        x = torch.tanh(super().forward(x))
+        cache[key] = torch.cat([cache[key], x]) if key in cache else x * 1
+        return x + cache[key].mean(0)
+
+
+class Sees(nn.Module):
+    """Looks at a picture in its first call, with many modules; each call runs two others that keep state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+        self.layers = nn.ModuleList(Keeps(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor], picture: torch.Tensor | None = None) -> torch.Tensor:
+        if picture is not None:
+            for module in self.tower:
+                picture = torch.tanh(module(picture))
+            x = x + picture
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache, str(number))
+        return x
+
+
+def test_cuts_fall_where_every_step_runs() -> None:
+    torch.manual_seed(0)
+    model = Sees().eval()
+    programs = Programs(model, None, lambda program: [6])
+    ours: dict[str, torch.Tensor] = {}
+    theirs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for more in ({"picture": X + 1}, {}, {}):
+            call = {"x": X, "cache": ours} | more
+            assert torch.equal(programs.fitting(call).run(call), model(X, theirs, **more))
+            assert_alike(ours, theirs)
+    assert [*(programs.spec or {})] == ["layers.0"]
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------
