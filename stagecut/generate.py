@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,12 @@ class Generator:
         if self._seat is not None:
             vocabulary = _vocabulary(model)
             self._tokens = Tokens(self._seat, vocabulary, self._turns.pass_on)
+        self._own = threading.local()
+        """Of the request in each thread: `crosses` when messages of it may be on their way between ranks."""
+        self._early: Exception | None = None
+        """The last error of a request of which nothing had crossed."""
+        self._chooses = False
+        """True while this rank alone works on its logits."""
         self._served = _served(model, self)
 
     @property
@@ -147,21 +155,11 @@ class Generator:
         On several ranks every rank calls it alike. There, greedy decoding and sampling are known, and scores
         and logits in the result are those of the last rank only.
         """
-        if self._faults is None:
-            return self._request(*args, **kwargs)
-        with self._faults.together((InputError,)):
-            result = self._request(*args, **kwargs)
+        _refuse_train_mode(self._model)
+        with self._together():
+            result = self._request(args, kwargs)
             self._finish()
             return result
-
-    def _request(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._served
-        if self._caches is None:
-            return model.generate(*args, **kwargs)
-        self._caches.forget()
-        result = model.generate(*args, **kwargs)
-        self._caches.finish(result)
-        return result
 
     def static_cache(self, make: Callable[..., Any], wishes: dict[str, Any]) -> Any:
         """A static cache for a request, with what transformers wishes of it."""
@@ -188,23 +186,79 @@ class Generator:
         for the next. A request with a seed in `seeds` gives the tokens that it gives alone after
         `torch.manual_seed`.
         """
+        _refuse_train_mode(self._model)
         pending = deque(enumerate(requests))
         results: list[Any] = [None] * len(pending)
+        refused: list[Exception] = []
 
         def lane() -> None:
             while pending:
                 place, request = pending.popleft()
                 if place < len(seeds):
                     torch.manual_seed(seeds[place])
-                results[place] = self._request(**request)
+                try:
+                    results[place] = self._request((), request, alone=False)
+                except Exception as error:
+                    if self._faults is None or error is not self._early:
+                        raise
+                    refused.append(error)  # when the requests in flight are done
 
         if self._faults is None:
             lane()
             return results
-        with self._faults.together((InputError,)):
+        with self._together():
             self._turns.run([lane] * min(self.lanes, len(pending)))
             self._finish()
+            if refused:
+                self._early = refused[0]
+                raise self._early
         return results
+
+    def _request(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], alone: bool = True
+    ) -> Any:
+        """The result of one request. An error before anything has crossed is noted as `_early`; where others
+        are in flight, one before the first call of the model, which may give them their turns.
+        """
+        model: Any = self._served
+        own = self._own
+        own.alone, own.crosses, own.calls = alone, False, 0
+        if self._caches is not None:
+            self._caches.forget()
+        try:
+            self._refuse_loops(kwargs)
+            result = model.generate(*args, **kwargs)
+            if own.calls == 0:
+                raise InputError(
+                    f"generate of {type(self._model).__name__} never calls the model: nothing runs in stages",
+                    where=place_of(type(self._model)),
+                    hint="if it generates with a part of the model, make a generator of that part: "
+                    "Generator(model.language_model, ...), and give it what comes before as inputs_embeds",
+                )
+            if self._caches is not None:
+                self._caches.finish(result)
+            return result
+        except Exception as error:
+            if not self._own.crosses:
+                self._early = error
+            raise
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """All ranks do the work inside together. What all of them raise before anything has crossed leaves
+        them as they were: the next request is served. Any other error stops all.
+        """
+        if self._faults is None:
+            yield
+            return
+        with self._faults.together():
+            try:
+                yield
+            except Exception as error:
+                if error is not self._early:
+                    raise
+                with self._faults.alike():
+                    raise
 
     def _finish(self) -> None:
         self._programs.finish()
@@ -217,10 +271,18 @@ class Generator:
             raise InputError(
                 "the model is called with positional arguments in generate"
             )
+        if self._chooses:
+            raise InputError(
+                "a logits processor or a stopping criterion calls the model, and only the last rank runs it",
+                hint="a generator in one process",
+            )
+        self._own.calls += 1
+        self._own.crosses |= not self._own.alone
         if self._tokens is not None:
             self._tokens.before_call()
         given = {name: part for name, part in kwargs.items() if part is not None}
         fit = self._programs.fitting(given)
+        self._own.crosses = True
         with torch.no_grad():
             result = fit.run(given)
         return self._with_logits(result, fit)
@@ -241,7 +303,8 @@ class Generator:
         tokens = self._tokens
 
         def tell(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
-            done = kind.__call__(this, input_ids, scores, **more)
+            with self._choice():
+                done = kind.__call__(this, input_ids, scores, **more)
             tokens.tell(input_ids[:, -1], done)
             return done
 
@@ -253,6 +316,30 @@ class Generator:
         criteria.__class__ = type(kind.__name__, (kind,), {"__call__": call})
         return criteria
 
+    def processors(self, processors: Any) -> Any:
+        """The logits processors of this rank: none where the logits are on another one."""
+        if self._tokens is None:
+            return processors
+        kind: Any = type(processors)
+        if not self._tokens.chooses:
+            return kind()
+
+        def process(this: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._choice():
+                return kind.__call__(this, *args, **kwargs)
+
+        processors.__class__ = type(kind.__name__, (kind,), {"__call__": process})
+        return processors
+
+    @contextmanager
+    def _choice(self) -> Iterator[None]:
+        """Inside, only the last rank runs, and no call of the model can be."""
+        self._chooses = True
+        try:
+            yield
+        finally:
+            self._chooses = False
+
     def check(self, config: Any, length: int) -> None:
         """Returns for a request that can be served; raises InputError for another one."""
         longest = self.max_length
@@ -262,20 +349,43 @@ class Generator:
                 f"the generator was made for {longest}",
                 hint="a shorter prompt, fewer max_new_tokens, or Generator(max_length=)",
             )
-        if self._seat is None:
-            return
-        for name, plain in _PLAIN.items():
-            if getattr(config, name, plain) not in (plain, None):
-                raise InputError(
-                    f"{name}={getattr(config, name)!r} needs the logits on every rank, and only the last "
-                    "has them",
-                    hint="greedy decoding or sampling; or a generator in one process",
-                )
+        if self._seat is not None:
+            options = {name: getattr(config, name, None) for name in _PLAIN}
+            _refuse_loops(options)
+
+    def _refuse_loops(self, request: Mapping[str, Any]) -> None:
+        if self._seat is not None:
+            _refuse_loops(request)
 
 
-_PLAIN = {"num_beams": 1, "penalty_alpha": None, "prompt_lookup_num_tokens": None}
-"""Options of `generate` that choose another loop than greedy decoding or sampling -> the value that does not.
+_PLAIN: dict[str, Any] = {
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_model": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "dola_layers": None,
+    "guidance_scale": 1,
+    "custom_generate": None,
+}
+"""Options of `generate` that choose another loop than greedy decoding or sampling, or that call the model
+where tokens are chosen -> the value that does not.
 """
+
+
+def _refuse_loops(options: Mapping[str, Any]) -> None:
+    for name, plain in _PLAIN.items():
+        value = options.get(name)
+        if value is None or value == plain:
+            continue
+        shown = f"{name}={value!r}"
+        if not isinstance(value, (int, float, str)):
+            shown = f"{name}="
+        raise InputError(
+            f"{shown} needs the logits on every rank, and only the last has them",
+            hint="greedy decoding or sampling; or a generator in one process",
+        )
 
 
 def _refuse_other_models(model: nn.Module) -> None:
@@ -284,6 +394,10 @@ def _refuse_other_models(model: nn.Module) -> None:
             f"{type(model).__name__} has no generate()",
             hint="a model of transformers for generation, such as AutoModelForCausalLM makes",
         )
+    _refuse_train_mode(model)
+
+
+def _refuse_train_mode(model: nn.Module) -> None:
     if model.training:
         raise InputError(
             f"{type(model).__name__} is in train mode",
@@ -324,8 +438,7 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
 
     def processor(this: Any, *args: Any, **kwargs: Any) -> Any:
         processors = kind._get_logits_processor(this, *args, **kwargs)
-        tokens = generator._tokens
-        return processors if tokens is None or tokens.chooses else type(processors)()
+        return generator.processors(processors)
 
     def length(this: Any, *args: Any, **kwargs: Any) -> Any:
         config = kind._prepare_generated_length(this, *args, **kwargs)

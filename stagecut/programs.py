@@ -8,7 +8,7 @@ these vary in the new program, as far as the model lets them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError, SplitError, StagecutError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import check_inputs
 from stagecut.ir.run.given import Apart, Fixed, mapped, opened_arguments
@@ -40,7 +40,9 @@ from stagecut.passes.runner import run_passes
 from stagecut.pipe import Pipe, _split_points, lower
 
 MOST_PROGRAMS = 24
-"""A model that needs more programs than this is not served: each call would be traced."""
+"""Programs that are kept, those of the latest calls. A model that needs so many in so many calls is not
+served: each call would be traced.
+"""
 
 ONE_MODE = "a model that generates stays in its mode"
 
@@ -169,6 +171,7 @@ class Programs:
         self._sizes: dict[Pipe, dict[str, int]] = {}
         self._weights: dict[str, torch.Tensor] = {}
         self._again: Again[Fit] = Again()
+        self._traced_in_a_row = 0
 
     @property
     def pipes(self) -> list[Pipe]:
@@ -185,6 +188,7 @@ class Programs:
         again = self._again.found(kwargs)
         if again is not None:
             fit, flat = again
+            self._traced_in_a_row = 0
             return replace(fit, flat=flat)
         fit = self._searched(kwargs)
         self._again.note(kwargs, fit.flat, fit)
@@ -196,10 +200,15 @@ class Programs:
             if fit is not None:
                 # steps come in rows of one kind
                 self._cut.insert(0, self._cut.pop(place))
+                self._traced_in_a_row = 0
                 self._sizes[pipe] = fit.sizes
                 return fit
         pipe = self._traced(kwargs)
+        self._traced_in_a_row += 1
         self._cut.insert(0, (pipe, self._step(pipe)))
+        for unused, _ in self._cut[MOST_PROGRAMS:]:
+            self._sizes.pop(unused, None)
+        del self._cut[MOST_PROGRAMS:]
         fit = _fit(*self._cut[0], kwargs)
         assert fit is not None
         self._sizes[pipe] = fit.sizes
@@ -239,9 +248,10 @@ class Programs:
         return RankStep(pipe, seat, self._line, runs[0], record)
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
-        if len(self._cut) == MOST_PROGRAMS:
+        if self._traced_in_a_row == MOST_PROGRAMS:
             raise StagecutError(
-                f"{type(self._model).__name__} was traced {MOST_PROGRAMS} times, and a call fits no trace",
+                f"each of {MOST_PROGRAMS} calls of {type(self._model).__name__} had to be traced, and this "
+                "one fits no trace either",
                 hint="its calls differ in more than sizes: give them equal structure, or a static cache",
             )
         example = _Example.of(kwargs)
@@ -275,7 +285,7 @@ class Programs:
         at = _split_points(self._spec or {}, self._model)
         policy = None
         if self._spec is None:
-            policy = self._choose(self._policy_for(exported, bindings))
+            policy = self._choose(self._policy_for(exported, bindings), bindings)
         run_passes(
             program, default_pipeline(FindSplits(at, policy, {}, bindings.whole))
         )
@@ -300,11 +310,14 @@ class Programs:
             return lambda program: list(policy.plan(program, {}, bindings).cuts)
         return as_cuts(policy, exported)
 
-    def _choose(self, policy: Cuts) -> Cuts:
+    def _choose(self, policy: Cuts, bindings: Bindings) -> Cuts:
         """A policy that cuts at the modules that begin nearest to the cuts of `policy`, and notes them."""
 
         def cuts(program: Program) -> list[int]:
-            paths = beginnings_near(program, policy(program))
+            left = program.outputs[bindings.call.result_leaves :]
+            kept = {value for value in left if isinstance(value, Value)}
+            kept.update(lane.given for lane in program.lanes)
+            paths = beginnings_near(program, policy(program), kept)
             self._spec = dict.fromkeys(paths, SplitPoint.BEGINNING)
             return AtModules(paths)(program)
 
@@ -405,26 +418,40 @@ def _like(node: Any, leaves: Iterator[Any]) -> Any:
     return [_like(part, leaves) for part in parts]
 
 
-def beginnings_near(program: Program, cuts: Sequence[int]) -> list[str]:
+def _block_of(op: Op) -> str:
+    """The outermost module of a list of modules that an op is in; '' for none."""
+    path = ""
+    for frame in op.scope:
+        path = f"{path}.{frame.name}".removeprefix(".")
+        if frame.name.rpartition(".")[2].isdigit():
+            return path  # the modules inside are parts of a block
+    return ""
+
+
+def beginnings_near(
+    program: Program, cuts: Sequence[int], kept: Set[Value] = frozenset()
+) -> list[str]:
     """For each cut, the module of a list of modules that begins nearest to it, such as `layers.4`: the
     programs of one model have these in common, and not the positions of ops.
+
+    `kept` are the values that a cache holds. The lists of modules that touch them are taken where there are
+    any: a prefill runs others besides, such as those of a vision tower, that no decode step runs.
     """
     starts: dict[str, dict[str, int]] = {}
+    keeping: set[str] = set()
     for position, op in enumerate(program.ops):
-        path = ""
-        for frame in op.scope:
-            path = f"{path}.{frame.name}".removeprefix(".")
-            parent, _, last = path.rpartition(".")
-            if last.isdigit():
-                starts.setdefault(parent, {}).setdefault(path, position)
-                break  # the modules inside are parts of a block
+        path = _block_of(op)
+        if not path:
+            continue
+        parent = path.rpartition(".")[0]
+        starts.setdefault(parent, {}).setdefault(path, position)
+        if not kept.isdisjoint([*op.reads, *op.definitions()]):
+            keeping.add(parent)
     chosen: list[str] = []
-    candidates = {
-        path: position
-        for group in starts.values()
-        if len(group) > 1
-        for path, position in group.items()
-    }
+    candidates: dict[str, int] = {}
+    for parent, group in starts.items():
+        if len(group) > 1 and (not keeping or parent in keeping):
+            candidates |= group
     for cut in cuts:
         rest = [path for path in candidates if path not in chosen]
         if not rest:

@@ -105,22 +105,29 @@ def observe(run: Any, call: Call, seed: int = 5, loss: Callable[[Any], torch.Ten
     """What a call of a module, a pipe's module or of posted stages does, forward and backward."""
     runner = run if isinstance(run, Posted) else InOne(run)
     torch.default_generator.manual_seed(seed)  # without the stack that torch.manual_seed keeps for GPUs
+    given = {f"input {i}": tensor for i, tensor in enumerate(_tensors_in(call).values())}
     output = runner(*call[0], **call[1])
     seen: Seen = {"random state": torch.get_rng_state()}
     leaves, seen["structure"] = tree_flatten_with_path(opened(output))
     outputs = {f"output{keystr(path)}": leaf for path, leaf in leaves}
-    given = {f"input {i}": x for i, x in enumerate(tree_leaves(call)) if isinstance(x, torch.Tensor)}
+    left = {f"left in {path}": x for path, x in _tensors_in(call).items() if all(x is not other for other in given.values())}
     state = {f"{kind} {name}": tensor for kind in ("parameter", "buffer") for name, tensor in runner.state(kind).items()}
     seen |= _copied(outputs)
     seen["aliases"] = _aliases(outputs, given)
     seen["aliases of state"] = _aliases(outputs, state)
-    total = loss(output)
+    total = loss([output, *left.values()] if left else output)
     if total is not None:
         total.backward()
         runner.backward()
-    seen |= _copied(given) | _copied(state)
+    seen |= _copied(given) | _copied(left) | _copied(state)
     seen |= _copied({f"gradient of {name}": runner.input_gradient(tensor) for name, tensor in given.items()})
     return seen | _copied({f"gradient of {name}": grad for name, grad in runner.gradients().items()})
+
+
+def _tensors_in(call: Call) -> dict[str, torch.Tensor]:
+    """The tensors in the arguments, by their places."""
+    leaves = tree_flatten_with_path(opened(call, every=True))[0]
+    return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def _copied(named: dict[str, Any]) -> Seen:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from stagecut import Pipe, SplitPoint, pipeline
+from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 
 X = torch.randn(3, 4)
 
@@ -115,3 +116,31 @@ def test_what_is_written_through_data_is_written() -> None:
     program = pipeline(Model(), (X,), leaf_modules=["clips"]).program
     (op,) = (op for op in program.all_ops() if op.target == "module.clips")
     assert [value.hint for value in op.effects.writes] == ["mul", "clips.weight"]
+
+
+class Masks(nn.Module):
+    """A mask from a function of two indices, as models that see make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+
+        def allowed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return (kinds[one] == kinds[other]) | (one >= other)
+
+        places = torch.arange(x.shape[0])
+        with TransformGetItemToIndex():
+            mask = torch.vmap(torch.vmap(allowed, in_dims=(None, 0)), in_dims=(0, None))(places, places)
+        pipe_split()
+        return self.b(mask.to(x) @ x)
+
+
+def test_indices_in_a_function_that_is_mapped_are_ops() -> None:
+    model = Masks()
+    pipe = pipeline(model, (X, torch.tensor([0, 1, 0])))
+    assert pipe.num_stages == 2
+    for kinds in (torch.tensor([0, 1, 0]), torch.tensor([1, 1, 0]), torch.tensor([2, 1, 0])):
+        assert torch.equal(pipe(X, kinds)[0], model(X, kinds))

@@ -363,7 +363,7 @@ def given_dict_read(self, x, cache):
     return x * cache.get("g", cache["h"])
 
 
-@case(X, {"h": Y}, stages=2, has=A, grad=False)
+@case(X, {"h": Y}, stages=2, has=A)
 def given_dict_holds_another_tensor(self, x, cache):
     x = self.a(x)
     cache["h"] = cache["h"] + x
@@ -371,7 +371,7 @@ def given_dict_holds_another_tensor(self, x, cache):
     return x * cache["h"]
 
 
-@case(X, {"h": Y}, stages=2, has=A, grad=False)
+@case(X, {"h": Y}, stages=2, has=A)
 def given_dict_that_grows(self, x, cache):
     cache["k"] = x = self.a(x)
     pipe_split()
@@ -385,11 +385,21 @@ def given_list_popped(self, x, given):
     return x * given[0]
 
 
-@case(X, {"all": (Y, [Y])}, stages=2)
+@case(X, {"all": (Y, [Y])}, stages=1)
 def given_list_inside_appended(self, x, given):
-    given["all"][1].append(x * 3)
-    pipe_split()
+    given["all"][1].append(x)
+    pipe_split()  # no op is before it
     return x * 2
+
+
+@case(X, {"all": (Y, [Y])}, stages=2, has=A)
+def given_list_inside_appended_in_two_stages(self, x, given):
+    given["all"][1].append(x)
+    x = self.a(x)
+    given["all"][1].append(x)
+    pipe_split()
+    given["all"][1].append(x * 2)
+    return x * 3
 
 
 @case(X, stages=2, kw={"result": Result(Y)})

@@ -19,7 +19,7 @@ from test_faults import outcomes
 from test_given import Tower, X, assert_alike, tower_state
 from torch import nn
 
-from stagecut import Generator, InputError, SplitError, SplitPoint
+from stagecut import Generator, InputError, SplitError, SplitPoint, StagecutError
 from stagecut.backend.serve.caches import Caches
 from stagecut.ir.text.printer import size_text
 from stagecut.programs import Programs, beginnings_near
@@ -179,6 +179,74 @@ def test_streamers_criteria_and_results_of_transformers(llama: tuple[Any, Genera
     assert results[0] == results[1]
 
 
+def _llava() -> Any:
+    text = SIZE | {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 100}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    eye = tower | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(text_config=text, vision_config=eye, image_token_index=90)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_a_model_that_sees_generates_from_other_pictures_in_other_places() -> None:
+    model = made(_llava)
+    generator = Generator(model, stages=2)
+    pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    results = []
+    for place in (1, 4):  # where the picture is
+        ids = torch.randint(8, 80, (3, 9), generator=torch.Generator().manual_seed(3))
+        ids[:, place : place + 4] = 90
+        for seen in (pictures, pictures.flip(0) * 2):
+            call = GREEDY | {"input_ids": ids, "pixel_values": seen, "max_new_tokens": 8, "pad_token_id": 0}
+            expected = model.generate(**call)
+            assert torch.equal(generator.generate(**call), expected)
+            results.append(expected[:, 9:].tolist())
+    assert len({str(one) for one in results}) == 4, "the pictures change nothing"
+    assert generator.split_spec is not None
+    assert [*generator.split_spec] == ["model.language_model.layers.1"]
+    assert len(generator.pipes) == 3
+
+
+class Keeps(nn.Linear):
+    """A layer with a part of the cache."""
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor], key: str) -> torch.Tensor:  # type: ignore[override]
+        x = torch.tanh(super().forward(x))
+        cache[key] = torch.cat([cache[key], x]) if key in cache else x * 1
+        return x + cache[key].mean(0)
+
+
+class Sees(nn.Module):
+    """Looks at a picture in its first call, with many modules; each call runs two others that keep state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+        self.layers = nn.ModuleList(Keeps(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor], picture: torch.Tensor | None = None) -> torch.Tensor:
+        if picture is not None:
+            for module in self.tower:
+                picture = torch.tanh(module(picture))
+            x = x + picture
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache, str(number))
+        return x
+
+
+def test_cuts_fall_where_every_step_runs() -> None:
+    torch.manual_seed(0)
+    model = Sees().eval()
+    programs = Programs(model, None, lambda program: [6])
+    ours: dict[str, torch.Tensor] = {}
+    theirs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for more in ({"picture": X + 1}, {}, {}):
+            call = {"x": X, "cache": ours} | more
+            assert torch.equal(programs.fitting(call).run(call), model(X, theirs, **more))
+            assert_alike(ours, theirs)
+    assert [*(programs.spec or {})] == ["layers.0"]
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------
 
 
@@ -191,6 +259,50 @@ def test_what_cannot_generate_is_refused() -> None:
         Generator(made(_llama))
     with pytest.raises(InputError, match="both say where to cut"):
         Generator(made(_llama), stages=2, split_spec={})
+
+
+def test_a_model_that_generates_with_a_part_of_it_is_refused() -> None:
+    model = made(_llama)
+
+    class Around(type(model)):  # type: ignore[misc]
+        def generate(self, **kwargs: Any) -> Any:
+            return self.inner.generate(**kwargs)
+
+    around = Around(model.config).eval()
+    around.inner = model
+    with pytest.raises(InputError, match=r"(?s)generate of Around never calls the model.*Generator\(model.language_model"):
+        tokens(Generator(around, stages=2))
+
+
+def test_a_model_in_train_mode_is_refused_in_each_call(llama: tuple[Any, Generator]) -> None:
+    model, generator = llama
+    model.train()
+    try:
+        with pytest.raises(InputError, match="train mode"):
+            tokens(generator)
+        with pytest.raises(InputError, match="train mode"):
+            generator.generate_all([prompts()])
+    finally:
+        model.eval()
+
+
+def test_the_programs_of_the_latest_calls_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagecut.programs.MOST_PROGRAMS", 2)
+    kinds = ["written", "replaced"]
+    programs = Programs(Tower(kinds).eval(), {"layers.1": SplitPoint.BEGINNING}, None, None)
+
+    def call(kind: str) -> None:
+        cache, heads = tower_state(kinds)
+        programs.fitting({"x": X, "cache": cache, "heads": heads | {kind: X}})
+
+    with torch.no_grad():
+        for kind in ("a", "a", "b", "a", "c", "c", "a"):
+            call(kind)
+        assert len(programs.pipes) == 2
+        for kind in ("d", "e"):
+            call(kind)
+        with pytest.raises(StagecutError, match="each of 2 calls of Tower had to be traced"):
+            call("f")
 
 
 def test_a_request_that_is_too_long_is_refused() -> None:
@@ -347,6 +459,73 @@ def _fail_on_rank() -> str:
     with pytest.raises(InputError, match="num_beams=2 needs the logits on every rank"):
         tokens(generator, num_beams=2)
     tokens(generator, stopping_criteria=[few])
+    return "it went on"
+
+
+def test_what_all_ranks_refuse_leaves_them_as_they_were() -> None:
+    reports = on_ranks(2, _refused_on_rank)
+    refused = ["InputError: num_beams=2", "InputError: guidance_scale=1.5", "InputError: assistant_model=", "ValueError: The following"]
+    for report in reports:
+        assert [text[: len(start)] for text, start in zip(report["refused"], refused, strict=False)] == refused
+        assert report["refused"][4].startswith("InputError: a prompt of 6 tokens and what follows it are up to 36")
+        assert report["refused"][5].startswith("CaptureError")
+        assert report["refused"][6] == report["refused"][4]
+        assert report["equal"] == [True, True]
+
+
+def _refused_on_rank() -> dict[str, Any]:
+    model = made(_llama)
+    generator = Generator(model, group=dist.group.WORLD, lanes=2, max_length=30)
+    short = GREEDY | prompts() | {"max_new_tokens": 3, "pad_token_id": 0}
+    refused = []
+    for options in (
+        {"num_beams": 2},
+        {"guidance_scale": 1.5},
+        {"assistant_model": model},
+        {"no_such_option": 1},
+        {"max_new_tokens": 30},
+        {"input_ids": torch.zeros(1, 0, dtype=torch.long), "attention_mask": None},
+    ):
+        refused.append(_error_of(lambda options=options: generator.generate(**short | options)))
+    requests = [short, short | {"max_new_tokens": 30}, short | {"max_new_tokens": 9}]
+    refused.append(_error_of(lambda: generator.generate_all(requests)))
+    ways: tuple[dict[str, Any], ...] = (GREEDY, SAMPLED)
+    return {"refused": refused, "equal": [torch.equal(tokens(generator, **way), tokens(model, **way)) for way in ways]}
+
+
+def _error_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_what_one_rank_refuses_stops_all() -> None:
+    reports = outcomes(2, "file", _refused_on_one_rank)
+    assert all(report.startswith("RankError: rank 1 (stage 1) failed: a logits processor or a stopping") for report in reports)
+
+
+def _refused_on_one_rank() -> str:
+    generator = Generator(made(_llama), group=dist.group.WORLD)
+
+    def asks_again(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        generator._served(input_ids=input_ids)
+        return scores
+
+    tokens(generator, logits_processor=[asks_again])
+    return "it went on"
+
+
+def test_another_argument_on_one_rank_stops_all() -> None:
+    reports = outcomes(2, "file", _longer_on_one_rank)
+    assert all(report.startswith("RankError: rank 0 (stage 0) failed: a prompt of 6 tokens") for report in reports)
+
+
+def _longer_on_one_rank() -> str:
+    group = dist.group.WORLD
+    generator = Generator(made(_llama), group=group, max_length=30)
+    tokens(generator, new=20 if dist.get_rank(group) else 30)
     return "it went on"
 
 

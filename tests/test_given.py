@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from copy import deepcopy
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from stagecut import CaptureError, InputError, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
+from stagecut import Balanced, CaptureError, InputError, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.ir.run.given import Apart, closed_arguments, mapped, opened_arguments
 from stagecut.ir.run.objects import opened
 
@@ -240,6 +244,93 @@ class Discards(nn.Module):
         return x + state.x
 
 
+class Moves(nn.Module):
+    """Changes the order of a dict and of attributes."""
+
+    def forward(self, x: torch.Tensor, table: Any, state: Any) -> torch.Tensor:
+        table["a"] = table.pop("a")
+        table["c"] = x * 2
+        pipe_split()
+        h = state.h
+        del state.h
+        state.h = h + x
+        return x + h
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_keys_stand_in_the_order_that_forward_leaves(kind: Any) -> None:
+    def inputs() -> tuple[Any, Plain]:
+        return kind(a=X, b=X + 1), Plain(h=X, k=X + 2)
+
+    pipe = cut(Moves(), X, *inputs())
+    ours, theirs = inputs(), inputs()
+    pipe(X, *ours)
+    Moves()(X, *theirs)
+    assert_alike(ours, theirs)
+    assert [*ours[0]] == [*theirs[0]] == ["b", "a", "c"]
+    assert [*vars(ours[1])] == [*vars(theirs[1])] == ["k", "h"]
+    assert ours[0]["b"] is not theirs[0]["b"]
+
+
+class Slots:
+    """An attribute that is in no `__dict__`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Row(list[Any]):
+    """No list to a trace, which is of the very class list."""
+
+
+class Scales(nn.Module):
+    """Reads one attribute of an object as a factor."""
+
+    def forward(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        x = x * state.h
+        pipe_split()
+        factor = state.factor
+        if isinstance(factor, np.ndarray):
+            return x * float(factor[0])
+        if isinstance(factor, list):
+            factor = factor[0]
+        return x * (factor.value if isinstance(factor, Slots) else float(factor))
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [Slots(2), np.ones(3), Fraction(1, 2), np.int64(3), Decimal(2), Row([2.0]), [Slots(2), print], deque([1, Slots(3)])],
+    ids=["slots", "array", "fraction", "int64", "decimal", "row", "list", "deque"],
+)
+def test_what_cannot_be_looked_into_must_hold_the_same(factor: Any) -> None:
+    class First(Scales):
+        def forward(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+            inner = Plain(h=state.h, factor=state.factor[0] if isinstance(state.factor, deque) else state.factor)
+            return super().forward(x, inner)
+
+    pipe = cut(First(), X, Plain(h=X, factor=factor))
+    again = Plain(h=X + 1, factor=deepcopy(factor))
+    assert torch.equal(pipe.module()(X, again), First()(X, again))
+    others = {Slots: Slots(3), np.ndarray: np.zeros(3), Row: Row([3.0]), list: [Slots(3), print], deque: deque([2, Slots(3)])}
+    other = others[type(factor)] if type(factor) in others else factor + type(factor)(1)
+    with pytest.raises(InputError, match="attribute 'factor' of an argument"):
+        pipe(X, Plain(h=X, factor=other))
+
+
+def test_a_lock_cannot_be_compared() -> None:
+    pipe = cut(Scales(), X, Plain(h=X, factor=2.0, lock=Lock()))
+    with pytest.raises(InputError, match="attribute 'lock' of an argument"):
+        pipe(X, Plain(h=X, factor=2.0, lock=Lock()))
+
+
+@pytest.mark.parametrize("hidden", [Slots(X[0, 0]), Row([X[0, 0]])], ids=["slots", "row"])
+def test_a_tensor_that_is_hidden_from_the_trace_is_refused(hidden: Any) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)Unsupported input type.*Plain.*no __slots__"):
+        cut(Scales(), X, Plain(h=X, factor=hidden))
+
+
 def test_a_set_that_changes_is_refused() -> None:
     with pytest.raises(CaptureError, match="container it is given"):
         cut(Discards(), X, Plain(x=X, names={"a", "b"}))
@@ -265,6 +356,41 @@ def test_schedules_refuse_what_they_cannot_put_back() -> None:
     pipe = cut(Cell(), X, a_state())
     with pytest.raises(StagecutError, match=r"(?s)changes what it is given.*state.h, state.count, state.seen"):
         pipe.build_stage(0, "cpu")
+    pipe = cut(Reads(), X, Plain(h=X))
+    with pytest.raises(StagecutError, match="returns an object that it is given"):
+        pipe.build_stage(0, "cpu")
+
+
+class Reads(nn.Module):
+    """Returns what it is given, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, state: Any) -> Any:
+        return self.b(self.a(x) * state.h), [state]
+
+
+class Replaces(Reads):
+    """Changes what it is given."""
+
+    def forward(self, x: torch.Tensor, state: Any) -> Any:
+        state.h = torch.tanh(self.a(x) + state.h)
+        return {"y": self.b(state.h)}
+
+
+@pytest.mark.parametrize("on", [None, "cpu"], ids=["model", "measured"])
+@pytest.mark.parametrize("make", [Reads, Replaces])
+def test_a_loss_is_counted_without_what_is_given(make: Any, on: str | None) -> None:
+    def loss(output: Any, _: Any) -> torch.Tensor:
+        first: torch.Tensor = output["y"] if isinstance(output, dict) else output[0]
+        return first.sum()
+
+    model = make()
+    pipe = pipeline(model, (X, Plain(h=X)), split_policy=Balanced(2, loss_fn=loss, profile_on=on))
+    assert pipe.num_stages == 2
+    assert torch.equal(pipe(X, Plain(h=X))[0], tree_leaves(model(X, Plain(h=X)))[0])
 
 
 @dataclass

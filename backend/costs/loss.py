@@ -98,7 +98,7 @@ def loss_cost(
 def output_of(call: CallSpec | None, leaves: Sequence[Any]) -> Any:
     """What the loss is given: the model's output, or its leaves where nothing is known of its structure."""
     if call is not None:
-        return call.unflatten(leaves)
+        return call.result_alone(leaves)
     return leaves[0] if len(leaves) == 1 else [*leaves]
 
 

@@ -82,6 +82,8 @@ class Faults:
         self.groups: list[Any] = list(dict.fromkeys([self._group, hosts]))
         self._watching = threading.Lock()
         self._refusals = 0
+        self._refused: Exception | None = None
+        """What all ranks raised last, each its own."""
         token = [uuid.uuid4().hex]
         dist.broadcast_object_list(token, group=hosts, group_src=0)
         store: Any = self._group.get_group_store()
@@ -91,7 +93,7 @@ class Faults:
     def together(self, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         """All ranks do the work inside together. Raises RankError when one fails; the group is broken then.
 
-        Errors in `agreed` are those that all ranks raise alike.
+        Errors in `agreed` are those that all ranks raise alike; so is what `alike` inside has found to be so.
         """
         if not self._watching.acquire(blocking=False):
             yield  # inside another one
@@ -101,9 +103,13 @@ class Faults:
         watch.start()
         try:
             yield
+        except RankError:
+            raise  # `alike` has told all ranks
         except agreed:
             raise
         except Exception as error:
+            if error is self._refused:
+                raise
             raise self._failed(error) from _origin(error)
         except BaseException as error:
             self._report(error)
@@ -125,6 +131,7 @@ class Faults:
             yield
         except Exception as error:
             if self._all_refuse():
+                self._refused = error
                 raise
             raise self._failed(error) from _origin(error)
 

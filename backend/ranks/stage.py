@@ -73,17 +73,23 @@ _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 
 
 def _refuse_changes(pipe: Staged) -> None:
-    """Raises StagecutError where forward changes objects that it is given: a schedule of torch's knows inputs
-    and outputs.
+    """Raises StagecutError where forward changes objects that it is given, or returns them: a schedule of
+    torch's knows inputs and outputs.
     """
     spec = pipe._call_spec
-    if spec is not None and spec.changes:
-        left = pipe.program.output_names[spec.result_leaves :]
+    if spec is None or not spec.needs_arguments:
+        return
+    if not spec.changes:
         raise StagecutError(
-            "forward changes what it is given, and no schedule would put that back",
-            where=", ".join([*left[:3], *["..."] * (len(left) > 3)]),
-            hint="return new tuples, lists and dicts; or run the stages in one process",
+            "forward returns an object that it is given, and a schedule has other ones for each micro-batch",
+            hint="return tensors, in new tuples, lists and dicts; or run the stages in one process",
         )
+    left = pipe.program.output_names[spec.result_leaves :]
+    raise StagecutError(
+        "forward changes what it is given, and no schedule would put that back",
+        where=", ".join([*left[:3], *["..."] * (len(left) > 3)]),
+        hint="return new tuples, lists and dicts; or run the stages in one process",
+    )
 
 
 class BuiltStage(PipelineStage):

@@ -316,8 +316,9 @@ def _advice(error: Exception) -> str:
         return f"{hint}; torch suggests {suggested}" if suggested else hint
     if "Unsupported input type" in text:
         return (
-            "pass tensors, numbers, texts and None in tuples, lists, dicts and registered pytrees; give "
-            "__init__ what is none of these"
+            "pass tensors, numbers, texts and None in tuples, lists, dicts, registered pytrees and objects "
+            "that are nothing but such attributes (no __slots__, no cycles, no classes derived from list or "
+            "dict); give __init__ what is none of these"
         )
     if "pytree" in text:
         return (

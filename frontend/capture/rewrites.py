@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
+from torch._dynamo import _trace_wrapped_higher_order_op
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
@@ -47,11 +48,19 @@ def visible() -> Iterator[None]:
     begins and ends.
 
     Distributions do not validate what they are given, which would branch on values; an argument
-    `validate_args=True` still does.
+    `validate_args=True` still does. Indices in the function of a mask are an op, and no call of a Function of
+    torch's that a graph would hold by name.
     """
     unchecked = patch.object(torch.distributions.Distribution, "_validate_args", False)
+    indexed = patch.object(_trace_wrapped_higher_order_op, "mod_index", _index)
     recorded = _DataAsOp()
-    with _inference_mode_as_no_grad(), recorded, _checkpoints_marked(), unchecked:
+    with (
+        _inference_mode_as_no_grad(),
+        recorded,
+        _checkpoints_marked(),
+        unchecked,
+        indexed,
+    ):
         try:
             yield
         except RuntimeError as error:
@@ -68,6 +77,11 @@ def visible() -> Iterator[None]:
                     "leaf_modules=[...]"
                 ),
             ) from error
+
+
+def _index(tensor: torch.Tensor, indices: list[torch.Tensor]) -> torch.Tensor:
+    picked: torch.Tensor = torch.ops.aten.index.Tensor(tensor, indices)
+    return picked
 
 
 @contextmanager

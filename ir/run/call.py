@@ -107,7 +107,7 @@ class CallSpec:
         return self.out_spec.type is Outcome
 
     @cached_property
-    def _needs_arguments(self) -> bool:
+    def needs_arguments(self) -> bool:
         """True when the result holds objects that forward was given, or forward changes them."""
         return holds_given(self.out_spec)
 
@@ -128,9 +128,16 @@ class CallSpec:
         """The model's own output structure around the flat outputs. What forward changed in the objects that
         it was given is changed in those of this call.
         """
-        if not self._needs_arguments:
+        if not self.needs_arguments:
             return tree_unflatten(list(outputs), self.out_spec)
         return put_together(outputs, self.out_spec, self.arranged(args, kwargs))
+
+    def result_alone(self, outputs: Sequence[Any]) -> Any:
+        """The model's own output structure where there is no call: a `Given` stands for what forward returns
+        of its arguments, and what it leaves in them is left out.
+        """
+        tree = tree_unflatten(list(outputs), self.out_spec)
+        return tree.result if isinstance(tree, Outcome) else tree
 
     def output_names(self) -> tuple[str, ...]:
         """The place of each output in the model's result: `logits`, `hidden[1]`. Empty where that is not

@@ -10,12 +10,12 @@ from the arguments, so the changes of a trace can be made to the objects of anot
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError
 from stagecut.ir.run.objects import (
     CONSTANT,
@@ -36,6 +37,7 @@ from stagecut.ir.run.objects import (
     Closed,
     Shape,
     has_only_attributes,
+    hides_tensors,
     is_constant,
     opened,
     together,
@@ -181,7 +183,7 @@ def opened_arguments(tree: Any) -> Any:
     but its attributes.
 
     An object stays a leaf when it holds itself, and when it holds a tensor in one container with what no
-    trace can take.
+    trace can take, or in what cannot be looked into.
     """
     return tree_map(_opened_argument, tree, is_leaf=_is_size)
 
@@ -214,7 +216,7 @@ def _opened_part(leaf: Any, around: tuple[Any, ...]) -> Any:
         part = _opened_tree(value, within)
         if _is_input(part):
             parts[name] = part
-        elif any(isinstance(inner, torch.Tensor) for inner in tree_leaves(part)):
+        elif not isinstance(value, torch.device) and hides_tensors([value]):
             raise Closed
         else:
             others[name] = value
@@ -314,10 +316,28 @@ def _is_same(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return False
-    if not isinstance(one, (list, tuple, dict, set, frozenset, Enum)):
-        # an object of the user's may compare as it likes; two of one class have been looked into
-        return not callable(one)
-    return bool(one == other)
+    if isinstance(one, dict):
+        return [*one] == [*other] and all(map(_is_same, one.values(), other.values()))
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, (set, frozenset)):
+        return bool(one == other)
+    return not callable(one) and _is_pickled_alike(one, other)
+
+
+def _is_pickled_alike(one: Any, other: Any) -> bool:
+    """True for two objects that hold the same, whatever they say about their equality. False where this
+    cannot be told.
+    """
+    try:
+        return _pickled(one) == _pickled(other)
+    except Exception as error:  # the user's own class
+        raise_ours(error)
+        return False
+
+
+def _pickled(*thing: Any) -> bytes:
+    return pickle.dumps(*thing)
 
 
 # --- what forward leaves ----------------------------------------------------------------------------------
@@ -421,13 +441,7 @@ class GivenObjects:
                 values = tuple(opened(value, parts, every=True) for _, value in after)
                 yield Change(path, (), values, is_list=True)
                 continue
-            old = dict(before)
-            new = [
-                (key, value)
-                for key, value in after
-                if key not in old or not _is_alike(old[key], value)
-            ]
-            removed = tuple(key for key, _ in before if key not in dict(after))
+            removed, new = _difference(dict(before), dict(after))
             values = tuple(opened(value, parts, every=True) for _, value in new)
             yield Change(
                 path,
@@ -435,6 +449,26 @@ class GivenObjects:
                 values,
                 removed,
             )
+
+
+def _difference(
+    before: dict[Any, Any], after: dict[Any, Any]
+) -> tuple[tuple[Any, ...], list[tuple[Any, Any]]]:
+    """The keys to remove from `before`, and the entries to set in it then, so that it is `after`, in the same
+    order.
+    """
+    removed = tuple(key for key in before if key not in after)
+    new = [
+        (key, value)
+        for key, value in after.items()
+        if key not in before or not _is_alike(before[key], value)
+    ]
+    kept = [key for key in before if key in after]
+    added = [key for key, _ in new if key not in before]
+    if [*kept, *added] == [*after]:
+        return removed, new
+    # a key that was removed and set again stands at the end
+    return tuple(before), [*after.items()]
 
 
 def _is_leaf(part: Any) -> bool:

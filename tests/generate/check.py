@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from generate.vision import VISION
 from torch import nn
 from zoo.models import ARCHITECTURES, Architecture
 
@@ -23,9 +24,9 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 def decoders() -> list[Architecture]:
-    """The architectures of the zoo that generate, each once."""
+    """The architectures of the zoo that generate, each once, and vision-language models."""
     chosen: dict[str, Architecture] = {}
-    for architecture in ARCHITECTURES:
+    for architecture in [*ARCHITECTURES, *VISION]:
         if _generates(architecture):
             chosen.setdefault(architecture.name.partition(" ")[0], architecture)
     return [*chosen.values()]
@@ -35,7 +36,7 @@ def _generates(architecture: Architecture) -> bool:
     import transformers
 
     cls = getattr(transformers, architecture.name.partition(" ")[0], None)
-    wanted = ("decoder", "moe", "recurrent", "encoder-decoder", "audio")
+    wanted = ("decoder", "moe", "recurrent", "encoder-decoder", "audio", "vision-language")
     return architecture.family in wanted and cls is not None and bool(cls.can_generate())
 
 
@@ -53,6 +54,8 @@ def make(architecture: Architecture) -> nn.Module:
 
 def request(architecture: Architecture) -> dict[str, Any]:
     """Three prompts of unlike lengths, padded on the left."""
+    if architecture in VISION:
+        return architecture.inputs()
     torch.manual_seed(1)
     given = architecture.inputs()
     ids = torch.randint(5, 90, (ROWS, LENGTH))
