@@ -350,6 +350,9 @@ class Programs:
                 self._weights[name] = _on(self._device, tensor)
                 put(stage, name, self._weights[name])
         stage.to(self._device)
+        if self._device.type == "cuda":
+            # requests in flight have streams of their own
+            torch.cuda.synchronize(self._device)
 
 
 def _tensors(stage: Stage, names: Sequence[str]) -> list[torch.Tensor]:
