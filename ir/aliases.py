@@ -47,13 +47,16 @@ def storage_root(value: Value) -> Value:
 
 
 def is_what_it_wrote(value: Value) -> bool:
-    """True when a result is the very tensor that its op wrote. An in-place op returns that tensor; a call
-    kept whole may return any view of it.
+    """True when a result is the very tensor that its op wrote. An in-place op returns that tensor; an op with
+    regions may return any view of it. The user's own code may return it in one call, or in one mode, and not
+    in another.
     """
     op, viewed = value.owner, viewed_value(value)
     if not isinstance(op, Op) or viewed is None or viewed not in op.effects.writes:
         return False
-    return not (op.is_users or op.regions) or same_layout(value.type, viewed.type)
+    if op.is_users:
+        return False
+    return not op.regions or same_layout(value.type, viewed.type)
 
 
 def _shares(op: Op) -> bool:

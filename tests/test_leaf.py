@@ -13,7 +13,7 @@ import pytest
 import torch
 from compare import assert_same, snapshot
 from edge import Case, buffer, check, linear, t, weight
-from torch import nn
+from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
@@ -598,3 +598,61 @@ class Finds(nn.Module):
 def test_a_branch_on_a_number_or_on_how_many_there_are_is_refused(inner: nn.Module) -> None:
     with pytest.raises(CaptureError, match=r"(?s)data-dependent.*return x \* 2 if .*torch\.where"):
         pipeline(Asks(inner), (torch.randn(3, 4),))
+
+
+class WritesAndReturns(nn.Module):
+    """Returns what it wrote in eval mode, and a tensor of its own in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.drop(x)
+        x.sub_(1)
+        return result
+
+
+class WrittenAgain(nn.Module):
+    """Reads the result of a module when its argument has been written again, in the next stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WritesAndReturns()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        first = self.inner(x)
+        second = self.inner(x)
+        pipe_split()
+        third = self.inner(first)
+        return first * 2 + second + x.mul_(2) + third
+
+
+class KeepInner(fx.Tracer):
+    """Keeps the inner module whole."""
+
+    def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
+        return qualname == "inner"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_a_module_wrote_is_its_result_in_one_mode_only(training: bool, graph: bool) -> None:
+    model: nn.Module = WrittenAgain().train(training)
+    options: dict[str, Any] = {"leaf_modules": ["inner"]}
+    if graph:
+        model = fx.GraphModule(model, KeepInner().trace(model)).train(training)
+        options = {"split_policy": lambda program: [3]}
+    if graph or not training:
+        with pytest.raises(SplitError, match="may or may not be the tensor it was given"):
+            pipeline(model, (torch.randn(3, 4),), **options)
+        return
+    pipe = pipeline(model, (torch.randn(3, 4),), check=None, **options)
+    x = torch.randn(3, 4)
+    with torch.random.fork_rng():
+        expected = model(x)
+    assert torch.equal(pipe.module()(x), expected)
+    pipe.eval()
+    with pytest.raises(StagecutError, match="returns a part of argument 'x'"):
+        pipe.module()(x)

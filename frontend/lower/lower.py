@@ -725,9 +725,10 @@ def _is_new(value: Any) -> bool:
     op returned it.
     """
     while isinstance(value, Value) and isinstance(value.owner, Op):
+        viewed = viewed_value(value)
         if not is_what_it_wrote(value):
-            return True
-        value = viewed_value(value)
+            return viewed is None or not value.owner.is_users
+        value = viewed
     return False
 
 
