@@ -248,16 +248,31 @@ def test_tensors_in_one_storage_are_refused() -> None:
     del model
 
 
-def test_a_tensor_that_forward_makes_on_meta_has_lost_its_values() -> None:
-    class Lost(Net):
+def test_numbers_that_forward_makes_a_tensor_of_are_known_on_meta() -> None:
+    class Numbers(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+            return super().forward(x) * 0 + torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+
+    model, pipe = on_meta(Numbers, x=torch.empty(2, 4))
+    pipe.materialize([0, 1], init_fn=initialise)
+    assert pipe(torch.randn(2, 4))[0].tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
+    del model
+
+
+def test_a_tensor_that_was_made_on_meta_has_lost_its_values() -> None:
+    class Lost(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lost = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.lost
 
     model, pipe = on_meta(Lost, x=torch.empty(2, 4))
     pipe.materialize(0, init_fn=initialise)
-    with pytest.raises(StagecutError, match="init_fn gave no value to 'lifted_tensor_0'"):
+    with pytest.raises(StagecutError, match="init_fn gave no value to 'lost'"):
         pipe.materialize(1, init_fn=initialise)
-    pipe.materialize(1, init_fn=initialise, values={"lifted_tensor_0": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    pipe.materialize(1, init_fn=initialise, values={"lost": torch.tensor([1.0, 2.0, 3.0, 4.0])})
     assert not pipe(torch.randn(2, 4))[0].is_meta
     del model
 
