@@ -202,7 +202,8 @@ def test_a_model_that_sees_generates_from_other_pictures_in_other_places() -> No
             results.append(expected[:, 9:].tolist())
     assert len({str(one) for one in results}) == 4, "the pictures change nothing"
     assert generator.split_spec is not None
-    assert [*generator.split_spec] == ["model.language_model.layers.1"]
+    (cut,) = generator.split_spec  # which of them, the costs of the tower say
+    assert cut in ("model.language_model.layers.0", "model.language_model.layers.1")
     assert len(generator.pipes) == 3
 
 
