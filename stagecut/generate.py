@@ -349,9 +349,7 @@ class Generator:
                 f"the generator was made for {longest}",
                 hint="a shorter prompt, fewer max_new_tokens, or Generator(max_length=)",
             )
-        if self._seat is not None:
-            options = {name: getattr(config, name, None) for name in _PLAIN}
-            _refuse_loops(options)
+        self._refuse_loops({name: getattr(config, name, None) for name in _PLAIN})
 
     def _refuse_loops(self, request: Mapping[str, Any]) -> None:
         if self._seat is not None:

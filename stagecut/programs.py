@@ -191,7 +191,10 @@ class Programs:
             self._traced_in_a_row = 0
             return replace(fit, flat=flat)
         fit = self._searched(kwargs)
-        self._again.note(kwargs, fit.flat, fit)
+        if is_static(fit.pipe.program):
+            # another cache has new tensors after each call: it never comes again, and to note it would keep
+            # the tensors that it had before
+            self._again.note(kwargs, fit.flat, fit)
         return fit
 
     def _searched(self, kwargs: Mapping[str, Any]) -> Fit:

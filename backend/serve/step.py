@@ -72,7 +72,7 @@ class Inputs:
         kept = {lane.given for lane in program.lanes}
         self._device = device
         self._ready = [
-            moved(leaf, device, value in kept)
+            moved(leaf, device, True) if value in kept else leaf
             for value, leaf in zip(program.inputs, flat, strict=True)
         ]
         self._others = [
@@ -131,11 +131,9 @@ class RankStep:
         """The stage of this rank on these inputs and on what the rank before sends."""
         inputs = Inputs(self._program, flat, self._seat.device)
         received = self._ports(self._received, sizes)
-        values: dict[Value, Any] = dict(
-            zip(self._program.inputs, inputs.moved(flat), strict=True)
-        )
+        arguments = dict(zip(self._program.inputs, flat, strict=True))
         for value in self._block.inputs:
-            self._refuse_absent(value, values)
+            self._refuse_absent(value, arguments.get(value))
         here = {p.value for p in received}
         here.update(self._block.outputs, self._program.inputs)
         return _RankCall(
@@ -168,8 +166,7 @@ class RankStep:
         """The ports of what crosses. A number that follows from the sizes of the inputs does not cross."""
         return [port(v, sizes) for v in values if known_number(v, sizes) is None]
 
-    def _refuse_absent(self, value: Value, values: Mapping[Value, Any]) -> None:
-        argument = values.get(value)
+    def _refuse_absent(self, value: Value, argument: Any) -> None:
         if not isinstance(argument, torch.Tensor) or not argument.is_meta:
             return
         if value not in self._sized:
