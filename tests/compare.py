@@ -15,6 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from stagecut import Pipe
 from stagecut.backend.ranks.mailbox import Mailbox
+from stagecut.backend.stages.crossing import refuse_shared, written_arguments
 from stagecut.frontend.capture.capture import distinct_tensors
 from stagecut.ir.run.objects import opened
 
@@ -33,6 +34,7 @@ class Posted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._given = self._pipe.flatten(args, kwargs)
+        refuse_shared(self._pipe.program, written_arguments(self._pipe.program), self._given)
         outputs = self._box.forward(self._pipe.flatten(*distinct_tensors((args, kwargs))))
         spec = self._pipe._call_spec
         return spec.unflatten(outputs, args, kwargs) if spec is not None else outputs

@@ -59,6 +59,24 @@ class Counter(nn.Module):
         return x + self.count
 
 
+class Dropped(nn.Module):
+    """Writes its first input where dropout does not make a new tensor, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.drop(x).tanh_()
+        pipe_split()
+        return x + y
+
+
+def shared_tensor() -> None:
+    x = torch.randn(4, 8)
+    Driver(pipeline(Dropped(), (x, x), check=None), eval_mode=True).eval(x, x)
+
+
 def chain(stages: int, **options: Any) -> Any:
     cuts = {f"layers.{4 * i // stages}": SplitPoint.BEGINNING for i in range(1, stages)}
     return pipeline(Chain(), (torch.randn(4, 8),), split_spec=cuts, check=None, **options)
@@ -99,6 +117,7 @@ def refusals() -> dict[str, Callable[[], Any]]:
         "'count' is written in one stage and read or written in another": lambda: Driver(
             pipeline(Counter(), (torch.ones(4),), check=None)
         ).eval(torch.ones(4)),
+        "is written, and shares memory with input 'y'": shared_tensor,
         "shape mismatch": hooked,
         "is not supported with stage modules that have used torch.compile": compiled,
         "ColwiseParallel currently only support nn.Linear and nn.Embedding!": lambda: Driver(chain(2), wrap=split_columns).modules,

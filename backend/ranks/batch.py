@@ -25,6 +25,7 @@ from stagecut.backend.ranks.counts import SAY, SampleCounts, Samples
 from stagecut.backend.ranks.filled import fillings
 from stagecut.backend.ranks.marks import cut, lists_of, marks_of, places_of
 from stagecut.backend.ranks.wire import Sizes, boundaries, fed_inputs
+from stagecut.backend.stages.crossing import refuse_shared, written_arguments
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Value
@@ -173,6 +174,7 @@ class MicroBatches:
         self._places = places_of(pipe._call_spec, program.inputs)
         self._lists = lists_of(pipe._call_spec, program.inputs, self._marks)
         self._fillings = fillings(program)
+        self._written = written_arguments(program)
         self._samples = SampleCounts(count)
         self._divided: list[Division] = []
         self._divided_lists: set[str] = set()
@@ -262,6 +264,8 @@ class MicroBatches:
         if spec is not None:
             ranges = spec.ranges
         inputs = self._pipe.program.inputs
+        for flat in flats:
+            refuse_shared(self._pipe.program, self._written, flat)
         self.inputs = [_on_device(flat, self._device) for flat in flats]
         sizes: list[Sizes] = []
         for flat in self.inputs:

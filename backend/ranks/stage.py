@@ -35,6 +35,8 @@ from stagecut.backend.stages.crossing import (
     backward_is_whole,
     lives_in_buffer,
     refuse_feedback,
+    refuse_shared,
+    written_arguments,
     written_inputs,
 )
 from stagecut.backend.stages.fx_view import refuse_torchs_stage, split_graph
@@ -134,6 +136,7 @@ class BuiltStage(PipelineStage):
         self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
         self._written = written_inputs(self.block)
+        self._written_arguments = written_arguments(program)
         sent_on = {p.value for p in self.sent if p.grad}
         self._handed_on = tuple(
             place
@@ -444,11 +447,13 @@ class BuiltStage(PipelineStage):
 
     def _flat_inputs(self, args: Any, kwargs: Any) -> list[Any]:
         try:
-            return self.pipe.flatten(args, kwargs)
+            flat = self.pipe.flatten(args, kwargs)
         except InputError as error:
             raise MismatchError(
                 error.what, where=error.where, hint=error.hint
             ) from error
+        refuse_shared(self.pipe.program, self._written_arguments, flat)
+        return flat
 
     def _check(self, p: Port, actual: Any) -> None:
         if p.shape is None or (p.fits(actual) and actual.dtype == p.dtype):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from stagecut.ir.aliases import (
     Aliases,
     passed_through,
@@ -9,7 +12,7 @@ from stagecut.ir.aliases import (
     unwritten,
     writes_of,
 )
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import (
     BY_MODE,
     WHOLE,
@@ -21,6 +24,7 @@ from stagecut.ir.graph import (
     Value,
 )
 from stagecut.ir.ops import facts, module_path
+from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import carries_grad
 
 
@@ -101,6 +105,34 @@ def written_inputs(stage: Stage) -> set[Value]:
             if aliases.root(result) in written:
                 written.add(aliases.root(operand))
     return written.intersection(stage.inputs)
+
+
+def written_arguments(program: Program) -> tuple[int, ...]:
+    """The places of the inputs of a program that one of its stages writes in place, in either mode."""
+    written: set[Value] = set()
+    for stage in program.stages:
+        written |= written_inputs(stage)
+    places = range(len(program.inputs))
+    return tuple(place for place in places if program.inputs[place] in written)
+
+
+def refuse_shared(
+    program: Program, written: Sequence[int], flat: Sequence[Any]
+) -> None:
+    """Returns when no argument at one of the places `written` shares memory with another that is used.
+
+    Raises InputError. Ranks write into copies of their own, so the write would not show in the other.
+    """
+    for place in written:
+        storage = storage_of(flat[place])
+        for other, value in enumerate(program.inputs):
+            if other == place or not value.uses or storage_of(flat[other]) != storage:
+                continue
+            raise InputError(
+                f"input '{program.inputs[place].hint}' is written, and shares memory with input "
+                f"'{value.hint}': a rank has a copy of each, and the write would not show in the other",
+                hint="give a clone of one of them; one process can run this, several cannot",
+            )
 
 
 def lives_in_buffer(value: Value) -> bool:

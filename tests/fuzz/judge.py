@@ -50,7 +50,11 @@ CUT_REFUSALS = (
     "writes one of several views of a tensor that earlier stages made",
     "which the model does not have",  # a graph has the modules that it calls
 )
-RUN_REFUSALS = ("is written in one stage and read or written in another", "writes in a way that torch refuses")
+RUN_REFUSALS = (
+    "is written in one stage and read or written in another",
+    "writes in a way that torch refuses",
+    "is written, and shares memory with input",
+)
 """What stagecut says when it declines, as documented, to cut or to run a program like that."""
 
 SWITCH_REFUSALS = (*RUN_REFUSALS, "in this call, which the trace does not show")
