@@ -199,7 +199,7 @@ def on_two_ranks(bench: Bench, expected: torch.Tensor | None) -> None:
             bench.print(
                 f"{int((tokens == expected).sum())} of {expected.numel()} tokens are those of generate"
             )
-        for lanes in (1, 2, 4, 8):
+        for lanes in bench.options.lanes:
             bench.lanes(f"two stages {_text(way)}", generator, lanes)
         bench.print(generator.report().replace("\n", " | "))
         del generator, model
@@ -225,6 +225,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lanes", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument(
         "--ways",
         nargs="+",

@@ -12,8 +12,16 @@ import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +34,7 @@ from stagecut.backend.costs.setting import Setting
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.serve.caches import Caches
 from stagecut.backend.serve.line import Seat
+from stagecut.backend.serve.stop import Stop
 from stagecut.backend.serve.tokens import MOST_LANES, Tokens
 from stagecut.backend.serve.turns import Turns
 from stagecut.backend.tables import table
@@ -118,12 +127,15 @@ class Generator:
         if self._seat is not None:
             vocabulary = _vocabulary(model)
             self._tokens = Tokens(self._seat, vocabulary, self._turns.pass_on)
+            if self._faults is not None and self._tokens.between_devices:
+                self._faults.groups.append(self._tokens.group)
         self._own = threading.local()
         """Of the request in each thread: `crosses` when messages of it may be on their way between ranks."""
         self._early: Exception | None = None
         """The last error of a request of which nothing had crossed."""
         self._chooses = False
         """True while this rank alone works on its logits."""
+        self._runs_ahead = self.device.type == "cuda"
         self._served = _served(model, self)
 
     @property
@@ -223,11 +235,15 @@ class Generator:
         model: Any = self._served
         own = self._own
         own.alone, own.crosses, own.calls = alone, False, 0
+        own.has_cache = kwargs.get("past_key_values") is not None
         if self._caches is not None:
             self._caches.forget()
         try:
             self._refuse_loops(kwargs)
             result = model.generate(*args, **kwargs)
+            if self.device.type == "cuda":
+                # the host was ahead; its caches are for requests on other streams now
+                torch.cuda.current_stream(self.device).synchronize()
             if own.calls == 0:
                 raise InputError(
                     f"generate of {type(self._model).__name__} never calls the model: nothing runs in stages",
@@ -285,7 +301,16 @@ class Generator:
         self._own.crosses = True
         with torch.no_grad():
             result = fit.run(given)
+            if self._own.calls == 1:
+                self._continue_on_used_caches(result)
         return self._with_logits(result, fit)
+
+    def _continue_on_used_caches(self, result: Any) -> None:
+        """The loop goes on with the cache in the result of the prefill, and CUDA graphs with its tensors."""
+        if self._caches is None or not isinstance(result, MutableMapping):
+            return
+        for name, part in result.items():
+            result[name] = self._caches.used_before(part)
 
     def _with_logits(self, result: Any, fit: Fit) -> Any:
         """The result; where the logits are on another rank, with those by which its tokens are chosen."""
@@ -297,24 +322,74 @@ class Generator:
 
     def checked(self, criteria: Any) -> Any:
         """Stopping criteria that say the same on all ranks."""
-        if self._tokens is None:
-            return criteria
         kind: Any = type(criteria)
         tokens = self._tokens
 
-        def tell(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
+        def say(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
             with self._choice():
-                done = kind.__call__(this, input_ids, scores, **more)
+                return kind.__call__(this, input_ids, scores, **more)
+
+        def tell(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
+            assert tokens is not None
+            done = say(this, input_ids, scores, **more)
             tokens.tell(input_ids[:, -1], done)
             return done
 
         def hear(_: Any, input_ids: torch.Tensor, *__: Any, **___: Any) -> Any:
+            assert tokens is not None
             assert tokens.done is not None
             return tokens.done.to(input_ids.device)
 
-        call = tell if tokens.chooses else hear
-        criteria.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+        told = kind.__call__
+        if tokens is not None:
+            told = tell if tokens.chooses else hear
+
+        def rows(this: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            done = told(this, input_ids, *args, **kwargs)
+            stop: Stop | None = getattr(self._own, "stop", None)
+            return done if stop is None else stop.rows(done, input_ids.shape[1])
+
+        criteria.__class__ = type(kind.__name__, (kind,), {"__call__": rows})
         return criteria
+
+    def loop(self, sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a loop of transformers returns, which chooses token after token."""
+        stop = self._stop(**kwargs) if self._runs_ahead else None
+        self._own.stop = stop
+        try:
+            result = sample(*args, **kwargs)
+        finally:
+            self._own.stop = None
+        if stop is not None and stop.extra:
+            return result[:, : -stop.extra]
+        return result
+
+    def _stop(
+        self,
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        streamer: Any = None,
+        **_: Any,
+    ) -> Stop | None:
+        """How the host knows when a request is over; None where it has to wait for its device after each
+        token.
+
+        A step too many must leave no trace: in random numbers, in a streamer, or in a cache of the caller's.
+        """
+        names = [type(criterion).__name__ for criterion in stopping_criteria]
+        if "MaxLengthCriteria" not in names or generation_config is None:
+            return None
+        longest = stopping_criteria.max_length
+        if set(names) == {"MaxLengthCriteria"}:
+            return Stop(longest, by_tokens=False)
+        leaves_traces = (
+            generation_config.do_sample
+            or generation_config.return_dict_in_generate
+            or streamer is not None
+            or self._own.has_cache
+            or set(names) != {"MaxLengthCriteria", "EosTokenCriteria"}
+        )
+        return None if leaves_traces else Stop(longest, by_tokens=True)
 
     def processors(self, processors: Any) -> Any:
         """The logits processors of this rank: none where the logits are on another one."""
@@ -355,6 +430,9 @@ class Generator:
         if self._seat is not None:
             _refuse_loops(request)
 
+
+_LOOPS = "transformers.generation.utils"
+"""Where the loops are that `Stop` knows; a model may have one of its own."""
 
 _PLAIN: dict[str, Any] = {
     "num_beams": 1,
@@ -453,6 +531,11 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
     def no_compile(*_: Any, **__: Any) -> bool:
         return False
 
+    own_loop: Any = getattr(kind, "_sample", None)
+
+    def sample(this: Any, *args: Any, **kwargs: Any) -> Any:
+        return generator.loop(own_loop, this, *args, **kwargs)
+
     methods: dict[str, Any] = {
         "device": property(lambda _: generator.device),
         "__call__": call,
@@ -462,6 +545,8 @@ def _served(model: nn.Module, generator: Generator) -> nn.Module:
         "_prepare_static_cache": static,
         "_valid_auto_compile_criteria": no_compile,
     }
+    if getattr(own_loop, "__module__", "") == _LOOPS:
+        methods["_sample"] = wraps(own_loop)(sample)
     served = copy.copy(model)
     object.__setattr__(
         served,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import torch.distributed as dist
 import transformers
 from cluster.matrix import on_ranks
 from helpers import load
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import outcomes
 from test_given import Tower, X, assert_alike, tower_state
 from torch import nn
 
 from stagecut import Generator, InputError, SplitError, SplitPoint, StagecutError
-from stagecut.backend.serve.caches import Caches
+from stagecut.backend.serve.caches import Caches, takes_over
+from stagecut.backend.serve.stop import Stop
 from stagecut.ir.text.printer import size_text
 from stagecut.programs import Programs, beginnings_near
 
@@ -346,6 +347,7 @@ def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
     assert [report["equal"] for report in reports] == [[True] * 3] * 2
     assert [report["all"] for report in reports] == [[True] * 5] * 2
     assert [report["ahead"] for report in reports] == [[True] * 5] * 2
+    assert [report["devices"] for report in reports] == [[True] * 5] * 2
     sent, told = reports[0]["sent"], reports[1]["told"]
     hidden = 3 * 32 * 4
     for step in sent:  # of decode steps
@@ -376,6 +378,9 @@ def _generate_on_rank() -> dict[str, Any]:
     generator._tokens.is_ahead = True
     generator._caches = Caches()
     report["ahead"] = _requests_together(model, generator, static)
+    # as between GPUs: tokens are told where they are, and hosts do not wait for them
+    generator._tokens.between_devices = generator._runs_ahead = True
+    report["devices"] = _requests_together(model, generator, static)
     report["cache"] = [layer.keys.device.type for layer in found.past_key_values.layers]
     return report | {"equal": equal}
 
@@ -553,4 +558,113 @@ def test_static_caches_serve_later_requests() -> None:
         options = SAMPLED | {"length": length, "new": new, "cache_implementation": "static"}
         assert torch.equal(tokens(generator, **options), tokens(model, **options))
     assert [len(free) for free in generator._caches._free.values()] == [1]
-    assert len(generator.pipes) == 4  # a prefill of a new cache, two of a used one, and one step
+    assert len(generator.pipes) == 3  # two prefills, the second for any length, and one step
+
+
+def test_a_request_on_a_used_cache_rounds_as_on_a_new_one() -> None:
+    model = made(_llama).to(torch.bfloat16)
+    generator = Generator(model, stages=2)
+    generator._caches = Caches()
+    seen: list[torch.Tensor] = []
+
+    def note(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.clone())
+        return scores
+
+    caches: set[int] = set()
+    for run in (model, generator, generator, generator):
+        tokens(run, do_sample=False, cache_implementation="static", logits_processor=[note])
+        caches.update(id(cache) for free in generator._caches._free.values() for cache in free)
+    assert len(caches) == 1, "the cache of the first request served all"
+    scores = torch.stack(seen).unflatten(0, (4, -1))
+    assert torch.equal(scores[1:], scores[:1].expand_as(scores[1:]))
+
+
+class Held:
+    def __init__(self, *parts: Any) -> None:
+        self.parts = list(parts)
+        self.length = len(parts)
+
+
+def test_an_object_takes_over_what_another_holds_or_stays_as_it_was() -> None:
+    kept = Held(torch.zeros(2), Held(torch.zeros(3)))
+    own = kept.parts[1].parts[0]
+    assert takes_over(kept, Held(torch.ones(2), Held(torch.ones(3))))
+    assert kept.parts[1].parts[0] is own
+    assert own.tolist() == [1, 1, 1]
+    for other in (Held(torch.full((2,), 5.0), Held(torch.ones(4))), Held(torch.full((2,), 5.0)), Held(torch.full((2,), 5.0), [])):
+        assert not takes_over(kept, other)
+        assert (kept.length, kept.parts[0].tolist()) == (2, [1, 1])
+
+
+# --- a host that is ahead of its device -------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ends=st.sets(st.integers(1, 15), max_size=3),
+    rows=st.integers(1, 3),
+    new=st.integers(1, 14),
+    sampled=st.booleans(),
+    options=st.sampled_from([{}, {"cache_implementation": "static"}, {"return_dict_in_generate": True}, {"max_time": 100.0}]),
+)
+def test_a_host_that_is_ahead_stops_where_the_loop_does(
+    ends: set[int], rows: int, new: int, sampled: bool, options: dict[str, Any], stops: tuple[Any, Generator, list[Stop]]
+) -> None:
+    model, generator, _ = stops
+    results = []
+    for run in (model, generator):
+        torch.manual_seed(rows)
+        ids = torch.randint(1, 16, (rows, 5))
+        length = {"max_new_tokens": new, "min_new_tokens": 1}
+        result: Any = run.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=sampled, pad_token_id=0, eos_token_id=[*ends] or None, **length, **options
+        )
+        results.append((result if isinstance(result, torch.Tensor) else result.sequences, torch.get_rng_state()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_step_too_many_is_made_and_taken_off(stops: tuple[Any, Generator, list[Stop]]) -> None:
+    model, generator, made_stops = stops
+    made_stops.clear()
+    ids = torch.arange(1, 6)[None]
+    free = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert free.shape == (1, 13)
+    for end, extra in ((None, 0), (int(free[0, 7]), 1)):
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": end}
+        expected = model.generate(ids, **options)
+        assert torch.equal(generator.generate(ids, **options), expected)
+        assert made_stops[-1].extra == extra
+    # with a streamer or a cache of the caller's it would leave traces
+    for more in ({"streamer": transformers.TextStreamer(_Words())}, {"past_key_values": transformers.DynamicCache(config=model.config)}):
+        count = len(made_stops)
+        assert torch.equal(generator.generate(ids, **options, **more), expected)
+        assert len(made_stops) == count
+
+
+class _Words:
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def stops() -> Iterator[tuple[Any, Generator, list[Stop]]]:
+    """A model of few words, its generator on a host that is ahead, and what says when requests are over."""
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(num_hidden_layers=2, **SIZE | {"vocab_size": 16})
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    generator = Generator(model, stages=2)
+    generator._runs_ahead = True
+    seen: list[Stop] = []
+
+    class Seen(Stop):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stagecut.generate.Stop", Seen)
+        yield model, generator, seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ class Seat:
     group: dist.ProcessGroup
     device: torch.device
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The rank, which is the number of the stage."""
         return dist.get_rank(self.group)
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """The number of ranks, which is that of the stages."""
         return dist.get_world_size(self.group)

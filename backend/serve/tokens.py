@@ -20,14 +20,21 @@ MOST_LANES = 64
 class Tokens:
     """What was chosen in the last step: a token for each row, and whether the row is done.
 
-    The last rank tells; the others hear. Nothing else travels back. It travels between hosts, where the loop
-    of generation needs it, and beside what goes from stage to stage. `wait` is called before a rank waits for
-    tokens, or for its device.
+    The last rank tells; the others hear. Nothing else travels back, and it travels beside what goes from
+    stage to stage: between devices where the backend is NCCL, so that no host waits for it, else between
+    hosts. `wait` is called once for each token: other requests go on.
     """
 
     def __init__(self, seat: Seat, vocabulary: int, wait: Callable[[], None]) -> None:
         self._seat = seat
-        self._hosts = group_of_hosts(seat.group)
+        backends = str(dist.get_backend_config(seat.group))
+        self.between_devices = seat.device.type == "cuda" and "nccl" in backends
+        self.group = group_of_hosts(seat.group)
+        if self.between_devices:
+            ranks = dist.get_process_group_ranks(seat.group)
+            self.group = dist.new_group(
+                ranks, backend="nccl", use_local_synchronization=True
+            )
         self._vocabulary = vocabulary
         self._wait = wait
         self.is_ahead = seat.device.type == "cuda"
@@ -53,11 +60,15 @@ class Tokens:
     def tell(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
         """All other ranks are told the tokens of this step."""
         self._own.has_chosen = True
-        message = self._on_host(torch.stack([tokens.long(), done.long()]))
+        message = torch.stack([tokens.long(), done.long()])
+        if not self.between_devices:
+            message = self._on_host(message)
         # the others may have calls of other requests to make before they hear
         self._told.append((self._broadcast(message), message))
         while len(self._told) > MOST_LANES:
             arrived(self._told.popleft()[0])
+        if self.between_devices:
+            self._wait()
 
     def _on_host(self, message: torch.Tensor) -> torch.Tensor:
         """The message in the memory of the host; other requests start calls until it is there."""
@@ -76,7 +87,8 @@ class Tokens:
     def hear(self, rows: int) -> torch.Tensor:
         """The tokens of this step, one for each row. `done` holds the rows that end with them."""
         self._wait()
-        message = torch.empty(2, rows, dtype=torch.long)
+        device = self._seat.device if self.between_devices else None
+        message = torch.empty(2, rows, dtype=torch.long, device=device)
         arrived(self._broadcast(message))
         self.done = message[1].bool()
         return message[0]
@@ -88,7 +100,7 @@ class Tokens:
 
     def _broadcast(self, message: torch.Tensor) -> Any:
         last = self._seat.ranks - 1
-        return dist.broadcast(message, group=self._hosts, group_src=last, async_op=True)
+        return dist.broadcast(message, group=self.group, group_src=last, async_op=True)
 
     def as_logits(self, rows: int) -> Awaited:
         """Logits by which only the tokens of this step can be chosen."""
