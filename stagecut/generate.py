@@ -240,6 +240,7 @@ class Generator:
             self._caches.forget()
         try:
             self._refuse_loops(kwargs)
+            self._programs.refuse_replaced()
             result = model.generate(*args, **kwargs)
             if self.device.type == "cuda":
                 # the host was ahead; its caches are for requests on other streams now

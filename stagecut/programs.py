@@ -28,6 +28,7 @@ from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.frontend.source import place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError, SplitError, StagecutError
 from stagecut.ir.graph import Op, Program, Value
@@ -171,6 +172,8 @@ class Programs:
         self._sizes: dict[Pipe, dict[str, int]] = {}
         self._weights: dict[str, torch.Tensor] = {}
         self._again: Again[Fit] = Again()
+        self._cut_with: dict[str, torch.Tensor] = {}
+        """The parameters of the model when it was first cut."""
         self._traced_in_a_row = 0
 
     @property
@@ -225,6 +228,22 @@ class Programs:
                 largest[stage] = max(size, largest.get(stage, 0))
         return largest
 
+    def refuse_replaced(self) -> None:
+        """Returns when the model has the parameters with which it was cut; raises StagecutError when one was
+        replaced since, added or taken away.
+        """
+        if not self._cut_with:
+            return
+        now = _parameters(self._model)
+        for name in {**self._cut_with, **now}:
+            if now.get(name) is self._cut_with.get(name):
+                continue
+            raise StagecutError(
+                f"parameter '{name}' of {type(self._model).__name__} is another one than when it was cut",
+                where=place_of(type(self._model)),
+                hint="change weights in place (copy_, load_state_dict), or make a new Generator",
+            )
+
     def finish(self) -> None:
         """Nothing is on its way between the stages."""
         if self._line is not None:
@@ -257,6 +276,7 @@ class Programs:
                 "one fits no trace either",
                 hint="its calls differ in more than sizes: give them equal structure, or a static cache",
             )
+        self._cut_with = self._cut_with or _parameters(self._model)
         example = _Example.of(kwargs)
         varying: dict[int, set[int | None]] = {}
         for earlier in self._examples:
@@ -356,6 +376,10 @@ class Programs:
         if self._device.type == "cuda":
             # requests in flight have streams of their own
             torch.cuda.synchronize(self._device)
+
+
+def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _tensors(stage: Stage, names: Sequence[str]) -> list[torch.Tensor]:

@@ -288,6 +288,22 @@ def test_a_model_in_train_mode_is_refused_in_each_call(llama: tuple[Any, Generat
         model.eval()
 
 
+def test_a_weight_that_was_replaced_is_refused() -> None:
+    model = made(_llama)
+    generator = Generator(model, stages=2)
+    tokens(generator)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    assert torch.equal(tokens(generator), tokens(model))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.neg())
+    with pytest.raises(StagecutError, match=r"parameter 'lm_head\.weight' of LlamaForCausalLM is another one than when it was cut"):
+        tokens(generator)
+    assert torch.equal(tokens(Generator(model, stages=2)), tokens(model))
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(StagecutError, match=r"parameter 'lm_head\.(0\.)?weight'"):
+        tokens(generator)
+
+
 def test_the_programs_of_the_latest_calls_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stagecut.programs.MOST_PROGRAMS", 2)
     kinds = ["written", "replaced"]
@@ -347,7 +363,7 @@ def test_ranks_choose_the_same_tokens_and_nothing_of_a_cache_crosses() -> None:
     assert [report["equal"] for report in reports] == [[True] * 3] * 2
     assert [report["all"] for report in reports] == [[True] * 5] * 2
     assert [report["ahead"] for report in reports] == [[True] * 5] * 2
-    assert [report["devices"] for report in reports] == [[True] * 5] * 2
+    assert [report["devices"] for report in reports] == [[True] * 10] * 2
     sent, told = reports[0]["sent"], reports[1]["told"]
     hidden = 3 * 32 * 4
     for step in sent:  # of decode steps
@@ -381,6 +397,10 @@ def _generate_on_rank() -> dict[str, Any]:
     # as between GPUs: tokens are told where they are, and hosts do not wait for them
     generator._tokens.between_devices = generator._runs_ahead = True
     report["devices"] = _requests_together(model, generator, static)
+    free = tokens(model, **GREEDY)
+    for end in ([], *free[:, 8:10].tolist(), free[:, 7].tolist()):  # no row, some rows, and all of them end early
+        options = GREEDY | static | {"eos_token_id": end or None}
+        report["devices"].append(torch.equal(tokens(generator, **options), tokens(model, **options)))
     report["cache"] = [layer.keys.device.type for layer in found.past_key_values.layers]
     return report | {"equal": equal}
 
