@@ -162,6 +162,8 @@ def _facts() -> dict[str, Facts]:
         heavy=True,
     )
     know("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu", heavy=True)
+    # a layer is a loop of products of matrices
+    know("mkldnn_rnn_layer _cudnn_rnn miopen_rnn", heavy=True)
     for kernel in ("_flash_attention", "_efficient_attention"):
         know((f"{kernel}_forward", f"{kernel}_backward"), heavy=True)
     for kernel in ("flash", "efficient", "cudnn"):

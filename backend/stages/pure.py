@@ -116,7 +116,8 @@ def _refuse_what_no_graph_shows(block: IrStage) -> None:
     for op in nested_ops(block.ops):
         if op.is_users:
             raise RolesError(
-                f"{op.target} is code of yours that runs as a whole", where=op.where()
+                f"{op.target} runs as a whole, and no graph shows what it does",
+                where=op.where(),
             )
         if any(context.kind == "checkpoint" for context in op.context):
             raise RolesError(
