@@ -599,6 +599,63 @@ def test_a_module_kept_whole_runs_by_autograd() -> None:
     assert "" in run.notes
 
 
+def _first_row_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1  # not contiguous: torch does not see that the row is a part of it
+    return y.add_(y[0]).t()
+
+
+def _second_half_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1
+    y[1:3].add_(y[3:5])
+    y[:, 1:][0].add_(y[:, 1:][-1])
+    y[1] = y[0]
+    return y.t()
+
+
+def _itself_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1
+    y.add_(y).sub_(y.detach() * 2)
+    y[:, 1:].add_(y[:, 1:])
+    return y.t()
+
+
+def test_an_op_that_reads_what_it_writes_runs_by_autograd() -> None:
+    """What it reads depends on the order in which torch goes through the elements."""
+    run = Run(_pipe(Net(Called(_first_row_added)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check()
+    assert "aten.add_.Tensor reads %select while it writes %mul, which may share elements" in run.notes[0]
+
+
+def test_rows_of_windows_that_overlap_may_share_elements() -> None:
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            windows = (x.detach()[:, 0] * 1).unfold(0, 3, 1)
+            windows[0, ::2].add_(windows[1, ::2])
+        return x + windows.sum()
+
+    run = Run(_pipe(Net(Called(shifted)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check()
+    assert "which may share elements" in run.notes[0]
+
+
+@pytest.mark.parametrize("function", [_second_half_added, _itself_added])
+def test_an_op_that_reads_another_part_or_all_of_what_it_writes_has_graphs(function: Any) -> None:
+    assert Run(_pipe(Net(Called(function)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check().notes == [""]
+
+
+def test_halves_of_a_buffer_have_no_element_in_common() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.randn(6, 4).t())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                first, second = self.kept.chunk(2)
+                first.add_(second)
+            return x * self.kept.clone()
+
+    assert Run(_pipe(Net(Halves()), 1), torch.randn(4, 6)).check().notes == [""]
+
+
 class Recomputed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
