@@ -194,12 +194,13 @@ def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) 
 def backward(pipe: Pipe, calls: Callable[[], list[Call]], recompute: bool) -> tuple[list[str], list[str]]:
     """What differs when the stages run by graphs instead of by autograd; and of each stage why no graphs ran it, '' where they did.
 
-    Nothing may, to the bit. An output that is a view has no gaps when it comes from a graph. The gradient of a norm of which a trace has
-    other strides is summed in another order: graphs lay out what they are given as the trace had it.
+    Nothing may, to the bit. An output that is a view has no gaps when it comes from a graph, and one that was made under no_grad may say
+    that it requires grad, though nothing flows through it. The gradient of a norm of which a trace has other strides is summed in another
+    order: graphs lay out what they are given as the trace had it.
 
     Raises StagecutError when the stages cannot run apart under autograd either.
     """
-    near = Near(gradients=None if _strides_of_a_norm(pipe.program) else 0.0, gaps=False)
+    near = Near(gradients=None if _strides_of_a_norm(pipe.program) else 0.0, gaps=False, requires_grad=False)
     expected = observe_all(Packed(pipe), calls())
     graphs = ByGraphs(pipe, recompute)
     try:
