@@ -103,8 +103,10 @@ _DROPOUTS = [
 
 def _as_it_lies(op: Any, tensor: torch.Tensor, *args: Any) -> Any:
     """A dropout that draws for the elements in the order in which they lie, as in eager. In a trace it would
-    draw for them in the order of the dims.
+    draw for them in the order of the dims. A GPU has a kernel for the whole of a dropout, and draws there.
     """
+    if op is torch.ops.aten.dropout.default and tensor.device.type != "cpu":
+        return op._op_dk(_FORMULA, tensor, *args)
     steps = torch.empty_like(tensor).stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -steps[dim])
     laid = tensor.permute(order)

@@ -46,9 +46,17 @@ def _compared(pipe: Pipe, inputs: dict[str, Any]) -> str:
         graphs = ByGraphs(pipe, recompute)
         wrong = differences(expected, _step(graphs, inputs), EXACT)
         if wrong:
+            wrong = _steady(wrong, expected, _step(Packed(pipe), inputs))
+        if wrong:
             return f"{'with recompute: ' if recompute else ''}{len(wrong)} differ: {wrong[0]}"
         notes = [f"stage {stage}: {note}" for stage, note in enumerate(graphs.notes) if note]
     return f"{BY_AUTOGRAD}: {'; '.join(notes)}" if notes else "ok"
+
+
+def _steady(wrong: list[str], expected: Seen, again: Seen) -> list[str]:
+    """The differences in what is the same in two runs by autograd: Reformer draws its seeds from the system."""
+    unsteady = [name for name in expected if differences({name: expected[name]}, {name: again[name]}, EXACT)]
+    return [line for line in wrong if not line.startswith(tuple(f"{name} " for name in unsteady))]
 
 
 def _step(stages: Posted, inputs: dict[str, Any]) -> Seen:
