@@ -74,6 +74,12 @@ class Facts:
     """Its results depend on all rows of its second argument. Batch."""
     in_space: bool = False
     """Its results depend on neighbours along all dims but the first two. Batch."""
+    takes: str = ""
+    """Its result is a piece of its operand: the one `place` along a dim, or a `range` of them; the dim and
+    the places are its next arguments. Overlaps.
+    """
+    divides: bool = False
+    """Its results are pieces of its operand that have no element in common. Overlaps."""
     rearranges: bool = False
     """Its result has all elements of its operand, in another shape or order. Roles: what several such views
     end in may be the tensor that they began with.
@@ -162,6 +168,8 @@ def _facts() -> dict[str, Facts]:
         heavy=True,
     )
     know("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu", heavy=True)
+    # a layer is a loop of products of matrices
+    know("mkldnn_rnn_layer _cudnn_rnn miopen_rnn", heavy=True)
     for kernel in ("_flash_attention", "_efficient_attention"):
         know((f"{kernel}_forward", f"{kernel}_backward"), heavy=True)
     for kernel in ("flash", "efficient", "cudnn"):
@@ -182,6 +190,9 @@ def _facts() -> dict[str, Facts]:
     )
 
     know("as_strided as_strided_ as_strided_copy as_strided_scatter", reads_around=True)
+    know("select", takes="place")
+    know("slice", takes="range")
+    know("split split_with_sizes chunk tensor_split unbind", divides=True)
     know("data", past_autograd=True)
     know(
         "empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided",

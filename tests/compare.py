@@ -29,8 +29,11 @@ class Posted:
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
-        self._box = Mailbox(pipe.program, pipe.stages)
+        self._box = self._mailbox(pipe)
         self._given: list[Any] = []
+
+    def _mailbox(self, pipe: Pipe) -> Mailbox:
+        return Mailbox(pipe.program, pipe.stages)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._given = self._pipe.flatten(args, kwargs)
@@ -166,13 +169,14 @@ class Near:
     """How far numbers may be apart, relative to the largest of their tensor, or to `least` where that is more.
 
     gradients: of gradients, whose parts are summed in another order; None goes by their dtype. others: of all else.
-    The rest says what is compared besides.
+    The rest says what is compared besides. Without `gaps`, strides are only held to the order in which elements lie.
     """
 
     gradients: float | None = None
     others: float = 0.0
     least: float = 1.0
     strides: bool = True
+    gaps: bool = True
     gradient_strides: bool = True
     requires_grad: bool = True
 
@@ -200,16 +204,21 @@ def _difference(name: str, expected: Seen, found: Seen, near: Near) -> str | Non
     if name.startswith("gradient"):
         allowed = _ROUNDING.get(one.dtype, 0.02) if near.gradients is None else near.gradients
         strides = near.gradient_strides
-    ours, theirs = (_form(tensor, strides, near.requires_grad) for tensor in (other, one))
+    ours, theirs = (_form(tensor, strides, near) for tensor in (other, one))
     if ours != theirs:
         return f"differs: {ours} instead of {theirs}"
     return None if _close(one.detach(), other.detach(), allowed, near.least) else f"differs: {other} instead of {one}"
 
 
-def _form(tensor: torch.Tensor, strides: bool, requires_grad: bool) -> str:
-    layout = f" strides {list(tensor.stride())}" if strides else ""
-    gradient = f" requires_grad {tensor.requires_grad}" if requires_grad else ""
+def _form(tensor: torch.Tensor, strides: bool, near: Near) -> str:
+    layout = f" strides {list(tensor.stride() if near.gaps else _closed(tensor))}" if strides else ""
+    gradient = f" requires_grad {tensor.requires_grad}" if near.requires_grad else ""
     return f"{tensor.dtype}{list(tensor.shape)}{layout}{gradient}"
+
+
+def _closed(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor whose elements lie in the same order without gaps; dims of one element say nothing."""
+    return torch.empty_like(tensor.squeeze()).stride()
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, allowed: float, least: float) -> bool:

@@ -96,10 +96,11 @@ def test_a_failure_is_found_made_smaller_and_shown_by_a_script(tmp_path: Path) -
     assert "detect_fake_mode" in script.read_text(encoding="utf-8")
 
 
-def test_the_script_of_a_program_that_holds_exits_with_0(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["run", "backward"])
+def test_the_script_of_a_program_that_holds_exits_with_0(tmp_path: Path, check: str) -> None:
     plan, _ = draw(SEED, 1)
     script = tmp_path / "holds.py"
-    script.write_text(reproducer(plan, Verdict(FAILED, "run", ["nothing"])), encoding="utf-8")
+    script.write_text(reproducer(plan, Verdict(FAILED, check, ["nothing"])), encoding="utf-8")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 

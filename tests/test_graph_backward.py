@@ -14,6 +14,7 @@ import torch
 from cluster.graphs import (
     compare_each,
     compare_in_autocast,
+    compare_models,
     compare_one_by_autograd,
     compare_subject,
     compare_unseeded_and_seeded,
@@ -50,16 +51,30 @@ def test_models_get_the_gradients_of_autograd(name: str, stages: int) -> None:
     assert on_ranks(2, compare_subject, pipe, subject, batches, schedules) == [["ok"] * len(schedules)] * 2
 
 
-def test_a_tied_language_model_gets_the_gradients_of_autograd() -> None:
+def _tied(stages: int, samples: int) -> tuple[Pipe, Any, list[Any]]:
+    """A language model whose head has the weight of the embedding, its loss, and two batches."""
     recipe = RECIPES["GPT, tied"]
     torch.manual_seed(3)
-    pipe = pipeline(recipe.make().double(), recipe.inputs(2)[0], split_policy=equal_ops(4), check=None)
+    pipe = pipeline(recipe.make().double(), recipe.inputs(2)[0], split_policy=equal_ops(stages), check=None)
     batches = []
     for _ in range(2):
-        inputs, target = recipe.inputs(8)
+        inputs, target = recipe.inputs(samples)
         batches.append((inputs, {"target": target}))
+    return pipe, recipe.loss, batches
+
+
+def test_a_tied_language_model_gets_the_gradients_of_autograd() -> None:
     schedules = ["Interleaved1F1B", "ZBVZeroBubble"]
-    assert on_ranks(2, compare_each, pipe, recipe.loss, batches, schedules) == [["ok", "ok"]] * 2
+    assert on_ranks(2, compare_each, *_tied(4, 8), schedules) == [["ok", "ok"]] * 2
+
+
+@pytest.mark.parametrize("stages", [4, 8])
+def test_four_ranks_get_the_gradients_of_autograd(stages: int) -> None:
+    """Under all seven schedules, with a weight that the first and the last rank have, and with dropout."""
+    schedules = [schedule for schedule in SCHEDULES if stages_of(schedule, 4) == stages]
+    dropped = _pipe(Deep(stages, nn.Dropout(0.15)), stages, torch.randn(2, 6)), F.mse_loss, _batches(16, 6)
+    ok = ["ok"] * len(schedules)
+    assert on_ranks(4, compare_models, [_tied(stages, 16), dropped], schedules) == [[ok, ok]] * 4
 
 
 class Relayed(nn.Module):
@@ -202,6 +217,74 @@ def _pipe(model: nn.Module, stages: int = 2, x: torch.Tensor | None = None, **op
 def test_one_stage_after_the_other(between: nn.Module) -> None:
     run = Run(_pipe(Net(between)), torch.randn(4, 6)).check()
     assert run.notes == ["", ""]
+
+
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class Recurrent(nn.Module):
+    """A recurrent net, and a draw after those of its own dropout."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.net, self.drop = kind(6, 6, 2, batch_first=True, dropout=0.15, **options), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.net(x)[0][..., :6])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"kind": nn.LSTM}, {"kind": nn.LSTM, "bidirectional": True}, {"kind": nn.GRU}, {"kind": nn.RNN}], ids=str
+)
+def test_recurrent_nets_run_on_the_kernels_of_eager(options: dict[str, Any], recompute: bool) -> None:
+    """A trace would compute them step by step, or on a kernel for inference, and skip the dropout between layers in the stream of draws."""
+    run = Run(_pipe(Net(Recurrent(**options)), 1, torch.randn(3, 5, 6)), torch.randn(3, 5, 6), recompute=recompute).check()
+    assert run.notes == [""]
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "size"),
+    [
+        ("linear", (2, 3, 6), (6,)),
+        ("bilinear", (2, 3, 4, 6), (7, 6)),
+        ("bicubic", (2, 3, 4, 6), (7, 6)),
+        ("trilinear", (1, 2, 3, 4, 6), (5, 7, 6)),
+        ("nearest", (2, 3, 4, 6), (7, 6)),
+    ],
+)
+def test_pictures_are_resized_by_the_kernel_of_eager(mode: str, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+    resize = Called(lambda x: F.interpolate(x[..., :-1], size=size, mode=mode))
+    assert Run(_pipe(Net(resize), 1, torch.randn(shape)), torch.randn(shape)).check().notes == [""]
+
+
+@pytest.mark.parametrize("drop", [F.dropout, F.alpha_dropout, F.feature_alpha_dropout])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "laid",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1),
+        lambda x: x.transpose(0, 2)[:, ::2],
+        lambda x: x.expand(3, *x.shape[1:]) if x.shape[0] == 1 else x[::2],
+    ],
+    ids=["as it is", "transposed", "every other", "parts"],
+)
+def test_dropout_draws_for_elements_as_they_lie(drop: Any, inplace: bool, laid: Any) -> None:
+    """0.15: one divided by 0.85 is another number in float32 than in double."""
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return x.mean() * drop(laid(x * 2), 0.15, inplace=inplace).sum((0, 1)).sum() + x
+
+    assert Run(_pipe(Net(Called(dropped)), 1, torch.randn(4, 5, 6)), torch.randn(4, 5, 6)).check().notes == [""]
 
 
 def test_an_input_that_requires_grad_gets_one() -> None:
@@ -512,8 +595,65 @@ def test_a_stage_that_was_changed_runs_by_autograd(change: Callable[[Pipe], None
 
 def test_a_module_kept_whole_runs_by_autograd() -> None:
     run = Run(_pipe(Net(nn.Tanh()), leaf_modules=["between"]), torch.randn(4, 6)).check()
-    assert any("module.between is code of yours" in note for note in run.notes)
+    assert any("module.between runs as a whole" in note for note in run.notes)
     assert "" in run.notes
+
+
+def _first_row_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1  # not contiguous: torch does not see that the row is a part of it
+    return y.add_(y[0]).t()
+
+
+def _second_half_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1
+    y[1:3].add_(y[3:5])
+    y[:, 1:][0].add_(y[:, 1:][-1])
+    y[1] = y[0]
+    return y.t()
+
+
+def _itself_added(x: torch.Tensor) -> torch.Tensor:
+    y = x.t() * 1
+    y.add_(y).sub_(y.detach() * 2)
+    y[:, 1:].add_(y[:, 1:])
+    return y.t()
+
+
+def test_an_op_that_reads_what_it_writes_runs_by_autograd() -> None:
+    """What it reads depends on the order in which torch goes through the elements."""
+    run = Run(_pipe(Net(Called(_first_row_added)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check()
+    assert "aten.add_.Tensor reads %select while it writes %mul, which may share elements" in run.notes[0]
+
+
+def test_rows_of_windows_that_overlap_may_share_elements() -> None:
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            windows = (x.detach()[:, 0] * 1).unfold(0, 3, 1)
+            windows[0, ::2].add_(windows[1, ::2])
+        return x + windows.sum()
+
+    run = Run(_pipe(Net(Called(shifted)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check()
+    assert "which may share elements" in run.notes[0]
+
+
+@pytest.mark.parametrize("function", [_second_half_added, _itself_added])
+def test_an_op_that_reads_another_part_or_all_of_what_it_writes_has_graphs(function: Any) -> None:
+    assert Run(_pipe(Net(Called(function)), 1, torch.randn(6, 6)), torch.randn(6, 6)).check().notes == [""]
+
+
+def test_halves_of_a_buffer_have_no_element_in_common() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.randn(6, 4).t())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                first, second = self.kept.chunk(2)
+                first.add_(second)
+            return x * self.kept.clone()
+
+    assert Run(_pipe(Net(Halves()), 1), torch.randn(4, 6)).check().notes == [""]
 
 
 class Recomputed(nn.Module):

@@ -270,6 +270,24 @@ def test_what_rearranges_has_all_elements_of_its_operand(name: str) -> None:
     assert sorted(result.flatten().tolist()) == sorted(x.flatten().tolist())
 
 
+@pytest.mark.parametrize("name", having("takes"))
+def test_what_takes_a_piece_has_the_dim_and_the_places_next(name: str) -> None:
+    x = torch.arange(24).view(4, 6)
+    piece = getattr(torch.ops.aten, name)(x, 1, 2, *[5][: FACTS[name].takes == "range"])
+    end = {"place": 3, "range": 5}[FACTS[name].takes]
+    assert sorted(piece.flatten().tolist()) == sorted(x[:, 2:end].flatten().tolist())
+    assert piece.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", having("divides"))
+def test_what_divides_makes_pieces_without_a_common_element(name: str) -> None:
+    x = torch.arange(24).view(4, 6)
+    how: dict[str, tuple[Any, ...]] = {"unbind": (), "split_with_sizes": ([1, 3],)}
+    pieces = getattr(torch.ops.aten, name)(x, *how.get(name, (2,)), 0)
+    assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), x.flatten())
+    assert all(piece.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for piece in pieces)
+
+
 def test_iterations_are_what_python_unpacks() -> None:
     """Held to its tensors in test_calls."""
     assert having("iteration") == ["unbind"]

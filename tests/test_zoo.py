@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from zoo.backward import check_backward
 from zoo.check import ONE_MODE, check
 from zoo.models import ARCHITECTURES
 
@@ -59,6 +60,13 @@ def test_layers_that_are_dropped_by_chance_follow_or_refuse() -> None:
     result = check(replace(architecture, config=architecture.config | {"layerdrop": 0.5}), 2)
     assert result.startswith(f"{ONE_MODE}: cut in eval mode: ")
     assert "leaf_modules=['wav2vec2.encoder']" in result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RecurrentNet", "UNet2d"])
+def test_graphs_compute_what_autograd_does(name: str) -> None:
+    (architecture,) = (a for a in ARCHITECTURES if a.name == name)
+    assert check_backward(architecture, 2) == "ok"
 
 
 def test_names_are_unique() -> None:

@@ -23,6 +23,7 @@ from stagecut.backend.stages.modules import Stage, copied, find
 from stagecut.backend.stages.run import results_of
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, StateEntry, Value
+from stagecut.ir.graph import Stage as IrStage
 from stagecut.ir.types import carries_grad
 
 
@@ -54,7 +55,7 @@ class Mailbox:
         self._sent = []
         mail: dict[Value, Any] = {}
         self._fed = dict(zip(program.inputs, flat, strict=True))
-        for stage, block in zip(self._stages, program.stages, strict=True):
+        for block in program.stages:
             received = [
                 self._feed(v) if v in self._fed else self._sent_on(v, mail[v])
                 for v in block.inputs
@@ -65,12 +66,15 @@ class Mailbox:
                 for value, tensor in zip(block.inputs, received, strict=True)
             ]
             with writes_explained(block.index):
-                results = results_of(stage(*arguments), block)
+                results = self._results(block, arguments)
             self._received.append(received)
             self._sent.append(results)
             mail.update(zip(block.outputs, results, strict=True))
         self._outputs = [self._returned(leaf, mail) for leaf in program.outputs]
         return tuple(self._outputs)
+
+    def _results(self, block: IrStage, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        return results_of(self._stages[block.index](*arguments), block)
 
     def _sent_on(self, value: Value, sent: Any) -> Any:
         refuse_quantized(value, sent)

@@ -310,8 +310,9 @@ class _Run(torch.autograd.Function):
         anchor: torch.Tensor,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        primals = [*graphs.snapshot(state, split), *(t.detach() for t in inputs)]
-        with _without_autocast():
+        primals = [t.detach() for t in (*graphs.snapshot(state, split), *inputs)]
+        # as in eager: some kernels keep what their backward needs in grad mode only
+        with torch.enable_grad(), _without_autocast():
             results, saved = split.forward(primals)
         outputs = results[: split.outputs]
         graphs.write(results[split.outputs :])
@@ -460,7 +461,7 @@ def _why_not_plain(module: torch.nn.Module, stage: Stage) -> str:
         return "hooks are registered for all modules"
     for path, part in stage.named_modules():
         if not isinstance(part, StageModule) or isinstance(part, FSDPModule):
-            return f"'{path}' was wrapped, as a {type(part).__name__}"
+            return f"'{path}' is a {type(part).__name__}: it was wrapped, or kept whole"
         if part._compiled_call_impl is not None:
             return f"'{path}' was compiled"
         if any(getattr(part, hooks) for hooks in _HOOKS):

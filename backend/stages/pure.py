@@ -13,6 +13,7 @@ import torch
 
 from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.modules import Stage, StageModule, find
+from stagecut.backend.stages.overlaps import refuse_overlap
 from stagecut.backend.stages.run import results_of
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import RolesError
@@ -116,8 +117,10 @@ def _refuse_what_no_graph_shows(block: IrStage) -> None:
     for op in nested_ops(block.ops):
         if op.is_users:
             raise RolesError(
-                f"{op.target} is code of yours that runs as a whole", where=op.where()
+                f"{op.target} runs as a whole, and no graph shows what it does",
+                where=op.where(),
             )
+        refuse_overlap(op)
         if any(context.kind == "checkpoint" for context in op.context):
             raise RolesError(
                 "a checkpoint computes again what a graph would keep", where=op.where()

@@ -13,6 +13,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
+from stagecut.ir.ops import facts_of
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -57,58 +58,104 @@ def _traced(function: Function, arguments: Sequence[torch.Tensor]) -> Any:
 
 @contextmanager
 def _kernels_kept() -> Iterator[None]:
-    """Inside, a trace holds the ops that eager runs as one kernel on the device. Torch would take apart those
-    that it can also compute from other ops, which rounds differently.
+    """Inside, a trace holds the ops that eager runs on the device, as torch's C++ chooses them. In a trace
+    torch would compute some of them from others, by formulas that round differently, and draw otherwise.
     """
-    ops = _with_kernel_and_formula()
-    before = [op.py_kernels.get(_FORMULA) for op in ops]
-    for op, formula in zip(ops, before, strict=True):
-        _set_formula(op, partial(_formula_without_kernel, op, formula))
+    replaced: list[tuple[Any, Any, Any]] = []
+    for op in _with_kernel_and_formula():
+        replaced.append((op, _FORMULA, partial(_formula_without_kernel, op)))
+    for op in _with_formula_in_python():
+        replaced += [(op, key, None) for key in (_FORMULA, _AUTOGRAD)]
+    for op in _DROPOUTS:
+        replaced += [
+            (op, key, partial(_as_it_lies, op)) for key in (_FORMULA, _AUTOGRAD)
+        ]
+    before = [op.py_kernels.get(key) for op, key, _ in replaced]
+    for op, key, formula in replaced:
+        _set_formula(op, key, formula)
     try:
         yield
     finally:
-        for op, formula in zip(ops, before, strict=True):
-            _set_formula(op, formula)
+        for (op, key, _), formula in zip(replaced, before, strict=True):
+            _set_formula(op, key, formula)
 
 
 _FORMULA = torch._C.DispatchKey.CompositeImplicitAutograd
+_AUTOGRAD = torch._C.DispatchKey.Autograd
 
 
-def _formula_without_kernel(op: Any, formula: Any, *args: Any, **kwargs: Any) -> Any:
+def _formula_without_kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """What the formula of an op gives; NotImplemented where the device has a kernel for the op."""
     tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
     key = torch._C._dispatch_key_for_device(next(tensors).device.type)
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
         return NotImplemented
-    if formula is not None:
-        return formula(*args, **kwargs)
     return op._op_dk(_FORMULA, *args, **kwargs)
 
 
-def _set_formula(op: Any, formula: Any) -> None:
+_DROPOUTS = [
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.dropout_.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.alpha_dropout_.default,
+]
+
+
+def _as_it_lies(op: Any, tensor: torch.Tensor, *args: Any) -> Any:
+    """A dropout that draws for the elements in the order in which they lie, as in eager. In a trace it would
+    draw for them in the order of the dims. A GPU has a kernel for the whole of a dropout, and draws there.
+    """
+    if op is torch.ops.aten.dropout.default and tensor.device.type != "cpu":
+        return op._op_dk(_FORMULA, tensor, *args)
+    steps = torch.empty_like(tensor).stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -steps[dim])
+    laid = tensor.permute(order)
+    result = op._op_dk(_FORMULA, laid, *args)
+    if op._schema.is_mutable:
+        return tensor
+    back = sorted(range(tensor.dim()), key=lambda dim: order[dim])
+    return result.permute(back)
+
+
+def _set_formula(op: Any, key: Any, formula: Any) -> None:
     if formula is None:
-        op.py_kernels.pop(_FORMULA, None)
+        op.py_kernels.pop(key, None)
     else:
-        op.py_kernels[_FORMULA] = formula
+        op.py_kernels[key] = formula
     op._dispatch_cache.clear()
 
 
 @cache
 def _with_kernel_and_formula() -> list[Any]:
     """The ops of torch that have a kernel of their own on some device, and a formula in other ops besides."""
-    ops = []
+    keys = [_FORMULA.name, "CPU"], [_FORMULA.name, "CUDA"]
+    return [
+        op
+        for op in _torchs_ops()
+        if any(_has_kernels(op.name(), pair) for pair in keys)
+    ]
+
+
+@cache
+def _with_formula_in_python() -> list[Any]:
+    """The ops of torch for which Python has a formula that stands before autograd. Norms that write their
+    statistics are not among them: without the formula no trace would show that they write.
+    """
+    return [
+        op
+        for op in _torchs_ops()
+        if _AUTOGRAD in op.py_kernels
+        and not facts_of(op.overloadpacket.__name__).statistics
+    ]
+
+
+def _torchs_ops() -> Iterator[Any]:
+    """All ops of torch."""
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
-        keys = [_FORMULA.name, "CPU"], [_FORMULA.name, "CUDA"]
-        if namespace == "aten" and any(_has_kernels(name, pair) for pair in keys):
-            ops.append(
-                getattr(
-                    getattr(torch.ops.aten, packet),
-                    overload or "default",
-                )
-            )
-    return ops
+        if namespace == "aten":
+            yield getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def _has_kernels(name: str, keys: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from cluster.models import Subject
+from cluster.training import micro_batches
 
 from stagecut import Driver, Pipe
 from stagecut.backend.stages.graphs import Graphs
@@ -25,9 +26,14 @@ def compare_each(pipe: Pipe, loss: Any, batches: Batches, schedules: list[str], 
     answers = []
     for schedule in schedules:
         ways: list[dict[str, Any]] = [{}, {"backward": "graph"}]
-        runs = [_run(pipe, start, Driver(pipe, schedule, 4, loss, **options, **way), batches) for way in ways]
+        runs = [_run(pipe, start, Driver(pipe, schedule, micro_batches(), loss, **options, **way), batches) for way in ways]
         answers.append(_first_difference(*runs) or "ok")
     return answers
+
+
+def compare_models(models: list[tuple[Pipe, Any, Batches]], schedules: list[str]) -> list[list[str]]:
+    """As `compare_each`, for several pipes with their losses and batches."""
+    return [compare_each(*model, schedules) for model in models]
 
 
 def compare_in_autocast(*args: Any) -> list[str]:

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from compare import APART, Call, Near, Posted, Seen, differences, observe
+from by_graphs import ByGraphs, Packed
+from compare import APART, Call, Near, Posted, Seen, differences, observe, observe_all
 from torch import nn
 
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.check.verifier import verify
-from stagecut.ir.errors import ModeError
+from stagecut.ir.errors import ModeError, StagecutError
 from stagecut.ir.graph import BY_MODE, Mode, Op, Program, Value
 from stagecut.ir.ops import facts, flag
 from stagecut.ir.run.bindings import Bindings
@@ -43,7 +44,7 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     """
     wrong: list[str] = []
     off = any(facts(op).off_is_operand and flag(op) in (False, Mode(False)) for op in pipe.program.all_ops())
-    off = off or any(facts(op).statistics and getattr(op.operands[0].type, "strides", None) for op in pipe.program.all_ops())
+    off = off or _strides_of_a_norm(pipe.program)
     whole = any(op.is_users or op.target == BY_MODE for op in pipe.program.all_ops())
     whole = whole or any(isinstance(arg, Mode) for op in pipe.program.all_ops() for arg in op.args)
     detached = any(context.kind == "no_grad" for op in pipe.program.all_ops() for context in op.context)
@@ -64,6 +65,12 @@ def boundaries(pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
         stage.register_forward_hook(look)
     pipe(*args, **kwargs)
     return wrong
+
+
+def _strides_of_a_norm(program: Program) -> bool:
+    """True where a batch norm reads what is not contiguous: a trace says that its result lies as its operand does, and on a CPU it does
+    not."""
+    return any(facts(op).statistics and getattr(op.operands[0].type, "strides", None) for op in program.all_ops())
 
 
 def verified(pipe: Pipe, call: Call) -> list[str]:
@@ -179,6 +186,27 @@ def switched(model: nn.Module, pipe: Pipe, call: Call, other: Call, near: Near) 
     finally:
         for part, flag in flags:
             part.training = flag
+
+
+# --- the backward ---------------------------------------------------------------------------------------
+
+
+def backward(pipe: Pipe, calls: Callable[[], list[Call]], recompute: bool) -> tuple[list[str], list[str]]:
+    """What differs when the stages run by graphs instead of by autograd; and of each stage why no graphs ran it, '' where they did.
+
+    Nothing may, to the bit. An output that is a view has no gaps when it comes from a graph, and one that was made under no_grad may say
+    that it requires grad, though nothing flows through it. The gradient of a norm of which a trace has other strides is summed in another
+    order: graphs lay out what they are given as the trace had it.
+
+    Raises StagecutError when the stages cannot run apart under autograd either.
+    """
+    near = Near(gradients=None if _strides_of_a_norm(pipe.program) else 0.0, gaps=False, requires_grad=False)
+    expected = observe_all(Packed(pipe), calls())
+    graphs = ByGraphs(pipe, recompute)
+    try:
+        return differences(expected, observe_all(graphs, calls()), near), graphs.notes
+    except StagecutError as error:
+        return [f"only by graphs, {type(error).__name__}: {error}"], []
 
 
 def _runs(model: nn.Module, call: Call) -> bool:

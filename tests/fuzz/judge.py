@@ -60,6 +60,9 @@ RUN_REFUSALS = (
 SWITCH_REFUSALS = (*RUN_REFUSALS, "in this call, which the trace does not show")
 """What it says in the other mode, of a module kept whole that does something else there."""
 
+DEEP = ("passes", "shuffled", "backward")
+"""The slow checks."""
+
 TESTS = Path(__file__).parent.parent
 
 OF_STATE = ("aliases of state",)
@@ -77,13 +80,17 @@ MORE_CALLS = 2
 
 @dataclass
 class Verdict:
-    """What became of a program: `check` and `lines` say what failed, `refusals` what was declined, `ops` what was in it."""
+    """What became of a program: `check` and `lines` say what failed, `refusals` what was declined, `ops` what was in it.
+
+    `notes`: of each stage that was to run by graphs, why none did, '' where they did.
+    """
 
     kind: str
     check: str = ""
     lines: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     ops: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def signature(self) -> str:
@@ -169,7 +176,8 @@ def _writes_inputs(plan: ModelPlan) -> bool:
 
 
 def judge(plan: ModelPlan, deep: bool = False, seed: int = 0, only: str = "") -> Verdict:
-    """Holds `plan` to the checks, or to `only` one of them; with `deep` also to those of single passes and of another order of ops."""
+    """Holds `plan` to the checks, or to `only` one of them; with `deep` also to those of single passes, of another order of ops and of
+    the backward by graphs."""
     expected = runs(plan)
     if expected is None:
         return Verdict("invalid")
@@ -212,6 +220,21 @@ def _judge(plan: ModelPlan, expected: Seen, verdict: Verdict, deep: bool, seed: 
         flat = pipe.flatten(*inputs(plan))
         check("passes", lambda: fuzz_check.passes(lambda: _lowered(plan), splits, flat))
         check("shuffled", lambda: fuzz_check.shuffled(lambda: _lowered(plan), splits, flat, seed))
+        try:
+            check("backward", lambda: _backward(plan, pipe, verdict, seed))
+        except StagecutError as error:
+            verdict.refusals += {_blank(error)} - {*verdict.refusals}
+
+
+def _backward(plan: ModelPlan, pipe: Pipe, verdict: Verdict, seed: int) -> list[str]:
+    wrong, notes = fuzz_check.backward(pipe, lambda: calls(plan), recompute(seed))
+    verdict.notes = [_blank(note) for note in notes]
+    return wrong
+
+
+def recompute(seed: int) -> bool:
+    """Whether the backward of that program computes light ops again: with every tenth program, every other one."""
+    return seed // 10 % 2 == 1
 
 
 def _lowered(plan: ModelPlan) -> Any:
@@ -244,7 +267,7 @@ def _guard(name: str, action: Callable[[], Any]) -> Any:
     except StagecutError as error:
         if isinstance(error, SplitError) and any(known in str(error) for known in CUT_REFUSALS):
             raise
-        refusals = {"mailbox": RUN_REFUSALS, "switched": SWITCH_REFUSALS}.get(name, ())
+        refusals = {"mailbox": RUN_REFUSALS, "switched": SWITCH_REFUSALS, "backward": RUN_REFUSALS}.get(name, ())
         if any(known in str(error) for known in refusals):
             raise
         raise _Failed(name, _lines(error)) from error
@@ -261,8 +284,9 @@ def _lines(error: Exception) -> list[str]:
     return [f"{type(error).__name__}: {first}", *traceback.format_exception(error)]
 
 
-def _blank(error: StagecutError) -> str:
-    return re.sub(r"'[^']*'|\d+", "_", str(error).splitlines()[0])
+def _blank(message: StagecutError | str) -> str:
+    first = next(iter(str(message).splitlines()), "")
+    return re.sub(r"'[^']*'|\bmodule\.[\w.]+|%\w+|\d+", "_", first)
 
 
 @contextmanager
@@ -297,7 +321,7 @@ def shrink(
     plan: ModelPlan, made_of: bytes, verdict: Verdict, number: int, seconds: float, plant: bool = False, graphs: float = 0.0
 ) -> tuple[ModelPlan, Verdict]:
     """The smallest program found in that time that fails in the same way as `plan`, drawn from `made_of`, and how it fails."""
-    deep = verdict.check in ("passes", "shuffled")
+    deep = verdict.check in DEEP
     only = verdict.check if verdict.check not in ("time", "fuzzer") else ""
     end = time.monotonic() + seconds
     failing = [(plan, verdict)]
@@ -368,6 +392,7 @@ _CHECKS = {
     "verify": "wrong = fuzz_check.verified(pipe, inputs({first}))\n",
     "boundaries": "wrong = fuzz_check.boundaries(pipe, *inputs({first}))\n",
     "passes": _LOWERED + "wrong = fuzz_check.passes(lowered, splits, flat)\n",
+    "backward": "wrong, notes = fuzz_check.backward(pipe, lambda: [inputs({first}, 0), inputs({second}, 1)], {recompute})\nprint(notes)\n",
     "shuffled": _LOWERED + "wrong = fuzz_check.shuffled(lowered, splits, flat, {seed})\n",
 }
 
@@ -377,7 +402,7 @@ def reproducer(plan: ModelPlan, verdict: Verdict, seed: int = 0) -> str:
     head = _HEAD.format(title=verdict.signature.replace('"', "'").replace("\\", "/"), tests=str(TESTS))
     second = OTHER_BATCH if plan.dynamic else EXAMPLE_BATCH
     body = (_CUT + _CHECKS.get(verdict.check, _RUN)).format(
-        first=EXAMPLE_BATCH, second=second, rtol=tolerance(plan), seed=seed, of_state=OF_STATE
+        first=EXAMPLE_BATCH, second=second, rtol=tolerance(plan), seed=seed, of_state=OF_STATE, recompute=recompute(seed)
     )
     again = _COMPUTE_AGAIN if plan.again else ""
     return f'{head}\n\n{source(plan)}\n\n{again}{body}print("\\n".join(wrong))\nsys.exit(1 if wrong else 0)\n'

@@ -23,10 +23,12 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, it finds its neighbours
 
-from fuzz.judge import FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
+from fuzz.judge import DEEP, FAILED, PASSED, REFUSED, UNTRACEABLE, Verdict, draw, judge, quiet, reproducer, shrink
 from fuzz.plans import source
 
 CHUNK = 20
+BY_GRAPHS = ""
+"""The note of a stage that ran by graphs."""
 GRAPHS = 0.25
 """Which share of programs is handed over as fx graphs, unless the command line says otherwise."""
 
@@ -35,6 +37,7 @@ GRAPHS = 0.25
 class Job:
     """What a worker needs to know: the seed, every how many programs the slow checks run too, and whether a bug is planted.
 
+    `only`: the one check that every program is held to, '' for all of them.
     `graphs` is the share of programs that are traced symbolically first.
     Scripts that show failures go to the folder `scripts`, if there is one.
     """
@@ -45,6 +48,7 @@ class Job:
     plant: bool = False
     scripts: Path | None = None
     graphs: float = 0.0
+    only: str = ""
 
 
 @dataclass
@@ -59,12 +63,13 @@ class Failure:
 
 @dataclass
 class Report:
-    """What a run found. Counters are by message, `ops` by op name."""
+    """What a run found. Counters are by message, `ops` by op name; `backwards` counts stages, by why no graphs ran them."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     untraceable: Counter[str] = field(default_factory=Counter)
     ops: Counter[str] = field(default_factory=Counter)
+    backwards: Counter[str] = field(default_factory=Counter)
     failures: dict[str, Failure] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -77,6 +82,7 @@ class Report:
         """Counts a verdict; True when it is a failure of a kind not seen before."""
         self.kinds[verdict.kind] += 1
         self.ops.update(verdict.ops)
+        self.backwards.update(verdict.notes)
         (self.untraceable if verdict.kind == UNTRACEABLE else self.refusals).update(verdict.refusals)
         if verdict.kind != FAILED:
             return False
@@ -94,6 +100,9 @@ class Report:
         for title, counts in (("refused", self.refusals), ("untraceable", self.untraceable)):
             for message, count in counts.most_common():
                 yield f"  {title} {count:>6}  {message}"
+        yield f"{self.backwards[BY_GRAPHS]} of {self.backwards.total()} stages that were to run by graphs did"
+        for message, count in (self.backwards - Counter({BY_GRAPHS: self.backwards[BY_GRAPHS]})).most_common():
+            yield f"  without {count:>10}  {message}"
         rarest = ", ".join(name for name, _ in self.ops.most_common()[-5:])
         yield f"{len(self.ops)} different ops, {sum(self.ops.values())} in all; rarest: {rarest}"
         for signature, failure in self.failures.items():
@@ -105,11 +114,11 @@ class Report:
 
 def run_chunk(job: Job, indices: list[int]) -> list[tuple[int, Verdict]]:
     """Index and verdict of each program."""
-    return [(index, judge(draw(job.seed, index, job.plant, job.graphs)[0], _is_deep(job, index), index)) for index in indices]
+    return [(index, judge(draw(job.seed, index, job.plant, job.graphs)[0], _is_deep(job, index), index, job.only)) for index in indices]
 
 
 def _is_deep(job: Job, index: int) -> bool:
-    return job.deep_every > 0 and index % job.deep_every == 0
+    return job.only in DEEP or (job.deep_every > 0 and index % job.deep_every == 0)
 
 
 def run_shrink(job: Job, index: int, verdict: Verdict) -> Failure:
@@ -226,17 +235,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="number of the first program (default 0)")
     parser.add_argument("--jobs", type=int, default=2, help="processes; 0 stays in this one (default 2)")
     parser.add_argument(
-        "--deep-every", type=int, default=10, help="every how many programs single passes are checked too; 0 never (default 10)"
+        "--deep-every",
+        type=int,
+        default=10,
+        help="every how many programs single passes and the backward by graphs are checked too; 0 never (default 10)",
     )
     parser.add_argument(
         "--graphs", type=float, default=GRAPHS, help=f"share of programs that are fx graphs, from 0 to 1 (default {GRAPHS})"
     )
+    parser.add_argument("--only", default="", metavar="CHECK", help="hold every program to this check alone: mailbox, backward, ...")
     parser.add_argument("--shrink-seconds", type=float, default=120, help="time to make one failure smaller (default 120)")
     parser.add_argument("--coverage", type=Path, help="write op names and how often they were seen to this JSON file")
     parser.add_argument("--scripts", type=Path, help="write the script of every failure to this folder as well")
     parser.add_argument("--show", action="store_true", help="print the source of the programs instead of running them")
     options = parser.parse_args(argv)
-    job = Job(options.seed, options.deep_every, options.shrink_seconds, scripts=options.scripts, graphs=options.graphs)
+    job = Job(options.seed, options.deep_every, options.shrink_seconds, scripts=options.scripts, graphs=options.graphs, only=options.only)
     programs = range(options.start, options.start + options.programs)
     if options.show:
         quiet()

@@ -1,4 +1,7 @@
-"""Cuts every architecture of the zoo into two and four stages in both modes, each in a process of its own, and prints a table."""
+"""Cuts every architecture of the zoo into two and four stages in both modes, each in a process of its own, and prints a table.
+
+With `--backward graph`, it cuts each into two stages in train mode, and compares what graphs compute with what autograd does.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zoo.backward import BY_AUTOGRAD, REFUSED
 from zoo.check import ONE_MODE
 from zoo.models import ARCHITECTURES, Architecture
 
-STAGES = (2, 4)
+STAGES = {"autograd": (2, 4), "graph": (2,)}
+"""Into how many stages models are cut, by the backward of the stages."""
+WORDS = (ONE_MODE, BY_AUTOGRAD, REFUSED)
+"""How results begin that are neither ok nor wrong."""
 
 
 def main() -> int:
@@ -28,36 +35,47 @@ def main() -> int:
         sys.exit(f"no architecture or family is named {' or '.join(options.only)}")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.check", "transformers"])
-    start, wrong, one_mode = time.perf_counter(), Counter[int](), Counter[int]()
-    _say(f"{'architecture':46}2 stages  4 stages")
+    context.set_forkserver_preload(["zoo.check", "zoo.backward", "transformers"])
+    start, words = time.perf_counter(), {stages: Counter[str]() for stages in STAGES[options.backward]}
+    _say(f"{'architecture':46}" + "  ".join(f"{stages} stages" for stages in words))
+
+    def results_of(architecture: Architecture) -> list[str]:
+        return _in_process(context, architecture, options.backward, options.timeout)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        for architecture, results in zip(chosen, pool.map(lambda a: _in_process(context, a, options.timeout), chosen), strict=True):
-            found = dict(zip(STAGES, results, strict=True))
+        for architecture, results in zip(chosen, pool.map(results_of, chosen), strict=True):
             _say(f"{architecture.name:46}" + "".join(f"{_word(result):10}" for result in results).rstrip())
-            for stages, result in found.items():
+            for stages, result in zip(words, results, strict=True):
+                words[stages][_word(result)] += 1
                 if result != "ok":
                     _say(f"    {stages} stages, {result[:300]}")
-            wrong.update(stages for stages, result in found.items() if _word(result) == "WRONG")
-            one_mode.update(stages for stages, result in found.items() if _word(result) == ONE_MODE)
-    for stages in STAGES:
-        right = len(chosen) - wrong[stages]
-        _say(
-            f"{stages} stages: {right} of {len(chosen)} ok, {right - one_mode[stages]} of them switched to the other mode and back; "
-            f"{one_mode[stages]} refuse to switch"
-        )
+    for stages, counts in words.items():
+        _say(f"{stages} stages: {_summary(counts, options.backward)}")
     _say(f"{time.perf_counter() - start:.0f} s")
-    return 1 if wrong else 0
+    return 1 if any(counts["WRONG"] for counts in words.values()) else 0
+
+
+def _summary(counts: Counter[str], backward: str) -> str:
+    total, right = counts.total(), counts.total() - counts["WRONG"]
+    if backward == "graph":
+        return (
+            f"{counts['ok']} of {total} equal by graphs; in {counts[BY_AUTOGRAD]} a stage runs by autograd, "
+            f"{counts[REFUSED]} are refused, {counts['WRONG']} differ"
+        )
+    return f"{right} of {total} ok, {counts['ok']} of them switched to the other mode and back; {counts[ONE_MODE]} refuse to switch"
 
 
 def _word(result: str) -> str:
     """The result in the table."""
-    return result if result == "ok" else ONE_MODE if result.startswith(ONE_MODE) else "WRONG"
+    if result == "ok":
+        return result
+    return next((word for word in WORDS if result.startswith(word)), "WRONG")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these architectures or families")
+    parser.add_argument("--backward", choices=STAGES, default="autograd", help="compare graphs with autograd instead")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     return parser.parse_args()
@@ -68,16 +86,17 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _in_process(context: multiprocessing.context.ForkServerContext, architecture: Architecture, timeout: float) -> list[str]:
+def _in_process(context: multiprocessing.context.ForkServerContext, architecture: Architecture, backward: str, timeout: float) -> list[str]:
     """One result per number of stages; a process that dies or hangs costs its own results only."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, ARCHITECTURES.index(architecture)))
+    process = context.Process(target=_work, args=(theirs, ARCHITECTURES.index(architecture), backward))
+    wanted = len(STAGES[backward])
     process.start()
     theirs.close()
     results: list[str] = []
     end = time.monotonic() + timeout
     try:
-        while len(results) < len(STAGES) and ours.poll(max(0.0, end - time.monotonic())):
+        while len(results) < wanted and ours.poll(max(0.0, end - time.monotonic())):
             results.append(ours.recv())
         lost = f"took over {timeout:.0f} s"
     except EOFError:
@@ -85,13 +104,14 @@ def _in_process(context: multiprocessing.context.ForkServerContext, architecture
         lost = f"the process died with exit code {process.exitcode}"
     process.kill()
     process.join()
-    return [*results, *[lost] * (len(STAGES) - len(results))]
+    return [*results, *[lost] * (wanted - len(results))]
 
 
-def _work(connection: Connection, index: int) -> None:
+def _work(connection: Connection, index: int, backward: str) -> None:
     import warnings
 
     import torch
+    from zoo.backward import check_backward
     from zoo.check import check
 
     torch.set_num_threads(1)
@@ -99,8 +119,8 @@ def _work(connection: Connection, index: int) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    for stages in STAGES:
-        connection.send(check(ARCHITECTURES[index], stages))
+    for stages in STAGES[backward]:
+        connection.send({"autograd": check, "graph": check_backward}[backward](ARCHITECTURES[index], stages))
 
 
 if __name__ == "__main__":
