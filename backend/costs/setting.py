@@ -14,10 +14,11 @@ from stagecut.backend.schedules import (
     Order,
     Step,
     V,
+    flights_of,
     homes,
-    in_flight,
 )
 from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.roles import Flight
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 """Optimizer -> how many tensors of the size of a parameter it keeps for each."""
@@ -28,7 +29,8 @@ class Setting:
     """The devices on which the stages will run, and how they run there.
 
     device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
-    optimizer: a key of STATE_OF. backward, compile, recompute: what Driver is told of the backward.
+    optimizer: a key of STATE_OF. backward, compile, recompute, activation_budget: what Driver is told of the
+    backward.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -40,6 +42,7 @@ class Setting:
     backward: str = "autograd"
     compile: bool = False
     recompute: bool = False
+    activation_budget: int | float | None = None
 
     def placement(self, stages: int) -> list[int]:
         """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
@@ -100,8 +103,13 @@ class Setting:
         """Whether the schedule splits backwards."""
         return self.training and self.schedule in SPLITTING
 
+    def flights(self, stages: int) -> list[Flight]:
+        """The largest numbers of micro-batches of which each stage holds values. Raises as `actions`."""
+        if not self.training:
+            return [Flight()] * stages
+        ranks = max(self.placement(stages)) + 1
+        return flights_of(self.schedule, stages, ranks, self.n_microbatches)
+
     def in_flight(self, stages: int) -> list[int]:
         """The largest number of micro-batches of which each stage holds activations."""
-        if not self.training:
-            return [1] * stages
-        return in_flight(self.orders(stages), stages)
+        return [flight.weights for flight in self.flights(stages)]
