@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cluster.graphs import Batches, _first_difference, _run
-from cluster.matrix import cut, on_ranks
+from cluster.matrix import RanksFailed, cut, on_ranks
 from cluster.models import SUBJECTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo.cuts import equal_ops
 
-from stagecut import BudgetError, Driver, InputError, Pipe, RankError, Setting, pipeline
+from stagecut import BudgetError, Driver, InputError, Pipe, Setting, pipeline
 
 from stagecut.backend.schedules import SCHEDULES, SINGLE, flights
 from stagecut.backend.stages.graphs import Graphs
@@ -193,7 +193,7 @@ WAYS = [False, True, Budget(0.6, Flight(3, 2, 4)), Budget(0.0, Flight(1, 4, 4))]
 def test_what_is_predicted_lies_in_memory(case: Any, recompute: bool | Budget) -> None:
     pipe, x = case
     for of_stages in alive(pipe, [x], recompute):
-        assert all(predicted == measured > 0 for predicted, measured in of_stages)
+        assert [predicted for predicted, _ in of_stages] == [measured for _, measured in of_stages]
 
 
 @pytest.mark.parametrize("recompute", WAYS, ids=str)
@@ -202,7 +202,7 @@ def test_what_is_predicted_for_a_model_lies_in_memory(name: str, recompute: bool
     _, pipe = cut(SUBJECTS[name], 2)
     flat = pipe.flatten((), SUBJECTS[name].inputs(2))
     for of_stages in alive(pipe, flat, recompute):
-        assert all(predicted == measured for predicted, measured in of_stages)
+        assert [predicted for predicted, _ in of_stages] == [measured for _, measured in of_stages]
 
 
 class Counting(nn.Module):
@@ -214,15 +214,16 @@ class Counting(nn.Module):
         self.lin = nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.lin(x) * self.seen
+        x = self.lin(x) * self.seen.exp()
         self.seen.mul_(0.5)
         return x * 2
 
 
-def test_a_buffer_that_is_written_counts_for_each_micro_batch() -> None:
+@pytest.mark.parametrize("recompute", WAYS, ids=str)
+def test_a_buffer_that_is_written_counts_for_each_micro_batch(recompute: bool | Budget) -> None:
     x = torch.randn(4, 6)
     pipe = pipeline(Counting(), (x,), stages=1, check=None)
-    assert alive(pipe, [x], False)[0] == [(24, 24)]
+    assert alive(pipe, [x], recompute)[0] == [(24, 24)]
 
 
 # --- schedules and ranks --------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def compare_budget(pipe: Pipe, loss: Any, batches: Batches, schedule: str, budge
     return _first_difference(expected, actual) or "ok", [*zip(held[1], held[0], strict=True)]
 
 
-@pytest.mark.parametrize(("schedule", "budget"), [("1F1B", 0.2), ("ZBVZeroBubble", 0.5), ("ZBVZeroBubble", 40_000)])
+@pytest.mark.parametrize(("schedule", "budget"), [("1F1B", 0.2), ("ZBVZeroBubble", 0.5), ("ZBVZeroBubble", 130_000)])
 def test_ranks_train_within_a_budget(schedule: str, budget: int | float) -> None:
     subject = SUBJECTS["Llama"]
     _, pipe = cut(subject, 2 if schedule in SINGLE else 4)
@@ -277,8 +278,9 @@ def test_ranks_train_within_a_budget(schedule: str, budget: int | float) -> None
     batches: list[Any] = [((), subject.inputs(8)) for _ in range(2)]
     answers = on_ranks(2, compare_budget, pipe, subject.loss, batches, schedule, budget)
     assert [answer for answer, _ in answers] == ["ok"] * 2
+    assert any(kept < everything for _, held in answers for kept, everything in held)
     for _, held in answers:
-        assert all(0 < kept < everything for kept, everything in held)
+        assert all(0 < kept <= everything for kept, everything in held)
         if isinstance(budget, int):
             assert sum(kept for kept, _ in held) <= budget
 
@@ -295,21 +297,19 @@ class Small(nn.Module):
         return self.last(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
 
 
-def test_a_budget_below_the_least_is_an_error_that_says_where_and_what_to_do() -> None:
-    pipe = pipeline(Small(), (torch.randn(4, 6),), split_policy=equal_ops(2), check=None)
-    assert on_ranks(2, _too_small, pipe, "1F1B") == ["ok"] * 2
-    four = pipeline(nn.Sequential(Small(), Small()), (torch.randn(4, 6),), split_policy=equal_ops(4), check=None)
-    assert on_ranks(2, _too_small, four, "ZBVZeroBubble") == ["ok"] * 2
+@pytest.mark.parametrize(("schedule", "stages"), [("1F1B", "rank 0 (stage 0) failed"), ("ZBVZeroBubble", "at: the stages 1, 2")])
+def test_a_budget_below_the_least_is_an_error_that_says_where_and_what_to_do(schedule: str, stages: str) -> None:
+    model = nn.Sequential(Small(), Small())
+    pipe = pipeline(model, (torch.randn(4, 6),), split_policy=equal_ops(2 if schedule in SINGLE else 4), check=None)
+    with pytest.raises(RanksFailed) as raised:
+        on_ranks(2, _too_small, pipe, schedule)
+    for part in (stages, "needs at least ", "the budget is 10", "a larger activation_budget=", "more stages"):
+        assert part in str(raised.value)
 
 
-def _too_small(pipe: Pipe, schedule: str) -> str:
+def _too_small(pipe: Pipe, schedule: str) -> None:
     driver = Driver(pipe, schedule, 4, F.mse_loss, backward="graph", activation_budget=10)
-    with pytest.raises(RankError) as raised:
-        driver.step(torch.ones(16, 6), target=torch.ones(16, 6))
-    message = str(raised.value)
-    for part in ("rank ", "stage", "needs at least", "the budget is 10", "activation_budget=", "more stages"):
-        assert part in message, message
-    return "ok"
+    driver.step(torch.ones(16, 6), target=torch.ones(16, 6))
 
 
 @pytest.mark.parametrize(
