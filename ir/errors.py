@@ -64,8 +64,7 @@ class BudgetError(StagecutError, ValueError):
         super().__init__(
             f"the backward needs at least {least:,} bytes of saved values, and the budget is {limit:,}",
             where=where,
-            hint="a larger activation_budget=, smaller micro-batches, a schedule with fewer in flight, or more "
-            "stages",
+            hint="a larger activation_budget=, smaller micro-batches, fewer in flight, or more stages",
         )
 
     def at(self, where: str) -> BudgetError:

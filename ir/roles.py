@@ -6,7 +6,7 @@ result that carries gradient. It returns the results, and then a gradient for ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stagecut.ir.aliases import Aliases
@@ -44,7 +44,7 @@ class Joint:
 
 
 class Storages:
-    """The memory of the values of a joint block. A value is known by the first one in its memory, its root."""
+    """The memory of the values of a joint block. The first value in a memory is the root of all in it."""
 
     def __init__(self, joint: Joint) -> None:
         block = joint.block
@@ -88,10 +88,41 @@ class Saved:
     weights: int = 0
     gradients: int = 0
 
+    @staticmethod
+    def of(kinds: Mapping[Value, str]) -> Saved:
+        """That of some roots, each of which is of one of these kinds."""
+        sums = dict.fromkeys(KINDS, 0)
+        for root, kind in kinds.items():
+            sums[kind] += storage_bytes(root.type)
+        return Saved(**sums)
+
     @property
     def forward(self) -> int:
         """What the forward saves."""
         return self.inputs + self.weights
+
+    def __add__(self, other: Saved) -> Saved:
+        return self._with(other, lambda a, b: a + b)
+
+    def __sub__(self, other: Saved) -> Saved:
+        return self._with(other, lambda a, b: a - b)
+
+    def part(self, number: int, of: int) -> Saved:
+        """So many of so many parts, in whole bytes."""
+        return self._with(self, lambda a, _: a * number // of)
+
+    def or_longer(self, other: Saved) -> Saved:
+        """One value, as two readers hold it: as long as the one that holds it longer."""
+        if self.weights or other.weights:
+            return Saved(weights=max(self.forward, other.forward))
+        return self._with(other, max)
+
+    def _with(self, other: Saved, combined: Callable[[int, int], int]) -> Saved:
+        return Saved(
+            combined(self.inputs, other.inputs),
+            combined(self.weights, other.weights),
+            combined(self.gradients, other.gradients),
+        )
 
     def during(self, flight: Flight) -> int:
         """The most that lies in memory with so many micro-batches in flight."""
@@ -100,6 +131,12 @@ class Saved:
             + self.weights * flight.weights
             + self.gradients * flight.gradients
         )
+
+
+KINDS = ("inputs", "weights", "gradients")
+"""The kinds of what lies in memory, as `Saved` has them."""
+
+NOTHING = Saved()
 
 
 @dataclass(frozen=True)
@@ -135,17 +172,17 @@ class Roles:
         return [value for value in known if value in read]
 
     @property
+    def lying(self) -> dict[Value, str]:
+        """The roots of the values that one micro-batch leaves in memory, with their kinds."""
+        storages = self.joint.storages()
+        saved = storages.roots(self.saved)
+        for_weights = storages.roots(self.backward_weight.inputs)
+        kinds = dict.fromkeys(for_weights, "gradients")
+        kinds |= dict.fromkeys(saved, "inputs")
+        kinds |= {root: "weights" for root in for_weights if kinds[root] == "inputs"}
+        return kinds
+
+    @property
     def memory(self) -> Saved:
         """What one micro-batch leaves in memory. The sizes in the block are known."""
-        storages = self.joint.storages()
-        saved = set(storages.roots(self.saved))
-        for_weights = set(storages.roots(self.backward_weight.inputs))
-        return Saved(
-            _bytes(saved - for_weights),
-            _bytes(saved & for_weights),
-            _bytes(for_weights - saved),
-        )
-
-
-def _bytes(roots: Iterable[Value]) -> int:
-    return sum(storage_bytes(root.type) for root in roots)
+        return Saved.of(self.lying)

@@ -1,5 +1,5 @@
-"""The cheapest cut of a network within a limit of bytes. Each edge has bytes and a cost, and a cut has those of
-the edges that leave its side of the start.
+"""The cheapest cut of a network within a limit of bytes. Each edge has bytes and a cost, and a cut has those
+of the edges that leave its side of the start.
 
 A minimum cut of `bytes * p + cost * q` is a corner of the lower hull of all cuts, and the chord between two
 cuts that are known says for which p and q to ask next. So a few minimum cuts find the two neighbours between

@@ -41,8 +41,8 @@ def recompute_saved(
     recompute: bool | Budget,
     flops: Flops,
 ) -> None:
-    """The ops of the backward of a joint block, of which `inputs` are for the gradients of inputs, read copies
-    of ops of the `forward` where these are done again, and else what the forward computed.
+    """The ops of the backward of a joint block read copies of ops of the `forward` where these are done
+    again, and else what the forward computed. `inputs` are those ops that the gradients of inputs need.
 
     Within a budget, as little as possible is done again. With True, no heavy op is, and as few bytes as
     possible lie in memory. Raises BudgetError where the budget is less than that takes. Each copy stands

@@ -148,6 +148,7 @@ _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 __all__ = [
     "AtModules",
     "Balanced",
+    "BudgetError",
     "BuiltStage",
     "CannotCompare",
     "CaptureError",

@@ -254,7 +254,7 @@ def _policy(
     def cuts(program: Program) -> list[int]:
         def search() -> Plan:
             known = [sizes(), bindings]
-            if getattr(balanced, "profile_on", None) is not None:
+            if getattr(balanced, "needs_trial", False):
                 known.append(trial())
             found: Plan = balanced.plan(program, *known)
             return found
@@ -595,6 +595,7 @@ class Pipe(Staged):
         for Driver. `loss_fn` and an example of its `target` for one micro-batch: the loss of the last stage;
         without one, cross-entropy counts where the model returns logits.
         """
+        from stagecut.backend.costs.kept import kept_by_graphs
         from stagecut.backend.costs.loss import counted_loss
         from stagecut.backend.costs.measured import measure, torch_device
         from stagecut.backend.costs.report import bindings_of, report
@@ -603,6 +604,7 @@ class Pipe(Staged):
 
         program = self.program
         chosen = setting or (self.plan.setting if self.plan else Setting())
+        chosen.refuse_backward()
         loss = counted_loss(
             program, self._call_spec, self._sizes, chosen, loss_fn, target
         )
@@ -611,6 +613,7 @@ class Pipe(Staged):
             way = Way.before(loss, torch_device(profile_on), wrap, chosen)
             indices = range(self.num_stages)
             seconds = [measure(self, i, way, self._sizes) for i in indices]
+        saved = kept_by_graphs(self, chosen, self._sizes) if chosen.by_graphs else ()
         return report(
             program,
             chosen,
@@ -620,6 +623,7 @@ class Pipe(Staged):
             loss,
             seconds,
             wrap is None,
+            saved,
         )
 
     def materialize(

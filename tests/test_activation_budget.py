@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from zoo.cuts import equal_ops
 
 from stagecut import BudgetError, Driver, InputError, Pipe, Setting, pipeline
-
 from stagecut.backend.schedules import SCHEDULES, SINGLE, flights
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.memory import Span, shared, traced_stage

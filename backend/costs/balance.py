@@ -24,10 +24,10 @@ from stagecut.backend.costs.steps import Found, Steps
 from stagecut.backend.costs.way import Way
 from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.backend.schedules import SCHEDULES, SINGLE
-from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
+from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
 
 GIB = 2**30
@@ -75,6 +75,11 @@ class Balanced:
     def __call__(self, program: Program) -> list[int]:
         return list(self.plan(program).cuts)
 
+    @property
+    def needs_trial(self) -> bool:
+        """Whether blocks are timed, or traced with their backward."""
+        return self.profile_on is not None or self.setting.by_graphs
+
     def plan(
         self,
         program: Program,
@@ -90,7 +95,7 @@ class Balanced:
         _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
         _refuse_unknown("inside", self.inside, INSIDE)
         setting = self.setting
-        refuse_backward(setting.backward, setting.compile, setting.recompute)
+        setting.refuse_backward()
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
@@ -103,6 +108,8 @@ class Balanced:
         line = Line.of(program, self.setting, sizes or {}, bindings, loss)
         if not line.ops:
             return Plan((), (0.0,), (0,), (0,), 0.0, 0.0, self.setting)
+        if setting.by_graphs and trial is not None:
+            line.hold(trial)
         if self.profile_on is not None:
             self._time(line, sizes or {}, trial)
         return self.of_line(line)
@@ -160,7 +167,7 @@ class Balanced:
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
         limit = self.budget * max(d.memory for d in self.setting.every_device)
-        static, _, _ = line.whole
+        static = line.whole.static
         least = max(least, math.ceil(static / limit))
         most = min(MOST, len(line.ops))
         tried = least - 1
@@ -187,7 +194,7 @@ class Balanced:
         if choice is None:
             return None
         cuts = list(choice.chosen.cuts)
-        flights = self.setting.in_flight(stages)
+        flights = self.setting.flights(stages)
         memory: list[int] = []
         intervals = itertools.pairwise(cuts)
         for (begin, end), flight in zip(intervals, flights, strict=True):
@@ -288,13 +295,12 @@ class Balanced:
     ) -> list[torch.Tensor] | None:
         """As `Problem.starts`: None where all ops fit each device."""
         devices = self.setting.devices(stages)
-        flights = self.setting.in_flight(stages)
-        limits: list[tuple[float, int]] = []
+        flights = self.setting.flights(stages)
+        limits: list[tuple[float, Flight]] = []
         for where, flight in zip(devices, flights, strict=True):
             budget = where.memory * self.budget * scale
             limits.append((budget, flight))
-        static, kept, passing = line.whole
-        if all(static + kept * flight + passing <= budget for budget, flight in limits):
+        if all(line.whole.fits(budget, flight) for budget, flight in limits):
             return None
         return [line.starts(budget, flight) for budget, flight in limits]
 

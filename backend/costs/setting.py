@@ -17,6 +17,7 @@ from stagecut.backend.schedules import (
     flights_of,
     homes,
 )
+from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.roles import Flight
 
@@ -43,6 +44,17 @@ class Setting:
     compile: bool = False
     recompute: bool = False
     activation_budget: int | float | None = None
+
+    @property
+    def by_graphs(self) -> bool:
+        """Whether graphs make the backward."""
+        return self.training and self.backward == "graph"
+
+    def refuse_backward(self) -> None:
+        """Raises InputError for what Driver does not know either."""
+        refuse_backward(
+            self.backward, self.compile, self.recompute, self.activation_budget
+        )
 
     def placement(self, stages: int) -> list[int]:
         """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the

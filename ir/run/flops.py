@@ -27,5 +27,5 @@ def flops_of(op: Op) -> int:
 def _shape(leaf: Any) -> Any:
     """The sizes of a tensor in its place; other leaves as they are."""
     if isinstance(leaf, Value) and isinstance(leaf.type, TensorType):
-        return torch.Size(leaf.type.shape)
+        return torch.Size(size for size in leaf.type.shape if isinstance(size, int))
     return leaf
