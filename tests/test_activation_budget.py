@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo.cuts import equal_ops
 
-from stagecut import BudgetError, Driver, InputError, Pipe, Setting, pipeline
+from stagecut import Balanced, BudgetError, Device, Driver, InputError, Pipe, Setting, SplitError, pipeline
 from stagecut.backend.schedules import SCHEDULES, SINGLE, flights
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.memory import Span, shared, traced_stage
@@ -277,11 +278,85 @@ def test_ranks_train_within_a_budget(schedule: str, budget: int | float) -> None
     batches: list[Any] = [((), subject.inputs(8)) for _ in range(2)]
     answers = on_ranks(2, compare_budget, pipe, subject.loss, batches, schedule, budget)
     assert [answer for answer, _ in answers] == ["ok"] * 2
+    setting = Setting("CPU", schedule, 4, ranks=None if schedule in SINGLE else 2, backward="graph", activation_budget=budget)
+    predicted = {stage.index: (stage.saved.chosen, stage.saved.everything) for stage in pipe.report(setting).stages if stage.saved}
+    for rank, (_, held) in enumerate(answers):
+        assert held == [predicted[index] for index, home in enumerate(setting.placement(pipe.num_stages)) if home == rank]
     assert any(kept < everything for _, held in answers for kept, everything in held)
     for _, held in answers:
         assert all(0 < kept <= everything for kept, everything in held)
         if isinstance(budget, int):
             assert sum(kept for kept, _ in held) <= budget
+
+
+# --- predictions ----------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer("gate", 16, 32) for _ in range(8))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+X = torch.randn(64, 16)
+GRAPH = Setting("CPU", "1F1B", 8, optimizer="sgd", backward="graph")
+
+
+def _balanced(setting: Setting, **options: Any) -> Pipe:
+    return pipeline(Blocks(), (X,), split_policy=Balanced(4, setting, inside="never", **options), check=None)
+
+
+def test_the_report_shows_what_graphs_save_with_and_without_recomputation() -> None:
+    pipe = _balanced(GRAPH)
+    for recompute in (False, True):
+        report = pipe.report(replace(GRAPH, recompute=recompute))
+        for stage, flight in zip(report.stages, GRAPH.flights(4), strict=True):
+            assert stage.saved is not None
+            assert stage.saved.chosen == traced_stage(pipe, stage.index, {}).memory(recompute).during(flight)
+            assert stage.memory["activations"] == stage.saved.chosen
+            assert stage.saved.least <= stage.saved.light_again < stage.saved.everything
+        assert "nothing again  recompute=True  at least" in str(report)
+        assert '"light_again"' in report.to_json()
+    assert pipe.report(replace(GRAPH, backward="autograd")).stages[0].saved is None
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"schedule": "ZBVZeroBubble", "ranks": 2}], ids=str)
+def test_balanced_counts_what_the_report_counts(options: dict[str, Any]) -> None:
+    pipe = _balanced(replace(GRAPH, **options))
+    assert pipe.plan is not None
+    reported = [sum(stage.memory.values()) for stage in pipe.report().stages]
+    # the gradient of what the first stage hands on is not counted before the cut
+    arriving = 64 * 16 * 4
+    assert reported == [pipe.plan.memory[0] + arriving, *pipe.plan.memory[1:]]
+
+
+def test_within_a_budget_blocks_are_counted_one_by_one_before_the_cut() -> None:
+    pipe = _balanced(replace(GRAPH, activation_budget=0.5))
+    assert pipe.plan is not None
+    for stage, planned in zip(pipe.report().stages, pipe.plan.memory, strict=True):
+        assert 0.6 * planned < sum(stage.memory.values()) <= planned
+
+
+def test_cuts_that_do_not_fit_fit_within_a_budget() -> None:
+    needs = [sum(stage.memory.values()) for stage in _balanced(GRAPH).report().stages]
+    small = Device("small", 1e12, 1e11, 0.6 * max(needs), 1e10)
+    with pytest.raises(SplitError, match="do not fit"):
+        _balanced(replace(GRAPH, device=small), budget=1.0)
+    fitting = _balanced(replace(GRAPH, device=small, activation_budget=0.1), budget=1.0)
+    assert fitting.report().too_large == ()
+
+
+def test_a_budget_that_no_stage_can_keep_is_refused_before_the_cut_and_after() -> None:
+    with pytest.raises(SplitError, match="no cuts into 4 stages save as little as activation_budget=1,000 bytes"):
+        _balanced(replace(GRAPH, activation_budget=1000))
+    with pytest.raises(BudgetError, match=r"at: rank 0, stage 0"):
+        _balanced(GRAPH).report(replace(GRAPH, activation_budget=1))
 
 
 # --- errors ---------------------------------------------------------------------------------------------

@@ -359,12 +359,18 @@ class Balanced:
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
         """An error that names the stage over its memory, by how much, and what would fit."""
         if self._problem(line, stages, math.inf).within(math.inf) is None:
+            budget = self.setting.activation_budget
+            if line.least_too_large(self.setting.flights(stages)):
+                return SplitError(
+                    f"no cuts into {stages} stages save as little as activation_budget={budget:,} bytes",
+                    hint="a larger one, smaller micro-batches, fewer in flight, or more stages",
+                )
             return SplitError(
                 f"no cuts into {stages} stages are possible",
                 hint="pins contradict each other, or regions are too large",
             )
         scale = self._scale_that_fits(line, stages)
-        plan = self._cut(line, stages, scale)
+        plan = replace(self, inside="always")._cut(line, stages, scale)
         assert plan is not None
         memory = plan.memory
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]

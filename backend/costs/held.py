@@ -46,7 +46,7 @@ Holdings = list[list[tuple[object, Held]]]
 
 @dataclass(frozen=True)
 class _Block:
-    """What a block holds: each input and each output by its place, the gradients that arrive, and the rest."""
+    """What a block holds: each input and output by its place, the gradients that arrive, and the rest."""
 
     inputs: tuple[Saved, ...]
     outputs: tuple[Saved, ...]
@@ -102,8 +102,9 @@ def held_by_graphs(
         most, least = known[key]
         stage = staged.program.stages[index]
         for at, value, held in _at_edges(stage, begin, end, most, least):
-            owners[value] = owners.get(value, NONE).or_longer(held)
-            holdings[at].append((value, held))
+            if held != NONE:
+                owners[value] = owners.get(value, NONE).or_longer(held)
+                holdings[at].append((value, held))
         arriving = Held(most.arriving, least.arriving)
         holdings[end - 1].append((stage, arriving))
         owners[stage] = arriving

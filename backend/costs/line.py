@@ -317,6 +317,10 @@ class Line:
             holdings.append(Holding(position, 0, cost.extra))
         return holdings
 
+    def least_too_large(self, flights: Sequence[Flight]) -> bool:
+        """Whether no stage with so many micro-batches in flight may have all ops for its budget."""
+        return all(self.whole.kept(flight) == math.inf for flight in flights)
+
     @cached_property
     def takes_gradient(self) -> bool:
         """Whether an input of the model has a gradient."""
