@@ -87,7 +87,8 @@ class Balanced:
         bindings: Bindings | None = None,
         trial: Trial | None = None,
     ) -> Plan:
-        """The cuts of a traced program and their predicted costs. `trial` makes what is timed.
+        """The cuts of a traced program and their predicted costs. `trial` makes what is timed, and what is
+        traced with its backward; without it, memory is what autograd keeps.
 
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.

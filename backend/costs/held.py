@@ -92,7 +92,8 @@ def held_by_graphs(
     holdings: Holdings = [[] for _ in ops]
     owners: dict[object, Held] = {}
     for index, (begin, end) in enumerate(spans):
-        key = signature(ops[begin:end])
+        stage = staged.program.stages[index]
+        key = signature(ops[begin:end]) + _edges_of(stage)
         if key not in known:
             try:
                 traced = traced_stage(staged, index, sizes)
@@ -100,7 +101,6 @@ def held_by_graphs(
             except REFUSALS:
                 return None
         most, least = known[key]
-        stage = staged.program.stages[index]
         for at, value, held in _at_edges(stage, begin, end, most, least):
             if held != NONE:
                 owners[value] = owners.get(value, NONE).or_longer(held)
@@ -113,6 +113,20 @@ def held_by_graphs(
             owners[at] = part
             holdings[at].append((at, part))
     return [[(holder, owners[holder]) for holder, _ in own] for own in holdings]
+
+
+def _edges_of(stage: Stage) -> str:
+    """A text that is equal for stages of equal ops whose inputs and outputs stand at the same places."""
+    inputs = set(stage.inputs)
+    reads: dict[Value, tuple[int, int]] = {}
+    made: dict[Value, tuple[int, int]] = {}
+    for number, op in enumerate(stage.ops):
+        for place, value in enumerate(op.operands):
+            if value in inputs:
+                reads.setdefault(value, (number, place))
+        made |= {value: (number, value.index) for value in op.results}
+    given = [(reads.get(value), value.owner is None) for value in stage.inputs]
+    return f"{given} {[made.get(value) for value in stage.outputs]}"
 
 
 def _ways(traced: TracedStage, setting: Setting) -> tuple[_Block, _Block]:

@@ -310,7 +310,7 @@ class Driver:
             if stage.graphs is not None:
                 stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
-            if self._saving.is_open:
+            if self._saving.is_open and how == "step":
                 self._saving.share(sizes[0], self.device, dtypes)
             step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
@@ -354,6 +354,7 @@ class Driver:
     def _follow_trained(self) -> None:
         follow(self.pipe, self.modules, self.group)
         self._schedules.clear()
+        self._saving.reopen()
 
     def _microbatches(
         self, schedule: Any, how: str, losses: Losses | None

@@ -29,8 +29,13 @@ class Saving:
         self._graphs = graphs
         self._budget = budget
         self._flights = flights
-        self.is_open = budget is not None
-        """Whether no stage has its budget yet."""
+        self.is_open = False
+        """Whether the stages have no budgets yet, though the rank has one."""
+        self.reopen()
+
+    def reopen(self) -> None:
+        """The stages share the budget anew: others of their parameters are trained."""
+        self.is_open = self._budget is not None
 
     def share(
         self,
