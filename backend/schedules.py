@@ -5,7 +5,8 @@ of the steps of every rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from stagecut.ir.errors import StagecutError
+from stagecut.ir.roles import Flight
 
 SINGLE = ("GPipe", "1F1B")
 """One stage a rank."""
@@ -64,18 +66,55 @@ Order = tuple[Step, ...]
 """The steps of a rank, in their order."""
 
 
-def in_flight(ranks: Sequence[Order], stages: int) -> list[int]:
-    """Stage -> the largest number of micro-batches of which it holds activations at a time. A backward frees
-    them, and where it is split, its half for the weights.
+def flights(orders: Iterable[Order], stages: int) -> list[Flight]:
+    """Stage -> the largest numbers of micro-batches in flight, when the ranks do their steps in these orders.
+    A whole backward computes the gradients of the inputs first.
     """
-    held, most = [0] * stages, [0] * stages
-    for step in (step for order in ranks for step in order):
-        if step.kind == FORWARD:
-            held[step.stage] += 1
-            most[step.stage] = max(most[step.stage], held[step.stage])
-        elif step.kind in (BACKWARD, WEIGHT):
-            held[step.stage] -= 1
-    return most
+    held = [Counter[str]() for _ in range(stages)]
+    most = [Counter[str]() for _ in range(stages)]
+    for step in (step for order in orders for step in order):
+        count = held[step.stage]
+        count.update(_BEGINS[step.kind])
+        most[step.stage] |= count
+        count.subtract(_ENDS[step.kind])
+    return [Flight(m["inputs"], m["gradients"], m["weights"]) for m in most]
+
+
+_BEGINS = {
+    FORWARD: ("inputs", "weights"),
+    BACKWARD: ("gradients",),
+    INPUT: ("gradients",),
+    WEIGHT: (),
+}
+_ENDS = {
+    FORWARD: (),
+    BACKWARD: ("inputs", "gradients", "weights"),
+    INPUT: ("inputs",),
+    WEIGHT: ("gradients", "weights"),
+}
+"""Kind of step -> the numbers of `Flight` for which a micro-batch counts from then on, and until then."""
+
+
+def flights_of(schedule: str, stages: int, ranks: int, count: int) -> list[Flight]:
+    """Stage -> the largest numbers of micro-batches in flight under a schedule with `count` of them. Raises
+    StagecutError where it has no order for these numbers.
+    """
+    if schedule == "GPipe":
+        return [Flight(count, 1, count)] * stages
+    if schedule == "1F1B":
+        ahead = [min(count, stages - stage) for stage in range(stages)]
+        return [Flight(most, 1, most) for most in ahead]
+    listed = torch_schedule(schedule, stages, ranks, count).pipeline_order_with_comms
+    orders = [
+        tuple(
+            step_of(part)
+            for action in own
+            for part in parts_of(action)
+            if is_step(part)
+        )
+        for own in listed.values()
+    ]
+    return flights(orders, stages)
 
 
 def torch_schedule(schedule: str, stages: int, ranks: int, count: int) -> Any:

@@ -53,6 +53,25 @@ class RolesError(StagecutError):
     """The backward of a stage cannot be made of graphs."""
 
 
+class BudgetError(StagecutError, ValueError):
+    """A stage cannot keep as little for its backward as a budget allows. `least`: the bytes that it must
+    keep; `limit`: those that it may.
+    """
+
+    def __init__(self, least: int, limit: int, *, where: str = "") -> None:
+        self.least = least
+        self.limit = limit
+        super().__init__(
+            f"the backward needs at least {least:,} bytes of saved values, and the budget is {limit:,}",
+            where=where,
+            hint="a larger activation_budget=, smaller micro-batches, fewer in flight, or more stages",
+        )
+
+    def at(self, where: str) -> BudgetError:
+        """The same error, which says where."""
+        return BudgetError(self.least, self.limit, where=where)
+
+
 class ModeError(StagecutError):
     """The stages cannot follow a switch to train or eval mode. Nothing is switched."""
 

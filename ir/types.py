@@ -162,6 +162,22 @@ def value_bytes(value_type: Type) -> int | None:
     return value_type.nbytes() if isinstance(value_type, TensorType) else 8
 
 
+def storage_bytes(value_type: Type) -> int:
+    """Bytes of the memory in which a tensor of this type lies, from its first element to its last; 8 for a
+    value that is no tensor. No size may be symbolic.
+    """
+    if not isinstance(value_type, TensorType):
+        return 8
+    sizes = [size for size in value_type.shape if isinstance(size, int)]
+    assert len(sizes) == len(value_type.shape)
+    if 0 in sizes:
+        return 0
+    strides = value_type.strides or contiguous_strides(tuple(sizes))
+    steps = [step for step in strides if isinstance(step, int)]
+    last = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    return (last + 1) * dtype_bytes(value_type.dtype)
+
+
 def same_layout(first: Type, second: Type) -> bool:
     """True for tensor types of one dtype, in which every element lies in the same place."""
     if not isinstance(first, TensorType) or not isinstance(second, TensorType):

@@ -16,10 +16,11 @@ from stagecut.ir.graph import (
     Transfer,
     Value,
 )
-from stagecut.ir.roles import Joint, Roles
+from stagecut.ir.roles import Budget, Joint, Roles
 from stagecut.ir.types import TensorType, contiguous_strides, same_layout
 from stagecut.passes.liveness import Liveness
 from stagecut.passes.place_lanes import PlaceLanes
+from stagecut.passes.recompute_saved import Flops, unknown
 from stagecut.passes.roles import skip_views, split
 from stagecut.passes.route import Route
 
@@ -36,16 +37,19 @@ class Differentiated:
 
 
 def differentiate(
-    program: Program, stages: Sequence[Differentiated], recompute: bool = False
+    program: Program,
+    stages: Sequence[Differentiated],
+    recompute: bool | Budget = False,
+    flops: Flops = unknown,
 ) -> None:
     """A linked program is `differentiated`. The ops of its stages are those of the joint blocks. With
-    `recompute`, as little as possible is saved.
+    `recompute`, less is saved, as `split` says.
     """
     relayed = [t.value.hint for t in program.transfers if t.source is None and t.via]
     for stage, parts in zip(program.stages, stages, strict=True):
         _take_forward(program, stage, parts)
     joints = _connected(program, [parts.joint for parts in stages])
-    roles = [split(joint, recompute) for joint in joints]
+    roles = [split(joint, recompute, flops) for joint in joints]
     for stage, of_stage, parts in zip(
         program.stages,
         roles,

@@ -7,17 +7,20 @@ from collections.abc import Iterable, Sequence
 from stagecut.ir.errors import RolesError
 from stagecut.ir.graph import Block, Op, StateEntry, Value
 from stagecut.ir.ops import facts
-from stagecut.ir.roles import Joint, Roles
+from stagecut.ir.roles import Budget, Joint, Roles
 from stagecut.ir.types import same_layout
-from stagecut.passes.recompute_saved import recompute_saved
+from stagecut.passes.recompute_saved import Flops, recompute_saved, unknown
 
 
-def split(joint: Joint, recompute: bool = False) -> Roles:
+def split(
+    joint: Joint, recompute: bool | Budget = False, flops: Flops = unknown
+) -> Roles:
     """The roles of a stage. Every op is in one of them, in program order: what the results need is in the
     forward, and of the rest, what the gradients of inputs need is in the backward for inputs.
 
     The ops of the joint block are those of the roles afterwards; what nothing needs is gone. With
-    `recompute`, the backward computes light ops again where less is saved then. Raises RolesError.
+    `recompute`, the backward computes light ops again where less is saved then; within a budget, as few as
+    fit it, and heavy ones where these do not suffice. Raises RolesError, and BudgetError.
     """
     block = joint.block
     outputs = block.outputs
@@ -28,23 +31,18 @@ def split(joint: Joint, recompute: bool = False) -> Roles:
     _refuse_draws(backward)
     _drop(block, rest - forward - backward)
     if recompute:
-        recompute_saved(joint, forward)
+        backward_input = _needed(_of_inputs(joint), backward)
+        recompute_saved(joint, forward, backward_input, recompute, flops)
     rest = set(block.ops) - forward
-    gradients = joint.gradients
-    of_weights = [gradients[place] for place in sorted(joint.weights)]
-    of_inputs = [
-        gradient
-        for place, gradient in enumerate(gradients)
-        if place not in joint.weights
-    ]
-    backward_input = _needed(_values(of_inputs), rest)
+    of_weights = [joint.gradients[place] for place in sorted(joint.weights)]
+    backward_input = _needed(_of_inputs(joint), rest)
     backward_weight = rest - backward_input
     role_ops = [
         [op for op in block.ops if op in ops]
         for ops in (forward, backward_input, backward_weight)
     ]
     weight_block = _block("backward_weight", joint, role_ops[2], _values(of_weights))
-    input_results = _values(of_inputs)
+    input_results = _of_inputs(joint)
     input_block = _block(
         "backward_input",
         joint,
@@ -79,6 +77,15 @@ def _same_before(op: Op) -> Value | None:
             return None
         value = value.owner.operands[0]
     return value
+
+
+def _of_inputs(joint: Joint) -> list[Value]:
+    """The gradients of the inputs."""
+    return _values(
+        gradient
+        for place, gradient in enumerate(joint.gradients)
+        if place not in joint.weights
+    )
 
 
 def _values(outputs: Iterable[Value | None]) -> list[Value]:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from stagecut.frontend.markers import SplitPoint, pipe_split
     from stagecut.generate import Generator
     from stagecut.ir.errors import (
+        BudgetError,
         CaptureError,
         EmitError,
         InputError,
@@ -78,6 +79,7 @@ __version__ = VERSION
 
 _HOMES = {
     "CannotCompare": "stagecut.check",
+    "BudgetError": "stagecut.ir.errors",
     "CaptureError": "stagecut.ir.errors",
     "CheckError": "stagecut.check",
     "CheckpointError": "stagecut.backend.files.checkpoint",
@@ -146,6 +148,7 @@ _HOMES |= dict.fromkeys(_TORCHS, "torch.distributed.pipelining")
 __all__ = [
     "AtModules",
     "Balanced",
+    "BudgetError",
     "BuiltStage",
     "CannotCompare",
     "CaptureError",

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from stagecut.backend.stages.crossing import written_inputs
-from stagecut.backend.stages.pure import PureStage
+from stagecut.backend.stages.pure import PureStage, example_of
 from stagecut.backend.stages.staged import Staged
 from stagecut.frontend.capture.joint import joint_graph
 from stagecut.frontend.lower.from_joint import lower_joint
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import CaptureError, RolesError
-from stagecut.ir.graph import Program, Stage, Value
+from stagecut.ir.graph import Program, Stage
+from stagecut.ir.roles import Budget
 from stagecut.ir.run.bindings import Bindings
-from stagecut.ir.sizes import evaluate
+from stagecut.ir.run.flops import flops_of
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
-from stagecut.ir.types import DTYPES, TensorType
 from stagecut.passes.differentiate import Differentiated, differentiate
 
 
-def differentiated(pipe: Staged, recompute: bool = False) -> tuple[Program, Bindings]:
+def differentiated(
+    pipe: Staged, recompute: bool | Budget = False
+) -> tuple[Program, Bindings]:
     """The program of a pipe, `differentiated`, and the constants that it reads besides its state. With
-    `recompute`, as little as possible is saved. Raises RolesError.
+    `recompute`, less is saved, as `split` says (passes/roles.py). Raises RolesError.
     """
     program = parse(text(pipe.program))
     constants = Bindings()
@@ -42,7 +42,7 @@ def differentiated(pipe: Staged, recompute: bool = False) -> tuple[Program, Bind
                 f"stage {block.index} has no backward in the program: {error.what}",
                 where=error.where,
             ) from error
-    differentiate(program, parts, recompute)
+    differentiate(program, parts, recompute, flops_of)
     verify(program, after="differentiate")
     return program, constants
 
@@ -53,7 +53,7 @@ def _parts(
     """What a stage computes on inputs of the types of the program."""
     _refuse_changes(pure.block)
     state = [slot.tensor for slot in pure.slots]
-    inputs = [_example(value, sizes) for value in pure.block.inputs]
+    inputs = [example_of(value, sizes) for value in pure.block.inputs]
     arguments = [
         tensor.detach().requires_grad_(tensor.requires_grad)
         for tensor in (*state, *inputs)
@@ -66,6 +66,7 @@ def _parts(
         hints,
         tangents,
         range(len(names)),
+        pure.resident,
     )
     assert isinstance(joint.block, Program)
     for entry in joint.block.state:
@@ -82,26 +83,3 @@ def _refuse_changes(block: Stage) -> None:
     for value in block.inputs:
         if value.owner is None and value in written:
             raise RolesError(f"forward writes {value!r}, which is the caller's")
-
-
-def _example(value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
-    """A tensor of the type of a value; what is in it does not matter."""
-    tensor_type = value.type
-    assert isinstance(tensor_type, TensorType)
-    numbers = tuple(sorted(sizes.items()))
-    shape = [_number(dim, numbers) for dim in tensor_type.shape]
-    dtype = getattr(torch, DTYPES[tensor_type.dtype])
-    options = {"dtype": dtype, "device": tensor_type.device}
-    if tensor_type.strides is None:
-        tensor = torch.zeros(shape, **options)
-    else:
-        strides = [_number(step, numbers) for step in tensor_type.strides]
-        tensor = torch.empty_strided(shape, strides, **options)
-    return tensor.requires_grad_(tensor_type.grad)
-
-
-def _number(dim: int | str, sizes: tuple[tuple[str, int], ...]) -> int:
-    number = dim if isinstance(dim, int) else evaluate(dim, sizes)
-    if number is None:
-        raise RolesError(f"the size {dim} varies, and no example says how large it is")
-    return number

@@ -44,7 +44,7 @@ from stagecut.ir.errors import (
     nearest,
 )
 from stagecut.ir.graph import BY_MODE, Program
-from stagecut.ir.roles import Roles
+from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import check_inputs
@@ -254,7 +254,7 @@ def _policy(
     def cuts(program: Program) -> list[int]:
         def search() -> Plan:
             known = [sizes(), bindings]
-            if getattr(balanced, "profile_on", None) is not None:
+            if getattr(balanced, "needs_trial", False):
                 known.append(trial())
             found: Plan = balanced.plan(program, *known)
             return found
@@ -595,6 +595,7 @@ class Pipe(Staged):
         for Driver. `loss_fn` and an example of its `target` for one micro-batch: the loss of the last stage;
         without one, cross-entropy counts where the model returns logits.
         """
+        from stagecut.backend.costs.kept import kept_by_graphs
         from stagecut.backend.costs.loss import counted_loss
         from stagecut.backend.costs.measured import measure, torch_device
         from stagecut.backend.costs.report import bindings_of, report
@@ -603,6 +604,7 @@ class Pipe(Staged):
 
         program = self.program
         chosen = setting or (self.plan.setting if self.plan else Setting())
+        chosen.refuse_backward()
         loss = counted_loss(
             program, self._call_spec, self._sizes, chosen, loss_fn, target
         )
@@ -611,6 +613,7 @@ class Pipe(Staged):
             way = Way.before(loss, torch_device(profile_on), wrap, chosen)
             indices = range(self.num_stages)
             seconds = [measure(self, i, way, self._sizes) for i in indices]
+        saved = kept_by_graphs(self, chosen, self._sizes) if chosen.by_graphs else ()
         return report(
             program,
             chosen,
@@ -620,6 +623,7 @@ class Pipe(Staged):
             loss,
             seconds,
             wrap is None,
+            saved,
         )
 
     def materialize(
@@ -747,33 +751,44 @@ class Pipe(Staged):
 
         return PipeInfo(self)
 
-    def roles(
+    def joint_graph(
         self,
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],
+    ) -> Any:
+        from stagecut.frontend.capture.joint import joint_graph
+
+        return joint_graph(function, arguments)
+
+    def roles(
+        self,
+        traced: Any,
         names: Sequence[str],
         weights: Collection[int],
         same: Mapping[int, int],
-        recompute: bool = False,
+        resident: Collection[int],
+        recompute: bool | Budget = False,
     ) -> tuple[Roles, Bindings]:
-        from stagecut.frontend.capture.joint import joint_graph
         from stagecut.frontend.lower.from_joint import lower_joint
+        from stagecut.ir.run.flops import flops_of
         from stagecut.passes.roles import skip_views, split
 
-        graph, tangents = joint_graph(function, arguments)
-        joint, bindings = lower_joint(graph, names, tangents, weights)
+        graph, tangents = traced
+        joint, bindings = lower_joint(graph, names, tangents, weights, resident)
         skip_views(joint.block)
         outputs = list(joint.block.outputs)
         for result, argument in same.items():
             outputs[result] = joint.primals[argument]
         joint.block.set_outputs(outputs)
-        return split(joint, recompute), bindings
+        return split(joint, recompute, flops_of), bindings
 
-    def differentiated(self, recompute: bool = False) -> tuple[Program, Bindings]:
+    def differentiated(
+        self, recompute: bool | Budget = False
+    ) -> tuple[Program, Bindings]:
         """The program with a backward for each stage, in the mode that the pipe is in, and the constants that
         it reads besides. The ops of its stages are those that autograd sees. `print(program)` shows the three
         roles of each stage, the values saved between them, and the gradients that cross. With `recompute`,
-        the backward computes light ops again, so that less is saved.
+        the backward computes light ops again, so that less is saved; with a Budget, what fits it.
 
         Raises RolesError where the backward of a stage cannot be in the program.
         """

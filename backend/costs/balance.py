@@ -24,10 +24,10 @@ from stagecut.backend.costs.steps import Found, Steps
 from stagecut.backend.costs.way import Way
 from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.backend.schedules import SCHEDULES, SINGLE
-from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
 from stagecut.ir.ops import module_path
+from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
 
 GIB = 2**30
@@ -75,6 +75,11 @@ class Balanced:
     def __call__(self, program: Program) -> list[int]:
         return list(self.plan(program).cuts)
 
+    @property
+    def needs_trial(self) -> bool:
+        """Whether blocks are timed, or traced with their backward."""
+        return self.profile_on is not None or self.setting.by_graphs
+
     def plan(
         self,
         program: Program,
@@ -82,7 +87,8 @@ class Balanced:
         bindings: Bindings | None = None,
         trial: Trial | None = None,
     ) -> Plan:
-        """The cuts of a traced program and their predicted costs. `trial` makes what is timed.
+        """The cuts of a traced program and their predicted costs. `trial` makes what is timed, and what is
+        traced with its backward; without it, memory is what autograd keeps.
 
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.
@@ -90,7 +96,7 @@ class Balanced:
         _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
         _refuse_unknown("inside", self.inside, INSIDE)
         setting = self.setting
-        refuse_backward(setting.backward, setting.compile, setting.recompute)
+        setting.refuse_backward()
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
@@ -103,6 +109,8 @@ class Balanced:
         line = Line.of(program, self.setting, sizes or {}, bindings, loss)
         if not line.ops:
             return Plan((), (0.0,), (0,), (0,), 0.0, 0.0, self.setting)
+        if setting.by_graphs and trial is not None:
+            line.hold(trial)
         if self.profile_on is not None:
             self._time(line, sizes or {}, trial)
         return self.of_line(line)
@@ -160,7 +168,7 @@ class Balanced:
     def _fewest(self, line: Line, least: int) -> int | None:
         """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
         limit = self.budget * max(d.memory for d in self.setting.every_device)
-        static, _, _ = line.whole
+        static = line.whole.static
         least = max(least, math.ceil(static / limit))
         most = min(MOST, len(line.ops))
         tried = least - 1
@@ -187,7 +195,7 @@ class Balanced:
         if choice is None:
             return None
         cuts = list(choice.chosen.cuts)
-        flights = self.setting.in_flight(stages)
+        flights = self.setting.flights(stages)
         memory: list[int] = []
         intervals = itertools.pairwise(cuts)
         for (begin, end), flight in zip(intervals, flights, strict=True):
@@ -288,13 +296,12 @@ class Balanced:
     ) -> list[torch.Tensor] | None:
         """As `Problem.starts`: None where all ops fit each device."""
         devices = self.setting.devices(stages)
-        flights = self.setting.in_flight(stages)
-        limits: list[tuple[float, int]] = []
+        flights = self.setting.flights(stages)
+        limits: list[tuple[float, Flight]] = []
         for where, flight in zip(devices, flights, strict=True):
             budget = where.memory * self.budget * scale
             limits.append((budget, flight))
-        static, kept, passing = line.whole
-        if all(static + kept * flight + passing <= budget for budget, flight in limits):
+        if all(line.whole.fits(budget, flight) for budget, flight in limits):
             return None
         return [line.starts(budget, flight) for budget, flight in limits]
 
@@ -353,12 +360,18 @@ class Balanced:
     def _does_not_fit(self, line: Line, stages: int) -> SplitError:
         """An error that names the stage over its memory, by how much, and what would fit."""
         if self._problem(line, stages, math.inf).within(math.inf) is None:
+            budget = self.setting.activation_budget
+            if line.least_too_large(self.setting.flights(stages)):
+                return SplitError(
+                    f"no cuts into {stages} stages save as little as activation_budget={budget:,} bytes",
+                    hint="a larger one, smaller micro-batches, fewer in flight, or more stages",
+                )
             return SplitError(
                 f"no cuts into {stages} stages are possible",
                 hint="pins contradict each other, or regions are too large",
             )
         scale = self._scale_that_fits(line, stages)
-        plan = self._cut(line, stages, scale)
+        plan = replace(self, inside="always")._cut(line, stages, scale)
         assert plan is not None
         memory = plan.memory
         limits = [d.memory * self.budget for d in self.setting.devices(stages)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from itertools import pairwise, product
 
 import torch
 
+from stagecut.backend.costs.held import NONE, Held, Holdings, held_by_graphs
 from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.measured import Trial
 from stagecut.backend.costs.ops import (
     Device,
     OpCost,
@@ -24,8 +27,21 @@ from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.ir.aliases import unwritten
 from stagecut.ir.graph import WHOLE, Context, Op, Program, Scope, StateEntry, Value
 from stagecut.ir.ops import is_heavy
+from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import carries_grad
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Memory that an op needs in a stage, which counts once for its holder. static: bytes. kept: those that
+    autograd keeps for each micro-batch; graphs: those that graphs do.
+    """
+
+    holder: object
+    static: int = 0
+    kept: int = 0
+    graphs: Held = NONE
 
 
 @dataclass
@@ -39,7 +55,8 @@ class Line:
     loss: LossCost | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     measured: torch.Tensor | None = None
-    _starts: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
+    held: Holdings | None = None
+    _starts: dict[tuple[float, Flight], torch.Tensor] = field(default_factory=dict)
     _parts: dict[Device, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -220,31 +237,42 @@ class Line:
                 entries.append(owner)
         return entries
 
-    def memory(self, begin: int, end: int, in_flight: int) -> tuple[int, int, int]:
+    def memory(self, begin: int, end: int, flight: Flight) -> tuple[int, int, int]:
         """Bytes of a stage: of its state with gradients and optimizer, of the values it keeps for the
         backward, of gradients on their way.
         """
+        window = self._window(begin, end)
+        return window.static, int(window.kept(flight)), window.passing
+
+    def _window(self, begin: int, end: int) -> _Window:
         window = _Window(self)
         for position in range(begin, end):
             window.add(position)
-        return window.static, window.kept * in_flight, window.passing
+        return window
 
     @cached_property
-    def whole(self) -> tuple[int, int, int]:
-        """As `memory` of all ops as one stage, with one micro-batch in flight."""
-        return self.memory(0, len(self.ops), 1)
+    def whole(self) -> _Window:
+        """All ops as one stage."""
+        return self._window(0, len(self.ops))
 
-    @cached_property
-    def holdings(self) -> list[list[tuple[object, int, int]]]:
-        """For each op, the memory that it needs in a stage. A holding is the holder, its bytes once, and its
-        bytes for every micro-batch in flight.
+    def hold(self, trial: Trial) -> None:
+        """The values that ops keep are those that graphs save, but where autograd runs a block all the same.
+        `trial` cuts the program.
         """
-        holdings: list[list[tuple[object, int, int]]] = []
+        shares = [sum(map(self._bytes, cost.kept)) + cost.extra for cost in self.costs]
+        self.held = held_by_graphs(
+            self.ops, self.blocks(), shares, trial, self.setting, self.sizes
+        )
+
+    @cached_property
+    def holdings(self) -> list[list[Holding]]:
+        """For each op, the memory that it needs in a stage."""
+        holdings: list[list[Holding]] = []
         for op, cost in zip(self.ops, self.costs, strict=True):
             position = len(holdings)
             holdings.append(self._holdings_of(op, cost, position))
         if self.loss is not None and holdings and self.setting.training:
-            holdings[-1].append((self.loss, 0, self.loss.kept))
+            holdings[-1].append(Holding(self.loss, 0, self.loss.kept))
         return holdings
 
     def passing(self, position: int) -> int:
@@ -267,37 +295,66 @@ class Line:
             inside[position] = bool(_block_of(op.scope[: depths[position]]))
         return inside
 
-    def _holdings_of(
-        self, op: Op, cost: OpCost, position: int
-    ) -> list[tuple[object, int, int]]:
-        holdings: list[tuple[object, int, int]] = []
+    def _holdings_of(self, op: Op, cost: OpCost, position: int) -> list[Holding]:
+        holdings: list[Holding] = []
         copies = 0
         if self.setting.training:
             copies = 1 + STATE_OF[self.setting.optimizer]
-            for value in cost.kept:
-                holdings.append((value, 0, self._bytes(value)))
-            if cost.extra:
-                holdings.append((position, 0, cost.extra))
+            holdings += self._for_backward(cost, position)
         for entry in dict.fromkeys(self.state_read(op)):
             size, trained = state_bytes([entry])
             size += trained * copies
-            holdings.append((entry, size, 0))
+            holdings.append(Holding(entry, size))
         return holdings
 
-    def starts(self, budget: float, in_flight: int) -> torch.Tensor:
+    def _for_backward(self, cost: OpCost, position: int) -> list[Holding]:
+        """What an op keeps for the backward."""
+        if self.held is not None:
+            own = self.held[position]
+            return [Holding(holder, graphs=held) for holder, held in own]
+        holdings = [Holding(value, 0, self._bytes(value)) for value in cost.kept]
+        if cost.extra:
+            holdings.append(Holding(position, 0, cost.extra))
+        return holdings
+
+    def least_too_large(self, flights: Sequence[Flight]) -> bool:
+        """Whether no stage with so many micro-batches in flight may have all ops for its budget."""
+        return all(self.whole.kept(flight) == math.inf for flight in flights)
+
+    @cached_property
+    def takes_gradient(self) -> bool:
+        """Whether an input of the model has a gradient."""
+        return any(
+            value.owner is None and carries_grad(value.type)
+            for op in self.ops
+            for value in op.operands
+        )
+
+    def within(self, held: Held, flight: Flight) -> float:
+        """The bytes that a stage keeps within the budget of the setting; infinity where it cannot."""
+        budget = self.setting.activation_budget
+        most = held.most.during(flight)
+        if budget is None:
+            return most
+        least = held.least.during(flight)
+        if isinstance(budget, float):
+            return least + int(budget * (most - least))
+        return min(most, budget) if least <= budget else math.inf
+
+    def starts(self, budget: float, flight: Flight) -> torch.Tensor:
         """For each end, the first beginning from which a stage fits the budget."""
-        key = (budget, in_flight)
+        key = (budget, flight)
         if key not in self._starts:
-            self._starts[key] = self._first_beginnings(budget, in_flight)
+            self._starts[key] = self._first_beginnings(budget, flight)
         return self._starts[key]
 
-    def _first_beginnings(self, budget: float, in_flight: int) -> torch.Tensor:
+    def _first_beginnings(self, budget: float, flight: Flight) -> torch.Tensor:
         window = _Window(self)
         begin = 0
         beginnings = torch.zeros(len(self.ops) + 1, dtype=torch.int64)
         for end in range(1, len(self.ops) + 1):
             window.add(end - 1)
-            while begin < end and window.nbytes(in_flight) > budget:
+            while begin < end and not window.fits(budget, flight):
                 window.remove(begin)
                 begin += 1
             beginnings[end] = begin
@@ -315,7 +372,9 @@ class _Window:
         # the positions of ops whose gradients take more than those of any later one
         self._largest: deque[tuple[int, int]] = deque()
         self.static = 0
-        self.kept = 0
+        self._by_autograd = 0
+        self._by_graphs = Held()
+        self._has_first = False
 
     @property
     def passing(self) -> int:
@@ -325,32 +384,49 @@ class _Window:
         _, passing = self._largest[0]
         return passing
 
-    def nbytes(self, in_flight: int) -> int:
+    def kept(self, flight: Flight) -> float:
+        """The bytes of what the interval keeps for the backward, with so many micro-batches in flight."""
+        held = self._by_graphs
+        if self._has_first and not self._line.takes_gradient:
+            held = held.of_first
+        by_graphs = self._line.within(held, flight)
+        return self._by_autograd * flight.weights + by_graphs
+
+    def nbytes(self, flight: Flight) -> float:
         """The bytes of all that the interval holds, with so many micro-batches in flight."""
-        return self.static + self.kept * in_flight + self.passing
+        return self.static + self.kept(flight) + self.passing
+
+    def fits(self, budget: float, flight: Flight) -> bool:
+        """Whether the interval may be a stage within so many bytes."""
+        nbytes = self.nbytes(flight)
+        return nbytes <= budget and nbytes < math.inf
 
     def add(self, position: int) -> None:
         """The op at `position` joins."""
+        self._has_first |= position == 0
         passing = self._line.passing(position)
         while self._largest and self._largest[-1][1] <= passing:
             self._largest.pop()
         self._largest.append((position, passing))
-        for key, static, kept in self._line.holdings[position]:
-            count = self._count.get(key, 0)
-            self._count[key] = count + 1
+        for holding in self._line.holdings[position]:
+            count = self._count.get(holding.holder, 0)
+            self._count[holding.holder] = count + 1
             if not count:
-                self.static += static
-                self.kept += kept
+                self.static += holding.static
+                self._by_autograd += holding.kept
+                self._by_graphs += holding.graphs
 
     def remove(self, position: int) -> None:
         """The op at `position` leaves."""
+        self._has_first &= position != 0
         if self._largest and self._largest[0][0] == position:
             self._largest.popleft()
-        for key, static, kept in self._line.holdings[position]:
-            self._count[key] -= 1
-            if not self._count[key]:
-                self.static -= static
-                self.kept -= kept
+        for holding in self._line.holdings[position]:
+            self._count[holding.holder] -= 1
+            if not self._count[holding.holder]:
+                self.static -= holding.static
+                self._by_autograd -= holding.kept
+                self._by_graphs -= holding.graphs
 
 
 def _is_cheap(op: Op, cheap: set[Value]) -> bool:

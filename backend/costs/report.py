@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+from stagecut.backend.costs.kept import KeptByGraphs
 from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import LossCost
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
@@ -24,6 +25,7 @@ from stagecut.backend.tables import table, time_text
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
+from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.text.printer import size_text, value_names
 from stagecut.ir.types import carries_grad, value_bytes
@@ -35,7 +37,7 @@ class StageReport:
     memory is in bytes by kind; `passing` are the gradients that one op's backward reads and makes.
 
     parameters counts elements. received, sent: bytes forward, including values relayed through the stage.
-    sources: how many ops have their costs from each source.
+    sources: how many ops have their costs from each source. saved: what graphs save, None by autograd.
     """
 
     index: int
@@ -51,6 +53,7 @@ class StageReport:
     received: int
     sent: int
     sources: dict[str, int]
+    saved: KeptByGraphs | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Report:
         )
         yield table([head, *map(_row, self.stages)], left=(len(head) - 1,))
         yield from (f"too large: {overfull}" for overfull in self.too_large)
+        yield from self._saved_lines()
         yield ""
         yield (
             f"{self.schedule} with {self.n_microbatches} micro-batches on {self.device}: a step takes "
@@ -184,6 +188,17 @@ class Report:
         if self.crossings:
             yield ""
             yield table([_crossing_row(c) for c in self.crossings], left=(0, 2, 4))
+
+    def _saved_lines(self) -> Iterator[str]:
+        """What graphs save of all micro-batches in flight: as they are set, and in other ways."""
+        rows = [
+            (str(stage.index), *stage.saved.row())
+            for stage in self.stages
+            if stage.saved is not None
+        ]
+        if rows:
+            yield ""
+            yield table([("stage", *KeptByGraphs.HEAD), *rows])
 
     def to_svg(self) -> str:
         """Two bars for each stage, its time and its memory by kind, as an SVG picture."""
@@ -290,16 +305,19 @@ def report(
     loss: LossCost | None = None,
     measured: Sequence[Timing[float]] | None = None,
     splits: bool = True,
+    saved: Sequence[KeptByGraphs | None] = (),
 ) -> Report:
     """The costs of the stages of a linked program under `setting`, with the loss on the last one. `measured`:
-    the seconds of each stage where they are known; `splits`: whether torch can split their backwards.
+    the seconds of each stage where they are known; `splits`: whether torch can split their backwards;
+    `saved`: for each stage what graphs save, where they run it.
 
     Raises InputError when the stages do not fit their schedule.
     """
     count = len(program.stages)
     placement = setting.placement(count)
     devices = setting.devices(count)
-    flights = setting.in_flight(count)
+    flights = setting.flights(count)
+    by_graphs = saved or [None] * count
     lines = _lines_of(program, setting, sizes, bindings, loss)
     timings = measured or [
         line.total(where) for line, where in zip(lines, devices, strict=True)
@@ -327,10 +345,11 @@ def report(
                 time.backward,
                 (time.forward + time.backward) / total,
                 sum(_elements(e.type) for e in stage.state if e.kind == "param"),
-                _memory(stage, line, setting, flights[i]),
+                _memory(stage, line, setting, flights[i], by_graphs[i]),
                 crossing[i - 1] if i else 0,
                 crossing[i] if i < count - 1 else 0,
                 _sources(sources),
+                by_graphs[i],
             )
         )
     delays = [where.delay(size) for size, where in zip(crossing, devices, strict=False)]
@@ -405,10 +424,20 @@ def _modules(stage: Stage, most: int = 4) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _memory(stage: Stage, line: Line, setting: Setting, flight: int) -> dict[str, int]:
+def _memory(
+    stage: Stage,
+    line: Line,
+    setting: Setting,
+    flight: Flight,
+    saved: KeptByGraphs | None,
+) -> dict[str, int]:
     size, trained = state_bytes(stage.state)
     trained = trained if setting.training else 0
     _, kept, passing = line.memory(0, len(stage.ops), flight)
+    if saved is not None:
+        kept = saved.chosen
+        if line.loss is not None:
+            kept += line.loss.kept * flight.weights
     optimizer = trained * STATE_OF[setting.optimizer]
     return {
         "parameters": size,

@@ -14,10 +14,12 @@ from stagecut.backend.schedules import (
     Order,
     Step,
     V,
+    flights_of,
     homes,
-    in_flight,
 )
+from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.roles import Flight
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 """Optimizer -> how many tensors of the size of a parameter it keeps for each."""
@@ -28,7 +30,8 @@ class Setting:
     """The devices on which the stages will run, and how they run there.
 
     device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
-    optimizer: a key of STATE_OF. backward, compile, recompute: what Driver is told of the backward.
+    optimizer: a key of STATE_OF. backward, compile, recompute, activation_budget: what Driver is told of the
+    backward.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -40,6 +43,18 @@ class Setting:
     backward: str = "autograd"
     compile: bool = False
     recompute: bool = False
+    activation_budget: int | float | None = None
+
+    @property
+    def by_graphs(self) -> bool:
+        """Whether graphs make the backward."""
+        return self.training and self.backward == "graph"
+
+    def refuse_backward(self) -> None:
+        """Raises InputError for what Driver does not know either."""
+        refuse_backward(
+            self.backward, self.compile, self.recompute, self.activation_budget
+        )
 
     def placement(self, stages: int) -> list[int]:
         """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
@@ -100,8 +115,13 @@ class Setting:
         """Whether the schedule splits backwards."""
         return self.training and self.schedule in SPLITTING
 
+    def flights(self, stages: int) -> list[Flight]:
+        """The largest numbers of micro-batches of which each stage holds values. Raises as `actions`."""
+        if not self.training:
+            return [Flight()] * stages
+        ranks = max(self.placement(stages)) + 1
+        return flights_of(self.schedule, stages, ranks, self.n_microbatches)
+
     def in_flight(self, stages: int) -> list[int]:
         """The largest number of micro-batches of which each stage holds activations."""
-        if not self.training:
-            return [1] * stages
-        return in_flight(self.orders(stages), stages)
+        return [flight.weights for flight in self.flights(stages)]

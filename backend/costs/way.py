@@ -13,7 +13,6 @@ from stagecut.backend.costs import store
 from stagecut.backend.costs.loss import LossCost
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.ranks.wrapped import Wrap
-from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.modules import Stage
 from stagecut.backend.stages.roles import RoleCode
@@ -66,7 +65,7 @@ class Way:
         """How stages run under a setting, before a loss whose cost is known. Raises InputError for what
         Driver does not know either.
         """
-        refuse_backward(setting.backward, setting.compile, setting.recompute)
+        setting.refuse_backward()
         return Way(
             device,
             wrap,

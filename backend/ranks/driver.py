@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -41,10 +41,12 @@ from stagecut.backend.ranks.told import Told, tell
 from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
+from stagecut.backend.schedules import flights_of
 from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
+from stagecut.backend.stages.saving import Saving
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.types import value_bytes
@@ -74,7 +76,10 @@ class Driver:
     `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its
     inputs and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage
     that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three. With
-    `recompute`, the backward computes light ops again, so that less is saved.
+    `recompute`, the backward computes light ops again, so that less is saved. `activation_budget` chooses how
+    much: a float is what torch's `activation_memory_budget` is, a part of the way from the least that can be
+    saved, 0.0, to all, 1.0, and an int, which torch has not, is what a user knows who runs out of memory: the
+    bytes of this rank for what its stages save, with all micro-batches of the schedule in flight.
 
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
@@ -102,6 +107,7 @@ class Driver:
         backward: str = "autograd",
         compile: bool = False,
         recompute: bool = False,
+        activation_budget: int | float | None = None,
         args_chunk_spec: Sequence[Any] | None = None,
         kwargs_chunk_spec: Mapping[str, Any] | None = None,
         target_chunk_spec: Any = None,
@@ -152,7 +158,17 @@ class Driver:
             args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
         )
         self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
-        self._graphs = graphs_of(pipe, self.stage_indices, backward, compile, recompute)
+        refuse_backward(backward, compile, recompute, activation_budget)
+        self._graphs: dict[int, Graphs] = {}
+        if backward == "graph":
+            code = RoleCode(compile)
+            self._graphs = {
+                i: Graphs(pipe, i, code, recompute) for i in self.stage_indices
+            }
+        numbers = schedule, pipe.num_stages, ranks, n_microbatches
+        self._saving = Saving(
+            pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
+        )
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
@@ -294,6 +310,8 @@ class Driver:
             if stage.graphs is not None:
                 stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
+            if self._saving.is_open and how == "step":
+                self._saving.share(sizes[0], self.device, dtypes)
             step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
             return None, step_losses
@@ -336,6 +354,7 @@ class Driver:
     def _follow_trained(self) -> None:
         follow(self.pipe, self.modules, self.group)
         self._schedules.clear()
+        self._saving.reopen()
 
     def _microbatches(
         self, schedule: Any, how: str, losses: Losses | None
@@ -480,21 +499,6 @@ class Driver:
         )
 
 
-def graphs_of(
-    pipe: Staged,
-    indices: Sequence[int],
-    backward: str,
-    compiled: bool,
-    recompute: bool,
-) -> dict[int, Graphs]:
-    """The graphs of these stages; none where autograd makes the backward. Raises InputError."""
-    refuse_backward(backward, compiled, recompute)
-    if backward == "autograd":
-        return {}
-    code = RoleCode(compiled)
-    return {index: Graphs(pipe, index, code, recompute) for index in indices}
-
-
 def described(driver: Driver) -> str:
     """A driver as text: schedule, placement, sizes."""
     program = driver.pipe.program
@@ -515,6 +519,7 @@ def described(driver: Driver) -> str:
         lines.append(
             f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
         )
+    lines += driver._saving.lines()
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
     calls: dict[str, None] = {}
     for sizes in driver._batch.sizes:

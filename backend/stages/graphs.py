@@ -16,21 +16,19 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as torch_module
 
+from stagecut.backend.stages.memory import REFUSALS, TracedStage
 from stagecut.backend.stages.modules import Stage, StageModule
 from stagecut.backend.stages.pure import PureStage
 from stagecut.backend.stages.roles import Function, RoleCode
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import CaptureError, RolesError
+from stagecut.ir.errors import BudgetError, RolesError
 from stagecut.ir.graph import Value
-from stagecut.ir.roles import Roles
+from stagecut.ir.roles import Budget, Roles, Saved
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import DTYPES, TensorType
 
 Tensors = Sequence[torch.Tensor]
-
-REFUSALS = (RolesError, CaptureError)
-"""The errors that say why a stage has no graphs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Split:
     ) -> None:
         joint = roles.joint
         self.outputs = outputs
+        self.memory = roles.memory
         self._functions: list[Function] = [
             code.function(block, bindings)
             for block in (roles.forward, roles.backward_input, roles.backward_weight)
@@ -164,8 +163,9 @@ def _tangents_of(roles: Roles) -> dict[Value, frozenset[int]]:
 class Graphs:
     """One stage of a pipe, run by graphs, which are made at their first use for each signature.
 
-    With `recompute`, the backward computes light ops again, so that less is saved. `stage`: a copy that runs
-    in the place of the pipe's own. `note` says why the stage runs by autograd, '' while it does not.
+    With `recompute`, the backward computes ops again, so that less is saved. `stage`: a copy that runs in the
+    place of the pipe's own. `note` says why the stage runs by autograd, '' while it does not. `title` is the
+    stage in an error.
     """
 
     def __init__(
@@ -173,11 +173,12 @@ class Graphs:
         pipe: Staged,
         index: int,
         code: RoleCode,
-        recompute: bool = False,
+        recompute: bool | Budget = False,
         stage: Stage | None = None,
     ) -> None:
         self._pipe = pipe
-        self._recompute = recompute
+        self.recompute = recompute
+        self.title = f"stage {index}"
         self._stage = stage or pipe.stages[index]
         self._block = pipe.program.stages[index]
         self._code = code
@@ -231,6 +232,12 @@ class Graphs:
         )
         return outputs
 
+    @property
+    def saved(self) -> Saved | None:
+        """What a micro-batch leaves in memory, the most of all sizes that ran; None where graphs ran none."""
+        of_sizes = [s.memory for s in self._splits.values() if isinstance(s, Split)]
+        return max(of_sizes, key=lambda saved: saved.forward, default=None)
+
     def take_weights(self) -> Callable[[], None]:
         """The function that adds the gradients of the weights of the backward that ran last. The next call
         gives one that does nothing, as after a backward that did not reach the stage.
@@ -272,24 +279,17 @@ class Graphs:
         return None
 
     def _made(self, tensors: Tensors, handed_on: tuple[int, ...]) -> Split | str:
-        """The functions for these tensors, or why there are none."""
+        """The functions for these tensors, or why there are none. Raises BudgetError."""
         assert self._pure is not None
         self._pure.handed_on = handed_on
-        slots = self._pure.slots
-        names = [slot.name for slot in slots]
-        names += [value.hint for value in self._block.inputs]
-        weights = range(len(slots))
-        arguments = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        same = {
-            len(self._block.outputs) + number: len(slots) + place
-            for number, place in enumerate(handed_on)
-        }
         try:
-            roles, bindings = self._pipe.roles(
-                self._pure, arguments, names, weights, same, self._recompute
+            roles, bindings = TracedStage(self._pipe, self._pure, tensors).roles(
+                self.recompute
             )
         except REFUSALS as error:
             return str(error)
+        except BudgetError as error:
+            raise error.at(self.title) from None
         outputs = len(self._block.outputs) + len(handed_on)
         return Split(roles, bindings, self._code, outputs)
 

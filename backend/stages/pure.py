@@ -4,7 +4,7 @@ writes goes out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,10 @@ from stagecut.backend.stages.run import results_of
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import RolesError
 from stagecut.ir.graph import Stage as IrStage
-from stagecut.ir.graph import StateEntry, nested_ops
+from stagecut.ir.graph import StateEntry, Value, nested_ops
 from stagecut.ir.run.storage import storage_of
-from stagecut.ir.types import TensorType
+from stagecut.ir.sizes import evaluate
+from stagecut.ir.types import DTYPES, TensorType
 
 
 @dataclass(eq=False)
@@ -85,6 +86,19 @@ class PureStage:
             outputs,
             (*tensors, *written),
         ), *written
+
+    @property
+    def resident(self) -> list[int]:
+        """The places of the arguments that lie in memory whatever a backward needs: state that the stage does
+        not write, and inputs of the model.
+        """
+        state = [place for place, slot in enumerate(self.slots) if not slot.written]
+        inputs = [
+            len(self.slots) + place
+            for place, value in enumerate(self.block.inputs)
+            if value.owner is None
+        ]
+        return state + inputs
 
     @contextmanager
     def _holding(self, state: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -174,3 +188,35 @@ def _written_entries(block: IrStage) -> list[StateEntry]:
             if isinstance(owner, StateEntry) and owner in block.state:
                 entries[owner] = None
     return list(entries)
+
+
+def example_of(
+    value: Value,
+    sizes: Mapping[str, int],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A tensor of the type of a value, or of another dtype, there or on another device; what is in it does
+    not matter. Raises RolesError where nobody knows how large it is.
+    """
+    tensor_type = value.type
+    assert isinstance(tensor_type, TensorType)
+    numbers = tuple(sorted(sizes.items()))
+    shape = [_number(dim, numbers) for dim in tensor_type.shape]
+    options: Any = {
+        "dtype": dtype or getattr(torch, DTYPES[tensor_type.dtype]),
+        "device": device or tensor_type.device,
+    }
+    if tensor_type.strides is None:
+        tensor = torch.zeros(shape, **options)
+    else:
+        strides = [_number(step, numbers) for step in tensor_type.strides]
+        tensor = torch.empty_strided(shape, strides, **options)
+    return tensor.requires_grad_(tensor_type.grad)
+
+
+def _number(dim: int | str, sizes: tuple[tuple[str, int], ...]) -> int:
+    number = dim if isinstance(dim, int) else evaluate(dim, sizes)
+    if number is None:
+        raise RolesError(f"the size {dim} varies, and no example says how large it is")
+    return number

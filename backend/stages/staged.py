@@ -18,7 +18,7 @@ from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program
-from stagecut.ir.roles import Roles
+from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import CallSpec, check_inputs
 from stagecut.ir.text.parser import parse
@@ -112,21 +112,33 @@ class Staged(Named):
             for stage in self.stages:
                 refuse_meta(self.program, stage)
 
-    def roles(
+    def joint_graph(
         self,
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],
+    ) -> Any:
+        """What `roles` takes: a function of these arguments and its gradients, traced. Raises CaptureError.
+
+        The frontend traces, so the public class overrides this.
+        """
+        raise NotImplementedError
+
+    def roles(
+        self,
+        traced: Any,
         names: Sequence[str],
         weights: Collection[int],
         same: Mapping[int, int],
-        recompute: bool = False,
+        resident: Collection[int],
+        recompute: bool | Budget = False,
     ) -> tuple[Roles, Bindings]:
-        """The roles of a function of these arguments, which have these names, and the constants that the
-        roles read. `weights` are the places of the arguments whose gradients may come last. `same`: the place
-        of a result -> that of the argument which it is a copy of, and which the forward returns instead.
-        With `recompute`, the backward computes light ops again, so that less is saved.
+        """The roles of a traced function whose arguments have these names, and the constants that the roles
+        read. `weights` are the places of the arguments whose gradients may come last. `same`: the place of a
+        result -> that of the argument which it is a copy of, and which the forward returns instead.
+        `resident`: the places of the arguments that lie in memory whatever is saved. With `recompute`, the
+        backward computes ops again, so that less is saved (passes/roles.py).
 
-        The frontend traces, so the public class overrides this.
+        The public class overrides this.
         """
         raise NotImplementedError
 

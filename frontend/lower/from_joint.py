@@ -20,9 +20,10 @@ def lower_joint(
     names: Sequence[str],
     tangents: tuple[int, ...],
     weights: Collection[int],
+    resident: Collection[int] = (),
 ) -> tuple[Joint, Bindings]:
     """The joint block of a graph whose primals have these names. `weights` are the places of the primals that
-    are weights.
+    are weights, `resident` of those that lie in memory whatever is saved.
 
     The constants of the graph are state of the block, and the bindings beside it have their tensors.
     """
@@ -63,7 +64,15 @@ def lower_joint(
     program.set_outputs(outputs)
     results = len(outputs) - len(names)
     primals, cotangents = program.inputs[: len(names)], program.inputs[len(names) :]
-    joint = Joint(program, primals, cotangents, tangents, results, frozenset(weights))
+    joint = Joint(
+        program,
+        primals,
+        cotangents,
+        tangents,
+        results,
+        frozenset(weights),
+        frozenset(resident),
+    )
     return joint, bindings
 
 
