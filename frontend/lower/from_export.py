@@ -21,6 +21,7 @@ from stagecut.frontend.lower.lower import (
 from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
 from stagecut.frontend.watch.training import switches
+from stagecut.ir.aliases import Aliases
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import Effects, Lane, Op, Program, StateEntry, Value
 from stagecut.ir.lanes import goes_on
@@ -267,6 +268,8 @@ def _write_back(
     ops = program.ops
     positions = {op: position for position, op in enumerate(ops)}
     position = max(earliest, *(_born(value, positions) for value in (source, target)))
+    if isinstance(target.owner, Op):
+        _refuse_older_views(program, target, target.owner, position)
     copy = Op(
         "aten.copy_.default",
         (target, source),
@@ -284,6 +287,31 @@ def _write_back(
         target.replace_uses(old.results[0], lambda user: user not in (copy, old))
         ops.insert(min(position, positions.get(first, len(positions))), old)
     copy.add_result(target.type, f"{target.hint}_new")
+
+
+def _refuse_older_views(
+    program: Program, target: Value, writer: Op, position: int
+) -> None:
+    """Returns when nothing from `position` on reads the storage of `target`, which `writer` has written, but
+    `target` and its views: only these can be views of a clone. Raises CaptureError.
+    """
+    aliases = Aliases(program.ops, program.state)
+    root = aliases.root(target)
+    younger = {target}
+    for op in program.ops:
+        for result, viewed in zip(op.results, op.effects.views, strict=False):
+            if viewed in younger:
+                younger.add(result)
+    for op in (*program.ops[position:], program.output):
+        for value in op.operands:
+            if aliases.root(value) is not root or value in younger:
+                continue
+            raise CaptureError(
+                f"'{root.hint}' is written in place and then assigned, and {value!r}, a view from before, is "
+                "used after that",
+                where=(writer if op is program.output else op).where(),
+                hint="clone the view, or write in place only: self.buffer.copy_(new)",
+            )
 
 
 def _born(value: Value, positions: dict[Op, int]) -> int:

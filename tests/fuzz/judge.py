@@ -41,6 +41,7 @@ TRACE_REFUSALS = (
     "a view of another size",
     "returns what it writes as a tensor of another history",
     "shares memory with something else that it returned",
+    "is written in place and then assigned, and",
 )
 CUT_REFUSALS = (
     "no op of the program runs in a call of module",
