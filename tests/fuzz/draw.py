@@ -120,7 +120,7 @@ _OPS = """
 1 f | {0}.narrow(-1, 1, 2)
 1 f | {0}.select(-1, 1)
 1 f | {0}.diagonal()
-1 f | {0}.as_strided((2, 2), (2, 1), 0)
+1 m | {0}.as_strided((2, 2), (2, 1), 0)
 1 f | {0}.permute(*reversed(range({0}.dim())))
 1 f | torch.movedim({0}, 0, -1)
 1 t | {0}.view_as({0})
