@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, PipedModel, load, pipeline
+    from stagecut.pretrained import from_pretrained
 
 __version__ = VERSION
 
@@ -119,6 +120,7 @@ _HOMES = {
     "Driver": "stagecut.backend.ranks.driver",
     "Generator": "stagecut.generate",
     "build_stage": "stagecut.backend.ranks.stage",
+    "from_pretrained": "stagecut.pretrained",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
     "load": "stagecut.pipe",
@@ -194,6 +196,7 @@ __all__ = [
     "VerifyError",
     "build_stage",
     "checkpoint",
+    "from_pretrained",
     "load",
     "load_stage",
     "parse",
