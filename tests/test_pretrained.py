@@ -116,7 +116,7 @@ def test_old_names_of_the_hub_are_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import BertConfig, BertForMaskedLM
 
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+    size: Any = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
     model = BertForMaskedLM(BertConfig(**size)).eval()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -338,7 +338,7 @@ def test_a_tensor_of_the_files_that_is_made_of_several_ranks_is_refused(tmp_path
 def _dinov2() -> Any:
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    size: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     return Dinov2ForImageClassification(Dinov2Config(**size, use_swiglu_ffn=True)).eval()
 
 
