@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from hub.check import SUBJECTS, check
 from torch import nn
 from zoo.cuts import equal_ops
 
-from stagecut import CheckpointError, Driver, InputError, Pipe, checkpoint, from_pretrained, pipeline
+from stagecut import CheckpointError, Driver, InputError, Pipe, SplitPoint, checkpoint, from_pretrained, pipeline
 from stagecut.backend.files import pretrained
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")]
@@ -318,36 +319,54 @@ def test_a_folder_that_is_none_of_transformers_is_refused(tmp_path: Path) -> Non
     fails("are quantized")
 
 
+def _fuse() -> None:
+    """Files of Llama have one tensor for two of the model's, as those of some models do."""
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    two = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    register_checkpoint_conversion_mapping("LlamaForCausalLM", [WeightConverter("mlp.gate_up.weight", two, [Chunk(dim=0)])], overwrite=True)
+
+
+@pytest.fixture
+def fused() -> Iterator[None]:
+    """Inside, files of Llama are so."""
+    from transformers import conversion_mapping
+
+    _fuse()
+    yield
+    conversion_mapping._checkpoint_conversion_mapping_cache.pop("LlamaForCausalLM")  # type: ignore[union-attr]
+    conversion_mapping.USER_REGISTERED_MAPPINGS.discard("LlamaForCausalLM")
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_tensor_that_the_model_holds_as_two_is_read_and_written(tmp_path: Path) -> None:
+    model, pipe = _cut(_llama)
+    model.save_pretrained(tmp_path / "theirs")
+    assert any("mlp.gate_up.weight" in key for key in _keys(tmp_path / "theirs"))
+    assert _same(model, from_pretrained(tmp_path / "theirs", (), IDS, split_policy=equal_ops(3)))
+    checkpoint.save_pretrained(pipe, tmp_path / "ours")
+    assert _keys(tmp_path / "ours") == _keys(tmp_path / "theirs")
+    assert _same(model, type(model).from_pretrained(tmp_path / "ours"))
+
+
+@pytest.mark.usefixtures("fused")
 def test_a_tensor_of_the_files_that_is_made_of_several_ranks_is_refused(tmp_path: Path) -> None:
-    """Dinov2 holds as two what the hub's files have as one; here a cut divides them."""
-    from stagecut.backend.files.conversions import as_saved
-
-    model = _dinov2()
-    state = model.state_dict()
-    name = next(name for name in state if "gate_proj.weight" in name)
-    divided = {other: tensor if other == name else tensor.to("meta") for other, tensor in state.items()}
-    with pytest.raises(CheckpointError, match=r"gate_proj.weight' and '.*up_proj.weight' are one tensor in the files"):
-        as_saved(model, divided)
-    whole = {other: tensor if "layers.0." in other or "layer.0." in other else tensor.to("meta") for other, tensor in state.items()}
-    saved = as_saved(model, whole)
-    assert any("weights_in" in key and not tensor.is_meta for key, tensor in saved.items())
-    model.save_pretrained(tmp_path)
-    assert saved.keys() == _keys(tmp_path)
+    model, _ = _cut(_llama)
+    model.save_pretrained(tmp_path / "start")
+    answers = on_ranks(2, _save_divided, tmp_path / "start", tmp_path / "1", True)
+    assert all(re.search(r"mlp\.(gate|up)_proj.weight' and '.*' are one tensor in the files of transformers", answer) for answer in answers)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+    assert on_ranks(2, _save_divided, tmp_path / "start", tmp_path / "1", False) == ["ok", "ok"]
+    assert _same(model, type(model).from_pretrained(tmp_path / "1"))
 
 
-def _dinov2() -> Any:
-    from transformers import Dinov2Config, Dinov2ForImageClassification
-
-    size: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    return Dinov2ForImageClassification(Dinov2Config(**size, use_swiglu_ffn=True)).eval()
-
-
-def test_a_tensor_that_the_model_holds_as_two_is_read(tmp_path: Path) -> None:
-    model = _dinov2()
-    model.save_pretrained(tmp_path)
-    assert any("weights_in" in key for key in _keys(tmp_path))
-    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    pipe = from_pretrained(tmp_path, (), inputs, split_policy=equal_ops(2))
-    held = pipe.state_dict()
-    assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items() if name in held)
-    assert torch.equal(pipe.module()(**inputs).logits, model(**inputs).logits)
+def _save_divided(folder: Path, other: Path, original: bool) -> str:
+    """A cut between two tensors that are one in the files."""
+    _fuse()
+    pipe = from_pretrained(folder, (), IDS, {"model.layers.1.mlp.up_proj": SplitPoint.BEGINNING})
+    try:
+        checkpoint.save_pretrained(Driver(pipe, "GPipe", 2), other, save_original_format=original)
+    except CheckpointError as error:
+        return str(error)
+    return "ok"
