@@ -313,6 +313,12 @@ def test_a_folder_that_is_none_of_transformers_is_refused(tmp_path: Path) -> Non
     fails(r"names Llama9ForCausalLM, which transformers does not have(?s:.)*model_class=")
     fails("is no class of transformers", model_class=nn.Linear)
     fails("there is no checkpoint in", model_class=type(model))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"none")
+    fails("there is no checkpoint in(?s:.)*bin files are not read", model_class=type(model))
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"lm_head.weight": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(broken)
+        fails("'model.safetensors.index.json' cannot be read", model_class=type(model))
+    (tmp_path / "model.safetensors.index.json").unlink()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
@@ -331,10 +337,15 @@ def _fuse() -> None:
 @pytest.fixture
 def fused() -> Iterator[None]:
     """Inside, files of Llama are so."""
-    from transformers import conversion_mapping
-
     _fuse()
     yield
+    _forget()
+
+
+def _forget() -> None:
+    """Files of Llama are as they are."""
+    from transformers import conversion_mapping
+
     conversion_mapping._checkpoint_conversion_mapping_cache.pop("LlamaForCausalLM")  # type: ignore[union-attr]
     conversion_mapping.USER_REGISTERED_MAPPINGS.discard("LlamaForCausalLM")
 
@@ -359,6 +370,19 @@ def test_a_tensor_of_the_files_that_is_made_of_several_ranks_is_refused(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
     assert on_ranks(2, _save_divided, tmp_path / "start", tmp_path / "1", False) == ["ok", "ok"]
     assert _same(model, type(model).from_pretrained(tmp_path / "1"))
+
+
+def test_a_name_of_the_model_that_looks_like_one_of_the_hub_is_its_own(tmp_path: Path) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    model, pipe = _cut(_llama)
+    checkpoint.save_pretrained(pipe, tmp_path / "1")
+    conversion_mapping.register_checkpoint_conversion_mapping("LlamaForCausalLM", [WeightRenaming("mlp", "ffn")], overwrite=True)
+    try:
+        assert _same(model, from_pretrained(tmp_path / "1", (), IDS, split_policy=equal_ops(2)))
+    finally:
+        _forget()
 
 
 def _save_divided(folder: Path, other: Path, original: bool) -> str:

@@ -306,16 +306,28 @@ def _files_of(path: Path) -> dict[str, Path]:
     """Key -> the file that has its tensor."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        contents = json.loads(index.read_text(encoding="utf-8"))
-        return {name: path / file for name, file in contents["weight_map"].items()}
+        return _files_in(index)
     file = path if path.is_file() else path / "model.safetensors"
     if not file.is_file():
-        raise CheckpointError(
-            f"there is no checkpoint in '{path}'",
-            hint="model.safetensors, model.safetensors.index.json or .metadata of a distributed one",
-        )
+        hint = "model.safetensors, model.safetensors.index.json or .metadata of a distributed one"
+        if next(path.glob("pytorch_model*.bin"), None) is not None:
+            hint = "pickled .bin files are not read: save the model again by its own save_pretrained"
+        raise CheckpointError(f"there is no checkpoint in '{path}'", hint=hint)
     with _opened(file) as handle:
         return dict.fromkeys(handle.keys(), file)
+
+
+def _files_in(index: Path) -> dict[str, Path]:
+    """Key -> the file that has its tensor, as an index says. Raises CheckpointError for what is no index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: index.parent / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{index.name}' cannot be read: {error}",
+            where=str(index),
+            hint="load it again",
+        ) from error
 
 
 def _not_made(
