@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, PipedModel, load, pipeline
+    from stagecut.pretrained import from_pretrained
 
 __version__ = VERSION
 
@@ -121,6 +122,7 @@ _HOMES = {
     "Driver": "stagecut.backend.ranks.driver",
     "Generator": "stagecut.generate",
     "build_stage": "stagecut.backend.ranks.stage",
+    "from_pretrained": "stagecut.pretrained",
     "Pipe": "stagecut.pipe",
     "pipeline": "stagecut.pipe",
     "load": "stagecut.pipe",
@@ -197,6 +199,7 @@ __all__ = [
     "VerifyError",
     "build_stage",
     "checkpoint",
+    "from_pretrained",
     "load",
     "load_stage",
     "parse",

@@ -647,8 +647,10 @@ class Pipe(Staged):
             and none in the source.
         source: a checkpoint that has every persistent tensor; no other checkpoint is read. It is a
             .safetensors file, a folder with `model.safetensors` or `model.safetensors.index.json`, or a
-            checkpoint of torch.distributed.checkpoint. `rename` gives the name in the checkpoint for a name
-            of the model. With `cast`, floats of another dtype become the model's.
+            checkpoint of torch.distributed.checkpoint. Names and forms that transformers has for the files of
+            a model of its own are converted, while the model is alive. `rename` gives the name in the
+            checkpoint for a name of the model instead. With `cast`, floats of another dtype become the
+            model's.
         init_fn: called with every module of a copy of the model in which the tensors to initialise are real,
             inner modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters")
             else None` or `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers

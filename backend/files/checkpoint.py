@@ -9,15 +9,13 @@ the other way round.
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,30 +24,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from stagecut.backend.files.model_state import saved_state
+from stagecut.backend.files.pretrained import save_pretrained
+from stagecut.backend.files.together import (
+    CheckpointError,
+    clear,
+    on_first,
+    publish,
+    together,
+)
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.state import (
     entries,
     held_tensors,
-    lost_hint,
     persistent,
     refuse_meta,
 )
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 
-T = TypeVar("T")
+__all__ = ["CheckpointError", "latest", "load", "save", "save_pretrained"]
+
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Copies = Mapping[str, Mapping[str, torch.Tensor]]
 """Name in the checkpoint -> name of the model's -> tensor."""
 _RESERVED = ("model", "optim", "extra")
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))
-
-
-class CheckpointError(StagecutError):
-    """A checkpoint is missing, does not fit the model, or could not be written."""
 
 
 def save(
@@ -74,7 +76,7 @@ def save(
     aside = folder.with_name(f".{folder.name}.partial")
     with driver.faults.together(agreed=(StagecutError,)):
         state = together(driver.group, lambda: _state(driver, optimizer, extra, copies))
-        on_first(driver.group, lambda: _clear(folder, aside))
+        on_first(driver.group, lambda: clear(folder, aside))
         aliases = {
             f"model.{names[0]}": names[1:]
             for entry in driver.pipe.program.state
@@ -91,7 +93,7 @@ def save(
             raise CheckpointError(
                 f"checkpoint '{folder}' was not saved: rank {rank}: {type(cause).__name__}: {cause}"
             ) from error
-        on_first(driver.group, lambda: _publish(aside, folder))
+        on_first(driver.group, lambda: publish(aside, folder))
 
 
 def load(
@@ -229,39 +231,9 @@ def _copied(
 
 
 def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
-    """Name -> tensor, for the entries that this rank saves: the rank of the first stage that holds an entry
-    saves it.
-    """
-    pipe = driver.pipe
-    for index in driver.stage_indices:
-        refuse_meta(pipe.program, pipe.stages[index])
-    traced = {name for entry in pipe.program.state for name in persistent(entry)}
-    for index in driver.stage_indices:
-        for name in pipe.stages[index].state_dict():
-            if name not in traced:
-                raise CheckpointError(
-                    f"'{name}' is no tensor of the traced model, it would be lost",
-                    hint=lost_hint(name, "register it before the model is cut"),
-                )
-    state: dict[str, torch.Tensor] = {}
-    for entry in pipe.program.state:
-        names = persistent(entry)
-        if not names or not entry.stages:
-            continue
-        first = entry.stages[0]
-        if first in driver.stage_indices:
-            tensors = held_tensors(pipe.program, [pipe.stages[first]], entry)
-            state[names[0]] = next(tensors).detach()
-    for name, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            raise CheckpointError(
-                f"'{name}' is sharded over ranks of other pipelines, which this one does not know",
-                hint=(
-                    "save pipe.stages[i].state_dict() by torch.distributed.checkpoint.save on every rank: "
-                    "its names are the model's"
-                ),
-            )
-    return state
+    """Name -> tensor, for the entries that this rank saves."""
+    state = saved_state(driver.pipe, driver.stage_indices)
+    return {persistent(entry)[0]: tensor for entry, tensor in state.items()}
 
 
 def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
@@ -307,25 +279,6 @@ def _entry_of(parameter: torch.Tensor, homes: Mapping[int, StateEntry]) -> State
             hint="make it with driver.parameters(), after materialize()",
         )
     return entry
-
-
-def _clear(folder: Path, aside: Path) -> None:
-    if folder.exists():
-        raise CheckpointError(
-            f"'{folder}' is there already",
-            hint="give every checkpoint a folder of its own, such as run/step-100",
-        )
-    shutil.rmtree(aside, ignore_errors=True)  # left by a save that was killed
-    folder.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    os.rename(aside, folder)
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def _pickled(content: Any) -> bytes:
@@ -585,36 +538,3 @@ def _saved_optimizer(full_keys: Iterable[str]) -> dict[tuple[str, str], dict[str
                 name, _, key = full_key.removeprefix(f"optim.{part}.").rpartition(".")
                 saved.setdefault((part, name), {})[key] = full_key
     return saved
-
-
-# --- all ranks or none --------------------------------------------------------------------------------
-
-
-def on_first(group: dist.ProcessGroup | None, work: Callable[[], None]) -> None:
-    """Rank 0 has done `work`; if it raised, every rank raises the same error."""
-    is_first = dist.get_rank(group) == 0
-    together(group, lambda: work() if is_first else None)
-
-
-def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
-    """The result of `work` of every rank, on every rank; when it raises on one rank, CheckpointError
-    on all.
-    """
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    failures: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(
-        failures, None if error is None else str(error) or type(error).__name__, group
-    )
-    if isinstance(error, StagecutError):
-        raise error
-    failed = next(
-        (rank for rank, text in enumerate(failures) if text is not None), None
-    )
-    if failed is not None:
-        raise CheckpointError(f"rank {failed}: {failures[failed]}") from error
-    return result  # type: ignore[return-value]

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagecut.backend.files.checkpoint import CheckpointError, Reader, check_fits
+from stagecut.backend.files.checkpoint import Reader, check_fits
+from stagecut.backend.files.conversions import Conversions, Read
+from stagecut.backend.files.together import CheckpointError
 from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held_tensors, persistent
@@ -75,7 +77,9 @@ def materialize(
     reader: Source | None = None
     from_source: dict[StateEntry, str] = {}
     if source is not None:
-        reader = _open(Path(source))
+        # where the caller says the names, no other names are looked for
+        model = pipe._model() if pipe._model is not None and rename is None else None
+        reader = open_source(Path(source), model)
         for entry in wanted:
             names = persistent(entry)
             if rename is not None:
@@ -220,10 +224,13 @@ def _no_value(
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> Source:
+def open_source(path: Path, model: nn.Module | None = None) -> Source:
+    """The tensors of a checkpoint, under the names that they have in `model`. Raises CheckpointError where
+    there is none.
+    """
     if (path / ".metadata").is_file():
         return Reader(path)
-    return _Safetensors(path)
+    return _Safetensors(path, model)
 
 
 class _Safetensors:
@@ -231,43 +238,54 @@ class _Safetensors:
     files it names.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: nn.Module | None) -> None:
         self.path = path
-        self.files: dict[str, Path] = {}
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            contents = json.loads(index.read_text(encoding="utf-8"))
-            for name, file_name in contents["weight_map"].items():
-                self.files[name] = path / file_name
-            return
-        file = path if path.is_file() else path / "model.safetensors"
-        if not file.is_file():
-            raise CheckpointError(
-                f"there is no checkpoint in '{path}'",
-                hint="model.safetensors, model.safetensors.index.json or .metadata of a distributed one",
-            )
-        with _opened(file) as handle:
-            self.files = dict.fromkeys(handle.keys(), file)
+        self.files = _files_of(path)
+        self._conversions = Conversions(model, self.files)
 
     def key_for(self, names: Sequence[str], tensor: torch.Tensor, cast: bool) -> str:
         """As `Source` says."""
-        key = next((name for name in names if name in self.files), None)
-        if key is None:
-            raise CheckpointError(
-                f"'{names[0]}' is not in the checkpoint",
-                where=str(self.path),
-                hint=nearest(names[0], self.files),
-            )
-        saved = self._tensor(key)
-        check_fits(
-            key, tensor, tuple(saved.shape), saved.dtype, str(self.files[key]), cast
+        for name in names:
+            if name in self._conversions.renamed:
+                key = self._conversions.renamed[name]
+                return self._fitting(key, self._tensor(key), tensor, cast)
+            if name in self._conversions.made:
+                made = self._made(name, lambda key: self._tensor(key).to("meta"))
+                return self._fitting(name, made[name], tensor, cast)
+        raise CheckpointError(
+            f"'{names[0]}' is not in the checkpoint",
+            where=str(self.path),
+            hint=nearest(names[0], self.files),
         )
+
+    def _fitting(
+        self, key: str, saved: torch.Tensor, tensor: torch.Tensor, cast: bool
+    ) -> str:
+        where = str(self.files.get(key, self.path))
+        check_fits(key, tensor, tuple(saved.shape), saved.dtype, where, cast)
         return key
 
     def read(self, into: dict[str, Any]) -> None:
         """As `Source` says."""
+        converted: dict[str, torch.Tensor] = {}
         for key, tensor in into.items():
-            tensor.copy_(self._tensor(key))
+            if key not in self._conversions.made:
+                tensor.copy_(self._tensor(key))
+                continue
+            if key not in converted:
+                converted |= self._made(key, self._tensor)
+            tensor.copy_(converted.pop(key))
+
+    def _made(self, name: str, read: Read) -> dict[str, torch.Tensor]:
+        """Name in the model -> tensor, for `name` and what is made with it."""
+        made = self._conversions.made[name]
+        try:
+            tensors = made.tensors(self._conversions.model, read)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise _not_made(name, made.sources, self.path, error) from error
+        if name not in tensors:
+            raise _not_made(name, made.sources, self.path, None)
+        return tensors
 
     def _tensor(self, key: str) -> torch.Tensor:
         """A tensor in the mapped file; nothing is read yet. Each tensor has a map of its own, because
@@ -282,6 +300,46 @@ class _Safetensors:
                 )
             tensor: torch.Tensor = handle.get_tensor(key)
             return tensor
+
+
+def _files_of(path: Path) -> dict[str, Path]:
+    """Key -> the file that has its tensor."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return _files_in(index)
+    file = path if path.is_file() else path / "model.safetensors"
+    if not file.is_file():
+        hint = "model.safetensors, model.safetensors.index.json or .metadata of a distributed one"
+        if next(path.glob("pytorch_model*.bin"), None) is not None:
+            hint = "pickled .bin files are not read: save the model again by its own save_pretrained"
+        raise CheckpointError(f"there is no checkpoint in '{path}'", hint=hint)
+    with _opened(file) as handle:
+        return dict.fromkeys(handle.keys(), file)
+
+
+def _files_in(index: Path) -> dict[str, Path]:
+    """Key -> the file that has its tensor, as an index says. Raises CheckpointError for what is no index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: index.parent / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{index.name}' cannot be read: {error}",
+            where=str(index),
+            hint="load it again",
+        ) from error
+
+
+def _not_made(
+    name: str, sources: Sequence[tuple[str, str]], path: Path, error: Exception | None
+) -> CheckpointError:
+    keys = ", ".join(f"'{key}'" for key, _ in sources[:3])
+    rest = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    return CheckpointError(
+        f"transformers makes no '{name}' of {keys}{rest}: {error or 'it makes others'}",
+        where=str(path),
+        hint="load it again: some tensors of the folder are missing or of another shape",
+    )
 
 
 def _opened(file: Path) -> Any:
