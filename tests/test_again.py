@@ -99,10 +99,7 @@ def test_nothing_is_kept_of_an_object_that_is_gone() -> None:
 
 class Cache:
     def __init__(self) -> None:
-        self.resets = 0
-
-    def reset(self) -> None:
-        self.resets += 1
+        self.keys = torch.zeros(2)
 
 
 def test_a_cache_serves_one_request_after_the_other() -> None:
@@ -110,10 +107,14 @@ def test_a_cache_serves_one_request_after_the_other() -> None:
     one, other = (caches.take(3, Cache) for _ in range(2))
     assert one is not other
     caches.finish({"past_key_values": other})
-    assert caches.take(3, Cache) is one
-    assert one.resets == 1
-    assert caches.take(3, Cache) not in (one, other)
-    assert caches.take(4, Cache) is not one
+    keys = one.keys
+    new, another, longer = caches.take(3, Cache), caches.take(3, Cache), caches.take(4, Cache)
+    new.keys += 1
+    assert caches.used_before(longer) is longer
+    assert caches.used_before(new) is one
+    assert (one.keys is keys, keys.tolist()) == (True, [1, 1])
+    assert caches.used_before(another) is another
     caches.forget()  # the request failed
     caches.finish(None)
-    assert caches.take(3, Cache).resets == 0
+    new = caches.take(3, Cache)
+    assert caches.used_before(new) is new
