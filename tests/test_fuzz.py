@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis.core
 import pytest
 import torch
 from compare import differences, observe_all
@@ -82,15 +84,14 @@ def test_the_two_back_ends_agree(index: int) -> None:
 
 
 def test_a_failure_is_found_made_smaller_and_shown_by_a_script(tmp_path: Path) -> None:
+    # hypothesis goes down by chance, and with a seed of its own it forgets where to begin
+    hypothesis.core.threadlocal._hypothesis_global_random = random.Random(0)
     plan, made_of = draw(SEED, 0, plant=True)
     verdict = judge(plan)
     assert verdict.kind == FAILED
     small, found = shrink(plan, made_of, verdict, 0, seconds=600, plant=True)
     assert found.signature == verdict.signature
-    codes = [step.code for step in small.blocks[0].steps]
-    # hypothesis goes down by chance, and may leave a step that nothing reads
-    assert PLANTED.code in codes
-    assert len(codes) <= 2 < len(plan.blocks[0].steps)
+    assert [step.code for step in small.blocks[0].steps] == [PLANTED.code]
     script = tmp_path / "reproducer.py"
     script.write_text(reproducer(small, found), encoding="utf-8")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False)
