@@ -326,13 +326,10 @@ class Generator:
         kind: Any = type(criteria)
         tokens = self._tokens
 
-        def say(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
-            with self._choice():
-                return kind.__call__(this, input_ids, scores, **more)
-
         def tell(this: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
             assert tokens is not None
-            done = say(this, input_ids, scores, **more)
+            with self._choice():
+                done = kind.__call__(this, input_ids, scores, **more)
             tokens.tell(input_ids[:, -1], done)
             return done
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -136,7 +137,6 @@ class BuiltStage(PipelineStage):
         self._ports: list[_Ports] = []
         self.received, self.sent = self._first = self._ports_for(sizes)
         self._written = written_inputs(self.block)
-        self._written_arguments = written_arguments(program)
         sent_on = {p.value for p in self.sent if p.grad}
         self._handed_on = tuple(
             place
@@ -444,6 +444,10 @@ class BuiltStage(PipelineStage):
         if grad is not None:
             return grad
         return torch.zeros(p.wire_shape, dtype=p.wire_dtype, device=self.device)
+
+    @cached_property
+    def _written_arguments(self) -> tuple[int, ...]:
+        return written_arguments(self.pipe.program)
 
     def _flat_inputs(self, args: Any, kwargs: Any) -> list[Any]:
         try:

@@ -297,14 +297,10 @@ def _refuse_older_views(
     """
     aliases = Aliases(program.ops, program.state)
     root = aliases.root(target)
-    younger = {target}
-    for op in program.ops:
-        for result, viewed in zip(op.results, op.effects.views, strict=False):
-            if viewed in younger:
-                younger.add(result)
+    younger = Aliases(program.ops, roots=[target])
     for op in (*program.ops[position:], program.output):
         for value in op.operands:
-            if aliases.root(value) is not root or value in younger:
+            if aliases.root(value) is not root or younger.root(value) is target:
                 continue
             raise CaptureError(
                 f"'{root.hint}' is written in place and then assigned, and {value!r}, a view from before, is "
