@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
@@ -28,9 +29,11 @@ def faster(pipe: Staged, index: int, compiled: bool, record: Record | None) -> R
         return run
     if compiled:
         run = torch.compile(run, dynamic=False)
-    if record is not None:
-        kept = {lane.given for lane in pipe.program.lanes}
-        inputs = pipe.program.stages[index].inputs
+    stage = pipe.program.stages[index]
+    kept = {lane.given for lane in pipe.program.lanes}
+    # a recording reads copies of the others, and what it wrote into one would be lost
+    if record is not None and written_inputs(stage) <= kept:
+        inputs = stage.inputs
         run = Graphed(run, [value in kept for value in inputs], record)
     return run
 
