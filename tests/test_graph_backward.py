@@ -219,6 +219,25 @@ def test_one_stage_after_the_other(between: nn.Module) -> None:
     assert run.notes == ["", ""]
 
 
+class Turned(nn.Module):
+    """The gradient of an activation has another layout than what it was computed from."""
+
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(6, 64), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.linear(x).view(-1, 16, 4)).transpose(1, 2).contiguous() * 2
+
+
+@pytest.mark.parametrize(
+    "act", [F.softplus, F.elu, F.hardswish, F.hardsigmoid, F.hardtanh, F.gelu, F.logsigmoid], ids=lambda act: act.__name__
+)
+def test_a_gradient_lies_where_its_kernel_puts_it(act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.randn(2, 6)
+    Run(_pipe(Turned(act), 1, x), x).check()
+
+
 class Called(nn.Module):
     """A function as a module."""
 

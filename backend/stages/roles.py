@@ -9,11 +9,17 @@ import torch
 
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage
-from stagecut.ir.graph import Block, Program, StateEntry, nested_ops
+from stagecut.ir.graph import Block, Program, StateEntry, nested_ops, target_of
 from stagecut.ir.graph import Stage as IrStage
 from stagecut.ir.run.bindings import Bindings
 
 Function = Callable[..., Any]
+
+
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
+"""Some kernels lay out their results in another way than torch's trace says, so a view of one may have to be a
+copy. A role writes nothing, so it is the same.
+"""
 
 
 class RoleCode:
@@ -50,6 +56,9 @@ def _emitted(block: Block, bindings: Bindings) -> Stage:
     role = block.copy()
     for place, value in enumerate(role.inputs):
         value.hint = f"x{place}"
+    for op in role.ops:
+        if op.target in _VIEWS:
+            op.target = target_of("aten.reshape.default")
     program = Program(block.name)
     program.phase = "linked"
     program.inputs = role.inputs
