@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from stagecut.ir.graph import Program
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
-    from stagecut.pipe import Pipe, PipedModel, load, pipeline
+    from stagecut.pipe import Pipe, load, pipeline
+    from stagecut.piped import PipedModel
     from stagecut.pretrained import from_pretrained
 
 __version__ = VERSION
@@ -102,7 +103,7 @@ _HOMES = {
     "checkpoint": "stagecut.backend.files",
     "BuiltStage": "stagecut.backend.ranks.stage",
     "PipeInfo": "stagecut.backend.ranks.stage",
-    "PipedModel": "stagecut.pipe",
+    "PipedModel": "stagecut.piped",
     "Plan": "stagecut.backend.costs.plan",
     "Program": "stagecut.ir.graph",
     "Report": "stagecut.check",

@@ -14,7 +14,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.stages.fx_view import PREFIX, split_module
-from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.staged import Staged
 from stagecut.check import (
     CannotCompare,
@@ -58,6 +57,7 @@ from stagecut.passes.recompute import Recompute
 from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
+from stagecut.piped import PipedModel, data_of
 from stagecut.repeat import changing
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def pipeline(
     pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
+        pipe._data = data_of(module)
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
         )
@@ -560,6 +561,7 @@ class Pipe(Staged):
     """A model cut into stages. It can be compared with the model, costed, saved, drawn, and run on ranks."""
 
     plan: Plan | None
+    _data: Mapping[str, Any] = {}
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
@@ -798,9 +800,11 @@ class Pipe(Staged):
 
         return differentiated(self, recompute)
 
-    def module(self) -> nn.Module:
-        """The pipe as a module with the model's own signature and output structure."""
-        return PipedModel(self)
+    def module(self) -> PipedModel:
+        """The pipe as a module with the model's own signature and output structure. Attributes of the model
+        that are data, such as `config`, are attributes of it; `device` and `dtype` are those of the stages.
+        """
+        return PipedModel(self, self._data)
 
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""
@@ -846,27 +850,3 @@ def load(
     from stagecut.backend.files.saved import restored
 
     return restored(Pipe, folder, stages, device, ops)
-
-
-class PipedModel(Named):
-    """A pipe with the model's own signature: same arguments, same output structure, same state names."""
-
-    _pipe: Pipe
-
-    def __init__(self, pipe: Pipe) -> None:
-        super().__init__()
-        # no child: the children are the model's modules
-        object.__setattr__(self, "_pipe", pipe)
-        self._name(pipe.stages, pipe._names)
-        self.training = pipe.training
-
-    def train(self, mode: bool = True) -> PipedModel:
-        """As `Pipe.train`."""
-        self._pipe.train(mode)
-        self.training = mode
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._pipe.flat_outputs(args, kwargs)
-        spec = self._pipe._call_spec
-        return spec.unflatten(flat, args, kwargs) if spec is not None else flat
