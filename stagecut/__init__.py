@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.timeline import Timeline
     from stagecut.backend.files import checkpoint
     from stagecut.backend.files.checkpoint import CheckpointError
-    from stagecut.backend.files.materialize import MaterializeError
+    from stagecut.backend.files.initial import MaterializeError
     from stagecut.backend.files.saved import load_stage
     from stagecut.backend.files.untrusted import SavedError
     from stagecut.backend.page.page import to_html
@@ -88,7 +88,7 @@ _HOMES = {
     "EmitError": "stagecut.ir.errors",
     "InputError": "stagecut.ir.errors",
     "MismatchError": "stagecut.backend.ranks.stage",
-    "MaterializeError": "stagecut.backend.files.materialize",
+    "MaterializeError": "stagecut.backend.files.initial",
     "NonFiniteError": "stagecut.backend.ranks.gradients",
     "ParseError": "stagecut.ir.errors",
     "PassError": "stagecut.ir.errors",

@@ -193,6 +193,9 @@ def pipeline(
     pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
+        if all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            # it weighs nothing, and stages that become real ask it for names and values
+            pipe._model = lambda: module
         pipe._data = data_of(module)
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
@@ -656,8 +659,8 @@ class Pipe(Staged):
         init_fn: called with every module of a copy of the model in which the tensors to initialise are real,
             inner modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters")
             else None` or `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers
-            that are not persistent. Its random numbers depend on `seed` and the tensor's name, not on the
-            cut.
+            that are not persistent; by default the model's own code does, as for `initialize`. Random numbers
+            depend on `seed` and the tensor's name, not on the cut.
 
         Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
         module kept whole is the model's own, and becomes real in the model too.
@@ -667,15 +670,9 @@ class Pipe(Staged):
         """
         from stagecut.backend.files.materialize import materialize
 
-        chosen = [stages] if isinstance(stages, int) else list(stages)
-        if wrong := [index for index in chosen if not isinstance(index, int)]:
-            raise InputError(
-                f"{wrong[0]!r} is no stage",
-                hint="the indices of stages, such as 0 or [0, 3]",
-            )
         materialize(
             self,
-            chosen,
+            _indices(stages),
             source,
             torch.device(device),
             init_fn,
@@ -684,6 +681,31 @@ class Pipe(Staged):
             cast,
             seed,
         )
+
+    def initialize(
+        self,
+        stages: int | Iterable[int],
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """These stages have the values of a new model: its own code has set all parameters and buffers, those
+        that are not persistent too. Stages on meta are real and on `device`; a sharded parameter has its
+        shard.
+
+        For each module, inner ones first, `_init_weights` of the nearest module around it is called with it;
+        where there is none, or it leaves tensors of the module as they are, the module's own
+        `reset_parameters`, `_reset_parameters` or `init_weights`.
+
+        The values are, bit for bit, those of the whole model on `device` for which all this was called after
+        `torch.manual_seed(seed)`, however the model is cut. So each rank draws the random numbers of the whole
+        model, and holds one foreign tensor at a time. The random state stays as it was.
+
+        Raises MaterializeError for a tensor that no code sets. No stage has changed then.
+        """
+        from stagecut.backend.files.materialize import initialize
+
+        initialize(self, _indices(stages), torch.device(device), seed)
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
         """`folder` holds the pipe: IR text, tensors, and the calling convention of the model.
@@ -828,6 +850,20 @@ class Pipe(Staged):
         return to_svg(
             self.program, level=level, stage=stage, depth=depth, renderer=renderer
         )
+
+
+def _indices(stages: int | Iterable[int]) -> list[int]:
+    """The indices of stages. Raises InputError for what is none."""
+    chosen = [stages] if isinstance(stages, int) else stages
+    if not isinstance(chosen, Iterable):
+        raise InputError(f"{stages!r} is no stage", hint=_INDICES)
+    chosen = list(chosen)
+    if wrong := [index for index in chosen if not isinstance(index, int)]:
+        raise InputError(f"{wrong[0]!r} is no stage", hint=_INDICES)
+    return chosen
+
+
+_INDICES = "the indices of stages, such as 0 or [0, 3]"
 
 
 def load(
