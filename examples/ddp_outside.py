@@ -55,7 +55,7 @@ def main() -> None:
         loss = losses.batch / mesh["data"].size()
         dist.all_reduce(loss, group=replicas)
         if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss.item():.6f}", flush=True)
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
     dist.barrier()  # torch may abort in a process that leaves while others still talk to it
     dist.destroy_process_group()
 

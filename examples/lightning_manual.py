@@ -49,7 +49,7 @@ class Printed(lightning.Callback):
     """Every rank has the losses; the first one prints them."""
 
     def on_train_batch_end(self, trainer, *_):
-        print({n: round(v.item(), 6) for n, v in trainer.callback_metrics.items()})
+        print({n: round(v.item(), 4) for n, v in trainer.callback_metrics.items()})
 
 
 def main() -> None:

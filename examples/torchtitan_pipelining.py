@@ -207,7 +207,7 @@ def main() -> None:
             if mesh["fsdp"].get_local_rank() == 0:
                 sharded = sum(isinstance(p, DTensor) for p in parameters)
                 print(
-                    f"step {step}: loss {loss.item():.6f}, {sharded} sharded parameters"
+                    f"step {step}: loss {loss.item():.4f}, {sharded} sharded parameters"
                 )
     dist.barrier()  # torch may abort in a process that leaves while others still talk to it
     dist.destroy_process_group()

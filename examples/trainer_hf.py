@@ -169,10 +169,16 @@ def arguments(folder: str, steps: int) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=2,
         save_steps=2,
+        load_best_model_at_end=True,
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def accuracy(predictions) -> dict[str, float]:
+    right = predictions.predictions[:, :-1].argmax(-1) == predictions.label_ids[:, 1:]
+    return {"accuracy": right[predictions.label_ids[:, 1:] != -100].mean()}
 
 
 def main() -> None:
@@ -199,9 +205,10 @@ def main() -> None:
         args.microbatches,
         train_dataset=Counting(64),
         eval_dataset=Counting(16),
+        compute_metrics=accuracy,
     )
     trainer.train(resume_from_checkpoint=args.resume)
-    trainer.save_model()
+    trainer.save_model(f"{args.output}/tuned-{trainer.state.global_step}")
     dist.barrier()  # torch may abort in a process that leaves while others still talk to it
     dist.destroy_process_group()
 

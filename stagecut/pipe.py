@@ -698,8 +698,8 @@ class Pipe(Staged):
         `reset_parameters`, `_reset_parameters` or `init_weights`.
 
         The values are, bit for bit, those of the whole model on `device` for which all this was called after
-        `torch.manual_seed(seed)`, however the model is cut. So each rank draws the random numbers of the whole
-        model, and holds one foreign tensor at a time. The random state stays as it was.
+        `torch.manual_seed(seed)`, however the model is cut. So each rank runs this for the whole model, and
+        has memory for one foreign module at a time. The random state stays as it was.
 
         Raises MaterializeError for a tensor that no code sets. No stage has changed then.
         """

@@ -1,5 +1,5 @@
-"""Initial values of tensors, as the model's own code gives them: on a copy of the model in which only the wanted
-tensors are real.
+"""Initial values of tensors, as the model's own code gives them: on a copy of the model in which only the
+wanted tensors are real.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from stagecut.backend.files.checkpoint import check_fits
 from stagecut.backend.stages.staged import Staged
@@ -38,8 +38,8 @@ def initial(
     seed: int,
     in_order: bool = False,
 ) -> dict[StateEntry, torch.Tensor]:
-    """The wanted tensors after `init_fn`, or for None the model's own code, was called for every module of the
-    model, inner ones first. An entry that it leaves as it is has none.
+    """The wanted tensors after `init_fn`, or for None the model's own code, was called for every module of
+    the model, inner ones first. An entry that it leaves as it is has none.
 
     With `in_order`, random numbers are drawn as for the whole model on `device` after
     `torch.manual_seed(seed)`. Otherwise they depend on the seed and the name of the tensor, and nothing is
@@ -59,7 +59,7 @@ def initial(
     for entry in wanted:
         real |= _make_real(twin, names[entry], device, entry.kind == "param")
     numbers = (_InOrder if in_order else _ByName)(real, seed, device)
-    numbers.run(twin, init_fn or own_init(twin, lambda module: numbers.lacks(module)))
+    numbers.run(twin, init_fn or own_init(twin, numbers.lacks))
     tensors: dict[StateEntry, torch.Tensor] = {}
     for entry in wanted:
         for name in names[entry]:
@@ -124,7 +124,7 @@ def own_init(model: nn.Module, lacks: Callable[[nn.Module], bool]) -> InitFn:
             if not lacks(module):
                 return
         for name in ("reset_parameters", "_reset_parameters", "init_weights"):
-            own = getattr(module, name, None)
+            own: Any = getattr(module, name, None)
             # `init_weights` of transformers is the whole of what is done here
             if _takes(own, 0) and not (name == "init_weights" and by_outer):
                 own()
@@ -240,25 +240,32 @@ class _Numbers(TorchDispatchMode):
         paths = {module: path for path, module in model.named_modules()}
 
         def call(module: nn.Module) -> None:
-            self._begin(paths[module])
+            self._begin(module, paths[module])
             try:
                 init_fn(module)
+            except StagecutError:
+                raise
             except Exception as error:
                 raise_ours(error)
                 raise MaterializeError(
                     f"the initialisation of '{paths[module]}', a {type(module).__name__}, fails: {error}",
-                    hint="it runs on a copy in which the tensors of other stages are on meta",
+                    hint="it runs on a copy of the model, in which tensors of other stages have no values",
                 ) from error
+            self._end()
 
-        with _own_random_state(self._device), torch.no_grad(), self:
-            self._start()
-            model.apply(call)
+        with _own_random_state(self._device), torch.no_grad():
+            self._start(model)
+            with self:
+                model.apply(call)
 
-    def _start(self) -> None:
+    def _start(self, model: nn.Module) -> None:
         """Before the first module."""
 
-    def _begin(self, path: str) -> None:
+    def _begin(self, module: nn.Module, path: str) -> None:
         """Before the module at `path`."""
+
+    def _end(self) -> None:
+        """After each module."""
 
     def _draw(self, func: Any, args: Any, kwargs: Any, names: Sequence[str]) -> Any:
         """The result of a random op that writes these of the wanted tensors."""
@@ -288,7 +295,7 @@ class _ByName(_Numbers):
         super().__init__(*args)
         self._draws: dict[str, int] = {}
 
-    def _begin(self, path: str) -> None:
+    def _begin(self, module: nn.Module, path: str) -> None:
         torch.manual_seed(self._number(f"module {path}"))
 
     def _draw(self, func: Any, args: Any, kwargs: Any, names: Sequence[str]) -> Any:
@@ -308,29 +315,109 @@ class _ByName(_Numbers):
 
 
 class _InOrder(_Numbers):
-    """The random numbers of the whole model: for a tensor on meta, they are drawn and thrown away."""
+    """The random numbers of the whole model. Its other tensors are real too, without memory except while a
+    module is initialised that has them, or whose code touches them. Then their values are lost, and code that
+    reads them is refused.
+    """
 
-    def _start(self) -> None:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._others: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        self._storages: dict[int | None, tuple[str, torch.UntypedStorage, int]] = {}
+        self._filled: set[int | None] = set()
+        self._lost: set[int | None] = set()
+
+    def _start(self, model: nn.Module) -> None:
+        for path, owner in model.named_modules():
+            for holder in (owner._parameters, owner._buffers):
+                for last, tensor in holder.items():
+                    if tensor is not None and tensor.is_meta:
+                        other = self._other(f"{path}.{last}".removeprefix("."), tensor)
+                        self._others.setdefault(owner, {})[last] = other
+        self._restore()
         torch.manual_seed(self._seed)
 
-    def _draw(self, func: Any, args: Any, kwargs: Any, names: Sequence[str]) -> Any:
-        result = func(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs, result))
-        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
-            args, kwargs = tree_map_only(torch.Tensor, self._scratch, (args, kwargs))
-            if "device" in kwargs:
-                kwargs = kwargs | {"device": self._device}
-            func(*args, **kwargs)
+    def _other(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A real tensor without memory in the place of one on meta."""
+        other = torch.empty_like(tensor.detach(), device=self._device)
+        storage = other.untyped_storage()
+        self._storages[storage_of(other)] = name, storage, storage.nbytes()
+        storage.resize_(0)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(other, tensor.requires_grad)
+        return other
+
+    def _begin(self, module: nn.Module, path: str) -> None:
+        for tensor in self._others.get(module, {}).values():
+            self._fill(storage_of(tensor))
+
+    def _end(self) -> None:
+        for home in self._filled:
+            self._storages[home][1].resize_(0)
+        self._lost |= self._filled
+        self._filled.clear()
+        self._restore()
+
+    def _restore(self) -> None:
+        """What the code of a module put in the place of a tensor is let go of."""
+        for owner, tensors in self._others.items():
+            for last, tensor in tensors.items():
+                for holder in (owner._parameters, owner._buffers):
+                    if last in holder:
+                        holder[last] = tensor  # type: ignore[assignment]
+
+    def _fill(self, home: int | None) -> None:
+        if home in self._storages and home not in self._filled:
+            _, storage, size = self._storages[home]
+            storage.resize_(size)
+            self._filled.add(home)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        written = written_by(func, args, kwargs or {})
+        if not _reads_no_values(func):
+            for home in map(storage_of, tensors):
+                self._fill(home)
+                if home in self._lost and home not in written:
+                    raise self._lost_error(home)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if written and self._fills_whole(func, tensors[0]):
+            self._lost.discard(written[0])
         return result
 
-    def _scratch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Zeros with the sizes and strides of a tensor on meta."""
-        if not tensor.is_meta:
-            return tensor
-        zeros = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
+    def _fills_whole(self, func: Any, tensor: torch.Tensor) -> bool:
+        """True when nothing is left in the storage of `tensor` that was there before."""
+        is_fresh = torch.Tag.nondeterministic_seeded in func.tags or (
+            func.overloadpacket in _OVERWRITE
         )
-        return zeros.zero_()
+        return is_fresh and tensor.nbytes == tensor.untyped_storage().nbytes()
+
+    def _lost_error(self, home: int | None) -> MaterializeError:
+        return MaterializeError(
+            f"code that initialises the model reads '{self._storages[home][0]}', of another stage, whose "
+            "values are not kept",
+            hint="initialise both stages in one call, or pipe.materialize(stages, values=...)",
+        )
+
+    def _draw(self, func: Any, args: Any, kwargs: Any, names: Sequence[str]) -> Any:
+        return func(*args, **kwargs)
+
+
+_aten = torch.ops.aten
+_OVERWRITE = (_aten.fill_, _aten.zero_, _aten.copy_)
+
+
+def _reads_no_values(func: Any) -> bool:
+    """True for views, and for ops that ask a tensor for its sizes alone."""
+    name = func.overloadpacket.__name__
+    is_view = any(
+        returned.alias_info is not None and not returned.alias_info.is_write
+        for returned in func._schema.returns
+    )
+    return is_view or name.startswith("new_") or name.endswith("_like")
 
 
 def _own_random_state(device: torch.device) -> Any:

@@ -83,20 +83,7 @@ def materialize(
     lacking = [
         entry for entry in wanted if current[entry].is_meta and entry not in has_value
     ]
-    knows_model = pipe._model is not None and pipe._model() is not None
-    by_own_code = source is not None and init_fn is None and knows_model
-    if lacking and init_fn is None and not by_own_code:
-        raise _no_value(lacking, source)
-    from_init = initial(pipe, lacking, init_fn, device, seed)
-    if left := [entry for entry in lacking if entry not in from_init]:
-        if init_fn is None:
-            raise _no_value(left, source)
-        raise MaterializeError(
-            f"init_fn gave no value to '{left[0].name}'",
-            hint="initialise it there, or give values={name: tensor}",
-        )
-
-    tensors = from_stages | from_init
+    tensors = from_stages | _from_init(pipe, lacking, source, init_fn, device, seed)
     for entry in (*from_values, *from_source):
         own = current[entry].detach()
         if own.is_meta:
@@ -113,6 +100,32 @@ def materialize(
         current,
         device,
     )
+
+
+def _from_init(
+    pipe: Staged,
+    lacking: Sequence[StateEntry],
+    source: str | Path | None,
+    init_fn: InitFn | None,
+    device: torch.device,
+    seed: int,
+) -> dict[StateEntry, torch.Tensor]:
+    """The values that `init_fn` gives to tensors that lack one; beside a source, those of the model's own
+    code by default. Raises MaterializeError for a tensor that is left without one.
+    """
+    knows_model = pipe._model is not None and pipe._model() is not None
+    if lacking and init_fn is None and (source is None or not knows_model):
+        raise _no_value(lacking, source)
+    tensors = initial(pipe, lacking, init_fn, device, seed)
+    left = [entry for entry in lacking if entry not in tensors]
+    if left and init_fn is None:
+        raise _no_value(left, source)
+    if left:
+        raise MaterializeError(
+            f"init_fn gave no value to '{left[0].name}'",
+            hint="initialise it there, or give values={name: tensor}",
+        )
+    return tensors
 
 
 def initialize(

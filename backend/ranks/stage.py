@@ -712,9 +712,9 @@ def make_stage(
     dtypes: Mapping[Value, torch.dtype] = MappingProxyType({}),
     draws: Draws | None = None,
 ) -> BuiltStage:
-    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`; one on meta stays there,
-    and must be real when it runs. Values that cross have the `dtypes` that are given, and otherwise those of
-    the program.
+    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`; one on meta stays
+    there, and must be real when it runs. Values that cross have the `dtypes` that are given, and otherwise
+    those of the program.
     """
     if not isinstance(index, int) or not 0 <= index < pipe.num_stages:
         raise StagecutError(

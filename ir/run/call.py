@@ -80,7 +80,7 @@ class CallSpec:
         if self.written is not None:
             return self.written
         parameters: list[inspect.Parameter] = []
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
         names = dict.fromkeys([*self.parameters, *self.positional, *self.keywords])
         for name in names:
             if not name.isidentifier() or iskeyword(name):
