@@ -236,7 +236,9 @@ def test_code_that_reads_other_modules_is_right_or_refused() -> None:
     alone = Reading()
     alone.reset_parameters()
     pipe = pipeline(on_meta(Reading), (torch.empty(2, WIDTH, device="meta"),), check=None)
-    with pytest.raises(MaterializeError, match=r"reads 'norm\.linear\.weight', of another stage, whose values are not kept(?s:.)*in one call"):
+    with pytest.raises(
+        MaterializeError, match=r"reads 'norm\.linear\.weight', of another stage, whose values are not kept(?s:.)*in one call"
+    ):
         pipe.initialize(1, seed=2)
     pipe.initialize([0, 1], seed=2)
     assert all(torch.equal(tensor, pipe.state_dict()[name]) for name, tensor in alone.state_dict().items())
