@@ -565,6 +565,12 @@ class Pipe(Staged):
 
     plan: Plan | None
     _data: Mapping[str, Any] = {}
+    """The attributes of the model that are data. They are of the user's classes, so no pickle has them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_data", None)
+        return state
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
@@ -674,7 +680,7 @@ class Pipe(Staged):
             self,
             _indices(stages),
             source,
-            torch.device(device),
+            _real_device(device),
             init_fn,
             values or {},
             rename,
@@ -705,7 +711,7 @@ class Pipe(Staged):
         """
         from stagecut.backend.files.materialize import initialize
 
-        initialize(self, _indices(stages), torch.device(device), seed)
+        initialize(self, _indices(stages), _real_device(device), seed)
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
         """`folder` holds the pipe: IR text, tensors, and the calling convention of the model.
@@ -825,6 +831,7 @@ class Pipe(Staged):
     def module(self) -> PipedModel:
         """The pipe as a module with the model's own signature and output structure. Attributes of the model
         that are data, such as `config`, are attributes of it; `device` and `dtype` are those of the stages.
+        A pipe that was copied, pickled or loaded knows no data of the model.
         """
         return PipedModel(self, self._data)
 
@@ -860,6 +867,16 @@ def _indices(stages: int | Iterable[int]) -> list[int]:
     chosen = list(chosen)
     if wrong := [index for index in chosen if not isinstance(index, int)]:
         raise InputError(f"{wrong[0]!r} is no stage", hint=_INDICES)
+    return chosen
+
+
+def _real_device(device: torch.device | str) -> torch.device:
+    """A device on which tensors have values. Raises InputError for meta."""
+    chosen = torch.device(device)
+    if chosen.type == "meta":
+        raise InputError(
+            "nothing is real on the meta device", hint='device="cpu", or driver.device'
+        )
     return chosen
 
 

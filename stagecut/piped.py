@@ -13,6 +13,7 @@ from torch import nn
 from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.staged import Staged
 from stagecut.frontend.watch.attributes import SIMPLE, content_of
+from stagecut.ir.run.call import NO_NAMES
 
 
 class PipedModel(Named):
@@ -24,7 +25,7 @@ class PipedModel(Named):
 
     _pipe: Staged
 
-    def __init__(self, pipe: Staged, data: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Staged, data: Mapping[str, Any] = NO_NAMES) -> None:
         super().__init__()
         # no child: the children are the model's modules
         object.__setattr__(self, "_pipe", pipe)

@@ -249,6 +249,9 @@ def test_what_is_no_stage_or_has_no_model_is_refused() -> None:
     for wrong in ("0", None, 1.5):
         with pytest.raises(InputError, match=r"is no stage(?s:.)*such as 0 or \[0, 3\]"):
             pipe.initialize(wrong)  # type: ignore[arg-type]
+    for call in (pipe.initialize, pipe.materialize):
+        with pytest.raises(InputError, match="nothing is real on the meta device"):
+            call(0, device="meta")
     with pytest.raises(ValueError, match="Invalid stage index 3"):
         pipe.initialize(3)
     with pytest.raises(MaterializeError, match=r"there is no model(?s:.)*a copy of a pipe"):

@@ -96,6 +96,7 @@ def test_copies_and_pickles_are_the_same() -> None:
         }
         again.mark = 1
         assert deepcopy(again).mark == 1
+    assert not hasattr(deepcopy(module._pipe).module(), "config")
 
 
 def test_where_only_names_are_known_the_signature_takes_them_as_a_call_does(tmp_path: Path) -> None:
