@@ -8,6 +8,7 @@ order, on two pipelines of two ranks.
 """
 
 import argparse
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -152,6 +153,25 @@ def batch(step: int, replica: int) -> torch.Tensor:
     return torch.randint(64, (8, 9), generator=generator)
 
 
+def run(schedule, microbatches, has_first, has_last, losses, valid_tokens):
+    """One step, called as torchtitan calls it; torch up to 2.13 takes a whole batch."""
+    arguments = {"losses": losses, "return_outputs": False}
+    inputs = [(tokens[:, :-1],) for tokens in microbatches]
+    targets = [tokens[:, 1:] for tokens in microbatches]
+    if "arg_mbs" in inspect.signature(schedule.step).parameters:
+        schedule.step(
+            arg_mbs=inputs if has_first else None,
+            kwarg_mbs=[{} for _ in microbatches],
+            target_mbs=targets if has_last else None,
+            loss_kwargs={"valid_tokens": valid_tokens},
+            **arguments,
+        )
+        return
+    whole = torch.cat([tokens for (tokens,) in inputs])
+    target = torch.cat(targets) if has_last else None
+    schedule.step(*((whole,) if has_first else ()), target=target, **arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,12 +213,7 @@ def main() -> None:
     for step in range(3):
         tokens = batch(step, mesh["fsdp"].get_local_rank()).to(device)
         losses = [] if has_last else None
-        schedule.step(
-            *((tokens[:, :-1],) if has_first else ()),
-            target=tokens[:, 1:] if has_last else None,
-            losses=losses,
-            return_outputs=False,
-        )
+        run(schedule, tokens.chunk(4), has_first, has_last, losses, valid_tokens)
         optimizer.step()
         optimizer.zero_grad()
         if has_last:

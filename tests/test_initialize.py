@@ -244,6 +244,47 @@ def test_code_that_reads_other_modules_is_right_or_refused() -> None:
     assert all(torch.equal(tensor, pipe.state_dict()[name]) for name, tensor in alone.state_dict().items())
 
 
+class Whole(nn.Module):
+    """The model's own code goes through all layers at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def init_weights(self) -> None:
+        for layer in self.layers:
+            nn.init.trunc_normal_(layer.weight, std=0.5)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[1](self.layers[0](x))
+        pipe_split()
+        return self.layers[3](self.layers[2](x))  # type: ignore[no-any-return]
+
+
+def test_code_that_goes_through_the_whole_model_never_has_all_of_it_in_memory() -> None:
+    torch.manual_seed(6)
+    alone = Whole()
+    alone.init_weights()
+    model = on_meta(Whole)
+    memory: list[int] = []
+
+    original = Whole.init_weights
+
+    def init_weights(self: Whole) -> None:
+        original(self)
+        memory.append(sum(tensor.untyped_storage().nbytes() for tensor in self.parameters()))
+
+    Whole.init_weights = init_weights  # type: ignore[method-assign]
+    try:
+        found = one_by_one(model, 6, mb_args=(torch.empty(2, WIDTH, device="meta"),))
+    finally:
+        Whole.init_weights = original  # type: ignore[method-assign]
+    assert [name for name, tensor in alone.state_dict().items() if not torch.equal(found[name], tensor)] == []
+    layer = 4 * (WIDTH * WIDTH + WIDTH)
+    assert max(memory) <= 3 * layer  # two of the stage, one of the other
+
+
 def test_what_is_no_stage_or_has_no_model_is_refused() -> None:
     pipe = pipeline(on_meta(Net), (TOKENS,), check=None)
     for wrong in ("0", None, 1.5):

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from copy import deepcopy
 from typing import Any
 
@@ -316,15 +323,19 @@ class _ByName(_Numbers):
 
 class _InOrder(_Numbers):
     """The random numbers of the whole model. Its other tensors are real too, without memory except while a
-    module is initialised that has them, or whose code touches them. Then their values are lost, and code that
-    reads them is refused.
+    module is initialised that has them, and where code touches them, as many as the largest module has. Then
+    their values are lost, and code that reads them is refused.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._others: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self._storages: dict[int | None, tuple[str, torch.UntypedStorage, int]] = {}
-        self._filled: set[int | None] = set()
+        self._own: set[int | None] = set()
+        """The storages of the module that is initialised."""
+        self._touched: dict[int | None, int] = {}
+        """Storages of others that have memory -> their bytes, those that were touched last at the end."""
+        self._most = 0
         self._lost: set[int | None] = set()
 
     def _start(self, model: nn.Module) -> None:
@@ -334,6 +345,9 @@ class _InOrder(_Numbers):
                     if tensor is not None and tensor.is_meta:
                         other = self._other(f"{path}.{last}".removeprefix("."), tensor)
                         self._others.setdefault(owner, {})[last] = other
+        for tensors in self._others.values():
+            own = sum(self._storages[storage_of(t)][2] for t in tensors.values())
+            self._most = max(self._most, own)
         self._restore()
         torch.manual_seed(self._seed)
 
@@ -348,15 +362,21 @@ class _InOrder(_Numbers):
         return other
 
     def _begin(self, module: nn.Module, path: str) -> None:
-        for tensor in self._others.get(module, {}).values():
-            self._fill(storage_of(tensor))
+        self._own = {*map(storage_of, self._others.get(module, {}).values())}
+        for home in self._own:
+            _, storage, size = self._storages[home]
+            storage.resize_(size)
 
     def _end(self) -> None:
-        for home in self._filled:
-            self._storages[home][1].resize_(0)
-        self._lost |= self._filled
-        self._filled.clear()
+        self._lose([*self._own, *self._touched])
+        self._own = set()
         self._restore()
+
+    def _lose(self, homes: Iterable[int | None]) -> None:
+        for home in homes:
+            self._storages[home][1].resize_(0)
+            self._touched.pop(home, None)
+            self._lost.add(home)
 
     def _restore(self) -> None:
         """What the code of a module put in the place of a tensor is let go of."""
@@ -366,11 +386,19 @@ class _InOrder(_Numbers):
                     if last in holder:
                         holder[last] = tensor  # type: ignore[assignment]
 
-    def _fill(self, home: int | None) -> None:
-        if home in self._storages and home not in self._filled:
+    def _touch(self, homes: Collection[int | None]) -> None:
+        """These storages have memory. Others lose theirs, where it would be too much."""
+        for home in homes:
+            if home not in self._storages or home in self._own:
+                continue
             _, storage, size = self._storages[home]
-            storage.resize_(size)
-            self._filled.add(home)
+            if home not in self._touched:
+                storage.resize_(size)
+            self._touched.pop(home, None)
+            self._touched[home] = size
+        older = [home for home in self._touched if home not in homes]
+        while older and sum(self._touched.values()) > self._most:
+            self._lose([older.pop(0)])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -379,8 +407,9 @@ class _InOrder(_Numbers):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         written = written_by(func, args, kwargs or {})
         if not _reads_no_values(func):
-            for home in map(storage_of, tensors):
-                self._fill(home)
+            homes = [*map(storage_of, tensors)]
+            self._touch(homes)
+            for home in homes:
                 if home in self._lost and home not in written:
                     raise self._lost_error(home)
         result = super().__torch_dispatch__(func, types, args, kwargs)
