@@ -97,6 +97,8 @@ def data_of(model: nn.Module) -> dict[str, Any]:
     for cls in reversed(type(model).__mro__):
         if not issubclass(nn.Module, cls):
             found |= vars(cls)
+    # a descriptor in a class is no value of the model's
+    found = {n: v for n, v in found.items() if not hasattr(type(v), "__get__")}
     found |= vars(model)
     return {
         name: value

@@ -26,10 +26,21 @@ class Config:
     names: tuple[str, ...] = ("a", "b")
 
 
+class Doubled:
+    """A descriptor that holds data."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __get__(self, owner: object, kind: type) -> int:
+        return 2 * self.number
+
+
 class Model(nn.Module):
     """Data of all kinds, and a forward with parameters of all kinds."""
 
     main_input_name = "x"
+    doubled = Doubled(2)
     limits = {"most": 8}
 
     def __init__(self) -> None:
@@ -79,7 +90,7 @@ def test_data_of_the_model_and_of_its_class_are_attributes() -> None:
     assert module.config_of_config is model.config_of_config
     assert (module.dtype_wanted, module.plan, module.main_input_name, module.limits) == (torch.float64, None, "x", {"most": 8})
     assert (module.device, module.dtype) == (torch.device("cpu"), torch.float64)
-    for name in ("_private", "table", "others", "lock", "call"):
+    for name in ("_private", "table", "others", "lock", "call", "doubled"):
         assert not hasattr(module, name)
     del model
     assert module.config == Config()
