@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.timeline import Timeline
     from stagecut.backend.files import checkpoint
     from stagecut.backend.files.checkpoint import CheckpointError
-    from stagecut.backend.files.materialize import MaterializeError
+    from stagecut.backend.files.initial import MaterializeError
     from stagecut.backend.files.saved import load_stage
     from stagecut.backend.files.untrusted import SavedError
     from stagecut.backend.page.page import to_html
@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from stagecut.ir.graph import Program
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
-    from stagecut.pipe import Pipe, PipedModel, load, pipeline
+    from stagecut.pipe import Pipe, load, pipeline
+    from stagecut.piped import PipedModel
     from stagecut.pretrained import from_pretrained
 
 __version__ = VERSION
@@ -87,7 +88,7 @@ _HOMES = {
     "EmitError": "stagecut.ir.errors",
     "InputError": "stagecut.ir.errors",
     "MismatchError": "stagecut.backend.ranks.stage",
-    "MaterializeError": "stagecut.backend.files.materialize",
+    "MaterializeError": "stagecut.backend.files.initial",
     "NonFiniteError": "stagecut.backend.ranks.gradients",
     "ParseError": "stagecut.ir.errors",
     "PassError": "stagecut.ir.errors",
@@ -102,7 +103,7 @@ _HOMES = {
     "checkpoint": "stagecut.backend.files",
     "BuiltStage": "stagecut.backend.ranks.stage",
     "PipeInfo": "stagecut.backend.ranks.stage",
-    "PipedModel": "stagecut.pipe",
+    "PipedModel": "stagecut.piped",
     "Plan": "stagecut.backend.costs.plan",
     "Program": "stagecut.ir.graph",
     "Report": "stagecut.check",

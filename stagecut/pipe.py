@@ -14,7 +14,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from stagecut.backend.stages.fx_view import PREFIX, split_module
-from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.staged import Staged
 from stagecut.check import (
     CannotCompare,
@@ -58,6 +57,7 @@ from stagecut.passes.recompute import Recompute
 from stagecut.passes.route import Route
 from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
+from stagecut.piped import PipedModel, data_of
 from stagecut.repeat import changing
 
 if TYPE_CHECKING:
@@ -193,6 +193,10 @@ def pipeline(
     pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
+        if all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            # it weighs nothing, and stages that become real ask it for names and values
+            pipe._model = lambda: module
+        pipe._data = data_of(module)
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
         )
@@ -560,6 +564,13 @@ class Pipe(Staged):
     """A model cut into stages. It can be compared with the model, costed, saved, drawn, and run on ranks."""
 
     plan: Plan | None
+    _data: Mapping[str, Any] = {}
+    """The attributes of the model that are data. They are of the user's classes, so no pickle has them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_data", None)
+        return state
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
@@ -654,8 +665,8 @@ class Pipe(Staged):
         init_fn: called with every module of a copy of the model in which the tensors to initialise are real,
             inner modules first, such as `lambda m: m.reset_parameters() if hasattr(m, "reset_parameters")
             else None` or `model._init_weights`. With a source, it only sets what no checkpoint holds: buffers
-            that are not persistent. Its random numbers depend on `seed` and the tensor's name, not on the
-            cut.
+            that are not persistent; by default the model's own code does, as for `initialize`. Random numbers
+            depend on `seed` and the tensor's name, not on the cut.
 
         Tied names are one Parameter, on all stages of this process. The dtype is the one that was traced. A
         module kept whole is the model's own, and becomes real in the model too.
@@ -665,23 +676,42 @@ class Pipe(Staged):
         """
         from stagecut.backend.files.materialize import materialize
 
-        chosen = [stages] if isinstance(stages, int) else list(stages)
-        if wrong := [index for index in chosen if not isinstance(index, int)]:
-            raise InputError(
-                f"{wrong[0]!r} is no stage",
-                hint="the indices of stages, such as 0 or [0, 3]",
-            )
         materialize(
             self,
-            chosen,
+            _indices(stages),
             source,
-            torch.device(device),
+            _real_device(device),
             init_fn,
             values or {},
             rename,
             cast,
             seed,
         )
+
+    def initialize(
+        self,
+        stages: int | Iterable[int],
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """These stages have the values of a new model: its own code has set all parameters and buffers, those
+        that are not persistent too. Stages on meta are real and on `device`; a sharded parameter has its
+        shard.
+
+        For each module, inner ones first, `_init_weights` of the nearest module around it is called with it;
+        where there is none, or it leaves tensors of the module as they are, the module's own
+        `reset_parameters`, `_reset_parameters` or `init_weights`.
+
+        The values are, bit for bit, those of the whole model on `device` for which all this was called after
+        `torch.manual_seed(seed)`, however the model is cut. So each rank runs this for the whole model, and
+        has memory for one foreign module at a time. The random state stays as it was.
+
+        Raises MaterializeError for a tensor that no code sets. No stage has changed then.
+        """
+        from stagecut.backend.files.materialize import initialize
+
+        initialize(self, _indices(stages), _real_device(device), seed)
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
         """`folder` holds the pipe: IR text, tensors, and the calling convention of the model.
@@ -798,9 +828,12 @@ class Pipe(Staged):
 
         return differentiated(self, recompute)
 
-    def module(self) -> nn.Module:
-        """The pipe as a module with the model's own signature and output structure."""
-        return PipedModel(self)
+    def module(self) -> PipedModel:
+        """The pipe as a module with the model's own signature and output structure. Attributes of the model
+        that are data, such as `config`, are attributes of it; `device` and `dtype` are those of the stages.
+        A pipe that was copied, pickled or loaded knows no data of the model.
+        """
+        return PipedModel(self, self._data)
 
     def to_dot(self) -> str:
         """The stage graph in the DOT language."""
@@ -826,6 +859,30 @@ class Pipe(Staged):
         )
 
 
+def _indices(stages: int | Iterable[int]) -> list[int]:
+    """The indices of stages. Raises InputError for what is none."""
+    chosen = [stages] if isinstance(stages, int) else stages
+    if not isinstance(chosen, Iterable):
+        raise InputError(f"{stages!r} is no stage", hint=_INDICES)
+    chosen = list(chosen)
+    if wrong := [index for index in chosen if not isinstance(index, int)]:
+        raise InputError(f"{wrong[0]!r} is no stage", hint=_INDICES)
+    return chosen
+
+
+def _real_device(device: torch.device | str) -> torch.device:
+    """A device on which tensors have values. Raises InputError for meta."""
+    chosen = torch.device(device)
+    if chosen.type == "meta":
+        raise InputError(
+            "nothing is real on the meta device", hint='device="cpu", or driver.device'
+        )
+    return chosen
+
+
+_INDICES = "the indices of stages, such as 0 or [0, 3]"
+
+
 def load(
     folder: str | Path,
     stages: Iterable[int] | None = None,
@@ -846,27 +903,3 @@ def load(
     from stagecut.backend.files.saved import restored
 
     return restored(Pipe, folder, stages, device, ops)
-
-
-class PipedModel(Named):
-    """A pipe with the model's own signature: same arguments, same output structure, same state names."""
-
-    _pipe: Pipe
-
-    def __init__(self, pipe: Pipe) -> None:
-        super().__init__()
-        # no child: the children are the model's modules
-        object.__setattr__(self, "_pipe", pipe)
-        self._name(pipe.stages, pipe._names)
-        self.training = pipe.training
-
-    def train(self, mode: bool = True) -> PipedModel:
-        """As `Pipe.train`."""
-        self._pipe.train(mode)
-        self.training = mode
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._pipe.flat_outputs(args, kwargs)
-        spec = self._pipe._call_spec
-        return spec.unflatten(flat, args, kwargs) if spec is not None else flat

@@ -78,7 +78,6 @@ def from_pretrained(
         _own_stages(pipe, schedule, group),
         folder,
         device=_device(device, group),
-        init_fn=model._init_weights,
         cast=dtype is not None,
     )
     return pipe

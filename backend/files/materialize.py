@@ -4,32 +4,25 @@ nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stagecut.backend.files.checkpoint import Reader, check_fits
 from stagecut.backend.files.conversions import Conversions, Read
+from stagecut.backend.files.initial import InitFn, MaterializeError, initial
 from stagecut.backend.files.together import CheckpointError
 from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held_tensors, persistent
-from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.errors import nearest
 from stagecut.ir.graph import StateEntry
-from stagecut.ir.run.storage import storage_of, written_by
-
-InitFn = Callable[[nn.Module], Any]
-
-
-class MaterializeError(StagecutError):
-    """A tensor of a stage has no value."""
+from stagecut.ir.run.storage import storage_of
 
 
 class Source(Protocol):
@@ -90,10 +83,7 @@ def materialize(
     lacking = [
         entry for entry in wanted if current[entry].is_meta and entry not in has_value
     ]
-    if lacking and init_fn is None:
-        raise _no_value(lacking, source)
-
-    tensors = from_stages | _initial(pipe, lacking, init_fn, device, seed)
+    tensors = from_stages | _from_init(pipe, lacking, source, init_fn, device, seed)
     for entry in (*from_values, *from_source):
         own = current[entry].detach()
         if own.is_meta:
@@ -109,6 +99,90 @@ def materialize(
         {entry: tensor for entry, tensor in tensors.items() if current[entry].is_meta},
         current,
         device,
+    )
+
+
+def _from_init(
+    pipe: Staged,
+    lacking: Sequence[StateEntry],
+    source: str | Path | None,
+    init_fn: InitFn | None,
+    device: torch.device,
+    seed: int,
+) -> dict[StateEntry, torch.Tensor]:
+    """The values that `init_fn` gives to tensors that lack one; beside a source, those of the model's own
+    code by default. Raises MaterializeError for a tensor that is left without one.
+    """
+    knows_model = pipe._model is not None and pipe._model() is not None
+    if lacking and init_fn is None and (source is None or not knows_model):
+        raise _no_value(lacking, source)
+    tensors = initial(pipe, lacking, init_fn, device, seed)
+    left = [entry for entry in lacking if entry not in tensors]
+    if left and init_fn is None:
+        raise _no_value(left, source)
+    if left:
+        raise MaterializeError(
+            f"init_fn gave no value to '{left[0].name}'",
+            hint="initialise it there, or give values={name: tensor}",
+        )
+    return tensors
+
+
+def initialize(
+    pipe: Staged, indices: Iterable[int], device: torch.device, seed: int
+) -> None:
+    """As `Pipe.initialize`. All values are there before a stage changes."""
+    stages = [pipe.get_stage_module(index) for index in sorted(set(indices))]
+    wanted = entries(pipe.program, [stage.index for stage in stages])
+    current = {
+        entry: next(held_tensors(pipe.program, stages, entry)) for entry in wanted
+    }
+    _refuse_overlaps(current)
+    # a constant that is real belongs to the code
+    fresh = [e for e in wanted if e.kind != "const" or current[e].is_meta]
+    values = initial(pipe, fresh, None, device, seed, in_order=True)
+    if left := [entry for entry in fresh if entry not in values]:
+        raise _no_code(pipe, left)
+    for stage in stages:
+        if any(isinstance(p, DTensor) and p.is_meta for p in stage.parameters()):
+            stage.to_empty(device=device)
+    tensors: dict[StateEntry, torch.Tensor] = {}
+    for entry, value in values.items():
+        replicas = [*held_tensors(pipe.program, stages, entry)]
+        elsewhere = _elsewhere(pipe, entry, device)
+        if replicas[0].is_meta:
+            tensors[entry] = value if elsewhere is None else elsewhere
+        for replica in (*replicas, elsewhere):
+            if replica is not None and not replica.is_meta:
+                _fill(replica, value)
+    _install(pipe, stages, tensors, current, device)
+
+
+def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor` has the values, or its shards of them."""
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            mesh, placements = tensor.device_mesh, tensor.placements
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        tensor.copy_(value)
+
+
+def _no_code(pipe: Staged, left: Sequence[StateEntry]) -> MaterializeError:
+    """No code of the model sets these tensors; the message names the first, and the class of its module."""
+    entry = left[0]
+    path = entry.name.rpartition(".")[0]
+    kind = pipe.program.name
+    model = pipe._model() if pipe._model is not None else None
+    if model is not None:
+        kind = type(model.get_submodule(path)).__name__
+    more = f", nor {len(left) - 1} more" if len(left) > 1 else ""
+    return MaterializeError(
+        f"no code that initialises '{entry.name}' was found{more}",
+        where=f"module '{path}', a {kind}",
+        hint=(
+            f"give {kind} a reset_parameters() that sets its parameters and buffers, as torch.nn has, or "
+            "pipe.materialize(stages, init_fn=..., values=...)"
+        ),
     )
 
 
@@ -206,7 +280,10 @@ def _no_value(
     if source is None:
         return MaterializeError(
             f"nothing gives values to {names}",
-            hint="give a checkpoint, init_fn=..., or values={name: tensor}",
+            hint=(
+                "give a checkpoint, init_fn=..., or values={name: tensor}; or, for a new model, "
+                "pipe.initialize(stages)"
+            ),
         )
     categories = dict.fromkeys(
         "constants" if entry.kind == "const" else "non-persistent buffers"
@@ -363,147 +440,3 @@ def _opened(file: Path) -> Any:
             where=str(file),
             hint="load it again",
         ) from error
-
-
-# --- initial values -----------------------------------------------------------------------------------
-
-
-def _initial(
-    pipe: Staged,
-    wanted: Sequence[StateEntry],
-    init_fn: InitFn | None,
-    device: torch.device,
-    seed: int,
-) -> dict[StateEntry, torch.Tensor]:
-    """The wanted tensors after `init_fn`, which is called for every module of a twin of the model in which
-    only they are real.
-    """
-    if not wanted or init_fn is None:
-        return {}
-    model = pipe._model() if pipe._model is not None else None
-    if model is None:
-        raise MaterializeError(
-            "there is no model whose modules init_fn could be called with",
-            hint="keep the model alive, or give values=",
-        )
-    twin = deepcopy(model)
-    real = {entry.name: _make_real(twin, entry, device) for entry in wanted}
-    streams = _RandomStreams(real, seed)
-    streams.run(twin, init_fn, device)
-    initial: dict[StateEntry, torch.Tensor] = {}
-    for entry in wanted:
-        _, last, holder = _slot(twin, entry.name)
-        tensor = None if holder is None else holder[last]
-        untouched = tensor is real[entry.name] and entry.name not in streams.written
-        if tensor is None or tensor.is_meta or untouched:
-            raise MaterializeError(
-                f"init_fn gave no value to '{entry.name}'",
-                hint="initialise it there, or give values={name: tensor}",
-            )
-        check_fits(
-            entry.name,
-            _current(pipe, entry),
-            tuple(tensor.shape),
-            tensor.dtype,
-            "init_fn",
-        )
-        initial[entry] = tensor.detach().to(device)
-    return initial
-
-
-def _make_real(
-    twin: nn.Module, entry: StateEntry, device: torch.device
-) -> torch.Tensor | None:
-    """A tensor without values that the twin holds under all names of `entry`; None when it has none of the
-    names.
-    """
-    fresh: torch.Tensor | None = None
-    for name in entry.names:
-        owner, last, holder = _slot(twin, name)
-        if holder is None:
-            continue
-        if fresh is None:
-            fresh = torch.empty_like(holder[last].detach(), device=device)
-            if entry.kind == "param":
-                requires_grad = holder[last].requires_grad
-                fresh = nn.Parameter(fresh, requires_grad=requires_grad)
-        setattr(owner, last, fresh)
-    return fresh
-
-
-def _current(pipe: Staged, entry: StateEntry) -> torch.Tensor:
-    return next(held_tensors(pipe.program, [pipe.stages[entry.stages[0]]], entry))
-
-
-def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The module that a tensor of the model belongs to, its name there, and the dict it is in; None for the
-    dict where the model has no tensor of that name.
-    """
-    path, _, last = name.rpartition(".")
-    owner = model.get_submodule(path)
-    holders = (owner._parameters, owner._buffers, owner.__dict__)
-    for holder in holders:
-        if isinstance(holder.get(last), torch.Tensor):
-            return owner, last, holder
-    return owner, last, None
-
-
-class _RandomStreams(TorchDispatchMode):
-    """Random numbers for each tensor separately, so that its values depend on the seed and its name, not on
-    where the model is cut.
-
-    `written` are the names of the tensors that were written.
-    """
-
-    def __init__(self, real: Mapping[str, torch.Tensor | None], seed: int) -> None:
-        super().__init__()
-        self.written: set[str] = set()
-        self._names: dict[int | None, str] = {}
-        for name, tensor in real.items():
-            if tensor is not None:
-                self._names[storage_of(tensor)] = name
-        self._seed = seed
-        self._draws: dict[str, int] = {}
-
-    def run(self, model: nn.Module, init_fn: InitFn, device: torch.device) -> None:
-        """`init_fn` has been called with every module of `model`, inner ones first. The random state is the
-        same as before.
-        """
-        paths = {module: path for path, module in model.named_modules()}
-
-        def call(module: nn.Module) -> None:
-            torch.manual_seed(self._number(f"module {paths[module]}"))
-            init_fn(module)
-
-        with _own_random_state(device), torch.no_grad(), self:
-            model.apply(call)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        names = [
-            self._names[home]
-            for home in written_by(func, args, kwargs)
-            if home in self._names
-        ]
-        self.written.update(names)
-        if not names or torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        name = names[0]
-        draw = self._draws.get(name, -1) + 1
-        self._draws[name] = draw
-        with _own_random_state(args[0].device):
-            torch.manual_seed(self._number(f"{name} {draw}"))
-            return func(*args, **kwargs)
-
-    def _number(self, text: str) -> int:
-        seeded = f"{self._seed} {text}"
-        digest = hashlib.sha256(seeded.encode()).hexdigest()
-        return int(digest[:15], 16)
-
-
-def _own_random_state(device: torch.device) -> Any:
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)

@@ -132,6 +132,8 @@ class BuiltStage(PipelineStage):
         self._state = draws.port if draws is not None else None
         self._microbatch = 0
         self.whole = False
+        self.awaits_values = False
+        """True until a stage that was on meta has run."""
         self.graphs: Graphs | None = None
         self._graph_chunks: set[int] = set()
         """The micro-batches of this step whose forward was run by graphs."""
@@ -259,7 +261,12 @@ class BuiltStage(PipelineStage):
         }
 
     def values(self, args: Any, kwargs: Any) -> dict[Value, Any]:
-        """The values that the stage knows when it has run on what crossed and what it is fed with."""
+        """The values that the stage knows when it has run on what crossed and what it is fed with. Raises
+        StagecutError where it is on meta and the device is not.
+        """
+        if self.awaits_values and self.device.type != "meta":
+            refuse_meta(self.pipe.program, self.pipe.stages[self.stage_index])
+            self.awaits_values = False
         values: dict[Value, Any] = {}
         if self.fed:
             values = {v: kwargs[f"input_{i}"] for i, v in self._fed_inputs}
@@ -745,8 +752,9 @@ def make_stage(
     dtypes: Mapping[Value, torch.dtype] = MappingProxyType({}),
     draws: Draws | None = None,
 ) -> BuiltStage:
-    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`. Values that cross have
-    the `dtypes` that are given, and otherwise those of the program.
+    """Stage `index` of `pipe` for torch's schedules. Its module is moved to `device`; one on meta stays
+    there, and must be real when it runs. Values that cross have the `dtypes` that are given, and otherwise
+    those of the program.
     """
     if not isinstance(index, int) or not 0 <= index < pipe.num_stages:
         raise StagecutError(
@@ -760,13 +768,13 @@ def make_stage(
             hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
             "process",
         )
-    if device.type != "meta" and any(
-        t.is_meta
-        for t in (*pipe.stages[index].parameters(), *pipe.stages[index].buffers())
-    ):
-        refuse_meta(pipe.program, pipe.stages[index])
-    pipe.stages[index].to(device)
-    return _STAGE(pipe, index, device, group, sizes, fed, dtypes, draws)
+    stage = pipe.stages[index]
+    is_real = not any(t.is_meta for t in (*stage.parameters(), *stage.buffers()))
+    if is_real or device.type == "meta":
+        stage.to(device)
+    built: BuiltStage = _STAGE(pipe, index, device, group, sizes, fed, dtypes, draws)
+    built.awaits_values = not is_real
+    return built
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

@@ -343,7 +343,9 @@ class StageModule(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> StageModule:
         super()._apply(fn, recurse)
-        moved = {name: fn(tensor) for name, tensor in self._constants.items()}
+        moved = {
+            name: _moved(tensor, fn(tensor)) for name, tensor in self._constants.items()
+        }
         # the model may have state of these names
         self.__dict__.update(_constants=moved, _here=fn(self._here))
         return self
@@ -388,6 +390,15 @@ class StageModule(nn.Module):
         # the model may have a module of this name
         self.__dict__["_forwards"] = [self._code.function(text) for text in self._texts]
         self._take_class()
+
+
+def _moved(tensor: torch.Tensor, applied: torch.Tensor) -> torch.Tensor:
+    """A constant of the code where `applied` is, in its dtype, with its own values: `to_empty` would lose
+    them. One that is on meta has none, and stays there.
+    """
+    if tensor.is_meta:
+        return tensor
+    return tensor.to(applied.device, applied.dtype)
 
 
 _switched = ContextVar("_switched", default=False)

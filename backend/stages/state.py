@@ -38,7 +38,10 @@ def refuse_meta(program: Program, stage: Stage) -> None:
         if next(held_tensors(program, [stage], entry)).is_meta:
             raise StagecutError(
                 f"stage {stage.index} is on the meta device: '{entry.name}' has no values",
-                hint=f"pipe.materialize({stage.index}, ...); of a saved pipe, load that stage as well",
+                hint=(
+                    f"pipe.materialize({stage.index}, ...), or pipe.initialize({stage.index}) for new "
+                    "values; of a saved pipe, load that stage as well"
+                ),
             )
 
 

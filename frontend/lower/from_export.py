@@ -26,7 +26,7 @@ from stagecut.ir.errors import CaptureError
 from stagecut.ir.graph import Effects, Lane, Op, Program, StateEntry, Value
 from stagecut.ir.lanes import goes_on
 from stagecut.ir.run.bindings import Bindings
-from stagecut.ir.run.call import ABSENT, CallSpec, parameters_of
+from stagecut.ir.run.call import ABSENT, CallSpec, parameters_of, signature_of
 from stagecut.ir.types import TensorType
 
 
@@ -342,6 +342,7 @@ def _call_spec(exported: ExportedProgram, module: torch.nn.Module | None) -> Cal
         signature.in_spec,
         signature.out_spec,
         ranges,
+        signature_of(module.forward) if module is not None else None,
     )
 
 

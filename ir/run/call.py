@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from keyword import iskeyword
 from types import MappingProxyType
 from typing import Any
 
@@ -59,7 +60,8 @@ class CallSpec:
 
     positional and keywords are the argument names of the example call; parameters are all names the model's
     forward takes by position, with their defaults where they have one; ranges are the least and the greatest
-    value of each symbolic size, None for no bound.
+    value of each symbolic size, None for no bound; written is the signature of the model's forward, None
+    where only the names are known.
     """
 
     positional: tuple[str, ...]
@@ -68,6 +70,27 @@ class CallSpec:
     in_spec: TreeSpec
     out_spec: TreeSpec
     ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    written: inspect.Signature | None = field(default=None, compare=False)
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the model's forward, without annotations. Where only the names are known, what
+        cannot be given by position is keyword-only.
+        """
+        if self.written is not None:
+            return self.written
+        parameters: list[inspect.Parameter] = []
+        kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = dict.fromkeys([*self.parameters, *self.positional, *self.keywords])
+        for name in names:
+            if not name.isidentifier() or iskeyword(name):
+                continue
+            default = self.parameters.get(name, ABSENT)
+            after_default = parameters and parameters[-1].default is not ABSENT
+            if default is ABSENT and (after_default or name in self.keywords):
+                kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default))
+        return inspect.Signature(parameters)
 
     def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call. Raises InputError when the call does not fit the traced one."""
@@ -276,6 +299,16 @@ def _is_default(value: Any, default: Any) -> bool:
         and type(value) is type(default)
         and value == default
     )
+
+
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `forward` without annotations, which may name anything."""
+    signature = inspect.signature(forward)
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    return inspect.Signature(parameters)
 
 
 def parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from stagecut import SplitPoint, pipeline
 
 STAGES, LAYERS = 4, 16
-SOURCES = ("safetensors", "distributed", "init")
+SOURCES = ("safetensors", "distributed", "init", "initialize")
 
 
 class Deep(nn.Module):
@@ -51,7 +51,10 @@ def measure(source: str, width: int, folder: Path) -> dict[str, int]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is what there is now
     before = _kilobytes("VmRSS")
-    pipe.materialize(1, folder if source != "init" else None, init_fn=initialise if source == "init" else None)
+    if source == "initialize":
+        pipe.initialize(1)
+    else:
+        pipe.materialize(1, folder if source != "init" else None, init_fn=initialise if source == "init" else None)
     taken = _kilobytes("VmHWM") - before
     whole, stage = (sum(p.nbytes for p in m.parameters()) for m in (model, pipe.stages[1]))
     return {"model": whole >> 20, "stage": stage >> 20, "before": before >> 10, "peak": taken >> 10}
