@@ -17,14 +17,31 @@ from stagecut import Driver, Pipe, pipeline
 ATTENTION = ["q_proj", "v_proj"]
 
 
-class OwnLora(nn.Module):
-    """A linear that is frozen, and beside it two narrow ones that are trained."""
+class Int8Linear(nn.Module):
+    """A linear whose weight is 8-bit integers, and a scale for each row."""
 
-    def __init__(self, frozen: nn.Linear, rank: int = 2) -> None:
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+class Beside(nn.Module):
+    """What is frozen, and beside it two narrow linears that are trained."""
+
+    def __init__(self, frozen: Any, dtype: torch.dtype, rank: int = 2) -> None:
         super().__init__()
         self.frozen = frozen.requires_grad_(False)
-        self.down = nn.Linear(frozen.in_features, rank, bias=False, dtype=frozen.weight.dtype)
-        self.up = nn.Linear(rank, frozen.out_features, bias=False, dtype=frozen.weight.dtype)
+        self.down = nn.Linear(frozen.in_features, rank, bias=False, dtype=dtype)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.frozen(x) + self.up(self.down(x)) * 0.5
@@ -33,12 +50,26 @@ class OwnLora(nn.Module):
 
 def own_lora() -> nn.Module:
     """A LoRA that a user wrote, in every attention."""
+    return _beside(lambda linear: linear)
+
+
+def own_qlora() -> nn.Module:
+    """The same on weights of 8 bits."""
+    return _beside(Int8Linear)
+
+
+def _beside(frozen: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     model = base().requires_grad_(False)
     for module in [*model.modules()]:
         for name in ATTENTION:
             if isinstance(linear := getattr(module, name, None), nn.Linear):
-                setattr(module, name, OwnLora(linear))
+                setattr(module, name, Beside(frozen(linear), linear.weight.dtype))
     return model
+
+
+def full() -> nn.Module:
+    """All of the model is trained."""
+    return base()
 
 
 def base(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -108,7 +139,7 @@ def _config(name: str, **options: Any) -> Any:
 
 
 ADAPTERS: dict[str, Callable[[], nn.Module]] = {
-    made.__name__: made for made in (lora, upper_lora, lower_lora, saved_lora, dora, ia3, mixed_lora, own_lora)
+    made.__name__: made for made in (lora, upper_lora, lower_lora, saved_lora, dora, ia3, mixed_lora, own_lora, own_qlora, full)
 }
 
 
@@ -146,6 +177,15 @@ class Reference:
     def __init__(self, model: nn.Module) -> None:
         self.model = deepcopy(model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE)
+
+    def train(self, steps: range, count: int) -> torch.Tensor:
+        """The loss of each step, of so many micro-batches."""
+        losses = []
+        for step in steps:
+            torch.manual_seed(step)
+            losses.append(self.loss(inputs(SAMPLES * count), count))
+            self.optimizer.step()
+        return torch.stack(losses)
 
     def loss(self, batch: dict[str, Any], count: int) -> torch.Tensor:
         """The loss of a batch, whose gradients the model has."""
