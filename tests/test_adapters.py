@@ -36,7 +36,7 @@ from cluster.matrix import SCHEDULES, on_ranks, stages_of
 from torch import nn
 from zoo.cuts import equal_ops
 
-from stagecut import CheckpointError, Driver, Pipe, checkpoint, pipeline
+from stagecut import CheckpointError, Driver, Pipe, checkpoint, from_pretrained, pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -322,3 +322,70 @@ def test_models_without_an_adapter_of_peft_are_told_what_to_do(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="the model that was cut is gone"):
         checkpoint.save_adapter(pipe, tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+# --- a base that nobody holds as a whole -----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
+@pytest.mark.parametrize("name", ["lora", "ia3", "other"])
+def test_a_new_adapter_on_a_folder_is_that_of_one_process(name: str, tmp_path: Path) -> None:
+    base(torch.bfloat16).save_pretrained(tmp_path / "base")
+    answers = on_ranks(2, _from_folder, tmp_path, name)
+    model = _on_base(tmp_path / "base", name)
+    state = model.state_dict()
+    assert {key for answer in answers for key in answer} == state.keys()
+    for answer in answers:
+        assert all(torch.equal(tensor, state[key]) for key, tensor in answer.items())
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}),
+    "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "other": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"], "projection_prng_key": 3}),
+}
+
+
+def _on_base(folder: Path, name: str) -> Any:
+    from peft import get_peft_model
+    from transformers import LlamaForCausalLM
+
+    kind, options = CONFIGS[name]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    torch.manual_seed(5)
+    return get_peft_model(model, _config(kind, **options))
+
+
+def _from_folder(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    kind, options = CONFIGS[name]
+    ids = torch.zeros(SAMPLES, 6, dtype=torch.int64)
+    torch.manual_seed(5)
+    pipe = from_pretrained(
+        folder / "base", (), {"input_ids": ids, "labels": ids, "use_cache": False}, split_policy=equal_ops(2),
+        adapter=_config(kind, **options),
+    )  # fmt: skip
+    driver = Driver(pipe, "1F1B", 2, loss_of)
+    held = {key: item.clone() for i in driver.stage_indices for key, item in pipe.stages[i].state_dict().items()}
+    optimizer = optimizer_of(driver)
+    _, losses = driver.step(**inputs(4), use_cache=False)
+    optimizer.step()
+    assert losses.batch is not None
+    checkpoint.save_adapter(driver, folder / name)
+    other = from_pretrained(
+        folder / "base", (), {"input_ids": ids, "labels": ids, "use_cache": False}, split_policy=equal_ops(2), adapter=folder / name
+    )
+    now = pipe.stages[driver.stage_indices[0]].state_dict()
+    again = other.stages[driver.stage_indices[0]]
+    assert all(torch.equal(item, now[key]) for key, item in again.state_dict().items())
+    assert {key for key, p in again.named_parameters() if p.requires_grad} <= {*now}
+    assert any(p.requires_grad for p in again.parameters())
+    return held
+
+
+def test_an_adapter_that_is_computed_from_its_base_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    base(torch.float32).save_pretrained(tmp_path)
+    config = _config("LoraConfig", r=4, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(CheckpointError, match=r"lora_magnitude_vector.*is computed from the weights of the base\n.*in one process"):
+        from_pretrained(tmp_path, (), inputs(SAMPLES), split_policy=equal_ops(2), adapter=config)
+    with pytest.raises(CheckpointError, match=r"there is no adapter_config.json in"):
+        from_pretrained(tmp_path, (), inputs(SAMPLES), split_policy=equal_ops(2), adapter=tmp_path)

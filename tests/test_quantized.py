@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cluster.matrix import on_ranks
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import Driver, Pipe, SplitPoint, checkpoint, pipeline
+from stagecut import CaptureError, Driver, Pipe, SplitPoint, checkpoint, pipeline
 
 
 class Scaled(torch.Tensor):
@@ -170,6 +171,19 @@ def test_stages_move_though_a_trace_still_looks_at_their_weights() -> None:
     assert not model.layers[2].weight.is_meta
 
 
+class Told(Net):
+    """Counts on a train() of its own."""
+
+    def train(self, mode: bool = True) -> Told:
+        super().train(mode)
+        return self
+
+
+def test_a_model_with_a_train_of_its_own_is_switched() -> None:
+    _, pipe = _cut(Told)
+    assert not pipe.eval().training
+
+
 def test_another_scale_in_the_pipe_is_seen_by_the_check() -> None:
     model, pipe = _cut(Net)
     weight: Any = pipe.stages[1].get_parameter("layers.3.weight")
@@ -185,4 +199,38 @@ def test_packed_weights_of_torch_are_kept_whole_with_a_note() -> None:
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).eval(), {nn.Linear}, torch.qint8)
     pipe = pipeline(model, (x := torch.randn(2, 8),), split_spec={"2": SplitPoint.BEGINNING})
     assert "its weights are packed by torch.jit" in pipe.notes[0]
+    assert torch.equal(pipe(x)[0], model(x))
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a function rounds."""
+
+    steps: int
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, with the gradient of no rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, config: Config) -> torch.Tensor:
+        return (x * config.steps).round() / config.steps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+class Rounding(nn.Linear):
+    """A linear whose weight is rounded, as a config says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, Rounded.apply(self.weight, Config(16)))
+
+
+def test_an_object_in_a_call_is_refused_with_the_module_to_keep_whole() -> None:
+    model, x = nn.Sequential(Rounding(4, 4), nn.Tanh(), Rounding(4, 4)), torch.randn(2, 4)
+    with pytest.raises(CaptureError, match=r"type Config cannot be written.*\n.*module '0', .*test_quantized.py.*\n.*leaf_modules"):
+        pipeline(model, (x,), split_spec={"1": SplitPoint.BEGINNING})
+    pipe = pipeline(model, (x,), split_spec={"1": SplitPoint.BEGINNING}, leaf_modules=["0", "2"])
     assert torch.equal(pipe(x)[0], model(x))

@@ -150,6 +150,12 @@ def _adapter(pipe: Staged, model: Any, name: str | None, auto: bool = True) -> _
             "the model that was cut is gone, and with it the config of its adapter",
             hint="model=...: the model, or one like it on meta",
         )
+    found = _in_model(model, name, auto)
+    _refuse_unknown(pipe, found.names)
+    return found
+
+
+def _in_model(model: Any, name: str | None, auto: bool) -> _Adapter:
     configs = getattr(model, "peft_config", None) or {}
     if not configs:
         raise CheckpointError(
@@ -168,7 +174,6 @@ def _adapter(pipe: Staged, model: Any, name: str | None, auto: bool = True) -> _
             f"the model has no adapter '{name}'", hint=nearest(name, configs)
         )
     names = _names(model, name, "auto" if auto else True)
-    _refuse_unknown(pipe, names)
     optional: set[str] = set()
     if not auto:
         optional = {*names} - {*_names(model, name, False)}
@@ -290,7 +295,7 @@ def _pairs(
     pipe: Staged, indices: Any, adapter: _Adapter, folder: Path
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each tensor of this process that the folder has a value for, with the value."""
-    saved = read_adapter(folder, adapter.config)
+    saved = _read_checked(folder, adapter.config)
     _refuse_others(adapter, saved, folder)
     stages = [pipe.stages[index] for index in indices]
     for stage in stages:
@@ -307,7 +312,17 @@ def _pairs(
     return pairs
 
 
-def read_adapter(folder: Path, wanted: Any) -> Tensors:
+def adapter_tensors(model: Any, folder: Path) -> Tensors:
+    """Name in a model of peft -> tensor in the folder. Raises CheckpointError where the folder has no
+    adapter, or another one.
+    """
+    adapter = _in_model(model, None, auto=False)
+    saved = _read_checked(folder, adapter.config)
+    _refuse_others(adapter, saved, folder)
+    return {adapter.names[key]: tensor for key, tensor in saved.items()}
+
+
+def _read_checked(folder: Path, wanted: Any) -> Tensors:
     """The tensors in a folder of peft, mapped, under the keys that they have there. Raises CheckpointError
     where there are none, or the config is not `wanted`.
     """
