@@ -60,6 +60,16 @@ def test_adapters_train_as_in_one_process(stages: int, tried: dict[str, list[str
     on_ranks(2, train_each, work, STEPS)
 
 
+def test_adapters_train_by_graphs_as_in_one_process() -> None:
+    on_ranks(2, _train_by_graphs, *cut("lora", 2))
+
+
+def _train_by_graphs(model: nn.Module, pipe: Pipe) -> None:
+    driver = Driver(pipe, "1F1B", 2, loss_of, backward="graph")
+    train(driver, optimizer_of(driver), range(2), Reference(model))
+    assert driver.notes == ()
+
+
 def test_frozen_stages_send_no_gradients_and_keep_nothing_for_a_backward() -> None:
     """A rank below all that is trained does nothing in a backward, and a rank above it lets gradients through."""
     counts = on_ranks(2, _count_step, [cut(name, 2)[1] for name in ("upper_lora", "lower_lora")])
@@ -328,7 +338,7 @@ def test_models_without_an_adapter_of_peft_are_told_what_to_do(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
-@pytest.mark.parametrize("name", ["lora", "ia3", "other"])
+@pytest.mark.parametrize("name", ["lora", "vera"])
 def test_a_new_adapter_on_a_folder_is_that_of_one_process(name: str, tmp_path: Path) -> None:
     base(torch.bfloat16).save_pretrained(tmp_path / "base")
     answers = on_ranks(2, _from_folder, tmp_path, name)
@@ -341,8 +351,7 @@ def test_a_new_adapter_on_a_folder_is_that_of_one_process(name: str, tmp_path: P
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}),
-    "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
-    "other": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"], "projection_prng_key": 3}),
+    "vera": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"], "projection_prng_key": 3}),
 }
 
 

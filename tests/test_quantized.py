@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from cluster.adapters import base, inputs, lora
 from cluster.matrix import on_ranks
 from torch import nn
 from torch.nn import functional as F
+from zoo.cuts import equal_ops
 
-from stagecut import CaptureError, Driver, Pipe, SplitPoint, checkpoint, pipeline
+from stagecut import CaptureError, CheckpointError, Driver, Pipe, SplitPoint, StagecutError, checkpoint, pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 class Scaled(torch.Tensor):
@@ -112,6 +116,34 @@ def test_adapters_on_weights_of_eight_bits_train_and_resume_as_in_one_process(tm
     assert pipe.stages
 
 
+def test_only_the_adapter_of_a_quantized_base_is_written(tmp_path: Path) -> None:
+    """Its own files need no plain weights below it; others name the weight that is none."""
+    model: Any = lora().float()
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight = nn.Parameter(Scaled.of(module.base_layer.weight), requires_grad=False)
+    pipe = pipeline(model, (), inputs(2), split_policy=equal_ops(2), check=None)
+    checkpoint.save_adapter(pipe, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "theirs"))
+    assert ours == theirs
+    checkpoint.load_adapter(pipe, tmp_path / "adapter")
+    with pytest.raises(StagecutError, match=r"base_layer.weight' is a Scaled of layout"):
+        pipe.save(tmp_path / "pipe")
+    merged = model.base_model.model
+    with pytest.raises(CheckpointError, match=r"has an adapter, whose tensors no class of transformers has"):
+        checkpoint.save_pretrained(pipe, tmp_path / "folder", model=merged)
+
+
+def test_a_quantized_model_of_transformers_is_not_written_as_a_folder(tmp_path: Path) -> None:
+    model: Any = base(torch.float32)
+    head = model.model.layers[0].self_attn.q_proj
+    head.weight = nn.Parameter(Scaled.of(head.weight), requires_grad=False)
+    pipe = pipeline(model, (), inputs(2), split_policy=equal_ops(2), check=None)
+    with pytest.raises(CheckpointError, match=r"q_proj.weight' is a Scaled of layout torch.strided\n.*plain dense tensors"):
+        checkpoint.save_pretrained(pipe, tmp_path / "folder")
+
+
 def _batch(step: int) -> torch.Tensor:
     torch.manual_seed(step)
     return torch.randn(8, 8)
@@ -134,9 +166,10 @@ def _loss(output: torch.Tensor) -> torch.Tensor:
 
 
 def _begin(model: Net, pipe: Pipe, folder: Path) -> torch.Tensor:
-    driver = Driver(pipe, "1F1B", 4, _loss)
+    driver = Driver(pipe, "1F1B", 4, _loss, backward="graph")
     optimizer = torch.optim.AdamW(driver.parameters(), 0.01)
     losses = _train(driver, optimizer, range(3))
+    assert "runs by autograd" in driver.notes[0]
     checkpoint.save(driver, optimizer, folder, frozen=False)
     return losses
 

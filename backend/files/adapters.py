@@ -23,6 +23,7 @@ from stagecut.backend.files.writers import (
     opened,
     refuse_unplain,
     stages_of,
+    without_values,
     write_all,
 )
 from stagecut.backend.ranks.driver import Driver
@@ -186,7 +187,7 @@ def _names(model: Any, name: str, embeddings: bool | str) -> dict[str, str]:
     state: Tensors = {}
     for tensor_name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            state[tensor_name] = torch.empty_like(tensor, device="meta")
+            state[tensor_name] = without_values(tensor)
     saved = peft.get_peft_model_state_dict(
         model, state_dict=state, adapter_name=name, save_embedding_layers=embeddings
     )

@@ -24,6 +24,7 @@ from stagecut.backend.files.writers import (
     folder_of,
     refuse_unplain,
     stages_of,
+    without_values,
     write_all,
 )
 from stagecut.backend.ranks.driver import Driver
@@ -140,7 +141,7 @@ def _state(pipe: Staged, indices: Collection[int], model: Any) -> Tensors:
     unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     for name, tensor in model_state.items():
         if kept[name] == name and name not in unsaved:
-            state[name] = own.get(name, torch.empty_like(tensor, device="meta"))
+            state[name] = own.get(name, without_values(tensor))
     return state
 
 

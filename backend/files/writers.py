@@ -85,6 +85,11 @@ def stages_of(of: Any) -> tuple[Staged, Collection[int]]:
     )
 
 
+def without_values(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor on meta, of the same shape and dtype. Not every class of tensors knows `empty_like`."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def refuse_unplain(tensors: Mapping[str, torch.Tensor]) -> None:
     """Returns when a file can hold these tensors. Raises CheckpointError otherwise."""
     for name, tensor in tensors.items():
