@@ -10,7 +10,7 @@ OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
 PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
-.PHONY: demo test lint types tests test-torch bench balance zoo generate pretrained distributed clean
+.PHONY: demo test lint types tests test-torch bench balance zoo generate pretrained adapters distributed clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.bench.demo
@@ -45,6 +45,9 @@ generate: $(READY)
 
 pretrained: $(READY)
 	$(BIN)/python tests/hub/run.py
+
+adapters: $(READY)
+	$(BIN)/python tests/cluster/tune.py
 
 distributed: $(READY)
 	$(BIN)/python tests/cluster/run.py

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten
 
 from stagecut.backend.stages.modules import Stage, StageModule, copied
@@ -456,6 +457,8 @@ def difference(
         return f"{what}: {in_model.layout} in the model, {in_pipe.layout} in the pipe"
     if in_model.dtype != in_pipe.dtype or in_model.shape != in_pipe.shape:
         return f"{what}: {_brief(in_model)} in the model, {_brief(in_pipe)} in the pipe"
+    if is_traceable_wrapper_subclass(in_model):
+        return _difference_inside(what, in_model, in_pipe, tolerance, among)
     dtype = in_model.dtype
     in_model = _plain(in_model)
     in_pipe = _plain(in_pipe)
@@ -477,6 +480,21 @@ def difference(
             return None
     largest = (in_model - in_pipe).abs().max().item()
     return f"{what}: differs by up to {largest:.3g}, where the largest element is {scale:.3g}"
+
+
+def _difference_inside(
+    what: str, in_model: Any, in_pipe: Any, tolerance: float, among: float
+) -> str | None:
+    """As `difference`, for two tensors that are made of others, such as quantised weights."""
+    if type(in_model) is not type(in_pipe):
+        classes = type(in_model).__name__, type(in_pipe).__name__
+        return f"{what}: a {classes[0]} in the model, a {classes[1]} in the pipe"
+    for name in in_model.__tensor_flatten__()[0]:
+        inside = getattr(in_model, name), getattr(in_pipe, name)
+        message = difference(f"{what}, '{name}' of it", *inside, tolerance, among)
+        if message is not None:
+            return message
+    return None
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

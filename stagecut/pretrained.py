@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+from stagecut.adapted import Adapted, adapted
 from stagecut.backend.files.checkpoint import CheckpointError
 from stagecut.backend.ranks.placement import own_device, placement, schedule_class
 from stagecut.frontend.markers import SplitPoint
@@ -36,6 +38,7 @@ def from_pretrained(
     leaf_modules: Sequence[str] = (),
     routes: Mapping[str, str] | None = None,
     tied: str | Mapping[str, str] = "replicate",
+    adapter: Any = None,
 ) -> Pipe:
     """The model that `save_pretrained` wrote to `folder`, cut into stages as by `pipeline`. Its model is on
     meta, in eval mode, and lives as long as the pipe.
@@ -49,6 +52,8 @@ def from_pretrained(
     dtype: of the parameters, by default the one in `config.json`. With it, floats of another dtype in the
         files become it.
     split_spec, split_policy, stages, dynamic_shapes, leaf_modules, routes, tied: as for `pipeline`.
+    adapter: a config of peft, for a new adapter on the frozen model, or a folder with an adapter, to go on
+        training it. The model that is cut is then the one of `peft.get_peft_model`, with its names.
 
     Raises CheckpointError for a folder without config or tensors, and for tensors that do not fit; and what
     `pipeline` raises.
@@ -60,6 +65,11 @@ def from_pretrained(
     if (Path(folder) / "generation_config.json").is_file() and model.can_generate():
         made = type(model.generation_config).from_pretrained(folder)
         model.generation_config = made
+    base = model
+    added: Adapted | None = None
+    if adapter is not None:
+        added = adapted(lambda: deepcopy(base), folder, adapter, dtype is not None)
+        model = added.model
     pipe = pipeline(
         model,
         _without_values(mb_args),
@@ -78,6 +88,8 @@ def from_pretrained(
         _own_stages(pipe, schedule, group),
         folder,
         device=_device(device, group),
+        values=None if added is None else added.values,
+        rename=None if added is None else added.rename,
         cast=dtype is not None,
     )
     return pipe

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
+from stagecut.backend.files.adapters import load_adapter, save_adapter
 from stagecut.backend.files.model_state import saved_state
 from stagecut.backend.files.pretrained import save_pretrained
 from stagecut.backend.files.together import (
@@ -45,7 +46,15 @@ from stagecut.backend.stages.state import (
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
 
-__all__ = ["CheckpointError", "latest", "load", "save", "save_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "latest",
+    "load",
+    "load_adapter",
+    "save",
+    "save_adapter",
+    "save_pretrained",
+]
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Copies = Mapping[str, Mapping[str, torch.Tensor]]
@@ -60,12 +69,16 @@ def save(
     folder: str | Path,
     extra: Mapping[str, Any] | None = None,
     copies: Copies = MappingProxyType({}),
+    *,
+    frozen: bool = True,
 ) -> None:
     """`folder` holds the model, the optimizers, the `copies` and the `extra` of rank 0. Every rank calls it;
     all see the same file system.
 
     copies: further tensors of the model's, such as averages over steps: {"ema": {"head.weight": tensor}}, on
     each rank under the names in its stages.
+    frozen: whether parameters that are frozen are saved. Without them a checkpoint of an adapter is small;
+    `load` needs a model that has them already. A frozen parameter with optimizer state is saved in any case.
 
     The folder appears whole or not at all: the ranks write aside, and rank 0 renames at the end. Replicas are
     saved once; all names of a tied tensor lead to it.
@@ -75,13 +88,11 @@ def save(
     folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
     with driver.faults.together(agreed=(StagecutError,)):
-        state = together(driver.group, lambda: _state(driver, optimizer, extra, copies))
+        state = together(
+            driver.group, lambda: _state(driver, optimizer, extra, copies, frozen)
+        )
         on_first(driver.group, lambda: clear(folder, aside))
-        aliases = {
-            f"model.{names[0]}": names[1:]
-            for entry in driver.pipe.program.state
-            if (names := persistent(entry))
-        }
+        aliases = _aliases(driver, state["model"])
         try:
             state_dict_saver.save(
                 state,
@@ -101,9 +112,12 @@ def load(
     optimizer: Optimizers = None,
     folder: str | Path | None = None,
     copies: Copies = MappingProxyType({}),
+    *,
+    frozen: bool = True,
 ) -> dict[str, Any]:
     """The stages of this rank, its optimizers and the tensors of `copies` are as they were saved, bit for
-    bit; returns the `extra` that was saved.
+    bit; returns the `extra` that was saved. With frozen=False, a frozen parameter that was not saved stays as
+    it is.
 
     Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model.
     It holds pickles: load only what you trust.
@@ -112,7 +126,9 @@ def load(
     """
     path = _folder(driver, folder)
     with driver.faults.together(agreed=(StagecutError,)):
-        return together(driver.group, lambda: _load(driver, optimizer, path, copies))
+        return together(
+            driver.group, lambda: _load(driver, optimizer, path, copies, frozen)
+        )
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -185,11 +201,14 @@ def _state(
     optimizers: Optimizers,
     extra: Mapping[str, Any] | None,
     copies: Copies,
+    frozen: bool,
 ) -> dict[str, Any]:
     """The state that this rank saves."""
-    state: dict[str, Any] = {"model": _model_state(driver)}
+    unsaved = set() if frozen else _untouched(driver, _listed(optimizers))
+    state: dict[str, Any] = {"model": _model_state(driver, unsaved)}
     for optimizer in _listed(optimizers):
-        state["optim"] = state.get("optim", {}) | _optimizer_state(driver, optimizer)
+        own = _optimizer_state(driver, optimizer, unsaved)
+        state["optim"] = state.get("optim", {}) | own
     for name in copies:
         state[name] = {
             persistent(entry)[0]: tensor.detach()
@@ -199,6 +218,33 @@ def _state(
     if extra is not None and dist.get_rank(driver.group) == 0:
         state["extra"] = _pickled(dict(extra))
     return state
+
+
+def _untouched(driver: Driver, optimizers: Sequence[Optimizer]) -> set[StateEntry]:
+    """The parameters of this rank that are frozen, and that no optimizer has ever stepped."""
+    stages = [driver.pipe.stages[index] for index in driver.stage_indices]
+    untouched: set[StateEntry] = set()
+    for entry in entries(driver.pipe.program, driver.stage_indices):
+        if entry.kind != "param":
+            continue
+        tensors = [*held_tensors(driver.pipe.program, stages, entry)]
+        states = [each.state.get(t) for each in optimizers for t in tensors]
+        if not any(states) and not any(tensor.requires_grad for tensor in tensors):
+            untouched.add(entry)
+    return untouched
+
+
+def _aliases(driver: Driver, own: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Key -> the other names of its tensor, for all that any rank saves."""
+    saved: list[Any] = [None] * dist.get_world_size(driver.group)
+    dist.all_gather_object(saved, [*own], driver.group)
+    keys: set[str] = set().union(*saved)
+    aliases: dict[str, list[str]] = {}
+    for entry in driver.pipe.program.state:
+        names = persistent(entry)
+        if names and names[0] in keys:
+            aliases[f"model.{names[0]}"] = names[1:]
+    return aliases
 
 
 def _listed(optimizers: Optimizers) -> list[Optimizer]:
@@ -230,20 +276,28 @@ def _copied(
     return [(own[name], tensor) for name, tensor in tensors.items()]
 
 
-def _model_state(driver: Driver) -> dict[str, torch.Tensor]:
+def _model_state(
+    driver: Driver, unsaved: Collection[StateEntry]
+) -> dict[str, torch.Tensor]:
     """Name -> tensor, for the entries that this rank saves."""
     state = saved_state(driver.pipe, driver.stage_indices)
-    return {persistent(entry)[0]: tensor for entry, tensor in state.items()}
+    return {
+        persistent(entry)[0]: tensor
+        for entry, tensor in state.items()
+        if entry not in unsaved
+    }
 
 
-def _optimizer_state(driver: Driver, optimizer: Optimizer) -> dict[str, Any]:
+def _optimizer_state(
+    driver: Driver, optimizer: Optimizer, unsaved: Collection[StateEntry]
+) -> dict[str, Any]:
     """Torch's flattened optimizer state, for the parameters that this rank saves."""
     homes = _homes(driver)
     state: dict[str, Any] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             entry = _entry_of(parameter, homes)
-            if entry.stages[0] not in driver.stage_indices:
+            if entry.stages[0] not in driver.stage_indices or entry in unsaved:
                 continue
             for key, value in group.items():
                 if key not in ("params", "param_names"):
@@ -336,6 +390,11 @@ class Reader:
         )
         return key
 
+    def has(self, names: Sequence[str]) -> bool:
+        """True where there is something under any of the model's names for a tensor."""
+        keys = [*names, *(f"model.{name}" for name in names)]
+        return any(key in self.contents for key in keys)
+
     def _key(self, names: Sequence[str], title: str) -> str:
         prefixes = (f"{title}.",) if title else ("model.", "")
         for name in names:
@@ -404,25 +463,21 @@ def check_fits(
 
 
 def _load(
-    driver: Driver, optimizers: Optimizers, folder: Path, copies: Copies
+    driver: Driver,
+    optimizers: Optimizers,
+    folder: Path,
+    copies: Copies,
+    frozen: bool,
 ) -> dict[str, Any]:
     reader = Reader(folder)
-    program = driver.pipe.program
-    stages = [driver.pipe.stages[i] for i in driver.stage_indices]
-    for stage in stages:
-        refuse_meta(program, stage)
-    tensors: dict[str, list[torch.Tensor]] = {}
-    for entry in entries(program, driver.stage_indices):
-        if persistent(entry):
-            replicas = [
-                tensor.detach() for tensor in held_tensors(program, stages, entry)
-            ]
-            tensors[reader.key_for(persistent(entry), replicas[0])] = replicas
+    tensors = _wanted(driver, reader, frozen)
     for name in copies:
         for entry, tensor in _copied(driver, name, copies[name]):
             key = reader.key_for(persistent(entry), tensor, title=name)
             tensors.setdefault(key, []).append(tensor.detach())
-    slots = [_Slots(driver, optimizer, reader) for optimizer in _listed(optimizers)]
+    slots = [
+        _Slots(driver, optimizer, reader, frozen) for optimizer in _listed(optimizers)
+    ]
     wanted: dict[str, Any] = {key: replicas[0] for key, replicas in tensors.items()}
     for slot in slots:
         wanted |= slot.templates(reader)
@@ -440,12 +495,49 @@ def _load(
     return dict(torch.load(extra, weights_only=False))
 
 
+def _wanted(
+    driver: Driver, reader: Reader, frozen: bool
+) -> dict[str, list[torch.Tensor]]:
+    """Key in the checkpoint -> the tensors of this rank that are read from it."""
+    program = driver.pipe.program
+    stages = [driver.pipe.stages[i] for i in driver.stage_indices]
+    for stage in stages:
+        refuse_meta(program, stage)
+    wanted: dict[str, list[torch.Tensor]] = {}
+    for entry in entries(program, driver.stage_indices):
+        names = persistent(entry)
+        if not names:
+            continue
+        replicas = [*held_tensors(program, stages, entry)]
+        if not reader.has(names) and _is_frozen(entry, replicas[0]):
+            if not frozen:
+                continue
+            raise _lacks_frozen(entry, reader.folder)
+        key = reader.key_for(names, replicas[0])
+        wanted[key] = [tensor.detach() for tensor in replicas]
+    return wanted
+
+
+def _is_frozen(entry: StateEntry, tensor: torch.Tensor) -> bool:
+    return entry.kind == "param" and not tensor.requires_grad
+
+
+def _lacks_frozen(entry: StateEntry, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"'{entry.name}' is frozen, and is not in the checkpoint",
+        where=str(folder),
+        hint="if it was saved without what is frozen: load(..., frozen=False) leaves that as it is",
+    )
+
+
 class _Slots:
     """The keys of an optimizer's state of this rank in a checkpoint. Raises CheckpointError when it has no
     state for a parameter.
     """
 
-    def __init__(self, driver: Driver, optimizer: Optimizer, reader: Reader) -> None:
+    def __init__(
+        self, driver: Driver, optimizer: Optimizer, reader: Reader, frozen: bool
+    ) -> None:
         self.optimizer = optimizer
         self.groups: list[
             list[tuple[torch.Tensor, dict[str, str], dict[str, str]]]
@@ -460,6 +552,9 @@ class _Slots:
                     (name for name in entry.names if ("param_groups", name) in saved),
                     None,
                 )
+                if name is None and not frozen and not parameter.requires_grad:
+                    self.groups[-1].append((parameter, {}, {}))
+                    continue
                 if name is None:
                     raise CheckpointError(
                         f"there is no optimizer state of '{entry.name}' in the checkpoint",
@@ -502,7 +597,9 @@ class _Slots:
         for group, members in zip(
             self.optimizer.param_groups, self.groups, strict=True
         ):
-            saved = [_read_values(read, settings) for _, settings, _ in members]
+            saved = [
+                _read_values(read, settings) for _, settings, _ in members if settings
+            ]
             first = saved[0] if saved else {}
             for key, value in first.items():
                 if any(settings.get(key) != value for settings in saved):

@@ -17,6 +17,7 @@ from stagecut.backend.files.checkpoint import Reader, check_fits
 from stagecut.backend.files.conversions import Conversions, Read
 from stagecut.backend.files.initial import InitFn, MaterializeError, initial
 from stagecut.backend.files.together import CheckpointError
+from stagecut.backend.files.writers import opened
 from stagecut.backend.stages.modules import Stage, StageModule, find, put, stored
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import entries, held_tensors, persistent
@@ -368,7 +369,7 @@ class _Safetensors:
         """A tensor in the mapped file; nothing is read yet. Each tensor has a map of its own, because
         otherwise the values that were read would stay in memory.
         """
-        with _opened(self.files[key]) as handle:
+        with opened(self.files[key]) as handle:
             if key not in handle.keys():  # noqa: SIM118  # it is no mapping
                 raise CheckpointError(
                     f"'{key}' is not where the index says",
@@ -390,7 +391,7 @@ def _files_of(path: Path) -> dict[str, Path]:
         if next(path.glob("pytorch_model*.bin"), None) is not None:
             hint = "pickled .bin files are not read: save the model again by its own save_pretrained"
         raise CheckpointError(f"there is no checkpoint in '{path}'", hint=hint)
-    with _opened(file) as handle:
+    with opened(file) as handle:
         return dict.fromkeys(handle.keys(), file)
 
 
@@ -417,26 +418,3 @@ def _not_made(
         where=str(path),
         hint="load it again: some tensors of the folder are missing or of another shape",
     )
-
-
-def _opened(file: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise CheckpointError(
-            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
-        ) from None
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"'{file.name}' is missing, though the index names it",
-            where=str(file.parent),
-            hint="load it again",
-        ) from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"'{file.name}' cannot be read: {error}",
-            where=str(file),
-            hint="load it again",
-        ) from error

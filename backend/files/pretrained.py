@@ -5,68 +5,34 @@ unsplit model.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from stagecut.backend.files.conversions import as_saved, is_pretrained
 from stagecut.backend.files.model_state import saved_state
-from stagecut.backend.files.together import (
-    CheckpointError,
-    clear,
-    on_first,
-    publish,
-    together,
+from stagecut.backend.files.together import CheckpointError, clear, publish
+from stagecut.backend.files.writers import (
+    Ranks,
+    Tensors,
+    folder_of,
+    refuse_unplain,
+    stages_of,
+    without_values,
+    write_all,
 )
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import persistent
-from stagecut.ir.errors import StagecutError
 
-T = TypeVar("T")
-Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that write a folder: those of a driver's group, or without a driver this one."""
-
-    driver: Driver | None
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.driver is None else dist.get_rank(self.driver.group)
-
-    def gather(self, item: T) -> list[T]:
-        """The items of all ranks, in their order."""
-        if self.driver is None:
-            return [item]
-        group = self.driver.group
-        items: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(items, item, group)
-        return items
-
-    def together(self, work: Callable[[], T]) -> T:
-        """As the function `together`."""
-        return work() if self.driver is None else together(self.driver.group, work)
-
-    def first(self, work: Callable[[], None]) -> None:
-        """As the function `on_first`."""
-        if self.driver is None:
-            work()
-        else:
-            on_first(self.driver.group, work)
 
 
 def save_pretrained(
@@ -90,25 +56,14 @@ def save_pretrained(
     The folder appears whole or not at all. Raises CheckpointError on every rank when it is there already, a
     rank cannot write, or a tensor would be lost.
     """
-    ranks = Ranks(driver_or_pipe if isinstance(driver_or_pipe, Driver) else None)
-    watched: Any = nullcontext()
-    if ranks.driver is not None:
-        watched = ranks.driver.faults.together(agreed=(StagecutError,))
-    with watched:
+    ranks = Ranks.of(driver_or_pipe)
+    with ranks.watched():
         content = ranks.together(
             lambda: _content(
                 driver_or_pipe, model, max_shard_size, save_original_format
             )
         )
-        _write(ranks, content, _folder(folder))
-
-
-def _folder(folder: Any) -> Path:
-    if not isinstance(folder, str | Path):
-        raise CheckpointError(
-            f"{folder!r} is no folder", hint='a str or a Path, such as "run/tuned"'
-        )
-    return Path(folder)
+        _write(ranks, content, folder_of(folder))
 
 
 @dataclass(frozen=True)
@@ -126,30 +81,14 @@ def _content(
     max_shard_size: int | str,
     original: bool,
 ) -> _Content:
-    pipe, indices = _stages(of)
+    pipe, indices = stages_of(of)
     model = _model(pipe, model)
     state = _state(pipe, indices, model)
     if original:
         state = as_saved(model, state)
     own = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
-    for name, tensor in own.items():
-        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
-            raise CheckpointError(
-                f"'{name}' is a {type(tensor).__name__} of layout {tensor.layout}",
-                hint="plain dense tensors are saved; make it one first",
-            )
+    refuse_unplain(own)
     return _Content(model, _shards(own, _bytes(max_shard_size)), state.keys())
-
-
-def _stages(of: Any) -> tuple[Staged, Collection[int]]:
-    """The pipe, and the stages that this process writes."""
-    if isinstance(of, Driver):
-        return of.pipe, of.stage_indices
-    if isinstance(of, Staged):
-        return of, range(of.num_stages)
-    raise CheckpointError(
-        f"a checkpoint is of a Driver or of a Pipe, not of a {type(of).__name__}"
-    )
 
 
 def _model(pipe: Staged, model: nn.Module | None) -> nn.Module:
@@ -162,11 +101,24 @@ def _model(pipe: Staged, model: nn.Module | None) -> nn.Module:
             hint="save_pretrained(..., model=...): the model, or one like it on meta",
         )
     if not is_pretrained(model):
+        hint = "checkpoint.save(driver, optimizer, folder) saves any model"
+        if hasattr(model, "peft_config"):
+            hint = _ADAPTED
         raise CheckpointError(
-            f"{type(model).__name__} is no model of transformers",
-            hint="checkpoint.save(driver, optimizer, folder) saves any model",
+            f"{type(model).__name__} is no model of transformers", hint=hint
+        )
+    if getattr(model, "peft_config", None):
+        raise CheckpointError(
+            f"{type(model).__name__} has an adapter, whose tensors no class of transformers has",
+            hint=_ADAPTED,
         )
     return model
+
+
+_ADAPTED = (
+    "checkpoint.save_adapter(driver, folder); in one process, merge_and_unload() makes it a model of "
+    "transformers"
+)
 
 
 def _state(pipe: Staged, indices: Collection[int], model: Any) -> Tensors:
@@ -189,7 +141,7 @@ def _state(pipe: Staged, indices: Collection[int], model: Any) -> Tensors:
     unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     for name, tensor in model_state.items():
         if kept[name] == name and name not in unsaved:
-            state[name] = own.get(name, torch.empty_like(tensor, device="meta"))
+            state[name] = own.get(name, without_values(tensor))
     return state
 
 
@@ -264,7 +216,7 @@ def _write(ranks: Ranks, content: _Content, folder: Path) -> None:
         files |= listed
     ranks.together(lambda: _refuse_gaps(files, content.expected))
     ranks.first(lambda: _prepare(folder, aside))
-    ranks.together(lambda: _write_shards(own, aside))
+    ranks.together(lambda: write_all(own, aside))
     ranks.first(lambda: _finish(content.model, files, aside, folder))
 
 
@@ -293,25 +245,6 @@ def _refuse_gaps(files: Mapping[str, Tensors], expected: Collection[str]) -> Non
 def _prepare(folder: Path, aside: Path) -> None:
     clear(folder, aside)
     aside.mkdir()
-
-
-def _write_shards(shards: Mapping[str, Tensors], aside: Path) -> None:
-    for name, tensors in shards.items():
-        save_file = _safetensors().save_file
-        dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(dense, aside / name, metadata={"format": "pt"})
-        with (aside / name).open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise CheckpointError(
-            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
-        ) from None
-    return safetensors.torch
 
 
 def _finish(

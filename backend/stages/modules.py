@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.backend.stages.fx_view import stage_graph
@@ -587,6 +589,26 @@ class Stage(StageModule):
     input_types: tuple[Type, ...] = ()
     output_types: tuple[Type, ...] = ()
 
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> Stage:
+        """As in torch, but a parameter that holds other tensors stays as it is where `fn` changes neither
+        device nor dtype, and otherwise gives its place to a new one. torch would swap its contents, which
+        fails once it has been traced.
+        """
+        aside = [*_holding_others(self)]
+        for holder, name, _ in aside:
+            holder[name] = None
+        new: dict[int, nn.Parameter] = {}
+        try:
+            super()._apply(fn, recurse)
+            for _, _, parameter in aside:
+                new[id(parameter)] = _applied(fn, parameter)
+        finally:
+            for holder, name, parameter in aside:
+                holder[name] = new.get(id(parameter), parameter)
+        return self
+
     @property
     def graph(self) -> fx.Graph:
         """The inputs and outputs as nodes, which torch's own stage class asks for. The ops between them are
@@ -626,6 +648,28 @@ class Stage(StageModule):
                     yield f"# {title}"
                 shown[text] = title or "the stage"
                 yield text
+
+
+def _holding_others(
+    stage: Stage,
+) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+    """Every place of a parameter that is made of other tensors, such as a quantised weight."""
+    for module in stage.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            if is_traceable_wrapper_subclass(parameter):
+                yield module._parameters, name, parameter
+
+
+def _applied(
+    fn: Callable[[torch.Tensor], torch.Tensor], parameter: nn.Parameter
+) -> nn.Parameter:
+    with torch.no_grad():
+        applied = fn(parameter)
+    if (applied.device, applied.dtype) == (parameter.device, parameter.dtype):
+        return parameter
+    return nn.Parameter(applied, requires_grad=parameter.requires_grad)
 
 
 def find(stage: Stage, name: str) -> torch.Tensor | None:

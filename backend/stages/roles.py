@@ -17,8 +17,8 @@ Function = Callable[..., Any]
 
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
-"""Some kernels lay out their results in another way than torch's trace says, so a view of one may have to be a
-copy. A role writes nothing, so it is the same.
+"""Some kernels lay out their results in another way than torch's trace says, so a view of one may have to be
+a copy. A role writes nothing, so it is the same.
 """
 
 

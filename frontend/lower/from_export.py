@@ -18,6 +18,7 @@ from stagecut.frontend.lower.lower import (
     state_entries,
     written_in_place,
 )
+from stagecut.frontend.lower.subclasses import access_where_used
 from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
 from stagecut.frontend.watch.training import switches
@@ -38,6 +39,7 @@ def lower_export(
     """The traced program of `exported`. With `module`, state is the module's own tensors; without, the
     exported ones.
     """
+    access_where_used(exported.graph)
     program = Program(
         type(module).__name__ if module is not None else "ExportedProgram"
     )

@@ -119,6 +119,7 @@ class Lowering:
         self._extern = Namer()
         self._regions: list[Context] = []
         self._transforms = count()
+        self._place = Place()
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
@@ -190,6 +191,7 @@ class Lowering:
         self._begin_transform(node, step)
         marks = (*self._regions, *context)
         site = _Site(node, ops, Place(self.scope(node), marks, self.loc(node)))
+        self._place = site.place
         if name == SPLIT:
             ops.append(Op(SPLIT, place=site.place))
             return None
@@ -523,7 +525,9 @@ class Lowering:
                 what = f"an operand of type {type(operand).__name__} cannot be written as a literal"
                 raise CaptureError(
                     f"{what}: {operand!r:.80}",
-                    hint="pass it to the model as an input, or keep it in a buffer",
+                    where=f"module '{scope_fqn(self._place.scope)}', {self._place.loc or 'line unknown'}",
+                    hint="keep that module whole: leaf_modules=[...]; or pass the object to the model as an "
+                    "input",
                 ) from None
         return self._literals[operand]
 

@@ -516,7 +516,10 @@ def fingerprint_of(module: nn.Module) -> Any:
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     requires_grad = tensor.requires_grad
-    empty = torch.empty_like(tensor, device="meta", requires_grad=requires_grad)
+    # not empty_like, which classes of quantised weights may not know
+    empty = torch.empty(
+        tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=requires_grad
+    )
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad)
     return empty
