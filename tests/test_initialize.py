@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
 from cluster.models import _gpt, _llama, _t5
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import ScheduleGPipe
 from zoo.cuts import equal_ops
 
-from stagecut import InputError, MaterializeError, Pipe, StagecutError, pipe_split, pipeline
+from stagecut import Driver, InputError, MaterializeError, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -151,17 +153,22 @@ def _initialise_own(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _initialise_shards(model: nn.Module, expected: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors of stages, sharded on meta, that are not those of one process."""
+    """The tensors of stages, sharded on meta, that are not those of one process; and their output, run by a driver."""
     torch.manual_seed(dist.get_rank())  # the seed of `initialize` counts
     pipe = pipeline(model, (TOKENS,), check=None)
     wrong = []
-    for index in range(2):
+    for index in range(3):
         stage: Any = fully_shard(pipe.stages[index], mesh=init_device_mesh("cpu", (2,)))
         pipe.initialize(index, seed=5)
         full = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in state(stage).items()}
         wrong += [name for name, tensor in full.items() if not torch.equal(tensor, expected[name])]
         wrong += [f"'{name}' is whole" for name, tensor in stage.named_parameters() if tensor.to_local().shape == tensor.shape]
-    return wrong
+    alone = Net().eval()
+    alone.load_state_dict({name: expected[name] for name in alone.state_dict()})
+    tokens = torch.arange(24).view(4, 6) % 12
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    output, _ = Driver(pipe, "Interleaved1F1B", 2, group=group, eval_mode=True).eval(tokens)
+    return wrong + ["the output"] * (not torch.allclose(output, alone(tokens), atol=1e-5))
 
 
 def test_a_stage_that_was_trained_starts_anew_in_its_own_tensors() -> None:
@@ -260,6 +267,17 @@ class Whole(nn.Module):
         x = self.layers[1](self.layers[0](x))
         pipe_split()
         return self.layers[3](self.layers[2](x))  # type: ignore[no-any-return]
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.sets(st.integers(1, 3)), st.integers(0, 2**62))
+def test_values_depend_on_the_seed_and_not_on_the_cut(cuts: set[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    alone = Whole()
+    alone.init_weights()
+    spec = {f"layers.{index}": SplitPoint.BEGINNING for index in cuts}
+    found = one_by_one(on_meta(Whole), seed, mb_args=(torch.empty(2, WIDTH, device="meta"),), split_spec=spec)
+    assert [name for name, tensor in alone.state_dict().items() if not torch.equal(found[name], tensor)] == []
 
 
 def test_code_that_goes_through_the_whole_model_never_has_all_of_it_in_memory() -> None:

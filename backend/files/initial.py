@@ -60,7 +60,7 @@ def initial(
             "there is no model whose modules could be initialised",
             hint="keep it alive until then; a copy of a pipe, or one that was loaded, has none: values=",
         )
-    twin = _on_meta(model)
+    twin = _on_meta(model) if in_order else deepcopy(model)
     names = {entry: _own_first(entry, model) for entry in wanted}
     real: dict[str, torch.Tensor] = {}
     for entry in wanted:
