@@ -192,6 +192,19 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
     del model
 
 
+def test_tensors_of_one_key_all_have_its_values(tmp_path: Path) -> None:
+    """As where a part of a model begins as a copy of another."""
+    _, pipe = net()
+    state = Net().state_dict()
+    save_file({name: tensor for name, tensor in state.items() if not name.startswith("second")}, tmp_path / "model.safetensors")
+    pipe.materialize([0, 1], tmp_path, values=SCALE, rename=lambda name: name.replace("second", "first"))
+    held = pipe.state_dict()
+    for part in ("first", "second"):
+        assert torch.equal(held[f"{part}.weight"], state["first.weight"])
+        assert torch.equal(held[f"{part}.bias"], state["first.bias"])
+    assert held["first.weight"] is not held["second.weight"]
+
+
 def test_other_names_and_dtypes_are_taken_where_asked_for(tmp_path: Path) -> None:
     reference = Net()
     save_file({f"old.{name}": tensor.bfloat16() for name, tensor in reference.state_dict().items()}, tmp_path / "model.safetensors")

@@ -93,7 +93,9 @@ def materialize(
     for entry, tensor in from_values.items():
         tensors[entry].copy_(tensor)
     if reader is not None:
-        reader.read({key: tensors[entry] for entry, key in from_source.items()})
+        _read_each(
+            reader, [(key, tensors[entry]) for entry, key in from_source.items()]
+        )
     _install(
         pipe,
         stages,
@@ -185,6 +187,17 @@ def _no_code(pipe: Staged, left: Sequence[StateEntry]) -> MaterializeError:
             "pipe.materialize(stages, init_fn=..., values=...)"
         ),
     )
+
+
+def _read_each(reader: Source, wanted: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Every tensor has the values under its key, also where several have one key."""
+    by_key: dict[str, list[torch.Tensor]] = {}
+    for key, tensor in wanted:
+        by_key.setdefault(key, []).append(tensor)
+    reader.read({key: tensors[0] for key, tensors in by_key.items()})
+    for first, *others in by_key.values():
+        for other in others:
+            other.copy_(first)
 
 
 def _install(
