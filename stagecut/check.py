@@ -64,7 +64,7 @@ class CannotCompare(StagecutError):
     """The original model cannot be run beside the pipe."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The result of `verify`. `differences` is empty when everything was equal; `compared` counts the
     comparisons by kind.
@@ -77,6 +77,9 @@ class Report:
     def ok(self) -> bool:
         """True when nothing differs."""
         return not self.differences
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         counts = [f"{count} {kind}" for kind, count in self.compared.items()]

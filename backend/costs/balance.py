@@ -215,6 +215,7 @@ class Balanced:
         )
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
+        """The steps of a program that is divided into so many stages, for all cuts at once."""
         parts: list[torch.Tensor] = []
         delays: list[torch.Tensor] = []
         zero = torch.zeros(2, len(KINDS), 1, dtype=torch.float64)

@@ -27,6 +27,7 @@ from stagecut.backend.files.together import (
     publish,
     together,
 )
+from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import persistent
@@ -94,7 +95,7 @@ def save_pretrained(
     watched: Any = nullcontext()
     if ranks.driver is not None:
         watched = ranks.driver.faults.together(agreed=(StagecutError,))
-    with watched:
+    with doing(f"saving to {folder}"), watched:
         content = ranks.together(
             lambda: _content(
                 driver_or_pipe, model, max_shard_size, save_original_format

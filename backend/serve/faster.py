@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from stagecut.backend.progress import first_call
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
@@ -27,7 +28,8 @@ def faster(pipe: Staged, index: int, compiled: bool, record: Record | None) -> R
     if not is_static(pipe.program):
         return run
     if compiled:
-        run = torch.compile(run, dynamic=False)
+        fast = torch.compile(run, dynamic=False)
+        run = first_call(fast, f"compiling stage {index}")
     if record is not None:
         kept = {lane.given for lane in pipe.program.lanes}
         inputs = pipe.program.stages[index].inputs
