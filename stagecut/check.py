@@ -136,6 +136,8 @@ def compare(
     program = pipe.program
     devices = gpus(model, args, kwargs)
     with (
+        # what torch.compile makes of a model rounds otherwise
+        torch.compiler.set_stance("force_eager"),
         torch.random.fork_rng(devices),
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,

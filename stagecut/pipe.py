@@ -322,22 +322,23 @@ def lower(
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
     mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
-    program says where its batch is.
+    program says where its batch is. What torch.compile made of the module does not count.
     """
-    program, bindings, exported = _lowered(
-        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
-    )
-    if not batches:
-        return program, bindings, exported
-    mark_batches(
-        program,
-        module if isinstance(module, nn.Module) else None,
-        bindings.call,
-        tuple(args or ()),
-        kwargs or {},
-        exported,
-        isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
-    )
+    with torch.compiler.set_stance("force_eager"):
+        program, bindings, exported = _lowered(
+            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
+        )
+        if not batches:
+            return program, bindings, exported
+        mark_batches(
+            program,
+            module if isinstance(module, nn.Module) else None,
+            bindings.call,
+            tuple(args or ()),
+            kwargs or {},
+            exported,
+            isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
+        )
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:
         why = "which hides just the future, or nothing"

@@ -11,6 +11,7 @@ from stagecut.backend.pictures.drawing import some, stages_text, total_text
 from stagecut.backend.pictures.stages import calls_of, homes_of, runs_of
 from stagecut.backend.tables import count_text, table
 from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.ops import module_path
 
 HEAD = ("stage", "parameters", "receives", "sends", "runs")
 MOST_STAGES = 24
@@ -77,8 +78,10 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
 
 def _layers(stage: Stage, homes: Mapping[Scope, set[int]]) -> str:
     """The modules that a stage runs: `embed, layers.0-9, part of layers.10`."""
-    labels: dict[str, None] = {}
+    labels = {path: None for op in stage.ops if (path := module_path(op))}
     for call in calls_of(stage, homes):
+        if labels and not call:
+            continue  # its ops are the modules kept whole, and what is around them
         layer = _layer(call)
         label = scope_fqn(layer)
         if layer != call:
