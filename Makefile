@@ -15,7 +15,7 @@ OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
 PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
-.PHONY: docs demo test lint types tests test-torch bench balance zoo generate pretrained distributed clean
+.PHONY: dist docs demo test lint types tests test-torch bench balance zoo generate pretrained distributed clean
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.bench.demo
@@ -53,6 +53,12 @@ pretrained: $(READY)
 
 distributed: $(READY)
 	$(BIN)/python tests/cluster/run.py
+
+# a wheel and an sdist in dist/, of the version that the tag names
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -c "import stagecut; tag = '$(TAG)'; assert tag in ('', 'v' + stagecut.__version__), tag"
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
