@@ -245,3 +245,16 @@ def run(command: str) -> str:
         else:
             runpy.run_path(words[0], run_name="__main__")
     return printed.getvalue()
+
+
+# --- sentences ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=named)
+def test_sentences_begin_with_their_subject(page: Path) -> None:
+    """None begins with "Of" or "What", but for questions."""
+    text = re.sub(r"^[|#].*$", "", prose(page), flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n *- ", text):
+        line = " ".join(paragraph.split()).removeprefix("- ")
+        found = re.findall(r"(?:^|(?<=[.!?] ))(?:Of|What) [^.?!]*[.!:]", line)
+        assert found == []
