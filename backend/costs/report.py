@@ -135,6 +135,12 @@ class Report:
     def __repr__(self) -> str:
         return str(self)
 
+    def _repr_html_(self) -> str:
+        """The tables and the picture, for a notebook."""
+        style = "background: white; overflow-x: auto"
+        picture = f'<div style="{style}">{self.to_svg()}</div>'
+        return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
+
     def to_json(self) -> str:
         """The report as JSON, without the timeline."""
         data: dict[str, Any] = {
