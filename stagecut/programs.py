@@ -21,6 +21,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
 from stagecut.backend.serve.again import Again
+from stagecut.backend.serve.away import Homes
 from stagecut.backend.serve.faster import faster, is_static, recorded
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.step import Call, LocalStep, RankStep, Step, lane_bytes
@@ -167,6 +168,7 @@ class Programs:
         self._policy = policy
         self._seat = seat
         self._line = None if seat is None else Line(seat)
+        self._homes = Homes()
         self._cut: list[tuple[Pipe, Step]] = []
         self._examples: list[_Example] = []
         self._sizes: dict[Pipe, dict[str, int]] = {}
@@ -267,7 +269,7 @@ class Programs:
         if seat is None or self._line is None:
             return LocalStep(pipe, self._device, runs)
         record = self._record if is_static(pipe.program) else None
-        return RankStep(pipe, seat, self._line, runs[0], record)
+        return RankStep(pipe, seat, self._line, self._homes, runs[0], record)
 
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if self._traced_in_a_row == MOST_PROGRAMS:

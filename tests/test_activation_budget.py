@@ -377,19 +377,38 @@ class Small(nn.Module):
         return self.last(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("1F1B", "rank 0 (stage 0) failed"), ("ZBVZeroBubble", "at: the stages 1, 2")])
-def test_a_budget_below_the_least_is_an_error_that_says_where_and_what_to_do(schedule: str, stages: str) -> None:
-    model = nn.Sequential(Small(), Small())
-    pipe = pipeline(model, (torch.randn(4, 6),), split_policy=equal_ops(2 if schedule in SINGLE else 4), check=None)
+def test_a_budget_below_the_least_is_an_error_that_says_where_and_what_to_do() -> None:
     with pytest.raises(RanksFailed) as raised:
-        on_ranks(2, _too_small, pipe, schedule)
-    for part in (stages, "needs at least ", "the budget is 10", "a larger activation_budget=", "more stages"):
+        on_ranks(2, _too_small, _two_blocks(2), "1F1B")
+    for part in ("rank 0 (stage 0) failed", "needs at least ", "the budget is 10", "a larger activation_budget=", "more stages"):
         assert part in str(raised.value)
+
+
+def test_ranks_that_cannot_share_their_budgets_say_so_before_any_work() -> None:
+    for rank, messages in enumerate(on_ranks(2, _too_small_twice, _two_blocks(4))):
+        for message in messages:
+            assert f"at: the stages {'0, 3' if rank == 0 else '1, 2'}" in message
+            assert "the budget is 10" in message
+
+
+def _two_blocks(stages: int) -> Pipe:
+    model = nn.Sequential(Small(), Small())
+    return pipeline(model, (torch.randn(4, 6),), split_policy=equal_ops(stages), check=None)
 
 
 def _too_small(pipe: Pipe, schedule: str) -> None:
     driver = Driver(pipe, schedule, 4, F.mse_loss, backward="graph", activation_budget=10)
     driver.step(torch.ones(16, 6), target=torch.ones(16, 6))
+
+
+def _too_small_twice(pipe: Pipe) -> list[str]:
+    driver = Driver(pipe, "ZBVZeroBubble", 4, F.mse_loss, backward="graph", activation_budget=10)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(BudgetError) as raised:
+            driver.step(torch.ones(16, 6), target=torch.ones(16, 6))
+        messages.append(str(raised.value))
+    return messages
 
 
 @pytest.mark.parametrize(

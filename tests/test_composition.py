@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from stagecut import Driver, Pipe, SplitPoint, pipeline
+from stagecut import Driver, Pipe, SplitPoint, StagecutError, pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo looks at its inputs
@@ -158,6 +158,47 @@ def test_training_equals_the_unsplit_model(how: Callable[[DeviceMesh], Wrap], sc
     assert set(on_ranks(2 * data, _train, model, pipe, how, schedule, data, True)) == {"ok"}
 
 
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_ddp_averages_what_graphs_compute(schedule: str) -> None:
+    model, pipe = cut(stages_of(schedule, 2))
+    assert set(on_ranks(4, _train, model, pipe, replicate, schedule, 2, True, "graph")) == {"ok"}
+
+
+class TwoResults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(self.first(x))
+        return self.one(x), self.other(x)
+
+
+def test_ddp_around_graphs_says_what_it_cannot_do() -> None:
+    pipe = pipeline(TwoResults(), (torch.zeros(2, 4),), split_spec={"one": SplitPoint.BEGINNING}, check=None)
+    for rank, (error, notes) in enumerate(on_ranks(4, _unused_result, pipe)):
+        if rank % 2:
+            assert "(stage 1) failed: the last micro-batch has no gradient for some weights" in error
+        assert all("DistributedDataParallel looks for the weights that forward uses" in note for note in notes)
+        assert len(notes) == 1
+
+
+def _unused_result(pipe: Pipe) -> tuple[str, tuple[str, ...]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipe"))
+    groups = {"group": mesh.get_group("pipe"), "backward": "graph"}
+    x, loss_fn = torch.ones(4, 4), lambda results: results[0].square().mean()
+
+    def looks(stage: nn.Module, index: int) -> nn.Module:
+        return DistributedDataParallel(stage, process_group=mesh.get_group("data"), find_unused_parameters=True)
+
+    driver = Driver(deepcopy(pipe), "1F1B", 2, loss_fn, wrap=looks, **groups)
+    driver.step(x)
+    notes = driver.notes
+    with pytest.raises(StagecutError) as raised:
+        Driver(pipe, "1F1B", 2, loss_fn, wrap=replicate(mesh), **groups).step(x)
+    return raised.value.what, notes
+
+
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 def test_tensor_parallel_blocks_equal_the_unsplit_model(schedule: str) -> None:
     """The blocks are kept whole: their layers are the user's own, and their code takes fewer heads."""
@@ -165,11 +206,19 @@ def test_tensor_parallel_blocks_equal_the_unsplit_model(schedule: str) -> None:
     assert set(on_ranks(4, _train, model, pipe, split_layers, schedule, 2, False)) == {"ok"}
 
 
-def _train(model: nn.Module, pipe: Pipe, how: Callable[[DeviceMesh], Wrap], schedule: str, data: int, own_batch: bool) -> str:
+def _train(
+    model: nn.Module,
+    pipe: Pipe,
+    how: Callable[[DeviceMesh], Wrap],
+    schedule: str,
+    data: int,
+    own_batch: bool,
+    backward: str = "autograd",
+) -> str:
     """'ok', or the first thing that differs. With `own_batch`, each replica of the pipeline trains on a part of the batch."""
     mesh = init_device_mesh("cpu", (data, dist.get_world_size() // data), mesh_dim_names=("data", "pipe"))
     reference = deepcopy(model)
-    driver = Driver(pipe, schedule, 4, loss_of, group=mesh.get_group("pipe"), wrap=how(mesh))
+    driver = Driver(pipe, schedule, 4, loss_of, group=mesh.get_group("pipe"), wrap=how(mesh), backward=backward)
     mine, theirs = (torch.optim.SGD(parameters, 0.1) for parameters in (driver.parameters(), reference.parameters()))
     driver.attach(mine)
     for step in range(2):
@@ -191,7 +240,7 @@ def _train(model: nn.Module, pipe: Pipe, how: Callable[[DeviceMesh], Wrap], sche
                     return f"step {step}, stage {index}: '{name}'"
         mine.zero_grad()
         theirs.zero_grad()
-    return "ok"
+    return "; ".join(driver.notes) if backward == "graph" and driver.notes else "ok"
 
 
 def _near(found: torch.Tensor, want: torch.Tensor) -> bool:

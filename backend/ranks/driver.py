@@ -302,6 +302,8 @@ class Driver:
         )
         with self.faults.alike():
             schedule, stages = self._prepared(sizes, dtypes)
+            if self._saving.is_open and how == "step":
+                self._saving.share(sizes[0], self.device, dtypes)
         self.draws.begin()
         for stage in stages:
             stage.microbatches = self._batch.inputs
@@ -311,8 +313,6 @@ class Driver:
             if stage.graphs is not None:
                 stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
-            if self._saving.is_open and how == "step":
-                self._saving.share(sizes[0], self.device, dtypes)
             step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
             return None, step_losses

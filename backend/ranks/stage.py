@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _utils
+from torch.nn.parallel import DistributedDataParallel
 
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.draws import Draws
@@ -371,28 +372,67 @@ class BuiltStage(PipelineStage):
         ):
             self._by_autograd = lambda: _nothing
             last_backward = bwd_chunk_id + 1 == self.chunks
-        self._choose_builder(bwd_chunk_id)
+        averages = by_graphs and full_backward and last_backward
+        self._choose_builder(bwd_chunk_id, averages)
         with _without_autocast(self.device):
             return super().backward_one_chunk(
-                bwd_chunk_id, loss, full_backward, last_backward
+                bwd_chunk_id, loss, full_backward, last_backward and not by_graphs
             )
 
-    def _choose_builder(self, chunk: int) -> None:
-        """torch takes the weight part of the backward of this micro-batch from where its forward ran."""
-        by_graphs = chunk in self._graph_chunks
-        self.dw_builder = self._weights if by_graphs else self._by_autograd
+    def _choose_builder(self, chunk: int, averages: bool = False) -> None:
+        """torch takes the weight part of the backward of this micro-batch from where its forward ran. The
+        last of a step `averages` over the replicas of DDP.
+        """
+        self.dw_builder = self._by_autograd
+        if chunk in self._graph_chunks:
+            self.dw_builder = self._averaged_weights if averages else self._weights
 
     def _weights(self) -> Callable[[], None]:
         """The function that adds the gradients of the weights of the backward that ran last."""
         assert self.graphs is not None
         return self.graphs.take_weights()
 
+    def _averaged_weights(self) -> Callable[[], None]:
+        """As `_weights`; the replicas of a stage in DDP then have the mean of all that was added."""
+        add = self._weights()
+
+        def add_and_average() -> None:
+            with self._averaging():
+                add()
+
+        return add_and_average
+
+    @contextmanager
+    def _averaging(self) -> Iterator[None]:
+        """The gradients that are added inside are the last of the step: where DDP is around the stage, it
+        takes the mean of what has been added.
+        """
+        module = self.submod
+        if not isinstance(module, DistributedDataParallel):
+            yield
+            return
+        # what its forward does, which graphs do not call
+        module.reducer._rebuild_buckets()
+        module.reducer.prepare_for_backward([])
+        yield
+        try:
+            module.reducer._check_reducer_finalized()
+        except RuntimeError:
+            raise StagecutError(
+                "the last micro-batch has no gradient for some weights, and DistributedDataParallel waits "
+                "for one of each",
+                where=f"weights of stage {self.stage_index}",
+                hint="freeze them before wrap is called; or find_unused_parameters=True, with autograd",
+            ) from None
+
     def backward_weight_one_chunk(
         self, bwd_chunk_id: int, last_backward: bool = False
     ) -> None:
         """As torch's, without autocast."""
         self._choose_builder(bwd_chunk_id)
-        with _without_autocast(self.device):
+        by_graphs = bwd_chunk_id in self._graph_chunks
+        averaging = self._averaging() if by_graphs and last_backward else nullcontext()
+        with _without_autocast(self.device), averaging:
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:

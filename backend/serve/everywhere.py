@@ -26,7 +26,8 @@ MOST_ELEMENTS = 64
 
 class Everywhere:
     """The ops of other stages that write small inputs in place, and what these ops read. `inputs` are the
-    inputs and numbers that they need.
+    inputs and numbers that they need; `written` the small inputs that each rank so keeps up to date, the same
+    on all ranks.
 
     Raises StagecutError for such a write that depends on more than small inputs and sizes.
     """
@@ -41,6 +42,7 @@ class Everywhere:
         lanes = {lane.given for lane in program.lanes}
         small = lanes & known
         ops: list[Op] = []
+        self.written: set[Value] = set()
         for stage in program.stages:
             for op in stage.ops:
                 if reads_sizes_only(op):
@@ -48,6 +50,7 @@ class Everywhere:
                     known.update(op.results)
                 elif _depends_on(op, known):
                     known.update(op.definitions())
+                    self.written |= _written(op, aliases, small)
                     if stage.index != rank:
                         ops.append(op)
                 elif stage.index != rank:

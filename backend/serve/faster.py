@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.progress import first_call
+from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
@@ -30,9 +31,11 @@ def faster(pipe: Staged, index: int, compiled: bool, record: Record | None) -> R
     if compiled:
         fast = torch.compile(run, dynamic=False)
         run = first_call(fast, f"compiling stage {index}")
-    if record is not None:
-        kept = {lane.given for lane in pipe.program.lanes}
-        inputs = pipe.program.stages[index].inputs
+    stage = pipe.program.stages[index]
+    kept = {lane.given for lane in pipe.program.lanes}
+    # a recording reads copies of the others, and what it wrote into one would be lost
+    if record is not None and written_inputs(stage) <= kept:
+        inputs = stage.inputs
         run = Graphed(run, [value in kept for value in inputs], record)
     return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,26 +45,31 @@ class Seat:
 
 
 class Line:
-    """The connections of a rank with the one before and the one behind, for all its programs."""
+    """The connections of a rank with the others, for all its programs: mostly with the one before and the one
+    behind.
+    """
 
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
         self._tagged = "gloo" in str(dist.get_backend_config(seat.group))
-        self._received = 0
-        self._sent = 0
+        self._received: Counter[int] = Counter()
+        self._sent: Counter[int] = Counter()
         self._on_the_way: deque[tuple[Any, torch.Tensor]] = deque()
 
-    def receive(self, ports: Sequence[Port]) -> dict[Value, Any]:
-        """The values of the next message from the rank before."""
+    def receive(
+        self, ports: Sequence[Port], source: int | None = None
+    ) -> dict[Value, Any]:
+        """The values of the next message from a rank, the one before if none is named."""
         seat = self._seat
+        source = seat.rank - 1 if source is None else source
         offsets, size = _layout(ports)
         message = torch.empty(size, dtype=torch.uint8, device=seat.device)
-        tag = self._tag(self._received)
-        self._received += 1
+        tag = self._tag(self._received[source])
+        self._received[source] += 1
         dist.recv(
             message,
             group=seat.group,
-            group_src=seat.rank - 1,
+            group_src=source,
             tag=tag,
         )
         values: dict[Value, Any] = {}
@@ -73,18 +78,20 @@ class Line:
             values[p.value] = p.unpack(part.view(p.wire_shape))
         return values
 
-    def send(self, ports: Sequence[Port], values: Mapping[Value, Any]) -> None:
-        """The rank behind gets these values, when it comes to receive them."""
+    def send(
+        self, ports: Sequence[Port], values: Mapping[Value, Any], to: int | None = None
+    ) -> None:
+        """A rank, the one behind if none is named, gets these values when it comes to receive them."""
         seat = self._seat
+        to = seat.rank + 1 if to is None else to
         offsets, size = _layout(ports)
         message = torch.empty(size, dtype=torch.uint8, device=seat.device)
         for p, offset in zip(ports, offsets, strict=True):
             packed = p.pack(values[p.value], seat.device)
             part = message[offset : offset + _bytes(p)].view(p.wire_dtype)
             part.view(p.wire_shape).copy_(packed)
-        tag = self._tag(self._sent)
-        self._sent += 1
-        to = seat.rank + 1
+        tag = self._tag(self._sent[to])
+        self._sent[to] += 1
         work = dist.isend(
             message,
             group=seat.group,

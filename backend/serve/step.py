@@ -21,6 +21,7 @@ from stagecut.backend.ranks.wire import (
     number_of,
     port,
 )
+from stagecut.backend.serve.away import Away, Homes
 from stagecut.backend.serve.everywhere import Everywhere
 from stagecut.backend.serve.faster import Ready, Record, Run
 from stagecut.backend.serve.line import Line, Seat
@@ -29,7 +30,7 @@ from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program, Stage, Value
-from stagecut.ir.lanes import left_value, reads_sizes_only
+from stagecut.ir.lanes import left_value
 from stagecut.ir.types import DTYPES, TensorType
 
 Call = Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -97,6 +98,7 @@ class RankStep:
         pipe: Staged,
         seat: Seat,
         line: Line,
+        homes: Homes,
         run: Run,
         record: Record | None = None,
     ) -> None:
@@ -113,12 +115,6 @@ class RankStep:
         lists = boundaries(program, frozenset(program.inputs), _left(pipe))
         self._received = lists[seat.rank - 1] if seat.rank else []
         self._sent = lists[seat.rank] if seat.rank + 1 < seat.ranks else []
-        own = set(self._block.ops)
-        self._sized = {
-            value
-            for value in self._block.inputs
-            if all(map(reads_sizes_only, own.intersection(value.uses)))
-        }
         self._everywhere = Everywhere(
             program,
             seat.rank,
@@ -126,14 +122,15 @@ class RankStep:
             record,
         )
         self._line = line
+        received = [[], *lists[:-1]]
+        everywhere = self._everywhere.written
+        self._away = Away(program, seat, line, homes, received, everywhere)
 
     def prepared(self, flat: Sequence[Any], sizes: Sizes) -> Call:
         """The stage of this rank on these inputs and on what the rank before sends."""
-        inputs = Inputs(self._program, flat, self._seat.device)
+        there = self._away.kept(flat, sizes)
+        inputs = Inputs(self._program, there, self._seat.device)
         received = self._ports(self._received, sizes)
-        arguments = dict(zip(self._program.inputs, flat, strict=True))
-        for value in self._block.inputs:
-            self._refuse_absent(value, arguments.get(value))
         here = {p.value for p in received}
         here.update(self._block.outputs, self._program.inputs)
         return _RankCall(
@@ -149,6 +146,8 @@ class RankStep:
                 if not isinstance(leaf, Value) or leaf not in here
             },
             line=self._line,
+            away=self._away,
+            sizes=sizes,
             run=Ready(self._run),
             write=self._everywhere.ready(),
         )
@@ -165,23 +164,6 @@ class RankStep:
     def _ports(self, values: Sequence[Value], sizes: Sizes) -> list[Port]:
         """The ports of what crosses. A number that follows from the sizes of the inputs does not cross."""
         return [port(v, sizes) for v in values if known_number(v, sizes) is None]
-
-    def _refuse_absent(self, value: Value, argument: Any) -> None:
-        if not isinstance(argument, torch.Tensor) or not argument.is_meta:
-            return
-        if value not in self._sized:
-            raise StagecutError(
-                f"stage {self._block.index} reads {value.hint}, which another rank holds",
-                where=", ".join(map(str, self._touching(value))),
-                hint="cut where one stage has all that reads it",
-            )
-
-    def _touching(self, value: Value) -> list[str]:
-        return [
-            f"stages {lane.stages} touch it"
-            for lane in self._program.lanes
-            if lane.given is value
-        ]
 
     def _output(self, value: Any, sizes: Sizes) -> Any:
         """What stands for an output of another rank."""
@@ -205,12 +187,15 @@ class _RankCall:
     numbers: dict[Value, Any]
     elsewhere: dict[int, Any]
     line: Line
+    away: Away
+    sizes: Sizes
     run: Run
     write: Callable[[Mapping[Value, Any]], None]
 
     def __call__(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         values = dict(self.numbers)
-        values |= zip(self.program.inputs, self.inputs.moved(flat), strict=True)
+        there = self.inputs.moved(self.away.others(flat, self.sizes))
+        values |= zip(self.program.inputs, there, strict=True)
         if self.received:
             values |= self.line.receive(self.received)
         arguments = [values[value] for value in self.block.inputs]
@@ -219,10 +204,13 @@ class _RankCall:
         if self.sent:
             self.line.send(self.sent, values)
         self.write(values)
-        return tuple(
+        self.away.settle(flat, values, self.sizes)
+        outputs = tuple(
             self.elsewhere[place] if place in self.elsewhere else values[leaf]
             for place, leaf in enumerate(self.program.outputs)
         )
+        self.away.note(outputs)
+        return outputs
 
 
 def _left(pipe: Staged) -> frozenset[Value]:

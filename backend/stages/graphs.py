@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as torch_module
+from torch.nn.parallel import DistributedDataParallel
 
 from stagecut.backend.stages.memory import REFUSALS, TracedStage
 from stagecut.backend.stages.modules import Stage, StageModule
@@ -455,7 +456,11 @@ def _without_autocast() -> Iterator[None]:
 
 def _why_not_plain(module: torch.nn.Module, stage: Stage) -> str:
     """Why a graph cannot stand for a stage as it is now; '' where it can."""
-    if module is not stage:
+    if isinstance(module, DistributedDataParallel) and module.module is stage:
+        reason = _why_not_averaged(module)
+        if reason:
+            return f"DistributedDataParallel {reason}"
+    elif module is not stage:
         return f"wrap returned a {type(module).__name__}, which runs around the stage"
     if torch_module._has_any_global_hook():
         return "hooks are registered for all modules"
@@ -464,9 +469,24 @@ def _why_not_plain(module: torch.nn.Module, stage: Stage) -> str:
             return f"'{path}' is a {type(part).__name__}: it was wrapped, or kept whole"
         if part._compiled_call_impl is not None:
             return f"'{path}' was compiled"
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+        if _has_hooks(part):
             return f"'{path}' has hooks, which a graph would not call"
     return ""
+
+
+def _why_not_averaged(module: DistributedDataParallel) -> str:
+    """What this DDP does besides averaging the gradients of all its weights; '' for nothing."""
+    if module.find_unused_parameters or module.static_graph:
+        return "looks for the weights that forward uses"
+    if module.broadcast_buffers and module.modules_buffers:
+        return "sends buffers in forward: give it broadcast_buffers=False"
+    if module.mixed_precision is not None:
+        return "casts: give the Driver mixed precision instead"
+    return "has hooks" if _has_hooks(module) else ""
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 _HOOKS = (

@@ -46,7 +46,6 @@ class Saving:
         """Every stage that graphs run has a budget of its own. Together they are that of the rank, for
         micro-batches of these sizes. Raises BudgetError.
         """
-        self.is_open = False
         budget = self._budget
         flights = self._flights()
         running = {i: graphs for i, graphs in self._graphs.items() if not graphs.note}
@@ -55,6 +54,7 @@ class Saving:
         if isinstance(budget, float) or len(running) == 1:
             for index, graphs in running.items():
                 graphs.recompute = Budget(budget, flights[index])
+            self.is_open = False
             return
         spans: dict[int, Span] = {}
         for index in running:
@@ -66,6 +66,7 @@ class Saving:
                 continue
         for index, share in shared(spans, budget).items():
             running[index].recompute = share
+        self.is_open = False
 
     def lines(self) -> Iterator[str]:
         """For each stage that has run by graphs, what it saves."""

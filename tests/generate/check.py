@@ -17,8 +17,8 @@ from stagecut import Generator
 
 NEW, ROWS, LENGTH = 20, 3, 7
 WAYS: tuple[dict[str, Any], ...] = (
-    {"do_sample": False},
-    {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2},
+    {"do_sample": False, "num_beams": 1},
+    {"do_sample": True, "num_beams": 1, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2},
 )
 """Greedy decoding, and sampling through several processors."""
 
