@@ -21,6 +21,14 @@ def time_text(seconds: float) -> str:
     return ""
 
 
+def count_text(number: float) -> str:
+    """A short text for a count: `12.3 M`."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
     """Rows as aligned lines: the columns in `left` to the left, the others to the right."""
     grid = Table.grid(padding=(0, 2, 0, 0))

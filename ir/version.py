@@ -1,3 +1,3 @@
-"""The version of stagecut, which saved pipes name. pyproject.toml has the same."""
+"""The version of stagecut. Saved pipes name it, and pyproject.toml reads it here."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -1,5 +1,13 @@
 """stagecut cuts PyTorch models into pipeline stages.
 
+    pipe = stagecut.pipeline(model, (x,), stages=2)      # Pipe: print it, call it, pipe.get_stage_module(0)
+    driver = stagecut.Driver(pipe, "1F1B", 8, loss_fn)   # trains it on the ranks of a group
+    generator = stagecut.Generator(model, stages=2)      # generates with a decoder of transformers
+
+Cutting: pipeline, from_pretrained, pipe_split, SplitPoint, Balanced, AtModules, Markers. Costs: Setting,
+Device, Plan, Timeline, record. Running: Driver, StepLosses, build_stage, Generator. Files: load, load_stage,
+checkpoint. Text and pictures: text, parse, to_dot, to_svg, to_html. Every error is a StagecutError.
+
 Names load on first use, so that `import stagecut` costs nothing until a model is compiled.
 """
 

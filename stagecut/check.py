@@ -65,7 +65,7 @@ class CannotCompare(StagecutError):
     """The original model cannot be run beside the pipe."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The result of `verify`. `differences` is empty when everything was equal; `compared` counts the
     comparisons by kind.
@@ -78,6 +78,9 @@ class Report:
     def ok(self) -> bool:
         """True when nothing differs."""
         return not self.differences
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         counts = [f"{count} {kind}" for kind, count in self.compared.items()]
@@ -134,6 +137,8 @@ def compare(
     program = pipe.program
     devices = gpus(model, args, kwargs)
     with (
+        # what torch.compile makes of a model rounds otherwise
+        torch.compiler.set_stance("force_eager"),
         torch.random.fork_rng(devices),
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,

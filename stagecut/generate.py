@@ -54,7 +54,7 @@ class Generator:
     ---------
     model: a model with the `generate` of transformers, in eval mode. Its tensors are those of the stages.
     stages, split_spec, split_policy: where to cut, as for `pipeline`; `stages` defaults to the ranks of the
-        group. What is searched is moved to the nearest module in a list of modules, such as `layers.4`,
+        group. A searched cut is moved to the nearest module in a list of modules, such as `layers.4`,
         because all programs are cut at the same places.
     group: the ranks that run a stage each, in the order of the stages. None runs all stages in this process.
     device: where the stages of this process run, and their part of every cache; the model's own by default.

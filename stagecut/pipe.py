@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from stagecut.backend.progress import doing
 from stagecut.backend.stages.fx_view import PREFIX, split_module
 from stagecut.backend.stages.staged import Staged
 from stagecut.check import (
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.plan import Plan
     from stagecut.backend.costs.report import Report as StageCosts
     from stagecut.backend.costs.setting import Setting
+    from stagecut.backend.pictures.summary import Summary
     from stagecut.backend.ranks.wrapped import Wrap
 
 CHECKS = ("auto", "outputs", "gradients", None)
@@ -103,7 +105,7 @@ def pipeline(
         Where tracing fails inside a submodule, the smallest one around the failing line is kept whole
         automatically; `pipe.notes` says so. The sizes of the tensors it returns, and the numbers among them,
         are those of the example: a call in which they differ raises.
-    routes: name of a value, as `print(pipe)` shows it -> 'recompute' (the stages that read it compute it
+    routes: name of a value, as `print(pipe.ir())` shows it -> 'recompute' (the stages that read it compute it
         themselves) or 'relay' (it is sent from stage to stage; an input of the model from the first stage
         on). For a value that is not named, the cheaper way is taken, and 'recompute' only where no gradient
         flows, so that gradients stay bit for bit the model's.
@@ -149,15 +151,16 @@ def pipeline(
     passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
-        program, bindings, exported = lower(
-            module,
-            mb_args,
-            mb_kwargs,
-            dynamic_shapes,
-            leaf_modules,
-            [name for name, _ in at],
-            one_mode,
-        )
+        with doing(f"tracing {type(module).__name__}"):
+            program, bindings, exported = lower(
+                module,
+                mb_args,
+                mb_kwargs,
+                dynamic_shapes,
+                leaf_modules,
+                [name for name, _ in at],
+                one_mode,
+            )
         plans: list[Plan] = []
         try:
             policy = _policy(
@@ -170,13 +173,9 @@ def pipeline(
                 lambda: _trial(program, bindings, mb_args, mb_kwargs),
             )
             trace = Trace(program)
-            run_passes(
-                program,
-                default_pipeline(
-                    FindSplits(at, policy, _other_names(module), bindings.whole),
-                    *passes,
-                ),
-            )
+            splits = FindSplits(at, policy, _other_names(module), bindings.whole)
+            with doing(f"cutting {program.name}, {len(program.ops)} ops"):
+                run_passes(program, default_pipeline(splits, *passes))
         except SplitError as error:
             if one_mode or not any(
                 op.target == BY_MODE or returns_what_it_is_given(op)
@@ -200,7 +199,8 @@ def pipeline(
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
         )
-        _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
+        with doing("comparing the stages with the model"):
+            _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
 
 
@@ -326,22 +326,23 @@ def lower(
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
     mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
-    program says where its batch is.
+    program says where its batch is. What torch.compile made of the module does not count.
     """
-    program, bindings, exported = _lowered(
-        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
-    )
-    if not batches:
-        return program, bindings, exported
-    mark_batches(
-        program,
-        module if isinstance(module, nn.Module) else None,
-        bindings.call,
-        tuple(args or ()),
-        kwargs or {},
-        exported,
-        isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
-    )
+    with torch.compiler.set_stance("force_eager"):
+        program, bindings, exported = _lowered(
+            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
+        )
+        if not batches:
+            return program, bindings, exported
+        mark_batches(
+            program,
+            module if isinstance(module, nn.Module) else None,
+            bindings.call,
+            tuple(args or ()),
+            kwargs or {},
+            exported,
+            isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
+        )
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:
         why = "which hides just the future, or nothing"
@@ -572,6 +573,27 @@ class Pipe(Staged):
         state.pop("_data", None)
         return state
 
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        """The summary and the stage graph, for a notebook; without the graph where no program that draws is
+        installed.
+        """
+        from stagecut.backend.pictures.render import find_renderer
+
+        picture = "" if find_renderer() is None else self.to_svg()
+        return self.summary().to_html(picture)
+
+    def summary(self) -> Summary:
+        """The stages on one screen: the modules they run, parameters, bytes that cross, tied state. `print`
+        the pipe to see it; a notebook adds the picture.
+        """
+        from stagecut.backend.pictures.summary import summary
+
+        mode = "train" if self.training else "eval"
+        return summary(self.program, mode, self.notes)
+
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and
         compares them.
@@ -623,7 +645,8 @@ class Pipe(Staged):
         if profile_on is not None:
             way = Way.before(loss, torch_device(profile_on), wrap, chosen)
             indices = range(self.num_stages)
-            seconds = [measure(self, i, way, self._sizes) for i in indices]
+            with doing(f"timing the stages on {profile_on}"):
+                seconds = [measure(self, i, way, self._sizes) for i in indices]
         saved = kept_by_graphs(self, chosen, self._sizes) if chosen.by_graphs else ()
         return report(
             program,
@@ -675,18 +698,21 @@ class Pipe(Staged):
         the source lacks or has in another shape or dtype. No stage has changed then.
         """
         from stagecut.backend.files.materialize import materialize
+        from stagecut.backend.pictures.drawing import stages_text
 
-        materialize(
-            self,
-            _indices(stages),
-            source,
-            _real_device(device),
-            init_fn,
-            values or {},
-            rename,
-            cast,
-            seed,
-        )
+        chosen = _indices(stages)
+        with doing(f"making {stages_text(chosen)} real"):
+            materialize(
+                self,
+                chosen,
+                source,
+                _real_device(device),
+                init_fn,
+                values or {},
+                rename,
+                cast,
+                seed,
+            )
 
     def initialize(
         self,
@@ -710,8 +736,11 @@ class Pipe(Staged):
         Raises MaterializeError for a tensor that no code sets. No stage has changed then.
         """
         from stagecut.backend.files.materialize import initialize
+        from stagecut.backend.pictures.drawing import stages_text
 
-        initialize(self, _indices(stages), _real_device(device), seed)
+        chosen = _indices(stages)
+        with doing(f"initialising {stages_text(chosen)}"):
+            initialize(self, chosen, _real_device(device), seed)
 
     def save(self, folder: str | Path, stages: Iterable[int] | None = None) -> None:
         """`folder` holds the pipe: IR text, tensors, and the calling convention of the model.
@@ -723,7 +752,8 @@ class Pipe(Staged):
         """
         from stagecut.backend.files.saved import save
 
-        save(self, folder, stages)
+        with doing(f"saving to {folder}"):
+            save(self, folder, stages)
 
     def build_stage(
         self, stage_index: int, device: torch.device | str, group: Any = None
@@ -790,7 +820,8 @@ class Pipe(Staged):
     ) -> Any:
         from stagecut.frontend.capture.joint import joint_graph
 
-        return joint_graph(function, arguments)
+        with doing("tracing the backward of a stage"):
+            return joint_graph(function, arguments)
 
     def roles(
         self,
@@ -858,6 +889,24 @@ class Pipe(Staged):
             self.program, level=level, stage=stage, depth=depth, renderer=renderer
         )
 
+    def to_html(self, setting: Setting | None = None) -> str:
+        """One page with all that is known of the pipe: costs under `setting` as in `report`, the timeline of
+        a step, the stage graph, the program, and the life of every value. It needs no other file.
+        """
+        from stagecut.backend.page.page import to_html
+        from stagecut.backend.pictures.render import find_renderer
+
+        costs = self.report(setting)
+        graph = self.to_svg() if find_renderer() else None
+        return to_html(
+            [("cut", self.ir(), 0.0)],
+            self.program,
+            costs,
+            costs.timeline.to_svg(),
+            graph,
+            self.program.name,
+        )
+
 
 def _indices(stages: int | Iterable[int]) -> list[int]:
     """The indices of stages. Raises InputError for what is none."""
@@ -902,4 +951,5 @@ def load(
     """
     from stagecut.backend.files.saved import restored
 
-    return restored(Pipe, folder, stages, device, ops)
+    with doing(f"loading {folder}"):
+        return restored(Pipe, folder, stages, device, ops)

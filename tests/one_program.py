@@ -126,7 +126,7 @@ def answer(model: dict[str, Any]) -> str:
         pipe = pipeline(module, args, kwargs, **more)
     except StagecutError as error:
         return f"{type(error).__name__}: {error}"
-    return "\n".join([str(pipe), *pipe.notes, *(stage.code for stage in pipe.stages)])
+    return "\n".join([pipe.ir(), *pipe.notes, *(stage.code for stage in pipe.stages)])
 
 
 def main() -> None:

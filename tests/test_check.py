@@ -499,3 +499,37 @@ def test_both_modes_are_compared_where_both_were_traced(training: bool, counted:
     monkeypatch.setattr(emit._Function, "_mode", lambda self, item, op: "self.training" if item.is_flag else repr(item.in_trace))
     with pytest.raises(CheckError, match=f"does not compute what the model computes in {'eval' if training else 'train'} mode: output 0"):
         pipeline(Chosen().train(training), (X,))
+
+
+class Rounding(nn.Module):
+    """A layer and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * 3
+
+
+def inexact(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    """A backend of torch.compile whose results are a hundredth off."""
+    return lambda *args: [out * 1.01 for out in graph(*args)]
+
+
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "a submodule"])
+def test_a_compiled_model_is_compared_as_it_was_written(how: str) -> None:
+    """What torch.compile makes of it rounds otherwise, and is no reason to refuse the stages."""
+    model: Any = Rounding()
+    if how == "torch.compile(model)":
+        model = torch.compile(model, backend=inexact)
+    elif how == "model.compile()":
+        model.compile(backend=inexact)
+    else:
+        model.layer = torch.compile(model.layer, backend=inexact)
+    x = torch.randn(2, 4)
+    compiled = model(x)
+    pipe = pipeline(model, (x,), check="outputs")
+    assert pipe.verify(x).ok
+    assert not torch.allclose(pipe(x)[0], compiled, rtol=1e-3, atol=0)
+    assert torch.equal(model(x), compiled)  # it stays compiled

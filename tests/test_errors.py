@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+from stagecut import pipeline
 from stagecut.ir import errors
-from stagecut.ir.errors import InputError, ParseError, SplitError, StagecutError, VerifyError, nearest
+from stagecut.ir.errors import CaptureError, InputError, ParseError, SplitError, StagecutError, VerifyError, nearest
 
 
 def test_three_parts() -> None:
@@ -65,3 +68,24 @@ def test_an_object_in_a_message_prints_as_in_every_process() -> None:
     assert str(StagecutError(f"no literal: {object()!r}", where="at 0x1", hint="<f at 0x1f> or <g>")) == (
         "no literal: <object object>\n  at: at 0x1\n  try: <f> or <g>"
     )
+
+
+class Branching(nn.Module):
+    """Chooses by a value of what it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y if y.sum() > 0 else -y
+
+
+def test_a_branch_on_data_is_one_error_without_a_log_before_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match="the model branches on a value of a tensor"):
+        pipeline(Branching(), (torch.randn(3),))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "hpu"])
+def test_costs_are_not_timed_on_a_device_that_is_not_there(device: str) -> None:
+    pipe = pipeline(nn.Linear(2, 2), (torch.randn(3, 2),))
+    with pytest.raises(InputError, match="is no device of torch here"):
+        pipe.report(profile_on=device)

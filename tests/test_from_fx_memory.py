@@ -67,7 +67,7 @@ def check(module: fx.GraphModule, x: torch.Tensor = X) -> None:
         call = ((x.clone(),), {})
         wrong = mailbox(deepcopy(module), pipe, deepcopy(call), deepcopy(call), Near(1e-5))
         wrong += differences(observe(deepcopy(module), deepcopy(call)), observe(pipe.module(), deepcopy(call)), Near(1e-5))
-        assert not wrong, "\n".join([str(pipe), *wrong])
+        assert not wrong, "\n".join([pipe.ir(), *wrong])
 
 
 def detached_in_place(self: Net, x: torch.Tensor) -> Any:

@@ -41,6 +41,7 @@ class Two(nn.Module):
         ({"tied": None}, "tied=None is not known"),
         ({"stages": 2, "leaf_modules": "a"}, r"no list of paths\n  try: leaf_modules=\['a'\]"),
         ({"split_policy": Balanced(2, profile_on="nowhere")}, "profile_on='nowhere' is no device of torch"),
+        ({"split_policy": Balanced(2, profile_on="cuda:99")}, "profile_on='cuda:99' is no device of torch"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_named(options: dict[str, Any], words: str) -> None:

@@ -188,7 +188,8 @@ class Balanced:
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):
             raise SplitError(
-                f"{stages} stages of {len(line.ops)} ops", hint="no stage is empty"
+                f"{stages} stages of {len(line.ops)} ops, and no stage is empty",
+                hint=f"stages=1 to stages={len(line.ops)}",
             )
         steps = self.steps(line, stages, scale)
         choice = self._choice(line, steps)
@@ -215,6 +216,7 @@ class Balanced:
         )
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
+        """The steps of a program that is divided into so many stages, for all cuts at once."""
         parts: list[torch.Tensor] = []
         delays: list[torch.Tensor] = []
         zero = torch.zeros(2, len(KINDS), 1, dtype=torch.float64)

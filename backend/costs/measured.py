@@ -52,7 +52,7 @@ def torch_device(wanted: torch.device | str | None) -> torch.device:
     try:
         device = torch.device(wanted or "cpu")
         torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError):
+    except (RuntimeError, TypeError, AssertionError, ImportError):
         raise InputError(
             f"profile_on={wanted!r} is no device of torch here",
             hint='"cpu" or "cuda:0"',

@@ -20,7 +20,7 @@ class Choice:
     anywhere: Cuts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Cuts, and their predicted costs. `print` it for a table.
 
@@ -59,6 +59,9 @@ class Plan:
         if not self.bound:
             return 0.0
         return self.bottleneck / self.bound - 1
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

@@ -20,8 +20,9 @@ from stagecut.backend.costs.runtime import Timing, as_run
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.timeline import Timeline, simulate
+from stagecut.backend.pictures.summary import crossing
 from stagecut.backend.stages.staged import Staged
-from stagecut.backend.tables import table, time_text
+from stagecut.backend.tables import count_text, table, time_text
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
 from stagecut.ir.outline import modules_of
@@ -104,7 +105,7 @@ _REMEDIES = {
 """Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The stages and crossings of a pipe under a setting, and totals.
 
@@ -130,6 +131,15 @@ class Report:
     loss: str
     too_large: tuple[TooLarge, ...]
     timeline: Timeline
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The tables and the picture, for a notebook."""
+        style = "background: white; overflow-x: auto"
+        picture = f'<div style="{style}">{self.to_svg()}</div>'
+        return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
 
     def to_json(self) -> str:
         """The report as JSON, without the timeline."""
@@ -250,8 +260,8 @@ def _row(s: StageReport) -> tuple[str, ...]:
         f"{100 * s.share:.1f} %",
         time_text(s.forward),
         time_text(s.backward),
-        _count(s.flops),
-        _count(s.parameters),
+        count_text(s.flops),
+        count_text(s.parameters),
         size_text(sum(s.memory.values())),
         size_text(s.memory["activations"]),
         size_text(s.received),
@@ -289,13 +299,6 @@ def _bar(
     yield f'<text x="{x + 6:.1f}" y="{top + 13}">{label}</text>'
 
 
-def _count(number: float) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f}"
-
-
 def report(
     program: Program,
     setting: Setting,
@@ -327,7 +330,7 @@ def report(
     hosts = [as_run(timing.host, i, splits) for i, timing in enumerate(timings)]
     crossings = tuple(_crossings(program))
     total = sum(s.forward + s.backward for s in seconds) or 1.0
-    crossing = [_bytes_between(crossings, i) for i in range(count - 1)]
+    between = [_bytes_between(program, i) for i in range(count - 1)]
     stages: list[StageReport] = []
     for i, (stage, line) in enumerate(zip(program.stages, lines, strict=True)):
         time = seconds[i]
@@ -346,13 +349,13 @@ def report(
                 (time.forward + time.backward) / total,
                 sum(_elements(e.type) for e in stage.state if e.kind == "param"),
                 _memory(stage, line, setting, flights[i], by_graphs[i]),
-                crossing[i - 1] if i else 0,
-                crossing[i] if i < count - 1 else 0,
+                between[i - 1] if i else 0,
+                between[i] if i < count - 1 else 0,
                 _sources(sources),
                 by_graphs[i],
             )
         )
-    delays = [where.delay(size) for size, where in zip(crossing, devices, strict=False)]
+    delays = [where.delay(size) for size, where in zip(between, devices, strict=False)]
     line_of_time = simulate(
         setting,
         [s.forward for s in run],
@@ -479,14 +482,9 @@ def _sources(sources: list[str]) -> dict[str, int]:
     return {source: sources.count(source) for source in dict.fromkeys(sources)}
 
 
-def _bytes_between(crossings: tuple[Crossing, ...], stage: int) -> int:
+def _bytes_between(program: Program, stage: int) -> int:
     """Bytes forward between a stage and the next: each value once, however many stages read it."""
-    passing = {
-        c.value: c.bytes or 0
-        for c in crossings
-        if c.route in ("send", "relay") and (c.source or 0) <= stage < c.target
-    }
-    return sum(passing.values())
+    return sum(value_bytes(value.type) or 0 for value in crossing(program, stage))
 
 
 def _crossings(program: Program) -> Iterator[Crossing]:

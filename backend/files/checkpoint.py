@@ -36,6 +36,7 @@ from stagecut.backend.files.together import (
     publish,
     together,
 )
+from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.state import (
     entries,
@@ -87,7 +88,7 @@ def save(
     """
     folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
-    with driver.faults.together(agreed=(StagecutError,)):
+    with doing(f"saving to {folder}"), driver.faults.together(agreed=(StagecutError,)):
         state = together(
             driver.group, lambda: _state(driver, optimizer, extra, copies, frozen)
         )
@@ -125,7 +126,8 @@ def load(
     Raises CheckpointError on every rank when a tensor is missing or has another shape or dtype.
     """
     path = _folder(driver, folder)
-    with driver.faults.together(agreed=(StagecutError,)):
+    told = doing(f"loading {path}")
+    with told, driver.faults.together(agreed=(StagecutError,)):
         return together(
             driver.group, lambda: _load(driver, optimizer, path, copies, frozen)
         )

@@ -27,6 +27,7 @@ from stagecut.backend.files.writers import (
     without_values,
     write_all,
 )
+from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import persistent
@@ -57,7 +58,7 @@ def save_pretrained(
     rank cannot write, or a tensor would be lost.
     """
     ranks = Ranks.of(driver_or_pipe)
-    with ranks.watched():
+    with doing(f"saving to {folder}"), ranks.watched():
         content = ranks.together(
             lambda: _content(
                 driver_or_pipe, model, max_shard_size, save_original_format

@@ -50,8 +50,11 @@ def to_html(
     graph_svg: str | None = None,
     title: str | None = None,
 ) -> str:
-    """The page. `program` is the program that the last text of `history` shows. Raises InputError for a
-    picture that is no SVG.
+    """A compile as one HTML page that needs no other file. `program` is the program that the last text of
+    `history` shows; `history` has (pass, IR text after it, seconds). `pipe.to_html()` makes the page of a
+    pipe.
+
+    Raises InputError for a picture that is no SVG.
 
     The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
     `module-layers.3`), else its title. Without graph_svg there is no graph, without timeline_svg no timeline,

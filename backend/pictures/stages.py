@@ -375,6 +375,18 @@ def modules_text(
     """The modules that a stage runs, in a few lines. A module that it runs whole goes by its name; of one
     that it runs in part, the parts are named.
     """
+    paths = [scope_fqn(call) for call in calls_of(stage, homes)]
+    lines = [_counted(*run) for run in runs_of(paths)]
+    if len(lines) <= most:
+        return lines
+    shown = most - 1
+    return [*lines[:shown], f"{len(lines) - shown} more"]
+
+
+def calls_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[Scope]:
+    """The module calls that a stage runs whole, outermost ones only, and the parts of those that it does not
+    run whole; [()] for the model itself.
+    """
     whole: dict[Scope, None] = {}
     around: set[Scope] = set()
     for op in stage.ops:
@@ -382,17 +394,7 @@ def modules_text(
             path = _whole(op.scope, homes)
             whole[path] = None
             around.update(path[:length] for length in range(len(path)))
-    if not whole:
-        whole[()] = None
-    paths: list[list[str]] = []
-    for path in whole:
-        if path not in around:
-            paths.append(scope_fqn(path).split("."))
-    lines = _runs(paths)
-    if len(lines) <= most:
-        return lines
-    shown = most - 1
-    return [*lines[:shown], f"{len(lines) - shown} more"]
+    return [path for path in whole if path not in around] or [()]
 
 
 def homes_of(program: Program) -> dict[Scope, set[int]]:
@@ -416,21 +418,23 @@ def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
     return scope
 
 
-def _runs(paths: list[list[str]]) -> list[str]:
-    """The paths as text; neighbours that differ only in a number are one line."""
+def runs_of(paths: Iterable[str]) -> list[tuple[str, int]]:
+    """The paths, each with the number of paths that it stands for: neighbours that differ only in a number
+    are one, as `layers.0-9`.
+    """
     runs: list[tuple[list[str], list[int]]] = []
     for path in paths:
-        *parents, last = path
+        *parents, last = path.split(".")
         if not last.isdecimal():
-            runs.append((path, []))
+            runs.append(([*parents, last], []))
             continue
         number = int(last)
         if runs and _continues(runs[-1], parents, number):
             _, numbers = runs[-1]
             numbers.append(number)
         else:
-            runs.append((path, [number]))
-    return [_line(path, numbers) for path, numbers in runs]
+            runs.append(([*parents, last], [number]))
+    return [_run(path, numbers) for path, numbers in runs]
 
 
 def _continues(
@@ -442,11 +446,15 @@ def _continues(
     return bool(numbers) and numbers[-1] == number - 1
 
 
-def _line(path: list[str], numbers: list[int]) -> str:
+def _run(path: list[str], numbers: list[int]) -> tuple[str, int]:
     *parents, last = path
     if numbers:
         last = spans(numbers)
     name = ".".join([*parents, last]) or "the model itself"
-    if len(numbers) <= 1:
+    return name, max(len(numbers), 1)
+
+
+def _counted(name: str, count: int) -> str:
+    if count == 1:
         return name
-    return f"{name}  x {len(numbers)}"
+    return f"{name}  x {count}"

@@ -48,6 +48,7 @@ from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.saving import Saving
 from stagecut.backend.stages.staged import Staged
+from stagecut.backend.tables import table
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.types import value_bytes
 
@@ -508,6 +509,7 @@ def described(driver: Driver) -> str:
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
         f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {rank}"
     ]
+    rows = [("  stage", "rank", "parameters", "bytes", "")]
     for index, home in enumerate(driver.placement):
         tensors = {
             entry: entry.type
@@ -515,10 +517,10 @@ def described(driver: Driver) -> str:
             if entry.kind == "param"
         }
         nbytes = sum(value_bytes(tensor_type) or 0 for tensor_type in tensors.values())
-        mark = ", here" if home == rank else ""
-        lines.append(
-            f"  stage {index} on rank {home}{mark}: {len(tensors)} parameters, {nbytes:,} bytes"
-        )
+        mark = "here" if home == rank else ""
+        count = f"{len(tensors):,}"
+        rows.append((f"  {index}", str(home), count, f"{nbytes:,}", mark))
+    lines += table(rows).splitlines()
     lines += driver._saving.lines()
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
     calls: dict[str, None] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from stagecut.backend.progress import first_call
 from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
@@ -28,7 +29,8 @@ def faster(pipe: Staged, index: int, compiled: bool, record: Record | None) -> R
     if not is_static(pipe.program):
         return run
     if compiled:
-        run = torch.compile(run, dynamic=False)
+        fast = torch.compile(run, dynamic=False)
+        run = first_call(fast, f"compiling stage {index}")
     stage = pipe.program.stages[index]
     kept = {lane.given for lane in pipe.program.lanes}
     # a recording reads copies of the others, and what it wrote into one would be lost

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stagecut.backend.progress import first_call
 from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage
 from stagecut.ir.graph import Block, Program, StateEntry, nested_ops, target_of
@@ -44,9 +45,10 @@ class RoleCode:
         if not self._compiled:
             return function
         # random numbers are those of the eager run
-        return torch.compile(
+        compiled = torch.compile(
             function, fullgraph=True, dynamic=False, options={"fallback_random": True}
         )
+        return first_call(compiled, "compiling a stage for its forward and backward")
 
 
 def _emitted(block: Block, bindings: Bindings) -> Stage:

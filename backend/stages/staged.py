@@ -28,7 +28,7 @@ from stagecut.ir.text.printer import text
 class Staged(Named):
     """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
 
-    `program` is the linked IR; `str(pipe)` prints it. The stages hold the model's own tensors, and the pipe
+    `program` is the linked IR; `pipe.ir()` is its text. The stages hold the model's own tensors, and the pipe
     is differentiable end to end. The modules and tensors of all stages together are under the model's names.
     """
 
@@ -170,7 +170,8 @@ class Staged(Named):
             state | {"program": program, "_plan": release_plan(program), "_model": None}
         )
 
-    def __str__(self) -> str:
+    def ir(self) -> str:
+        """The program as text. `stagecut.parse` reads it."""
         return text(self.program)
 
     def __repr__(self) -> str:

@@ -373,7 +373,7 @@ _COMPUTE_AGAIN = "from stagecut.passes import recompute\n\nrecompute.START, reco
 _CUT = """model = make()
 twin = copy.deepcopy(model)
 pipe = pipeline(model, *inputs({first}), **options)
-print(pipe)
+print(pipe.ir())
 """
 _LOWERED = """spec = [(path, {{1: "beginning", 2: "end"}}[side.value]) for path, side in options.get("split_spec", {{}}).items()]
 splits = FindSplits(tuple(spec), options.get("split_policy"))

@@ -50,7 +50,7 @@ def _check(architecture: Architecture) -> tuple[Pipe, bool, bool, bool]:
         kwargs,
         split_spec=dict.fromkeys(architecture.cuts, SplitPoint.BEGINNING),
     )
-    _write(f"{architecture.name}-after.ir", str(pipe))
+    _write(f"{architecture.name}-after.ir", pipe.ir())
     _write(f"{architecture.name}.svg", pipe.to_svg())
     got = pipe.module()(**kwargs)
     found = _gradients(model, got.loss)  # the stages hold the model's own parameters

@@ -6,11 +6,15 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from stagecut.backend.progress import bar
 from stagecut.backend.tables import table
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
@@ -203,24 +207,14 @@ class Steps:
     """A bar on a terminal that shows the step that runs; nothing where the output is no terminal."""
 
     def __enter__(self) -> Steps:
-        self._bar: Any = None
-        if sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                *Progress.get_default_columns()[:-1],
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[step]}"),
-            )
-            self._bar = Progress(
-                *columns,
-                console=Console(stderr=True),
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._bar.start()
+        columns = (
+            *Progress.get_default_columns()[:-1],
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[step]}"),
+        )
+        self._open = ExitStack()
+        self._bar = self._open.enter_context(bar(*columns))
+        if self._bar is not None:
             self._task = self._bar.add_task("dump-ir", total=None, step="")
         return self
 
@@ -230,8 +224,7 @@ class Steps:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._open.close()
 
     def do(self, step: str, action: Callable[[], Any]) -> Any:
         """The result of `action`; meanwhile the bar shows its name."""

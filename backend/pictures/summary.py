@@ -1,0 +1,166 @@
+"""A pipe on one screen: which modules each stage runs, its parameters, what crosses, and what is tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import prod
+
+from stagecut.backend.pictures.drawing import some, stages_text, total_text
+from stagecut.backend.pictures.stages import calls_of, homes_of, runs_of
+from stagecut.backend.tables import count_text, table
+from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value, scope_fqn
+from stagecut.ir.ops import module_path
+
+HEAD = ("stage", "parameters", "receives", "sends", "runs")
+MOST_STAGES = 24
+"""More stages than this do not fit on a screen; those in the middle are left out."""
+FURTHER = (
+    "bytes of one micro-batch; pipe.ir() is the program, pipe.report() what it costs"
+)
+MOST_TIED = 4
+MOST_LAYERS = 5
+_PICTURE_STYLE = "background: white; overflow-x: auto; padding: 4px"
+CROSSING_ROUTES = ("send", "relay")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A pipe in a screen, as text and as HTML. `rows` has the cells of each stage, under HEAD; `lines` say
+    what is tied, and what else a reader should know.
+    """
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [HEAD, *_shortened(self.rows)]
+        return "\n".join([self.title, table(rows, left=(len(HEAD) - 1,)), *self.lines])
+
+    def to_html(self, picture: str = "") -> str:
+        """The table as HTML, with a picture (an SVG) under it."""
+        head = _html_row("th", HEAD)
+        body = "".join(_html_row("td", row) for row in _shortened(self.rows))
+        lines = "".join(f"<div>{escape(line)}</div>" for line in self.lines)
+        drawn = ""
+        if picture:
+            svg = picture[max(picture.find("<svg"), 0) :]
+            drawn = f'<div style="{_PICTURE_STYLE}">{svg}</div>'
+        title = f"<strong>{escape(self.title)}</strong>"
+        return f"<div>{title}<table>{head}{body}</table>{lines}{drawn}</div>"
+
+
+def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
+    """The summary of a linked program that is in `mode`: "train" or "eval"."""
+    homes = homes_of(program)
+    last = len(program.stages) - 1
+    rows: list[tuple[str, ...]] = []
+    for stage in program.stages:
+        received = crossing(program, stage.index - 1)
+        sent = crossing(program, stage.index)
+        rows.append(
+            (
+                str(stage.index),
+                count_text(_elements(stage)),
+                total_text(received) if stage.index else "-",
+                total_text(sent) if stage.index < last else "-",
+                _layers(stage, homes),
+            )
+        )
+    total = count_text(sum(_size(entry) for entry in _parameters(program.state)))
+    stages = "1 stage" if not last else f"{last + 1} stages"
+    title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
+    lines = [*_tied_lines(program), *_note_lines(notes), FURTHER]
+    return Summary(title, tuple(rows), tuple(lines))
+
+
+def _layers(stage: Stage, homes: Mapping[Scope, set[int]]) -> str:
+    """The modules that a stage runs: `embed, layers.0-9, part of layers.10`."""
+    labels = {path: None for op in stage.ops if (path := module_path(op))}
+    for call in calls_of(stage, homes):
+        if labels and not call:
+            continue  # its ops are the modules kept whole, and what is around them
+        layer = _layer(call)
+        label = scope_fqn(layer)
+        if layer != call:
+            label = f"part of {label}"
+        labels[label] = None
+    texts = [text for text, _ in runs_of(labels)]
+    if len(texts) > MOST_LAYERS:
+        shown = MOST_LAYERS - 2
+        texts[shown:-1] = [f"{len(texts) - shown - 1} more"]
+    return ", ".join(texts)
+
+
+def _layer(call: Scope) -> Scope:
+    """The innermost module of a list of modules that a call is in: `layers.4` for `layers.4.mlp`; the call
+    itself where there is none.
+    """
+    for length in range(len(call), 0, -1):
+        if call[length - 1].name.rpartition(".")[2].isdecimal():
+            return call[:length]
+    return call
+
+
+def crossing(program: Program, stage: int) -> list[Value]:
+    """The values that go forward from a stage to the next one, each once however many stages read it, with
+    those that are only handed on.
+    """
+    values: dict[Value, None] = {}
+    for transfer in program.transfers:
+        if transfer.route not in CROSSING_ROUTES:
+            continue
+        if (transfer.source or 0) <= stage < transfer.target:
+            values[transfer.value] = None
+    return list(values)
+
+
+def _parameters(state: Sequence[StateEntry]) -> list[StateEntry]:
+    return [entry for entry in state if entry.kind == "param"]
+
+
+def _elements(stage: Stage) -> int:
+    return sum(_size(entry) for entry in _parameters(list(stage.state)))
+
+
+def _size(entry: StateEntry) -> int:
+    shape = getattr(entry.type, "shape", ())
+    return prod(dim if isinstance(dim, int) else 0 for dim in shape)
+
+
+def _tied_lines(program: Program) -> Iterator[str]:
+    """A line for each parameter or buffer of several stages, and one for those that do not fit."""
+    shared = [entry for entry in program.state if len(entry.stages) > 1]
+    for entry in shared[:MOST_TIED]:
+        names = " = ".join(entry.names)
+        how = f" ({entry.share})" if entry.share else ""
+        yield f"tied: {names} in {stages_text(entry.stages)}{how}"
+    rest = [entry.name for entry in shared[MOST_TIED:]]
+    if rest:
+        yield f"tied: {some(rest)}"
+
+
+def _note_lines(notes: Sequence[str]) -> Iterator[str]:
+    if notes:
+        noun = "note" if len(notes) == 1 else "notes"
+        yield f"{len(notes)} {noun} in pipe.notes"
+
+
+def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows, with one row for those in the middle where they are many."""
+    if len(rows) <= MOST_STAGES:
+        return list(rows)
+    kept = MOST_STAGES // 2
+    gap = ("...", "", "", "", f"{len(rows) - 2 * kept + 1} stages more")
+    return [*rows[:kept], gap, *rows[1 - kept :]]
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    style = ' style="text-align: left"'
+    marked = [
+        f"<{tag}{style if cell is cells[-1] else ''}>{escape(cell)}</{tag}>"
+        for cell in cells
+    ]
+    return f"<tr>{''.join(marked)}</tr>"

@@ -1,0 +1,191 @@
+"""A pipe, its plan, its report and a comparison in a REPL and a notebook; long steps on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stagecut import Pipe, SplitPoint, pipe_split, pipeline
+from stagecut.backend.pictures import render
+from stagecut.backend.pictures.summary import MOST_STAGES
+
+ROOT = Path(__file__).parent.parent
+X = torch.randn(4, 8)
+
+
+class Block(nn.Module):
+    """Two linears, with a cut between them where it is asked for."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.cut = nn.Linear(8, 16), nn.Linear(16, 8), cut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).relu()
+        if self.cut:
+            pipe_split()
+        return x + self.down(h)
+
+
+class Tied(nn.Module):
+    """Eight blocks, of which the sixth is cut in two, around a weight that the first and the last stage read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.layers = nn.ModuleList(Block(i == 5) for i in range(8))
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def cut() -> Pipe:
+    return pipeline(Tied(), (X,), split_spec={"layers.4": SplitPoint.BEGINNING})
+
+
+def test_a_pipe_shows_its_stages_on_a_screen() -> None:
+    """Layers by range, parameters, bytes that cross, tied state; by repr, str and print."""
+    pipe = cut()
+    assert repr(pipe) == str(pipe) == str(pipe.summary())
+    assert repr(pipe).splitlines()[:5] == [
+        "Tied in 3 stages, train mode, 2.3 k parameters",
+        "stage  parameters  receives  sends  runs",
+        "    0      1.18 k         -  128 B  embed, layers.0-3",
+        "    1         424     128 B  384 B  layers.4, part of layers.5",
+        "    2         760     384 B      -  part of layers.5, layers.6-7, head",
+    ]
+    assert repr(pipe).splitlines()[5] == "tied: embed.weight = head.weight in stages 0, 2 (replicate)"
+    assert "eval mode" in repr(pipe.eval())
+    assert pipe.ir().startswith("program @Tied phase=linked stages=3 {")
+
+
+def test_the_bytes_are_those_of_the_report() -> None:
+    pipe = cut()
+    for row, stage in zip(pipe.summary().rows, pipe.report().stages, strict=True):
+        sizes = [int(cell.split()[0].replace("-", "0")) for cell in row[2:4]]
+        assert sizes == [stage.received, stage.sent]
+
+
+def test_many_stages_fit_on_a_screen() -> None:
+    """The middle ones are left out, and counted."""
+    count = MOST_STAGES + 6
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+    pipe = pipeline(model, (torch.randn(2, 2),), stages=count)
+    lines = str(pipe).splitlines()
+    assert len(lines) == MOST_STAGES + 3
+    (gap,) = [number for number, line in enumerate(lines) if "..." in line]
+    left_out = int(re.findall(r"(\d+) stages more", lines[gap])[0])
+    assert int(lines[gap - 1].split()[0]) + left_out + 1 == int(lines[gap + 1].split()[0])
+
+
+class Tags(HTMLParser):
+    """The tags of a page, open and closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.open.append(tag)
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_notebook_shows_table_and_picture(drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a program that draws, the table alone."""
+    if not drawn:
+        monkeypatch.setattr(render, "find_renderer", lambda: None)
+    tags = Tags()
+    shown = cut()._repr_html_()
+    tags.feed(shown)
+    assert tags.open == []
+    assert tags.seen.count("tr") == 4
+    assert ("svg" in tags.seen) is drawn
+    assert "part of layers.5" in shown
+
+
+def test_names_of_the_model_are_text_in_a_notebook() -> None:
+    model = nn.Sequential()
+    model.add_module("<b>&", nn.Linear(8, 8))
+    assert "&lt;b&gt;&amp;" in pipeline(model, (X,)).summary().to_html()
+
+
+def test_plans_reports_and_comparisons_echo_as_tables() -> None:
+    """In a REPL, where the echo is the repr."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    pipe = pipeline(model, (X,), stages=2)
+    compared = pipe.verify(X)
+    for shown, word in ((pipe.plan, "cuts"), (pipe.report(), "stage"), (compared, "equal")):
+        assert repr(shown) == str(shown)
+        assert repr(shown).startswith(word)
+
+
+# --- progress -----------------------------------------------------------------------------------------
+
+STEPS = f"""
+import sys, tempfile, torch
+sys.path.insert(0, {str(ROOT)!r})
+import stagecut
+with torch.device("meta"):
+    model, x = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4))), torch.randn(4, 8)
+pipe = stagecut.pipeline(model, (x,), stages=2)
+pipe.materialize([0, 1], init_fn=lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+pipe.save(tempfile.mkdtemp() + "/saved")
+print("done")
+"""
+
+
+def on_a_terminal(**environment: str) -> tuple[str, str]:
+    """What STEPS writes to standard output, which is a pipe, and to standard error, which is a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", STEPS], stdout=subprocess.PIPE, stderr=theirs, env=os.environ | environment) as run:
+        os.close(theirs)
+        shown = b""
+        while chunk := _read(ours):
+            shown += chunk
+        assert run.stdout is not None
+        printed = run.stdout.read()
+    assert run.returncode == 0, shown.decode()
+    return printed.decode(), shown.decode()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # the other side is closed
+        return b""
+
+
+def test_long_steps_are_told_on_a_terminal() -> None:
+    """Standard output has what the program prints, and nothing else."""
+    printed, shown = on_a_terminal(TERM="xterm")
+    assert printed == "done\n"
+    for step in ("tracing Sequential", "cutting Sequential", "making stages 0-1 real", "saving to"):
+        assert step in shown
+
+
+def test_only_the_first_process_of_a_machine_talks() -> None:
+    assert on_a_terminal(TERM="xterm", LOCAL_RANK="1") == ("done\n", "")
+
+
+def test_without_a_terminal_nothing_is_told() -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
