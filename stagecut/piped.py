@@ -73,6 +73,7 @@ class PipedModel(Named):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs all stages; takes and returns what the model's forward does."""
         flat = self._pipe.flat_outputs(args, kwargs)
         spec = self._pipe._call_spec
         return spec.unflatten(flat, args, kwargs) if spec is not None else flat

@@ -42,9 +42,11 @@ RUN_ELSEWHERE = {
     "docs/FIND_A_WRONG_GRADIENT.md": "test_tool_docs.py",
     "docs/HTML.md": "test_page.py",
     "docs/INFERENCE.md": "test_serving_docs.py",
+    "docs/LORA.md": "test_lora_docs.py",
     "docs/PICTURES.md": "test_pictures.py",
     "docs/READ_THE_IR.md": "test_tool_docs.py",
     "docs/SAVED.md": "test_saved.py",
+    "docs/TRAINERS.md": "test_trainers.py",
     "docs/TRAINING.md": "test_training_docs.py",
     "docs/TUTORIAL.md": "test_docs.py",
 }
