@@ -6,6 +6,7 @@ import os
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
+from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
@@ -50,6 +52,7 @@ def capture(
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
+    fold: bool = True,
 ) -> tuple[ExportedProgram, Leaves]:
     """The exported program of `module` on the example inputs, and the modules that are kept whole.
 
@@ -71,7 +74,7 @@ def capture(
     retries = _Retries(module, leaves, eager)
     while True:
         try:
-            exported = _export(module, inputs, dynamic_shapes, leaves, eager)
+            exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
         except StagecutError as error:
@@ -149,9 +152,12 @@ def _export(
     dynamic_shapes: Any,
     leaves: Leaves,
     eager: EagerPath,
+    fold: bool,
 ) -> ExportedProgram:
     def export(watch: TraceWatch) -> ExportedProgram:
         args, kwargs = inputs
+        known = KnownValues()
+        repeats = Repeats(module, watch, known, leaves.paths)
         seeds = torch.random.fork_rng(gpus(module, inputs))
         sizes = giving_sizes(module, inputs)
         with (
@@ -160,7 +166,7 @@ def _export(
             torch.enable_grad(),
             leaves.standing_in(),
             visible(),
-            KnownValues(),
+            known,
             keywords_by_name(),
             opening(module),
             sizes,
@@ -168,6 +174,7 @@ def _export(
             watch,
             functions_whole(watch.notes, lambda: shown(user_line())),
             scopes(module),
+            repeats.open() if fold else nullcontext(),
         ):
             return torch.export.export(
                 module,

@@ -15,7 +15,7 @@ import inspect
 import linecache
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -212,6 +212,32 @@ class ModeReads(TorchFunctionMode):
         tree = self._tree_of(file)
         return tree.choices if tree is not None else {}
 
+    def state(self) -> bool | None:
+        """The grad mode that forward has asked for; None for the mode around the model."""
+        return self._grad
+
+    def count(self) -> int:
+        """How many reads there are that no op follows."""
+        return len(self._reads)
+
+    def since(self, count: int, path: str) -> list[tuple[str, str]]:
+        """The reads beyond the first so many: the module of each, as a path in the module at `path`, and the
+        place.
+        """
+        return [
+            (inside.removeprefix(path), read.place)
+            for read in self._reads[count:]
+            for inside in self._paths[read.owner]
+        ]
+
+    def read_again(self, path: str, reads: Iterable[tuple[str, str]]) -> None:
+        """The code of the module at `path` has made these reads."""
+        owners = {inside: owner for owner, paths in self._paths.items() for inside in paths} if reads else {}
+        for inside, place in reads:
+            no_call = _span(sys._getframe())
+            frame = (0, sys._getframe().f_code)
+            self._reads.append(_Read(owners[path + inside], frame, no_call, place))
+
     @property
     def fixed(self) -> dict[str, str]:
         """Module path -> where forward sets its flag."""
@@ -254,7 +280,7 @@ def _contiguous(
     A dropout makes a new tensor in a trace. A dropout that is off returns its operand, whose elements may lie
     anyhow.
     """
-    if result is not tensor or args or kwargs or not _is_of_dropout(tensor):
+    if result is not tensor or args or kwargs or not is_of_dropout(tensor):
         return result
     return torch.ops.aten.contiguous.default(_itself(tensor))  # type: ignore[no-any-return]
 
@@ -281,7 +307,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def _is_of_dropout(tensor: torch.Tensor) -> bool:
+def is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for the result of a dropout, for views of it, and for the results of in-place ops on those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":

@@ -1,0 +1,301 @@
+"""Traces a block of modules that a model repeats a few times, and takes the same steps for its further calls.
+
+A call is traced like any other until two calls with equal keys, whose code read equal values, had equal traces.
+From then on, a call with that key, whose code would read these values, gets the nodes of that trace, with its own
+arguments, parameters and buffers. The trace is the one that tracing each call makes, node by node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental import proxy_tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stagecut.frontend.capture.known import KnownValues, depends_on_constants
+from stagecut.frontend.fold.body import Body, Frames, Odd, Recorder, Replay
+from stagecut.frontend.fold.calls import Call
+from stagecut.frontend.fold.reads import Reads
+from stagecut.frontend.fold.values import Unknown
+from stagecut.frontend.watch.attributes import Containers
+from stagecut.frontend.watch.generators import Generators
+from stagecut.frontend.watch.training import is_of_dropout
+from stagecut.frontend.watch.watch import TraceWatch
+from stagecut.ir.run.storage import storage_of
+
+FEWEST = 3
+"""So many modules must be alike to be looked at: the first two calls are traced in any case."""
+
+MOST_KINDS = 16
+"""Calls of modules of one form that turned out to be of so many kinds are traced without another look."""
+
+
+class Repeats:
+    """Open while a model is traced. `replayed` counts the calls that were not traced by themselves."""
+
+    def __init__(self, module: nn.Module, watch: TraceWatch, known: KnownValues, kept_whole: Sequence[str]) -> None:
+        self._watch = watch
+        self._known = known
+        self._kept_whole = kept_whole
+        self._forms = _repeated_forms(module)
+        self._kinds: dict[Any, list[_Kind]] = {}
+        self._others = _names_by_memory(module)
+        self._recording = False
+        self.replayed = 0
+        self.odd: list[str] = []
+        """Calls that stand for no other one, and why."""
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While open, calls of repeated blocks are traced once for all."""
+        tracer: Any = proxy_tensor._ModuleStackTracer
+        run = tracer.call_module
+
+        def call_module(own: Any, owner: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            return self._call(own, owner, args, kwargs, lambda: run(own, owner, forward, args, kwargs))
+
+        with patch.object(tracer, "call_module", call_module):
+            yield
+
+    def _call(self, tracer: Any, owner: nn.Module, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        form = self._forms.get(id(owner))
+        if form is None or self._recording or tracer.enable_attr_proxy or _has_global_hooks():
+            return run()
+        kinds = self._kinds.setdefault(form, [])
+        if len(kinds) > MOST_KINDS:
+            return run()
+        with torch._C.DisableTorchFunction():
+            call = Call(owner, tracer.path_of_module(owner), args, kwargs, _Tracing(tracer, self))
+            key = call.key()
+            if key is None or any(kind.is_odd and kind.key == key for kind in kinds):
+                found = None
+            else:
+                found = _Found(tracer, call, key, _frames(tracer, call))
+        if found is None:
+            return run()
+        with torch._C.DisableTorchFunction():
+            kind = _fitting(kinds, found)
+            if kind is not None and kind.is_confirmed:
+                return self._replay(found, kind)
+        return self._record(found, kind, kinds, run)
+
+    def _replay(self, found: _Found, kind: _Kind) -> Any:
+        self.replayed += 1
+        with _disable_current_modes():
+            result = Replay(kind.body, found.call, found.tracer, found.frames).run()
+        self._watch.reads.read_again(_in_model(found.call.path), kind.body.reads)
+        return result
+
+    def _record(self, found: _Found, kind: _Kind | None, kinds: list[_Kind], run: Callable[[], Any]) -> Any:
+        """The result of a call that is traced. The kinds gain one, or the kind is confirmed or corrected."""
+        reads = Reads()
+        before = self._outside()
+        containers = Containers(found.call.arguments)
+        with torch._C.DisableTorchFunction():
+            recorder = Recorder(found.tracer, found.call, found.frames)
+        self._recording = True
+        try:
+            with recorder, reads.noting(found.call.block):
+                result = run()
+        finally:
+            self._recording = False
+        with torch._C.DisableTorchFunction():
+            try:
+                self._refuse(found, before, containers, reads)
+                body = recorder.body(result)
+                body.reads = self._watch.reads.since(before.reads, _in_model(found.call.path))
+                values = reads.values(found.call.block)
+            except (Odd, Unknown) as error:
+                self.odd.append(f"{found.call.path}: {error}")
+                if kind is not None:
+                    kinds.remove(kind)
+                kinds.append(_Kind(found.key, Reads(), None, None))
+                return result
+            if kind is None:
+                kinds.append(_Kind(found.key, reads, values, body))
+            else:
+                kind.learn(reads, found.call, body)
+        return result
+
+    def _outside(self) -> _Outside:
+        watch = self._watch
+        return _Outside(Generators(), len(watch.notes), watch.reads.count(), self._known.asked)
+
+    def _refuse(self, found: _Found, before: _Outside, containers: Containers, reads: Reads) -> None:
+        """Raises Odd for a call that did something besides making nodes."""
+        if reads.odd:
+            raise Odd(reads.odd)
+        if containers.changed():
+            raise Odd("it changes a container it is given")
+        if before.generators.drawn():
+            raise Odd("it draws from a generator")
+        if before.notes != len(self._watch.notes):
+            raise Odd("it makes a note")
+        if before.known != self._known.asked:
+            raise Odd("it asks for the value of a constant")
+        if not found.call.is_as_before(found.key):
+            raise Odd("it leaves something changed")
+
+    def is_left_alone(self, path: str) -> bool:
+        """True for a module that is kept whole, or whose flag forward sets."""
+        inside = _in_model(path)
+        if any(inside == whole or inside.startswith(f"{whole}.") for whole in self._kept_whole):
+            return True
+        return inside in self._watch.reads.fixed
+
+    def others(self, name: str) -> list[str]:
+        """The names of the memory of a parameter or buffer, as a tracer has them."""
+        root = name.partition(".")[0]
+        return [f"{root}.{other}" for other in self._others.get(_in_model(name), ())]
+
+    def state(self) -> Any:
+        """What code may ask about the trace."""
+        return self._watch.reads.state()
+
+
+@dataclass
+class _Outside:
+    """What lies outside of the graph, before a call."""
+
+    generators: Generators
+    notes: int
+    reads: int
+    known: int
+
+
+@dataclass
+class _Found:
+    """A call that may be like others."""
+
+    tracer: Any
+    call: Call
+    key: dict[str, Any]
+    frames: Frames
+
+
+class _Kind:
+    """Calls that are traced alike, as far as that is known; with no body, calls that are traced each."""
+
+    def __init__(self, key: dict[str, Any], reads: Reads, values: Any, body: Body | None) -> None:
+        self.key = key
+        self.reads = reads
+        self.values = values
+        self._body = body
+        self.is_odd = body is None
+        self.is_confirmed = False
+
+    @property
+    def body(self) -> Body:
+        assert self._body is not None
+        return self._body
+
+    def fits(self, call: Call) -> bool:
+        """True when the code would read the same in this call."""
+        try:
+            return bool(self.reads.values(call.block) == self.values)
+        except Unknown:
+            return False
+
+    def learn(self, reads: Reads, call: Call, body: Body) -> None:
+        """The kind is confirmed where another call of it has read no more, has changed nothing that it read,
+        and has an equal trace; else it is that of the later call.
+        """
+        is_equal = self.fits(call) and self.body.equals(body)
+        self.is_confirmed = is_equal and self.reads.includes(reads)
+        self.reads.add(reads)
+        self.values = self.reads.values(call.block)
+        self._body = body
+
+
+def _fitting(kinds: Sequence[_Kind], found: _Found) -> _Kind | None:
+    for kind in kinds:
+        if kind.key == found.key and kind.fits(found.call):
+            return kind
+    return None
+
+
+class _Tracing:
+    """What a call finds around it in a trace."""
+
+    def __init__(self, tracer: Any, repeats: Repeats) -> None:
+        self._tracer = tracer
+        self.state = repeats.state
+        self.is_left_alone = repeats.is_left_alone
+        self.others = repeats.others
+
+    def node(self, tensor: torch.Tensor) -> fx.Node | None:
+        slot = proxy_tensor.get_proxy_slot(tensor, self._tracer, None)
+        return slot.proxy.node if slot is not None else None
+
+    def facts(self, tensor: torch.Tensor) -> Any:
+        """Whether a tensor is a constant, and whether a dropout made it."""
+        return depends_on_constants(tensor), is_of_dropout(tensor)
+
+    def counts(self, path: str) -> int:
+        return int(self._tracer.num_calls.get(path, 0))
+
+
+def _in_model(path: str) -> str:
+    """The path in the model of a path of the tracer's, which begins with the name of the whole model."""
+    return path.partition(".")[2]
+
+
+def _frames(tracer: Any, call: Call) -> Frames:
+    """The place of a call: what a node made here says of it."""
+    probe = tracer.create_node("call_function", _frames, (), {}, name="stagecut_probe")
+    tracer.graph.erase_node(probe)
+    count = tracer.num_calls.get(call.path, 0)
+    cls = type(call.owner)
+    own = (f"{call.path}@{count}" if count else call.path, (call.path, f"{cls.__module__}.{cls.__qualname__}"))
+    around = tuple(probe.meta["nn_module_stack"].items())
+    return Frames(probe.meta.get("stack_trace", ""), (*around, own))
+
+
+def _has_global_hooks() -> bool:
+    hooks: Any = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+
+
+# --- before the trace -------------------------------------------------------------------------------------
+
+
+def _repeated_forms(module: nn.Module) -> dict[int, Any]:
+    """The id of each module that at least FEWEST modules are like, and has parts -> a form that they share."""
+    forms: dict[int, int] = {}
+    numbers: dict[Any, int] = {}
+
+    def form(owner: nn.Module) -> int:
+        parts = [(name, form(part)) for name, part in owner._modules.items() if part is not None]
+        state = [
+            (name, tuple(tensor.shape))
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+            if tensor is not None
+        ]
+        number = numbers.setdefault((type(owner), (*parts,), (*state,)), len(numbers))
+        forms[id(owner)] = number
+        return number
+
+    form(module)
+    alike = Counter(forms.values())
+    return {
+        id(owner): forms[id(owner)]
+        for owner in module.modules()
+        if owner._modules and alike[forms[id(owner)]] >= FEWEST
+    }
+
+
+def _names_by_memory(module: nn.Module) -> dict[str, list[str]]:
+    """The name of each parameter and buffer that shares its memory -> all names of that memory."""
+    homes: dict[int, list[str]] = {}
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, tensor in chain(*named):
+        homes.setdefault(storage_of(tensor) or -id(tensor), []).append(name)
+    return {name: names for names in homes.values() if len(names) > 1 for name in names}
