@@ -27,7 +27,7 @@ from stagecut.backend.serve.step import Call, LocalStep, RankStep, Step, lane_by
 from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
-from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError, SplitError, StagecutError
@@ -302,7 +302,15 @@ class Programs:
     def _pipe(self, call: dict[str, Any], shapes: Any) -> Pipe:
         names = [*(self._spec or {})]
         program, bindings, exported = lower(
-            self._model, (), call, shapes, (), names, ONE_MODE, batches=False
+            self._model,
+            (),
+            call,
+            shapes,
+            (),
+            names,
+            ONE_MODE,
+            batches=False,
+            fold=not takes_graph(self._policy),
         )
         trace = Trace(program)
         at = _split_points(self._spec or {}, self._model)

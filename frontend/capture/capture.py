@@ -27,6 +27,7 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
+from stagecut.frontend.fold.body import CutHistory
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
@@ -52,12 +53,15 @@ def capture(
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
-    fold: bool = True,
+    fold: bool = False,
 ) -> tuple[ExportedProgram, Leaves]:
     """The exported program of `module` on the example inputs, and the modules that are kept whole.
 
     `eager` has the paths that code takes where it asks if it is traced. Two captures that share it take the
     same ones.
+
+    With `fold`, a block that the model repeats is traced twice, and one node stands for each further call that
+    is traced alike, until the program is lowered.
 
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
@@ -77,6 +81,9 @@ def capture(
             exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
+        except CutHistory:
+            # forward computes gradients through calls that were not traced by themselves
+            fold = False
         except StagecutError as error:
             if not retries.after_refusal(error):
                 raise

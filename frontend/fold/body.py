@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,10 +12,16 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
+from torch.fx.node import has_side_effect
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.fold.calls import LITERALS, Call, is_odd, varies
-from stagecut.frontend.marks import FOLLOWS, GRAD, SAME
+from stagecut.frontend.capture.known import depends_on_constants
+from stagecut.frontend.markers import is_marker
+from stagecut.frontend.marks import AGAIN, BEGINS, FOLLOWS, GRAD, SAME, STEP, Repeated, StepOf, Template
+from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.training import is_of_dropout
+from stagecut.ir.blame import OnPurpose
 from stagecut.ir.run.storage import storage_of
 
 _CONTEXTS = (
@@ -23,13 +29,10 @@ _CONTEXTS = (
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
 )
-_GETITEM = "getitem"
 _META = frozenset(
     ("val", "tensor_meta", "nn_module_stack", "stack_trace", "torch_fn", "original_aten", FOLLOWS, GRAD, SAME)
 )
 """What a node is known to say about itself."""
-
-_NOTHING: Mapping[Any, int] = MappingProxyType({})
 
 
 class Odd(Exception):
@@ -79,8 +82,6 @@ class Step:
     meta: dict[str, Any]
     trace: str
     stack: tuple[tuple[str, str, str], ...]
-    function: Any = None
-    count: int = 0
 
     def sameness(self) -> Any:
         """Equal for steps that do the same."""
@@ -93,8 +94,6 @@ class Step:
             sorted((key, repr(value)) for key, value in self.meta.items()),
             self.trace,
             self.stack,
-            self.function,
-            self.count,
         )
 
 
@@ -109,7 +108,7 @@ class Result:
     """What a call returns: a tensor that a step makes, an argument, or a literal."""
 
     ref: Ref | None = None
-    tensor: Memory | None = None
+    memory: Memory | None = None
     literal: Any = None
 
 
@@ -121,8 +120,7 @@ class Body:
     results: list[Result]
     spec: Any
     calls: dict[str, int]
-    functions: dict[Any, int]
-    last_function: Any
+    number: int
     reads: list[Any] = field(default_factory=list)
 
     def equals(self, other: Body) -> bool:
@@ -131,11 +129,9 @@ class Body:
     def _sameness(self) -> Any:
         return (
             [step.sameness() for step in self.steps],
-            _literal([(result.ref, result.tensor, result.literal) for result in self.results]),
+            _literal([(result.ref, result.memory, result.literal) for result in self.results]),
             self.spec,
             self.calls,
-            self.functions,
-            self.last_function,
             self.reads,
         )
 
@@ -143,13 +139,13 @@ class Body:
 class Recorder:
     """Notes the nodes that a tracer makes in one call."""
 
-    def __init__(self, tracer: Any, call: Call, frames: Frames) -> None:
+    def __init__(self, tracer: Any, call: Call, frames: Frames, number: int) -> None:
         self._tracer = tracer
         self._call = call
         self._frames = frames
-        self._wishes: dict[fx.Node, tuple[str | None, Any, int]] = {}
+        self._number = number
+        self._wishes: dict[fx.Node, str | None] = {}
         self._calls = dict(tracer.num_calls)
-        self._functions = dict(tracer.torch_fn_counts)
         self._refs: dict[fx.Node, Ref] = {}
         self._homes: dict[int | None, Ref] = {}
         for name, tensor in call.state.items():
@@ -177,8 +173,7 @@ class Recorder:
             op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, *rest: Any
         ) -> fx.Node:
             node: fx.Node = create(op, target, args, kwargs, name, *rest)
-            function = self._tracer.torch_fn_metadata
-            self._wishes[node] = name, function, self._tracer.torch_fn_counts.get(function, 0)
+            self._wishes[node] = name
             return node
 
         graph.create_node = create_node
@@ -199,14 +194,15 @@ class Recorder:
         for place, node in enumerate(nodes):
             self._refs[node] = Ref("step", place)
         steps = [self._step(node) for node in nodes]
+        for place, node in enumerate(nodes):
+            node.meta[STEP] = StepOf(self._number, place)
         leaves, spec = tree_flatten(result)
         return Body(
             steps,
             self._results(leaves),
             spec,
             self._more(self._tracer.num_calls, self._calls),
-            _more(self._tracer.torch_fn_counts, self._functions),
-            self._tracer.torch_fn_metadata,
+            self._number,
         )
 
     def _more(self, after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -231,11 +227,12 @@ class Recorder:
             raise Odd(f"meta {set(node.meta) - _META}")
         if isinstance(target, OpOverload):
             self._refuse_writes(target, node)
-        wish, function, count = self._wishes[node]
         own = {key: node.meta[key] for key in ("original_aten", "tensor_meta", GRAD, SAME) if key in node.meta}
         if FOLLOWS in node.meta:
             root = self._call.path.partition(".")[0]
             own[FOLLOWS] = tuple(self._inside(f"{root}.{path}") for path in node.meta[FOLLOWS])
+            if own[FOLLOWS] and self._inside(innermost(node)) not in own[FOLLOWS]:
+                raise Odd("an op follows the flag of another module")
         trace = node.meta.get("stack_trace", "")
         if not trace.startswith(self._frames.trace):
             raise Odd("a line of another place")
@@ -243,13 +240,11 @@ class Recorder:
             target,
             self._operands(node.args),
             self._operands(node.kwargs),
-            wish,
+            self._wishes[node],
             self._value(node.meta.get("val")),
             own,
             trace[len(self._frames.trace) :],
             tuple(self._stack(node)),
-            function if "torch_fn" in node.meta else None,
-            count - self._functions.get(function, 0),
         )
 
     def _refuse_writes(self, target: OpOverload, node: fx.Node) -> None:
@@ -337,6 +332,10 @@ class Recorder:
             ref = self._refs.get(node) if node is not None else None
             if ref is None or ref.kind != "step" or id(leaf) in state or id(leaf) in seen:
                 raise Odd("it returns what it does not make")
+            if node.target is torch.ops.aten.detach.default:
+                raise Odd("it returns what export leaves out where nothing reads it")
+            if depends_on_constants(leaf) or is_of_dropout(leaf):
+                raise Odd("code may ask what it returns for more than sizes")
             memory = self._memory(leaf)
             if memory.home.kind != "memory" or memory.home in homes:
                 raise Odd("it returns a view of what it is given, or two of one memory")
@@ -353,8 +352,19 @@ class Recorder:
 def _is_plain(target: Any) -> bool:
     """True for an op of torch's dispatcher that is not one of ours, and for a change of the mode."""
     if isinstance(target, OpOverload):
-        return target.namespace != "stagecut"
-    return target in _CONTEXTS or getattr(target, "__name__", "") == _GETITEM
+        return target.namespace != "stagecut" and not is_marker(target)
+    return target in _CONTEXTS or target is operator.getitem
+
+
+def innermost(node: fx.Node) -> str:
+    """The path of the innermost module around a node."""
+    path: str = [*node.meta["nn_module_stack"].values()][-1][0]
+    return path
+
+
+def in_model(path: str) -> str:
+    """The path in the model of a path of the tracer's, which begins with the name of the whole model."""
+    return path.partition(".")[2]
 
 
 def _more(after: Mapping[Any, int], before: Mapping[Any, int]) -> dict[Any, int]:
@@ -377,119 +387,98 @@ _ATTRIBUTES = _plain_attributes()
 
 # --- again ------------------------------------------------------------------------------------------------
 
+torch.library.define("stagecut::again", "(str key, Tensor[] operands) -> Tensor[]")
+
+
+@torch.library.impl("stagecut::again", "CompositeExplicitAutograd")
+def _again(key: str, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    raise Untraceable("stagecut::again stands for a call during capture and cannot be run")
+
 
 class Replay:
-    """Takes the steps of a body for another call."""
+    """Puts one node into a trace for a call that is traced like an earlier one."""
 
-    def __init__(self, body: Body, call: Call, tracer: Any, frames: Frames) -> None:
+    def __init__(self, body: Body, call: Call, tracer: Any) -> None:
         self._body = body
         self._call = call
         self._tracer = tracer
-        self._frames = frames
-        self._nodes: dict[Ref, fx.Node] = {}
-        self._homes: dict[Ref, Any] = {}
-        self._stacks: dict[Any, dict[str, Any]] = {}
         self._mode: Any = None
-        for name, tensor in call.state.items():
-            self._know(Ref("state", name), tensor)
-        for place, leaf in enumerate(call.leaves):
-            if isinstance(leaf, torch.Tensor):
-                self._know(Ref("argument", place), leaf)
-
-    def _know(self, ref: Ref, tensor: torch.Tensor) -> None:
-        node = self._call.around.node(tensor)
-        assert node is not None and isinstance(tensor, FakeTensor)
-        self._nodes[ref] = node
-        self._homes[ref] = tensor.untyped_storage()
-        self._mode = tensor.fake_mode
+        for tensor in (*call.state.values(), *call.tensors):
+            assert isinstance(tensor, FakeTensor)
+            self._mode = tensor.fake_mode
 
     def run(self) -> Any:
-        """The result of the call. The tracer has the nodes of its trace."""
-        counts = dict(self._tracer.torch_fn_counts)
-        for place, step in enumerate(self._body.steps):
-            self._nodes[Ref("step", place)] = self._node(step, counts)
-        self._tracer.torch_fn_metadata = self._body.last_function
-        for function, count in self._body.functions.items():
-            self._tracer.torch_fn_counts[function] = counts.get(function, 0) + count
+        """The result of the call."""
+        names = [self._reserved(step) for step in self._body.steps]
         for path, count in self._body.calls.items():
             path = self._call.path + path
             self._tracer.num_calls[path] = self._tracer.num_calls.get(path, 0) + count
-        return tree_unflatten(self._results(), self._body.spec)
-
-    def _node(self, step: Step, counts: Mapping[Any, int]) -> fx.Node:
-        node: fx.Node = self._tracer.graph.create_node(
-            "call_function", step.target, self._operands(step.args), self._operands(step.kwargs), step.wish
-        )
-        meta = dict(step.meta)
-        meta["nn_module_stack"] = dict(self._stack(step.stack))
-        meta["val"] = self._value(step.value)
-        if FOLLOWS in meta:
-            meta[FOLLOWS] = tuple(self._outside(path) for path in meta[FOLLOWS])
-        trace = self._frames.trace + step.trace
-        if trace:
-            meta["stack_trace"] = trace
-        if step.function is not None:
-            number = step.count + counts.get(step.function, 0)
-            name = step.function.__name__
-            meta["torch_fn"] = (f"{name}_{number}", f"{type(step.function).__name__}.{name}")
-        node.meta = meta
-        return node
-
-    def _outside(self, path: str) -> str:
-        return (self._call.path + path).partition(".")[2]
-
-    def _operands(self, tree: Any) -> Any:
-        return fx.node.map_aggregate(tree, lambda leaf: self._nodes[leaf] if isinstance(leaf, Ref) else leaf)
-
-    def _stack(self, stack: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
-        if stack not in self._stacks:
-            entries: dict[str, Any] = dict(self._frames.stack[:-1])
-            own, own_key = self._call.path, self._frames.stack[-1][0]
-            for key, path, cls in stack:
-                entries[own + key if path else own_key] = (own + path, cls)
-            self._stacks[stack] = entries
-        return self._stacks[stack]
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, Memory):
-            return self._tensor(value)
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._value(part) for part in value)
-        return value
-
-    def _tensor(self, memory: Memory) -> torch.Tensor:
-        """A tensor of that kind, in the memory that it has for this call."""
-        if memory.home not in self._homes:
-            self._homes[memory.home] = torch.UntypedStorage(memory.size, device="meta")
-        storage = self._homes[memory.home]
-        inner = torch.empty(0, dtype=memory.dtype, device="meta")
-        inner.set_(storage, memory.offset, memory.shape, memory.stride)
-        tensor = FakeTensor(self._mode, inner, memory.device)
-        return tensor.requires_grad_(memory.requires_grad)
-
-    def _results(self) -> list[Any]:
-        made = [result for result in self._body.results if result.tensor is not None]
-        tensors: list[Any] = []
+        made = [result for result in self._body.results if result.memory is not None]
+        tensors: list[torch.Tensor] = []
         if made:
-            tensors = [*_History.apply(_anchor(), self, [result.tensor for result in made])]  # type: ignore[no-untyped-call]
-        for result, tensor in zip(made, tensors, strict=True):
-            assert result.ref is not None
-            proxy = fx.Proxy(self._nodes[result.ref], self._tracer)
-            proxy_tensor.track_tensor(tensor, proxy, constant=None, tracer=self._tracer)
+            tensors = [*_History.apply(_anchor(), self, made)]  # type: ignore[no-untyped-call]
+        node = _marker(self._tracer, self._call, AGAIN)
+        node.meta["val"] = [proxy_tensor.extract_val(tensor) for tensor in tensors]
+        node.meta[AGAIN] = Repeated(
+            self._body.number,
+            in_model(self._call.path),
+            names,
+            [result.ref.key for result in made if result.ref is not None],
+        )
+        for place, tensor in enumerate(tensors):
+            part = self._tracer.create_node("call_function", operator.getitem, (node, place), {}, name="stagecut_part")
+            proxy_tensor.track_tensor(tensor, fx.Proxy(part, self._tracer), constant=None, tracer=self._tracer)
+            part.meta["val"] = node.meta["val"][place]
         fresh = iter(tensors)
-        return [
-            next(fresh) if result.tensor is not None
-            else self._call.leaves[result.ref.key] if result.ref is not None
-            else result.literal
-            for result in self._body.results
-        ]
+        leaves: list[Any] = []
+        for result in self._body.results:
+            if result.memory is not None:
+                leaves.append(next(fresh))
+            elif result.ref is not None:
+                leaves.append(self._call.leaves[result.ref.key])
+            else:
+                leaves.append(result.literal)
+        return tree_unflatten(leaves, self._body.spec)
+
+    def _reserved(self, step: Step) -> str:
+        """The name that the node of a step would have; no other node gets it."""
+        graph = self._tracer.graph
+        wish = step.wish if step.wish is not None else graph._target_to_str(step.target)
+        name: str = graph._graph_namespace.create_name(wish, None)
+        return name
+
+    def tensor(self, memory: Memory) -> torch.Tensor:
+        """A new tensor of that kind."""
+        storage = torch.UntypedStorage(memory.size, device="meta")
+        inner = torch.empty(0, dtype=memory.dtype, device="meta")
+        inner.set_(storage, memory.offset, memory.shape, memory.stride)  # type: ignore[call-overload]
+        return FakeTensor(self._mode, inner, memory.device)
+
+
+def begins(tracer: Any, call: Call, number: int) -> None:
+    """The trace has a mark where the call begins that is recorded by that number."""
+    node = _marker(tracer, call, BEGINS)
+    node.meta["val"] = []
+    node.meta[BEGINS] = Template(number, in_model(call.path))
+
+
+def _marker(tracer: Any, call: Call, name: str) -> fx.Node:
+    """A node that is given the arguments and the state of a call."""
+    operands = [call.around.node(tensor) for tensor in (*call.tensors, *call.state.values())]
+    node: fx.Node = tracer.create_node(
+        "call_function", torch.ops.stagecut.again.default, (name, operands), {}, name=name
+    )
+    return node
+
+
+has_side_effect(torch.ops.stagecut.again.default)
 
 
 def _anchor() -> torch.Tensor:
     return torch.empty((), requires_grad=True)
 
 
-class CutHistory(Exception):
+class CutHistory(OnPurpose):
     """Gradients are asked for through a call that was not traced by itself."""
 
 
@@ -497,20 +486,17 @@ class _History(torch.autograd.Function):
     """Makes tensors with a history, as the ops of a block would. Nobody may go back through it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, replay: Replay, kinds: Sequence[Memory]) -> Any:
+    def forward(ctx: Any, anchor: torch.Tensor, replay: Replay, results: Sequence[Result]) -> Any:
         tensors: list[torch.Tensor] = []
         plain: list[torch.Tensor] = []
-        for memory in kinds:
-            tensor = replay._tensor(memory).requires_grad_(False)
-            tensors.append(tensor)
-            if not memory.requires_grad:
-                plain.append(tensor)
+        for result in results:
+            assert result.memory is not None
+            tensors.append(replay.tensor(result.memory))
+            if not result.memory.requires_grad:
+                plain.append(tensors[-1])
         ctx.mark_non_differentiable(*plain)
         return tuple(tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise CutHistory
-
-
-__all__ = ["Body", "CutHistory", "Frames", "Odd", "Recorder", "Replay"]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stagecut.frontend.capture.known import KnownValues, depends_on_constants
-from stagecut.frontend.fold.body import Body, Frames, Odd, Recorder, Replay
+from stagecut.frontend.fold.body import Body, Frames, Odd, Recorder, Replay, begins, in_model
 from stagecut.frontend.fold.calls import Call
 from stagecut.frontend.fold.reads import Reads
 from stagecut.frontend.fold.values import Unknown
@@ -49,6 +49,8 @@ class Repeats:
         self._kinds: dict[Any, list[_Kind]] = {}
         self._others = _names_by_memory(module)
         self._recording = False
+        self._tracer: Any = None
+        self._numbers = count()
         self.replayed = 0
         self.odd: list[str] = []
         """Calls that stand for no other one, and why."""
@@ -67,7 +69,11 @@ class Repeats:
 
     def _call(self, tracer: Any, owner: nn.Module, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         form = self._forms.get(id(owner))
-        if form is None or self._recording or tracer.enable_attr_proxy or _has_global_hooks():
+        # a branch of a conditional has a tracer of its own
+        self._tracer = self._tracer or tracer
+        if form is None or self._recording or tracer is not self._tracer:
+            return run()
+        if tracer.enable_attr_proxy or _has_global_hooks():
             return run()
         kinds = self._kinds.setdefault(form, [])
         if len(kinds) > MOST_KINDS:
@@ -90,8 +96,8 @@ class Repeats:
     def _replay(self, found: _Found, kind: _Kind) -> Any:
         self.replayed += 1
         with _disable_current_modes():
-            result = Replay(kind.body, found.call, found.tracer, found.frames).run()
-        self._watch.reads.read_again(_in_model(found.call.path), kind.body.reads)
+            result = Replay(kind.body, found.call, found.tracer).run()
+        self._watch.reads.read_again(in_model(found.call.path), kind.body.reads)
         return result
 
     def _record(self, found: _Found, kind: _Kind | None, kinds: list[_Kind], run: Callable[[], Any]) -> Any:
@@ -100,7 +106,9 @@ class Repeats:
         before = self._outside()
         containers = Containers(found.call.arguments)
         with torch._C.DisableTorchFunction():
-            recorder = Recorder(found.tracer, found.call, found.frames)
+            number = next(self._numbers)
+            begins(found.tracer, found.call, number)
+            recorder = Recorder(found.tracer, found.call, found.frames, number)
         self._recording = True
         try:
             with recorder, reads.noting(found.call.block):
@@ -111,7 +119,7 @@ class Repeats:
             try:
                 self._refuse(found, before, containers, reads)
                 body = recorder.body(result)
-                body.reads = self._watch.reads.since(before.reads, _in_model(found.call.path))
+                body.reads = self._watch.reads.since(before.reads, in_model(found.call.path))
                 values = reads.values(found.call.block)
             except (Odd, Unknown) as error:
                 self.odd.append(f"{found.call.path}: {error}")
@@ -146,7 +154,7 @@ class Repeats:
 
     def is_left_alone(self, path: str) -> bool:
         """True for a module that is kept whole, or whose flag forward sets."""
-        inside = _in_model(path)
+        inside = in_model(path)
         if any(inside == whole or inside.startswith(f"{whole}.") for whole in self._kept_whole):
             return True
         return inside in self._watch.reads.fixed
@@ -154,7 +162,7 @@ class Repeats:
     def others(self, name: str) -> list[str]:
         """The names of the memory of a parameter or buffer, as a tracer has them."""
         root = name.partition(".")[0]
-        return [f"{root}.{other}" for other in self._others.get(_in_model(name), ())]
+        return [f"{root}.{other}" for other in self._others.get(in_model(name), ())]
 
     def state(self) -> Any:
         """What code may ask about the trace."""
@@ -243,18 +251,13 @@ class _Tracing:
         return int(self._tracer.num_calls.get(path, 0))
 
 
-def _in_model(path: str) -> str:
-    """The path in the model of a path of the tracer's, which begins with the name of the whole model."""
-    return path.partition(".")[2]
-
-
 def _frames(tracer: Any, call: Call) -> Frames:
     """The place of a call: what a node made here says of it."""
     probe = tracer.create_node("call_function", _frames, (), {}, name="stagecut_probe")
     tracer.graph.erase_node(probe)
-    count = tracer.num_calls.get(call.path, 0)
+    calls = tracer.num_calls.get(call.path, 0)
     cls = type(call.owner)
-    own = (f"{call.path}@{count}" if count else call.path, (call.path, f"{cls.__module__}.{cls.__qualname__}"))
+    own = (f"{call.path}@{calls}" if calls else call.path, (call.path, f"{cls.__module__}.{cls.__qualname__}"))
     around = tuple(probe.meta["nn_module_stack"].items())
     return Frames(probe.meta.get("stack_trace", ""), (*around, own))
 

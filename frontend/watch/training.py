@@ -87,6 +87,10 @@ _PLUMBING = (
 """Files whose frames lie between the call of such a function and us."""
 
 
+_LOOKS_ON = "frontend/fold/reads.py"
+"""The file whose frames lie between code and the attributes that it reads."""
+
+
 @dataclass(frozen=True)
 class _Read:
     owner: int
@@ -119,7 +123,7 @@ class ModeReads(TorchFunctionMode):
 
         def read(owner: nn.Module) -> Any:
             if not torch.compiler.is_dynamo_compiling():
-                self._note(owner, sys._getframe(1))
+                self._note(owner, _reader(sys._getframe(1)))
             return owner.__dict__["training"]
 
         def write(owner: nn.Module, mode: bool) -> None:
@@ -446,6 +450,13 @@ def _span(frame: FrameType) -> _Span:
         islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
     )
     return line or frame.f_lineno, column or 0, last or frame.f_lineno, end or 0
+
+
+def _reader(frame: FrameType) -> FrameType:
+    """The frame that reads an attribute, from `frame` outwards: no frame of ours that looks on."""
+    while frame.f_code.co_filename.endswith(_LOOKS_ON) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _caller() -> FrameType:
