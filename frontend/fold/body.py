@@ -15,7 +15,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.node import has_side_effect
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stagecut.frontend.fold.calls import LITERALS, Call, is_odd, varies
+from stagecut.frontend.fold.calls import LITERALS, Call, Ref, is_odd, varies
 from stagecut.frontend.capture.known import depends_on_constants
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import AGAIN, BEGINS, FOLLOWS, GRAD, SAME, STEP, Repeated, StepOf, Template
@@ -37,14 +37,6 @@ _META = frozenset(
 
 class Odd(Exception):
     """The trace of a call stands for no other one; the text says why."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A node from the view of a block: a step, an argument or a state tensor of it."""
-
-    kind: str
-    key: Any
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,10 @@ class Body:
     steps: list[Step]
     results: list[Result]
     spec: Any
+    moved: list[tuple[Ref, int]]
+    """The arguments and the state that another node stands for afterwards, and its place: an op has returned
+    the very tensor that it was given.
+    """
     calls: dict[str, int]
     number: int
     reads: list[Any] = field(default_factory=list)
@@ -131,6 +127,7 @@ class Body:
             [step.sameness() for step in self.steps],
             _literal([(result.ref, result.memory, result.literal) for result in self.results]),
             self.spec,
+            self.moved,
             self.calls,
             self.reads,
         )
@@ -148,16 +145,10 @@ class Recorder:
         self._calls = dict(tracer.num_calls)
         self._refs: dict[fx.Node, Ref] = {}
         self._homes: dict[int | None, Ref] = {}
-        for name, tensor in call.state.items():
-            self._know(tensor, Ref("state", name))
-        for place, leaf in enumerate(call.leaves):
-            if isinstance(leaf, torch.Tensor):
-                self._know(leaf, Ref("argument", place))
-        self._versions = [tensor._version for tensor in self._given()]
+        for ref, tensor in call.given():
+            self._know(tensor, ref)
+        self._versions = [tensor._version for _, tensor in call.given()]
         self._last = _last(tracer.graph)
-
-    def _given(self) -> list[torch.Tensor]:
-        return [*self._call.state.values(), *self._call.tensors]
 
     def _know(self, tensor: torch.Tensor, ref: Ref) -> None:
         node = self._call.around.node(tensor)
@@ -184,7 +175,7 @@ class Recorder:
 
     def body(self, result: Any) -> Body:
         """The steps between now and then. Raises Odd."""
-        if self._versions != [tensor._version for tensor in self._given()]:
+        if self._versions != [tensor._version for _, tensor in self._call.given()]:
             raise Odd("it writes what it is given, or its state")
         nodes: list[fx.Node] = []
         node = _last(self._tracer.graph) if self._last is None else self._last.next
@@ -201,9 +192,23 @@ class Recorder:
             steps,
             self._results(leaves),
             spec,
+            self._moved(),
             self._more(self._tracer.num_calls, self._calls),
             self._number,
         )
+
+    def _moved(self) -> list[tuple[Ref, int]]:
+        moved: list[tuple[Ref, int]] = []
+        for ref, tensor in self._call.given():
+            node = self._call.around.node(tensor)
+            now = self._refs.get(node) if node is not None else None
+            if now is None:
+                raise Odd("nothing stands for what it was given")
+            if now.kind != "step":
+                continue
+            _refuse_questions(tensor)
+            moved.append((ref, now.key))
+        return moved
 
     def _more(self, after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
         """How often each module of the block was called, by its path in it."""
@@ -334,8 +339,7 @@ class Recorder:
                 raise Odd("it returns what it does not make")
             if node.target is torch.ops.aten.detach.default:
                 raise Odd("it returns what export leaves out where nothing reads it")
-            if depends_on_constants(leaf) or is_of_dropout(leaf):
-                raise Odd("code may ask what it returns for more than sizes")
+            _refuse_questions(leaf)
             memory = self._memory(leaf)
             if memory.home.kind != "memory" or memory.home in homes:
                 raise Odd("it returns a view of what it is given, or two of one memory")
@@ -354,6 +358,12 @@ def _is_plain(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return target.namespace != "stagecut" and not is_marker(target)
     return target in _CONTEXTS or target is operator.getitem
+
+
+def _refuse_questions(tensor: torch.Tensor) -> None:
+    """Raises Odd for a tensor that code may ask for more than its sizes."""
+    if depends_on_constants(tensor) or is_of_dropout(tensor):
+        raise Odd("code may ask for the value of a tensor, or for the dropout that made it")
 
 
 def innermost(node: fx.Node) -> str:
@@ -417,15 +427,14 @@ class Replay:
         tensors: list[torch.Tensor] = []
         if made:
             tensors = [*_History.apply(_anchor(), self, made)]  # type: ignore[no-untyped-call]
+        places = [result.ref.key for result in made if result.ref is not None]
+        given = dict(self._call.given())
+        moved = [given[ref] for ref, _ in self._body.moved]
+        places += [place for _, place in self._body.moved]
         node = _marker(self._tracer, self._call, AGAIN)
-        node.meta["val"] = [proxy_tensor.extract_val(tensor) for tensor in tensors]
-        node.meta[AGAIN] = Repeated(
-            self._body.number,
-            in_model(self._call.path),
-            names,
-            [result.ref.key for result in made if result.ref is not None],
-        )
-        for place, tensor in enumerate(tensors):
+        node.meta["val"] = [proxy_tensor.extract_val(tensor) for tensor in (*tensors, *moved)]
+        node.meta[AGAIN] = Repeated(self._body.number, in_model(self._call.path), names, places)
+        for place, tensor in enumerate((*tensors, *moved)):
             part = self._tracer.create_node("call_function", operator.getitem, (node, place), {}, name="stagecut_part")
             proxy_tensor.track_tensor(tensor, fx.Proxy(part, self._tracer), constant=None, tracer=self._tracer)
             part.meta["val"] = node.meta["val"][place]

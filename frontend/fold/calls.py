@@ -7,6 +7,7 @@ traces but for the names of their modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,14 @@ LITERALS = (*SIMPLE, torch.dtype, torch.layout, torch.device, torch.memory_forma
 
 _HOOKS = (*HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _DEVICE_TYPES = ("cpu", "cuda", "meta")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A node from the view of a block: a step, an argument or a state tensor of it."""
+
+    kind: str
+    key: Any
 
 
 class Around(Protocol):
@@ -62,6 +71,14 @@ class Call:
         self.leaves, self.spec = tree_flatten(self.arguments)
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
         self.state = dict(_state(self.block))
+
+    def given(self) -> list[tuple[Ref, torch.Tensor]]:
+        """The tensors that the code of the block finds: its state and its arguments."""
+        given = [(Ref("state", name), tensor) for name, tensor in self.state.items()]
+        for place, leaf in enumerate(self.leaves):
+            if isinstance(leaf, torch.Tensor):
+                given.append((Ref("argument", place), leaf))
+        return given
 
     def path_of(self, inside: str) -> str:
         """The path in the model of something in the block."""

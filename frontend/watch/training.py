@@ -193,13 +193,14 @@ class ModeReads(TorchFunctionMode):
         flag of its own.
         """
         span, frame = _span(caller), (id(caller), caller.f_code)
-        reads = [read for read in self._reads if read.frame == frame]
+        # the newest first: another frame may have been where this one is
+        reads = [read for read in reversed(self._reads) if read.frame == frame]
         tree = self._tree_of(caller.f_code.co_filename)
         if tree is not None:
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             reads = [read for read in reads if read.span == flag]
         else:  # code without a source: the flag that is read last inside the call
-            reads = [read for read in reversed(reads) if _lies_in(read.span, span)]
+            reads = [read for read in reads if _lies_in(read.span, span)]
         if not reads:
             return ()
         self._reads.remove(reads[0])
