@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
 from stagecut import StagecutError
@@ -27,6 +28,7 @@ GLOBAL = SimpleNamespace(scale=1.0)
 NUMBER = 1.0
 VARIABLE: ContextVar[float] = ContextVar("VARIABLE", default=1.0)
 CALLS: list[int] = []
+TENSOR = torch.ones(4, 4)
 
 
 class Settings:
@@ -42,17 +44,23 @@ class Part(nn.Module):
         self.bias: nn.Parameter | None = nn.Parameter(torch.randn(WIDTH))
         self.register_buffer("shift", torch.randn(WIDTH))
         self.register_buffer("extra", None)
+        self.register_buffer("late", None)
+        self.register_buffer("mark", torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if not self.weight.is_contiguous():
             weight = weight + 1
+        if self.mark.device.type == "meta":
+            weight = weight + 2
         if not self.weight.requires_grad:
             weight = weight * 2
         y = x @ weight + self.shift.to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
-        return y if self.extra is None else y + self.extra
+        if self.extra is not None:
+            y = y + self.extra
+        return y if self.late is None else y * self.late
 
 
 class Block(nn.Module):
@@ -81,7 +89,9 @@ class Block(nn.Module):
             h = h * 3
         for one in many:
             h = h + one
-        if y is not None:
+        if y is not None and y.device.type == "meta":
+            h = h.sin()
+        elif y is not None:
             h = h * 2 if y is x else h + y
         if x.requires_grad:
             h = h.neg()
@@ -166,7 +176,7 @@ class Constants(Block):
         return super().forward(x, *rest, **named) * torch.tensor(2.0) + torch.arange(WIDTH)
 
 
-BLOCKS: list[type[nn.Module]] = [
+BLOCKS: list[Made] = [
     Block, Pair, Modes, Norms, Writes, Views, Nested, Constants,
 ]  # fmt: skip
 
@@ -199,6 +209,9 @@ class Model(nn.Module):
         return self.head(x)
 
 
+Made = Callable[[], nn.Module]
+
+
 @dataclass
 class Difference:
     """Changes block k of a model, or the way it is called; `leaf` has the modules that are kept whole."""
@@ -206,7 +219,7 @@ class Difference:
     change: Callable[[Model, int], None] = lambda _, __: None
     way: Way | None = None
     other_ways: Way = plain
-    block: type[nn.Module] | None = None
+    block: Made | None = None
     leaf: Callable[[int], list[str]] = field(default=lambda _: [])
 
 
@@ -413,12 +426,79 @@ class Stateful(Block):
         return super().forward(x, *rest, **named)
 
 
+class Makes(Block):
+    """Makes a tensor of the default dtype."""
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        return super().forward(x, *rest, **named) * torch.ones(WIDTH)
+
+
+class Flag:
+    """An object that looks like all others of its class."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __bool__(self) -> bool:
+        return self.on
+
+    def __repr__(self) -> str:
+        return "flag"
+
+
+class Box:
+    """A container that holds more than its leaves."""
+
+    def __init__(self, tensor: Tensor, on: bool) -> None:
+        self.tensor, self.on = tensor, on
+
+
+register_pytree_node(Box, lambda box: ([box.tensor], None), lambda leaves, _: Box(*leaves, on=False))
+
+
+class Opens(Block):
+    """Is given a container."""
+
+    def forward(self, x: Tensor, y: Any = None, *rest: Any, **named: Any) -> Any:
+        out = super().forward(x)
+        return out if y is None else out * (2 if y.on else 3) + y.tensor
+
+
+class Looks(Block):
+    """Looks up an attribute by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 1.0
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, "hidden" if name == "scale" else name)
+
+
+class Early(Block):
+    """Has the buffer that comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part.extra = torch.ones(WIDTH)
+
+
 class Fixes(Block):
     """Sets the flag of a part."""
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         self.drop.eval()
         return super().forward(x, *rest, **named)
+
+
+def _late(model: Model, k: int) -> None:
+    part: Any = model.blocks[k].part
+    part.extra, part.late = None, torch.ones(WIDTH)
+
+
+def _fixed(_: Model, block: nn.Module, x: Tensor) -> Any:
+    block.drop.eval()  # type: ignore[union-attr]
+    return block(x)
 
 
 def _writes_view(_: Model, block: nn.Module, x: Tensor) -> Any:
@@ -491,6 +571,21 @@ DIFFERENCES: dict[str, Difference] = {
     "attribute of the class": Difference(way=_with_level),
     "context variable": Difference(way=_with_variable),
     "literal": Difference(way=lambda _, block, x: block(x, flag=True), block=Block),
+    "value": Difference(
+        way=lambda _, block, x: block(x, flag=True), other_ways=lambda _, block, x: block(x, flag=False), block=Block
+    ),
+    "place": Difference(
+        way=lambda _, block, x: block(x, many=(x.clone(),)), other_ways=lambda _, block, x: block(x, x.clone()), block=Block
+    ),
+    "torch's class": Difference(
+        _replaced(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())), block=lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid())
+    ),
+    "state device": Difference(_set("part.mark", lambda: torch.ones(2, device="meta"))),
+    "input device": Difference(
+        way=lambda _, block, x: block(x, torch.ones(4, 4, device="meta")),
+        other_ways=lambda _, block, x: block(x, torch.ones(4, 4)),
+        block=Block,
+    ),
     "None by name": Difference(way=lambda _, block, x: block(x, flag=None), block=Block),
     "type of a literal": Difference(
         way=lambda _, block, x: block(x, flag=True), other_ways=lambda _, block, x: block(x, flag=1), block=Block
@@ -516,7 +611,18 @@ DIFFERENCES: dict[str, Difference] = {
     "grad mode": Difference(way=_under(torch.no_grad)),
     "inference mode": Difference(way=_under(torch.inference_mode)),
     "autocast": Difference(way=_under(lambda: torch.autocast("cpu", torch.bfloat16))),
-    "default dtype": Difference(way=_default_dtype),
+    "default dtype": Difference(way=_default_dtype, block=Makes),
+    "asked grad": Difference(way=_under(torch.enable_grad), block=Modes),
+    "an object": Difference(
+        way=lambda _, block, x: block(x, flag=Flag(True)), other_ways=lambda _, block, x: block(x, flag=Flag(False)), block=Block
+    ),
+    "own container": Difference(
+        way=lambda _, block, x: block(x, Box(x, True)), other_ways=lambda _, block, x: block(x, Box(x, False)), block=Opens
+    ),
+    "hidden": Difference(_set("hidden", 2.0), block=Looks),
+    "flag set": Difference(way=_fixed, block=Block),
+    "other names": Difference(_late, block=Early),
+    "a tensor of nobody's": Difference(way=lambda _, block, x: block(x, TENSOR), other_ways=lambda _, block, x: block(x, TENSOR), block=Block),
     "function mode": Difference(way=_under(_Doubles)),
     "checkpoint": Difference(way=lambda _, block, x: checkpoint(lambda x: first(block(x)), x, use_reentrant=False)),
     "all in checkpoints": Difference(
@@ -560,17 +666,17 @@ DIFFERENCES: dict[str, Difference] = {
 """Differences by name."""
 
 
-def model_of(block: type[nn.Module], count: int, k: int, difference: Difference, training: bool) -> Model:
+def model_of(block: Made, count: int, odd: Iterable[int], difference: Difference, training: bool) -> Model:
+    """So many blocks, of which those in `odd` differ."""
     torch.manual_seed(0)
     made = difference.block or block
     ways = dict.fromkeys(range(count), difference.other_ways)
-    if difference.way is not None:
-        ways[k] = difference.way
     model = Model([made() for _ in range(count)], ways).train(training)
-    try:
-        difference.change(model, k)
-    except AttributeError:  # a block without such a part
-        pass
+    for k in odd:
+        if difference.way is not None:
+            ways[k] = difference.way
+        with suppress(AttributeError):  # a block without such a part
+            difference.change(model, k)
     return model
 
 

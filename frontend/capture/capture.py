@@ -164,7 +164,7 @@ def _export(
     def export(watch: TraceWatch) -> ExportedProgram:
         args, kwargs = inputs
         known = KnownValues()
-        repeats = Repeats(module, watch, known, leaves.paths)
+        repeats = Repeats(module, watch, known)
         seeds = torch.random.fork_rng(gpus(module, inputs))
         sizes = giving_sizes(module, inputs)
         with (

@@ -302,7 +302,7 @@ class Recorder:
         return value
 
     def _memory(self, value: torch.Tensor) -> Memory:
-        if is_odd(value) or varies(value) or value.is_conj() or value.is_neg():
+        if is_odd(value) or varies(value):
             raise Odd("a tensor of another kind")
         storage = storage_of(value)
         if storage not in self._homes:

@@ -52,8 +52,8 @@ class Around(Protocol):
     def counts(self, path: str) -> int:
         """How often the module at a path was called before."""
 
-    def is_left_alone(self, path: str) -> bool:
-        """True for a module whose calls have a meaning of their own."""
+    def sets_flag(self, path: str) -> bool:
+        """True for a module whose training flag forward sets."""
 
     def others(self, name: str) -> Iterable[str]:
         """The other names of the memory of a parameter or buffer."""
@@ -128,10 +128,6 @@ def _layouts(tensors: list[torch.Tensor]) -> Any:
     return [(tensor.stride(), tensor.storage_offset()) for tensor in tensors]
 
 
-def _kinds(tensors: list[torch.Tensor]) -> Any:
-    return [(type(tensor), tensor.is_conj(), tensor.is_neg()) for tensor in tensors]
-
-
 def _gradients(tensors: list[torch.Tensor]) -> Any:
     return [(tensor.requires_grad, tensor.is_leaf) for tensor in tensors]
 
@@ -188,8 +184,6 @@ PARTS: dict[str, Callable[[Call], Any]] = {
     "state devices": lambda call: [tensor.device for tensor in call.state.values()],
     "state strides": lambda call: _layouts([*call.state.values()]),
     "state requires_grad": lambda call: _gradients([*call.state.values()]),
-    "state kinds": lambda call: _kinds([*call.state.values()]),
-    "ties": lambda call: _shared([*call.state.values()]),
     "calls before": lambda call: [call.around.counts(call.path_of(path)) for path in call.block],
     "structure of inputs": lambda call: call.spec,
     "literals": _literals,
@@ -198,10 +192,8 @@ PARTS: dict[str, Callable[[Call], Any]] = {
     "input devices": lambda call: [tensor.device for tensor in call.tensors],
     "input strides": lambda call: _layouts(call.tensors),
     "input requires_grad": lambda call: _gradients(call.tensors),
-    "input kinds": lambda call: _kinds(call.tensors),
     "aliases": lambda call: _shared([*call.state.values(), *call.tensors]),
     "facts of inputs": lambda call: [call.around.facts(tensor) for tensor in call.tensors],
-    "grad mode": lambda _: torch.is_grad_enabled(),
     "autocast": _autocasts,
     "settings": _settings,
     "modes": _modes,
@@ -246,6 +238,8 @@ def is_odd(tensor: torch.Tensor) -> bool:
     """True for a tensor whose copy would differ from it by more than its values."""
     if not isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
         return True
+    if tensor.is_conj() or tensor.is_neg():
+        return True
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.constant is not None:
         return True
     return tensor.is_quantized or tensor._backward_hooks is not None
@@ -261,8 +255,9 @@ def _is_in_transform(_: Call) -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def _is_left_alone(call: Call) -> bool:
-    return any(call.around.is_left_alone(call.path_of(path)) for path in call.block)
+def _has_own_flags(call: Call) -> bool:
+    """True where forward sets a flag: no op follows it."""
+    return any(call.around.sets_flag(call.path_of(path)) for path in call.block)
 
 
 def _shares_state(call: Call) -> bool:
@@ -294,7 +289,7 @@ REFUSALS: dict[str, Callable[[Call], bool]] = {
     "odd tensors": _has_odd_tensors,
     "own lookup": _has_own_lookup,
     "transforms": _is_in_transform,
-    "left alone": _is_left_alone,
+    "own flags": _has_own_flags,
     "shared state": _shares_state,
 }
 """Why a call stands for no other one, by name."""

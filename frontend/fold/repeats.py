@@ -35,18 +35,17 @@ FEWEST = 3
 """So many modules must be alike to be looked at: the first two calls are traced in any case."""
 
 MOST_KINDS = 16
-"""Calls of modules of one form that turned out to be of so many kinds are traced without another look."""
+"""Calls with one key whose code read so many other things are traced without another look."""
 
 
 class Repeats:
     """Open while a model is traced. `replayed` counts the calls that were not traced by themselves."""
 
-    def __init__(self, module: nn.Module, watch: TraceWatch, known: KnownValues, kept_whole: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, watch: TraceWatch, known: KnownValues) -> None:
         self._watch = watch
         self._known = known
-        self._kept_whole = kept_whole
-        self._forms = _repeated_forms(module)
-        self._kinds: dict[Any, list[_Kind]] = {}
+        self._repeated = _repeated(module)
+        self._kinds: list[_Kind] = []
         self._others = _names_by_memory(module)
         self._recording = False
         self._tracer: Any = None
@@ -68,30 +67,27 @@ class Repeats:
             yield
 
     def _call(self, tracer: Any, owner: nn.Module, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
-        form = self._forms.get(id(owner))
         # a branch of a conditional has a tracer of its own
         self._tracer = self._tracer or tracer
-        if form is None or self._recording or tracer is not self._tracer:
+        if id(owner) not in self._repeated or self._recording or tracer is not self._tracer:
             return run()
         if tracer.enable_attr_proxy or _has_global_hooks():
-            return run()
-        kinds = self._kinds.setdefault(form, [])
-        if len(kinds) > MOST_KINDS:
             return run()
         with torch._C.DisableTorchFunction():
             call = Call(owner, tracer.path_of_module(owner), args, kwargs, _Tracing(tracer, self))
             key = call.key()
-            if key is None or any(kind.is_odd and kind.key == key for kind in kinds):
+            alike = [kind for kind in self._kinds if kind.key == key]
+            if key is None or any(kind.is_odd for kind in alike) or len(alike) > MOST_KINDS:
                 found = None
             else:
                 found = _Found(tracer, call, key, _frames(tracer, call))
         if found is None:
             return run()
         with torch._C.DisableTorchFunction():
-            kind = _fitting(kinds, found)
+            kind = _fitting(alike, found)
             if kind is not None and kind.is_confirmed:
                 return self._replay(found, kind)
-        return self._record(found, kind, kinds, run)
+        return self._record(found, kind, run)
 
     def _replay(self, found: _Found, kind: _Kind) -> Any:
         self.replayed += 1
@@ -100,8 +96,9 @@ class Repeats:
         self._watch.reads.read_again(in_model(found.call.path), kind.body.reads)
         return result
 
-    def _record(self, found: _Found, kind: _Kind | None, kinds: list[_Kind], run: Callable[[], Any]) -> Any:
+    def _record(self, found: _Found, kind: _Kind | None, run: Callable[[], Any]) -> Any:
         """The result of a call that is traced. The kinds gain one, or the kind is confirmed or corrected."""
+        kinds = self._kinds
         reads = Reads()
         before = self._outside()
         containers = Containers(found.call.arguments)
@@ -152,12 +149,9 @@ class Repeats:
         if not found.call.is_as_before(found.key):
             raise Odd("it leaves something changed")
 
-    def is_left_alone(self, path: str) -> bool:
-        """True for a module that is kept whole, or whose flag forward sets."""
-        inside = in_model(path)
-        if any(inside == whole or inside.startswith(f"{whole}.") for whole in self._kept_whole):
-            return True
-        return inside in self._watch.reads.fixed
+    def sets_flag(self, path: str) -> bool:
+        """True for a module whose training flag forward sets."""
+        return in_model(path) in self._watch.reads.fixed
 
     def others(self, name: str) -> list[str]:
         """The names of the memory of a parameter or buffer, as a tracer has them."""
@@ -166,7 +160,7 @@ class Repeats:
 
     def state(self) -> Any:
         """What code may ask about the trace."""
-        return self._watch.reads.state()
+        return torch.is_grad_enabled(), self._watch.reads.state()
 
 
 @dataclass
@@ -225,7 +219,7 @@ class _Kind:
 
 def _fitting(kinds: Sequence[_Kind], found: _Found) -> _Kind | None:
     for kind in kinds:
-        if kind.key == found.key and kind.fits(found.call):
+        if kind.fits(found.call):
             return kind
     return None
 
@@ -236,7 +230,7 @@ class _Tracing:
     def __init__(self, tracer: Any, repeats: Repeats) -> None:
         self._tracer = tracer
         self.state = repeats.state
-        self.is_left_alone = repeats.is_left_alone
+        self.sets_flag = repeats.sets_flag
         self.others = repeats.others
 
     def node(self, tensor: torch.Tensor) -> fx.Node | None:
@@ -270,29 +264,21 @@ def _has_global_hooks() -> bool:
 # --- before the trace -------------------------------------------------------------------------------------
 
 
-def _repeated_forms(module: nn.Module) -> dict[int, Any]:
-    """The id of each module that at least FEWEST modules are like, and has parts -> a form that they share."""
+def _repeated(module: nn.Module) -> set[int]:
+    """The ids of the modules that have parts, and that FEWEST modules or more are like at first sight."""
     forms: dict[int, int] = {}
     numbers: dict[Any, int] = {}
 
     def form(owner: nn.Module) -> int:
         parts = [(name, form(part)) for name, part in owner._modules.items() if part is not None]
-        state = [
-            (name, tuple(tensor.shape))
-            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
-            if tensor is not None
-        ]
-        number = numbers.setdefault((type(owner), (*parts,), (*state,)), len(numbers))
+        number = numbers.setdefault((type(owner), (*parts,)), len(numbers))
         forms[id(owner)] = number
         return number
 
     form(module)
     alike = Counter(forms.values())
-    return {
-        id(owner): forms[id(owner)]
-        for owner in module.modules()
-        if owner._modules and alike[forms[id(owner)]] >= FEWEST
-    }
+    repeated = [owner for owner in module.modules() if alike[forms[id(owner)]] >= FEWEST]
+    return {id(owner) for owner in repeated if owner._modules}
 
 
 def _names_by_memory(module: nn.Module) -> dict[str, list[str]]:
