@@ -115,8 +115,8 @@ def pipeline(
         'outputs', 'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means
         'gradients' when the model is real and its state no larger than CHECK_BYTES, else None. Where the
         stages hold two modes that were traced separately, both are compared.
-    fold: trace a block that the model repeats, such as a layer of a decoder, twice, and take the same steps for
-        its further calls that are traced alike. The result is the same, letter for letter, as with False,
+    fold: trace a block that the model repeats, such as a layer of a decoder, twice, and make the same ops for
+        its further calls that are traced alike. The program is the same, letter for letter, as with False,
         which traces each call. A `split_policy` that edits the traced GraphModule is given all of it: then
         each call is traced.
 

@@ -144,7 +144,7 @@ class Writes(Block):
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         y = super().forward(x, *rest, **named).clone()
         y[:, 0] = 1
-        first, second = y.chunk(2, -1)
+        first, second = y[:, :2], y[:, 2:]
         first.mul_(2)
         return torch.cat([first, second.t().t()], -1)
 
@@ -277,12 +277,11 @@ def _own_forward(model: Model, k: int) -> None:
 
 
 def _with_global(_: Model, block: nn.Module, x: Tensor) -> Any:
-    global NUMBER
-    NUMBER = 2.0
+    globals()["NUMBER"] = 2.0
     try:
         return block(x)
     finally:
-        NUMBER = 1.0
+        globals()["NUMBER"] = 1.0
 
 
 def _with_object(_: Model, block: nn.Module, x: Tensor) -> Any:
@@ -483,6 +482,13 @@ class Early(Block):
         self.part.extra = torch.ones(WIDTH)
 
 
+class Ends(Block):
+    """Ends with a dropout."""
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        return self.drop(super().forward(x, *rest, **named))
+
+
 class Fixes(Block):
     """Sets the flag of a part."""
 
@@ -578,7 +584,8 @@ DIFFERENCES: dict[str, Difference] = {
         way=lambda _, block, x: block(x, many=(x.clone(),)), other_ways=lambda _, block, x: block(x, x.clone()), block=Block
     ),
     "torch's class": Difference(
-        _replaced(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())), block=lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid())
+        _replaced(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())),
+        block=lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid()),
     ),
     "state device": Difference(_set("part.mark", lambda: torch.ones(2, device="meta"))),
     "input device": Difference(
@@ -622,7 +629,9 @@ DIFFERENCES: dict[str, Difference] = {
     "hidden": Difference(_set("hidden", 2.0), block=Looks),
     "flag set": Difference(way=_fixed, block=Block),
     "other names": Difference(_late, block=Early),
-    "a tensor of nobody's": Difference(way=lambda _, block, x: block(x, TENSOR), other_ways=lambda _, block, x: block(x, TENSOR), block=Block),
+    "a tensor of nobody's": Difference(
+        way=lambda _, block, x: block(x, TENSOR), other_ways=lambda _, block, x: block(x, TENSOR), block=Block
+    ),
     "function mode": Difference(way=_under(_Doubles)),
     "checkpoint": Difference(way=lambda _, block, x: checkpoint(lambda x: first(block(x)), x, use_reentrant=False)),
     "all in checkpoints": Difference(
@@ -661,6 +670,9 @@ DIFFERENCES: dict[str, Difference] = {
     "gradient": Difference(way=_gradient),
     "attribute of a tensor": Difference(way=_attribute_of_tensor),
     "used again": Difference(way=lambda _, block, x: first(block(x)) + x, other_ways=lambda _, block, x: first(block(x)) * x),
+    "dropout at the end": Difference(
+        way=lambda _, block, x: block(x).contiguous(), other_ways=lambda _, block, x: block(x).contiguous(), block=Ends
+    ),
     "nothing around": Difference(way=_under(nullcontext)),
 }  # fmt: skip
 """Differences by name."""

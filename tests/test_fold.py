@@ -5,6 +5,7 @@ The key of equality is a table; each of its parts has a model here that a mutant
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from repeated import BLOCKS, DIFFERENCES, WIDTH, Block, Made, Modes, model_of, outcome
-from torch import Tensor, nn
+from torch import nn
 
 from stagecut import pipeline
 from stagecut.frontend.capture.capture import capture
@@ -63,10 +64,11 @@ def test_equal_calls_are_traced_twice(difference: str, block: Made, wanted: int)
 # --- mutants ----------------------------------------------------------------------------------------------
 
 
-def changes(monkeypatch: pytest.MonkeyPatch, difference: str, training: bool = True) -> bool:
-    """True where the model comes out otherwise than it is, or not at all."""
+def changes(difference: str) -> bool:
+    """True where the program is another one than without fold, or there is none."""
     try:
-        folded, whole = both(difference, training=training, count=COUNT + 2, odd=(3, 4, 5))
+        # a flag that forward sets shows where it is what it was
+        folded, whole = both(difference, training=difference != "flag set", count=COUNT + 2, odd=(3, 4, 5))
     except Exception:
         return True
     return bool(folded != whole)
@@ -100,9 +102,9 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_key_without_this_part_is_noticed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not changes(monkeypatch, PARTS[part])
+    assert not changes(PARTS[part])
     monkeypatch.delitem(calls.PARTS, part)
-    assert changes(monkeypatch, PARTS[part])
+    assert changes(PARTS[part])
 
 
 REFUSALS = {
@@ -117,6 +119,75 @@ REFUSALS = {
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_call_that_is_not_refused_is_noticed(refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not changes(monkeypatch, REFUSALS[refusal])
+    assert not changes(REFUSALS[refusal])
     monkeypatch.delitem(calls.REFUSALS, refusal)
-    assert changes(monkeypatch, REFUSALS[refusal])
+    assert changes(REFUSALS[refusal])
+
+
+# --- what is noticed after a call ---------------------------------------------------------------------------
+
+
+def _nothing(*_: Any) -> None:
+    """Sees nothing."""
+
+
+MUTANTS: dict[str, tuple[Any, str, Any, str]] = {
+    "reads of attributes": (reads, "_attribute", _nothing, "number"),
+    "reads of globals": (reads.Reads, "_variable", _nothing, "global object"),
+    "contents of objects": (values.Values, "_of_object", lambda _, part: type(part), "object"),
+    "contents of containers": (values.Values, "_composed", lambda _, part: type(part), "list"),
+    "attributes of classes": (values.Values, "_of_class", _nothing, "class of a global"),
+    "known constants and changed containers": (repeats.Repeats, "_refuse", _nothing, "constant"),
+    "tensors that an op returns as they were": (body.Recorder, "_moved", lambda _: [], "used again"),
+    "dropouts at the end": (body, "_refuse_questions", _nothing, "dropout at the end"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_net_that_sees_nothing_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, blind, difference = MUTANTS[mutant]
+    assert not changes(difference)
+    monkeypatch.setattr(owner, name, blind)
+    assert changes(difference)
+
+
+# --- models of transformers, modes, sizes -------------------------------------------------------------------
+
+
+def test_a_decoder_is_cut_as_without_fold() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, vocab_size=100
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+        inputs = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}
+    folded, whole = (pipeline(model, (), inputs, stages=3, check=None, fold=fold) for fold in (True, False))
+    assert text(folded.program) == text(whole.program)
+    exported, _ = capture(model, (), inputs, fold=True)
+    assert sum(AGAIN in node.meta for node in exported.graph.nodes) == 4
+
+
+def test_stages_of_a_folded_trace_compute_what_the_model_does() -> None:
+    model = model_of(Modes, 6, [4], DIFFERENCES["number"], training=True)
+    pipe = pipeline(model, (torch.randn(4, WIDTH),), stages=3, check="gradients")
+    assert pipe.num_stages == 3
+
+
+def test_sizes_that_vary_are_traced_each() -> None:
+    model = model_of(Block, 5, [3], DIFFERENCES["nothing"], training=True)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+    folded, whole = (outcome(model, (torch.ones(4, WIDTH),), fold, (), shapes) for fold in (True, False))
+    assert folded == whole
+
+
+def test_a_policy_that_edits_the_graph_is_given_all_of_it() -> None:
+    seen: list[int] = []
+
+    def policy(graph: Any) -> Any:
+        seen.append(sum(node.target is torch.ops.aten.layer_norm.default for node in graph.graph.nodes))
+        return graph
+
+    pipeline(model_of(Block, 5, [], DIFFERENCES["nothing"], training=False), (torch.ones(4, WIDTH),), split_policy=policy, check=None)
+    assert seen == [5]

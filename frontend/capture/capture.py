@@ -22,7 +22,6 @@ from stagecut.frontend.capture.example import (
     shapes_by_name,
 )
 from stagecut.frontend.capture.functions import functions_whole
-from stagecut.frontend.capture.known import KnownValues
 from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
@@ -31,6 +30,7 @@ from stagecut.frontend.fold.body import CutHistory
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
@@ -60,8 +60,8 @@ def capture(
     `eager` has the paths that code takes where it asks if it is traced. Two captures that share it take the
     same ones.
 
-    With `fold`, a block that the model repeats is traced twice, and one node stands for each further call that
-    is traced alike, until the program is lowered.
+    With `fold`, a block that the model repeats is traced twice. One node stands for each further call that is
+    traced alike, until the program is lowered.
 
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that

@@ -16,10 +16,20 @@ from torch.fx.node import has_side_effect
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stagecut.frontend.fold.calls import LITERALS, Call, Ref, is_odd, varies
-from stagecut.frontend.capture.known import depends_on_constants
 from stagecut.frontend.markers import is_marker
-from stagecut.frontend.marks import AGAIN, BEGINS, FOLLOWS, GRAD, SAME, STEP, Repeated, StepOf, Template
+from stagecut.frontend.marks import (
+    AGAIN,
+    BEGINS,
+    FOLLOWS,
+    GRAD,
+    SAME,
+    STEP,
+    Repeated,
+    StepOf,
+    Template,
+)
 from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.known import depends_on_constants
 from stagecut.frontend.watch.training import is_of_dropout
 from stagecut.ir.blame import OnPurpose
 from stagecut.ir.run.storage import storage_of
@@ -30,7 +40,17 @@ _CONTEXTS = (
     torch.amp.autocast_mode._exit_autocast,
 )
 _META = frozenset(
-    ("val", "tensor_meta", "nn_module_stack", "stack_trace", "torch_fn", "original_aten", FOLLOWS, GRAD, SAME)
+    (
+        "val",
+        "tensor_meta",
+        "nn_module_stack",
+        "stack_trace",
+        "torch_fn",
+        "original_aten",
+        FOLLOWS,
+        GRAD,
+        SAME,
+    )
 )
 """What a node is known to say about itself."""
 
@@ -92,7 +112,10 @@ class Step:
 def _literal(tree: Any) -> Any:
     """A tree in which 1 is not True."""
     leaves, spec = tree_flatten(tree)
-    return spec, [leaf if isinstance(leaf, (Ref, Memory)) else (type(leaf), repr(leaf)) for leaf in leaves]
+    return spec, [
+        leaf if isinstance(leaf, (Ref, Memory)) else (type(leaf), repr(leaf))
+        for leaf in leaves
+    ]
 
 
 @dataclass
@@ -120,12 +143,15 @@ class Body:
     reads: list[Any] = field(default_factory=list)
 
     def equals(self, other: Body) -> bool:
-        return self._sameness() == other._sameness()
+        """True for a call with the same steps and results."""
+        return bool(self._sameness() == other._sameness())
 
     def _sameness(self) -> Any:
         return (
             [step.sameness() for step in self.steps],
-            _literal([(result.ref, result.memory, result.literal) for result in self.results]),
+            _literal(
+                [(result.ref, result.memory, result.literal) for result in self.results]
+            ),
             self.spec,
             self.moved,
             self.calls,
@@ -161,7 +187,12 @@ class Recorder:
         create = graph.create_node
 
         def create_node(
-            op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, *rest: Any
+            op: str,
+            target: Any,
+            args: Any = None,
+            kwargs: Any = None,
+            name: str | None = None,
+            *rest: Any,
         ) -> fx.Node:
             node: fx.Node = create(op, target, args, kwargs, name, *rest)
             self._wishes[node] = name
@@ -232,10 +263,16 @@ class Recorder:
             raise Odd(f"meta {set(node.meta) - _META}")
         if isinstance(target, OpOverload):
             self._refuse_writes(target, node)
-        own = {key: node.meta[key] for key in ("original_aten", "tensor_meta", GRAD, SAME) if key in node.meta}
+        own = {
+            key: node.meta[key]
+            for key in ("original_aten", "tensor_meta", GRAD, SAME)
+            if key in node.meta
+        }
         if FOLLOWS in node.meta:
             root = self._call.path.partition(".")[0]
-            own[FOLLOWS] = tuple(self._inside(f"{root}.{path}") for path in node.meta[FOLLOWS])
+            own[FOLLOWS] = tuple(
+                self._inside(f"{root}.{path}") for path in node.meta[FOLLOWS]
+            )
             if own[FOLLOWS] and self._inside(innermost(node)) not in own[FOLLOWS]:
                 raise Odd("an op follows the flag of another module")
         trace = node.meta.get("stack_trace", "")
@@ -262,7 +299,11 @@ class Recorder:
                     continue
                 if self._homes[storage_of(val)].kind != "memory":
                     raise Odd("it writes what it is given, or its state")
-        names = [argument.name for argument in target._schema.arguments if argument.alias_info is not None]
+        names = [
+            argument.name
+            for argument in target._schema.arguments
+            if argument.alias_info is not None
+        ]
         if any(name in node.kwargs for name in names):
             raise Odd("it writes or shares an operand by name")
 
@@ -319,7 +360,10 @@ class Recorder:
         )
 
     def _results(self, leaves: Sequence[Any]) -> list[Result]:
-        given = {id(leaf): Ref("argument", place) for place, leaf in enumerate(self._call.leaves)}
+        given = {
+            id(leaf): Ref("argument", place)
+            for place, leaf in enumerate(self._call.leaves)
+        }
         state = {id(tensor) for tensor in self._call.state.values()}
         seen: set[int] = set()
         homes: set[Ref] = set()
@@ -335,7 +379,13 @@ class Recorder:
                 continue
             node = self._call.around.node(leaf)
             ref = self._refs.get(node) if node is not None else None
-            if ref is None or ref.kind != "step" or id(leaf) in state or id(leaf) in seen:
+            if (
+                node is None
+                or ref is None
+                or ref.kind != "step"
+                or id(leaf) in state
+                or id(leaf) in seen
+            ):
                 raise Odd("it returns what it does not make")
             if node.target is torch.ops.aten.detach.default:
                 raise Odd("it returns what export leaves out where nothing reads it")
@@ -363,7 +413,9 @@ def _is_plain(target: Any) -> bool:
 def _refuse_questions(tensor: torch.Tensor) -> None:
     """Raises Odd for a tensor that code may ask for more than its sizes."""
     if depends_on_constants(tensor) or is_of_dropout(tensor):
-        raise Odd("code may ask for the value of a tensor, or for the dropout that made it")
+        raise Odd(
+            "code may ask for the value of a tensor, or for the dropout that made it"
+        )
 
 
 def innermost(node: fx.Node) -> str:
@@ -378,7 +430,11 @@ def in_model(path: str) -> str:
 
 
 def _more(after: Mapping[Any, int], before: Mapping[Any, int]) -> dict[Any, int]:
-    return {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key, 0)}
+    return {
+        key: count - before.get(key, 0)
+        for key, count in after.items()
+        if count != before.get(key, 0)
+    }
 
 
 def _last(graph: fx.Graph) -> fx.Node | None:
@@ -402,7 +458,9 @@ torch.library.define("stagecut::again", "(str key, Tensor[] operands) -> Tensor[
 
 @torch.library.impl("stagecut::again", "CompositeExplicitAutograd")
 def _again(key: str, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-    raise Untraceable("stagecut::again stands for a call during capture and cannot be run")
+    raise Untraceable(
+        "stagecut::again stands for a call during capture and cannot be run"
+    )
 
 
 class Replay:
@@ -426,17 +484,29 @@ class Replay:
         made = [result for result in self._body.results if result.memory is not None]
         tensors: list[torch.Tensor] = []
         if made:
-            tensors = [*_History.apply(_anchor(), self, made)]  # type: ignore[no-untyped-call]
+            tensors = [*_History.apply(_anchor(), self, made)]
         places = [result.ref.key for result in made if result.ref is not None]
         given = dict(self._call.given())
         moved = [given[ref] for ref, _ in self._body.moved]
         places += [place for _, place in self._body.moved]
         node = _marker(self._tracer, self._call, AGAIN)
-        node.meta["val"] = [proxy_tensor.extract_val(tensor) for tensor in (*tensors, *moved)]
-        node.meta[AGAIN] = Repeated(self._body.number, in_model(self._call.path), names, places)
+        node.meta["val"] = [
+            proxy_tensor.extract_val(tensor) for tensor in (*tensors, *moved)
+        ]
+        node.meta[AGAIN] = Repeated(
+            self._body.number, in_model(self._call.path), names, places
+        )
         for place, tensor in enumerate((*tensors, *moved)):
-            part = self._tracer.create_node("call_function", operator.getitem, (node, place), {}, name="stagecut_part")
-            proxy_tensor.track_tensor(tensor, fx.Proxy(part, self._tracer), constant=None, tracer=self._tracer)
+            part = self._tracer.create_node(
+                "call_function",
+                operator.getitem,
+                (node, place),
+                {},
+                name="stagecut_part",
+            )
+            proxy_tensor.track_tensor(
+                tensor, fx.Proxy(part, self._tracer), constant=None, tracer=self._tracer
+            )
             part.meta["val"] = node.meta["val"][place]
         fresh = iter(tensors)
         leaves: list[Any] = []
@@ -460,7 +530,7 @@ class Replay:
         """A new tensor of that kind."""
         storage = torch.UntypedStorage(memory.size, device="meta")
         inner = torch.empty(0, dtype=memory.dtype, device="meta")
-        inner.set_(storage, memory.offset, memory.shape, memory.stride)  # type: ignore[call-overload]
+        inner.set_(storage, memory.offset, memory.shape, memory.stride)
         return FakeTensor(self._mode, inner, memory.device)
 
 
@@ -473,9 +543,15 @@ def begins(tracer: Any, call: Call, number: int) -> None:
 
 def _marker(tracer: Any, call: Call, name: str) -> fx.Node:
     """A node that is given the arguments and the state of a call."""
-    operands = [call.around.node(tensor) for tensor in (*call.tensors, *call.state.values())]
+    operands = [
+        call.around.node(tensor) for tensor in (*call.tensors, *call.state.values())
+    ]
     node: fx.Node = tracer.create_node(
-        "call_function", torch.ops.stagecut.again.default, (name, operands), {}, name=name
+        "call_function",
+        torch.ops.stagecut.again.default,
+        (name, operands),
+        {},
+        name=name,
     )
     return node
 
@@ -495,7 +571,9 @@ class _History(torch.autograd.Function):
     """Makes tensors with a history, as the ops of a block would. Nobody may go back through it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, replay: Replay, results: Sequence[Result]) -> Any:
+    def forward(
+        ctx: Any, anchor: torch.Tensor, replay: Replay, results: Sequence[Result]
+    ) -> Any:
         tensors: list[torch.Tensor] = []
         plain: list[torch.Tensor] = []
         for result in results:

@@ -1,7 +1,7 @@
 """Which calls of modules are traced alike: the key of a call, and the calls that have none.
 
-This is the one place that says so. Two calls with equal keys, whose code reads equal values (`reads`), have equal
-traces but for the names of their modules.
+This is the one place that says so. Two calls with equal keys, whose code reads equal values (`reads`), have
+equal traces but for the names of their modules.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Around(Protocol):
 class Call:
     """One call of a block of modules."""
 
-    def __init__(self, owner: nn.Module, path: str, args: Any, kwargs: Any, around: Around) -> None:
+    def __init__(
+        self, owner: nn.Module, path: str, args: Any, kwargs: Any, around: Around
+    ) -> None:
         self.owner = owner
         self.path = path
         self.around = around
@@ -96,7 +98,11 @@ class Call:
         now = Call(self.owner, self.path, *self.arguments, self.around)
         if [*map(id, now.state.values())] != [*map(id, self.state.values())]:
             return False
-        return all(part(now) == key[name] for name, part in PARTS.items() if name != "calls before")
+        return all(
+            part(now) == key[name]
+            for name, part in PARTS.items()
+            if name != "calls before"
+        )
 
 
 def _state(block: Block) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,7 +121,13 @@ def _names(call: Call) -> Any:
     """The names of parameters, buffers and modules, also those that are None."""
     kinds = ("_parameters", "_buffers", "_modules")
     return [
-        (path, [[(name, part is None) for name, part in vars(module)[kind].items()] for kind in kinds])
+        (
+            path,
+            [
+                [(name, part is None) for name, part in vars(module)[kind].items()]
+                for kind in kinds
+            ],
+        )
         for path, module in call.block.items()
     ]
 
@@ -137,14 +149,18 @@ def _shared(tensors: list[torch.Tensor]) -> Any:
     same: dict[int, int] = {}
     homes: dict[int | None, int] = {}
     return [
-        (same.setdefault(id(tensor), place), homes.setdefault(storage_of(tensor), place))
+        (
+            same.setdefault(id(tensor), place),
+            homes.setdefault(storage_of(tensor), place),
+        )
         for place, tensor in enumerate(tensors)
     ]
 
 
 def _literals(call: Call) -> Any:
     return [
-        None if isinstance(leaf, torch.Tensor) else (type(leaf), repr(leaf)) for leaf in call.leaves
+        None if isinstance(leaf, torch.Tensor) else (type(leaf), repr(leaf))
+        for leaf in call.leaves
     ]
 
 
@@ -176,15 +192,21 @@ def _modes(_: Call) -> Any:
 
 
 PARTS: dict[str, Callable[[Call], Any]] = {
-    "classes": lambda call: [(path, type(module)) for path, module in call.block.items()],
-    "training": lambda call: [vars(module)["training"] for module in call.block.values()],
+    "classes": lambda call: [
+        (path, type(module)) for path, module in call.block.items()
+    ],
+    "training": lambda call: [
+        vars(module)["training"] for module in call.block.values()
+    ],
     "state names": _names,
     "state shapes": lambda call: _sizes([*call.state.values()]),
     "state dtypes": lambda call: [tensor.dtype for tensor in call.state.values()],
     "state devices": lambda call: [tensor.device for tensor in call.state.values()],
     "state strides": lambda call: _layouts([*call.state.values()]),
     "state requires_grad": lambda call: _gradients([*call.state.values()]),
-    "calls before": lambda call: [call.around.counts(call.path_of(path)) for path in call.block],
+    "calls before": lambda call: [
+        call.around.counts(call.path_of(path)) for path in call.block
+    ],
     "structure of inputs": lambda call: call.spec,
     "literals": _literals,
     "input shapes": lambda call: _sizes(call.tensors),
@@ -193,7 +215,9 @@ PARTS: dict[str, Callable[[Call], Any]] = {
     "input strides": lambda call: _layouts(call.tensors),
     "input requires_grad": lambda call: _gradients(call.tensors),
     "aliases": lambda call: _shared([*call.state.values(), *call.tensors]),
-    "facts of inputs": lambda call: [call.around.facts(tensor) for tensor in call.tensors],
+    "facts of inputs": lambda call: [
+        call.around.facts(tensor) for tensor in call.tensors
+    ],
     "autocast": _autocasts,
     "settings": _settings,
     "modes": _modes,
@@ -233,14 +257,16 @@ def _has_odd_tensors(call: Call) -> bool:
     return any(is_odd(tensor) or call.around.node(tensor) is None for tensor in tensors)
 
 
-
 def is_odd(tensor: torch.Tensor) -> bool:
     """True for a tensor whose copy would differ from it by more than its values."""
     if not isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
         return True
     if tensor.is_conj() or tensor.is_neg():
         return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.constant is not None:
+    if (
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or tensor.constant is not None
+    ):
         return True
     return tensor.is_quantized or tensor._backward_hooks is not None
 
@@ -248,7 +274,11 @@ def is_odd(tensor: torch.Tensor) -> bool:
 def _has_own_lookup(call: Call) -> bool:
     """True for a class that looks up attributes by itself: nobody sees what its code reads."""
     classes = {cls for module in call.block.values() for cls in type(module).__mro__}
-    return any("__getattribute__" in vars(cls) for cls in classes if cls not in (object, nn.Module))
+    return any(
+        "__getattribute__" in vars(cls)
+        for cls in classes
+        if cls not in (object, nn.Module)
+    )
 
 
 def _is_in_transform(_: Call) -> bool:
@@ -271,7 +301,10 @@ def _shares_state(call: Call) -> bool:
 
 def _has_own_containers(call: Call) -> bool:
     """True for arguments in containers that a user's class opens."""
-    return any(kind not in (tuple, list, dict) and kind in SUPPORTED_NODES for kind in _containers(call.spec))
+    return any(
+        kind not in (tuple, list, dict) and kind in SUPPORTED_NODES
+        for kind in _containers(call.spec)
+    )
 
 
 def _containers(spec: Any) -> Iterator[Any]:

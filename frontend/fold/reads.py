@@ -1,5 +1,5 @@
-"""What the code of a block reads while it is traced, besides its arguments, parameters and buffers: attributes of
-its modules, globals, closures, classes.
+"""Records what the code of a block reads while it is traced, besides its arguments, parameters and buffers:
+attributes of its modules, globals, closures, classes.
 """
 
 from __future__ import annotations
@@ -59,17 +59,23 @@ class Reads:
             found.append(_attribute(block[path], name, values))
         for (_, name), home in self.variables.items():
             found.append(self._variable(home, name, values))
-        classes = dict.fromkeys(cls for module in block.values() for cls in type(module).__mro__)
+        classes = dict.fromkeys(
+            cls for module in block.values() for cls in type(module).__mro__
+        )
         found += [values.of(cls) for cls in classes if not _is_foreign(cls)]
         return found
 
     def _variable(self, home: dict[str, Any], name: str, values: Values) -> Any:
         value = home.get(name, _ABSENT)
-        if not isinstance(value, types.ModuleType) or not is_users_file(getattr(value, "__file__", "") or "<"):
+        if not isinstance(value, types.ModuleType) or not is_users_file(
+            getattr(value, "__file__", "") or "<"
+        ):
             return values.of(value)
         # of a module only what code asks it for
         inside = vars(value)
-        return id(value), [values.of(inside[part]) for part in self.names if part in inside]
+        return id(value), [
+            values.of(inside[part]) for part in self.names if part in inside
+        ]
 
     # --- while the code runs ----------------------------------------------------------------------
 
@@ -101,7 +107,7 @@ class Reads:
 
         outer = sys.gettrace()
 
-        def step(frame: FrameType, event: str, arg: Any) -> Any:
+        def step(frame: FrameType, event: Any, arg: Any) -> Any:
             self._runs(frame)
             return outer(frame, event, arg) if outer is not None else None
 
@@ -115,7 +121,7 @@ class Reads:
             sys.settrace(outer)
             nn.Module.__delattr__ = own_delete  # type: ignore[method-assign]
             nn.Module.__setattr__ = own_set  # type: ignore[method-assign]
-            del nn.Module.__getattribute__  # type: ignore[misc]
+            del nn.Module.__getattribute__
 
     def _outside(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """A module outside of the block is read: by the tracer, or by code that stands for no other call."""
@@ -126,7 +132,9 @@ class Reads:
     def _all_of(self, module: nn.Module, path: str, frame: FrameType) -> None:
         """The attributes of a module are read without their names."""
         if is_users_file(frame.f_code.co_filename):
-            self.attributes |= dict.fromkeys((path, name) for name in object.__getattribute__(module, "__dict__"))
+            self.attributes |= dict.fromkeys(
+                (path, name) for name in object.__getattribute__(module, "__dict__")
+            )
 
     def _runs(self, frame: FrameType) -> None:
         """A function runs."""
@@ -153,11 +161,19 @@ class _Uses:
             name = str(step.argval)
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.globals[name] = None
-            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+            elif step.opname in (
+                "LOAD_ATTR",
+                "LOAD_METHOD",
+                "LOAD_SUPER_ATTR",
+                "IMPORT_FROM",
+            ):
                 self.attributes[name] = None
             elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self.odd = f"sets the global '{name}'"
-            elif step.opname in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
+            elif (
+                step.opname in ("STORE_DEREF", "DELETE_DEREF")
+                and name in code.co_freevars
+            ):
                 self.odd = f"sets '{name}' of a function around it"
 
 
@@ -193,7 +209,11 @@ def _attribute(module: nn.Module, name: str, values: Values) -> Any:
         if name in vars(cls):
             value = vars(cls)[name]
             # functions, and what the class keeps, belong to the class, which is the same
-            return values.of(value) if isinstance(value, (*SIMPLE, list, dict, set)) else None
+            return (
+                values.of(value)
+                if isinstance(value, (*SIMPLE, list, dict, set))
+                else None
+            )
     return _ABSENT
 
 

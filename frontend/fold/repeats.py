@@ -1,8 +1,9 @@
-"""Traces a block of modules that a model repeats a few times, and takes the same steps for its further calls.
+"""Traces a block of modules that a model repeats twice, and makes one node of each further call alike.
 
-A call is traced like any other until two calls with equal keys, whose code read equal values, had equal traces.
-From then on, a call with that key, whose code would read these values, gets the nodes of that trace, with its own
-arguments, parameters and buffers. The trace is the one that tracing each call makes, node by node.
+A call is traced like any other until two calls with equal keys, whose code read equal values, had equal
+traces. From then on, one node stands for a call with that key whose code would read these values. Lowering
+makes the ops of that trace for it, with its own arguments, parameters and buffers: the program is the one
+that tracing each call makes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from torch import fx, nn
 from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stagecut.frontend.capture.known import KnownValues, depends_on_constants
-from stagecut.frontend.fold.body import Body, Frames, Odd, Recorder, Replay, begins, in_model
+from stagecut.frontend.fold.body import (
+    Body,
+    Frames,
+    Odd,
+    Recorder,
+    Replay,
+    begins,
+    in_model,
+)
 from stagecut.frontend.fold.calls import Call
 from stagecut.frontend.fold.reads import Reads
 from stagecut.frontend.fold.values import Unknown
 from stagecut.frontend.watch.attributes import Containers
 from stagecut.frontend.watch.generators import Generators
+from stagecut.frontend.watch.known import KnownValues, depends_on_constants
 from stagecut.frontend.watch.training import is_of_dropout
 from stagecut.frontend.watch.watch import TraceWatch
 from stagecut.ir.run.storage import storage_of
@@ -41,7 +50,9 @@ MOST_KINDS = 16
 class Repeats:
     """Open while a model is traced. `replayed` counts the calls that were not traced by themselves."""
 
-    def __init__(self, module: nn.Module, watch: TraceWatch, known: KnownValues) -> None:
+    def __init__(
+        self, module: nn.Module, watch: TraceWatch, known: KnownValues
+    ) -> None:
         self._watch = watch
         self._known = known
         self._repeated = _repeated(module)
@@ -60,24 +71,49 @@ class Repeats:
         tracer: Any = proxy_tensor._ModuleStackTracer
         run = tracer.call_module
 
-        def call_module(own: Any, owner: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-            return self._call(own, owner, args, kwargs, lambda: run(own, owner, forward, args, kwargs))
+        def call_module(
+            own: Any, owner: nn.Module, forward: Any, args: Any, kwargs: Any
+        ) -> Any:
+            return self._call(
+                own, owner, args, kwargs, lambda: run(own, owner, forward, args, kwargs)
+            )
 
         with patch.object(tracer, "call_module", call_module):
             yield
 
-    def _call(self, tracer: Any, owner: nn.Module, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    def _call(
+        self,
+        tracer: Any,
+        owner: nn.Module,
+        args: Any,
+        kwargs: Any,
+        run: Callable[[], Any],
+    ) -> Any:
         # a branch of a conditional has a tracer of its own
         self._tracer = self._tracer or tracer
-        if id(owner) not in self._repeated or self._recording or tracer is not self._tracer:
+        if (
+            id(owner) not in self._repeated
+            or self._recording
+            or tracer is not self._tracer
+        ):
             return run()
         if tracer.enable_attr_proxy or _has_global_hooks():
             return run()
         with torch._C.DisableTorchFunction():
-            call = Call(owner, tracer.path_of_module(owner), args, kwargs, _Tracing(tracer, self))
+            call = Call(
+                owner,
+                tracer.path_of_module(owner),
+                args,
+                kwargs,
+                _Tracing(tracer, self),
+            )
             key = call.key()
             alike = [kind for kind in self._kinds if kind.key == key]
-            if key is None or any(kind.is_odd for kind in alike) or len(alike) > MOST_KINDS:
+            if (
+                key is None
+                or any(kind.is_odd for kind in alike)
+                or len(alike) > MOST_KINDS
+            ):
                 found = None
             else:
                 found = _Found(tracer, call, key, _frames(tracer, call))
@@ -116,7 +152,9 @@ class Repeats:
             try:
                 self._refuse(found, before, containers, reads)
                 body = recorder.body(result)
-                body.reads = self._watch.reads.since(before.reads, in_model(found.call.path))
+                body.reads = self._watch.reads.since(
+                    before.reads, in_model(found.call.path)
+                )
                 values = reads.values(found.call.block)
             except (Odd, Unknown) as error:
                 self.odd.append(f"{found.call.path}: {error}")
@@ -132,9 +170,13 @@ class Repeats:
 
     def _outside(self) -> _Outside:
         watch = self._watch
-        return _Outside(Generators(), len(watch.notes), watch.reads.count(), self._known.asked)
+        return _Outside(
+            Generators(), len(watch.notes), watch.reads.count(), self._known.asked
+        )
 
-    def _refuse(self, found: _Found, before: _Outside, containers: Containers, reads: Reads) -> None:
+    def _refuse(
+        self, found: _Found, before: _Outside, containers: Containers, reads: Reads
+    ) -> None:
         """Raises Odd for a call that did something besides making nodes."""
         if reads.odd:
             raise Odd(reads.odd)
@@ -186,7 +228,9 @@ class _Found:
 class _Kind:
     """Calls that are traced alike, as far as that is known; with no body, calls that are traced each."""
 
-    def __init__(self, key: dict[str, Any], reads: Reads, values: Any, body: Body | None) -> None:
+    def __init__(
+        self, key: dict[str, Any], reads: Reads, values: Any, body: Body | None
+    ) -> None:
         self.key = key
         self.reads = reads
         self.values = values
@@ -251,14 +295,21 @@ def _frames(tracer: Any, call: Call) -> Frames:
     tracer.graph.erase_node(probe)
     calls = tracer.num_calls.get(call.path, 0)
     cls = type(call.owner)
-    own = (f"{call.path}@{calls}" if calls else call.path, (call.path, f"{cls.__module__}.{cls.__qualname__}"))
+    own = (
+        f"{call.path}@{calls}" if calls else call.path,
+        (call.path, f"{cls.__module__}.{cls.__qualname__}"),
+    )
     around = tuple(probe.meta["nn_module_stack"].items())
     return Frames(probe.meta.get("stack_trace", ""), (*around, own))
 
 
 def _has_global_hooks() -> bool:
     hooks: Any = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+    )
 
 
 # --- before the trace -------------------------------------------------------------------------------------
@@ -270,21 +321,30 @@ def _repeated(module: nn.Module) -> set[int]:
     numbers: dict[Any, int] = {}
 
     def form(owner: nn.Module) -> int:
-        parts = [(name, form(part)) for name, part in owner._modules.items() if part is not None]
+        parts = [
+            (name, form(part))
+            for name, part in owner._modules.items()
+            if part is not None
+        ]
         number = numbers.setdefault((type(owner), (*parts,)), len(numbers))
         forms[id(owner)] = number
         return number
 
     form(module)
     alike = Counter(forms.values())
-    repeated = [owner for owner in module.modules() if alike[forms[id(owner)]] >= FEWEST]
+    repeated = [
+        owner for owner in module.modules() if alike[forms[id(owner)]] >= FEWEST
+    ]
     return {id(owner) for owner in repeated if owner._modules}
 
 
 def _names_by_memory(module: nn.Module) -> dict[str, list[str]]:
     """The name of each parameter and buffer that shares its memory -> all names of that memory."""
     homes: dict[int, list[str]] = {}
-    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    named = (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    )
     for name, tensor in chain(*named):
         homes.setdefault(storage_of(tensor) or -id(tensor), []).append(name)
     return {name: names for names in homes.values() if len(names) > 1 for name in names}

@@ -1,5 +1,5 @@
-"""Whether code that reads an object twice reads the same: a value that is equal for objects that a trace cannot
-tell apart.
+"""Tells whether code that reads an object twice reads the same: a value that is equal for objects that a
+trace cannot tell apart.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NOT_USERS = ("torch", "builtins", "typing", "abc", "collections", "enum", "func
 
 
 class Unknown(Exception):
-    """An object may say something else at any time, or it cannot be told whether another one says the same."""
+    """An object may say something else at any time, or nobody can tell whether another one says the same."""
 
 
 class Values:
@@ -90,7 +90,11 @@ class Values:
             pairs = [(self.of(key), self.of(value)) for key, value in part.items()]
             return type(part), pairs, self._attributes(part)
         if isinstance(part, (list, tuple, deque)):
-            return type(part), [self.of(inner) for inner in part], self._attributes(part)
+            return (
+                type(part),
+                [self.of(inner) for inner in part],
+                self._attributes(part),
+            )
         if isinstance(part, (set, frozenset)):
             return type(part), sorted(repr(self.of(inner)) for inner in part)
         if isinstance(part, type):
@@ -111,17 +115,20 @@ class Values:
             return "partial", self.of([part.func, part.args, part.keywords])
         if isinstance(part, (types.BuiltinFunctionType, types.MethodWrapperType)):
             return "builtin", part.__name__, self.of(part.__self__)
+        # an op of torch's, a method of a built-in class, an annotation
         if _module_of(type(part)) in ("torch", "builtins", "typing") and callable(part):
-            # an op of torch's, a method of a built-in class, an annotation
-            if not isinstance(part, (nn.Module, torch.Generator)):
-                return type(part), id(part)
+            return type(part), id(part)
         return None
 
     def _of_function(self, part: types.FunctionType) -> Any:
         if not is_users_file(part.__code__.co_filename):
             return id(part.__code__)
         cells = [self._of_cell(cell) for cell in part.__closure__ or ()]
-        return id(part.__code__), self.of([part.__defaults__, part.__kwdefaults__]), cells
+        return (
+            id(part.__code__),
+            self.of([part.__defaults__, part.__kwdefaults__]),
+            cells,
+        )
 
     def _of_cell(self, cell: Any) -> Any:
         try:
@@ -149,7 +156,7 @@ class Values:
             return "variable", id(part), self.of(part.get(None))
         cls = type(part)
         home = _module_of(cls)
-        has_slots = any("__slots__" in vars(base) and base.__slots__ for base in cls.__mro__)
+        has_slots = any(vars(base).get("__slots__") for base in cls.__mro__)
         if home in ("torch", "builtins") or has_slots or not hasattr(part, "__dict__"):
             raise Unknown(f"a {cls.__name__}")
         return self.of(cls), self.of(vars(part))

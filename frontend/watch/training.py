@@ -237,7 +237,11 @@ class ModeReads(TorchFunctionMode):
 
     def read_again(self, path: str, reads: Iterable[tuple[str, str]]) -> None:
         """The code of the module at `path` has made these reads."""
-        owners = {inside: owner for owner, paths in self._paths.items() for inside in paths} if reads else {}
+        owners = (
+            {inside: owner for owner, paths in self._paths.items() for inside in paths}
+            if reads
+            else {}
+        )
         for inside, place in reads:
             no_call = _span(sys._getframe())
             frame = (0, sys._getframe().f_code)

@@ -41,8 +41,8 @@ def main() -> int:
         for mode in architecture.modes:
             word, more = _compared(longer, mode == "train")
             words[word] += 1
-            print(f"{architecture.name:50}{mode:6} {word} {more}", flush=True)
-    print(f"{dict(words)}, {time.perf_counter() - start:.0f} s")
+            _say(f"{architecture.name:50}{mode:6} {word} {more}")
+    _say(f"{dict(words)}, {time.perf_counter() - start:.0f} s")
     return 1 if words["DIFFERENT"] else 0
 
 
@@ -80,6 +80,11 @@ def _compared(architecture: Architecture, training: bool) -> tuple[str, str]:
         return ("folded" if calls else "equal"), f"{calls} calls"
     folded, whole = ("\n".join(outcome).splitlines() for outcome in outcomes)
     return "DIFFERENT", "\n".join([*difflib.unified_diff(folded, whole, lineterm="", n=0)][:8])
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
