@@ -5,6 +5,7 @@ attributes of its modules, globals, closures, classes.
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 import types
 from collections.abc import Iterator
@@ -114,11 +115,16 @@ class Reads:
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign, assignment]
         nn.Module.__delattr__ = delete  # type: ignore[method-assign]
+        # what runs when garbage is collected is no code of the block
+        collects = gc.isenabled()
+        gc.disable()
         sys.settrace(step)
         try:
             yield
         finally:
             sys.settrace(outer)
+            if collects:
+                gc.enable()
             nn.Module.__delattr__ = own_delete  # type: ignore[method-assign]
             nn.Module.__setattr__ = own_set  # type: ignore[method-assign]
             del nn.Module.__getattribute__
