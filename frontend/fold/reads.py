@@ -68,9 +68,7 @@ class Reads:
 
     def _variable(self, home: dict[str, Any], name: str, values: Values) -> Any:
         value = home.get(name, _ABSENT)
-        if not isinstance(value, types.ModuleType) or not is_users_file(
-            getattr(value, "__file__", "") or "<"
-        ):
+        if not isinstance(value, types.ModuleType) or not _is_users(value):
             return values.of(value)
         # of a module only what code asks it for
         inside = vars(value)
@@ -150,10 +148,17 @@ class Reads:
         uses = _uses(code)
         if uses.odd:
             self.odd = self.odd or f"{code.co_name} {uses.odd}"
-        home = frame.f_globals
-        for name in uses.globals:
-            self.variables.setdefault((id(home), name), home)
+        for home, names in ((frame.f_globals, uses.globals), (sys.modules, uses.imports)):
+            for name in names:
+                self.variables.setdefault((id(home), name), home)
         self.names |= uses.attributes
+
+
+_UNSEEN = frozenset(
+    """globals eval exec __import__ import_module _getframe currentframe stack f_back f_locals f_globals
+    __getattribute__ __closure__ __globals__ environ getenv modules gc""".split()
+)
+"""Names by which code reads what nobody sees it read."""
 
 
 class _Uses:
@@ -161,10 +166,13 @@ class _Uses:
 
     def __init__(self, code: CodeType) -> None:
         self.globals: dict[str, None] = {}
+        self.imports: dict[str, None] = {}
         self.attributes: dict[str, None] = {}
         self.odd = ""
         for step in dis.get_instructions(code):
             name = str(step.argval)
+            if name in _UNSEEN and step.opname.startswith("LOAD_"):
+                self.odd = f"uses {name}"
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.globals[name] = None
             elif step.opname in (
@@ -174,6 +182,8 @@ class _Uses:
                 "IMPORT_FROM",
             ):
                 self.attributes[name] = None
+            elif step.opname == "IMPORT_NAME":
+                self.imports[name] = None
             elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 self.odd = f"sets the global '{name}'"
             elif (
@@ -190,6 +200,13 @@ def _uses(code: CodeType) -> _Uses:
     if code not in _KNOWN:
         _KNOWN[code] = _Uses(code)
     return _KNOWN[code]
+
+
+def _is_users(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__.partition(".")[0] not in sys.stdlib_module_names
+    return is_users_file(file)
 
 
 def _is_models(frame: FrameType) -> bool:

@@ -36,6 +36,9 @@ _LITERALS = (
 _NAMED = (types.ModuleType, logging.Logger, re.Pattern, Enum)
 """Kinds of objects that are what they are: one and the same object says the same at any time."""
 
+_CODE = (types.FunctionType, staticmethod, classmethod, property)
+"""What a class has that may have a closure."""
+
 _NOT_USERS = ("torch", "builtins", "typing", "abc", "collections", "enum", "functools")
 
 
@@ -121,13 +124,17 @@ class Values:
         return None
 
     def _of_function(self, part: types.FunctionType) -> Any:
+        closure = part.__closure__ or ()
         if not is_users_file(part.__code__.co_filename):
-            return id(part.__code__)
-        cells = [self._of_cell(cell) for cell in part.__closure__ or ()]
+            # it may go around a function of the user's
+            inner = [cell for cell in closure if _is_function(cell)]
+            return id(part.__code__), [self._of_cell(cell) for cell in inner]
+        cells = [self._of_cell(cell) for cell in closure]
         return (
             id(part.__code__),
             self.of([part.__defaults__, part.__kwdefaults__]),
             cells,
+            self._attributes(part),
         )
 
     def _of_cell(self, cell: Any) -> Any:
@@ -144,7 +151,7 @@ class Values:
         for name, value in vars(part).items():
             if name.startswith("__") and name.endswith("__") and not callable(value):
                 continue
-            if isinstance(value, (*SIMPLE, list, dict, set, deque, tuple)):
+            if isinstance(value, (*SIMPLE, list, dict, set, deque, tuple, *_CODE)):
                 found.append((name, self.of(value)))
             else:
                 self._kept.append(value)
@@ -165,6 +172,13 @@ class Values:
         """The value of what an object of the user's holds besides its items."""
         own = getattr(part, "__dict__", None)
         return self.of(own) if own else None
+
+
+def _is_function(cell: types.CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, types.FunctionType | types.MethodType)
+    except ValueError:
+        return False
 
 
 def _module_of(cls: type) -> str:
