@@ -84,3 +84,43 @@ class LeafCall:
     random: bool = False
     function: Any = None
     in_shapes: Sequence[tuple[int, ...]] = ()
+
+
+AGAIN = "stagecut_again"
+"""Meta key on the node that stands for a call that was traced like an earlier one, and its name."""
+
+
+BEGINS = "stagecut_begins"
+"""Meta key on the node in front of the trace of such an earlier call, and its name."""
+
+
+STEP = "stagecut_step"
+"""Meta key on the nodes of the trace of an earlier call."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A call that later ones may be like: its number, and the path of its module."""
+
+    number: int
+    path: str
+
+
+@dataclass(frozen=True)
+class StepOf:
+    """The place of a node in the trace of the call of that number."""
+
+    number: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A call that is traced like that of a number: the path of its module, the names of its nodes, and the
+    places of those whose tensors it returns.
+    """
+
+    number: int
+    path: str
+    names: list[str]
+    results: list[int]

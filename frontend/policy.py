@@ -17,13 +17,20 @@ Cuts = Callable[[Program], Sequence[int]]
 """A policy in our own form: the positions of ops in front of which to cut, split markers not counted."""
 
 
+def takes_graph(policy: Any) -> bool:
+    """True for a policy that edits the traced GraphModule."""
+    if policy is None or hasattr(policy, "plan"):
+        return False
+    return next(iter(inspect.signature(policy).parameters), "") != "program"
+
+
 def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cuts:
     """`policy` in our own form.
 
     A policy whose first parameter is named `program` is in that form already. Any other takes the traced
     GraphModule and returns it with split calls added, as for torch.distributed.pipelining.
     """
-    if next(iter(inspect.signature(policy).parameters), "") == "program":
+    if not takes_graph(policy):
         return policy
     if exported is None:
         raise SplitError(

@@ -33,7 +33,7 @@ from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
 from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
-from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import (
@@ -86,6 +86,7 @@ def pipeline(
     routes: Mapping[str, str] | None = None,
     tied: str | Mapping[str, str] = "replicate",
     check: str | None = "auto",
+    fold: bool = False,
 ) -> Pipe:
     """Cuts `module` into pipeline stages.
 
@@ -116,6 +117,10 @@ def pipeline(
         'outputs', 'gradients' (outputs, gradients, state, names), or None. 'auto', the default, means
         'gradients' when the model is real and its state no larger than CHECK_BYTES, else None. Where the
         stages hold two modes that were traced separately, both are compared.
+    fold: trace a block that the model repeats, such as a layer of a decoder, twice, and take the same steps
+        for its further calls that are traced alike. The program is the same, letter for letter, as with False,
+        which traces each call. A `split_policy` that edits the traced GraphModule is given all of it: then
+        each call is traced.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
     hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
@@ -160,6 +165,7 @@ def pipeline(
                 leaf_modules,
                 [name for name, _ in at],
                 one_mode,
+                fold=fold and not takes_graph(split_policy),
             )
         plans: list[Plan] = []
         try:
@@ -321,16 +327,19 @@ def lower(
     asked: Iterable[str] = (),
     one_mode: str = "",
     batches: bool = True,
+    fold: bool = False,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
     mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
-    program says where its batch is. What torch.compile made of the module does not count.
+    program says where its batch is. With `fold`, a block that the model repeats is traced once for all calls
+    that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
+    does not count.
     """
     with torch.compiler.set_stance("force_eager"):
         program, bindings, exported = _lowered(
-            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode
+            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
         )
         if not batches:
             return program, bindings, exported
@@ -360,6 +369,7 @@ def _lowered(
     leaf_modules: Sequence[str],
     asked: Iterable[str],
     one_mode: str,
+    fold: bool,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
@@ -377,14 +387,14 @@ def _lowered(
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
     exported, leaves = capture(
-        module, args, kwargs, dynamic_shapes, leaf_modules, eager
+        module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold
     )
     program, bindings = lower_export(exported, module, leaves.calls)
 
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
         exported_again, leaves_again = capture(
-            module, args, kwargs, dynamic_shapes, leaves.paths, eager
+            module, args, kwargs, dynamic_shapes, leaves.paths, eager, fold
         )
         for path in leaves_again.paths:
             if path not in leaves.paths:

@@ -304,7 +304,14 @@ class Programs:
     def _pipe(self, call: dict[str, Any], shapes: Any) -> Pipe:
         names = [*(self._spec or {})]
         program, bindings, exported = lower(
-            self._model, (), call, shapes, (), names, ONE_MODE, batches=False
+            self._model,
+            (),
+            call,
+            shapes,
+            (),
+            names,
+            ONE_MODE,
+            batches=False,
         )
         trace = Trace(program)
         at = _split_points(self._spec or {}, self._model)

@@ -6,6 +6,7 @@ import os
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from stagecut.frontend.capture.example import (
     shapes_by_name,
 )
 from stagecut.frontend.capture.functions import functions_whole
-from stagecut.frontend.capture.known import KnownValues
 from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
+from stagecut.frontend.fold.body import CutHistory
+from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
@@ -50,11 +53,15 @@ def capture(
     dynamic_shapes: Any = None,
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
+    fold: bool = False,
 ) -> tuple[ExportedProgram, Leaves]:
     """The exported program of `module` on the example inputs, and the modules that are kept whole.
 
     `eager` has the paths that code takes where it asks if it is traced. Two captures that share it take the
     same ones.
+
+    With `fold`, a block that the model repeats is traced twice. One node stands for each further call that is
+    traced alike, until the program is lowered.
 
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
@@ -71,9 +78,12 @@ def capture(
     retries = _Retries(module, leaves, eager)
     while True:
         try:
-            exported = _export(module, inputs, dynamic_shapes, leaves, eager)
+            exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
+        except CutHistory:
+            # forward computes gradients through calls that were not traced by themselves
+            fold = False
         except StagecutError as error:
             if not retries.after_refusal(error):
                 raise
@@ -149,9 +159,12 @@ def _export(
     dynamic_shapes: Any,
     leaves: Leaves,
     eager: EagerPath,
+    fold: bool,
 ) -> ExportedProgram:
     def export(watch: TraceWatch) -> ExportedProgram:
         args, kwargs = inputs
+        known = KnownValues()
+        repeats = Repeats(module, watch, known)
         seeds = torch.random.fork_rng(gpus(module, inputs))
         sizes = giving_sizes(module, inputs)
         with (
@@ -160,7 +173,7 @@ def _export(
             torch.enable_grad(),
             leaves.standing_in(),
             visible(),
-            KnownValues(),
+            known,
             keywords_by_name(),
             opening(module),
             sizes,
@@ -168,6 +181,7 @@ def _export(
             watch,
             functions_whole(watch.notes, lambda: shown(user_line())),
             scopes(module),
+            repeats.open() if fold else nullcontext(),
         ):
             return torch.export.export(
                 module,

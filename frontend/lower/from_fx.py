@@ -15,13 +15,12 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from stagecut.frontend.capture.whole import first_at, home_of, in_either_mode
+from stagecut.frontend.lower.contexts import SWITCHES, switched
 from stagecut.frontend.lower.fx_run import FakeRun, Ran, place_of_node
 from stagecut.frontend.lower.lower import (
-    SWITCHES,
     Lowering,
     Seen,
     state_entries,
-    switched,
 )
 from stagecut.frontend.lower.types import type_of
 from stagecut.ir.errors import CaptureError, InputError

@@ -17,14 +17,17 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_unflatten
 
+from stagecut.frontend.lower.contexts import SWITCHES, switched
+from stagecut.frontend.lower.folded import Again, Folded, Made
 from stagecut.frontend.lower.types import as_literal, type_of
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import (
+    AGAIN,
+    BEGINS,
     CALL,
     CHECKPOINT,
     FOLLOWS,
     FUNCTION,
-    GRAD,
     LEAF,
     SAME,
     SYMBOLIC,
@@ -120,6 +123,7 @@ class Lowering:
         self._regions: list[Context] = []
         self._transforms = count()
         self._place = Place()
+        self._folded = Folded(self._storage)
         self.leaf_calls: dict[str, LeafCall] = {}
         self.leaf_owners: dict[str, torch.nn.Module] = {}
         self.fixed: dict[str, str] = {}
@@ -152,12 +156,21 @@ class Lowering:
         """`ops` gains the ops of all `nodes`; the result is the tree the output node returns."""
         outer = context
         for node in nodes:
+            start = len(ops)
+            operands: Any = None
             if node.op == "output":
                 return self.tree(node.args[0], env)
             if node.op == "get_attr":
                 env[node] = _attribute(node)
+            elif BEGINS in node.meta:
+                self._folded.begin(node, self.tree(node.args[1], env))
+            elif AGAIN in node.meta:
+                again = self._folded.again(node, self.tree(node.args[1], env))
+                context = self._take(again, ops, context, outer)
+                env[node] = again.results()
             elif node.target in SWITCHES:
-                context = switched(node, self.tree(node.args[:4], env), context, outer)
+                operands = self.tree(node.args[:4], env)
+                context = switched(node, operands, context, outer)
                 env[node] = None
             elif node.meta.get(SAME) or _detaches_a_constant(node):
                 env[node] = self.tree(node.args[0], env)
@@ -165,10 +178,39 @@ class Lowering:
                 env[node] = self.call(
                     node, env, ops, context, Seen(node.meta.get("val"))
                 )
+            if self._folded.is_noting and ops is self.program.ops:
+                made = Made(node, ops[start:], env.get(node), operands)
+                self._folded.note(made)
         raise CaptureError(
             "the graph has no output node",
             hint="call graph.output(...) before handing it over",
         )
+
+    def _take(
+        self,
+        again: Again,
+        ops: list[Op],
+        context: tuple[Context, ...],
+        outer: tuple[Context, ...],
+    ) -> tuple[Context, ...]:
+        """`ops` gains those of a call that is like an earlier one; the result is the contexts after it."""
+        for made in again.first.made:
+            if made.node.target in SWITCHES:
+                context = switched(made.node, made.operands, context, outer)
+                continue
+            if not made.ops:
+                continue
+            place = Place(
+                self._scope_in(again.stack(made.node)),
+                (*self._regions, *context),
+                self._loc_of(again.trace(made.node)),
+            )
+            for op in made.ops:
+                twin = again.twin(op, made, place)
+                if _identity_views(op) and op.results[0].type is op.operands[0].type:
+                    twin.results[0].type = twin.operands[0].type
+                ops.append(twin)
+        return context
 
     def call(
         self,
@@ -644,7 +686,9 @@ class Lowering:
 
     def scope(self, node: fx.Node) -> Scope:
         """The module calls around a node, outermost first, the root left out."""
-        stack: dict[str, tuple[str, Any]] | None = node.meta.get("nn_module_stack")
+        return self._scope_in(node.meta.get("nn_module_stack"))
+
+    def _scope_in(self, stack: dict[str, tuple[str, Any]] | None) -> Scope:
         if not stack or _MADE_UP in stack:
             return ()
         key = tuple(stack)
@@ -658,6 +702,11 @@ class Lowering:
         """The user's source line of a node: the innermost frame outside torch."""
         trace = node.meta.get("stack_trace")
         if not trace or _MADE_UP in (node.meta.get("nn_module_stack") or ()):
+            return None
+        return self._loc_of(trace)
+
+    def _loc_of(self, trace: str) -> Loc | None:
+        if not trace:
             return None
         if trace not in self._locs:
             self._locs[trace] = user_loc(trace)
@@ -837,39 +886,6 @@ def _map_values(tree: Any, index: dict[Value, int]) -> Any:
     return index[tree]
 
 
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_LEAVE = torch.amp.autocast_mode._exit_autocast
-SWITCHES = frozenset({torch._C._set_grad_enabled, _ENTER, _LEAVE})
-"""Calls that change the contexts of all ops after them."""
-
-
-def switched(
-    node: fx.Node,
-    args: tuple[Any, ...],
-    context: tuple[Context, ...],
-    outer: tuple[Context, ...],
-) -> tuple[Context, ...]:
-    """The contexts after a switch. A grad mode is marked where forward asks for one, or, where that is not
-    known, where it differs from the mode around the graph.
-    """
-    if node.target is _ENTER:
-        return (*context, Context("autocast", args))
-    inner = context[len(outer) :]
-    casts = [position for position, mark in enumerate(inner) if mark.kind == "autocast"]
-    if node.target is _LEAVE:
-        return (
-            *outer,
-            *(mark for position, mark in enumerate(inner) if position != casts[-1]),
-        )
-    asked = node.meta.get(GRAD, None if args[0] == _grad_mode(outer) else args[0])
-    marks = [mark for mark in inner if mark.kind not in ("no_grad", "enable_grad")]
-    return (
-        (*outer, *marks)
-        if asked is None
-        else (*outer, *marks, Context("enable_grad" if asked else "no_grad"))
-    )
-
-
 def _detaches_a_constant(node: fx.Node) -> bool:
     """True for the op that torch puts after every tensor made of Python's numbers: it detaches a tensor that
     carries no gradient.
@@ -878,17 +894,6 @@ def _detaches_a_constant(node: fx.Node) -> bool:
     return (
         isinstance(source, fx.Node)
         and source.target is torch.ops.aten.lift_fresh_copy.default
-    )
-
-
-def _grad_mode(context: tuple[Context, ...]) -> bool:
-    return next(
-        (
-            mark.kind == "enable_grad"
-            for mark in reversed(context)
-            if mark.kind != "autocast"
-        ),
-        True,
     )
 
 

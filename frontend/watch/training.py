@@ -15,7 +15,7 @@ import inspect
 import linecache
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -87,6 +87,10 @@ _PLUMBING = (
 """Files whose frames lie between the call of such a function and us."""
 
 
+_LOOKS_ON = "frontend/fold/reads.py"
+"""The file whose frames lie between code and the attributes that it reads."""
+
+
 @dataclass(frozen=True)
 class _Read:
     owner: int
@@ -119,7 +123,7 @@ class ModeReads(TorchFunctionMode):
 
         def read(owner: nn.Module) -> Any:
             if not torch.compiler.is_dynamo_compiling():
-                self._note(owner, sys._getframe(1))
+                self._note(owner, _reader(sys._getframe(1)))
             return owner.__dict__["training"]
 
         def write(owner: nn.Module, mode: bool) -> None:
@@ -189,13 +193,14 @@ class ModeReads(TorchFunctionMode):
         flag of its own.
         """
         span, frame = _span(caller), (id(caller), caller.f_code)
-        reads = [read for read in self._reads if read.frame == frame]
+        # the newest first: another frame may have been where this one is
+        reads = [read for read in reversed(self._reads) if read.frame == frame]
         tree = self._tree_of(caller.f_code.co_filename)
         if tree is not None:
             flag = _argument(tree.calls.get(span), *_FLAGGED[func])
             reads = [read for read in reads if read.span == flag]
         else:  # code without a source: the flag that is read last inside the call
-            reads = [read for read in reversed(reads) if _lies_in(read.span, span)]
+            reads = [read for read in reads if _lies_in(read.span, span)]
         if not reads:
             return ()
         self._reads.remove(reads[0])
@@ -211,6 +216,36 @@ class ModeReads(TorchFunctionMode):
     def _choices_in(self, file: str) -> dict[_Span, ast.IfExp]:
         tree = self._tree_of(file)
         return tree.choices if tree is not None else {}
+
+    def state(self) -> bool | None:
+        """The grad mode that forward has asked for; None for the mode around the model."""
+        return self._grad
+
+    def count(self) -> int:
+        """How many reads there are that no op follows."""
+        return len(self._reads)
+
+    def since(self, count: int, path: str) -> list[tuple[str, str]]:
+        """The reads beyond the first so many: the module of each, as a path in the module at `path`, and the
+        place.
+        """
+        return [
+            (inside.removeprefix(path), read.place)
+            for read in self._reads[count:]
+            for inside in self._paths[read.owner]
+        ]
+
+    def read_again(self, path: str, reads: Iterable[tuple[str, str]]) -> None:
+        """The code of the module at `path` has made these reads."""
+        owners = (
+            {inside: owner for owner, paths in self._paths.items() for inside in paths}
+            if reads
+            else {}
+        )
+        for inside, place in reads:
+            no_call = _span(sys._getframe())
+            frame = (0, sys._getframe().f_code)
+            self._reads.append(_Read(owners[path + inside], frame, no_call, place))
 
     @property
     def fixed(self) -> dict[str, str]:
@@ -254,7 +289,7 @@ def _contiguous(
     A dropout makes a new tensor in a trace. A dropout that is off returns its operand, whose elements may lie
     anyhow.
     """
-    if result is not tensor or args or kwargs or not _is_of_dropout(tensor):
+    if result is not tensor or args or kwargs or not is_of_dropout(tensor):
         return result
     return torch.ops.aten.contiguous.default(_itself(tensor))  # type: ignore[no-any-return]
 
@@ -281,7 +316,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def _is_of_dropout(tensor: torch.Tensor) -> bool:
+def is_of_dropout(tensor: torch.Tensor) -> bool:
     """True for the result of a dropout, for views of it, and for the results of in-place ops on those."""
     node = node_of(tensor)
     while isinstance(node, fx.Node) and node.op == "call_function":
@@ -420,6 +455,13 @@ def _span(frame: FrameType) -> _Span:
         islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
     )
     return line or frame.f_lineno, column or 0, last or frame.f_lineno, end or 0
+
+
+def _reader(frame: FrameType) -> FrameType:
+    """The frame that reads an attribute, from `frame` outwards: no frame of ours that looks on."""
+    while frame.f_code.co_filename.endswith(_LOOKS_ON) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _caller() -> FrameType:

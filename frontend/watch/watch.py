@@ -262,7 +262,7 @@ class TraceWatch:
         self.drew = ""
         self._carried = carried or {}
         self._stack = ExitStack()
-        self._reads = ModeReads(module)
+        self.reads = ModeReads(module)
         self._hooks: set[Any] = set()
         self._hook_numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
@@ -298,7 +298,7 @@ class TraceWatch:
         self._carry_on()
         self._patch_export()
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
-        self._stack.enter_context(self._reads.noting())
+        self._stack.enter_context(self.reads.noting())
         self._stack.enter_context(GradFlags(lambda: self._protected))
         for owner, name, what in NOTED:
             self._patch(owner, name, self._remarking(getattr(owner, name), what))
@@ -578,8 +578,8 @@ class TraceWatch:
             if id(value) in self._stand_ins:
                 exported.constants[name] = self._stand_ins[id(value)][0]
         exported.graph_module.meta |= {
-            CHOICES: self._reads.choices,
-            FIXED: self._reads.fixed,
+            CHOICES: self.reads.choices,
+            FIXED: self.reads.fixed,
         }
         return exported
 

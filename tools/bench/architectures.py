@@ -104,15 +104,31 @@ def _bert() -> nn.Module:
     )
 
 
+def llama_8b() -> tuple[nn.Module, dict[str, Any]]:
+    """A model of the size of Llama 8B on the meta device, and its inputs."""
+    return _llama_on_meta(4096, 14336, layers=32, heads=32)
+
+
+def llama_70b() -> tuple[nn.Module, dict[str, Any]]:
+    """A model of the size of Llama 70B on the meta device, and its inputs."""
+    return _llama_on_meta(8192, 28672, layers=80, heads=64)
+
+
 def llama_405b() -> tuple[nn.Module, dict[str, Any]]:
     """A model of the size of Llama 405B on the meta device, and its inputs: 126 layers, hidden size 16384."""
+    return _llama_on_meta(16384, 53248, layers=126, heads=128)
+
+
+def _llama_on_meta(
+    hidden: int, intermediate: int, layers: int, heads: int
+) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=8,
         vocab_size=128256,
         bos_token_id=1,

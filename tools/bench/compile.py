@@ -23,14 +23,20 @@ from torch.export import ExportedProgram
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.lower import Lowering
+from stagecut.frontend.markers import SplitPoint
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.graph import Program, StateEntry
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.types import TensorType
 from stagecut.passes.pipeline import default_pipeline
 from stagecut.passes.runner import run_passes
-from stagecut.pipe import Pipe
-from stagecut.tools.bench.architectures import ARCHITECTURES, llama_405b
+from stagecut.pipe import Pipe, pipeline
+from stagecut.tools.bench.architectures import (
+    ARCHITECTURES,
+    llama_8b,
+    llama_70b,
+    llama_405b,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             tuple(f"model.layers.{i}" for i in range(8, 128, 8)),
             repeat=3,
         )
+    print(
+        f"\n{'pipeline(), of 16 stages':28}{'fold':>8}{'whole':>8}{'/ torch.export':>16}"
+    )
+    _compared("Llama 8B on meta", llama_8b)
+    if not quick:
+        _compared("Llama 70B on meta", llama_70b)
+        _compared("Llama 405B on meta", llama_405b)
     print(f"\n{'synthetic chain':28}{'ops':>7}{'per op, relative to the first':>32}")
     first = 0.0
     for count in (1_000, 10_000) if quick else (10_000, 100_000):
@@ -96,6 +109,40 @@ def _row(
         f"{name:28}{ops:>7}{stages:>8}{against:>12}{ours / traced:>12.3f}{memory:>14}",
         flush=True,
     )
+
+
+def _compared(
+    name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]]
+) -> None:
+    """Prints the time of a whole compile, with `fold` and without, in plain exports of the model."""
+    model, kwargs = make()
+    layers = len(model.model.layers)  # type: ignore[union-attr, arg-type]
+    cuts = {
+        f"model.layers.{stage * layers // 16}": SplitPoint.BEGINNING
+        for stage in range(1, 16)
+    }
+
+    def cut(fold: bool) -> Pipe:
+        return pipeline(model, (), kwargs, cuts, check=None, fold=fold)
+
+    def export() -> ExportedProgram:
+        return torch.export.export(model, (), kwargs, strict=False)
+
+    actions = (lambda: cut(True), lambda: cut(False), export)
+    export()  # torch loads what it needs
+    seconds = [float("inf")] * len(actions)
+    for _ in range(2):
+        for number, action in enumerate(actions):
+            seconds[number] = min(seconds[number], _process_seconds(action))
+    fold, whole, plain = seconds
+    print(f"{name:28}{fold / plain:>8.3f}{whole / plain:>8.3f}", flush=True)
+
+
+def _process_seconds(action: Callable[[], Any]) -> float:
+    gc.collect()
+    start = time.process_time()
+    action()
+    return time.process_time() - start
 
 
 def _torch_seconds(

@@ -55,6 +55,8 @@ class KnownValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._values: dict[fx.Node, Any] = {}
+        self.asked = 0
+        """How often code has asked for the value of a tensor."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -63,6 +65,7 @@ class KnownValues(TorchFunctionMode):
         by_name = any(isinstance(arg, FakeTensor) for arg in kwargs.values())
         if func not in _READS or by_name or get_proxy_mode() is None:
             return func(*args, **kwargs)
+        self.asked += 1
         values = [
             self.value(arg) if isinstance(arg, FakeTensor) else arg for arg in args
         ]
@@ -99,6 +102,12 @@ class KnownValues(TorchFunctionMode):
             return None
         value: torch.Tensor = self._values[node]  # type: ignore[index]
         return value
+
+
+def depends_on_constants(tensor: torch.Tensor) -> bool:
+    """True for a tensor of a trace whose value is known."""
+    node = node_of(tensor)
+    return node is not None and _cone(node) is not None
 
 
 def _cone(node: fx.Node) -> list[fx.Node] | None:
