@@ -118,9 +118,9 @@ def pipeline(
         'gradients' when the model is real and its state no larger than CHECK_BYTES, else None. Where the
         stages hold two modes that were traced separately, both are compared.
     fold: trace a block that the model repeats, such as a layer of a decoder, twice, and take the same steps
-        for its further calls that are traced alike. The program is the same, letter for letter, as with False,
-        which traces each call. A `split_policy` that edits the traced GraphModule is given all of it: then
-        each call is traced.
+        for its further calls that are traced alike. The program is the same, letter for letter, as with
+        False, which traces each call. A `split_policy` that edits the traced GraphModule is given all of it:
+        then each call is traced.
 
     Afterwards the pipe's stages compute what `module` computes, forward and backward, under its names, and
     hold its own tensors. A boundary with nothing before or after it is dropped: no stage is empty.
