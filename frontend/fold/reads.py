@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dis
 import gc
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -148,10 +149,12 @@ class Reads:
         uses = _uses(code)
         if uses.odd:
             self.odd = self.odd or f"{code.co_name} {uses.odd}"
-        for home, names in (
+        variables = (
             (frame.f_globals, uses.globals),
             (sys.modules, uses.imports),
-        ):
+            (vars(os), uses.settings),
+        )
+        for home, names in variables:
             for name in names:
                 self.variables.setdefault((id(home), name), home)
         self.names |= uses.attributes
@@ -159,9 +162,11 @@ class Reads:
 
 _UNSEEN = frozenset(
     """globals eval exec __import__ import_module _getframe currentframe stack f_back f_locals f_globals
-    __getattribute__ __closure__ __globals__ environ getenv modules gc""".split()
+    __getattribute__ __closure__ __globals__ modules gc""".split()
 )
 """Names by which code reads what nobody sees it read."""
+
+_ENVIRONMENT = ("environ", "environb", "getenv")
 
 
 class _Uses:
@@ -170,12 +175,19 @@ class _Uses:
     def __init__(self, code: CodeType) -> None:
         self.globals: dict[str, None] = {}
         self.imports: dict[str, None] = {}
+        self.settings: dict[str, None] = {}
+        """Of the module os: the environment, where the code reads it."""
         self.attributes: dict[str, None] = {}
         self.odd = ""
         for step in dis.get_instructions(code):
             name = str(step.argval)
+            # a class that looks up attributes by itself does so for whoever asks
+            if name == code.co_name == "__getattribute__":
+                continue
             if name in _UNSEEN and step.opname.startswith("LOAD_"):
                 self.odd = f"uses {name}"
+            if name in _ENVIRONMENT:
+                self.settings["environ"] = None
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.globals[name] = None
             elif step.opname in (
