@@ -32,6 +32,10 @@ class Facts:
     """It gives a tensor another shape in place, or detaches it, and writes nothing in memory. Lowering takes
     the view instead.
     """
+    needs_layout: bool = False
+    """Its result is a view, and there is an error where the operand does not lie so that there can be one.
+    The code of roles reshapes instead.
+    """
     cuts_gradient: bool = False
     """Its results never carry gradient. Infer-gradients."""
     returns_operand: bool = False
@@ -126,6 +130,7 @@ def _facts() -> dict[str, Facts]:
         "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_",
         reshapes=True,
     )
+    know("view _unsafe_view", needs_layout=True)
 
     know("data detach detach_", cuts_gradient=True)
     know(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten
 
@@ -33,6 +34,21 @@ def is_real(model: nn.Module, inputs: Any) -> bool:
         t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor)
         for t in _tensors(model, inputs)
     )
+
+
+def as_written(model: Any) -> AbstractContextManager[Any]:
+    """While open, what torch.compile made of parts of the model runs as it was written: compiled, it rounds
+    otherwise. Without such parts nothing changes, since branches (`torch.cond`) need the compiler.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if any(_is_compiled(part) for part in parts):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return isinstance(part, OptimizedModule) or part._compiled_call_impl is not None
 
 
 def is_cheap(model: nn.Module, inputs: Any) -> bool:
@@ -137,8 +153,7 @@ def compare(
     program = pipe.program
     devices = gpus(model, args, kwargs)
     with (
-        # what torch.compile makes of a model rounds otherwise
-        torch.compiler.set_stance("force_eager"),
+        as_written(model),
         torch.random.fork_rng(devices),
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,

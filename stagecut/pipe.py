@@ -20,6 +20,7 @@ from stagecut.check import (
     CannotCompare,
     CheckError,
     Report,
+    as_written,
     compare,
     holds_both_modes,
     is_cheap,
@@ -337,12 +338,12 @@ def lower(
     that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
     does not count.
     """
-    with torch.compiler.set_stance("force_eager"):
-        program, bindings, exported = _lowered(
-            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
-        )
-        if not batches:
-            return program, bindings, exported
+    program, bindings, exported = _lowered(
+        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
+    )
+    if not batches:
+        return program, bindings, exported
+    with as_written(module):
         mark_batches(
             program,
             module if isinstance(module, nn.Module) else None,

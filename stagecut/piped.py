@@ -44,7 +44,10 @@ class PipedModel(Named):
         def forward(self: PipedModel, *args: Any, **kwargs: Any) -> Any:
             return PipedModel.forward(self, *args, **kwargs)
 
-        itself = inspect.Parameter("self_", inspect.Parameter.POSITIONAL_ONLY)
+        name = "self_"
+        while name in spec.signature.parameters:
+            name += "_"
+        itself = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
         parameters = [itself, *spec.signature.parameters.values()]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         members = {"forward": forward, "__module__": PipedModel.__module__}

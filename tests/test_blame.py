@@ -23,7 +23,6 @@ from stagecut.frontend.capture import (
     example,
     functions,
     joint,
-    known,
     quiet,
     rewrites,
     samples,
@@ -31,8 +30,22 @@ from stagecut.frontend.capture import (
     together,
     whole,
 )
-from stagecut.frontend.lower import align, both_modes, from_export, from_fx, from_joint, fx_run, lower, merge, types
-from stagecut.frontend.watch import attributes, forbidden, generators, line, training, watch
+from stagecut.frontend.fold import body, calls, reads, repeats, values
+from stagecut.frontend.lower import (
+    align,
+    both_modes,
+    contexts,
+    folded,
+    from_export,
+    from_fx,
+    from_joint,
+    fx_run,
+    lower,
+    merge,
+    subclasses,
+    types,
+)
+from stagecut.frontend.watch import attributes, forbidden, generators, known, line, training, watch
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
 from stagecut.ir.errors import StagecutError
@@ -54,6 +67,17 @@ class Squared(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         """Its derivative."""
         return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+class Repeated(nn.Module):
+    """Is traced twice, however many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x))
 
 
 class Chooses(nn.Module):
@@ -96,6 +120,11 @@ class Everything(nn.Module):
 
 def cut() -> None:
     pipeline(Everything(), (torch.ones(2, 4),), check=None)
+
+
+def repeat() -> None:
+    model = nn.Sequential(*(Repeated() for _ in range(4)))
+    pipeline(model, (torch.ones(2, 4),), check=None, fold=True)
 
 
 def differentiate() -> None:
@@ -190,6 +219,16 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (from_export._placeholders, cut),
     (from_export._write_back, cut),
     (from_fx._bind, cut_graph),
+    (body.Replay.tensor, repeat),
+    (body.Body.equals, repeat),
+    (calls._names, repeat),
+    (reads._uses, repeat),
+    (reads.Reads.includes, repeat),
+    (repeats._frames, repeat),
+    (values.Values._of_class, repeat),
+    (folded.Again.twin, repeat),
+    (contexts._grad_mode, cut),
+    (subclasses.access_where_used, cut),
     (from_joint.lower_joint, differentiate),
     (joint._traced, differentiate),
     (from_fx._GraphLowering.node, cut_graph),

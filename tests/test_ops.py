@@ -251,6 +251,14 @@ def test_the_view_for_a_reshape_in_place_takes_the_same_arguments(target: str) -
     assert not any(a.alias_info is not None and a.alias_info.is_write for a in other.arguments)
 
 
+@pytest.mark.parametrize("name", having("needs_layout"))
+def test_what_needs_a_layout_is_a_reshape_where_there_is_one(name: str) -> None:
+    x, view = torch.arange(12.0).view(3, 4), getattr(torch.ops.aten, name).default
+    assert torch.equal(view(x, [12]), torch.ops.aten.reshape.default(x, [12]))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        view(x.t(), [12])
+
+
 def test_views_of_methods_and_functions() -> None:
     assert out_of_place(Target("method.t_")) == "method.t"
     assert out_of_place(Target("torch.detach_")) == "torch.detach"

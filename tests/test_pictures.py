@@ -22,7 +22,8 @@ def _lines(picture: Path) -> list[str]:
 
 def test_the_page_shows_every_picture() -> None:
     page = (ROOT / "docs" / "PICTURES.md").read_text(encoding="utf-8")
-    assert {*re.findall(r"\(pictures/([\w-]+)\.svg\)", page)} == {*PICTURES} == {p.stem for p in (ROOT / FOLDER).glob("*.svg")}
+    assert {*re.findall(r"\(pictures/([\w-]+)\.svg\)", page)} == {*PICTURES}
+    assert {p.stem for p in (ROOT / FOLDER).glob("*.svg")} == {*PICTURES, "readme"}
 
 
 @pytest.mark.parametrize("name", [name for name in PICTURES if name != "llama"])

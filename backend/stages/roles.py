@@ -12,15 +12,10 @@ from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage
 from stagecut.ir.graph import Block, Program, StateEntry, nested_ops, target_of
 from stagecut.ir.graph import Stage as IrStage
+from stagecut.ir.ops import facts
 from stagecut.ir.run.bindings import Bindings
 
 Function = Callable[..., Any]
-
-
-_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
-"""Some kernels lay out their results in another way than torch's trace says, so a view of one may have to be
-a copy. A role writes nothing, so it is the same.
-"""
 
 
 class RoleCode:
@@ -59,7 +54,8 @@ def _emitted(block: Block, bindings: Bindings) -> Stage:
     for place, value in enumerate(role.inputs):
         value.hint = f"x{place}"
     for op in role.ops:
-        if op.target in _VIEWS:
+        # some kernels lay out their results in another way than torch's trace says; a role writes nothing
+        if facts(op).needs_layout and op.target.overload == "default":
             op.target = target_of("aten.reshape.default")
     program = Program(block.name)
     program.phase = "linked"
