@@ -34,6 +34,7 @@ def test_an_example_runs(ranks: int, command: str, said: str) -> None:
     done = torchrun(ranks, *command.split())
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
+    assert "Warning: `isinstance(treespec" not in done.stderr
 
 
 def test_generate_hf_reads_a_folder_stage_by_stage(tmp_path: Path) -> None:

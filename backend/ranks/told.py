@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.ranks.losses import StepLosses
@@ -49,11 +49,11 @@ def tell(
     """What rank `source` has of these. Without `share`, the losses stay there."""
     losses = own.losses if share else StepLosses()
     parts = [*losses], losses.batch, losses.metrics, own.factor
-    leaves, spec = tree_flatten(parts)
-    sent = [_sent(leaf) for leaf in leaves]
-    message = [(sent, spec, own.read)]
+    leaves = tree_leaves(parts)
+    message = [(tree_map(_sent, parts), own.read)]
     dist.broadcast_object_list(message, group=group_of_hosts(group), group_src=source)
-    sent, spec, read = message[0]
+    told, read = message[0]
+    sent, spec = tree_flatten(told)
     tensors = [leaf for leaf in sent if isinstance(leaf, _Sent)]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     is_source = dist.get_rank(group) == source
