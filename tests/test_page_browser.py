@@ -306,7 +306,10 @@ def test_nothing_in_a_picture_runs_or_loads(inside: str, show: Callable[..., Pag
 
 
 def _refused(event: dict[str, Any], page: Page) -> bool:
-    """True for a request that the browser stopped before it left: for the policy, or for the place it goes to."""
+    """True for a request that the browser stopped before it left: for the policy, or for the place it goes to. What it then shows
+    in a frame is a page of its own."""
+    if event["params"].get("documentURL", "").startswith("chrome-error:"):
+        return True
     lost = [e["params"] for e in page.events if e["method"] == "Network.loadingFailed"]
     return any(one["requestId"] == event["params"]["requestId"] and one.get("blockedReason") for one in lost)
 
