@@ -5,6 +5,8 @@ torchrun --nproc-per-node 2 examples/accelerate_pippy.py
 On GPUs where there are any, else on CPUs.
 """
 
+import sys
+
 import accelerate.inference
 import torch
 import torch.distributed as dist
@@ -43,7 +45,11 @@ def main() -> None:
         logits = model(tokens.to(state.device))
 
     difference = (logits.cpu() - expected).abs().max().item()
-    print(f"rank {state.process_index}: {[*logits.shape]}, difference {difference:.0e}")
+    shape = [*logits.shape]
+    # one write a line: the ranks share the terminal
+    sys.stdout.write(
+        f"rank {state.process_index}: {shape}, difference {difference:.0e}\n"
+    )
     state.destroy_process_group()
 
 
