@@ -316,13 +316,14 @@ def _train(pipe: Pipe, folder: Path, x: torch.Tensor) -> dict[str, Any]:
 
 
 def test_a_rank_needs_the_memory_of_its_stage() -> None:
-    """One of four stages of 64 MB: at its peak the process has half a stage more than the stage, at most, and not the model.
-
-    The stage is four times the size of its largest module, and memory is counted in pages."""
+    """One of four stages of 64 MB: at its peak the process has half a stage more than the stage, at most, and not the model."""
     script = Path(__file__).parent / "cluster" / "memory.py"
     done = subprocess.run([sys.executable, str(script), "--width", "2048"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         found = json.loads(line)
         assert found["model"] > 3.9 * found["stage"]
-        assert found["peak"] <= 1.5 * found["stage"] + 2, found
+        if found["source"] == "initialize":  # a value and a foreign module besides, each a quarter of the stage; pages are counted
+            assert found["peak"] <= 1.5 * found["stage"] + 2, found
+            continue
+        assert found["peak"] < 1.5 * found["stage"], found

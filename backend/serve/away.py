@@ -97,7 +97,7 @@ class Away:
             if isinstance(value.type, TensorType) and self._readers[value]
         ]
         self._kept = [place for place in places if program.inputs[place] in lanes]
-        self._others = [place for place in places if place not in self._kept]
+        self._others = [place for place in places if program.inputs[place] not in lanes]
         self._writers = _writers(program)
 
     def kept(self, flat: Sequence[Any], sizes: Sizes) -> list[Any]:
