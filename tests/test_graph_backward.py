@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from zoo.cuts import equal_ops
 
-from stagecut import Driver, InputError, Pipe, pipeline
+from stagecut import Driver, InputError, Pipe, SplitPoint, pipeline
 from stagecut.backend.stages.graphs import Graphs
 from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.run import results_of
@@ -689,6 +689,12 @@ def test_a_checkpoint_runs_by_autograd() -> None:
     assert "a checkpoint computes again what a graph would keep" in run.notes[0]
 
 
+def test_an_op_that_checks_runs_by_autograd() -> None:
+    solve = Called(lambda x: x @ torch.linalg.inv(x.t() @ x))
+    run = Run(_pipe(Net(solve), 1), torch.randn(8, 6)).check()
+    assert "aten._linalg_check_errors.default checks or prints" in run.notes[0]
+
+
 def test_an_error_of_ours_is_no_reason_for_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise ValueError("a bug")
@@ -717,6 +723,56 @@ def _refused(pipe: Pipe) -> str:
     (note,) = driver.notes
     assert "runs by autograd: wrap returned a Sequential" in note
     return "ok"
+
+
+class Drawing(nn.Module):
+    """A block that draws, writes state, and cannot take an input of ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.2)
+        self.register_buffer("row", torch.ones(1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.row[(x == 1).all().long()[None]]
+        return self.dropout(self.norm(self.first(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("second", "calls"), [(Net(nn.BatchNorm1d(6)), 3), (Drawing(), 1)])
+def test_functions_are_compiled_on_all_ranks_at_once_before_the_first_step(second: nn.Module, calls: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Drawing(), second)
+    pipe = pipeline(model, (torch.randn(16, 6),), split_spec={"1": SplitPoint.BEGINNING})
+    assert on_ranks(2, _warmed_up, pipe) == [3, calls]
+
+
+def _warmed_up(pipe: Pipe) -> int:
+    """How often functions ran besides those of the micro-batches."""
+    called: list[str] = []
+
+    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            called.append("")
+            return function(*args)
+
+        return noted
+
+    results = []
+    for compile_too in (False, True):
+        copied = deepcopy(pipe)
+        torch.manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", compiled)
+            driver = Driver(copied, "1F1B", 2, F.mse_loss, backward="graph", compile=compile_too)
+            for _ in range(2):
+                driver.step(torch.randn(32, 6), target=torch.ones(32, 6))
+        assert driver.notes == (), driver.notes
+        (stage,) = driver.modules.values()
+        results.append([*(p.grad for p in stage.parameters()), *stage.buffers(), torch.randn(3)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    return len(called) - 3 * 2 * 2  # three functions, two micro-batches, two steps
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")

@@ -171,6 +171,8 @@ class Driver:
             pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
         )
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
+        self._compiles = compile
+        self._is_cold = compile
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
         self.gradients = Gradients(*shared)
@@ -313,6 +315,10 @@ class Driver:
             if stage.graphs is not None:
                 stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
+            if self._is_cold and how == "step" and losses is not None:
+                for stage in stages:
+                    stage.warm_up()
+                self._is_cold = False
             step_losses = self._microbatches(schedule, how, losses)
         if not self.is_last:
             return None, step_losses
@@ -435,6 +441,7 @@ class Driver:
                     hint="another number of micro-batches, or another schedule",
                 ) from None
             self._schedules[key] = schedule, stages
+            self._is_cold = self._compiles
         for stage in self._schedules[key][1]:
             stage.resize(sizes)
         return self._schedules[key]

@@ -282,11 +282,7 @@ class BuiltStage(PipelineStage):
             p.value: p.unpack(t)
             for p, t in zip(self.received, () if self.is_first else args, strict=True)
         }
-        strides = {p.value: p.strides for p in self.received}
-        inputs = [
-            writable(values[v], strides.get(v)) if v in self._written else values[v]
-            for v in self.block.inputs
-        ]
+        inputs = self._inputs(values)
         with writes_explained(self.stage_index), self._apart(values):
             computed = self._by_graphs(inputs)
             if computed is None:
@@ -295,6 +291,25 @@ class BuiltStage(PipelineStage):
                 computed = dict(zip(self.block.outputs, results, strict=True))
         values |= computed
         return values
+
+    def _inputs(self, values: Mapping[Value, Any]) -> list[Any]:
+        """The inputs of the stage. What it writes, it may write."""
+        strides = {p.value: p.strides for p in self.received}
+        return [
+            writable(values[v], strides.get(v)) if v in self._written else values[v]
+            for v in self.block.inputs
+        ]
+
+    def warm_up(self) -> None:
+        """The functions of graphs are compiled for the first micro-batch. All ranks do so at once: in a
+        schedule each would wait for the one before it.
+        """
+        if self.graphs is None or self.awaits_values:
+            return
+        self._turn_to(0)
+        values = {v: self.microbatches[0][i] for i, v in self._fed_inputs}
+        values |= {p.value: p.stand_in(self.device) for p in self.received}
+        self.graphs.warm_up(self._inputs(values), self._handed_on)
 
     def _by_graphs(self, inputs: list[Any]) -> dict[Value, Any] | None:
         """The outputs of the stage, and the inputs that it hands on, as graphs give them. None where they do

@@ -112,6 +112,14 @@ class Port:
             requires_grad=self.grad,
         )
 
+    def stand_in(self, device: torch.device) -> Any:
+        """A value of the port's type: ones, or zeros where it has no fractions."""
+        if self.shape is None:
+            return 1
+        fill = 1.0 if self.wire_dtype.is_floating_point else 0
+        tensor = torch.full(self.wire_shape, fill, dtype=self.wire_dtype, device=device)
+        return self.unpack(tensor.requires_grad_(self.grad))
+
     def pack(self, actual: Any, device: torch.device) -> torch.Tensor:
         """`actual` as the tensor that crosses: contiguous, with history only where a gradient comes back."""
         if self.shape is None:

@@ -233,6 +233,41 @@ class Graphs:
         )
         return outputs
 
+    def warm_up(self, inputs: Sequence[Any], handed_on: tuple[int, ...]) -> None:
+        """The functions for such inputs are made, and have run forward and backward once, which compiles
+        them. Gradients, state and random numbers are as they were. The inputs may be made up: a stage that
+        cannot take them is left as it was.
+        """
+        if self.note or self._pure is None:
+            return
+        written = [slot.tensor for slot in self._pure.slots if slot.written]
+        before = [tensor.clone() for tensor in written]
+        cards = {t.device for t in inputs if isinstance(t, torch.Tensor) and t.is_cuda}
+        with torch.random.fork_rng(cards):
+            try:
+                self._run_once(inputs, handed_on)
+            except BudgetError:
+                raise
+            except Exception:
+                self.take_weights()
+        with torch.no_grad():
+            for tensor, content in zip(written, before, strict=True):
+                tensor.copy_(content)
+
+    def _run_once(self, inputs: Sequence[Any], handed_on: tuple[int, ...]) -> None:
+        """All functions for these inputs have run."""
+        with torch.enable_grad():
+            outputs = self.run(inputs, handed_on) or ()
+        carrying = [tensor for tensor in outputs if tensor.requires_grad]
+        if not carrying:
+            return
+        with _without_autocast():
+            grads = [torch.ones_like(tensor) for tensor in carrying]
+            torch.autograd.backward(carrying, grads)
+        left = self.take_weights()
+        if isinstance(left, _Weights):
+            left.grads()
+
     @property
     def saved(self) -> Saved | None:
         """What a micro-batch leaves in memory, the most of all sizes that ran; None where graphs ran none."""
@@ -362,9 +397,9 @@ class _Weights:
         self._live = live
 
     def __call__(self) -> None:
-        _accumulate(self._grads())
+        _accumulate(self.grads())
 
-    def _grads(self) -> dict[torch.Tensor, torch.Tensor]:
+    def grads(self) -> dict[torch.Tensor, torch.Tensor]:
         """Weight -> gradient, which shares memory with nothing else that lives on."""
         needed, self._needed = self._needed, ()
         with torch.no_grad(), _without_autocast():

@@ -48,7 +48,20 @@ def joint_graph(
             f"AOT autograd cannot trace it: {type(error).__name__}: {first_line}",
             hint="the stage runs by autograd",
         ) from error
+    _refuse_effects(graph)
     return graph, tuple(carrying)
+
+
+def _refuse_effects(graph: fx.GraphModule) -> None:
+    """Raises CaptureError for an op that does more than give results, such as a check: a role would not know
+    when to do it. torch threads such ops on tokens, which are arguments besides.
+    """
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.higher_order.with_effects:
+            raise CaptureError(
+                f"{node.args[1]} checks or prints, besides what it computes",
+                hint="the stage runs by autograd",
+            )
 
 
 def _traced(function: Function, arguments: Sequence[torch.Tensor]) -> Any:
