@@ -31,6 +31,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
     },
+    "3B": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
     "8B": {
         "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
@@ -38,6 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SMALL = {
     "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
     "vocab_size": 512,
@@ -56,11 +62,12 @@ class Bench:
             options.device, self.rank if options.device == "cuda" else None
         )
         shape = SHAPES[name] | (SMALL if options.small else {})
-        self.config = LlamaConfig(**shape, tie_word_embeddings=name == "1B")
+        self.config = LlamaConfig(**shape, tie_word_embeddings=name != "8B")
         self.config.eos_token_id = None
         torch.manual_seed(1)
         self.prompts = [
-            torch.randint(self.config.vocab_size, (1, 128)) for _ in range(8)
+            torch.randint(self.config.vocab_size, (1, 128))
+            for _ in range(options.requests)
         ]
         self.base = 0.0
 
@@ -117,7 +124,7 @@ class Bench:
             pstats.Stats(profile).sort_stats("tottime").print_stats(28)
 
     def lanes(self, way: str, generator: Generator, lanes: int) -> None:
-        """Prints the tokens a second of eight requests."""
+        """Prints the tokens a second of all requests."""
         generator.lanes = lanes
         wish = {
             "max_new_tokens": self.options.new,
@@ -222,8 +229,11 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=["1B", "8B"])
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument(
+        "--requests", type=int, default=8, help="of the rows with lanes"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lanes", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument(

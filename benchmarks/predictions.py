@@ -83,37 +83,47 @@ def _unit(width: int, out: int, stride: int) -> nn.Module:
     )
 
 
-def llama_like(device: torch.device, small: bool) -> Case:
-    size = SMALL if small else Size()
+def llama_like(device: torch.device, small: bool, size: Size | None = None) -> Case:
+    size = SMALL if small else size or Size()
     model = Llama(size)
     tokens = torch.randint(size.vocabulary, (size.batch, size.length), device=device)
     return Case("Llama-like", model, (tokens,), tokens, loss_of, size.microbatches[0])
 
 
-def hugging_face(device: torch.device, small: bool) -> Case:
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+}  # fmt: skip
+
+
+def hugging_face(
+    device: torch.device,
+    small: bool,
+    shape: dict[str, int] = LLAMA_1B,
+    tokens: tuple[int, int] = (1, 4096),
+    name: str = "Llama 3.2-1B",
+) -> Case:
+    """A Llama of the shape given, whose head is not tied. tokens: rows and length of a micro-batch."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
-    }  # fmt: skip
     if small:
-        shape |= {
+        shape = shape | {
             "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "intermediate_size": 128,
             "num_hidden_layers": 8,
             "vocab_size": 512,
         }
+        tokens = (tokens[0], 64)
     config = LlamaConfig(**shape, use_cache=False, tie_word_embeddings=False)
     model = LlamaForCausalLM(config)
-    tokens = torch.randint(
-        shape["vocab_size"], (1, 64 if small else 4096), device=device
-    )
+    ids = torch.randint(shape["vocab_size"], tokens, device=device)
 
     def loss_fn(output: Any, target: torch.Tensor) -> torch.Tensor:
         return loss_of(output.logits, target)
 
-    return Case("Llama 3.2-1B", model, (tokens,), tokens, loss_fn, 8)
+    return Case(name, model, (ids,), ids, loss_fn, 8)
 
 
 def convolutions(device: torch.device, small: bool) -> Case:
@@ -150,10 +160,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """A case, traced once, that is cut in many ways."""
+    """A case, traced once, that is cut in many ways, for all processes or so many ranks."""
 
-    def __init__(self, case: Case, device: torch.device, preset: str) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, preset: str, ranks: int | None = None
+    ) -> None:
         self.case = case
+        self.ranks = ranks or dist.get_world_size()
         self.device = device
         self.preset = preset
         self.model = case.model
@@ -171,9 +184,9 @@ class Bench:
         return pipe
 
     def setting(self, schedule: str, way: str, count: int) -> Setting:
-        """How the stages run by a schedule on all processes, in one of WAYS."""
+        """How the stages run by a schedule on the ranks, in one of WAYS."""
         options = {name: of for name, of in WAYS[way].items() if name != "wrap"}
-        ranks = dist.get_world_size() if SCHEDULES[schedule] > 1 else None
+        ranks = self.ranks if SCHEDULES[schedule] > 1 else None
         return Setting(self.preset, schedule, count, ranks=ranks, **options)
 
     def estimated(self, way: str) -> Line:
