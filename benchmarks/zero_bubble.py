@@ -14,6 +14,7 @@ ways    eager             the backward is autograd's
         graph             Driver(backward="graph")
         graph-compiled    Driver(backward="graph", compile=True)
         graph-recompute   Driver(backward="graph", compile=True, recompute=True)
+    ...-replayed      the same, with cuda_graphs=True
 
 All ways of a schedule have the same cut between blocks, and all numbers of micro-batches: that which Balanced
 finds from blocks that are timed on the first process, compiled, for ZBVZeroBubble with the compiled graph
@@ -51,7 +52,12 @@ def compile_stage(module: nn.Module, index: int) -> nn.Module:
     return module
 
 
-DRIVERS: dict[str, dict[str, Any]] = {**WAYS, "stages": {"wrap": compile_stage}}
+RECORDED = ("eager", "compiled", "graph-recompute")
+"""The ways that run in a CUDA graph too."""
+
+DRIVERS: dict[str, dict[str, Any]] = {**WAYS, "stages": {"wrap": compile_stage}} | {
+    f"{way}-replayed": WAYS[way] | {"cuda_graphs": True} for way in RECORDED
+}
 """Way -> the arguments of Driver that make it."""
 
 ORDER = (
@@ -73,6 +79,11 @@ ORDER = (
     ("Interleaved1F1B", "stages"),
     ("ZBVZeroBubble", "stages"),
     ("Interleaved1F1B", "graph-recompute"),
+    *(
+        (schedule, f"{way}-replayed")
+        for way in RECORDED
+        for schedule in ("1F1B", "ZBVZeroBubble", "Interleaved1F1B")
+    ),
 )
 """The rows, the most important ones first."""
 
@@ -102,7 +113,7 @@ class Row:
 
     def line(self, best: "Row | None") -> str:
         """The row as text, with its ratio to the best compiled 1F1B where that is known."""
-        names = f"{self.model:14}{self.schedule:17}{self.way:16}{self.count:>4}"
+        names = f"{self.model:14}{self.schedule:17}{self.way:25}{self.count:>4}"
         ratio = f"{self.speed / best.speed:>8.3f}" if best else f"{'-':>8}"
         numbers = f"{self.speed:>12.0f}{ratio}{self.loss:>12.5f}{self.norm:>12.5f}"
         taken = " ".join(f"{gib:.2f}" for gib in self.taken)
@@ -110,7 +121,7 @@ class Row:
 
 
 HEADER = (
-    f"{'model':14}{'schedule':17}{'way':16}{'mb':>4}"
+    f"{'model':14}{'schedule':17}{'way':25}{'mb':>4}"
     f"{'tokens/s':>12}{'ratio':>8}{'loss':>12}{'norm':>12}{'first':>8}   GiB"
 )
 
@@ -295,7 +306,7 @@ class Table:
                 ratios.append(seconds[baseline] / seconds[step])
             ratios = sorted(ratios[1:])
             spread = f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            names = f"{best.model:14}{schedule:17}{way:16}{count:>4}"
+            names = f"{best.model:14}{schedule:17}{way:25}{count:>4}"
             say(f"{names}   pairs with 1F1B {best.way}: {spread}")
 
     def add(self, row: Row) -> None:
@@ -373,7 +384,9 @@ def main() -> int:
     parser.add_argument(
         "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
     )
-    parser.add_argument("--ways", nargs="+", choices=[*DRIVERS], default=[*DRIVERS])
+    parser.add_argument(
+        "--ways", nargs="+", choices=[*DRIVERS], default=[*WAYS, "stages"]
+    )
     parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--cut", choices=["automatic", "equal"], default="automatic")
     parser.add_argument("--optimizer", choices=["adamw", "none"], default="adamw")

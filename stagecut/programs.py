@@ -22,7 +22,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 from stagecut.backend.costs.balance import AtModules
 from stagecut.backend.serve.again import Again
 from stagecut.backend.serve.away import Homes
-from stagecut.backend.serve.faster import faster, is_static, recorded
+from stagecut.backend.serve.faster import faster, is_static, recorded_step
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.step import Call, LocalStep, RankStep, Step, lane_bytes
 from stagecut.backend.stages.modules import Stage, find, put
@@ -163,7 +163,7 @@ class Programs:
         self._moves = self._device != own
         self._source = source or Source()
         self._compiled = compiled
-        self._record = recorded if graphs else None
+        self._record = recorded_step if graphs else None
         self._spec = None if spec is None else dict(spec)
         self._policy = policy
         self._seat = seat

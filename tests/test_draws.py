@@ -10,8 +10,10 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from stagecut import StagecutError, pipeline
+from stagecut.backend.ranks.draws import draws
 from stagecut.frontend.capture import capture
 from stagecut.frontend.watch.generators import HIGHEST, LOWEST, MIDDLE, Generators
 
@@ -125,3 +127,13 @@ def test_musicgen() -> None:
     assert any("draws from Python's random" in note for note in pipe.notes)
     with pytest.raises(StagecutError, match=r"(?s)draws from Python's random.*dropout_probability = random.uniform"):
         pipeline(model.train(), (), tokens)
+
+
+@pytest.mark.parametrize(("rate", "drawing"), [(0.0, False), (0.5, True), (None, True)])
+def test_attention_without_dropout_draws_nothing(rate: float | None, drawing: bool) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            p = rate if rate is not None else 0.5 * self.training
+            return F.scaled_dot_product_attention(x, x, x, None, p)
+
+    assert draws(pipeline(Attention(), (torch.randn(1, 2, 4, 8),), stages=1).program) is drawing

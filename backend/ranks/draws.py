@@ -18,6 +18,7 @@ import torch
 
 from stagecut.backend.ranks.wire import Port
 from stagecut.ir.graph import Op, Program, Value
+from stagecut.ir.ops import facts
 from stagecut.ir.types import TensorType
 
 _ODD = 0x9E3779B97F4A7C15
@@ -27,7 +28,21 @@ _SEEDS = 2**63
 
 def draws(program: Program) -> bool:
     """True when the stages draw random numbers, or may: nobody knows what a module kept whole does."""
-    return any(op.effects.random or op.is_users for op in _all(program.all_ops()))
+    return any(_may_draw(op) for op in _all(program.all_ops()))
+
+
+def _may_draw(op: Op) -> bool:
+    if op.is_users:
+        return True
+    return op.effects.random and not _is_attention_without_dropout(op)
+
+
+def _is_attention_without_dropout(op: Op) -> bool:
+    """True for scaled_dot_product_attention whose dropout_p, the fifth argument, is 0 in either mode."""
+    if not facts(op).attention:
+        return False
+    rate = op.args[4] if len(op.args) > 4 else op.kwargs.get("dropout_p", 0.0)
+    return isinstance(rate, float) and rate == 0.0
 
 
 def _all(ops: Iterable[Op]) -> Iterator[Op]:

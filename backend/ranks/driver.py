@@ -17,7 +17,7 @@ from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_tied
 from stagecut.backend.ranks.batch import Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
-from stagecut.backend.ranks.draws import Draws
+from stagecut.backend.ranks.draws import Draws, draws
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.gradients import Gradients
 from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
@@ -36,6 +36,7 @@ from stagecut.backend.ranks.placement import (
     schedule_class,
 )
 from stagecut.backend.ranks.precision import Dtypes, Precision
+from stagecut.backend.ranks.recorded import Step, StepGraphs, refuse_drawing
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.backend.ranks.told import Told, tell
 from stagecut.backend.ranks.trained import changed_here, follow
@@ -82,6 +83,11 @@ class Driver:
     saved, 0.0, to all, 1.0, and an int, which torch has not, is what a user knows who runs out of memory: the
     bytes of this rank for what its stages save, with all micro-batches of the schedule in flight.
 
+    `cuda_graphs` records a step of a rank, with its messages, in a CUDA graph, and replays it when a step of
+    the same sizes comes again. Its gradients, where there were none before, lie in memory that the next step
+    writes. What loss_fn does in Python happens when it is recorded. Stages that draw random numbers are
+    refused.
+
     The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
     `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
     schedules. `schedule_kwargs` are handed to torch's schedule, such as {"defer_pp_recv": True}.
@@ -109,6 +115,7 @@ class Driver:
         compile: bool = False,
         recompute: bool = False,
         activation_budget: int | float | None = None,
+        cuda_graphs: bool = False,
         args_chunk_spec: Sequence[Any] | None = None,
         kwargs_chunk_spec: Mapping[str, Any] | None = None,
         target_chunk_spec: Any = None,
@@ -138,7 +145,7 @@ class Driver:
         self._share = share_losses
         self._eval_mode = eval_mode
         self._normalize_by = normalize_by
-        self._looked = set[str]()
+        self._looked, self._read_by_loss = set[str](), list[torch.Tensor]()
         self.losses: Losses | None = None
         if loss_fn is not None:
             self.losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
@@ -170,13 +177,22 @@ class Driver:
         self._saving = Saving(
             pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
         )
+        self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
-        self._compiles = compile
-        self._is_cold = compile
+        self._compiles = self._is_cold = compile
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
         self.gradients = Gradients(*shared)
         self.precision = Precision(*shared)
+
+    def _graphs_of_steps(self) -> StepGraphs:
+        if self.device.type != "cuda":
+            raise InputError(
+                f"cuda_graphs=True, and the stages run on {self.device}",
+                hint="a device of CUDA, or leave cuda_graphs=True away",
+            )
+        refuse_drawing(draws(self.pipe.program))
+        return StepGraphs(self.device)
 
     @property
     def is_last(self) -> bool:
@@ -319,7 +335,7 @@ class Driver:
                 for stage in stages:
                     stage.warm_up()
                 self._is_cold = False
-            step_losses = self._microbatches(schedule, how, losses)
+            step_losses = self._microbatches(schedule, stages, how, losses)
         if not self.is_last:
             return None, step_losses
         results = next(s for s in stages if s.is_last).results
@@ -364,7 +380,11 @@ class Driver:
         self._saving.reopen()
 
     def _microbatches(
-        self, schedule: Any, how: str, losses: Losses | None
+        self,
+        schedule: Any,
+        stages: Sequence[BuiltStage],
+        how: str,
+        losses: Losses | None,
     ) -> StepLosses:
         """Runs the schedule. The gradients are those of the batch."""
         backward = how == "step" and losses is not None
@@ -374,11 +394,21 @@ class Driver:
         aside = put_aside(self.parameters()) if backward and self._normalize_by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
         self._call_losses = losses
-        getattr(schedule, how)(
-            target=numbers if self.losses is not None else None,
-            losses=[] if numbers is not None and self.losses is not None else None,
-            return_outputs=False,
-        )
+
+        def run() -> None:
+            self._read_by_loss = []
+            getattr(schedule, how)(
+                target=numbers if self.losses is not None else None,
+                losses=[] if numbers is not None and self.losses is not None else None,
+                return_outputs=False,
+            )
+
+        if backward and losses is not None and self._step_graphs is not None:
+            self._lent.refuse_recorded()
+            graded = dict.fromkeys([*self.parameters(), *self._read_by_loss])
+            self._step_graphs.run(Step(run, stages, losses, list(graded)))
+        else:
+            run()
         told = self._last_told(how, losses)
         if backward and self._normalize_by:
             add_corrected(self.parameters(), aside, told.factor)
@@ -466,6 +496,7 @@ class Driver:
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""
         self._lent.look(leaves)
+        self._read_by_loss += leaves
         if leaves:
             for _, stages in self._schedules.values():
                 for stage in stages:

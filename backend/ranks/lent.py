@@ -155,6 +155,17 @@ class Lent:
             if self._rank == self._last:
                 tensor.grad = None
 
+    def refuse_recorded(self) -> None:
+        """Returns where the loss function reads no weight of another rank. Else all ranks raise a
+        StagecutError.
+        """
+        if self.entries:
+            names = [self._pipe.program.state[place].name for place in self.entries]
+            raise StagecutError(
+                f"a step cannot be recorded in a CUDA graph: loss_fn reads {names[0]!r} of another rank",
+                hint="leave cuda_graphs=True away, or let forward return what the loss needs of it",
+            )
+
     def give(self, factor: torch.Tensor | None) -> None:
         """The homes of the weights have the gradients of the loss function's use of them, times `factor`."""
         for place in self.entries:

@@ -68,6 +68,20 @@ class Losses:
         self._metrics: list[Any] = []
         self._expected: torch.Tensor | None = None
 
+    @property
+    def given(self) -> tuple[Any, Any]:
+        """The targets and the keyword arguments of the micro-batches."""
+        return self._targets, self._kwargs
+
+    @property
+    def collected(self) -> tuple[Any, ...]:
+        """What the micro-batches have given so far."""
+        return self._losses, self._numbers, self._metrics, self._expected
+
+    @collected.setter
+    def collected(self, collected: tuple[Any, ...]) -> None:
+        self._losses, self._numbers, self._metrics, self._expected = collected
+
     def of(self, output: Any, index: int) -> torch.Tensor:
         """The loss of micro-batch `index`, as it goes backward."""
         targets = self._targets[index : index + 1]

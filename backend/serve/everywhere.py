@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from stagecut.backend.serve.faster import Graphed, Ready, Record, Run
+from stagecut.backend.ranks.recorded import Record
+from stagecut.backend.serve.faster import Graphed, Ready, Run
 from stagecut.backend.stages.emit import emit
 from stagecut.ir.aliases import Aliases
 from stagecut.ir.errors import StagecutError

@@ -9,15 +9,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.progress import first_call
+from stagecut.backend.ranks.recorded import Record, Replay, recorded
 from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
 from stagecut.ir.types import TensorType
 
 Run = Callable[..., Any]
-Replay = Callable[[], None]
-Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
 MOST_GRAPHS = 64
 """Graphs of one stage. A call on tensors that none of them has runs as it is then."""
@@ -52,23 +50,9 @@ def is_static(program: Program) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def recorded(run: Callable[[], Any]) -> tuple[Replay, Any]:
-    """The kernels of `run` as a graph: what starts them again, and the tensors in which results are then. The
-    graph has memory of its own, because requests in flight replay theirs at the same time.
-
-    Raises StagecutError where `run` cannot be captured.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # other threads, such as one that watches over messages, may ask the device what they like
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = run()
-    except RuntimeError as error:
-        raise StagecutError(
-            f"a decode step cannot be captured in a CUDA graph: {error}",
-            hint="leave cuda_graphs=True away, or use another cache",
-        ) from error
-    return graph.replay, results
+def recorded_step(run: Callable[[], Any]) -> tuple[Replay, Any]:
+    """A decode step as a graph. Raises StagecutError where it cannot be captured."""
+    return recorded(run, "a decode step")
 
 
 class Recording:

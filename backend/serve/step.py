@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from stagecut.backend.ranks.recorded import Record
 from stagecut.backend.ranks.wire import (
     Port,
     Sizes,
@@ -23,7 +24,7 @@ from stagecut.backend.ranks.wire import (
 )
 from stagecut.backend.serve.away import Away, Homes
 from stagecut.backend.serve.everywhere import Everywhere
-from stagecut.backend.serve.faster import Ready, Record, Run
+from stagecut.backend.serve.faster import Ready, Run
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.moved import moved
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
