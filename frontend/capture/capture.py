@@ -26,12 +26,17 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
-from stagecut.frontend.fold.body import CutHistory
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.known import KnownValues
-from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
+from stagecut.frontend.watch.watch import (
+    TraceEach,
+    TraceWatch,
+    Unsettled,
+    odd_output,
+    watched,
+)
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.run.given import (
@@ -81,8 +86,7 @@ def capture(
             exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
-        except CutHistory:
-            # forward computes gradients through calls that were not traced by themselves
+        except TraceEach:
             fold = False
         except StagecutError as error:
             if not retries.after_refusal(error):
@@ -191,7 +195,7 @@ def _export(
                 strict=False,
             )
 
-    return watched(module, export, leaves.paths, leaves.trace_notes)
+    return watched(module, export, leaves.paths, leaves.trace_notes, folded=fold)
 
 
 def _failing_module(
