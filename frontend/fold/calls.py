@@ -264,7 +264,7 @@ def is_odd(tensor: torch.Tensor) -> bool:
     """True for a tensor whose copy would differ from it by more than its values."""
     if not isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
         return True
-    if tensor.is_conj() or tensor.is_neg():
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
         return True
     if (
         torch._C._functorch.is_functorch_wrapped_tensor(tensor)
