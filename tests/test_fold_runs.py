@@ -105,7 +105,9 @@ def test_the_batch_is_marked_as_without_fold(times: int) -> None:
     assert folded[0].count("batch(0)") == 3 - times
 
 
-@pytest.mark.parametrize("difference", ["nothing", "input shape", "number", "hook", "dropout before", "place", "in place", "inference mode"])
+@pytest.mark.parametrize(
+    "difference", ["nothing", "input shape", "number", "hook", "dropout before", "place", "in place", "inference mode"]
+)
 def test_marks_are_equal(difference: str) -> None:
     change = DIFFERENCES[difference]
     folded, whole = (outcome(model_of(Block, 5, [1], change, True), (torch.ones(4, WIDTH),), fold) for fold in (True, False))

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from stagecut.frontend.capture.aside import modes_aside
 from stagecut.frontend.capture.eager import FORWARDS, EagerPath
 from stagecut.frontend.capture.example import (
     check_example,
@@ -176,6 +177,7 @@ def _export(
             seeds,
             torch.enable_grad(),
             leaves.standing_in(),
+            modes_aside(),
             visible(),
             known,
             keywords_by_name(),
