@@ -352,6 +352,7 @@ def lower(
             kwargs or {},
             exported,
             isinstance(module, nn.Module) and is_cheap(module, (args, kwargs)),
+            fold,
         )
     unmasked = CausalAttention(Masks(program, bindings).kind).unmasked(program)
     if unmasked:

@@ -19,6 +19,7 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
 from stagecut import StagecutError
+from stagecut.frontend.capture.batch import mark_batches
 from stagecut.ir.text.printer import text
 from stagecut.pipe import lower
 
@@ -693,10 +694,13 @@ def model_of(block: Made, count: int, odd: Iterable[int], difference: Difference
 
 
 def outcome(model: nn.Module, args: Any, fold: bool, leaf: Any = (), shapes: Any = None) -> list[str]:
-    """The text of the traced program with its notes, or the error."""
+    """The text of the traced program with the places of its batch, as runs on fake tensors show them, and its notes;
+    or the error.
+    """
     CALLS.clear()
     try:
-        program, bindings, _ = lower(model, args, {}, shapes, leaf, batches=False, fold=fold)
+        program, bindings, exported = lower(model, args, {}, shapes, leaf, batches=False, fold=fold)
     except StagecutError as error:
         return [type(error).__name__, str(error)]
+    mark_batches(program, model, bindings.call, args, {}, exported, real=False, fold=fold)
     return [text(program), *bindings.notes]

@@ -18,7 +18,7 @@ from torch import nn
 
 from stagecut import pipeline
 from stagecut.frontend.capture.capture import capture
-from stagecut.frontend.fold import body, calls, reads, repeats, values
+from stagecut.frontend.fold import body, calls, kinds, reads, repeats, values
 from stagecut.frontend.marks import AGAIN
 from stagecut.ir.text.printer import text
 
@@ -138,7 +138,8 @@ MUTANTS: dict[str, tuple[Any, str, Any, str]] = {
     "contents of objects": (values.Values, "_of_object", lambda _, part: type(part), "object"),
     "contents of containers": (values.Values, "_composed", lambda _, part: type(part), "list"),
     "attributes of classes": (values.Values, "_of_class", _nothing, "class of a global"),
-    "known constants and changed containers": (repeats.Repeats, "_refuse", _nothing, "constant"),
+    "known constants": (repeats.Repeats, "_refuse", _nothing, "constant"),
+    "changed containers": (kinds, "_refuse", _nothing, "list given"),
     "tensors that an op returns as they were": (body.Recorder, "_moved", lambda _: [], "used again"),
     "dropouts at the end": (body, "_refuse_questions", _nothing, "dropout at the end"),
 }
@@ -180,6 +181,12 @@ def test_sizes_that_vary_are_traced_each() -> None:
     model = model_of(Block, 5, [3], DIFFERENCES["nothing"], training=True)
     shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
     folded, whole = (outcome(model, (torch.ones(4, WIDTH),), fold, (), shapes) for fold in (True, False))
+    assert folded == whole
+
+
+@pytest.mark.parametrize("difference", ["keeps", "gradient", "draws from Python"])
+def test_a_trace_that_is_compared_with_another_is_whole(difference: str) -> None:
+    folded, whole = both(difference, training=False, count=3, odd=[0])
     assert folded == whole
 
 

@@ -53,9 +53,10 @@ def mark_batches(
     kwargs: dict[str, Any],
     exported: ExportedProgram | None,
     real: bool,
+    fold: bool = False,
 ) -> None:
     """The inputs and outputs of `program` say where their samples are, as far as it can be shown. `real`: the
-    model may be run for real.
+    model may be run for real. `fold`: a block that the model repeats runs once for all on fake tensors.
     """
     _mark_numbers(program)
     varying = varying_sizes(program, exported)
@@ -68,9 +69,9 @@ def mark_batches(
         _mark(program, unrefuted(varying), None)
         return
     inputs = (tuple(args), dict(kwargs))
-    marked = _mark_by_runs(program, Runs(module, inputs, real), example, varying)
-    if not marked:
-        _mark_by_runs(program, Runs(module, inputs, False), example, varying)
+    runs = Runs(module, inputs, real, fold)
+    if not _mark_by_runs(program, runs, example, varying):
+        _mark_by_runs(program, Runs(module, inputs, False, fold), example, varying)
 
 
 def _mark_by_runs(

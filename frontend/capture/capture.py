@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from stagecut.frontend.capture.aside import modes_aside
 from stagecut.frontend.capture.eager import FORWARDS, EagerPath
 from stagecut.frontend.capture.example import (
     check_example,
@@ -26,12 +27,17 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
-from stagecut.frontend.fold.body import CutHistory
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.known import KnownValues
-from stagecut.frontend.watch.watch import TraceWatch, Unsettled, odd_output, watched
+from stagecut.frontend.watch.watch import (
+    TraceEach,
+    TraceWatch,
+    Unsettled,
+    odd_output,
+    watched,
+)
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
 from stagecut.ir.run.given import (
@@ -81,8 +87,7 @@ def capture(
             exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
-        except CutHistory:
-            # forward computes gradients through calls that were not traced by themselves
+        except TraceEach:
             fold = False
         except StagecutError as error:
             if not retries.after_refusal(error):
@@ -172,6 +177,7 @@ def _export(
             seeds,
             torch.enable_grad(),
             leaves.standing_in(),
+            modes_aside(),
             visible(),
             known,
             keywords_by_name(),
@@ -191,7 +197,7 @@ def _export(
                 strict=False,
             )
 
-    return watched(module, export, leaves.paths, leaves.trace_notes)
+    return watched(module, export, leaves.paths, leaves.trace_notes, folded=fold)
 
 
 def _failing_module(

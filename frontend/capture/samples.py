@@ -11,7 +11,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import MappingProxyType
@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.capture.example import giving_sizes
 from stagecut.frontend.capture.quiet import quiet_torch
+from stagecut.frontend.fold.results import CutHistory
+from stagecut.frontend.fold.runs import RepeatedRuns
 from stagecut.frontend.source import gpus
 from stagecut.frontend.watch.attributes import ModelContainers
 from stagecut.frontend.watch.generators import Generators
@@ -198,9 +200,13 @@ def _first_along(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class Runs:
-    """Runs copies of a model, as often as is allowed."""
+    """Runs copies of a model, as often as is allowed. With `fold`, a block that the model repeats runs twice
+    on fake tensors, and its further calls return what those have returned.
+    """
 
-    def __init__(self, module: nn.Module, inputs: Any, real: bool) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: Any, real: bool, fold: bool = False
+    ) -> None:
         self.module = module
         self.inputs = inputs
         self.real = real
@@ -212,6 +218,7 @@ class Runs:
         self._before = (generators, around, self._containers)
         self._left = MOST_RUNS[real]
         self._fake = None if real else _fake_mode()
+        self._fold = fold and not real
         self._state: dict[int, torch.Tensor] = {}
         self._shaken = False
         self.parts = PARTS if real else self._prime()
@@ -244,14 +251,24 @@ class Runs:
             return None
         self._left -= 1
         try:
+            return self._outputs(call, longer)
+        except CutHistory:
+            self._fold = False
+            self._left += 1
+            return self(call, longer)
+
+    def _outputs(self, call: Any, longer: Longer) -> list[Any] | None:
+        try:
             twin = self._twin(longer)
             torch.manual_seed(0)  # each run draws the same
             args, kwargs = mapped(self._as_argument, call)
             given = GivenObjects(args, kwargs)
-            with giving_sizes(twin, self.inputs), _Steady(), self._around():
+            with giving_sizes(twin, self.inputs), _Steady(), self._around(twin):
                 result = twin(*args, **kwargs)
             leaves = tree_leaves(given.outcome(result))
             return [_without_history(leaf) for leaf in leaves]
+        except CutHistory:
+            raise
         except Exception as error:  # whatever the code of a model raises
             raise_ours(error)
             return None
@@ -278,11 +295,12 @@ class Runs:
             yield
 
     @contextmanager
-    def _around(self) -> Iterator[None]:
+    def _around(self, twin: nn.Module) -> Iterator[None]:
         if self._fake is None:
             yield
             return
-        with self._fake, _Mixing(self.parts) as mixing:
+        repeats = RepeatedRuns(twin).open() if self._fold else nullcontext()
+        with self._fake, _Mixing(self.parts) as mixing, repeats:
             yield
         self.mixed = mixing.seen
 

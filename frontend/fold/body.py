@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.fx.node import has_side_effect
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
-from stagecut.frontend.fold.calls import LITERALS, Call, Ref, is_odd, varies
+from stagecut.frontend.fold.calls import LITERALS, Call, Ref
+from stagecut.frontend.fold.results import (
+    Memories,
+    Odd,
+    Result,
+    made_again,
+    results_of,
+    returned,
+    sameness,
+    strict,
+)
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import (
     AGAIN,
@@ -31,8 +40,6 @@ from stagecut.frontend.marks import (
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.known import depends_on_constants
 from stagecut.frontend.watch.training import is_of_dropout
-from stagecut.ir.blame import OnPurpose
-from stagecut.ir.run.storage import storage_of
 
 _CONTEXTS = (
     torch._C._set_grad_enabled,
@@ -53,25 +60,6 @@ _META = frozenset(
     )
 )
 """What a node is known to say about itself."""
-
-
-class Odd(Exception):
-    """The trace of a call stands for no other one; the text says why."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A tensor in a trace: its kind, its place in a memory, and which memory that is."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-    home: Ref
-    size: int
-    """Bytes of the memory."""
 
 
 @dataclass(frozen=True)
@@ -99,32 +87,14 @@ class Step:
         """Equal for steps that do the same."""
         return (
             self.target,
-            _literal(self.args),
-            _literal(self.kwargs),
+            strict(self.args),
+            strict(self.kwargs),
             self.wish,
-            _literal(self.value),
+            strict(self.value),
             sorted((key, repr(value)) for key, value in self.meta.items()),
             self.trace,
             self.stack,
         )
-
-
-def _literal(tree: Any) -> Any:
-    """A tree in which 1 is not True."""
-    leaves, spec = tree_flatten(tree)
-    return spec, [
-        leaf if isinstance(leaf, (Ref, Memory)) else (type(leaf), repr(leaf))
-        for leaf in leaves
-    ]
-
-
-@dataclass
-class Result:
-    """What a call returns: a tensor that a step makes, an argument, or a literal."""
-
-    ref: Ref | None = None
-    memory: Memory | None = None
-    literal: Any = None
 
 
 @dataclass
@@ -149,9 +119,7 @@ class Body:
     def _sameness(self) -> Any:
         return (
             [step.sameness() for step in self.steps],
-            _literal(
-                [(result.ref, result.memory, result.literal) for result in self.results]
-            ),
+            sameness(self.results),
             self.spec,
             self.moved,
             self.calls,
@@ -170,7 +138,7 @@ class Recorder:
         self._wishes: dict[fx.Node, str | None] = {}
         self._calls = dict(tracer.num_calls)
         self._refs: dict[fx.Node, Ref] = {}
-        self._homes: dict[int | None, Ref] = {}
+        self._memories = Memories()
         for ref, tensor in call.given():
             self._know(tensor, ref)
         self._versions = [tensor._version for _, tensor in call.given()]
@@ -180,7 +148,7 @@ class Recorder:
         node = self._call.around.node(tensor)
         assert node is not None
         self._refs.setdefault(node, ref)
-        self._homes.setdefault(storage_of(tensor), ref)
+        self._memories.know(tensor, ref)
 
     def __enter__(self) -> Recorder:
         graph = self._tracer.graph
@@ -221,7 +189,7 @@ class Recorder:
         leaves, spec = tree_flatten(result)
         return Body(
             steps,
-            self._results(leaves),
+            results_of(leaves, self._call, self._memories, self._made),
             spec,
             self._moved(),
             self._more(self._tracer.num_calls, self._calls),
@@ -295,9 +263,8 @@ class Recorder:
                 continue
             for written in tree_flatten(place)[0]:
                 val = written.meta.get("val") if isinstance(written, fx.Node) else None
-                if self._homes.get(storage_of(val)) is None:
-                    continue
-                if self._homes[storage_of(val)].kind != "memory":
+                home = self._memories.home(val)
+                if home is not None and home.kind != "memory":
                     raise Odd("it writes what it is given, or its state")
         names = [
             argument.name
@@ -335,72 +302,23 @@ class Recorder:
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._memory(value)
+            return self._memories.of(value)
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
             return type(value)(self._value(part) for part in value)
         if value is not None and type(value) not in (bool, int, float):
             raise Odd(f"a value of type {type(value).__name__}")
         return value
 
-    def _memory(self, value: torch.Tensor) -> Memory:
-        if is_odd(value) or varies(value):
-            raise Odd("a tensor of another kind")
-        storage = storage_of(value)
-        if storage not in self._homes:
-            self._homes[storage] = Ref("memory", len(self._homes))
-        return Memory(
-            tuple(value.shape),
-            value.stride(),
-            int(value.storage_offset()),
-            value.dtype,
-            value.device,
-            value.requires_grad,
-            self._homes[storage],
-            int(value.untyped_storage().nbytes()),
-        )
-
-    def _results(self, leaves: Sequence[Any]) -> list[Result]:
-        given = {
-            id(leaf): Ref("argument", place)
-            for place, leaf in enumerate(self._call.leaves)
-        }
-        state = {id(tensor) for tensor in self._call.state.values()}
-        seen: set[int] = set()
-        homes: set[Ref] = set()
-        results: list[Result] = []
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                if not isinstance(leaf, LITERALS):
-                    raise Odd(f"it returns a {type(leaf).__name__}")
-                results.append(Result(literal=leaf))
-                continue
-            if id(leaf) in given:
-                results.append(Result(given[id(leaf)]))
-                continue
-            node = self._call.around.node(leaf)
-            ref = self._refs.get(node) if node is not None else None
-            if (
-                node is None
-                or ref is None
-                or ref.kind != "step"
-                or id(leaf) in state
-                or id(leaf) in seen
-            ):
-                raise Odd("it returns what it does not make")
-            if node.target is torch.ops.aten.detach.default:
-                raise Odd("it returns what export leaves out where nothing reads it")
-            _refuse_questions(leaf)
-            memory = self._memory(leaf)
-            if memory.home.kind != "memory" or memory.home in homes:
-                raise Odd("it returns a view of what it is given, or two of one memory")
-            if leaf.requires_grad and leaf.is_leaf:
-                raise Odd("it returns a tensor without history")
-            if vars(leaf).keys() - _ATTRIBUTES:
-                raise Odd("it leaves something in a tensor")
-            seen.add(id(leaf))
-            homes.add(memory.home)
-            results.append(Result(ref, memory))
-        return results
+    def _made(self, tensor: torch.Tensor) -> Ref | None:
+        """The step that makes a tensor; None for a tensor that none makes. Raises Odd."""
+        node = self._call.around.node(tensor)
+        ref = self._refs.get(node) if node is not None else None
+        if node is None or ref is None or ref.kind != "step":
+            return None
+        if node.target is torch.ops.aten.detach.default:
+            raise Odd("it returns what export leaves out where nothing reads it")
+        _refuse_questions(tensor)
+        return ref
 
 
 def _is_plain(target: Any) -> bool:
@@ -441,16 +359,6 @@ def _last(graph: fx.Graph) -> fx.Node | None:
     return next(iter(reversed(graph.nodes)), None)
 
 
-def _plain_attributes() -> frozenset[str]:
-    mode = torch._subclasses.FakeTensorMode()
-    with mode:
-        tensor = torch.empty(1)
-    return frozenset(vars(tensor))
-
-
-_ATTRIBUTES = _plain_attributes()
-
-
 # --- again ------------------------------------------------------------------------------------------------
 
 torch.library.define("stagecut::again", "(str key, Tensor[] operands) -> Tensor[]")
@@ -470,31 +378,26 @@ class Replay:
         self._body = body
         self._call = call
         self._tracer = tracer
-        self._mode: Any = None
-        for tensor in (*call.state.values(), *call.tensors):
-            assert isinstance(tensor, FakeTensor)
-            self._mode = tensor.fake_mode
 
     def run(self) -> Any:
         """The result of the call."""
-        names = [self._reserved(step) for step in self._body.steps]
-        for path, count in self._body.calls.items():
+        body = self._body
+        names = [self._reserved(step) for step in body.steps]
+        for path, count in body.calls.items():
             path = self._call.path + path
             self._tracer.num_calls[path] = self._tracer.num_calls.get(path, 0) + count
-        made = [result for result in self._body.results if result.memory is not None]
-        tensors: list[torch.Tensor] = []
-        if made:
-            tensors = [*_History.apply(_anchor(), self, made)]
-        places = [result.ref.key for result in made if result.ref is not None]
+        made = [result.ref for result in body.results if result.memory is not None]
+        tensors = made_again(body.results, self._call)
+        places = [ref.key for ref in made if ref is not None]
         given = dict(self._call.given())
-        moved = [given[ref] for ref, _ in self._body.moved]
-        places += [place for _, place in self._body.moved]
+        moved = [given[ref] for ref, _ in body.moved]
+        places += [place for _, place in body.moved]
         node = _marker(self._tracer, self._call, AGAIN)
         node.meta["val"] = [
             proxy_tensor.extract_val(tensor) for tensor in (*tensors, *moved)
         ]
         node.meta[AGAIN] = Repeated(
-            self._body.number, in_model(self._call.path), names, places
+            body.number, in_model(self._call.path), names, places
         )
         for place, tensor in enumerate((*tensors, *moved)):
             part = self._tracer.create_node(
@@ -508,16 +411,7 @@ class Replay:
                 tensor, fx.Proxy(part, self._tracer), constant=None, tracer=self._tracer
             )
             part.meta["val"] = node.meta["val"][place]
-        fresh = iter(tensors)
-        leaves: list[Any] = []
-        for result in self._body.results:
-            if result.memory is not None:
-                leaves.append(next(fresh))
-            elif result.ref is not None:
-                leaves.append(self._call.leaves[result.ref.key])
-            else:
-                leaves.append(result.literal)
-        return tree_unflatten(leaves, self._body.spec)
+        return returned(body.results, body.spec, self._call, tensors)
 
     def _reserved(self, step: Step) -> str:
         """The name that the node of a step would have; no other node gets it."""
@@ -525,13 +419,6 @@ class Replay:
         wish = step.wish if step.wish is not None else graph._target_to_str(step.target)
         name: str = graph._graph_namespace.create_name(wish, None)
         return name
-
-    def tensor(self, memory: Memory) -> torch.Tensor:
-        """A new tensor of that kind."""
-        storage = torch.UntypedStorage(memory.size, device="meta")
-        inner = torch.empty(0, dtype=memory.dtype, device="meta")
-        inner.set_(storage, memory.offset, memory.shape, memory.stride)
-        return FakeTensor(self._mode, inner, memory.device)
 
 
 def begins(tracer: Any, call: Call, number: int) -> None:
@@ -557,33 +444,3 @@ def _marker(tracer: Any, call: Call, name: str) -> fx.Node:
 
 
 has_side_effect(torch.ops.stagecut.again.default)
-
-
-def _anchor() -> torch.Tensor:
-    return torch.empty((), requires_grad=True)
-
-
-class CutHistory(OnPurpose):
-    """Gradients are asked for through a call that was not traced by itself."""
-
-
-class _History(torch.autograd.Function):
-    """Makes tensors with a history, as the ops of a block would. Nobody may go back through it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, replay: Replay, results: Sequence[Result]
-    ) -> Any:
-        tensors: list[torch.Tensor] = []
-        plain: list[torch.Tensor] = []
-        for result in results:
-            assert result.memory is not None
-            tensors.append(replay.tensor(result.memory))
-            if not result.memory.requires_grad:
-                plain.append(tensors[-1])
-        ctx.mark_non_differentiable(*plain)
-        return tuple(tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise CutHistory

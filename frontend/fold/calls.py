@@ -43,6 +43,9 @@ class Around(Protocol):
     def node(self, tensor: torch.Tensor) -> fx.Node | None:
         """The node that stands for a tensor; None for a tensor that is none of the trace's."""
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """False for a tensor that is none of the run's."""
+
     def facts(self, tensor: torch.Tensor) -> Any:
         """What code may ask about a tensor besides its sizes."""
 
@@ -254,14 +257,14 @@ def varies(tensor: torch.Tensor) -> bool:
 def _has_odd_tensors(call: Call) -> bool:
     """True for tensors that are none of the trace's, or that carry what no size tells."""
     tensors = (*call.state.values(), *call.tensors)
-    return any(is_odd(tensor) or call.around.node(tensor) is None for tensor in tensors)
+    return any(is_odd(tensor) or not call.around.knows(tensor) for tensor in tensors)
 
 
 def is_odd(tensor: torch.Tensor) -> bool:
     """True for a tensor whose copy would differ from it by more than its values."""
     if not isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
         return True
-    if tensor.is_conj() or tensor.is_neg():
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
         return True
     if (
         torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -8,10 +8,8 @@ that tracing each call makes.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 from unittest.mock import patch
@@ -24,27 +22,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from stagecut.frontend.fold.body import (
     Body,
     Frames,
-    Odd,
     Recorder,
     Replay,
     begins,
     in_model,
 )
 from stagecut.frontend.fold.calls import Call
-from stagecut.frontend.fold.reads import Reads
-from stagecut.frontend.fold.values import Unknown
-from stagecut.frontend.watch.attributes import Containers
-from stagecut.frontend.watch.generators import Generators
+from stagecut.frontend.fold.kinds import Kinds, has_global_hooks
+from stagecut.frontend.fold.results import Odd
 from stagecut.frontend.watch.known import KnownValues, depends_on_constants
 from stagecut.frontend.watch.training import is_of_dropout
 from stagecut.frontend.watch.watch import TraceWatch
 from stagecut.ir.run.storage import storage_of
-
-FEWEST = 3
-"""So many modules must be alike to be looked at: the first two calls are traced in any case."""
-
-MOST_KINDS = 16
-"""Calls with one key whose code read so many other things are traced without another look."""
 
 
 class Repeats:
@@ -55,15 +44,16 @@ class Repeats:
     ) -> None:
         self._watch = watch
         self._known = known
-        self._repeated = _repeated(module)
-        self._kinds: list[_Kind] = []
+        self._kinds: Kinds[Body] = Kinds(module)
         self._others = _names_by_memory(module)
-        self._recording = False
         self._tracer: Any = None
         self._numbers = count()
         self.replayed = 0
-        self.odd: list[str] = []
+
+    @property
+    def odd(self) -> list[str]:
         """Calls that stand for no other one, and why."""
+        return self._kinds.odd
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -91,105 +81,64 @@ class Repeats:
     ) -> Any:
         # a branch of a conditional has a tracer of its own
         self._tracer = self._tracer or tracer
-        if (
-            id(owner) not in self._repeated
-            or self._recording
-            or tracer is not self._tracer
-        ):
+        if tracer is not self._tracer or not self._kinds.may_be_known(owner):
             return run()
-        if tracer.enable_attr_proxy or _has_global_hooks():
+        if tracer.enable_attr_proxy or has_global_hooks():
             return run()
         with torch._C.DisableTorchFunction():
-            call = Call(
-                owner,
-                tracer.path_of_module(owner),
-                args,
-                kwargs,
-                _Tracing(tracer, self),
+            path = tracer.path_of_module(owner)
+            found = self._kinds.find(
+                Call(owner, path, args, kwargs, _Tracing(tracer, self))
             )
-            key = call.key()
-            alike = [kind for kind in self._kinds if kind.key == key]
-            if (
-                key is None
-                or any(kind.is_odd for kind in alike)
-                or len(alike) > MOST_KINDS
-            ):
-                found = None
+            if found is None:
+                recorder = None
+            elif found.known is not None:
+                return self._replay(found.call, found.known)
             else:
-                found = _Found(tracer, call, key, _frames(tracer, call))
-        if found is None:
+                recorder = self._recorder(found.call)
+        if found is None or recorder is None:
             return run()
-        with torch._C.DisableTorchFunction():
-            kind = _fitting(alike, found)
-            if kind is not None and kind.is_confirmed:
-                return self._replay(found, kind)
-        return self._record(found, kind, run)
+        done = self._done(found.call, recorder)
+        return self._kinds.record(found, run, recorder, done)
 
-    def _replay(self, found: _Found, kind: _Kind) -> Any:
+    def _replay(self, call: Call, body: Body) -> Any:
         self.replayed += 1
         with _disable_current_modes():
-            result = Replay(kind.body, found.call, found.tracer).run()
-        self._watch.reads.read_again(in_model(found.call.path), kind.body.reads)
+            result = Replay(body, call, self._tracer).run()
+        self._watch.reads.read_again(in_model(call.path), body.reads)
         return result
 
-    def _record(self, found: _Found, kind: _Kind | None, run: Callable[[], Any]) -> Any:
-        """The result of a call that is traced. The kinds gain one, or the kind is confirmed or corrected."""
-        kinds = self._kinds
-        reads = Reads()
-        before = self._outside()
-        containers = Containers(found.call.arguments)
-        with torch._C.DisableTorchFunction():
-            number = next(self._numbers)
-            begins(found.tracer, found.call, number)
-            recorder = Recorder(found.tracer, found.call, found.frames, number)
-        self._recording = True
-        try:
-            with recorder, reads.noting(found.call.block):
-                result = run()
-        finally:
-            self._recording = False
-        with torch._C.DisableTorchFunction():
-            try:
-                self._refuse(found, before, containers, reads)
-                body = recorder.body(result)
-                body.reads = self._watch.reads.since(
-                    before.reads, in_model(found.call.path)
-                )
-                values = reads.values(found.call.block)
-            except (Odd, Unknown) as error:
-                self.odd.append(f"{found.call.path}: {error}")
-                if kind is not None:
-                    kinds.remove(kind)
-                kinds.append(_Kind(found.key, Reads(), None, None))
-                return result
-            if kind is None:
-                kinds.append(_Kind(found.key, reads, values, body))
-            else:
-                kind.learn(reads, found.call, body)
-        return result
+    def _recorder(self, call: Call) -> Recorder:
+        number = next(self._numbers)
+        frames = _frames(self._tracer, call)
+        begins(self._tracer, call, number)
+        return Recorder(self._tracer, call, frames, number)
 
-    def _outside(self) -> _Outside:
-        watch = self._watch
-        return _Outside(
-            Generators(), len(watch.notes), watch.reads.count(), self._known.asked
-        )
+    def _done(self, call: Call, recorder: Recorder) -> Callable[[Any], Body]:
+        """Tells from the result of a call that is traced from now on what it has done."""
+        reads = self._watch.reads
+        before = self._said()
+        count = reads.count()
 
-    def _refuse(
-        self, found: _Found, before: _Outside, containers: Containers, reads: Reads
-    ) -> None:
-        """Raises Odd for a call that did something besides making nodes."""
-        if reads.odd:
-            raise Odd(reads.odd)
-        if containers.changed():
-            raise Odd("it changes a container it is given")
-        if before.generators.drawn():
-            raise Odd("it draws from a generator")
-        if before.notes != len(self._watch.notes):
+        def done(result: Any) -> Body:
+            self._refuse(before)
+            body = recorder.body(result)
+            body.reads = reads.since(count, in_model(call.path))
+            return body
+
+        return done
+
+    def _said(self) -> tuple[int, int]:
+        """How many notes there are, and how often code has asked for values."""
+        return len(self._watch.notes), self._known.asked
+
+    def _refuse(self, before: tuple[int, int]) -> None:
+        """Raises Odd for a call that has said or asked something."""
+        notes, asked = self._said()
+        if notes != before[0]:
             raise Odd("it makes a note")
-        if before.known != self._known.asked:
+        if asked != before[1]:
             raise Odd("it asks for the value of a constant")
-        if not found.call.is_as_before(found.key):
-            raise Odd("it leaves something changed")
 
     def sets_flag(self, path: str) -> bool:
         """True for a module whose training flag forward sets."""
@@ -205,69 +154,6 @@ class Repeats:
         return torch.is_grad_enabled(), self._watch.reads.state()
 
 
-@dataclass
-class _Outside:
-    """What lies outside of the graph, before a call."""
-
-    generators: Generators
-    notes: int
-    reads: int
-    known: int
-
-
-@dataclass
-class _Found:
-    """A call that may be like others."""
-
-    tracer: Any
-    call: Call
-    key: dict[str, Any]
-    frames: Frames
-
-
-class _Kind:
-    """Calls that are traced alike, as far as that is known; with no body, calls that are traced each."""
-
-    def __init__(
-        self, key: dict[str, Any], reads: Reads, values: Any, body: Body | None
-    ) -> None:
-        self.key = key
-        self.reads = reads
-        self.values = values
-        self._body = body
-        self.is_odd = body is None
-        self.is_confirmed = False
-
-    @property
-    def body(self) -> Body:
-        assert self._body is not None
-        return self._body
-
-    def fits(self, call: Call) -> bool:
-        """True when the code would read the same in this call."""
-        try:
-            return bool(self.reads.values(call.block) == self.values)
-        except Unknown:
-            return False
-
-    def learn(self, reads: Reads, call: Call, body: Body) -> None:
-        """The kind is confirmed where another call of it has read no more, has changed nothing that it read,
-        and has an equal trace; else it is that of the later call.
-        """
-        is_equal = self.fits(call) and self.body.equals(body)
-        self.is_confirmed = is_equal and self.reads.includes(reads)
-        self.reads.add(reads)
-        self.values = self.reads.values(call.block)
-        self._body = body
-
-
-def _fitting(kinds: Sequence[_Kind], found: _Found) -> _Kind | None:
-    for kind in kinds:
-        if kind.fits(found.call):
-            return kind
-    return None
-
-
 class _Tracing:
     """What a call finds around it in a trace."""
 
@@ -280,6 +166,9 @@ class _Tracing:
     def node(self, tensor: torch.Tensor) -> fx.Node | None:
         slot = proxy_tensor.get_proxy_slot(tensor, self._tracer, None)
         return slot.proxy.node if slot is not None else None
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return self.node(tensor) is not None
 
     def facts(self, tensor: torch.Tensor) -> Any:
         """Whether a tensor is a constant, and whether a dropout made it."""
@@ -301,41 +190,6 @@ def _frames(tracer: Any, call: Call) -> Frames:
     )
     around = tuple(probe.meta["nn_module_stack"].items())
     return Frames(probe.meta.get("stack_trace", ""), (*around, own))
-
-
-def _has_global_hooks() -> bool:
-    hooks: Any = nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-    )
-
-
-# --- before the trace -------------------------------------------------------------------------------------
-
-
-def _repeated(module: nn.Module) -> set[int]:
-    """The ids of the modules that have parts, and that FEWEST modules or more are like at first sight."""
-    forms: dict[int, int] = {}
-    numbers: dict[Any, int] = {}
-
-    def form(owner: nn.Module) -> int:
-        parts = [
-            (name, form(part))
-            for name, part in owner._modules.items()
-            if part is not None
-        ]
-        number = numbers.setdefault((type(owner), (*parts,)), len(numbers))
-        forms[id(owner)] = number
-        return number
-
-    form(module)
-    alike = Counter(forms.values())
-    repeated = [
-        owner for owner in module.modules() if alike[forms[id(owner)]] >= FEWEST
-    ]
-    return {id(owner) for owner in repeated if owner._modules}
 
 
 def _names_by_memory(module: nn.Module) -> dict[str, list[str]]:

@@ -50,7 +50,7 @@ from stagecut.frontend.watch.generators import STEERS, Generators, is_generator
 from stagecut.frontend.watch.globals import Surroundings
 from stagecut.frontend.watch.line import LineFinder
 from stagecut.frontend.watch.training import ModeReads, last_node, node_of
-from stagecut.ir.blame import raise_ours
+from stagecut.ir.blame import OnPurpose, raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.run.storage import storage_of
 
@@ -63,9 +63,13 @@ def watched(
     export: Callable[[TraceWatch], ExportedProgram],
     whole: Sequence[str],
     notes: list[str],
+    folded: bool = False,
 ) -> ExportedProgram:
     """The program that `export` returns; `export` opens the watch that it is given around the trace. `notes`
     become those of the trace.
+
+    A trace that is `folded`, in which nodes stand for whole calls, is compared with no other one: raises
+    TraceEach where that would be needed.
 
     Where forward leaves attributes changed, it is traced again with the attributes as it left them. The trace
     stands for all calls when the second trace is the same and changes nothing further. Raises CaptureError
@@ -76,7 +80,11 @@ def watched(
     try:
         exported = export(first)
     except _Lost as error:
+        if folded:
+            raise TraceEach from None
         raise _with_line(error, module, export) from None
+    if folded and (first.drew or first.left_behind):
+        raise TraceEach
     if first.drew:
         if not _draws_for_nothing(module, export, exported):
             raise _with_line(_draw(first.drew, module), module, export)
@@ -112,6 +120,10 @@ def _refuse_unsettled(
         group[key] = value
     guilty = _guilty(list(groups.values()), outcome) or first.left_behind
     raise first.refusal(next(iter(guilty)), for_good=whole_outcome == SETTLED)
+
+
+class TraceEach(OnPurpose):
+    """Nothing may stand for a call of this model: each has to be traced by itself."""
 
 
 class _Lost(CaptureError):
