@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from stagecut import pipe_split, pipeline
 from stagecut.frontend import markers, policy, source
 from stagecut.frontend.capture import (
+    aside,
     batch,
     capture,
     eager,
@@ -30,7 +31,7 @@ from stagecut.frontend.capture import (
     together,
     whole,
 )
-from stagecut.frontend.fold import body, calls, reads, repeats, values
+from stagecut.frontend.fold import body, calls, kinds, reads, repeats, results, runs, values
 from stagecut.frontend.lower import (
     align,
     both_modes,
@@ -127,6 +128,12 @@ def repeat() -> None:
     pipeline(model, (torch.ones(2, 4),), check=None, fold=True)
 
 
+def repeat_on_meta() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(Repeated() for _ in range(5)))
+    pipeline(model, (torch.ones(2, 4, device="meta"),), check=None, fold=True)
+
+
 def differentiate() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     pipeline(model, (torch.ones(2, 4),), stages=2, check=None).differentiated()
@@ -219,7 +226,11 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (from_export._placeholders, cut),
     (from_export._write_back, cut),
     (from_fx._bind, cut_graph),
-    (body.Replay.tensor, repeat),
+    (results._tensor, repeat),
+    (kinds.Kind.fits, repeat),
+    (runs.Ran.again, repeat_on_meta),
+    (aside._aside, cut),
+    (body.Replay._reserved, repeat),
     (body.Body.equals, repeat),
     (calls._names, repeat),
     (reads._uses, repeat),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import resource
 import sys
 import time
 import tracemalloc
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             repeat=3,
         )
     print(
-        f"\n{'pipeline(), of 16 stages':28}{'fold':>8}{'whole':>8}{'/ torch.export':>16}"
+        f"\n{'pipeline() / torch.export':28}{'fold':>8}{'whole':>8}{'memory of fold':>16}"
     )
     _compared("Llama 8B on meta", llama_8b)
     if not quick:
@@ -114,7 +116,10 @@ def _row(
 def _compared(
     name: str, make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]]
 ) -> None:
-    """Prints the time of a whole compile, with `fold` and without, in plain exports of the model."""
+    """Prints the time of a cut into 16 stages, with `fold` and without, in plain exports of the model.
+
+    The last column is the peak of its memory in that of such an export.
+    """
     model, kwargs = make()
     layers = len(model.model.layers)  # type: ignore[union-attr, arg-type]
     cuts = {
@@ -135,7 +140,28 @@ def _compared(
         for number, action in enumerate(actions):
             seconds[number] = min(seconds[number], _process_seconds(action))
     fold, whole, plain = seconds
-    print(f"{name:28}{fold / plain:>8.3f}{whole / plain:>8.3f}", flush=True)
+    memory = _peak(lambda: cut(True)) / _peak(export)
+    print(
+        f"{name:28}{fold / plain:>8.3f}{whole / plain:>8.3f}{memory:>16.2f}", flush=True
+    )
+
+
+def _peak(action: Callable[[], Any]) -> int:
+    """How many bytes an action takes at most, in a process of its own."""
+    gc.collect()
+    source, target = os.pipe()
+    child = os.fork()
+    if not child:
+        before = _resident()
+        action()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        os.write(target, str(peak - before).encode())
+        os._exit(0)
+    os.close(target)
+    with os.fdopen(source) as result:
+        grown = int(result.read())
+    os.waitpid(child, 0)
+    return grown
 
 
 def _process_seconds(action: Callable[[], Any]) -> float:
