@@ -75,14 +75,16 @@ def folder_of(folder: Any) -> Path:
 
 
 def stages_of(of: Any) -> tuple[Staged, Collection[int]]:
-    """The pipe, and the stages that this process writes."""
-    if isinstance(of, Driver):
-        return of.pipe, of.stage_indices
-    if isinstance(of, Staged):
-        return of, range(of.num_stages)
-    raise CheckpointError(
-        f"a checkpoint is of a Driver or of a Pipe, not of a {type(of).__name__}"
-    )
+    """The pipe, and the stages that this process writes. Raises ChangedError where the model is not the one
+    that was cut.
+    """
+    if not isinstance(of, Driver | Staged):
+        raise CheckpointError(
+            f"a checkpoint is of a Driver or of a Pipe, not of a {type(of).__name__}"
+        )
+    pipe = of.pipe if isinstance(of, Driver) else of
+    pipe.refuse_changed_model()
+    return pipe, of.stage_indices if isinstance(of, Driver) else range(of.num_stages)
 
 
 def without_values(tensor: torch.Tensor) -> torch.Tensor:

@@ -191,7 +191,9 @@ def _export(
                 strict=False,
             )
 
-    return watched(module, export, leaves.paths, leaves.trace_notes)
+    return watched(
+        module, export, leaves.paths, leaves.trace_notes, leaves.attributes_read
+    )
 
 
 def _failing_module(

@@ -130,6 +130,7 @@ class Repeats:
         with _disable_current_modes():
             result = Replay(kind.body, found.call, found.tracer).run()
         self._watch.reads.read_again(in_model(found.call.path), kind.body.reads)
+        self._add_attributes(found.call, kind.reads)
         return result
 
     def _record(self, found: _Found, kind: _Kind | None, run: Callable[[], Any]) -> Any:
@@ -148,6 +149,7 @@ class Repeats:
                 result = run()
         finally:
             self._recording = False
+            self._add_attributes(found.call, reads)
         with torch._C.DisableTorchFunction():
             try:
                 self._refuse(found, before, containers, reads)
@@ -167,6 +169,11 @@ class Repeats:
             else:
                 kind.learn(reads, found.call, body)
         return result
+
+    def _add_attributes(self, call: Call, reads: Reads) -> None:
+        """The watch knows what the code of a call reads of its modules."""
+        for path, name in reads.attributes:
+            self._watch.attribute_reads.add(call.block[path], name)
 
     def _outside(self) -> _Outside:
         watch = self._watch
