@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from stagecut.backend.files.streamed import write_file
 from stagecut.backend.files.together import CheckpointError, on_first, together
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
@@ -105,21 +105,7 @@ def refuse_unplain(tensors: Mapping[str, torch.Tensor]) -> None:
 def write_all(files: Mapping[str, Tensors], folder: Path) -> None:
     """`folder` has these files, and keeps them when the machine stops."""
     for name, tensors in files.items():
-        save_file = _safetensors().save_file
-        dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(dense, folder / name, metadata={"format": "pt"})
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise CheckpointError(
-            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
-        ) from None
-    return safetensors.torch
+        write_file(tensors, folder / name)
 
 
 def opened(file: Path) -> Any:
