@@ -153,10 +153,11 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def arguments(folder: str, steps: int) -> TrainingArguments:
+def arguments(folder: str, steps: int, bf16: bool = False) -> TrainingArguments:
     return TrainingArguments(
         folder,
         max_steps=steps,
+        bf16=bf16,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
         gradient_accumulation_steps=2,
@@ -191,17 +192,19 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="from the last checkpoint"
     )
+    parser.add_argument("--bf16", action="store_true", help="under autocast")
     args = parser.parse_args()
 
-    join()
+    device = join()
     model = make_model()
     ids = torch.zeros(8 // args.microbatches, 16, dtype=torch.long)
     example = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(1.0)}
-    pipe = pipeline(model, (), example, stages=dist.get_world_size())
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        pipe = pipeline(model, (), example, stages=dist.get_world_size())
     trainer = StagecutTrainer(
         model,
         pipe,
-        arguments(args.output, args.steps),
+        arguments(args.output, args.steps, args.bf16),
         args.microbatches,
         train_dataset=Counting(64),
         eval_dataset=Counting(16),

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from stagecut.ir.graph import Program
+    from stagecut.ir.run.remembered import ChangedError
     from stagecut.ir.text.parser import parse
     from stagecut.ir.text.printer import text
     from stagecut.pipe import Pipe, load, pipeline
@@ -91,6 +92,7 @@ _HOMES = {
     "CannotCompare": "stagecut.check",
     "BudgetError": "stagecut.ir.errors",
     "CaptureError": "stagecut.ir.errors",
+    "ChangedError": "stagecut.ir.run.remembered",
     "CheckError": "stagecut.check",
     "CheckpointError": "stagecut.backend.files.checkpoint",
     "EmitError": "stagecut.ir.errors",
@@ -163,6 +165,7 @@ __all__ = [
     "BuiltStage",
     "CannotCompare",
     "CaptureError",
+    "ChangedError",
     "CheckError",
     "CheckpointError",
     "Device",

@@ -392,6 +392,7 @@ def _lowered(
         module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold
     )
     program, bindings = lower_export(exported, module, leaves.calls)
+    bindings.attributes_read += leaves.attributes_read
 
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
@@ -404,6 +405,12 @@ def _lowered(
                     f"module '{path}' would have to be kept whole, as by leaf_modules=['{path}']",
                     where=leaves_again.reasons.get(path, ""),
                 )
+        known = {(each.path, each.name) for each in bindings.attributes_read}
+        bindings.attributes_read += [
+            each
+            for each in leaves_again.attributes_read
+            if (each.path, each.name) not in known
+        ]
         return lower_export(exported_again, module, leaves_again.calls)
 
     if one_mode:

@@ -232,8 +232,10 @@ class Programs:
 
     def refuse_replaced(self) -> None:
         """Returns when the model has the parameters with which it was cut; raises StagecutError when one was
-        replaced since, added or taken away.
+        replaced since, added or taken away, or has other attributes than its code read.
         """
+        for pipe in self.pipes:
+            pipe.refuse_changed_model()
         if not self._cut_with:
             return
         now = _parameters(self._model)

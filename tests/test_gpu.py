@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from batches import Patches, Positions, marks, tokens, with_patches
+from safetensors.torch import load_file
 from torch import nn
 
 from stagecut import SplitPoint, pipeline
+from stagecut.backend.files.streamed import write_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -49,3 +53,10 @@ def test_a_module_kept_whole_on_a_gpu() -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
         x = torch.randn(4, 8)
     assert pipeline(model, (x,), leaf_modules=["1"]).verify(x).ok
+
+
+def test_a_file_of_tensors_of_a_gpu_has_their_bytes(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(size, device="cuda") for name, size in {"a": 40 << 20, "b": 1, "c": 3 << 20}.items()}
+    write_file(tensors, tmp_path / "file")
+    loaded = load_file(tmp_path / "file")
+    assert all(torch.equal(loaded[name], tensor.cpu()) for name, tensor in tensors.items())

@@ -86,7 +86,9 @@ def test_the_python_on_the_page_runs_or_stands_in_the_example() -> None:
 
 
 def test_the_trainer_of_hugging_face_resumes_and_ends_as_one_process(tmp_path: Path, examples: None) -> None:
-    """Losses, norms, evaluations and learning rates of eight steps, the second half after a restart, and the model in the end."""
+    """Losses, norms, evaluations and learning rates of eight steps, the second half after a restart, and of two more on three ranks;
+    and the model in the end.
+    """
     pytest.importorskip("accelerate")
     from trainer_hf import Counting, StagecutTrainer, accuracy, arguments, make_model  # type: ignore[import-not-found]
     from transformers import LlamaForCausalLM, Trainer
@@ -94,20 +96,45 @@ def test_the_trainer_of_hugging_face_resumes_and_ends_as_one_process(tmp_path: P
     for each in COMMANDS:
         if "trainer_hf" in each:
             printed(each, tmp_path / "ranks")
+    _tune(3, tmp_path / "ranks", "--steps", "10", "--resume")
     data = {"train_dataset": Counting(64), "eval_dataset": Counting(16), "compute_metrics": accuracy}
-    alone = Trainer(make_model(), arguments(str(tmp_path / "alone"), 8), **data)
+    alone = Trainer(make_model(), arguments(str(tmp_path / "alone"), 10), **data)
     alone.train()
     watched = {"loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy"}
-    logs = [_history(tmp_path / where / "checkpoint-8", watched) for where in ("ranks", "alone")]
-    assert len(logs[1]) == 12
+    logs = [_history(tmp_path / where / "checkpoint-10", watched) for where in ("ranks", "alone")]
+    assert len(logs[1]) == 15
     for one, other in zip(*logs, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-    tuned = LlamaForCausalLM.from_pretrained(tmp_path / "ranks" / "tuned-8")
+    tuned = LlamaForCausalLM.from_pretrained(tmp_path / "ranks" / "tuned-10")
     torch.testing.assert_close(tuned.state_dict(), alone.model.state_dict(), rtol=1e-3, atol=1e-5)
     smooth = arguments(str(tmp_path / "smooth"), 1)
     smooth.label_smoothing_factor = 0.1
     with pytest.raises(ValueError, match="the loss is the model's own"):
         StagecutTrainer(None, None, smooth, 2)
+
+
+def _tune(ranks: int, folder: Path, *options: str) -> None:
+    done = torchrun(ranks, "examples/trainer_hf.py", "--output", str(folder), *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_trainer_of_hugging_face_trains_in_bfloat16_as_one_process(tmp_path: Path, examples: None) -> None:
+    """Under autocast, as far as its rounding lets: samples are in other micro-batches."""
+    pytest.importorskip("accelerate")
+    from trainer_hf import Counting, accuracy, arguments, make_model
+    from transformers import Trainer
+
+    _tune(2, tmp_path / "ranks", "--steps", "4", "--bf16")
+    data = {"train_dataset": Counting(64), "eval_dataset": Counting(16), "compute_metrics": accuracy}
+    logs = []
+    for bf16 in (True, False):
+        alone = Trainer(make_model(), arguments(str(tmp_path / str(bf16)), 4, bf16), **data)
+        alone.train()
+        logs.append(_history(tmp_path / str(bf16) / "checkpoint-4", {"loss", "grad_norm", "eval_loss"}))
+    ranks = _history(tmp_path / "ranks" / "checkpoint-4", {"loss", "grad_norm", "eval_loss"})
+    for one, other in zip(ranks, logs[0], strict=True):
+        assert one == pytest.approx(other, rel=2**-7)
+    assert ranks != logs[1]  # which is not rounded
 
 
 def _history(folder: Path, names: set[str]) -> list[dict[str, float]]:

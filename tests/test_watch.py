@@ -28,7 +28,7 @@ CALLS = 0
 def patched() -> list[Any]:
     """What a watch replaces while it is open."""
     export = __import__("torch.export._trace", fromlist=["_"])
-    names = ("__setattr__", "training", "__getattr__")
+    names = ("__setattr__", "training", "__getattr__", "__getattribute__", "__delattr__")
     return [
         *(vars(nn.Module).get(name) for name in names),
         *(vars(torch.Tensor).get(name) for name in ("register_hook", "register_post_accumulate_grad_hook")),
@@ -38,6 +38,7 @@ def patched() -> list[Any]:
         torch.nn.attention._sdpa_kernel,
         *(vars(cls)["__init__"] for cls in (torch.autograd.graph.saved_tensors_hooks, torch.autograd.graph.save_on_cpu)),
         os.urandom,
+        torch.compile,
         export._detect_attribute_assignment,
         export.register_buffer_assignment_hook,
         len(torch.overrides._get_current_function_mode_stack()),

@@ -206,6 +206,7 @@ def _state(
     frozen: bool,
 ) -> dict[str, Any]:
     """The state that this rank saves."""
+    driver.pipe.refuse_changed_model()
     unsaved = set() if frozen else _untouched(driver, _listed(optimizers))
     state: dict[str, Any] = {"model": _model_state(driver, unsaved)}
     for optimizer in _listed(optimizers):

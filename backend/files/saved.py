@@ -73,6 +73,7 @@ def save(pipe: Staged, folder: str | Path, stages: Iterable[int] | None = None) 
             f"a save makes a folder of its own, '{folder}' is none",
             hint='pipe.save("run/pipe")',
         )
+    pipe.refuse_changed_model()
     chosen = [pipe.stages[index] for index in _chosen(stages, pipe.num_stages)]
     _refuse_whole(pipe.program)
     state = {stage.index: _state(pipe, stage) for stage in chosen}

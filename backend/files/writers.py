@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from stagecut.backend.files.streamed import write_file
 from stagecut.backend.files.together import CheckpointError, on_first, together
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
@@ -75,14 +75,16 @@ def folder_of(folder: Any) -> Path:
 
 
 def stages_of(of: Any) -> tuple[Staged, Collection[int]]:
-    """The pipe, and the stages that this process writes."""
-    if isinstance(of, Driver):
-        return of.pipe, of.stage_indices
-    if isinstance(of, Staged):
-        return of, range(of.num_stages)
-    raise CheckpointError(
-        f"a checkpoint is of a Driver or of a Pipe, not of a {type(of).__name__}"
-    )
+    """The pipe, and the stages that this process writes. Raises ChangedError where the model is not the one
+    that was cut.
+    """
+    if not isinstance(of, Driver | Staged):
+        raise CheckpointError(
+            f"a checkpoint is of a Driver or of a Pipe, not of a {type(of).__name__}"
+        )
+    pipe = of.pipe if isinstance(of, Driver) else of
+    pipe.refuse_changed_model()
+    return pipe, of.stage_indices if isinstance(of, Driver) else range(of.num_stages)
 
 
 def without_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,21 +105,7 @@ def refuse_unplain(tensors: Mapping[str, torch.Tensor]) -> None:
 def write_all(files: Mapping[str, Tensors], folder: Path) -> None:
     """`folder` has these files, and keeps them when the machine stops."""
     for name, tensors in files.items():
-        save_file = _safetensors().save_file
-        dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(dense, folder / name, metadata={"format": "pt"})
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise CheckpointError(
-            "safetensors is not installed", hint="pip install 'stagecut[safetensors]'"
-        ) from None
-    return safetensors.torch
+        write_file(tensors, folder / name)
 
 
 def opened(file: Path) -> Any:

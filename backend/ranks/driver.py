@@ -348,6 +348,8 @@ class Driver:
         the arguments, and the program says which parameters are trained.
         """
         with self.faults.together(agreed=(StagecutError,)):
+            with self.faults.alike():
+                self.pipe.refuse_changed_model()
             modules = self.modules
             changed = (
                 changed_here(self.pipe, self.stage_indices),

@@ -21,6 +21,7 @@ from stagecut.ir.graph import Program
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import CallSpec, check_inputs
+from stagecut.ir.run.remembered import refuse_changed
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
 
@@ -42,6 +43,7 @@ class Staged(Named):
         self._plan = release_plan(program)
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
+        self._attributes_read = tuple(bindings.attributes_read)
         self._sizes: dict[str, int] = {}
         self.traced_under: dict[str, torch.dtype] = {}
         """Device type -> the dtype of the autocast that stood around the trace."""
@@ -60,6 +62,20 @@ class Staged(Named):
         """
         with switching(self.stages, mode):
             super().train(mode)
+        return self
+
+    def refuse_changed_model(self) -> None:
+        """Returns when the model has the plain attributes that its trace read, or is gone. Raises
+        ChangedError otherwise.
+        """
+        refuse_changed(self._attributes_read)
+
+    def keep_as_cut(self) -> Self:
+        """The stages compute what the model computed at the cut, and calls no longer compare its attributes:
+        for two pipes of one model, with an adapter and without. Tensors are the model's own still, so what
+        merges an adapter into them changes the stages.
+        """
+        self._attributes_read = ()
         return self
 
     @property
@@ -94,6 +110,7 @@ class Staged(Named):
         """The flat outputs of the program for a call of the model: the leaves of its result, then what it
         leaves in the objects that it is given, which stay as they are.
         """
+        self.refuse_changed_model()
         flat = self.flatten(args, kwargs)
         try:
             results = run_stages(self.program, self.stages, self._plan, flat)
@@ -161,13 +178,19 @@ class Staged(Named):
         recurse.
         """
         state = self.__dict__.copy()
-        del state["_plan"], state["_model"]
+        del state["_plan"], state["_model"], state["_attributes_read"]
         return state | {"program": text(self.program)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         program = parse(state["program"])
         super().__setstate__(
-            state | {"program": program, "_plan": release_plan(program), "_model": None}
+            state
+            | {
+                "program": program,
+                "_plan": release_plan(program),
+                "_model": None,
+                "_attributes_read": (),
+            }
         )
 
     def ir(self) -> str:

@@ -197,7 +197,14 @@ def _export(
                 strict=False,
             )
 
-    return watched(module, export, leaves.paths, leaves.trace_notes, folded=fold)
+    return watched(
+        module,
+        export,
+        leaves.paths,
+        leaves.trace_notes,
+        leaves.attributes_read,
+        folded=fold,
+    )
 
 
 def _failing_module(

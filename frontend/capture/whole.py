@@ -31,6 +31,7 @@ from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.run.bindings import is_torchs
 from stagecut.ir.run.objects import hides_tensors, opened
+from stagecut.ir.run.remembered import Remembered
 from stagecut.ir.run.storage import shared_with, storage_of, written_by
 
 T = TypeVar("T")
@@ -375,6 +376,7 @@ class Leaves:
     reasons: dict[str, str] = field(default_factory=dict)
     calls: dict[str, LeafCall] = field(default_factory=dict)
     trace_notes: list[str] = field(default_factory=list)
+    attributes_read: list[Remembered] = field(default_factory=list)
 
     def add(self, path: str) -> None:
         """The module at `path` is kept whole, and with it all modules inside. A list or dict of modules

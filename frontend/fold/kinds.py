@@ -56,9 +56,12 @@ class Found(Generic[D]):
 
 
 class Kinds(Generic[D]):
-    """The kinds of calls so far."""
+    """The kinds of calls so far. `saw` is told of each call that is looked at, and what its code has read."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, saw: Callable[[Call, Reads], None] | None = None
+    ) -> None:
+        self._saw = saw
         self._repeated = _repeated(module)
         self._kinds: list[Kind[D]] = []
         self._recording = False
@@ -97,6 +100,8 @@ class Kinds(Generic[D]):
                 result = run()
         finally:
             self._recording = False
+            if self._saw is not None:
+                self._saw(found.call, reads)
         with torch._C.DisableTorchFunction():
             try:
                 _refuse(found, reads, generators, containers)

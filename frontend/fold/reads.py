@@ -84,6 +84,7 @@ class Reads:
         """While open, what the code reads is noted."""
         paths = {id(module): path for path, module in block.items()}
         own_set, own_delete = nn.Module.__setattr__, nn.Module.__delattr__
+        outer_get = vars(nn.Module).get("__getattribute__")
         get = object.__getattribute__
         attributes = self.attributes
 
@@ -126,7 +127,10 @@ class Reads:
                 gc.enable()
             nn.Module.__delattr__ = own_delete  # type: ignore[method-assign]
             nn.Module.__setattr__ = own_set  # type: ignore[method-assign]
-            del nn.Module.__getattribute__
+            if outer_get is None:
+                del nn.Module.__getattribute__
+            else:
+                nn.Module.__getattribute__ = outer_get  # type: ignore[method-assign]
 
     def _outside(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """A module outside of the block is read: by the tracer, or by code that stands for no other call."""

@@ -29,6 +29,7 @@ from stagecut.frontend.fold.body import (
 )
 from stagecut.frontend.fold.calls import Call
 from stagecut.frontend.fold.kinds import Kinds, has_global_hooks
+from stagecut.frontend.fold.reads import Reads
 from stagecut.frontend.fold.results import Odd
 from stagecut.frontend.watch.known import KnownValues, depends_on_constants
 from stagecut.frontend.watch.training import is_of_dropout
@@ -44,7 +45,7 @@ class Repeats:
     ) -> None:
         self._watch = watch
         self._known = known
-        self._kinds: Kinds[Body] = Kinds(module)
+        self._kinds: Kinds[Body] = Kinds(module, self._add_attributes)
         self._others = _names_by_memory(module)
         self._tracer: Any = None
         self._numbers = count()
@@ -92,7 +93,8 @@ class Repeats:
             )
             if found is None:
                 recorder = None
-            elif found.known is not None:
+            elif found.kind is not None and found.known is not None:
+                self._add_attributes(found.call, found.kind.reads)
                 return self._replay(found.call, found.known)
             else:
                 recorder = self._recorder(found.call)
@@ -127,6 +129,11 @@ class Repeats:
             return body
 
         return done
+
+    def _add_attributes(self, call: Call, reads: Reads) -> None:
+        """The watch knows what the code of a call reads of its modules."""
+        for path, name in reads.attributes:
+            self._watch.attribute_reads.add(call.block[path], name)
 
     def _said(self) -> tuple[int, int]:
         """How many notes there are, and how often code has asked for values."""

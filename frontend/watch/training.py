@@ -87,8 +87,8 @@ _PLUMBING = (
 """Files whose frames lie between the call of such a function and us."""
 
 
-_LOOKS_ON = "frontend/fold/reads.py"
-"""The file whose frames lie between code and the attributes that it reads."""
+_LOOK_ON = ("frontend/fold/reads.py", "frontend/watch/attribute_reads.py")
+"""The files whose frames lie between code and the attributes that it reads."""
 
 
 @dataclass(frozen=True)
@@ -459,7 +459,7 @@ def _span(frame: FrameType) -> _Span:
 
 def _reader(frame: FrameType) -> FrameType:
     """The frame that reads an attribute, from `frame` outwards: no frame of ours that looks on."""
-    while frame.f_code.co_filename.endswith(_LOOKS_ON) and frame.f_back is not None:
+    while frame.f_code.co_filename.endswith(_LOOK_ON) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 

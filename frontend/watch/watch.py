@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
 from stagecut.frontend.source import place_of, shown, user_line
+from stagecut.frontend.watch.attribute_reads import AttributeReads
 from stagecut.frontend.watch.attributes import (
     HOOKS,
     PUT_BACK,
@@ -52,6 +53,7 @@ from stagecut.frontend.watch.line import LineFinder
 from stagecut.frontend.watch.training import ModeReads, last_node, node_of
 from stagecut.ir.blame import OnPurpose, raise_ours
 from stagecut.ir.errors import CaptureError
+from stagecut.ir.run.remembered import Remembered
 from stagecut.ir.run.storage import storage_of
 
 Attributes = dict[tuple[str, str], Any]
@@ -63,10 +65,11 @@ def watched(
     export: Callable[[TraceWatch], ExportedProgram],
     whole: Sequence[str],
     notes: list[str],
+    attributes_read: list[Remembered],
     folded: bool = False,
 ) -> ExportedProgram:
     """The program that `export` returns; `export` opens the watch that it is given around the trace. `notes`
-    become those of the trace.
+    and `attributes_read` become those of the trace.
 
     A trace that is `folded`, in which nodes stand for whole calls, is compared with no other one: raises
     TraceEach where that would be needed.
@@ -94,6 +97,7 @@ def watched(
     notes[:] = first.notes
     if first.left_behind:
         _refuse_unsettled(module, export, first, exported)
+    attributes_read[:] = first.attributes_read(whole)
     return first.checked(exported)
 
 
@@ -275,6 +279,7 @@ class TraceWatch:
         self._carried = carried or {}
         self._stack = ExitStack()
         self.reads = ModeReads(module)
+        self.attribute_reads = AttributeReads(module)
         self._hooks: set[Any] = set()
         self._hook_numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
@@ -311,6 +316,7 @@ class TraceWatch:
         self._patch_export()
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self.reads.noting())
+        self._stack.enter_context(self.attribute_reads.noting())
         self._stack.enter_context(GradFlags(lambda: self._protected))
         for owner, name, what in NOTED:
             self._patch(owner, name, self._remarking(getattr(owner, name), what))
@@ -384,6 +390,13 @@ class TraceWatch:
             return function(*args, **kwargs)
 
         return remark
+
+    def attributes_read(self, whole: Sequence[str]) -> Iterator[Remembered]:
+        """The plain attributes that the trace has read and forward does not change, as they are."""
+        changed = {
+            (id(self._module.get_submodule(path)), name) for path, name in self._changed
+        }
+        return self.attribute_reads.remembered({*changed, *self._lines}, whole)
 
     # --- while forward is traced ------------------------------------------------------------------
 

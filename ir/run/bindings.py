@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stagecut.ir.run.remembered import Remembered
+
 EXTRA = "_extra_state"
 """The last part of the name under which torch stores what get_extra_state returns."""
 
@@ -37,7 +39,8 @@ class Bindings:
     module by whose `training` Python chose in the trace -> where. notes: what capture did. whole: path of a
     module that capture keeps whole by itself -> why. call: how user arguments become the flat list of inputs.
     sources: the files that ops name are this machine's, so that their lines may be shown. device: where the
-    stages are made, None for where the model was traced.
+    stages are made, None for where the model was traced. attributes_read: those of the model on which the
+    program depends.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +53,7 @@ class Bindings:
     device: Any = None
     notes: list[str] = field(default_factory=list)
     whole: dict[str, str] = field(default_factory=dict)
+    attributes_read: list[Remembered] = field(default_factory=list)
 
     @property
     def training(self) -> bool:
