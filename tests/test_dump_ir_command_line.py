@@ -18,6 +18,7 @@ MISUSED = [
     ("m.ir --leaf a", "--leaf needs a SOURCE in Python"),
     ("m.pt2 --leaf a", "--leaf needs a SOURCE in Python"),
     ("m.py:f --trust", "--trust needs a SOURCE FILE.pt2"),
+    ("m.ir --no-cache", "--no-cache needs a model"),
     ("m.py:f --stages 2 --split-at a", "--split-at does not go with --stages"),
     ("m.py:f --device H100", "--device needs --stages, --report, --timeline or --format html"),
     ("m.py:f --schedule GPipe --stats", "--schedule needs --stages"),
@@ -53,7 +54,7 @@ MISUSED = [
 
 USED = [
     "hf:llama --config a=1 --meta --batch 2 --length 4 --leaf a",
-    "m.pt2 --trust",
+    "m.pt2 --trust --no-cache",
     "m.py:f --report --device A100 --schedule GPipe --microbatches 4",
     "m.ir --report --format svg --device A100",
     "m.py:f --format html --device A100",

@@ -166,6 +166,11 @@ def _add_model(group: Any) -> None:
         action="store_true",
         help="open a .pt2, which may run code that is inside",
     )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="trace, whatever the cache has, and leave it as it is",
+    )
 
 
 def _add_cuts(group: Any) -> None:

@@ -90,6 +90,11 @@ RULES = (
         lambda options: options.source.endswith(".pt2"),
     ),
     Rule(
+        ("no_cache",),
+        "needs a model: IR text is not traced",
+        lambda options: not is_text(options.source),
+    ),
+    Rule(
         ("split_at",),
         "does not go with --stages: both say where to cut",
         lambda options: options.stages is None,

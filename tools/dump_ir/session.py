@@ -16,6 +16,7 @@ from stagecut.ir.graph import LINKED, Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
+from stagecut.tools.dump_ir.cache import cached
 from stagecut.tools.dump_ir.options import spelled
 from stagecut.tools.dump_ir.show import (
     Stats,
@@ -72,7 +73,7 @@ class Session:
         """Everything is written. Raises StagecutError when something cannot be written."""
         with Steps() as self._steps:
             start = time.perf_counter()
-            source = self._steps.do("trace", lambda: load(self._options))
+            source = self._steps.do("trace", self._load)
             self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (
@@ -96,6 +97,12 @@ class Session:
             if self._options.roles:
                 program = self._steps.do("roles", lambda: _differentiated(source))
             self._show(program)
+
+    def _load(self) -> Source:
+        """The source, traced where the model itself is needed, or the time that tracing takes."""
+        options = self._options
+        needs_model = options.roles or options.check_each or options.bisect
+        return cached(options, lambda: load(options), needs_model or options.time)
 
     def _note(self, notes: Sequence[str]) -> None:
         """A note of tracing; `--leaf` is the way to make the same choice beforehand."""
