@@ -51,13 +51,28 @@ class Snapshot:
     changed: bool = True
 
 
+def needs_model(options: Namespace) -> bool:
+    """True for a look that needs the model's tensors or code."""
+    return bool(options.roles or options.check_each or options.bisect)
+
+
+def source_of(options: Namespace) -> Source:
+    """The source, traced where the model itself is needed, or the time that tracing takes."""
+    fresh = needs_model(options) or options.time
+    return cached(options, lambda: load(options), fresh)
+
+
 class Session:
     """The requests of the command line, done in order."""
 
     def __init__(
-        self, options: Namespace, passes: Callable[[bool], list[Pass]]
+        self,
+        options: Namespace,
+        passes: Callable[[bool], list[Pass]],
+        source: Callable[[Namespace], Source] | None = None,
     ) -> None:
         self._options = options
+        self._source = source or source_of
         self._writer = Writer(options.directory)
         self._choose = passes
         wanted = (
@@ -69,11 +84,18 @@ class Session:
         self._texts = any(wanted)
         self._history: list[Snapshot] = []
 
+    def program(self) -> Program:
+        """The program after the passes; nothing is written."""
+        with Steps() as self._steps:
+            source = self._source(self._options)
+            self._run_passes(source, self._choose(source.is_model))
+        return source.program
+
     def run(self) -> None:
         """Everything is written. Raises StagecutError when something cannot be written."""
         with Steps() as self._steps:
             start = time.perf_counter()
-            source = self._steps.do("trace", self._load)
+            source = self._steps.do("trace", lambda: self._source(self._options))
             self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (
@@ -97,12 +119,6 @@ class Session:
             if self._options.roles:
                 program = self._steps.do("roles", lambda: _differentiated(source))
             self._show(program)
-
-    def _load(self) -> Source:
-        """The source, traced where the model itself is needed, or the time that tracing takes."""
-        options = self._options
-        needs_model = options.roles or options.check_each or options.bisect
-        return cached(options, lambda: load(options), needs_model or options.time)
 
     def _note(self, notes: Sequence[str]) -> None:
         """A note of tracing; `--leaf` is the way to make the same choice beforehand."""
