@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stagecut.ir.graph import Op, Program, Stage, Value, scope_fqn
+from stagecut.ir.graph import Op, Program, Value
 
 BEFORE = -1
 """Position of the values that exist before the first op: user inputs and state."""
@@ -73,29 +73,3 @@ class Positions:
 def positions(program: Program) -> Positions:
     """The positions of all ops of `program`."""
     return Positions(program.all_ops(), program.output)
-
-
-def modules_of(stage: Stage, most: int = 4) -> list[str]:
-    """The modules that a stage runs, at the deepest depth at which they are no more than `most`, else at the
-    outermost depth.
-    """
-    scopes: dict[str, None] = {}
-    for op in stage.ops:
-        if op.scope:
-            scopes[scope_fqn(op.scope)] = None
-    paths = [scope.split(".") for scope in scopes]
-    depth = max(map(len, paths), default=0)
-    names = _cut(paths, depth)
-    while depth > 1 and len(names) > most:
-        depth -= 1
-        names = _cut(paths, depth)
-    return names
-
-
-def _cut(paths: list[list[str]], depth: int) -> list[str]:
-    """The first `depth` parts of each path, each text once."""
-    names: dict[str, None] = {}
-    for path in paths:
-        name = ".".join(path[:depth])
-        names[name] = None
-    return list(names)

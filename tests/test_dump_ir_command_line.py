@@ -18,6 +18,10 @@ MISUSED = [
     ("m.ir --leaf a", "--leaf needs a SOURCE in Python"),
     ("m.pt2 --leaf a", "--leaf needs a SOURCE in Python"),
     ("m.py:f --trust", "--trust needs a SOURCE FILE.pt2"),
+    ("- --interactive", "--interactive reads lines from standard input"),
+    ("m.py:f --interactive --report", "--report does not go with --interactive"),
+    ("m.py:f --interactive --bisect", "--bisect does not go with --interactive"),
+    ("m.ir --no-cache", "--no-cache needs a model"),
     ("m.py:f --stages 2 --split-at a", "--split-at does not go with --stages"),
     ("m.py:f --device H100", "--device needs --stages, --report, --timeline or --format html"),
     ("m.py:f --schedule GPipe --stats", "--schedule needs --stages"),
@@ -53,7 +57,7 @@ MISUSED = [
 
 USED = [
     "hf:llama --config a=1 --meta --batch 2 --length 4 --leaf a",
-    "m.pt2 --trust",
+    "m.pt2 --trust --no-cache",
     "m.py:f --report --device A100 --schedule GPipe --microbatches 4",
     "m.ir --report --format svg --device A100",
     "m.py:f --format html --device A100",
@@ -62,6 +66,7 @@ USED = [
     "m.py:f --diff --stats --format html -o out",
     "m.ir --passes all --check-each --diff",
     "m.ir --stats",
+    "m.py:f --interactive --stages 2 --device A100",
     "m.py:f --roles",
     "m.py:f --timeline --format json",
     "m.py:f --only stage=1 --only scope=a --format json",
@@ -109,6 +114,7 @@ def test_given_is_what_was_named_even_if_it_is_the_default() -> None:
         ("keep the module whole: leaf_modules=['a.b']", "keep the module whole: --leaf a.b"),
         ("run all passes, or level='modules'", "run all passes, or --level modules"),
         ("install Graphviz: ...; to_dot needs no program", "install Graphviz: ...; --format dot needs no program"),
+        ("stages=1 to stages=12", "--stages 1 to --stages 12"),
         ("did you mean 'CPU'?; or give a Device(...)", "did you mean 'CPU'?"),
     ],
 )

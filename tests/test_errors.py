@@ -87,5 +87,5 @@ def test_a_branch_on_data_is_one_error_without_a_log_before_it(capfd: pytest.Cap
 @pytest.mark.parametrize("device", ["cuda:99", "hpu"])
 def test_costs_are_not_timed_on_a_device_that_is_not_there(device: str) -> None:
     pipe = pipeline(nn.Linear(2, 2), (torch.randn(3, 2),))
-    with pytest.raises(InputError, match="is no device of torch here"):
+    with pytest.raises(InputError, match="is no device of this machine"):
         pipe.report(profile_on=device)

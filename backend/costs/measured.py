@@ -53,9 +53,12 @@ def torch_device(wanted: torch.device | str | None) -> torch.device:
         device = torch.device(wanted or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, ImportError):
+        count = torch.cuda.device_count()
+        devices = ["cpu", *(f"cuda:{index}" for index in range(count))]
         raise InputError(
-            f"profile_on={wanted!r} is no device of torch here",
-            hint='"cpu" or "cuda:0"',
+            f"profile_on={wanted!r} is no device of this machine",
+            where=f"{count} GPUs are seen",
+            hint=" or ".join(f'profile_on="{device}"' for device in devices),
         ) from None
     return device
 

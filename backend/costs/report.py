@@ -20,12 +20,12 @@ from stagecut.backend.costs.runtime import Timing, as_run
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.timeline import Timeline, simulate
-from stagecut.backend.pictures.summary import crossing
+from stagecut.backend.pictures.stages import homes_of
+from stagecut.backend.pictures.summary import crossing, layers_of
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import count_text, table, time_text
 from stagecut.ir.graph import Op, Program, Stage, Transfer
 from stagecut.ir.ops import module_path
-from stagecut.ir.outline import modules_of
 from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.text.printer import size_text, value_names
@@ -329,6 +329,7 @@ def report(
     run = [as_run(s, i, splits) for i, s in enumerate(seconds)]
     hosts = [as_run(timing.host, i, splits) for i, timing in enumerate(timings)]
     crossings = tuple(_crossings(program))
+    homes = homes_of(program)
     total = sum(s.forward + s.backward for s in seconds) or 1.0
     between = [_bytes_between(program, i) for i in range(count - 1)]
     stages: list[StageReport] = []
@@ -341,7 +342,7 @@ def report(
             StageReport(
                 i,
                 placement[i],
-                _modules(stage),
+                tuple(layers_of(stage, homes)),
                 len(stage.ops),
                 sum(cost.flops for cost in line.costs),
                 time.forward,
@@ -417,14 +418,6 @@ def bindings_of(pipe: Staged) -> Bindings:
             if path := module_path(op):
                 bindings.modules[path] = stage.get_submodule(path)
     return bindings
-
-
-def _modules(stage: Stage, most: int = 4) -> tuple[str, ...]:
-    """The modules that a stage runs, few enough to read."""
-    paths = modules_of(stage, most)
-    if len(paths) > most:
-        return paths[0], "...", paths[-1]
-    return tuple(paths)
 
 
 def _memory(

@@ -1,25 +1,23 @@
 """Measured seconds, kept on disk, so that a second search on the same device costs nothing.
 
-They lie in the folder that STAGECUT_CACHE names, else in ~/.cache/stagecut; the folder may be deleted at any
-time. A key has all that decides a measurement: the device, the version of torch, the ops, the form in which
-they run, the loss.
+They lie in `cache_folder()`, which may be deleted at any time. A key has all that decides a measurement: the
+device, the version of torch, the ops, the form in which they run, the loss.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 from uuid import uuid4
 
 import torch
 
+from stagecut.backend.cache import cache_folder
 from stagecut.backend.costs.runtime import Parts, Timing
 from stagecut.backend.ranks.wrapped import around
 
@@ -88,8 +86,7 @@ def write(key: str, timing: Timing[float]) -> None:
 
 
 def _connect() -> sqlite3.Connection:
-    default = Path.home() / ".cache" / "stagecut"
-    folder = Path(os.environ.get("STAGECUT_CACHE") or default)
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(folder / "costs.sqlite", timeout=10)
     connection.execute(_TABLE)

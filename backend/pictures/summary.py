@@ -66,7 +66,7 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
                 count_text(_elements(stage)),
                 total_text(received) if stage.index else "-",
                 total_text(sent) if stage.index < last else "-",
-                _layers(stage, homes),
+                ", ".join(layers_of(stage, homes)),
             )
         )
     total = count_text(sum(_size(entry) for entry in _parameters(program.state)))
@@ -76,8 +76,8 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
     return Summary(title, tuple(rows), tuple(lines))
 
 
-def _layers(stage: Stage, homes: Mapping[Scope, set[int]]) -> str:
-    """The modules that a stage runs: `embed, layers.0-9, part of layers.10`."""
+def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
+    """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
     labels = {path: None for op in stage.ops if (path := module_path(op))}
     for call in calls_of(stage, homes):
         if labels and not call:
@@ -91,7 +91,7 @@ def _layers(stage: Stage, homes: Mapping[Scope, set[int]]) -> str:
     if len(texts) > MOST_LAYERS:
         shown = MOST_LAYERS - 2
         texts[shown:-1] = [f"{len(texts) - shown - 1} more"]
-    return ", ".join(texts)
+    return texts
 
 
 def _layer(call: Scope) -> Scope:

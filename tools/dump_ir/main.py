@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from stagecut.ir.graph import Program
 from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import NAMES, default_pipeline, pass_by_name
+from stagecut.tools.dump_ir.cache import cached
 from stagecut.tools.dump_ir.options import misuse, named, spelled
-from stagecut.tools.dump_ir.session import Session
+from stagecut.tools.dump_ir.session import Session, source_of
+from stagecut.tools.dump_ir.sources import Source, load
 
 EXAMPLES = """\
 examples:
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(2, fault)
     try:
         _check(options)
-        Session(options, lambda is_model: _passes(options, is_model)).run()
+        if options.interactive:
+            return _interactive(options)
+        _session(options).run()
         if sys.stdout is not None:
             sys.stdout.flush()
     except StagecutError as error:
@@ -60,6 +64,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _session(
+    options: argparse.Namespace, source: Callable[[argparse.Namespace], Any] = source_of
+) -> Session:
+    return Session(options, lambda is_model: _passes(options, is_model), source)
+
+
+def _interactive(options: argparse.Namespace) -> int:
+    """Does line after line of standard input; 1 when a line failed that no person typed."""
+    from stagecut.tools.dump_ir.interactive import Interactive, Parser
+
+    def opened(line: argparse.Namespace, source: Callable[..., Any]) -> Session:
+        _check(line)
+        return _session(line, source)
+
+    def told(fresh: bool) -> Source:
+        source = cached(options, lambda: load(options), fresh)
+        for note in source.notes:
+            print(f"dump-ir: note: {spelled(note)}", file=sys.stderr)
+        return source
+
+    command_line = parser(Parser)
+    lines = Interactive(
+        options,
+        told(fresh=False),
+        command_line,
+        lambda argv: named(command_line, argv),
+        Session.run,
+        opened,
+        lambda: told(fresh=True),
+    )
+    lines.cmdloop()
+    return int(lines.failed and not sys.stdin.isatty())
 
 
 def _failed(status: int, message: str) -> int:
@@ -76,9 +114,11 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> Any:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog="dump-ir",
         usage="dump-ir SOURCE [options]",
         description="Show what stagecut does to a model, pass by pass.",
@@ -165,6 +205,11 @@ def _add_model(group: Any) -> None:
         "--trust",
         action="store_true",
         help="open a .pt2, which may run code that is inside",
+    )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="trace, whatever the cache has, and leave it as it is",
     )
 
 
@@ -286,6 +331,11 @@ def _add_shown(group: Any) -> None:
         metavar="N",
         type=_depth,
         help="dot, svg: fold modules that lie deeper",
+    )
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="trace once, then cut and look, line after line",
     )
     group.add_argument(
         "-o",

@@ -23,6 +23,8 @@ LOOKS = (
 WRITTEN = ("format", "roles", "report", "timeline", "only", "level", "depth")
 """Options that choose what is written at the end."""
 
+CHECKS = ("verify_each", "check_each", "bisect")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -90,6 +92,21 @@ RULES = (
         lambda options: options.source.endswith(".pt2"),
     ),
     Rule(
+        ("no_cache",),
+        "needs a model: IR text is not traced",
+        lambda options: not is_text(options.source),
+    ),
+    Rule(
+        ("interactive",),
+        "reads lines from standard input, and so does SOURCE -",
+        lambda options: options.source != "-",
+    ),
+    Rule(
+        (*LOOKS, *WRITTEN, *CHECKS, "stop_after", "directory"),
+        "does not go with --interactive: say it there",
+        lambda options: not options.interactive,
+    ),
+    Rule(
         ("split_at",),
         "does not go with --stages: both say where to cut",
         lambda options: options.stages is None,
@@ -102,6 +119,7 @@ RULES = (
             or options.report
             or options.timeline
             or options.format == "html"
+            or options.interactive
         ),
     ),
     Rule(
@@ -211,6 +229,7 @@ _SPELLED = {
     r"leaf_modules=\['([^']*)'\]": r"--leaf \1",
     r"leaf_modules=\[\.\.\.\]": "--leaf NAME",
     r"\bleaf_modules\b": "--leaf",
+    r"\bstages=(\d+)": r"--stages \1",
     r"level='(\w+)'": r"--level \1",
     r"pass ranks=, a divisor of the stages": "an even number of --stages, or another --schedule",
     r"; or give a Device\(\.\.\.\)": "",

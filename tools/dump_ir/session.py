@@ -16,6 +16,7 @@ from stagecut.ir.graph import LINKED, Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.runner import PassRecord, run_passes
+from stagecut.tools.dump_ir.cache import cached
 from stagecut.tools.dump_ir.options import spelled
 from stagecut.tools.dump_ir.show import (
     Stats,
@@ -50,13 +51,28 @@ class Snapshot:
     changed: bool = True
 
 
+def needs_model(options: Namespace) -> bool:
+    """True for a look that needs the model's tensors or code."""
+    return bool(options.roles or options.check_each or options.bisect)
+
+
+def source_of(options: Namespace) -> Source:
+    """The source, traced where the model itself is needed, or the time that tracing takes."""
+    fresh = needs_model(options) or options.time
+    return cached(options, lambda: load(options), fresh)
+
+
 class Session:
     """The requests of the command line, done in order."""
 
     def __init__(
-        self, options: Namespace, passes: Callable[[bool], list[Pass]]
+        self,
+        options: Namespace,
+        passes: Callable[[bool], list[Pass]],
+        source: Callable[[Namespace], Source] | None = None,
     ) -> None:
         self._options = options
+        self._source = source or source_of
         self._writer = Writer(options.directory)
         self._choose = passes
         wanted = (
@@ -68,11 +84,18 @@ class Session:
         self._texts = any(wanted)
         self._history: list[Snapshot] = []
 
+    def program(self) -> Program:
+        """The program after the passes; nothing is written."""
+        with Steps() as self._steps:
+            source = self._source(self._options)
+            self._run_passes(source, self._choose(source.is_model))
+        return source.program
+
     def run(self) -> None:
         """Everything is written. Raises StagecutError when something cannot be written."""
         with Steps() as self._steps:
             start = time.perf_counter()
-            source = self._steps.do("trace", lambda: load(self._options))
+            source = self._steps.do("trace", lambda: self._source(self._options))
             self._note(source.notes)
             program, passes = source.program, self._choose(source.is_model)
             if program.phase != "traced" and (

@@ -32,18 +32,14 @@ from stagecut.ir.text.parser import parse
 @dataclass
 class Source:
     """A program, and for a model its bindings, the flat inputs of the example call, and the notes of
-    tracing.
+    tracing. `is_model` is False for text, which may have been through any pass.
     """
 
     program: Program
     bindings: Bindings | None = None
     inputs: list[Any] | None = None
     notes: Sequence[str] = ()
-
-    @property
-    def is_model(self) -> bool:
-        """False for text, which may have been through any pass."""
-        return self.bindings is not None
+    is_model: bool = False
 
 
 _FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for text"
@@ -125,7 +121,7 @@ def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> 
     inputs = (
         bindings.call.flatten(args, kwargs) if bindings.call is not None else list(args)
     )
-    return Source(program, bindings, inputs, bindings.notes)
+    return Source(program, bindings, inputs, bindings.notes, is_model=True)
 
 
 # --- the factory ----------------------------------------------------------------------------------
