@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -19,6 +19,7 @@ from stagecut.backend.costs.plan import Plan
 from stagecut.backend.costs.runtime import Timing, as_run
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
+from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.pictures.summary import crossing
 from stagecut.backend.stages.staged import Staged
@@ -113,7 +114,8 @@ class Report:
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
     it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched. loss: the
-    one that was counted on the last stage. too_large: the ranks that do not fit their devices.
+    one that was counted on the last stage. too_large: the ranks that do not fit their devices. shares: for
+    each stage what its ops take of it, and the loss behind those of the last.
     """
 
     stages: tuple[StageReport, ...]
@@ -131,6 +133,7 @@ class Report:
     loss: str
     too_large: tuple[TooLarge, ...]
     timeline: Timeline
+    shares: tuple[tuple[OpShare, ...], ...] = ()
 
     def __repr__(self) -> str:
         return str(self)
@@ -142,10 +145,10 @@ class Report:
         return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
 
     def to_json(self) -> str:
-        """The report as JSON, without the timeline."""
-        data: dict[str, Any] = {
-            name: value for name, value in asdict(self).items() if name != "timeline"
-        }
+        """The report as JSON, without the timeline and the shares of ops."""
+        data = asdict(replace(self, shares=()))
+        del data["timeline"]
+        del data["shares"]
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
@@ -365,6 +368,12 @@ def report(
         hosts,
     )
     ranks = by_rank(placement, [s.forward + s.backward for s in seconds])
+    shares = tuple(
+        shares_of(line, where, spent, made.memory["activations"])
+        for line, where, spent, made in zip(
+            lines, devices, seconds, stages, strict=True
+        )
+    )
     return Report(
         tuple(stages),
         crossings,
@@ -381,6 +390,7 @@ def report(
         loss.name if loss is not None else "",
         tuple(_too_large(stages, devices)),
         line_of_time,
+        shares,
     )
 
 

@@ -46,4 +46,16 @@ addEventListener("hashchange", show);
 for (const section of document.querySelectorAll("section:not([hidden])")) {
   at("nav").append(h("a", {href: `#${section.id}`}, section.dataset.title));
 }
+
+/** A fold opens when the address leads to it; its columns show what is marked by then. */
+function unfold() {
+  const fold = location.hash.length > 1 ? document.getElementById(location.hash.slice(1))?.querySelector("details") : null;
+  if (fold) fold.open = true;
+}
+
+addEventListener("hashchange", unfold);
+for (const fold of document.querySelectorAll("details")) {
+  fold.addEventListener("toggle", () => { for (const column of columns) column.unfolded(); });
+}
+unfold();
 show();

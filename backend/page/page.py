@@ -9,12 +9,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from stagecut.backend.costs.report import Report, StageReport
+from stagecut.backend.costs.shares import OpShare
 from stagecut.backend.page.columns import columns_of
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops
@@ -34,6 +35,7 @@ _SCRIPTS = (
     "text.js",
     "columns.js",
     "tables.js",
+    "tree.js",
     "life.js",
     "picture.js",
     "search.js",
@@ -117,6 +119,7 @@ def page_data(
     if history:
         _, text, _ = history[-1]
         last = [line.strip() for line in text.splitlines()]
+    costs = _Costs(program, report, lives)
     return {
         "name": program.name,
         "phase": program.phase,
@@ -124,6 +127,9 @@ def page_data(
             _op(site, line, files, strings)
             for site, line in zip(sites, _lines_of(sites, last), strict=True)
         ],
+        "costs": costs.rows,
+        "cost_of": [costs.of_op.get(site.number, -1) for site in sites],
+        "loss": costs.loss,
         "values": [_value(life, strings) for life in values],
         "state": [_state(life, strings) for life in states],
         "chains": [
@@ -153,6 +159,34 @@ class _Strings:
     @property
     def all(self) -> list[str]:
         return [*self._numbers]
+
+
+class _Costs:
+    """The costs of ops. Each different one is a row: seconds forward and backward, FLOPs, bytes moved, bytes
+    of state and bytes kept. of_op: the number of an op -> its row. loss: its name and its row, where it was
+    counted.
+    """
+
+    def __init__(self, program: Program, report: Report | None, lives: Lives) -> None:
+        self._numbers: dict[tuple[float, ...], int] = {}
+        self.of_op: dict[int, int] = {}
+        self.loss: tuple[str, int] | None = None
+        if report is None:
+            return
+        for stage, shares in zip(program.stages, report.shares, strict=False):
+            rows = [self._row(share) for share in shares]
+            numbers = [lives.number(op) for op in stage.ops]
+            self.of_op |= dict(zip(numbers, rows, strict=False))
+            if len(rows) > len(numbers):
+                self.loss = (report.loss, rows[-1])
+
+    @property
+    def rows(self) -> list[tuple[float, ...]]:
+        return [*self._numbers]
+
+    def _row(self, share: OpShare) -> int:
+        row = tuple(float(f"{amount:.6g}") for amount in astuple(share))
+        return self._numbers.setdefault(row, len(self._numbers))
 
 
 def _lines_of(sites: list[Site], lines: list[str]) -> Iterator[int]:

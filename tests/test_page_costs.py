@@ -1,0 +1,158 @@
+"""What the page says of costs, in a real browser: what takes the time and the memory of a stage, at two widths, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Page, browser
+from pages import linked
+from test_balance import IDS, Blocks
+
+from stagecut import Pipe, Setting, pipeline, to_html
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+Show = Callable[..., Page]
+WIDTHS = (1280, 1920)
+SETTING = Setting("A100")
+NODES = "[...document.querySelectorAll('#life .tree tbody tr')].map(r => r.dataset.node)"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipe:
+    return pipeline(Blocks(), (IDS,), stages=3, check=None)
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser() as one:
+        yield one
+
+
+@pytest.fixture
+def show(page: Page, tmp_path: Path) -> Iterator[Show]:
+    """show(html): the page is open. Afterwards it has said no error and asked for nothing but itself."""
+    path = tmp_path / "compile.html"
+
+    def opened(html: str, fragment: str = "", **how: Any) -> Page:
+        path.write_text(html, encoding="utf-8")
+        page.events.clear()
+        page.open(path, fragment, **how)
+        return page
+
+    yield opened
+    page.run("1")
+    assert page.errors == []
+    assert {url.partition("#")[0] for url in page.requests} <= {path.resolve().as_uri(), "about:blank"}
+
+
+def test_a_stage_shows_its_modules_and_ops_with_what_they_take(show: Show, pipe: Pipe) -> None:
+    report = pipe.report(SETTING)
+    page = show(pipe.to_html(SETTING), "#stage:2")
+    assert "blocks" in page.run(NODES)
+    assert "the loss, cross-entropy in float32" in page.run(NODES)
+    page.click("document.querySelector('#life .tree th:nth-child(4) button')")
+    assert page.run("document.querySelector('#life .tree th:nth-child(4)').ariaSort") == "descending"
+    stage = report.stages[2]
+    assert sum(share.forward for share in report.shares[2]) == pytest.approx(stage.forward)
+    assert sum(share.backward for share in report.shares[2]) == pytest.approx(stage.backward)
+    assert sum(share.kept for share in report.shares[2]) == pytest.approx(stage.memory["activations"])
+    held = stage.memory["parameters"] + stage.memory["gradients"] + stage.memory["optimizer"]
+    assert sum(share.state for share in report.shares[2]) == held
+
+
+def test_the_tree_opens_closes_and_sorts(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING), "#module:blocks.0")
+    times = "[...document.querySelectorAll('#life .tree .time .share')].map(s => parseFloat(s.style.width))"
+    shown = page.run(times)
+    assert shown == sorted(shown, reverse=True)
+    page.click("document.querySelector('#life .tree th button')")
+    in_order = page.run(NODES)
+    assert in_order == [f"blocks.0.{i}" for i in range(4)]
+    page.click("document.querySelector('#life .tree .toggle')")
+    assert page.run(NODES)[:2] == ["blocks.0.0", "aten.layer_norm.default"]
+    page.click("document.querySelector('#life .tree .toggle')")
+    assert page.run(NODES) == in_order
+
+
+def test_an_op_of_the_tree_leads_to_its_line(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING), "#module:blocks.0.1")
+    page.click("document.querySelector('#life .tree .ref.op')")
+    page.wait("document.querySelector('#passes details').open && document.querySelector('.row.here')")
+    assert "blocks.0.1" in page.run("document.querySelector('.row.here').textContent")
+
+
+def test_without_costs_the_tree_has_names(show: Show) -> None:
+    page = show(to_html(*linked()), "#stage:1")
+    assert page.run("document.querySelectorAll('#life .tree th').length") == 1
+    assert page.run("document.querySelectorAll('#life .tree tbody tr').length") > 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_open_panel_squeezes_nothing(show: Show, pipe: Pipe, width: int) -> None:
+    page = show(pipe.to_html(SETTING), width=width)
+    high = "[...document.querySelectorAll('#costs tr')].map(row => row.offsetHeight)"
+    before = page.run(high)
+    page.click("document.querySelector('#costs .ref.stage')")
+    page.wait("!document.getElementById('life').hidden")
+    assert page.run(high) == before
+    assert page.run("document.querySelector('#costs .scroll').getBoundingClientRect().right") <= page.run(
+        "document.getElementById('life').getBoundingClientRect().left"
+    )
+
+
+def test_the_panel_is_as_wide_as_one_makes_it(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING), "#stage:0", width=1280)
+    wide = "document.getElementById('life').offsetWidth"
+    before = page.run(wide)
+    page.run("document.getElementById('edge').focus()")
+    page.press("ArrowLeft")
+    assert page.run(wide) == before + 40
+    for kind, x in (("mousePressed", 1280 - before - 40), ("mouseMoved", 700), ("mouseReleased", 700)):
+        page.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, x=x, y=500)
+    assert page.run(wide) == 1280 - 700
+
+
+NAMES_BREAK = """[...document.querySelectorAll('#costs .ref, #ways .ref, #entries .ref, #life .ref.module')].filter((ref) => {
+  const parts = [...ref.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+  return parts.some((part) => {
+    const range = document.createRange();
+    range.selectNodeContents(part);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1;
+  });
+}).map((ref) => ref.textContent)"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_do_not_break_inside_words(show: Show, pipe: Pipe, width: int) -> None:
+    page = show(pipe.to_html(SETTING), "#stage:1", width=width)
+    assert page.run("document.querySelectorAll('#life .ref.module').length") > 3
+    assert page.run(NAMES_BREAK) == []
+
+
+def test_one_stage_alone_is_called_slowest(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING))
+    flags = page.run("[...document.querySelectorAll('#costs .flag')].map(f => f.textContent)")
+    assert flags.count("slowest") <= 1
+    said = page.run("document.getElementById('findings').innerText")
+    (row,) = page.run(
+        "[...document.querySelectorAll('#costs tr:has(.flag)')].filter(r => r.innerText.includes('slowest')).map(r => r.dataset.stage)"
+    )
+    assert f"stage {row} is the slowest" in said
+
+
+def test_what_crosses_lists_the_stages_on_its_way(show: Show) -> None:
+    page = show(to_html(*linked()))
+    through = "[...document.querySelectorAll('#ways tbody tr')].map(r => [r.cells[0].textContent, r.cells[5].textContent])"
+    assert ["%skip", "1"] in page.run(through)
+
+
+def test_passes_are_folded_below_what_users_need(show: Show) -> None:
+    page = show(to_html(*linked()))
+    assert page.run("[...document.querySelectorAll('section')].at(-1).id") == "passes"
+    assert not page.run("document.querySelector('#passes details').open")
+    page.click("[...document.querySelectorAll('nav a')].find(a => a.textContent === 'Passes')")
+    page.wait("document.querySelector('#passes details').open && document.querySelector('.row')")
