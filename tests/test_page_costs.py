@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from pages import linked
 from test_balance import IDS, Blocks
 
 from stagecut import Pipe, Setting, pipeline, to_html
+from stagecut.backend.costs.timeline import Timeline
+from stagecut.backend.page.page import page_data
+from stagecut.backend.schedules import Event
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -156,3 +160,84 @@ def test_passes_are_folded_below_what_users_need(show: Show) -> None:
     assert not page.run("document.querySelector('#passes details').open")
     page.click("[...document.querySelectorAll('nav a')].find(a => a.textContent === 'Passes')")
     page.wait("document.querySelector('#passes details').open && document.querySelector('.row')")
+
+
+def _measured(timeline: Timeline) -> Timeline:
+    """The same steps, each a tenth slower."""
+    events = tuple(Event(e.step, e.rank, 1.1 * e.start, 1.1 * e.end) for e in timeline.events)
+    return Timeline(events, timeline.ranks, "measured")
+
+
+STEPS = "document.querySelectorAll('#lanes .step')"
+BOX = "(b => [b.x, b.width])(document.querySelector('#lanes .step:last-of-type').getBoundingClientRect())"
+
+
+def test_the_timeline_has_every_step_and_send_of_the_prediction(show: Show, pipe: Pipe) -> None:
+    report = pipe.report(SETTING)
+    (found,) = page_data([], pipe.program, report)["timelines"]
+    assert len(found["events"]) == 2 * 3 * 8
+    assert len(found["sent"]) == 2 * 2 * 8
+    delays = {sent.end - sent.start for sent in report.timeline.sent}
+    assert max(delays) == pytest.approx(min(delays))
+    for sent in report.timeline.sent:
+        made = [
+            e for e in report.timeline.events if e.step.microbatch == sent.microbatch and e.step.stage == sent.boundary + sent.is_gradient
+        ]
+        (source,) = [e for e in made if (e.step.kind != "F") == sent.is_gradient]
+        assert source.end <= sent.start
+    page = show(pipe.to_html(SETTING))
+    assert page.run(f"{STEPS}.length") == len(found["events"])
+    assert page.run("document.querySelectorAll('#lanes .send').length") == len(found["sent"])
+    page.click("document.querySelector('[data-shows=sends]')")
+    assert page.run("document.querySelectorAll('#lanes .send').length") == 0
+
+
+def test_memory_over_time_reaches_what_the_report_says(show: Show, pipe: Pipe) -> None:
+    setting = replace(SETTING, schedule="1F1B", n_microbatches=4)
+    totals = [sum(stage.memory.values()) for stage in pipe.report(setting).stages]
+    page = show(pipe.to_html(setting))
+    said = page.run("[...document.querySelectorAll('#lanes path.memory > title')].map(t => t.textContent)")
+    assert [float(text.partition("at most ")[2].partition(" MiB")[0]) for text in said] == pytest.approx(
+        [t / 2**20 for t in totals], rel=5e-3
+    )
+    page.click("document.querySelector('[data-shows=memory]')")
+    assert page.run("document.querySelectorAll('#lanes path.memory').length") == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_timeline_zooms_and_pans(show: Show, pipe: Pipe, width: int, dark: bool) -> None:
+    page = show(pipe.to_html(SETTING), width=width, dark=dark)
+    first = page.run(BOX)
+    page.click("[...document.querySelectorAll('#timeline .tools button')][0]")
+    page.wait(f"({BOX})[1] > {first[1]} * 1.2")
+    zoomed = page.run(BOX)
+    page.run("document.querySelector('#lanes .frame').focus()")
+    page.press("ArrowRight")
+    page.wait(f"({BOX})[0] !== {zoomed[0]}")
+    page.press("0")
+    page.wait(f"Math.abs(({BOX})[1] - {first[1]}) < 0.1")
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+def test_a_click_on_a_step_shows_its_stage(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING))
+    page.click("document.querySelector('#lanes [data-rank=\"1\"] .step')")
+    page.wait("document.querySelector('#life h2')?.textContent === 'stage 1'")
+    assert page.run(f"[...{STEPS}].filter(s => s.classList.contains('chosen')).length") == 2 * 8
+
+
+def test_predicted_and_measured_stand_above_each_other(show: Show, pipe: Pipe) -> None:
+    measured = _measured(pipe.report(SETTING).timeline)
+    page = show(pipe.to_html(SETTING, measured=measured))
+    titles = page.run("[...document.querySelectorAll('#lanes .title')].map(t => t.textContent.split(':')[0])")
+    assert titles == ["predicted", "measured"]
+    assert page.run(f"{STEPS}.length") == 2 * 2 * 3 * 8
+    assert page.run("document.querySelectorAll('#lanes path.memory').length") == 2 * 3
+    assert page.run("document.querySelectorAll('#measured tbody tr').length") == 3
+
+
+def test_a_measured_step_alone(show: Show, pipe: Pipe) -> None:
+    history, program = [], pipe.program
+    page = show(to_html(history, program, measured=_measured(pipe.report(SETTING).timeline)))
+    assert page.run(f"{STEPS}.length") == 2 * 3 * 8

@@ -16,6 +16,7 @@ from typing import Any
 
 from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.costs.shares import OpShare
+from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.page.columns import columns_of
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops
@@ -38,6 +39,7 @@ _SCRIPTS = (
     "tree.js",
     "life.js",
     "picture.js",
+    "timeline.js",
     "search.js",
     "main.js",
 )
@@ -51,6 +53,7 @@ def to_html(
     timeline_svg: str | None = None,
     graph_svg: str | None = None,
     title: str | None = None,
+    measured: Timeline | None = None,
 ) -> str:
     """A compile as one HTML page that needs no other file. `program` is the program that the last text of
     `history` shows; `history` has (pass, IR text after it, seconds). `pipe.to_html()` makes the page of a
@@ -59,8 +62,9 @@ def to_html(
     Raises InputError for a picture that is no SVG.
 
     The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
-    `module-layers.3`), else its title. Without graph_svg there is no graph, without timeline_svg no timeline,
-    without report no costs.
+    `module-layers.3`), else its title. Without graph_svg there is no graph, without report no costs. The page
+    draws the timeline of the report, and above each other with it `measured`, a timeline that
+    `stagecut.record` gave; timeline_svg is a picture in their place.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
@@ -70,7 +74,7 @@ def to_html(
         "style": _read("page.css"),
         "graph": _picture(graph_svg),
         "timeline": _picture(timeline_svg),
-        "data": _json(page_data(history, program, report)),
+        "data": _json(page_data(history, program, report, measured)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
@@ -104,7 +108,10 @@ def _json(data: Any) -> str:
 
 
 def page_data(
-    history: History, program: Program, report: Report | None = None
+    history: History,
+    program: Program,
+    report: Report | None = None,
+    measured: Timeline | None = None,
 ) -> dict[str, Any]:
     """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
     lives = Lives(program)
@@ -140,6 +147,7 @@ def page_data(
         "stages": [*_stages(program, report)],
         "report": _totals(report),
         "findings": [*findings(program, report)],
+        "timelines": [*_timelines(report, measured)],
         "files": {short: path for path, short in files.items()},
         "lines": columns.lines,
         "columns": [asdict(column) for column in columns.columns],
@@ -185,7 +193,7 @@ class _Costs:
         return [*self._numbers]
 
     def _row(self, share: OpShare) -> int:
-        row = tuple(float(f"{amount:.6g}") for amount in astuple(share))
+        row = tuple(map(_rounded, astuple(share)))
         return self._numbers.setdefault(row, len(self._numbers))
 
 
@@ -337,6 +345,51 @@ def _totals(report: Report | None) -> dict[str, Any] | None:
     )
     too_large = [index for overfull in report.too_large for index in overfull.stages]
     return {**{name: getattr(report, name) for name in kept}, "too_large": too_large}
+
+
+def _timelines(
+    report: Report | None, measured: Timeline | None
+) -> Iterator[dict[str, Any]]:
+    """The predicted timeline and the measured one, as far as they are there."""
+    if report is not None:
+        yield {"title": "predicted", **_timeline(report.timeline)}
+    if measured is not None:
+        yield {"title": "measured", **_timeline(measured)}
+
+
+def _timeline(timeline: Timeline) -> dict[str, Any]:
+    """Steps as [kind, stage, micro-batch, rank, start, end], what is sent as [boundary, micro-batch, 1 for
+    gradients, start, end].
+    """
+    return {
+        "ranks": timeline.ranks,
+        "events": [
+            [
+                event.step.kind,
+                event.step.stage,
+                event.step.microbatch,
+                event.rank,
+                _rounded(event.start),
+                _rounded(event.end),
+            ]
+            for event in timeline.events
+        ],
+        "sent": [
+            [
+                sent.boundary,
+                sent.microbatch,
+                int(sent.is_gradient),
+                _rounded(sent.start),
+                _rounded(sent.end),
+            ]
+            for sent in timeline.sent
+        ],
+    }
+
+
+def _rounded(amount: float) -> float:
+    """A number with as many digits as anybody reads."""
+    return float(f"{amount:.6g}")
 
 
 Finding = tuple[str, str]
