@@ -902,12 +902,17 @@ class Pipe(Staged):
         )
 
     def to_html(
-        self, setting: Setting | None = None, *, measured: Timeline | None = None
+        self,
+        setting: Setting | None = None,
+        *,
+        measured: Timeline | None = None,
+        against: Pipe | None = None,
     ) -> str:
         """One page with all that is known of the pipe: costs under `setting` as in `report`, the timeline of
         a step, the stage graph, the program, and the life of every value. It needs no other file.
 
         measured: the timeline of a step that `record` measured; the page shows it below the predicted one.
+        against: another pipe of the same model; the page shows both cuts, under the same setting.
         """
         from stagecut.backend.page.page import to_html
         from stagecut.backend.pictures.render import find_renderer
@@ -920,6 +925,7 @@ class Pipe(Staged):
             graph_svg=graph,
             title=self.program.name,
             measured=measured,
+            against=against and (against.program, against.report(setting)),
         )
 
 

@@ -197,9 +197,8 @@ def test_memory_over_time_reaches_what_the_report_says(show: Show, pipe: Pipe) -
     totals = [sum(stage.memory.values()) for stage in pipe.report(setting).stages]
     page = show(pipe.to_html(setting))
     said = page.run("[...document.querySelectorAll('#lanes path.memory > title')].map(t => t.textContent)")
-    assert [float(text.partition("at most ")[2].partition(" MiB")[0]) for text in said] == pytest.approx(
-        [t / 2**20 for t in totals], rel=5e-3
-    )
+    shown = [float(text.partition("at most ")[2].partition(" MiB")[0]) for text in said]
+    assert shown == pytest.approx([total / 2**20 for total in totals], rel=5e-3)
     page.click("document.querySelector('[data-shows=memory]')")
     assert page.run("document.querySelectorAll('#lanes path.memory').length") == 0
 
@@ -241,3 +240,34 @@ def test_a_measured_step_alone(show: Show, pipe: Pipe) -> None:
     history, program = [], pipe.program
     page = show(to_html(history, program, measured=_measured(pipe.report(SETTING).timeline)))
     assert page.run(f"{STEPS}.length") == 2 * 3 * 8
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_cuts_stand_side_by_side(show: Show, pipe: Pipe, width: int, dark: bool) -> None:
+    other = pipeline(Blocks(), (IDS,), stages=2, check=None)
+    page = show(pipe.to_html(SETTING, against=other), width=width, dark=dark)
+    assert not page.run("document.getElementById('against').hidden")
+    assert page.run("[...document.querySelectorAll('#both .pair tbody')].map(b => b.rows.length)") == [3, 2]
+    tops = page.run("[...document.querySelectorAll('#both .pair table')].map(t => t.getBoundingClientRect().top)")
+    assert tops[0] == tops[1]
+    assert page.run("document.querySelectorAll('#both .totals tbody tr')[0].innerText.split(/\\s+/)") == ["stages", "3", "2"]
+    assert page.run("document.querySelectorAll('#both .totals tbody tr')[1].cells.length") == 3
+    titles = page.run("[...document.querySelectorAll('#lanes .title')].map(t => t.textContent.split(':')[0])")
+    assert titles == ["predicted", "the other cut"]
+    assert page.run(f"{STEPS}.length") == 2 * (3 + 2) * 8
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+def test_modules_that_moved_are_listed(pipe: Pipe) -> None:
+    other = pipeline(Blocks(), (IDS,), stages=2, check=None)
+    data = page_data([], pipe.program, pipe.report(SETTING), against=(other.program, other.report(SETTING)))["against"]
+    moved = {path: (here, there) for path, here, there in data["moved"]}
+    assert moved["head"] == ([2], [1])
+    assert "embed" not in moved
+    assert data["report"]["seconds"] == other.report(SETTING).seconds
+
+
+def test_a_cut_against_itself_has_moved_nothing(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING, against=pipe))
+    assert "Each module is in the same stages in both" in page.run("document.getElementById('both').innerText")

@@ -4,6 +4,7 @@ picture.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
+from stagecut.backend.costs.units import Units, units_of
 from stagecut.backend.pictures.summary import crossing
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import count_text, table, time_text
@@ -115,7 +117,8 @@ class Report:
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
     it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched. loss: the
     one that was counted on the last stage. too_large: the ranks that do not fit their devices. shares: for
-    each stage what its ops take of it, and the loss behind those of the last.
+    each stage what its ops take of it, and the loss behind those of the last. units: what predictions for
+    other numbers of stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -134,6 +137,7 @@ class Report:
     too_large: tuple[TooLarge, ...]
     timeline: Timeline
     shares: tuple[tuple[OpShare, ...], ...] = ()
+    units: Units | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -145,10 +149,10 @@ class Report:
         return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
 
     def to_json(self) -> str:
-        """The report as JSON, without the timeline and the shares of ops."""
-        data = asdict(replace(self, shares=()))
-        del data["timeline"]
-        del data["shares"]
+        """The report as JSON, without the timeline, and without what is known of single ops."""
+        data = asdict(replace(self, shares=(), units=None))
+        for name in ("timeline", "shares", "units"):
+            del data[name]
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
@@ -391,7 +395,35 @@ def report(
         tuple(_too_large(stages, devices)),
         line_of_time,
         shares,
+        _units(program, lines, timings, delays, splits, measured is not None),
     )
+
+
+def _units(
+    program: Program,
+    lines: Sequence[Line],
+    timings: Sequence[Timing[float]],
+    delays: Sequence[float],
+    splits: bool,
+    is_measured: bool,
+) -> Units | None:
+    """The program in units, with the seconds of these stages."""
+    setting = lines[0].setting
+    where, *others = dict.fromkeys(setting.devices(len(lines)))
+    if others:
+        return None
+    whole = Line(
+        [op for line in lines for op in line.ops],
+        [cost for line in lines for cost in line.costs],
+        setting,
+        frozenset(program.output.operands),
+        lines[-1].loss,
+        lines[-1].sizes,
+    )
+    ends = [*itertools.accumulate(len(line.ops) for line in lines)]
+    if is_measured:
+        whole.calibrate([*itertools.pairwise([0, *ends])], timings)
+    return units_of(whole, timings, delays, splits, where)
 
 
 def _lines_of(

@@ -17,9 +17,10 @@ from typing import Any
 from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.costs.shares import OpShare
 from stagecut.backend.costs.timeline import Timeline
+from stagecut.backend.costs.units import orders_of
 from stagecut.backend.page.columns import columns_of
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Op, Program, nested_ops
+from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
 from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
 from stagecut.ir.text.printer import (
     file_names,
@@ -40,6 +41,9 @@ _SCRIPTS = (
     "life.js",
     "picture.js",
     "timeline.js",
+    "step.js",
+    "whatif.js",
+    "against.js",
     "search.js",
     "main.js",
 )
@@ -54,6 +58,7 @@ def to_html(
     graph_svg: str | None = None,
     title: str | None = None,
     measured: Timeline | None = None,
+    against: tuple[Program, Report] | None = None,
 ) -> str:
     """A compile as one HTML page that needs no other file. `program` is the program that the last text of
     `history` shows; `history` has (pass, IR text after it, seconds). `pipe.to_html()` makes the page of a
@@ -64,7 +69,8 @@ def to_html(
     The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
     `module-layers.3`), else its title. Without graph_svg there is no graph, without report no costs. The page
     draws the timeline of the report, and above each other with it `measured`, a timeline that
-    `stagecut.record` gave; timeline_svg is a picture in their place.
+    `stagecut.record` gave; timeline_svg is a picture in their place. against: another cut of the same model
+    and its costs, which the page shows beside this one where it has a report.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
@@ -74,7 +80,7 @@ def to_html(
         "style": _read("page.css"),
         "graph": _picture(graph_svg),
         "timeline": _picture(timeline_svg),
-        "data": _json(page_data(history, program, report, measured)),
+        "data": _json(page_data(history, program, report, measured, against)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
@@ -112,6 +118,7 @@ def page_data(
     program: Program,
     report: Report | None = None,
     measured: Timeline | None = None,
+    against: tuple[Program, Report] | None = None,
 ) -> dict[str, Any]:
     """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
     lives = Lives(program)
@@ -147,6 +154,8 @@ def page_data(
         "stages": [*_stages(program, report)],
         "report": _totals(report),
         "findings": [*findings(program, report)],
+        "units": _units(report),
+        "against": against and report and _other_cut(program, *against),
         "timelines": [*_timelines(report, measured)],
         "files": {short: path for path, short in files.items()},
         "lines": columns.lines,
@@ -384,6 +393,60 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
             ]
             for sent in timeline.sent
         ],
+    }
+
+
+def _other_cut(program: Program, other: Program, report: Report) -> dict[str, Any]:
+    """Another cut, and the modules that are in other stages in it: [module, its stages here, there]."""
+    here = _places(program)
+    there = _places(other)
+    return {
+        "stages": [*_stages(other, report)],
+        "report": _totals(report),
+        "timeline": {"title": "the other cut", **_timeline(report.timeline)},
+        "moved": [
+            [path, here[path], there[path]]
+            for path in here
+            if path in there and here[path] != there[path]
+        ],
+    }
+
+
+def _places(program: Program) -> dict[str, list[int]]:
+    """Block, or module outside of blocks -> the stages that run its ops."""
+    places: dict[str, dict[int, None]] = {}
+    for stage in program.stages:
+        for op in stage.ops:
+            path = scope_fqn(op.scope)
+            block = _BLOCK.match(path)
+            name = block[0] if block else path
+            if name:
+                places.setdefault(name, {})[stage.index] = None
+    return {path: [*stages] for path, stages in places.items()}
+
+
+_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+"""The path of the outermost module of a list in that of a module."""
+
+
+def _units(report: Report | None) -> dict[str, Any] | None:
+    """The program in units, and the orders of schedules for the numbers that a reader may choose."""
+    if report is None or report.units is None:
+        return None
+    units = report.units
+    keys, orders = orders_of(units, len(report.stages))
+    where = units.device
+    return {
+        "units": [astuple(unit) for unit in units.units],
+        "stages": [[list(timing.device), list(timing.host)] for timing in units.stages],
+        "delays": units.delays,
+        "splits": units.splits,
+        "training": units.setting.training,
+        "by_graphs": units.setting.by_graphs,
+        "device": asdict(where),
+        "ranks": max(stage.rank for stage in report.stages) + 1,
+        "keys": keys,
+        "orders": orders,
     }
 
 

@@ -1,6 +1,6 @@
 // Timelines of a step, one above the other on one time axis: steps of ranks, what is sent, memory over time.
 
-const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
+const SVG = new DOMParser().parseFromString(`<${"svg"}>`, "text/html").querySelector("svg").namespaceURI;
 const LEFT = 64, RIGHT = 96, HEAD = 26, STEP = 22, SEND = 6, MEMORY = 24, GAP = 8;
 const STEP_NAMES = {F: "forward", B: "backward", I: "backward for the inputs", W: "backward for the weights"};
 const ENDS = new Set(["B", "W"]);  // what a forward keeps is free after these
@@ -25,14 +25,20 @@ function readTimeline({title, ranks, events, sent}, stages) {
   return {title, ranks, steps, sends, rows, stages, seconds: end, bubble: end ? 1 - busy / (ranks * end) : 0};
 }
 
-/** Stage -> the bytes that it keeps for each micro-batch: those of all in flight under the prediction, divided by their number. */
-function keptBytes({steps, stages}) {
-  const now = stages.map(() => 0), most = stages.map(() => 1);
-  for (const {kind, stage} of [...steps].sort((a, b) => a.start - b.start)) {
+/** Stage -> the most micro-batches of which it holds what their forwards keep. */
+function inFlight({steps, stages}) {
+  const now = stages.map(() => 0), most = stages.map(() => 0);
+  for (const {kind, stage} of steps) {
     if (kind === "F") most[stage] = Math.max(most[stage], ++now[stage]);
     else if (ENDS.has(kind)) now[stage]--;
   }
-  return stages.map(({memory}, stage) => (memory?.activations ?? 0) / most[stage]);
+  return most;
+}
+
+/** Stage -> the bytes that it keeps for each micro-batch: those of all in flight under the prediction, divided by their number. */
+function keptBytes(timeline) {
+  const most = inFlight(timeline);
+  return timeline.stages.map(({memory}, stage) => (memory?.activations ?? 0) / Math.max(1, most[stage]));
 }
 
 /** The memory of a rank over time as [seconds, bytes] where it changes: state, what forwards keep, what backwards pass on. */
@@ -283,15 +289,20 @@ function comparison(predicted, measured) {
       [forward, backward].flatMap((kinds) => [predicted, measured].map((one) => number(seconds(mean(one, index, kinds))))))))));
 }
 
+/** What the page has recorded or predicted: this cut's step, a measured one, that of the other cut. */
+function readTimelines() {
+  const read = DATA.timelines.map((timeline) => readTimeline(timeline, DATA.stages));
+  if (costed) for (const timeline of read) timeline.like = read[0];
+  return DATA.against ? [...read, readTimeline(DATA.against.timeline, DATA.against.stages)] : read;
+}
+
 const timelineFrame = document.querySelector("#timeline .picture");
 let lanes = null;
 if (DATA.timelines.length && !timelineFrame.querySelector("svg")) {
   timelineFrame.hidden = true;
   timelineFrame.closest("section").hidden = false;
   lanes = new Lanes(at("lanes"));
-  const read = DATA.timelines.map((timeline) => readTimeline(timeline, DATA.stages));
-  const predicted = costed ? read[0] : null, measured = read.find(({title}) => title === "measured");
-  for (const timeline of read) if (predicted) timeline.like = predicted;
+  const read = readTimelines(), predicted = costed ? read[0] : null, measured = read.find(({title}) => title === "measured");
   lanes.show(read);
   if (predicted && measured) at("lanes").append(comparison(predicted, measured));
 }
