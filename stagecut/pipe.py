@@ -907,17 +907,22 @@ class Pipe(Staged):
         *,
         measured: Timeline | None = None,
         against: Pipe | None = None,
+        source: bool = True,
     ) -> str:
         """One page with all that is known of the pipe: costs under `setting` as in `report`, the timeline of
         a step, the stage graph, the program, and the life of every value. It needs no other file.
 
         measured: the timeline of a step that `record` measured; the page shows it below the predicted one.
         against: another pipe of the same model; the page shows both cuts, under the same setting.
+        source: whether the page has the lines of Python that ops come from, where they can be read.
         """
         from stagecut.backend.page.page import to_html
         from stagecut.backend.pictures.render import find_renderer
 
         graph = self.to_svg() if find_renderer() else None
+        other = None
+        if against is not None:
+            other = against.program, against.report(setting)
         return to_html(
             [("cut", self.ir(), 0.0)],
             self.program,
@@ -925,7 +930,8 @@ class Pipe(Staged):
             graph_svg=graph,
             title=self.program.name,
             measured=measured,
-            against=against and (against.program, against.report(setting)),
+            against=other,
+            source=source,
         )
 
 

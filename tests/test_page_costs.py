@@ -15,7 +15,10 @@ from test_balance import IDS, Blocks
 from stagecut import Pipe, Setting, pipeline, to_html
 from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.page.page import page_data
+from stagecut.backend.page.source import MOST_LINES, source_of
 from stagecut.backend.schedules import Event
+from stagecut.ir.graph import Loc
+from stagecut.ir.text.life import Site
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -85,8 +88,12 @@ def test_the_tree_opens_closes_and_sorts(show: Show, pipe: Pipe) -> None:
 def test_an_op_of_the_tree_leads_to_its_line(show: Show, pipe: Pipe) -> None:
     page = show(pipe.to_html(SETTING), "#module:blocks.0.1")
     page.click("document.querySelector('#life .tree .ref.op')")
-    page.wait("document.querySelector('#passes details').open && document.querySelector('.row.here')")
-    assert "blocks.0.1" in page.run("document.querySelector('.row.here').textContent")
+    page.wait("document.querySelector('.row.here')")
+    assert "blocks.0.1" in page.run("document.querySelector('#panes .column:last-child .row.here').textContent")
+    assert page.run("document.querySelector('.source .here').textContent").endswith("x = x + block(x)")
+    page = show(to_html(*linked()), "#stage:1")  # there is no source: the line is in the passes
+    page.click("document.querySelector('#life .tree .ref.op')")
+    page.wait("document.querySelector('#passes details').open && document.querySelector('#columns .row.here')")
 
 
 def test_without_costs_the_tree_has_names(show: Show) -> None:
@@ -271,3 +278,61 @@ def test_modules_that_moved_are_listed(pipe: Pipe) -> None:
 def test_a_cut_against_itself_has_moved_nothing(show: Show, pipe: Pipe) -> None:
     page = show(pipe.to_html(SETTING, against=pipe))
     assert "Each module is in the same stages in both" in page.run("document.getElementById('both').innerText")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_source_and_program_lead_to_each_other(show: Show, pipe: Pipe, width: int, dark: bool) -> None:
+    page = show(pipe.to_html(SETTING), width=width, dark=dark)
+    lines = "[...document.querySelectorAll('.source .has')].map(row => row.textContent.replace(/^ *\\d+ */, ''))"
+    assert "x = x + block(x)" in page.run(lines)
+    page.click("[...document.querySelectorAll('.source .has')].find(row => row.textContent.includes('self.embed(ids)'))")
+    page.wait("document.querySelector('#panes .column:last-child .row.here')")
+    assert "aten.embedding" in page.run("document.querySelector('#panes .column:last-child .row.here').textContent")
+    assert "test_balance.py:" in page.run("document.querySelector('#life h2').textContent")
+    assert page.run("document.querySelector('.source .here').textContent").endswith("x = self.embed(ids)")
+    rows = "[...document.querySelectorAll('#panes .column:last-child .row')]"
+    place = f"{rows}.find(r => r.textContent.includes('add.Tensor')).querySelector('.t-loc')"
+    page.wait(place)
+    page.click(place)
+    page.wait("document.querySelector('.source .here').textContent.endsWith('x = x + block(x)')")
+    inside = "(b => (r => r.top >= b.top && r.bottom <= b.bottom)(document.querySelector('.source .here').getBoundingClientRect()))"
+    assert page.run(f"{inside}(document.querySelector('.source').getBoundingClientRect())")
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+def test_source_can_be_left_out(show: Show, pipe: Pipe) -> None:
+    html = pipe.to_html(SETTING, source=False)
+    assert "self.embed(ids)" not in html
+    page = show(html)
+    assert page.run("document.getElementById('beside').hidden")
+    assert not page.run("document.getElementById('passes').hidden")
+
+
+def _site(file: str, line: int) -> Site:
+    return Site(0, None, "t", "", Loc(file, line), "")
+
+
+def test_source_is_the_lines_that_ops_name_and_those_around(tmp_path: Path) -> None:
+    net, secret = tmp_path / "net.py", tmp_path / "secret.txt"
+    net.write_text("".join(f"line {number}\n" for number in range(1, 101)))
+    secret.write_text("a password\n")
+    names = {str(net): "net.py", str(secret): "secret.txt"}
+    places = [
+        _site(str(net), 3),
+        _site(str(net), 15),
+        _site(str(net), 60),
+        _site(str(net), 700),
+        _site(str(secret), 1),
+        _site("/gone.py", 1),
+    ]
+    found = source_of(names, places)
+    assert list(found) == ["net.py"]  # nothing but Python is read, whatever the program names
+    assert [(first, len(lines)) for first, lines in found["net.py"]] == [(1, 23), (52, 17)]
+    assert found["net.py"][1][1][8] == "line 60"
+
+
+def test_source_is_bounded(tmp_path: Path) -> None:
+    net = tmp_path / "net.py"
+    net.write_text("x = 1\n" * (2 * MOST_LINES))
+    assert source_of({}, [_site(str(net), number) for number in range(1, 2 * MOST_LINES)]) == {}

@@ -172,6 +172,7 @@ function folded(diff) {
   return rows;
 }
 
+let beside = null;
 const columns = [];
 for (const [index, data] of DATA.columns.entries()) columns.push(new Column(data, index, columns[index - 1]));
 const shelf = at("columns");
@@ -180,6 +181,7 @@ shelf.append(...columns.map((column) => column.element));
 
 /** The last program's line is in sight. */
 function revealLine(at) {
+  if (beside && at >= 0) { beside.reveal(at); return; }
   const last = columns.findLast((column) => column.data.changed || column.index === 0);
   if (!last || at < 0) return;
   document.querySelector("#passes").querySelector("details").open = true;
@@ -197,7 +199,7 @@ function linesNaming(name) {
 
 function markEverywhere(name) {
   const naming = name ? linesNaming(name) : new Set();
-  for (const column of columns) column.mark(name, naming);
+  for (const column of [...columns, ...(beside ? [beside.column] : [])]) column.mark(name, naming);
 }
 
 if (columns.length === 1) {

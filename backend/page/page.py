@@ -19,6 +19,7 @@ from stagecut.backend.costs.shares import OpShare
 from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.costs.units import orders_of
 from stagecut.backend.page.columns import columns_of
+from stagecut.backend.page.source import source_of
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
 from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
@@ -45,6 +46,7 @@ _SCRIPTS = (
     "whatif.js",
     "against.js",
     "search.js",
+    "beside.js",
     "main.js",
 )
 _SVG = re.compile(r"<svg[\s>].*</svg>", re.DOTALL)
@@ -59,6 +61,7 @@ def to_html(
     title: str | None = None,
     measured: Timeline | None = None,
     against: tuple[Program, Report] | None = None,
+    source: bool = True,
 ) -> str:
     """A compile as one HTML page that needs no other file. `program` is the program that the last text of
     `history` shows; `history` has (pass, IR text after it, seconds). `pipe.to_html()` makes the page of a
@@ -70,7 +73,8 @@ def to_html(
     `module-layers.3`), else its title. Without graph_svg there is no graph, without report no costs. The page
     draws the timeline of the report, and above each other with it `measured`, a timeline that
     `stagecut.record` gave; timeline_svg is a picture in their place. against: another cut of the same model
-    and its costs, which the page shows beside this one where it has a report.
+    and its costs, which the page shows beside this one where it has a report. source: whether the page has
+    the lines of Python that ops come from, with those around them, where they can be read.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
@@ -80,7 +84,7 @@ def to_html(
         "style": _read("page.css"),
         "graph": _picture(graph_svg),
         "timeline": _picture(timeline_svg),
-        "data": _json(page_data(history, program, report, measured, against)),
+        "data": _json(page_data(history, program, report, measured, against, source)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
@@ -119,6 +123,7 @@ def page_data(
     report: Report | None = None,
     measured: Timeline | None = None,
     against: tuple[Program, Report] | None = None,
+    source: bool = True,
 ) -> dict[str, Any]:
     """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
     lives = Lives(program)
@@ -155,9 +160,10 @@ def page_data(
         "report": _totals(report),
         "findings": [*findings(program, report)],
         "units": _units(report),
-        "against": against and report and _other_cut(program, *against),
+        "against": _other_cut(program, *against) if against and report else None,
         "timelines": [*_timelines(report, measured)],
         "files": {short: path for path, short in files.items()},
+        "source": source_of(files, sites) if source else {},
         "lines": columns.lines,
         "columns": [asdict(column) for column in columns.columns],
         "strings": strings.all,
