@@ -305,7 +305,7 @@ def test_source_can_be_left_out(show: Show, pipe: Pipe) -> None:
     html = pipe.to_html(SETTING, source=False)
     assert "self.embed(ids)" not in html
     page = show(html)
-    assert page.run("document.getElementById('beside').hidden")
+    assert page.run("document.getElementById('beside') === null")
     assert not page.run("document.getElementById('passes').hidden")
 
 

@@ -50,6 +50,7 @@ document.addEventListener("keydown", (event) => {
 
 addEventListener("hashchange", show);
 
+for (const section of document.querySelectorAll("#against[hidden], #whatif[hidden], #beside[hidden]")) section.remove();
 for (const section of document.querySelectorAll("section:not([hidden])")) {
   at("nav").append(h("a", {href: `#${section.id}`}, section.dataset.title));
 }
