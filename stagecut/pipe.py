@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.plan import Plan
     from stagecut.backend.costs.report import Report as StageCosts
     from stagecut.backend.costs.setting import Setting
+    from stagecut.backend.costs.timeline import Timeline
     from stagecut.backend.pictures.summary import Summary
     from stagecut.backend.ranks.wrapped import Wrap
 
@@ -908,22 +909,37 @@ class Pipe(Staged):
             self.program, level=level, stage=stage, depth=depth, renderer=renderer
         )
 
-    def to_html(self, setting: Setting | None = None) -> str:
+    def to_html(
+        self,
+        setting: Setting | None = None,
+        *,
+        measured: Timeline | None = None,
+        against: Pipe | None = None,
+        source: bool = True,
+    ) -> str:
         """One page with all that is known of the pipe: costs under `setting` as in `report`, the timeline of
         a step, the stage graph, the program, and the life of every value. It needs no other file.
+
+        measured: the timeline of a step that `record` measured; the page shows it below the predicted one.
+        against: another pipe of the same model; the page shows both cuts, under the same setting.
+        source: whether the page has the lines of Python that ops come from, where they can be read.
         """
         from stagecut.backend.page.page import to_html
         from stagecut.backend.pictures.render import find_renderer
 
-        costs = self.report(setting)
         graph = self.to_svg() if find_renderer() else None
+        other = None
+        if against is not None:
+            other = against.program, against.report(setting)
         return to_html(
             [("cut", self.ir(), 0.0)],
             self.program,
-            costs,
-            costs.timeline.to_svg(),
-            graph,
-            self.program.name,
+            self.report(setting),
+            graph_svg=graph,
+            title=self.program.name,
+            measured=measured,
+            against=other,
+            source=source,
         )
 
 

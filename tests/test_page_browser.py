@@ -56,6 +56,11 @@ def show(page: Page, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     assert {url.partition("#")[0] for url in page.requests} <= {path.resolve().as_uri(), "about:blank"}
 
 
+def _open_passes(page: Page) -> None:
+    page.click("document.querySelector('#passes summary')")
+    page.wait("document.querySelector('.row')")
+
+
 def _search(page: Page, text: str) -> None:
     page.press("/", "/")
     page.wait("document.activeElement.id === 'query'")
@@ -81,6 +86,7 @@ def test_what_is_not_there_is_not_shown(show: Callable[..., Page]) -> None:
 
 def test_a_click_in_the_text_shows_the_life(show: Callable[..., Page]) -> None:
     page = show(*linked())
+    _open_passes(page)
     page.click(_one(".pane .t-value", "%skip"))
     page.wait(SHOWN)
     assert page.run(TITLE) == "%skip"
@@ -168,6 +174,7 @@ def test_dragging_pans_and_is_no_click(show: Callable[..., Page]) -> None:
 
 def test_folds_open_and_close(show: Callable[..., Page]) -> None:
     page = show(*long())
+    _open_passes(page)
     column = "document.querySelector('[data-pass=canonicalize]')"
     folds = f"[...{column}.querySelectorAll('.fold')].map(f => f.textContent)"
     before = page.run(folds)
@@ -183,6 +190,7 @@ def test_folds_open_and_close(show: Callable[..., Page]) -> None:
 
 def test_strips_open_and_close(show: Callable[..., Page]) -> None:
     page = show(*long())
+    _open_passes(page)
     strip = "document.querySelector('[data-pass=resolve-aliases]')"
     for open_now in (True, False):
         page.click(f"{strip}.querySelector('.name')")

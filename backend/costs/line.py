@@ -140,7 +140,7 @@ class Line:
         if self.measured is not None:
             return self.measured
         if where not in self._parts:
-            device_rows = [self._parts_of(cost, where) for cost in self.costs]
+            device_rows = [self.parts_of(cost, where) for cost in self.costs]
             host_rows = [self._host_parts(cost, where) for cost in self.costs]
             rows = torch.tensor([device_rows, host_rows], dtype=torch.float64)
             parts = rows.transpose(1, 2).contiguous()
@@ -149,7 +149,8 @@ class Line:
             self._parts[where] = parts
         return self._parts[where]
 
-    def _parts_of(self, cost: OpCost, where: Device) -> tuple[float, ...]:
+    def parts_of(self, cost: OpCost, where: Device) -> tuple[float, ...]:
+        """Seconds of an op by the roofline, for each of KINDS."""
         forward = cost.on(where, False)
         backward = cost.on(where, self.setting.training) - forward
         weights = backward * cost.weights

@@ -4,10 +4,11 @@ picture.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -19,7 +20,9 @@ from stagecut.backend.costs.plan import Plan
 from stagecut.backend.costs.runtime import Timing, as_run
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
+from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
+from stagecut.backend.costs.units import Units, units_of
 from stagecut.backend.pictures.stages import homes_of
 from stagecut.backend.pictures.summary import crossing, layers_of
 from stagecut.backend.stages.staged import Staged
@@ -113,7 +116,9 @@ class Report:
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
     it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched. loss: the
-    one that was counted on the last stage. too_large: the ranks that do not fit their devices.
+    one that was counted on the last stage. too_large: the ranks that do not fit their devices. shares: for
+    each stage what its ops take of it, and the loss behind those of the last. units: what predictions for
+    other numbers of stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -131,6 +136,8 @@ class Report:
     loss: str
     too_large: tuple[TooLarge, ...]
     timeline: Timeline
+    shares: tuple[tuple[OpShare, ...], ...] = ()
+    units: Units | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -142,10 +149,10 @@ class Report:
         return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
 
     def to_json(self) -> str:
-        """The report as JSON, without the timeline."""
-        data: dict[str, Any] = {
-            name: value for name, value in asdict(self).items() if name != "timeline"
-        }
+        """The report as JSON, without the timeline, and without what is known of single ops."""
+        data = asdict(replace(self, shares=(), units=None))
+        for name in ("timeline", "shares", "units"):
+            del data[name]
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
@@ -366,6 +373,12 @@ def report(
         hosts,
     )
     ranks = by_rank(placement, [s.forward + s.backward for s in seconds])
+    shares = tuple(
+        shares_of(line, where, spent, made.memory["activations"])
+        for line, where, spent, made in zip(
+            lines, devices, seconds, stages, strict=True
+        )
+    )
     return Report(
         tuple(stages),
         crossings,
@@ -382,7 +395,36 @@ def report(
         loss.name if loss is not None else "",
         tuple(_too_large(stages, devices)),
         line_of_time,
+        shares,
+        _units(program, lines, timings, delays, splits, measured is not None),
     )
+
+
+def _units(
+    program: Program,
+    lines: Sequence[Line],
+    timings: Sequence[Timing[float]],
+    delays: Sequence[float],
+    splits: bool,
+    is_measured: bool,
+) -> Units | None:
+    """The program in units, with the seconds of these stages."""
+    setting = lines[0].setting
+    where, *others = dict.fromkeys(setting.devices(len(lines)))
+    if others:
+        return None
+    whole = Line(
+        [op for line in lines for op in line.ops],
+        [cost for line in lines for cost in line.costs],
+        setting,
+        frozenset(program.output.operands),
+        lines[-1].loss,
+        lines[-1].sizes,
+    )
+    ends = [*itertools.accumulate(len(line.ops) for line in lines)]
+    if is_measured:
+        whole.calibrate([*itertools.pairwise([0, *ends])], timings)
+    return units_of(whole, timings, delays, splits, where)
 
 
 def _lines_of(

@@ -322,6 +322,12 @@ class Run(Generic[T]):
         ends = [self._larger(rank.computed, rank.started) for rank in self._ranks]
         return reduce(self._larger, ends)
 
+    @property
+    def messages(self) -> Iterator[tuple[Message, T, T]]:
+        """What is sent, from when both ends have begun until it is over."""
+        for message, begun in self._begun.items():
+            yield message, self._larger(*begun), self._end_of(message)
+
     def _advance(self, rank: _Rank[T]) -> bool:
         """Runs the next action, or where it has to wait, does what others wait for; False for nothing."""
         settled = self._settle(rank)

@@ -15,12 +15,28 @@ from stagecut.backend.schedules import Event, Step
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What crosses between stage `boundary` and the next for a micro-batch, values or their gradients, and
+    from when to when, in seconds.
+    """
+
+    boundary: int
+    microbatch: int
+    is_gradient: bool
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Timeline:
-    """The work of the ranks of a pipeline over time: one training step, predicted or measured."""
+    """The work of the ranks of a pipeline over time: one training step, predicted or measured. `sent` is
+    known of a predicted one only.
+    """
 
     events: tuple[Event, ...]
     ranks: int
     title: str = ""
+    sent: tuple[Sent, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -93,4 +109,8 @@ def simulate(
         tuple(sorted(events, key=lambda e: (e.start, e.rank))),
         max(setting.placement(stages)) + 1,
         title,
+        tuple(
+            Sent(sent.boundary, sent.microbatch, sent.is_gradient, start, end)
+            for sent, start, end in run.messages
+        ),
     )

@@ -127,6 +127,12 @@ class Column {
     this.render();
   }
 
+  /** What is marked is in sight: nothing scrolls while it is folded away. */
+  unfolded() {
+    if (this.here >= 0) this.reveal(this.here);
+    else this.render();
+  }
+
   /** The name is marked wherever it stands, and the line that defines it is in sight. */
   mark(name, naming) {
     this.marked = name;
@@ -166,6 +172,7 @@ function folded(diff) {
   return rows;
 }
 
+let beside = null;
 const columns = [];
 for (const [index, data] of DATA.columns.entries()) columns.push(new Column(data, index, columns[index - 1]));
 const shelf = at("columns");
@@ -174,8 +181,10 @@ shelf.append(...columns.map((column) => column.element));
 
 /** The last program's line is in sight. */
 function revealLine(at) {
+  if (beside && at >= 0) { beside.reveal(at); return; }
   const last = columns.findLast((column) => column.data.changed || column.index === 0);
   if (!last || at < 0) return;
+  document.querySelector("#passes").querySelector("details").open = true;
   last.flip(true);
   last.reveal(at);
   last.element.scrollIntoView({block: "nearest", inline: "nearest"});
@@ -190,5 +199,11 @@ function linesNaming(name) {
 
 function markEverywhere(name) {
   const naming = name ? linesNaming(name) : new Set();
-  for (const column of columns) column.mark(name, naming);
+  for (const column of [...columns, ...(beside ? [beside.column] : [])]) column.mark(name, naming);
+}
+
+if (columns.length === 1) {
+  document.querySelector("#passes h2").textContent = "Program";
+  document.querySelector("#passes .note").textContent = "A click on a value shows its life.";
+  document.querySelector("#passes").dataset.title = "Program";
 }

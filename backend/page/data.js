@@ -8,7 +8,7 @@ const DATA = JSON.parse(at("data").textContent);
 const string = (number) => DATA.strings[number];
 
 const ops = DATA.ops.map(([stage, target, module, loc, line], number) => (
-  {number, stage, target: string(target), module: string(module), loc: string(loc), line}
+  {number, stage, target: string(target), module: string(module), loc: string(loc), line, cost: DATA.cost_of[number]}
 ));
 const values = new Map(DATA.values.map((value) => [value.name, value]));
 const states = new Map(DATA.state.flatMap((entry) => entry.names.map((name) => [name, entry])));
@@ -75,6 +75,7 @@ const count = (number) => scaled(number, 1000, ["", "k", "M", "G", "T", "P"], 3)
 const percent = (part) => `${(100 * part).toFixed(1)} %`;
 
 function seconds(time) {
+  if (!time) return "0 s";
   const [scale, unit] = time >= 1 ? [1, "s"] : time >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
   return `${(scale * time).toPrecision(3)} ${unit}`;
 }
@@ -94,8 +95,11 @@ function h(tag, attributes = {}, ...children) {
 
 /** A button that shows a thing: a value, a state entry, a stage, a module, a source line, an op. */
 function ref(kind, key, label = key) {
-  return h("button", {class: `ref ${kind}`, type: "button", "data-go": `${kind}:${key}`}, String(label));
+  return h("button", {class: `ref ${kind}`, type: "button", "data-go": `${kind}:${key}`}, broken(String(label)));
 }
+
+/** A name as text that may break behind its dots and nowhere else. */
+const broken = (name) => name.split(/(?<=[./])/).flatMap((part, i) => i ? [h("wbr"), part] : [part]);
 
 /** Names in order, runs of numbered ones as first … last, and none that only contains others: `layers.3 … layers.7`. */
 function moduleRefs(modules) {
@@ -114,6 +118,24 @@ function follows(a, b) {
   const [, one, first] = /^(.*?)(\d+)$/.exec(a) ?? [], [, two, second] = /^(.*?)(\d+)$/.exec(b) ?? [];
   return one !== undefined && one === two && Number(second) === Number(first) + 1;
 }
+
+/** As moduleRefs, with the block in place of the modules in it: `layers.2 … layers.5, part of layers.6`. */
+function blockRefs(modules) {
+  const leaves = modules.filter((m) => !modules.some((other) => other.startsWith(`${m}.`)));
+  const blocks = leaves.map((module) => /^(?:.*?\.)?\d+(?=\.|$)/.exec(module)?.[0] ?? module);
+  const parts = new Set(blocks.filter((block) => groups.module.get(block).some((op) => op.stage !== groups.module.get(block)[0].stage)));
+  const runs = [];
+  for (const block of new Set(blocks)) {
+    const run = runs.at(-1);
+    if (run && !parts.has(block) && !parts.has(run.at(-1)) && follows(run.at(-1), block)) run.push(block);
+    else runs.push([block]);
+  }
+  return runs.map((run) => [parts.has(run[0]) ? "part of " : null, ref("module", run[0]),
+    run.length > 1 ? [run.length > 2 ? " … " : ", ", ref("module", run.at(-1))] : null]);
+}
+
+/** Stages in order: all where they are few, else the first and the last. */
+const stagesText = (via) => via.length < 6 ? via.join(", ") : `${via[0]} … ${via.at(-1)}`;
 
 /** Why something crosses, without the stages it goes through: those are shown beside it. */
 const reason = (way) => (way.why ?? "").replace(/, handed on by [\d, ]+$/, "");

@@ -41,7 +41,7 @@ function lane(born, reads, crossings) {
 
 function wayNodes(way) {
   const {via} = way, why = reason(way);
-  const through = !via.length ? "" : via.length < 4 ? ` through ${via.join(", ")}` : ` through ${via[0]} … ${via.at(-1)}`;
+  const through = via.length ? ` through ${stagesText(via)}` : "";
   const source = way.source === null ? "input" : way.source;
   const route = h("span", {class: "chip"}, way.route ?? "no route yet");
   return [`${source} → ${way.target} `, route, through, way.made ? [" as ", byName(way.made)] : null,
@@ -111,7 +111,7 @@ function stageLife(key) {
   const held = DATA.state.filter((entry) => entry.held?.some(([index]) => index === stage.index));
   return [
     costed ? stageCosts(stage) : null,
-    some("Modules", moduleRefs(stage.modules)),
+    treeSection(ops.filter((op) => op.stage === stage.index)),
     some("Inputs", limited(stage.inputs.map(byName))),
     some("Outputs", limited(stage.outputs.map(byName))),
     some(`State, ${held.length} of ${DATA.state.length}`, limited(held.map((one) => [byName(one.name), `  ${bytes(one.bytes)}`]), 80)),
@@ -141,6 +141,7 @@ const groupLife = (kind) => (key) => {
   return [
     path ? paragraph(h("code", {}, path)) : null,
     stages.length ? paragraph("In ", between(stages.map(stageRef), ", ")) : null,
+    kind === "module" ? treeSection(found, key) : null,
     some(`State, ${held.length}`, limited(held.map((entry) => byName(entry.name)), 40)),
     some(`Ops, ${found.length}`, limited(found.map((op) => opRef(op)), 100)),
   ];
@@ -163,6 +164,26 @@ const TITLES = {
   module: (key) => `module ${key}`,
 };
 
+/** The left edge of the panel: dragging it or its arrow keys make the panel wider or narrower. */
+const edge = h("div", {id: "edge", role: "separator", "aria-orientation": "vertical", "aria-label": "Width of the details", tabindex: "0",
+  pointerdown: dragEdge, keydown: (event) => {
+    const step = {ArrowLeft: 40, ArrowRight: -40}[event.key];
+    if (step) setWidth(panel.offsetWidth + step);
+  }});
+
+function setWidth(width) {
+  const most = Math.max(320, innerWidth - 240);
+  document.body.style.setProperty("--wide", `${Math.round(Math.min(Math.max(width, 320), most))}px`);
+}
+
+function dragEdge(start) {
+  start.preventDefault();
+  edge.setPointerCapture(start.pointerId);
+  const move = (event) => setWidth(innerWidth - event.clientX);
+  edge.addEventListener("pointermove", move);
+  edge.addEventListener("lostpointercapture", () => edge.removeEventListener("pointermove", move), {once: true});
+}
+
 /** The panel shows a thing; false when there is no such thing. */
 function showLife(kind, key) {
   const content = Object.hasOwn(LIVES, kind) ? LIVES[kind](key) : null;
@@ -170,7 +191,7 @@ function showLife(kind, key) {
   const close = h("button", {class: "small", type: "button", id: "close", click: closeLife, title: "Escape"}, "close");
   const back = h("button", {class: "small", type: "button", hidden: steps < 2, click: () => { steps -= 2; history.back(); }}, "back");
   const top = h("div", {class: "top"}, h("h2", {}, TITLES[kind]?.(key) ?? key), back, close);
-  panel.replaceChildren(top, ...content.flat(Infinity).filter(Boolean));
+  panel.replaceChildren(edge, top, ...content.flat(Infinity).filter(Boolean));
   panel.hidden = false;
   panel.scrollTop = 0;
   document.body.classList.add("open");

@@ -6,7 +6,12 @@ let opener = null, steps = 0;
 const split = (what) => [what.slice(0, what.indexOf(":")), what.slice(what.indexOf(":") + 1)];
 
 function go(kind, key) {
-  if (kind === "op") { revealLine(ops[Number(key)].line); return; }
+  if (kind === "op") {
+    const {line, loc} = ops[Number(key)];
+    beside?.showLine(loc);
+    revealLine(line);
+    return;
+  }
   const hash = `#${kind}:${encodeURIComponent(key)}`;
   if (location.hash === hash) show();
   else location.hash = hash;
@@ -19,7 +24,9 @@ function show() {
   if (!location.hash && !panel.hidden) closeLife();
   steps++;
   if (!kind || !showLife(kind, key)) return;
-  const isName = kind === "value" || kind === "state";
+  const isName = kind === "value" || kind === "state" || kind === "source";
+  if (kind === "source") beside?.showLine(key);
+  if (kind === "value") beside?.showLine(ops[values.get(key).born]?.loc);
   markEverywhere(isName ? key : null);
   markPictures(`${kind}:${key}`);
   for (const row of document.querySelectorAll("tr[data-stage]")) {
@@ -43,7 +50,20 @@ document.addEventListener("keydown", (event) => {
 
 addEventListener("hashchange", show);
 
+for (const section of document.querySelectorAll("#against[hidden], #whatif[hidden], #beside[hidden]")) section.remove();
 for (const section of document.querySelectorAll("section:not([hidden])")) {
   at("nav").append(h("a", {href: `#${section.id}`}, section.dataset.title));
 }
+
+/** A fold opens when the address leads to it; its columns show what is marked by then. */
+function unfold() {
+  const fold = location.hash.length > 1 ? document.getElementById(location.hash.slice(1))?.querySelector("details") : null;
+  if (fold) fold.open = true;
+}
+
+addEventListener("hashchange", unfold);
+for (const fold of document.querySelectorAll("details")) {
+  fold.addEventListener("toggle", () => { for (const column of columns) column.unfolded(); });
+}
+unfold();
 show();

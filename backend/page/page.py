@@ -9,15 +9,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from stagecut.backend.costs.report import Report, StageReport
+from stagecut.backend.costs.shares import OpShare
+from stagecut.backend.costs.timeline import Timeline
+from stagecut.backend.costs.units import orders_of
 from stagecut.backend.page.columns import columns_of
+from stagecut.backend.page.source import source_of
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Op, Program, nested_ops
+from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
 from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
 from stagecut.ir.text.printer import (
     file_names,
@@ -34,9 +38,15 @@ _SCRIPTS = (
     "text.js",
     "columns.js",
     "tables.js",
+    "tree.js",
     "life.js",
     "picture.js",
+    "timeline.js",
+    "step.js",
+    "whatif.js",
+    "against.js",
     "search.js",
+    "beside.js",
     "main.js",
 )
 _SVG = re.compile(r"<svg[\s>].*</svg>", re.DOTALL)
@@ -49,6 +59,9 @@ def to_html(
     timeline_svg: str | None = None,
     graph_svg: str | None = None,
     title: str | None = None,
+    measured: Timeline | None = None,
+    against: tuple[Program, Report] | None = None,
+    source: bool = True,
 ) -> str:
     """A compile as one HTML page that needs no other file. `program` is the program that the last text of
     `history` shows; `history` has (pass, IR text after it, seconds). `pipe.to_html()` makes the page of a
@@ -57,8 +70,11 @@ def to_html(
     Raises InputError for a picture that is no SVG.
 
     The id and the classes of a part of a picture tell what it stands for (`stage-2`, `value-relu_3`,
-    `module-layers.3`), else its title. Without graph_svg there is no graph, without timeline_svg no timeline,
-    without report no costs.
+    `module-layers.3`), else its title. Without graph_svg there is no graph, without report no costs. The page
+    draws the timeline of the report, and above each other with it `measured`, a timeline that
+    `stagecut.record` gave; timeline_svg is a picture in their place. against: another cut of the same model
+    and its costs, which the page shows beside this one where it has a report. source: whether the page has
+    the lines of Python that ops come from, with those around them, where they can be read.
     """
     title = title or f"stagecut: {program.name}"
     script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
@@ -68,7 +84,7 @@ def to_html(
         "style": _read("page.css"),
         "graph": _picture(graph_svg),
         "timeline": _picture(timeline_svg),
-        "data": _json(page_data(history, program, report)),
+        "data": _json(page_data(history, program, report, measured, against, source)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
@@ -102,7 +118,12 @@ def _json(data: Any) -> str:
 
 
 def page_data(
-    history: History, program: Program, report: Report | None = None
+    history: History,
+    program: Program,
+    report: Report | None = None,
+    measured: Timeline | None = None,
+    against: tuple[Program, Report] | None = None,
+    source: bool = True,
 ) -> dict[str, Any]:
     """The contents of the page as plain data. Frequent strings are numbers into the list `strings`."""
     lives = Lives(program)
@@ -117,6 +138,7 @@ def page_data(
     if history:
         _, text, _ = history[-1]
         last = [line.strip() for line in text.splitlines()]
+    costs = _Costs(program, report, lives)
     return {
         "name": program.name,
         "phase": program.phase,
@@ -124,6 +146,9 @@ def page_data(
             _op(site, line, files, strings)
             for site, line in zip(sites, _lines_of(sites, last), strict=True)
         ],
+        "costs": costs.rows,
+        "cost_of": [costs.of_op.get(site.number, -1) for site in sites],
+        "loss": costs.loss,
         "values": [_value(life, strings) for life in values],
         "state": [_state(life, strings) for life in states],
         "chains": [
@@ -134,7 +159,11 @@ def page_data(
         "stages": [*_stages(program, report)],
         "report": _totals(report),
         "findings": [*findings(program, report)],
+        "units": _units(report),
+        "against": _other_cut(program, *against) if against and report else None,
+        "timelines": [*_timelines(report, measured)],
         "files": {short: path for path, short in files.items()},
+        "source": source_of(files, sites) if source else {},
         "lines": columns.lines,
         "columns": [asdict(column) for column in columns.columns],
         "strings": strings.all,
@@ -153,6 +182,34 @@ class _Strings:
     @property
     def all(self) -> list[str]:
         return [*self._numbers]
+
+
+class _Costs:
+    """The costs of ops. Each different one is a row: seconds forward and backward, FLOPs, bytes moved, bytes
+    of state and bytes kept. of_op: the number of an op -> its row. loss: its name and its row, where it was
+    counted.
+    """
+
+    def __init__(self, program: Program, report: Report | None, lives: Lives) -> None:
+        self._numbers: dict[tuple[float, ...], int] = {}
+        self.of_op: dict[int, int] = {}
+        self.loss: tuple[str, int] | None = None
+        if report is None:
+            return
+        for stage, shares in zip(program.stages, report.shares, strict=False):
+            rows = [self._row(share) for share in shares]
+            numbers = [lives.number(op) for op in stage.ops]
+            self.of_op |= dict(zip(numbers, rows, strict=False))
+            if len(rows) > len(numbers):
+                self.loss = (report.loss, rows[-1])
+
+    @property
+    def rows(self) -> list[tuple[float, ...]]:
+        return [*self._numbers]
+
+    def _row(self, share: OpShare) -> int:
+        row = tuple(map(_rounded, astuple(share)))
+        return self._numbers.setdefault(row, len(self._numbers))
 
 
 def _lines_of(sites: list[Site], lines: list[str]) -> Iterator[int]:
@@ -303,6 +360,105 @@ def _totals(report: Report | None) -> dict[str, Any] | None:
     )
     too_large = [index for overfull in report.too_large for index in overfull.stages]
     return {**{name: getattr(report, name) for name in kept}, "too_large": too_large}
+
+
+def _timelines(
+    report: Report | None, measured: Timeline | None
+) -> Iterator[dict[str, Any]]:
+    """The predicted timeline and the measured one, as far as they are there."""
+    if report is not None:
+        yield {"title": "predicted", **_timeline(report.timeline)}
+    if measured is not None:
+        yield {"title": "measured", **_timeline(measured)}
+
+
+def _timeline(timeline: Timeline) -> dict[str, Any]:
+    """Steps as [kind, stage, micro-batch, rank, start, end], what is sent as [boundary, micro-batch, 1 for
+    gradients, start, end].
+    """
+    return {
+        "ranks": timeline.ranks,
+        "events": [
+            [
+                event.step.kind,
+                event.step.stage,
+                event.step.microbatch,
+                event.rank,
+                _rounded(event.start),
+                _rounded(event.end),
+            ]
+            for event in timeline.events
+        ],
+        "sent": [
+            [
+                sent.boundary,
+                sent.microbatch,
+                int(sent.is_gradient),
+                _rounded(sent.start),
+                _rounded(sent.end),
+            ]
+            for sent in timeline.sent
+        ],
+    }
+
+
+def _other_cut(program: Program, other: Program, report: Report) -> dict[str, Any]:
+    """Another cut, and the modules that are in other stages in it: [module, its stages here, there]."""
+    here = _places(program)
+    there = _places(other)
+    return {
+        "stages": [*_stages(other, report)],
+        "report": _totals(report),
+        "timeline": {"title": "the other cut", **_timeline(report.timeline)},
+        "moved": [
+            [path, here[path], there[path]]
+            for path in here
+            if path in there and here[path] != there[path]
+        ],
+    }
+
+
+def _places(program: Program) -> dict[str, list[int]]:
+    """Block, or module outside of blocks -> the stages that run its ops."""
+    places: dict[str, dict[int, None]] = {}
+    for stage in program.stages:
+        for op in stage.ops:
+            path = scope_fqn(op.scope)
+            block = _BLOCK.match(path)
+            name = block[0] if block else path
+            if name:
+                places.setdefault(name, {})[stage.index] = None
+    return {path: [*stages] for path, stages in places.items()}
+
+
+_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+"""The path of the outermost module of a list in that of a module."""
+
+
+def _units(report: Report | None) -> dict[str, Any] | None:
+    """The program in units, and the orders of schedules for the numbers that a reader may choose."""
+    if report is None or report.units is None:
+        return None
+    units = report.units
+    keys, orders = orders_of(units, len(report.stages))
+    where = units.device
+    return {
+        "units": [astuple(unit) for unit in units.units],
+        "stages": [[list(timing.device), list(timing.host)] for timing in units.stages],
+        "delays": units.delays,
+        "splits": units.splits,
+        "training": units.setting.training,
+        "by_graphs": units.setting.by_graphs,
+        "device": asdict(where),
+        "ranks": max(stage.rank for stage in report.stages) + 1,
+        "keys": keys,
+        "orders": orders,
+    }
+
+
+def _rounded(amount: float) -> float:
+    """A number with as many digits as anybody reads."""
+    return float(f"{amount:.6g}")
 
 
 Finding = tuple[str, str]

@@ -209,4 +209,5 @@ function markPictures(what) {
     });
     picture.show(chosen);
   }
+  lanes?.mark(what);
 }

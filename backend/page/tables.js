@@ -50,10 +50,11 @@ const costed = DATA.report !== null;
 const longest = costed ? Math.max(...DATA.stages.map(timeOf)) : 0;
 const fullest = costed ? Math.max(...DATA.stages.map(memoryOf)) : 0;
 
-/** The word for a stage that stands out: within a thousandth of the most, which few are. */
+/** The word for the stage that has the most of something, the first of equal ones as in the sentences at the top. */
 function flag(size, stage, word) {
-  const most = Math.max(...DATA.stages.map(size)), near = DATA.stages.filter((s) => size(s) >= 0.999 * most);
-  return near.includes(stage) && near.length <= DATA.stages.length / 2 ? h("span", {class: "flag"}, word) : null;
+  const sizes = DATA.stages.map(size), most = Math.max(...sizes);
+  const stands = DATA.stages.length > 1 && Math.min(...sizes) < 0.999 * most && DATA.stages[sizes.indexOf(most)] === stage;
+  return stands ? h("span", {class: "flag"}, word) : null;
 }
 
 /** The word for a stage whose rank needs more memory than its device has, else for the fullest. */
@@ -69,9 +70,9 @@ const COST_HEADS = [
 ];
 
 function modulesCell(stage) {
-  const refs = moduleRefs(stage.modules);
+  const refs = blockRefs(stage.modules);
   const more = refs.length > 5 ? ` and ${refs.length - 5} more` : null;
-  return h("td", {class: "wide"}, refs.length ? between(refs.slice(0, 5), ", ") : "the model itself", more);
+  return h("td", {class: "modules"}, refs.length ? between(refs.slice(0, 5), ", ") : "the model itself", more);
 }
 
 function stageRow(stage) {
@@ -89,11 +90,11 @@ function stageRow(stage) {
 
 const WAY_HEADS = [
   ["value", (w) => w.value], ["from", (w) => w.source ?? -1, true], ["to", (w) => w.target, true], ["route", (w) => w.route ?? ""],
-  ["bytes", (w) => w.bytes ?? -1, true], ["through", (w) => w.via.length, true], ["why", (w) => w.why ?? ""],
+  ["bytes", (w) => w.bytes ?? -1, true], ["through", (w) => w.via.length], ["why", (w) => w.why ?? ""],
 ];
 
 const wayRow = (way) => h("tr", {}, cell(byName(way.value)), number(way.source ?? "input"), number(way.target),
-  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), number(way.via.length || ""),
+  cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), cell(stagesText(way.via)),
   h("td", {class: "wide"}, reason(way)));
 
 const ENTRY_HEADS = [

@@ -237,6 +237,11 @@ class Lives:
         """Every op in program order, those of regions and the yields of regions included."""
         return [self._site(op) for op in self._numbers]
 
+    def number(self, op: Op) -> int:
+        """The number of an op in `places`."""
+        number, _ = self._numbers[op]
+        return number
+
     def values(self) -> Iterator[ValueLife]:
         """Every value that is no state, inputs first, then in order of definition."""
         return map(self._life, self._values.values())

@@ -325,9 +325,7 @@ class Session:
         costs = self._costs(program, MOST_DRAWN)
         # without a renderer the page has no picture: its tables say the same
         graph = to_svg(program) if find_renderer() else None
-        return to_html(
-            history, program, costs, costs.timeline.to_svg(), graph, title=program.name
-        )
+        return to_html(history, program, costs, graph_svg=graph, title=program.name)
 
 
 def _differentiated(source: Source) -> Program:

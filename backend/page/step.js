@@ -1,0 +1,112 @@
+// A step as torch's runtime executes it, reckoned as by backend/costs/runtime.py: what ranks compute, send and wait for.
+
+const KIND_AT = {F: 0, B: 1, I: 2, W: 3};
+
+/** The actions of all ranks from their text: {run: [kind, stage, microbatch]}, {post: [message ...]}, {await: post's place}. */
+function readActions(text) {
+  return text.split("\n").map((line) => {
+    const last = new Map();
+    const next = (word) => {
+      const [name, rise] = word.split(":"), now = (last.get(name) ?? -1) + Number(rise ?? 1);
+      last.set(name, now);
+      return [name, now];
+    };
+    return line.split(" ").filter(Boolean).map((word, place) => {
+      if (word[0] === "A") return {await: place - Number(word.slice(1) || 1)};
+      if (word[0] === "P") return {post: word.slice(1).split(",").map((part) => messageOf(...next(part))), place};
+      const [name, microbatch] = next(word);
+      return {run: [name[0], Number(name.slice(1)), microbatch]};
+    });
+  });
+}
+
+const messageOf = (name, microbatch) => ({key: `${name}:${microbatch}`, boundary: Number(name.slice(1)), microbatch, gradient: name[0] === "g" ? 1 : 0});
+
+/** The seconds of a stage as the runtime spends them: all of the first backward is for the weights, and none is split that cannot be. */
+function asRun([forward, backward, inputs, weights], stage, splits) {
+  if (stage === 0) return [forward, backward, 0, backward];
+  return splits ? [forward, backward, inputs, weights] : [forward, backward, backward, 0];
+}
+
+class Run {
+  /** stages: [device, host] each, the seconds of the kinds of steps; delays: of what crosses behind each stage. */
+  constructor(listed, stages, delays, splits, {posting, slowed}) {
+    Object.assign(this, {delays, posting, slowed, begun: new Map(), messages: new Map(), events: []});
+    this.seconds = stages.map(([device, host], i) => [asRun(device, i, splits), asRun(host, i, splits)]);
+    this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, sent: 0, beginning: -1, posted: [], ends: new Map()}));
+    for (let moved = true; moved;) moved = this.turn();
+    if (this.ranks.some(({actions, next}) => next < actions.length)) throw new Error("the order of the schedule waits for itself");
+  }
+
+  /** The rank that is behind the others does something; false where none can. */
+  turn() {
+    const waiting = this.ranks.filter(({actions, next}) => next < actions.length);
+    return waiting.sort((a, b) => a.computed - b.computed || a.number - b.number).some((rank) => this.advance(rank));
+  }
+
+  advance(rank) {
+    const settled = this.settle(rank);
+    if (rank.next >= rank.actions.length) return settled;
+    const action = rank.actions[rank.next];
+    if (action.await !== undefined) {
+      if (!rank.ends.has(action.await)) return settled;
+      rank.computed = Math.max(rank.computed, rank.ends.get(action.await));
+    } else if (action.post) {
+      rank.started += this.posting;
+      rank.posted.push([action, Math.max(rank.computed, rank.started)]);
+      this.settle(rank);
+    } else this.run(rank, action.run);
+    rank.next++;
+    return true;
+  }
+
+  run(rank, [kind, stage, microbatch]) {
+    const [device, host] = this.seconds[stage].map((parts) => parts[KIND_AT[kind]]);
+    const start = Math.max(rank.computed, rank.started);
+    rank.started += host;
+    let end = start + device;
+    if (this.slowed) end += this.slowed * this.overlap(rank, start, device);
+    rank.computed = Math.max(end, rank.started);
+    this.events.push([kind, stage, microbatch, rank.number, start, rank.computed]);
+  }
+
+  /** For how long messages are under way while a step runs: all the time where their end is not known yet. */
+  overlap(rank, start, device) {
+    if (rank.posted.length) return device;
+    return device - Math.max(device - Math.max(rank.sent - start, 0), 0);
+  }
+
+  /** Posts begin and end, in their order, as far as the other ends of their messages have begun. */
+  settle(rank) {
+    let moved = false;
+    while (rank.posted.length) {
+      const [{post, place}, ready] = rank.posted[0];
+      if (rank.beginning !== place) {
+        rank.beginning = place;
+        rank.sent = Math.max(ready, rank.sent);
+        for (const message of post) {
+          if (!this.begun.has(message.key)) this.begun.set(message.key, []);
+          this.begun.get(message.key).push(rank.sent);
+          this.messages.set(message.key, message);
+        }
+        moved = true;
+      }
+      if (post.some(({key}) => this.begun.get(key).length < 2)) return moved;
+      rank.sent = Math.max(rank.sent, ...post.map((message) => this.endOf(message)));
+      rank.ends.set(place, rank.sent);
+      rank.posted.shift();
+      moved = true;
+    }
+    return moved;
+  }
+
+  endOf({key, boundary}) { return this.delays[boundary] + Math.max(...this.begun.get(key)); }
+
+  /** What the page draws. */
+  timeline(title) {
+    const events = this.events.sort((a, b) => a[4] - b[4] || a[3] - b[3]);
+    const sent = Array.from(this.messages.values(), (message) => (
+      [message.boundary, message.microbatch, message.gradient, Math.max(...this.begun.get(message.key)), this.endOf(message)]));
+    return {title, ranks: this.ranks.length, events, sent};
+  }
+}
