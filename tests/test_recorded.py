@@ -39,21 +39,21 @@ class Fake:
         run()
         for buffer, content in zip(buffers, before, strict=True):
             buffer.copy_(content)  # nothing runs while a graph is captured
-        grads, left = {p: p.grad for p in step.parameters}, step.left
+        grads, left = {p: p.grad for p in step.graded}, step.left
 
         def replay() -> None:
             self.replays += 1
-            now, held = step.data, {p: p.grad for p in step.parameters}
+            now, held = step.data, {p: p.grad for p in step.graded}
             step.data = data
-            for parameter in step.parameters:
+            for parameter in step.graded:
                 parameter.grad = None
             run()
-            outer = [p.grad for p in step.parameters], step.left
+            outer = [p.grad for p in step.graded], step.left
             for old, new in zip(tree_leaves([[*grads.values()], left]), tree_leaves(outer), strict=True):
                 if isinstance(old, torch.Tensor):
                     old.copy_(new)
             step.data = now
-            for parameter in step.parameters:
+            for parameter in step.graded:
                 parameter.grad = held[parameter]
 
         return replay, None

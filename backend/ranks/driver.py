@@ -407,8 +407,9 @@ class Driver:
 
         if backward and losses is not None and self._step_graphs is not None:
             self._lent.refuse_recorded()
-            graded = dict.fromkeys([*self.parameters(), *self._read_by_loss])
-            self._step_graphs.run(Step(run, stages, losses, list(graded)))
+            self._step_graphs.run(
+                Step(run, stages, losses, self.parameters(), self._read_by_loss)
+            )
         else:
             run()
         told = self._last_told(how, losses)

@@ -58,12 +58,20 @@ def recorded(
 
 @dataclass
 class Step:
-    """A step that `run` makes: the stages of this rank, the losses, and what gets gradients."""
+    """A step that `run` makes: the stages of this rank, the losses, and what gets gradients: the parameters
+    of the stages, and those that the loss function has read besides.
+    """
 
     run: Run
     stages: Sequence[BuiltStage]
     losses: Losses
     parameters: Sequence[torch.Tensor]
+    of_loss: Sequence[torch.Tensor] = ()
+
+    @property
+    def graded(self) -> list[torch.Tensor]:
+        """Each tensor that gets a gradient, once."""
+        return list(dict.fromkeys([*self.parameters, *self.of_loss]))
 
     @property
     def data(self) -> tuple[Any, ...]:
@@ -105,6 +113,8 @@ class StepGraphs:
         """The step is made. Raises StagecutError for one that cannot be recorded."""
         key = _key(step)
         self._runs[key] += 1
+        if key in self._recordings and not self._recordings[key].fits():
+            del self._recordings[key]
         if key not in self._recordings:
             if self._runs[key] <= WARM_UP or len(self._recordings) == MOST:
                 with self._beside():
@@ -133,18 +143,23 @@ class _Recording:
 
     def __init__(self, step: Step, record: Record) -> None:
         given, left = step.data, step.left
-        held: Grads = {parameter: parameter.grad for parameter in step.parameters}
+        held: Grads = {parameter: parameter.grad for parameter in step.graded}
         device = step.stages[0].device
         self._own = tree_map(lambda leaf: _own(leaf, device), given)
         step.data = self._own
-        for parameter in step.parameters:
+        for parameter in held:
             parameter.grad = None
         self._replay, _ = record(step.run)
         self._left = step.left
-        self._grads: Grads = {p: p.grad for p in step.parameters}
+        self._grads: Grads = {parameter: parameter.grad for parameter in held}
+        self._weights = [_weight(parameter) for parameter in held]
         step.data, step.left = given, left
         for parameter, grad in held.items():
             parameter.grad = grad
+
+    def fits(self) -> bool:
+        """False where a weight lies elsewhere by now, or was frozen or unfrozen."""
+        return self._weights == [_weight(parameter) for parameter in self._grads]
 
     def replay(self, step: Step) -> None:
         """The step is made with the micro-batches that `step` has now."""
@@ -196,11 +211,15 @@ def _key(step: Step) -> Any:
         str(spec),
         *map(_form, leaves),
         *(part.training for part in modules),
-        *((p.data_ptr(), p.requires_grad) for p in step.parameters),
+        *map(_weight, step.parameters),
         *(buffer.data_ptr() for buffer in buffers),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
     )
+
+
+def _weight(parameter: torch.Tensor) -> tuple[int, bool]:
+    return parameter.data_ptr(), parameter.requires_grad
 
 
 def _form(leaf: Any) -> Any:
@@ -226,7 +245,7 @@ def refuse_unrecordable(step: Step) -> None:
                 raise _unrecordable(
                     f"{type(part).__name__} is around stage {stage.stage_index}"
                 )
-    for parameter in step.parameters:
+    for parameter in step.graded:
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise _unrecordable("a parameter has hooks, which run in Python")
     leaves, _ = tree_flatten(step.data)
