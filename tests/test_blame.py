@@ -46,7 +46,7 @@ from stagecut.frontend.lower import (
     subclasses,
     types,
 )
-from stagecut.frontend.watch import attributes, forbidden, generators, known, line, training, watch
+from stagecut.frontend.watch import attribute_reads, attributes, forbidden, generators, known, line, training, watch
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
 from stagecut.ir.errors import StagecutError
@@ -247,6 +247,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (fx_run._WriteObserver.see, cut_graph),
     (functions._one_op, cut),
     (functions._function_fake, cut),
+    (attribute_reads.AttributeReads.remembered, cut),
     (attributes.Containers._keep, cut),
     (source.user_line, cut),
     (known.KnownValues.value, ask),
