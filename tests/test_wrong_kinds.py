@@ -40,8 +40,8 @@ class Two(nn.Module):
         ({"routes": ["x"]}, r"routes=\['x'\] is a list"),
         ({"tied": None}, "tied=None is not known"),
         ({"stages": 2, "leaf_modules": "a"}, r"no list of paths\n  try: leaf_modules=\['a'\]"),
-        ({"split_policy": Balanced(2, profile_on="nowhere")}, "profile_on='nowhere' is no device of torch"),
-        ({"split_policy": Balanced(2, profile_on="cuda:99")}, "profile_on='cuda:99' is no device of torch"),
+        ({"split_policy": Balanced(2, profile_on="nowhere")}, "profile_on='nowhere' is no device of this machine"),
+        ({"split_policy": Balanced(2, profile_on="cuda:99")}, "profile_on='cuda:99' is no device of this machine"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_named(options: dict[str, Any], words: str) -> None:
