@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
-
 from stagecut.ir.errors import StagecutError
 
 MOST = 100
 """Containers of more parts are not remembered."""
 
-_SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_SIMPLE = (int, float, complex, str, bytes, type(None))
+_SIMPLE_OF_TORCH = ("torch.dtype", "torch.device")
+"""By name: a program from a cache is read without torch."""
 
 
 class ChangedError(StagecutError):
@@ -81,9 +81,12 @@ def remembered(path: str, module: Any, name: str) -> Remembered | None:
 
 def _is_plain(value: Any) -> bool:
     """True for numbers and texts, and for containers of these that are not large."""
+    kind = type(value)
     if value is _ABSENT or isinstance(value, _SIMPLE):
         return True
-    if type(value) not in (list, tuple, set, frozenset, dict) or len(value) > MOST:
+    if f"{kind.__module__}.{kind.__qualname__}" in _SIMPLE_OF_TORCH:
+        return True
+    if kind not in (list, tuple, set, frozenset, dict) or len(value) > MOST:
         return False
     if isinstance(value, dict):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
