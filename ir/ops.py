@@ -291,6 +291,15 @@ def facts_of(name: str) -> Facts:
     return FACTS.get(name, NOTHING)
 
 
+ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""The arguments of scaled_dot_product_attention, in order."""
+
+
+def attention_arguments(op: Op) -> dict[str, Any]:
+    """The arguments of a scaled_dot_product_attention by name, as far as they are given."""
+    return dict(zip(ATTENTION_ARGUMENTS, op.args, strict=False)) | op.kwargs
+
+
 def base_name(op: Op) -> str:
     """The name of an op of torch without namespace and overload, however the op is spelled. '' for an op that
     is not torch's.

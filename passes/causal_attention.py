@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecut.ir.graph import CAUSAL, Op, Program, Value
-from stagecut.ir.ops import facts
-
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+from stagecut.ir.ops import ATTENTION_ARGUMENTS, attention_arguments, facts
 
 MaskKind = Callable[[Value, Value, Value, Value, Value], str | None]
 """A mask, and the query, key, value and result of its attention -> CAUSAL or OPEN where the attention can do
@@ -46,7 +44,7 @@ class CausalAttention:
         return [op for op in program.ops if facts(op).attention and self._unmask(op)]
 
     def _unmask(self, op: Op) -> bool:
-        arguments = dict(zip(_NAMES, op.args, strict=False)) | op.kwargs
+        arguments = attention_arguments(op)
         read = [arguments.get(name) for name in ("attn_mask", "query", "key", "value")]
         values = [operand for operand in read if isinstance(operand, Value)]
         # other kernels draw other numbers
@@ -66,7 +64,7 @@ class CausalAttention:
 def _set_argument(op: Op, name: str, value: Any) -> None:
     """The op has this argument, by position where it had it by position."""
     args, kwargs = list(op.args), dict(op.kwargs)
-    position = _NAMES.index(name)
+    position = ATTENTION_ARGUMENTS.index(name)
     if position < len(args):
         args[position] = value
     else:

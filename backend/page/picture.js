@@ -95,18 +95,7 @@ class Picture {
   drag(start) {
     if (start.button) return;
     const unit = 1 / this.svg.getScreenCTM().a, {x, y} = this.box;
-    const move = (e) => {
-      const dx = e.clientX - start.clientX, dy = e.clientY - start.clientY;
-      if (Math.hypot(dx, dy) > 4) this.frame.classList.add("dragged");
-      if (this.frame.classList.contains("dragged")) this.set({...this.box, x: x - dx * unit, y: y - dy * unit});
-    };
-    const stop = () => {
-      removeEventListener("pointermove", move);
-      removeEventListener("pointerup", stop);
-      setTimeout(() => this.frame.classList.remove("dragged"));
-    };
-    addEventListener("pointermove", move);
-    addEventListener("pointerup", stop);
+    follow(this.frame, start, Math.hypot, (dx, dy) => this.set({...this.box, x: x - dx * unit, y: y - dy * unit}));
   }
 }
 
@@ -210,4 +199,20 @@ function markPictures(what) {
     picture.show(chosen);
   }
   lanes?.mark(what);
+}
+
+// Until the pointer is up, `moved` is told how far it is from where it was pressed, once that is as far as a drag.
+function follow(frame, start, far, moved) {
+  const move = (event) => {
+    const dx = event.clientX - start.clientX, dy = event.clientY - start.clientY;
+    if (far(dx, dy) > 4) frame.classList.add("dragged");
+    if (frame.classList.contains("dragged")) moved(dx, dy);
+  };
+  const stop = () => {
+    removeEventListener("pointermove", move);
+    removeEventListener("pointerup", stop);
+    setTimeout(() => frame.classList.remove("dragged"));
+  };
+  addEventListener("pointermove", move);
+  addEventListener("pointerup", stop);
 }

@@ -135,18 +135,7 @@ class Lanes {
   drag(start) {
     if (start.button) return;
     const [begin, end] = this.view, unit = (end - begin) / this.wide;
-    const move = (event) => {
-      const far = event.clientX - start.clientX;
-      if (Math.abs(far) > 4) this.frame.classList.add("dragged");
-      if (this.frame.classList.contains("dragged")) this.set(begin - far * unit, end - far * unit);
-    };
-    const stop = () => {
-      removeEventListener("pointermove", move);
-      removeEventListener("pointerup", stop);
-      setTimeout(() => this.frame.classList.remove("dragged"));
-    };
-    addEventListener("pointermove", move);
-    addEventListener("pointerup", stop);
+    follow(this.frame, start, Math.abs, (dx) => this.set(begin - dx * unit, end - dx * unit));
   }
 
   soon() {

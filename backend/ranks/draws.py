@@ -18,7 +18,7 @@ import torch
 
 from stagecut.backend.ranks.wire import Port
 from stagecut.ir.graph import Op, Program, Value
-from stagecut.ir.ops import facts
+from stagecut.ir.ops import attention_arguments, facts
 from stagecut.ir.types import TensorType
 
 _ODD = 0x9E3779B97F4A7C15
@@ -38,10 +38,10 @@ def _may_draw(op: Op) -> bool:
 
 
 def _is_attention_without_dropout(op: Op) -> bool:
-    """True for scaled_dot_product_attention whose dropout_p, the fifth argument, is 0 in either mode."""
+    """True for a scaled_dot_product_attention whose dropout_p is 0 in either mode."""
     if not facts(op).attention:
         return False
-    rate = op.args[4] if len(op.args) > 4 else op.kwargs.get("dropout_p", 0.0)
+    rate = attention_arguments(op).get("dropout_p", 0.0)
     return isinstance(rate, float) and rate == 0.0
 
 

@@ -145,7 +145,8 @@ class Driver:
         self._share = share_losses
         self._eval_mode = eval_mode
         self._normalize_by = normalize_by
-        self._looked, self._read_by_loss = set[str](), list[torch.Tensor]()
+        self._looked = set[str]()
+        self._read_by_loss: list[torch.Tensor] = []
         self.losses: Losses | None = None
         if loss_fn is not None:
             self.losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
@@ -179,7 +180,6 @@ class Driver:
         )
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
-        self._compiles = self._is_cold = compile
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
         self.gradients = Gradients(*shared)
@@ -331,10 +331,9 @@ class Driver:
             if stage.graphs is not None:
                 stage.graphs.begin(stage.submod)
         with self.faults.together(agreed=(StaleError,)):
-            if self._is_cold and how == "step" and losses is not None:
+            if how == "step" and losses is not None:
                 for stage in stages:
                     stage.warm_up()
-                self._is_cold = False
             step_losses = self._microbatches(schedule, stages, how, losses)
         if not self.is_last:
             return None, step_losses
@@ -474,7 +473,6 @@ class Driver:
                     hint="another number of micro-batches, or another schedule",
                 ) from None
             self._schedules[key] = schedule, stages
-            self._is_cold = self._compiles
         for stage in self._schedules[key][1]:
             stage.resize(sizes)
         return self._schedules[key]

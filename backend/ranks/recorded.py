@@ -178,7 +178,7 @@ class _Recording:
         self._replay()
         for parameter, grad in self._grads.items():
             _give(parameter, grad, before.get(parameter))
-        step.left = tree_map(_copied, self._left)
+        step.left = tree_map(copied, self._left)
 
 
 def _give(
@@ -197,7 +197,8 @@ def _own(leaf: Any, device: torch.device) -> Any:
     return leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 

@@ -135,6 +135,7 @@ class BuiltStage(PipelineStage):
         self.awaits_values = False
         """True until a stage that was on meta has run."""
         self.graphs: Graphs | None = None
+        self._is_warm = False
         self._graph_chunks: set[int] = set()
         """The micro-batches of this step whose forward was run by graphs."""
         self._ports: list[_Ports] = []
@@ -304,8 +305,9 @@ class BuiltStage(PipelineStage):
         """The functions of graphs are compiled for the first micro-batch. All ranks do so at once: in a
         schedule each would wait for the one before it.
         """
-        if self.graphs is None or self.awaits_values:
+        if self.graphs is None or self._is_warm or self.awaits_values:
             return
+        self._is_warm = True
         self._turn_to(0)
         values = {v: self.microbatches[0][i] for i, v in self._fed_inputs}
         values |= {p.value: p.stand_in(self.device) for p in self.received}

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from stagecut.backend.progress import first_call
-from stagecut.backend.ranks.recorded import Record, Replay, recorded
+from stagecut.backend.ranks.recorded import Record, Replay, copied, recorded
 from stagecut.backend.stages.crossing import written_inputs
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.graph import Program
@@ -69,7 +69,7 @@ class Recording:
         for place, own in self._own.items():
             own.copy_(arguments[place])
         self._replay()
-        return tree_map(_copied, self._results)
+        return tree_map(copied, self._results)
 
 
 class Graphed:
@@ -138,7 +138,3 @@ class Ready:
             if isinstance(run, Recording):
                 self._run = run
         return run(*arguments)
-
-
-def _copied(result: Any) -> Any:
-    return result.clone() if isinstance(result, torch.Tensor) else result

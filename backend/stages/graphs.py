@@ -238,7 +238,7 @@ class Graphs:
         them. Gradients, state and random numbers are as they were. The inputs may be made up: a stage that
         cannot take them is left as it was.
         """
-        if self.note or self._pure is None:
+        if self.note or self._pure is None or not self._code.compiled:
             return
         written = [slot.tensor for slot in self._pure.slots if slot.written]
         before = [tensor.clone() for tensor in written]

@@ -22,7 +22,7 @@ class RoleCode:
     """Emits roles. Each distinct code is one function, compiled once where `compiled` says so."""
 
     def __init__(self, compiled: bool = False) -> None:
-        self._compiled = compiled
+        self.compiled = compiled
         self._functions: dict[tuple[str, torch.device], Function] = {}
 
     def function(self, block: Block, bindings: Bindings) -> Function:
@@ -37,7 +37,7 @@ class RoleCode:
 
     def _ready(self, stage: Stage) -> Function:
         function: Function = stage.forward
-        if not self._compiled:
+        if not self.compiled:
             return function
         # random numbers are those of the eager run
         compiled = torch.compile(
