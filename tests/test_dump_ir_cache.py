@@ -278,7 +278,7 @@ def test_no_cache_neither_reads_nor_writes(folder: Path, ask: Ask) -> None:
 SURPRISES = {
     "it changes while it is traced": "open(__file__, 'a').write('#')",
     "a file that it reads is gone": "open(HERE / 'gone').close(); (HERE / 'gone').unlink()",
-    "it asks another program": "import subprocess; subprocess.run(['true'])",
+    "it asks another program": "import subprocess, sys; subprocess.run([sys.executable, '-c', ''])",
     "it asks the network": "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError: pass",
     "a module appears meanwhile": "(HERE / 'late.py').touch()",
     "a file that it asked for appears": "(HERE / 'later').exists(); (HERE / 'later').touch()",
