@@ -28,6 +28,9 @@ BY_MODE = "stagecut.by_mode"
 <0>, <1>, [operands]).
 """
 
+CALL = "stagecut.call"
+"""Target of the op that calls a function, its one region: ([operands], [state])."""
+
 CAUSAL, OPEN = "causal", "open"
 """Kinds of attention masks: one that hides just the future, one that hides nothing."""
 
@@ -429,7 +432,7 @@ class Op:
             effects=self.effects.substitute(swap),
             place=self.place,
             form=self.form,
-            regions=tuple(region.copy() for region in self.regions),
+            regions=tuple(map(_of_twin, self.regions)),
         )
         twin.origin = self.origin or self
         for result in self.results:
@@ -527,12 +530,21 @@ class Block:
         return Block(self.name, inputs, ops, substitute(self.outputs, swap))
 
 
-def nested_ops(ops: Iterable[Op]) -> Iterator[Op]:
-    """The ops, each followed by the ops of its regions."""
+def nested_ops(
+    ops: Iterable[Op], known: dict[Block, None] | None = None
+) -> Iterator[Op]:
+    """The ops, each followed by the ops of its regions; those of a function once. `known` are the functions
+    that are left out, and learns the others, each behind those that it calls.
+    """
+    known = {} if known is None else known
     for op in ops:
         yield op
         for region in op.regions:
-            yield from nested_ops(region.ops)
+            if region in known:
+                continue
+            yield from nested_ops(region.ops, known)
+            if isinstance(region, Function):
+                known[region] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -576,6 +588,51 @@ class StateEntry:
     def requires_grad(self) -> bool:
         """True when the tensor is trained."""
         return carries_grad(self.type)
+
+
+class Function(Block):
+    """A block that many ops call, each with operands of its own. It sees its inputs and its state.
+
+    state: what it reads of the module that a call stands in, under its names below that module. The ops have
+    places below that call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Iterable[Value] = (),
+        ops: Iterable[Op] = (),
+        outputs: Any = (),
+        state: Iterable[StateEntry] = (),
+    ) -> None:
+        super().__init__(name, inputs, ops, outputs)
+        self.state = list(state)
+
+    @property
+    def sees(self) -> list[Value]:
+        """What the ops may read besides what they define: the inputs, then the state."""
+        return [*self.inputs, *(entry.value for entry in self.state)]
+
+
+def _of_twin(region: Block) -> Block:
+    """The region of an op's twin: a function is called by both."""
+    return region if isinstance(region, Function) else region.copy()
+
+
+def function_of(op: Op) -> Function | None:
+    """The function that an op calls; None for an op that is no call."""
+    if op.target != CALL or len(op.regions) != 1:
+        return None
+    (function,) = op.regions
+    return function if isinstance(function, Function) else None
+
+
+def functions_of(ops: Iterable[Op]) -> list[Function]:
+    """The functions that ops call, each behind those that it calls."""
+    known: dict[Block, None] = {}
+    for _ in nested_ops(ops, known):
+        pass
+    return [block for block in known if isinstance(block, Function)]
 
 
 class Stage(Block):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import PassError
-from stagecut.ir.graph import Program
+from stagecut.ir.graph import CALL, Program
 from stagecut.ir.text.printer import text
 from stagecut.passes.base import Pass
 
@@ -37,6 +37,11 @@ def run_passes(
     With `check`, the program is verified before the first pass and after every pass, and a pass must say
     truly whether it changed the program. PassError or VerifyError names the pass at fault.
     """
+    if any(op.target == CALL for op in program.all_ops()):
+        raise PassError(
+            "passes take the long form of a program, this one calls functions",
+            hint="unfold(program) gives it",
+        )
     if check:
         verify(program)
     records = []

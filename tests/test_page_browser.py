@@ -10,6 +10,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from pages import History, linked, long, tampered
 
+from stagecut.backend.page import page as page_module
 from stagecut.backend.page.page import to_html
 from stagecut.backend.pictures.dot import to_svg
 from stagecut.ir.graph import Program
@@ -66,6 +67,13 @@ def _search(page: Page, text: str) -> None:
     page.wait("document.activeElement.id === 'query'")
     page.write(text)
     page.wait("!document.getElementById('found').hidden")
+
+
+def test_long_data_is_deflated(show: Callable[..., Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "PACKED", 0)
+    page = show(*linked())
+    page.wait("document.querySelectorAll('#costs tbody tr').length === 3")
+    assert page.run("'packed' in document.getElementById('data').dataset")
 
 
 def test_it_opens(show: Callable[..., Page]) -> None:

@@ -4,7 +4,15 @@
 /** An element of the page itself: a picture may have the same id. */
 const at = (id) => document.querySelector(`#${id}:not(svg, svg *)`);
 
-const DATA = JSON.parse(at("data").textContent);
+/** A text that was deflated, in base64. */
+async function unpacked(packed) {
+  const all = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([all]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).text();
+}
+
+const TEXT = at("data").textContent;
+const DATA = JSON.parse("packed" in at("data").dataset ? await unpacked(TEXT) : TEXT);
 const string = (number) => DATA.strings[number];
 
 const ops = DATA.ops.map(([stage, target, module, loc, line], number) => (

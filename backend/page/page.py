@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from html import escape
@@ -77,14 +78,14 @@ def to_html(
     the lines of Python that ops come from, with those around them, where they can be read.
     """
     title = title or f"stagecut: {program.name}"
-    script = f"(() => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
+    script = f"(async () => {{\n{''.join(_read(name) for name in _SCRIPTS)}}})();\n"
     parts = {
         "title": escape(title),
         "hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": _read("page.css"),
         "graph": _picture(graph_svg),
         "timeline": _picture(timeline_svg),
-        "data": _json(page_data(history, program, report, measured, against, source)),
+        "data": _data(page_data(history, program, report, measured, against, source)),
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
@@ -102,6 +103,20 @@ def _picture(svg: str | None) -> str:
             "the picture is no SVG", hint="to_svg and Timeline.to_svg make one"
         )
     return picture[0]
+
+
+PACKED = 2**18
+"""Characters of data from which on the page holds them deflated."""
+
+
+def _data(data: Any) -> str:
+    """The element with the data of the page: JSON, or where that is long, JSON deflated, in base64."""
+    text = _json(data)
+    form = ""
+    if len(text) > PACKED:
+        form = " data-packed"
+        text = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return f'<script type="application/json" id="data"{form}>{text}</script>'
 
 
 def _read(name: str) -> str:

@@ -6,13 +6,6 @@ const TRY = DATA.units;
 const units = (TRY?.units ?? []).map(([name, device, host, crossing, fixed, kept, shared, passing]) => (
   {name, device, host, crossing, fixed, kept, shared, passing}));
 
-/** The texts of the orders, unpacked by the browser. */
-async function unpacked(packed) {
-  const all = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
-  const stream = new Blob([all]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return (await new Response(stream).text()).split("\n\n");
-}
-
 const delayOf = (size) => size / TRY.device.link_bandwidth + TRY.device.link_latency;
 
 /** Where units begin that make so many stages, the slowest of which is as fast as can be. Its time is that of its units, of the device
@@ -167,7 +160,7 @@ const TRY_NOTE = "Predicted in this page from the costs of the ops, as pipe.repo
 
 if (TRY && lanes && TRY.keys.length && typeof DecompressionStream === "function") {
   unpacked(TRY.orders).then((texts) => {
-    new WhatIf(at("try"), texts);
+    new WhatIf(at("try"), texts.split("\n\n"));
   });
   document.querySelector("#whatif").hidden = false;
 }

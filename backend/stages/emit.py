@@ -27,6 +27,7 @@ from stagecut.ir.aliases import unwritten, written_in
 from stagecut.ir.errors import EmitError
 from stagecut.ir.graph import (
     BY_MODE,
+    CALL,
     Block,
     Context,
     Kind,
@@ -74,6 +75,11 @@ def emit(
         raise EmitError(
             f"only a linked program can be emitted, this one is {program.phase}",
             hint="run all passes first",
+        )
+    if any(op.target == CALL for op in program.all_ops()):
+        raise EmitError(
+            "stages are made of the long form of a program, this one calls functions",
+            hint="unfold(program) gives it",
         )
     emitter = _Emitter(program, bindings)
     return [

@@ -13,6 +13,9 @@ In every phase
   V18 an op that is another in each mode has a flag, two regions and the operands that are their parameters;
       each yields its results
   V19 the samples of a batch lie along a dim that the input or output has
+  V27 a call gives its function operands and state of the types that it declares, the state from below the
+      module of the call, and has its results; a function sees only its inputs and its state, and no two have
+      one name
   V25 a lane is an input and an output of one dtype, neither of them in another lane
 Until `partitioned`
   V8  a traced program has no stages and no transfers
@@ -48,10 +51,12 @@ from stagecut.ir.check.backward import backward_faults
 from stagecut.ir.errors import VerifyError
 from stagecut.ir.graph import (
     BY_MODE,
+    CALL,
     LINKED,
     ROLES,
     SPLIT,
     Block,
+    Function,
     Mode,
     Op,
     Program,
@@ -60,8 +65,12 @@ from stagecut.ir.graph import (
     StateEntry,
     Transfer,
     Value,
+    function_of,
+    functions_of,
+    leaves,
     literals,
     nested_ops,
+    scope_fqn,
 )
 from stagecut.ir.lanes import goes_on, touching
 from stagecut.ir.text.printer import line_printer
@@ -106,6 +115,7 @@ def _ops(program: Program) -> Iterator[tuple[str, str]]:
     repeated = len(set(program.inputs)) < len(program.inputs)
     if repeated or any(value.owner is not None for value in program.inputs):
         yield "V3", "an input is listed twice, or defined by an op or a state entry"
+    yield from _functions(program)
     yield from _block(program, program, defined)
     defined.update(program.cotangents)
     for _, block in program.backward_blocks():
@@ -229,8 +239,47 @@ def _regions(program: Program, op: Op) -> Iterator[tuple[str, str]]:
     for ref in literals((op.args, op.kwargs)):
         if isinstance(ref, RegionRef) and not 0 <= ref.index < len(op.regions):
             yield "V6", f"region <{ref.index}> does not exist in {_show(program, op)}"
+    if op.target == CALL:
+        yield from _call(program, op)
+        return
     for region in op.regions:
         yield from _block(program, region, set(region.inputs))
+
+
+def _functions(program: Program) -> Iterator[tuple[str, str]]:
+    """The faults in functions, each looked at once."""
+    functions = functions_of(program.all_ops())
+    count = Counter(function.name for function in functions)
+    for function in functions:
+        if count[function.name] > 1:
+            yield "V27", f"two functions are named '{function.name}'"
+        yield from _block(program, function, set(function.sees))
+
+
+def _call(program: Program, op: Op) -> Iterator[tuple[str, str]]:
+    function = function_of(op)
+    if function is None or [*map(type, op.args)] != [list, list] or op.kwargs:
+        yield "V27", f"not a call of one function in {_show(program, op)}"
+        return
+    given = [value.type for value in op.operands]
+    if given != [value.type for value in function.sees]:
+        yield "V27", f"other operands than the function takes in {_show(program, op)}"
+        return
+    results = [value.type for value in leaves(function.outputs)]
+    if [value.type for value in op.results] != results:
+        yield "V27", f"other results than the function has in {_show(program, op)}"
+    path = scope_fqn(op.scope)
+    for value, entry in zip(op.args[1], function.state, strict=True):
+        if f"{path}.{entry.name}" not in _names(value):
+            yield (
+                "V27",
+                f"{value!r} is not '{entry.name}' of the module, in {_show(program, op)}",
+            )
+
+
+def _names(value: Value) -> tuple[str, ...]:
+    """The names of a state entry, given by its value; none for another value."""
+    return value.owner.names if isinstance(value.owner, StateEntry) else ()
 
 
 def _every_op(program: Program) -> Iterator[Op]:
@@ -251,7 +300,10 @@ def _uses(program: Program) -> Iterator[tuple[str, str]]:
     values += program.cotangents
     for op in _every_op(program):
         values.extend(op.definitions())
-        values.extend(param for region in op.regions for param in region.inputs)
+        for region in op.regions:
+            values.extend(
+                region.sees if isinstance(region, Function) else region.inputs
+            )
         for value in op.reads:
             real.setdefault(value, set()).add(op)
     for value in values:
@@ -470,7 +522,9 @@ def _is_recomputed(program: Program, transfer: Transfer) -> bool:
     op, copy = transfer.value.owner, transfer.recomputed.owner
     if not isinstance(op, Op) or not isinstance(copy, Op) or op.has_effect:
         return False
-    return op.target == copy.target and copy in program.stages[target].ops
+    if copy not in program.stages[target].ops:
+        return False
+    return op.target == copy.target or CALL in (op.target, copy.target)
 
 
 def _port_order(program: Program, homes: dict[Value, int]) -> Iterator[tuple[str, str]]:

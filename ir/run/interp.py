@@ -29,6 +29,7 @@ from stagecut.ir.graph import (
     StateEntry,
     Token,
     Value,
+    function_of,
     transform,
 )
 from stagecut.ir.run.bindings import Bindings
@@ -144,6 +145,11 @@ class Machine:
             transform(tree, lambda leaf: self._leaf(leaf, env, functions))
             for tree in (op.args, op.kwargs)
         )
+        function = function_of(op)
+        if function is not None:
+            operands, state = args
+            env = dict(zip(function.sees, (*operands, *state), strict=True))
+            return self.call(function, env)
         check_op(op)
         kind, name = op.target.kind, op.target.name
         if kind is Kind.METHOD:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from stagecut.ir.errors import ParseError, nearest
 from stagecut.ir.graph import (
+    CALL,
     CONTEXTS,
     KINDS,
     LINKED,
@@ -22,6 +23,7 @@ from stagecut.ir.graph import (
     Context,
     Effects,
     Frame,
+    Function,
     Lane,
     Loc,
     Mode,
@@ -36,7 +38,9 @@ from stagecut.ir.graph import (
     Token,
     Transfer,
     Value,
+    scope_fqn,
 )
+from stagecut.ir.text.groups import next_path
 from stagecut.ir.types import (
     DTYPES,
     SCALAR_KINDS,
@@ -51,6 +55,8 @@ MAX_DEPTH = 64
 """Deepest nesting of literals and regions that is read, and of modules in a scope or a name."""
 MAX_CONTEXTS = 16
 """Greatest number of contexts that one op stands in. Python nests at most twenty blocks."""
+MAX_SPAN = 100_000
+"""Greatest number of modules in a row that one line stands for."""
 MAX_SIZE = 4000
 """Length of the longest expression over sizes, in characters."""
 
@@ -98,7 +104,11 @@ class _Parser:
         self._values: dict[str, Value] = {}
         self._states: dict[str, StateEntry] = {}
         self._files: dict[str, str] = {}
+        self._functions: dict[str, Function] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._state_list: list[StateEntry] = []
         self._program = Program("")
+        self._program.state = self._state_list
         self._ended = ""
 
     # --- scanning -------------------------------------------------------------------------------
@@ -225,8 +235,10 @@ class _Parser:
             name = self._fresh()
             self._expect(":")
             self._define(name, program.add_input(self._type(), name))
-        elif self._accept("state"):
-            self._state()
+        elif self._state_line():
+            pass
+        elif self._accept("function"):
+            self._function()
         elif self._accept("lane"):
             self._lane()
         elif self._accept("stage"):
@@ -261,28 +273,117 @@ class _Parser:
             names += self._list(self._state_name)
         entry.names = tuple(names)
         entry.transient = self._transient(entry)
-        unique = -1 - len(self._program.state)
+        unique = -1 - len(self._state_list)
         entry.tensor = self._parenthesised_int("tensor", unique)
         entry.storage = self._parenthesised_int("storage", unique)
-        if self._accept("stages"):
-            self._expect("(")
-            entry.stages = tuple(self._list(self._int))
+        entry.stages = self._stages()
         if self._accept("share="):
             entry.share = self._word_among(SHARES, "share policy")
-        for name in names:
+        self._add_state(entry, start)
+
+    def _add_state(self, entry: StateEntry, start: int) -> None:
+        for name in entry.names:
             if name in self._states:
                 self._fail(f"state '{name}' is defined twice", start)
             self._states[name] = entry
-        self._program.state.append(entry)
+        self._state_list.append(entry)
+
+    def _state_line(self) -> bool:
+        """True when the line defines state, which is read then."""
+        if self._accept("state"):
+            self._state()
+        elif self._accept("states"):
+            self._states_of()
+        else:
+            return False
+        return True
+
+    def _states_of(self) -> None:
+        """The state that a function reads, of the module at a path, or of modules in a row."""
+        start = self._next_position()
+        paths = self._paths()
+        self._expect("of")
+        function = self._function_name()
+        stages = self._stages()
+        for path in paths:
+            if path in self._groups:
+                self._fail(f"the state of '{path}' is defined twice", start)
+            self._groups[path] = []
+            for wanted in function.state:
+                name = f"{path}.{wanted.name}"
+                self._check_path(name, start)
+                unique = -1 - len(self._state_list)
+                entry = StateEntry(
+                    (name,),
+                    wanted.kind,
+                    wanted.type,
+                    frozenset((name,) if wanted.transient else ()),
+                    unique,
+                    unique,
+                    stages,
+                )
+                self._add_state(entry, start)
+                self._groups[path].append(name)
+
+    def _stages(self) -> tuple[int, ...]:
+        """The stages that a clause lists, none without one."""
+        if not self._accept("stages"):
+            return ()
+        self._expect("(")
+        return tuple(self._list(self._int))
+
+    def _paths(self) -> list[str]:
+        """A path, or those from `@layers.0-7`."""
+        start = self._next_position()
+        paths = [self._fqn()]
+        if not self._source.startswith("-", self._pos):
+            return paths
+        self._pos += 1
+        last = self._int()
+        while not paths[-1].endswith(f".{last}"):
+            following = next_path(paths[-1])
+            if following is None or len(paths) > MAX_SPAN:
+                self._fail("not the paths of modules in a row", start)
+            paths.append(following)
+        return paths
+
+    def _function(self) -> None:
+        """A function: names in it are its own."""
+        name = self._need(_PATH, "a name")
+        if name[0] in self._functions:
+            self._fail(f"function '{name[0]}' is defined twice", name.start())
+        outer = self._values, self._states, self._state_list, self._groups
+        self._values, self._states, self._state_list, self._groups = {}, {}, [], {}
+        self._expect("(")
+        function = Function(name[0], self._list(self._param))
+        self._expect("{")
+        while True:
+            self._skip(_BLANK)
+            if not self._state_line():
+                break
+        function.state = self._state_list
+        function.ops = self._ops("yield")
+        function.set_outputs(self._tree())
+        self._skip(_BLANK)
+        self._expect("}")
+        self._values, self._states, self._state_list, self._groups = outer
+        self._functions[name[0]] = function
+
+    def _function_name(self) -> Function:
+        name = self._need(_PATH, "the name of a function")
+        if name[0] not in self._functions:
+            self._fail(
+                f"unknown function '{name[0]}': {nearest(name[0], self._functions)}",
+                name.start(),
+            )
+        return self._functions[name[0]]
 
     def _lane(self) -> None:
         lane = Lane(self._value())
         if self._accept("->"):
             self._expect("output")
             lane.left = self._int()
-        if self._accept("stages"):
-            self._expect("(")
-            lane.stages = tuple(self._list(self._int))
+        lane.stages = self._stages()
         self._program.lanes.append(lane)
 
     def _word_among(self, words: tuple[str, ...], what: str) -> str:
@@ -348,13 +449,15 @@ class _Parser:
     def _holds(self, stage: Stage) -> None:
         while True:
             start = self._next_position()
-            name = self._fqn()
-            if name not in self._states:
-                self._fail(
-                    f"unknown state '{name}': {nearest(name, self._states)}", start
-                )
-            entry = self._states[name]
-            stage.state[entry] = (*stage.state.get(entry, ()), name)
+            for path in self._paths():
+                for name in self._groups.get(path, [path]):
+                    if name not in self._states:
+                        self._fail(
+                            f"unknown state '{name}': {nearest(name, self._states)}",
+                            start,
+                        )
+                    entry = self._states[name]
+                    stage.state[entry] = (*stage.state.get(entry, ()), name)
             if not self._accept(","):
                 return
 
@@ -445,9 +548,13 @@ class _Parser:
                 break
             if not self._source.startswith("%", self._next_position()):
                 self._fail("expected a value name such as %x")
-        target = self._target()
+        start = self._next_position()
+        function = self._function_name() if self._accept("call") else None
+        target = CALL if function is not None else self._target()
         self._expect("(")
         args, kwargs = self._arguments()
+        if function is not None:
+            args, kwargs = ([*args],), {}
         types: list[Type] = []
         if names:
             self._expect(":")
@@ -455,7 +562,20 @@ class _Parser:
             while len(types) < len(names):
                 self._expect(",")
                 types.append(self._type())
-        return self._clauses(target, args, kwargs, names, types)
+        op = self._clauses(target, args, kwargs, names, types)
+        if function is not None:
+            op.regions = (function,)
+            op.set_operands((*args, self._state_of(op, function, start)), {})
+        return op
+
+    def _state_of(self, op: Op, function: Function, start: int) -> list[Value]:
+        """The state that a call reads: it stands at the path of its module."""
+        path = scope_fqn(op.scope)
+        names = [f"{path}.{entry.name}" for entry in function.state]
+        for name in names:
+            if name not in self._states:
+                self._fail(f"function '{function.name}' reads '{name}' here", start)
+        return [self._states[name].value for name in names]
 
     def _target(self) -> str:
         start = self._next_position()

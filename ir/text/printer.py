@@ -13,10 +13,12 @@ from itertools import chain, groupby
 from typing import Any
 
 from stagecut.ir.graph import (
+    CALL,
     LINKED,
     SPLIT,
     Block,
     Context,
+    Function,
     Kind,
     Lane,
     Mode,
@@ -32,8 +34,11 @@ from stagecut.ir.graph import (
     Token,
     Transfer,
     Value,
+    function_of,
+    functions_of,
     nested_ops,
 )
+from stagecut.ir.text.groups import Span, StateGroup, spans, state_groups
 from stagecut.ir.types import value_bytes
 
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
@@ -67,6 +72,12 @@ def _quoted(name: str) -> str:
     if _PLAIN_FQN.match(name):
         return name
     return json.dumps(name)
+
+
+def _span_text(span: Span) -> str:
+    """The paths of modules in a row: `@layers.0-7`."""
+    path = fqn_text(span.groups[0].path)
+    return f"{path}-{span.last}" if span.last else path
 
 
 def fingerprint(program: Program) -> str:
@@ -115,6 +126,15 @@ def file_names(ops: Iterable[Op]) -> dict[str, str]:
     return names
 
 
+def shape(function: Function) -> str:
+    """A function as text in which values have numbers for names: equal where two functions do the same to
+    their inputs and their state.
+    """
+    printer = Printer(Program(""))
+    printer.name_function(function, numbers=True)
+    return "\n".join(printer.function(function))
+
+
 class Printer:
     """The names of a program's values, and its ops as text."""
 
@@ -136,12 +156,29 @@ class Printer:
         for _, block in program.backward_blocks():
             for op in block.ops:
                 self._name_op(op, namer)
+        self._functions = functions_of(program.all_ops())
+        for function in self._functions:
+            self.name_function(function)
+        self._groups: dict[StateEntry, StateGroup] = {}
+        if self._functions:
+            self._groups = state_groups(program.state, program.all_ops())
 
-    def _name(self, value: Value, namer: Namer) -> None:
+    def name_function(self, function: Function, numbers: bool = False) -> None:
+        """The values of a function have names of their own: their hints, or just numbers."""
+        free = Namer()
+        namer = (lambda hint: free("")) if numbers else free
+        for entry in function.state:
+            self.names[entry.value] = fqn_text(entry.name)
+        for value in function.inputs:
+            self._name(value, namer)
+        for op in function.ops:
+            self._name_op(op, namer)
+
+    def _name(self, value: Value, namer: Callable[[str], str]) -> None:
         self.names[value] = "%" + namer(value.hint)
 
-    def _name_op(self, op: Op, namer: Namer) -> None:
-        for region in op.regions:
+    def _name_op(self, op: Op, namer: Callable[[str], str]) -> None:
+        for region in () if op.target == CALL else op.regions:
             for value in region.inputs:
                 self._name(value, namer)
             for inner in region.ops:
@@ -164,9 +201,11 @@ class Printer:
         """The lines of the program before its ops."""
         for path, short in self._files.items():
             yield f"file {short} {json.dumps(path)}"
+        for function in self._functions:
+            yield from self.function(function)
         for value in self._program.inputs:
             yield f"input {self._typed(value)}"
-        yield from self._state(self._program.state)
+        yield from self._state(self._program.state, self._groups)
         for lane in self._program.lanes:
             yield self._lane(lane)
 
@@ -234,7 +273,7 @@ class Printer:
             if value in touched:
                 yield f"input {self._typed(value)}"
         state = [entry for entry in self._program.state if entry.value in touched]
-        yield from self._state(state)
+        yield from self._state(state, {})
 
     def _kept_ops(self, ops: list[Op], kept: set[Op], indent: str) -> Iterator[str]:
         """The kept ops, and a comment for each run of others."""
@@ -246,10 +285,26 @@ class Printer:
             for op in ops_of_run:
                 yield from self._op(op, indent)
 
-    def _state(self, entries: list[StateEntry]) -> Iterator[str]:
+    def function(self, function: Function) -> Iterator[str]:
+        """A function: its inputs, the state that it reads below the module of a call, its ops."""
+        inputs = ", ".join(map(self._typed, function.inputs))
+        groups = state_groups(function.state, function.ops)
+        state = self._state(function.state, groups)
+        last = [f"yield {self._tree(function.outputs)}"]
+        head = f"function {function.name} ({inputs})"
+        yield from self._block(head, function, "", state, last)
+
+    def _state(
+        self, entries: list[StateEntry], groups: dict[StateEntry, StateGroup]
+    ) -> Iterator[str]:
         tensors = Counter(entry.tensor for entry in entries)
         storages = Counter(entry.storage for entry in entries)
-        for entry in entries:
+        for entry in spans(entries, groups):
+            if isinstance(entry, Span):
+                group = entry.groups[0]
+                line = f"states {_span_text(entry)} of {group.function.name}"
+                yield line + _stages(group.stages)
+                continue
             line = f"state {fqn_text(entry.name)} : {entry.kind} {entry.type}"
             others = entry.names[1:]
             if others:
@@ -259,17 +314,14 @@ class Printer:
                 line += f" tensor({entry.tensor})"
             if storages[entry.storage] > 1:
                 line += f" storage({entry.storage})"
-            if entry.stages:
-                line += f" stages({', '.join(map(str, entry.stages))})"
+            line += _stages(entry.stages)
             if entry.share:
                 line += f" share={entry.share}"
             yield line
 
     def _stage(self, stage: Stage) -> Iterator[str]:
-        names = list(chain.from_iterable(stage.state.values()))
-        first: list[str] = []
-        if names:
-            first.append(f"holds {_fqn_list(names)}")
+        names = [*self._held(stage)]
+        first = [f"holds {', '.join(names)}"] if names else []
         head = self._stage_head(stage)
         last: list[str] = []
         if stage.saved:
@@ -279,6 +331,14 @@ class Printer:
             names_saved = self._names_of(stage.saved)
             last.append(f"saves {names_saved}  # {size_text(nbytes)}")
         yield from self._block(head, stage, "", first, last)
+
+    def _held(self, stage: Stage) -> Iterator[str]:
+        """The names that the stage holds, with paths for those of groups."""
+        for entry in spans([*stage.state], self._groups):
+            if isinstance(entry, Span):
+                yield _span_text(entry)
+            else:
+                yield from map(fqn_text, stage.state[entry])
 
     def _backward(self, stage: Stage, block: Block) -> Iterator[str]:
         """A block of the backward of a stage."""
@@ -317,14 +377,13 @@ class Printer:
         line = f"lane {self.names[lane.given]}"
         if lane.left is not None:
             line += f" -> output {lane.left}"
-        if lane.stages:
-            line += f" stages({', '.join(map(str, lane.stages))})"
+        line += _stages(lane.stages)
         nbytes = value_bytes(lane.given.type)
         return f"{line}  # {size_text(nbytes)}"
 
     def _op(self, op: Op, indent: str) -> Iterator[str]:
         line = indent + self.op_line(op)
-        if not op.regions:
+        if not op.regions or op.target == CALL:
             yield line
             return
         yield line + " {"
@@ -340,6 +399,9 @@ class Printer:
         """The op's target applied to its operands."""
         if op.target == SPLIT:
             return "split"
+        function = function_of(op)
+        if function is not None:
+            return f"call {function.name}({self._names_of(op.args[0])})"
         args = [self._tree(operand) for operand in op.args]
         for key, operand in op.kwargs.items():
             args.append(f"{key}={self._tree(operand)}")
@@ -466,6 +528,11 @@ def _parts_text(parts: Iterable[Any], leaf: Callable[[Any], str]) -> str:
 
 def _fqn_list(names: Iterable[str]) -> str:
     return ", ".join(map(fqn_text, names))
+
+
+def _stages(stages: tuple[int, ...]) -> str:
+    """The clause that lists stages, '' for none."""
+    return f" stages({', '.join(map(str, stages))})" if stages else ""
 
 
 def _transient(entry: StateEntry) -> str:

@@ -207,6 +207,11 @@ def _add_model(group: Any) -> None:
         help="open a .pt2, which may run code that is inside",
     )
     group.add_argument(
+        "--unfold",
+        action="store_true",
+        help="the ops of every block, where blocks that do the same would be calls of one function",
+    )
+    group.add_argument(
         "--no-cache",
         action="store_true",
         help="trace, whatever the cache has, and leave it as it is",

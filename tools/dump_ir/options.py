@@ -20,7 +20,16 @@ LOOKS = (
 )
 """Options that print something of their own; the program is then written only as a file."""
 
-WRITTEN = ("format", "roles", "report", "timeline", "only", "level", "depth")
+WRITTEN = (
+    "format",
+    "roles",
+    "report",
+    "timeline",
+    "only",
+    "level",
+    "depth",
+    "unfold",
+)
 """Options that choose what is written at the end."""
 
 CHECKS = ("verify_each", "check_each", "bisect")
@@ -60,6 +69,11 @@ def _is_picture(options: Namespace) -> bool:
     return _is_program(options) and options.format in ("dot", "svg")
 
 
+def _is_whole_text(options: Namespace) -> bool:
+    is_text_out = _is_program(options) and options.format == "text"
+    return is_text_out and not options.only and not options.roles
+
+
 def _runs_passes(options: Namespace) -> bool:
     return bool(options.passes) or (
         options.passes is None and not is_text(options.source)
@@ -95,6 +109,11 @@ RULES = (
         ("no_cache",),
         "needs a model: IR text is not traced",
         lambda options: not is_text(options.source),
+    ),
+    Rule(
+        ("unfold",),
+        "needs --format text of the whole program: nothing else is folded",
+        _is_whole_text,
     ),
     Rule(
         ("interactive",),

@@ -15,6 +15,7 @@ from stagecut.ir.errors import InputError
 from stagecut.ir.graph import LINKED, Program
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
+from stagecut.passes.fold_blocks import folded_text
 from stagecut.passes.runner import PassRecord, run_passes
 from stagecut.tools.dump_ir.cache import cached
 from stagecut.tools.dump_ir.options import spelled
@@ -240,10 +241,13 @@ class Session:
         return True
 
     def _final(self, program: Program) -> str:
-        format = self._options.format
-        keep = only(program, self._options.only)
+        options = self._options
+        format = options.format
+        keep = only(program, options.only)
         if format == "text":
-            return text(program) if keep is None else excerpt(program, keep)
+            if keep is not None:
+                return excerpt(program, keep)
+            return text(program) if options.unfold else folded_text(program)
         if format == "json":
             from stagecut.backend.pictures.data import to_json
 

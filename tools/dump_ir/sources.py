@@ -27,6 +27,7 @@ from stagecut.ir.errors import InputError, StagecutError, nearest
 from stagecut.ir.graph import Program
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.text.parser import parse
+from stagecut.passes.fold_blocks import unfold
 
 
 @dataclass
@@ -84,6 +85,7 @@ def _standard_input() -> str:
 
 def _checked(program: Program) -> Program:
     verify(program)
+    unfold(program)
     return program
 
 
