@@ -1,3 +1,4 @@
+# make help   these lines
 # make demo   set up .venv and run the main job on four real architectures
 # make test   set up .venv, then lint, types, tests
 # make docs   build the site of the documentation into out/site
@@ -15,7 +16,12 @@ OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
 PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
-.PHONY: dist docs demo test lint types tests test-torch bench balance zoo generate pretrained adapters distributed clean
+.PHONY: help dist docs demo test lint types tests test-torch bench balance zoo generate pretrained adapters distributed clean
+
+.DEFAULT_GOAL := demo
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(READY)
 	$(BIN)/python -m stagecut.tools.bench.demo

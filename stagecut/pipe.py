@@ -384,8 +384,11 @@ def _lowered(
     if isinstance(module, fx.GraphModule):
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
+        is_class = isinstance(module, type)
+        given = f"the class {module.__name__}" if is_class else type(module).__name__
         raise InputError(
-            f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {type(module).__name__}"
+            f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {given}",
+            hint=f"make the module first: {module.__name__}(...)" if is_class else "",
         )
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
@@ -657,6 +660,12 @@ class Pipe(Staged):
 
         program = self.program
         chosen = setting or (self.plan.setting if self.plan else Setting())
+        if not isinstance(chosen, Setting):
+            raise InputError(
+                f"setting={chosen!r} is a {type(chosen).__name__}",
+                hint='a Setting, such as Setting(device="H100"); pages and pictures are returned as text: '
+                "Path(name).write_text(pipe.to_html())",
+            )
         chosen.refuse_backward()
         loss = counted_loss(
             program, self._call_spec, self._sizes, chosen, loss_fn, target

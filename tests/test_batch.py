@@ -347,6 +347,21 @@ def test_a_batch_of_another_size_is_refused_with_its_sizes(alone: None) -> None:
         driver.step(tokens(9, 6), tokens(9, 6))
     with pytest.raises(InputError, match=r"4 micro-batches of \[2, 6\], as traced, have 8 along dim 0"):
         driver.step(tokens(12, 6), tokens(12, 6))
+    with pytest.raises(InputError, match="n_microbatches=8, or pass dynamic_shapes"):
+        driver.step(tokens(16, 6), tokens(16, 6))
+
+
+def test_an_input_that_is_left_out_is_named(alone: None) -> None:
+    driver = driver_of(batches.Language(), (tokens(2, 6), tokens(2, 6)))
+    with pytest.raises(InputError, match=r"input 'labels' is missing, or None, .* shape \[2, 6\]"):
+        driver.step(tokens(8, 6), None)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0])
+def test_a_batch_has_a_whole_number_of_micro_batches(alone: None, count: int) -> None:
+    pipe = pipeline(batches.Language(), (tokens(2, 6), tokens(2, 6)))
+    with pytest.raises(InputError, match="n_microbatches="):
+        Driver(pipe, "GPipe", count)
 
 
 def test_where_no_batch_is_known_the_driver_asks(alone: None) -> None:

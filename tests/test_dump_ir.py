@@ -217,7 +217,7 @@ def test_a_report_instead_of_the_program(model: str, capsys: pytest.CaptureFixtu
         (["--format", "html", "--microbatches", "1000000"], "try: --microbatches 25000"),
         (["--report", "--microbatches", "1000000"], "try: --microbatches 500000"),
         (["--stages", "2", "--schedule", "1F2B"], "did you mean '1F1B'"),
-        (["--stages", "99"], "no stage is empty"),
+        (["--stages", "99"], "each stage has at least one op"),
     ],
 )
 def test_reports_that_cannot_be(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str) -> None:
@@ -455,7 +455,10 @@ def test_text_that_is_cut_is_not_cut_again(model: str, capsys: pytest.CaptureFix
     assert "its cuts are made" in failure(capsys, str(text), "--passes", "all", "--stages", "2")
 
 
-@pytest.mark.parametrize(("option", "value", "why"), [("-o", "", "the name is empty"), ("--depth", "-1", "-1 opens no modules")])
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [("-o", "", "the name is empty"), ("-o", "page.html", "DIR is a folder"), ("--depth", "-1", "-1 opens no modules")],
+)
 def test_values_that_cannot_be(option: str, value: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([NET, option, value])

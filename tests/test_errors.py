@@ -89,3 +89,34 @@ def test_costs_are_not_timed_on_a_device_that_is_not_there(device: str) -> None:
     pipe = pipeline(nn.Linear(2, 2), (torch.randn(3, 2),))
     with pytest.raises(InputError, match="is no device of this machine"):
         pipe.report(profile_on=device)
+
+
+class Adds(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.ones(3)
+
+
+def test_a_model_that_fails_on_its_inputs_is_told_apart() -> None:
+    with pytest.raises(CaptureError, match="call the model with these inputs"):
+        pipeline(Adds(), (torch.ones(4),))
+
+
+def test_a_class_is_no_model() -> None:
+    with pytest.raises(InputError, match=r"not the class Adds\n  try: make the module first: Adds\(\.\.\.\)"):
+        pipeline(Adds, (torch.ones(3),))  # type: ignore[arg-type]
+
+
+def test_a_file_is_no_setting() -> None:
+    pipe = pipeline(Adds(), (torch.ones(3),))
+    with pytest.raises(InputError, match=r"setting='page\.html' is a str"):
+        pipe.to_html("page.html")  # type: ignore[arg-type]
+
+
+def test_another_value_of_a_fixed_argument_names_the_one_of_the_trace() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, twice: bool = False) -> torch.Tensor:
+            return x * 2 if twice else x * 3
+
+    pipe = pipeline(Scaled(), (torch.ones(3),), {"twice": True})
+    with pytest.raises(InputError, match="pass twice=True, or trace again"):
+        pipe(torch.ones(3), twice=False)

@@ -188,7 +188,7 @@ class Balanced:
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):
             raise SplitError(
-                f"{stages} stages of {len(line.ops)} ops, and no stage is empty",
+                f"{stages} stages of {len(line.ops)} ops: each stage has at least one op",
                 hint=f"stages=1 to stages={len(line.ops)}",
             )
         steps = self.steps(line, stages, scale)

@@ -146,7 +146,9 @@ class Report:
         """The tables and the picture, for a notebook."""
         style = "background: white; overflow-x: auto"
         picture = f'<div style="{style}">{self.to_svg()}</div>'
-        return f"<div><pre>{escape(str(self))}</pre>{picture}</div>"
+        aligned = "font-family: monospace; white-space: pre; overflow-x: auto"
+        table = f'<pre style="{aligned}">{escape(str(self))}</pre>'
+        return f"<div>{table}{picture}</div>"
 
     def to_json(self) -> str:
         """The report as JSON, without the timeline, and without what is known of single ops."""

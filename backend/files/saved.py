@@ -470,7 +470,7 @@ def _manifest(folder: Path) -> Manifest:
     if not os.path.lexists(path):
         raise SavedError(
             f"there is no saved pipe in '{folder}'",
-            hint="pipe.save(folder) makes one; stagecut.backend.files.checkpoint reads checkpoints",
+            hint="pipe.save(folder) makes one; stagecut.checkpoint.load reads checkpoints",
         )
     return read_json(path, Manifest)
 

@@ -148,6 +148,14 @@ class _Argument(NamedTuple):
     spec: Any
 
 
+def _other_sizes(size: int, traced: int) -> str:
+    """What to do with a batch of `size` where a micro-batch was traced with `traced` samples."""
+    hint = "pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you run"
+    if traced and size and size % traced == 0:
+        return f"n_microbatches={size // traced}, or {hint}"
+    return hint
+
+
 class MicroBatches:
     """The micro-batches of a call: the flat inputs of each, the symbolic sizes of each, the samples in each.
 
@@ -394,8 +402,7 @@ class MicroBatches:
             raise InputError(
                 f"input '{value.hint}' has shape {list(item.shape)}, and {self._count} micro-batches of "
                 f"{list(kind.shape)}, as traced, have {traced * self._count} along dim {dim}",
-                hint="pass dynamic_shapes=... to pipeline() for sizes that vary, or trace with the size you "
-                "run",
+                hint=_other_sizes(size, traced),
             )
 
     def _refuse_unknown(
@@ -462,6 +469,7 @@ class MicroBatches:
             rows, symbol = mark.terms[0]
             parts: list[int] = []
             for flat in flats:
+                self._refuse_no_tensor(value, value.type, flat[place])
                 size = flat[place].shape[mark.dim]
                 parts.append(size // rows)
             traced = value.type.shape[mark.dim]
@@ -475,6 +483,21 @@ class MicroBatches:
             if samples.divided:
                 samples.whole = sum(parts)
             self._samples.add(symbol, samples)
+
+    def _refuse_no_tensor(self, value: Value, kind: TensorType, item: Any) -> None:
+        """Returns when an input that the program divides is a tensor with such a dim."""
+        if isinstance(item, torch.Tensor) and item.dim() == len(kind.shape):
+            return
+        given = f"a {type(item).__name__}"
+        if item is None:
+            given = "missing, or None"
+        elif isinstance(item, torch.Tensor):
+            given = f"a tensor of shape {list(item.shape)}"
+        raise InputError(
+            f"input '{value.hint}' is {given}, and the program was traced with a tensor of shape "
+            f"{list(kind.shape)}",
+            hint="pass such a tensor, as in the example; to run without it, trace without it",
+        )
 
     def _count_lists(self, ready: bool) -> None:
         for name, (length, mark) in self._lists.items():

@@ -31,6 +31,7 @@ from stagecut.backend.ranks.losses import (
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
+    part_of_loss,
     placement,
     refuse_no_group,
     schedule_class,
@@ -130,7 +131,7 @@ class Driver:
         self.schedule_class = schedule_class(schedule)
         self._schedule_kwargs = accepted_by(self.schedule_class, schedule_kwargs or {})
         self.device = torch.device(device) if device is not None else own_device(group)
-        self._scale = 1.0 / n_microbatches if scale_grads else 1.0
+        self._scale = part_of_loss(n_microbatches, scale_grads)
         rank = dist.get_rank(group)
         ranks = dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)

@@ -20,13 +20,12 @@ Group = dist.ProcessGroup | None
 
 
 def schedule_class(name: str) -> Any:
-    """The class of torch with this name. Raises StagecutError where there is none."""
+    """The class of torch with this name. Raises InputError where there is none."""
     try:
         return get_schedule_class(name)
     except ValueError:
-        raise StagecutError(
-            f"there is no schedule '{name}'",
-            hint=f"{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}",
+        raise InputError(
+            f"there is no schedule '{name}'", hint=nearest(name, SCHEDULES)
         ) from None
 
 
@@ -68,9 +67,21 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
     elif stages != ranks:
         raise StagecutError(
             f"{name} has one stage a rank: {stages} stages, {ranks} ranks",
-            hint=f"cut into {ranks} stages",
+            hint=f"start {stages} processes, torchrun --nproc-per-node {stages}, or cut into {ranks} stages",
         )
     return homes(stages, ranks, v)
+
+
+def part_of_loss(n_microbatches: int, scale_grads: bool) -> float:
+    """What the loss of one micro-batch counts in that of the batch. Raises InputError where a batch cannot
+    have so many micro-batches.
+    """
+    if not isinstance(n_microbatches, int) or n_microbatches < 1:
+        raise InputError(
+            f"n_microbatches={n_microbatches!r}",
+            hint="a whole number from 1 on, such as n_microbatches=8",
+        )
+    return 1.0 / n_microbatches if scale_grads else 1.0
 
 
 def refuse_no_group(group: Group) -> None:

@@ -333,8 +333,8 @@ def _advice(error: Exception) -> str:
     text = str(error)
     if "DataDependent" in name or "data-dependent" in text.lower():
         return (
-            "the model branches on a value of a tensor: use torch.where or torch.cond there, or keep the "
-            "module whole: leaf_modules=[...]"
+            "the model branches on a value of a tensor: use torch.where or torch.cond there, or move the "
+            "branch into a submodule, which is kept whole"
         )
     if "dynamic" in text and "constraint" in text.lower():
         fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")
@@ -353,6 +353,7 @@ def _advice(error: Exception) -> str:
             "the class as a pytree"
         )
     return (
-        "make this line traceable by torch.export (no data-dependent Python control flow, no foreign "
-        "libraries on tensors)"
+        "call the model with these inputs: where that fails in the same way, change the inputs or the model; "
+        "where it runs, make this line traceable by torch.export (no Python control flow that depends on "
+        "data, no foreign libraries on tensors)"
     )

@@ -453,9 +453,10 @@ def _check_scalar(
         _, known = sizes.setdefault(expr, (name, argument))
         if known == argument:
             return
+    kept = f"pass {name}={expr}, or " if expr and name.isidentifier() else ""
     raise InputError(
         f"input '{name}' is {argument!r}, but the program was specialised to {expr or kind}",
-        hint="trace again with this value; a tensor stays variable, a Python scalar does not",
+        hint=f"{kept}trace again with this value; a tensor stays variable, a Python scalar does not",
     )
 
 

@@ -156,6 +156,10 @@ def _depth(text: str) -> int:
     return number
 
 
+WRITTEN_AS = (".svg", ".html", ".json", ".dot", ".ir", ".txt")
+"""Names of files that end so are taken for no folder."""
+
+
 def _directory(text: str) -> Path:
     """The folder for files. An empty name, as of a variable that is not set, would be the working
     directory.
@@ -164,7 +168,12 @@ def _directory(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             "the name is empty; '.' is the working directory"
         )
-    return Path(text)
+    path = Path(text)
+    if path.suffix in WRITTEN_AS and not path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is the name of a file, and DIR is a folder; without -o, write '> {text}'"
+        )
+    return path
 
 
 def _add_model(group: Any) -> None:

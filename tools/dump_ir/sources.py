@@ -235,7 +235,9 @@ def _factory(path: str, name: str) -> Callable[[], Any]:
         functions = [
             function
             for function, value in vars(module).items()
-            if callable(value) and not function.startswith("_")
+            if callable(value)
+            and not function.startswith("_")
+            and getattr(value, "__module__", None) == module.__name__
         ]
         raise InputError(
             f"'{path}' has no factory '{name}'", hint=nearest(name, functions)
@@ -282,7 +284,8 @@ def _call(factory: Callable[[], Any], source: str) -> tuple[Any, Any, Any]:
         raise InputError(
             f"'{source}' returned a {type(call).__name__}{count}",
             where=where,
-            hint="it must return (module, args, kwargs)",
+            hint="it must return (module, args, kwargs), the model and the arguments of one call of it; "
+            "dump-ir cuts it",
         )
     return call
 
