@@ -88,7 +88,7 @@ def pipeline(
     routes: Mapping[str, str] | None = None,
     tied: str | Mapping[str, str] = "replicate",
     check: str | None = "auto",
-    fold: bool = False,
+    fold: bool = True,
 ) -> Pipe:
     """Cuts `module` into pipeline stages.
 
@@ -329,7 +329,7 @@ def lower(
     asked: Iterable[str] = (),
     one_mode: str = "",
     batches: bool = True,
-    fold: bool = False,
+    fold: bool = True,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 

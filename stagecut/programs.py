@@ -28,7 +28,7 @@ from stagecut.backend.serve.step import Call, LocalStep, RankStep, Step, lane_by
 from stagecut.backend.stages.modules import Stage, find, put
 from stagecut.check import compare, is_cheap
 from stagecut.frontend.markers import SplitPoint
-from stagecut.frontend.policy import Cuts, as_cuts
+from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError, SplitError, StagecutError
@@ -314,6 +314,8 @@ class Programs:
             names,
             ONE_MODE,
             batches=False,
+            # a policy that edits the traced GraphModule, and is still to be asked, is given all of it
+            fold=self._spec is not None or not takes_graph(self._policy),
         )
         trace = Trace(program)
         at = _split_points(self._spec or {}, self._model)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import profiles  # noqa: F401  # loads the profile of this run
+import profiles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeated import BLOCKS, DIFFERENCES, WIDTH, Block, Made, Modes, model_of, outcome
 from torch import nn
@@ -21,6 +21,7 @@ from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.fold import body, calls, kinds, reads, repeats, values
 from stagecut.frontend.marks import AGAIN
 from stagecut.ir.text.printer import text
+from stagecut.programs import Programs
 
 COUNT, ODD = 5, (3,)
 """How many blocks there are, and which differ: the third call of a kind is the first that is not traced."""
@@ -40,6 +41,8 @@ def repeated_calls(model: nn.Module, *args: Any) -> int:
     return sum(AGAIN in node.meta for node in exported.graph.nodes)
 
 
+@pytest.mark.timeout(7200 if profiles.DEEP else 600)
+@settings(max_examples=2000 if profiles.DEEP else 8)  # each part of the key has a case of its own below
 @given(
     st.sampled_from([*DIFFERENCES]),
     st.sampled_from(BLOCKS),
@@ -190,12 +193,17 @@ def test_a_trace_that_is_compared_with_another_is_whole(difference: str) -> None
     assert folded == whole
 
 
-def test_a_policy_that_edits_the_graph_is_given_all_of_it() -> None:
+@pytest.mark.parametrize("of_several_calls", [False, True])
+def test_a_policy_that_edits_the_graph_is_given_all_of_it(of_several_calls: bool) -> None:
     seen: list[int] = []
 
     def policy(graph: Any) -> Any:
         seen.append(sum(node.target is torch.ops.aten.layer_norm.default for node in graph.graph.nodes))
         return graph
 
-    pipeline(model_of(Block, 5, [], DIFFERENCES["nothing"], training=False), (torch.ones(4, WIDTH),), split_policy=policy, check=None)
+    model, x = model_of(Block, 5, [], DIFFERENCES["nothing"], training=False), torch.ones(4, WIDTH)
+    if of_several_calls:
+        Programs(model.requires_grad_(False), None, policy).fitting({"x": x})
+    else:
+        pipeline(model, (x,), split_policy=policy, check=None)
     assert seen == [5]
