@@ -129,26 +129,6 @@ def _is_error(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, StagecutError)
 
 
-def test_every_public_name_has_help() -> None:
-    """A docstring of its own, for classes, functions and public methods."""
-    lacking: list[str] = []
-    for name in stagecut.__all__:
-        value = getattr(stagecut, name)
-        parts = {name: value}
-        if isinstance(value, type) and value.__module__.startswith("stagecut."):
-            parts |= {f"{name}.{key}": part for key, part in vars(value).items() if not key.startswith("_") and _is_method(part)}
-        lacking += [key for key, part in parts.items() if not (part.__doc__ or "").strip() and key not in WITHOUT_HELP]
-    assert lacking == []
-
-
-WITHOUT_HELP = ("Pipe.joint_graph", "Pipe.roles")
-"""What other rooms call, described where they are declared."""
-
-
-def _is_method(part: Any) -> bool:
-    return callable(part) or isinstance(part, property | classmethod | staticmethod)
-
-
 # --- code ---------------------------------------------------------------------------------------------
 
 _BLOCK = re.compile(r"```python\n(.*?)```(\n\n```text\n(.*?)```)?", re.DOTALL)
