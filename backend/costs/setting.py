@@ -54,7 +54,7 @@ class Setting:
         return self.training and self.backward == "graph"
 
     def refuse_backward(self) -> None:
-        """Returns for options of the backward that go together, as Driver asks. Raises InputError for others."""
+        """Returns when Driver takes these options of the backward together. Raises InputError otherwise."""
         refuse_backward(
             self.backward, self.compile, self.recompute, self.activation_budget
         )

@@ -105,14 +105,14 @@ def shown_source(program: Program, shown: bool) -> Iterator[None]:
         yield
         return
     ops = [*_every_op(program)]
-    lines = [op.loc for op in ops]
+    places = [op.place for op in ops]
     for op in ops:
-        op.loc = None
+        op.place = op.place._replace(loc=None)
     try:
         yield
     finally:
-        for op, line in zip(ops, lines, strict=True):
-            op.loc = line
+        for op, place in zip(ops, places, strict=True):
+            op.place = place
 
 
 def _every_op(program: Program) -> Iterator[Op]:
