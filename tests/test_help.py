@@ -107,7 +107,7 @@ def unnamed(doc: str, names: list[str]) -> list[str]:
     return [name for name in names if not re.search(rf"(?<![\w.]){name}\b", doc)]
 
 
-AS_ELSEWHERE = re.compile(r"\b(?:as (?:of|for) `(\w+)`)|\b(As torch's|those of torch's\s+modules)")
+AS_ELSEWHERE = re.compile(r"\b(?:as (?:of|for) `(\w+)`)|\b(As torch's|those\s+of\s+torch's\s+modules)")
 """A docstring that says where the parameters are described: a method of the same class, or torch."""
 
 
