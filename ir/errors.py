@@ -17,8 +17,8 @@ def without_addresses(text: str) -> str:
 class StagecutError(Exception):
     """The root of every error this project raises for a user's mistake.
 
-    The message is built from three parts: what is wrong, `where` (op, stage, module path, file:line)
-    and `hint` (what to do about it).
+    what: the mistake. where: the op, stage, module path or file:line, if known. hint: the cure. The message
+    has a line for each, and each is an attribute.
     """
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
@@ -54,8 +54,9 @@ class RolesError(StagecutError):
 
 
 class BudgetError(StagecutError, ValueError):
-    """A stage cannot keep as little for its backward as a budget allows. `least`: the bytes that it must
-    keep; `limit`: those that it may.
+    """A stage cannot keep as little for its backward as a budget allows.
+
+    least: the bytes that it must keep. limit: those that it may. where: the stage, or the rank.
     """
 
     def __init__(self, least: int, limit: int, *, where: str = "") -> None:
@@ -89,7 +90,10 @@ _SHOWN = 200
 
 
 class ParseError(StagecutError):
-    """IR text could not be read. The message points at file:line:column with a caret."""
+    """IR text could not be read. The message points at file:line:column with a caret.
+
+    what: the fault. file, line, column: where it is, counted from 1. source: the text of that line.
+    """
 
     def __init__(
         self, what: str, *, file: str, line: int, column: int, source: str
@@ -102,7 +106,10 @@ class ParseError(StagecutError):
 
 
 class VerifyError(StagecutError):
-    """A program breaks the invariants of its phase; `violations` lists every one found."""
+    """A program breaks the invariants of its phase.
+
+    violations: every one that was found. after: the pass that ran before, or an empty name.
+    """
 
     def __init__(self, violations: list[str], *, after: str = "") -> None:
         self.violations = violations

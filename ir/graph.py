@@ -707,8 +707,8 @@ class Lane:
 
 
 class Program(Block):
-    """A model as the compiler sees it: a block with state and a phase. From `partitioned` on its ops are in
-    its stages. Its outputs are a flat list of values and literals.
+    """A model as the compiler sees it, called `name`: a block with state and a phase. From `partitioned` on
+    its ops are in its stages. Its outputs are a flat list of values and literals.
 
     cotangents: from `differentiated` on, the gradients of what the model returns, which the loss gives.
     backward_transfers: the gradients that cross. output_names: for people, the place of each output in the
@@ -728,7 +728,7 @@ class Program(Block):
         self.output_names: tuple[str, ...] = ()
 
     def add_input(self, value_type: Type, hint: str) -> Value:
-        """A new user input, after those already there."""
+        """A new user input of `value_type`, after those already there. `hint` is its name."""
         value = Value(value_type, hint)
         self.inputs.append(value)
         return value

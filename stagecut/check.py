@@ -83,8 +83,9 @@ class CannotCompare(StagecutError):
 
 @dataclass(repr=False)
 class Report:
-    """The result of `verify`. `differences` is empty when everything was equal; `compared` counts the
-    comparisons by kind.
+    """The result of `Pipe.verify`. `ok` is the verdict, `print` shows what was compared and what differs.
+
+    compared: kind of comparison -> how many were made. differences: a line for each thing that differs.
     """
 
     compared: dict[str, int] = field(default_factory=dict)
@@ -105,7 +106,7 @@ class Report:
         return "\n".join([head, *self.differences])
 
     def note(self, kind: str, found: str | None) -> None:
-        """Counts one comparison of `kind`; `found` says what differs, None for equal."""
+        """Counts one comparison of a `kind`; `found` says what differs, None for equal."""
         self.compared[kind] = self.compared.get(kind, 0) + 1
         if found:
             self.differences.append(found)

@@ -140,7 +140,7 @@ class Generator:
 
     @property
     def pipes(self) -> list[Pipe]:
-        """A pipe for each kind of call so far, the latest first: prefills, decode steps."""
+        """The pipes so far, one for each kind of call, the latest first: prefills, decode steps."""
         return self._programs.pipes
 
     @property
@@ -174,7 +174,7 @@ class Generator:
             return result
 
     def static_cache(self, make: Callable[..., Any], wishes: dict[str, Any]) -> Any:
-        """A static cache for a request, with what transformers wishes of it."""
+        """A static cache for a request, by `make(**wishes)`, with the `wishes` of transformers."""
         longest = self.max_length
         if longest is not None:
             wishes["max_cache_len"] = max(longest, wishes["max_cache_len"])
@@ -283,7 +283,7 @@ class Generator:
             self._tokens.finish()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """One call of the model in the loop."""
+        """The result of one call of the model in the loop, from the stages."""
         if args:
             raise InputError(
                 "the model is called with positional arguments in generate"
@@ -322,7 +322,7 @@ class Generator:
         return result
 
     def checked(self, criteria: Any) -> Any:
-        """Stopping criteria that say the same on all ranks."""
+        """The stopping `criteria` of a request, which say the same on all ranks."""
         kind: Any = type(criteria)
         tokens = self._tokens
 
@@ -351,7 +351,9 @@ class Generator:
         return criteria
 
     def loop(self, sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a loop of transformers returns, which chooses token after token."""
+        """The tokens that a loop of transformers, `sample`, returns for a request. It chooses token after
+        token.
+        """
         stop = self._stop(**kwargs) if self._runs_ahead else None
         self._own.stop = stop
         try:
@@ -414,7 +416,9 @@ class Generator:
             self._chooses = False
 
     def check(self, config: Any, length: int) -> None:
-        """Returns for a request that can be served; raises InputError for another one."""
+        """Returns for a request with this `config` that can be served with so many tokens in all, `length`;
+        raises InputError for another one.
+        """
         longest = self.max_length
         if longest is not None and config.max_length > longest:
             raise InputError(

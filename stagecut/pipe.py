@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from stagecut.backend.costs.setting import Setting
     from stagecut.backend.costs.timeline import Timeline
     from stagecut.backend.pictures.summary import Summary
+    from stagecut.backend.ranks.stage import BuiltStage, PipeInfo
     from stagecut.backend.ranks.wrapped import Wrap
 
 CHECKS = ("auto", "outputs", "gradients", None)
@@ -585,7 +586,15 @@ def _other_names(module: Model) -> dict[str, list[str]]:
 
 
 class Pipe(Staged):
-    """A model cut into stages. It can be compared with the model, costed, saved, drawn, and run on ranks."""
+    """A model cut into stages, as `pipeline`, `from_pretrained` and `load` make it. Called with the model's
+    own arguments, it runs the stages one after the other. It can be compared with the model, costed, saved,
+    drawn, and run on ranks by a Driver. Its modules and tensors have the model's names.
+
+    program: the linked program; `ir()` is its text. stages: the modules of the stages, in order. notes: what
+    tracing could not do exactly or fast, and why, in sentences. plan: the cuts of a search with their
+    predicted costs; None where the cuts were not searched. The stages are made from the program and
+    `bindings`, the real objects behind its names.
+    """
 
     plan: Plan | None
     _data: Mapping[str, Any] = {}
@@ -642,14 +651,17 @@ class Pipe(Staged):
         loss_fn: Callable[..., Any] | None = None,
         target: Any = None,
     ) -> StageCosts:
-        """The costs of the stages: time, memory by kind, each crossing with its route and the reason, the
-        bubble, the speed-up.
+        """The predicted costs of the stages: time, memory by kind, each crossing with its route and the
+        reason, the bubble, the speed-up. `print` it for a table; it has `to_json()` and `to_svg()`.
 
-        `print` it for a table; `to_json()`, `to_svg()`. `setting` says on which devices and by which schedule
-        the stages run; by default it is that of the search, where the cuts were searched. With `profile_on`,
-        a torch device, stages are timed there instead of estimated, in the form that `wrap` gives to them, as
-        for Driver. `loss_fn` and an example of its `target` for one micro-batch: the loss of the last stage;
-        without one, cross-entropy counts where the model returns logits.
+        setting: on which devices and by which schedule the stages run; by default that of the search, where
+            the cuts were searched.
+        profile_on: a torch device on which stages are timed instead of estimated, in the form that `wrap`
+            gives to them, as for Driver.
+        loss_fn, target: the loss of the last stage, and an example of its target for one micro-batch; without
+            one, cross-entropy counts where the model returns logits.
+
+        Raises InputError for a setting that does not fit the stages, or a device that is not there.
         """
         from stagecut.backend.costs.kept import kept_by_graphs
         from stagecut.backend.costs.loss import counted_loss
@@ -786,13 +798,13 @@ class Pipe(Staged):
 
     def build_stage(
         self, stage_index: int, device: torch.device | str, group: Any = None
-    ) -> Any:
+    ) -> BuiltStage:
         """Stage `stage_index` as a `torch.distributed.pipelining.PipelineStage` on `device`, for any of
-        torch's schedules.
+        torch's schedules. `group` has the ranks that run the stages; None for all.
 
         The first stage takes the model's own arguments and hands on the values that later stages need; the
-        last returns the model's output tensors in order. Raises StagecutError for a value that cannot cross
-        between processes.
+        last returns the model's output tensors in order. Raises StagecutError for a stage that there is not,
+        for a value that cannot cross between processes, and where there is no process group.
         """
         from stagecut.backend.ranks.stage import make_stage
 
@@ -836,8 +848,8 @@ class Pipe(Staged):
             sep="\n\n",
         )
 
-    def info(self) -> Any:
-        """The part of the pipe that `stagecut.build_stage` needs."""
+    def info(self) -> PipeInfo:
+        """The part of the pipe that `stagecut.build_stage` needs beside a stage."""
         from stagecut.backend.ranks.stage import PipeInfo
 
         return PipeInfo(self)
@@ -847,6 +859,9 @@ class Pipe(Staged):
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],
     ) -> Any:
+        """A function of these arguments and its gradients, traced together, as `roles` takes it. Raises
+        CaptureError.
+        """
         from stagecut.frontend.capture.joint import joint_graph
 
         with doing("tracing the backward of a stage"):
@@ -861,6 +876,14 @@ class Pipe(Staged):
         resident: Collection[int],
         recompute: bool | Budget = False,
     ) -> tuple[Roles, Bindings]:
+        """The roles of a traced function: its forward, the gradients of its inputs, those of its weights; and
+        the constants that they read.
+
+        names: those of its arguments. weights: the places of the arguments whose gradients may come last.
+        same: the place of a result -> that of the argument which it is a copy of, and which the forward
+        returns instead. resident: the places of the arguments that lie in memory whatever is saved.
+        recompute: whether the backward computes ops again, so that less is saved.
+        """
         from stagecut.frontend.lower.from_joint import lower_joint
         from stagecut.ir.run.flops import flops_of
         from stagecut.passes.roles import skip_views, split
@@ -896,7 +919,7 @@ class Pipe(Staged):
         return PipedModel(self, self._data)
 
     def to_dot(self) -> str:
-        """The stage graph in the DOT language."""
+        """The stage graph in the DOT language, as `stagecut.to_dot` describes it."""
         from stagecut.backend.pictures.dot import to_dot
 
         return to_dot(self.program)
@@ -909,8 +932,11 @@ class Pipe(Staged):
         depth: int | None = None,
         renderer: str | None = None,
     ) -> str:
-        """A picture of the stages, of the modules of one, or of its ops, as `stagecut.to_svg`, which
-        describes the programs that draw it.
+        """A picture of the stages, of the modules of one, or of its ops, as SVG.
+
+        level, stage, depth: what is drawn, as for `stagecut.to_dot`. renderer: the program that draws, as for
+        `stagecut.to_svg`. Raises InputError for an unknown level or stage, and StagecutError where no such
+        program is installed.
         """
         from stagecut.backend.pictures.dot import to_svg
 

@@ -17,8 +17,11 @@ from stagecut.ir.run.call import NO_NAMES
 
 
 class PipedModel(Named):
-    """A pipe with the model's own signature: same arguments, same output structure, same state names. Data of
-    the model, such as its config, are its own attributes.
+    """A pipe with the model's own signature: same arguments, same output structure, same state names. Made by
+    `Pipe.module`.
+
+    pipe: the pipe, with which it shares the stages. data: attributes of the model's that are data, such as
+    its config; they are attributes of this module.
 
     Its class is one of its own, because some code asks a class for the signature.
     """
@@ -57,26 +60,26 @@ class PipedModel(Named):
 
     @property
     def device(self) -> torch.device:
-        """The device of its first tensor that is real; meta where none is."""
+        """The device of its first real tensor; meta where no tensor is real, cpu where it has none."""
         tensors = [*self.parameters(), *self.buffers()]
         real = [tensor for tensor in tensors if not tensor.is_meta]
         return next((t.device for t in (*real, *tensors)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its first parameter or buffer of floats."""
+        """The dtype of its first parameter or buffer of floats; torch's default dtype without one."""
         tensors = (*self.parameters(), *self.buffers())
         floats = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
         return next(floats, torch.get_default_dtype())
 
     def train(self, mode: bool = True) -> PipedModel:
-        """As `Pipe.train`."""
+        """The pipe and this module are in train mode, or with `mode=False` in eval mode. As `Pipe.train`."""
         self._pipe.train(mode)
         self.training = mode
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs all stages; takes and returns what the model's forward does."""
+        """Runs all stages one after the other. Takes and returns what the model's forward does."""
         flat = self._pipe.flat_outputs(args, kwargs)
         spec = self._pipe._call_spec
         return spec.unflatten(flat, args, kwargs) if spec is not None else flat

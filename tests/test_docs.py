@@ -112,6 +112,32 @@ def test_names_that_pages_use_are_public(page: Path) -> None:
     assert "from stagecut." not in code
 
 
+EXAMPLES = sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def modules_of(code: str) -> set[str]:
+    """The modules of stagecut that code imports from or reaches into."""
+    inside = re.findall(r"(?:from|import) (stagecut\.[\w.]+)", code)
+    return {*inside, *re.findall(r"\b(stagecut\.(?:backend|frontend|ir|passes|tools)\.\w+)", code)}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=named)
+def test_examples_use_public_names(path: Path) -> None:
+    """As pages do: from `stagecut` itself."""
+    code = path.read_text(encoding="utf-8")
+    assert modules_of(code) == set()
+    groups = re.findall(r"from stagecut import (?:\(([^)]*)\)|([\w, ]+))", code)
+    names = {name.strip() for group in groups for name in "".join(group).split(",")} - {""}
+    names.update(re.findall(r"\bstagecut\.([A-Za-z_]\w*)", code))
+    assert names - {*stagecut.__all__, "__version__", "__file__"} == set()
+
+
+def test_an_example_that_reaches_inside_is_found() -> None:
+    assert EXAMPLES
+    assert modules_of("from stagecut.ir.graph import Op") == {"stagecut.ir.graph"}
+    assert modules_of("x = stagecut.backend.costs") == {"stagecut.backend.costs"}
+
+
 def test_the_reference_has_every_public_name_once() -> None:
     shown = re.findall(r"^::: stagecut\.(\w+)$", (DOCS / "API.md").read_text(encoding="utf-8"), re.MULTILINE)
     ours = [name for name in stagecut.__all__ if getattr(getattr(stagecut, name), "__module__", "stagecut").startswith("stagecut")]
@@ -127,26 +153,6 @@ def test_every_error_has_a_cure() -> None:
 
 def _is_error(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, StagecutError)
-
-
-def test_every_public_name_has_help() -> None:
-    """A docstring of its own, for classes, functions and public methods."""
-    lacking: list[str] = []
-    for name in stagecut.__all__:
-        value = getattr(stagecut, name)
-        parts = {name: value}
-        if isinstance(value, type) and value.__module__.startswith("stagecut."):
-            parts |= {f"{name}.{key}": part for key, part in vars(value).items() if not key.startswith("_") and _is_method(part)}
-        lacking += [key for key, part in parts.items() if not (part.__doc__ or "").strip() and key not in WITHOUT_HELP]
-    assert lacking == []
-
-
-WITHOUT_HELP = ("Pipe.joint_graph", "Pipe.roles")
-"""What other rooms call, described where they are declared."""
-
-
-def _is_method(part: Any) -> bool:
-    return callable(part) or isinstance(part, property | classmethod | staticmethod)
 
 
 # --- code ---------------------------------------------------------------------------------------------

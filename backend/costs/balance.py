@@ -48,17 +48,21 @@ class Balanced:
     device.
 
     stages: how many; None takes as few as memory allows, or with `ranks` in the setting, compares all
-    schedules on so many ranks. setting: devices, schedule, micro-batches. pins: module path -> the stage it
-    runs in, counted from the end when negative. tolerance: how much longer than the best the step may take,
-    in exchange for cuts at outer modules and fewer bytes that cross. budget: the part of a device's memory
-    to fill.
-
+        schedules on so many ranks.
+    setting: devices, schedule, micro-batches.
+    pins: module path -> the stage it runs in, counted from the end when negative.
+    tolerance: how much longer than the best the step may take, as a part of it, in exchange for cuts at outer
+        modules and fewer bytes that cross.
+    budget: the part of a device's memory to fill.
+    profile_on: a torch device, such as "cuda", on which blocks are timed instead of estimated.
     inside: whether a cut may divide a block of repeated ones: "never", "always", or "if worth it", when the
-    step gains more than WORTH. loss_fn(output, target): the loss that the last stage computes, with an
-    example of its target for one micro-batch; without one, cross-entropy where the model returns logits.
+        step gains more than WORTH.
+    loss_fn, target: the loss that the last stage computes, loss_fn(output, target), with an example of its
+        target for one micro-batch; without one, cross-entropy where the model returns logits.
+    wrap: wrap(module, index) gives a stage the form in which its blocks are timed, as for Driver.
 
-    profile_on: a torch device on which blocks are timed instead of estimated, in the form that `wrap(module,
-    index)` gives to a stage. Called with a program it returns the cuts; `plan` returns more.
+    Called with a traced program it returns the cuts, the positions of ops in front of which to cut; `plan`
+    returns more.
     """
 
     stages: int | None = None
@@ -77,7 +81,7 @@ class Balanced:
 
     @property
     def needs_trial(self) -> bool:
-        """Whether blocks are timed, or traced with their backward."""
+        """True when blocks are timed, or traced with their backward."""
         return self.profile_on is not None or self.setting.by_graphs
 
     def plan(
@@ -87,8 +91,12 @@ class Balanced:
         bindings: Bindings | None = None,
         trial: Trial | None = None,
     ) -> Plan:
-        """The cuts of a traced program and their predicted costs. `trial` makes what is timed, and what is
-        traced with its backward; without it, memory is what autograd keeps.
+        """The cuts of a traced program and their predicted costs.
+
+        sizes: name of a dynamic size -> the size to reckon with.
+        bindings: the real objects behind the program's names, where the model is at hand.
+        trial: makes what is timed, and what is traced with its backward; without it, memory is what autograd
+            keeps.
 
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.
@@ -128,7 +136,7 @@ class Balanced:
         line.calibrate(spans, time_spans(line.ops, spans, trial, way, sizes))
 
     def of_line(self, line: Line) -> Plan:
-        """As `plan`, for a line whose costs are known."""
+        """The plan of `plan`, for a line of ops whose costs are known. Raises as `plan`."""
         stages = self.stages
         if stages is None and self.setting.ranks is not None:
             return self._compared(line, self.setting.ranks)
@@ -216,7 +224,10 @@ class Balanced:
         )
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
-        """The steps of a program that is divided into so many stages, for all cuts at once."""
+        """The steps of a program that is divided into so many stages, for all cuts at once.
+
+        line: the ops with their costs. scale: the part of the memory budget that a stage may take.
+        """
         parts: list[torch.Tensor] = []
         delays: list[torch.Tensor] = []
         zero = torch.zeros(2, len(KINDS), 1, dtype=torch.float64)
@@ -464,8 +475,8 @@ class Markers:
 
 @dataclass(frozen=True)
 class AtModules:
-    """A policy that cuts in front of the first op of each of these modules. Raises SplitError for one that
-    runs no op.
+    """A policy: cuts in front of the first op of each module that `paths` names, such as "layers.4". Raises
+    SplitError for a module that runs no op.
     """
 
     paths: Sequence[str]

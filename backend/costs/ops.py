@@ -41,7 +41,7 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator as a roofline model describes it.
+    """An accelerator as a roofline model describes it. `name` is for tables.
 
     flops: of 16-bit matrix products per second (32-bit ones take twice, 64-bit ones eight times as long).
     bandwidth, link_bandwidth: bytes per second of its memory, and to a neighbour, one way. memory: bytes.
@@ -64,11 +64,13 @@ class Device:
     slowed: float = 0.0
 
     def delay(self, nbytes: Any) -> Any:
-        """Seconds that a message of so many bytes takes, or messages of a tensor of numbers."""
+        """Seconds that a message of `nbytes` bytes takes; with a tensor of numbers, one for each."""
         return nbytes / self.link_bandwidth + self.link_latency
 
     def seconds(self, flops: float, moved: float, dtype: str = "bf16") -> float:
-        """Seconds of an op: the longer of computing and moving, and its start."""
+        """Seconds of an op that computes `flops` in `dtype` and moves `moved` bytes: the longer of the two,
+        and its start.
+        """
         slow = {8: 8.0, 4: 2.0}.get(dtype_bytes(dtype), 1.0)
         computing = flops * slow / (self.flops * self.reached)
         moving = moved / self.bandwidth

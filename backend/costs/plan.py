@@ -24,10 +24,11 @@ class Choice:
 class Plan:
     """Cuts, and their predicted costs. `print` it for a table.
 
-    cuts: the positions of ops in front of which to cut. seconds, memory: per stage for one micro-batch. step:
-    the seconds of one step of the schedule. bound: no stage order and no cuts can have a slowest rank below
-    it. choice: the steps of other cuts. loss: the loss that was counted. compared: (schedule, stages, its
-    step or why it has none), where schedules were compared.
+    cuts: the positions of ops in front of which to cut. seconds, memory: of each stage for one micro-batch,
+    in seconds and bytes. placement: stage -> rank. step: the seconds of one step of the schedule. bound: no
+    stage order and no cuts can have a slowest rank below these seconds. setting: the devices and the schedule
+    that were reckoned with. choice: the steps of other cuts. loss: the loss that was counted. compared:
+    (schedule, stages, its step or why it has none), where schedules were compared.
     """
 
     cuts: tuple[int, ...]
@@ -43,12 +44,12 @@ class Plan:
 
     @property
     def rank_seconds(self) -> list[float]:
-        """Seconds of each rank for one micro-batch."""
+        """The time that each rank computes for one micro-batch, in seconds."""
         return by_rank(self.placement, self.seconds)
 
     @property
     def bottleneck(self) -> float:
-        """Seconds of the slowest rank for one micro-batch."""
+        """The time that the slowest rank computes for one micro-batch, in seconds."""
         return max(self.rank_seconds)
 
     @property

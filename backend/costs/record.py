@@ -21,7 +21,7 @@ from stagecut.ir.errors import StagecutError
 
 
 class Recording:
-    """The measurement of `record`; `timeline` is there after its end."""
+    """A measurement that `record` makes. `timeline` is there when the block has ended."""
 
     def __init__(self) -> None:
         self._timeline: Timeline | None = None
@@ -44,8 +44,10 @@ def record(
     what: Driver | PipelineStage | Sequence[PipelineStage],
     group: dist.ProcessGroup | None = None,
 ) -> Iterator[Recording]:
-    """Measures every step that these stages, or those of a driver, run inside; all ranks of the group do it
-    together.
+    """Measures every step that runs inside its block; all ranks of the group do it together.
+
+    what: a driver, a stage for torch's schedules, or several. group: the ranks of such stages; None for all,
+    and for a driver its own.
 
         with record(driver) as recording:
             driver.step(x)

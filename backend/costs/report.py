@@ -112,6 +112,9 @@ _REMEDIES = {
 class Report:
     """The stages and crossings of a pipe under a setting, and totals.
 
+    stages: the costs of each. crossings: the values between stages. device, schedule, n_microbatches: those
+    of the setting. timeline: the predicted step of all ranks.
+
     seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below

@@ -29,9 +29,12 @@ STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 class Setting:
     """The devices on which the stages will run, and how they run there.
 
-    device: one for all ranks, or one for each. ranks: their number, where a rank has several stages.
-    optimizer: a key of STATE_OF. backward, compile, recompute, activation_budget: what Driver is told of the
-    backward.
+    device: a Device or the name of one, such as "H100", for all ranks; or a list with one for each rank.
+    schedule: its name, such as "1F1B". n_microbatches: how many micro-batches a step has.
+    training: whether a step has a backward and an update; otherwise it is a forward.
+    optimizer: "adamw", "momentum", "sgd" or "none", by which a rank's memory for optimizer state is counted.
+    ranks: their number, where a rank has several stages.
+    backward, compile, recompute, activation_budget: as for Driver.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -47,18 +50,18 @@ class Setting:
 
     @property
     def by_graphs(self) -> bool:
-        """Whether graphs make the backward."""
+        """True when graphs make the backward."""
         return self.training and self.backward == "graph"
 
     def refuse_backward(self) -> None:
-        """Raises InputError for what Driver does not know either."""
+        """Returns when Driver takes these options of the backward together. Raises InputError otherwise."""
         refuse_backward(
             self.backward, self.compile, self.recompute, self.activation_budget
         )
 
     def placement(self, stages: int) -> list[int]:
-        """Stage -> rank. Raises InputError for an unknown schedule, and where the stages do not fit the
-        ranks.
+        """The rank of each of so many `stages`. Raises InputError for an unknown schedule, and where the
+        stages do not fit the ranks.
         """
         if self.schedule not in SCHEDULES:
             raise InputError(
@@ -84,7 +87,7 @@ class Setting:
         return [device(name) for name in self.device]
 
     def devices(self, stages: int) -> list[Device]:
-        """The device of each stage. Raises InputError when there are too few."""
+        """The device of each of so many `stages`. Raises InputError when there are too few."""
         if isinstance(self.device, Device | str):
             return [device(self.device)] * stages
         placement = self.placement(stages)
@@ -97,14 +100,14 @@ class Setting:
         return [device(self.device[home]) for home in placement]
 
     def actions(self, stages: int) -> Actions:
-        """The actions of every rank in their order. Raises InputError when the stages do not fit the ranks,
-        and StagecutError where the schedule has no order for these numbers.
+        """The actions of every rank in their order, for so many `stages`. Raises InputError when the stages
+        do not fit the ranks, and StagecutError where the schedule has no order for these numbers.
         """
         ranks = max(self.placement(stages)) + 1
         return actions(self.schedule, stages, ranks, self.n_microbatches, self.training)
 
     def orders(self, stages: int) -> Sequence[Order]:
-        """The steps of every rank in their order. Raises as `actions`."""
+        """The steps of every rank in their order, for so many `stages`. Raises as `actions`."""
         return [
             tuple(action for action in own if isinstance(action, Step))
             for own in self.actions(stages)
@@ -112,16 +115,20 @@ class Setting:
 
     @property
     def splits(self) -> bool:
-        """Whether the schedule splits backwards."""
+        """True when the schedule splits backwards: gradients of inputs first, those of weights later."""
         return self.training and self.schedule in SPLITTING
 
     def flights(self, stages: int) -> list[Flight]:
-        """The largest numbers of micro-batches of which each stage holds values. Raises as `actions`."""
+        """The largest numbers of micro-batches of which each of so many `stages` holds values. Raises as
+        `actions`.
+        """
         if not self.training:
             return [Flight()] * stages
         ranks = max(self.placement(stages)) + 1
         return flights_of(self.schedule, stages, ranks, self.n_microbatches)
 
     def in_flight(self, stages: int) -> list[int]:
-        """The largest number of micro-batches of which each stage holds activations."""
+        """The largest number of micro-batches of which each of so many `stages` holds activations. Raises as
+        `actions`.
+        """
         return [flight.weights for flight in self.flights(stages)]

@@ -16,8 +16,8 @@ from stagecut.backend.schedules import Event, Step
 
 @dataclass(frozen=True)
 class Sent:
-    """What crosses between stage `boundary` and the next for a micro-batch, values or their gradients, and
-    from when to when, in seconds.
+    """A message from stage `boundary` to the next for a micro-batch, or with `is_gradient` back from it;
+    start and end in seconds.
     """
 
     boundary: int
@@ -29,8 +29,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The work of the ranks of a pipeline over time: one training step, predicted or measured. `sent` is
-    known of a predicted one only.
+    """The work of the ranks of a pipeline over time: one training step, predicted or measured.
+
+    events: each step of a rank with its start and its end, in seconds. ranks: their number. title: for the
+    picture. sent: the messages between stages, known of a predicted timeline only.
     """
 
     events: tuple[Event, ...]
@@ -40,12 +42,12 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end."""
+        """The time from the first start to the last end, in seconds."""
         return max((e.end for e in self.events), default=0.0)
 
     @property
     def bubble(self) -> float:
-        """The part of the ranks' time in which they wait."""
+        """The part of the ranks' time in which they wait, from 0 to 1."""
         busy = sum(e.end - e.start for e in self.events)
         if self.seconds:
             return 1 - busy / (self.ranks * self.seconds)

@@ -80,6 +80,7 @@ def save_adapter(
     stages, bit for bit. Every rank of the driver calls it; all see the same file system. A pipe is written by
     this process alone, and all its stages must be real.
 
+    driver_or_pipe: the Driver or the Pipe whose stages have the adapter.
     model: the model that was cut, or one like it on meta, where the pipe does not know it any more. From it
         come the config and the names.
     adapter: the name of the adapter, for a model that has several.
@@ -107,7 +108,7 @@ def load_adapter(
     """The adapter in the stages of this process is that in `folder`, bit for bit, as `save_adapter` or peft
     wrote it, from any number of stages and ranks. Every rank of the driver calls it.
 
-    model, adapter: as for `save_adapter`.
+    driver_or_pipe, model, adapter: as for `save_adapter`.
 
     Raises CheckpointError, on every rank and before a tensor changes, when the folder is not whole, or its
     adapter is another one: of other modules, other shapes, or settings with which the same tensors compute

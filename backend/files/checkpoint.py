@@ -76,6 +76,9 @@ def save(
     """`folder` holds the model, the optimizers, the `copies` and the `extra` of rank 0. Every rank calls it;
     all see the same file system.
 
+    driver: the Driver whose stages are saved. optimizer: that of this rank, several, or None for none.
+    folder: a path that does not exist yet, such as "run/step-100".
+    extra: what else to keep, such as the number of the step and the state of the data loader.
     copies: further tensors of the model's, such as averages over steps: {"ema": {"head.weight": tensor}}, on
     each rank under the names in its stages.
     frozen: whether parameters that are frozen are saved. Without them a checkpoint of an adapter is small;
@@ -117,8 +120,11 @@ def load(
     frozen: bool = True,
 ) -> dict[str, Any]:
     """The stages of this rank, its optimizers and the tensors of `copies` are as they were saved, bit for
-    bit; returns the `extra` that was saved. With frozen=False, a frozen parameter that was not saved stays as
-    it is.
+    bit; returns the `extra` that was saved.
+
+    driver: the Driver whose stages are loaded. optimizer: that of this rank, several, or None for none.
+    folder: what `save` wrote, such as `latest(run)`.
+    frozen: with False, a frozen parameter that was not saved stays as it is.
 
     Every rank calls it. The checkpoint may be of another number of stages or ranks, or of the unsplit model.
     It holds pickles: load only what you trust.

@@ -48,6 +48,7 @@ def save_pretrained(
     its ties. Every rank of the driver calls it, and writes its own stages; all see the same file system. A
     pipe is written by this process alone, and all its stages must be real.
 
+    driver_or_pipe: the Driver or the Pipe whose stages are written.
     model: the model that was cut, or one like it on meta, where the pipe does not know it any more. From it
         come the config and the names.
     max_shard_size: the most bytes of a file, unless one tensor is larger: a number, or a text as "5GB".

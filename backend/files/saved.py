@@ -360,9 +360,9 @@ def load_stage(
     ops: Collection[str] = (),
 ) -> Stage:
     """Stage `index` of the pipe that was saved in `folder`, as a module on `device`. Only its own tensors are
-    read.
+    read. `ops` are namespaces of operators of yours, as for `load`.
 
-    Raises SavedError as `load` does.
+    Raises SavedError as `load` does, and for an index that the pipe has not.
     """
     saved = _Saved(_folder(folder), device, ops)
     side = saved.side(_stage(index, saved.count))

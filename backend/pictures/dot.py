@@ -45,7 +45,8 @@ def to_svg(
     depth: int | None = None,
     renderer: str | None = None,
 ) -> str:
-    """The picture that `to_dot` describes, as SVG.
+    """The picture that `to_dot` describes, as SVG. `program`, `level`, `stage` and `depth` are as for
+    `to_dot`.
 
     renderer: the program that draws, 'dot' of Graphviz or 'graphviz-pure' of the extra stagecut[pictures];
     None for the first that is installed. The second writes the same bytes on every machine. Raises

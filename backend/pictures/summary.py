@@ -27,8 +27,8 @@ CROSSING_ROUTES = ("send", "relay")
 
 @dataclass(frozen=True)
 class Summary:
-    """A pipe in a screen, as text and as HTML. `rows` has the cells of each stage, under HEAD; `lines` say
-    what is tied, and what else a reader should know.
+    """A pipe in a screen, as text and as HTML. `title` names the model, `rows` has the cells of each
+    stage, under HEAD; `lines` say what is tied, and what else a reader should know.
     """
 
     title: str

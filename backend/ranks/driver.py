@@ -61,37 +61,52 @@ class Driver:
     Every rank makes one with the same pipe, and calls `step` with the same arguments: those of the model.
     Rank r holds stages r, r + ranks, ..., or for V schedules r and its mirror image.
 
-    `wrap(module, index)` is called once for each stage of this rank, when its module is on its device. The
-    module that it returns runs in the place of the stage's own: FSDP, DDP, activation checkpointing and
-    torch.compile go there. Without `return_outputs`, `step` and `eval` return None for the outputs, and the
-    outputs of a micro-batch are released after its loss.
+    Arguments
+    ---------
+    pipe: the pipe. Its stages are moved to `device` when they are first needed; those on meta must be real by
+        then.
+    schedule: the name of a schedule, such as "GPipe", "1F1B", "Interleaved1F1B" or "ZBVZeroBubble".
+    n_microbatches: into how many micro-batches a batch is divided.
+    loss_fn: loss_fn(output, target, **loss_kwargs) returns a loss, or (loss, metrics). Without one, there is
+        no backward.
+    group: the ranks; None for all of them.
+    device: where the stages of this rank run; by default its GPU with nccl, else the CPU.
+    scale_grads: whether the loss of the batch is the mean over its micro-batches; with False it is the sum.
+    return_outputs: whether `step` and `eval` return the outputs. If not, the outputs of a micro-batch are
+        released after its loss.
+    wrap: wrap(module, index) is called once for each stage of this rank, when its module is on its device.
+        The module that it returns runs in the place of the stage's own: FSDP, DDP, activation checkpointing
+        and torch.compile go there.
+    normalize_by: the name of a metric, such as "tokens". With it losses are sums, and the loss of the batch
+        is the sum of all divided by the sum of that metric.
+    share_losses: whether every rank gets losses and metrics, or only the last.
+    seed: with it, micro-batch m of call k draws the random numbers that the uncut model draws after
+        `torch.manual_seed(seed + k * n_microbatches + m)`. None: each stage draws its own, which depend on
+        torch's generator.
+    eval_mode: whether `eval` runs in eval mode; None for a pipe that is trained.
+    compare_steps: in how many calls the ranks compare the contents of their arguments; they compare sizes in
+        every call.
+    data_on: the ranks that are given the arguments: "all", "first" for the rank of the first stage, or "ends"
+        for that one with the inputs and the rank of the last stage with target and `loss_kwargs`. The others
+        call without.
+    backward: "autograd", or "graph": each stage is three functions, its forward, the gradients of its inputs
+        and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage that
+        cannot be so has a note that says why.
+    compile: whether torch.compile makes each of the three functions.
+    recompute: whether the backward computes light ops again, so that less is saved.
+    activation_budget: how much is saved. A float is what torch's `activation_memory_budget` is, a part of the
+        way from the least that can be saved, 0.0, to all, 1.0. An int, which torch has not, is the bytes of
+        this rank for what its stages save, with all micro-batches of the schedule in flight.
+    cuda_graphs: whether a step of a rank is recorded with its messages in a CUDA graph, and replayed when a
+        step of the same sizes comes again. Its gradients, where there were none before, lie in memory that
+        the next step writes. Python code in loss_fn runs only while it is recorded. Stages that draw random
+        numbers are refused.
+    args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec: along which dims a batch is
+        divided and outputs are joined, as for torch's schedules, where the program does not know it.
+    schedule_kwargs: for torch's schedule, such as {"defer_pp_recv": True}.
 
-    `loss_fn(output, target, **loss_kwargs)` returns a loss, or (loss, metrics). With `normalize_by`, the name
-    of a metric such as "tokens", losses are sums, and the loss of the batch is the sum of all divided by the
-    sum of that metric. Every rank gets losses and metrics, or with share_losses=False, only the last.
-
-    `seed`: the model's own stream of random numbers (backend/ranks/draws.py). `eval_mode`: whether `eval`
-    runs in eval mode; None for a pipe that is trained. `compare_steps`: in how many calls the ranks compare
-    the contents of their arguments; they compare sizes in every call. `data_on`: the ranks that are given the
-    arguments, "all", "first" for the rank of the first stage, or "ends" for that one with the inputs and the
-    rank of the last stage with target and `loss_kwargs`; the others call without.
-
-    `backward`: "autograd", or "graph": each stage is three functions, its forward, the gradients of its
-    inputs and those of its weights, of which a schedule may delay the last (docs/DISTRIBUTED.md). A stage
-    that cannot be so has a note that says why. With `compile`, torch.compile makes each of the three. With
-    `recompute`, the backward computes light ops again, so that less is saved. `activation_budget` chooses how
-    much: a float is what torch's `activation_memory_budget` is, a part of the way from the least that can be
-    saved, 0.0, to all, 1.0, and an int, which torch has not, is what a user knows who runs out of memory: the
-    bytes of this rank for what its stages save, with all micro-batches of the schedule in flight.
-
-    `cuda_graphs` records a step of a rank, with its messages, in a CUDA graph, and replays it when a step of
-    the same sizes comes again. Its gradients, where there were none before, lie in memory that the next step
-    writes. What loss_fn does in Python happens when it is recorded. Stages that draw random numbers are
-    refused.
-
-    The program knows along which dims a batch is divided and outputs are joined. `args_chunk_spec`,
-    `kwargs_chunk_spec`, `target_chunk_spec` and `output_merge_spec` say it in its place, as for torch's
-    schedules. `schedule_kwargs` are handed to torch's schedule, such as {"defer_pp_recv": True}.
+    Raises InputError for arguments that do not fit each other, the group or the pipe, and StagecutError where
+    the ranks have different pipes.
     """
 
     def __init__(
@@ -266,7 +281,8 @@ class Driver:
         target_mbs: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, StepLosses]:
-        """As `step`, forward only. Without a target, a loss function that takes one is not called.
+        """The outputs and losses, as of `step` with the same arguments, by a forward only: there are no
+        gradients. Without a target, a loss function that takes one is not called.
 
         A pipe that is trained, by this driver or another, is in eval mode meanwhile, and as it was before
         afterwards. Otherwise the mode stays as `pipe.eval()` and `pipe.train()` set it.
@@ -518,8 +534,8 @@ class Driver:
             self.gradients.attach(optimizer)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
-        """The backward of every step starts from the scaled loss; `step` returns losses that are not scaled.
-        Every rank attaches one of its own.
+        """The backward of every step starts from the loss that `scaler` scales; `step` returns losses that
+        are not scaled. Every rank attaches one of its own.
         """
         self.gradients.attach_scaler(scaler)
 
@@ -530,10 +546,12 @@ class Driver:
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> torch.Tensor:
-        """As torch's, over all ranks: tied gradients are summed first and counted once. Every rank calls it
-        and gets the same norm.
+        """The norm of all gradients over all ranks, which are scaled to `max_norm` where it is larger. Tied
+        gradients are summed first and counted once. Every rank calls it and gets the same norm.
 
-        Raises NonFiniteError on every rank.
+        max_norm, norm_type, error_if_nonfinite, foreach: as for `torch.nn.utils.clip_grad_norm_`.
+
+        Raises NonFiniteError on every rank, with `error_if_nonfinite`, when the norm is not finite.
         """
         return self.gradients.clip_norm(
             max_norm, norm_type, error_if_nonfinite, foreach

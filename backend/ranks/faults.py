@@ -52,7 +52,8 @@ class RankError(StagecutError):
     """A rank failed; every rank of the group raises this. The group is broken. The hint says what fits the
     cause: a rank that was killed is started again, code that raised is mended first.
 
-    `ranks` are those that failed. On a rank that failed by itself, the error is `__cause__`.
+    `ranks` are those that failed, `where` says what failed there. On a rank that failed by itself, the error
+    is `__cause__`.
     """
 
     def __init__(

@@ -17,10 +17,11 @@ from stagecut.ir.errors import InputError, nearest
 
 
 class StepLosses(list[torch.Tensor]):
-    """The losses of the micro-batches of one call.
+    """The losses of the micro-batches of one call, in a list.
 
-    batch: the loss of the whole batch, whose gradient the step accumulated; None without losses. metrics:
-    what the loss function returned besides, joined over the micro-batches; None when it returned none.
+    losses: one scalar for each micro-batch. batch: the loss of the whole batch, whose gradient the step
+    accumulated; None without losses. metrics: what the loss function returned besides, joined over the
+    micro-batches; None when it returned none.
     """
 
     def __init__(

@@ -97,11 +97,16 @@ def _refuse_changes(pipe: Staged) -> None:
 
 
 class BuiltStage(PipelineStage):
-    """A stage of a pipe as torch's schedules know it. `submod` is the stage itself, under the model's names.
+    """A stage of a pipe as torch's schedules know it. `Pipe.build_stage` and `stagecut.build_stage` make one.
 
-    The first stage takes the model's own arguments. With `fed`, every stage takes the model's inputs that it
-    reads from `microbatches`, one list of flat inputs for each micro-batch; otherwise the first stage hands
-    them on.
+    pipe, index: the pipe, and which of its stages this is. `submod` is its module, under the model's names.
+    device, group: where it runs, and the ranks that run the stages.
+    sizes: name of a dynamic size -> its value in the micro-batches.
+    fed: whether every stage takes the model's inputs that it reads from `microbatches`, one list of flat
+        inputs for each micro-batch. Otherwise the first stage takes the model's own arguments and hands them
+        on.
+    dtypes: value -> the dtype in which it crosses, where that is not the program's.
+    draws: the model's own stream of random numbers, or None.
     """
 
     def __init__(
@@ -252,18 +257,18 @@ class BuiltStage(PipelineStage):
         )
 
     def packed(self, values: Mapping[Value, Any]) -> list[torch.Tensor]:
-        """The tensors that cross to the next stage."""
+        """The tensors that cross to the next stage, from the `values` that the stage knows."""
         return [p.pack(values[p.value], self.device) for p in self.sent]
 
     def fed_with(self, microbatch: int) -> dict[str, Any]:
-        """The stage's own inputs of a micro-batch, as keywords."""
+        """The inputs that the stage takes itself in `microbatch`, a number from 0 on, as keywords."""
         return {
             f"input_{i}": self.microbatches[microbatch][i] for i, _ in self._fed_inputs
         }
 
     def values(self, args: Any, kwargs: Any) -> dict[Value, Any]:
-        """The values that the stage knows when it has run on what crossed and what it is fed with. Raises
-        StagecutError where it is on meta and the device is not.
+        """The values that the stage knows when it has run on what crossed, `args`, and on what it is fed
+        with, `kwargs`. Raises StagecutError where it is on meta and the device is not.
         """
         if self.awaits_values and self.device.type != "meta":
             refuse_meta(self.pipe.program, self.pipe.stages[self.stage_index])
@@ -716,8 +721,10 @@ _STAGE = (
 
 @dataclass(frozen=True)
 class PipeInfo:
-    """The part of a pipe that `build_stage` needs. It serves stagecut's `build_stage`, and torch's own where
-    torch runs the stages right.
+    """The part of a pipe that `build_stage` needs, as `pipe.info()` gives it. It serves stagecut's
+    `build_stage`, and torch's own where torch runs the stages right.
+
+    pipe: the pipe itself. has_loss_and_backward: an option of torch's, always False.
     """
 
     pipe: Staged
@@ -744,8 +751,14 @@ def build_stage(
     device: torch.device | str,
     group: Group = None,
 ) -> BuiltStage:
-    """Stage `stage_index` of a pipe as torch's PipelineStage, as `Pipe.build_stage`, around `stage_module`:
-    the stage, or a wrapper.
+    """Stage `stage_index` of a pipe as torch's PipelineStage, for any of torch's schedules.
+
+    stage_module: the stage, `pipe.get_stage_module(stage_index)`, or a wrapper around it.
+    pipe_info: `pipe.info()`.
+    device, group: where the stage runs, and the process group whose ranks run the stages.
+
+    Raises StagecutError for a stage that the pipe does not have, for values that cannot cross between
+    processes, and where there is no process group.
     """
     stage = make_stage(
         pipe_info.pipe,

@@ -293,7 +293,7 @@ class StageModule(nn.Module):
         self._register_state_dict_hook(_store_as_the_model)
 
     def add_call(self, text: str) -> int:
-        """The value of `_call` that runs `text`."""
+        """Makes `text` a function of this module, if it is none yet, and returns its number for `_call`."""
         if text not in self._texts:
             self._texts.append(text)
             self._forwards.append(self._code.function(text))
@@ -310,6 +310,7 @@ class StageModule(nn.Module):
         object.__setattr__(self, "__class__", cls)
 
     def forward(self, *args: Any, _call: int = 0, **kwargs: Any) -> Any:
+        """Runs the function of number `_call`: inputs in, outputs out, as in `code`."""
         return self._forwards[_call](self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -321,8 +322,8 @@ class StageModule(nn.Module):
         )
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model. A module is found also where its name hides one of ours, and
-        inside torch's wrappers around modules.
+        """The module at `target`, a path of the model. A module is found also where its name hides one of
+        ours, and inside torch's wrappers around modules.
         """
         return submodule(self, target)
 
@@ -579,9 +580,12 @@ OURS = frozenset({"_code", "_texts", "_forwards", "_constants", "_here", "traini
 
 
 class Stage(StageModule):
-    """One pipeline stage: call it with its inputs by position or by name; it returns its outputs.
+    """One pipeline stage, as a pipe makes it: call it with its inputs by position or by name; it returns its
+    outputs. A single output is returned bare, several as a tuple, in the order of the stage in the IR.
 
-    A single output is returned bare, several as a tuple, in the order of the stage in the IR.
+    index: its place among the stages. input_names, input_types, output_types: in the order of the IR.
+    title, path: the name of its class, and of the module of the model, for `print`. code: makes its
+    functions. device: where constants of its code lie.
     """
 
     index: int = -1

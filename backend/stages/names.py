@@ -74,7 +74,7 @@ class Parts(nn.Module):
     _parts: Sequence[nn.Module]
 
     def train(self, mode: bool = True) -> Any:
-        """Switches every part."""
+        """Every part is in train mode, or with `mode=False` in eval mode."""
         for part in self._parts:
             part.train(mode)
         self.training = mode
@@ -156,18 +156,18 @@ class Named(Parts):
         return self
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model: from the one stage that has it, or its parts in several stages
-        as one module.
+        """The module at `target`, a path of the model: from the one stage that has it, or its parts in
+        several stages as one module.
         """
         return submodule(self, target)
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of that name."""
+        """The parameter that the model calls `target`. Raises AttributeError when there is none."""
         parameter: nn.Parameter = self._tensor("_parameters", target)
         return parameter
 
     def get_buffer(self, target: str) -> torch.Tensor:
-        """The buffer of that name."""
+        """The buffer that the model calls `target`. Raises AttributeError when there is none."""
         buffer: torch.Tensor = self._tensor("_buffers", target)
         return buffer
 
@@ -182,7 +182,9 @@ class Named(Parts):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters under the model's names."""
+        """The model's parameters under the model's names, in its order. The arguments are those of
+        torch's modules.
+        """
         yield from self._named(
             (stage.named_parameters("", recurse, False) for stage in self._parts),
             prefix,
@@ -192,7 +194,9 @@ class Named(Parts):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's buffers under the model's names."""
+        """The model's buffers under the model's names, in its order. The arguments are those of torch's
+        modules.
+        """
         yield from self._named(
             (stage.named_buffers("", recurse, False) for stage in self._parts),
             prefix,
@@ -220,7 +224,9 @@ class Named(Parts):
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The model's state dict: the same names in the same order."""
+        """The model's state dict: the same names in the same order, whatever stage has a tensor.
+        `destination`, `prefix` and `keep_vars` are torch's.
+        """
         merged: dict[str, Any] = {}
         for stage in self._parts:
             merged |= stage.state_dict(prefix=prefix, keep_vars=keep_vars)
@@ -234,7 +240,10 @@ class Named(Parts):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Loads a state dict of the unsplit model into the stages."""
+        """The stages have the values of `state_dict`, one of the unsplit model. `strict` and `assign` are
+        torch's, and so is the result. Raises RuntimeError, with `strict`, for names that are missing or not
+        the model's.
+        """
         own = self.state_dict()
         missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in own]

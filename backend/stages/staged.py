@@ -29,8 +29,9 @@ from stagecut.ir.text.printer import text
 class Staged(Named):
     """A model cut into stages. Calling it runs the stages one after the other and returns the flat outputs.
 
-    `program` is the linked IR; `pipe.ir()` is its text. The stages hold the model's own tensors, and the pipe
-    is differentiable end to end. The modules and tensors of all stages together are under the model's names.
+    program: the linked IR; `ir()` is its text. bindings: the real objects behind its names. The stages hold
+    the model's own tensors, and the pipe is differentiable end to end. The modules and tensors of all stages
+    together are under the model's names.
     """
 
     def __init__(self, program: Program, bindings: Bindings) -> None:
@@ -107,8 +108,8 @@ class Staged(Named):
     def flat_outputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, ...]:
-        """The flat outputs of the program for a call of the model: the leaves of its result, then what it
-        leaves in the objects that it is given, which stay as they are.
+        """The flat outputs of the program for a call of the model with `args` and `kwargs`: the leaves of its
+        result, then what it leaves in the objects that it is given, which stay as they are.
         """
         self.refuse_changed_model()
         flat = self.flatten(args, kwargs)
@@ -134,7 +135,8 @@ class Staged(Named):
         function: Callable[..., tuple[torch.Tensor, ...]],
         arguments: Sequence[torch.Tensor],
     ) -> Any:
-        """What `roles` takes: a function of these arguments and its gradients, traced. Raises CaptureError.
+        """A function of these arguments and its gradients, traced together, as `roles` takes it. Raises
+        CaptureError.
 
         The frontend traces, so the public class overrides this.
         """
@@ -160,8 +162,8 @@ class Staged(Named):
         raise NotImplementedError
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The program's flat inputs for a call of the model. Raises InputError when the call does not fit the
-        trace.
+        """The program's flat inputs for a call of the model with `args` and `kwargs`. Raises InputError when
+        the call does not fit the trace.
         """
         spec = self._call_spec
         flat = list(args) if spec is None else spec.flatten(args, dict(kwargs))

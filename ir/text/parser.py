@@ -89,7 +89,9 @@ _WORDS: dict[str, Any] = {
 
 
 def parse(source: str, file: str = "<string>") -> Program:
-    """The program that `source` describes. Raises ParseError at the first thing it cannot read."""
+    """The program that `source` describes, as `text` and `Pipe.ir` print it. Raises ParseError at the first
+    thing it cannot read; `file` is what the message calls the source. The invariants are not checked.
+    """
     return _Parser(source, file).program()
 
 

@@ -203,6 +203,11 @@ class Interactive(cmd.Cmd):
         options.named = self._named([*self._base, *argv])
         if options.interactive:
             raise InputError("this is --interactive already", hint="help")
+        if options.against is not None:
+            raise InputError(
+                "two programs are compared by a command of its own",
+                hint=f"dump-ir {options.source} --against {options.against}",
+            )
         fault = misuse(options)
         if fault:
             raise InputError(fault)

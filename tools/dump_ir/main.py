@@ -30,6 +30,8 @@ examples:
         the program right after one pass; text is read back
   dump-ir model.py:make --stages 4 --diff
         what each pass changes
+  dump-ir model.py:make --stages 4 --against before.ir
+        how the program differs from one that was written before, or from that of another model
   dump-ir model.py:make --stages 4 --bisect
         the first pass after which the program computes something else
   dump-ir model.py:make --stages 4 --format html -o out/
@@ -40,30 +42,45 @@ FORMATS = ("text", "json", "dot", "svg", "html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 when it worked, 1 for an error in what it was given, 2 for a wrong command line."""
+    """Runs the command; 0 when it worked, 1 for an error in what it was given, 2 for a wrong command line.
+
+    With `--against`, as diff does: 0 for equal texts, 1 for different ones, 2 for every error.
+    """
     command_line = parser()
     options = command_line.parse_args(argv)
     options.named = named(command_line, argv)
     fault = misuse(options)
     if fault:
         return _failed(2, fault)
+    failure = 1 if options.against is None else 2
     try:
         _check(options)
         if options.interactive:
             return _interactive(options)
-        _session(options).run()
+        status = _run(options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except StagecutError as error:
-        return _failed(1, spelled(str(error)))
+        return _failed(failure, spelled(str(error)))
     except BrokenPipeError:
         _drop_output()
+        return 0
     except OSError as error:
         _drop_output()
-        return _failed(1, str(error))
+        return _failed(failure, str(error))
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Writes all that is asked for; 1 where two programs are compared and differ."""
+    if options.against is None:
+        _session(options).run()
+        return 0
+    from stagecut.tools.dump_ir.against import compare
+
+    return int(not compare(options, _session))
 
 
 def _session(
@@ -282,6 +299,16 @@ def _add_shown(group: Any) -> None:
         action="append",
         default=[],
         help="the program before PASS, or before 'all'",
+    )
+    group.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="how its text differs from that of OTHER, compiled with the same options, or a file of text",
+    )
+    group.add_argument(
+        "--no-source",
+        action="store_true",
+        help="show no file and no line that ops come from",
     )
     group.add_argument(
         "--diff", action="store_true", help="what each pass changes, as a diff"

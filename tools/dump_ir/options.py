@@ -49,6 +49,11 @@ def is_text(source: str) -> bool:
     return source == "-" or source.endswith(".ir")
 
 
+def _sources(options: Namespace) -> list[str]:
+    """SOURCE, and the one that it is compared with."""
+    return [options.source] + [options.against] * (options.against is not None)
+
+
 def _is_python(source: str) -> bool:
     return not is_text(source) and not source.endswith(".pt2")
 
@@ -93,22 +98,32 @@ RULES = (
     Rule(
         ("config", "meta", "batch", "length"),
         "needs a SOURCE hf:NAME",
-        lambda options: options.source.startswith("hf:"),
+        lambda options: any(name.startswith("hf:") for name in _sources(options)),
     ),
     Rule(
         ("leaf",),
         "needs a SOURCE in Python: FILE.py:FACTORY, pkg.mod:FACTORY or hf:NAME",
-        lambda options: _is_python(options.source),
+        lambda options: any(map(_is_python, _sources(options))),
     ),
     Rule(
         ("trust",),
         "needs a SOURCE FILE.pt2",
-        lambda options: options.source.endswith(".pt2"),
+        lambda options: any(name.endswith(".pt2") for name in _sources(options)),
     ),
     Rule(
         ("no_cache",),
         "needs a model: IR text is not traced",
-        lambda options: not is_text(options.source),
+        lambda options: not all(map(is_text, _sources(options))),
+    ),
+    Rule(
+        (*LOOKS, *CHECKS, "format", "roles", "report", "timeline", "interactive"),
+        "does not go with --against, which compares the text of two programs",
+        lambda options: options.against is None,
+    ),
+    Rule(
+        ("against",),
+        "- reads standard input, and so does SOURCE -",
+        lambda options: _sources(options).count("-") < 2,
     ),
     Rule(
         ("unfold",),

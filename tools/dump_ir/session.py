@@ -25,6 +25,7 @@ from stagecut.tools.dump_ir.show import (
     Writer,
     diff,
     only,
+    shown_source,
     stats_of,
     times,
 )
@@ -84,13 +85,25 @@ class Session:
         )
         self._texts = any(wanted)
         self._history: list[Snapshot] = []
+        self._notes: Sequence[str] = ()
 
     def program(self) -> Program:
         """The program after the passes; nothing is written."""
         with Steps() as self._steps:
             source = self._source(self._options)
             self._run_passes(source, self._choose(source.is_model))
+        self._notes = source.notes
         return source.program
+
+    def text(self) -> str:
+        """The text of the program after the passes, or of the part that `--only` names. Nothing is written
+        but notes.
+        """
+        program = self.program()
+        with Steps() as self._steps:
+            self._note(self._notes)
+        with shown_source(program, not self._options.no_source):
+            return self._final(program)
 
     def run(self) -> None:
         """Everything is written. Raises StagecutError when something cannot be written."""
@@ -119,7 +132,8 @@ class Session:
                 return
             if self._options.roles:
                 program = self._steps.do("roles", lambda: _differentiated(source))
-            self._show(program)
+            with shown_source(program, not self._options.no_source):
+                self._show(program)
 
     def _note(self, notes: Sequence[str]) -> None:
         """A note of tracing; `--leaf` is the way to make the same choice beforehand."""
@@ -163,7 +177,10 @@ class Session:
         changed: bool = True,
     ) -> None:
         last = self._history[-1].text if self._history else ""
-        printed = (text(program) if changed else last) if self._texts else ""
+        printed = last if self._texts else ""
+        if changed and self._texts:
+            with shown_source(program, not self._options.no_source):
+                printed = text(program)
         stats = stats_of(program) if self._options.stats else None
         self._history.append(Snapshot(name, title, seconds, printed, stats, changed))
 

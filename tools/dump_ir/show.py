@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from stagecut.backend.progress import bar
 from stagecut.backend.tables import table
 from stagecut.ir.errors import InputError, nearest
-from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
 from stagecut.ir.ops import module_path
 from stagecut.ir.text.printer import size_text
 from stagecut.ir.types import value_bytes
@@ -95,6 +96,29 @@ def diff(old: str, new: str, before: str, after: str) -> str:
         old.splitlines(), new.splitlines(), before, after, lineterm="", n=2
     )
     return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def shown_source(program: Program, shown: bool) -> Iterator[None]:
+    """Inside, ops show the user's lines that they come from, or with `shown=False` none."""
+    if shown:
+        yield
+        return
+    ops = [*_every_op(program)]
+    places = [op.place for op in ops]
+    for op in ops:
+        op.place = op.place._replace(loc=None)
+    try:
+        yield
+    finally:
+        for op, place in zip(ops, places, strict=True):
+            op.place = place
+
+
+def _every_op(program: Program) -> Iterator[Op]:
+    """Every op: those of stages, of their backward, and of regions."""
+    backward = (op for _, block in program.backward_blocks() for op in block.ops)
+    yield from nested_ops(chain(program.all_ops(), backward))
 
 
 def only(program: Program, specs: Sequence[str]) -> Callable[[Op], bool] | None:

@@ -56,7 +56,7 @@ def load(options: Namespace) -> Source:
     if os.path.isdir(source):
         raise InputError(f"'{source}' is a directory", hint=_in_directory(Path(source)))
     if source.endswith(".ir"):
-        return Source(_checked(parse(_read(Path(source)), source)))
+        return text_file(source)
     if source.endswith(".pt2"):
         return _exported(Path(source), options.trust)
     if source.startswith("hf:") and source != "hf:":
@@ -69,6 +69,13 @@ def load(options: Namespace) -> Source:
     path, name = _named(source)
     model, args, kwargs = _call(_factory(path, name), source)
     return _traced(model, args, kwargs, options.leaf)
+
+
+def text_file(path: str) -> Source:
+    """The program in a file of IR text. Raises InputError for a file that cannot be read, ParseError and
+    VerifyError for text that is no program.
+    """
+    return Source(_checked(parse(_read(Path(path)), path)))
 
 
 def _standard_input() -> str:
