@@ -22,6 +22,8 @@ MISUSED = [
     ("m.py:f --interactive --report", "--report does not go with --interactive"),
     ("m.py:f --interactive --bisect", "--bisect does not go with --interactive"),
     ("m.ir --no-cache", "--no-cache needs a model"),
+    ("m.py:f --against n.py:f --format svg", "--format does not go with --against"),
+    ("- --against -", "--against - reads standard input"),
     ("m.py:f --stages 2 --split-at a", "--split-at does not go with --stages"),
     ("m.py:f --device H100", "--device needs --stages, --report, --timeline or --format html"),
     ("m.py:f --schedule GPipe --stats", "--schedule needs --stages"),
@@ -73,6 +75,7 @@ USED = [
     "m.py:f --only stage=1 --format svg --depth 1",
     "m.py:f --level ops --depth 1 --format dot",
     "m.py:f --bisect -o out",
+    "m.ir --against hf:llama --config a=1 --only stage=1 --no-source -o out",
 ]
 
 
