@@ -53,12 +53,17 @@ def fold_blocks(program: Program) -> None:
         return
     namer = Namer(KINDS)
     homes: list[Block] = [program, *program.stages]
-    order = {entry: place for place, entry in enumerate(program.state)}
+    order = _order(program.state)
     while homes:
-        homes = _fold(homes, order, namer)
-        for function in homes:
-            if isinstance(function, Function):
-                order |= {entry: place for place, entry in enumerate(function.state)}
+        functions = _fold(homes, order, namer)
+        for function in functions:
+            order |= _order(function.state)
+        homes = [*functions]
+
+
+def _order(state: list[StateEntry]) -> dict[StateEntry, int]:
+    """The place of each entry."""
+    return {entry: place for place, entry in enumerate(state)}
 
 
 def folded_text(program: Program) -> str:
@@ -104,62 +109,99 @@ class _Call:
 
 def _fold(
     homes: list[Block], order: dict[StateEntry, int], namer: Namer
-) -> list[Block]:
+) -> list[Function]:
     """Folds what is equal in these blocks; returns the functions that it made."""
     made: dict[str, Function] = {}
-    runs = [run for home in homes for run in _Run(home, home.ops, 0).inner()]
+    runs: list[_Run] = []
+    for home in homes:
+        whole = _Run(home, home.ops, 0)
+        runs.extend(whole.inner())
     while runs:
-        calls = [call for run in runs if (call := _as_call(run, order)) is not None]
-        count = Counter(call.shape for call in calls)
-        chosen = [call for call in calls if count[call.shape] >= LEAST_CALLS]
+        chosen = _repeated(runs, order)
         for call in chosen:
-            function = made.get(call.shape)
-            if function is None:
-                function = made[call.shape] = call.function
-                function.name = namer(_name(call.run), "block")
+            if call.shape in made:
+                continue
+            name = _name(call.run)
+            call.function.name = namer(name, "block")
+            made[call.shape] = call.function
         _replace(chosen, made)
         folded = {call.run.ops[0] for call in chosen}
-        runs = [
-            inner for run in runs if run.ops[0] not in folded for inner in run.inner()
-        ]
+        rest = [run for run in runs if run.ops[0] not in folded]
+        runs = []
+        for run in rest:
+            runs.extend(run.inner())
     return [*made.values()]
+
+
+def _repeated(runs: list[_Run], order: dict[StateEntry, int]) -> list[_Call]:
+    """The runs that are worth a function, as calls."""
+    calls: list[_Call] = []
+    for run in runs:
+        call = _as_call(run, order)
+        if call is not None:
+            calls.append(call)
+    count = Counter(call.shape for call in calls)
+    return [call for call in calls if count[call.shape] >= LEAST_CALLS]
 
 
 def _name(run: _Run) -> str:
     """The last part of the module's path that is no number."""
-    path = scope_fqn(run.ops[0].scope[: run.depth])
-    words = [part for part in path.split(".") if not part.isdecimal()]
-    return words[-1] if words else ""
+    parts = _path(run).split(".")
+    words = [part for part in parts if not part.isdecimal()]
+    if not words:
+        return ""
+    return words[-1]
 
 
 def _as_call(run: _Run, order: dict[StateEntry, int]) -> _Call | None:
     """A run as a call; None for one that no call can stand for."""
-    if len(run.ops) < LEAST_OPS:
+    ops = run.ops
+    if len(ops) < LEAST_OPS:
         return None
-    mine = set(run.ops)
-    path = scope_fqn(run.ops[0].scope[: run.depth])
-    read = dict.fromkeys(value for op in run.ops for value in op.reads)
-    live = [value for value in read if value.owner not in mine]
-    own = {value: name for value in live if (name := _below(value, path))}
-    entries = (value.owner for value in own)
-    state = sorted(
-        (entry for entry in entries if isinstance(entry, StateEntry)),
-        key=order.__getitem__,
-    )
-    operands = [value for value in live if value not in own]
-    results = [
-        value
-        for op in run.ops
-        for value in op.definitions()
-        if any(user not in mine for user in value.uses)
-    ]
-    effects = _effects(run.ops, operands, results, set(live))
+    mine = set(ops)
+    path = _path(run)
+    names: dict[Value, str] = {}
+    state: list[StateEntry] = []
+    operands: list[Value] = []
+    results: list[Value] = []
+    for value in _live_ins(ops, mine):
+        entry = value.owner
+        name = _below(value, path)
+        if name and isinstance(entry, StateEntry):
+            names[value] = name
+            state.append(entry)
+        else:
+            operands.append(value)
+    state.sort(key=order.__getitem__)
+    for op in ops:
+        for value in op.definitions():
+            if not mine.issuperset(value.uses):
+                results.append(value)
+    live = {*operands, *names}
+    effects = _effects(ops, operands, results, live)
     if effects is None or not results:
         return None
-    contexts = _common([op.context for op in run.ops])
-    function = _function(run, operands, state, own, results, len(contexts))
+    contexts = _common([op.context for op in ops])
+    depth = len(contexts)
+    function = _function(run, operands, state, names, results, depth)
     text = shape(function)
     return _Call(run, function, operands, state, results, effects, contexts, text)
+
+
+def _live_ins(ops: list[Op], mine: set[Op]) -> list[Value]:
+    """The values that ops read and do not define, in the order in which they are read."""
+    live: dict[Value, None] = {}
+    for op in ops:
+        for value in op.reads:
+            if value.owner not in mine:
+                live[value] = None
+    return [*live]
+
+
+def _path(run: _Run) -> str:
+    """The path of the module that is called."""
+    scope = run.ops[0].scope
+    return scope_fqn(scope[: run.depth])
 
 
 def _below(value: Value, path: str) -> str:
@@ -180,20 +222,19 @@ def _effects(
     aliases = Aliases(ops, roots=live)
     if not aliases.written.isdisjoint(live):
         return None
-    if any(old in live for op in ops for old in op.versions):
-        return None
+    for op in ops:
+        if not live.isdisjoint(op.versions):
+            return None
     roots = [aliases.root(value) for value in results]
-    if len(set(roots)) < len(roots) or any(
-        root in live and root not in operands for root in roots
-    ):
+    shown = live.intersection(roots)
+    if len(set(roots)) < len(roots) or not shown.issubset(operands):
         return None
-    views = tuple(root if root in live else None for root in roots)
-    return Effects(
-        (),
-        views if any(view is not None for view in views) else (),
-        any(op.effects.random for op in ops),
-        any(op.effects.effect for op in ops),
-    )
+    views: tuple[Value | None, ...] = ()
+    if shown:
+        views = tuple(root if root in shown else None for root in roots)
+    random = any(op.effects.random for op in ops)
+    effect = any(op.effects.effect for op in ops)
+    return Effects((), views, random, effect)
 
 
 def _common(contexts: list[tuple[Context, ...]]) -> tuple[Context, ...]:
@@ -214,28 +255,28 @@ def _function(
     contexts: int,
 ) -> Function:
     """A function that does what the run does. Its ops have places below the call's."""
-    inputs = [Value(value.type, value.hint) for value in operands]
-    declared = [
-        StateEntry(
-            (names[entry.value],),
-            entry.kind,
-            entry.type,
-            frozenset((names[entry.value],) if entry.transient else ()),
-            -1 - number,
-            -1 - number,
-        )
-        for number, entry in enumerate(state)
-    ]
-    swap = dict(zip(operands, inputs, strict=True))
-    swap |= {
-        entry.value: twin.value for entry, twin in zip(state, declared, strict=True)
-    }
+    swap: dict[Value, Value] = {}
+    inputs: list[Value] = []
+    for value in operands:
+        twin = Value(value.type, value.hint)
+        swap[value] = twin
+        inputs.append(twin)
+    declared: list[StateEntry] = []
+    for entry in state:
+        name = names[entry.value]
+        own = -1 - len(declared)
+        transient = frozenset((name,) if entry.transient else ())
+        below = StateEntry((name,), entry.kind, entry.type, transient, own, own)
+        swap[entry.value] = below.value
+        declared.append(below)
     ops: list[Op] = []
     for op in run.ops:
-        twin = op.elsewhere(swap)
-        twin.origin = None
-        twin.place = Place(op.scope[run.depth :], op.context[contexts:], op.loc)
-        ops.append(twin)
+        copy = op.elsewhere(swap)
+        copy.origin = None
+        scope = op.scope[run.depth :]
+        context = op.context[contexts:]
+        copy.place = Place(scope, context, op.loc)
+        ops.append(copy)
     outputs = tuple(swap[value] for value in results)
     tree = outputs[0] if len(outputs) == 1 else outputs
     return Function("", inputs, ops, tree, declared)
@@ -245,26 +286,31 @@ def _replace(calls: list[_Call], made: dict[str, Function]) -> None:
     """Calls stand where their ops stood."""
     begins: dict[Op, Op] = {}
     gone: set[Op] = set()
+    homes: dict[Block, None] = {}
     for call in calls:
         ops = call.run.ops
-        gone.update(ops)
-        place = Place(ops[0].scope[: call.run.depth], call.contexts)
-        op = Op(
-            CALL,
-            (call.operands, [entry.value for entry in call.state]),
-            effects=call.effects,
-            place=place,
-            regions=(made[call.shape],),
-        )
+        first = ops[0]
+        function = made[call.shape]
+        state = [entry.value for entry in call.state]
+        op = Op(CALL, (call.operands, state), regions=(function,))
+        op.effects = call.effects
+        scope = first.scope[: call.run.depth]
+        op.place = Place(scope, call.contexts)
         for value in call.results:
             _give(value, op)
         for old in ops:
             old.drop()
-        begins[ops[0]] = op
-    for home in {call.run.home: None for call in calls}:
-        home.ops = [
-            begins.get(op, op) for op in home.ops if op in begins or op not in gone
-        ]
+        gone.update(ops)
+        begins[first] = op
+        homes[call.run.home] = None
+    for home in homes:
+        kept: list[Op] = []
+        for op in home.ops:
+            if op in begins:
+                kept.append(begins[op])
+            elif op not in gone:
+                kept.append(op)
+        home.ops = kept
 
 
 def _give(value: Value, op: Op) -> None:
@@ -287,17 +333,22 @@ def _unfolded(call: Op) -> Iterator[Op]:
         yield call
         return
     operands, state = call.args
-    swap = dict(zip(function.sees, (*operands, *state), strict=True))
-    returned = dict(zip(function.output.operands, call.results, strict=True))
+    given = [*operands, *state]
+    swap = dict(zip(function.sees, given, strict=True))
+    outputs = function.output.operands
+    returned = dict(zip(outputs, call.results, strict=True))
     for op in function.ops:
         twin = op.elsewhere(swap)
         twin.origin = None
-        scope, context = (*call.scope, *op.scope), (*call.context, *op.context)
+        scope = call.scope + op.scope
+        context = call.context + op.context
         twin.place = Place(scope, context, op.loc)
         for value in op.definitions():
-            if value in returned:
-                _take(returned[value], swap[value], twin)
-                swap[value] = returned[value]
+            result = returned.get(value)
+            if result is None:
+                continue
+            _take(result, swap[value], twin)
+            swap[value] = result
         yield from _unfolded(twin)
     call.results = []
     call.drop()

@@ -36,6 +36,16 @@ _BY_MODE = """
     }}
   }}"""
 
+_CALL = """program @P phase=traced {{
+  function f (%a : f32[4]) {{
+    %b = torch.neg(%a) : f32[4]
+    yield %b
+  }}
+  input %x : f32[4]
+  %y = call {}  : f32[4]  # error: V27
+  output (%y,)
+}}"""
+
 _LANES = """program @P phase=linked {{
   input %x : f32[4]
   input %y : f32[4]
@@ -52,6 +62,8 @@ _LANES = """program @P phase=linked {{
 }}"""
 
 IN_TEXT = {
+    "call with too many operands": _CALL.format("f(%x, %x)"),
+    "call with too few operands": _CALL.format("f()"),
     "lane that is no input": _LANES.format("lane %x\n  lane %x", "V25"),
     "lane that ends in a number": _LANES.format("lane %x -> output 1", "V25"),
     "lane that ends nowhere": _LANES.format("lane %x -> output 9", "V25"),
@@ -556,7 +568,7 @@ def test_program_without_ops_is_valid() -> None:
 def test_every_listed_invariant_has_a_test() -> None:
     listed = set(re.findall(r"^  (V\d+) ", INVARIANTS or "", re.MULTILINE))
     in_text = {rule for source in IN_TEXT.values() for rule in re.findall(r"# error: (V\d+)", source)}
-    assert listed == {f"V{n}" for n in range(1, 27)}
+    assert listed == {f"V{n}" for n in range(1, 28)}
     assert listed == in_text | {rule for rule, _ in MUTATED + IN_BACKWARD}
 
 

@@ -82,19 +82,22 @@ def capture(
     leaves.add_packed()
     eager = eager or EagerPath(module)
     retries = _Retries(module, leaves, eager)
+    lost: CaptureError | None = None
     while True:
         try:
             exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
-        except TraceEach:
-            fold = False
+        except TraceEach as each:
+            fold, lost = False, each.refusal
         except StagecutError as error:
             if not retries.after_refusal(error):
                 raise
         except Exception as error:
             raise_ours(error)
             retries.after_failure(error)
+    if lost is not None:
+        raise lost
     signature = exported.module_call_graph[0].signature
     if signature is not None:
         refuse_shared(signature.out_spec, (args, kwargs))

@@ -64,14 +64,19 @@ def _shared(entries: Iterable[StateEntry]) -> set[StateEntry]:
 def _fits(group: StateGroup) -> bool:
     """True when path and function say everything of the entries but their stages, which are the same."""
     declared = group.function.state
-    return len(declared) == len(group.entries) and all(
-        entry.names == (f"{group.path}.{wanted.name}",)
-        and (entry.kind, entry.type) == (wanted.kind, wanted.type)
-        and bool(entry.transient) == bool(wanted.transient)
-        and entry.share is None
-        and entry.stages == group.stages
-        for entry, wanted in zip(group.entries, declared, strict=True)
-    )
+    if len(declared) != len(group.entries):
+        return False
+    for entry, wanted in zip(group.entries, declared, strict=True):
+        name = f"{group.path}.{wanted.name}"
+        if entry.names != (name,) or entry.kind != wanted.kind:
+            return False
+        if entry.type != wanted.type or entry.stages != group.stages:
+            return False
+        if bool(entry.transient) != bool(wanted.transient):
+            return False
+        if entry.share is not None:
+            return False
+    return True
 
 
 class Span(NamedTuple):
@@ -92,30 +97,33 @@ def spans(
     place = 0
     span: Span | None = None
     while place < len(entries):
-        group = groups.get(entries[place])
-        if group is None or tuple(entries[place : place + len(group.entries)]) != (
-            group.entries
-        ):
-            if span is not None:
-                yield span
+        entry = entries[place]
+        group = groups.get(entry)
+        if group is not None:
+            end = place + len(group.entries)
+            if tuple(entries[place:end]) != group.entries:
+                group = None
+        follows = span is not None and group is not None and _follows(span, group)
+        if span is not None and not follows:
+            yield span
             span = None
-            yield entries[place]
+        if group is None:
+            yield entry
             place += 1
             continue
-        if span is not None and _follows(span.groups[-1], group):
-            span.groups.append(group)
-        else:
-            if span is not None:
-                yield span
-            span = Span([group])
-        place += len(group.entries)
+        if span is None:
+            span = Span([])
+        span.groups.append(group)
+        place = end
     if span is not None:
         yield span
 
 
-def _follows(one: StateGroup, other: StateGroup) -> bool:
-    alike = one.function is other.function and one.stages == other.stages
-    return alike and next_path(one.path) == other.path
+def _follows(span: Span, group: StateGroup) -> bool:
+    last = span.groups[-1]
+    if last.function is not group.function or last.stages != group.stages:
+        return False
+    return next_path(last.path) == group.path
 
 
 def next_path(path: str) -> str | None:

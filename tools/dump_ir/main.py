@@ -233,11 +233,6 @@ def _add_model(group: Any) -> None:
         help="open a .pt2, which may run code that is inside",
     )
     group.add_argument(
-        "--unfold",
-        action="store_true",
-        help="the ops of every block, where blocks that do the same would be calls of one function",
-    )
-    group.add_argument(
         "--no-cache",
         action="store_true",
         help="trace, whatever the cache has, and leave it as it is",
@@ -339,6 +334,11 @@ def _add_shown(group: Any) -> None:
         "--trace-param",
         metavar="FQN",
         help="a parameter's or buffer's names, owners, uses and policy",
+    )
+    group.add_argument(
+        "--unfold",
+        action="store_true",
+        help="the ops of every block, where blocks that do the same would be calls of one function",
     )
     group.add_argument(
         "--roles",
