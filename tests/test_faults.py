@@ -21,7 +21,7 @@ from cluster.ranks import read_work, start
 from torch import nn
 from zoo.cuts import equal_ops
 
-from stagecut import Driver, StagecutError, pipe_split, pipeline
+from stagecut import Driver, RankError, StagecutError, pipe_split, pipeline
 from stagecut.backend.files import checkpoint
 from stagecut.backend.ranks import faults
 
@@ -149,6 +149,20 @@ def test_an_error_in_a_forward_is_told_to_all_with_its_place() -> None:
     for text in found:
         assert text.startswith("RankError: rank 2 (stage 2) failed: ValueError: boom\n  at: module 'last', test_faults.py:")
     assert found[2].endswith("from ValueError")
+
+
+def _begins_again(pipe: Any) -> str:
+    """What a new driver says after a step that failed."""
+    with pytest.raises(RankError, match="boom"):
+        _steps(pipe, 2, 1, _fails_in_a_hook)
+    Driver(pipe, "1F1B", 4, lambda out: out.square().mean())
+    return "nothing"
+
+
+def test_a_broken_group_takes_no_new_driver() -> None:
+    for text in outcomes(3, "tcp", _begins_again, chain()):
+        assert text.startswith("RankError: a rank of this group failed before")
+        assert "checkpoint.latest" in text
 
 
 class TiedEnds(nn.Module):

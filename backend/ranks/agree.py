@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from stagecut.backend.ranks.faults import refuse_broken
 from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
@@ -28,8 +29,9 @@ Group = dist.ProcessGroup | None
 
 def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) -> None:
     """Raises StagecutError on every rank when the ranks have cut different programs. Each rank may have
-    traced on a device of its own.
+    traced on a device of its own. Raises RankError where a rank of the group failed before.
     """
+    refuse_broken(group)
     digest = fingerprint(program)[:16]
     own = (digest, program.name, len(program.stages), *settings)
     by_rank = everywhere(own, group)

@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ _OWN_FOLDER = Path(__file__).parent
 _COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
 
 
+_BROKEN: WeakSet[dist.ProcessGroup] = WeakSet()
+"""Groups in which a rank failed."""
+
 RESTART = "start all ranks again from checkpoint.latest(folder)"
 
 
@@ -66,6 +70,14 @@ class RankError(StagecutError):
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.ranks = tuple(ranks)
+
+
+def refuse_broken(group: dist.ProcessGroup | None) -> None:
+    """Raises RankError for a group in which a rank failed before."""
+    if (dist.group.WORLD if group is None else group) in _BROKEN:
+        raise RankError(
+            "a rank of this group failed before, and nothing is exchanged in it any more"
+        )
 
 
 class Faults:
@@ -237,6 +249,8 @@ class Faults:
         """Whatever this rank waits for in the group fails now, and so does whatever others wait for
         from it.
         """
+        assert self._group is not None
+        _BROKEN.add(self._group)
         for group in self.groups:
             _break_connections(group)
 
