@@ -167,8 +167,12 @@ def orders_of(units: Units, stages: int) -> tuple[list[Key], str]:
             continue
         keys.append((setting.schedule, count, ranks, setting.n_microbatches))
         texts.append(_text(listed))
-    packed = zlib.compress("\n\n".join(texts).encode(), 9)
-    return keys, base64.b64encode(packed).decode()
+    return keys, packed("\n\n".join(texts))
+
+
+def packed(text: str) -> str:
+    """A text deflated, in base64, as a page unpacks it."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _near(units: Units, stages: int) -> Iterator[tuple[Setting, int]]:

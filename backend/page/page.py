@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from html import escape
@@ -18,7 +17,7 @@ from typing import Any
 from stagecut.backend.costs.report import Report, StageReport
 from stagecut.backend.costs.shares import OpShare
 from stagecut.backend.costs.timeline import Timeline
-from stagecut.backend.costs.units import orders_of
+from stagecut.backend.costs.units import orders_of, packed
 from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.source import source_of
 from stagecut.ir.errors import InputError
@@ -115,7 +114,7 @@ def _data(data: Any) -> str:
     form = ""
     if len(text) > PACKED:
         form = " data-packed"
-        text = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+        text = packed(text)
     return f'<script type="application/json" id="data"{form}>{text}</script>'
 
 

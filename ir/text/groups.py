@@ -20,11 +20,6 @@ class StateGroup(NamedTuple):
     entries: tuple[StateEntry, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the entries. Each has one."""
-        return tuple(entry.name for entry in self.entries)
-
-    @property
     def stages(self) -> tuple[int, ...]:
         """The stages that hold the entries, all the same."""
         return self.entries[0].stages
