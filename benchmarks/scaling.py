@@ -9,7 +9,9 @@ micro-batch has two sequences of 2048. Seconds are those of the slowest process;
 of a model with so many micro-batches must have the same loss; the script ends with 1 where one has not.
 
 `cut` is `equal` (as many blocks in each stage, embedding and head counted as one each) or `automatic` (what
-Balanced finds from blocks that are timed on the first process, for N x 2 micro-batches). `bound` is the speed
+Balanced finds from blocks that are timed on the first process, for N x 2 micro-batches) or, under schedules
+that split backwards, `timed` (the same with order="timed", and the order for each number of micro-batches).
+Ways that end in `-replayed` run in a CUDA graph. `bound` is the speed
 over the best that the schedule allows: ranks x (one GPU alone) x (1 - bubble), with the formulas of
 gpu_pipeline.py, and one GPU eager for `eager`, compiled for the others. `error` is the predicted step over
 the measured one, less 1. `GiB` is the peak of each rank in a step; each process has all weights.
@@ -36,7 +38,6 @@ from gpu_pipeline import Size
 from predictions import (
     LLAMA_1B,
     SCHEDULES,
-    WAYS,
     Bench,
     Case,
     by_hand,
@@ -47,7 +48,7 @@ from predictions import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from zero_bubble import gathered, has_time, say
+from zero_bubble import DRIVERS, gathered, has_time, say
 
 from stagecut import Balanced, Driver
 from stagecut.backend.costs.line import Line
@@ -76,11 +77,14 @@ ORDER = (
     ("ZBVZeroBubble", "graph-compiled"),
     ("1F1B", "graph-compiled"),
     ("Interleaved1F1B", "graph-compiled"),
+    ("1F1B", "compiled-replayed"),
+    ("ZBVZeroBubble", "graph-recompute-replayed"),
+    ("Interleaved1F1B", "compiled-replayed"),
 )
 """The rows, the most important ones first."""
 
 HEADER = (
-    f"{'model':14}{'schedule':17}{'way':16}{'cut':10}{'mb':>4}{'tokens/s':>10}{'bound':>7}"
+    f"{'model':14}{'schedule':17}{'way':25}{'cut':10}{'mb':>4}{'tokens/s':>10}{'bound':>7}"
     f"{'predicted':>10}{'measured':>9}{'error':>8}{'loss':>10}   GiB"
 )
 
@@ -120,7 +124,7 @@ class Row:
     peaks: tuple[float, ...]
 
     def __str__(self) -> str:
-        names = f"{self.model:14}{self.schedule:17}{self.way:16}{self.cut:10}{self.count:>4}"
+        names = f"{self.model:14}{self.schedule:17}{self.way:25}{self.cut:10}{self.count:>4}"
         speed = f"{self.speed:>10.0f}{self.speed / self.bound:>7.3f}"
         error = self.predicted / self.measured - 1
         step = f"{1e3 * self.predicted:>10.1f}{1e3 * self.measured:>9.1f}{error:>8.3f}"
@@ -155,7 +159,7 @@ class Table:
             dist.broadcast_object_list(speed)
             self._alone[compiled] = speed[0]
             way = "compiled" if compiled else "eager"
-            name = f"{self.bench.case.name:14}{'one GPU':17}{way:16}"
+            name = f"{self.bench.case.name:14}{'one GPU':17}{way:25}"
             say(f"{name}{'':10}{4:>4}{speed[0]:>10.0f}")
 
     def _speed_alone(self, compiled: bool) -> float:
@@ -179,16 +183,16 @@ class Table:
         if dist.get_rank() == 0:
             found[0] = self._predicted(schedule, way)
         dist.broadcast_object_list(found)
-        for name, (cut, predicted) in found[0].items():
+        for name, (cut, plans) in found[0].items():
             pipe = self.bench.cut(cut)
             graphs: Any = None
-            for count, seconds in zip(
-                self.options.microbatches, predicted, strict=True
+            for count, (seconds, order) in zip(
+                self.options.microbatches, plans, strict=True
             ):
                 driver = Driver(
                     pipe, schedule, count, loss_fn=self.bench.case.loss_fn,
                     group=self._group, device=self.bench.device, return_outputs=False,
-                    compare_steps=1, **self._options(way),
+                    compare_steps=1, order=order, **self._options(way),
                 )  # fmt: skip
                 # so that the functions of a stage are made once
                 if graphs is not None:
@@ -200,7 +204,7 @@ class Table:
 
     def _options(self, way: str) -> dict[str, Any]:
         """The arguments of Driver."""
-        options = dict(WAYS[way])
+        options = dict(DRIVERS[way])
         if self._data is None:
             return options
         inner = options.get("wrap", lambda module, index: module)
@@ -213,8 +217,11 @@ class Table:
 
     def _predicted(
         self, schedule: str, way: str
-    ) -> dict[str, tuple[list[int], list[float]]]:
-        """The cuts by name, each with the seconds of a step for each number of micro-batches."""
+    ) -> dict[str, tuple[list[int], list[Any]]]:
+        """The cuts by name, each with the seconds of a step, and its order where it is not the schedule's
+        own, for each number of micro-batches.
+        """
+        way = way.removesuffix("-replayed")
         if way not in self._lines:
             begin = time.perf_counter()
             self._lines[way] = self.bench.line(way)
@@ -222,7 +229,7 @@ class Table:
         timed = self._lines[way]
         stages = self.bench.ranks * SCHEDULES[schedule]
         setting = self.bench.setting(schedule, way, 2 * self.bench.ranks)
-        policy = Balanced(stages, setting, budget=4.0, wrap=WAYS[way].get("wrap"))
+        policy = Balanced(stages, setting, budget=4.0, wrap=DRIVERS[way].get("wrap"))
         edges = [start for start, _ in timed.blocks()[1:]]
         equal = by_hand(edges, stages, 1)[0]
         chosen = list(policy.of_line(replace(timed, setting=setting)).cuts)
@@ -230,16 +237,25 @@ class Table:
         cuts = {"equal": equal, "automatic": chosen}
         if equal == chosen:
             cuts = {"both": equal}
-        rows: dict[str, tuple[list[int], list[float]]] = {}
+        if setting.splits:
+            plan = replace(policy, order="timed").of_line(
+                replace(timed, setting=setting)
+            )
+            cuts["timed"] = list(plan.cuts)
+            say(f"timed {cuts['timed']}")
+        rows: dict[str, tuple[list[int], list[Any]]] = {}
         for name, cut in cuts.items():
             ends = torch.tensor([[0, *cut, len(timed.ops)]])
-            seconds = []
+            plans: list[Any] = []
             for count in self.options.microbatches:
                 setting = self.bench.setting(schedule, way, count)
-                counted = replace(policy, setting=setting)
                 line = replace(timed, setting=setting)
-                seconds.append(float(counted.steps(line, stages, 1.0).seconds(ends)))
-            rows[name] = (cut, seconds)
+                steps = replace(policy, setting=setting).steps(line, stages, 1.0)
+                if name == "timed":
+                    setting = steps.timed(ends[0].tolist())
+                    steps = replace(policy, setting=setting).steps(line, stages, 1.0)
+                plans.append((float(steps.seconds(ends)), setting.order))
+            rows[name] = (cut, plans)
         return rows
 
     def _row(
@@ -251,15 +267,18 @@ class Table:
         target = torch.cat([case.target.roll(i, -1) for i in range(count)])
         seconds: list[float] = []
         loss = peaks = None
-        for _ in range(2 + self.options.repeats):
+        # a step is recorded as its third, and replayed from then on
+        warm = 4 if way.endswith("-replayed") else 2
+        for _ in range(warm + self.options.repeats):
             taken, loss, peaks = self._once(driver, args, target)
             seconds.append(taken)
         if driver.notes:
             raise SystemExit(f"{names}: {driver.notes}")
-        step = median(seconds[2:])
+        step = median(seconds[warm:])
         tokens = count * case.target.numel()
         free = 1 - bubble(schedule, self.bench.ranks, count)
-        bound = self.bench.ranks * self._alone[way != "eager"] * free
+        compiled = not way.startswith("eager")
+        bound = self.bench.ranks * self._alone[compiled] * free
         return Row(
             case.name, *names, tokens / step, bound, predicted, step, loss, peaks
         )
@@ -377,9 +396,7 @@ def main() -> int:
         "--schedules", nargs="+", choices=[*SCHEDULES], default=[*SCHEDULES]
     )
     ways = ["eager", "compiled", "graph-recompute"]
-    parser.add_argument(
-        "--ways", nargs="+", choices=[*ways, "graph-compiled"], default=ways
-    )
+    parser.add_argument("--ways", nargs="+", choices=[*DRIVERS], default=ways)
     parser.add_argument(
         "--microbatches", nargs="+", type=int, help="N, 2 N and 4 N by default"
     )

@@ -18,7 +18,9 @@ ways    eager             the backward is autograd's
 
 All ways of a schedule have the same cut between blocks, and all numbers of micro-batches: that which Balanced
 finds from blocks that are timed on the first process, compiled, for ZBVZeroBubble with the compiled graph
-backward; or with --cut equal, the one between equally many blocks. The loss is not compiled in any way.
+backward; or with --cut equal, the one between equally many blocks. With --order timed, Balanced finds an
+order of steps as well where a schedule splits backwards, and one for each number of micro-batches. The loss
+is not compiled in any way.
 `ratio` is to the best of `compiled` and `stages` under 1F1B with as many micro-batches; `first` the seconds
 of the first step, in which functions are made and compiled; `GiB` what a step takes on each process beyond
 weights and optimizer. At the end, if there is time, the compiled graphs alternate with that best 1F1B, and
@@ -135,7 +137,7 @@ class Table:
         self.rows: list[Row] = []
         self.differing: list[str] = []
         self.steps: dict[tuple[str, str, int], Callable[[], float]] = {}
-        self._cuts: dict[str, list[int]] = {}
+        self._cuts: dict[str, tuple[list[int], dict[int, Any]]] = {}
         self._lines: dict[str, Line] = {}
         parameters = bench.model.parameters()
         self._optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
@@ -143,30 +145,41 @@ class Table:
 
     def find_cuts(self) -> None:
         """The first process finds a cut for each schedule, and all know it."""
-        cuts: list[dict[str, list[int]]] = [{}]
+        found: list[Any] = [{}]
         if dist.get_rank() == 0:
             for schedule in self.options.schedules:
-                cuts[0][schedule] = self._cut(schedule)
-        dist.broadcast_object_list(cuts)
-        self._cuts = cuts[0]
+                found[0][schedule] = self._cut(schedule)
+        dist.broadcast_object_list(found)
+        self._cuts = found[0]
 
-    def _cut(self, schedule: str) -> list[int]:
+    def _cut(self, schedule: str) -> tuple[list[int], dict[int, Any]]:
+        """The cut, and for each number of micro-batches the order of steps, None for the schedule's own."""
         way = "graph-compiled" if schedule == "ZBVZeroBubble" else "compiled"
         line = self._line(way)
         stages = dist.get_world_size() * SCHEDULES[schedule]
         starts = [start for start, _ in line.blocks()]
+        orders: dict[int, Any] = dict.fromkeys(self.options.microbatches)
         if self.options.cut == "equal":
             cut = by_hand(starts[1:], stages, 1)[0]
         else:
             count = max(self.options.microbatches)
             setting = self.bench.setting(schedule, way, count)
             wrap = WAYS[way].get("wrap")
-            policy = Balanced(stages, setting, budget=4.0, wrap=wrap, inside="never")
+            policy = Balanced(
+                stages, setting, budget=4.0, wrap=wrap, inside="never",
+                order=self.options.order,
+            )  # fmt: skip
             plan = policy.of_line(replace(line, setting=setting))
             cut = list(plan.cuts)
+            if plan.order is not None:
+                ends = [0, *cut, len(line.ops)]
+                for n in orders:
+                    counted = self.bench.setting(schedule, way, n)
+                    steps = replace(policy, setting=counted).steps(line, stages, 1.0)
+                    orders[n] = steps.timed(ends).order
         firsts = [scope_fqn(line.ops[start].scope) for start in [0, *cut]]
         say(f"{schedule}: stages begin at {', '.join(firsts)}")
-        return cut
+        return cut, orders
 
     def _line(self, way: str) -> Line:
         if self.options.cut == "equal":
@@ -178,7 +191,8 @@ class Table:
 
     def measure(self, schedule: str, way: str) -> Iterator[Row]:
         """The rows of a schedule in one way, for each number of micro-batches."""
-        pipe = self.bench.cut(self._cuts[schedule])
+        cut, orders = self._cuts[schedule]
+        pipe = self.bench.cut(cut)
         graphs: Any = None
         for count in self.options.microbatches:
             driver = Driver(
@@ -190,6 +204,7 @@ class Table:
                 return_outputs=False,
                 share_losses=False,
                 compare_steps=1,
+                order=orders[count],
                 **DRIVERS[way],
             )
             # so that the functions of a stage are made once
@@ -204,14 +219,18 @@ class Table:
             torch.cat([self._varied(a, i) for i in range(count)]) for a in case.args
         ]
         target = torch.cat([self._varied(case.target, i) for i in range(count)])
-        loss, norm, first = self._first(driver, args, target)
+        _, _, first = self._checked(driver, args, target)
         if driver.notes:
             raise SystemExit(f"{schedule}, {way}: {driver.notes}")
         seconds: list[float] = []
         taken: list[float] = []
-        for _ in range(1 + self.options.repeats):
+        # a step is recorded as its third, and replayed from then on
+        warm = 3 if way.endswith("-replayed") else 1
+        for _ in range(warm + self.options.repeats):
             elapsed, taken = self._once(driver, args, target)
             seconds.append(elapsed)
+        # of a step as it is at the end, replayed for one
+        loss, norm, _ = self._checked(driver, args, target)
         tokens = count * case.target.numel()
         if way in (*COMPILED, *GRAPHS):
             self.steps[schedule, way, count] = lambda: self._once(driver, args, target)[
@@ -222,7 +241,7 @@ class Table:
             schedule,
             way,
             count,
-            tokens / median(seconds[1:]),
+            tokens / median(seconds[warm:]),
             loss,
             norm,
             first,
@@ -233,10 +252,10 @@ class Table:
         """Other data for each micro-batch, the same on all processes."""
         return tensor.roll(microbatch, -1).flip(-1) if microbatch % 2 else tensor
 
-    def _first(
+    def _checked(
         self, driver: Driver, args: Sequence[torch.Tensor], target: torch.Tensor
     ) -> tuple[float, float, float]:
-        """The loss and the norm of the gradients, and the seconds of the first step."""
+        """The loss of a step, the norm of its gradients, and its seconds."""
         begin = time.perf_counter()
         _, losses = driver.step(*args, target=target)
         norm = self._norm(driver.parameters())
@@ -389,6 +408,7 @@ def main() -> int:
     )
     parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--cut", choices=["automatic", "equal"], default="automatic")
+    parser.add_argument("--order", choices=["schedule", "timed"], default="schedule")
     parser.add_argument("--optimizer", choices=["adamw", "none"], default="adamw")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=7, help="0 for none")

@@ -35,6 +35,12 @@ GIB = 2**30
 INSIDE = ("never", "if worth it", "always")
 """Whether cuts may divide a block."""
 
+ORDERS = ("schedule", "timed")
+"""In which order each rank does its steps."""
+
+MOST_ROUNDS = 6
+"""Orders and cuts are searched in turn so many times."""
+
 WORTH = 0.03
 """A cut may divide a block where the step gains more than this part."""
 
@@ -60,6 +66,10 @@ class Balanced:
     loss_fn, target: the loss that the last stage computes, loss_fn(output, target), with an example of its
         target for one micro-batch; without one, cross-entropy where the model returns logits.
     wrap: wrap(module, index) gives a stage the form in which its blocks are timed, as for Driver.
+    order: "schedule", the order in which torch's schedule has the steps of each rank, or "timed", one that is
+        searched for the times of the stages, together with the cuts. The plan has it as `order`, for a
+        Driver(order=). A rank holds no more micro-batches at once than by the schedule's own order. It is for
+        schedules that split backwards; others keep their own.
 
     Called with a traced program it returns the cuts, the positions of ops in front of which to cut; `plan`
     returns more.
@@ -75,6 +85,7 @@ class Balanced:
     loss_fn: Callable[..., Any] | None = field(default=None, repr=False)
     target: Any = field(default=None, repr=False, compare=False)
     wrap: Wrap = field(default=None, repr=False)
+    order: str = "schedule"
 
     def __call__(self, program: Program) -> list[int]:
         return list(self.plan(program).cuts)
@@ -103,6 +114,7 @@ class Balanced:
         """
         _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
         _refuse_unknown("inside", self.inside, INSIDE)
+        _refuse_unknown("order", self.order, ORDERS)
         setting = self.setting
         setting.refuse_backward()
         if any(op.is_split for op in program.ops):
@@ -203,8 +215,11 @@ class Balanced:
         choice = self._choice(line, steps)
         if choice is None:
             return None
+        if self.order == "timed" and self.setting.splits:
+            steps, choice = self._timed(line, steps, choice, scale)
+        setting = steps.setting
         cuts = list(choice.chosen.cuts)
-        flights = self.setting.flights(stages)
+        flights = setting.flights(stages)
         memory: list[int] = []
         intervals = itertools.pairwise(cuts)
         for (begin, end), flight in zip(intervals, flights, strict=True):
@@ -218,10 +233,27 @@ class Balanced:
             tuple(self.setting.placement(stages)),
             self._bound(line, stages),
             choice.chosen.seconds,
-            self.setting,
+            setting,
             choice,
             line.loss.name if line.loss is not None else "",
         )
+
+    def _timed(
+        self, line: Line, steps: Steps, choice: Choice, scale: float
+    ) -> tuple[Steps, Choice]:
+        """The steps in an order for some cuts, and cuts for that order, in turn, as long as the step gets
+        shorter. They begin with the chosen cuts, and with those that give the ranks the most alike work.
+        """
+        for cuts in (choice.chosen.cuts, choice.evenest.cuts):
+            for _ in range(MOST_ROUNDS):
+                policy = replace(self, setting=steps.timed(cuts))
+                ordered = policy.steps(line, len(steps.parts), scale)
+                found = policy._choice(line, ordered)
+                if found is None or found.chosen.seconds >= choice.chosen.seconds:
+                    break
+                steps, choice = ordered, found
+                cuts = found.chosen.cuts
+        return steps, choice
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
         """The steps of a program that is divided into so many stages, for all cuts at once.
@@ -275,6 +307,7 @@ class Balanced:
             outermost.cheapest(limit),
             best_at_blocks.shortest if best_at_blocks is not None else None,
             best.shortest,
+            outermost.evenest,
         )
 
     def _levels(self, line: Line) -> Iterator[torch.Tensor]:

@@ -8,16 +8,20 @@ from dataclasses import dataclass, field
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.costs.steps import Cuts
+from stagecut.backend.schedules import Orders
 from stagecut.backend.tables import table, time_text
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen cuts, the best at the boundaries of blocks, where there are any, and the best anywhere."""
+    """The chosen cuts, the best at the boundaries of blocks, where there are any, and the best anywhere;
+    of the allowed ones those with which the ranks have the most alike work.
+    """
 
     chosen: Cuts
     at_blocks: Cuts | None
     anywhere: Cuts
+    evenest: Cuts
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +45,11 @@ class Plan:
     choice: Choice | None = None
     loss: str = ""
     compared: tuple[tuple[str, int, float | str], ...] = ()
+
+    @property
+    def order(self) -> Orders | None:
+        """The steps of every rank in the order that was searched; None for the schedule's own."""
+        return self.setting.order
 
     @property
     def rank_seconds(self) -> list[float]:
@@ -84,6 +93,7 @@ class Plan:
         yield (
             f"{self.setting.schedule}, {len(self.seconds)} stages on {ranks} ranks, "
             f"{self.setting.n_microbatches} micro-batches"
+            f"{'' if self.order is None else ', steps ordered by their times'}"
         )
         yield f"loss: {self.loss or 'none counted'}"
         if self.compared:

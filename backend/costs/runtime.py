@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from stagecut.backend.schedules import (
@@ -19,6 +19,7 @@ from stagecut.backend.schedules import (
     FORWARD,
     INPUT,
     WEIGHT,
+    Orders,
     Step,
     V,
     homes,
@@ -59,12 +60,17 @@ Actions = tuple[tuple[Action, ...], ...]
 """The actions of every rank, in their order."""
 
 
-@cache
+@lru_cache(256)
 def actions(
-    schedule: str, stages: int, ranks: int, count: int, training: bool
+    schedule: str,
+    stages: int,
+    ranks: int,
+    count: int,
+    training: bool,
+    given: Orders | None = None,
 ) -> Actions:
-    """The actions of every rank in a step with `count` micro-batches. Raises StagecutError where the schedule
-    has no order for these numbers.
+    """The actions of every rank in a step with `count` micro-batches, by the schedule's own orders or by
+    those that are `given`. Raises StagecutError where the schedule has no order for these numbers.
     """
     if not training:
         placement = homes(stages, ranks, schedule in V)
@@ -73,7 +79,7 @@ def actions(
         return tuple(tuple(_gpipe(s, stages, count)) for s in range(stages))
     if schedule == "1F1B":
         return tuple(tuple(_one_ahead(s, stages, count)) for s in range(stages))
-    made = torch_schedule(schedule, stages, ranks, count)
+    made = torch_schedule(schedule, stages, ranks, count, given)
     return tuple(
         tuple(_of_runtime(made.pipeline_order_with_comms[rank]))
         for rank in range(ranks)

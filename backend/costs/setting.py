@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stagecut.backend.costs.ops import Device, device
 from stagecut.backend.costs.runtime import Actions, actions
@@ -12,10 +12,12 @@ from stagecut.backend.schedules import (
     SINGLE,
     SPLITTING,
     Order,
+    Orders,
     Step,
     V,
     flights_of,
     homes,
+    refuse_orders,
 )
 from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, nearest
@@ -34,7 +36,7 @@ class Setting:
     training: whether a step has a backward and an update; otherwise it is a forward.
     optimizer: "adamw", "momentum", "sgd" or "none", by which a rank's memory for optimizer state is counted.
     ranks: their number, where a rank has several stages.
-    backward, compile, recompute, activation_budget: as for Driver.
+    backward, compile, recompute, activation_budget, order: as for Driver.
     """
 
     device: Device | str | Sequence[Device | str] = "H100"
@@ -47,6 +49,7 @@ class Setting:
     compile: bool = False
     recompute: bool = False
     activation_budget: int | float | None = None
+    order: Orders | None = field(default=None, repr=False)
 
     @property
     def by_graphs(self) -> bool:
@@ -103,8 +106,16 @@ class Setting:
         """The actions of every rank in their order, for so many `stages`. Raises InputError when the stages
         do not fit the ranks, and StagecutError where the schedule has no order for these numbers.
         """
-        ranks = max(self.placement(stages)) + 1
-        return actions(self.schedule, stages, ranks, self.n_microbatches, self.training)
+        return actions(*self._numbers(stages), self.training, self.order)
+
+    def _numbers(self, stages: int) -> tuple[str, int, int, int]:
+        """The schedule, the stages, the ranks and the micro-batches. Raises InputError when the stages do not
+        fit the ranks, and when an order is for others.
+        """
+        homes = self.placement(stages)
+        if self.order is not None:
+            refuse_orders(self.order, self.schedule, homes, self.n_microbatches)
+        return self.schedule, stages, max(homes) + 1, self.n_microbatches
 
     def orders(self, stages: int) -> Sequence[Order]:
         """The steps of every rank in their order, for so many `stages`. Raises as `actions`."""
@@ -124,8 +135,7 @@ class Setting:
         """
         if not self.training:
             return [Flight()] * stages
-        ranks = max(self.placement(stages)) + 1
-        return flights_of(self.schedule, stages, ranks, self.n_microbatches)
+        return flights_of(*self._numbers(stages), self.order)
 
     def in_flight(self, stages: int) -> list[int]:
         """The largest number of micro-batches of which each of so many `stages` holds activations. Raises as

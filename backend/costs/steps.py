@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ import torch
 from stagecut.backend.costs.runtime import KINDS, Run
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import Setting
+from stagecut.backend.costs.timed import Work
+from stagecut.backend.schedules import most_held
 
 FEW = 20_000
 """Up to so many ways to cut are all tried."""
@@ -58,13 +60,7 @@ class Steps:
         larger: Callable[[Any, Any], Any] = max,
     ) -> Run[Any]:
         stages = len(self.parts)
-        times: dict[tuple[str, int], tuple[Any, Any]] = {}
-        for stage, parts in enumerate(self.parts):
-            ends, begins = cuts[:, stage + 1], cuts[:, stage]
-            spans = parts.index_select(2, ends) - parts.index_select(2, begins)
-            for kind, device, host in zip(KINDS, *spans, strict=True):
-                times[kind, stage] = read(device), read(host)
-        delays = [read(self.delays[i][cuts[:, i + 1]]) for i in range(stages)]
+        times, delays = self._times(cuts, read)
         where = self.setting.devices(stages)[0]
         return Run(
             self.setting.actions(stages),
@@ -76,6 +72,44 @@ class Steps:
             where.slowed,
             self._turns,
         )
+
+    def _times(
+        self, cuts: torch.Tensor, read: Callable[[torch.Tensor], Any]
+    ) -> tuple[dict[tuple[str, int], tuple[Any, Any]], list[Any]]:
+        """The seconds of each kind of step of each stage, on the device and on the host, and the delays of
+        what the stages send on.
+        """
+        times: dict[tuple[str, int], tuple[Any, Any]] = {}
+        for stage, parts in enumerate(self.parts):
+            ends, begins = cuts[:, stage + 1], cuts[:, stage]
+            spans = parts.index_select(2, ends) - parts.index_select(2, begins)
+            for kind, device, host in zip(KINDS, *spans, strict=True):
+                times[kind, stage] = read(device), read(host)
+        delays = [read(self.delays[i][cuts[:, i + 1]]) for i in range(len(self.parts))]
+        return times, delays
+
+    def timed(self, cuts: Sequence[int]) -> Setting:
+        """The setting with the order of steps that is the shortest one found for these cuts, the schedule's
+        own among them. No rank holds more micro-batches at once than by that.
+        """
+        stages = len(self.parts)
+        row = torch.tensor([list(cuts)])
+        times, delays = self._times(row, lambda times: float(times[0]))
+        setting = replace(self.setting, order=None)
+        work = Work(
+            setting.placement(stages),
+            setting.n_microbatches,
+            {key: device for key, (device, _) in times.items()},
+            delays,
+            [most_held(order) for order in setting.orders(stages)],
+        )
+        ways = [setting]
+        ways += [replace(setting, order=orders) for orders in work.orders()]
+        return min(ways, key=lambda way: float(self._by(way).seconds(row)[0]))
+
+    def _by(self, setting: Setting) -> Steps:
+        """The same steps in another order."""
+        return replace(self, setting=setting, tried=[], _turns=[])
 
     def best(self, allowed: torch.Tensor) -> Found | None:
         """The best cuts at the allowed positions, which include the first and the last; None where none
@@ -170,6 +204,11 @@ class Found:
     def shortest(self) -> Cuts:
         """The cuts with the shortest step."""
         return self._row(self.seconds.argmin())
+
+    @property
+    def evenest(self) -> Cuts:
+        """The cuts with which the ranks have the most alike work."""
+        return self._row(self.unevenness.argmin())
 
     def cheapest(self, limit: float) -> Cuts:
         """The cuts with the fewest bytes among those whose step takes at most `limit`. Of equals it is the

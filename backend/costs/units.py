@@ -185,11 +185,14 @@ def _near(units: Units, stages: int) -> Iterator[tuple[Setting, int]]:
     pairs.sort(key=lambda pair: _distance(pair, (stages, now.n_microbatches)))
     for count, batch in pairs:
         for schedule in SCHEDULES:
-            ranks = now.ranks if (schedule, count) == (now.schedule, stages) else None
-            yield (
-                replace(now, schedule=schedule, n_microbatches=batch, ranks=ranks),
-                count,
+            ranks = order = None
+            if (schedule, count) == (now.schedule, stages):
+                ranks = now.ranks
+                order = now.order if batch == now.n_microbatches else None
+            other = replace(
+                now, schedule=schedule, n_microbatches=batch, ranks=ranks, order=order
             )
+            yield other, count
 
 
 def _distance(pair: tuple[int, int], other: tuple[int, int]) -> tuple[float, int, int]:

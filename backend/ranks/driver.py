@@ -43,7 +43,12 @@ from stagecut.backend.ranks.told import Told, tell
 from stagecut.backend.ranks.trained import changed_here, follow
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
-from stagecut.backend.schedules import flights_of
+from stagecut.backend.schedules import (
+    Orders,
+    flights_of,
+    order_name,
+    reorder,
+)
 from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.crossing import refuse_feedback
 from stagecut.backend.stages.graphs import Graphs
@@ -104,6 +109,8 @@ class Driver:
     args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec: along which dims a batch is
         divided and outputs are joined, as for torch's schedules, where the program does not know it.
     schedule_kwargs: for torch's schedule, such as {"defer_pp_recv": True}.
+    order: the steps of every rank in the order in which it does them, in place of the schedule's own, under
+        one that splits backwards: `pipe.plan.order`, for as many micro-batches as the plan's setting has.
 
     Raises InputError for arguments that do not fit each other, the group or the pipe, and StagecutError where
     the ranks have different pipes.
@@ -137,6 +144,7 @@ class Driver:
         target_chunk_spec: Any = None,
         output_merge_spec: Any = None,
         schedule_kwargs: Mapping[str, Any] | None = None,
+        order: Orders | None = None,
     ) -> None:
         refuse_no_group(group)
         self.pipe = pipe
@@ -147,13 +155,18 @@ class Driver:
         self._schedule_kwargs = accepted_by(self.schedule_class, schedule_kwargs or {})
         self.device = torch.device(device) if device is not None else own_device(group)
         self._scale = part_of_loss(n_microbatches, scale_grads)
-        rank = dist.get_rank(group)
         ranks = dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
         self.stage_indices = tuple(
-            i for i, home in enumerate(self.placement) if home == rank
+            i for i, home in enumerate(self.placement) if home == dist.get_rank(group)
         )
-        settings = (schedule, n_microbatches, loss_fn is not None)
+        self._order = order
+        settings = (
+            schedule,
+            n_microbatches,
+            loss_fn is not None,
+            order_name(order, self.schedule_class, self.placement, n_microbatches),
+        )
         agree_on_program(pipe.program, settings, group)
         agree_on_tied(pipe, self.placement, group)
         self._wrap = wrap
@@ -190,7 +203,7 @@ class Driver:
             self._graphs = {
                 i: Graphs(pipe, i, code, recompute) for i in self.stage_indices
             }
-        numbers = schedule, pipe.num_stages, ranks, n_microbatches
+        numbers = schedule, pipe.num_stages, ranks, n_microbatches, order
         self._saving = Saving(
             pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
         )
@@ -489,6 +502,8 @@ class Driver:
                     where=f"{self.n_microbatches} micro-batches, {self.pipe.num_stages} stages",
                     hint="another number of micro-batches, or another schedule",
                 ) from None
+            if self._order is not None:
+                reorder(schedule, self._order)
             self._schedules[key] = schedule, stages
         for stage in self._schedules[key][1]:
             stage.resize(sizes)

@@ -1,0 +1,280 @@
+"""The order in which every rank does its steps, by how long each of them takes: a list schedule (Graham,
+1969) with the priorities of zero-bubble schedules (Qi et al., 2024).
+
+The orders of torch's zero-bubble schedules have no gaps where a forward and both parts of a backward take
+equally long. Attention has no weights, so that they do not, and neither are all stages alike.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from stagecut.backend.schedules import (
+    FORWARD,
+    INPUT,
+    RECV_B,
+    RECV_F,
+    SEND_B,
+    SEND_F,
+    WEIGHT,
+    Orders,
+    Step,
+)
+
+PATIENCE = (0.3, 0.0, 0.6, 0.9)
+"""A rank that could do a step for weights waits for another one that can begin within this part of it."""
+
+LEAST = 1e-9
+"""Seconds that a step takes at least, so that no two of a rank are done at once."""
+
+NEAR = 4
+"""So many slots from the first one on are tried for each end of a message."""
+
+MOST_STEPS = 40_000
+"""Orders of more steps together are not made to be compared."""
+
+_URGENCY = {INPUT: 0, FORWARD: 1, WEIGHT: 2}
+
+_MESSAGES = {FORWARD: (SEND_F, RECV_F, 1), INPUT: (SEND_B, RECV_B, -1)}
+"""Kind of step -> how its message is called at both ends, and how far it goes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be ordered.
+
+    homes: stage -> rank. count: micro-batches. seconds: of each kind of step of each stage. delays: by stage,
+    the seconds in which what it sends on arrives, each way. most: by rank, the micro-batches of its stages
+    that it may hold at once, from the forward to the gradients of weights.
+    """
+
+    homes: Sequence[int]
+    count: int
+    seconds: Mapping[tuple[str, int], float]
+    delays: Sequence[float]
+    most: Sequence[int]
+
+    @property
+    def stages(self) -> int:
+        """Their number."""
+        return len(self.homes)
+
+    def orders(self) -> Iterator[Orders]:
+        """Orders to choose from, in each of which no rank waits for itself or holds too much."""
+        steps = len(_URGENCY) * self.stages * self.count
+        tried = max(1, MOST_STEPS // steps)
+        for patience, late_first in [*product(PATIENCE, (False, True))][:tried]:
+            yield _Listed(self, patience, late_first).orders()
+
+
+class _Listed:
+    """A list schedule while it is made: the step that can begin first is next."""
+
+    def __init__(self, work: Work, patience: float, late_first: bool) -> None:
+        self._work = work
+        self._patience = patience
+        self._sign = -1 if late_first else 1
+        ranks = max(work.homes) + 1
+        self._stages: list[list[int]] = [[] for _ in range(ranks)]
+        for stage, home in enumerate(work.homes):
+            self._stages[home].append(stage)
+        self._room = self._rooms()
+        self._ends: dict[Step, float] = {}
+        self._done = {kind: [0] * work.stages for kind in _URGENCY}
+        self._held = [0] * ranks
+        self._free = [0.0] * ranks
+        self._orders: list[list[Step]] = [[] for _ in range(ranks)]
+
+    def _rooms(self) -> list[int]:
+        """By stage, how many micro-batches its rank may hold when it begins one there. A place is left for
+        each of its later stages, so that the oldest micro-batch can always go on.
+        """
+        rooms = [0] * self._work.stages
+        for rank, own in enumerate(self._stages):
+            for behind, stage in enumerate(reversed(own)):
+                rooms[stage] = max(1, self._work.most[rank] - behind)
+        return rooms
+
+    def orders(self) -> Orders:
+        """The steps of every rank."""
+        heap: list[tuple[float, int]] = []
+        ranks = range(len(self._stages))
+        following = {rank: self._following(rank) for rank in ranks}
+        for rank, found in following.items():
+            if found is not None:
+                heapq.heappush(heap, (found[0], rank))
+        while heap:
+            start, rank = heapq.heappop(heap)
+            found = following[rank]
+            if found is None or found[0] != start:
+                continue  # another step is next on that rank by now
+            step = found[1]
+            self._do(step, start)
+            for touched in self._touched(step):
+                following[touched] = self._following(touched)
+                found = following[touched]
+                if found is not None:
+                    heapq.heappush(heap, (found[0], touched))
+        return self._with_messages()
+
+    def _with_messages(self) -> Orders:
+        """The steps, with the ends of messages among them. All ranks have their messages in one order, by
+        when both ends have begun, so that none waits for ever.
+        """
+        ends = [[self._ends[step] for step in order] for order in self._orders]
+        places = [
+            {step: place for place, step in enumerate(order)} for order in self._orders
+        ]
+        found: list[tuple[float, Step, Step, int, int]] = []
+        for sender, order in enumerate(self._orders):
+            for place, step in enumerate(order):
+                message = self._message(step)
+                if message is None:
+                    continue
+                send, receive = message
+                receiver = self._work.homes[receive.stage]
+                reader = Step(step.kind, receive.stage, step.microbatch)
+                at = places[receiver][reader]
+                sent, received = _together(ends[sender], place, ends[receiver], at)
+                begun = max(
+                    _begin(ends[sender], sent), _begin(ends[receiver], received)
+                )
+                found.append((begun, send, receive, sent, received))
+        slots: list[list[list[Step]]] = [
+            [[] for _ in range(len(order) + 1)] for order in self._orders
+        ]
+        last = [0] * len(slots)
+        for _, send, receive, sent, received in sorted(found):
+            for end, slot in ((send, sent), (receive, received)):
+                rank = self._work.homes[end.stage]
+                last[rank] = max(last[rank], slot)
+                slots[rank][last[rank]].append(end)
+        return tuple(
+            tuple(_merged(order, own))
+            for order, own in zip(self._orders, slots, strict=True)
+        )
+
+    def _message(self, step: Step) -> tuple[Step, Step] | None:
+        """The two ends of the message that follows a step; None where nothing leaves the rank."""
+        send, receive, by = _MESSAGES.get(step.kind, ("", "", 0))
+        to = step.stage + by
+        if not by or not 0 <= to < self._work.stages:
+            return None
+        if self._work.homes[to] == self._work.homes[step.stage]:
+            return None
+        m = step.microbatch
+        return Step(send, step.stage, m), Step(receive, to, m)
+
+    def _do(self, step: Step, start: float) -> None:
+        rank = self._work.homes[step.stage]
+        end = start + max(LEAST, self._work.seconds[step.kind, step.stage])
+        self._ends[step] = self._free[rank] = end
+        self._done[step.kind][step.stage] += 1
+        self._held[rank] += (step.kind == FORWARD) - (step.kind == WEIGHT)
+        self._orders[rank].append(step)
+
+    def _touched(self, step: Step) -> set[int]:
+        """The ranks for which another step may be next, when this one is done."""
+        beside = {FORWARD: step.stage + 1, INPUT: step.stage - 1}.get(step.kind, -1)
+        ranks = {self._work.homes[step.stage]}
+        if 0 <= beside < self._work.stages:
+            ranks.add(self._work.homes[beside])
+        return ranks
+
+    def _following(self, rank: int) -> tuple[float, Step] | None:
+        """When the next step of a rank begins, and which one it is; None while it has to wait for others."""
+        ready: list[tuple[float, Step]] = []
+        for stage, kind in product(self._stages[rank], _URGENCY):
+            step = Step(kind, stage, self._done[kind][stage])
+            since = self._since(step)
+            if since is not None:
+                ready.append((max(since, self._free[rank]), step))
+        if not ready:
+            return None
+        first = min(start for start, _ in ready)
+        until = first
+        now = [step for start, step in ready if start == first]
+        if all(step.kind == WEIGHT for step in now):
+            weights = self._work.seconds[WEIGHT, now[0].stage]
+            until = first + self._patience * weights
+        urgent = [
+            (start, step)
+            for start, step in ready
+            if start == first or (start <= until and step.kind != WEIGHT)
+        ]
+        waits = first < until
+        return min(urgent, key=lambda each: self._place(each[0], each[1], waits))
+
+    def _place(self, start: float, step: Step, waits: bool) -> tuple[float, ...]:
+        """Steps of lower places are next: gradients that others wait for before values, these before weights,
+        and where a rank waits, the one that it waits for the least.
+        """
+        urgency = _URGENCY[step.kind]
+        weights = step.kind == WEIGHT
+        if waits:
+            return weights, start, urgency, self._sign * step.stage
+        return urgency, self._sign * step.stage
+
+    def _since(self, step: Step) -> float | None:
+        """From when on a step can be done; None where that is not known yet."""
+        work = self._work
+        stage, microbatch = step.stage, step.microbatch
+        if microbatch == work.count:
+            return None
+        if step.kind == WEIGHT:
+            return self._ends.get(Step(INPUT, stage, microbatch))
+        if step.kind == FORWARD:
+            if self._held[work.homes[stage]] >= self._room[stage]:
+                return None
+            return self._arrival(Step(FORWARD, stage - 1, microbatch), stage)
+        own = self._ends.get(Step(FORWARD, stage, microbatch))
+        arrived = self._arrival(Step(INPUT, stage + 1, microbatch), stage)
+        if own is None or arrived is None:
+            return None
+        return max(own, arrived)
+
+    def _arrival(self, before: Step, stage: int) -> float | None:
+        """When there is what a step of a neighbour makes; 0 where there is no neighbour."""
+        work = self._work
+        if not 0 <= before.stage < work.stages:
+            return 0.0
+        end = self._ends.get(before)
+        if end is None or work.homes[before.stage] == work.homes[stage]:
+            return end
+        return end + work.delays[min(before.stage, stage)]
+
+
+def _begin(ends: Sequence[float], slot: int) -> float:
+    """When an end of a message begins that stands in front of the step at this place."""
+    return ends[slot - 1] if slot else 0.0
+
+
+def _together(
+    sender: Sequence[float], maker: int, receiver: Sequence[float], reader: int
+) -> tuple[int, int]:
+    """The slots in which a message is sent, behind the step at `maker` that makes it, and received, at most
+    in front of the `reader`. Of those near to each other in time they are the ones in which the rank that is
+    first waits the least for the other: a kernel that waits takes room on its device.
+    """
+    ready = sender[maker]
+    latest = _begin(receiver, reader)
+    first = min(bisect_right(receiver, ready), reader)
+    sending = [slot for slot in range(maker + 1, maker + NEAR) if slot <= len(sender)]
+    ways = [
+        (abs(_begin(sender, sent) - _begin(receiver, received)), sent, received)
+        for sent in sending
+        if sent == maker + 1 or _begin(sender, sent) <= latest
+        for received in range(first, min(first + NEAR, reader + 1))
+    ]
+    return min(ways)[1:]
+
+
+def _merged(steps: Sequence[Step], slots: Sequence[Sequence[Step]]) -> Iterator[Step]:
+    """Steps, and in front of each, and behind the last, what is in its slot."""
+    for place, slot in enumerate(slots):
+        yield from slot
+        yield from steps[place : place + 1]
