@@ -35,7 +35,7 @@ from stagecut.frontend.lower.from_fx import lower_graph_module
 from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
-from stagecut.frontend.source import place_of
+from stagecut.frontend.source import at_users_lines, place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import (
     CaptureError,
@@ -131,7 +131,8 @@ def pipeline(
     Raises
     ------
     InputError: the example inputs do not fit the model's signature.
-    CaptureError: the model cannot be traced; the message names the source line.
+    CaptureError: the model cannot be traced; the message names the source line, and `error.cause` is the
+        exception of torch's that says so.
     CheckError: the pipe does not compute what the model computes: tracing lost something.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
@@ -340,9 +341,12 @@ def lower(
     that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
     does not count.
     """
-    program, bindings, exported = _lowered(
-        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
-    )
+    try:
+        program, bindings, exported = _lowered(
+            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
+        )
+    except StagecutError as error:
+        raise at_users_lines(error) from None
     if not batches:
         return program, bindings, exported
     with as_written(module):
