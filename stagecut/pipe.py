@@ -45,6 +45,7 @@ from stagecut.ir.errors import (
     nearest,
 )
 from stagecut.ir.graph import BY_MODE, Program
+from stagecut.ir.keywords import near_names, near_names_in
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
@@ -76,6 +77,7 @@ CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
 
 
+@near_names
 def pipeline(
     module: Model,
     mb_args: tuple[Any, ...] | None = None,
@@ -589,6 +591,7 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     return others
 
 
+@near_names_in
 class Pipe(Staged):
     """A model cut into stages, as `pipeline`, `from_pretrained` and `load` make it. Called with the model's
     own arguments, it runs the stages one after the other. It can be compared with the model, costed, saved,
@@ -1006,6 +1009,7 @@ def _real_device(device: torch.device | str) -> torch.device:
 _INDICES = "the indices of stages, such as 0 or [0, 3]"
 
 
+@near_names
 def load(
     folder: str | Path,
     stages: Iterable[int] | None = None,

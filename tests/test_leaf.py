@@ -582,10 +582,7 @@ class Asks(nn.Module):
 def test_what_makes_a_size_on_which_the_model_branches_is_kept_whole() -> None:
     pipe = pipeline(Asks(nn.Sequential(Pads(), nn.Identity())), (torch.randn(3, 4),))
     assert [op.target for op in leaf_ops(pipe)] == ["module.inner.0"]
-    assert (
-        "module 'inner.0' and all of its class are kept whole: what its code does depends on the data in a tensor"
-        in pipe.notes[0]
-    )
+    assert "module 'inner.0' and all of its class are kept whole: what its code does depends on the data in a tensor" in pipe.notes[0]
 
 
 class Sums(nn.Module):
