@@ -116,8 +116,9 @@ def test_a_model_that_fails_on_its_inputs_is_told_apart() -> None:
         pipeline(Adds(), (torch.ones(4),))
 
 
-def steps(error: BaseException) -> list[tuple[str, str]]:
+def steps(error: BaseException | None) -> list[tuple[str, str]]:
     """The functions that the traceback of an error shows, each with its file."""
+    assert error is not None
     return [(step.filename, step.name) for step in traceback.extract_tb(error.__traceback__)]
 
 
