@@ -96,6 +96,13 @@ def first_line(error: BaseException) -> str:
     )
 
 
+def outside_of_modes(frame: FrameType) -> FrameType:
+    """The innermost frame, from `frame` outwards, that is no mode's."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
 def user_line(frame: FrameType | None = None) -> Line:
     """File, line and function of the user's innermost frame, from `frame` or from the caller outwards."""
     frame = frame or sys._getframe(1)

@@ -334,18 +334,27 @@ def lower(
     one_mode: str = "",
     batches: bool = True,
     fold: bool = True,
+    grad: bool = True,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
     mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
     program says where its batch is. With `fold`, a block that the model repeats is traced once for all calls
-    that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
-    does not count.
+    that are alike, and the exported program has not the nodes of each. Code that asks whether gradients are
+    on takes the path that `grad` says. What torch.compile made of the module does not count.
     """
     try:
         program, bindings, exported = _lowered(
-            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
+            module,
+            args,
+            kwargs,
+            dynamic_shapes,
+            leaf_modules,
+            asked,
+            one_mode,
+            fold,
+            grad,
         )
     except StagecutError as error:
         raise at_users_lines(error) from None
@@ -380,6 +389,7 @@ def _lowered(
     asked: Iterable[str],
     one_mode: str,
     fold: bool,
+    grad: bool,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
@@ -400,7 +410,7 @@ def _lowered(
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
     exported, leaves = capture(
-        module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold
+        module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold, grad
     )
     program, bindings = lower_export(exported, module, leaves.calls)
     bindings.attributes_read += leaves.attributes_read
@@ -408,7 +418,7 @@ def _lowered(
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
         exported_again, leaves_again = capture(
-            module, args, kwargs, dynamic_shapes, leaves.paths, eager, fold
+            module, args, kwargs, dynamic_shapes, leaves.paths, eager, fold, grad
         )
         for path in leaves_again.paths:
             if path not in leaves.paths:

@@ -59,6 +59,7 @@ def capture(
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
     fold: bool = False,
+    grad: bool = True,
 ) -> tuple[ExportedProgram, Leaves]:
     """The exported program of `module` on the example inputs, and the modules that are kept whole.
 
@@ -68,6 +69,8 @@ def capture(
     With `fold`, a block that the model repeats is traced twice. One node stands for each further call that is
     traced alike, until the program is lowered.
 
+    Code that asks whether gradients are on hears what `grad` says.
+
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
     depends on data stops the model's own code, it adds the module that makes that size. Raises InputError
@@ -75,7 +78,7 @@ def capture(
     """
     check_example(module, args, kwargs)
     inputs = distinct_tensors((tuple(args), dict(kwargs)))
-    leaves = Leaves(module, inputs)
+    leaves = Leaves(module, inputs, grad)
     for path in leaf_modules:
         leaves.add(path)
     leaves.add_packed()
@@ -190,7 +193,7 @@ def _export(
         with (
             quiet_torch(),
             seeds,
-            torch.enable_grad(),
+            torch.set_grad_enabled(leaves.grad),
             leaves.standing_in(),
             modes_aside(),
             visible(),

@@ -375,10 +375,11 @@ class CalledOtherwise(Untraceable):
 
 @dataclass
 class Leaves:
-    """The modules of a model that are kept whole during one capture."""
+    """The modules of a model that are kept whole during one capture, with gradients on or off."""
 
     module: nn.Module
     inputs: Any
+    grad: bool = True
     paths: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     calls: dict[str, LeafCall] = field(default_factory=dict)
@@ -553,7 +554,8 @@ class Leaves:
         around = Surroundings(self.module)
         generators = Generators(around.generators)
         try:
-            with torch.random.fork_rng(gpus(self.module, inputs)), torch.enable_grad():
+            seeds = torch.random.fork_rng(gpus(self.module, inputs))
+            with seeds, torch.set_grad_enabled(self.grad):
                 model(*inputs[0], **inputs[1])
         finally:
             around.restore()
