@@ -101,7 +101,7 @@ def watched(
         first.notes.append(
             f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
         )
-    notes[:] = first.notes
+    notes[:] = [*first.notes, *first.asked]
     if first.left_behind:
         _refuse_unsettled(module, export, first, exported)
     attributes_read[:] = first.attributes_read(whole)
@@ -304,6 +304,8 @@ class TraceWatch:
         self._changed: dict[tuple[str, str], str] = {}
         self._stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.notes: list[str] = []
+        self.asked: dict[str, None] = {}
+        """Notes of a line that calls may share: they do not keep a call from standing for others."""
         self.finder = LineFinder(lambda: find(self)) if find else None
         self._protected: set[int] = set()
         self.left_behind: Attributes = {}
@@ -423,8 +425,7 @@ class TraceWatch:
             f"forward asks whether gradients are on, and the stages do what it does where they are {state}: "
             f"{shown(user_line(frame))}"
         )
-        if note not in self.notes:
-            self.notes.append(note)
+        self.asked[note] = None
 
     def attributes_read(self, whole: Sequence[str]) -> Iterator[Remembered]:
         """The plain attributes that the trace has read and forward does not change, as they are."""
