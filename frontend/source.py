@@ -6,7 +6,9 @@ import inspect
 import linecache
 import os
 import sys
-from types import FrameType
+import traceback
+from collections.abc import Iterator
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from stagecut.ir.blame import OWN_DIR
+from stagecut.ir.errors import StagecutError, without_addresses
 from stagecut.ir.graph import Loc
 
 Line = tuple[str, int, str]
@@ -45,6 +48,59 @@ def is_pythons_file(file: str) -> bool:
 def is_users_file(file: str) -> bool:
     """True for a source file that is neither torch's, nor ours, nor one of Python's own library."""
     return not file.startswith((TORCH_DIR, OWN_DIR)) and not is_pythons_file(file)
+
+
+def at_users_lines(error: StagecutError) -> StagecutError:
+    """The error, to be raised from None. Its traceback has steps of ours, then those of the model's code, and
+    none of torch's. The exception that led to it is `error.cause`.
+    """
+    error.cause = error.cause or error.__cause__
+    steps = [step for step in _steps(error) if not _is_librarys_file(_file_of(step))]
+    if error.cause is not None:
+        steps += [step for step in _steps(error.cause) if is_users_file(_file_of(step))]
+    linked: TracebackType | None = None
+    for step in reversed(steps):
+        linked = TracebackType(linked, step.tb_frame, step.tb_lasti, step.tb_lineno)
+    return error.with_traceback(linked)
+
+
+def _steps(error: BaseException) -> Iterator[TracebackType]:
+    step = error.__traceback__
+    while step is not None:
+        yield step
+        step = step.tb_next
+
+
+def _file_of(step: TracebackType) -> str:
+    return step.tb_frame.f_code.co_filename
+
+
+def _is_librarys_file(file: str) -> bool:
+    return file.startswith(TORCH_DIR) or is_pythons_file(file)
+
+
+def failing_line(error: BaseException, cls: type | None = None) -> str:
+    """file:line and source of the user's innermost frame; else the place of the forward of `cls`."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = os.path.abspath(frame.filename)
+        if is_users_file(path) and os.path.exists(path):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return place_of(cls) if cls is not None else "no frame of the model's own source"
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an exception, and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return without_addresses(
+        f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    )
+
+
+def outside_of_modes(frame: FrameType) -> FrameType:
+    """The innermost frame, from `frame` outwards, that is no mode's."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def user_line(frame: FrameType | None = None) -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 
@@ -18,8 +19,11 @@ class StagecutError(Exception):
     """The root of every error this project raises for a user's mistake.
 
     what: the mistake. where: the op, stage, module path or file:line, if known. hint: the cure. The message
-    has a line for each, and each is an attribute.
+    has a line for each, and each is an attribute. cause: the exception of torch or of the model's code that
+    led to it, with its whole traceback, where the model could not be traced.
     """
+
+    cause: BaseException | None = None
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what = what
@@ -31,6 +35,15 @@ class StagecutError(Exception):
         if hint:
             lines.append(f"  try: {hint}")
         super().__init__(without_addresses("\n".join(lines)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the exceptions of a tracer hold what cannot be pickled
+        return _unpickled, (type(self), self.args), {**vars(self), "cause": None}
+
+
+def _unpickled(cls: type[StagecutError], args: tuple[str]) -> StagecutError:
+    """An error with that message, whose attributes pickle sets."""
+    return cls.__new__(cls, *args)
 
 
 class CaptureError(StagecutError):

@@ -41,12 +41,14 @@ from stagecut.backend.tables import table
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.source import place_of
 from stagecut.ir.errors import InputError
+from stagecut.ir.keywords import near_names_in
 from stagecut.ir.text.printer import size_text
 from stagecut.ir.types import value_bytes
 from stagecut.pipe import Pipe
 from stagecut.programs import Fit, Programs, Source
 
 
+@near_names_in
 class Generator:
     """A decoder that is cut into stages once for each kind of call, and generates through them.
 

@@ -35,7 +35,7 @@ from stagecut.frontend.lower.from_fx import lower_graph_module
 from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
-from stagecut.frontend.source import place_of
+from stagecut.frontend.source import at_users_lines, place_of
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import (
     CaptureError,
@@ -45,6 +45,7 @@ from stagecut.ir.errors import (
     nearest,
 )
 from stagecut.ir.graph import BY_MODE, Program
+from stagecut.ir.keywords import near_names, near_names_in
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
@@ -76,6 +77,7 @@ CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
 
 
+@near_names
 def pipeline(
     module: Model,
     mb_args: tuple[Any, ...] | None = None,
@@ -131,7 +133,8 @@ def pipeline(
     Raises
     ------
     InputError: the example inputs do not fit the model's signature.
-    CaptureError: the model cannot be traced; the message names the source line.
+    CaptureError: the model cannot be traced; the message names the source line, and `error.cause` is the
+        exception of torch's that says so.
     CheckError: the pipe does not compute what the model computes: tracing lost something.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
@@ -331,18 +334,30 @@ def lower(
     one_mode: str = "",
     batches: bool = True,
     fold: bool = True,
+    grad: bool = True,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     """The traced program of `module`, its bindings, and the exported program where there was one.
 
     The program does what the module does in train and in eval mode, as far as possible, or in its present
     mode alone, for a reason in `one_mode`. The module is cut at the modules in `asked`. With `batches`, the
     program says where its batch is. With `fold`, a block that the model repeats is traced once for all calls
-    that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
-    does not count.
+    that are alike, and the exported program has not the nodes of each. Code that asks whether gradients are
+    on takes the path that `grad` says. What torch.compile made of the module does not count.
     """
-    program, bindings, exported = _lowered(
-        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
-    )
+    try:
+        program, bindings, exported = _lowered(
+            module,
+            args,
+            kwargs,
+            dynamic_shapes,
+            leaf_modules,
+            asked,
+            one_mode,
+            fold,
+            grad,
+        )
+    except StagecutError as error:
+        raise at_users_lines(error) from None
     if not batches:
         return program, bindings, exported
     with as_written(module):
@@ -374,6 +389,7 @@ def _lowered(
     asked: Iterable[str],
     one_mode: str,
     fold: bool,
+    grad: bool,
 ) -> tuple[Program, Bindings, ExportedProgram | None]:
     if isinstance(module, ExportedProgram):
         return *lower_export(module), module
@@ -394,7 +410,7 @@ def _lowered(
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
     exported, leaves = capture(
-        module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold
+        module, args, kwargs, dynamic_shapes, leaf_modules, eager, fold, grad
     )
     program, bindings = lower_export(exported, module, leaves.calls)
     bindings.attributes_read += leaves.attributes_read
@@ -402,7 +418,7 @@ def _lowered(
     def again() -> tuple[Program, Bindings]:
         # by the same paths: only modes differ
         exported_again, leaves_again = capture(
-            module, args, kwargs, dynamic_shapes, leaves.paths, eager, fold
+            module, args, kwargs, dynamic_shapes, leaves.paths, eager, fold, grad
         )
         for path in leaves_again.paths:
             if path not in leaves.paths:
@@ -585,6 +601,7 @@ def _other_names(module: Model) -> dict[str, list[str]]:
     return others
 
 
+@near_names_in
 class Pipe(Staged):
     """A model cut into stages, as `pipeline`, `from_pretrained` and `load` make it. Called with the model's
     own arguments, it runs the stages one after the other. It can be compared with the model, costed, saved,
@@ -1002,6 +1019,7 @@ def _real_device(device: torch.device | str) -> torch.device:
 _INDICES = "the indices of stages, such as 0 or [0, 3]"
 
 
+@near_names
 def load(
     folder: str | Path,
     stages: Iterable[int] | None = None,

@@ -273,6 +273,7 @@ class Programs:
         record = self._record if is_static(pipe.program) else None
         return RankStep(pipe, seat, self._line, self._homes, runs[0], record)
 
+    @torch.inference_mode(False)  # tensors that are made in it cannot be traced
     def _traced(self, kwargs: Mapping[str, Any]) -> Pipe:
         if self._traced_in_a_row == MOST_PROGRAMS:
             raise StagecutError(
@@ -314,6 +315,7 @@ class Programs:
             names,
             ONE_MODE,
             batches=False,
+            grad=False,  # as transformers generates
             # a policy that edits the traced GraphModule, and is still to be asked, is given all of it
             fold=self._spec is not None or not takes_graph(self._policy),
         )

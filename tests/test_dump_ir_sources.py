@@ -147,7 +147,9 @@ def test_a_module_kept_whole_is_told_in_one_note(tmp_path: Path, capsys: pytest.
     assert "module.1" in shown.out
     told = [line for line in shown.err.splitlines() if line != "seen"]
     assert len(told) == 2
-    assert told[0].startswith("dump-ir: note: module '1' and all of its class are kept whole: GuardOnDataDependentSymNode: ")
+    assert told[0].startswith(
+        "dump-ir: note: module '1' and all of its class are kept whole: what its code does depends on the data in a tensor (GuardOn"
+    )
     assert told[0].endswith("kept_whole.py:9 in forward: return x if x.sum() > 0 else -x")
     assert told[1] == "  try: --leaf NAME keeps a module whole without this note"
     assert "seen" in shown.err  # what the model says itself is heard

@@ -873,7 +873,7 @@ def key_value_cache(self, x, at):
     return y.softmax(-1)
 
 
-@case(t(1, 4), torch.tensor(1), has={"k": lambda: buffer(8, 4, value=0.0)}, grad=False, refused="data-dependent", traced_since="2.14")
+@case(t(1, 4), torch.tensor(1), has={"k": lambda: buffer(8, 4, value=0.0)}, grad=False, refused="data in a tensor", traced_since="2.14")
 def cache_written_at_a_tensor_index(self, x, at):
     self.k[at] = x[0]
     pipe_split()

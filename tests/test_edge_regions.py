@@ -927,7 +927,7 @@ def leaving_torch(self, x):
     return self.a(x) + y
 
 
-@case(X, has={"a": linear}, refused="this|branch|data-dependent")
+@case(X, has={"a": linear}, refused="this|branch|data in a tensor")
 def branch_on_a_value(self, x):
     if x.sum() > 0:
         x = self.a(x)

@@ -21,6 +21,35 @@ from stagecut.ir.text.parser import parse
 X = torch.randn(4, 4)
 
 
+class Talks(nn.Module):
+    """Prints what it is told to."""
+
+    def __init__(self, told: Callable[[], Any]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4, bias=False)
+        self.told = told
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.lin(x)
+        return y
+
+    def extra_repr(self) -> Any:
+        return self.told()
+
+
+def test_a_stage_prints_what_the_model_prints() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Talks(lambda: "one\ntwo"))
+    pipe = pipeline(model, (torch.randn(2, 4),))
+    assert str(pipe.get_stage_module(0)) == str(model)
+
+
+@pytest.mark.parametrize("told", [lambda: 1 / 0, lambda: ""])
+def test_a_stage_prints_where_the_models_own_text_fails(told: Callable[[], Any]) -> None:
+    model = Talks(told)
+    printed = "Talks(\n  (lin): Linear(in_features=4, out_features=4, bias=False)\n)"
+    assert str(pipeline(model, (torch.randn(2, 4),)).get_stage_module(0)) == printed
+
+
 def check(model: nn.Module, *args: Any, stages: int) -> Pipe:
     """The pipe of `model`, after it was shown to give the model's outputs and names in so many stages."""
     pipe = pipeline(model, args)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export import Dim
 
 from stagecut import pipeline
 from stagecut.ir import errors
-from stagecut.ir.errors import CaptureError, InputError, ParseError, SplitError, StagecutError, VerifyError, nearest
+from stagecut.ir.errors import (
+    BudgetError,
+    CaptureError,
+    InputError,
+    ParseError,
+    SplitError,
+    StagecutError,
+    VerifyError,
+    nearest,
+)
 
 
 def test_three_parts() -> None:
@@ -99,6 +114,94 @@ class Adds(nn.Module):
 def test_a_model_that_fails_on_its_inputs_is_told_apart() -> None:
     with pytest.raises(CaptureError, match="call the model with these inputs"):
         pipeline(Adds(), (torch.ones(4),))
+
+
+def steps(error: BaseException | None) -> list[tuple[str, str]]:
+    """The functions that the traceback of an error shows, each with its file."""
+    assert error is not None
+    return [(step.filename, step.name) for step in traceback.extract_tb(error.__traceback__)]
+
+
+class Counts(nn.Module):
+    """Is refused by a rule of ours in the middle of the trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("model", [Branching(), Counts(), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))])
+def test_no_line_of_torch_stands_above_a_refusal(model: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StagecutError) as caught:
+        pipeline(model, (torch.randn(3),))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert str(Path(torch.__file__).parent) not in shown
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert "While executing" not in shown
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_traceback_of_a_refusal_ends_at_the_models_line() -> None:
+    with pytest.raises(CaptureError) as caught:
+        pipeline(nn.Sequential(Outer()), (torch.randn(3),))
+    assert steps(caught.value)[-2:] == [(__file__, "forward"), (__file__, "helper")]
+
+
+class Outer(nn.Module):
+    """Fails in a function that it calls. Whole, it fails as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return helper(x)
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.ones(7, 7)
+
+
+def test_the_error_of_torch_is_the_cause_of_a_refusal() -> None:
+    with pytest.raises(CaptureError) as caught:
+        pipeline(Branching(), (torch.randn(3),))
+    cause = caught.value.cause
+    assert type(cause).__name__ == "GuardOnDataDependentSymNode"
+    assert any(file.startswith(str(Path(torch.__file__).parent)) for file, _ in steps(cause))
+
+
+def test_a_refusal_by_a_rule_of_ours_has_no_cause() -> None:
+    with pytest.raises(CaptureError) as caught:
+        pipeline(Counts(), (torch.randn(3),))
+    assert caught.value.cause is None
+
+
+def test_a_module_that_refuses_its_inputs_is_one_error() -> None:
+    with pytest.raises(CaptureError, match=r"^Sequential fails on the example inputs: RuntimeError: [^;]*$") as caught:
+        pipeline(nn.Sequential(Outer()), (torch.randn(3),))
+    assert "in helper: return x @ torch.ones(7, 7)" in caught.value.where
+
+
+@pytest.mark.parametrize("shapes", [3, ({7: Dim("n")},), {"y": {0: Dim("n")}}, (None, None)])
+def test_dynamic_shapes_that_do_not_fit_are_called_so(shapes: Any) -> None:
+    with pytest.raises(InputError, match=r"^dynamic_shapes does not fit the example inputs"):
+        pipeline(nn.Linear(2, 2), (torch.randn(3, 2),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StagecutError("what", where="where", hint="hint"),
+        BudgetError(3, 2, where="stage 1"),
+        ParseError("bad", file="a.ir", line=1, column=2, source="text"),
+        VerifyError(["V1", "V2"], after="a pass"),
+    ],
+)
+def test_an_error_is_the_same_in_another_process(error: StagecutError) -> None:
+    error.cause = RuntimeError(object())
+    twin = pickle.loads(pickle.dumps(error))
+    assert (type(twin), str(twin)) == (type(error), str(error))
+    assert vars(twin) == {**vars(error), "cause": None}
 
 
 def test_a_class_is_no_model() -> None:

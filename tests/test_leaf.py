@@ -487,7 +487,8 @@ def test_a_list_of_modules_is_not_kept_whole_for_what_lies_in_it() -> None:
     pipe = pipeline(nn.Sequential(Stack(), nn.Linear(4, 4)), (torch.randn(3, 4),))
     assert [op.target for op in leaf_ops(pipe)] == ["module.0"]
     with pytest.raises(
-        CaptureError, match=r"'layers\.0' is given 2 .* 1 in a real run, or others; before that, in module 'layers\.0': GuardOn"
+        CaptureError,
+        match=r"'layers\.0' is given 2 .* 1 in a real run, or others; before that, in module 'layers\.0': what its code does depends",
     ):
         pipeline(Stack(), (torch.randn(3, 4),))
 
@@ -581,7 +582,7 @@ class Asks(nn.Module):
 def test_what_makes_a_size_on_which_the_model_branches_is_kept_whole() -> None:
     pipe = pipeline(Asks(nn.Sequential(Pads(), nn.Identity())), (torch.randn(3, 4),))
     assert [op.target for op in leaf_ops(pipe)] == ["module.inner.0"]
-    assert "module 'inner.0' and all of its class are kept whole: GuardOnDataDependentSymNode" in pipe.notes[0]
+    assert "module 'inner.0' and all of its class are kept whole: what its code does depends on the data in a tensor" in pipe.notes[0]
 
 
 class Sums(nn.Module):
@@ -596,7 +597,7 @@ class Finds(nn.Module):
 
 @pytest.mark.parametrize("inner", [Sums(), Finds()])
 def test_a_branch_on_a_number_or_on_how_many_there_are_is_refused(inner: nn.Module) -> None:
-    with pytest.raises(CaptureError, match=r"(?s)data-dependent.*return x \* 2 if .*torch\.where"):
+    with pytest.raises(CaptureError, match=r"(?s)depends on the data.*return x \* 2 if .*torch\.where"):
         pipeline(Asks(inner), (torch.randn(3, 4),))
 
 

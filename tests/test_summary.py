@@ -16,6 +16,7 @@ from torch import nn
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 from stagecut.backend.pictures import render
+from stagecut.backend.pictures.stages import homes_of, modules_text
 from stagecut.backend.pictures.summary import MOST_STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -189,3 +190,18 @@ def test_only_the_first_process_of_a_machine_talks() -> None:
 def test_without_a_terminal_nothing_is_told() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+class Branches(nn.Module):
+    """Cannot be traced: it is kept whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_table_and_picture_name_the_same_modules_in_the_order_in_which_they_run() -> None:
+    blocks = nn.Sequential(nn.Linear(8, 8), Branches(), Block(cut=False), Block(cut=True), nn.Linear(8, 8))
+    pipe = pipeline(blocks, (X,))
+    assert [row[-1] for row in pipe.summary().rows] == ["0-2, part of 3", "part of 3, 4"]
+    homes = homes_of(pipe.program)
+    assert [modules_text(stage, homes) for stage in pipe.program.stages] == [["0-2  x 3", "part of 3"], ["part of 3", "4"]]

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stagecut import ModeError, StagecutError, pipe_split, pipeline
+from stagecut import InputError, ModeError, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.watch.attributes import attributes, fingerprint
 from stagecut.ir.errors import CaptureError
+from stagecut.programs import Programs
 
 X = torch.randn(3, 4)
 AROUND: list[Any] = []
@@ -39,6 +41,7 @@ def patched() -> list[Any]:
         *(vars(cls)["__init__"] for cls in (torch.autograd.graph.saved_tensors_hooks, torch.autograd.graph.save_on_cpu)),
         os.urandom,
         torch.compile,
+        torch.is_grad_enabled,
         export._detect_attribute_assignment,
         export.register_buffer_assignment_hook,
         len(torch.overrides._get_current_function_mode_stack()),
@@ -345,3 +348,62 @@ def test_a_follower_says_nothing_at_the_switch() -> None:
 
 def test_looking_at_generators_is_no_part_of_the_trace() -> None:
     assert [entry.name for entry in pipeline(nn.Linear(4, 4), (X,)).program.state] == ["weight", "bias"]
+
+
+class AsksGrad(nn.Module):
+    """Goes another way where no gradients are computed."""
+
+    def __init__(self, asks: Callable[[torch.Tensor], bool]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.asks = asks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        return y * 2 if self.asks(y) else y * 3
+
+
+ASKS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "requires_grad": lambda y: y.requires_grad,
+    "grad_fn": lambda y: y.grad_fn is not None,
+    "is_leaf": lambda y: not y.is_leaf,
+    "is_grad_enabled": lambda y: torch.is_grad_enabled(),
+}
+
+
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
+def test_a_note_says_where_the_model_asks_whether_gradients_are_on(asks: Callable[[torch.Tensor], bool]) -> None:
+    pipe = pipeline(AsksGrad(asks), (torch.randn(2, 4),))
+    (note,) = pipe.notes
+    assert note.startswith("forward asks whether gradients are on, and the stages do what it does where they are on: ")
+    assert f"{__file__}:{asks.__code__.co_firstlineno} in <lambda>" in note
+
+
+def test_no_note_for_what_torch_asks_or_for_a_parameter() -> None:
+    model = AsksGrad(lambda y: True)
+    model.asks = lambda y: model.lin.weight.requires_grad
+    assert pipeline(model, (torch.randn(2, 4),)).notes == ()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    assert pipeline(layer.eval(), (torch.randn(2, 3, 8),)).notes == ()
+
+
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
+def test_a_program_that_generates_goes_the_way_without_gradients(asks: Callable[[torch.Tensor], bool]) -> None:
+    model = nn.Sequential(AsksGrad(asks), AsksGrad(asks)).eval()
+    call = {"input": torch.randn(2, 4)}
+    fit = Programs(model, {"1": SplitPoint.BEGINNING}, None).fitting(call)
+    with torch.no_grad():
+        assert torch.equal(fit.run(call), model(**call))
+
+
+def test_nothing_is_traced_in_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match=r"torch\.inference_mode"):
+        pipeline(nn.Linear(2, 2), (torch.randn(3, 2),))
+
+
+def test_a_program_that_generates_is_made_in_inference_mode_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    with torch.inference_mode():
+        call = {"input": torch.randn(2, 4)}
+        fit = Programs(model, {"1": SplitPoint.BEGINNING}, None).fitting(call)
+        assert torch.equal(fit.run(call), model(**call))

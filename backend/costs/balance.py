@@ -26,6 +26,7 @@ from stagecut.backend.ranks.wrapped import Wrap
 from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.ir.errors import InputError, SplitError, StagecutError, nearest
 from stagecut.ir.graph import Op, Program, scope_fqn
+from stagecut.ir.keywords import near_names_in
 from stagecut.ir.ops import module_path
 from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
@@ -48,6 +49,7 @@ MOST = 256
 """The most stages that are tried when their number is left open."""
 
 
+@near_names_in
 @dataclass(frozen=True)
 class Balanced:
     """A policy: cuts with which a step of the schedule takes the shortest time, and every stage fits its
@@ -506,6 +508,7 @@ class Markers:
         return []
 
 
+@near_names_in
 @dataclass(frozen=True)
 class AtModules:
     """A policy: cuts in front of the first op of each module that `paths` names, such as "layers.4". Raises

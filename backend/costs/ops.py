@@ -22,6 +22,7 @@ from stagecut.ir.aliases import storage_root
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Op, Program, StateEntry, Value, transform
+from stagecut.ir.keywords import near_names_in
 from stagecut.ir.ops import facts
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.interp import Machine, enter
@@ -39,6 +40,7 @@ from stagecut.ir.types import (
 Sizes = Mapping[str, int]
 
 
+@near_names_in
 @dataclass(frozen=True)
 class Device:
     """An accelerator as a roofline model describes it. `name` is for tables.

@@ -18,6 +18,7 @@ from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Event, Step
 from stagecut.ir.errors import StagecutError
+from stagecut.ir.keywords import near_names
 
 
 class Recording:
@@ -40,6 +41,7 @@ class Recording:
 
 
 @contextmanager
+@near_names
 def record(
     what: Driver | PipelineStage | Sequence[PipelineStage],
     group: dist.ProcessGroup | None = None,

@@ -21,12 +21,14 @@ from stagecut.backend.schedules import (
 )
 from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.keywords import near_names_in
 from stagecut.ir.roles import Flight
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 """Optimizer -> how many tensors of the size of a parameter it keeps for each."""
 
 
+@near_names_in
 @dataclass(frozen=True)
 class Setting:
     """The devices on which the stages will run, and how they run there.

@@ -35,6 +35,7 @@ from stagecut.backend.stages.state import (
     refuse_meta,
 )
 from stagecut.ir.errors import nearest
+from stagecut.ir.keywords import near_names
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -69,6 +70,7 @@ _OF_A_RUN = (
 """Settings that may differ between two models which compute the same with the same tensors."""
 
 
+@near_names
 def save_adapter(
     driver_or_pipe: Driver | Staged,
     folder: str | Path,
@@ -98,6 +100,7 @@ def save_adapter(
         _write(ranks, found, own, folder_of(folder))
 
 
+@near_names
 def load_adapter(
     driver_or_pipe: Driver | Staged,
     folder: str | Path,

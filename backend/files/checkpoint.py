@@ -46,6 +46,7 @@ from stagecut.backend.stages.state import (
 )
 from stagecut.ir.errors import StagecutError, nearest
 from stagecut.ir.graph import StateEntry
+from stagecut.ir.keywords import near_names
 
 __all__ = [
     "CheckpointError",
@@ -64,6 +65,7 @@ _RESERVED = ("model", "optim", "extra")
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))
 
 
+@near_names
 def save(
     driver: Driver,
     optimizer: Optimizers,
@@ -111,6 +113,7 @@ def save(
         on_first(driver.group, lambda: publish(aside, folder))
 
 
+@near_names
 def load(
     driver: Driver,
     optimizer: Optimizers = None,

@@ -31,11 +31,13 @@ from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import persistent
+from stagecut.ir.keywords import near_names
 
 INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+@near_names
 def save_pretrained(
     driver_or_pipe: Driver | Staged,
     folder: str | Path,

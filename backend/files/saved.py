@@ -50,6 +50,7 @@ from stagecut.backend.stages.state import entries, held_tensors, lost_hint, refu
 from stagecut.ir.aliases import storage_root
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.graph import Op, Program, StateEntry, Value, leaves, nested_ops
+from stagecut.ir.keywords import near_names
 from stagecut.ir.ops import facts
 from stagecut.ir.run.bindings import Bindings, ModuleFacts
 from stagecut.ir.text.parser import parse
@@ -352,6 +353,7 @@ def restored(
     return pipe
 
 
+@near_names
 def load_stage(
     folder: str | Path,
     index: int,

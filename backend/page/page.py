@@ -22,6 +22,7 @@ from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.source import source_of
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
+from stagecut.ir.keywords import near_names
 from stagecut.ir.text.life import Crossing, Lives, Site, StateLife, Use, ValueLife
 from stagecut.ir.text.printer import (
     file_names,
@@ -52,6 +53,7 @@ _SCRIPTS = (
 _SVG = re.compile(r"<svg[\s>].*</svg>", re.DOTALL)
 
 
+@near_names
 def to_html(
     history: History,
     program: Program,

@@ -13,6 +13,7 @@ from stagecut.backend.pictures.drawing import (
     OUTPUT,
     Ids,
     bare,
+    beside_line,
     bytes_of,
     canvas,
     is_tied,
@@ -375,10 +376,9 @@ class _BlockGraph:
         """The names of a few values, and the type of each where it is named first."""
         if len(values) > 2:
             names = [self._names[value] for value in values]
-            return rich(
+            return beside_line(
                 (f"{len(values)} values, {total_text(values)}", "n"),
                 (some(names, 2), "s"),
-                pad=2,
             )
         lines: list[tuple[str, str]] = []
         for value in values:
@@ -386,7 +386,7 @@ class _BlockGraph:
             if value not in self._typed:
                 lines.append((short(type_text(value), 32), "s"))
             self._typed.add(value)
-        return rich(*lines, pad=2)
+        return beside_line(*lines)
 
     def _end(
         self, kind: str, values: list[Value], look: dict[str, str], where: str

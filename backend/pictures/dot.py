@@ -10,10 +10,12 @@ from stagecut.backend.pictures.render import render
 from stagecut.backend.pictures.stages import stage_graph
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import LINKED, Program
+from stagecut.ir.keywords import near_names
 
 LEVELS = ("stages", "modules", "ops")
 
 
+@near_names
 def to_dot(
     program: Program,
     *,
@@ -37,6 +39,7 @@ def to_dot(
     return str(_graph(program, level, stage, depth).source)
 
 
+@near_names
 def to_svg(
     program: Program,
     *,

@@ -112,13 +112,23 @@ def tip_text(text: str) -> str:
     return shown
 
 
-def rich(*lines: tuple[str, str], align: str = "LEFT", pad: int = 1) -> str:
+def rich(*lines: tuple[str, str], align: str = "LEFT") -> str:
     """A label of lines, each a text and its look: `b` bold, `n` normal, `s` small and grey, else a colour."""
     rows: list[str] = []
     for text, look in lines:
         cell = _look(text, look)
         rows.append(f'<TR><TD ALIGN="{align}">{cell}</TD></TR>')
-    return _table(rows, pad)
+    return _table(rows, pad=1)
+
+
+def beside_line(*lines: tuple[str, str]) -> str:
+    """A label of lines as `rich` makes it, for an edge: it touches neither its own edge nor the next one."""
+    space = '<TD WIDTH="8"></TD>'
+    rows: list[str] = []
+    for text, look in lines:
+        cell = _look(text, look)
+        rows.append(f'<TR>{space}<TD ALIGN="LEFT">{cell}</TD>{space}</TR>')
+    return _table(rows, pad=2)
 
 
 def _table(rows: list[str], pad: int) -> str:

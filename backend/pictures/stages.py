@@ -17,6 +17,7 @@ from stagecut.backend.pictures.drawing import (
     WRITTEN,
     Ids,
     bare,
+    beside_line,
     bytes_of,
     canvas,
     legend,
@@ -35,6 +36,7 @@ from stagecut.backend.pictures.drawing import (
 )
 from stagecut.ir.aliases import written_in
 from stagecut.ir.graph import Program, Scope, Stage, Transfer, Value, scope_fqn
+from stagecut.ir.ops import module_path
 from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
 FEW = 3
@@ -223,7 +225,7 @@ class _StageGraph:
         look |= self._classes(values, f"route-{route}")
         label = ""
         if text:
-            label = rich(*text, pad=2)
+            label = beside_line(*text)
         self.graph.edge(
             tail,
             f"stage-{head}",
@@ -259,7 +261,7 @@ class _StageGraph:
 
     def _output_edge(self, tail: str, node: str, values: list[Value]) -> None:
         names = [self._names[value] for value in values]
-        label = rich((some(names), "n"), pad=2)
+        label = beside_line((some(names), "n"))
         tip = self._tip(values)
         look = pen("send", bytes_of(values))
         look |= self._classes(values, "route-output")
@@ -284,7 +286,7 @@ class _StageGraph:
                 pairs.setdefault(pair, []).append(name)
         for (left, right), names in pairs.items():
             tip = tip_text("tied: " + "\n".join(names))
-            label = rich((some(names, 1), TIED), pad=2)
+            label = beside_line((some(names, 1), TIED))
             look = pen("tied", ())
             look |= {
                 "id": f"tied-{left}-{right}",
@@ -372,15 +374,40 @@ def _input_text(names: dict[Value, str], values: list[Value]) -> str:
 def modules_text(
     stage: Stage, homes: Mapping[Scope, set[int]], most: int = 5
 ) -> list[str]:
-    """The modules that a stage runs, in a few lines. A module that it runs whole goes by its name; of one
-    that it runs in part, the parts are named.
-    """
-    paths = [scope_fqn(call) for call in calls_of(stage, homes)]
-    lines = [_counted(*run) for run in runs_of(paths)]
+    """The modules that a stage runs, in a few lines."""
+    lines = [_counted(*run) for run in layer_runs(stage, homes)]
     if len(lines) <= most:
         return lines
     shown = most - 1
     return [*lines[:shown], f"{len(lines) - shown} more"]
+
+
+def layer_runs(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
+    """The modules that a stage runs, in the order of their first ops, each with the number of modules that it
+    stands for: `embed`, `layers.0-9`, `part of layers.10`.
+    """
+    outermost = {*calls_of(stage, homes)} - {()}
+    labels: dict[str, None] = {}
+    for op in stage.ops:
+        kept_whole = module_path(op)
+        if kept_whole:
+            labels[kept_whole] = None
+            continue
+        call = _whole(op.scope, homes)
+        if op.origin is None and call in outermost:
+            labels[_layer_text(call)] = None
+    return runs_of(labels or [""])
+
+
+def _layer_text(call: Scope) -> str:
+    """The innermost module of a list of modules that a call is in: `part of layers.4` for `layers.4.mlp`; the
+    call itself where there is none.
+    """
+    for length in range(len(call), 0, -1):
+        if call[length - 1].name.rpartition(".")[2].isdecimal():
+            layer = scope_fqn(call[:length])
+            return layer if length == len(call) else f"part of {layer}"
+    return scope_fqn(call)
 
 
 def calls_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[Scope]:

@@ -8,10 +8,9 @@ from html import escape
 from math import prod
 
 from stagecut.backend.pictures.drawing import some, stages_text, total_text
-from stagecut.backend.pictures.stages import calls_of, homes_of, runs_of
+from stagecut.backend.pictures.stages import homes_of, layer_runs
 from stagecut.backend.tables import count_text, table
-from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value, scope_fqn
-from stagecut.ir.ops import module_path
+from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value
 
 HEAD = ("stage", "parameters", "receives", "sends", "runs")
 MOST_STAGES = 24
@@ -78,30 +77,11 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
-    labels = {path: None for op in stage.ops if (path := module_path(op))}
-    for call in calls_of(stage, homes):
-        if labels and not call:
-            continue  # its ops are the modules kept whole, and what is around them
-        layer = _layer(call)
-        label = scope_fqn(layer)
-        if layer != call:
-            label = f"part of {label}"
-        labels[label] = None
-    texts = [text for text, _ in runs_of(labels)]
+    texts = [text for text, _ in layer_runs(stage, homes)]
     if len(texts) > MOST_LAYERS:
         shown = MOST_LAYERS - 2
         texts[shown:-1] = [f"{len(texts) - shown - 1} more"]
     return texts
-
-
-def _layer(call: Scope) -> Scope:
-    """The innermost module of a list of modules that a call is in: `layers.4` for `layers.4.mlp`; the call
-    itself where there is none.
-    """
-    for length in range(len(call), 0, -1):
-        if call[length - 1].name.rpartition(".")[2].isdecimal():
-            return call[:length]
-    return call
 
 
 def crossing(program: Program, stage: int) -> list[Value]:

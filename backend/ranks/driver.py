@@ -57,9 +57,11 @@ from stagecut.backend.stages.saving import Saving
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import table
 from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.keywords import near_names_in
 from stagecut.ir.types import value_bytes
 
 
+@near_names_in
 class Driver:
     """Runs a pipe on the ranks of a group by one of torch's schedules.
 

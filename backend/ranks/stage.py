@@ -49,6 +49,7 @@ from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Op, Value
+from stagecut.ir.keywords import near_names
 from stagecut.ir.run.storage import storage_of
 
 _METADATA = "PipeliningMetadataError"
@@ -744,6 +745,7 @@ class PipeInfo:
         return split_graph(self.pipe.program)
 
 
+@near_names
 def build_stage(
     stage_module: Any,
     stage_index: int,

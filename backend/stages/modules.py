@@ -342,6 +342,10 @@ class StageModule(nn.Module):
     def _get_name(self) -> str:
         return self._title
 
+    def extra_repr(self) -> str:
+        """The text that the model's module prints of itself, such as its sizes."""
+        return self._facts.described
+
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> StageModule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from stagecut.frontend.capture.rewrites import visible
 from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
 from stagecut.frontend.fold.repeats import Repeats
-from stagecut.frontend.source import gpus, is_users_file, place_of, shown, user_line
+from stagecut.frontend.source import failing_line, first_line, gpus, shown, user_line
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import (
@@ -39,7 +38,7 @@ from stagecut.frontend.watch.watch import (
     watched,
 )
 from stagecut.ir.blame import raise_ours
-from stagecut.ir.errors import CaptureError, StagecutError, without_addresses
+from stagecut.ir.errors import CaptureError, InputError, StagecutError
 from stagecut.ir.run.given import (
     mapped,
     opened_arguments,
@@ -60,6 +59,7 @@ def capture(
     leaf_modules: Sequence[str] = (),
     eager: EagerPath | None = None,
     fold: bool = False,
+    grad: bool = True,
 ) -> tuple[ExportedProgram, Leaves]:
     """The exported program of `module` on the example inputs, and the modules that are kept whole.
 
@@ -69,6 +69,8 @@ def capture(
     With `fold`, a block that the model repeats is traced twice. One node stands for each further call that is
     traced alike, until the program is lowered.
 
+    Code that asks whether gradients are on hears what `grad` says.
+
     The modules kept whole are those in `leaf_modules` and the ones that capture adds, each with a note. Where
     tracing fails inside a submodule, it adds the smallest one around the failing line. Where a size that
     depends on data stops the model's own code, it adds the module that makes that size. Raises InputError
@@ -76,12 +78,12 @@ def capture(
     """
     check_example(module, args, kwargs)
     inputs = distinct_tensors((tuple(args), dict(kwargs)))
-    leaves = Leaves(module, inputs)
+    leaves = Leaves(module, inputs, grad)
     for path in leaf_modules:
         leaves.add(path)
     leaves.add_packed()
     eager = eager or EagerPath(module)
-    retries = _Retries(module, leaves, eager)
+    retries = _Retries(module, leaves, eager, dynamic_shapes)
     lost: CaptureError | None = None
     while True:
         try:
@@ -110,8 +112,11 @@ class _Retries:
     tracing, or more modules are kept whole.
     """
 
-    def __init__(self, module: nn.Module, leaves: Leaves, eager: EagerPath) -> None:
+    def __init__(
+        self, module: nn.Module, leaves: Leaves, eager: EagerPath, shapes: Any
+    ) -> None:
         self._module = module
+        self._shapes = shapes
         self._leaves = leaves
         self._eager = eager
         self._count = 0
@@ -139,8 +144,18 @@ class _Retries:
         return True
 
     def after_failure(self, error: Exception) -> None:
-        """Prepares another attempt after a failure of the trace. Raises CaptureError where none can help."""
-        reason = f"{_first_line(error)} at {_user_frame(error)}"
+        """Prepares another attempt after a failure of the trace. Raises CaptureError where none can help, and
+        InputError for dynamic shapes that do not fit.
+        """
+        if self._shapes is not None and _while_reading_shapes(error):
+            raise InputError(
+                f"dynamic_shapes does not fit the example inputs: {first_line(error)}",
+                hint=(
+                    'as for torch.export.export: {"x": {0: Dim("batch")}}, by the names of the arguments of '
+                    "forward, or a tuple of such dicts in their order"
+                ),
+            ) from error
+        reason = f"{_reason(error)} at {failing_line(error)}"
         if self._eager.fall_back(error, reason):
             return
         refusal = _refusal(self._module, error, self._leaves.reasons)
@@ -178,7 +193,7 @@ def _export(
         with (
             quiet_torch(),
             seeds,
-            torch.enable_grad(),
+            torch.set_grad_enabled(leaves.grad),
             leaves.standing_in(),
             modes_aside(),
             visible(),
@@ -208,6 +223,12 @@ def _export(
         leaves.attributes_read,
         folded=fold,
     )
+
+
+def _while_reading_shapes(error: BaseException) -> bool:
+    """True for an error of torch.export before the model runs, when it makes inputs of these shapes."""
+    names = [step.name for step in traceback.extract_tb(error.__traceback__)]
+    return "make_fake_inputs" in names
 
 
 def _failing_module(
@@ -298,8 +319,8 @@ def _refusal(
         f"before that, in module '{path}': {reason}" for path, reason in whole.items()
     ][:1]
     return CaptureError(
-        f"{name} cannot be traced: {'; '.join([_first_line(error), *_GUARD.findall(text), *earlier])}",
-        where=_user_frame(error, type(module)),
+        f"{name} cannot be traced: {'; '.join([_reason(error), *_GUARD.findall(text), *earlier])}",
+        where=failing_line(error, type(module)),
         hint=_advice(error),
     )
 
@@ -313,28 +334,25 @@ _GUARD = re.compile(r"^  - (.* (?:range|constant) .*)$", re.MULTILINE)
 """The part of torch's message about a size that was declared to vary."""
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_addresses(
-        f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    )
+def _reason(error: Exception) -> str:
+    """The reason of a failure on one line. torch names its errors about data for itself."""
+    if not _is_about_data(error):
+        return first_line(error)
+    _, _, told = first_line(error).partition(": ")
+    about = f"{type(error).__name__}: {getattr(error, 'cond', told)}"
+    return f"what its code does depends on the data in a tensor ({about})"
 
 
-def _user_frame(error: Exception, cls: type | None = None) -> str:
-    """file:line and source of the user's innermost frame; else the place of the forward of `cls`."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = os.path.abspath(frame.filename)
-        if is_users_file(path) and os.path.exists(path):
-            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-    return place_of(cls) if cls is not None else "no frame of the model's own source"
+def _is_about_data(error: Exception) -> bool:
+    name = type(error).__name__
+    return "DataDependent" in name or "data-dependent" in str(error).lower()
 
 
 def _advice(error: Exception) -> str:
     if isinstance(error, Untraceable) and error.hint:
         return error.hint
-    name = type(error).__name__
     text = str(error)
-    if "DataDependent" in name or "data-dependent" in text.lower():
+    if _is_about_data(error):
         return (
             "the model branches on a value of a tensor: use torch.where or torch.cond there, or move the "
             "branch into a submodule, which is kept whole"

@@ -94,6 +94,11 @@ def check_example(
     """Returns when the example call fits `module.forward`; raises InputError naming the argument
     otherwise.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "no model can be traced under torch.inference_mode",
+            hint="call it outside; the stages run under it",
+        )
     if not isinstance(args, tuple | list):
         raise InputError(
             f"mb_args must be a tuple, not {type(args).__name__}",

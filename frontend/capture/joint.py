@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 
+from stagecut.frontend.source import first_line
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError
 from stagecut.ir.ops import facts_of
@@ -43,9 +44,8 @@ def joint_graph(
                 graph = _traced(traced, [argument.detach() for argument in arguments])
     except Exception as error:  # anything that torch's or the user's code may raise
         raise_ours(error)
-        first_line = str(error).strip().partition("\n")[0]
         raise CaptureError(
-            f"AOT autograd cannot trace it: {type(error).__name__}: {first_line}",
+            f"AOT autograd cannot trace it: {first_line(error)}",
             hint="the stage runs by autograd",
         ) from error
     _refuse_effects(graph)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
-from stagecut.frontend.source import shown, user_line
+from stagecut.frontend.source import outside_of_modes, shown, user_line
 from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
 
@@ -164,7 +164,7 @@ class _DataAsOp(TorchFunctionMode):
             return _into_out(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if name == "__bool__" and isinstance(args[0], FakeTensor):
-            outcome = _outcome_that_goes_on(_outside_of_modes(sys._getframe(1)))
+            outcome = _outcome_that_goes_on(outside_of_modes(sys._getframe(1)))
             if outcome is not None:
                 return outcome
         return func(*args, **kwargs)
@@ -181,13 +181,6 @@ def _refuse_other_data(tensor: torch.Tensor, new: torch.Tensor) -> None:
             "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
             + KEEP_WHOLE,
         )
-
-
-def _outside_of_modes(frame: FrameType) -> FrameType:
-    """The innermost frame, from `frame` outwards, that is no mode's."""
-    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
 
 
 def _outcome_that_goes_on(frame: FrameType) -> bool | None:

@@ -22,13 +22,20 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from stagecut.frontend.capture.scopes import goes_past_call
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import SYMBOLIC, LeafCall
-from stagecut.frontend.source import gpus, place_of, shown, user_line
+from stagecut.frontend.source import (
+    failing_line,
+    first_line,
+    gpus,
+    place_of,
+    shown,
+    user_line,
+)
 from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
-from stagecut.ir.blame import raise_ours
-from stagecut.ir.errors import CaptureError, SplitError, nearest
+from stagecut.ir.blame import OnPurpose, raise_ours
+from stagecut.ir.errors import CaptureError, SplitError, StagecutError, nearest
 from stagecut.ir.run.bindings import is_torchs
 from stagecut.ir.run.objects import hides_tensors, opened
 from stagecut.ir.run.remembered import Remembered
@@ -368,10 +375,11 @@ class CalledOtherwise(Untraceable):
 
 @dataclass
 class Leaves:
-    """The modules of a model that are kept whole during one capture."""
+    """The modules of a model that are kept whole during one capture, with gradients on or off."""
 
     module: nn.Module
     inputs: Any
+    grad: bool = True
     paths: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     calls: dict[str, LeafCall] = field(default_factory=dict)
@@ -506,21 +514,52 @@ class Leaves:
         inputs.
         """
         calls: dict[str, LeafCall] = {}
+
+        def prepare(model: nn.Module) -> None:
+            for path in self.paths:
+                owner = model.get_submodule(path)
+                owner.__dict__["forward"] = self._recording(
+                    path, owner, owner.forward, calls
+                )
+
+        try:
+            self._run_copy(prepare)
+        except (StagecutError, OnPurpose):
+            raise
+        except Exception as error:
+            raise_ours(error)
+            self._refuse_failing()
+            raise
+        return calls
+
+    def _refuse_failing(self) -> None:
+        """Raises CaptureError when the model fails on the example inputs with no module kept whole."""
+        try:
+            self._run_copy(lambda model: None)
+        except Exception as error:
+            raise_ours(error)
+            cls = type(self.module)
+            raise CaptureError(
+                f"{cls.__name__} fails on the example inputs: {first_line(error)}",
+                where=failing_line(error, cls),
+                hint="change the inputs or the model until model(*mb_args, **mb_kwargs) runs",
+            ) from error
+
+    def _run_copy(self, prepare: Callable[[nn.Module], None]) -> None:
+        """A copy of the model has run once on copies of the example inputs, after `prepare` was called with
+        it.
+        """
         model, inputs = copy.deepcopy((self.module, self.inputs))
-        for path in self.paths:
-            owner = model.get_submodule(path)
-            owner.__dict__["forward"] = self._recording(
-                path, owner, owner.forward, calls
-            )
+        prepare(model)
         around = Surroundings(self.module)
         generators = Generators(around.generators)
         try:
-            with torch.random.fork_rng(gpus(self.module, inputs)), torch.enable_grad():
+            seeds = torch.random.fork_rng(gpus(self.module, inputs))
+            with seeds, torch.set_grad_enabled(self.grad):
                 model(*inputs[0], **inputs[1])
         finally:
             around.restore()
             generators.restore()
-        return calls
 
     def _recording(
         self, path: str, owner: nn.Module, run: Any, calls: dict[str, LeafCall]

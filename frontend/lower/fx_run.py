@@ -15,6 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.capture.whole import (
     EffectObserver,
     behaviour_in_other_mode,
@@ -22,7 +23,7 @@ from stagecut.frontend.capture.whole import (
     tensors_in,
 )
 from stagecut.frontend.markers import is_marker
-from stagecut.frontend.source import user_loc
+from stagecut.frontend.source import first_line, user_loc
 from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import CaptureError, SplitError
@@ -75,6 +76,7 @@ class FakeRun(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.extra_traceback = False  # an error of ours says where it is
         self._visit: Visit = lambda node, ran: None
         self.state: dict[str, torch.Tensor] = {}
         twins: dict[int, torch.Tensor] = {}
@@ -96,6 +98,7 @@ class FakeRun(fx.Interpreter):
         )
         # the graph may switch the grad mode and leave it so
         with (
+            quiet_torch(),
             self._mode,
             stand_ins,
             torch.set_grad_enabled(torch.is_grad_enabled()),
@@ -174,7 +177,7 @@ def _named(node: fx.Node) -> Iterator[None]:
         raise_ours(error)
         raise CaptureError(
             f"node '{node.name}' ({node.op} {node.target}) fails on the example inputs: "
-            f"{type(error).__name__}: {error}",
+            f"{first_line(error)}",
             where=place_of_node(node),
             hint="the graph must run as it is on mb_args / mb_kwargs",
         ) from error

@@ -963,7 +963,12 @@ def state_entries(
     tensors: dict[int, int] = {}
     storages: dict[int, int] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        bindings.learn(prefix, training=owner.training, kind=type(owner).__name__)
+        bindings.learn(
+            prefix,
+            training=owner.training,
+            kind=type(owner).__name__,
+            described=_description(owner),
+        )
         for name, tensor, kind, persistent in _own_state(owner):
             path = f"{prefix}.{name}" if prefix else name
             transient = frozenset() if persistent else frozenset({path})
@@ -976,6 +981,15 @@ def state_entries(
             note(entry.value, tensor)
             entries.append(entry)
     return entries
+
+
+def _description(owner: torch.nn.Module) -> str:
+    """The text that the module's class prints of a module, between its parentheses; '' where it fails."""
+    try:
+        return str(owner.extra_repr())
+    except Exception:
+        # a class of the user's may print what this module does not have
+        return ""
 
 
 def _own_state(

@@ -121,19 +121,32 @@ def refusing(function: Callable[..., Any], hint: str) -> Callable[..., Any]:
 _SETS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
+_ASKS = (
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+)
+"""Attributes of what is computed that depend on whether gradients are on."""
+
+
 class GradFlags(TorchFunctionMode):
     """While open, requires_grad of the tensors that are `protected`, by id, can be set to what it is and to
-    nothing else.
+    nothing else. `asked` is called where the model's code asks of another tensor whether gradients are on.
     """
 
-    def __init__(self, protected: Callable[[], Container[int]]) -> None:
+    def __init__(
+        self, protected: Callable[[], Container[int]], asked: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._protected = protected
+        self._asked = asked
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ASKS and id(args[0]) not in self._protected():
+            self._asked()
         if func in _SETS and id(args[0]) in self._protected():
             wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             if wanted != args[0].requires_grad:

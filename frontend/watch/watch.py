@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,13 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS
-from stagecut.frontend.source import place_of, shown, user_line
+from stagecut.frontend.source import (
+    is_users_file,
+    outside_of_modes,
+    place_of,
+    shown,
+    user_line,
+)
 from stagecut.frontend.watch.attribute_reads import AttributeReads
 from stagecut.frontend.watch.attributes import (
     HOOKS,
@@ -94,7 +101,7 @@ def watched(
         first.notes.append(
             f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
         )
-    notes[:] = first.notes
+    notes[:] = [*first.notes, *first.asked]
     if first.left_behind:
         _refuse_unsettled(module, export, first, exported)
     attributes_read[:] = first.attributes_read(whole)
@@ -297,6 +304,8 @@ class TraceWatch:
         self._changed: dict[tuple[str, str], str] = {}
         self._stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.notes: list[str] = []
+        self.asked: dict[str, None] = {}
+        """Notes of a line that calls may share: they do not keep a call from standing for others."""
         self.finder = LineFinder(lambda: find(self)) if find else None
         self._protected: set[int] = set()
         self.left_behind: Attributes = {}
@@ -324,7 +333,8 @@ class TraceWatch:
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self.reads.noting())
         self._stack.enter_context(self.attribute_reads.noting())
-        self._stack.enter_context(GradFlags(lambda: self._protected))
+        self._stack.enter_context(GradFlags(lambda: self._protected, self._note_asked))
+        self._patch(torch, "is_grad_enabled", self._asking(torch.is_grad_enabled))
         for owner, name, what in NOTED:
             self._patch(owner, name, self._remarking(getattr(owner, name), what))
         for owner, name, why in UNTRACEABLE:
@@ -397,6 +407,25 @@ class TraceWatch:
             return function(*args, **kwargs)
 
         return remark
+
+    def _asking(self, function: Callable[[], bool]) -> Callable[[], bool]:
+        def ask() -> bool:
+            self._note_asked()
+            return function()
+
+        return ask
+
+    def _note_asked(self) -> None:
+        """The notes tell of the model's own line that asks whether gradients are on."""
+        frame = outside_of_modes(sys._getframe(2))
+        if not is_users_file(frame.f_code.co_filename):
+            return
+        state = "on" if torch.is_grad_enabled() else "off"
+        note = (
+            f"forward asks whether gradients are on, and the stages do what it does where they are {state}: "
+            f"{shown(user_line(frame))}"
+        )
+        self.asked[note] = None
 
     def attributes_read(self, whole: Sequence[str]) -> Iterator[Remembered]:
         """The plain attributes that the trace has read and forward does not change, as they are."""

@@ -20,7 +20,8 @@ class ModuleFacts:
 
     kind: the name of its class. training: its flag when captured. branch: where, and why, the stages cannot
     follow its mode; '' where they can. switches: mode -> the flags below it, where train() is the user's own.
-    extra: what its get_extra_state returned, and where that stands.
+    extra: what its get_extra_state returned, and where that stands. described: what its extra_repr returned;
+    '' for a module of a saved pipe.
     """
 
     kind: str = "Module"
@@ -28,6 +29,7 @@ class ModuleFacts:
     branch: str = ""
     switches: Mapping[bool, Mapping[str, bool]] = field(default_factory=dict)
     extra: tuple[Any, str] | None = None
+    described: str = ""
 
 
 @dataclass

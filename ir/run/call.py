@@ -213,8 +213,10 @@ class CallSpec:
             if default is not ABSENT:
                 values.setdefault(name, default)
             if name not in values:
+                others = [f"'{other}'" for other in values if other not in traced]
+                instead = f"; the program has no {', '.join(others)}" if others else ""
                 raise InputError(
-                    f"missing argument '{name}'",
+                    f"missing argument '{name}'{instead}",
                     hint=f"the program was traced with {', '.join(traced)}",
                 )
         self._refuse_untraced(values)

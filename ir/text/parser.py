@@ -40,6 +40,7 @@ from stagecut.ir.graph import (
     Value,
     scope_fqn,
 )
+from stagecut.ir.keywords import near_names
 from stagecut.ir.text.groups import next_path
 from stagecut.ir.types import (
     DTYPES,
@@ -88,6 +89,7 @@ _WORDS: dict[str, Any] = {
 }
 
 
+@near_names
 def parse(source: str, file: str = "<string>") -> Program:
     """The program that `source` describes, as `text` and `Pipe.ir` print it. Raises ParseError at the first
     thing it cannot read; `file` is what the message calls the source. The invariants are not checked.

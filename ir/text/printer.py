@@ -38,6 +38,7 @@ from stagecut.ir.graph import (
     functions_of,
     nested_ops,
 )
+from stagecut.ir.keywords import near_names
 from stagecut.ir.text.groups import Span, StateGroup, spans, state_groups
 from stagecut.ir.types import value_bytes
 
@@ -47,6 +48,7 @@ _ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
 _BATCH = re.compile(r" batch\((\d+|item|mean|sum)(: [b\d*+ any]+)?\)")
 
 
+@near_names
 def text(program: Program) -> str:
     """The whole program as text; `parse` gives the same program back."""
     lines = Printer(program).program()

@@ -1,0 +1,93 @@
+"""An argument of a name that nothing has: the nearest names are listed, by every public function."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stagecut
+from stagecut import InputError, Pipe, Setting, pipeline
+from stagecut.ir.keywords import near_names
+
+CALLED = ("AtModules", "Balanced", "Device", "Driver", "Generator", "Setting")
+"""The classes whose constructors people call."""
+WITH_METHODS = ("Driver", "Generator", "Pipe")
+TAKE_ANY = {"Driver.eval", "Driver.step", "Generator.call", "Generator.generate", "Generator.loop", "Pipe.verify"}
+"""Hand further arguments on to the model."""
+
+
+def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Everything that people call, by name."""
+    checkpoint = stagecut.checkpoint
+    yield from ((f"checkpoint.{name}", getattr(checkpoint, name)) for name in checkpoint.__all__)
+    for name in stagecut.__all__:
+        value: Any = getattr(stagecut, name)
+        if inspect.isfunction(value):
+            yield name, value
+        if name in CALLED:
+            yield name, value
+        if name in WITH_METHODS:
+            yield from ((f"{name}.{key}", method) for key, method in vars(value).items() if key[0] != "_")
+
+
+FUNCTIONS = {
+    name: function
+    for name, function in public()
+    if (inspect.isfunction(function) or name in CALLED)
+    and inspect.getmodule(function).__name__.startswith("stagecut.")  # type: ignore[union-attr]
+    and len(inspect.signature(function).parameters) > name.count(".")
+}
+
+
+def test_the_list_has_what_people_call() -> None:
+    assert {"pipeline", "Driver", "Pipe.to_svg", "checkpoint.save", "checkpoint.load_adapter", "Generator.generate_all"} <= {*FUNCTIONS}
+    assert {*FUNCTIONS} >= TAKE_ANY
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - TAKE_ANY))
+def test_every_public_function_lists_the_nearest_names(name: str) -> None:
+    function = FUNCTIONS[name]
+    parameter = [*inspect.signature(function).parameters][-1]
+    with pytest.raises(InputError) as caught:
+        function(**{f"{parameter}_": 1})
+    assert f"{name.rpartition('.')[2]}() has no argument '{parameter}_'" in caught.value.what
+    assert f"'{parameter}'" in caught.value.hint
+
+
+def test_a_slip_of_the_pen() -> None:
+    with pytest.raises(InputError, match=r"^pipeline\(\) has no argument 'stage'\n  try: did you mean 'stages'\?$"):
+        pipeline(nn.Linear(2, 2), (torch.randn(3, 2),), stage=1)  # type: ignore[call-arg]
+
+
+def test_an_input_of_another_name_is_named() -> None:
+    pipe = pipeline(nn.Linear(2, 2), (torch.randn(3, 2),))
+    with pytest.raises(InputError, match=r"missing argument 'input'; the program has no 'inputs'"):
+        pipe(inputs=torch.randn(3, 2))
+
+
+def test_functions_are_what_they_were() -> None:
+    assert pickle.loads(pickle.dumps(pipeline)) is pipeline
+    assert [*inspect.signature(pipeline).parameters][:2] == ["module", "mb_args"]
+    assert inspect.signature(Setting).parameters["ranks"].default == Setting().ranks
+    assert Pipe.report.__qualname__ == "Pipe.report"
+
+
+def test_a_function_that_takes_any_argument_stays_as_it_is() -> None:
+    def takes_any(**options: Any) -> dict[str, Any]:
+        return options
+
+    assert near_names(takes_any) is takes_any
+
+
+def test_arguments_by_position_alone_have_no_names() -> None:
+    def by_position(one: int, /, other: int = 0) -> int:
+        return one + other
+
+    with pytest.raises(InputError, match=r"has no argument 'one'\n  try: did you mean 'other'"):
+        near_names(by_position)(one=1)  # type: ignore[call-arg]
