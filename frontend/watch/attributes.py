@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -78,6 +79,14 @@ class Containers:
         for container, contents in self._before.values():
             if not _holds(container, contents):
                 _refill(container, contents)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Afterwards every container holds what it held."""
+        try:
+            yield
+        finally:
+            self.restore()
 
 
 class ModelContainers(Containers):
