@@ -36,6 +36,7 @@ from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import place_of
+from stagecut.garbage import collected_seldom
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import (
     CaptureError,
@@ -197,7 +198,8 @@ def pipeline(
         pipe.plan = plans[0] if plans else None
         return pipe
 
-    pipe = compiled()
+    with collected_seldom():
+        pipe = compiled()
     pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
@@ -340,9 +342,10 @@ def lower(
     that are alike, and the exported program has not the nodes of each. What torch.compile made of the module
     does not count.
     """
-    program, bindings, exported = _lowered(
-        module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
-    )
+    with collected_seldom():
+        program, bindings, exported = _lowered(
+            module, args, kwargs, dynamic_shapes, leaf_modules, asked, one_mode, fold
+        )
     if not batches:
         return program, bindings, exported
     with as_written(module):
