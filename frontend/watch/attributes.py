@@ -237,10 +237,8 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of a module. `memo` has the copies that are there already, by the id of what they are copies
-    of.
-    """
-    # a module has eight of them, and one costs as much as all else that it has
+    """A deep copy of a module. `memo` maps the id of an object to the copy of it that is there already."""
+    # of hooks: a module has eight of them, and one costs as much as all else that it has
     for owner in module.modules():
         for part in vars(owner).values():
             if type(part) is OrderedDict and not part and not vars(part):
