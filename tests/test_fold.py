@@ -147,7 +147,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, str]] = {
     "reads of globals": (reads.Reads, "_variable", _nothing, "global object"),
     "contents of objects": (values.Values, "_of_object", lambda _, part: type(part), "object"),
     "contents of containers": (values.Values, "_composed", lambda _, part: type(part), "list"),
-    "objects that have changed since": (values.Shared, "look_again", _nothing, "object"),
+    "objects that have changed since": (values.Shared, "look_again", _nothing, "global object"),
     "attributes of classes": (values.Values, "_of_class", _nothing, "class of a global"),
     "known constants": (repeats.Repeats, "_refuse", _nothing, "constant"),
     "changed containers": (kinds, "_refuse", _nothing, "list given"),
