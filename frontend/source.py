@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+import typing_extensions
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,9 @@ from stagecut.ir.graph import Loc
 Line = tuple[str, int, str]
 """File, line and function."""
 
+
+_TYPING = typing_extensions.__file__
+"""What later versions of Python have in their library: `typing` calls it where torch makes a type."""
 
 _PYTHON_DIR = os.path.dirname(os.__file__) + os.sep
 
@@ -40,8 +44,10 @@ def gpus(*trees: Any) -> list[int]:
 
 def is_pythons_file(file: str) -> bool:
     """True for a source file of Python's own library, and for code without a file."""
-    return file.startswith("<") or (
-        file.startswith(_PYTHON_DIR) and "-packages" not in file
+    return (
+        file.startswith("<")
+        or file == _TYPING
+        or (file.startswith(_PYTHON_DIR) and "-packages" not in file)
     )
 
 

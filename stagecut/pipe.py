@@ -36,6 +36,7 @@ from stagecut.frontend.lower.lower import returns_what_it_is_given
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import at_users_lines, place_of
+from stagecut.garbage import collected_seldom
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import (
     CaptureError,
@@ -200,7 +201,8 @@ def pipeline(
         pipe.plan = plans[0] if plans else None
         return pipe
 
-    pipe = compiled()
+    with collected_seldom():
+        pipe = compiled()
     pipe.traced_under = _autocasts()
     if isinstance(module, nn.Module):
         pipe._model = weakref.ref(module)
@@ -345,17 +347,18 @@ def lower(
     on takes the path that `grad` says. What torch.compile made of the module does not count.
     """
     try:
-        program, bindings, exported = _lowered(
-            module,
-            args,
-            kwargs,
-            dynamic_shapes,
-            leaf_modules,
-            asked,
-            one_mode,
-            fold,
-            grad,
-        )
+        with collected_seldom():
+            program, bindings, exported = _lowered(
+                module,
+                args,
+                kwargs,
+                dynamic_shapes,
+                leaf_modules,
+                asked,
+                one_mode,
+                fold,
+                grad,
+            )
     except StagecutError as error:
         raise at_users_lines(error) from None
     if not batches:

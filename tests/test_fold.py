@@ -11,6 +11,7 @@ from typing import Any
 import profiles
 import pytest
 import torch
+import typing_extensions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeated import BLOCKS, DIFFERENCES, WIDTH, Block, Made, Modes, model_of, outcome
@@ -20,6 +21,7 @@ from stagecut import pipeline
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.fold import body, calls, kinds, reads, repeats, values
 from stagecut.frontend.marks import AGAIN
+from stagecut.frontend.source import is_users_file
 from stagecut.ir.text.printer import text
 from stagecut.programs import Programs
 
@@ -63,6 +65,11 @@ def test_equal_calls_are_traced_twice(difference: str, block: Made, wanted: int)
     model = model_of(block, COUNT, [2], DIFFERENCES[difference], training=False)
     model.stem.requires_grad_(True)
     assert repeated_calls(model, torch.ones(4, WIDTH)) == wanted
+
+
+def test_a_type_that_torch_makes_is_no_code_of_a_block() -> None:
+    """torch makes the types of an op where it is first called, and `typing` calls this library then."""
+    assert not is_users_file(typing_extensions.__file__)
 
 
 # --- mutants ----------------------------------------------------------------------------------------------
@@ -140,6 +147,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, str]] = {
     "reads of globals": (reads.Reads, "_variable", _nothing, "global object"),
     "contents of objects": (values.Values, "_of_object", lambda _, part: type(part), "object"),
     "contents of containers": (values.Values, "_composed", lambda _, part: type(part), "list"),
+    "objects that have changed since": (values.Shared, "look_again", _nothing, "global object"),
     "attributes of classes": (values.Values, "_of_class", _nothing, "class of a global"),
     "known constants": (repeats.Repeats, "_refuse", _nothing, "constant"),
     "changed containers": (kinds, "_refuse", _nothing, "list given"),

@@ -336,6 +336,36 @@ def test_a_set_that_changes_is_refused() -> None:
         cut(Discards(), X, Plain(x=X, names={"a", "b"}))
 
 
+class Branches(nn.Module):
+    """No trace goes through its forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Notes(nn.Module):
+    """Notes its first call in what it is given; the next one scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = Branches()
+
+    def forward(self, x: torch.Tensor, item: Plain) -> Any:
+        x = x * 10 if item.notes else x
+        item.notes.add("called")
+        return self.branches(x)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_each_trace_begins_with_what_the_caller_gave(fold: bool) -> None:
+    """The first attempt ends in Branches, which is kept whole in the second."""
+    item = Plain(notes=set())
+    with pytest.raises(CaptureError, match="changes a container it is given") as caught:
+        pipeline(Notes(), (X, item), fold=fold)
+    assert "item.notes.add" in caught.value.where
+    assert not item.notes
+
+
 def test_one_object_in_two_places_is_refused_where_it_changes() -> None:
     table = {"c": X}
 

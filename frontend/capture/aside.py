@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 _OUTSIDE = ("_fakify_params_buffers", "_produce_aten_artifact")
 """Functions of torch.export in which no code of the model runs."""
 
+_PLAIN = frozenset((FakeTensor, bool, int, float, complex, str, type(None)))
+"""Kinds of values of which torch asks no code of the user's."""
+
 
 @contextmanager
 def modes_aside() -> Iterator[None]:
@@ -30,10 +33,19 @@ def modes_aside() -> Iterator[None]:
     track = proxy_tensor.track_tensor_tree
 
     def track_fakes(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(type(leaf) is not FakeTensor for leaf in tree_leaves(tree)):
+        if any(type(leaf) not in _PLAIN for leaf in tree_leaves(tree)):
             return track(tree, *args, **kwargs)
         with torch._C.DisableTorchFunction():
             return track(tree, *args, **kwargs)
+
+    make = proxy_tensor.PythonKeyTracer.create_node
+
+    def create_node(own: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
+        if kind != "placeholder":
+            return make(own, kind, *args, **kwargs)
+        # a placeholder has no line, and torch forgets the one that it looks for
+        with patch.object(own, "record_stack_traces", False):
+            return make(own, kind, *args, **kwargs)
 
     with ExitStack() as patches:
         for name in _OUTSIDE:
@@ -41,6 +53,9 @@ def modes_aside() -> Iterator[None]:
             patches.enter_context(patch.object(export, name, aside))
         patches.enter_context(
             patch.object(proxy_tensor, "track_tensor_tree", track_fakes)
+        )
+        patches.enter_context(
+            patch.object(proxy_tensor.PythonKeyTracer, "create_node", create_node)
         )
         yield
 

@@ -28,6 +28,7 @@ from stagecut.frontend.capture.scopes import scopes
 from stagecut.frontend.capture.whole import Leaves
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import failing_line, first_line, gpus, shown, user_line
+from stagecut.frontend.watch.attributes import Containers
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import (
@@ -84,22 +85,19 @@ def capture(
     leaves.add_packed()
     eager = eager or EagerPath(module)
     retries = _Retries(module, leaves, eager, dynamic_shapes)
-    lost: CaptureError | None = None
     while True:
         try:
             exported = _export(module, inputs, dynamic_shapes, leaves, eager, fold)
             retries.check_numbers()
             break
-        except TraceEach as each:
-            fold, lost = False, each.refusal
+        except TraceEach:
+            fold = False
         except StagecutError as error:
             if not retries.after_refusal(error):
                 raise
         except Exception as error:
             raise_ours(error)
             retries.after_failure(error)
-    if lost is not None:
-        raise lost
     signature = exported.module_call_graph[0].signature
     if signature is not None:
         refuse_shared(signature.out_spec, (args, kwargs))
@@ -200,6 +198,8 @@ def _export(
             known,
             keywords_by_name(),
             opening(module),
+            # what forward is given is the caller's, and each trace begins with it as it was
+            Containers(inputs).put_back(),
             sizes,
             eager.open(),
             watch,

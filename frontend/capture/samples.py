@@ -33,7 +33,7 @@ from stagecut.frontend.capture.quiet import quiet_torch
 from stagecut.frontend.fold.results import CutHistory
 from stagecut.frontend.fold.runs import RepeatedRuns
 from stagecut.frontend.source import gpus
-from stagecut.frontend.watch.attributes import ModelContainers
+from stagecut.frontend.watch.attributes import ModelContainers, copied
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
 from stagecut.ir.blame import raise_ours
@@ -321,7 +321,7 @@ class Runs:
                 memo[id(part)] = part.detach().cpu()
             elif not part.is_leaf:  # kept from a call
                 memo[id(part)] = part.detach().clone()
-        twin: nn.Module = copy.deepcopy(self.module, memo)
+        twin = copied(self.module, memo)
         _steady(twin)
         return twin
 

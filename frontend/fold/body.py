@@ -361,7 +361,12 @@ def _last(graph: fx.Graph) -> fx.Node | None:
 
 # --- again ------------------------------------------------------------------------------------------------
 
-torch.library.define("stagecut::again", "(str key, Tensor[] operands) -> Tensor[]")
+torch.library.define(
+    "stagecut::again",
+    "(str key, Tensor[] operands) -> Tensor[]",
+    # it has no kernel: the tracer need not note the strides of its operands
+    tags=(torch.Tag.flexible_layout,),
+)
 
 
 @torch.library.impl("stagecut::again", "CompositeExplicitAutograd")

@@ -18,7 +18,7 @@ from torch import nn
 from stagecut.frontend.fold.calls import Call
 from stagecut.frontend.fold.reads import Reads
 from stagecut.frontend.fold.results import Odd
-from stagecut.frontend.fold.values import Unknown
+from stagecut.frontend.fold.values import Shared, Unknown
 from stagecut.frontend.watch.attributes import Containers
 from stagecut.frontend.watch.generators import Generators
 
@@ -64,6 +64,7 @@ class Kinds(Generic[D]):
         self._saw = saw
         self._repeated = _repeated(module)
         self._kinds: list[Kind[D]] = []
+        self._shared = Shared()
         self._recording = False
         self.odd: list[str] = []
         """Calls that stand for no other one, and why."""
@@ -110,13 +111,13 @@ class Kinds(Generic[D]):
                 self.odd.append(f"{found.call.path}: {error}")
                 if found.kind is not None:
                     self._kinds.remove(found.kind)
-                self._kinds.append(Kind(found.key, Reads(), None, None))
+                self._kinds.append(Kind(found.key, Reads(), None, None, self._shared))
         return result
 
     def _learn(self, found: Found[D], reads: Reads, done: D) -> None:
-        values = reads.values(found.call.block)
+        values = reads.values(found.call.block, self._shared)
         if found.kind is None:
-            self._kinds.append(Kind(found.key, reads, values, done))
+            self._kinds.append(Kind(found.key, reads, values, done, self._shared))
         else:
             found.kind.learn(reads, found.call, done)
 
@@ -139,8 +140,14 @@ class Kind(Generic[D]):
     """Calls that do the same, as far as that is known; with nothing done, calls that are each run."""
 
     def __init__(
-        self, key: dict[str, Any], reads: Reads, values: Any, done: D | None
+        self,
+        key: dict[str, Any],
+        reads: Reads,
+        values: Any,
+        done: D | None,
+        shared: Shared,
     ) -> None:
+        self._shared = shared
         self.key = key
         self.reads = reads
         self.values = values
@@ -156,7 +163,7 @@ class Kind(Generic[D]):
     def fits(self, call: Call) -> bool:
         """True when the code would read the same in this call."""
         try:
-            return bool(self.reads.values(call.block) == self.values)
+            return bool(self.reads.values(call.block, self._shared) == self.values)
         except Unknown:
             return False
 
@@ -167,7 +174,7 @@ class Kind(Generic[D]):
         is_equal = self.fits(call) and self.done.equals(done)
         self.is_confirmed = is_equal and self.reads.includes(reads)
         self.reads.add(reads)
-        self.values = self.reads.values(call.block)
+        self.values = self.reads.values(call.block, self._shared)
         self._done = done
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from stagecut.frontend.fold.values import Unknown, Values
+from stagecut.frontend.fold.values import Shared, Unknown, Values
 from stagecut.frontend.source import TORCH_DIR, is_users_file
 from stagecut.frontend.watch.attributes import SIMPLE
 
@@ -53,9 +53,10 @@ class Reads:
         self.variables |= other.variables
         self.names |= other.names
 
-    def values(self, block: Block) -> Any:
+    def values(self, block: Block, shared: Shared) -> Any:
         """What the code would read in a call of this block now. Raises Unknown where that cannot be told."""
-        values = Values({id(module): path for path, module in block.items()})
+        paths = {id(module): path for path, module in block.items()}
+        values = Values(paths, shared)
         found: list[Any] = []
         for path, name in self.attributes:
             found.append(_attribute(block[path], name, values))
@@ -263,4 +264,4 @@ _STRUCTURE = frozenset(vars(nn.Module()))
 """The attributes of every module: parameters, buffers, modules, hooks. They are in the key of a call."""
 
 
-__all__ = ["Block", "Reads", "Unknown"]
+__all__ = ["Block", "Reads", "Shared", "Unknown"]

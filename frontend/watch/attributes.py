@@ -7,8 +7,10 @@ from __future__ import annotations
 import copy
 import sys
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import is_
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -78,6 +80,14 @@ class Containers:
         for container, contents in self._before.values():
             if not _holds(container, contents):
                 _refill(container, contents)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Afterwards every container holds what it held."""
+        try:
+            yield
+        finally:
+            self.restore()
 
 
 class ModelContainers(Containers):
@@ -199,11 +209,22 @@ def _holds(container: Any, contents: Any) -> bool:
         )
     if isinstance(container, set):
         return {*map(id, container)} == {*map(id, contents)}
+    if isinstance(container, dict):
+        return _dict_holds(container, contents)
     current = _contents(container)
-    if isinstance(current, dict):
-        current = [part for pair in current.items() for part in pair]
-        contents = [part for pair in contents.items() for part in pair]
     return len(current) == len(contents) and all(map(alike, current, contents))
+
+
+def _dict_holds(container: dict[Any, Any], contents: dict[Any, Any]) -> bool:
+    # not by its own methods, which may do anything
+    if dict.__len__(container) != len(contents):
+        return False
+    keys, values = dict.keys(container), dict.values(container)
+    if all(map(is_, keys, contents)) and all(map(is_, values, contents.values())):
+        return True
+    return all(map(alike, keys, contents)) and all(
+        map(alike, values, contents.values())
+    )
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -213,6 +234,17 @@ def alike(one: Any, other: Any) -> bool:
         and type(one) is type(other)
         and repr(one) == repr(other)
     )
+
+
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module. `memo` maps the id of an object to the copy of it that is there already."""
+    # of hooks: a module has eight of them, and one costs as much as all else that it has
+    for owner in module.modules():
+        for part in vars(owner).values():
+            if type(part) is OrderedDict and not part and not vars(part):
+                memo[id(part)] = OrderedDict()
+    twin: nn.Module = copy.deepcopy(module, memo)
+    return twin
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:

@@ -10,7 +10,6 @@ asks for are noted too, because a trace only has those that differ from the mode
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import linecache
 import operator
@@ -31,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from stagecut.frontend.marks import FOLLOWS, GRAD, SAME
 from stagecut.frontend.source import TORCH_DIR, shown, user_line
-from stagecut.frontend.watch.attributes import attributes, fingerprint
+from stagecut.frontend.watch.attributes import attributes, copied, fingerprint
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.ops import facts_of
@@ -527,7 +526,7 @@ def _flags_after(owner: nn.Module) -> dict[bool, dict[str, bool]]:
     else.
     """
     tensors = [*owner.parameters(), *owner.buffers()]
-    twin = copy.deepcopy(owner, {id(tensor): _empty(tensor) for tensor in tensors})
+    twin = copied(owner, {id(tensor): _empty(tensor) for tensor in tensors})
     before = fingerprint_of(twin)
     found = [(part, part.training) for part in twin.modules()]
     flags = {}

@@ -91,7 +91,7 @@ def watched(
         exported = export(first)
     except _Lost as error:
         if folded:
-            raise TraceEach(error) from None
+            raise TraceEach from None
         raise _with_line(error, module, export) from None
     if folded and (first.drew or first.left_behind):
         raise TraceEach
@@ -134,14 +134,7 @@ def _refuse_unsettled(
 
 
 class TraceEach(OnPurpose):
-    """Nothing may stand for a call of this model: each has to be traced by itself.
-
-    refusal: what the trace lost. The next trace may not see it, since it begins with what this one changed.
-    """
-
-    def __init__(self, refusal: CaptureError | None = None) -> None:
-        super().__init__()
-        self.refusal = refusal
+    """Nothing may stand for a call of this model: each has to be traced by itself."""
 
 
 class _Lost(CaptureError):
