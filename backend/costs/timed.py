@@ -119,55 +119,7 @@ class _Listed:
                 found = following[touched]
                 if found is not None:
                     heapq.heappush(heap, (found[0], touched))
-        return self._with_messages()
-
-    def _with_messages(self) -> Orders:
-        """The steps, with the ends of messages among them. All ranks have their messages in one order, by
-        when both ends have begun, so that none waits for ever.
-        """
-        ends = [[self._ends[step] for step in order] for order in self._orders]
-        places = [
-            {step: place for place, step in enumerate(order)} for order in self._orders
-        ]
-        found: list[tuple[float, Step, Step, int, int]] = []
-        for sender, order in enumerate(self._orders):
-            for place, step in enumerate(order):
-                message = self._message(step)
-                if message is None:
-                    continue
-                send, receive = message
-                receiver = self._work.homes[receive.stage]
-                reader = Step(step.kind, receive.stage, step.microbatch)
-                at = places[receiver][reader]
-                sent, received = _together(ends[sender], place, ends[receiver], at)
-                begun = max(
-                    _begin(ends[sender], sent), _begin(ends[receiver], received)
-                )
-                found.append((begun, send, receive, sent, received))
-        slots: list[list[list[Step]]] = [
-            [[] for _ in range(len(order) + 1)] for order in self._orders
-        ]
-        last = [0] * len(slots)
-        for _, send, receive, sent, received in sorted(found):
-            for end, slot in ((send, sent), (receive, received)):
-                rank = self._work.homes[end.stage]
-                last[rank] = max(last[rank], slot)
-                slots[rank][last[rank]].append(end)
-        return tuple(
-            tuple(_merged(order, own))
-            for order, own in zip(self._orders, slots, strict=True)
-        )
-
-    def _message(self, step: Step) -> tuple[Step, Step] | None:
-        """The two ends of the message that follows a step; None where nothing leaves the rank."""
-        send, receive, by = _MESSAGES.get(step.kind, ("", "", 0))
-        to = step.stage + by
-        if not by or not 0 <= to < self._work.stages:
-            return None
-        if self._work.homes[to] == self._work.homes[step.stage]:
-            return None
-        m = step.microbatch
-        return Step(send, step.stage, m), Step(receive, to, m)
+        return _Messages(self._work.homes, self._orders, self._ends).merged()
 
     def _do(self, step: Step, start: float) -> None:
         rank = self._work.homes[step.stage]
@@ -246,6 +198,83 @@ class _Listed:
         if end is None or work.homes[before.stage] == work.homes[stage]:
             return end
         return end + work.delays[min(before.stage, stage)]
+
+
+@dataclass(frozen=True, order=True)
+class _Message:
+    """A message, both ends of which have begun at a time. sent, received: the slots of its ends."""
+
+    begun: float
+    send: Step
+    receive: Step
+    sent: int
+    received: int
+
+
+class _Messages:
+    """The messages between ranks that do their steps in these orders, with the end of each step.
+
+    A slot is the place in front of a step, or behind the last one, where a rank begins its ends of messages.
+    """
+
+    def __init__(
+        self,
+        homes: Sequence[int],
+        orders: Sequence[Sequence[Step]],
+        ends: Mapping[Step, float],
+    ) -> None:
+        self._homes = homes
+        self._orders = orders
+        self._ends = [[ends[step] for step in order] for order in orders]
+        self._places: dict[Step, int] = {}
+        for order in orders:
+            self._places.update(zip(order, range(len(order)), strict=True))
+
+    def merged(self) -> Orders:
+        """The steps, with the ends of messages among them. All ranks have their messages in one order, by
+        when both ends have begun, so that none waits for ever.
+        """
+        steps = [step for order in self._orders for step in order]
+        found = [self._message(step) for step in steps]
+        slots: list[list[list[Step]]] = []
+        for order in self._orders:
+            slots.append([[] for _ in order])
+            slots[-1].append([])
+        last = [0] * len(slots)
+        for message in sorted(filter(None, found)):
+            ends = {message.send: message.sent, message.receive: message.received}
+            for end, slot in ends.items():
+                rank = self._homes[end.stage]
+                last[rank] = max(last[rank], slot)
+                slots[rank][last[rank]].append(end)
+        merged = map(_merged, self._orders, slots)
+        return tuple(map(tuple, merged))
+
+    def _message(self, step: Step) -> _Message | None:
+        """The message that follows a step; None where nothing leaves the rank."""
+        if step.kind not in _MESSAGES:
+            return None
+        send, receive, by = _MESSAGES[step.kind]
+        to = step.stage + by
+        if not 0 <= to < len(self._homes):
+            return None
+        sender = self._homes[step.stage]
+        receiver = self._homes[to]
+        if sender == receiver:
+            return None
+        m = step.microbatch
+        maker = self._places[step]
+        reader = self._places[Step(step.kind, to, m)]
+        there = self._ends[receiver]
+        here = self._ends[sender]
+        sent, received = _together(here, maker, there, reader)
+        return _Message(
+            max(_begin(here, sent), _begin(there, received)),
+            Step(send, step.stage, m),
+            Step(receive, to, m),
+            sent,
+            received,
+        )
 
 
 def _begin(ends: Sequence[float], slot: int) -> float:
