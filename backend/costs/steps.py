@@ -24,6 +24,9 @@ from stagecut.backend.schedules import most_held
 FEW = 20_000
 """Up to so many ways to cut are all tried."""
 
+EQUAL = 0.001
+"""Steps that differ by less than this part are equal."""
+
 
 @dataclass
 class Steps:
@@ -211,12 +214,14 @@ class Found:
         return self._row(self.unevenness.argmin())
 
     def cheapest(self, limit: float) -> Cuts:
-        """The cuts with the fewest bytes among those whose step takes at most `limit`. Of equals it is the
-        most even one, which stays good where a prediction is wrong.
+        """The cuts with the fewest bytes among those whose step takes at most `limit`, and of these the
+        shortest step. Of equals it is the most even one, which stays good where a prediction is wrong.
         """
         price = torch.where(self.seconds <= limit, self.price, math.inf)
         fewest = price <= price.min()
-        return self._row(torch.where(fewest, self.unevenness, math.inf).argmin())
+        seconds = torch.where(fewest, self.seconds, math.inf)
+        shortest = seconds <= seconds.min() * (1 + EQUAL)
+        return self._row(torch.where(shortest, self.unevenness, math.inf).argmin())
 
     def _row(self, row: torch.Tensor) -> Cuts:
         return Cuts(tuple(self.cuts[row].tolist()), float(self.seconds[row]))
