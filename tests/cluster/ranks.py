@@ -5,6 +5,7 @@ Those threads are there where torch knows CUDA, with a GPU or without one, as so
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -53,6 +54,7 @@ def forked(ranks: int, enter: Callable[[int, int], None]) -> list[ForkServerProc
 
 def read_work(folder: Path) -> Callable[[], Any]:
     """What a rank shall do, with arguments of its own; warnings are errors where they were, and torch checks as much as it was told to."""
+    gc.freeze()  # what all ranks share is not looked through, and so not copied
     sys.path.append(str(ROOT))  # pytest names a test's module after its folder, which only some ways to start it find
     work, args, filters, os.environ[DEBUG] = torch.load(folder / "work", weights_only=False)
     warnings.filters[:] = filters  # type: ignore[index]
