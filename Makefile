@@ -16,8 +16,9 @@ OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
 PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
-# two processes of one thread each; what a file makes once for all its tests is made in one of them
-SPREAD := -q -n 2 --dist worksteal
+# so many processes of one thread each; what a file makes once for all its tests is made in one of them
+WORKERS ?= 2
+SPREAD := -q -n $(WORKERS) --dist worksteal
 
 .PHONY: help dist docs demo test lint types tests test-torch bench balance zoo generate pretrained adapters distributed clean
 
