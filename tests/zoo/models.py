@@ -353,7 +353,7 @@ ARCHITECTURES = (
     _vision("YolosForObjectDetection", _pixels, image_size=[_PIXELS, _PIXELS], num_detection_tokens=4),
     _vision("DPTForSemanticSegmentation", _pixels, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
             fusion_hidden_size=8, is_hybrid=False, auxiliary_loss_weight=0.0),
-    _conv("SwinForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    _conv("SwinForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4),
     _conv("Swinv2ForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
     _conv("ConvNextForImageClassification", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 2, 1]),
     _conv("ConvNextV2ForImageClassification", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 2, 1]),
@@ -409,5 +409,5 @@ ARCHITECTURES = (
     _unet("UNet2d", (2, 3, 32, 32)),
     _unet("UNet1d", (2, 2, 64)),
     _unet("DenseNet", (2, 3, 16, 16)),
-    _unet("RecurrentNet", (2, 12, 8)),
+    _unet("RecurrentNet", (2, 5, 8)),
 )  # fmt: skip
