@@ -16,6 +16,10 @@ OTHER := .venv-torch-$(TORCH)
 # a dozen architectures, all schedules, files, the table of edge cases, one program in every process
 PART := $(addprefix tests/test_,zoo.py distributed.py built_stage.py saved.py edge_*.py one_program.py blame.py)
 
+# so many processes of one thread each; what a file makes once for all its tests is made in one of them
+WORKERS ?= 2
+SPREAD := -q -n $(WORKERS) --dist worksteal
+
 .PHONY: help dist docs demo test lint types tests test-torch bench balance zoo generate pretrained adapters distributed clean
 
 .DEFAULT_GOAL := demo
@@ -37,10 +41,10 @@ types: $(READY)
 	$(BIN)/pyright
 
 tests: $(READY)
-	$(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
 test-torch: $(OTHER)/.ready
-	$(OTHER)/bin/pytest -q -n 2 $(PART)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/pytest $(SPREAD) $(PART)
 
 bench: $(READY)
 	$(BIN)/python -m stagecut.tools.bench.compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -47,6 +48,7 @@ def _wait() -> None:
     import stagecut.pipe
     import stagecut.tools.dump_ir.main  # noqa: F401
 
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

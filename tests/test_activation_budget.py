@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -200,10 +201,15 @@ def test_what_is_predicted_lies_in_memory(case: Any, recompute: bool | Budget) -
         assert [predicted for predicted, _ in of_stages] == [measured for _, measured in of_stages]
 
 
+@cache
+def _model_in_two(name: str) -> Pipe:
+    return cut(SUBJECTS[name], 2)[1]
+
+
 @pytest.mark.parametrize("recompute", WAYS, ids=str)
 @pytest.mark.parametrize("name", [pytest.param("Llama", marks=TRUE_TYPES), "ResNet", "UNet", "two towers"])
 def test_what_is_predicted_for_a_model_lies_in_memory(name: str, recompute: bool | Budget) -> None:
-    _, pipe = cut(SUBJECTS[name], 2)
+    pipe = _model_in_two(name)
     flat = pipe.flatten((), SUBJECTS[name].inputs(2))
     for of_stages in alive(pipe, flat, recompute):
         assert [predicted for predicted, _ in of_stages] == [measured for _, measured in of_stages]

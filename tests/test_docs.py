@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cluster.commands import torchrun
 
 import stagecut
 from stagecut.ir.errors import StagecutError
@@ -239,9 +238,8 @@ def run(command: str) -> str:
     """What a command of the tutorial prints. Python and `dump-ir` run in this process: starting one takes longer than all they do."""
     program, *words = shlex.split(command)
     if program == "torchrun":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(launch, capture_output=True, text=True, check=False, env=environment, timeout=300)
+        assert words[0] == "--nproc-per-node"
+        done = torchrun(int(words[1]), *words[2:])
         assert done.returncode == 0, done.stderr
         return done.stdout
     printed = StringIO()

@@ -113,7 +113,7 @@ def _musicgen(layerdrop: float) -> nn.Module:
     from transformers.models.musicgen.modeling_musicgen import MusicgenForCausalLM
 
     config = MusicgenDecoderConfig(
-        vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=4, num_attention_heads=2, num_codebooks=2, layerdrop=layerdrop
+        vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, num_codebooks=2, layerdrop=layerdrop
     )
     return MusicgenForCausalLM(config)
 

@@ -13,6 +13,7 @@ from stagecut.tools.dump_ir.main import main
 
 ROOT = Path(__file__).parent.parent
 NET = f"{ROOT}/examples/net.py:make"
+TEXT = f"{ROOT}/tests/cases/differentiated.ir"  # torch is not imported for it
 
 MODEL = """
 import torch
@@ -161,7 +162,7 @@ def test_wrong_command_line_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_closed_pipe_ends_quietly() -> None:
-    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {NET} | head -c 10"
+    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {TEXT} | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "program @N"
     assert done.stderr == ""
@@ -475,7 +476,7 @@ def test_numbers_are_positive(option: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_full_disk_is_no_traceback() -> None:
-    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {NET} > /dev/full"
+    command = f"{sys.executable} -m stagecut.tools.dump_ir.main {TEXT} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("dump-ir: error: ")

@@ -6,6 +6,7 @@ The key of equality is a table; each of its parts has a model here that a mutant
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import profiles
@@ -31,10 +32,14 @@ COUNT, ODD = 5, (3,)
 
 def both(difference: str, block: Made = Block, training: bool = True, count: int = COUNT, odd: Sequence[int] = ODD) -> list[Any]:
     """What comes out with fold, and without."""
+    return [one(difference, block, training, count, odd, fold) for fold in (True, False)]
+
+
+def one(difference: str, block: Made, training: bool, count: int, odd: Sequence[int], fold: bool) -> list[str]:
+    """What comes out."""
     change = DIFFERENCES[difference]
-    inputs = (torch.ones(4, WIDTH),)
     leaves = [path for k in odd for path in change.leaf(k)]
-    return [outcome(model_of(block, count, odd, change, training), inputs, fold, leaves) for fold in (True, False)]
+    return outcome(model_of(block, count, odd, change, training), (torch.ones(4, WIDTH),), fold, leaves)
 
 
 def repeated_calls(model: nn.Module, *args: Any) -> int:
@@ -78,11 +83,20 @@ def test_a_type_that_torch_makes_is_no_code_of_a_block() -> None:
 def changes(difference: str) -> bool:
     """True where the program is another one than without fold, or there is none."""
     try:
-        # a flag that forward sets shows where it is what it was
-        folded, whole = both(difference, training=difference != "flag set", count=COUNT + 2, odd=(3, 4, 5))
+        return _mutant(difference, fold=True) != _whole(difference)
     except Exception:
         return True
-    return bool(folded != whole)
+
+
+@cache
+def _whole(difference: str) -> list[str]:
+    """No mutant is part of it: they are all of fold."""
+    return _mutant(difference, fold=False)
+
+
+def _mutant(difference: str, fold: bool) -> list[str]:
+    # a flag that forward sets shows where it is what it was
+    return one(difference, Block, difference != "flag set", COUNT + 2, (3, 4, 5), fold)
 
 
 PARTS = {

@@ -16,8 +16,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from cluster.commands import torchrun
 from cluster.matrix import on_ranks
-from test_examples import ROOT, torchrun
+from cluster.ranks import ROOT
 
 PAGE = (ROOT / "docs" / "TRAINERS.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -29,9 +30,10 @@ JOINED = ("torchtitan_pipelining", "ddp_outside")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The examples can be imported."""
+    """The examples can be run and imported."""
+    monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
@@ -85,7 +87,7 @@ def test_the_python_on_the_page_runs_or_stands_in_the_example() -> None:
     exec("\n".join(own), {"__name__": "page"})
 
 
-def test_the_trainer_of_hugging_face_resumes_and_ends_as_one_process(tmp_path: Path, examples: None) -> None:
+def test_the_trainer_of_hugging_face_resumes_and_ends_as_one_process(tmp_path: Path) -> None:
     """Losses, norms, evaluations and learning rates of eight steps, the second half after a restart, and of two more on three ranks;
     and the model in the end.
     """
@@ -118,7 +120,7 @@ def _tune(ranks: int, folder: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_trainer_of_hugging_face_trains_in_bfloat16_as_one_process(tmp_path: Path, examples: None) -> None:
+def test_the_trainer_of_hugging_face_trains_in_bfloat16_as_one_process(tmp_path: Path) -> None:
     """Under autocast, as far as its rounding lets: samples are in other micro-batches."""
     pytest.importorskip("accelerate")
     from trainer_hf import Counting, accuracy, arguments, make_model
@@ -149,7 +151,7 @@ def test_prepare_pippy_gives_every_rank_the_output_of_the_model() -> None:
     assert max(numbers(lines, "difference")) < 1e-5
 
 
-def test_lightning_trains_as_one_process(examples: None) -> None:
+def test_lightning_trains_as_one_process() -> None:
     pytest.importorskip("lightning")
     lines = printed(command("lightning_manual"))
     from torch.utils.data import DataLoader
@@ -171,7 +173,7 @@ def test_lightning_trains_as_one_process(examples: None) -> None:
     assert numbers(lines, "norm") == pytest.approx(losses[1::2], abs=2e-4)
 
 
-def test_torchtitans_parts_are_initialised_and_train_as_one_model_that_was_built_on_the_cpu(examples: None) -> None:
+def test_torchtitans_parts_are_initialised_and_train_as_one_model_that_was_built_on_the_cpu() -> None:
     lines = printed(command("torchtitan_pipelining"))
     from torchtitan_pipelining import Decoder, batch, loss_fn  # type: ignore[import-not-found]
 
@@ -188,7 +190,7 @@ def test_torchtitans_parts_are_initialised_and_train_as_one_model_that_was_built
     assert numbers(lines, "loss") == pytest.approx(_trained(model, loss, 1e-2, None), abs=2e-4)
 
 
-def test_ddp_around_stages_trains_as_one_process(examples: None) -> None:
+def test_ddp_around_stages_trains_as_one_process() -> None:
     lines = printed(command("ddp_outside"))
     from ddp_outside import batch  # type: ignore[import-not-found]
     from train_gpt import GPT, loss_of

@@ -49,15 +49,17 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_stages_do_what_the_model_does(name: str) -> None:
     (architecture,) = (a for a in ARCHITECTURES if a.name == name)
-    result = check(architecture, SAMPLE[name])
+    notes: list[str] = []
+    result = check(architecture, SAMPLE[name], notes)
     assert result.endswith(ONE_MODES[name]) if name in ONE_MODES else result == "ok", result
+    assert not [note for note in notes if "kept whole" in note]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_layers_that_are_dropped_by_chance_follow_or_refuse() -> None:
     """Whether a layer runs is drawn in training: the encoder is kept whole there, and follows; cut in eval mode it is not, and says so."""
     (architecture,) = (a for a in ARCHITECTURES if a.name == "Wav2Vec2ForSequenceClassification")
-    result = check(replace(architecture, config=architecture.config | {"layerdrop": 0.5}), 2)
+    result = check(replace(architecture, config=architecture.config | {"layerdrop": 0.5, "num_hidden_layers": 2}), 2)
     assert result.startswith(f"{ONE_MODE}: cut in eval mode: ")
     assert "leaf_modules=['wav2vec2.encoder']" in result
 
@@ -74,12 +76,7 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names)) >= 60
 
 
-SIX = (
-    "LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", ["Qwen3ForCausalLM", "BertForMaskedLM"])
 def test_no_module_is_kept_whole_by_itself(name: str) -> None:
     (architecture,) = (a for a in ARCHITECTURES if a.name == name)
     pipe = pipeline(architecture.make().eval(), mb_kwargs=architecture.inputs(), stages=2)

@@ -47,14 +47,14 @@ class Generators:
     def drawn(self) -> str:
         """A generator that is not as it was, '' for none."""
         for generator, state in self._before:
-            if repr(generator.read()) != repr(state):
+            if not _same(generator.read(), state):
                 return generator.name
         return ""
 
     def can_be_steered(self) -> bool:
         """True when `steer` reaches all that are not as they were."""
         return all(
-            generator.put is not None or repr(generator.read()) == repr(state)
+            generator.put is not None or _same(generator.read(), state)
             for generator, state in self._before
         )
 
@@ -92,6 +92,17 @@ def _global() -> list[_Generator]:
     if numpy:
         generators.append(_numpys("numpy.random", numpy))
     return generators
+
+
+def _same(one: Any, other: Any) -> bool:
+    """True for equal states: numbers, and arrays of them, in dicts, lists and tuples."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(
+            _same(one[name], other[name]) for name in one
+        )
+    if hasattr(one, "tobytes"):
+        return bool(one.tobytes() == other.tobytes())
+    return bool(one == other)
 
 
 def _steered(words: list[int], word: int | None) -> list[int]:

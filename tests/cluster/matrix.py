@@ -59,7 +59,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(*args)` gives on each of so many ranks of a gloo group. Raises RanksFailed when one gives nothing."""
     with tempfile.TemporaryDirectory() as folder:
         processes = start(ranks, Path(folder), _enter, work, args)
-        _wait(processes)
+        wait(processes)
         files = [Path(folder) / str(rank) for rank in range(ranks)]
         failed = [rank for rank, file in enumerate(files) if processes[rank].exitcode or not file.exists()]
         if failed:
@@ -72,7 +72,7 @@ class RanksFailed(Exception):
     """Ranks ended without an answer; the message has what they raised."""
 
 
-def _wait(processes: Sequence[Any]) -> None:
+def wait(processes: Sequence[Any]) -> None:
     """All have ended; when one fails the others are killed."""
     # asked once: to wait for none of them is to wait for ever
     while alive := [process.sentinel for process in processes if process.is_alive()]:

@@ -34,12 +34,15 @@ ONE_MODE = "one mode"
 """How the result begins of a pipe that is right in the mode it was cut in, and refuses to be switched to the other."""
 
 
-def check(architecture: Architecture, stages: int) -> str:
-    """'ok', what begins with ONE_MODE, or the first thing that is wrong. Cut in each mode, and switched to the other and back."""
+def check(architecture: Architecture, stages: int, notes: list[str] | None = None) -> str:
+    """'ok', what begins with ONE_MODE, or the first thing that is wrong. Cut in each mode, and switched to the other and back.
+
+    What the pipes note is added to `notes`.
+    """
     refused = ""
     for mode in architecture.modes:
         try:
-            refused = _check(architecture, stages, training=mode == "train") or refused
+            refused = _check(architecture, stages, mode == "train", notes if notes is not None else []) or refused
         except Wrong as error:
             return f"{mode}: {error}"
         except Exception as error:
@@ -54,13 +57,14 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {next((line.strip() for line in str(error).splitlines() if line.strip()), 'no message')}"
 
 
-def _check(architecture: Architecture, stages: int, training: bool) -> str:
+def _check(architecture: Architecture, stages: int, training: bool, notes: list[str]) -> str:
     torch.manual_seed(0)
     model, inputs = architecture.make().train(training), architecture.inputs()
     if architecture.warm:
         _run(model, inputs)
     twin = deepcopy(model)
     pipe = _cut(model, inputs, stages, architecture.leaves)
+    notes += pipe.notes
     _unchanged(model, twin)
     _hold("", names(model, pipe))
     first = _compare(pipe, twin, inputs)

@@ -64,6 +64,11 @@ def _uncached() -> Inputs:
     return {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
 
 
+def _brief() -> Inputs:
+    """For what takes one token after the other: its trace is as long as they are."""
+    return {"input_ids": tokens(5), "labels": tokens(5)}
+
+
 def _padded() -> Inputs:
     mask = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
     mask[1, _LENGTH // 2 :] = 0
@@ -265,9 +270,9 @@ ARCHITECTURES = (
          first_k_dense_replace=1),
     _moe("JetMoeForCausalLM", kv_channels=8),
     _moe("Glm4MoeForCausalLM", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
-    _recurrent("MambaForCausalLM", state_size=4),
+    _recurrent("MambaForCausalLM", _brief, state_size=4),
     _recurrent("Mamba2ForCausalLM", state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
-    _recurrent("FalconMambaForCausalLM", state_size=4),
+    _recurrent("FalconMambaForCausalLM", _brief, state_size=4),
     _recurrent("RecurrentGemmaForCausalLM", lru_width=32, attention_window_size=8),
     replace(_recurrent("RwkvForCausalLM", context_length=64, attention_hidden_size=32, use_cache=False), warm=True),  # no backward with one
     _recurrent("JambaForCausalLM", mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, num_experts=2, attn_layer_period=2,
@@ -348,7 +353,7 @@ ARCHITECTURES = (
     _vision("YolosForObjectDetection", _pixels, image_size=[_PIXELS, _PIXELS], num_detection_tokens=4),
     _vision("DPTForSemanticSegmentation", _pixels, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
             fusion_hidden_size=8, is_hybrid=False, auxiliary_loss_weight=0.0),
-    _conv("SwinForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    _conv("SwinForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4),
     _conv("Swinv2ForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
     _conv("ConvNextForImageClassification", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 2, 1]),
     _conv("ConvNextV2ForImageClassification", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 2, 1]),
@@ -404,5 +409,5 @@ ARCHITECTURES = (
     _unet("UNet2d", (2, 3, 32, 32)),
     _unet("UNet1d", (2, 2, 64)),
     _unet("DenseNet", (2, 3, 16, 16)),
-    _unet("RecurrentNet", (2, 12, 8)),
+    _unet("RecurrentNet", (2, 5, 8)),
 )  # fmt: skip
