@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -318,12 +319,11 @@ def _train(pipe: Pipe, folder: Path, x: torch.Tensor) -> dict[str, Any]:
 def test_a_rank_needs_the_memory_of_its_stage() -> None:
     """One of four stages of 64 MB: at its peak the process has half a stage more than the stage, at most, and not the model."""
     script = Path(__file__).parent / "cluster" / "memory.py"
-    done = subprocess.run([sys.executable, str(script), "--width", "2048"], capture_output=True, text=True, check=False)
+    # the memory of a tensor goes back when it is freed, whatever was freed before
+    alike = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run([sys.executable, str(script), "--width", "2048"], capture_output=True, text=True, check=False, env=alike)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         found = json.loads(line)
         assert found["model"] > 3.9 * found["stage"]
-        if found["source"] == "initialize":  # a value and a foreign module besides, each a quarter of the stage; pages are counted
-            assert found["peak"] <= 1.5 * found["stage"] + 2, found
-            continue
-        assert found["peak"] < 1.5 * found["stage"], found
+        assert found["stage"] <= found["peak"] < 1.5 * found["stage"], found

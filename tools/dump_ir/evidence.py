@@ -210,7 +210,8 @@ _WATCHES: list[Watch] = []
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event not in _EVENTS or not _WATCHES:
+    # at the end of the interpreter the names of a module are gone
+    if not _WATCHES or event not in _EVENTS:
         return
     watch = _WATCHES[-1]
     if event not in _LISTS or not _by_import(2):
