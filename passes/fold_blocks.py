@@ -10,8 +10,9 @@ the modules that are left, then those in the functions. So each op is printed on
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -40,6 +41,8 @@ LEAST_CALLS = 3
 """So many equal calls are worth a function."""
 LEAST_OPS = 4
 """So many ops are."""
+
+_NUMBERS = re.compile(r"(?<=[^_])(_\d+)+$")
 
 
 def fold_blocks(program: Program) -> None:
@@ -258,7 +261,7 @@ def _function(
     swap: dict[Value, Value] = {}
     inputs: list[Value] = []
     for value in operands:
-        twin = Value(value.type, value.hint)
+        twin = Value(value.type, _without_number(value.hint))
         swap[value] = twin
         inputs.append(twin)
     declared: list[StateEntry] = []
@@ -277,9 +280,25 @@ def _function(
         context = op.context[contexts:]
         copy.place = Place(scope, context, op.loc)
         ops.append(copy)
+    for value in _values_of(ops):
+        value.hint = _without_number(value.hint)
     outputs = tuple(swap[value] for value in results)
     tree = outputs[0] if len(outputs) == 1 else outputs
     return Function("", inputs, ops, tree, declared)
+
+
+def _values_of(ops: Iterable[Op]) -> Iterator[Value]:
+    """What ops define, and the inputs and values of their regions, but for functions."""
+    for op in ops:
+        for region in () if op.target == CALL else op.regions:
+            yield from region.inputs
+            yield from _values_of(region.ops)
+        yield from op.definitions()
+
+
+def _without_number(hint: str) -> str:
+    """A name without the numbers that told it from those of other calls."""
+    return _NUMBERS.sub("", hint) or hint
 
 
 def _replace(calls: list[_Call], made: dict[str, Function]) -> None:
@@ -321,10 +340,15 @@ def _give(value: Value, op: Op) -> None:
 
 def unfold(program: Program) -> None:
     """Each call of a function is the ops of the function again. Values that the calls did not return have the
-    names of the function's.
+    names of the function's, with numbers where others have these: all other values keep their names.
     """
+    before = {*program.inputs, *_values_of(program.all_ops())}
+    free = Namer(value.hint for value in before)
     for home in (program, *program.stages):
         home.ops = [inner for op in home.ops for inner in _unfolded(op)]
+    for value in _values_of(program.all_ops()):
+        if value not in before:
+            value.hint = free(value.hint)
 
 
 def _unfolded(call: Op) -> Iterator[Op]:

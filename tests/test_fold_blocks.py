@@ -104,6 +104,27 @@ def test_blocks_are_functions(bless: Bless) -> None:
     bless("fold-blocks.ir", anywhere(program_of(Net(), torch.ones(2, 4), cuts=("layers.2",))))
 
 
+class Heads(nn.Module):
+    """Three results of one op, which have numbers in their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(2, 3, 4).unbind(1)
+        return x + self.out(q * k + v)
+
+
+def test_values_that_stay_keep_their_names_when_a_folded_text_is_read() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), *[Heads() for _ in range(8)])
+    folded = check_folds(program_of(model, torch.ones(2, 4), cuts=("5.out", "7.out")))
+    assert "%unbind_4, " in folded
+    again = parse(folded)
+    unfold(again)
+    assert "%unbind_4, " in text(again)
+
+
 def test_functions_call_functions(bless: Bless) -> None:
     bless("fold-blocks-nested.ir", anywhere(program_of(Groups(), torch.ones(2, 4), cuts=("layers.2",))))
 

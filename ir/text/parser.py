@@ -344,7 +344,7 @@ class _Parser:
             return paths
         self._pos += 1
         last = self._int()
-        while not paths[-1].endswith(f".{last}"):
+        while paths[-1].rpartition(".")[2] != str(last):
             following = next_path(paths[-1])
             if following is None or len(paths) > MAX_SPAN:
                 self._fail("not the paths of modules in a row", start)
