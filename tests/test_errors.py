@@ -223,3 +223,18 @@ def test_another_value_of_a_fixed_argument_names_the_one_of_the_trace() -> None:
     pipe = pipeline(Scaled(), (torch.ones(3),), {"twice": True})
     with pytest.raises(InputError, match="pass twice=True, or trace again"):
         pipe(torch.ones(3), twice=False)
+
+
+class Optional(nn.Module):
+    """Returns a loss where it is given targets."""
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return x * 2 if targets is None else (x - targets).square().sum()
+
+
+@pytest.mark.parametrize(("name", "cure"), [("target", "did you mean 'targets'"), ("targets", "add it to mb_args / mb_kwargs")])
+def test_an_argument_that_the_example_left_out_has_the_cure_of_its_name(name: str, cure: str) -> None:
+    pipe = pipeline(Optional(), (torch.randn(3),))
+    with pytest.raises(InputError, match=cure) as caught:
+        pipe(torch.randn(3), **{name: torch.randn(3)})
+    assert ("add it to" in str(caught.value)) == (name == "targets")

@@ -205,6 +205,7 @@ def _order(schedule: str, stages: Sequence[float]) -> Orders:
 def _train(model: nn.Module, pipe: Pipe, schedule: str, order: Orders, options: dict[str, Any]) -> str:
     reference = deepcopy(model)
     driver = Driver(pipe, schedule, 6, _loss, order=order, **options)
+    assert "steps in the order that was given" in repr(driver)
     for step in range(2):
         torch.manual_seed(step)
         x = torch.randn(12, 5, 8).double()

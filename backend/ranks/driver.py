@@ -596,6 +596,8 @@ def described(driver: Driver) -> str:
         count = f"{len(tensors):,}"
         rows.append((f"  {index}", str(home), count, f"{nbytes:,}", mark))
     lines += table(rows).splitlines()
+    if driver._order is not None:
+        lines.append("  steps in the order that was given")
     lines += driver._saving.lines()
     lines += [f"  input {value.hint} : {value.type}" for value in program.inputs]
     calls: dict[str, None] = {}

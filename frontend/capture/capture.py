@@ -354,8 +354,9 @@ def _advice(error: Exception) -> str:
     text = str(error)
     if _is_about_data(error):
         return (
-            "the model branches on a value of a tensor: use torch.where or torch.cond there, or move the "
-            "branch into a submodule, which is kept whole"
+            "the model branches on a value of a tensor, or reads one as a number: use torch.where or "
+            "torch.cond for a branch, pass the number as an argument, or move the code into a submodule, "
+            "which is kept whole"
         )
     if "dynamic" in text and "constraint" in text.lower():
         fixes = text.partition("Suggested fixes:\n")[2].partition("\n\n")[0].split("\n")

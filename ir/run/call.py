@@ -244,12 +244,15 @@ class CallSpec:
         for name, value in values.items():
             if name in traced:
                 continue
-            if not _is_default(value, self.parameters.get(name, ABSENT)):
-                raise InputError(
-                    f"argument '{name}' was not given in the example call, so the program does not depend "
-                    "on it",
-                    hint=f"add it to mb_args / mb_kwargs; {nearest(name, traced)}",
-                )
+            if _is_default(value, self.parameters.get(name, ABSENT)):
+                continue
+            hint = f"add it to mb_args / mb_kwargs; {nearest(name, traced)}"
+            if name not in self.parameters:
+                hint = nearest(name, dict.fromkeys([*traced, *self.parameters]))
+            raise InputError(
+                f"argument '{name}' was not given in the example call, so the program does not depend on it",
+                hint=hint,
+            )
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         by_position, by_name = children(self.in_spec)
