@@ -245,7 +245,7 @@ def test_the_model_itself_is_not_kept_whole() -> None:
     """There would be nothing to cut."""
     with pytest.raises(CaptureError, match="Root cannot be traced") as caught:
         pipeline(Root(), (X,))
-    assert "move the branch into a submodule, which is kept whole" in caught.value.hint
+    assert "move the code into a submodule, which is kept whole" in caught.value.hint
 
 
 def test_a_model_without_data_cannot_be_recorded() -> None:
