@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -147,8 +148,9 @@ def flights_of(
     return flights(orders, stages)
 
 
+@lru_cache(256)
 def refuse_orders(
-    given: Orders, schedule: str, homes: Sequence[int], count: int
+    given: Orders, schedule: str, homes: tuple[int, ...], count: int
 ) -> None:
     """Returns for orders of all steps of a split backward, each on the rank of its stage and behind what it
     needs, under a schedule that splits backwards. Raises InputError for others.
@@ -239,8 +241,14 @@ def order_name(
     """A short name that no other order has. Raises as `refuse_orders` for a schedule class of torch."""
     if given is None:
         return "own order"
-    refuse_orders(given, kind.__name__.removeprefix("Schedule"), homes, count)
-    return f"order {hashlib.sha256(repr(given).encode()).hexdigest()[:12]}"
+    name = kind.__name__.removeprefix("Schedule")
+    refuse_orders(given, name, tuple(homes), count)
+    return f"order {digest_of(given)}"
+
+
+def digest_of(given: Orders | None) -> str:
+    """A few letters that differ for other orders, the same in every process."""
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:12]
 
 
 def reorder(schedule: Any, given: Orders) -> None:

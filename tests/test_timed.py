@@ -65,7 +65,7 @@ def test_each_step_is_done_once_and_no_rank_holds_too_much_or_waits_for_ever(dra
     schedule, work = drawn
     ranks = max(work.homes) + 1
     for orders in work.orders():
-        refuse_orders(orders, schedule, work.homes, work.count)
+        refuse_orders(orders, schedule, tuple(work.homes), work.count)
         assert all(most_held(order) <= most for order, most in zip(orders, work.most, strict=True))
         setting = Setting(schedule=schedule, ranks=ranks, n_microbatches=work.count, order=orders)
         computed = [tuple(step for step in order if is_computed(step)) for order in orders]
@@ -242,3 +242,16 @@ def _refusals(pipe: Pipe) -> list[str]:
     except InputError as error:
         found.append("another number is refused" if "micro-batches" in str(error) else str(error))
     return found
+
+
+def test_a_search_in_an_order_is_not_taken_for_one_in_another() -> None:
+    """Processes of a job share what one of them has searched for the same program and policy."""
+    assert on_ranks(1, _plans) == [[True, True]]
+
+
+def _plans() -> list[bool]:
+    own = Setting(schedule=V, ranks=2, n_microbatches=6)
+    given = replace(own, order=_order(V, [1.0, 3.0, 0.5, 2.0]))
+    model, x = Tower(4, 8, 4), torch.randn(2, 5, 8)
+    plans = [pipeline(model, (x,), split_policy=Balanced(4, setting), check=None).plan for setting in (own, given)]
+    return [plan is not None and plan.order == setting.order for plan, setting in zip(plans, (own, given), strict=True)]

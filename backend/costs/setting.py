@@ -116,7 +116,7 @@ class Setting:
         """
         homes = self.placement(stages)
         if self.order is not None:
-            refuse_orders(self.order, self.schedule, homes, self.n_microbatches)
+            refuse_orders(self.order, self.schedule, tuple(homes), self.n_microbatches)
         return self.schedule, stages, max(homes) + 1, self.n_microbatches
 
     def orders(self, stages: int) -> Sequence[Order]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stagecut.backend.costs.balance import Balanced
 from stagecut.backend.costs.plan import Plan
+from stagecut.backend.schedules import digest_of
 from stagecut.ir.graph import Program
 from stagecut.ir.text.printer import fingerprint
 
 
-def shared_plan(program: Program, policy: object, search: Callable[[], Plan]) -> Plan:
+def shared_plan(program: Program, policy: Balanced, search: Callable[[], Plan]) -> Plan:
     """The plan that `search` gives, or the one that the first process of the job got by the same policy for
     the same program.
 
@@ -24,7 +26,8 @@ def shared_plan(program: Program, policy: object, search: Callable[[], Plan]) ->
         return search()
     assert dist.group.WORLD is not None
     store: Any = dist.group.WORLD.get_group_store()
-    key = f"stagecut/plan/{fingerprint(program)}/{policy!r}"
+    order = digest_of(policy.setting.order)  # which the text of a setting leaves out
+    key = f"stagecut/plan/{fingerprint(program)}/{policy!r}/{order}"
     if not store.check([key]):
         pickled = pickle.dumps(search()).hex()
         return _read(store.compare_set(key, "", pickled))
