@@ -110,6 +110,8 @@ def observe(run: Any, call: Call, seed: int = 5, loss: Callable[[Any], torch.Ten
     """What a call of a module, a pipe's module or of posted stages does, forward and backward."""
     runner = run if isinstance(run, Posted) else InOne(run)
     torch.default_generator.manual_seed(seed)  # without the stack that torch.manual_seed keeps for GPUs
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     given = {f"input {i}": tensor for i, tensor in enumerate(_tensors_in(call).values())}
     output = runner(*call[0], **call[1])
     seen: Seen = {"random state": torch.get_rng_state()}

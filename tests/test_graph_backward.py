@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_graphs import ByGraphs
 from cluster.graphs import (
     compare_each,
     compare_in_autocast,
@@ -366,6 +367,24 @@ def test_a_loss_that_reaches_nothing_leaves_nothing() -> None:
     free = torch.zeros((), requires_grad=True)
     run = Run(_pipe(TwoEnds()), torch.randn(4, 6), loss=lambda left, right: free * 2).check()
     assert sum(value is None for value in run.mine) == 7
+
+
+class Numbered(TwoEnds):
+    """Its first result is a number on the CPU, wherever the model lies."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.ones(()), *super().forward(x)
+
+
+def test_a_gradient_that_nobody_sent_lies_where_its_result_does() -> None:
+    """Caches with a sliding window keep such a number. The device meta stands for a GPU: no op takes it and the CPU together."""
+    pipe = pipeline(Numbered().to("meta"), (torch.empty(4, 6, device="meta"),), stages=1)
+    stages = ByGraphs(pipe)
+    number, left, right = stages(torch.empty(4, 6, device="meta"))
+    assert (number.device.type, left.device.type, stages.notes) == ("cpu", "meta", [""])
+    right.sum().backward()
+    stages.backward()
+    assert [gradient.device.type for gradient in stages.gradients().values() if gradient is not None] == ["meta"] * 4
 
 
 class Counting(nn.Module):

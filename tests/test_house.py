@@ -170,3 +170,25 @@ def test_links_are_there_and_relative(layer: str) -> None:
 
 def test_tests_are_flat_and_no_package() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+ASKED = """
+import importlib, pkgutil, torch
+
+def refuse(*_):
+    raise AssertionError("a GPU is asked for")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
+import stagecut
+for module in pkgutil.walk_packages(stagecut.__path__, "stagecut."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for name in stagecut.__all__:
+    getattr(stagecut, name)
+"""
+
+
+def test_no_import_asks_for_a_gpu() -> None:
+    """A process that has asked for one cannot be forked to use it, and no longer minds CUDA_VISIBLE_DEVICES."""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", ASKED], capture_output=True, text=True, timeout=200, check=False)
+    assert found.returncode == 0, found.stderr

@@ -107,9 +107,11 @@ class Split:
         """The gradients of weights."""
         return _called(self._functions[2], needed)
 
-    def tangent(self, number: int, grad: torch.Tensor | None, device: Any) -> Any:
-        """A gradient of a result as the backward takes it: zeros for none, its elements where the trace had
-        them.
+    def tangent(
+        self, number: int, grad: torch.Tensor | None, device: torch.device
+    ) -> Any:
+        """A gradient of a result, which lies on `device`, as the backward takes it: zeros for none, its
+        elements where the trace had them.
         """
         tangent_type = self._tangent_types[number]
         assert isinstance(tangent_type, TensorType)
@@ -353,7 +355,7 @@ class _Run(torch.autograd.Function):
         outputs = results[: split.outputs]
         graphs.write(results[split.outputs :])
         ctx.graphs, ctx.split, ctx.state = graphs, split, state
-        ctx.device = results[0].device if results else None
+        ctx.devices = [results[place].device for place in split.tangents]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(
@@ -372,8 +374,10 @@ class _Run(torch.autograd.Function):
         if not live:
             return *skipped, *(None for _ in split.gradients[count:])
         tangents = [
-            split.tangent(number, grad, ctx.device)
-            for number, grad in enumerate(received)
+            split.tangent(number, grad, device)
+            for number, (grad, device) in enumerate(
+                zip(received, ctx.devices, strict=True)
+            )
         ]
         with _without_autocast():
             results, needed = split.backward_input(ctx.saved_tensors, tangents)

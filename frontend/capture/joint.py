@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch.utils._pytree import tree_leaves
 
 from stagecut.frontend.source import first_line
 from stagecut.ir.blame import raise_ours
@@ -99,8 +100,11 @@ _AUTOGRAD = torch._C.DispatchKey.Autograd
 
 def _formula_without_kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """What the formula of an op gives; NotImplemented where the device has a kernel for the op."""
-    tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
-    key = torch._C._dispatch_key_for_device(next(tensors).device.type)
+    kinds = {
+        leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
+    }
+    # a number in a tensor may lie on the CPU while the op runs elsewhere
+    key = torch._C._dispatch_key_for_device(next(iter(kinds - {"cpu"}), "cpu"))
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
         return NotImplemented
     return op._op_dk(_FORMULA, *args, **kwargs)

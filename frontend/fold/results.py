@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def results_of(
             raise Odd("it returns a view of what it is given, or two of one memory")
         if leaf.requires_grad and leaf.is_leaf:
             raise Odd("it returns a tensor without history")
-        if vars(leaf).keys() - _ATTRIBUTES:
+        if vars(leaf).keys() - _plain_attributes():
             raise Odd("it leaves something in a tensor")
         seen.add(id(leaf))
         homes.add(memory.home)
@@ -132,14 +133,14 @@ def results_of(
     return results
 
 
+@cache
 def _plain_attributes() -> frozenset[str]:
-    mode = torch._subclasses.FakeTensorMode()
-    with mode:
-        tensor = torch.empty(1)
-    return frozenset(vars(tensor))
+    """The attributes of a fake tensor in which nobody has left anything.
 
-
-_ATTRIBUTES = _plain_attributes()
+    Not at import: torch's mode asks for GPUs, and a process that has asked cannot be forked to use them.
+    """
+    with _disable_current_modes(), torch._subclasses.FakeTensorMode():
+        return frozenset(vars(torch.empty(1)))
 
 
 # --- again ------------------------------------------------------------------------------------------------

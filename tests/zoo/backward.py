@@ -6,11 +6,10 @@ import random
 from copy import deepcopy
 from typing import Any
 
-import torch
 from by_graphs import ByGraphs, Packed
 from compare import Near, Posted, Seen, differences, observe
-from zoo.check import _cut, _loss, _run, _summary
-from zoo.models import Architecture
+from zoo.check import VOID, Void, _cut, _loss, _summary, made, steady
+from zoo.models import HERE, Architecture, Place
 
 from stagecut import Pipe, StagecutError
 
@@ -21,15 +20,14 @@ REFUSED = "refused"
 EXACT = Near(gradients=0.0, least=0.0, gaps=False)
 
 
-def check_backward(architecture: Architecture, stages: int) -> str:
+def check_backward(architecture: Architecture, stages: int, place: Place = HERE) -> str:
     """'ok' where outputs, gradients and buffers are the same bit for bit, whether light ops are computed again or not; else what begins
     with BY_AUTOGRAD or REFUSED, or the first thing that differs."""
     try:
-        torch.manual_seed(0)
-        model, inputs = architecture.make().train("train" in architecture.modes), architecture.inputs()
-        if architecture.warm:
-            _run(model, inputs)
+        model, inputs = made(architecture, "train" in architecture.modes, place)
         return _compared(_cut(model, inputs, stages, architecture.leaves), inputs)
+    except Void as error:
+        return f"{VOID}: {error}"
     except Exception as error:
         return _summary(error)
 
@@ -46,17 +44,11 @@ def _compared(pipe: Pipe, inputs: dict[str, Any]) -> str:
         graphs = ByGraphs(pipe, recompute)
         wrong = differences(expected, _step(graphs, inputs), EXACT)
         if wrong:
-            wrong = _steady(wrong, expected, _step(Packed(pipe), inputs))
+            wrong = steady(wrong, expected, _step(Packed(pipe), inputs), EXACT)
         if wrong:
             return f"{'with recompute: ' if recompute else ''}{len(wrong)} differ: {wrong[0]}"
         notes = [f"stage {stage}: {note}" for stage, note in enumerate(graphs.notes) if note]
     return f"{BY_AUTOGRAD}: {'; '.join(notes)}" if notes else "ok"
-
-
-def _steady(wrong: list[str], expected: Seen, again: Seen) -> list[str]:
-    """The differences in what is the same in two runs by autograd: Reformer draws its seeds from the system."""
-    unsteady = [name for name in expected if differences({name: expected[name]}, {name: again[name]}, EXACT)]
-    return [line for line in wrong if not line.startswith(tuple(f"{name} " for name in unsteady))]
 
 
 def _step(stages: Posted, inputs: dict[str, Any]) -> Seen:

@@ -6,15 +6,37 @@ Most are classes of `transformers`, by name; those of family "unet" are written 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from zoo import nets
 
 Inputs = dict[str, Any]
 _BATCH, _LENGTH, _VOCABULARY, _PIXELS = 2, 16, 100, 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models run, and in which type of numbers; None leaves them in theirs."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def put(self, inputs: Inputs) -> Inputs:
+        """The inputs there, whole numbers as they are."""
+        moved: Inputs = tree_map_only(torch.Tensor, self._moved, inputs)
+        return moved
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+HERE = Place()
+"""The CPU, in the types of the models."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ class Architecture:
 
         transformers.logging.set_verbosity_error()
         cls = getattr(transformers, name)
-        config = cls.config_class(**{key: value for key, value in self.config.items() if value is not ...})
+        config = cls.config_class(**{key: deepcopy(value) for key, value in self.config.items() if value is not ...})
         config._attn_implementation = self.config.get("attn_implementation", "sdpa" if cls._supports_sdpa else "eager")
         return cls(config).train()
 

@@ -18,12 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zoo.backward import BY_AUTOGRAD, REFUSED
-from zoo.check import ONE_MODE
-from zoo.models import ARCHITECTURES, Architecture
+from zoo.check import ONE_MODE, VOID
+from zoo.models import ARCHITECTURES, Architecture, Place
 
 STAGES = {"autograd": (2, 4), "graph": (2,)}
 """Into how many stages models are cut, by the backward of the stages."""
-WORDS = (ONE_MODE, BY_AUTOGRAD, REFUSED)
+WORDS = (ONE_MODE, BY_AUTOGRAD, REFUSED, VOID)
 """How results begin that are neither ok nor wrong."""
 
 
@@ -34,13 +34,15 @@ def main() -> int:
     if not chosen:
         sys.exit(f"no architecture or family is named {' or '.join(options.only)}")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.check", "zoo.backward", "transformers"])
+    # what the imports of a fork server ask of a GPU keeps its forks from using it
+    context = multiprocessing.get_context("forkserver" if options.device == "cpu" else "spawn")
+    if options.device == "cpu":
+        context.set_forkserver_preload(["zoo.check", "zoo.backward", "transformers"])
     start, words = time.perf_counter(), {stages: Counter[str]() for stages in STAGES[options.backward]}
     _say(f"{'architecture':46}" + "  ".join(f"{stages} stages" for stages in words))
 
     def results_of(architecture: Architecture) -> list[str]:
-        return _in_process(context, architecture, options.backward, options.timeout)
+        return _in_process(context, architecture, options.backward, (options.device, options.dtype), options.timeout)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for architecture, results in zip(chosen, pool.map(results_of, chosen), strict=True):
@@ -62,7 +64,8 @@ def _summary(counts: Counter[str], backward: str) -> str:
             f"{counts['ok']} of {total} equal by graphs; in {counts[BY_AUTOGRAD]} a stage runs by autograd, "
             f"{counts[REFUSED]} are refused, {counts['WRONG']} differ"
         )
-    return f"{right} of {total} ok, {counts['ok']} of them switched to the other mode and back; {counts[ONE_MODE]} refuse to switch"
+    void = f", {counts[VOID]} do not run there themselves" if counts[VOID] else ""
+    return f"{right} of {total} ok{void}, {counts['ok']} of them switched to the other mode and back; {counts[ONE_MODE]} refuse to switch"
 
 
 def _word(result: str) -> str:
@@ -76,6 +79,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these architectures or families")
     parser.add_argument("--backward", choices=STAGES, default="autograd", help="compare graphs with autograd instead")
+    parser.add_argument("--device", default="cpu", help="where models and inputs lie: cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", help="of parameters, buffers and inputs: bfloat16, float16, float64; theirs by default")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     return parser.parse_args()
@@ -86,10 +91,16 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _in_process(context: multiprocessing.context.ForkServerContext, architecture: Architecture, backward: str, timeout: float) -> list[str]:
+def _in_process(
+    context: multiprocessing.context.BaseContext,
+    architecture: Architecture,
+    backward: str,
+    place: tuple[str, str | None],
+    timeout: float,
+) -> list[str]:
     """One result per number of stages; a process that dies or hangs costs its own results only."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, ARCHITECTURES.index(architecture), backward))
+    process = context.Process(target=_work, args=(theirs, ARCHITECTURES.index(architecture), backward, *place))
     wanted = len(STAGES[backward])
     process.start()
     theirs.close()
@@ -107,7 +118,7 @@ def _in_process(context: multiprocessing.context.ForkServerContext, architecture
     return [*results, *[lost] * (wanted - len(results))]
 
 
-def _work(connection: Connection, index: int, backward: str) -> None:
+def _work(connection: Connection, index: int, backward: str, device: str, dtype: str | None) -> None:
     import warnings
 
     import torch
@@ -119,8 +130,13 @@ def _work(connection: Connection, index: int, backward: str) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
+    place = Place(device, getattr(torch, dtype) if dtype else None)
+    if device != "cpu":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first product is computed
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    compare = {"autograd": check, "graph": check_backward}[backward]
     for stages in STAGES[backward]:
-        connection.send({"autograd": check, "graph": check_backward}[backward](ARCHITECTURES[index], stages))
+        connection.send(compare(ARCHITECTURES[index], stages, place=place))
 
 
 if __name__ == "__main__":
