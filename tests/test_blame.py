@@ -43,6 +43,7 @@ from stagecut.frontend.lower import (
     fx_run,
     lower,
     merge,
+    order,
     subclasses,
     types,
 )
@@ -224,6 +225,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (eager.EagerPath._call, ask),
     (eager._subclasses, ask),
     (from_export._placeholders, cut),
+    (order._free, cut),
     (from_export._write_back, cut),
     (from_fx._bind, cut_graph),
     (results._tensor, repeat),

@@ -36,42 +36,59 @@ def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) 
     own = (digest, program.name, len(program.stages), *settings)
     by_rank = everywhere(own, group)
     first = by_rank[0]
-    for rank, other in enumerate(by_rank):
-        if other == first:
-            continue
-        raise StagecutError(
-            f"the ranks do not run the same program: rank {rank} has {other}, rank 0 has {first}",
-            where="fingerprint, model, stages, schedule, micro-batches",
-            hint="build the same model with the same cuts on every rank",
-        )
-
-
-def agree_on_tied(pipe: Staged, homes: Sequence[int], group: Group) -> None:
-    """Raises StagecutError on every rank when ranks hold different values of state that they share. State
-    without values, and sharded state, is not compared.
-    """
-    shared: dict[int, StateEntry] = {}
-    for position, entry in enumerate(pipe.program.state):
-        ranks = {homes[stage] for stage in entry.stages}
-        if len(ranks) > 1:
-            shared[position] = entry
-    if not shared:
+    rank = next((rank for rank, other in enumerate(by_rank) if other != first), None)
+    if rank is None:
         return
+    hint = "build the same model with the same cuts on every rank"
+    if len({everything[1:] for everything in by_rank}) == 1:
+        ops = everywhere(_ops(program), group)
+        if ops[rank] == ops[0]:
+            hint = (
+                f"they have the same ops in another order, or cut elsewhere: {_HASHES}"
+            )
+    raise StagecutError(
+        f"the ranks do not run the same program: rank {rank} has {by_rank[rank]}, rank 0 has {first}",
+        where="fingerprint, model, stages, schedule, micro-batches",
+        hint=hint,
+    )
+
+
+_HASHES = (
+    "where the model goes through a set, each Python does so in an order of its own, unless all start "
+    "with one number (PYTHONHASHSEED=0 torchrun ...)"
+)
+
+
+def _ops(program: Program) -> int:
+    """A digest of the ops in any order."""
+    return _digest(
+        str(sorted(f"{op.target} {op.loc and op.loc.line}" for op in program.all_ops()))
+    )
+
+
+def agree_on_values(pipe: Staged, homes: Sequence[int], group: Group) -> None:
+    """Raises StagecutError on every rank when ranks hold different values of state that they share, or of a
+    constant of the code. Values that are not there, and sharded ones, are not compared.
+    """
     rank = dist.get_rank(group)
-    checksums: dict[int, int] = {}
-    for position, entry in shared.items():
-        own_stages = [stage for stage in entry.stages if homes[stage] == rank]
-        if not own_stages:
+    checksums: dict[Any, int] = {}
+    for position, entry in enumerate(pipe.program.state):
+        is_shared = len({homes[stage] for stage in entry.stages}) > 1
+        if not is_shared and entry.kind != "const":
             continue
-        tensor = _held_by(pipe, own_stages[0], entry)
+        own = [s for s in entry.stages if homes[s] == rank or not is_shared]
+        tensor = _held_by(pipe, own[0], entry) if own else None
         if tensor is not None and not tensor.is_meta:
-            checksums[position] = checksum(tensor)
+            # a constant that was computed on another device may round otherwise
+            device = "" if is_shared else tensor.device.type
+            checksums[position, device] = checksum(tensor)
     by_rank = everywhere(checksums, group)
-    for position, entry in shared.items():
-        _compare_tied(entry, [others.get(position) for others in by_rank])
+    for key in dict.fromkeys(key for others in by_rank for key in others):
+        entry = pipe.program.state[key[0]]
+        _compare_values(entry, [others.get(key) for others in by_rank])
 
 
-def _compare_tied(entry: StateEntry, checksums: Sequence[int | None]) -> None:
+def _compare_values(entry: StateEntry, checksums: Sequence[int | None]) -> None:
     """Raises StagecutError when two ranks have different checksums of an entry."""
     first: int | None = None
     for rank, number in enumerate(checksums):
@@ -81,11 +98,15 @@ def _compare_tied(entry: StateEntry, checksums: Sequence[int | None]) -> None:
             first = rank
         if number == checksums[first]:
             continue
+        hint = "seed every rank alike before the model is made, or load the same weights on each"
+        said = "which their stages share"
+        if entry.kind == "const":
+            hint = f"seed every rank alike before the model is cut; {_HASHES}"
+            said = "which is a constant of the code"
         raise StagecutError(
-            f"rank {rank} and rank {first} have different values of '{entry.name}', which their "
-            "stages share",
+            f"rank {rank} and rank {first} have different values of '{entry.name}', {said}",
             where=f"stages {' and '.join(map(str, entry.stages))}",
-            hint="seed every rank alike before the model is made, or load the same weights on each",
+            hint=hint,
         )
 
 

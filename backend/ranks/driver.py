@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.optim import Optimizer
 
-from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_tied
+from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
 from stagecut.backend.ranks.batch import Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
@@ -170,7 +170,7 @@ class Driver:
             order_name(order, self.schedule_class, self.placement, n_microbatches),
         )
         agree_on_program(pipe.program, settings, group)
-        agree_on_tied(pipe, self.placement, group)
+        agree_on_values(pipe, self.placement, group)
         self._wrap = wrap
         self._returns = return_outputs
         self._share = share_losses

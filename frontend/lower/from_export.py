@@ -18,6 +18,7 @@ from stagecut.frontend.lower.lower import (
     state_entries,
     written_in_place,
 )
+from stagecut.frontend.lower.order import settle
 from stagecut.frontend.lower.subclasses import access_where_used
 from stagecut.frontend.lower.types import specialised, type_of
 from stagecut.frontend.marks import ASSIGNED, CHOICES, FIXED, SYMBOLS, LeafCall
@@ -70,6 +71,7 @@ def lower_export(
     _finish(exported, program, list(outputs))
     for node in reassigned:
         _reassign(node, env, lowering)
+    settle(program)
     bindings.call = _call_spec(exported, module)
     program.output_names = bindings.call.output_names()
     program.lanes = [*_lanes(program, bindings.call)]

@@ -1,0 +1,246 @@
+"""Ops that suit any order stand in the order in which what follows reads them.
+
+A model may go through a set, such as that of the kinds of its layers, and every Python goes through a set of
+strings in an order of its own. Where the model makes masks or angles on the way, processes would have
+programs of another order, which ranks cannot run together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from stagecut.ir.graph import (
+    WHOLE,
+    Frame,
+    Op,
+    Program,
+    Scope,
+    StateEntry,
+    Value,
+    nested_ops,
+)
+from stagecut.ir.ops import facts
+from stagecut.ir.types import carries_grad
+
+_NUMBERED = re.compile(r"(.*?)(?:_(\d+))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Ops that follow each other, any order of which computes the same, as units: a call of a module that
+    lies in the run as a whole, or an op of the module around it. `depth` is how deep that one lies.
+    """
+
+    begin: int
+    depth: int
+    units: Sequence[Sequence[Op]]
+
+
+def settle(program: Program) -> None:
+    """Ops without effects or gradients that depend on no parameter stand in the order in which later ops read
+    them, calls of modules as they are. They keep their run: the ops between two that are no such ones.
+
+    Names and numbers of calls follow the order.
+    """
+    places = {op: place for place, op in enumerate(program.ops)}
+    for place, op in enumerate(program.ops):
+        inner = [inner for region in op.regions for inner in nested_ops(region.ops)]
+        places |= dict.fromkeys(inner, place)
+    places[program.output] = len(program.ops)
+    # a later run first: the order in which it reads decides about the earlier ones
+    for run in reversed([*_runs(program)]):
+        before = [op for unit in run.units for op in unit]
+        after = [op for unit in _by_readers(run, places) for op in unit]
+        if after == before:
+            continue
+        program.ops[run.begin : run.begin + len(after)] = after
+        places |= {op: place for place, op in enumerate(after, run.begin)}
+        _name(before, after)
+        _number(run.depth, before, after)
+
+
+def _runs(program: Program) -> Iterator[_Run]:
+    ops = program.ops
+    first: dict[Scope, int] = {}
+    last: dict[Scope, int] = {}
+    for place, op in enumerate(ops):
+        for prefix in _prefixes(op.scope):
+            first.setdefault(prefix, place)
+            last[prefix] = place
+    free = _free(program)
+    begin = 0
+    while begin < len(ops):
+        if ops[begin] not in free:
+            begin += 1
+            continue
+        end = begin
+        while end < len(ops) and ops[end] in free:
+            end += 1
+
+        def depth(op: Op, begin: int = begin, end: int = end) -> int:
+            """How many of the calls around an op reach beyond the run."""
+            around = _prefixes(op.scope)
+            return sum(first[p] < begin or last[p] >= end for p in around)
+
+        start = begin
+        for place in range(begin + 1, end + 1):
+            deep = depth(ops[start])
+            anchor = ops[start].scope[:deep]
+            if (
+                place < end
+                and depth(ops[place]) == deep
+                and ops[place].scope[:deep] == anchor
+            ):
+                continue
+            units = _units(ops[start:place], deep)
+            if units is not None and len(units) > 1:
+                yield _Run(start, deep, units)
+            start = place
+        begin = end
+
+
+def _prefixes(scope: Scope) -> list[Scope]:
+    return [scope[:depth] for depth in range(1, len(scope) + 1)]
+
+
+def _units(ops: Sequence[Op], depth: int) -> list[list[Op]] | None:
+    """None where the ops of a call do not follow each other. A guard belongs to the op that comes next."""
+    units: list[list[Op]] = []
+    calls: set[Scope] = set()
+    for op in ops:
+        call = op.scope[: depth + 1]
+        is_call = len(call) > depth
+        last = units[-1][-1] if units else None
+        if last is not None:
+            goes_on = is_call and last.scope[: depth + 1] == call
+            if goes_on or not last.results:
+                units[-1].append(op)
+                continue
+        if is_call and call in calls:
+            return None
+        calls.add(call)
+        units.append([op])
+    return units
+
+
+def _free(program: Program) -> set[Op]:
+    """The ops that may change places with their neighbours."""
+    free: set[Op] = set()
+    trained: set[Value] = set()
+    for op in program.ops:
+        if any(value in trained or _kind(value) == "param" for value in op.reads):
+            trained.update(op.definitions())
+        elif _is_plain(op):
+            free.add(op)
+    return free
+
+
+def _kind(value: Value) -> str:
+    return value.owner.kind if isinstance(value.owner, StateEntry) else ""
+
+
+def _is_plain(op: Op) -> bool:
+    if facts(op).guard:
+        return True
+    # the name of a constant is its place among the constants
+    if any(_kind(value) == "const" for value in op.reads):
+        return False
+    effects = op.effects
+    if effects.writes or effects.random or effects.effect or op.versions or op.regions:
+        return False
+    if op.target.partition(".")[0] not in ("aten", "operator", "_operator"):
+        return False
+    if any(context.kind in WHOLE for context in op.context):
+        return False
+    return bool(op.results) and not any(carries_grad(v.type) for v in op.results)
+
+
+def _by_readers(run: _Run, places: dict[Op, int]) -> list[Sequence[Op]]:
+    """The units in the order in which ops behind the run read them, those that a unit reads before it; last
+    those that nothing reads.
+    """
+    home = {op: number for number, unit in enumerate(run.units) for op in unit}
+    read: list[tuple[tuple[int, int], int]] = []
+    for op, number in home.items():
+        for value in op.results:
+            readers = [
+                (places[user], user.reads.index(value))
+                for user in value.uses
+                if user not in home and user in places
+            ]
+            if readers:
+                read.append((min(readers), number))
+    order: dict[int, None] = {}
+    for _, number in sorted(read):
+        _append(number, run.units, home, order)
+    for number in range(len(run.units)):
+        _append(number, run.units, home, order)
+    return [run.units[number] for number in order]
+
+
+def _append(
+    number: int,
+    units: Sequence[Sequence[Op]],
+    home: dict[Op, int],
+    order: dict[int, None],
+) -> None:
+    """`order` gains a unit, behind those that it reads."""
+    stack = [(number, _read_by(units[number], home))]
+    while stack:
+        unit, others = stack[-1]
+        other = next((o for o in others if o != unit and o not in order), None)
+        if other is not None:
+            stack.append((other, _read_by(units[other], home)))
+            continue
+        order[unit] = None
+        stack.pop()
+
+
+def _read_by(unit: Sequence[Op], home: dict[Op, int]) -> Iterator[int]:
+    for op in unit:
+        for value in op.reads:
+            if isinstance(value.owner, Op) and value.owner in home:
+                yield home[value.owner]
+
+
+def _name(before: Sequence[Op], after: Sequence[Op]) -> None:
+    """The names of the results, in their order."""
+    names: dict[str, list[tuple[int, str]]] = {}
+    for op in before:
+        for value in op.results:
+            base, number = _split(value.hint)
+            names.setdefault(base, []).append((number, value.hint))
+    left = {base: iter(sorted(found)) for base, found in names.items()}
+    for op in after:
+        for value in op.results:
+            value.hint = next(left[_split(value.hint)[0]])[1]
+
+
+def _split(hint: str) -> tuple[str, int]:
+    found = _NUMBERED.fullmatch(hint)
+    assert found is not None
+    return found[1], int(found[2] or 0)
+
+
+def _number(depth: int, before: Sequence[Op], after: Sequence[Op]) -> None:
+    """The calls of each module have the numbers that they had, in their order."""
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for scope in _calls(depth, before):
+        path = tuple(frame.name for frame in scope)
+        numbers.setdefault(path, []).append(scope[-1].call)
+    left = {path: iter(sorted(found)) for path, found in numbers.items()}
+    renamed: dict[Scope, Scope] = {}
+    for scope in _calls(depth, after):
+        path = tuple(frame.name for frame in scope)
+        above = renamed.get(scope[:-1], scope[:-1])
+        renamed[scope] = (*above, Frame(path[-1], next(left[path])))
+    for op in after:
+        op.place = op.place._replace(scope=renamed.get(op.scope, op.scope))
+
+
+def _calls(depth: int, ops: Sequence[Op]) -> list[Scope]:
+    """The calls below a depth, outer ones first, in the order in which they begin."""
+    scopes = (prefix for op in ops for prefix in _prefixes(op.scope)[depth:])
+    return [*dict.fromkeys(scopes)]
