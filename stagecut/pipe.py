@@ -22,6 +22,7 @@ from stagecut.check import (
     Report,
     as_written,
     compare,
+    failure_on,
     holds_both_modes,
     is_cheap,
     is_real,
@@ -29,6 +30,7 @@ from stagecut.check import (
 from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.capture.eager import EagerPath
+from stagecut.frontend.capture.example import failing_on_example
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
@@ -134,8 +136,8 @@ def pipeline(
     Raises
     ------
     InputError: the example inputs do not fit the model's signature.
-    CaptureError: the model cannot be traced; the message names the source line, and `error.cause` is the
-        exception of torch's that says so.
+    CaptureError: the model cannot be traced, or fails on the example inputs; the message names the source
+        line, and `error.cause` is the exception of torch's or of the model's that says so.
     CheckError: the pipe does not compute what the model computes: tracing lost something.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
@@ -497,6 +499,8 @@ def _check(
                 switched=switched,
             )
         except CannotCompare as error:
+            if error.cause is not None and not switched:
+                _refuse_failing(module, pipe, args, kwargs)
             if check != "auto":
                 raise
             pipe.notes += (
@@ -505,6 +509,17 @@ def _check(
             continue
         if not report.ok:
             raise _difference(module, pipe, args, kwargs, report, switched)
+
+
+def _refuse_failing(
+    module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raises CaptureError where neither the model nor the pipe can run on the example inputs."""
+    failure = failure_on(module, pipe, args, kwargs)
+    if failure is None:
+        return
+    otherwise = "; check=None where only the sizes of the inputs are meant"
+    raise at_users_lines(failing_on_example(type(module), failure, otherwise)) from None
 
 
 def _mode(pipe: Pipe, switched: bool) -> str:

@@ -135,7 +135,7 @@ def test_what_cannot_be_compared_is_noted_or_refused() -> None:
 
 
 class Breaks(nn.Module):
-    """Can be traced but not run: its indices are out of range."""
+    """Fails where an index is out of range."""
 
     def forward(self, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         x = x * 2
@@ -143,12 +143,12 @@ class Breaks(nn.Module):
         return x[i]
 
 
-def test_a_model_that_fails_by_itself_cannot_be_compared() -> None:
-    """The error says that it was the model."""
-    i = torch.tensor([9])
-    assert "Breaks itself fails on these inputs: IndexError" in pipeline(Breaks(), (X, i)).notes[0]
-    with pytest.raises(CannotCompare, match="Breaks itself fails"):
-        pipeline(Breaks(), (X, i), check="gradients")
+def test_inputs_on_which_the_model_fails_cannot_be_compared() -> None:
+    """The error says that it was the model, and where."""
+    pipe = pipeline(Breaks(), (X, torch.tensor([3])))
+    with pytest.raises(CannotCompare, match=r"Breaks itself fails on these inputs: IndexError: .*\n  at: .*:\d+ in forward") as caught:
+        pipe.verify(X, torch.tensor([9]))
+    assert isinstance(caught.value.cause, IndexError)
 
 
 # --- what it finds --------------------------------------------------------------------------------------

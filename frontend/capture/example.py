@@ -18,7 +18,8 @@ from torch.utils._pytree import (
     tree_map,
 )
 
-from stagecut.ir.errors import InputError
+from stagecut.frontend.source import failing_line, first_line
+from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.run.call import is_size
 
 
@@ -44,6 +45,22 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def failing_on_example(
+    cls: type, error: Exception, otherwise: str = ""
+) -> CaptureError:
+    """The refusal of a model of this class that fails with `error` on its example inputs. `otherwise` is
+    another cure.
+    """
+    hint = "change the inputs or the model until model(*mb_args, **mb_kwargs) runs"
+    refusal = CaptureError(
+        f"{cls.__name__} fails on the example inputs: {first_line(error)}",
+        where=failing_line(error, cls),
+        hint=f"{hint}{otherwise}",
+    )
+    refusal.cause = error
+    return refusal
 
 
 _NESTED = hasattr(import_module("torch.export._trace"), "_combine_args_for_tracing")
