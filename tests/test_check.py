@@ -329,6 +329,15 @@ def test_verify_counts_what_it_compared() -> None:
     assert str(report) == "equal: compared " + ", ".join(f"{n} {kind}" for kind, n in report.compared.items())
 
 
+def test_inputs_without_gradient_have_none_to_compare() -> None:
+    """Neither integers, nor floats that need none; a tensor keeps its number among all."""
+    model = nn.Embedding(4, 4)
+    assert "input gradients" not in pipeline(model, (torch.tensor([3]),)).verify(torch.tensor([2])).compared
+    pipe = pipeline(Breaks(), (X, torch.tensor([3])))
+    assert "input gradients" not in pipe.verify(X, torch.tensor([2])).compared
+    assert pipe.verify(X.clone().requires_grad_(), torch.tensor([2])).compared["input gradients"] == 1
+
+
 def test_outputs_alone_compare_no_gradients() -> None:
     model = Plain()
     report = check.compare(model, pipeline(model, (X,), check=None), (X,), {}, gradients=False)
