@@ -20,6 +20,7 @@ from torch.utils._pytree import (
 
 from stagecut.frontend.source import failing_line, first_line
 from stagecut.ir.errors import CaptureError, InputError
+from stagecut.ir.keywords import names_taken, refuse_unknown
 from stagecut.ir.run.call import is_size
 
 
@@ -125,11 +126,15 @@ def check_example(
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
     _check_can_be_called(module)
     signature = inspect.signature(module.forward)
+    misfit = f"the example inputs do not fit {type(module).__name__}.forward{signature}"
+    names = names_taken(signature)
+    if names is not None:
+        refuse_unknown(f"{misfit}: it", names, kwargs)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
+            f"{misfit}: {error}",
             hint="mb_args are its positional and mb_kwargs its keyword arguments",
         ) from None
 
