@@ -176,7 +176,9 @@ def pipeline(
                 one_mode,
                 fold=fold and not takes_graph(split_policy),
             )
+        trace = Trace(program)
         plans: list[Plan] = []
+        in_vain = ""
         try:
             policy = _policy(
                 split_policy,
@@ -187,7 +189,6 @@ def pipeline(
                 bindings,
                 lambda: _trial(program, bindings, mb_args, mb_kwargs),
             )
-            trace = Trace(program)
             splits = FindSplits(at, policy, _other_names(module), bindings.whole)
             with doing(f"cutting {program.name}, {len(program.ops)} ops"):
                 run_passes(program, default_pipeline(splits, *passes))
@@ -197,7 +198,10 @@ def pipeline(
                 for op in program.all_ops()
             ):
                 raise
-            return compiled(f"both modes together cannot be cut so: {error.what}")
+            in_vain = f"both modes together cannot be cut so: {error.what}"
+        if in_vain:
+            # here, so that an error of it is one, and not a second one
+            return compiled(in_vain)
         validate(trace, program)
         pipe = Pipe(program, bindings)
         pipe.plan = plans[0] if plans else None

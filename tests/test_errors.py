@@ -165,6 +165,15 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.ones(7, 7)
 
 
+@pytest.mark.parametrize("stages", [0, 500])
+def test_stages_that_cannot_be_are_one_error(stages: int) -> None:
+    """A model whose modes are traced apart is cut in one mode where both together cannot be cut."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    with pytest.raises(SplitError, match=f"^{stages} stages of \\d ops") as caught:
+        pipeline(model, (torch.randn(3, 4),), stages=stages)
+    assert caught.value.__context__ is None
+
+
 def test_the_error_of_torch_is_the_cause_of_a_refusal() -> None:
     with pytest.raises(CaptureError) as caught:
         pipeline(Branching(), (torch.randn(3),))
