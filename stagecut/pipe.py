@@ -508,7 +508,8 @@ def _check(
             if check != "auto":
                 raise
             pipe.notes += (
-                f"not compared with the model{_mode(pipe, switched)}: {error}",
+                f"not compared with the model{_mode(pipe, switched)}: {error}\n"
+                "  try: compare a call of the pipe with one of the model; check=None where it is known",
             )
             continue
         if not report.ok:
@@ -630,7 +631,8 @@ class Pipe(Staged):
     drawn, and run on ranks by a Driver. Its modules and tensors have the model's names.
 
     program: the linked program; `ir()` is its text. stages: the modules of the stages, in order. notes: what
-    tracing could not do exactly or fast, and why, in sentences. plan: the cuts of a search with their
+    tracing could not do exactly or fast, and why, in sentences; one that asks for something has a line
+    `try:`. plan: the cuts of a search with their
     predicted costs; None where the cuts were not searched. The stages are made from the program and
     `bindings`, the real objects behind its names.
     """
