@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import linecache
 import os
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -92,6 +94,19 @@ def failing_line(error: BaseException, cls: type | None = None) -> str:
         if is_users_file(path) and os.path.exists(path):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return place_of(cls) if cls is not None else "no frame of the model's own source"
+
+
+_RAISE = dis.opmap["RAISE_VARARGS"]
+
+
+def is_raised_by_user(error: BaseException) -> bool:
+    """True for an exception of a `raise` or `assert` in the user's code."""
+    last = deque(_steps(error), 1)
+    return any(
+        is_users_file(_file_of(step))
+        and step.tb_frame.f_code.co_code[step.tb_lasti] == _RAISE
+        for step in last
+    )
 
 
 def first_line(error: BaseException) -> str:

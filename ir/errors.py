@@ -137,6 +137,10 @@ class VerifyError(StagecutError):
         )
 
 
+_ALIKE, _LESS_ALIKE = 0.6, 0.5
+"""How much a name must be alike, as difflib counts, to be listed; the second where no name is as much."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """A phrase that lists the known names closest to `name`, or all of them when there are few."""
     distinct = list(dict.fromkeys(names))
@@ -145,7 +149,9 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     folded = name.casefold()
     close = [candidate for candidate in distinct if candidate.casefold() == folded]
     if not close:
-        close = difflib.get_close_matches(name, distinct[:5000], count, cutoff=0.5)
+        among = distinct[:5000]
+        close = difflib.get_close_matches(name, among, count, _ALIKE)
+        close = close or difflib.get_close_matches(name, among, count, _LESS_ALIKE)
     if close:
         return f"did you mean {' or '.join(map(_quoted, close))}?"
     more = f" and {len(distinct) - 8} more" if len(distinct) > 8 else ""

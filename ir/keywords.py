@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from types import FunctionType
 from typing import ParamSpec, TypeVar
@@ -19,24 +19,40 @@ def near_names(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises InputError with the nearest names for an argument of a name that it does not
     have.
     """
-    parameters = inspect.signature(function).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+    names = names_taken(inspect.signature(function))
+    if names is None:
         return function
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {each.name: None for each in parameters if each.kind in named}
-    names.pop("self", None)
     title = function.__qualname__.removesuffix(".__init__")
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name not in names:
-                raise InputError(
-                    f"{title}() has no argument '{name}'", hint=nearest(name, names)
-                )
+        refuse_unknown(f"{title}()", names, kwargs)
         return function(*args, **kwargs)
 
     return checked
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def names_taken(signature: inspect.Signature) -> list[str] | None:
+    """The names by which arguments can be given, None for any."""
+    parameters = signature.parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    named = [each.name for each in parameters if each.kind in _NAMED]
+    return [name for name in named if name != "self"]
+
+
+def refuse_unknown(title: str, names: Collection[str], given: Iterable[str]) -> None:
+    """Returns when all names that are given are among those that there are. Raises InputError with the
+    nearest ones otherwise.
+    """
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"{title} has no argument '{name}'", hint=nearest(str(name), names)
+            )
 
 
 def near_names_in(cls: type[T]) -> type[T]:

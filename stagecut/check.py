@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,12 @@ from torch.utils._pytree import tree_flatten
 from stagecut.backend.stages.modules import Stage, StageModule, copied
 from stagecut.backend.stages.run import run_stages
 from stagecut.backend.stages.staged import Staged
-from stagecut.frontend.source import gpus
+from stagecut.frontend.source import (
+    failing_line,
+    first_line,
+    gpus,
+    is_raised_by_user,
+)
 from stagecut.frontend.watch.globals import random_state
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import StagecutError
@@ -78,7 +83,7 @@ class CheckError(StagecutError):
 
 
 class CannotCompare(StagecutError):
-    """The original model cannot be run beside the pipe."""
+    """The original model cannot be run beside the pipe. `cause` is its own exception, where it has one."""
 
 
 @dataclass(repr=False)
@@ -116,7 +121,8 @@ class Report:
 class _Run:
     outputs: list[Any]
     gradients: dict[str, torch.Tensor | None]
-    input_gradients: list[torch.Tensor | None]
+    input_gradients: dict[int, torch.Tensor | None]
+    """Of the tensors that are to have one, by their number among the tensors of the inputs."""
     state: dict[str, torch.Tensor]
     written: dict[int, torch.Tensor]
 
@@ -174,9 +180,12 @@ def compare(
             raise
         except Exception as error:
             raise_ours(error)
-            raise CannotCompare(
-                f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}"
-            ) from error
+            refusal = CannotCompare(
+                f"{type(model).__name__} itself fails on these inputs: {first_line(error)}",
+                where=failing_line(error, type(model)),
+            )
+            refusal.cause = error
+            raise refusal from error
         seed_again()
         inputs = fresh((tuple(args), dict(kwargs)))
         flat = pipe.flatten(*inputs)
@@ -214,6 +223,91 @@ def compare(
     _compare_gradients(report, expected, actual, tolerance)
     _compare_names(report, model, stages)
     return report
+
+
+def failure_on(
+    model: nn.Module, pipe: Staged, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Exception | None:
+    """The exception with which `model` fails on these inputs, without gradients, where that is because of the
+    inputs; else None.
+
+    Either the model's own code refuses them, or the stages fail on them too, and it is not the machine that
+    lacks something. That the stages fail as well shows that it was not the copying of the model.
+    """
+    inputs = (tuple(args), dict(kwargs))
+    reference, stages = _copies(model, pipe)
+    _into_mode(reference, stages, pipe.training, switched=False)
+    devices = gpus(model, args, kwargs)
+    with (
+        as_written(model),
+        torch.random.fork_rng(devices),
+        torch.no_grad(),
+        ExitStack() as stack,
+    ):
+        seed_again = random_state(model, devices)
+        stack.callback(seed_again)
+        in_model = _failure(lambda: outcome_of(reference, fresh(inputs)))
+        seed_again()
+        flat = pipe.flatten(*fresh(inputs))
+        in_pipe = _failure(
+            lambda: run_stages(pipe.program, stages, pipe._plan, flat),
+        )
+    if in_model is None or not _is_about_inputs(in_model):
+        return None
+    if is_raised_by_user(in_model) or _is_about_inputs(in_pipe):
+        return in_model
+    return None
+
+
+def _failure(run: Callable[[], Any]) -> Exception | None:
+    """The exception that a run of the model's code raises, None where it works."""
+    try:
+        run()
+    except Exception as error:
+        raise_ours(error)
+        return error
+    return None
+
+
+_OF_THE_MACHINE = (
+    StagecutError,
+    ImportError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RecursionError,
+)
+_WORDS_OF_THE_MACHINE = (
+    "backend",
+    "cuda",
+    "cudnn",
+    "driver",
+    "gpu",
+    "memory",
+    "not implemented",
+    "not supported",
+    "unsupported",
+)
+_ABOUT_INPUTS = (
+    AssertionError,
+    ArithmeticError,
+    LookupError,
+    ValueError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
+
+
+def _is_about_inputs(error: Exception | None) -> bool:
+    """True for an exception that other inputs could prevent. False where the machine may lack the memory, the
+    kernel, the library or the device for an op: such errors have classes or words of their own.
+    """
+    if error is None or isinstance(error, _OF_THE_MACHINE):
+        return False
+    text = str(error).lower()
+    if any(word in text for word in _WORDS_OF_THE_MACHINE):
+        return False
+    is_plain = isinstance(error, _ABOUT_INPUTS) or type(error) is RuntimeError
+    return is_plain or is_raised_by_user(error)
 
 
 def _second_call(
@@ -327,6 +421,7 @@ def outcome_of(module: nn.Module, inputs: Any) -> Any:
 def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
     # before the run, which may put other tensors into what it is given
     leaves = _tensor_leaves(inputs)
+    asked = {index: leaf for index, leaf in enumerate(leaves) if leaf.requires_grad}
     versions = [leaf._version for leaf in leaves]
     outputs = tree_flatten(run())[0]
     parameters = dict(holder.named_parameters(remove_duplicate=False))
@@ -346,9 +441,11 @@ def _observe(run: Any, holder: Any, inputs: Any, gradients: bool) -> _Run:
         if leaf._version != version
     }
     if not gradients:
-        return _Run(outputs, {}, [], state, written)
+        return _Run(outputs, {}, {}, state, written)
     grads = {name: parameter.grad for name, parameter in parameters.items()}
-    input_grads = [leaf.grad if leaf.is_leaf else None for leaf in leaves]
+    input_grads = {
+        index: leaf.grad if leaf.is_leaf else None for index, leaf in asked.items()
+    }
     return _Run(outputs, grads, input_grads, state, written)
 
 
@@ -402,8 +499,8 @@ def _compare_gradients(
         allowed = max(tolerance, _summed(in_model))
         message = difference(what, in_model, in_pipe, allowed, largest)
         report.note("gradients", message)
-    pairs = zip(expected.input_gradients, actual.input_gradients, strict=True)
-    for index, (in_model, in_pipe) in enumerate(pairs):
+    for index, in_model in expected.input_gradients.items():
+        in_pipe = actual.input_gradients[index]
         what = f"gradient of input {index}"
         allowed = max(tolerance, _summed(in_model))
         report.note("input gradients", difference(what, in_model, in_pipe, allowed))

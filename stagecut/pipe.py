@@ -22,6 +22,7 @@ from stagecut.check import (
     Report,
     as_written,
     compare,
+    failure_on,
     holds_both_modes,
     is_cheap,
     is_real,
@@ -29,6 +30,7 @@ from stagecut.check import (
 from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.capture.eager import EagerPath
+from stagecut.frontend.capture.example import failing_on_example
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
@@ -134,8 +136,8 @@ def pipeline(
     Raises
     ------
     InputError: the example inputs do not fit the model's signature.
-    CaptureError: the model cannot be traced; the message names the source line, and `error.cause` is the
-        exception of torch's that says so.
+    CaptureError: the model cannot be traced, or fails on the example inputs; the message names the source
+        line, and `error.cause` is the exception of torch's or of the model's that says so.
     CheckError: the pipe does not compute what the model computes: tracing lost something.
     SplitError: a split point names no module that runs, or lies inside something that cannot be divided.
     """
@@ -174,7 +176,9 @@ def pipeline(
                 one_mode,
                 fold=fold and not takes_graph(split_policy),
             )
+        trace = Trace(program)
         plans: list[Plan] = []
+        in_vain = ""
         try:
             policy = _policy(
                 split_policy,
@@ -185,7 +189,6 @@ def pipeline(
                 bindings,
                 lambda: _trial(program, bindings, mb_args, mb_kwargs),
             )
-            trace = Trace(program)
             splits = FindSplits(at, policy, _other_names(module), bindings.whole)
             with doing(f"cutting {program.name}, {len(program.ops)} ops"):
                 run_passes(program, default_pipeline(splits, *passes))
@@ -195,7 +198,10 @@ def pipeline(
                 for op in program.all_ops()
             ):
                 raise
-            return compiled(f"both modes together cannot be cut so: {error.what}")
+            in_vain = f"both modes together cannot be cut so: {error.what}"
+        if in_vain:
+            # here, so that an error of it is one, and not a second one
+            return compiled(in_vain)
         validate(trace, program)
         pipe = Pipe(program, bindings)
         pipe.plan = plans[0] if plans else None
@@ -497,14 +503,28 @@ def _check(
                 switched=switched,
             )
         except CannotCompare as error:
+            if error.cause is not None and not switched:
+                _refuse_failing(module, pipe, args, kwargs)
             if check != "auto":
                 raise
             pipe.notes += (
-                f"not compared with the model{_mode(pipe, switched)}: {error}",
+                f"not compared with the model{_mode(pipe, switched)}: {error}\n"
+                "  try: compare a call of the pipe with one of the model; check=None where it is known",
             )
             continue
         if not report.ok:
             raise _difference(module, pipe, args, kwargs, report, switched)
+
+
+def _refuse_failing(
+    module: nn.Module, pipe: Pipe, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raises CaptureError where neither the model nor the pipe can run on the example inputs."""
+    failure = failure_on(module, pipe, args, kwargs)
+    if failure is None:
+        return
+    otherwise = "; check=None where only the sizes of the inputs are meant"
+    raise at_users_lines(failing_on_example(type(module), failure, otherwise)) from None
 
 
 def _mode(pipe: Pipe, switched: bool) -> str:
@@ -611,7 +631,8 @@ class Pipe(Staged):
     drawn, and run on ranks by a Driver. Its modules and tensors have the model's names.
 
     program: the linked program; `ir()` is its text. stages: the modules of the stages, in order. notes: what
-    tracing could not do exactly or fast, and why, in sentences. plan: the cuts of a search with their
+    tracing could not do exactly or fast, and why, in sentences; one that asks for something has a line
+    `try:`. plan: the cuts of a search with their
     predicted costs; None where the cuts were not searched. The stages are made from the program and
     `bindings`, the real objects behind its names.
     """

@@ -357,6 +357,44 @@ def test_an_input_that_is_left_out_is_named(alone: None) -> None:
         driver.step(tokens(8, 6), None)
 
 
+class OwnLoss(nn.Module):
+    """Computes its loss from an argument whose name is near to the driver's word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        out = self.layer(x)
+        return out.mean(1) if targets is None else (out - targets).square().mean(1) * scale
+
+
+def test_the_drivers_own_word_is_told_from_an_argument_of_the_model(alone: None) -> None:
+    x = torch.ones(8, 4)
+    driver = driver_of(OwnLoss(), (x[:2], x[:2], 2.0), loss=lambda out: out.mean())
+    own = r"the model's argument 'targets' is missing: `target=` is the driver's own word.*\n.*driver.step\(\.\.\., targets="
+    with pytest.raises(InputError, match=own):
+        driver.step(x, target=x)
+    with pytest.raises(InputError, match=own):
+        driver.step(x=x, target=x, scale=2.0)
+    with pytest.raises(InputError, match=r"'targets' is missing: `target_mbs=` is"):
+        driver.step(kwarg_mbs=[{"x": x[:2]}] * 4, target_mbs=[x[:2]] * 4)
+    with pytest.raises(InputError, match="has no 'y'"):
+        driver.step(y=x, target=x)
+    with pytest.raises(InputError, match="input 'targets' is missing, or None"):
+        driver.step(x, scale=2.0)
+
+
+def test_the_drivers_own_word_goes_to_the_loss(alone: None) -> None:
+    """The model needs nothing of that name, or has it."""
+    x = torch.ones(8, 4)
+    whole = driver_of(OwnLoss(), (x[:2],), loss=lambda out, target: (out - target[:, 0]).mean())
+    whole.step(x, target=x)
+    both = driver_of(OwnLoss(), (x[:2], x[:2]), loss=lambda out, target: (out - target[:, 0]).mean())
+    both.step(x, x, target=x)
+    both.step(x, targets=x, target=x)
+
+
 @pytest.mark.parametrize("count", [0, -1, 2.0])
 def test_a_batch_has_a_whole_number_of_micro_batches(alone: None, count: int) -> None:
     pipe = pipeline(batches.Language(), (tokens(2, 6), tokens(2, 6)))

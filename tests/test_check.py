@@ -135,7 +135,7 @@ def test_what_cannot_be_compared_is_noted_or_refused() -> None:
 
 
 class Breaks(nn.Module):
-    """Can be traced but not run: its indices are out of range."""
+    """Fails where an index is out of range."""
 
     def forward(self, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         x = x * 2
@@ -143,12 +143,12 @@ class Breaks(nn.Module):
         return x[i]
 
 
-def test_a_model_that_fails_by_itself_cannot_be_compared() -> None:
-    """The error says that it was the model."""
-    i = torch.tensor([9])
-    assert "Breaks itself fails on these inputs: IndexError" in pipeline(Breaks(), (X, i)).notes[0]
-    with pytest.raises(CannotCompare, match="Breaks itself fails"):
-        pipeline(Breaks(), (X, i), check="gradients")
+def test_inputs_on_which_the_model_fails_cannot_be_compared() -> None:
+    """The error says that it was the model, and where."""
+    pipe = pipeline(Breaks(), (X, torch.tensor([3])))
+    with pytest.raises(CannotCompare, match=r"Breaks itself fails on these inputs: IndexError: .*\n  at: .*:\d+ in forward") as caught:
+        pipe.verify(X, torch.tensor([9]))
+    assert isinstance(caught.value.cause, IndexError)
 
 
 # --- what it finds --------------------------------------------------------------------------------------
@@ -327,6 +327,15 @@ def test_verify_counts_what_it_compared() -> None:
         "outputs of a second call": 2, "outputs": 2, "state": names, "gradients": names - 1, "input gradients": 1, "names": 1,
     }  # fmt: skip
     assert str(report) == "equal: compared " + ", ".join(f"{n} {kind}" for kind, n in report.compared.items())
+
+
+def test_inputs_without_gradient_have_none_to_compare() -> None:
+    """Neither integers, nor floats that need none; a tensor keeps its number among all."""
+    model = nn.Embedding(4, 4)
+    assert "input gradients" not in pipeline(model, (torch.tensor([3]),)).verify(torch.tensor([2])).compared
+    pipe = pipeline(Breaks(), (X, torch.tensor([3])))
+    assert "input gradients" not in pipe.verify(X, torch.tensor([2])).compared
+    assert pipe.verify(X.clone().requires_grad_(), torch.tensor([2])).compared["input gradients"] == 1
 
 
 def test_outputs_alone_compare_no_gradients() -> None:

@@ -89,6 +89,34 @@ def test_the_lines_of_the_source_are_left_out(tmp_path: Path, capsys: pytest.Cap
     parse(texts[0])
 
 
+def test_a_note_counts_lines_that_differ_in_their_place_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And names the option that leaves the places out."""
+    one, moved = model(tmp_path / "one"), model(tmp_path / "moved", above="# moved\n\n")
+    other = model(tmp_path / "other", act="Tanh", above="# moved\n\n")
+    for source in (moved, other):
+        _, shown, told = asked(capsys, one, "--against", source)
+        _, bare, untold = asked(capsys, one, "--against", source, "--no-source")
+        changed, left = (sum(line[:1] in "+-" for line in text.splitlines()[2:]) for text in (shown, bare))
+        assert changed > left
+        assert f"dump-ir: note: {changed - left} of {changed} changed lines differ only in the file and line" in told
+        assert told.endswith("  try: --no-source\n")
+        assert untold == ""
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_text_without_lines_of_the_source_is_compared_without(is_first: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = model(tmp_path / "one"), model(tmp_path / "other", act="Tanh")
+    before = tmp_path / "before.ir"
+    before.write_text(asked(capsys, one, "--no-source")[1])
+    for source, status in ((one, 0), (other, 1)):
+        sides = (str(before), source) if is_first else (source, str(before))
+        found, shown, told = asked(capsys, sides[0], "--against", sides[1])
+        assert found == status
+        assert told == f"dump-ir: note: '{before}' has no lines of the source: compared without them\n"
+        assert (shown == "") == (status == 0)
+        assert "model.py:1" not in shown
+
+
 @pytest.mark.parametrize("look", [["--print-after", "liveness"], ["--diff"], ["--format", "json"], ["--only", "stage=1"]])
 def test_no_look_has_the_lines(look: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "net.py" in asked(capsys, NET, *look)[1]
@@ -108,7 +136,7 @@ def test_a_part_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_diff_may_go_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = model(tmp_path / "one"), model(tmp_path / "other", act="Tanh")
-    assert asked(capsys, one, "--against", other, "-o", str(tmp_path / "out")) == (1, "", "")
+    assert asked(capsys, one, "--against", other, "--no-source", "-o", str(tmp_path / "out")) == (1, "", "")
     assert "tanh" in (tmp_path / "out" / "against.diff").read_text()
 
 

@@ -289,8 +289,50 @@ SURPRISES = {
 def test_a_trace_that_depends_on_more_is_not_kept(line: str, folder: Path, ask: Ask) -> None:
     (folder / "gone").touch()
     (folder / "model.py").write_text(f"{MODEL}\n{line}\n")
-    ask()
+    _, text = ask()
+    # a file that changed has another reason, which the next look need not have
+    assert text.count("dump-ir: note: the trace is not kept for the next look: ") == ("subprocess" in line or "socket" in line)
     assert not (folder.parent / "cache").exists()
+
+
+IMPORTS_BY_A_PROGRAM = """
+import subprocess, sys
+class Asks:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "model"):
+            subprocess.run([sys.executable, "-S", "-c", ""])
+sys.meta_path.insert(0, Asks())
+"""
+
+
+def test_the_gpus_of_the_machine_are_part_of_the_question(tmp_path: Path, ask: Ask) -> None:
+    """A model may ask whether one is there."""
+    assert evidence.accelerators(f"{tmp_path}/") == []
+    gpu = tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0000:01:00.0"
+    for folder in (gpu, tmp_path / "dev" / "dri"):
+        folder.mkdir(parents=True)
+    (tmp_path / "dev" / "nvidia0").touch()
+    (tmp_path / "dev" / "sda").touch()
+    (gpu / "information").write_text("Model: one")
+    (gpu.parent.parent / "version").write_text("570")
+    assert evidence.accelerators(f"{tmp_path}/") == ["570", "Model: one", "dri", "nvidia0"]
+    plugged = "from stagecut.tools.dump_ir import cache; cache.accelerators = lambda: ['nvidia0']"
+    assert (ask()[0], ask(before=plugged)[0], ask(before=plugged)[0], ask()[0]) == (True, True, False, False)
+
+
+def test_a_program_that_the_import_of_torch_starts_is_not_the_models(folder: Path) -> None:
+    """As a torch built for CUDA does. The same from a module of the user's is the model's."""
+    (folder / "plain.py").write_text("import torch\ndef make(): return torch.nn.Linear(4, 4), (torch.ones(2, 4),), {}\n")
+    (folder / "other.py").write_text("import model\nfrom plain import make\n")
+    (folder / "model.py").write_text("")
+    code = f"{IMPORTS_BY_A_PROGRAM}\nfrom stagecut.tools.dump_ir.main import main; main(sys.argv[1:])"
+    notes: list[str] = []
+    for source in ("plain.py:make", "other.py:make"):
+        command = [sys.executable, "-c", code, source, "--stats"]
+        notes.append(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+    assert notes[0] == ""
+    assert "starts a program or asks the network (subprocess.Popen)" in notes[1]
+    assert entry(folder)
 
 
 def test_a_file_that_the_model_writes_for_itself_is_no_fact(folder: Path, ask: Ask) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -94,6 +95,10 @@ def test_only_the_function_that_cannot_be_traced_takes_the_path_of_a_trace() -> 
     assert "_is_all_ones, called by _Masked" in note
     assert "test_eager_path.py" in note
     assert "other ops" in note
+    what, where, otherwise = note.splitlines()
+    assert len(what) < 300
+    assert re.fullmatch(r"  at: .*test_eager_path\.py:\d+ in _is_all_ones: return bool\(\(mask == 1\)\.all\(\)\)", where)
+    assert otherwise.startswith("  otherwise: leave out the input")
 
 
 def test_where_the_eager_path_is_refused_that_of_a_trace_is_taken() -> None:

@@ -70,6 +70,9 @@ def test_verify_error() -> None:
         ("a", [], "there are none"),
         ("layer.0", ["layers.0", "layers.0", "head"], "did you mean 'layers.0'?"),
         ("weigth", ["weight", "weights", "heights"], "did you mean 'weight' or 'weights' or 'heights'?"),
+        ("block.3", ["blocks.3", "blocks.7", "ln"], "did you mean 'blocks.3' or 'blocks.7'?"),
+        ("num_stages", ["mb_args", "dynamic_shapes", "stages"], "did you mean 'stages'?"),
+        ("arguments", ["mb_args", "stages"], "did you mean 'mb_args'?"),
         ("cpu", ["GPU", "CPU"], "did you mean 'CPU'?"),
         ("xyz", ["a", "b"], "known: 'a', 'b'"),
         ("xyz", list("abcdefghij"), "known: 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more"),
@@ -160,6 +163,15 @@ class Outer(nn.Module):
 
 def helper(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.ones(7, 7)
+
+
+@pytest.mark.parametrize("stages", [0, 500])
+def test_stages_that_cannot_be_are_one_error(stages: int) -> None:
+    """A model whose modes are traced apart is cut in one mode where both together cannot be cut."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    with pytest.raises(SplitError, match=f"^{stages} stages of \\d ops") as caught:
+        pipeline(model, (torch.randn(3, 4),), stages=stages)
+    assert caught.value.__context__ is None
 
 
 def test_the_error_of_torch_is_the_cause_of_a_refusal() -> None:

@@ -71,6 +71,30 @@ def test_an_input_of_another_name_is_named() -> None:
         pipe(inputs=torch.randn(3, 2))
 
 
+class Losses(nn.Module):
+    """Takes its labels by an argument with a default."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return idx if targets is None else idx - targets
+
+
+X = torch.randn(3, 2)
+EXAMPLES: dict[str, tuple[dict[Any, Any], str]] = {
+    "misspelt": ({"idx": X, "target": X}, "it has no argument 'target'\n  try: did you mean 'targets'?"),
+    "another word": ({"input_ids": X}, "it has no argument 'input_ids'\n  try: known: 'idx', 'targets'"),
+    "no name": ({"idx": X, 3: X}, "it has no argument '3'\n  try: known: 'idx', 'targets'"),
+    "left out": ({"targets": X}, "missing a required argument: 'idx'\n  try: mb_args are"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_an_example_input_of_another_name_lists_the_nearest(given: dict[Any, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        pipeline(Losses(), mb_kwargs=given)
+    assert str(caught.value).startswith("the example inputs do not fit Losses.forward(")
+    assert message in str(caught.value)
+
+
 def test_functions_are_what_they_were() -> None:
     assert pickle.loads(pickle.dumps(pipeline)) is pipeline
     assert [*inspect.signature(pipeline).parameters][:2] == ["module", "mb_args"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +198,21 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.sum() > 0 else x
+
+
+class Alone(nn.Linear):
+    """Cannot be copied, so it cannot be compared."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("only one of me")
+
+
+def test_a_pipe_says_whether_its_notes_ask_for_something() -> None:
+    assert "note" not in str(pipeline(nn.Linear(8, 8), (X,)))
+    whole = nn.Sequential(nn.Linear(8, 8), Branches())
+    assert "\n1 note in pipe.notes, with nothing to do\n" in str(pipeline(whole, (X,)))
+    alone = nn.Sequential(Alone(8, 8))
+    assert "\n1 note in pipe.notes, 1 with something to do\n" in str(pipeline(alone, (X,)))
 
 
 def test_table_and_picture_name_the_same_modules_in_the_order_in_which_they_run() -> None:

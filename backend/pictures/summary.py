@@ -123,9 +123,12 @@ def _tied_lines(program: Program) -> Iterator[str]:
 
 
 def _note_lines(notes: Sequence[str]) -> Iterator[str]:
-    if notes:
-        noun = "note" if len(notes) == 1 else "notes"
-        yield f"{len(notes)} {noun} in pipe.notes"
+    if not notes:
+        return
+    noun = "note" if len(notes) == 1 else "notes"
+    asking = sum("\n  try: " in note for note in notes)
+    todo = f"{asking} with something to do" if asking else "with nothing to do"
+    yield f"{len(notes)} {noun} in pipe.notes, {todo}"
 
 
 def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

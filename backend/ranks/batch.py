@@ -139,6 +139,9 @@ def _refuse_bare(calls: Sequence[Any]) -> None:
         )
 
 
+_FOR_THE_LOSS = ("target", "target_mbs", "loss_kwargs")
+
+
 class _Argument(NamedTuple):
     """An argument of a call, and what the user says about how it is divided."""
 
@@ -198,6 +201,7 @@ class MicroBatches:
         or nothing says how.
         """
         calls = call.calls(self._count)
+        self._refuse_own_words(call, *calls[0])
         self._cast = cast
         self._ready = call.is_ready
         if call.is_ready:
@@ -208,6 +212,26 @@ class MicroBatches:
         return self.sizes
 
     # --- inputs -----------------------------------------------------------------------------------
+
+    def _refuse_own_words(
+        self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Returns unless the model's arguments lack one with tensors, while the call names something for the
+        loss, which may be meant for it.
+        """
+        words = [name for name in _FOR_THE_LOSS if getattr(call, name) is not None]
+        given = {*self._positional_names(len(args))[: len(args)], *kwargs}
+        if not words or not given or not given <= self._places.keys():
+            return
+        for name, places in self._places.items():
+            kinds = [self._pipe.program.inputs[place].type for place in places]
+            if name in given or not any(isinstance(k, TensorType) for k in kinds):
+                continue
+            raise InputError(
+                f"the model's argument '{name}' is missing: `{words[0]}=` is the driver's own word, and goes "
+                "to the loss function",
+                hint=f"driver.step(..., {name}=...)",
+            )
 
     def divide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Sizes]:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of each. Raises InputError

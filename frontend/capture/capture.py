@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from stagecut.frontend.capture.aside import modes_aside
-from stagecut.frontend.capture.eager import FORWARDS, EagerPath
+from stagecut.frontend.capture.eager import FORWARDS, EagerPath, Reason
 from stagecut.frontend.capture.example import (
     check_example,
     giving_sizes,
@@ -132,7 +132,7 @@ class _Retries:
 
     def after_refusal(self, error: StagecutError) -> bool:
         """Prepares another attempt after a refusal of ours. Returns False where none can help."""
-        reason = f"{error.what} at {error.where}"
+        reason = Reason(error.what, error.where)
         if self._eager.fall_back_everywhere(reason):
             return True
         path = error.path if isinstance(error, Unsettled) else ""
@@ -153,7 +153,7 @@ class _Retries:
                     "forward, or a tuple of such dicts in their order"
                 ),
             ) from error
-        reason = f"{_reason(error)} at {failing_line(error)}"
+        reason = Reason(_reason(error), failing_line(error))
         if self._eager.fall_back(error, reason):
             return
         refusal = _refusal(self._module, error, self._leaves.reasons)
@@ -169,8 +169,8 @@ class _Retries:
     def _can_keep_whole(self, path: str) -> bool:
         return bool(path) and self._count < MOST_RETRIES and self._leaves.can_run()
 
-    def _keep_whole(self, path: str, reason: str) -> None:
-        self._leaves.add_class(path, reason)
+    def _keep_whole(self, path: str, reason: Reason) -> None:
+        self._leaves.add_class(path, str(reason))
         self._count += 1
 
 

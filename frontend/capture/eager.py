@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from types import CodeType, FrameType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,16 @@ _Asker = tuple[type, CodeType]
 """A function that asks, itself or by others, and the class of the module it runs for."""
 
 
+class Reason(NamedTuple):
+    """Why an attempt to trace failed, and at which line."""
+
+    why: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.why} at {self.where}"
+
+
 class EagerPath:
     """While open, the user's code that asks whether it is traced is told no, as in the eager run; torch's own
     code hears the truth.
@@ -44,22 +54,23 @@ class EagerPath:
         self._classes = {id(vars(owner)): type(owner) for owner in module.modules()}
         self._root = type(module)
         self._asked: dict[_Asker, None] = {}
-        self._told: dict[_Asker, str] = {}
+        self._told: dict[_Asker, Reason] = {}
         self._in_vain: set[_Asker] = set()
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the functions that take the path they have for tracing: which they are, why, and what that
-        costs.
+        """Notes on the functions that take the path they have for tracing: which they are, why, and how to
+        have the other one.
         """
         return [
-            f"{code.co_qualname}, called by {cls.__name__}, takes the path that it has for tracing, as its "
-            "eager one cannot be traced: "
-            f"{reason}; the stages may run other ops there than the model, such as attention with a mask"
+            f"{code.co_qualname}, called by {cls.__name__}, takes the path that it has for tracing, which "
+            f"may run other ops: {reason.why}\n"
+            f"  at: {reason.where}\n"
+            "  otherwise: leave out the input that this line reads, such as a mask of ones"
             for (cls, code), reason in self._told.items()
         ]
 
-    def fall_back(self, error: BaseException, reason: str) -> bool:
+    def fall_back(self, error: BaseException, reason: Reason) -> bool:
         """The innermost function that `error` went through and that asked hears the truth from now on; False
         where none asked.
 
@@ -90,7 +101,7 @@ class EagerPath:
             passed.append((cls, frame.f_code))
         return passed
 
-    def fall_back_everywhere(self, reason: str) -> bool:
+    def fall_back_everywhere(self, reason: Reason) -> bool:
         """All functions that asked hear the truth from now on; False where there are no more."""
         pending = [asker for asker in self._asked if asker not in self._told]
         self._told |= dict.fromkeys(pending, reason)

@@ -18,7 +18,9 @@ from torch.utils._pytree import (
     tree_map,
 )
 
-from stagecut.ir.errors import InputError
+from stagecut.frontend.source import failing_line, first_line
+from stagecut.ir.errors import CaptureError, InputError
+from stagecut.ir.keywords import names_taken, refuse_unknown
 from stagecut.ir.run.call import is_size
 
 
@@ -44,6 +46,22 @@ def giving_sizes(module: torch.nn.Module, inputs: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def failing_on_example(
+    cls: type, error: Exception, otherwise: str = ""
+) -> CaptureError:
+    """The refusal of a model of this class that fails with `error` on its example inputs. `otherwise` is
+    another cure.
+    """
+    hint = "change the inputs or the model until model(*mb_args, **mb_kwargs) runs"
+    refusal = CaptureError(
+        f"{cls.__name__} fails on the example inputs: {first_line(error)}",
+        where=failing_line(error, cls),
+        hint=f"{hint}{otherwise}",
+    )
+    refusal.cause = error
+    return refusal
 
 
 _NESTED = hasattr(import_module("torch.export._trace"), "_combine_args_for_tracing")
@@ -108,11 +126,15 @@ def check_example(
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
     _check_can_be_called(module)
     signature = inspect.signature(module.forward)
+    misfit = f"the example inputs do not fit {type(module).__name__}.forward{signature}"
+    names = names_taken(signature)
+    if names is not None:
+        refuse_unknown(f"{misfit}: it", names, kwargs)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
+            f"{misfit}: {error}",
             hint="mb_args are its positional and mb_kwargs its keyword arguments",
         ) from None
 

@@ -19,12 +19,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from stagecut.frontend.capture.example import failing_on_example
 from stagecut.frontend.capture.scopes import goes_past_call
 from stagecut.frontend.markers import is_marker
 from stagecut.frontend.marks import SYMBOLIC, LeafCall
 from stagecut.frontend.source import (
-    failing_line,
-    first_line,
     gpus,
     place_of,
     shown,
@@ -538,12 +537,7 @@ class Leaves:
             self._run_copy(lambda model: None)
         except Exception as error:
             raise_ours(error)
-            cls = type(self.module)
-            raise CaptureError(
-                f"{cls.__name__} fails on the example inputs: {first_line(error)}",
-                where=failing_line(error, cls),
-                hint="change the inputs or the model until model(*mb_args, **mb_kwargs) runs",
-            ) from error
+            raise failing_on_example(type(self.module), error) from error
 
     def _run_copy(self, prepare: Callable[[nn.Module], None]) -> None:
         """A copy of the model has run once on copies of the example inputs, after `prepare` was called with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -18,15 +19,46 @@ Opened = Callable[[Namespace, Callable[[Namespace], Source]], Session]
 def compare(options: Namespace, opened: Opened) -> bool:
     """Writes how the program of SOURCE differs from that of `--against`, as a unified diff. True when their
     texts are equal, and nothing is written.
+
+    Where the text of one side has no files and lines that ops come from, they do not count.
     """
     sides = _side(options, options.source), _side(options, options.against)
-    texts = [opened(side, _reader(side)).text() for side in sides]
-    old, new = texts
-    if old == new:
+    old, new = (opened(side, _reader(side)).text() for side in sides)
+    bare = _changes(options, old.bare, new.bare)
+    with_lines = [text.whole != text.bare for text in (old, new)]
+    if any(with_lines) and not all(with_lines):
+        without = sides[with_lines.index(False)].source
+        _note(f"'{without}' has no lines of the source: compared without them")
+        changes = bare
+    else:
+        changes = _changes(options, old.whole, new.whole)
+    if not changes:
         return True
-    changes = diff(old, new, options.source, options.against)
     Writer(options.directory).colored("against.diff", changes)
+    only_lines = _count(changes) - _count(bare)
+    if only_lines > 0:
+        _note(
+            f"{only_lines} of {_count(changes)} changed lines differ only in the file and line of an op",
+            hint="--no-source",
+        )
     return False
+
+
+def _changes(options: Namespace, old: str, new: str) -> str:
+    """A unified diff, '' for equal texts."""
+    return "" if old == new else diff(old, new, options.source, options.against)
+
+
+def _count(changes: str) -> int:
+    """How many lines a diff removes and adds."""
+    lines = changes.splitlines()[2:]
+    return sum(line.startswith(("-", "+")) for line in lines)
+
+
+def _note(text: str, hint: str = "") -> None:
+    print(f"dump-ir: note: {text}", file=sys.stderr)
+    if hint:
+        print(f"  try: {hint}", file=sys.stderr)
 
 
 def _side(options: Namespace, source: str) -> Namespace:

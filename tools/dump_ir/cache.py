@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,7 +24,9 @@ from stagecut.ir.text.printer import text
 from stagecut.ir.version import VERSION
 from stagecut.tools.dump_ir.evidence import (
     Fact,
+    Outside,
     Uncertain,
+    accelerators,
     environment,
     holds,
     watching,
@@ -66,6 +68,9 @@ def cached(options: Namespace, load: Callable[[], Source], fresh: bool) -> Sourc
         source = load()
     try:
         facts = watch.facts()
+    except Outside as reason:
+        note = f"the trace is not kept for the next look: {reason}"
+        return replace(source, notes=[*source.notes, note])
     except Uncertain:
         return source
     entry = Entry(
@@ -90,6 +95,7 @@ def _key(options: Namespace) -> str:
         "options": {name: getattr(options, name) for name in TRACED},
         "folder": os.getcwd(),
         "host": platform.node(),
+        "accelerators": accelerators(),
         "python": [sys.version, sys.executable, str(sys.flags)],
         "imports": sys.path,
         "stagecut": [VERSION, __file__],

@@ -13,7 +13,8 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ _IMPORTABLE = (".py", ".pyc", ".so", ".zip")
 
 
 class Uncertain(Exception):
-    """It cannot be said what a trace depends on."""
+    """It cannot be said what a trace depends on, since a file has changed meanwhile. The next may be kept."""
+
+
+class Outside(Uncertain):
+    """A trace depends on what is no file, and so will the next. The message says on what."""
 
 
 # --- facts --------------------------------------------------------------------------------------------
@@ -136,6 +141,21 @@ def environment() -> str:
     return _digest(f"{name}={value}" for name, value in sorted(own))
 
 
+_GPUS = ("nvidia", "kfd", "dri", "dxg")
+
+
+def accelerators(root: str = "/") -> list[str]:
+    """The GPUs of this machine, as their drivers show them in files: which are there, and of which kind."""
+    shown: list[str] = []
+    with suppress(OSError):
+        shown += filter(lambda name: name.startswith(_GPUS), os.listdir(f"{root}dev"))
+    driver = Path(root, "proc/driver/nvidia")
+    for path in (driver / "version", *driver.glob("gpus/*/information")):
+        with suppress(OSError):
+            shown.append(path.read_text())
+    return sorted(shown)
+
+
 # --- watching -----------------------------------------------------------------------------------------
 
 
@@ -180,7 +200,9 @@ class Watch:
     def facts(self) -> list[Fact]:
         """All that the trace depends on. Raises Uncertain where that cannot be said."""
         if self.outside:
-            raise Uncertain(self.outside)
+            raise Outside(
+                f"the model starts a program or asks the network ({self.outside}), which may answer otherwise"
+            )
         facts: list[Fact] = []
         modules = _modules()
         for name, path in modules.items():
@@ -224,11 +246,14 @@ _HOOKED: list[bool] = []
 
 @contextmanager
 def watching(folder: str) -> Iterator[Watch]:
-    """A watch of what the block reads. It will import from `folder`."""
+    """A watch of what the block reads. It will import from `folder`. torch is imported then: where that looks
+    for libraries of this machine, by programs too, is not the model's doing.
+    """
     if not _HOOKED:
         sys.addaudithook(_hook)
         _HOOKED.append(True)
     watch, python_stat = Watch(folder), os.stat
+    import_module("torch")
 
     def watched_stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
         if not _by_import(2):

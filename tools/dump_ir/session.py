@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
@@ -64,6 +64,13 @@ def source_of(options: Namespace) -> Source:
     return cached(options, lambda: load(options), fresh)
 
 
+class ComparedText(NamedTuple):
+    """The text of a program, and the same without the files and lines that ops come from."""
+
+    whole: str
+    bare: str
+
+
 class Session:
     """The requests of the command line, done in order."""
 
@@ -95,7 +102,7 @@ class Session:
         self._notes = source.notes
         return source.program
 
-    def text(self) -> str:
+    def text(self) -> ComparedText:
         """The text of the program after the passes, or of the part that `--only` names. Nothing is written
         but notes.
         """
@@ -103,7 +110,9 @@ class Session:
         with Steps() as self._steps:
             self._note(self._notes)
         with shown_source(program, not self._options.no_source):
-            return self._final(program)
+            whole = self._final(program)
+        with shown_source(program, False):
+            return ComparedText(whole, self._final(program))
 
     def run(self) -> None:
         """Everything is written. Raises StagecutError when something cannot be written."""
