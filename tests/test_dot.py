@@ -132,7 +132,7 @@ def test_tooltips_say_where_a_thing_comes_from() -> None:
     stages, modules = _tooltips(drawn(program)), _tooltips(drawn(program, level="modules"))
     assert stages["value-a"] == "%a : f32[4] grad\n16 B\nmodel.py:4, module 'embed', op aten.mul.Tensor\nsend to stage 1"
     assert "\nrelay to stage 4, through stages 1-3" in next(tip for name, tip in stages.items() if name.startswith("values-"))
-    assert modules["module-blocks.0"].startswith("blocks.0\nstands for blocks.0, 2 more\nmodel.py:8-9\n@blocks.0.w : f32[4] grad\n")
+    assert modules["module-blocks.0"].startswith("blocks.0\nstands for blocks.0, 2 more modules\nmodel.py:8-9\n@blocks.0.w : f32[4] grad\n")
 
 
 def test_a_picture_is_the_same_wherever_the_model_lies() -> None:
@@ -358,6 +358,7 @@ def test_programs_of_every_kind_are_drawn(case: str, level: str, renderer: str) 
 
 def test_small_texts() -> None:
     assert spans([3, 1, 2, 5, 5]) == "1-3, 5"
-    assert some(["a", "b", "c", "d"]) == "a, b, c, 1 more"
+    assert some(["a", "b", "c", "d"], "value") == "a, b, c, 1 more value"
+    assert some(["a", "b", "c"], "value", 1) == "a, 2 more values"
     assert len(short("x" * 100)) == 48
     assert "\\" not in rich(("\\N", "n")) + tip_text("\\N")

@@ -16,7 +16,7 @@ from torch import nn
 
 from stagecut import Pipe, SplitPoint, pipe_split, pipeline
 from stagecut.backend.pictures import render
-from stagecut.backend.pictures.stages import homes_of, modules_text
+from stagecut.backend.pictures.stages import MOST_LAYERS, homes_of, modules_text
 from stagecut.backend.pictures.summary import MOST_STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -205,3 +205,56 @@ def test_table_and_picture_name_the_same_modules_in_the_order_in_which_they_run(
     assert [row[-1] for row in pipe.summary().rows] == ["0-2, part of 3", "part of 3, 4"]
     homes = homes_of(pipe.program)
     assert [modules_text(stage, homes) for stage in pipe.program.stages] == [["0-2  x 3", "part of 3"], ["part of 3", "4"]]
+
+
+class Named(nn.Module):
+    """Linears, each a module of its own name, and two lists of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.names = [f"part_{chr(ord('a') + i)}" for i in range(count)]
+        for name in self.names:
+            self.add_module(name, nn.Linear(8, 8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            x = self.get_submodule(name)(x)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.last(x)
+        return logits
+
+
+@pytest.mark.parametrize("count", [MOST_LAYERS - 2, MOST_LAYERS - 1, MOST_LAYERS + 3])
+def test_modules_are_named_as_long_as_they_fit_and_counted_behind(count: int) -> None:
+    """Those that are not shown are counted one by one, in words, in the table as in the picture; the last one is always shown."""
+    pipe = pipeline(Named(count), (X,), stages=1)
+    names = [*Named(count).names, "layers.0-3", "last"]
+    if len(names) > MOST_LAYERS:
+        hidden = count + 4 - (MOST_LAYERS - 2)
+        names[MOST_LAYERS - 2 : -1] = [f"{hidden} more modules"]
+    assert pipe.summary().rows[0][-1] == ", ".join(names)
+    shown = [name.partition("  x ")[0] for name in modules_text(pipe.program.stages[0], homes_of(pipe.program))]
+    assert shown == names
+    assert pipe.report().stages[0].modules == tuple(names)
+
+
+class Counting(nn.Module):
+    """A batch norm of which one op may stand in front of a cut."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(8)
+        self.norm = nn.Sequential(norm) if listed else norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(x)
+        return normed.relu()
+
+
+@pytest.mark.parametrize(("listed", "name"), [(True, "norm.0"), (False, "norm")])
+def test_a_module_of_two_stages_is_a_part_in_both(listed: bool, name: str) -> None:
+    pipe = pipeline(Counting(listed), (X,), split_policy=lambda program: [1])
+    assert [row[-1].split(", ")[0] for row in pipe.summary().rows] == [f"part of {name}", f"part of {name}"]

@@ -18,6 +18,7 @@ from stagecut.backend.pictures.drawing import (
     canvas,
     is_tied,
     legend,
+    more_text,
     outputs_text,
     pen,
     rich,
@@ -33,7 +34,7 @@ from stagecut.backend.pictures.drawing import (
 from stagecut.backend.pictures.folded import Folded, ModuleCall, folded
 from stagecut.backend.pictures.texts import (
     module_classes,
-    op_names,
+    ops_text,
     path_text,
     source_lines,
     state_of,
@@ -175,7 +176,7 @@ class _BlockGraph:
         if not block.carried:
             return []
         names = [self._names[value] for value in block.carried]
-        return [(f"each hands on {some(names)}", "s")]
+        return [(f"each hands on {some(names, 'value')}", "s")]
 
     def _own(self, graph: graphviz.Digraph, scope: Scope, ops: list[Op]) -> None:
         """Draws ops that are a module's own: one box for all, or one for each. Without ops, no box."""
@@ -187,7 +188,7 @@ class _BlockGraph:
             return
         node = self._ids("ops", path_text(scope))
         where = scope_text(scope) or self._program.name
-        lines = [(some(op_names(ops)), "n")]
+        lines = [(ops_text(ops), "n")]
         lines += self._sized(ops)
         lines += self._marks(ops)
         tip = self._box_tip(where, ops)
@@ -233,9 +234,7 @@ class _BlockGraph:
 
     def _work(self, ops: list[Op]) -> str:
         """The ops as text, and the bytes of the state they read."""
-        text = some(op_names(ops))
-        if len(ops) > 3:
-            text = f"{len(ops)} ops: {text}"
+        text = ops_text(ops)
         for size, _ in self._sized(ops):
             text += f", {size}"
         return text
@@ -266,17 +265,17 @@ class _BlockGraph:
         lines = [where]
         if block and block.copies:
             scopes = [scope_text(call.scope) for call in (block, *block.copies)]
-            lines.append(f"stands for {some(scopes, 1)}")
+            lines.append(f"stands for {some(scopes, 'module', 1)}")
         lines += source_lines(ops)
         state = state_of(ops)
         for entry in state[:6]:
             lines.append(f"{fqn_text(entry.name)} : {entry.type}")
         if len(state) > 6:
-            lines.append(f"{len(state) - 6} more")
+            lines.append(more_text(len(state) - 6, "tensor"))
         for op in ops[:12]:
             lines.append(self._printer.op_call(op))
         if len(ops) > 12:
-            lines.append(f"{len(ops) - 12} more ops")
+            lines.append(more_text(len(ops) - 12, "op"))
         return tip_text("\n".join(lines))
 
     # --- edges
@@ -378,7 +377,7 @@ class _BlockGraph:
             names = [self._names[value] for value in values]
             return beside_line(
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some(names, 2), "s"),
+                (some(names, "value", 2), "s"),
             )
         lines: list[tuple[str, str]] = []
         for value in values:

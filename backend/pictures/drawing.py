@@ -272,12 +272,22 @@ def _place(op: Op) -> str:
     return PurePath(path).name + where.removeprefix(path)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+def some(names: Sequence[str], noun: str, most: int = 3) -> str:
+    """The first names, and how many more there are of what the noun says."""
     parts = [short(name) for name in names[:most]]
     if len(names) > most:
-        parts.append(f"{len(names) - most} more")
+        parts.append(more_text(len(names) - most, noun))
     return ", ".join(parts)
+
+
+def more_text(count: int, noun: str) -> str:
+    """`1 more value`, `2 more values`."""
+    return f"{count} more {_noun(noun, count)}"
+
+
+def count_of(count: int, noun: str) -> str:
+    """`1 op`, `2 ops`."""
+    return f"{count} {_noun(noun, count)}"
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -310,7 +320,7 @@ def outputs_text(program: Program, places: Iterable[int]) -> str:
     text = f"{noun} {spans(numbers)}"
     if not told:
         return text
-    return f"{text}: {some(told)}"
+    return f"{text}: {some(told, 'output')}"
 
 
 def stages_text(numbers: Iterable[int]) -> str:
@@ -321,10 +331,10 @@ def stages_text(numbers: Iterable[int]) -> str:
 
 
 def _noun(noun: str, count: int) -> str:
-    """The noun, in the plural for more than one."""
-    if count > 1:
-        return f"{noun}s"
-    return noun
+    """The noun, in the plural unless it is one."""
+    if count == 1:
+        return noun
+    return f"{noun}s"
 
 
 def is_tied(entry: StateEntry) -> bool:
@@ -344,10 +354,9 @@ def state_lines(
         if entry.value in written:
             names.append(fqn_text(entry.name))
     if len(lines) > 4:
-        more = len(lines) - 3
-        lines[3:] = [(f"{more} more tied", TIED)]
+        lines[3:] = [(more_text(len(lines) - 3, "tied tensor"), TIED)]
     if names:
-        lines.append((f"writes {some(names, 1)}", WRITTEN))
+        lines.append((f"writes {some(names, 'tensor', 1)}", WRITTEN))
     return lines
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from math import prod
 
-from stagecut.backend.pictures.drawing import some, stages_text, total_text
+from stagecut.backend.pictures.drawing import count_of, some, stages_text, total_text
 from stagecut.backend.pictures.stages import homes_of, layer_runs
 from stagecut.backend.tables import count_text, table
 from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value
@@ -19,7 +19,6 @@ FURTHER = (
     "bytes of one micro-batch; pipe.ir() is the program, pipe.report() what it costs"
 )
 MOST_TIED = 4
-MOST_LAYERS = 5
 _PICTURE_STYLE = "background: white; overflow-x: auto; padding: 4px"
 CROSSING_ROUTES = ("send", "relay")
 
@@ -68,8 +67,9 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
                 ", ".join(layers_of(stage, homes)),
             )
         )
-    total = count_text(sum(_size(entry) for entry in _parameters(program.state)))
-    stages = "1 stage" if not last else f"{last + 1} stages"
+    elements = sum(map(_size, _parameters(program.state)))
+    total = count_text(elements)
+    stages = count_of(len(program.stages), "stage")
     title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
     lines = [*_tied_lines(program), *_note_lines(notes), FURTHER]
     return Summary(title, tuple(rows), tuple(lines))
@@ -77,11 +77,7 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
-    texts = [text for text, _ in layer_runs(stage, homes)]
-    if len(texts) > MOST_LAYERS:
-        shown = MOST_LAYERS - 2
-        texts[shown:-1] = [f"{len(texts) - shown - 1} more"]
-    return texts
+    return [text for text, _ in layer_runs(stage, homes)]
 
 
 def crossing(program: Program, stage: int) -> list[Value]:
@@ -119,13 +115,13 @@ def _tied_lines(program: Program) -> Iterator[str]:
         yield f"tied: {names} in {stages_text(entry.stages)}{how}"
     rest = [entry.name for entry in shared[MOST_TIED:]]
     if rest:
-        yield f"tied: {some(rest)}"
+        yield f"tied: {some(rest, 'tensor')}"
 
 
 def _note_lines(notes: Sequence[str]) -> Iterator[str]:
     if notes:
-        noun = "note" if len(notes) == 1 else "notes"
-        yield f"{len(notes)} {noun} in pipe.notes"
+        number = count_of(len(notes), "note")
+        yield f"{number} in pipe.notes"
 
 
 def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -133,8 +129,10 @@ def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(rows) <= MOST_STAGES:
         return list(rows)
     kept = MOST_STAGES // 2
-    gap = ("...", "", "", "", f"{len(rows) - 2 * kept + 1} stages more")
-    return [*rows[:kept], gap, *rows[1 - kept :]]
+    first = rows[:kept]
+    last = rows[1 - kept :]
+    hidden = len(rows) - len(first) - len(last)
+    return [*first, ("...", "", "", "", f"{hidden} stages more"), *last]
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
