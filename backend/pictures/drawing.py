@@ -18,6 +18,7 @@ BACKSLASH = "\u2216\u2060"
 other text here has the second character.
 """
 
+INK = "#1d252c"
 GREY = "#66707a"
 TIED = "#b35c00"
 WRITTEN = "#a33a3a"
@@ -27,7 +28,8 @@ PENS = {
     "relay": {"style": "dashed", "color": "#3f5468"},
     "feed": {"style": "dotted", "color": "#3f7d63"},
     "recompute": {"style": "dashed", "color": "#8a63a8", "arrowhead": "odot"},
-    "tied": {"style": "bold", "color": TIED, "dir": "none", "constraint": "false"},
+    # without weight it bends no other edge; without a rank of its own it would run through their texts
+    "tied": {"style": "bold", "color": TIED, "dir": "none", "weight": "0"},
 }
 """Route of a value, or another kind of edge -> how it is drawn."""
 
@@ -47,6 +49,8 @@ _SAMPLES = {
     "tied": "<B>&#8212;&#8212;&#8212;</B>",
 }
 
+_SPACE = '<TD WIDTH="8"></TD>'
+
 _NODE = {
     "shape": "box",
     "style": "rounded,filled",
@@ -58,7 +62,7 @@ _NODE = {
 # one name: renderers without fonts know how wide it is, and take a list for Times
 _FONT = {
     "fontname": "Helvetica",
-    "fontcolor": "#1d252c",
+    "fontcolor": INK,
 }
 _ROUND = {
     "shape": "ellipse",
@@ -123,11 +127,10 @@ def rich(*lines: tuple[str, str], align: str = "LEFT") -> str:
 
 def beside_line(*lines: tuple[str, str]) -> str:
     """A label of lines as `rich` makes it, for an edge: it touches neither its own edge nor the next one."""
-    space = '<TD WIDTH="8"></TD>'
     rows: list[str] = []
     for text, look in lines:
         cell = _look(text, look)
-        rows.append(f'<TR>{space}<TD ALIGN="LEFT">{cell}</TD>{space}</TR>')
+        rows.append(f'<TR>{_SPACE}<TD ALIGN="LEFT">{cell}</TD>{_SPACE}</TR>')
     return _table(rows, pad=2)
 
 
@@ -212,7 +215,7 @@ def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
         if kind in drawn:
             sample = cell.format(PENS[kind]["color"], _SAMPLES[kind])
             text = cell.format(GREY, meaning)
-            rows.append(f"<TR>{sample}{text}</TR>")
+            rows.append(f"<TR>{sample}{_SPACE}{text}</TR>")
     if not rows:
         return
     node = f"legend-{name}"
