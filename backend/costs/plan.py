@@ -32,7 +32,8 @@ class Plan:
     in seconds and bytes. placement: stage -> rank. step: the seconds of one step of the schedule. bound: no
     stage order and no cuts can have a slowest rank below these seconds. setting: the devices and the schedule
     that were reckoned with. choice: the steps of other cuts. loss: the loss that was counted. compared:
-    (schedule, stages, its step or why it has none), where schedules were compared.
+    (schedule, stages, its step or why it has none), where schedules were compared. inside: how many of the
+    cuts divide a block.
     """
 
     cuts: tuple[int, ...]
@@ -45,6 +46,7 @@ class Plan:
     choice: Choice | None = None
     loss: str = ""
     compared: tuple[tuple[str, int, float | str], ...] = ()
+    inside: int = 0
 
     @property
     def order(self) -> Orders | None:
@@ -69,6 +71,26 @@ class Plan:
         if not self.bound:
             return 0.0
         return self.bottleneck / self.bound - 1
+
+    @property
+    def basis(self) -> str:
+        """For which devices and which schedule the cuts were searched, and how others are asked for."""
+        setting = self.setting
+        devices: dict[str, None] = {}
+        for where in setting.every_device:
+            devices[where.name] = None
+        names = ", ".join(devices)
+        text = f"cut for {names} and {setting.schedule}"
+        text += f" with {setting.n_microbatches} micro-batches"
+        stages = len(self.seconds)
+        options = f"{stages}, Setting(device, schedule)"
+        if self.inside:
+            options += ', inside="never"'
+        if self.inside == 1:
+            text += ", one cut inside a block"
+        if self.inside > 1:
+            text += f", {self.inside} cuts inside blocks"
+        return f"{text}; to change that: split_policy=Balanced({options})"
 
     def __repr__(self) -> str:
         return str(self)
@@ -96,6 +118,7 @@ class Plan:
             f"{'' if self.order is None else ', steps ordered by their times'}"
         )
         yield f"loss: {self.loss or 'none counted'}"
+        yield self.basis
         if self.compared:
             rows = [("schedule", "stages", "step")]
             for schedule, stages, step in self.compared:

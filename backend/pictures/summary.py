@@ -50,8 +50,12 @@ class Summary:
         return f"<div>{title}<table>{head}{body}</table>{lines}{drawn}</div>"
 
 
-def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
-    """The summary of a linked program that is in `mode`: "train" or "eval"."""
+def summary(
+    program: Program, mode: str, notes: Sequence[str] = (), basis: str = ""
+) -> Summary:
+    """The summary of a linked program that is in `mode`: "train" or "eval". basis: for what its cuts were
+    searched, a line.
+    """
     homes = homes_of(program)
     last = len(program.stages) - 1
     rows: list[tuple[str, ...]] = []
@@ -71,8 +75,8 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
     total = count_text(elements)
     stages = count_of(len(program.stages), "stage")
     title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
-    lines = [*_tied_lines(program), *_note_lines(notes), FURTHER]
-    return Summary(title, tuple(rows), tuple(lines))
+    lines = [*_tied_lines(program), basis, *_note_lines(notes), FURTHER]
+    return Summary(title, tuple(rows), tuple(filter(None, lines)))
 
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
