@@ -247,6 +247,7 @@ class Balanced:
         """The steps in an order for some cuts, and cuts for that order, in turn, as long as the step gets
         shorter. They begin with the chosen cuts, and with those that give the ranks the most alike work.
         """
+        own = choice.chosen
         for cuts in (choice.chosen.cuts, choice.evenest.cuts):
             for _ in range(MOST_ROUNDS):
                 policy = replace(self, setting=steps.timed(cuts))
@@ -256,7 +257,7 @@ class Balanced:
                     break
                 steps, choice = ordered, found
                 cuts = found.chosen.cuts
-        return steps, choice
+        return steps, replace(choice, own_order=own)
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
         """The steps of a program that is divided into so many stages, for all cuts at once.

@@ -15,13 +15,15 @@ from stagecut.backend.tables import table, time_text
 @dataclass(frozen=True)
 class Choice:
     """The chosen cuts, the best at the boundaries of blocks, where there are any, and the best anywhere;
-    of the allowed ones those with which the ranks have the most alike work.
+    of the allowed ones those with which the ranks have the most alike work. own_order: where an order by
+    times was searched, those chosen for the schedule's own order.
     """
 
     chosen: Cuts
     at_blocks: Cuts | None
     anywhere: Cuts
     evenest: Cuts
+    own_order: Cuts | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +100,14 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def _ordering(self) -> str:
+        """By which order the steps are done, where one was searched."""
+        if self.order is not None:
+            return ", steps ordered by their times"
+        if self.choice is not None and self.choice.own_order is not None:
+            return ", steps in the schedule's own order: no shorter one was found"
+        return ""
+
     def _lines(self) -> Iterator[str]:
         rows = [("cuts", "step", "in front of op")]
         if self.choice is not None:
@@ -105,6 +115,7 @@ class Plan:
                 "chosen": self.choice.chosen,
                 "best between blocks": self.choice.at_blocks,
                 "best anywhere": self.choice.anywhere,
+                "by the schedule's own order": self.choice.own_order,
             }
             for name, way in ways.items():
                 if way is not None:
@@ -115,7 +126,7 @@ class Plan:
         yield (
             f"{self.setting.schedule}, {len(self.seconds)} stages on {ranks} ranks, "
             f"{self.setting.n_microbatches} micro-batches"
-            f"{'' if self.order is None else ', steps ordered by their times'}"
+            f"{self._ordering()}"
         )
         yield f"loss: {self.loss or 'none counted'}"
         yield self.basis
