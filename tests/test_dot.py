@@ -20,7 +20,7 @@ from torch import nn
 import stagecut
 from stagecut import SplitPoint, pipeline
 from stagecut.backend.pictures.dot import to_dot, to_svg
-from stagecut.backend.pictures.drawing import PENS, pen, rich, short, some, spans, tip_text
+from stagecut.backend.pictures.drawing import PENS, pen, rich, short, some, spans, state_lines, tip_text
 from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
 from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
@@ -125,6 +125,14 @@ def test_user_text_stays_text(name: str, level: str, renderer: str) -> None:
         op = program.stages[3].ops[0]
         assert _tooltips(svg)["op-t"] == Printer(program).op_line(op)
         assert scope_fqn(op.scope) == name
+
+
+def test_names_of_a_tied_tensor_that_are_not_shown_are_counted() -> None:
+    entry = load("pictures").state[0]
+    for names, shown in (("ab", "tied @a = @b"), ("abc", "tied @a = @b = 1 more name"), ("abcd", "tied @a = @b = 2 more names")):
+        entry.names = tuple(names)
+        ((line, _),) = state_lines([entry], set(), None)
+        assert line.partition(", also in")[0] == shown
 
 
 def test_tooltips_say_where_a_thing_comes_from() -> None:

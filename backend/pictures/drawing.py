@@ -365,7 +365,12 @@ def state_lines(
 
 def _tied(entry: StateEntry, stage: int | None) -> str:
     others = [other for other in entry.stages if other != stage]
-    names = " = ".join(short(fqn_text(name)) for name in entry.names[:2])
+    shown = entry.names[:2]
+    parts = [short(fqn_text(name)) for name in shown]
+    rest = len(entry.names) - len(shown)
+    if rest:
+        parts.append(more_text(rest, "name"))
+    names = " = ".join(parts)
     if not others:
         return names
     return f"{names}, also in {stages_text(others)}"
