@@ -659,13 +659,15 @@ class Pipe(Staged):
         return self.summary().to_html(picture)
 
     def summary(self) -> Summary:
-        """The stages on one screen: the modules they run, parameters, bytes that cross, tied state. `print`
-        the pipe to see it; a notebook adds the picture.
+        """The stages on one screen: the modules they run, parameters, bytes that cross, tied state, and for
+        which devices and schedule the cuts were searched. `print` the pipe to see it; a notebook adds the
+        picture.
         """
         from stagecut.backend.pictures.summary import summary
 
         mode = "train" if self.training else "eval"
-        return summary(self.program, mode, self.notes)
+        basis = self.plan.basis if self.plan is not None else ""
+        return summary(self.program, mode, self.notes, basis)
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:
         """Runs the original model and the pipe on the same arguments, in the mode that the pipe is in, and

@@ -87,13 +87,14 @@ class Page:
         return message
 
     def open(self, path: Path, fragment: str = "", width: int = 1500, height: int = 950, dark: bool = False) -> None:
-        """The file is loaded in a window of that size."""
+        """The file is loaded in a window of that size, and drawn: keys and clicks before that are lost."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=path.resolve().as_uri() + fragment)
         self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
+        self.run("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
 
     def run(self, script: str) -> Any:
         """What the expression gives."""

@@ -301,9 +301,10 @@ def test_schedules_are_compared_on_so_many_ranks() -> None:
 
 def test_a_plan_prints_as_a_table() -> None:
     plan = pipeline(Blocks(), (IDS,), stages=2).plan
+    assert plan is not None
     lines = str(plan).splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == ["cuts", "chosen", "best between blocks", "best anywhere"]
-    assert lines[4:] == ["1F1B, 2 stages on 2 ranks, 8 micro-batches", "loss: cross-entropy in float32"]
+    assert lines[4:] == ["1F1B, 2 stages on 2 ranks, 8 micro-batches", "loss: cross-entropy in float32", plan.basis]
 
 
 def test_the_last_stage_has_the_loss() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 import stagecut
 from stagecut import SplitPoint, pipeline
 from stagecut.backend.pictures.dot import to_dot, to_svg
-from stagecut.backend.pictures.drawing import PENS, pen, rich, short, some, spans, tip_text
+from stagecut.backend.pictures.drawing import PENS, pen, rich, short, some, spans, state_lines, tip_text
 from stagecut.backend.pictures.render import PURE, RENDERERS, find_renderer
 from stagecut.backend.pictures.stages import hops
 from stagecut.ir.errors import InputError
@@ -127,12 +127,20 @@ def test_user_text_stays_text(name: str, level: str, renderer: str) -> None:
         assert scope_fqn(op.scope) == name
 
 
+def test_names_of_a_tied_tensor_that_are_not_shown_are_counted() -> None:
+    entry = load("pictures").state[0]
+    for names, shown in (("ab", "tied @a = @b"), ("abc", "tied @a = @b = 1 more name"), ("abcd", "tied @a = @b = 2 more names")):
+        entry.names = tuple(names)
+        ((line, _),) = state_lines([entry], set(), None)
+        assert line.partition(", also in")[0] == shown
+
+
 def test_tooltips_say_where_a_thing_comes_from() -> None:
     program = load("pictures")
     stages, modules = _tooltips(drawn(program)), _tooltips(drawn(program, level="modules"))
     assert stages["value-a"] == "%a : f32[4] grad\n16 B\nmodel.py:4, module 'embed', op aten.mul.Tensor\nsend to stage 1"
     assert "\nrelay to stage 4, through stages 1-3" in next(tip for name, tip in stages.items() if name.startswith("values-"))
-    assert modules["module-blocks.0"].startswith("blocks.0\nstands for blocks.0, 2 more\nmodel.py:8-9\n@blocks.0.w : f32[4] grad\n")
+    assert modules["module-blocks.0"].startswith("blocks.0\nstands for blocks.0, 2 more modules\nmodel.py:8-9\n@blocks.0.w : f32[4] grad\n")
 
 
 def test_a_picture_is_the_same_wherever_the_model_lies() -> None:
@@ -358,6 +366,7 @@ def test_programs_of_every_kind_are_drawn(case: str, level: str, renderer: str) 
 
 def test_small_texts() -> None:
     assert spans([3, 1, 2, 5, 5]) == "1-3, 5"
-    assert some(["a", "b", "c", "d"]) == "a, b, c, 1 more"
+    assert some(["a", "b", "c", "d"], "value") == "a, b, c, 1 more value"
+    assert some(["a", "b", "c"], "value", 1) == "a, 2 more values"
     assert len(short("x" * 100)) == 48
     assert "\\" not in rich(("\\N", "n")) + tip_text("\\N")

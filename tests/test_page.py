@@ -8,6 +8,7 @@ import re
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,9 @@ def test_costs() -> None:
     assert any("is the slowest" in sentence for sentence in said)
     assert any("needs the most memory" in sentence for sentence in said)
     assert any("time is waiting" in sentence for sentence in said)
+    assert not any("other cuts" in sentence for sentence in said)
+    report = replace(pipe.report(), best=0.5 * pipe.report().seconds)
+    assert ("other cuts make the step 50 % shorter", "") in findings(pipe.program, report)
 
 
 def test_a_stage_that_does_not_fit_is_marked_and_found_first() -> None:

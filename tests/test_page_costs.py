@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browser import CHROMIUM, Page, browser
 from pages import linked
 from test_balance import IDS, Blocks
+from torch import nn
 
-from stagecut import Pipe, Setting, pipeline, to_html
+from stagecut import Pipe, Setting, SplitPoint, pipeline, to_html
 from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.page.page import page_data
 from stagecut.backend.page.source import MOST_LINES, source_of
@@ -100,6 +102,38 @@ def test_without_costs_the_tree_has_names(show: Show) -> None:
     page = show(to_html(*linked()), "#stage:1")
     assert page.run("document.querySelectorAll('#life .tree th').length") == 1
     assert page.run("document.querySelectorAll('#life .tree tbody tr').length") > 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_all_columns_of_the_stages_are_in_sight(show: Show, width: int) -> None:
+    """For modules of long names too. Those that are not named are counted."""
+    model = nn.Sequential()
+    inner = model
+    for name in ("transformer", "text_model", "encoder"):
+        inner.add_module(name, nn.Sequential())
+        inner = inner.get_submodule(name)
+    for letter in "abcdefghij":
+        inner.add_module(f"feed_forward_{letter}", nn.Linear(8, 8))
+    for i in range(5):
+        inner.add_module(f"final_norm_{i}", nn.LayerNorm(8))
+    cut = {"transformer.text_model.encoder.feed_forward_b": SplitPoint.BEGINNING}
+    page = show(pipeline(model, (torch.zeros(2, 8),), split_spec=cut, check=None).to_html(SETTING), width=width)
+    named = page.run("[...document.querySelectorAll('#costs td.modules')].map(cell => cell.textContent)")
+    names = [f"transformer.text_model.encoder.feed_forward_{letter}" for letter in "abcdefgh"]
+    assert named == [names[0], ", ".join([*names[1:], "7 more modules"])]
+    assert page.run("(table => table.scrollWidth - table.clientWidth)(document.querySelector('#costs .scroll'))") == 0
+
+
+def test_what_is_found_has_its_remark_in_full(show: Show, pipe: Pipe) -> None:
+    page = show(pipe.to_html(SETTING), width=1280)
+    page.press("/", "/")
+    page.write("embed")
+    page.wait("!document.getElementById('found').hidden")
+    remarks = "[...document.querySelectorAll('#found [role=option] span')]"
+    assert "1 op" in page.run(f"{remarks}.map(s => s.textContent)")
+    lines = f"{remarks}.filter(s => s.textContent.startsWith('stage '))"
+    assert page.run(f"{lines}.length") > 0
+    assert page.run(f"{lines}.every(s => s.scrollWidth <= s.clientWidth)")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

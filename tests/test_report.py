@@ -16,6 +16,7 @@ from torch import nn
 from stagecut import Device, Pipe, Setting, pipeline
 from stagecut.backend.costs.ops import state_bytes
 from stagecut.backend.costs.report import Report, TooLarge
+from stagecut.backend.tables import time_text
 
 
 def _report(setting: Setting | None = None, **options: Any) -> tuple[Pipe, Report]:
@@ -93,6 +94,16 @@ def test_another_setting_gives_other_numbers() -> None:
     assert other.stages[0].memory["optimizer"] == 0
     assert pipe.report(Setting(n_microbatches=32)).bubble < report.bubble
     assert pipe.report(Setting(training=False)).stages[0].backward == 0
+    assert (other.slowest, other.bound, other.best) == (None, None, None)  # those of the search are for its own setting
+    assert "by the best cuts" not in str(other)
+
+
+def test_the_best_step_is_told_where_it_is_another() -> None:
+    _, report = _report()
+    assert report.best == pytest.approx(report.seconds, rel=1e-4)
+    assert "; by the best cuts anywhere a step takes as long\n" in str(report)
+    shorter = replace(report, best=0.9 * report.seconds)
+    assert f"; by the best cuts anywhere a step takes {time_text(0.9 * report.seconds)}\n" in str(shorter)
 
 
 def test_measured() -> None:

@@ -30,6 +30,7 @@ from torch.utils import _pytree
 import stagecut
 from stagecut import Driver, Pipe, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.backend.files.manifest import FORMAT, call_form
+from stagecut.backend.files.saved import LONGEST
 from stagecut.backend.files.untrusted import SavedError, digest_of
 from stagecut.backend.stages.modules import find
 from stagecut.ir.run.call import CallSpec
@@ -193,12 +194,44 @@ def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     pipe.save(tmp_path / "saved")
     back = stagecut.load(tmp_path / "saved")
     assert text(back.program) == text(pipe.program)
+    assert list(map(str, back.stages)) == list(map(str, pipe.stages))
     assert [s.input_names for s in back.stages] == [s.input_names for s in pipe.stages]
     assert list(back.state_dict()) == list(pipe.state_dict())
     same(dict(back.named_parameters(remove_duplicate=False)), dict(pipe.named_parameters(remove_duplicate=False)))
     assert [n for n, _ in back.named_parameters()] == [n for n, _ in pipe.named_parameters()]
     same(results(back, args, kwargs), results(pipe, args, kwargs))
     assert not list(tmp_path.glob(".*"))
+
+
+class Talks(nn.Linear):
+    """Prints what it is told to."""
+
+    told = ""
+
+    def extra_repr(self) -> str:
+        return self.told
+
+
+@pytest.mark.parametrize("told", ["two\nlines", "é漢" * LONGEST, "no \ud800 text"])
+def test_what_a_module_prints_is_saved_as_far_as_a_file_can_hold_it(told: str, tmp_path: Path) -> None:
+    lin = Talks(4, 4)
+    lin.told = told
+    pipeline(nn.Sequential(lin), (torch.randn(2, 4),)).save(tmp_path / "saved")
+    kept = stagecut.load_stage(tmp_path / "saved", 0).get_submodule("0").extra_repr()
+    assert kept == told.replace("\ud800", "?")[: len(kept)]
+    assert len(kept) > min(len(told), LONGEST // 3) - 1
+    assert len(kept.encode()) <= LONGEST
+
+
+def test_a_pipe_that_was_saved_without_what_its_modules_print_is_loaded(tmp_path: Path) -> None:
+    """As those of 0.2.0 are."""
+    pipeline(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),)).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for module in manifest["modules"].values():
+        module.pop("described", None)
+    path.write_text(json.dumps(manifest))
+    assert str(stagecut.load_stage(tmp_path / "saved", 0)) == "Sequential(\n  (0): Linear()\n)"
 
 
 @pytest.mark.filterwarnings("ignore:.*chooses by mode in Python")

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from stagecut import Pipe, SplitPoint, pipe_split, pipeline
+from stagecut import Balanced, Pipe, Setting, SplitPoint, pipe_split, pipeline
 from stagecut.backend.pictures import render
-from stagecut.backend.pictures.stages import homes_of, modules_text
+from stagecut.backend.pictures.stages import MOST_LAYERS, homes_of, modules_text
 from stagecut.backend.pictures.summary import MOST_STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def test_many_stages_fit_on_a_screen() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
     pipe = pipeline(model, (torch.randn(2, 2),), stages=count)
     lines = str(pipe).splitlines()
-    assert len(lines) == MOST_STAGES + 3
+    assert len(lines) == MOST_STAGES + 4
     (gap,) = [number for number, line in enumerate(lines) if "..." in line]
     left_out = int(re.findall(r"(\d+) stages more", lines[gap])[0])
     assert int(lines[gap - 1].split()[0]) + left_out + 1 == int(lines[gap + 1].split()[0])
@@ -108,6 +109,28 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_a_searched_cut_says_for_what_and_how_to_have_another() -> None:
+    """In one line under the table; `inside` is named where a cut divides a block. Cuts that were asked for say nothing."""
+    assert "cut for" not in str(cut())
+    model = nn.Sequential(*(Block(cut=False) for _ in range(3)))
+    setting = Setting(["A100", "A100", "L4"], "GPipe", 4)
+    for inside, what, how in (("always", ", one cut inside a block", ', inside="never"'), ("never", "", "")):
+        pipe = pipeline(model, (X,), split_policy=Balanced(2, setting, inside=inside))
+        policy = f"Balanced(2, Setting(device, schedule){how})"
+        line = f"cut for A100, L4 and GPipe with 4 micro-batches{what}; to change that: split_policy={policy}"
+        assert line in str(pipe).splitlines()
+        assert line in str(pipe.plan).splitlines()
+        assert escape(line) in pipe._repr_html_()
+    asked = eval(how_to(str(pipe)), {"Balanced": Balanced, "Setting": Setting, "device": "L4", "schedule": "GPipe"})
+    other = pipeline(model, (X,), split_policy=asked)
+    assert "cut for L4 and GPipe with 8 micro-batches" in str(other)
+
+
+def how_to(shown: str) -> str:
+    """The policy that a summary names for other cuts."""
+    return re.findall(r"split_policy=(.*)", shown)[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -221,3 +244,56 @@ def test_table_and_picture_name_the_same_modules_in_the_order_in_which_they_run(
     assert [row[-1] for row in pipe.summary().rows] == ["0-2, part of 3", "part of 3, 4"]
     homes = homes_of(pipe.program)
     assert [modules_text(stage, homes) for stage in pipe.program.stages] == [["0-2  x 3", "part of 3"], ["part of 3", "4"]]
+
+
+class Named(nn.Module):
+    """Linears, each a module of its own name, and two lists of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.names = [f"part_{chr(ord('a') + i)}" for i in range(count)]
+        for name in self.names:
+            self.add_module(name, nn.Linear(8, 8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            x = self.get_submodule(name)(x)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.last(x)
+        return logits
+
+
+@pytest.mark.parametrize("count", [MOST_LAYERS - 2, MOST_LAYERS - 1, MOST_LAYERS + 3])
+def test_modules_are_named_as_long_as_they_fit_and_counted_behind(count: int) -> None:
+    """Those that are not shown are counted one by one, in words, in the table as in the picture; the last one is always shown."""
+    pipe = pipeline(Named(count), (X,), stages=1)
+    names = [*Named(count).names, "layers.0-3", "last"]
+    if len(names) > MOST_LAYERS:
+        hidden = count + 4 - (MOST_LAYERS - 2)
+        names[MOST_LAYERS - 2 : -1] = [f"{hidden} more modules"]
+    assert pipe.summary().rows[0][-1] == ", ".join(names)
+    shown = [name.partition("  x ")[0] for name in modules_text(pipe.program.stages[0], homes_of(pipe.program))]
+    assert shown == names
+    assert pipe.report().stages[0].modules == tuple(names)
+
+
+class Counting(nn.Module):
+    """A batch norm of which one op may stand in front of a cut."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(8)
+        self.norm = nn.Sequential(norm) if listed else norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(x)
+        return normed.relu()
+
+
+@pytest.mark.parametrize(("listed", "name"), [(True, "norm.0"), (False, "norm")])
+def test_a_module_of_two_stages_is_a_part_in_both(listed: bool, name: str) -> None:
+    pipe = pipeline(Counting(listed), (X,), split_policy=lambda program: [1])
+    assert [row[-1].split(", ")[0] for row in pipe.summary().rows] == [f"part of {name}", f"part of {name}"]

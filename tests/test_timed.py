@@ -36,6 +36,7 @@ from stagecut.backend.schedules import (
     most_held,
     refuse_orders,
 )
+from stagecut.backend.tables import time_text
 from stagecut.ir.errors import InputError, StagecutError
 
 V = "ZBVZeroBubble"
@@ -119,7 +120,20 @@ def test_the_search_finds_shorter_steps_that_hold_no_more(schedule: str) -> None
     assert timed.step < 0.97 * own.step
     for mine, theirs in zip(timed.setting.orders(8), own.setting.orders(8), strict=True):
         assert most_held(mine) <= most_held(theirs)
+    assert timed.choice is not None
+    assert timed.choice.own_order == own.choice.chosen  # type: ignore[union-attr]
+    (row,) = [line for line in str(timed).splitlines() if line.startswith("by the schedule's own order  ")]
+    assert row.split("  ")[1:] == [time_text(own.step), ", ".join(map(str, own.cuts))]
     assert "steps ordered by their times" in str(timed)
+    assert "own order" not in str(own)
+
+
+def test_where_no_shorter_order_is_found_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Work, "orders", lambda work: iter(()))
+    plan = _searched(V, 4, "timed").plan
+    assert plan is not None
+    assert plan.order is None
+    assert "steps in the schedule's own order: no shorter one was found" in str(plan)
 
 
 def test_a_report_has_the_order_of_its_setting() -> None:
@@ -206,6 +220,7 @@ def _train(model: nn.Module, pipe: Pipe, schedule: str, order: Orders, options: 
     reference = deepcopy(model)
     driver = Driver(pipe, schedule, 6, _loss, order=order, **options)
     assert "steps in the order that was given" in repr(driver)
+    assert ("will run by graphs" in repr(driver)) is ("backward" in options)
     for step in range(2):
         torch.manual_seed(step)
         x = torch.randn(12, 5, 8).double()

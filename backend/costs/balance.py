@@ -238,6 +238,7 @@ class Balanced:
             setting,
             choice,
             line.loss.name if line.loss is not None else "",
+            inside=int(line.is_inside_block[cuts[1:-1]].sum()),
         )
 
     def _timed(
@@ -246,6 +247,7 @@ class Balanced:
         """The steps in an order for some cuts, and cuts for that order, in turn, as long as the step gets
         shorter. They begin with the chosen cuts, and with those that give the ranks the most alike work.
         """
+        own = choice.chosen
         for cuts in (choice.chosen.cuts, choice.evenest.cuts):
             for _ in range(MOST_ROUNDS):
                 policy = replace(self, setting=steps.timed(cuts))
@@ -255,7 +257,7 @@ class Balanced:
                     break
                 steps, choice = ordered, found
                 cuts = found.chosen.cuts
-        return steps, choice
+        return steps, replace(choice, own_order=own)
 
     def steps(self, line: Line, stages: int, scale: float) -> Steps:
         """The steps of a program that is divided into so many stages, for all cuts at once.
@@ -478,7 +480,8 @@ def _distinct(
 
 def _least(tried: Iterable[Found | None]) -> Found | None:
     """The one with the shortest step; the first of equals."""
-    return min((f for f in tried if f), key=lambda f: f.least, default=None)
+    found = [ways for ways in tried if ways is not None]
+    return min(found, key=lambda ways: ways.least, default=None)
 
 
 def _refuse_unknown(name: str, value: str, known: Iterable[str]) -> None:
@@ -489,9 +492,9 @@ def _refuse_unknown(name: str, value: str, known: Iterable[str]) -> None:
 
 def runs_in(op: Op, path: str) -> bool:
     """True for an op in a call of the module at `path`, or of one inside."""
-    inside = f"{path}."
+    whole = f"{path}."
     names = (scope_fqn(op.scope), module_path(op))
-    return any(name == path or name.startswith(inside) for name in names)
+    return any(f"{name}.".startswith(whole) for name in names)
 
 
 def _paths(ops: Iterable[Op]) -> list[str]:

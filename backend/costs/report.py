@@ -118,10 +118,10 @@ class Report:
     seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
     slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
-    it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched. loss: the
-    one that was counted on the last stage. too_large: the ranks that do not fit their devices. shares: for
-    each stage what its ops take of it, and the loss behind those of the last. units: what predictions for
-    other numbers of stages are made of, None where devices differ.
+    it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched for this
+    setting. loss: the one that was counted on the last stage. too_large: the ranks that do not fit their
+    devices. shares: for each stage what its ops take of it, and the loss behind those of the last. units:
+    what predictions for other numbers of stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -181,7 +181,8 @@ class Report:
             "modules",
         )
         yield table([head, *map(_row, self.stages)], left=(len(head) - 1,))
-        yield from (f"too large: {overfull}" for overfull in self.too_large)
+        for overfull in self.too_large:
+            yield f"too large: {overfull}"
         yield from self._saved_lines()
         yield ""
         yield (
@@ -190,26 +191,39 @@ class Report:
             f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} "
             "times as fast as one device"
         )
-        if (
-            self.slowest is not None
-            and self.best is not None
-            and self.bound is not None
-        ):
-            yield (
-                f"a micro-batch takes the slowest rank {time_text(self.slowest)} with its links, and no "
-                f"order of ops can be below {time_text(self.bound)}; by the best cuts anywhere a step takes "
-                f"{time_text(self.best)}"
-            )
+        yield from self._search_lines()
+        yield self._costs_line()
+        if self.crossings:
+            rows = [*map(_crossing_row, self.crossings)]
+            yield ""
+            yield table(rows, left=(0, 2, 4))
+
+    def _costs_line(self) -> str:
+        """The sources of the costs."""
         counts: Counter[str] = Counter()
         for stage in self.stages:
             counts.update(stage.sources)
-        parts = [f"{source} for {counts[source]} ops" for source in sorted(counts)]
+        parts: list[str] = []
+        for source, count in sorted(counts.items()):
+            parts.append(f"{source} for {count} ops")
         if self.loss:
             parts.append(f"the last stage computes the loss, {self.loss}")
-        yield f"costs: {', '.join(parts)}"
-        if self.crossings:
-            yield ""
-            yield table([_crossing_row(c) for c in self.crossings], left=(0, 2, 4))
+        told = ", ".join(parts)
+        return f"costs: {told}"
+
+    def _search_lines(self) -> Iterator[str]:
+        """How far the cuts are from the best ones, where they were searched."""
+        if self.slowest is None or self.bound is None or self.best is None:
+            return
+        slowest = time_text(self.slowest)
+        bound = time_text(self.bound)
+        best = time_text(self.best)
+        if best == time_text(self.seconds):
+            best = "as long"
+        yield (
+            f"a micro-batch takes the slowest rank {slowest} with its links, and no order of ops can be "
+            f"below {bound}; by the best cuts anywhere a step takes {best}"
+        )
 
     def _saved_lines(self) -> Iterator[str]:
         """What graphs save of all micro-batches in flight: as they are set, and in other ways."""
@@ -227,8 +241,11 @@ class Report:
         row = 56
         left = 90
         wide = 640
-        seconds = [s.forward + s.backward for s in self.stages]
-        nbytes = [sum(s.memory.values()) for s in self.stages]
+        seconds: list[float] = []
+        nbytes: list[int] = []
+        for s in self.stages:
+            seconds.append(s.forward + s.backward)
+            nbytes.append(sum(s.memory.values()))
         slowest = max(seconds, default=0.0) or 1.0
         fullest = max(nbytes, default=0) or 1
         over = {index for overfull in self.too_large for index in overfull.stages}
@@ -255,8 +272,9 @@ class Report:
             parts += _bar(
                 left, top, wide / slowest, times, _COLORS[:2], time_text(sum(times))
             )
-            sizes = [float(s.memory[kind]) for kind in _KINDS]
-            label = size_text(sum(s.memory.values()))
+            memory = s.memory
+            sizes = [float(memory[kind]) for kind in _KINDS]
+            label = size_text(sum(memory.values()))
             if s.index in over:
                 label += ", too large"
             parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], label)
@@ -368,7 +386,12 @@ def report(
                 by_graphs[i],
             )
         )
-    delays = [where.delay(size) for size, where in zip(between, devices, strict=False)]
+    delays: list[float] = []
+    for size, where in zip(between, devices, strict=False):
+        delays.append(where.delay(size))
+    searched = plan
+    if plan is not None and plan.setting != setting:
+        searched = None
     line_of_time = simulate(
         setting,
         [s.forward for s in run],
@@ -394,9 +417,9 @@ def report(
         line_of_time.bubble,
         setting.n_microbatches * total / (line_of_time.seconds or 1.0),
         sum(ranks) / len(ranks) / (max(ranks) or 1.0),
-        plan.bottleneck if plan else None,
-        plan.bound if plan else None,
-        plan.choice.anywhere.seconds if plan and plan.choice else None,
+        searched.bottleneck if searched else None,
+        searched.bound if searched else None,
+        searched.choice.anywhere.seconds if searched and searched.choice else None,
         loss.name if loss is not None else "",
         tuple(_too_large(stages, devices)),
         line_of_time,

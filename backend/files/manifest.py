@@ -80,12 +80,13 @@ class Call(_Strict, frozen=True):
 
 
 class Module(_Strict, frozen=True):
-    """A module of the model: what `Bindings` say of its class and its modes."""
+    """A module of the model: what `Bindings` say of its class and its modes, and what it prints of itself."""
 
     title: str
     captured: bool
     branch: str
     switches: dict[str, dict[str, bool]]
+    described: str = ""
 
 
 class Written(_Strict, frozen=True):

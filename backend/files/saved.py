@@ -62,6 +62,9 @@ KNOWN_OPS = frozenset("aten prims higher_order quantized torchvision".split())
 """Namespaces of registered operators that `load` allows by itself."""
 _MODES = {"train": True, "eval": False}
 
+LONGEST = 1000
+"""So many bytes of what a module prints of itself are kept."""
+
 
 # --- writing ------------------------------------------------------------------------------------------
 
@@ -256,7 +259,15 @@ def _module_form(module: StageModule) -> Module:
     for mode, flag in _MODES.items():
         if flag in module_facts.switches:
             switches[mode] = dict(module_facts.switches[flag])
-    return Module(module._title, module_facts.training, module_facts.branch, switches)
+    # a text that JSON cannot hold is no reason not to save
+    described = module_facts.described.encode(errors="replace")
+    return Module(
+        module._title,
+        module_facts.training,
+        module_facts.branch,
+        switches,
+        described[:LONGEST].decode(errors="ignore"),
+    )
 
 
 def _write_stage(
@@ -408,7 +419,11 @@ class _Saved:
         for path, module in modules.items():
             switches = _switches(module.switches)
             bindings.facts[path] = ModuleFacts(
-                module.title, module.captured, module.branch, switches
+                module.title,
+                module.captured,
+                module.branch,
+                switches,
+                described=module.described,
             )
         if call is not None:
             inputs = len(self.program.inputs)

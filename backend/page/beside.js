@@ -23,7 +23,7 @@ class Beside {
   row(key, number, text) {
     const some = groups.source.get(key), line = [h("span", {class: "at"}, String(number)), text];
     if (!some) return h("div", {class: "row", "data-line": number}, line);
-    return h("button", {class: "row has", type: "button", "data-line": number, "data-go": `source:${key}`, title: `${some.length} ops`}, line);
+    return h("button", {class: "row has", type: "button", "data-line": number, "data-go": `source:${key}`, title: opsText(some.length)}, line);
   }
 
   /** The line `file.py:12` is in sight and marked. */

@@ -127,7 +127,9 @@ function follows(a, b) {
   return one !== undefined && one === two && Number(second) === Number(first) + 1;
 }
 
-/** As moduleRefs, with the block in place of the modules in it: `layers.2 … layers.5, part of layers.6`. */
+/** As moduleRefs, with the block in place of the modules in it: `layers.2 … layers.5, part of layers.6`. Where there are many, those behind
+ * the first ones are only counted.
+ */
 function blockRefs(modules) {
   const leaves = modules.filter((m) => !modules.some((other) => other.startsWith(`${m}.`)));
   const blocks = leaves.map((module) => /^(?:.*?\.)?\d+(?=\.|$)/.exec(module)?.[0] ?? module);
@@ -138,9 +140,13 @@ function blockRefs(modules) {
     if (run && !parts.has(block) && !parts.has(run.at(-1)) && follows(run.at(-1), block)) run.push(block);
     else runs.push([block]);
   }
-  return runs.map((run) => [parts.has(run[0]) ? "part of " : null, ref("module", run[0]),
+  const shown = runs.length > 8 ? 7 : 8, hidden = runs.slice(shown).flat().length;
+  const refs = runs.slice(0, shown).map((run) => [parts.has(run[0]) ? "part of " : null, ref("module", run[0]),
     run.length > 1 ? [run.length > 2 ? " … " : ", ", ref("module", run.at(-1))] : null]);
+  return hidden ? [...refs, `${hidden} more modules`] : refs;
 }
+
+const opsText = (number) => number === 1 ? "1 op" : `${number} ops`;
 
 /** Stages in order: all where they are few, else the first and the last. */
 const stagesText = (via) => via.length < 6 ? via.join(", ") : `${via[0]} … ${via.at(-1)}`;

@@ -6,9 +6,9 @@ const MOST = 12;
 /** [heading, [kind, key, what to compare with, remark] ...], made at the first search. */
 let index = null;
 function makeIndex() {
-  const grouped = (kind) => Array.from(groups[kind], ([key, of]) => [kind, key, key.toLowerCase(), `${of.length} ops`]);
+  const grouped = (kind) => Array.from(groups[kind], ([key, of]) => [kind, key, key.toLowerCase(), opsText(of.length)]);
   return [
-    ["Stages", DATA.stages.map((s) => ["stage", String(s.index), `stage ${s.index}`, `${s.ops} ops`])],
+    ["Stages", DATA.stages.map((s) => ["stage", String(s.index), `stage ${s.index}`, opsText(s.ops)])],
     ["Values", DATA.values.map((v) => ["value", v.name, v.name.toLowerCase(), string(v.type)])],
     ["State", Array.from(states, ([name, entry]) => ["state", name, name.toLowerCase(), string(entry.type)])],
     ["Modules", grouped("module")], ["Source lines", grouped("source")], ["Ops", grouped("target")],

@@ -71,8 +71,7 @@ const COST_HEADS = [
 
 function modulesCell(stage) {
   const refs = blockRefs(stage.modules);
-  const more = refs.length > 5 ? ` and ${refs.length - 5} more` : null;
-  return h("td", {class: "modules"}, refs.length ? between(refs.slice(0, 5), ", ") : "the model itself", more);
+  return h("td", {class: "modules"}, refs.length ? between(refs, ", ") : "the model itself");
 }
 
 function stageRow(stage) {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable
 import graphviz
 
 from stagecut.backend.pictures.drawing import (
+    INK,
     INPUT,
     OUTPUT,
     Ids,
@@ -18,6 +19,7 @@ from stagecut.backend.pictures.drawing import (
     canvas,
     is_tied,
     legend,
+    more_text,
     outputs_text,
     pen,
     rich,
@@ -33,7 +35,7 @@ from stagecut.backend.pictures.drawing import (
 from stagecut.backend.pictures.folded import Folded, ModuleCall, folded
 from stagecut.backend.pictures.texts import (
     module_classes,
-    op_names,
+    ops_text,
     path_text,
     source_lines,
     state_of,
@@ -54,6 +56,9 @@ MOST = 6
 """Up to so many crossing values have a node each. Where there are more, those from one place to the same
 others share a node.
 """
+
+FEW = 3
+"""So many values that a box makes are named in it."""
 
 _TINTS = ("#f3f5f7", "#fbfcfd")
 
@@ -79,6 +84,7 @@ class _BlockGraph:
         self._node: dict[Op, str] = {}
         self._kinds: dict[str, None] = {}
         self._typed: set[Value] = set()
+        self._made: dict[str, list[Value]] = {}
         self._stages = [
             shown for shown in program.stages if stage in (None, shown.index)
         ]
@@ -160,6 +166,7 @@ class _BlockGraph:
         lines = [(title_text(block), "b")]
         lines += self._carried(block)
         lines.append((self._work(ops), "s"))
+        lines += self._results(node, [*block.ops()])
         lines += self._marks(ops)
         look: dict[str, str] = {}
         if block.copies:
@@ -175,7 +182,7 @@ class _BlockGraph:
         if not block.carried:
             return []
         names = [self._names[value] for value in block.carried]
-        return [(f"each hands on {some(names)}", "s")]
+        return [(f"each hands on {some(names, 'value')}", "s")]
 
     def _own(self, graph: graphviz.Digraph, scope: Scope, ops: list[Op]) -> None:
         """Draws ops that are a module's own: one box for all, or one for each. Without ops, no box."""
@@ -187,8 +194,9 @@ class _BlockGraph:
             return
         node = self._ids("ops", path_text(scope))
         where = scope_text(scope) or self._program.name
-        lines = [(some(op_names(ops)), "n")]
+        lines = [(ops_text(ops), "n")]
         lines += self._sized(ops)
+        lines += self._results(node, ops)
         lines += self._marks(ops)
         tip = self._box_tip(where, ops)
         graph.node(
@@ -223,22 +231,47 @@ class _BlockGraph:
         call = self._printer.op_call(op).removeprefix("aten.")
         if not op.results:
             return [(short(call, 60), "n")]
-        results = ", ".join(self._names[result] for result in op.results)
-        types = ", ".join(short(type_text(result), 32) for result in op.results[:3])
+        names: list[str] = []
+        types: list[str] = []
+        for result in op.results:
+            names.append(self._names[result])
+            types.append(short(type_text(result), 32))
+        results = ", ".join(names)
         line = short(f"{results} = {call}", 60)
         return [
             (line, "n"),
-            (types, "s"),
+            (", ".join(types[:FEW]), "s"),
         ]
 
     def _work(self, ops: list[Op]) -> str:
         """The ops as text, and the bytes of the state they read."""
-        text = some(op_names(ops))
-        if len(ops) > 3:
-            text = f"{len(ops)} ops: {text}"
+        text = ops_text(ops)
         for size, _ in self._sized(ops):
             text += f", {size}"
         return text
+
+    def _results(self, node: str, ops: list[Op]) -> list[tuple[str, str]]:
+        """A line for each value that a box makes for others. It stands in the box, since the texts of edges
+        do not keep inside of the frames around.
+        """
+        own = set(ops)
+        made: list[Value] = []
+        for op in ops:
+            for value in op.definitions():
+                if not own.issuperset(value.uses):
+                    made.append(value)
+        named = made[:FEW]
+        self._made[node] = named
+        self._typed.update(named)
+        lines: list[tuple[str, str]] = []
+        for value in named:
+            name = self._names[value]
+            size = short(type_text(value), 32)
+            lines.append((f"{name} : {size}", INK))
+        rest = len(made) - len(named)
+        if rest:
+            lines.append((more_text(rest, "value"), "s"))
+        return lines
 
     def _sized(self, ops: list[Op]) -> list[tuple[str, str]]:
         state = [entry.value for entry in state_of(ops)]
@@ -266,17 +299,17 @@ class _BlockGraph:
         lines = [where]
         if block and block.copies:
             scopes = [scope_text(call.scope) for call in (block, *block.copies)]
-            lines.append(f"stands for {some(scopes, 1)}")
+            lines.append(f"stands for {some(scopes, 'module', 1)}")
         lines += source_lines(ops)
         state = state_of(ops)
         for entry in state[:6]:
             lines.append(f"{fqn_text(entry.name)} : {entry.type}")
         if len(state) > 6:
-            lines.append(f"{len(state) - 6} more")
+            lines.append(more_text(len(state) - 6, "tensor"))
         for op in ops[:12]:
             lines.append(self._printer.op_call(op))
         if len(ops) > 12:
-            lines.append(f"{len(ops) - 12} more ops")
+            lines.append(more_text(len(ops) - 12, "op"))
         return tip_text("\n".join(lines))
 
     # --- edges
@@ -364,7 +397,7 @@ class _BlockGraph:
             name = self._ids("values", f"{tail}_{head}".replace("-", "_"))
         tip = self._tip(values)
         label = ""
-        if named and not self._each_op:
+        if named and not self._each_op and self._made[tail] != values:
             label = self._label(values)
         look = pen(kind, bytes_of(values))
         look |= self._values(values, f"route-{kind}")
@@ -373,12 +406,14 @@ class _BlockGraph:
         )
 
     def _label(self, values: list[Value]) -> str:
-        """The names of a few values, and the type of each where it is named first."""
+        """The names of a few values, and the type of each where it is named first. An edge from a box that
+        makes no other value needs none.
+        """
         if len(values) > 2:
             names = [self._names[value] for value in values]
             return beside_line(
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some(names, 2), "s"),
+                (some(names, "value", 2), "s"),
             )
         lines: list[tuple[str, str]] = []
         for value in values:

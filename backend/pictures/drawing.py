@@ -18,6 +18,7 @@ BACKSLASH = "\u2216\u2060"
 other text here has the second character.
 """
 
+INK = "#1d252c"
 GREY = "#66707a"
 TIED = "#b35c00"
 WRITTEN = "#a33a3a"
@@ -27,7 +28,8 @@ PENS = {
     "relay": {"style": "dashed", "color": "#3f5468"},
     "feed": {"style": "dotted", "color": "#3f7d63"},
     "recompute": {"style": "dashed", "color": "#8a63a8", "arrowhead": "odot"},
-    "tied": {"style": "bold", "color": TIED, "dir": "none", "constraint": "false"},
+    # without weight it bends no other edge; without a rank of its own it would run through their texts
+    "tied": {"style": "bold", "color": TIED, "dir": "none", "weight": "0"},
 }
 """Route of a value, or another kind of edge -> how it is drawn."""
 
@@ -47,6 +49,8 @@ _SAMPLES = {
     "tied": "<B>&#8212;&#8212;&#8212;</B>",
 }
 
+_SPACE = '<TD WIDTH="8"></TD>'
+
 _NODE = {
     "shape": "box",
     "style": "rounded,filled",
@@ -58,7 +62,7 @@ _NODE = {
 # one name: renderers without fonts know how wide it is, and take a list for Times
 _FONT = {
     "fontname": "Helvetica",
-    "fontcolor": "#1d252c",
+    "fontcolor": INK,
 }
 _ROUND = {
     "shape": "ellipse",
@@ -123,11 +127,10 @@ def rich(*lines: tuple[str, str], align: str = "LEFT") -> str:
 
 def beside_line(*lines: tuple[str, str]) -> str:
     """A label of lines as `rich` makes it, for an edge: it touches neither its own edge nor the next one."""
-    space = '<TD WIDTH="8"></TD>'
     rows: list[str] = []
     for text, look in lines:
         cell = _look(text, look)
-        rows.append(f'<TR>{space}<TD ALIGN="LEFT">{cell}</TD>{space}</TR>')
+        rows.append(f'<TR>{_SPACE}<TD ALIGN="LEFT">{cell}</TD>{_SPACE}</TR>')
     return _table(rows, pad=2)
 
 
@@ -212,7 +215,7 @@ def legend(graph: graphviz.Digraph, name: str, kinds: Iterable[str]) -> None:
         if kind in drawn:
             sample = cell.format(PENS[kind]["color"], _SAMPLES[kind])
             text = cell.format(GREY, meaning)
-            rows.append(f"<TR>{sample}{text}</TR>")
+            rows.append(f"<TR>{sample}{_SPACE}{text}</TR>")
     if not rows:
         return
     node = f"legend-{name}"
@@ -272,12 +275,22 @@ def _place(op: Op) -> str:
     return PurePath(path).name + where.removeprefix(path)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+def some(names: Sequence[str], noun: str, most: int = 3) -> str:
+    """The first names, and how many more there are of what the noun says."""
     parts = [short(name) for name in names[:most]]
     if len(names) > most:
-        parts.append(f"{len(names) - most} more")
+        parts.append(more_text(len(names) - most, noun))
     return ", ".join(parts)
+
+
+def more_text(count: int, noun: str) -> str:
+    """`1 more value`, `2 more values`."""
+    return f"{count} more {_noun(noun, count)}"
+
+
+def count_of(count: int, noun: str) -> str:
+    """`1 op`, `2 ops`."""
+    return f"{count} {_noun(noun, count)}"
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -310,7 +323,7 @@ def outputs_text(program: Program, places: Iterable[int]) -> str:
     text = f"{noun} {spans(numbers)}"
     if not told:
         return text
-    return f"{text}: {some(told)}"
+    return f"{text}: {some(told, 'output')}"
 
 
 def stages_text(numbers: Iterable[int]) -> str:
@@ -321,10 +334,10 @@ def stages_text(numbers: Iterable[int]) -> str:
 
 
 def _noun(noun: str, count: int) -> str:
-    """The noun, in the plural for more than one."""
-    if count > 1:
-        return f"{noun}s"
-    return noun
+    """The noun, in the plural unless it is one."""
+    if count == 1:
+        return noun
+    return f"{noun}s"
 
 
 def is_tied(entry: StateEntry) -> bool:
@@ -344,16 +357,20 @@ def state_lines(
         if entry.value in written:
             names.append(fqn_text(entry.name))
     if len(lines) > 4:
-        more = len(lines) - 3
-        lines[3:] = [(f"{more} more tied", TIED)]
+        lines[3:] = [(more_text(len(lines) - 3, "tied tensor"), TIED)]
     if names:
-        lines.append((f"writes {some(names, 1)}", WRITTEN))
+        lines.append((f"writes {some(names, 'tensor', 1)}", WRITTEN))
     return lines
 
 
 def _tied(entry: StateEntry, stage: int | None) -> str:
     others = [other for other in entry.stages if other != stage]
-    names = " = ".join(short(fqn_text(name)) for name in entry.names[:2])
+    shown = entry.names[:2]
+    parts = [short(fqn_text(name)) for name in shown]
+    rest = len(entry.names) - len(shown)
+    if rest:
+        parts.append(more_text(rest, "name"))
+    names = " = ".join(parts)
     if not others:
         return names
     return f"{names}, also in {stages_text(others)}"

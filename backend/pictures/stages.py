@@ -20,7 +20,9 @@ from stagecut.backend.pictures.drawing import (
     beside_line,
     bytes_of,
     canvas,
+    count_of,
     legend,
+    more_text,
     outputs_text,
     pen,
     reduced,
@@ -43,6 +45,10 @@ FEW = 3
 """Up to so many values between two stages have an edge each; more share one edge. A value that more stages
 than this recompute or are fed is named in them.
 """
+
+
+MOST_LAYERS = 8
+"""Up to so many modules, and ranges of them, are named for a stage."""
 
 
 VERBS = {
@@ -116,7 +122,7 @@ class _StageGraph:
         size = size_text(0)
         if state:
             size = total_text(state)
-        lines.append((f"{len(stage.ops)} ops, state {size}", "s"))
+        lines.append((f"{count_of(len(stage.ops), 'op')}, state {size}", "s"))
         lines += state_lines(stage.state, written, stage.index)
         lines += self._note_lines(notes)
         look = {"fillcolor": "#f3f5f7"}
@@ -139,7 +145,7 @@ class _StageGraph:
                 if hop.route == route:
                     names.append(self._names[hop.value])
             if names:
-                yield f"{verb} {some(names)}", "s"
+                yield f"{verb} {some(names, 'value')}", "s"
 
     def _inputs(self, drawn: list[Hop]) -> dict[Value, str]:
         """Input -> the node it is drawn as. Inputs that go the same ways share a node when they are many."""
@@ -196,7 +202,7 @@ class _StageGraph:
             names = [self._names[value] for value in values]
             text = [
                 (f"{len(values)} values, {total_text(values)}", "n"),
-                (some(names), "s"),
+                (some(names, "value"), "s"),
             ]
             self._edge(tail, head, route, values, edge, text)
             return
@@ -261,7 +267,7 @@ class _StageGraph:
 
     def _output_edge(self, tail: str, node: str, values: list[Value]) -> None:
         names = [self._names[value] for value in values]
-        label = beside_line((some(names), "n"))
+        label = beside_line((some(names, "value"), "n"))
         tip = self._tip(values)
         look = pen("send", bytes_of(values))
         look |= self._classes(values, "route-output")
@@ -286,7 +292,7 @@ class _StageGraph:
                 pairs.setdefault(pair, []).append(name)
         for (left, right), names in pairs.items():
             tip = tip_text("tied: " + "\n".join(names))
-            label = beside_line((some(names, 1), TIED))
+            label = beside_line((some(names, "tensor", 1), TIED))
             look = pen("tied", ())
             look |= {
                 "id": f"tied-{left}-{right}",
@@ -371,18 +377,27 @@ def _input_text(names: dict[Value, str], values: list[Value]) -> str:
     return f"input {names[values[0]]}"
 
 
-def modules_text(
-    stage: Stage, homes: Mapping[Scope, set[int]], most: int = 5
-) -> list[str]:
+def modules_text(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, in a few lines."""
-    lines = [_counted(*run) for run in layer_runs(stage, homes)]
-    if len(lines) <= most:
-        return lines
-    shown = most - 1
-    return [*lines[:shown], f"{len(lines) - shown} more"]
+    return [_counted(*run) for run in layer_runs(stage, homes)]
 
 
 def layer_runs(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
+    """The modules that a stage runs, few enough to read, each with the number of modules that it stands for:
+    `embed`, `layers.0-9`, `part of layers.10`. Where there are many, some in front of the last one are only
+    counted: `4 more modules`.
+    """
+    runs = _every_run(stage, homes)
+    if len(runs) <= MOST_LAYERS:
+        return runs
+    shown = runs[: MOST_LAYERS - 2]
+    count = 0
+    for _, modules in runs[len(shown) : -1]:
+        count += modules
+    return [*shown, (more_text(count, "module"), 1), runs[-1]]
+
+
+def _every_run(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
     """The modules that a stage runs, in the order of their first ops, each with the number of modules that it
     stands for: `embed`, `layers.0-9`, `part of layers.10`.
     """
@@ -395,19 +410,21 @@ def layer_runs(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str,
             continue
         call = _whole(op.scope, homes)
         if op.origin is None and call in outermost:
-            labels[_layer_text(call)] = None
+            labels[_layer_text(call, len(homes[call]) == 1)] = None
     return runs_of(labels or [""])
 
 
-def _layer_text(call: Scope) -> str:
-    """The innermost module of a list of modules that a call is in: `part of layers.4` for `layers.4.mlp`; the
-    call itself where there is none.
+def _layer_text(call: Scope, is_whole: bool) -> str:
+    """The innermost module of a list of modules that a call is in: `part of layers.4` for `layers.4.mlp`, and
+    for `layers.4` that is not whole; the call itself where there is none.
     """
     for length in range(len(call), 0, -1):
         if call[length - 1].name.rpartition(".")[2].isdecimal():
             layer = scope_fqn(call[:length])
-            return layer if length == len(call) else f"part of {layer}"
-    return scope_fqn(call)
+            is_whole = is_whole and length == len(call)
+            return layer if is_whole else f"part of {layer}"
+    layer = scope_fqn(call)
+    return layer if is_whole else f"part of {layer}"
 
 
 def calls_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[Scope]:

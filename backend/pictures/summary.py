@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from math import prod
 
-from stagecut.backend.pictures.drawing import some, stages_text, total_text
+from stagecut.backend.pictures.drawing import count_of, some, stages_text, total_text
 from stagecut.backend.pictures.stages import homes_of, layer_runs
 from stagecut.backend.tables import count_text, table
 from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value
@@ -19,7 +19,6 @@ FURTHER = (
     "bytes of one micro-batch; pipe.ir() is the program, pipe.report() what it costs"
 )
 MOST_TIED = 4
-MOST_LAYERS = 5
 _PICTURE_STYLE = "background: white; overflow-x: auto; padding: 4px"
 CROSSING_ROUTES = ("send", "relay")
 
@@ -51,8 +50,12 @@ class Summary:
         return f"<div>{title}<table>{head}{body}</table>{lines}{drawn}</div>"
 
 
-def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
-    """The summary of a linked program that is in `mode`: "train" or "eval"."""
+def summary(
+    program: Program, mode: str, notes: Sequence[str] = (), basis: str = ""
+) -> Summary:
+    """The summary of a linked program that is in `mode`: "train" or "eval". basis: for what its cuts were
+    searched, a line.
+    """
     homes = homes_of(program)
     last = len(program.stages) - 1
     rows: list[tuple[str, ...]] = []
@@ -68,20 +71,17 @@ def summary(program: Program, mode: str, notes: Sequence[str] = ()) -> Summary:
                 ", ".join(layers_of(stage, homes)),
             )
         )
-    total = count_text(sum(_size(entry) for entry in _parameters(program.state)))
-    stages = "1 stage" if not last else f"{last + 1} stages"
+    elements = sum(map(_size, _parameters(program.state)))
+    total = count_text(elements)
+    stages = count_of(len(program.stages), "stage")
     title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
-    lines = [*_tied_lines(program), *_note_lines(notes), FURTHER]
-    return Summary(title, tuple(rows), tuple(lines))
+    lines = [*_tied_lines(program), basis, *_note_lines(notes), FURTHER]
+    return Summary(title, tuple(rows), tuple(filter(None, lines)))
 
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
-    texts = [text for text, _ in layer_runs(stage, homes)]
-    if len(texts) > MOST_LAYERS:
-        shown = MOST_LAYERS - 2
-        texts[shown:-1] = [f"{len(texts) - shown - 1} more"]
-    return texts
+    return [text for text, _ in layer_runs(stage, homes)]
 
 
 def crossing(program: Program, stage: int) -> list[Value]:
@@ -119,16 +119,15 @@ def _tied_lines(program: Program) -> Iterator[str]:
         yield f"tied: {names} in {stages_text(entry.stages)}{how}"
     rest = [entry.name for entry in shared[MOST_TIED:]]
     if rest:
-        yield f"tied: {some(rest)}"
+        yield f"tied: {some(rest, 'tensor')}"
 
 
 def _note_lines(notes: Sequence[str]) -> Iterator[str]:
     if not notes:
         return
-    noun = "note" if len(notes) == 1 else "notes"
     asking = sum("\n  try: " in note for note in notes)
     todo = f"{asking} with something to do" if asking else "with nothing to do"
-    yield f"{len(notes)} {noun} in pipe.notes, {todo}"
+    yield f"{count_of(len(notes), 'note')} in pipe.notes, {todo}"
 
 
 def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -136,8 +135,10 @@ def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(rows) <= MOST_STAGES:
         return list(rows)
     kept = MOST_STAGES // 2
-    gap = ("...", "", "", "", f"{len(rows) - 2 * kept + 1} stages more")
-    return [*rows[:kept], gap, *rows[1 - kept :]]
+    first = rows[:kept]
+    last = rows[1 - kept :]
+    hidden = len(rows) - len(first) - len(last)
+    return [*first, ("...", "", "", "", f"{hidden} stages more"), *last]
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:

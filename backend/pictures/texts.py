@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from stagecut.backend.pictures.drawing import (
+    more_text,
     reduced,
+    short,
     spans,
 )
 from stagecut.backend.pictures.folded import ModuleCall
@@ -30,10 +32,15 @@ def state_of(ops: Iterable[Op]) -> list[StateEntry]:
     return list(entries)
 
 
-def op_names(ops: Iterable[Op]) -> list[str]:
-    """The short names of ops in order, each once."""
-    names = (_short_target(op.target) for op in ops)
-    return list(dict.fromkeys(names))
+def ops_text(ops: Iterable[Op], most: int = 3) -> str:
+    """The first short names of ops, each once, and how many ops have another one."""
+    names = [_short_target(op.target) for op in ops]
+    shown = list(dict.fromkeys(names))[:most]
+    parts = [short(name) for name in shown]
+    rest = sum(name not in shown for name in names)
+    if rest:
+        parts.append(more_text(rest, "op"))
+    return ", ".join(parts)
 
 
 def _short_target(target: Target) -> str:

@@ -69,10 +69,12 @@ class Saving:
         self.is_open = False
 
     def lines(self) -> Iterator[str]:
-        """For each stage that has run by graphs, what it saves."""
+        """For each stage that runs by graphs, what it saves, as soon as that is known."""
         for index, graphs in self._graphs.items():
             saved = graphs.saved
             if saved is None:
+                if not graphs.note:
+                    yield f"  stage {index} will run by graphs"
                 continue
             flight = self._flights()[index]
             yield (

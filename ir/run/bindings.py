@@ -20,8 +20,7 @@ class ModuleFacts:
 
     kind: the name of its class. training: its flag when captured. branch: where, and why, the stages cannot
     follow its mode; '' where they can. switches: mode -> the flags below it, where train() is the user's own.
-    extra: what its get_extra_state returned, and where that stands. described: what its extra_repr returned;
-    '' for a module of a saved pipe.
+    extra: what its get_extra_state returned, and where that stands. described: what its extra_repr returned.
     """
 
     kind: str = "Module"
