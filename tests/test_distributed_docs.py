@@ -82,6 +82,17 @@ def chain(stages: int, **options: Any) -> Any:
     return pipeline(Chain(), (torch.randn(4, 8),), split_spec=cuts, check=None, **options)
 
 
+class Scaled(nn.Module):
+    """The tensor that it makes is a constant of the code."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.first, self.last = rate, nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.first * torch.tensor(self.rate) * self.last
+
+
 def refusals() -> dict[str, Callable[[], Any]]:
     """What is tried on two ranks, by the words of the page that answer it."""
 
@@ -104,6 +115,7 @@ def refusals() -> dict[str, Callable[[], Any]]:
         "ScheduleZBVZeroBubble cannot place 2 stages on 2 ranks": lambda: Driver(chain(2), "ZBVZeroBubble"),
         "there is no schedule '1F2B'": lambda: Driver(chain(2), "1F2B"),
         "the ranks do not run the same program": lambda: Driver(chain(2), "1F1B", 2 + dist.get_rank()),
+        "which is a constant of the code": lambda: Driver(pipeline(Scaled(1.0 + dist.get_rank()), (torch.ones(4),), stages=2)),
         "input 'tokens' has a batch of 18, which 4 micro-batches do not divide": lambda: Driver(
             chain(2, dynamic_shapes=sizes), "GPipe", 4
         ).eval(torch.randn(18, 8)),

@@ -40,12 +40,12 @@ def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) 
     if rank is None:
         return
     hint = "build the same model with the same cuts on every rank"
-    if len({everything[1:] for everything in by_rank}) == 1:
+    besides = {everything[1:] for everything in by_rank}
+    if len(besides) == 1:
         ops = everywhere(_ops(program), group)
         if ops[rank] == ops[0]:
-            hint = (
-                f"they have the same ops in another order, or cut elsewhere: {_HASHES}"
-            )
+            order = "they have the same ops in another order, or cut elsewhere"
+            hint = f"{order}: {_HASHES}"
     raise StagecutError(
         f"the ranks do not run the same program: rank {rank} has {by_rank[rank]}, rank 0 has {first}",
         where="fingerprint, model, stages, schedule, micro-batches",
@@ -61,9 +61,13 @@ _HASHES = (
 
 def _ops(program: Program) -> int:
     """A digest of the ops in any order."""
-    return _digest(
-        str(sorted(f"{op.target} {op.loc and op.loc.line}" for op in program.all_ops()))
-    )
+    ops = []
+    for op in program.all_ops():
+        line = op.loc.line if op.loc else 0
+        text = f"{op.target} {line}"
+        ops.append(text)
+    ops.sort()
+    return _digest(str(ops))
 
 
 def agree_on_values(pipe: Staged, homes: Sequence[int], group: Group) -> None:
@@ -71,21 +75,40 @@ def agree_on_values(pipe: Staged, homes: Sequence[int], group: Group) -> None:
     constant of the code. Values that are not there, and sharded ones, are not compared.
     """
     rank = dist.get_rank(group)
-    checksums: dict[Any, int] = {}
+    checksums: dict[tuple[int, str], int] = {}
     for position, entry in enumerate(pipe.program.state):
-        is_shared = len({homes[stage] for stage in entry.stages}) > 1
-        if not is_shared and entry.kind != "const":
+        tensor = _compared(pipe, entry, homes, rank)
+        if tensor is None or tensor.is_meta:
             continue
-        own = [s for s in entry.stages if homes[s] == rank or not is_shared]
-        tensor = _held_by(pipe, own[0], entry) if own else None
-        if tensor is not None and not tensor.is_meta:
-            # a constant that was computed on another device may round otherwise
-            device = "" if is_shared else tensor.device.type
-            checksums[position, device] = checksum(tensor)
+        device = ""
+        if entry.kind == "const":
+            # one that was computed on another device may round otherwise
+            device = tensor.device.type
+        checksums[position, device] = checksum(tensor)
     by_rank = everywhere(checksums, group)
-    for key in dict.fromkeys(key for others in by_rank for key in others):
-        entry = pipe.program.state[key[0]]
-        _compare_values(entry, [others.get(key) for others in by_rank])
+    keys = dict.fromkeys(key for others in by_rank for key in others)
+    for key in keys:
+        position, _ = key
+        entry = pipe.program.state[position]
+        of_ranks = [others.get(key) for others in by_rank]
+        _compare_values(entry, of_ranks)
+
+
+def _compared(
+    pipe: Staged, entry: StateEntry, homes: Sequence[int], rank: int
+) -> torch.Tensor | None:
+    """The tensor that this rank has of a constant, or of state that stages of several ranks hold; None for
+    any other.
+    """
+    stages = entry.stages
+    if entry.kind == "const":
+        return _held_by(pipe, stages[0], entry) if stages else None
+    if len({homes[stage] for stage in stages}) < 2:
+        return None
+    for stage in stages:
+        if homes[stage] == rank:
+            return _held_by(pipe, stage, entry)
+    return None
 
 
 def _compare_values(entry: StateEntry, checksums: Sequence[int | None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from stagecut.ir.graph import (
     WHOLE,
@@ -24,6 +25,7 @@ from stagecut.ir.graph import (
 from stagecut.ir.ops import facts
 from stagecut.ir.types import carries_grad
 
+_NAMESPACES = ("aten", "operator", "_operator")
 _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?", re.DOTALL)
 
 
@@ -46,59 +48,64 @@ def settle(program: Program) -> None:
     """
     places = {op: place for place, op in enumerate(program.ops)}
     for place, op in enumerate(program.ops):
-        inner = [inner for region in op.regions for inner in nested_ops(region.ops)]
-        places |= dict.fromkeys(inner, place)
+        for region in op.regions:
+            inner = nested_ops(region.ops)
+            places |= dict.fromkeys(inner, place)
     places[program.output] = len(program.ops)
     # a later run first: the order in which it reads decides about the earlier ones
-    for run in reversed([*_runs(program)]):
+    runs = [*_runs(program)]
+    runs.reverse()
+    for run in runs:
         before = [op for unit in run.units for op in unit]
         after = [op for unit in _by_readers(run, places) for op in unit]
         if after == before:
             continue
-        program.ops[run.begin : run.begin + len(after)] = after
-        places |= {op: place for place, op in enumerate(after, run.begin)}
+        for place, op in enumerate(after, run.begin):
+            program.ops[place] = op
+            places[op] = place
         _name(before, after)
         _number(run.depth, before, after)
 
 
 def _runs(program: Program) -> Iterator[_Run]:
-    ops = program.ops
-    first: dict[Scope, int] = {}
-    last: dict[Scope, int] = {}
-    for place, op in enumerate(ops):
-        for prefix in _prefixes(op.scope):
-            first.setdefault(prefix, place)
-            last[prefix] = place
+    extents = _Extents(program.ops)
     free = _free(program)
-    begin = 0
-    while begin < len(ops):
-        if ops[begin] not in free:
-            begin += 1
+    places = range(len(program.ops))
+    for is_free, group in groupby(places, lambda place: program.ops[place] in free):
+        if not is_free:
             continue
-        end = begin
-        while end < len(ops) and ops[end] in free:
-            end += 1
+        stretch = [*group]
+        begin, end = stretch[0], stretch[-1]
 
-        def depth(op: Op, begin: int = begin, end: int = end) -> int:
-            """How many of the calls around an op reach beyond the run."""
-            around = _prefixes(op.scope)
-            return sum(first[p] < begin or last[p] >= end for p in around)
+        def around(place: int, begin: int = begin, end: int = end) -> Scope:
+            scope = program.ops[place].scope
+            return extents.around(scope, begin, end)
 
-        start = begin
-        for place in range(begin + 1, end + 1):
-            deep = depth(ops[start])
-            anchor = ops[start].scope[:deep]
-            if (
-                place < end
-                and depth(ops[place]) == deep
-                and ops[place].scope[:deep] == anchor
-            ):
-                continue
-            units = _units(ops[start:place], deep)
+        for anchor, part in groupby(stretch, around):
+            ops = [program.ops[place] for place in part]
+            units = _units(ops, len(anchor))
             if units is not None and len(units) > 1:
-                yield _Run(start, deep, units)
-            start = place
-        begin = end
+                yield _Run(begin, len(anchor), units)
+            begin += len(ops)
+
+
+class _Extents:
+    """The places of the first and the last op of each call."""
+
+    def __init__(self, ops: Sequence[Op]) -> None:
+        self._first: dict[Scope, int] = {}
+        self._last: dict[Scope, int] = {}
+        for place, op in enumerate(ops):
+            for call in _prefixes(op.scope):
+                self._first.setdefault(call, place)
+                self._last[call] = place
+
+    def around(self, scope: Scope, begin: int, end: int) -> Scope:
+        """The innermost of the calls around an op that has ops before or behind these places."""
+        for call in reversed(_prefixes(scope)):
+            if self._first[call] < begin or self._last[call] > end:
+                return call
+        return ()
 
 
 def _prefixes(scope: Scope) -> list[Scope]:
@@ -148,36 +155,52 @@ def _is_plain(op: Op) -> bool:
     if any(_kind(value) == "const" for value in op.reads):
         return False
     effects = op.effects
-    if effects.writes or effects.random or effects.effect or op.versions or op.regions:
+    if effects.writes or effects.random or effects.effect:
         return False
-    if op.target.partition(".")[0] not in ("aten", "operator", "_operator"):
+    if op.versions or op.regions:
+        return False
+    if op.target.partition(".")[0] not in _NAMESPACES:
         return False
     if any(context.kind in WHOLE for context in op.context):
         return False
-    return bool(op.results) and not any(carries_grad(v.type) for v in op.results)
+    if any(carries_grad(value.type) for value in op.results):
+        return False
+    return bool(op.results)
 
 
 def _by_readers(run: _Run, places: dict[Op, int]) -> list[Sequence[Op]]:
     """The units in the order in which ops behind the run read them, those that a unit reads before it; last
     those that nothing reads.
     """
-    home = {op: number for number, unit in enumerate(run.units) for op in unit}
+    home: dict[Op, int] = {}
+    for number, unit in enumerate(run.units):
+        home |= dict.fromkeys(unit, number)
     read: list[tuple[tuple[int, int], int]] = []
     for op, number in home.items():
         for value in op.results:
-            readers = [
-                (places[user], user.reads.index(value))
-                for user in value.uses
-                if user not in home and user in places
-            ]
-            if readers:
-                read.append((min(readers), number))
+            first = _first_reader(value, home, places)
+            if first is not None:
+                read.append((first, number))
     order: dict[int, None] = {}
     for _, number in sorted(read):
         _append(number, run.units, home, order)
     for number in range(len(run.units)):
         _append(number, run.units, home, order)
     return [run.units[number] for number in order]
+
+
+def _first_reader(
+    value: Value, home: dict[Op, int], places: dict[Op, int]
+) -> tuple[int, int] | None:
+    """The place of the first op outside that reads a value, and its place among what that op reads."""
+    first: tuple[int, int] | None = None
+    for user in value.uses:
+        if user in home or user not in places:
+            continue
+        found = places[user], user.reads.index(value)
+        if first is None or found < first:
+            first = found
+    return first
 
 
 def _append(
@@ -211,11 +234,14 @@ def _name(before: Sequence[Op], after: Sequence[Op]) -> None:
     for op in before:
         for value in op.results:
             base, number = _split(value.hint)
-            names.setdefault(base, []).append((number, value.hint))
-    left = {base: iter(sorted(found)) for base, found in names.items()}
+            name = number, value.hint
+            names.setdefault(base, []).append(name)
+    for found in names.values():
+        found.sort(reverse=True)
     for op in after:
         for value in op.results:
-            value.hint = next(left[_split(value.hint)[0]])[1]
+            base, _ = _split(value.hint)
+            _, value.hint = names[base].pop()
 
 
 def _split(hint: str) -> tuple[str, int]:
@@ -229,15 +255,19 @@ def _number(depth: int, before: Sequence[Op], after: Sequence[Op]) -> None:
     numbers: dict[tuple[str, ...], list[int]] = {}
     for scope in _calls(depth, before):
         path = tuple(frame.name for frame in scope)
-        numbers.setdefault(path, []).append(scope[-1].call)
-    left = {path: iter(sorted(found)) for path, found in numbers.items()}
+        own = scope[-1].call
+        numbers.setdefault(path, []).append(own)
+    for found in numbers.values():
+        found.sort(reverse=True)
     renamed: dict[Scope, Scope] = {}
     for scope in _calls(depth, after):
         path = tuple(frame.name for frame in scope)
         above = renamed.get(scope[:-1], scope[:-1])
-        renamed[scope] = (*above, Frame(path[-1], next(left[path])))
+        frame = Frame(path[-1], numbers[path].pop())
+        renamed[scope] = (*above, frame)
     for op in after:
-        op.place = op.place._replace(scope=renamed.get(op.scope, op.scope))
+        scope = renamed.get(op.scope, op.scope)
+        op.place = op.place._replace(scope=scope)
 
 
 def _calls(depth: int, ops: Sequence[Op]) -> list[Scope]:
