@@ -20,6 +20,7 @@ from stagecut.frontend.capture import (
     aside,
     batch,
     capture,
+    draws,
     eager,
     example,
     functions,
@@ -209,11 +210,25 @@ def broken(victim: Any, error: str) -> Iterator[None]:
         victim.__code__ = before
 
 
+class Drops(nn.Linear):
+    """Is dropped with probability 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer, or nothing."""
+        return x if torch.rand([]) < 0.0 else super().forward(x)
+
+
+def drop() -> None:
+    """A draw whose outcome is known."""
+    pipeline(nn.Sequential(Drops(4, 4), nn.Linear(4, 4)), (torch.randn(2, 4),), stages=2)
+
+
 PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (align.Alignment._walk, choose),
     (align._aligned, choose),
     (batch._mark, cut),
     (batch.varying_sizes, cut),
+    (draws._is_one, drop),
     (both_modes.in_other_mode, choose),
     (both_modes._merge, choose),
     (example.check_example, cut),

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
+from stagecut.frontend.capture.draws import KnownDraws
 from stagecut.frontend.source import outside_of_modes, shown, user_line
 from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
@@ -57,6 +58,7 @@ def visible() -> Iterator[None]:
     with (
         _inference_mode_as_no_grad(),
         recorded,
+        KnownDraws(),
         _checkpoints_marked(),
         unchecked,
         indexed,
