@@ -43,6 +43,7 @@ def changing(
         runs: list[list[_Call]] = []
         for _ in range(2):
             seed_again = random_state(model, gpus(model, args, kwargs))
+            seed_again()
             runs.append(_calls(twin, state, args, kwargs, seed_again))
     except Exception as error:
         # whatever the code of a model raises when it is called again

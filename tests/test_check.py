@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 from copy import deepcopy
 from typing import Any
 
@@ -542,3 +543,25 @@ def test_a_compiled_model_is_compared_as_it_was_written(how: str) -> None:
     assert pipe.verify(x).ok
     assert not torch.allclose(pipe(x)[0], compiled, rtol=1e-3, atol=0)
     assert torch.equal(model(x), compiled)  # it stays compiled
+
+
+def test_each_run_begins_from_random_numbers_that_were_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN draws anew for the dropout of an RNN where a state was set since, and else goes on in a state of its own."""
+    events: list[str] = []
+    module = sys.modules["stagecut.check"]
+    random_state = module.random_state  # type: ignore[attr-defined]
+
+    def told(*args: Any) -> Any:
+        restore = random_state(*args)
+        return lambda: (events.append("set"), restore())
+
+    def ran(run: Any) -> Any:
+        return lambda *args: (events.append("run"), run(*args))[1]
+
+    pipe = pipeline(Plain(), (X,), check=None)
+    monkeypatch.setattr(module, "random_state", told)
+    for name in ("outcome_of", "run_stages"):
+        monkeypatch.setattr(module, name, ran(getattr(module, name)))
+    assert pipe.verify(X).ok
+    before = [events[place - 1] for place, event in enumerate(events) if event == "run"]
+    assert before == ["set"] * 4
