@@ -212,7 +212,7 @@ def two_inputs(self, x, y):
     a = y - 1
     b = x * 2 - y
     pipe_split()
-    return b - a, a * 3
+    return a * 3, b - a  # what is read first is computed first
 
 
 def other_ports(block: Stage, inputs: list[Value], outputs: list[Value]) -> Stage:
