@@ -175,10 +175,11 @@ def _by_readers(run: _Run, places: dict[Op, int]) -> list[Sequence[Op]]:
     home: dict[Op, int] = {}
     for number, unit in enumerate(run.units):
         home |= dict.fromkeys(unit, number)
+    readers = _Readers(places)
     read: list[tuple[tuple[int, int], int]] = []
     for op, number in home.items():
         for value in op.results:
-            first = _first_reader(value, home, places)
+            first = readers.first(value, home)
             if first is not None:
                 read.append((first, number))
     order: dict[int, None] = {}
@@ -189,18 +190,29 @@ def _by_readers(run: _Run, places: dict[Op, int]) -> list[Sequence[Op]]:
     return [run.units[number] for number in order]
 
 
-def _first_reader(
-    value: Value, home: dict[Op, int], places: dict[Op, int]
-) -> tuple[int, int] | None:
-    """The place of the first op outside that reads a value, and its place among what that op reads."""
-    first: tuple[int, int] | None = None
-    for user in value.uses:
-        if user in home or user not in places:
-            continue
-        found = places[user], user.reads.index(value)
-        if first is None or found < first:
-            first = found
-    return first
+class _Readers:
+    """The places of the ops that read a value, among all ops, and of the value among what they read."""
+
+    def __init__(self, places: dict[Op, int]) -> None:
+        self._places = places
+        self._operands: dict[Op, dict[Value, int]] = {}
+
+    def first(self, value: Value, besides: dict[Op, int]) -> tuple[int, int] | None:
+        """The first one that is not in `besides`, None for none."""
+        found = [
+            (self._places[user], self._operand(user, value))
+            for user in value.uses
+            if user not in besides and user in self._places
+        ]
+        return min(found, default=None)
+
+    def _operand(self, user: Op, value: Value) -> int:
+        if user not in self._operands:
+            read = [*dict.fromkeys(user.reads)]
+            self._operands[user] = {
+                operand: number for number, operand in enumerate(read)
+            }
+        return self._operands[user][value]
 
 
 def _append(
