@@ -32,6 +32,9 @@ from stagecut.ir.types import TensorType
 CHECK_BYTES = 2**28
 """The largest state, in bytes, that is compared by default."""
 
+MOST_SHOWN = 20
+"""So many differences are printed."""
+
 
 def is_real(model: nn.Module, inputs: Any) -> bool:
     """True when all tensors of `model` and `inputs` have values."""
@@ -108,7 +111,9 @@ class Report:
         counts = [f"{count} {kind}" for kind, count in self.compared.items()]
         verdict = "equal" if self.ok else "DIFFERENT"
         head = f"{verdict}: compared {', '.join(counts)}"
-        return "\n".join([head, *self.differences])
+        left = len(self.differences) - MOST_SHOWN
+        rest = [f"{left} more in report.differences"] if left > 0 else []
+        return "\n".join([head, *self.differences[:MOST_SHOWN], *rest])
 
     def note(self, kind: str, found: str | None) -> None:
         """Counts one comparison of a `kind`; `found` says what differs, None for equal."""
@@ -522,8 +527,10 @@ def _compare_names(
     report: Report, model: nn.Module, stages: Sequence[nn.Module]
 ) -> None:
     names = {name for stage in stages for name in stage.state_dict()}
-    odd = sorted(names ^ set(model.state_dict()))
+    own = set(model.state_dict())
+    odd = sorted(names ^ own)
     report.note("names", f"state names differ: {odd[:5]}" if odd else None)
+    report.compared["names"] = len(names | own)
 
 
 _ROUNDING = {

@@ -325,9 +325,16 @@ def test_verify_counts_what_it_compared() -> None:
     assert report.ok
     names = 7  # a and b with their tied weight under both names, idle, steps
     assert report.compared == {
-        "outputs of a second call": 2, "outputs": 2, "state": names, "gradients": names - 1, "input gradients": 1, "names": 1,
+        "outputs of a second call": 2, "outputs": 2, "state": names, "gradients": names - 1, "input gradients": 1, "names": names,
     }  # fmt: skip
     assert str(report) == "equal: compared " + ", ".join(f"{n} {kind}" for kind, n in report.compared.items())
+
+
+def test_a_report_prints_the_first_differences_and_counts_the_others() -> None:
+    report = Report({"state": 30}, [f"state {number}" for number in range(30)])
+    lines = str(report).splitlines()
+    assert lines[1:] == [*report.differences[:20], "10 more in report.differences"]
+    assert str(Report({"state": 30}, report.differences[:20])).splitlines()[1:] == report.differences[:20]
 
 
 def test_inputs_without_gradient_have_none_to_compare() -> None:

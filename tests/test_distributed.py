@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.export import Dim
 
-from stagecut import Driver, StagecutError, build_stage, pipe_split, pipeline
+from stagecut import Driver, InputError, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.backend.ranks.agree import agree_on_program
 from stagecut.backend.ranks.placement import placement
 from stagecut.backend.ranks.stage import MismatchError
@@ -186,6 +186,19 @@ def test_ranks_with_other_programs_are_told_so_before_the_first_step() -> None:
 def _disagree(pipes: list[Any]) -> str:
     with pytest.raises(StagecutError, match="do not run the same program: rank 1"):
         Driver(pipes[dist.get_rank()], "GPipe", 2)
+    return "ok"
+
+
+def test_one_micro_batch_of_several_is_told_how_many_there_are() -> None:
+    pipe = pipeline(Plain(), (torch.randn(2, 4), torch.randn(2, 4)))
+    assert on_ranks(2, _several, pipe) == ["ok", "ok"]
+
+
+def _several(pipe: Any) -> str:
+    batch = torch.randn(8, 4)
+    with pytest.raises(InputError, match=r"1 micro-batches of .*have 2 along dim 0") as caught:
+        Driver(pipe, "GPipe", 1).eval(batch, batch)
+    assert caught.value.hint.startswith("n_microbatches=4, or ")
     return "ok"
 
 

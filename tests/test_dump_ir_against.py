@@ -169,3 +169,16 @@ def test_text_that_is_no_program_is_an_error(tmp_path: Path, capsys: pytest.Capt
     status, shown, told = asked(capsys, NET, "--against", str(file))
     assert (status, shown) == (2, "")
     assert f"{file}:1:1" in told
+
+
+@pytest.mark.parametrize("option", [["--only", "stage=1"], ["--unfold"], []])
+@pytest.mark.parametrize("saved", [[], ["--unfold"]])
+def test_text_of_a_model_does_not_differ_from_the_model(
+    option: list[str], saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However it was saved, and whatever part is compared: names inside of repeated blocks are not those of the model."""
+    cut = ["hf:llama", "--split-at", "model.layers.2"]
+    assert main([*cut, *saved, "--no-source"]) == 0
+    text = tmp_path / "saved.ir"
+    text.write_text(capsys.readouterr().out)
+    assert main([*cut, *option, "--no-source", "--against", str(text)]) == 0

@@ -608,6 +608,7 @@ def test_a_module_that_never_runs_cannot_be_split_at() -> None:
         ((X, Y, X, Y), {}, "positional"),
         ((X,), {"y": Y}, "'y'"),
         (X, None, "mb_args must be a tuple"),
+        ({"x": X}, None, "mb_args must be a tuple, not dict\n  try: mb_kwargs= takes arguments by name"),
         ((X,), [Y], "mb_kwargs must be a dict"),
     ],
 )

@@ -397,7 +397,7 @@ def test_a_driver_prints_its_schedule_its_placement_and_its_sizes() -> None:
     assert re.sub("rank [01]$| +here| +$", "", first, flags=re.MULTILINE) == re.sub("rank [01]$| +here| +$", "", second, flags=re.MULTILINE)
     assert first.splitlines()[0] == "Driver of Words: Schedule1F1B, 2 stages on 2 ranks, 4 micro-batches, this is rank 0"
     shown = [line.split() for text in (first, second) for line in text.splitlines()[1:4]]
-    head, here = ["stage", "rank", "parameters", "bytes"], ["here"]
+    head, here = ["stage", "rank", "tensors", "bytes"], ["here"]
     sizes = [row[2:4] for row in shown[1:3]]
     assert shown[:3] == [head, ["0", "0", *sizes[0], *here], ["1", "1", *sizes[1]]]
     assert shown[3:] == [head, ["0", "0", *sizes[0]], ["1", "1", *sizes[1], *here]]

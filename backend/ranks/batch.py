@@ -242,6 +242,7 @@ class MicroBatches:
         self._divided_lists = set()
         if self._count == 1:
             flat = self._flat(args, kwargs)
+            self._refuse_several(flat)
             return self._set([flat])
         calls, settled = self._by_argument(args, kwargs)
         flats = [self._flat(*call) for call in calls]
@@ -409,6 +410,18 @@ class MicroBatches:
             return None
         self._refuse_odd(value, kind, item, mark.dim)
         return mark.dim
+
+    def _refuse_several(self, flat: Sequence[Any]) -> None:
+        """Raises InputError where the only micro-batch has more or fewer samples than that of the trace."""
+        for value, item in zip(self._pipe.program.inputs, flat, strict=True):
+            kind = value.type
+            mark = self._marks[value]
+            if not isinstance(item, torch.Tensor):
+                continue
+            if not isinstance(kind, TensorType) or item.dim() != len(kind.shape):
+                continue
+            if mark is not None and isinstance(mark.dim, int):
+                self._refuse_odd(value, kind, item, mark.dim)
 
     def _refuse_odd(
         self, value: Value, kind: TensorType, item: torch.Tensor, dim: int

@@ -584,7 +584,7 @@ def described(driver: Driver) -> str:
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
         f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {rank}"
     ]
-    rows = [("  stage", "rank", "parameters", "bytes", "")]
+    rows = [("  stage", "rank", "tensors", "bytes", "")]
     for index, home in enumerate(driver.placement):
         tensors = {
             entry: entry.type

@@ -5,7 +5,7 @@ model's structure.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
@@ -118,9 +118,12 @@ def check_example(
             hint="call it outside; the stages run under it",
         )
     if not isinstance(args, tuple | list):
+        hint = "write (x,) for a single argument"
+        if isinstance(args, Mapping):
+            hint = "mb_kwargs= takes arguments by name"
         raise InputError(
             f"mb_args must be a tuple, not {type(args).__name__}",
-            hint="write (x,) for a single argument",
+            hint=hint,
         )
     if not isinstance(kwargs, dict):
         raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
