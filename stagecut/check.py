@@ -111,9 +111,13 @@ class Report:
         counts = [f"{count} {kind}" for kind, count in self.compared.items()]
         verdict = "equal" if self.ok else "DIFFERENT"
         head = f"{verdict}: compared {', '.join(counts)}"
-        left = len(self.differences) - MOST_SHOWN
-        rest = [f"{left} more in report.differences"] if left > 0 else []
-        return "\n".join([head, *self.differences[:MOST_SHOWN], *rest])
+        shown = self.differences[:MOST_SHOWN]
+        lines = [head, *shown]
+        left = len(self.differences) - len(shown)
+        if left:
+            rest = f"{left} more in report.differences"
+            lines.append(rest)
+        return "\n".join(lines)
 
     def note(self, kind: str, found: str | None) -> None:
         """Counts one comparison of a `kind`; `found` says what differs, None for equal."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import re
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-}
+_COMPARISON = re.compile("[lg][te]")
+"""The names of `<`, `<=`, `>` and `>=` in torch, as in operator."""
+
 _MOST = 1 - 2**-53
 """The largest number below 1: numbers are drawn from [0, 1)."""
 
@@ -33,17 +30,20 @@ class KnownDraws(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "").strip("_")
+        name = getattr(func, "__name__", "")
+        name = name.strip("_")
         if name == "bool" and self._is_in(self._known, args[0]):
             outcome, _ = self._known[args[0]]
             return outcome
         result = func(*args, **(kwargs or {}))
         if func is torch.rand and _is_one(result):
-            self._drawn[result] = None, result._version
-        elif name in _COMPARISONS and self._is_draw_and_number(args):
+            version = result._version
+            self._drawn[result] = None, version
+        elif _COMPARISON.fullmatch(name) and self._is_draw_and_number(args):
             outcome = _outcome(name, args[1])
             if outcome is not None:
-                self._known[result] = outcome, result._version
+                version = result._version
+                self._known[result] = outcome, version
         return result
 
     def _is_draw_and_number(self, args: Any) -> bool:
@@ -71,9 +71,9 @@ def _is_one(tensor: torch.Tensor) -> bool:
 
 def _outcome(name: str, bound: float) -> bool | None:
     """The outcome of the comparison for all numbers of [0, 1), None where there are two."""
-    compare = _COMPARISONS[name]
-    least = compare(0.0, bound)
-    most = compare(_MOST, bound)
+    compare = getattr(operator, name)
+    least: bool = compare(0.0, bound)
+    most: bool = compare(_MOST, bound)
     if least != most:
         return None
     return least
