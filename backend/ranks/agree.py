@@ -81,8 +81,8 @@ def agree_on_values(pipe: Staged, homes: Sequence[int], group: Group) -> None:
         if tensor is None or tensor.is_meta:
             continue
         device = ""
-        if entry.kind == "const":
-            # one that was computed on another device may round otherwise
+        if len(_ranks_of(entry, homes)) < 2:
+            # a constant that was computed on another device may round otherwise
             device = tensor.device.type
         checksums[position, device] = checksum(tensor)
     by_rank = everywhere(checksums, group)
@@ -100,15 +100,19 @@ def _compared(
     """The tensor that this rank has of a constant, or of state that stages of several ranks hold; None for
     any other.
     """
-    stages = entry.stages
-    if entry.kind == "const":
-        return _held_by(pipe, stages[0], entry) if stages else None
-    if len({homes[stage] for stage in stages}) < 2:
+    stages = [*entry.stages]
+    if len(_ranks_of(entry, homes)) > 1:
+        stages = [stage for stage in stages if homes[stage] == rank]
+    elif entry.kind != "const":
         return None
-    for stage in stages:
-        if homes[stage] == rank:
-            return _held_by(pipe, stage, entry)
-    return None
+    if not stages:
+        return None
+    return _held_by(pipe, stages[0], entry)
+
+
+def _ranks_of(entry: StateEntry, homes: Sequence[int]) -> set[int]:
+    """The ranks whose stages hold an entry."""
+    return {homes[stage] for stage in entry.stages}
 
 
 def _compare_values(entry: StateEntry, checksums: Sequence[int | None]) -> None:

@@ -139,6 +139,20 @@ def _refuse_bare(calls: Sequence[Any]) -> None:
         )
 
 
+def _type_that_fits(value: Value, item: Any) -> TensorType | None:
+    """The type of an input that is given a tensor with as many dims; None for any other, which the check of
+    the inputs looks at.
+    """
+    kind = value.type
+    if not isinstance(kind, TensorType):
+        return None
+    if not isinstance(item, torch.Tensor):
+        return None
+    if item.dim() != len(kind.shape):
+        return None
+    return kind
+
+
 _FOR_THE_LOSS = ("target", "target_mbs", "loss_kwargs")
 
 
@@ -395,13 +409,9 @@ class MicroBatches:
 
     def _dim(self, value: Value, item: Any) -> int | None:
         """The dim along which an input is divided; None for one that every micro-batch gets."""
-        kind = value.type
-        if not isinstance(kind, TensorType):
+        kind = _type_that_fits(value, item)
+        if kind is None:
             return None
-        if not isinstance(item, torch.Tensor):
-            return None
-        if item.dim() != len(kind.shape):
-            return None  # the check of the inputs refuses it
         mark = self._marks[value]
         if mark is None or not isinstance(mark.dim, int):
             self._refuse_unknown(value, kind, item)
@@ -414,12 +424,10 @@ class MicroBatches:
     def _refuse_several(self, flat: Sequence[Any]) -> None:
         """Raises InputError where the only micro-batch has more or fewer samples than that of the trace."""
         for value, item in zip(self._pipe.program.inputs, flat, strict=True):
-            kind = value.type
+            kind = _type_that_fits(value, item)
+            if kind is None:
+                continue
             mark = self._marks[value]
-            if not isinstance(item, torch.Tensor):
-                continue
-            if not isinstance(kind, TensorType) or item.dim() != len(kind.shape):
-                continue
             if mark is not None and isinstance(mark.dim, int):
                 self._refuse_odd(value, kind, item, mark.dim)
 

@@ -104,7 +104,7 @@ def _formula_without_kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
     }
     # a number in a tensor may lie on the CPU while the op runs elsewhere
-    key = torch._C._dispatch_key_for_device(next(iter(kinds - {"cpu"}), "cpu"))
+    key = torch._C._dispatch_key_for_device(min(kinds - {"cpu"}, default="cpu"))
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
         return NotImplemented
     return op._op_dk(_FORMULA, *args, **kwargs)

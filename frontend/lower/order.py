@@ -52,12 +52,13 @@ def settle(program: Program) -> None:
             inner = nested_ops(region.ops)
             places |= dict.fromkeys(inner, place)
     places[program.output] = len(program.ops)
+    readers = _Readers(places)
     # a later run first: the order in which it reads decides about the earlier ones
     runs = [*_runs(program)]
     runs.reverse()
     for run in runs:
         before = [op for unit in run.units for op in unit]
-        after = [op for unit in _by_readers(run, places) for op in unit]
+        after = [op for unit in _by_readers(run, readers) for op in unit]
         if after == before:
             continue
         for place, op in enumerate(after, run.begin):
@@ -168,14 +169,13 @@ def _is_plain(op: Op) -> bool:
     return bool(op.results)
 
 
-def _by_readers(run: _Run, places: dict[Op, int]) -> list[Sequence[Op]]:
+def _by_readers(run: _Run, readers: _Readers) -> list[Sequence[Op]]:
     """The units in the order in which ops behind the run read them, those that a unit reads before it; last
     those that nothing reads.
     """
     home: dict[Op, int] = {}
     for number, unit in enumerate(run.units):
         home |= dict.fromkeys(unit, number)
-    readers = _Readers(places)
     read: list[tuple[tuple[int, int], int]] = []
     for op, number in home.items():
         for value in op.results:

@@ -110,9 +110,10 @@ class Session:
         program = self.program()
         with Steps() as self._steps:
             self._note(self._notes)
-        # both sides name what is inside of blocks as a text does that is read
-        program = parse(folded_text(program))
-        unfold(program)
+        if self._options.unfold or self._options.only:
+            # both sides name what is inside of blocks as a text does that is read
+            program = parse(folded_text(program))
+            unfold(program)
         with shown_source(program, not self._options.no_source):
             whole = self._final(program)
         with shown_source(program, False):
