@@ -45,7 +45,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "vocab_size": 512,
 }
 STATIC = {"cache_implementation": "static"}

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -84,7 +84,9 @@ def _unit(width: int, out: int, stride: int) -> nn.Module:
 
 
 def llama_like(device: torch.device, small: bool, size: Size | None = None) -> Case:
-    size = SMALL if small else size or Size()
+    size = size or Size()
+    if small:
+        size = replace(SMALL, blocks=size.blocks // 2)
     model = Llama(size)
     tokens = torch.randint(size.vocabulary, (size.batch, size.length), device=device)
     return Case("Llama-like", model, (tokens,), tokens, loss_of, size.microbatches[0])
@@ -112,7 +114,7 @@ def hugging_face(
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "intermediate_size": 128,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": shape["num_hidden_layers"] // 2,
             "vocab_size": 512,
         }
         tokens = (tokens[0], 64)
@@ -212,20 +214,34 @@ class Bench:
 
 def by_hand(edges: Sequence[int], stages: int, most: int) -> list[list[int]]:
     """Cuts between blocks: the equal ones, and those around them."""
+    if len(edges) < stages - 1:
+        raise SystemExit(f"{len(edges) + 1} blocks cannot make {stages} stages")
     equal = [round(len(edges) * (i + 1) / stages) for i in range(stages - 1)]
-    moves = sorted(
-        itertools.product((0, -1, 1, -2, 2, -3, 3), repeat=stages - 1),
-        key=lambda move: (sum(map(abs, move)), len(set(move)), move),
-    )
     found: list[list[int]] = []
-    for move in moves:
-        places = [p + m for p, m in zip(equal, move, strict=True)]
-        increasing = all(
-            a < b for a, b in itertools.pairwise([-1, *places, len(edges)])
-        )
-        if increasing:
-            found.append([edges[p] for p in places])
-    return found[:most]
+    for distance in range(3 * len(equal) + 1):
+        moves = _moves(len(equal), distance)
+        for move in sorted(moves, key=lambda move: (len(set(move)), move)):
+            places = [p + m for p, m in zip(equal, move, strict=True)]
+            increasing = all(
+                a < b for a, b in itertools.pairwise([-1, *places, len(edges)])
+            )
+            if increasing:
+                found.append([edges[p] for p in places])
+            if len(found) == most:
+                return found
+    return found
+
+
+def _moves(cuts: int, distance: int) -> Iterator[tuple[int, ...]]:
+    """The moves of so many cuts by up to 3 blocks each, and `distance` blocks in all."""
+    if not cuts:
+        if not distance:
+            yield ()
+        return
+    for move in range(-3, 4):
+        if abs(move) <= distance <= abs(move) + 3 * (cuts - 1):
+            for rest in _moves(cuts - 1, distance - abs(move)):
+                yield move, *rest
 
 
 def rows(bench: Bench, options: argparse.Namespace) -> None:
