@@ -227,7 +227,7 @@ class Balanced:
         for (begin, end), flight in zip(intervals, flights, strict=True):
             parts = line.memory(begin, end, flight)
             memory.append(sum(parts))
-        seconds = steps.problem.stage_seconds(cuts)
+        seconds = self._stage_seconds(line, steps.problem, cuts)
         return Plan(
             tuple(cuts[1:-1]),
             tuple(seconds),
@@ -240,6 +240,18 @@ class Balanced:
             line.loss.name if line.loss is not None else "",
             inside=int(line.is_inside_block[cuts[1:-1]].sum()),
         )
+
+    def _stage_seconds(
+        self, line: Line, problem: Problem, cuts: Sequence[int]
+    ) -> list[float]:
+        """Seconds of each stage: of its device or its host, whichever has more to do, with its links."""
+        seconds: list[float] = []
+        for stage, where in enumerate(self.setting.devices(len(cuts) - 1)):
+            begin, end = cuts[stage : stage + 2]
+            both_ways = line.parts(where)[:, :2, begin:end].sum((1, 2))
+            link = problem.links[stage][begin] + problem.links[stage][end]
+            seconds.append(float(both_ways.max() + link))
+        return seconds
 
     def _timed(
         self, line: Line, steps: Steps, choice: Choice, scale: float
