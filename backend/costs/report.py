@@ -14,7 +14,7 @@ from typing import Any
 
 from stagecut.backend.costs.kept import KeptByGraphs
 from stagecut.backend.costs.line import Line
-from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.loss import LossCost, returns_loss
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.plan import Plan
 from stagecut.backend.costs.runtime import Parts, Timing, as_run
@@ -477,7 +477,7 @@ def report(
         searched.bottleneck if searched else None,
         searched.bound if searched else None,
         searched.choice.anywhere.seconds if searched and searched.choice else None,
-        loss.name if loss is not None else "",
+        lines[-1].loss_name,
         tuple(_too_large(stages, devices)),
         line_of_time,
         shares,
@@ -527,6 +527,7 @@ def _lines_of(
     ops = program_ops(program)
     costs = dict(zip(ops, op_costs(ops, sizes, bindings), strict=True))
     last = program.stages[-1]
+    own = returns_loss(program)
     return [
         Line(
             stage.ops,
@@ -535,6 +536,7 @@ def _lines_of(
             frozenset(stage.outputs),
             loss if stage is last else None,
             sizes or {},
+            own,
         )
         for stage in program.stages
     ]
