@@ -15,6 +15,7 @@ from torch import nn
 import stagecut
 from stagecut import Balanced, Device, Setting, pipeline
 from stagecut.ir.graph import scope_fqn
+from stagecut.pipe import lower
 
 
 def test_a_plan_names_what_begins_at_each_cut() -> None:
@@ -103,15 +104,11 @@ def test_a_plan_names_a_policy_that_gives_the_same_cuts() -> None:
         Balanced(None, Setting("A100", ranks=2)),
         Balanced(4, Setting("A100", "ZBVZeroBubble", 4), order="timed"),
     ]
-    model = Blocks()
+    program, bindings, _ = lower(Blocks(), (IDS,), {}, None, (), batches=False)
     names = {name: getattr(stagecut, name) for name in stagecut.__all__}
     for policy in tried:
-        pipe = pipeline(model, (IDS,), split_policy=policy, check=None)
-        assert pipe.plan is not None
-        named = eval(re.findall(r"split_policy=(.*)", str(pipe))[0], names)
+        plan = policy.plan(program, {}, bindings)
+        named = eval(plan.policy, names)
         assert named.pins == policy.pins
-        again = pipeline(model, (IDS,), split_policy=named, check=None)
-        assert again.plan is not None
-        assert again.plan.cuts == pipe.plan.cuts
-        assert again.plan.step == pipe.plan.step
-        assert again.plan.policy == pipe.plan.policy
+        again = named.plan(program, {}, bindings)
+        assert (again.cuts, again.step, again.policy) == (plan.cuts, plan.step, plan.policy)
