@@ -59,7 +59,9 @@ class Facts:
     norm_of_rows: bool = False
     """Costs: on a GPU it keeps its operand and one number per row."""
     takes_rows: bool = False
-    """It takes the rows of its first operand whose numbers are in the second one. Costs: an example."""
+    """It takes the rows of its first operand whose numbers are in the second one. Costs: an example,
+    and what is read.
+    """
     grouped_product: bool = False
     """Costs: it is a product of matrices in groups, for which torch has no formula."""
     over_samples: str = ""
@@ -124,7 +126,7 @@ def _facts() -> dict[str, Facts]:
     know("lstm gru rnn_tanh rnn_relu", training={"input": 6, "data": 7})
     know("_cudnn_rnn", training={"default": 12})
     know("miopen_rnn", training={"default": 10})
-    know("embedding", takes_rows=True)
+    know("embedding embedding_bag _embedding_bag", takes_rows=True)
     know("lift_fresh_copy", copies=True)
     know(
         "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ as_strided_ detach_",

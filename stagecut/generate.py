@@ -21,6 +21,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stagecut.backend.costs.balance import Balanced
+from stagecut.backend.costs.ops import device
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.serve.caches import Caches
@@ -40,6 +42,7 @@ from stagecut.backend.serve.turns import Turns
 from stagecut.backend.tables import table
 from stagecut.frontend.markers import SplitPoint
 from stagecut.frontend.source import place_of
+from stagecut.garbage import collected_seldom
 from stagecut.ir.errors import InputError
 from stagecut.ir.keywords import near_names_in
 from stagecut.ir.text.printer import size_text
@@ -109,8 +112,8 @@ class Generator:
             stages = stages or dist.get_world_size(group)
         policy: Any = split_policy
         if split_spec is None and policy is None:
-            setting = Setting(training=False, n_microbatches=1)
-            policy = Balanced(stages, setting, budget=math.inf)
+            setting = _setting(stages, cuda_graphs)
+            policy = Balanced(stages, setting, budget=math.inf, inside="never")
         source = Source(checkpoint, init_fn or getattr(model, "_init_weights", None))
         self._programs = Programs(
             model,
@@ -218,7 +221,8 @@ class Generator:
                     refused.append(error)  # when the requests in flight are done
 
         if self._faults is None:
-            lane()
+            with self._together():
+                lane()
             return results
         with self._together():
             self._turns.run([lane] * min(self.lanes, len(pending)))
@@ -244,6 +248,7 @@ class Generator:
             self._refuse_loops(kwargs)
             self._programs.refuse_replaced()
             result = model.generate(*args, **kwargs)
+            self._turns.pass_on()
             if self.device.type == "cuda":
                 # the host was ahead; its caches are for requests on other streams now
                 torch.cuda.current_stream(self.device).synchronize()
@@ -268,9 +273,10 @@ class Generator:
         them as they were: the next request is served. Any other error stops all.
         """
         if self._faults is None:
-            yield
+            with collected_seldom():
+                yield
             return
-        with self._faults.together():
+        with collected_seldom(), self._faults.together():
             try:
                 yield
             except Exception as error:
@@ -498,6 +504,16 @@ def _refuse_wishes(stages: Any, spec: Any, policy: Any, group: Any) -> None:
             "nothing says where to cut",
             hint='stages=2, or split_spec={"model.layers.4": SplitPoint.BEGINNING}',
         )
+
+
+def _setting(stages: int | None, replayed: bool) -> Setting:
+    """Requests keep all stages at work, so the slowest of them counts; a graph that is `replayed` leaves the
+    host nothing to do.
+    """
+    card = device("H100")
+    if replayed:
+        card = replace(card, starting=0.0)
+    return Setting(card, training=False, n_microbatches=4 * (stages or 1))
 
 
 def _vocabulary(model: nn.Module) -> int:

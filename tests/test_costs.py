@@ -109,6 +109,15 @@ def test_views_are_free_and_a_frozen_model_has_no_backward() -> None:
         assert not cost.kept
 
 
+def test_an_embedding_reads_the_rows_that_it_takes() -> None:
+    _, ops, costs = _costed(nn.Embedding(1000, 8), torch.arange(6))
+    cost = next(c for op, c in zip(ops, costs, strict=True) if "embedding" in op.target)
+    rows, indices = 6 * 8 * 4, 6 * 8
+    assert cost.moved == rows + indices + rows
+    # its gradient is one of the whole table
+    assert cost.backward_moved == 1.5 * (1000 * 8 * 4 + indices + rows)
+
+
 def test_a_checkpoint_keeps_its_input_and_computes_again() -> None:
     class Checkpointed(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

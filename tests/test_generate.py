@@ -252,6 +252,13 @@ def test_cuts_fall_where_every_step_runs() -> None:
 # --- what cannot be ---------------------------------------------------------------------------------------
 
 
+def test_no_stage_takes_longer_than_the_others() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=8, **SIZE)
+    generator = Generator(made(lambda: transformers.LlamaForCausalLM(config)), stages=4)
+    tokens(generator)
+    assert list(generator.split_spec or ()) == [f"model.layers.{n}" for n in (2, 4, 6)]
+
+
 def test_what_cannot_generate_is_refused() -> None:
     with pytest.raises(InputError, match=r"Linear has no generate\(\)"):
         Generator(nn.Linear(2, 2), stages=2)

@@ -211,6 +211,8 @@ class _Counter:
         again = any(context.kind == "checkpoint" for context in op.context)
         trains = any(carries_grad(result.type) for result in op.definitions())
         moved = self._moved(op)
+        # the gradient of a table of rows has all of them
+        backward_moved = 1.5 * (moved + self._left_out(op)) if trains else 0.0
         counted = None
         if op.operands and (moved or op.regions):
             key = self._signature(op)
@@ -220,13 +222,12 @@ class _Counter:
         if counted is None:
             return OpCost(
                 moved=moved,
-                backward_moved=1.5 * moved if trains else 0.0,
+                backward_moved=backward_moved,
                 passing=self._passing(op),
                 dtype=_dtype(op),
                 weights=_weights_share(op, None),
             )
         backward_flops = counted.backward_flops
-        backward_moved = 1.5 * moved if trains else 0.0
         kept = _kept_values(op, counted)
         extra = counted.extra
         if again:  # the region keeps what comes into it, and runs twice
@@ -251,7 +252,16 @@ class _Counter:
         """Bytes read and written: none for views."""
         if op.is_view:
             return 0.0
-        return float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
+        total = float(sum(self.nbytes(v) for v in (*op.operands, *op.results)))
+        return total - self._left_out(op)
+
+    def _left_out(self, op: Op) -> float:
+        """Bytes of an operand of which only some rows are read, without these rows."""
+        if not facts(op).takes_rows or op.is_view:
+            return 0.0
+        table = self.nbytes(op.operands[0])
+        rows = self.nbytes(op.results[0])
+        return float(max(0, table - rows))
 
     def _passing(self, op: Op) -> int:
         operands = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from stagecut.ir.graph import Program
 from stagecut.ir.types import TensorType
 
 Run = Callable[..., Any]
+_Key = tuple[Any, ...]
 
 MOST_GRAPHS = 64
 """Graphs of one stage. A call on tensors that none of them has runs as it is then."""
@@ -74,10 +77,11 @@ class Recording:
 
 class Graphed:
     """A function of tensors that is recorded at its second call on the same kept tensors, and replayed from
-    then on.
+    then on, as long as they live.
 
     kept: for each argument, whether it is used where it lies, as a cache is; others are copied to where the
-    recording reads them. The first call runs as it is: libraries set themselves up in it.
+    recording reads them. The first call runs as it is, and so does the first of each thread: libraries set
+    themselves up in it.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class Graphed:
         self._run = run
         self._kept = tuple(kept)
         self._record = record
-        self._seen: set[tuple[Any, ...]] = set()
-        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self._seen: dict[_Key, list[Any]] = {}
+        """Kept tensors of a call -> what drops the call when one of them is gone."""
+        self._recordings: dict[_Key, Recording] = {}
+        self._own = threading.local()
 
     def __call__(self, *arguments: Any) -> Any:
         return self.fitting(arguments)(*arguments)
@@ -99,14 +105,29 @@ class Graphed:
         """What runs for these arguments, and others on the same kept tensors: a recording, or for the first
         call the function itself.
         """
-        key = tuple(map(self._key, arguments, self._kept))
+        key = tuple(map(_key, arguments, self._kept))
         if key in self._recordings:
             return self._recordings[key]
-        if key not in self._seen or len(self._recordings) == MOST_GRAPHS:
-            self._seen.add(key)
+        is_ready = key in self._seen and hasattr(self._own, "has_run")
+        if not is_ready or len(self._recordings) == MOST_GRAPHS:
+            self._own.has_run = True
+            self._see(key, arguments)
             return self._run
         self._recordings[key] = self._recorded(arguments)
         return self._recordings[key]
+
+    def _see(self, key: _Key, arguments: Sequence[Any]) -> None:
+        """The call has been made, as long as its kept tensors live: others may lie there after them."""
+
+        def forget(_: Any) -> None:
+            self._seen.pop(key, None)
+            self._recordings.pop(key, None)
+
+        self._seen[key] = [
+            weakref.ref(argument, forget)
+            for argument, keeps in zip(arguments, self._kept, strict=True)
+            if keeps and isinstance(argument, torch.Tensor)
+        ]
 
     def _recorded(self, arguments: Sequence[Any]) -> Recording:
         own = {
@@ -118,11 +139,20 @@ class Graphed:
         called = [own.get(place, argument) for place, argument in enumerate(arguments)]
         return Recording(own, *self._record(lambda: self._run(*called)))
 
-    def _key(self, argument: Any, keeps: bool) -> Any:
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        where = argument.data_ptr() if keeps else None
-        return where, argument.dtype, argument.shape, argument.stride()
+
+def _key(argument: Any, keeps: bool) -> Any:
+    """What is the same in calls that one recording serves."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    where = None
+    if keeps:
+        where = id(argument), argument.data_ptr()
+    return (
+        where,
+        argument.dtype,
+        argument.shape,
+        argument.stride(),
+    )
 
 
 class Ready:

@@ -25,6 +25,8 @@ class Turns:
         self._live: list[threading.Semaphore] = []
         self._own = threading.local()
         self._errors: list[BaseException] = []
+        self._streams: list[torch.cuda.Stream] = []
+        """One for each piece of work, kept: memory that is free again is so for the stream that had it."""
 
     def run(self, works: Sequence[Work]) -> None:
         """All of the work is done. Raises what the first of it to fail has raised; the others stop at their
@@ -34,8 +36,8 @@ class Turns:
         gates = [threading.Semaphore(0) for _ in works]
         self._live = list(gates)
         threads = [
-            threading.Thread(target=self._enter, args=(gate, work), daemon=True)
-            for gate, work in zip(gates, works, strict=True)
+            threading.Thread(target=self._enter, args=(place, gate, work), daemon=True)
+            for place, (gate, work) in enumerate(zip(gates, works, strict=True))
         ]
         for thread in threads:
             thread.start()
@@ -65,24 +67,26 @@ class Turns:
         return self._live[(place + 1) % len(self._live)]
 
     @contextmanager
-    def _on_a_stream(self) -> Iterator[None]:
+    def _on_stream(self, place: int) -> Iterator[None]:
         if self._device.type != "cuda":
             yield
             return
         torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream()
+        while len(self._streams) <= place:
+            self._streams.append(torch.cuda.Stream())
+        stream = self._streams[place]
         # what was made before, weights for one, is there
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
 
-    def _enter(self, gate: threading.Semaphore, work: Work) -> None:
+    def _enter(self, place: int, gate: threading.Semaphore, work: Work) -> None:
         gate.acquire()
         self._own.gate = gate
         try:
             if not self._errors:
-                with self._on_a_stream():
+                with self._on_stream(place):
                     work()
         except _Stopped:
             pass
