@@ -666,7 +666,7 @@ class Pipe(Staged):
         from stagecut.backend.pictures.summary import summary
 
         mode = "train" if self.training else "eval"
-        basis = self.plan.basis if self.plan is not None else ""
+        basis = self.plan.basis if self.plan is not None else ()
         return summary(self.program, mode, self.notes, basis)
 
     def verify(self, *args: Any, **kwargs: Any) -> Report:

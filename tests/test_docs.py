@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 import runpy
 import shlex
+import symtable
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -157,6 +160,32 @@ def _is_error(value: Any) -> bool:
 # --- code ---------------------------------------------------------------------------------------------
 
 _BLOCK = re.compile(r"```python\n(.*?)```(\n\n```text\n(.*?)```)?", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in USERS if "```python" in page.read_text(encoding="utf-8")], ids=named)
+def test_the_first_example_stands_or_the_page_says_what_goes_before(page: Path) -> None:
+    """Names that it does not make are named above it, and so is the process group that a driver runs on."""
+    before, code = re.split(r"^```python.*\n", page.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE)
+    code, _, _ = code.partition("```")
+    assert _unknown(code) - {*re.findall(r"`(\w+)`", before)} == set()
+    if re.search(r"\bDriver\(", code):
+        assert "init_process_group" in before + code
+
+
+def _unknown(code: str) -> set[str]:
+    """The names that code reads and that nothing in it makes."""
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    table = symtable.symtable(code, "page", "exec")
+    made = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    waiting = [*table.get_children()]
+    for inner in waiting:  # names of functions and comprehensions are theirs
+        made |= {symbol.get_name() for symbol in inner.get_symbols() if symbol.is_local() or symbol.is_imported()}
+        waiting += inner.get_children()
+    return used - made - {*dir(builtins)}
+
+
+def test_a_name_that_nothing_makes_is_found() -> None:
+    assert _unknown("import a\nb = [c for c in range(2)]\ndef d(e): return e + f\nlen(b), a, d, g") == {"f", "g"}
 
 
 def test_every_page_with_code_is_run() -> None:

@@ -189,6 +189,31 @@ def test_one_stage_alone_is_called_slowest(show: Show, pipe: Pipe) -> None:
     assert f"stage {row} is the slowest" in said
 
 
+def test_a_stage_that_waits_for_its_host_is_marked(show: Show, pipe: Pipe) -> None:
+    """Its time is that of the host, of which the bar shows what is beyond the device's."""
+    flags = "[...document.querySelectorAll('#costs .flag')].map(f => f.textContent)"
+    bars = "document.querySelectorAll('#costs tbody .bar:has(.forward) .host').length"
+    bar = "[...document.querySelector('#costs tbody .bar').children].map(i => [i.className, parseFloat(i.style.width)])"
+    page = show(pipe.to_html(Setting("H100")))
+    report = pipe.report(Setting("H100"))
+    assert page.run(flags).count("host") == page.run(bars) == 3
+    longest = max(s.seconds for s in report.stages)
+    first = report.stages[0]
+    parts = dict(page.run(bar))
+    assert parts == pytest.approx(
+        {
+            "forward": 100 * first.forward / longest,
+            "backward": 100 * first.backward / longest,
+            "host": 100 * (first.host - first.device) / longest,
+        },
+        abs=0.01,
+    )
+    assert "the host is the limit of stages 0-2" in page.run("document.getElementById('findings').innerText")
+    page = show(pipe.to_html(Setting("CPU")))
+    assert "host" not in page.run(flags)
+    assert "host" not in page.run("document.querySelector('#costs .legend').innerText")
+
+
 def test_what_crosses_lists_the_stages_on_its_way(show: Show) -> None:
     page = show(to_html(*linked()))
     through = "[...document.querySelectorAll('#ways tbody tr')].map(r => [r.cells[0].textContent, r.cells[5].textContent])"

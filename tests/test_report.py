@@ -13,9 +13,10 @@ import torch
 from test_balance import IDS, Blocks
 from torch import nn
 
-from stagecut import Device, Pipe, Setting, pipeline
+from stagecut import AtModules, Device, Pipe, Setting, pipeline
 from stagecut.backend.costs.ops import state_bytes
 from stagecut.backend.costs.report import Report, TooLarge
+from stagecut.backend.page.page import findings
 from stagecut.backend.tables import time_text
 
 
@@ -38,6 +39,71 @@ def test_numbers_add_up() -> None:
     assert pipe.plan is not None
     for stage, planned in zip(report.stages, pipe.plan.memory, strict=True):
         assert sum(stage.memory.values()) == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+@pytest.mark.parametrize("device", ["H100", "L4", "CPU"])
+def test_a_step_has_room_for_what_the_table_says(device: str, schedule: str) -> None:
+    """Whether the device or the host is the limit: a reader who multiplies the time of a stage gets most of the step."""
+    pipe, _ = _report()
+    report = pipe.report(Setting(device, schedule, 32))
+    slowest = max(report.stages, key=lambda s: s.seconds)
+    assert 0.75 * report.seconds < 32 * slowest.seconds <= report.seconds * (1 + 1e-9)
+    assert sum(s.share for s in report.stages) == pytest.approx(1.0)
+    assert slowest.share == max(s.share for s in report.stages)
+    assert report.balance == pytest.approx(1 / (3 * slowest.share))
+    assert 1 < report.speed_up < 3
+    assert f"  {time_text(slowest.seconds)}  {100 * slowest.share:.1f} %  " in str(report)
+
+
+def test_a_host_that_is_the_limit_is_told() -> None:
+    """A small model on a GPU: the host takes longer to start an op than the device to compute it."""
+    pipe, report = _report()
+    assert all(s.waits_for_host and s.seconds == s.host > s.device for s in report.stages)
+    assert "host" in str(report).splitlines()[0].split()
+    said = re.search(r"the host is the limit of stages 0-2: it starts the ops of stage (\d) in (.*), the device .* in (.*); ", str(report))
+    assert said is not None
+    longest = report.stages[int(said[1])]
+    assert (said[2], said[3]) == (time_text(longest.host), time_text(longest.device))
+    assert longest.host == max(s.host for s in report.stages)
+    (found,) = (sentence for sentence, _ in findings(pipe.program, report) if "the host" in sentence)
+    assert found == report.host_text
+    assert json.loads(report.to_json())["stages"][0]["host"] == report.stages[0].host
+    on_cpu = pipe.report(Setting("CPU"))
+    assert [s.host for s in on_cpu.stages] == [0, 0, 0]
+    assert "the host is the limit" not in str(on_cpu)
+
+
+def test_balance_is_judged_by_what_limits() -> None:
+    """Many small ops keep the host busy, and one large op the device."""
+
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = nn.Sequential(*(nn.Linear(8, 8) for _ in range(30)))
+            self.large = nn.Linear(8, 1 << 20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.large(self.small(x))
+
+    with torch.device("meta"):
+        pipe = pipeline(Uneven(), (torch.zeros(64, 8),), split_policy=AtModules(["large"]))
+    report = pipe.report(Setting("H100", "GPipe", 4))
+    small, large = report.stages
+    assert small.host > small.device
+    assert large.device > large.host
+    assert report.balance == pytest.approx((small.host + large.device) / 2 / max(small.host, large.device))
+    assert report.balance < 0.8 * (small.device + large.device) / 2 / max(small.device, large.device)
+    assert "the host is the limit of stage 0:" in str(report)
+
+
+def test_a_plan_has_the_times_of_the_report() -> None:
+    """Those of the device for one stage, and of the host for another."""
+    pipe, report = _report()
+    assert pipe.plan is not None
+    assert report.slowest == pytest.approx(max(s.seconds for s in report.stages), rel=0.05)
+    for stage, planned in zip(report.stages, pipe.plan.seconds, strict=True):
+        assert stage.seconds <= planned < 1.05 * stage.seconds  # with its links
 
 
 def test_the_table() -> None:
@@ -63,7 +129,7 @@ def test_the_picture_is_svg_with_a_bar_for_each_kind() -> None:
     root = ElementTree.fromstring(report.to_svg())
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}g")) == 3
-    assert all(len(g.findall(f"{space}rect")) == 7 for g in root.findall(f"{space}g"))
+    assert all(len(g.findall(f"{space}rect")) == 8 for g in root.findall(f"{space}g"))
 
 
 def test_crossings_say_why() -> None:

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_many_stages_fit_on_a_screen() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
     pipe = pipeline(model, (torch.randn(2, 2),), stages=count)
     lines = str(pipe).splitlines()
-    assert len(lines) == MOST_STAGES + 4
+    assert len(lines) == MOST_STAGES + 5
     (gap,) = [number for number, line in enumerate(lines) if "..." in line]
     left_out = int(re.findall(r"(\d+) stages more", lines[gap])[0])
     assert int(lines[gap - 1].split()[0]) + left_out + 1 == int(lines[gap + 1].split()[0])
@@ -112,20 +113,24 @@ class Tags(HTMLParser):
 
 
 def test_a_searched_cut_says_for_what_and_how_to_have_another() -> None:
-    """In one line under the table; `inside` is named where a cut divides a block. Cuts that were asked for say nothing."""
+    """Under the table; `inside` is named where a cut divides a block. Cuts that were asked for say nothing."""
     assert "cut for" not in str(cut())
     model = nn.Sequential(*(Block(cut=False) for _ in range(3)))
     setting = Setting(["A100", "A100", "L4"], "GPipe", 4)
-    for inside, what, how in (("always", ", one cut inside a block", ', inside="never"'), ("never", "", "")):
+    for inside, what in (("always", ', one cut inside a block (none with inside="never")'), ("never", "")):
         pipe = pipeline(model, (X,), split_policy=Balanced(2, setting, inside=inside))
-        policy = f"Balanced(2, Setting(device, schedule){how})"
-        line = f"cut for A100, L4 and GPipe with 4 micro-batches{what}; to change that: split_policy={policy}"
-        assert line in str(pipe).splitlines()
-        assert line in str(pipe.plan).splitlines()
-        assert escape(line) in pipe._repr_html_()
-    asked = eval(how_to(str(pipe)), {"Balanced": Balanced, "Setting": Setting, "device": "L4", "schedule": "GPipe"})
-    other = pipeline(model, (X,), split_policy=asked)
-    assert "cut for L4 and GPipe with 8 micro-batches" in str(other)
+        call = f'Balanced(2, Setting(["A100", "A100", "L4"], "GPipe", 4), inside="{inside}")'
+        lines = [
+            f"cut for A100, L4 and GPipe with 4 micro-batches{what}",
+            f"for another device or schedule: split_policy={call}",
+        ]
+        for line in lines:
+            assert line in str(pipe).splitlines()
+            assert line in str(pipe.plan).splitlines()
+            assert escape(line) in pipe._repr_html_()
+    asked = eval(how_to(str(pipe)), {"Balanced": Balanced, "Setting": Setting})
+    other = pipeline(model, (X,), split_policy=replace(asked, setting=Setting()))
+    assert "cut for H100 (the preset) and 1F1B with 8 micro-batches" in str(other)
 
 
 def how_to(shown: str) -> str:

@@ -16,7 +16,7 @@ from stagecut.backend.costs.line import Line
 from stagecut.backend.costs.loss import counted_loss
 from stagecut.backend.costs.measured import Trial, time_spans, torch_device
 from stagecut.backend.costs.ops import Device, program_ops
-from stagecut.backend.costs.plan import Choice, Plan
+from stagecut.backend.costs.plan import WORTH, Choice, Plan, call_text
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import STATE_OF, Setting
@@ -41,9 +41,6 @@ ORDERS = ("schedule", "timed")
 
 MOST_ROUNDS = 6
 """Orders and cuts are searched in turn so many times."""
-
-WORTH = 0.03
-"""A cut may divide a block where the step gains more than this part."""
 
 MOST = 256
 """The most stages that are tried when their number is left open."""
@@ -219,6 +216,8 @@ class Balanced:
             return None
         if self.order == "timed" and self.setting.splits:
             steps, choice = self._timed(line, steps, choice, scale)
+        positions = {cut for way in choice.ways.values() for cut in way.cuts[1:-1]}
+        choice = replace(choice, places={cut: line.place(cut) for cut in positions})
         setting = steps.setting
         cuts = list(choice.chosen.cuts)
         flights = setting.flights(stages)
@@ -227,7 +226,7 @@ class Balanced:
         for (begin, end), flight in zip(intervals, flights, strict=True):
             parts = line.memory(begin, end, flight)
             memory.append(sum(parts))
-        seconds = steps.problem.stage_seconds(cuts)
+        seconds = self._stage_seconds(line, steps.problem, cuts)
         return Plan(
             tuple(cuts[1:-1]),
             tuple(seconds),
@@ -237,9 +236,27 @@ class Balanced:
             choice.chosen.seconds,
             setting,
             choice,
-            line.loss.name if line.loss is not None else "",
+            line.loss_name,
             inside=int(line.is_inside_block[cuts[1:-1]].sum()),
+            policy=call_text(replace(self, stages=stages, budget=self._limit), 2),
         )
+
+    @property
+    def _limit(self) -> float:
+        """The budget as a call has it: one for which `stages=` alone stands is left out."""
+        return self.budget if self.budget < math.inf else Balanced.budget
+
+    def _stage_seconds(
+        self, line: Line, problem: Problem, cuts: Sequence[int]
+    ) -> list[float]:
+        """Seconds of each stage: of its device or its host, whichever has more to do, with its links."""
+        seconds: list[float] = []
+        for stage, where in enumerate(self.setting.devices(len(cuts) - 1)):
+            begin, end = cuts[stage : stage + 2]
+            both_ways = line.parts(where)[:, :2, begin:end].sum((1, 2))
+            link = problem.links[stage][begin] + problem.links[stage][end]
+            seconds.append(float(both_ways.max() + link))
+        return seconds
 
     def _timed(
         self, line: Line, steps: Steps, choice: Choice, scale: float
@@ -312,6 +329,8 @@ class Balanced:
             best_at_blocks.shortest if best_at_blocks is not None else None,
             best.shortest,
             outermost.evenest,
+            inside=self.inside,
+            tolerance=self.tolerance,
         )
 
     def _levels(self, line: Line) -> Iterator[torch.Tensor]:

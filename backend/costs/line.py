@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import torch
 
 from stagecut.backend.costs.held import NONE, Held, Holdings, held_by_graphs
-from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.loss import OWN_LOSS, LossCost, returns_loss
 from stagecut.backend.costs.measured import Trial
 from stagecut.backend.costs.ops import (
     Device,
@@ -22,13 +22,24 @@ from stagecut.backend.costs.ops import (
     program_ops,
     state_bytes,
 )
+from stagecut.backend.costs.plan import Place
 from stagecut.backend.costs.runtime import KINDS, Parts, Timing
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.ir.aliases import unwritten
-from stagecut.ir.graph import WHOLE, Context, Op, Program, Scope, StateEntry, Value
-from stagecut.ir.ops import is_heavy
+from stagecut.ir.graph import (
+    WHOLE,
+    Context,
+    Op,
+    Program,
+    Scope,
+    StateEntry,
+    Value,
+    scope_fqn,
+)
+from stagecut.ir.ops import is_heavy, module_path
 from stagecut.ir.roles import Flight
 from stagecut.ir.run.bindings import Bindings
+from stagecut.ir.text.printer import file_names
 from stagecut.ir.types import carries_grad
 
 
@@ -54,6 +65,7 @@ class Line:
     returned: frozenset[Value]
     loss: LossCost | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    returns_loss: bool = False
     measured: torch.Tensor | None = None
     held: Holdings | None = None
     _starts: dict[tuple[float, Flight], torch.Tensor] = field(default_factory=dict)
@@ -71,7 +83,15 @@ class Line:
         ops = program_ops(program)
         returned = frozenset(program.output.operands)
         costs = op_costs(ops, sizes, bindings)
-        return Line(ops, costs, setting, returned, loss, sizes)
+        own = returns_loss(program)
+        return Line(ops, costs, setting, returned, loss, sizes, own)
+
+    @property
+    def loss_name(self) -> str:
+        """The loss that is counted; empty for none."""
+        if self.loss is not None:
+            return self.loss.name
+        return OWN_LOSS if self.returns_loss and self.setting.training else ""
 
     @cached_property
     def crossing(self) -> torch.Tensor:
@@ -209,6 +229,23 @@ class Line:
             after = self.ops[position].scope
             depth[position] = _common(before, after)
         return depth
+
+    def place(self, position: int) -> Place:
+        """What a cut in front of the op at a position is in front of."""
+        op = self.ops[position]
+        depth = int(self.depth[position])
+        inner = op.scope[: depth + 1]
+        name = scope_fqn(inner)
+        if len(inner) == depth:  # an op of the module that is divided
+            name = module_path(op) or f"{op.target} of {name or 'the model'}"
+        source = ""
+        if op.loc is not None:
+            source = f"{self._files[op.loc.file]}:{op.loc.line}"
+        return Place(name, source, bool(self.is_inside_block[position]))
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        return file_names(self.ops)
 
     def blocks(self) -> list[tuple[int, int]]:
         """The line in spans: each block of repeated ones, and what lies between them. Where there are none, a

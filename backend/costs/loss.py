@@ -15,10 +15,12 @@ from stagecut.backend.costs.ops import Device, known_shape
 from stagecut.backend.costs.setting import Setting
 from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError
-from stagecut.ir.graph import Program, Value
+from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.run.call import CallSpec
 from stagecut.ir.run.storage import storage_of
 from stagecut.ir.types import DTYPES, TensorType, carries_grad
+
+OWN_LOSS = "the model's own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +133,10 @@ def assumed_loss(
     program: Program, sizes: Mapping[str, int]
 ) -> tuple[Callable[..., Any], Any] | None:
     """The loss that the outputs of a model suggest, and a target for it: cross-entropy where an output has
-    logits for every token of an input. None where they suggest nothing.
+    logits for every token of an input. None where they suggest nothing, and for a model that returns its own.
     """
+    if returns_loss(program):
+        return None
     tokens = [
         tuple(value.type.shape)
         for value in program.inputs
@@ -147,6 +151,41 @@ def assumed_loss(
             target = torch.zeros(logits.shape[:-1], dtype=torch.long, device="meta")
             return _CrossEntropy(place), target
     return None
+
+
+def returns_loss(program: Program) -> bool:
+    """True for a model that returns its loss: a number with a gradient, computed from another output, or the
+    only output that has one.
+    """
+    trained = [leaf for leaf in program.outputs if _trains(leaf)]
+    numbers: list[Value] = []
+    others: set[Value] = set()
+    for leaf in trained:
+        if leaf.type.shape == ():
+            numbers.append(leaf)
+        else:
+            others.add(leaf)
+    if not others:
+        return bool(numbers)
+    return any(_is_computed_from(leaf, others) for leaf in numbers)
+
+
+def _trains(leaf: Any) -> bool:
+    kind = leaf.type if isinstance(leaf, Value) else None
+    return isinstance(kind, TensorType) and carries_grad(kind)
+
+
+def _is_computed_from(value: Value, wanted: set[Value]) -> bool:
+    waiting = [value]
+    seen: set[Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value in wanted:
+            return True
+        if isinstance(value.owner, Op) and value not in seen:
+            waiting += value.owner.operands
+        seen.add(value)
+    return False
 
 
 @dataclass(frozen=True)

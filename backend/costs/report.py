@@ -14,15 +14,16 @@ from typing import Any
 
 from stagecut.backend.costs.kept import KeptByGraphs
 from stagecut.backend.costs.line import Line
-from stagecut.backend.costs.loss import LossCost
+from stagecut.backend.costs.loss import LossCost, returns_loss
 from stagecut.backend.costs.ops import Device, op_costs, program_ops, state_bytes
 from stagecut.backend.costs.plan import Plan
-from stagecut.backend.costs.runtime import Timing, as_run
+from stagecut.backend.costs.runtime import Parts, Timing, as_run
 from stagecut.backend.costs.search import by_rank
 from stagecut.backend.costs.setting import STATE_OF, Setting
 from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.costs.units import Units, units_of
+from stagecut.backend.pictures.drawing import stages_text
 from stagecut.backend.pictures.stages import homes_of
 from stagecut.backend.pictures.summary import crossing, layers_of
 from stagecut.backend.stages.staged import Staged
@@ -37,8 +38,10 @@ from stagecut.ir.types import carries_grad, value_bytes
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage for one micro-batch. flops are those of the forward, seconds those of forward and backward.
-    memory is in bytes by kind; `passing` are the gradients that one op's backward reads and makes.
+    """One stage for one micro-batch. flops are those of the forward. forward, backward: seconds in which the
+    device computes them; host: those in which the host starts the ops of both; share: the part of `seconds`
+    in that of all stages. memory is in bytes by kind; `passing` are the gradients that one op's backward
+    reads and makes.
 
     parameters counts elements. received, sent: bytes forward, including values relayed through the stage.
     sources: how many ops have their costs from each source. saved: what graphs save, None by autograd.
@@ -51,6 +54,7 @@ class StageReport:
     flops: float
     forward: float
     backward: float
+    host: float
     share: float
     parameters: int
     memory: dict[str, int]
@@ -58,6 +62,21 @@ class StageReport:
     sent: int
     sources: dict[str, int]
     saved: KeptByGraphs | None = None
+
+    @property
+    def device(self) -> float:
+        """The seconds in which the device computes forward and backward."""
+        return self.forward + self.backward
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of forward and backward: of the device or the host, whichever has more to do."""
+        return max(self.device, self.host)
+
+    @property
+    def waits_for_host(self) -> bool:
+        """True when the host takes longer to start the ops than the device to compute them."""
+        return self.host > self.device
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,11 @@ _REMEDIES = {
 }
 """Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
+_HOST_REMEDY = (
+    "larger micro-batches, compiled stages or CUDA graphs help. While a rank waits for values its host "
+    "starts ops ahead: the timeline has it idle beside a rank with as much to do"
+)
+
 
 @dataclass(frozen=True, repr=False)
 class Report:
@@ -117,11 +141,12 @@ class Report:
 
     seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
     speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
-    slowest one. slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below
-    it; best: a step with the best cuts anywhere; in seconds, None where the cuts were not searched for this
-    setting. loss: the one that was counted on the last stage. too_large: the ranks that do not fit their
-    devices. shares: for each stage what its ops take of it, and the loss behind those of the last. units:
-    what predictions for other numbers of stages are made of, None where devices differ.
+    slowest one, where the time of a rank is that of its host if that limits it. slowest: the slowest rank,
+    with the time of its links; bound: no slowest rank can be below it; best: a step with the best cuts
+    anywhere; in seconds, None where the cuts were not searched for this setting. loss: the one that was
+    counted on the last stage. too_large: the ranks that do not fit their devices. shares: for each stage what
+    its ops take of it, and the loss behind those of the last. units: what predictions for other numbers of
+    stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -171,6 +196,7 @@ class Report:
             "share",
             "forward",
             "backward",
+            "host",
             "FLOPs",
             "params",
             "memory",
@@ -192,11 +218,26 @@ class Report:
             "times as fast as one device"
         )
         yield from self._search_lines()
+        if waiting := self.host_text:
+            yield waiting
         yield self._costs_line()
         if self.crossings:
             rows = [*map(_crossing_row, self.crossings)]
             yield ""
             yield table(rows, left=(0, 2, 4))
+
+    @property
+    def host_text(self) -> str:
+        """Which stages wait for the host, and what helps; empty where none does."""
+        waiting = [s for s in self.stages if s.waits_for_host]
+        if not waiting:
+            return ""
+        longest = max(waiting, key=lambda s: s.host)
+        return (
+            f"the host is the limit of {stages_text([s.index for s in waiting])}: it starts the ops of stage "
+            f"{longest.index} in {time_text(longest.host)}, the device computes them in "
+            f"{time_text(longest.device)}; {_HOST_REMEDY}"
+        )
 
     def _costs_line(self) -> str:
         """The sources of the costs."""
@@ -244,7 +285,7 @@ class Report:
         seconds: list[float] = []
         nbytes: list[int] = []
         for s in self.stages:
-            seconds.append(s.forward + s.backward)
+            seconds.append(s.seconds)
             nbytes.append(sum(s.memory.values()))
         slowest = max(seconds, default=0.0) or 1.0
         fullest = max(nbytes, default=0) or 1
@@ -258,26 +299,27 @@ class Report:
             [
                 ("forward", _COLORS[0]),
                 ("backward", _COLORS[1]),
-                *zip(_KINDS, _COLORS[2:], strict=True),
+                ("host alone", _COLORS[2]),
+                *zip(_KINDS, _COLORS[3:], strict=True),
             ]
         ):
-            x = left + 118 * i
+            x = left + 100 * i
             parts.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{color}"/>')
             parts.append(f'<text x="{x + 17}" y="19">{name}</text>')
         for number, s in enumerate(self.stages):
             top = 36 + row * number
             parts.append(f"<g><title>{escape(', '.join(s.modules))}</title>")
             parts.append(f'<text x="8" y="{top + 25}">stage {s.index}</text>')
-            times = [s.forward, s.backward]
+            times = [s.forward, s.backward, s.seconds - s.device]
             parts += _bar(
-                left, top, wide / slowest, times, _COLORS[:2], time_text(sum(times))
+                left, top, wide / slowest, times, _COLORS[:3], time_text(s.seconds)
             )
             memory = s.memory
             sizes = [float(memory[kind]) for kind in _KINDS]
             label = size_text(sum(memory.values()))
             if s.index in over:
                 label += ", too large"
-            parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[2:], label)
+            parts += _bar(left, top + 20, wide / fullest, sizes, _COLORS[3:], label)
             parts.append("</g>")
         return "\n".join([*parts, "</svg>\n"])
 
@@ -286,10 +328,11 @@ def _row(s: StageReport) -> tuple[str, ...]:
     return (
         str(s.index),
         str(s.rank),
-        time_text(s.forward + s.backward),
+        time_text(s.seconds),
         f"{100 * s.share:.1f} %",
         time_text(s.forward),
         time_text(s.backward),
+        time_text(s.host),
         count_text(s.flops),
         count_text(s.parameters),
         size_text(sum(s.memory.values())),
@@ -308,7 +351,16 @@ def _crossing_row(c: Crossing) -> tuple[str, ...]:
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")
-_COLORS = ("#4c78a8", "#9ecae9", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b", "#e45756")
+_COLORS = (
+    "#4c78a8",
+    "#9ecae9",
+    "#bab0ac",
+    "#54a24b",
+    "#88d27a",
+    "#b79a20",
+    "#f2cf5b",
+    "#e45756",
+)
 
 
 def _bar(
@@ -360,7 +412,10 @@ def report(
     hosts = [as_run(timing.host, i, splits) for i, timing in enumerate(timings)]
     crossings = tuple(_crossings(program))
     homes = homes_of(program)
-    total = sum(s.forward + s.backward for s in seconds) or 1.0
+    on_device = [_both_ways(timing.device) for timing in timings]
+    on_host = [_both_ways(timing.host) for timing in timings]
+    limits = [*map(max, on_device, on_host)]
+    total = sum(limits) or 1.0
     between = [_bytes_between(program, i) for i in range(count - 1)]
     stages: list[StageReport] = []
     for i, (stage, line) in enumerate(zip(program.stages, lines, strict=True)):
@@ -377,7 +432,8 @@ def report(
                 sum(cost.flops for cost in line.costs),
                 time.forward,
                 time.backward,
-                (time.forward + time.backward) / total,
+                on_host[i],
+                limits[i] / total,
                 sum(_elements(e.type) for e in stage.state if e.kind == "param"),
                 _memory(stage, line, setting, flights[i], by_graphs[i]),
                 between[i - 1] if i else 0,
@@ -400,7 +456,8 @@ def report(
         [(s.inputs, s.weights) for s in run],
         hosts,
     )
-    ranks = by_rank(placement, [s.forward + s.backward for s in seconds])
+    ranks = by_rank(placement, limits)
+    alone = max(sum(on_device), sum(on_host))
     shares = tuple(
         shares_of(line, where, spent, made.memory["activations"])
         for line, where, spent, made in zip(
@@ -415,17 +472,21 @@ def report(
         setting.n_microbatches,
         line_of_time.seconds,
         line_of_time.bubble,
-        setting.n_microbatches * total / (line_of_time.seconds or 1.0),
+        setting.n_microbatches * alone / (line_of_time.seconds or 1.0),
         sum(ranks) / len(ranks) / (max(ranks) or 1.0),
         searched.bottleneck if searched else None,
         searched.bound if searched else None,
         searched.choice.anywhere.seconds if searched and searched.choice else None,
-        loss.name if loss is not None else "",
+        lines[-1].loss_name,
         tuple(_too_large(stages, devices)),
         line_of_time,
         shares,
         _units(program, lines, timings, delays, splits, measured is not None),
     )
+
+
+def _both_ways(seconds: Parts[float]) -> float:
+    return seconds.forward + seconds.backward
 
 
 def _units(
@@ -466,6 +527,7 @@ def _lines_of(
     ops = program_ops(program)
     costs = dict(zip(ops, op_costs(ops, sizes, bindings), strict=True))
     last = program.stages[-1]
+    own = returns_loss(program)
     return [
         Line(
             stage.ops,
@@ -474,6 +536,7 @@ def _lines_of(
             frozenset(stage.outputs),
             loss if stage is last else None,
             sizes or {},
+            own,
         )
         for stage in program.stages
     ]

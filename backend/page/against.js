@@ -14,7 +14,7 @@ function cutNumbers({stages, report}) {
 
 function cutTable(name, {stages}, slow, full, isThis) {
   const rows = stages.map((stage) => h("tr", {}, cell(isThis ? stageRef(stage.index) : `stage ${stage.index}`),
-    cell(bar([["forward", stage.forward], ["backward", stage.backward]], slow)), number(seconds(timeOf(stage))),
+    cell(timeBar(stage, slow)), number(seconds(timeOf(stage))),
     cell(bar(KINDS.map((kind) => [kind, stage.memory[kind] ?? 0]), full)), number(bytes(memoryOf(stage)))));
   const heads = ["stage", "time of a micro-batch", "", "memory", ""].map((head) => h("th", {scope: "col"}, head));
   return h("div", {}, h("h3", {}, name), h("div", {class: "scroll"}, h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows))));

@@ -502,16 +502,17 @@ def findings(program: Program, report: Report | None) -> Iterator[Finding]:
 
 
 def _time_findings(report: Report) -> Iterator[Finding]:
-    slowest = max(report.stages, key=lambda s: s.forward + s.backward)
-    seconds = slowest.forward + slowest.backward
-    total = sum(s.forward + s.backward for s in report.stages)
+    slowest = max(report.stages, key=lambda s: s.seconds)
+    total = sum(s.seconds for s in report.stages)
     mean = total / len(report.stages) or 1.0
-    over = 100 * (seconds / mean - 1)
+    over = 100 * (slowest.seconds / mean - 1)
     others = "the others wait for it" if over >= 2 else "the stages are balanced"
     yield (
         f"stage {slowest.index} is the slowest, {over:.0f} % above the mean: {others}",
         f"stage:{slowest.index}",
     )
+    if waiting := report.host_text:
+        yield waiting, ""
     if report.bubble > 0.2:
         more = f"{report.n_microbatches} micro-batches for {len(report.stages)} stages"
         yield (

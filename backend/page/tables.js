@@ -26,7 +26,11 @@ const legend = (kinds) => kinds.map((kind) => h("span", {}, h("i", {class: kind}
 const cell = (...items) => h("td", {}, ...items);
 const number = (text) => h("td", {class: "number"}, String(text));
 const memoryOf = (stage) => sum(KINDS.map((kind) => stage.memory[kind] ?? 0));
-const timeOf = (stage) => stage.forward + stage.backward;
+/** Seconds of the device or of the host, whichever has more to do, as in a StageReport. */
+const timeOf = (stage) => Math.max(stage.forward + stage.backward, stage.host);
+const timeBar = (stage, most) => bar([["forward", stage.forward], ["backward", stage.backward],
+  ["host", timeOf(stage) - stage.forward - stage.backward]], most);
+const waitsForHost = (stage) => stage.host > stage.forward + stage.backward;
 
 /** A table whose rows are made on demand; a click on a head sorts by it. heads: [name, key of an item, is a number]. */
 function sortable(heads, items, row) {
@@ -61,6 +65,13 @@ function flag(size, stage, word) {
 const memoryFlag = (stage) => DATA.report.too_large.includes(stage.index)
   ? h("span", {class: "flag over"}, "too large") : flag(memoryOf, stage, "fullest");
 
+/** The word for a stage whose ops the host starts in more time than the device takes for them. */
+function hostFlag(stage) {
+  if (!waitsForHost(stage)) return null;
+  const says = `the host starts its ops in ${seconds(stage.host)}, the device computes them in ${seconds(stage.forward + stage.backward)}`;
+  return h("span", {class: "flag", title: says}, "host");
+}
+
 const STAGE_HEADS = [["stage", (s) => s.index], ["modules", (s) => s.modules.join()], ["ops", (s) => s.ops, true]];
 const COST_HEADS = [
   ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf],
@@ -79,8 +90,7 @@ function stageRow(stage) {
   if (!costed) return h("tr", row, cell(stageRef(stage.index)), modulesCell(stage), number(stage.ops));
   return h("tr", row,
     cell(stageRef(stage.index)), number(stage.rank),
-    cell(bar([["forward", stage.forward], ["backward", stage.backward]], longest)),
-    cell(seconds(timeOf(stage)), flag(timeOf, stage, "slowest")), number(percent(stage.share)),
+    cell(timeBar(stage, longest)), cell(seconds(timeOf(stage)), flag(timeOf, stage, "slowest"), hostFlag(stage)), number(percent(stage.share)),
     number(count(stage.flops)), number(count(stage.parameters)),
     cell(bar(KINDS.map((kind) => [kind, stage.memory[kind] ?? 0]), fullest)),
     cell(bytes(memoryOf(stage)), memoryFlag(stage)),
@@ -119,6 +129,6 @@ if (DATA.findings.length > 8) {
   at("findings").append(h("li", {}, `and ${DATA.findings.length - 8} more state entries that several stages use`));
 }
 table(at("costs"), costed ? COST_HEADS : STAGE_HEADS, DATA.stages, stageRow, Infinity);
-if (costed) at("costs").append(h("div", {class: "legend"}, legend(["forward", "backward", ...KINDS])));
+if (costed) at("costs").append(h("div", {class: "legend"}, legend(["forward", "backward", ...(DATA.stages.some(waitsForHost) ? ["host"] : []), ...KINDS])));
 table(at("ways"), WAY_HEADS, DATA.ways, wayRow);
 table(at("entries"), ENTRY_HEADS, DATA.state, entryRow);

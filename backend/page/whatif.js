@@ -78,7 +78,8 @@ function predict([schedule, count, ranks, microbatches], text) {
   const onRank = (rank, size) => sum(places.map((place, stage) => place.rank === rank ? size(place.memory, stage) : 0));
   const all = (memory) => memory.parameters + memory.activations + memory.passing;
   const fullest = Math.max(...timeline.rows.map((_, rank) => onRank(rank, all)));
-  const work = sum(stages.map(({seconds: [device]}) => device[0] + device[1]));
+  // of one device, or of its host where that has more to do
+  const work = Math.max(...[0, 1].map((part) => sum(stages.map(({seconds: both}) => both[part][0] + both[part][1]))));
   return {timeline, stages, delays, fullest, speedUp: microbatches * work / timeline.seconds, each: timeline.seconds / microbatches};
 }
 

@@ -51,10 +51,10 @@ class Summary:
 
 
 def summary(
-    program: Program, mode: str, notes: Sequence[str] = (), basis: str = ""
+    program: Program, mode: str, notes: Sequence[str] = (), basis: Sequence[str] = ()
 ) -> Summary:
     """The summary of a linked program that is in `mode`: "train" or "eval". basis: for what its cuts were
-    searched, a line.
+    searched, lines.
     """
     homes = homes_of(program)
     last = len(program.stages) - 1
@@ -75,8 +75,8 @@ def summary(
     total = count_text(elements)
     stages = count_of(len(program.stages), "stage")
     title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
-    lines = [*_tied_lines(program), basis, *_note_lines(notes), FURTHER]
-    return Summary(title, tuple(rows), tuple(filter(None, lines)))
+    lines = [*_tied_lines(program), *basis, *_note_lines(notes), FURTHER]
+    return Summary(title, tuple(rows), tuple(lines))
 
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:

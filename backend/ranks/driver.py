@@ -178,9 +178,9 @@ class Driver:
         self._normalize_by = normalize_by
         self._looked = set[str]()
         self._read_by_loss: list[torch.Tensor] = []
-        self.losses: Losses | None = None
+        self._losses: Losses | None = None
         if loss_fn is not None:
-            self.losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
+            self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
         self._data = Data(pipe, self.placement, group, self.device, data_on)
@@ -213,8 +213,8 @@ class Driver:
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
-        self.gradients = Gradients(*shared)
-        self.precision = Precision(*shared)
+        self._gradients = Gradients(*shared)
+        self._precision = Precision(*shared)
 
     def _graphs_of_steps(self) -> StepGraphs:
         if self.device.type != "cuda":
@@ -343,11 +343,11 @@ class Driver:
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
                 refuse_feedback(self.pipe.program, self.pipe.training)
-            cast = self.precision.agreed.change is not None
+            cast = self._precision.agreed.change is not None
             sizes = self._batch.of_call(call, cast)
             if losses is not None:
                 losses.begin(*self._batch.labels(call))
-        dtypes = self.precision.dtypes(
+        dtypes = self._precision.dtypes(
             lambda index, dtypes: self._built(index, sizes[0], dtypes)
         )
         with self.faults.alike():
@@ -384,21 +384,21 @@ class Driver:
             modules = self.modules
             changed = (
                 changed_here(self.pipe, self.stage_indices),
-                self.precision.changed_here(),
+                self._precision.changed_here(),
             )
             agreed = self._calls.agree(how, vars(call), changed)
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
         if precision_changed:
-            self.precision.agree(modules)
-        if self.losses is None:
+            self._precision.agree(modules)
+        if self._losses is None:
             return None
         with_target = agreed.has["target"] | agreed.has["target_mbs"]
         if self.placement[-1] in with_target or takes_no_target(
-            self.losses.loss_fn, [*(call.loss_kwargs or ())]
+            self._losses.loss_fn, [*(call.loss_kwargs or ())]
         ):
-            return self.losses
+            return self._losses
         if how == "eval":
             return None
         raise InputError(
@@ -423,7 +423,7 @@ class Driver:
         backward = how == "step" and losses is not None
         self._lent.fetch()
         if backward:
-            self.gradients.tied.accumulate()
+            self._gradients.tied.accumulate()
         aside = put_aside(self.parameters()) if backward and self._normalize_by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
         self._call_losses = losses
@@ -431,8 +431,8 @@ class Driver:
         def run() -> None:
             self._read_by_loss = []
             getattr(schedule, how)(
-                target=numbers if self.losses is not None else None,
-                losses=[] if numbers is not None and self.losses is not None else None,
+                target=numbers if self._losses is not None else None,
+                losses=[] if numbers is not None and self._losses is not None else None,
                 return_outputs=False,
             )
 
@@ -525,7 +525,7 @@ class Driver:
         if look:
             self._look(leaves_of(loss, packed))
         if grad:
-            return self.gradients.scaled(loss)
+            return self._gradients.scaled(loss)
         return loss
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
@@ -541,20 +541,20 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
         pipeline calls it.
         """
-        self.gradients.tied.sum()
+        self._gradients.tied.sum()
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
         other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
         """
         if optimizer is not None:
-            self.gradients.attach(optimizer)
+            self._gradients.attach(optimizer)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
         """The backward of every step starts from the loss that `scaler` scales; `step` returns losses that
         are not scaled. Every rank attaches one of its own.
         """
-        self.gradients.attach_scaler(scaler)
+        self._gradients.attach_scaler(scaler)
 
     def clip_grad_norm_(
         self,
@@ -570,7 +570,7 @@ class Driver:
 
         Raises NonFiniteError on every rank, with `error_if_nonfinite`, when the norm is not finite.
         """
-        return self.gradients.clip_norm(
+        return self._gradients.clip_norm(
             max_norm, norm_type, error_if_nonfinite, foreach
         )
 
