@@ -40,6 +40,7 @@ from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import at_users_lines, place_of
 from stagecut.garbage import collected_seldom
 from stagecut.ir.check.validator import Trace, validate
+from stagecut.ir.counted import count_names
 from stagecut.ir.errors import (
     CaptureError,
     InputError,
@@ -367,6 +368,7 @@ def lower(
             )
     except StagecutError as error:
         raise at_users_lines(error) from None
+    count_names(program)
     if not batches:
         return program, bindings, exported
     with as_written(module):

@@ -300,8 +300,9 @@ def _described(error: BaseException) -> dict[str, Any]:
     says that another rank is gone.
     """
     error = _origin(error)
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
+    steps = [*traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in steps]
+    lines = [line for _, line in steps]
     stage = next(
         (
             index
