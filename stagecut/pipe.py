@@ -525,7 +525,10 @@ def _refuse_failing(
     failure = failure_on(module, pipe, args, kwargs)
     if failure is None:
         return
-    otherwise = "; check=None where only the sizes of the inputs are meant"
+    otherwise = (
+        "; check=None where only the sizes of the inputs are meant: calls with inputs that fail here fail in "
+        "the pipe too"
+    )
     raise at_users_lines(failing_on_example(type(module), failure, otherwise)) from None
 
 

@@ -22,6 +22,7 @@ from stagecut.frontend.source import failing_line, first_line
 from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.keywords import names_taken, refuse_unknown
 from stagecut.ir.run.call import is_size
+from stagecut.ir.run.failing import failed_at, failed_calls
 
 
 @contextmanager
@@ -57,11 +58,27 @@ def failing_on_example(
     hint = "change the inputs or the model until model(*mb_args, **mb_kwargs) runs"
     refusal = CaptureError(
         f"{cls.__name__} fails on the example inputs: {first_line(error)}",
-        where=failing_line(error, cls),
+        where=_failing_place(error, cls),
         hint=f"{hint}{otherwise}",
     )
     refusal.cause = error
     return refusal
+
+
+def _failing_place(error: Exception, cls: type) -> str:
+    """The innermost module of the model that fails, what it was given, and the line."""
+    line = failing_line(error, cls)
+    calls = failed_calls(error)
+    if not calls:
+        return line
+    # by the dict of the module: a tracer may put another object in front of it
+    paths = {id(vars(owner)): path for path, owner in calls[0].module.named_modules()}
+    calls.reverse()
+    for call in calls:
+        path = paths.get(id(vars(call.module)), "")
+        if path:
+            return failed_at(path, call.given, line)
+    return line
 
 
 _NESTED = hasattr(import_module("torch.export._trace"), "_combine_args_for_tracing")
