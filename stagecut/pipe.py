@@ -163,6 +163,7 @@ def pipeline(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
     at = _split_points(split_spec or {}, module)
+    searched = _searched(split_policy, stages)
     passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
@@ -182,8 +183,7 @@ def pipeline(
         in_vain = ""
         try:
             policy = _policy(
-                split_policy,
-                stages,
+                searched,
                 exported,
                 plans,
                 lambda: _sizes_of(program, bindings, mb_args, mb_kwargs),
@@ -259,9 +259,24 @@ def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
         raise InputError(f"{' and '.join(names)} both say where to cut", hint=hint)
 
 
+def _searched(
+    policy: Callable[..., Any] | None, stages: int | None
+) -> Callable[..., Any] | None:
+    """The policy, or one for so many stages. Raises InputError and SplitError for what is wrong with it
+    whatever the program is: a trace may take minutes.
+    """
+    if stages is not None:
+        from stagecut.backend.costs.balance import Balanced
+
+        policy = Balanced(stages, budget=math.inf)
+    refuse_wrong = getattr(policy, "refuse_wrong", None)
+    if refuse_wrong is not None:
+        refuse_wrong()
+    return policy
+
+
 def _policy(
     chosen: Callable[..., Any] | None,
-    stages: int | None,
     exported: ExportedProgram | None,
     plans: list[Plan],
     sizes: Callable[[], dict[str, int]],
@@ -269,12 +284,14 @@ def _policy(
     trial: Callable[[], Trial],
 ) -> Cuts | None:
     """The policy that chooses the cuts. Where it searches for them, `plans` gains the result."""
-    if stages is None and not hasattr(chosen, "plan"):
-        return as_cuts(chosen, exported) if chosen is not None else None
+    if chosen is None:
+        return None
+    if not hasattr(chosen, "plan"):
+        return as_cuts(chosen, exported)
     from stagecut.backend.costs.balance import Balanced
     from stagecut.backend.costs.shared import shared_plan
 
-    balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
+    balanced: Any = chosen
 
     def cuts(program: Program) -> list[int]:
         def search() -> Plan:
