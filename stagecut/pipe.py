@@ -30,7 +30,7 @@ from stagecut.check import (
 from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.capture.eager import EagerPath
-from stagecut.frontend.capture.example import failing_on_example
+from stagecut.frontend.capture.example import check_containers, failing_on_example
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
@@ -426,15 +426,11 @@ def _lowered(
             "example inputs are needed to trace a module",
             hint="pass mb_args=(x, ...) and/or mb_kwargs={...}",
         )
+    check_containers(args, kwargs)
     if isinstance(module, fx.GraphModule):
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
-        is_class = isinstance(module, type)
-        given = f"the class {module.__name__}" if is_class else type(module).__name__
-        raise InputError(
-            f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {given}",
-            hint=f"make the module first: {module.__name__}(...)" if is_class else "",
-        )
+        raise _no_module(module)
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
     exported, leaves = capture(
@@ -477,6 +473,25 @@ def _lowered(
         ),
     ]
     return program, bindings, exported
+
+
+def _no_module(given: Any) -> InputError:
+    """The error for what is no model, with what may have been meant."""
+    name = type(given).__name__
+    hint = "the model itself, an nn.Module whose forward is to be cut"
+    if isinstance(given, type):
+        name = f"the class {given.__name__}"
+        hint = f"make the module first: {given.__name__}(...)"
+    elif isinstance(given, str | Path):
+        hint = "from_pretrained(FOLDER, ...) cuts a model in files, load(FOLDER) loads a saved pipe"
+    elif isinstance(given, list | tuple):
+        hint = "nn.Sequential(*layers)"
+    elif callable(given):
+        hint = "a class derived from nn.Module, whose forward calls it and whose attributes are its modules"
+    return InputError(
+        f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {name}",
+        hint=hint,
+    )
 
 
 def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
@@ -697,7 +712,7 @@ class Pipe(Staged):
 
         Compares outputs, gradients of all parameters and inputs, state afterwards, and names. Both run on
         copies: neither the model nor the pipe nor the random state changes. Raises StagecutError when the
-        original model is gone or cannot be copied.
+        original model is gone or cannot be copied, and InputError for arguments that do not fit the trace.
         """
         model = self._model() if self._model is not None else None
         if model is None:
@@ -705,6 +720,7 @@ class Pipe(Staged):
                 "there is no model to compare with",
                 hint="keep the model alive; an ExportedProgram has none",
             )
+        self.flatten(args, kwargs)
         return compare(model, self, args, kwargs)
 
     def report(

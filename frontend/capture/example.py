@@ -123,6 +123,27 @@ def shapes_by_name(module: torch.nn.Module, shapes: Any) -> Any:
     return by_name
 
 
+def check_containers(args: Any, kwargs: Any) -> None:
+    """Returns for a tuple or list and a dict, or None. Raises InputError with what was meant otherwise."""
+    if args is not None and not isinstance(args, tuple | list):
+        hint = "write (x,) for a single argument"
+        if isinstance(args, Mapping):
+            hint = "mb_kwargs= takes arguments by name"
+        elif kwargs is not None and not isinstance(kwargs, Mapping):
+            hint = "mb_args=(x, y): all positional arguments in one tuple"
+        raise InputError(
+            f"mb_args must be a tuple, not {type(args).__name__}",
+            hint=hint,
+        )
+    if kwargs is not None and not isinstance(kwargs, dict):
+        hint = 'mb_kwargs={"name": value}; mb_args=(x, y) has all positional ones'
+        if isinstance(kwargs, Mapping):
+            hint = "mb_kwargs=dict(...) of it"
+        raise InputError(
+            f"mb_kwargs must be a dict, not {type(kwargs).__name__}", hint=hint
+        )
+
+
 def check_example(
     module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
@@ -134,16 +155,7 @@ def check_example(
             "no model can be traced under torch.inference_mode",
             hint="call it outside; the stages run under it",
         )
-    if not isinstance(args, tuple | list):
-        hint = "write (x,) for a single argument"
-        if isinstance(args, Mapping):
-            hint = "mb_kwargs= takes arguments by name"
-        raise InputError(
-            f"mb_args must be a tuple, not {type(args).__name__}",
-            hint=hint,
-        )
-    if not isinstance(kwargs, dict):
-        raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
+    check_containers(args, kwargs)
     _check_can_be_called(module)
     signature = inspect.signature(module.forward)
     misfit = f"the example inputs do not fit {type(module).__name__}.forward{signature}"
