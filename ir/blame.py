@@ -65,5 +65,23 @@ def _cause_of(error: BaseException) -> BaseException | None:
     return cause
 
 
+def drop_our_steps(error: StagecutError) -> None:
+    """The traceback of the error has no steps of ours: its message is for users, and has the place. The
+    traceback has all steps where the environment has STAGECUT_TRACEBACK=full.
+    """
+    if os.environ.get("STAGECUT_TRACEBACK") == "full":
+        return
+    steps: list[TracebackType] = []
+    step = error.__traceback__
+    while step is not None:
+        if not _is_ours(step):
+            steps.append(step)
+        step = step.tb_next
+    linked: TracebackType | None = None
+    for step in reversed(steps):
+        linked = TracebackType(linked, step.tb_frame, step.tb_lasti, step.tb_lineno)
+    error.__traceback__ = linked
+
+
 def _is_ours(step: TracebackType) -> bool:
     return step.tb_frame.f_code.co_filename.startswith(_FOLDERS)

@@ -1,4 +1,6 @@
-"""A public function refuses an argument of a name that it does not have, and lists the nearest names."""
+"""A public function refuses an argument of a name that it does not have, and lists the nearest names. Its
+errors have short tracebacks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from functools import wraps
 from types import FunctionType
 from typing import ParamSpec, TypeVar
 
-from stagecut.ir.errors import InputError, nearest
+from stagecut.ir.blame import drop_our_steps
+from stagecut.ir.errors import InputError, StagecutError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,19 +20,22 @@ T = TypeVar("T")
 
 def near_names(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises InputError with the nearest names for an argument of a name that it does not
-    have.
+    have. What it raises as a StagecutError has no steps of ours in its traceback.
     """
     names = names_taken(inspect.signature(function))
-    if names is None:
-        return function
     title = function.__qualname__.removesuffix(".__init__")
 
     @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_unknown(f"{title}()", names, kwargs)
-        return function(*args, **kwargs)
+    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            if names is not None:
+                refuse_unknown(f"{title}()", names, kwargs)
+            return function(*args, **kwargs)
+        except StagecutError as error:
+            drop_our_steps(error)
+            raise
 
-    return checked
+    return public
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -1,10 +1,14 @@
-"""Removes ops that only the tracer needed: guards, dead ops, superfluous split markers."""
+"""Removes ops that only the tracer needed: guards, dead ops, superfluous split markers.
+
+The names of what is left count on without those.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from stagecut.ir.aliases import Aliases, viewed_value
+from stagecut.ir.counted import count_names
 from stagecut.ir.graph import Op, Program, Value
 from stagecut.ir.ops import facts
 
@@ -21,6 +25,8 @@ class Canonicalize:
         dead = _dead_ops(program.ops)
         dead |= _idle_markers([op for op in program.ops if op not in dead])
         program.remove_ops(dead)
+        if dead:
+            count_names(program)
         return bool(dead)
 
 

@@ -10,13 +10,13 @@ the modules that are left, then those in the functions. So each op is printed on
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from stagecut.ir.aliases import Aliases
+from stagecut.ir.counted import Count, base_of, next_version, values_of
 from stagecut.ir.graph import (
     CALL,
     KINDS,
@@ -35,30 +35,30 @@ from stagecut.ir.graph import (
     scope_fqn,
 )
 from stagecut.ir.text.parser import parse
-from stagecut.ir.text.printer import shape, text
+from stagecut.ir.text.printer import shape, text, value_names
 
 LEAST_CALLS = 3
 """So many equal calls are worth a function."""
 LEAST_OPS = 4
 """So many ops are."""
 
-_NUMBERS = re.compile(r"(?<=[^_])(_\d+)+$")
-
 
 def fold_blocks(program: Program) -> None:
     """Calls of modules that do the same, LEAST_CALLS or more of them, are calls of one function. `program` is
     as it was in all else: its values, state, stages and transfers.
 
-    A call that writes what it is given, or its state, stays as it is. So does a `differentiated` program,
-    whose blocks save values for their backward.
+    A call that writes what it is given, or its state, stays as it is, and so does one with a value inside
+    whose name `unfold` would not find. So does a `differentiated` program, whose blocks save values for their
+    backward.
     """
     if program.phase == "differentiated":
         return
     namer = Namer(KINDS)
     homes: list[Block] = [program, *program.stages]
     order = _order(program.state)
+    odd = _oddly_named(program)
     while homes:
-        functions = _fold(homes, order, namer)
+        functions = _fold(homes, order, namer, odd)
         for function in functions:
             order |= _order(function.state)
         homes = [*functions]
@@ -67,6 +67,19 @@ def fold_blocks(program: Program) -> None:
 def _order(state: list[StateEntry]) -> dict[StateEntry, int]:
     """The place of each entry."""
     return {entry: place for place, entry in enumerate(state)}
+
+
+def _oddly_named(program: Program) -> set[Value]:
+    """The values whose names do not count on from those before them."""
+    names = {value: name[1:] for value, name in value_names(program).items()}
+    count = Count(names[value] for value in program.inputs)
+    odd: set[Value] = set()
+    for value in values_of(program.all_ops()):
+        name = names[value]
+        if name != count.expected(value, name):
+            odd.add(value)
+        count.seen(value, name)
+    return odd
 
 
 def folded_text(program: Program) -> str:
@@ -107,20 +120,20 @@ class _Call:
     results: list[Value]
     effects: Effects
     contexts: tuple[Context, ...]
-    shape: str
+    shape: tuple[str, ...]
 
 
 def _fold(
-    homes: list[Block], order: dict[StateEntry, int], namer: Namer
+    homes: list[Block], order: dict[StateEntry, int], namer: Namer, odd: set[Value]
 ) -> list[Function]:
     """Folds what is equal in these blocks; returns the functions that it made."""
-    made: dict[str, Function] = {}
+    made: dict[tuple[str, ...], Function] = {}
     runs: list[_Run] = []
     for home in homes:
         whole = _Run(home, home.ops, 0)
         runs.extend(whole.inner())
     while runs:
-        chosen = _repeated(runs, order)
+        chosen = _repeated(runs, order, odd)
         for call in chosen:
             if call.shape in made:
                 continue
@@ -136,11 +149,13 @@ def _fold(
     return [*made.values()]
 
 
-def _repeated(runs: list[_Run], order: dict[StateEntry, int]) -> list[_Call]:
+def _repeated(
+    runs: list[_Run], order: dict[StateEntry, int], odd: set[Value]
+) -> list[_Call]:
     """The runs that are worth a function, as calls."""
     calls: list[_Call] = []
     for run in runs:
-        call = _as_call(run, order)
+        call = _as_call(run, order, odd)
         if call is not None:
             calls.append(call)
     count = Counter(call.shape for call in calls)
@@ -156,7 +171,7 @@ def _name(run: _Run) -> str:
     return words[-1]
 
 
-def _as_call(run: _Run, order: dict[StateEntry, int]) -> _Call | None:
+def _as_call(run: _Run, order: dict[StateEntry, int], odd: set[Value]) -> _Call | None:
     """A run as a call; None for one that no call can stand for."""
     ops = run.ops
     if len(ops) < LEAST_OPS:
@@ -184,11 +199,14 @@ def _as_call(run: _Run, order: dict[StateEntry, int]) -> _Call | None:
     effects = _effects(ops, operands, results, live)
     if effects is None or not results:
         return None
+    if odd.intersection(values_of(ops)).difference(results):
+        return None
     contexts = _common([op.context for op in ops])
     depth = len(contexts)
     function = _function(run, operands, state, names, results, depth)
-    text = shape(function)
-    return _Call(run, function, operands, state, results, effects, contexts, text)
+    hints = [value.hint for value in values_of(function.ops)]
+    alike = (shape(function), *hints)
+    return _Call(run, function, operands, state, results, effects, contexts, alike)
 
 
 def _live_ins(ops: list[Op], mine: set[Op]) -> list[Value]:
@@ -261,7 +279,7 @@ def _function(
     swap: dict[Value, Value] = {}
     inputs: list[Value] = []
     for value in operands:
-        twin = Value(value.type, _without_number(value.hint))
+        twin = Value(value.type, base_of(value.hint))
         swap[value] = twin
         inputs.append(twin)
     declared: list[StateEntry] = []
@@ -280,28 +298,15 @@ def _function(
         context = op.context[contexts:]
         copy.place = Place(scope, context, op.loc)
         ops.append(copy)
-    for value in _values_of(ops):
-        value.hint = _without_number(value.hint)
+    for value in values_of(ops):
+        old = value.version_of
+        value.hint = base_of(value.hint) if old is None else next_version(old.hint)
     outputs = tuple(swap[value] for value in results)
     tree = outputs[0] if len(outputs) == 1 else outputs
     return Function("", inputs, ops, tree, declared)
 
 
-def _values_of(ops: Iterable[Op]) -> Iterator[Value]:
-    """What ops define, and the inputs and values of their regions, but for functions."""
-    for op in ops:
-        for region in () if op.target == CALL else op.regions:
-            yield from region.inputs
-            yield from _values_of(region.ops)
-        yield from op.definitions()
-
-
-def _without_number(hint: str) -> str:
-    """A name without the numbers that told it from those of other calls."""
-    return _NUMBERS.sub("", hint) or hint
-
-
-def _replace(calls: list[_Call], made: dict[str, Function]) -> None:
+def _replace(calls: list[_Call], made: dict[tuple[str, ...], Function]) -> None:
     """Calls stand where their ops stood."""
     begins: dict[Op, Op] = {}
     gone: set[Op] = set()
@@ -339,16 +344,20 @@ def _give(value: Value, op: Op) -> None:
 
 
 def unfold(program: Program) -> None:
-    """Each call of a function is the ops of the function again. Values that the calls did not return have the
-    names of the function's, with numbers where others have these: all other values keep their names.
+    """Each call of a function is the ops of the function again. Values that the calls did not return have
+    names that count on from those before them, as they had when the program was folded; all others keep their
+    names.
     """
-    before = {*program.inputs, *_values_of(program.all_ops())}
-    free = Namer(value.hint for value in before)
+    before = {*program.inputs, *values_of(program.all_ops())}
+    taken = {value.hint for value in before}
     for home in (program, *program.stages):
         home.ops = [inner for op in home.ops for inner in _unfolded(op)]
-    for value in _values_of(program.all_ops()):
-        if value not in before:
-            value.hint = free(value.hint)
+    count = Count(value.hint for value in program.inputs)
+    for value in values_of(program.all_ops()):
+        if value in before:
+            count.seen(value, value.hint)
+        else:
+            value.hint = count.name(value, value.hint, taken)
 
 
 def _unfolded(call: Op) -> Iterator[Op]:

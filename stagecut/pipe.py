@@ -30,7 +30,7 @@ from stagecut.check import (
 from stagecut.frontend.capture.batch import mark_batches
 from stagecut.frontend.capture.capture import capture
 from stagecut.frontend.capture.eager import EagerPath
-from stagecut.frontend.capture.example import failing_on_example
+from stagecut.frontend.capture.example import check_containers, failing_on_example
 from stagecut.frontend.lower.both_modes import follow, hold_one_mode
 from stagecut.frontend.lower.from_export import lower_export
 from stagecut.frontend.lower.from_fx import lower_graph_module
@@ -40,6 +40,7 @@ from stagecut.frontend.policy import Cuts, as_cuts, takes_graph
 from stagecut.frontend.source import at_users_lines, place_of
 from stagecut.garbage import collected_seldom
 from stagecut.ir.check.validator import Trace, validate
+from stagecut.ir.counted import count_names
 from stagecut.ir.errors import (
     CaptureError,
     InputError,
@@ -162,6 +163,7 @@ def pipeline(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}
     )
     at = _split_points(split_spec or {}, module)
+    searched = _searched(split_policy, stages)
     passes = [*_chosen_passes(routes or {}, tied)]
 
     def compiled(one_mode: str = "") -> Pipe:
@@ -181,8 +183,7 @@ def pipeline(
         in_vain = ""
         try:
             policy = _policy(
-                split_policy,
-                stages,
+                searched,
                 exported,
                 plans,
                 lambda: _sizes_of(program, bindings, mb_args, mb_kwargs),
@@ -258,9 +259,24 @@ def _refuse_two_wishes(wishes: Mapping[str, Any]) -> None:
         raise InputError(f"{' and '.join(names)} both say where to cut", hint=hint)
 
 
+def _searched(
+    policy: Callable[..., Any] | None, stages: int | None
+) -> Callable[..., Any] | None:
+    """The policy, or one for so many stages. Raises InputError and SplitError for what is wrong with it
+    whatever the program is: a trace may take minutes.
+    """
+    if stages is not None:
+        from stagecut.backend.costs.balance import Balanced
+
+        policy = Balanced(stages, budget=math.inf)
+    refuse_wrong = getattr(policy, "refuse_wrong", None)
+    if refuse_wrong is not None:
+        refuse_wrong()
+    return policy
+
+
 def _policy(
     chosen: Callable[..., Any] | None,
-    stages: int | None,
     exported: ExportedProgram | None,
     plans: list[Plan],
     sizes: Callable[[], dict[str, int]],
@@ -268,12 +284,14 @@ def _policy(
     trial: Callable[[], Trial],
 ) -> Cuts | None:
     """The policy that chooses the cuts. Where it searches for them, `plans` gains the result."""
-    if stages is None and not hasattr(chosen, "plan"):
-        return as_cuts(chosen, exported) if chosen is not None else None
+    if chosen is None:
+        return None
+    if not hasattr(chosen, "plan"):
+        return as_cuts(chosen, exported)
     from stagecut.backend.costs.balance import Balanced
     from stagecut.backend.costs.shared import shared_plan
 
-    balanced: Any = Balanced(stages, budget=math.inf) if chosen is None else chosen
+    balanced: Any = chosen
 
     def cuts(program: Program) -> list[int]:
         def search() -> Plan:
@@ -367,6 +385,7 @@ def lower(
             )
     except StagecutError as error:
         raise at_users_lines(error) from None
+    count_names(program)
     if not batches:
         return program, bindings, exported
     with as_written(module):
@@ -407,15 +426,11 @@ def _lowered(
             "example inputs are needed to trace a module",
             hint="pass mb_args=(x, ...) and/or mb_kwargs={...}",
         )
+    check_containers(args, kwargs)
     if isinstance(module, fx.GraphModule):
         return *lower_graph_module(module, tuple(args or ()), kwargs or {}), None
     if not isinstance(module, nn.Module):
-        is_class = isinstance(module, type)
-        given = f"the class {module.__name__}" if is_class else type(module).__name__
-        raise InputError(
-            f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {given}",
-            hint=f"make the module first: {module.__name__}(...)" if is_class else "",
-        )
+        raise _no_module(module)
     args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
     eager = EagerPath(module)
     exported, leaves = capture(
@@ -458,6 +473,25 @@ def _lowered(
         ),
     ]
     return program, bindings, exported
+
+
+def _no_module(given: Any) -> InputError:
+    """The error for what is no model, with what may have been meant."""
+    name = type(given).__name__
+    hint = "the model itself, an nn.Module whose forward is to be cut"
+    if isinstance(given, type):
+        name = f"the class {given.__name__}"
+        hint = f"make the module first: {given.__name__}(...)"
+    elif isinstance(given, str | Path):
+        hint = "from_pretrained(FOLDER, ...) cuts a model in files, load(FOLDER) loads a saved pipe"
+    elif isinstance(given, list | tuple):
+        hint = "nn.Sequential(*layers)"
+    elif callable(given):
+        hint = "a class derived from nn.Module, whose forward calls it and whose attributes are its modules"
+    return InputError(
+        f"expected an nn.Module, an ExportedProgram or an fx.GraphModule, not {name}",
+        hint=hint,
+    )
 
 
 def _extras(module: nn.Module) -> dict[str, tuple[Any, str]]:
@@ -523,7 +557,10 @@ def _refuse_failing(
     failure = failure_on(module, pipe, args, kwargs)
     if failure is None:
         return
-    otherwise = "; check=None where only the sizes of the inputs are meant"
+    otherwise = (
+        "; check=None where only the sizes of the inputs are meant: calls with inputs that fail here fail in "
+        "the pipe too"
+    )
     raise at_users_lines(failing_on_example(type(module), failure, otherwise)) from None
 
 
@@ -675,7 +712,7 @@ class Pipe(Staged):
 
         Compares outputs, gradients of all parameters and inputs, state afterwards, and names. Both run on
         copies: neither the model nor the pipe nor the random state changes. Raises StagecutError when the
-        original model is gone or cannot be copied.
+        original model is gone or cannot be copied, and InputError for arguments that do not fit the trace.
         """
         model = self._model() if self._model is not None else None
         if model is None:
@@ -683,6 +720,7 @@ class Pipe(Staged):
                 "there is no model to compare with",
                 hint="keep the model alive; an ExportedProgram has none",
             )
+        self.flatten(args, kwargs)
         return compare(model, self, args, kwargs)
 
     def report(

@@ -396,11 +396,27 @@ def test_other_policies() -> None:
         ({"split_policy": Balanced(2, Setting(backward="graphs"))}, "did you mean 'graph'"),
         ({"split_policy": Balanced(2, Setting(compile=True))}, "compiles the functions of backward='graph'"),
         ({"split_policy": Balanced(2, Setting(recompute=True))}, "chooses what backward='graph' saves"),
+        ({"split_policy": Balanced(2, Setting(n_microbatches=0))}, "n_microbatches=0"),
+        ({"split_policy": Balanced(2, Setting(schedule="Interleaved1F1B", ranks=0))}, "ranks=0"),
+        ({"split_policy": Balanced(2, "H100")}, "setting='H100' is no Setting"),
+        ({"split_policy": Balanced("two")}, "stages='two' is no number"),
+        ({"split_policy": Balanced(2, inside="yes")}, "inside 'yes' is not known"),
+        ({"split_policy": Balanced(2, order="time")}, "did you mean 'timed'"),
+        ({"split_policy": Balanced(2, pins={"head": 2})}, "pins names stage 2 of 2"),
+        ({"split_policy": Balanced(2, profile_on="gpu")}, "profile_on='gpu' is no device"),
+        ({"split_policy": Balanced(2, Setting([]))}, "no device is given"),
+        ({"stages": 0}, "0 stages: there is at least one"),
+        ({"stages": -2}, "-2 stages: there is at least one"),
+        ({"split_policy": Balanced(0)}, "0 stages: there is at least one"),
     ],
 )
-def test_refusals(options: dict[str, Any], why: str) -> None:
-    with pytest.raises(InputError, match=why):
-        pipeline(Blocks(1), (IDS,), **options)
+def test_refusals_come_before_the_trace(options: dict[str, Any], why: str) -> None:
+    class Slow(Blocks):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            pytest.fail("this model is traced")
+
+    with pytest.raises((InputError, SplitError), match=why):
+        pipeline(Slow(1), (IDS,), **options)
 
 
 def test_more_stages_than_ops() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -176,9 +177,24 @@ def test_text_that_is_no_program_is_an_error(tmp_path: Path, capsys: pytest.Capt
 def test_text_of_a_model_does_not_differ_from_the_model(
     option: list[str], saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However it was saved, and whatever part is compared: names inside of repeated blocks are not those of the model."""
+    """However it was saved, and whatever part is compared."""
     cut = ["hf:llama", "--split-at", "model.layers.2"]
     assert main([*cut, *saved, "--no-source"]) == 0
     text = tmp_path / "saved.ir"
     text.write_text(capsys.readouterr().out)
     assert main([*cut, *option, "--no-source", "--against", str(text)]) == 0
+
+
+def test_a_name_is_the_same_value_in_the_model_and_in_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = ["hf:llama", "--split-at", "model.layers.2"]
+    assert main(cut) == 0
+    text = tmp_path / "saved.ir"
+    text.write_text(capsys.readouterr().out)
+    assert main([*cut, "--unfold"]) == 0
+    names = re.findall(r"%(\w+) = aten\.(?:linear|mul|scaled)", capsys.readouterr().out)
+    for name in names[:: len(names) // 6]:
+        lives: list[str] = []
+        for source in (cut, [str(text)]):
+            assert main([*source, "--trace-value", name]) == 0
+            lives.append(capsys.readouterr().out)
+        assert lives[0] == lives[1]

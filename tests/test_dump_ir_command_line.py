@@ -114,7 +114,7 @@ def test_given_is_what_was_named_even_if_it_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ("or keep the module whole: leaf_modules=[...]", "or keep the module whole: --leaf NAME"),
+        ("or keep the submodule that does it whole, leaf_modules=[...]; the", "or keep the submodule that does it whole, --leaf NAME; the"),
         ("keep the module whole: leaf_modules=['a.b']", "keep the module whole: --leaf a.b"),
         ("run all passes, or level='modules'", "run all passes, or --level modules"),
         ("install Graphviz: ...; to_dot needs no program", "install Graphviz: ...; --format dot needs no program"),

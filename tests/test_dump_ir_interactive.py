@@ -50,6 +50,7 @@ def test_cuts_hold_until_others_replace_them() -> None:
     ("line", "why"),
     [
         ("repport", "'repport' is not known\n  try: did you mean 'report'"),
+        ("xyzzy", "known: 'stages', 'split-at', 'uncut', 'cut', 'report', 'text', 'trace-value', 'help' and "),
         ("stages", "stages takes one value"),
         ("stages 0", "0 is less than 1"),
         ("stages 1000", "--stages 1 to --stages"),

@@ -165,11 +165,11 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.ones(7, 7)
 
 
-@pytest.mark.parametrize("stages", [0, 500])
-def test_stages_that_cannot_be_are_one_error(stages: int) -> None:
+@pytest.mark.parametrize(("stages", "why"), [(0, "there is at least one"), (500, r"each stage has at least one op")])
+def test_stages_that_cannot_be_are_one_error(stages: int, why: str) -> None:
     """A model whose modes are traced apart is cut in one mode where both together cannot be cut."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
-    with pytest.raises(SplitError, match=f"^{stages} stages of \\d ops") as caught:
+    with pytest.raises(SplitError, match=f"^{stages} stages.*: {why}") as caught:
         pipeline(model, (torch.randn(3, 4),), stages=stages)
     assert caught.value.__context__ is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from stagecut import CannotCompare, CaptureError, pipeline
+from stagecut import CannotCompare, CaptureError, SplitPoint, pipeline
 from stagecut.tools.dump_ir.main import main
 
 Forward = Callable[..., torch.Tensor]
@@ -143,6 +144,40 @@ def test_a_look_at_the_program_asks_for_no_values(tmp_path: Path) -> None:
     """dump-ir makes inputs of its own for some models, and shows a program without running it."""
     (tmp_path / "model.py").write_text("import torch\ndef make(): return torch.nn.Embedding(4, 4), (torch.full((2,), 9),), {}\n")
     assert main([f"{tmp_path}/model.py:make", "--no-cache", "-o", str(tmp_path / "out")]) == 0
+
+
+class Two(nn.Module):
+    """Two tables on one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList([nn.Embedding(64, 4), nn.Embedding(8, 4)])
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tables[0](x) + self.tables[1](position))
+
+
+INDICES = torch.zeros(2, 9, dtype=torch.int64), torch.arange(9)
+
+
+@pytest.mark.parametrize("leaves", [[], ["tables.1"]])
+def test_the_module_and_its_inputs_are_named(leaves: list[str]) -> None:
+    with pytest.raises(CaptureError) as caught:
+        pipeline(Two(), INDICES, leaf_modules=leaves)
+    assert caught.value.where.startswith(f"module 'tables.1', which was given int64[9], {__file__}:")
+
+
+@pytest.mark.parametrize("cuts", [{}, {"head": SplitPoint.BEGINNING}])
+def test_a_call_of_stages_that_fails_tells_where_in_the_model(cuts: dict[str, SplitPoint]) -> None:
+    """The exception is the model's, and names module, inputs and line."""
+    line = inspect.getsourcelines(Two.forward)[1] + 1
+    pipe = pipeline(Two(), INDICES, split_spec=cuts, check=None)
+    for call in (pipe, pipe.module()):
+        with pytest.raises(IndexError, match="out of range") as caught:
+            call(*INDICES)
+        told = f"  at: stage 0, module 'tables.1', which was given int64[9], test_failing_inputs.py:{line}"
+        assert caught.value.__notes__ == [told]
 
 
 # --- what other inputs would not cure is a note -------------------------------------------------------

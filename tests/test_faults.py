@@ -147,7 +147,9 @@ def _fails_in_a_hook(where: Any) -> None:
 def test_an_error_in_a_forward_is_told_to_all_with_its_place() -> None:
     found = outcomes(3, "tcp", _steps, chain(), 2, 1, _fails_in_a_hook)
     for text in found:
-        assert text.startswith("RankError: rank 2 (stage 2) failed: ValueError: boom\n  at: module 'last', test_faults.py:")
+        assert text.startswith(
+            "RankError: rank 2 (stage 2) failed: ValueError: boom\n  at: module 'last', which was given float32[2, 4], test_faults.py:"
+        )
     assert found[2].endswith("from ValueError")
 
 
@@ -213,7 +215,7 @@ def test_an_error_in_an_op_names_the_line_of_the_model() -> None:
     line = Path(__file__).read_text().splitlines().index("        x = x + self.table(number)") + 1
     for text in found:
         assert text.startswith("RankError: rank 1 (stage 1) failed: IndexError: index out of range in self")
-        assert f"at: module 'table', test_faults.py:{line}\n" in text
+        assert f"at: module 'table', which was given int64[2], test_faults.py:{line}\n" in text
     assert found[1].endswith("from IndexError")
 
 

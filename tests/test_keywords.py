@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import stagecut
-from stagecut import InputError, Pipe, Setting, pipeline
+from stagecut import InputError, Pipe, Setting, StagecutError, pipeline
 from stagecut.ir.keywords import near_names
 
 CALLED = ("AtModules", "Balanced", "Device", "Driver", "Generator", "Setting")
@@ -102,11 +103,11 @@ def test_functions_are_what_they_were() -> None:
     assert Pipe.report.__qualname__ == "Pipe.report"
 
 
-def test_a_function_that_takes_any_argument_stays_as_it_is() -> None:
+def test_a_function_that_takes_any_argument_still_does() -> None:
     def takes_any(**options: Any) -> dict[str, Any]:
         return options
 
-    assert near_names(takes_any) is takes_any
+    assert near_names(takes_any)(anything=1) == {"anything": 1}
 
 
 def test_arguments_by_position_alone_have_no_names() -> None:
@@ -115,3 +116,47 @@ def test_arguments_by_position_alone_have_no_names() -> None:
 
     with pytest.raises(InputError, match=r"has no argument 'one'\n  try: did you mean 'other'"):
         near_names(by_position)(one=1)  # type: ignore[call-arg]
+
+
+class Wrong(nn.Module):
+    """Branches on a value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def _trace() -> None:
+    pipeline(Wrong(), (torch.ones(2),))
+
+
+def _count() -> None:
+    pipeline(nn.Linear(2, 2), (torch.ones(1, 2),), stages=99)
+
+
+def _name() -> None:
+    pipeline(nn.Linear(2, 2), stage=1)  # type: ignore[call-arg]
+
+
+def _verify() -> None:
+    pipeline(nn.Linear(2, 2), (torch.ones(1, 2),)).verify(torch.ones(3))
+
+
+def _device() -> None:
+    Setting(device="H1000").devices(2)
+
+
+USERS = {_trace: ["_trace", "forward"], _count: ["_count"], _name: ["_name"], _verify: ["_verify"], _device: ["_device"]}
+
+
+@pytest.mark.parametrize("call", USERS, ids=lambda call: call.__name__)
+def test_a_traceback_has_the_users_steps(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STAGECUT_TRACEBACK", raising=False)
+    assert _steps_of(call) == USERS[call]
+    monkeypatch.setenv("STAGECUT_TRACEBACK", "full")
+    assert len(_steps_of(call)) > len(USERS[call])
+
+
+def _steps_of(call: Callable[[], None]) -> list[str]:
+    with pytest.raises(StagecutError) as caught:
+        call()
+    return [step.name for step in traceback.extract_tb(caught.value.__traceback__)][1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import UserDict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -609,7 +610,9 @@ def test_a_module_that_never_runs_cannot_be_split_at() -> None:
         ((X,), {"y": Y}, "'y'"),
         (X, None, "mb_args must be a tuple"),
         ({"x": X}, None, "mb_args must be a tuple, not dict\n  try: mb_kwargs= takes arguments by name"),
-        ((X,), [Y], "mb_kwargs must be a dict"),
+        ((X,), [Y], r"mb_kwargs must be a dict, not list\n  try: mb_kwargs={.*; mb_args=\(x, y\)"),
+        (X, Y, r"mb_args must be a tuple, not Tensor\n  try: mb_args=\(x, y\)"),
+        ((X,), UserDict(y=Y), r"mb_kwargs must be a dict, not UserDict\n  try: mb_kwargs=dict\("),
     ],
 )
 def test_example_inputs_that_do_not_fit(args: Any, kwargs: Any, message: str) -> None:
@@ -624,10 +627,48 @@ def test_a_module_needs_example_inputs() -> None:
         pipeline(FourMlps())
 
 
-def test_what_is_no_model_is_refused() -> None:
-    """A function is none."""
-    with pytest.raises(InputError, match="function"):
-        pipeline(lambda x: x, (X,))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda x: x, "not function\n  try: a class derived from nn.Module, whose forward calls it"),
+        (FourMlps, r"not the class FourMlps\n  try: make the module first: FourMlps\(...\)"),
+        ("folder", r"not str\n  try: from_pretrained\(FOLDER"),
+        ([nn.Linear(4, 4)], r"not list\n  try: nn.Sequential\(\*layers\)"),
+        ({"weight": X}, "not dict\n  try: the model itself"),
+    ],
+)
+def test_what_is_no_model_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline(given, (X,))
+
+
+class Targets(nn.Module):
+    """Has an argument that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None, more: bool = False) -> torch.Tensor:
+        y = self.layer(x)
+        return y if targets is None else y - targets
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"input 'targets' is missing, or None, .*with a tensor of shape \[2, 4\]\n  try: pass such a tensor"),
+        ({"targets": 1.0}, "input 'targets' is a float, and the program"),
+        ({"tragets": torch.ones(2, 4)}, "forward names no argument 'tragets', .*\n  try: did you mean 'targets'"),
+        ({"targets": torch.ones(2, 4), "more": True}, "argument 'more' was not given in the example call, so"),
+    ],
+)
+def test_calls_that_do_not_fit_the_example(given: dict[str, Any], message: str) -> None:
+    x = torch.ones(2, 4)
+    pipe = pipeline(Targets(), (x, x))
+    for call in (pipe, pipe.verify):
+        with pytest.raises(InputError, match=message):
+            call(x, **given)
 
 
 class Branching(nn.Module):

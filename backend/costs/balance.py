@@ -19,7 +19,7 @@ from stagecut.backend.costs.ops import Device, program_ops
 from stagecut.backend.costs.plan import WORTH, Choice, Plan, call_text
 from stagecut.backend.costs.runtime import KINDS, Parts, as_run
 from stagecut.backend.costs.search import Problem
-from stagecut.backend.costs.setting import STATE_OF, Setting
+from stagecut.backend.costs.setting import Setting, refuse_unknown
 from stagecut.backend.costs.steps import Found, Steps
 from stagecut.backend.costs.way import Way
 from stagecut.backend.ranks.wrapped import Wrap
@@ -94,6 +94,34 @@ class Balanced:
         """True when blocks are timed, or traced with their backward."""
         return self.profile_on is not None or self.setting.by_graphs
 
+    def refuse_wrong(self) -> None:
+        """Returns when there is nothing wrong with the policy, whatever the program is. Raises InputError
+        otherwise, and SplitError for less than one stage.
+        """
+        if not isinstance(self.setting, Setting):
+            raise InputError(
+                f"setting={self.setting!r} is no Setting",
+                hint='Setting(device="H100", schedule="1F1B")',
+            )
+        self.setting.refuse_wrong()
+        refuse_unknown("inside", self.inside, INSIDE)
+        refuse_unknown("order", self.order, ORDERS)
+        if self.profile_on is not None:
+            torch_device(self.profile_on)
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, int):
+            raise InputError(f"stages={self.stages!r} is no number", hint="stages=2")
+        if self.stages < 1:
+            raise SplitError(
+                f"{self.stages} stages: there is at least one", hint="stages=2"
+            )
+        for pin in self.pins.values():
+            _refuse_pin(pin, self.stages)
+        if self.stages <= MOST:
+            self.setting.devices(self.stages)
+            self.setting.actions(self.stages)
+
     def plan(
         self,
         program: Program,
@@ -111,11 +139,8 @@ class Balanced:
         Raises SplitError when no cuts fit: it names the stage that is over its memory, by how much, and what
         would fit. Raises InputError for a pin of an unknown module or stage.
         """
-        _refuse_unknown("optimizer", self.setting.optimizer, STATE_OF)
-        _refuse_unknown("inside", self.inside, INSIDE)
-        _refuse_unknown("order", self.order, ORDERS)
+        self.refuse_wrong()
         setting = self.setting
-        setting.refuse_backward()
         if any(op.is_split for op in program.ops):
             raise SplitError(
                 "the model marks boundaries with pipe_split(), and cuts are to be searched as well",
@@ -388,11 +413,7 @@ class Balanced:
                     f"pins names module '{path}', which runs no op",
                     hint=nearest(path, _paths(line.ops)),
                 )
-            if not 0 <= stage < stages:
-                raise InputError(
-                    f"pins names stage {pin} of {stages}",
-                    hint="count from 0, or from the end",
-                )
+            _refuse_pin(pin, stages)
             before = positions <= inside[0]
             behind = positions > inside[-1]
             for cut, mask in enumerate(allowed):
@@ -503,10 +524,13 @@ def _least(tried: Iterable[Found | None]) -> Found | None:
     return min(found, key=lambda ways: ways.least, default=None)
 
 
-def _refuse_unknown(name: str, value: str, known: Iterable[str]) -> None:
-    """Returns for a known value."""
-    if value not in known:
-        raise InputError(f"{name} '{value}' is not known", hint=nearest(value, known))
+def _refuse_pin(pin: int, stages: int) -> None:
+    """Returns for the number of one of so many stages, counted from either end."""
+    if not -stages <= pin < stages:
+        raise InputError(
+            f"pins names stage {pin} of {stages}",
+            hint="count from 0, or from the end",
+        )
 
 
 def runs_in(op: Op, path: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagecut.backend.costs.ops import Device, device
@@ -26,6 +26,14 @@ from stagecut.ir.roles import Flight
 
 STATE_OF = {"sgd": 0, "momentum": 1, "adamw": 2, "none": 0}
 """Optimizer -> how many tensors of the size of a parameter it keeps for each."""
+
+
+def refuse_unknown(name: str, value: str, known: Iterable[str]) -> None:
+    """Returns for a known value."""
+    if value not in known:
+        raise InputError(
+            f"{name} '{value}' is not known", hint=nearest(str(value), known)
+        )
 
 
 @near_names_in
@@ -64,15 +72,34 @@ class Setting:
             self.backward, self.compile, self.recompute, self.activation_budget
         )
 
-    def placement(self, stages: int) -> list[int]:
-        """The rank of each of so many `stages`. Raises InputError for an unknown schedule, and where the
-        stages do not fit the ranks.
+    def refuse_wrong(self) -> None:
+        """Returns when all names are known, the numbers can be, and Driver takes these options of the
+        backward together. Raises InputError otherwise.
         """
+        self._refuse_schedule()
+        refuse_unknown("optimizer", self.optimizer, STATE_OF)
+        self.refuse_backward()
+        for name in ("n_microbatches", "ranks"):
+            number = getattr(self, name)
+            if number is None and name == "ranks":
+                continue
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{name}={number!r}", hint="a whole number from 1 on")
+        if not self.every_device:
+            raise InputError("no device is given", hint='device="H100"')
+
+    def _refuse_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
             raise InputError(
                 f"there is no schedule '{self.schedule}'",
                 hint=nearest(self.schedule, SCHEDULES),
             )
+
+    def placement(self, stages: int) -> list[int]:
+        """The rank of each of so many `stages`. Raises InputError for an unknown schedule, and where the
+        stages do not fit the ranks.
+        """
+        self._refuse_schedule()
         if self.schedule in SINGLE:
             return homes(stages, stages, False)
         is_v = self.schedule in V

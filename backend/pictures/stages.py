@@ -379,7 +379,7 @@ def _input_text(names: dict[Value, str], values: list[Value]) -> str:
 
 def modules_text(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, in a few lines."""
-    return [_counted(*run) for run in layer_runs(stage, homes)]
+    return [name for name, _ in layer_runs(stage, homes)]
 
 
 def layer_runs(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
@@ -496,9 +496,3 @@ def _run(path: list[str], numbers: list[int]) -> tuple[str, int]:
         last = spans(numbers)
     name = ".".join([*parents, last]) or "the model itself"
     return name, max(len(numbers), 1)
-
-
-def _counted(name: str, count: int) -> str:
-    if count == 1:
-        return name
-    return f"{name}  x {count}"

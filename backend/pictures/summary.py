@@ -8,7 +8,7 @@ from html import escape
 from math import prod
 
 from stagecut.backend.pictures.drawing import count_of, some, stages_text, total_text
-from stagecut.backend.pictures.stages import homes_of, layer_runs
+from stagecut.backend.pictures.stages import homes_of, modules_text
 from stagecut.backend.tables import count_text, table
 from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value
 
@@ -81,7 +81,7 @@ def summary(
 
 def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
     """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
-    return [text for text, _ in layer_runs(stage, homes)]
+    return modules_text(stage, homes)
 
 
 def crossing(program: Program, stage: int) -> list[Value]:

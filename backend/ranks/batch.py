@@ -29,7 +29,7 @@ from stagecut.backend.stages.crossing import refuse_shared, written_arguments
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Value
-from stagecut.ir.run.call import check_inputs
+from stagecut.ir.run.call import check_inputs, unlike_example
 from stagecut.ir.run.objects import hides_tensors
 from stagecut.ir.sizes import evaluate
 from stagecut.ir.types import Batch, TensorType
@@ -533,16 +533,7 @@ class MicroBatches:
         """Returns when an input that the program divides is a tensor with such a dim."""
         if isinstance(item, torch.Tensor) and item.dim() == len(kind.shape):
             return
-        given = f"a {type(item).__name__}"
-        if item is None:
-            given = "missing, or None"
-        elif isinstance(item, torch.Tensor):
-            given = f"a tensor of shape {list(item.shape)}"
-        raise InputError(
-            f"input '{value.hint}' is {given}, and the program was traced with a tensor of shape "
-            f"{list(kind.shape)}",
-            hint="pass such a tensor, as in the example; to run without it, trace without it",
-        )
+        raise unlike_example(value.hint, kind, item)
 
     def _count_lists(self, ready: bool) -> None:
         for name, (length, mark) in self._lists.items():

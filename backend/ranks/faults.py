@@ -11,8 +11,6 @@ reports nor answers is the one that is gone. The last resort is the timeout of t
 from __future__ import annotations
 
 import json
-import linecache
-import re
 import threading
 import time
 import traceback
@@ -31,7 +29,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.pipelining import PipelineStage
 
 from stagecut.backend.ranks.hosts import group_of_hosts
-from stagecut.backend.stages.modules import StageModule
+from stagecut.backend.stages.failures import place_of_failure
 from stagecut.ir.errors import StagecutError
 
 INTERVAL = 0.5
@@ -43,7 +41,6 @@ _FAILED = "failed"
 _UNUSED_TAG = 2**20 + 7
 _TORCH_FOLDER = Path(torch.__file__).parent
 _OWN_FOLDER = Path(__file__).parent
-_COMMENT = re.compile(r"\s*# ([^:]+:\d+)(: |$)")
 
 
 _BROKEN: WeakSet[dist.ProcessGroup] = WeakSet()
@@ -301,7 +298,6 @@ def _described(error: BaseException) -> dict[str, Any]:
     """
     error = _origin(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
     stage = next(
         (
             index
@@ -314,29 +310,8 @@ def _described(error: BaseException) -> dict[str, Any]:
         isinstance(error, dist.DistError) or (frames and _waits(frames[-1]))
     ):
         return {"what": "", "where": "", "stage": stage, "hint": RESTART}
-    module = next(
-        (
-            module_of_frame._path
-            for frame in reversed(frames)
-            if isinstance(module_of_frame := frame.f_locals.get("self"), StageModule)
-        ),
-        "",
-    )
-    location = next(
-        (
-            _location(f, n)
-            for f, n in zip(reversed(frames), reversed(lines), strict=True)
-            if not (_in(f, _TORCH_FOLDER) or _in(f, _OWN_FOLDER))
-        ),
-        "",
-    )
-    if isinstance(error, StagecutError):
-        location = error.where or location
-    where = location
-    if module:
-        where = f"module '{module}'"
-        if location:
-            where += f", {location}"
+    told = error.where if isinstance(error, StagecutError) else ""
+    where = place_of_failure(error, _is_models, told)
     return {
         "what": _line(error) if not isinstance(error, StagecutError) else error.what,
         "where": where,
@@ -383,16 +358,10 @@ def _waits(frame: FrameType) -> bool:
     )
 
 
+def _is_models(frame: FrameType) -> bool:
+    """True for code of the model's, emitted or its own, and for code of ours that is not about ranks."""
+    return not (_in(frame, _TORCH_FOLDER) or _in(frame, _OWN_FOLDER))
+
+
 def _in(frame: FrameType, folder: Path) -> bool:
     return frame.f_code.co_filename.startswith(f"{folder}/")
-
-
-def _location(frame: FrameType, line: int) -> str:
-    """file:line, of the model where the code is a stage's."""
-    file = frame.f_code.co_filename
-    if not file.startswith("<stagecut "):
-        return f"{Path(file).name}:{line}"
-    matches = (
-        _COMMENT.match(linecache.getline(file, number)) for number in range(line, 0, -1)
-    )
-    return next((match[1] for match in matches if match), "")

@@ -27,6 +27,7 @@ from stagecut.backend.serve.everywhere import Everywhere
 from stagecut.backend.serve.faster import Ready, Run
 from stagecut.backend.serve.line import Line, Seat
 from stagecut.backend.serve.moved import moved
+from stagecut.backend.stages.failures import telling_place
 from stagecut.backend.stages.run import release_plan, results_of, run_stages
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
@@ -200,7 +201,9 @@ class _RankCall:
         if self.received:
             values |= self.line.receive(self.received)
         arguments = [values[value] for value in self.block.inputs]
-        results = results_of(self.run(*arguments), self.block)
+        with telling_place(self.block.index):
+            result = self.run(*arguments)
+        results = results_of(result, self.block)
         values |= zip(self.block.outputs, results, strict=True)
         if self.sent:
             self.line.send(self.sent, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stagecut.backend.stages.failures import telling_place
 from stagecut.ir.graph import Block, Program, Value
 
 
@@ -32,7 +33,9 @@ def run_stages(
     values: dict[Value, Any] = dict(zip(program.inputs, flat, strict=True))
     for stage, block, dead in zip(stages, program.stages, plan, strict=True):
         arguments = [values[value] for value in block.inputs]
-        results = results_of(stage(*arguments), block)
+        with telling_place(block.index):
+            result = stage(*arguments)
+        results = results_of(result, block)
         values.update(zip(block.outputs, results, strict=True))
         for value in dead:
             values.pop(value, None)

@@ -22,6 +22,7 @@ from stagecut.frontend.source import failing_line, first_line
 from stagecut.ir.errors import CaptureError, InputError
 from stagecut.ir.keywords import names_taken, refuse_unknown
 from stagecut.ir.run.call import is_size
+from stagecut.ir.run.failing import failed_at, failed_calls
 
 
 @contextmanager
@@ -57,11 +58,27 @@ def failing_on_example(
     hint = "change the inputs or the model until model(*mb_args, **mb_kwargs) runs"
     refusal = CaptureError(
         f"{cls.__name__} fails on the example inputs: {first_line(error)}",
-        where=failing_line(error, cls),
+        where=_failing_place(error, cls),
         hint=f"{hint}{otherwise}",
     )
     refusal.cause = error
     return refusal
+
+
+def _failing_place(error: Exception, cls: type) -> str:
+    """The innermost module of the model that fails, what it was given, and the line."""
+    line = failing_line(error, cls)
+    calls = failed_calls(error)
+    if not calls:
+        return line
+    # by the dict of the module: a tracer may put another object in front of it
+    paths = {id(vars(owner)): path for path, owner in calls[0].module.named_modules()}
+    calls.reverse()
+    for call in calls:
+        path = paths.get(id(vars(call.module)), "")
+        if path:
+            return failed_at(path, call.given, line)
+    return line
 
 
 _NESTED = hasattr(import_module("torch.export._trace"), "_combine_args_for_tracing")
@@ -106,6 +123,27 @@ def shapes_by_name(module: torch.nn.Module, shapes: Any) -> Any:
     return by_name
 
 
+def check_containers(args: Any, kwargs: Any) -> None:
+    """Returns for a tuple or list and a dict, or None. Raises InputError with what was meant otherwise."""
+    if args is not None and not isinstance(args, tuple | list):
+        hint = "write (x,) for a single argument"
+        if isinstance(args, Mapping):
+            hint = "mb_kwargs= takes arguments by name"
+        elif kwargs is not None and not isinstance(kwargs, Mapping):
+            hint = "mb_args=(x, y): all positional arguments in one tuple"
+        raise InputError(
+            f"mb_args must be a tuple, not {type(args).__name__}",
+            hint=hint,
+        )
+    if kwargs is not None and not isinstance(kwargs, dict):
+        hint = 'mb_kwargs={"name": value}; mb_args=(x, y) has all positional ones'
+        if isinstance(kwargs, Mapping):
+            hint = "mb_kwargs=dict(...) of it"
+        raise InputError(
+            f"mb_kwargs must be a dict, not {type(kwargs).__name__}", hint=hint
+        )
+
+
 def check_example(
     module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
@@ -117,16 +155,7 @@ def check_example(
             "no model can be traced under torch.inference_mode",
             hint="call it outside; the stages run under it",
         )
-    if not isinstance(args, tuple | list):
-        hint = "write (x,) for a single argument"
-        if isinstance(args, Mapping):
-            hint = "mb_kwargs= takes arguments by name"
-        raise InputError(
-            f"mb_args must be a tuple, not {type(args).__name__}",
-            hint=hint,
-        )
-    if not isinstance(kwargs, dict):
-        raise InputError(f"mb_kwargs must be a dict, not {type(kwargs).__name__}")
+    check_containers(args, kwargs)
     _check_can_be_called(module)
     signature = inspect.signature(module.forward)
     misfit = f"the example inputs do not fit {type(module).__name__}.forward{signature}"

@@ -7,7 +7,6 @@ programs of another order, which ranks cannot run together.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,7 +25,6 @@ from stagecut.ir.ops import facts
 from stagecut.ir.types import carries_grad
 
 _NAMESPACES = ("aten", "operator", "_operator")
-_NUMBERED = re.compile(r"(.*?)(?:_(\d+))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def settle(program: Program) -> None:
     """Ops without effects or gradients that depend on no parameter stand in the order in which later ops read
     them, calls of modules as they are. They keep their run: the ops between two that are no such ones.
 
-    Names and numbers of calls follow the order.
+    The numbers of calls follow the order.
     """
     places = {op: place for place, op in enumerate(program.ops)}
     for place, op in enumerate(program.ops):
@@ -64,7 +62,6 @@ def settle(program: Program) -> None:
         for place, op in enumerate(after, run.begin):
             program.ops[place] = op
             places[op] = place
-        _name(before, after)
         _number(run.depth, before, after)
 
 
@@ -238,28 +235,6 @@ def _read_by(unit: Sequence[Op], home: dict[Op, int]) -> Iterator[int]:
         for value in op.reads:
             if isinstance(value.owner, Op) and value.owner in home:
                 yield home[value.owner]
-
-
-def _name(before: Sequence[Op], after: Sequence[Op]) -> None:
-    """The names of the results, in their order."""
-    names: dict[str, list[tuple[int, str]]] = {}
-    for op in before:
-        for value in op.results:
-            base, number = _split(value.hint)
-            name = number, value.hint
-            names.setdefault(base, []).append(name)
-    for found in names.values():
-        found.sort(reverse=True)
-    for op in after:
-        for value in op.results:
-            base, _ = _split(value.hint)
-            _, value.hint = names[base].pop()
-
-
-def _split(hint: str) -> tuple[str, int]:
-    found = _NUMBERED.fullmatch(hint)
-    assert found is not None
-    return found[1], int(found[2] or 0)
 
 
 def _number(depth: int, before: Sequence[Op], after: Sequence[Op]) -> None:

@@ -15,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 from stagecut.frontend.source import TORCH_DIR, is_pythons_file, is_users_file
 from stagecut.ir.blame import OWN_DIR, OnPurpose
 
-KEEP_WHOLE = "or keep the module whole: leaf_modules=[...]"
+KEEP_WHOLE = (
+    "or keep the submodule that does it whole, leaf_modules=[...]; the outermost module cannot be one: move "
+    "such code of its forward into a submodule"
+)
 DRAW = (
     "draw with torch functions, such as torch.rand(()), seed outside of the model, "
     + KEEP_WHOLE

@@ -246,9 +246,13 @@ class CallSpec:
                 continue
             if _is_default(value, self.parameters.get(name, ABSENT)):
                 continue
-            hint = f"add it to mb_args / mb_kwargs; {nearest(name, traced)}"
             if name not in self.parameters:
-                hint = nearest(name, dict.fromkeys([*traced, *self.parameters]))
+                known = dict.fromkeys([*traced, *self.parameters])
+                raise InputError(
+                    f"forward names no argument '{name}', and none was given in the example call",
+                    hint=nearest(name, known),
+                )
+            hint = f"add it to mb_args / mb_kwargs; {nearest(name, traced)}"
             raise InputError(
                 f"argument '{name}' was not given in the example call, so the program does not depend on it",
                 hint=hint,
@@ -355,6 +359,19 @@ def check_inputs(
     return _check_sizes(sizes, ranges or {})
 
 
+def unlike_example(name: str, kind: TensorType, given: Any) -> InputError:
+    """The error for an input that was traced as a tensor of this type, and is none or has other dims."""
+    is_now = f"a {type(given).__name__}"
+    if given is None:
+        is_now = "missing, or None"
+    if isinstance(given, torch.Tensor):
+        is_now = f"a tensor of shape {list(given.shape)}"
+    return InputError(
+        f"input '{name}' is {is_now}, and the program was traced with a tensor of shape {list(kind.shape)}",
+        hint="pass such a tensor, as in the example; to run without it, trace without it",
+    )
+
+
 def _check_tensor(
     name: str,
     tensor_type: TensorType,
@@ -364,11 +381,7 @@ def _check_tensor(
 ) -> None:
     """`sizes` gains the symbolic sizes of the input, each with the name of the input."""
     if not isinstance(argument, torch.Tensor):
-        raise InputError(
-            f"input '{name}' must be a tensor, not {type(argument).__name__}",
-            hint=_AGAIN,
-        )
-
+        raise unlike_example(name, tensor_type, argument)
     free = cast and tensor_type.dtype in FLOATS and argument.is_floating_point()
     if SHORT.get(argument.dtype) != tensor_type.dtype and not free:
         raise InputError(

@@ -309,6 +309,11 @@ class Lives:
     def _hint_for(self, name: str) -> str:
         if _unmarked(name) in self._entries:
             return f"'{_unmarked(name)}' is state, no value"
+        if name.removeprefix("%").startswith("."):
+            return (
+                "a name with a dot stands for one value of each call of a function, and unfolded text names "
+                "each of them"
+            )
         return _nearest("%" + name.removeprefix("%"), self._values)
 
     def _number(self, op: Op, stage: int | None) -> None:

@@ -759,6 +759,7 @@ class _Parser:
 
     def _define(self, name: str, value: Value) -> None:
         self._values[name] = value
+        value.hint = name.removeprefix(".")  # the mark of a value inside of a function
 
     def _value_name(self) -> tuple[str, int]:
         start = self._next_position()

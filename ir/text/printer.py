@@ -166,9 +166,14 @@ class Printer:
             self._groups = state_groups(program.state, program.all_ops())
 
     def name_function(self, function: Function, numbers: bool = False) -> None:
-        """The values of a function have names of their own: their hints, or just numbers."""
+        """The values of a function have names of their own: their hints, or just numbers, after a dot, since
+        none of them is one value of the program.
+        """
         free = Namer()
-        namer = (lambda hint: free("")) if numbers else free
+
+        def namer(hint: str) -> str:
+            return "." + free("" if numbers else hint)
+
         for entry in function.state:
             self.names[entry.value] = fqn_text(entry.name)
         for value in function.inputs:

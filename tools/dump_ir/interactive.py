@@ -32,6 +32,9 @@ _NAMES = {
     "trace-param": r'@([\w.]+)|@"([^"]+)"',
 }
 """A word -> what it takes, in the text of a program."""
+FIRST = ("stages", "split-at", "uncut", "cut", "report", "text", "trace-value", "help")
+"""The words that an unknown one is answered with, where none is like it."""
+_OTHERS = ("history", "quit")
 _OF_PASSES = ("print-after", "print-before", "stop-after")
 
 _IN_PYTHON = "pipe.ir() is the program, pipe.report() what it costs"
@@ -81,12 +84,12 @@ class Interactive(cmd.Cmd):
         if not self._is_watched:
             self.intro = ""
         self._source, self._text = source, text(source.program)
-        self._words = {
+        self._words = [
             name.removeprefix("--")
             for action in command_line._actions
             for name in action.option_strings
             if name.startswith("--")
-        }
+        ]
         self._parser, self._named = command_line, named
         self._run, self._session, self._load = run, again, load
         self._base = [options.source]
@@ -145,7 +148,7 @@ class Interactive(cmd.Cmd):
         elif word in self._words:
             self._look([f"--{word}", *rest])
         else:
-            known = [*self._words, "cut", "uncut", "text", "history", "help", "quit"]
+            known = dict.fromkeys([*FIRST, *_OTHERS, *self._words])
             raise InputError(f"'{word}' is not known", hint=nearest(word, known))
         return False
 
@@ -233,8 +236,7 @@ class Interactive(cmd.Cmd):
 
     def completenames(self, text: str, *ignored: object) -> list[str]:
         """The words that a line may begin with."""
-        own = ("cut", "uncut", "text", "history", "help", "quit")
-        return _beginning(text, (*self._words, *own))
+        return _beginning(text, {*self._words, *FIRST, *_OTHERS})
 
     def completedefault(self, *ignored: object) -> list[str]:
         """The names that the word at the beginning of the line takes."""

@@ -420,6 +420,8 @@ def _check(options: argparse.Namespace) -> None:
         _check_pass(option, name)
     if options.stop_after is not None:
         _check_pass("--stop-after", options.stop_after)
+    if options.stages is not None:
+        _balanced(options).refuse_wrong()
 
 
 def _printed(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -478,20 +480,24 @@ def _policy(options: argparse.Namespace) -> Any:
     options.plan = None
     if options.stages is None:
         return None
-    from stagecut.backend.costs.balance import Balanced
-    from stagecut.backend.costs.setting import Setting
-
-    balanced = Balanced(
-        options.stages,
-        Setting(options.device, options.schedule, options.microbatches),
-        budget=math.inf,
-    )
+    balanced = _balanced(options)
 
     def cuts(program: Program) -> list[int]:
         options.plan = balanced.plan(program)
         return list(options.plan.cuts)
 
     return cuts
+
+
+def _balanced(options: argparse.Namespace) -> Any:
+    from stagecut.backend.costs.balance import Balanced
+    from stagecut.backend.costs.setting import Setting
+
+    return Balanced(
+        options.stages,
+        Setting(options.device, options.schedule, options.microbatches),
+        budget=math.inf,
+    )
 
 
 def _split_point(name: str) -> tuple[str, str]:

@@ -13,10 +13,9 @@ from stagecut.backend.tables import table
 from stagecut.ir.check.validator import Trace, validate
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import LINKED, Program
-from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
-from stagecut.passes.fold_blocks import folded_text, unfold
+from stagecut.passes.fold_blocks import folded_text
 from stagecut.passes.runner import PassRecord, run_passes
 from stagecut.tools.dump_ir.cache import cached
 from stagecut.tools.dump_ir.options import spelled
@@ -110,10 +109,6 @@ class Session:
         program = self.program()
         with Steps() as self._steps:
             self._note(self._notes)
-        if self._options.unfold or self._options.only:
-            # both sides name what is inside of blocks as a text does that is read
-            program = parse(folded_text(program))
-            unfold(program)
         with shown_source(program, not self._options.no_source):
             whole = self._final(program)
         with shown_source(program, False):
