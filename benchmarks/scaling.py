@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 4 benchmarks/scaling.py --gpus 4
 torchrun --nproc-per-node 8 benchmarks/scaling.py --gpus 8 --shard 2          # 4 ranks of a pipeline x FSDP2
 torchrun --nproc-per-node 4 benchmarks/scaling.py --gpus 4 --device cpu --small    # tiny models, to try it
+torchrun --nproc-per-node 1 benchmarks/scaling.py --gpus 8 --simulate    # blocks are timed alone
 
 A step is forward and backward of all micro-batches, without an optimizer: it takes every row as long. A
 micro-batch has two sequences of 2048. Seconds are those of the slowest process; medians are taken. All rows
@@ -14,7 +15,8 @@ that split backwards, `timed` (the same with order="timed", and the order for ea
 Ways that end in `-replayed` run in a CUDA graph. `bound` is the speed
 over the best that the schedule allows: ranks x (one GPU alone) x (1 - bubble), with the formulas of
 gpu_pipeline.py, and one GPU eager for `eager`, compiled for the others. `error` is the predicted step over
-the measured one, less 1. `GiB` is the peak of each rank in a step; each process has all weights.
+the measured one, less 1. `GiB` is the peak of each rank in a step; each process has all weights. With
+--simulate nothing is measured but the blocks and one GPU alone: tokens/s are those of the predicted step.
 
 Generation: requests of one prompt of 128 tokens, 64 new ones, with CUDA graphs, so many in flight, beside
 one request after the other on one GPU.
@@ -22,10 +24,11 @@ one request after the other on one GPU.
 
 import argparse
 import gc
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -119,13 +122,15 @@ class Row:
     speed: float
     bound: float
     predicted: float
-    measured: float
-    loss: float
-    peaks: tuple[float, ...]
+    measured: float | None = None
+    loss: float = math.nan
+    peaks: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         names = f"{self.model:14}{self.schedule:17}{self.way:25}{self.cut:10}{self.count:>4}"
         speed = f"{self.speed:>10.0f}{self.speed / self.bound:>7.3f}"
+        if self.measured is None:
+            return f"{names}{speed}{1e3 * self.predicted:>10.1f}"
         error = self.predicted / self.measured - 1
         step = f"{1e3 * self.predicted:>10.1f}{1e3 * self.measured:>9.1f}{error:>8.3f}"
         peaks = " ".join(f"{gib:.1f}" for gib in self.peaks)
@@ -184,6 +189,11 @@ class Table:
             found[0] = self._predicted(schedule, way)
         dist.broadcast_object_list(found)
         for name, (cut, plans) in found[0].items():
+            if self.options.simulate:
+                yield from self._simulated(
+                    (schedule, way, name), [seconds for seconds, _ in plans]
+                )
+                continue
             pipe = self.bench.cut(cut)
             graphs: Any = None
             for count, (seconds, order) in zip(
@@ -201,6 +211,23 @@ class Table:
                 yield self._row(driver, (schedule, way, name, count), seconds)
             del pipe, driver, graphs
             self._clean()
+
+    def _simulated(
+        self, names: tuple[str, str, str], steps: Sequence[float]
+    ) -> Iterator[Row]:
+        """The rows of a cut, from the seconds of a step for each number of micro-batches."""
+        for count, seconds in zip(self.options.microbatches, steps, strict=True):
+            tokens = count * self.bench.case.target.numel()
+            bound = self._bound(names[0], names[1], count)
+            yield Row(
+                self.bench.case.name, *names, count, tokens / seconds, bound, seconds
+            )
+
+    def _bound(self, schedule: str, way: str, count: int) -> float:
+        """The tokens a second that the schedule allows."""
+        free = 1 - bubble(schedule, self.bench.ranks, count)
+        compiled = not way.startswith("eager")
+        return self.bench.ranks * self._alone[compiled] * free
 
     def _options(self, way: str) -> dict[str, Any]:
         """The arguments of Driver."""
@@ -276,9 +303,7 @@ class Table:
             raise SystemExit(f"{names}: {driver.notes}")
         step = median(seconds[warm:])
         tokens = count * case.target.numel()
-        free = 1 - bubble(schedule, self.bench.ranks, count)
-        compiled = not way.startswith("eager")
-        bound = self.bench.ranks * self._alone[compiled] * free
+        bound = self._bound(schedule, way, count)
         return Row(
             case.name, *names, tokens / step, bound, predicted, step, loss, peaks
         )
@@ -300,7 +325,9 @@ class Table:
         return longest, float(losses.batch), tuple(each for _, each in everywhere)
 
     def differing(self) -> list[str]:
-        """The rows whose loss is not that of the first row with as many micro-batches."""
+        """The measured rows whose loss is not that of the first row with as many micro-batches."""
+        if self.options.simulate:
+            return []
         part = 2.0**-7 if self.bench.device.type == "cuda" else 1e-4
         first: dict[int, Row] = {}
         for row in self.rows:
@@ -406,6 +433,9 @@ def main() -> int:
     parser.add_argument(
         "--compile", action="store_true", help="generation by compiled stages"
     )
+    parser.add_argument(
+        "--simulate", action="store_true", help="on one GPU: steps are not run"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="begin no more rows after so many"
@@ -422,13 +452,16 @@ def main() -> int:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if dist.get_world_size() != options.gpus:
-        raise SystemExit(f"--gpus {options.gpus} on {dist.get_world_size()} processes")
+    processes = 1 if options.simulate else options.gpus
+    if dist.get_world_size() != processes:
+        raise SystemExit(
+            f"{processes} processes are needed, and there are {dist.get_world_size()}"
+        )
     transformers.logging.set_verbosity_error()
     card = torch.cuda.get_device_name() if cuda else "CPU"
     say(f"{options.gpus} x {card}, torch {torch.__version__}, {vars(options)}")
     differing = train(options, device, began)
-    if options.lanes:
+    if options.lanes and not options.simulate:
         serve(options)
     say(
         f"{time.perf_counter() - began:.0f} s; "
