@@ -109,7 +109,17 @@ def test_views_are_free_and_a_frozen_model_has_no_backward() -> None:
         assert not cost.kept
 
 
-def test_an_embedding_reads_the_rows_that_it_takes() -> None:
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_reads_the_rows_that_it_takes(kind: type[nn.Module]) -> None:
+    indices = torch.arange(6).view(2, 3)
+    _, ops, costs = _costed(kind(1000, 8), indices)
+    cost = next(c for op, c in zip(ops, costs, strict=True) if "embedding" in op.target)
+    assert 6 * 8 * 4 < cost.moved < 1000
+    # its gradient is one of the whole table
+    assert 1.5 * 1000 * 8 * 4 < cost.backward_moved < 1.5 * (1000 * 8 * 4 + 1000)
+
+
+def test_the_bytes_of_an_embedding() -> None:
     _, ops, costs = _costed(nn.Embedding(1000, 8), torch.arange(6))
     cost = next(c for op, c in zip(ops, costs, strict=True) if "embedding" in op.target)
     rows, indices = 6 * 8 * 4, 6 * 8

@@ -259,9 +259,14 @@ class _Counter:
         """Bytes of an operand of which only some rows are read, without these rows."""
         if not facts(op).takes_rows or op.is_view:
             return 0.0
-        table = self.nbytes(op.operands[0])
-        rows = self.nbytes(op.results[0])
-        return float(max(0, table - rows))
+        table, indices, *_ = op.operands
+        if not isinstance(table.type, TensorType):
+            return 0.0
+        if not isinstance(indices.type, TensorType):
+            return 0.0
+        rows = self._shape(table.type)[0]
+        taken = math.prod(self._shape(indices.type))
+        return self.nbytes(table) * max(0.0, 1 - taken / max(1, rows))
 
     def _passing(self, op: Op) -> int:
         operands = [
