@@ -5,7 +5,7 @@ errors have short tracebacks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from types import FunctionType
 from typing import ParamSpec, TypeVar
@@ -22,6 +22,17 @@ def near_names(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises InputError with the nearest names for an argument of a name that it does not
     have. What it raises as a StagecutError has no steps of ours in its traceback.
     """
+    return _public(function, {})
+
+
+def near_names_or(
+    elsewhere: Mapping[str, str],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """As `near_names`; of an argument that belongs `elsewhere`, the error says where: name -> the hint."""
+    return lambda function: _public(function, elsewhere)
+
+
+def _public(function: Callable[P, R], elsewhere: Mapping[str, str]) -> Callable[P, R]:
     names = names_taken(inspect.signature(function))
     title = function.__qualname__.removesuffix(".__init__")
 
@@ -29,7 +40,7 @@ def near_names(function: Callable[P, R]) -> Callable[P, R]:
     def public(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             if names is not None:
-                refuse_unknown(f"{title}()", names, kwargs)
+                refuse_unknown(f"{title}()", names, kwargs, elsewhere)
             return function(*args, **kwargs)
         except StagecutError as error:
             drop_our_steps(error)
@@ -50,15 +61,23 @@ def names_taken(signature: inspect.Signature) -> list[str] | None:
     return [name for name in named if name != "self"]
 
 
-def refuse_unknown(title: str, names: Collection[str], given: Iterable[str]) -> None:
-    """Returns when all names that are given are among those that there are. Raises InputError with the
-    nearest ones otherwise.
+def refuse_unknown(
+    title: str,
+    names: Collection[str],
+    given: Iterable[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
+    """Returns when all names that are given are among those that there are. Raises InputError with what says
+    it `elsewhere`, or the nearest ones, otherwise.
     """
     for name in given:
-        if name not in names:
-            raise InputError(
-                f"{title} has no argument '{name}'", hint=nearest(str(name), names)
-            )
+        if name in names:
+            continue
+        hint = (elsewhere or {}).get(name)
+        raise InputError(
+            f"{title} has no argument '{name}'",
+            hint=hint or nearest(str(name), names),
+        )
 
 
 def near_names_in(cls: type[T]) -> type[T]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from stagecut.ir.errors import SplitError, nearest
 from stagecut.ir.graph import SPLIT, WHOLE, Context, Frame, Op, Place, Program, Scope
@@ -104,7 +105,13 @@ class FindSplits:
             if not op.is_split:
                 places.append(place)
         cuts: dict[int, str] = {}
-        for cut in self.policy(program):
+        chosen: Any = self.policy(program)
+        if not isinstance(chosen, Iterable):
+            raise SplitError(
+                f"the split policy returned {type(chosen).__name__}, and no positions of ops",
+                hint="return a list of numbers, such as [4, 9]",
+            )
+        for cut in chosen:
             if not isinstance(cut, int) or not 0 <= cut <= len(places):
                 raise SplitError(
                     f"the split policy chose position {cut!r}",

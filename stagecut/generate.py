@@ -478,7 +478,8 @@ def _refuse_other_models(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise InputError(
             f"{type(model).__name__} has no generate()",
-            hint="a model of transformers for generation, such as AutoModelForCausalLM makes",
+            hint="a model of transformers for generation, such as AutoModelForCausalLM makes; another one "
+            "runs in a loop of your own, by pipe(...) or driver.eval(...)",
         )
     _refuse_train_mode(model)
 

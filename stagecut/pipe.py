@@ -49,7 +49,7 @@ from stagecut.ir.errors import (
     nearest,
 )
 from stagecut.ir.graph import BY_MODE, Program
-from stagecut.ir.keywords import near_names, near_names_in
+from stagecut.ir.keywords import near_names, near_names_in, near_names_or
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
@@ -81,7 +81,24 @@ CHECKS = ("auto", "outputs", "gradients", None)
 Model = nn.Module | ExportedProgram | fx.GraphModule
 
 
-@near_names
+SEARCHED = {
+    "split_policy=Balanced(stages, Setting({}=...))": (
+        "device", "schedule", "n_microbatches", "training", "optimizer", "ranks", "backward", "compile",
+        "recompute", "activation_budget",
+    ),
+    "split_policy=Balanced(stages, {}=...)": (
+        "setting", "pins", "tolerance", "budget", "profile_on", "inside", "loss_fn", "target", "wrap",
+        "order",
+    ),
+}  # fmt: skip
+"""Where an argument of a search of cuts goes -> the names of such arguments."""
+
+OF_SEARCH = {
+    name: where.format(name) for where, names in SEARCHED.items() for name in names
+}
+
+
+@near_names_or(OF_SEARCH)
 def pipeline(
     module: Model,
     mb_args: tuple[Any, ...] | None = None,
@@ -145,7 +162,7 @@ def pipeline(
     if check not in CHECKS:
         raise InputError(
             f"check={check!r} is not known",
-            hint=nearest(str(check), [str(c) for c in CHECKS]),
+            hint="one of " + ", ".join(map(repr, CHECKS)),
         )
     _refuse_wrong_kinds(
         split_spec=(split_spec, Mapping, '{"layers.4": SplitPoint.BEGINNING}'),
@@ -158,6 +175,18 @@ def pipeline(
         raise InputError(
             f"leaf_modules={leaf_modules!r} is no list of paths",
             hint=f"leaf_modules=[{leaf_modules!r}]",
+        )
+    leaf_modules = tuple(leaf_modules)
+    for path in leaf_modules:
+        if not isinstance(path, str):
+            raise InputError(
+                f"leaf_modules holds a {type(path).__name__}, and no path",
+                hint='the names of modules, as named_modules() has them: leaf_modules=["layers.4"]',
+            )
+    if isinstance(split_policy, type):
+        raise InputError(
+            f"split_policy={split_policy.__name__} is a class",
+            hint=f"split_policy={split_policy.__name__}(stages)",
         )
     _refuse_two_wishes(
         {"stages": stages, "split_spec": split_spec, "split_policy": split_policy}

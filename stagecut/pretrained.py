@@ -17,11 +17,11 @@ from stagecut.backend.files.checkpoint import CheckpointError
 from stagecut.backend.ranks.placement import own_device, placement, schedule_class
 from stagecut.frontend.markers import SplitPoint
 from stagecut.ir.errors import InputError
-from stagecut.ir.keywords import near_names
-from stagecut.pipe import Pipe, pipeline
+from stagecut.ir.keywords import near_names_or
+from stagecut.pipe import OF_SEARCH, Pipe, pipeline
 
 
-@near_names
+@near_names_or(OF_SEARCH)
 def from_pretrained(
     folder: str | Path,
     mb_args: tuple[Any, ...] = (),

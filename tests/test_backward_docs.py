@@ -16,7 +16,8 @@ from stagecut import Driver, pipeline
 PAGE = (Path(__file__).parent.parent / "docs" / "BACKWARD.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 SCRIPTS = [block for block in BLOCKS if block.startswith("#")]
-LINES = [block for block in BLOCKS if block.startswith("driver = ")]
+IMPORT = "from stagecut import Driver\n\n"
+LINES = [block.removeprefix(IMPORT) for block in BLOCKS if block.removeprefix(IMPORT).startswith("driver = ")]
 
 
 def test_the_page_has_no_other_python() -> None:

@@ -192,7 +192,7 @@ def test_a_name_is_the_same_value_in_the_model_and_in_its_text(tmp_path: Path, c
     text.write_text(capsys.readouterr().out)
     assert main([*cut, "--unfold"]) == 0
     names = re.findall(r"%(\w+) = aten\.(?:linear|mul|scaled)", capsys.readouterr().out)
-    for name in names[:: len(names) // 6]:
+    for name in names[:: len(names) // 3]:
         lives: list[str] = []
         for source in (cut, [str(text)]):
             assert main([*source, "--trace-value", name]) == 0

@@ -119,7 +119,7 @@ def test_given_is_what_was_named_even_if_it_is_the_default() -> None:
         ("run all passes, or level='modules'", "run all passes, or --level modules"),
         ("install Graphviz: ...; to_dot needs no program", "install Graphviz: ...; --format dot needs no program"),
         ("stages=1 to stages=12", "--stages 1 to --stages 12"),
-        ("did you mean 'CPU'?; or give a Device(...)", "did you mean 'CPU'?"),
+        ("did you mean 'CPU'? a Device(...) describes any other", "did you mean 'CPU'?"),
     ],
 )
 def test_messages_speak_of_options(said: str, wanted: str) -> None:

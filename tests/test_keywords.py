@@ -6,6 +6,7 @@ import inspect
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 import stagecut
-from stagecut import InputError, Pipe, Setting, StagecutError, pipeline
+from stagecut import Balanced, InputError, Pipe, Setting, StagecutError, pipeline
 from stagecut.ir.keywords import near_names
+from stagecut.pipe import SEARCHED
 
 CALLED = ("AtModules", "Balanced", "Device", "Driver", "Generator", "Setting")
 """The classes whose constructors people call."""
@@ -94,6 +96,33 @@ def test_an_example_input_of_another_name_lists_the_nearest(given: dict[Any, Any
         pipeline(Losses(), mb_kwargs=given)
     assert str(caught.value).startswith("the example inputs do not fit Losses.forward(")
     assert message in str(caught.value)
+
+
+def test_what_belongs_to_the_search_of_cuts_says_where() -> None:
+    for names, kind in zip(SEARCHED.values(), (Setting, Balanced), strict=True):
+        assert {*names} == {field.name for field in fields(kind)} - {"stages"} - ({"order"} if kind is Setting else set())
+    with pytest.raises(InputError, match=r"no argument 'inside'\n  try: split_policy=Balanced\(stages, inside=...\)"):
+        pipeline(nn.Linear(2, 2), (torch.ones(1, 2),), stages=1, inside="never")  # type: ignore[call-arg]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a class in leaf_modules": ({"stages": 1, "leaf_modules": [nn.Linear]}, "leaf_modules holds a type"),
+    "a module in leaf_modules": ({"stages": 1, "leaf_modules": [nn.ReLU()]}, "leaf_modules holds a ReLU"),
+    "a class of a policy": ({"split_policy": Balanced}, "is a class"),
+    "a policy that returns nothing": ({"split_policy": lambda program: None}, "returned NoneType"),
+    "no device": ({"split_policy": Balanced(1, Setting(None))}, "device=None is no device"),  # type: ignore[arg-type]
+    "no device in a list": ({"split_policy": Balanced(1, Setting([None]))}, "device=None is no device"),  # type: ignore[list-item]
+    "pins": ({"split_policy": Balanced(1, pins=3)}, "pins=3"),  # type: ignore[arg-type]
+    "budget": ({"split_policy": Balanced(1, budget="all")}, "budget='all'"),  # type: ignore[arg-type]
+    "a loss": ({"split_policy": Balanced(1, loss_fn=3)}, "loss_fn=3"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_argument_of_another_kind_is_named(wrong: str) -> None:
+    arguments, message = WRONG[wrong]
+    with pytest.raises(StagecutError, match=message):
+        pipeline(nn.Linear(2, 2), (torch.ones(1, 2),), **arguments)
 
 
 def test_functions_are_what_they_were() -> None:

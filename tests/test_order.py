@@ -73,7 +73,7 @@ def cut(order: Sequence[str], layers: Sequence[str], by: dict[str, str]) -> Pipe
     return pipeline(Kinds(order, layers, by), (torch.randn(3, 4),), stages=2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.permutations(KINDS), st.lists(st.sampled_from(KINDS), min_size=2, max_size=6), WAYS)
 def test_the_text_does_not_depend_on_the_order_of_kinds(order: list[str], layers: list[str], by: dict[str, str]) -> None:
     """The cut compares with the model. A kind that no layer reads is no part of the program."""

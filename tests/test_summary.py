@@ -117,7 +117,7 @@ def test_a_searched_cut_says_for_what_and_how_to_have_another() -> None:
     assert "cut for" not in str(cut())
     model = nn.Sequential(*(Block(cut=False) for _ in range(3)))
     setting = Setting(["A100", "A100", "L4"], "GPipe", 4)
-    for inside, what in (("always", ', one cut inside a block (none with inside="never")'), ("never", "")):
+    for inside, what in (("always", ', one cut inside a block (none with Balanced(..., inside="never"))'), ("never", "")):
         pipe = pipeline(model, (X,), split_policy=Balanced(2, setting, inside=inside))
         call = f'Balanced(2, Setting(["A100", "A100", "L4"], "GPipe", 4), inside="{inside}")'
         lines = [

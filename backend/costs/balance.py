@@ -108,6 +108,19 @@ class Balanced:
         refuse_unknown("order", self.order, ORDERS)
         if self.profile_on is not None:
             torch_device(self.profile_on)
+        for name in ("budget", "tolerance"):
+            number = getattr(self, name)
+            if not isinstance(number, int | float) or number < 0:
+                raise InputError(
+                    f"{name}={number!r} is no part of something", hint=f"{name}=0.5"
+                )
+        if not isinstance(self.pins, Mapping):
+            raise InputError(f"pins={self.pins!r} is no dict", hint='pins={"head": -1}')
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise InputError(
+                f"loss_fn={self.loss_fn!r} is no function",
+                hint="loss_fn(output, target) returns the loss",
+            )
         if self.stages is None:
             return
         if not isinstance(self.stages, int):

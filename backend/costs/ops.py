@@ -118,10 +118,15 @@ def device(wanted: Device | str) -> Device:
     """The device itself, or the known one of that name. Raises InputError for unknown names."""
     if isinstance(wanted, Device):
         return wanted
+    if not isinstance(wanted, str):
+        raise InputError(
+            f"device={wanted!r} is no device",
+            hint='the name of a known one, such as "H100", a Device(...), or a list of these',
+        )
     if wanted not in DEVICES:
         raise InputError(
             f"device '{wanted}' is not known",
-            hint=f"{nearest(wanted, DEVICES)}; or give a Device(...)",
+            hint=f"{nearest(wanted, DEVICES)} a Device(...) describes any other",
         )
     return DEVICES[wanted]
 

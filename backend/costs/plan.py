@@ -142,7 +142,7 @@ class Plan:
         if self.inside > 1:
             text += f", {self.inside} cuts inside blocks"
         if self.inside:
-            text += ' (none with inside="never")'
+            text += ' (none with Balanced(..., inside="never"))'
         if not self.policy:
             return (text,)
         return text, f"for another device or schedule: split_policy={self.policy}"

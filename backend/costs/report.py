@@ -126,9 +126,10 @@ _REMEDIES = {
 }
 """Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
-_HOST_REMEDY = (
-    "larger micro-batches, compiled stages or CUDA graphs help. While a rank waits for values its host "
-    "starts ops ahead: the timeline has it idle beside a rank with as much to do"
+_HOST_REMEDY = "larger micro-batches, compiled stages or CUDA graphs help"
+_IDLE_DEVICES = (
+    ". The bubble is the time in which devices have nothing to compute, and while one waits for another rank "
+    "its host starts what comes next"
 )
 
 
@@ -233,10 +234,11 @@ class Report:
         if not waiting:
             return ""
         longest = max(waiting, key=lambda s: s.host)
+        several = any(s.rank for s in self.stages)
         return (
             f"the host is the limit of {stages_text([s.index for s in waiting])}: it starts the ops of stage "
             f"{longest.index} in {time_text(longest.host)}, the device computes them in "
-            f"{time_text(longest.device)}; {_HOST_REMEDY}"
+            f"{time_text(longest.device)}; {_HOST_REMEDY}{_IDLE_DEVICES * several}"
         )
 
     def _costs_line(self) -> str:

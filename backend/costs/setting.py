@@ -114,7 +114,7 @@ class Setting:
     @property
     def every_device(self) -> list[Device]:
         """The devices as they are given: one for all ranks, or one for each."""
-        if isinstance(self.device, Device | str):
+        if isinstance(self.device, str) or not isinstance(self.device, Sequence):
             return [device(self.device)]
         return [device(name) for name in self.device]
 

@@ -26,7 +26,8 @@ def clear(folder: Path, aside: Path) -> None:
     if folder.exists():
         raise CheckpointError(
             f"'{folder}' is there already",
-            hint="give every checkpoint a folder of its own, such as run/step-100",
+            hint="remove it before a new run, or give every checkpoint a folder of its own, such as "
+            "run/step-100",
         )
     shutil.rmtree(aside, ignore_errors=True)  # left by a save that was killed
     folder.parent.mkdir(parents=True, exist_ok=True)

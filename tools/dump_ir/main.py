@@ -155,7 +155,7 @@ def parser(
     return parser
 
 
-def _positive(text: str) -> int:
+def whole_number(text: str) -> int:
     """A number of things, at least one."""
     number = int(text)
     if number < 1:
@@ -209,14 +209,14 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--batch",
         metavar="N",
-        type=_positive,
+        type=whole_number,
         default=2,
         help="hf: rows of the inputs (default: 2)",
     )
     group.add_argument(
         "--length",
         metavar="N",
-        type=_positive,
+        type=whole_number,
         default=16,
         help="hf: tokens of each row (default: 16)",
     )
@@ -250,7 +250,7 @@ def _add_cuts(group: Any) -> None:
     group.add_argument(
         "--stages",
         metavar="N",
-        type=_positive,
+        type=whole_number,
         help="cut into N stages that are balanced by predicted time",
     )
     group.add_argument(
@@ -261,7 +261,7 @@ def _add_cuts(group: Any) -> None:
     group.add_argument(
         "--microbatches",
         metavar="N",
-        type=_positive,
+        type=whole_number,
         default=8,
         help="so many of them (default: 8)",
     )

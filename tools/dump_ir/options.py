@@ -266,7 +266,7 @@ _SPELLED = {
     r"\bstages=(\d+)": r"--stages \1",
     r"level='(\w+)'": r"--level \1",
     r"pass ranks=, a divisor of the stages": "an even number of --stages, or another --schedule",
-    r"; or give a Device\(\.\.\.\)": "",
+    r" a Device\(\.\.\.\) describes any other": "",
     r"\bto_dot needs": "--format dot needs",
 }
 """Argument of a function -> its option on the command line."""
