@@ -77,6 +77,23 @@ def test_a_pipe_shows_its_stages_on_a_screen() -> None:
     assert pipe.ir().startswith("program @Tied phase=linked stages=3 {")
 
 
+def test_a_plus_is_explained_where_sizes_vary() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(4, 4)
+    line = "a + stands for values whose sizes vary"
+    assert line not in str(pipeline(model, (x,), stages=2))
+
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, total = x * 2, x.sum()
+            pipe_split()
+            return y + total
+
+    batch = torch.export.Dim("batch", min=2)
+    shown = str(pipeline(Sums(), (x,), dynamic_shapes=({0: batch},)))
+    assert "4 B+" in shown
+    assert line in shown
+
+
 def test_the_bytes_are_those_of_the_report() -> None:
     pipe = cut()
     for row, stage in zip(pipe.summary().rows, pipe.report().stages, strict=True):

@@ -75,7 +75,10 @@ def summary(
     total = count_text(elements)
     stages = count_of(len(program.stages), "stage")
     title = f"{program.name} in {stages}, {mode} mode, {total} parameters"
-    lines = [*_tied_lines(program), *basis, *_note_lines(notes), FURTHER]
+    lines = [*_tied_lines(program), *basis, *_note_lines(notes)]
+    if any(cell.endswith("+") for row in rows for cell in row[2:4]):
+        lines.append("a + stands for values whose sizes vary")
+    lines.append(FURTHER)
     return Summary(title, tuple(rows), tuple(lines))
 
 
