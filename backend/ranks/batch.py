@@ -153,7 +153,8 @@ def _type_that_fits(value: Value, item: Any) -> TensorType | None:
     return kind
 
 
-_FOR_THE_LOSS = ("target", "target_mbs", "loss_kwargs")
+LABELS = ("target", "target_mbs", "loss_kwargs")
+"""What a call of the driver is given for its loss function."""
 
 
 class _Argument(NamedTuple):
@@ -233,7 +234,7 @@ class MicroBatches:
         """Returns unless the model's arguments lack one with tensors, while the call names something for the
         loss, which may be meant for it.
         """
-        words = [name for name in _FOR_THE_LOSS if getattr(call, name) is not None]
+        words = [name for name in LABELS if getattr(call, name) is not None]
         given = {*self._positional_names(len(args))[: len(args)], *kwargs}
         if not words or not given or not given <= self._places.keys():
             return

@@ -14,7 +14,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.optim import Optimizer
 
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
-from stagecut.backend.ranks.batch import Call, ChunkSpecs, MicroBatches
+from stagecut.backend.ranks.batch import LABELS, Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
@@ -28,6 +28,7 @@ from stagecut.backend.ranks.losses import (
     put_aside,
     takes_no_target,
 )
+from stagecut.backend.ranks.noted import notes_of_step
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
@@ -75,7 +76,7 @@ class Driver:
     schedule: the name of a schedule, such as "GPipe", "1F1B", "Interleaved1F1B" or "ZBVZeroBubble".
     n_microbatches: into how many micro-batches a batch is divided.
     loss_fn: loss_fn(output, target, **loss_kwargs) returns a loss, or (loss, metrics). Without one, there is
-        no backward.
+        no backward: a target is refused, and a step that could train is noted.
     group: the ranks; None for all of them.
     device: where the stages of this rank run; by default its GPU with nccl, else the CPU.
     scale_grads: whether the loss of the batch is the mean over its micro-batches; with False it is the sum.
@@ -210,6 +211,7 @@ class Driver:
             pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
         )
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
+        self._notes: dict[str, None] = {}
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
@@ -232,15 +234,16 @@ class Driver:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The outputs of the calls so far that could not be put together, and why; the stages that autograd
-        runs in the place of graphs, and why.
+        """What the steps so far may not have been meant to do, such as to train nothing; the outputs of the
+        calls so far that could not be put together, and why; the stages that autograd runs in the place of
+        graphs, and why.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
             for index, graphs in self._graphs.items()
             if graphs.note
         ]
-        return *self._batch.notes, *stages
+        return *self._notes, *self._batch.notes, *stages
 
     def __repr__(self) -> str:
         """The schedule, which rank has which stage, and the sizes of a micro-batch."""
@@ -339,6 +342,9 @@ class Driver:
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
+        if how == "step":
+            notes = notes_of_step(self.pipe.program, losses is not None)
+            self._notes |= dict.fromkeys(notes)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
@@ -393,6 +399,7 @@ class Driver:
         if precision_changed:
             self._precision.agree(modules)
         if self._losses is None:
+            _refuse_labels(how, agreed.has)
             return None
         with_target = agreed.has["target"] | agreed.has["target_mbs"]
         if self.placement[-1] in with_target or takes_no_target(
@@ -572,6 +579,19 @@ class Driver:
         """
         return self._gradients.clip_norm(
             max_norm, norm_type, error_if_nonfinite, foreach
+        )
+
+
+def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
+    """Returns when no rank was given anything for a loss function, as there is none. `has`: argument -> the
+    ranks that were given it.
+    """
+    for name in LABELS:
+        if not has[name]:
+            continue
+        raise InputError(
+            f"{how} was called with {name}=, and no loss_fn takes it: without one there are no gradients",
+            hint=f"Driver(..., loss_fn=...), or driver.eval(...) without {name}= for a forward alone",
         )
 
 

@@ -1,0 +1,100 @@
+"""What a Driver says where a step trains nothing, or otherwise than was meant, and where an argument is no such thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cluster.matrix import on_ranks
+from torch import nn
+
+from stagecut import Driver, InputError, Pipe, pipeline
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of one process."""
+    place = Path(tmp_path_factory.mktemp("store")) / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Two(nn.Module):
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between = between or nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.between(self.a(x)))  # type: ignore[no-any-return]
+
+
+X = torch.ones(4, 4)
+
+
+def cut(model: nn.Module | None = None, stages: int = 1) -> Pipe:
+    """The pipe of a model, for two micro-batches of X."""
+    return pipeline(model or Two(), (X[:2],), stages=stages, check=None)
+
+
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean()
+
+
+# --- no loss function ---------------------------------------------------------------------------------
+
+
+def test_a_target_without_a_loss_function_is_refused_by_all_ranks() -> None:
+    assert on_ranks(2, _target_for_nothing, cut(stages=2)) == ["ok", "ok"]
+
+
+def _target_for_nothing(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2)
+    is_last = dist.get_rank() == 1
+    words = r"step was called with target=, and no loss_fn takes it.*\n  try: Driver\(\.\.\., loss_fn=.*driver\.eval\("
+    with pytest.raises(InputError, match=words):
+        driver.step(X, target=X)
+    with pytest.raises(InputError, match=words):
+        driver.step(X, target=X if is_last else None)
+    with pytest.raises(InputError, match="step was called with target_mbs="):
+        driver.step(arg_mbs=[(X[:2],)] * 2, target_mbs=[X[:2]] * 2)
+    with pytest.raises(InputError, match="step was called with loss_kwargs="):
+        driver.step(X, loss_kwargs={"smoothing": 0.1})
+    with pytest.raises(InputError, match="eval was called with target="):
+        driver.eval(X, target=X)
+    output, _ = driver.eval(X)  # the group goes on
+    assert (output is not None) == is_last
+    return "ok"
+
+
+def test_a_step_that_trains_nothing_is_noted_once(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2)
+    driver.eval(X)
+    assert driver.notes == ()
+    driver.step(X)
+    driver.step(X)
+    (note,) = driver.notes
+    assert "no gradients" in note
+    assert "loss_fn=" in note
+
+
+def test_a_step_that_has_nothing_to_train_or_is_told_not_to_has_no_note(alone: None) -> None:
+    frozen = Driver(cut(Two().requires_grad_(False)), "GPipe", 2)
+    frozen.step(X)
+    assert frozen.notes == ()
+    driver = Driver(cut(), "GPipe", 2)
+    with torch.no_grad():
+        driver.step(X)
+    assert driver.notes == ()
+
+
+def test_a_loss_function_has_no_note(alone: None) -> None:
+    for loss, labels in ((mse, {"target": X}), (lambda output: output.mean(), {})):
+        driver = Driver(cut(), "GPipe", 2, loss)
+        driver.step(X, **labels)
+        assert driver.notes == ()
