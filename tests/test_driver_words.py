@@ -98,3 +98,65 @@ def test_a_loss_function_has_no_note(alone: None) -> None:
         driver = Driver(cut(), "GPipe", 2, loss)
         driver.step(X, **labels)
         assert driver.notes == ()
+
+
+# --- the mode of the pipe -----------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """The output of an LSTM."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x[None])[0][0]  # type: ignore[no-any-return]
+
+
+MODES = [
+    (lambda: nn.Dropout(0.5), True),
+    (lambda: nn.BatchNorm1d(4), True),
+    (lambda: nn.RReLU(), True),
+    (lambda: Rows(nn.LSTM(4, 4, 2, dropout=0.5)), True),
+    (lambda: nn.Dropout(0.0), False),
+    (lambda: Rows(nn.LSTM(4, 4)), False),
+    (lambda: nn.ReLU(), False),
+]
+
+
+@pytest.mark.parametrize(("between", "follows"), MODES)
+def test_training_in_eval_mode_is_noted_where_the_mode_changes_something(alone: None, between: Any, follows: bool) -> None:
+    driver = Driver(cut(Two(between()).eval()), "GPipe", 2, mse)
+    driver.eval(X, target=X)
+    assert driver.notes == ()
+    driver.step(X, target=X)
+    driver.step(X, target=X)
+    assert ["the pipe is in eval mode" in note and "driver.train()" in note for note in driver.notes] == [True] * follows
+
+
+def test_a_pipe_in_train_mode_has_no_note(alone: None) -> None:
+    dropping = Two(nn.Dropout(0.5))
+    driver = Driver(cut(dropping), "GPipe", 2, mse)
+    driver.step(X, target=X)
+    switched = Driver(cut(dropping.eval()), "GPipe", 2, mse).train()
+    switched.step(X, target=X)
+    assert driver.notes == switched.notes == ()
+
+
+def test_a_branch_and_a_module_kept_whole_may_follow_the_mode(alone: None) -> None:
+    for pipe in (cut(Two(Branch()).eval()), pipeline(Two(nn.Dropout(0.5)).eval(), (X[:2],), leaf_modules=["between"], check=None)):
+        driver = Driver(pipe, "GPipe", 2, mse)
+        driver.step(X, target=X)
+        assert "eval mode" in driver.notes[0]
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand_like(x) if self.training else x
+
+
+def test_a_driver_prints_the_mode_of_its_pipe(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    assert "2 micro-batches, train mode, this is rank 0" in str(driver)
+    assert "2 micro-batches, eval mode, this is rank 0" in str(driver.train(False))

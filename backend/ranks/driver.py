@@ -246,7 +246,7 @@ class Driver:
         return *self._notes, *self._batch.notes, *stages
 
     def __repr__(self) -> str:
-        """The schedule, which rank has which stage, and the sizes of a micro-batch."""
+        """The schedule, the mode of the pipe, which rank has which stage, and the sizes of a micro-batch."""
         return described(self)
 
     @cached_property
@@ -343,7 +343,7 @@ class Driver:
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
         if how == "step":
-            notes = notes_of_step(self.pipe.program, losses is not None)
+            notes = notes_of_step(self.pipe, losses is not None)
             self._notes |= dict.fromkeys(notes)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
@@ -596,13 +596,14 @@ def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
 
 
 def described(driver: Driver) -> str:
-    """A driver as text: schedule, placement, sizes."""
+    """A driver as text: schedule, placement, mode, sizes."""
     program = driver.pipe.program
     ranks = dist.get_world_size(driver.group)
     rank = dist.get_rank(driver.group)
+    mode = "train" if driver.pipe.training else "eval"
     lines = [
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
-        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {rank}"
+        f"{ranks} ranks, {driver.n_microbatches} micro-batches, {mode} mode, this is rank {rank}"
     ]
     rows = [("  stage", "rank", "tensors", "bytes", "")]
     for index, home in enumerate(driver.placement):

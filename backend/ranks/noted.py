@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from stagecut.ir.graph import Program, Value
+from stagecut.backend.stages.staged import Staged
+from stagecut.ir.graph import Mode, Op, Program, Value
 from stagecut.ir.types import carries_grad
 
 NO_LOSS = (
@@ -14,10 +15,18 @@ NO_LOSS = (
     "driver.eval(...) for a forward alone"
 )
 
+EVAL_MODE = (
+    "the pipe is in eval mode, so dropout is off and batch statistics stay as they are: driver.train() on "
+    "every rank, or model.train() before pipeline(...)"
+)
 
-def notes_of_step(program: Program, has_losses: bool) -> Iterator[str]:
+
+def notes_of_step(pipe: Staged, has_losses: bool) -> Iterator[str]:
     """What is to be noted about a step."""
-    if not has_losses and torch.is_grad_enabled() and _returns_grad(program):
+    if has_losses:
+        if not pipe.training and _follows_mode(pipe.program):
+            yield EVAL_MODE
+    elif torch.is_grad_enabled() and _returns_grad(pipe.program):
         yield NO_LOSS
 
 
@@ -25,3 +34,24 @@ def _returns_grad(program: Program) -> bool:
     """True when gradients could start from an output."""
     values = [leaf for leaf in program.outputs if isinstance(leaf, Value)]
     return any(carries_grad(value.type) for value in values)
+
+
+def _follows_mode(program: Program) -> bool:
+    """True when the stages do something else in train mode, or may: nobody knows what a module kept whole
+    does.
+    """
+    return any(map(_op_follows_mode, program.all_ops()))
+
+
+def _op_follows_mode(op: Op) -> bool:
+    if op.is_users:
+        return True
+    for place, argument in enumerate(op.args):
+        if _differs(argument):
+            # a dropout, or that of an LSTM, has its probability in front of its flag
+            return not (place and op.args[place - 1] == 0.0)
+    return any(map(_differs, op.kwargs.values()))
+
+
+def _differs(argument: object) -> bool:
+    return isinstance(argument, Mode) and argument.training != argument.evaluating
