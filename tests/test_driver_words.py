@@ -160,3 +160,29 @@ def test_a_driver_prints_the_mode_of_its_pipe(alone: None) -> None:
     driver = Driver(cut(), "GPipe", 2, mse)
     assert "2 micro-batches, train mode, this is rank 0" in str(driver)
     assert "2 micro-batches, eval mode, this is rank 0" in str(driver.train(False))
+
+
+# --- arguments that there are not ---------------------------------------------------------------------
+
+
+def test_an_argument_that_nobody_knows_is_named_where_the_target_is_missing(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    words = r"without one; the model's forward has no argument 'targets'\n.*\n  try: .*target=...\) in the place of targets="
+    with pytest.raises(InputError, match=words):
+        driver.step(X, targets=X)
+    with pytest.raises(InputError, match="has no arguments 'labels', 'targets'"):
+        driver.step(X, labels=X, targets=X)
+    with pytest.raises(InputError, match="called without one\n"):
+        driver.step(X)
+    with pytest.raises(InputError, match="called without one\n"):
+        driver.step(x=X)
+    with pytest.raises(InputError, match="forward names no argument 'targets'"):
+        driver.step(X, target=X, targets=X)
+    driver.step(X, target=X)
+
+
+def test_an_argument_that_nobody_knows_is_named_by_a_pipe_without_names(alone: None) -> None:
+    program = torch.export.export(Two(), (X[:2],))
+    driver = Driver(pipeline(program, stages=1), "GPipe", 2, mse)
+    with pytest.raises(InputError, match="has no argument 'targets'"):
+        driver.step(X, targets=X)

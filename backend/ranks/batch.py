@@ -248,6 +248,14 @@ class MicroBatches:
                 hint=f"driver.step(..., {name}=...)",
             )
 
+    def unknown(self, call: Call) -> list[str]:
+        """The names in a call that are those of no argument of the model."""
+        spec = self._pipe._call_spec
+        if spec is None:
+            return []
+        known = {*spec.parameters, *spec.positional, *spec.keywords}
+        return [name for name in call.kwargs if name not in known]
+
     def divide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Sizes]:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of each. Raises InputError
         where an input cannot be divided, or nothing says how.

@@ -408,11 +408,7 @@ class Driver:
             return self._losses
         if how == "eval":
             return None
-        raise InputError(
-            "loss_fn takes a target, and step was called without one",
-            where=f"rank {self.placement[-1]}, which has the last stage",
-            hint="driver.step(..., target=...)",
-        )
+        raise _no_target(self.placement[-1], self._batch.unknown(call))
 
     def _follow_trained(self) -> None:
         follow(self.pipe, self.modules, self.group)
@@ -593,6 +589,22 @@ def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
             f"{how} was called with {name}=, and no loss_fn takes it: without one there are no gradients",
             hint=f"Driver(..., loss_fn=...), or driver.eval(...) without {name}= for a forward alone",
         )
+
+
+def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
+    """The error for a step without a target; `unknown` are arguments that the model does not have, one of
+    which may be meant for it. `rank` has the last stage.
+    """
+    what = "loss_fn takes a target, and step was called without one"
+    hint = "driver.step(..., target=...)"
+    if unknown:
+        plural = "s" if unknown[1:] else ""
+        names = ", ".join(f"'{name}'" for name in unknown)
+        what += f"; the model's forward has no argument{plural} {names}"
+        hint = f"driver.step(..., target=...) in the place of {'= or '.join(unknown)}="
+    return InputError(
+        what, where=f"rank {rank}, which has the last stage", hint=hint
+    )
 
 
 def described(driver: Driver) -> str:
