@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
 from torch import nn
+from torch.distributed.pipelining import ScheduleGPipe
 
-from stagecut import Driver, InputError, Pipe, pipeline
+from stagecut import Driver, InputError, Pipe, checkpoint, pipeline
+from stagecut.backend.files.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +189,91 @@ def test_an_argument_that_nobody_knows_is_named_by_a_pipe_without_names(alone: N
     driver = Driver(pipeline(program, stages=1), "GPipe", 2, mse)
     with pytest.raises(InputError, match="has no argument 'targets'"):
         driver.step(X, targets=X)
+
+
+# --- arguments of the wrong kind ----------------------------------------------------------------------
+
+
+def test_what_is_no_pipe_is_refused(alone: None) -> None:
+    for wrong in (Two(), cut().module(), None, Two):
+        with pytest.raises(InputError, match=r"a Driver runs a pipe, and was given a \w+\n  try: pipe = pipeline\(model, "):
+            Driver(wrong, "1F1B", 4, mse)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [mse, nn.MSELoss(), None, 4, ScheduleGPipe])
+def test_what_is_no_schedule_is_refused(alone: None, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"(?s)schedule=.* is a \w+\n  try: its name.* Driver\(pipe, \"1F1B\", 8, loss_fn\)"):
+        Driver(cut(), wrong, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_fn": 4}, "loss_fn=4 is a int\n  try: loss_fn="),
+        ({"loss_fn": nn.MSELoss}, r"loss_fn is the class MSELoss\n  try: loss_fn=MSELoss\("),
+        ({"group": [0]}, r"group=\[0\] is a list\n  try: group="),
+        ({"group": "x"}, "group='x' is a str"),
+        ({"device": 3.5}, "device=3.5 is no device\n  try: device="),
+        ({"device": "nonsense"}, "device='nonsense' is no device"),
+        ({"wrap": 3}, "wrap=3 is a int"),
+        ({"normalize_by": 3}, "normalize_by=3 is a int"),
+        ({"seed": 1.5}, "seed=1.5 is a float"),
+        ({"compare_steps": None}, "compare_steps=None is a NoneType"),
+        ({"compare_steps": "all"}, "compare_steps='all' is a str"),
+        ({"args_chunk_spec": 3}, "args_chunk_spec=3 is a int"),
+        ({"kwargs_chunk_spec": [1]}, r"kwargs_chunk_spec=\[1\] is a list"),
+        ({"schedule_kwargs": 3}, "schedule_kwargs=3 is a int"),
+        ({"order": [[]]}, r"order=\[\[\]\] is a list\n  try: order=pipe.plan.order"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(alone: None, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Driver(cut(), "GPipe", 2, **options)
+
+
+@pytest.mark.parametrize("how", ["step", "eval"])
+@pytest.mark.parametrize("wrong", [3, "x", [("weight", 1.0)]])
+def test_loss_kwargs_are_named_and_the_group_goes_on(alone: None, how: str, wrong: Any) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    with pytest.raises(InputError, match=r"loss_kwargs=.* is a \w+\n  try: loss_kwargs=\{"):
+        getattr(driver, how)(X, target=X, loss_kwargs=wrong)
+    with pytest.raises(InputError, match=r"kwarg_mbs holds a int.*\n  try: write \[\{"):
+        getattr(driver, how)(kwarg_mbs=[1, 2], target_mbs=[X[:2]] * 2)
+    getattr(driver, how)(X, target=X)
+
+
+def test_methods_name_what_is_no_optimizer_no_scaler_and_no_norm(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    optimizer = torch.optim.SGD(driver.parameters(), 0.1)
+    wrong: dict[str, Any] = {
+        r"optimizer=\[SGD .* is a list\n  try: .*driver.attach\(each\)": lambda: driver.attach([optimizer]),  # type: ignore[arg-type]
+        r"scaler=SGD .* is a SGD": lambda: driver.attach_scaler(optimizer),  # type: ignore[arg-type]
+        r"max_norm=.* is a list\n  try: driver.clip_grad_norm_\(1.0\), which knows": lambda: driver.clip_grad_norm_(
+            driver.parameters(), 1.0
+        ),  # type: ignore[arg-type]
+        r"max_norm='x' is a str": lambda: driver.clip_grad_norm_("x"),  # type: ignore[arg-type]
+        r"norm_type='two' is no number": lambda: driver.clip_grad_norm_(1.0, "two"),  # type: ignore[arg-type]
+    }
+    for words, call in wrong.items():
+        with pytest.raises(InputError, match=f"(?s){words}"):
+            call()
+    driver.step(X, target=X)
+    driver.clip_grad_norm_(1.0, "inf")  # type: ignore[arg-type]
+    driver.clip_grad_norm_(torch.tensor(1.0))  # type: ignore[arg-type]
+
+
+def test_checkpoints_name_what_is_no_optimizer_and_no_mapping(alone: None, tmp_path: Path) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    checkpoint.save(driver, None, tmp_path / "run")
+    for call in (partial(checkpoint.save, driver, folder=tmp_path / "other"), partial(checkpoint.load, driver, folder=tmp_path / "run")):
+        for optimizer in (3, [3], "adam"):
+            with pytest.raises(CheckpointError, match=r"optimizer=.* is a \w+\n  try: .* or None"):
+                call(optimizer=optimizer)
+        for copies in (3, None, ["ema"], {"ema": X}):
+            with pytest.raises(CheckpointError, match=r"(?s)copies.* is a \w+\n  try: copies=\{"):
+                call(optimizer=None, copies=copies)
+    with pytest.raises(CheckpointError, match="extra=3 is a int\n  try: extra="):
+        checkpoint.save(driver, None, tmp_path / "other", 3)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"'ema' has a int for 'a\.weight'"):
+        checkpoint.save(driver, None, tmp_path / "other", copies={"ema": {"a.weight": 3}})  # type: ignore[dict-item]
+    assert not (tmp_path / "other").exists()

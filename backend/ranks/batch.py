@@ -85,7 +85,7 @@ class Call:
             return [(self.args, self.kwargs)]
         args = _ready("arg_mbs", self.arg_mbs, count)
         kwargs = _ready("kwarg_mbs", self.kwarg_mbs, count)
-        _refuse_bare(args)
+        _refuse_bare(args, kwargs)
         if not args:
             args = [()] * count
         if not kwargs:
@@ -127,16 +127,22 @@ def _ready(name: str, chunks: Any, count: int) -> list[Any]:
     )
 
 
-def _refuse_bare(calls: Sequence[Any]) -> None:
-    """Returns when each micro-batch has its arguments in a tuple or a list."""
+def _refuse_bare(calls: Sequence[Any], by_name: Sequence[Any]) -> None:
+    """Returns when each micro-batch has its arguments in a tuple or a list, and those by name in a dict."""
     for args in calls:
-        if isinstance(args, tuple | list):
-            continue
-        kind = type(args).__name__
-        raise InputError(
-            f"arg_mbs holds a {kind}, not the arguments of a micro-batch",
-            hint="write [(x,), (y,)] for a single argument",
-        )
+        if not isinstance(args, tuple | list):
+            raise _bare("arg_mbs", args, "[(x,), (y,)] for a single argument")
+    for kwargs in by_name:
+        if not isinstance(kwargs, Mapping):
+            raise _bare("kwarg_mbs", kwargs, '[{"x": x}, {"x": y}]')
+
+
+def _bare(name: str, given: Any, example: str) -> InputError:
+    kind = type(given).__name__
+    return InputError(
+        f"{name} holds a {kind}, not the arguments of a micro-batch",
+        hint=f"write {example}",
+    )
 
 
 def _type_that_fits(value: Value, item: Any) -> TensorType | None:

@@ -20,6 +20,12 @@ from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.gradients import Gradients
+from stagecut.backend.ranks.kinds import (
+    device_of,
+    norm_order,
+    refuse_wrong_kinds,
+    refuse_wrong_options,
+)
 from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
 from stagecut.backend.ranks.losses import (
     Losses,
@@ -149,6 +155,20 @@ class Driver:
         schedule_kwargs: Mapping[str, Any] | None = None,
         order: Orders | None = None,
     ) -> None:
+        refuse_wrong_options(
+            pipe,
+            loss_fn,
+            schedule=schedule,
+            group=group,
+            wrap=wrap,
+            normalize_by=normalize_by,
+            seed=seed,
+            compare_steps=compare_steps,
+            args_chunk_spec=args_chunk_spec,
+            kwargs_chunk_spec=kwargs_chunk_spec,
+            schedule_kwargs=schedule_kwargs,
+            order=order,
+        )
         refuse_no_group(group)
         self.pipe = pipe
         self.n_microbatches = n_microbatches
@@ -156,7 +176,7 @@ class Driver:
         self.group = group
         self.schedule_class = schedule_class(schedule)
         self._schedule_kwargs = accepted_by(self.schedule_class, schedule_kwargs or {})
-        self.device = torch.device(device) if device is not None else own_device(group)
+        self.device = device_of(device) if device is not None else own_device(group)
         self._scale = part_of_loss(n_microbatches, scale_grads)
         ranks = dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
@@ -179,9 +199,6 @@ class Driver:
         self._normalize_by = normalize_by
         self._looked = set[str]()
         self._read_by_loss: list[torch.Tensor] = []
-        self._losses: Losses | None = None
-        if loss_fn is not None:
-            self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
         self._data = Data(pipe, self.placement, group, self.device, data_on)
@@ -193,12 +210,19 @@ class Driver:
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
         }
+        self._losses: Losses | None = None
         if loss_fn is not None:
+            self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
             trained.add(pipe)
-        specs = ChunkSpecs(
-            args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+        self._batch = MicroBatches(
+            pipe,
+            n_microbatches,
+            self.device,
+            group,
+            ChunkSpecs(
+                args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+            ),
         )
-        self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
         refuse_backward(backward, compile, recompute, activation_budget)
         self._graphs: dict[int, Graphs] = {}
         if backward == "graph":
@@ -396,6 +420,8 @@ class Driver:
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
+            with self.faults.alike():
+                refuse_wrong_kinds(loss_kwargs=call.loss_kwargs)
         if precision_changed:
             self._precision.agree(modules)
         if self._losses is None:
@@ -550,13 +576,16 @@ class Driver:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
         other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
         """
-        if optimizer is not None:
-            self._gradients.attach(optimizer)
+        if optimizer is None:
+            return
+        refuse_wrong_kinds(optimizer=optimizer)
+        self._gradients.attach(optimizer)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
         """The backward of every step starts from the loss that `scaler` scales; `step` returns losses that
         are not scaled. Every rank attaches one of its own.
         """
+        refuse_wrong_kinds(scaler=scaler)
         self._gradients.attach_scaler(scaler)
 
     def clip_grad_norm_(
@@ -573,9 +602,9 @@ class Driver:
 
         Raises NonFiniteError on every rank, with `error_if_nonfinite`, when the norm is not finite.
         """
-        return self._gradients.clip_norm(
-            max_norm, norm_type, error_if_nonfinite, foreach
-        )
+        refuse_wrong_kinds(max_norm=max_norm)
+        order = norm_order(norm_type)
+        return self._gradients.clip_norm(max_norm, order, error_if_nonfinite, foreach)
 
 
 def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
@@ -602,9 +631,7 @@ def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
         names = ", ".join(f"'{name}'" for name in unknown)
         what += f"; the model's forward has no argument{plural} {names}"
         hint = f"driver.step(..., target=...) in the place of {'= or '.join(unknown)}="
-    return InputError(
-        what, where=f"rank {rank}, which has the last stage", hint=hint
-    )
+    return InputError(what, where=f"rank {rank}, which has the last stage", hint=hint)
 
 
 def described(driver: Driver) -> str:

@@ -100,7 +100,7 @@ class Gradients:
     ) -> torch.Tensor:
         """The norm of the gradients of the whole model, which have at most `max_norm` afterwards."""
         self.tied.sum()
-        total = self._total_norm(float(norm_type), foreach)
+        total = self._total_norm(norm_type, foreach)
         if error_if_nonfinite and not total.isfinite():
             raise NonFiniteError(
                 f"the norm of order {norm_type} of the gradients is {total.item()}",
