@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from cluster.matrix import on_ranks
 from torch import nn
 from torch.distributed.pipelining import ScheduleGPipe
 
-from stagecut import Driver, InputError, Pipe, checkpoint, pipeline
+from stagecut import Driver, InputError, Pipe, RankError, checkpoint, pipeline
 from stagecut.backend.files.checkpoint import CheckpointError
+from stagecut.backend.ranks.tied import TiedError
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +279,55 @@ def test_checkpoints_name_what_is_no_optimizer_and_no_mapping(alone: None, tmp_p
     with pytest.raises(CheckpointError, match=r"'ema' has a int for 'a\.weight'"):
         checkpoint.save(driver, None, tmp_path / "other", copies={"ema": {"a.weight": 3}})  # type: ignore[dict-item]
     assert not (tmp_path / "other").exists()
+
+
+# --- tracebacks ---------------------------------------------------------------------------------------
+
+
+def test_a_failing_rank_shows_its_line_and_the_others_no_step_that_waited() -> None:
+    other, failing = on_ranks(2, _fails, cut(stages=2))
+    for text in (other, failing):
+        assert "rank 1 (stage 1) failed: ZeroDivisionError: no loss" in text
+        assert "contextlib.py" not in text
+        assert text.rpartition("Traceback")[2].count("File ") == 1
+    assert "in _bad_loss" in failing
+    assert other.count("Traceback") == 1
+    assert "schedules.py" not in other
+
+
+def _bad_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("no loss")
+
+
+def _fails(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, _bad_loss, group=dist.new_group())
+    with pytest.raises(RankError) as caught:
+        driver.step(X, target=X)
+    return "".join(traceback.format_exception(caught.value))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+def test_an_update_that_is_refused_shows_no_step_of_ours() -> None:
+    pipe = cut(Tied(), stages=2)
+    assert on_ranks(2, _updates, pipe) == ["ok", "ok"]
+
+
+def _updates(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, mse)
+    driver.step(X, target=X)
+    optimizer = torch.optim.SGD(driver.parameters(), 0.1)
+    for steps in (optimizer.step, partial(optimizer.step, lambda: 0.0)):
+        with pytest.raises(TiedError) as caught:
+            steps()
+        files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert not [file for file in files if "/backend/" in file]
+    return "ok"
