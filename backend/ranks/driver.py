@@ -258,16 +258,16 @@ class Driver:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the steps so far may not have been meant to do, such as to train nothing; the outputs of the
-        calls so far that could not be put together, and why; the stages that autograd runs in the place of
-        graphs, and why.
+        """The outputs of the calls so far that could not be put together, and why; the stages that autograd
+        runs in the place of graphs, and why; what the steps so far may not have been meant to do, such as to
+        train nothing.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
             for index, graphs in self._graphs.items()
             if graphs.note
         ]
-        return *self._notes, *self._batch.notes, *stages
+        return *self._batch.notes, *stages, *self._notes
 
     def __repr__(self) -> str:
         """The schedule, the mode of the pipe, which rank has which stage, and the sizes of a micro-batch."""
