@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import os
+from collections.abc import Callable
 from types import TracebackType
 
 from stagecut.ir.errors import StagecutError
@@ -16,6 +18,9 @@ _FOLDERS = (
         for name in ("ir", "passes", "frontend", "backend", "tools")
     ),
 )
+
+_MANAGERS = contextlib.__file__
+"""Its steps stand between the body of a `with` of ours and the code around it."""
 
 _HANDS_ON = dis.opmap["CALL_FUNCTION_EX"]
 """A call `f(*args, **kwargs)`: it hands the model's arguments on to a function of the model's or of
@@ -65,16 +70,25 @@ def _cause_of(error: BaseException) -> BaseException | None:
     return cause
 
 
-def drop_our_steps(error: StagecutError) -> None:
+def drop_our_steps(error: BaseException) -> None:
     """The traceback of the error has no steps of ours: its message is for users, and has the place. The
     traceback has all steps where the environment has STAGECUT_TRACEBACK=full.
     """
+    _keep_steps(error, lambda step: not (_is_ours(step) or _is_in(step, _MANAGERS)))
+
+
+def drop_all_steps(error: BaseException) -> None:
+    """The error has no traceback, except where the environment has STAGECUT_TRACEBACK=full."""
+    _keep_steps(error, lambda step: False)
+
+
+def _keep_steps(error: BaseException, is_kept: Callable[[TracebackType], bool]) -> None:
     if os.environ.get("STAGECUT_TRACEBACK") == "full":
         return
     steps: list[TracebackType] = []
     step = error.__traceback__
     while step is not None:
-        if not _is_ours(step):
+        if is_kept(step):
             steps.append(step)
         step = step.tb_next
     linked: TracebackType | None = None
@@ -84,4 +98,8 @@ def drop_our_steps(error: StagecutError) -> None:
 
 
 def _is_ours(step: TracebackType) -> bool:
-    return step.tb_frame.f_code.co_filename.startswith(_FOLDERS)
+    return _is_in(step, _FOLDERS)
+
+
+def _is_in(step: TracebackType, places: str | tuple[str, ...]) -> bool:
+    return step.tb_frame.f_code.co_filename.startswith(places)

@@ -37,16 +37,26 @@ def _public(function: Callable[P, R], elsewhere: Mapping[str, str]) -> Callable[
     title = function.__qualname__.removesuffix(".__init__")
 
     @wraps(function)
-    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        if names is not None:
+            refuse_unknown(f"{title}()", names, kwargs, elsewhere)
+        return function(*args, **kwargs)
+
+    return short_errors(named)
+
+
+def short_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """The function. What it raises as a StagecutError has no steps of ours in its traceback."""
+
+    @wraps(function)
+    def short(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            if names is not None:
-                refuse_unknown(f"{title}()", names, kwargs, elsewhere)
             return function(*args, **kwargs)
         except StagecutError as error:
             drop_our_steps(error)
             raise
 
-    return public
+    return short
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -395,7 +395,7 @@ def _with_options(model: nn.Module, pipe: Pipe) -> str:
 def test_a_driver_prints_its_schedule_its_placement_and_its_sizes() -> None:
     first, second = on_ranks(2, _printed, *cut(Words, 2))
     assert re.sub("rank [01]$| +here| +$", "", first, flags=re.MULTILINE) == re.sub("rank [01]$| +here| +$", "", second, flags=re.MULTILINE)
-    assert first.splitlines()[0] == "Driver of Words: Schedule1F1B, 2 stages on 2 ranks, 4 micro-batches, this is rank 0"
+    assert first.splitlines()[0] == "Driver of Words: Schedule1F1B, 2 stages on 2 ranks, 4 micro-batches, train mode, this is rank 0"
     shown = [line.split() for text in (first, second) for line in text.splitlines()[1:4]]
     head, here = ["stage", "rank", "tensors", "bytes"], ["here"]
     sizes = [row[2:4] for row in shown[1:3]]

@@ -38,6 +38,7 @@ from stagecut.backend.files.together import (
 )
 from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
+from stagecut.backend.ranks.kinds import wrong_kind
 from stagecut.backend.stages.state import (
     entries,
     held_tensors,
@@ -177,7 +178,7 @@ def _folder(driver: Any, folder: Any) -> Path:
             hint="checkpoint.latest(folder) gives None where none is: begin from the start then",
         )
     if not isinstance(folder, str | Path):
-        raise CheckpointError(f"{folder!r} is no folder", hint=_A_FOLDER)
+        raise CheckpointError(f"{folder!r:.60} is no folder", hint=_A_FOLDER)
     return Path(folder)
 
 
@@ -216,6 +217,11 @@ def _state(
 ) -> dict[str, Any]:
     """The state that this rank saves."""
     driver.pipe.refuse_changed_model()
+    _refuse_no_copies(copies)
+    if extra is not None and not isinstance(extra, Mapping):
+        raise CheckpointError(
+            wrong_kind("extra", extra), hint='extra={"step": 100}, by names of yours'
+        )
     unsaved = set() if frozen else _untouched(driver, _listed(optimizers))
     state: dict[str, Any] = {"model": _model_state(driver, unsaved)}
     for optimizer in _listed(optimizers):
@@ -262,9 +268,16 @@ def _aliases(driver: Driver, own: Mapping[str, torch.Tensor]) -> dict[str, list[
 def _listed(optimizers: Optimizers) -> list[Optimizer]:
     if optimizers is None:
         return []
-    if isinstance(optimizers, Optimizer):
-        return [optimizers]
-    return list(optimizers)
+    listed: Any = optimizers
+    if isinstance(optimizers, Optimizer) or not isinstance(optimizers, Sequence):
+        listed = [optimizers]
+    for each in listed:
+        if not hasattr(each, "param_groups"):
+            raise CheckpointError(
+                wrong_kind("optimizer", each),
+                hint="that of this rank, a list of several, or None",
+            )
+    return [*listed]
 
 
 def _copied(
@@ -276,6 +289,7 @@ def _copied(
             f"copies cannot be called '{title}'",
             hint=f"a checkpoint has {', '.join(_RESERVED)} of its own",
         )
+    _refuse_no_tensors(title, tensors)
     own: dict[str, StateEntry] = {}
     for entry in entries(driver.pipe.program, driver.stage_indices):
         own |= dict.fromkeys(persistent(entry), entry)
@@ -286,6 +300,26 @@ def _copied(
                 hint=nearest(name, own),
             )
     return [(own[name], tensor) for name, tensor in tensors.items()]
+
+
+_COPIES = 'copies={"ema": {"head.weight": tensor}}'
+
+
+def _refuse_no_copies(copies: object) -> None:
+    if not isinstance(copies, Mapping):
+        raise CheckpointError(wrong_kind("copies", copies), hint=_COPIES)
+
+
+def _refuse_no_tensors(title: str, tensors: Any) -> None:
+    """Returns when the copies of this title are tensors by the names in the model."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(wrong_kind(f"copies: '{title}'", tensors), hint=_COPIES)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"copies: '{title}' has a {type(tensor).__name__} for '{name}'",
+                hint=_COPIES,
+            )
 
 
 def _model_state(
@@ -481,6 +515,7 @@ def _load(
     copies: Copies,
     frozen: bool,
 ) -> dict[str, Any]:
+    _refuse_no_copies(copies)
     reader = Reader(folder)
     tensors = _wanted(driver, reader, frozen)
     for name in copies:

@@ -85,7 +85,7 @@ class Call:
             return [(self.args, self.kwargs)]
         args = _ready("arg_mbs", self.arg_mbs, count)
         kwargs = _ready("kwarg_mbs", self.kwarg_mbs, count)
-        _refuse_bare(args)
+        _refuse_bare(args, kwargs)
         if not args:
             args = [()] * count
         if not kwargs:
@@ -127,16 +127,22 @@ def _ready(name: str, chunks: Any, count: int) -> list[Any]:
     )
 
 
-def _refuse_bare(calls: Sequence[Any]) -> None:
-    """Returns when each micro-batch has its arguments in a tuple or a list."""
+def _refuse_bare(calls: Sequence[Any], by_name: Sequence[Any]) -> None:
+    """Returns when each micro-batch has its arguments in a tuple or a list, and those by name in a dict."""
     for args in calls:
-        if isinstance(args, tuple | list):
-            continue
-        kind = type(args).__name__
-        raise InputError(
-            f"arg_mbs holds a {kind}, not the arguments of a micro-batch",
-            hint="write [(x,), (y,)] for a single argument",
-        )
+        if not isinstance(args, tuple | list):
+            raise _bare("arg_mbs", args, "[(x,), (y,)] for a single argument")
+    for kwargs in by_name:
+        if not isinstance(kwargs, Mapping):
+            raise _bare("kwarg_mbs", kwargs, '[{"x": x}, {"x": y}]')
+
+
+def _bare(name: str, given: Any, example: str) -> InputError:
+    kind = type(given).__name__
+    return InputError(
+        f"{name} holds a {kind}, not the arguments of a micro-batch",
+        hint=f"write {example}",
+    )
 
 
 def _type_that_fits(value: Value, item: Any) -> TensorType | None:
@@ -153,7 +159,8 @@ def _type_that_fits(value: Value, item: Any) -> TensorType | None:
     return kind
 
 
-_FOR_THE_LOSS = ("target", "target_mbs", "loss_kwargs")
+LABELS = ("target", "target_mbs", "loss_kwargs")
+"""What a call of the driver is given for its loss function."""
 
 
 class _Argument(NamedTuple):
@@ -233,7 +240,7 @@ class MicroBatches:
         """Returns unless the model's arguments lack one with tensors, while the call names something for the
         loss, which may be meant for it.
         """
-        words = [name for name in _FOR_THE_LOSS if getattr(call, name) is not None]
+        words = [name for name in LABELS if getattr(call, name) is not None]
         given = {*self._positional_names(len(args))[: len(args)], *kwargs}
         if not words or not given or not given <= self._places.keys():
             return
@@ -246,6 +253,14 @@ class MicroBatches:
                 "to the loss function",
                 hint=f"driver.step(..., {name}=...)",
             )
+
+    def unknown(self, call: Call) -> list[str]:
+        """The names in a call that are those of no argument of the model."""
+        spec = self._pipe._call_spec
+        if spec is None:
+            return []
+        known = {*spec.parameters, *spec.positional, *spec.keywords}
+        return [name for name in call.kwargs if name not in known]
 
     def divide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Sizes]:
         """Sets the flat inputs of every micro-batch; returns the symbolic sizes of each. Raises InputError

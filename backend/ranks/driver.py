@@ -14,12 +14,18 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.optim import Optimizer
 
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
-from stagecut.backend.ranks.batch import Call, ChunkSpecs, MicroBatches
+from stagecut.backend.ranks.batch import LABELS, Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.gradients import Gradients
+from stagecut.backend.ranks.kinds import (
+    device_of,
+    norm_order,
+    refuse_wrong_kinds,
+    refuse_wrong_options,
+)
 from stagecut.backend.ranks.lent import Lent, StaleError, leaves_of
 from stagecut.backend.ranks.losses import (
     Losses,
@@ -28,6 +34,7 @@ from stagecut.backend.ranks.losses import (
     put_aside,
     takes_no_target,
 )
+from stagecut.backend.ranks.noted import notes_of_step
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
@@ -75,7 +82,7 @@ class Driver:
     schedule: the name of a schedule, such as "GPipe", "1F1B", "Interleaved1F1B" or "ZBVZeroBubble".
     n_microbatches: into how many micro-batches a batch is divided.
     loss_fn: loss_fn(output, target, **loss_kwargs) returns a loss, or (loss, metrics). Without one, there is
-        no backward.
+        no backward: a target is refused, and a step that could train is noted.
     group: the ranks; None for all of them.
     device: where the stages of this rank run; by default its GPU with nccl, else the CPU.
     scale_grads: whether the loss of the batch is the mean over its micro-batches; with False it is the sum.
@@ -148,6 +155,20 @@ class Driver:
         schedule_kwargs: Mapping[str, Any] | None = None,
         order: Orders | None = None,
     ) -> None:
+        refuse_wrong_options(
+            pipe,
+            loss_fn,
+            schedule=schedule,
+            group=group,
+            wrap=wrap,
+            normalize_by=normalize_by,
+            seed=seed,
+            compare_steps=compare_steps,
+            args_chunk_spec=args_chunk_spec,
+            kwargs_chunk_spec=kwargs_chunk_spec,
+            schedule_kwargs=schedule_kwargs,
+            order=order,
+        )
         refuse_no_group(group)
         self.pipe = pipe
         self.n_microbatches = n_microbatches
@@ -155,7 +176,7 @@ class Driver:
         self.group = group
         self.schedule_class = schedule_class(schedule)
         self._schedule_kwargs = accepted_by(self.schedule_class, schedule_kwargs or {})
-        self.device = torch.device(device) if device is not None else own_device(group)
+        self.device = device_of(device) if device is not None else own_device(group)
         self._scale = part_of_loss(n_microbatches, scale_grads)
         ranks = dist.get_world_size(group)
         self.placement = placement(pipe.num_stages, ranks, self.schedule_class)
@@ -178,9 +199,6 @@ class Driver:
         self._normalize_by = normalize_by
         self._looked = set[str]()
         self._read_by_loss: list[torch.Tensor] = []
-        self._losses: Losses | None = None
-        if loss_fn is not None:
-            self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
         self._data = Data(pipe, self.placement, group, self.device, data_on)
@@ -192,12 +210,19 @@ class Driver:
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
         }
+        self._losses: Losses | None = None
         if loss_fn is not None:
+            self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
             trained.add(pipe)
-        specs = ChunkSpecs(
-            args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+        self._batch = MicroBatches(
+            pipe,
+            n_microbatches,
+            self.device,
+            group,
+            ChunkSpecs(
+                args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
+            ),
         )
-        self._batch = MicroBatches(pipe, n_microbatches, self.device, group, specs)
         refuse_backward(backward, compile, recompute, activation_budget)
         self._graphs: dict[int, Graphs] = {}
         if backward == "graph":
@@ -210,6 +235,7 @@ class Driver:
             pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
         )
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
+        self._notes: dict[str, None] = {}
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
         self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
@@ -233,17 +259,18 @@ class Driver:
     @property
     def notes(self) -> tuple[str, ...]:
         """The outputs of the calls so far that could not be put together, and why; the stages that autograd
-        runs in the place of graphs, and why.
+        runs in the place of graphs, and why; what the steps so far may not have been meant to do, such as to
+        train nothing.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
             for index, graphs in self._graphs.items()
             if graphs.note
         ]
-        return *self._batch.notes, *stages
+        return *self._batch.notes, *stages, *self._notes
 
     def __repr__(self) -> str:
-        """The schedule, which rank has which stage, and the sizes of a micro-batch."""
+        """The schedule, the mode of the pipe, which rank has which stage, and the sizes of a micro-batch."""
         return described(self)
 
     @cached_property
@@ -339,6 +366,9 @@ class Driver:
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
+        if how == "step":
+            notes = notes_of_step(self.pipe, losses is not None)
+            self._notes |= dict.fromkeys(notes)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
@@ -390,9 +420,12 @@ class Driver:
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
+            with self.faults.alike():
+                refuse_wrong_kinds(loss_kwargs=call.loss_kwargs)
         if precision_changed:
             self._precision.agree(modules)
         if self._losses is None:
+            _refuse_labels(how, agreed.has)
             return None
         with_target = agreed.has["target"] | agreed.has["target_mbs"]
         if self.placement[-1] in with_target or takes_no_target(
@@ -401,11 +434,7 @@ class Driver:
             return self._losses
         if how == "eval":
             return None
-        raise InputError(
-            "loss_fn takes a target, and step was called without one",
-            where=f"rank {self.placement[-1]}, which has the last stage",
-            hint="driver.step(..., target=...)",
-        )
+        raise _no_target(self.placement[-1], self._batch.unknown(call))
 
     def _follow_trained(self) -> None:
         follow(self.pipe, self.modules, self.group)
@@ -547,13 +576,16 @@ class Driver:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
         other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
         """
-        if optimizer is not None:
-            self._gradients.attach(optimizer)
+        if optimizer is None:
+            return
+        refuse_wrong_kinds(optimizer=optimizer)
+        self._gradients.attach(optimizer)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
         """The backward of every step starts from the loss that `scaler` scales; `step` returns losses that
         are not scaled. Every rank attaches one of its own.
         """
+        refuse_wrong_kinds(scaler=scaler)
         self._gradients.attach_scaler(scaler)
 
     def clip_grad_norm_(
@@ -570,19 +602,47 @@ class Driver:
 
         Raises NonFiniteError on every rank, with `error_if_nonfinite`, when the norm is not finite.
         """
-        return self._gradients.clip_norm(
-            max_norm, norm_type, error_if_nonfinite, foreach
+        refuse_wrong_kinds(max_norm=max_norm)
+        order = norm_order(norm_type)
+        return self._gradients.clip_norm(max_norm, order, error_if_nonfinite, foreach)
+
+
+def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
+    """Returns when no rank was given anything for a loss function, as there is none. `has`: argument -> the
+    ranks that were given it.
+    """
+    for name in LABELS:
+        if not has[name]:
+            continue
+        raise InputError(
+            f"{how} was called with {name}=, and no loss_fn takes it: without one there are no gradients",
+            hint=f"Driver(..., loss_fn=...), or driver.eval(...) without {name}= for a forward alone",
         )
 
 
+def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
+    """The error for a step without a target; `unknown` are arguments that the model does not have, one of
+    which may be meant for it. `rank` has the last stage.
+    """
+    what = "loss_fn takes a target, and step was called without one"
+    hint = "driver.step(..., target=...)"
+    if unknown:
+        plural = "s" if unknown[1:] else ""
+        names = ", ".join(f"'{name}'" for name in unknown)
+        what += f"; the model's forward has no argument{plural} {names}"
+        hint = f"driver.step(..., target=...) in the place of {'= or '.join(unknown)}="
+    return InputError(what, where=f"rank {rank}, which has the last stage", hint=hint)
+
+
 def described(driver: Driver) -> str:
-    """A driver as text: schedule, placement, sizes."""
+    """A driver as text: schedule, placement, mode, sizes."""
     program = driver.pipe.program
     ranks = dist.get_world_size(driver.group)
     rank = dist.get_rank(driver.group)
+    mode = "train" if driver.pipe.training else "eval"
     lines = [
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
-        f"{ranks} ranks, {driver.n_microbatches} micro-batches, this is rank {rank}"
+        f"{ranks} ranks, {driver.n_microbatches} micro-batches, {mode} mode, this is rank {rank}"
     ]
     rows = [("  stage", "rank", "tensors", "bytes", "")]
     for index, home in enumerate(driver.placement):

@@ -30,6 +30,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.failures import place_of_failure
+from stagecut.ir.blame import drop_all_steps, drop_our_steps
 from stagecut.ir.errors import StagecutError
 
 INTERVAL = 0.5
@@ -120,7 +121,7 @@ class Faults:
         except Exception as error:
             if error is self._refused:
                 raise
-            raise self._failed(error) from _origin(error)
+            raise self._failed(error) from _cause(error)
         except BaseException as error:
             self._report(error)
             raise
@@ -143,7 +144,7 @@ class Faults:
             if self._all_refuse():
                 self._refused = error
                 raise
-            raise self._failed(error) from _origin(error)
+            raise self._failed(error) from _cause(error)
 
     def _all_refuse(self) -> bool:
         key = f"refusal {self._refusals}"
@@ -339,6 +340,18 @@ def _origin(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that torch's schedules wrap. One that only says that another rank is gone has no steps, which
+    only waited; one of ours has none of ours.
+    """
+    origin = _origin(error)
+    if not _described(error)["what"]:
+        drop_all_steps(origin)
+    elif isinstance(origin, StagecutError):
+        drop_our_steps(origin)
+    return origin
 
 
 def _stage_of(frame: FrameType) -> int | None:

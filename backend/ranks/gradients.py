@@ -28,6 +28,7 @@ from stagecut.backend.ranks.tied import Tied
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import StagecutError
 from stagecut.ir.graph import Program
+from stagecut.ir.keywords import short_errors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of `Optimizer.step`, the optimizer first."""
@@ -76,9 +77,12 @@ class Gradients:
         if _attached.get(optimizer) is self:
             return
         _attached[optimizer] = self
-        optimizer.register_step_pre_hook(
-            lambda _, args, kwargs: _before_update(self.tied.sum, args, kwargs)
-        )
+
+        @short_errors
+        def whole(_: Optimizer, args: Any, kwargs: Any) -> Call:
+            return _before_update(self.tied.sum, args, kwargs)
+
+        optimizer.register_step_pre_hook(whole)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
         """Losses are scaled by `scaler` for the backward; its scale exists on ranks without a loss, too."""
@@ -100,7 +104,7 @@ class Gradients:
     ) -> torch.Tensor:
         """The norm of the gradients of the whole model, which have at most `max_norm` afterwards."""
         self.tied.sum()
-        total = self._total_norm(float(norm_type), foreach)
+        total = self._total_norm(norm_type, foreach)
         if error_if_nonfinite and not total.isfinite():
             raise NonFiniteError(
                 f"the norm of order {norm_type} of the gradients is {total.item()}",
@@ -201,6 +205,7 @@ def _before_update(
     work()
 
     def followed(closure: Callable[[], Any]) -> Callable[[], Any]:
+        @short_errors
         def call() -> Any:
             loss = closure()
             work()
@@ -220,6 +225,7 @@ def _before_update(
 def _watch_updates() -> None:
     """An optimizer that is not attached is refused an update with parts of gradients."""
 
+    @short_errors
     def check(optimizer: Optimizer, args: Any, kwargs: Any) -> Call | None:
         if optimizer in _attached:
             return None
@@ -245,6 +251,7 @@ def _watch_scalers() -> None:
 
 
 def _on_all_ranks(unscale: Callable[..., Any]) -> Callable[..., Any]:
+    @short_errors
     @wraps(unscale)
     def unscaled(
         scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any

@@ -1,0 +1,333 @@
+"""What a Driver says where a step trains nothing, or otherwise than was meant, and where an argument is no such thing."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cluster.matrix import on_ranks
+from torch import nn
+from torch.distributed.pipelining import ScheduleGPipe
+
+from stagecut import Driver, InputError, Pipe, RankError, checkpoint, pipeline
+from stagecut.backend.files.checkpoint import CheckpointError
+from stagecut.backend.ranks.tied import TiedError
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of one process."""
+    place = Path(tmp_path_factory.mktemp("store")) / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Two(nn.Module):
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between = between or nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.between(self.a(x)))  # type: ignore[no-any-return]
+
+
+X = torch.ones(4, 4)
+
+
+def cut(model: nn.Module | None = None, stages: int = 1) -> Pipe:
+    """The pipe of a model, for two micro-batches of X."""
+    return pipeline(model or Two(), (X[:2],), stages=stages, check=None)
+
+
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean()
+
+
+# --- no loss function ---------------------------------------------------------------------------------
+
+
+def test_a_target_without_a_loss_function_is_refused_by_all_ranks() -> None:
+    assert on_ranks(2, _target_for_nothing, cut(stages=2)) == ["ok", "ok"]
+
+
+def _target_for_nothing(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2)
+    is_last = dist.get_rank() == 1
+    words = r"step was called with target=, and no loss_fn takes it.*\n  try: Driver\(\.\.\., loss_fn=.*driver\.eval\("
+    with pytest.raises(InputError, match=words):
+        driver.step(X, target=X)
+    with pytest.raises(InputError, match=words):
+        driver.step(X, target=X if is_last else None)
+    with pytest.raises(InputError, match="step was called with target_mbs="):
+        driver.step(arg_mbs=[(X[:2],)] * 2, target_mbs=[X[:2]] * 2)
+    with pytest.raises(InputError, match="step was called with loss_kwargs="):
+        driver.step(X, loss_kwargs={"smoothing": 0.1})
+    with pytest.raises(InputError, match="eval was called with target="):
+        driver.eval(X, target=X)
+    output, _ = driver.eval(X)  # the group goes on
+    assert (output is not None) == is_last
+    return "ok"
+
+
+def test_a_step_that_trains_nothing_is_noted_once(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2)
+    driver.eval(X)
+    assert driver.notes == ()
+    driver.step(X)
+    driver.step(X)
+    (note,) = driver.notes
+    assert "no gradients" in note
+    assert "loss_fn=" in note
+
+
+def test_a_step_that_has_nothing_to_train_or_is_told_not_to_has_no_note(alone: None) -> None:
+    frozen = Driver(cut(Two().requires_grad_(False)), "GPipe", 2)
+    frozen.step(X)
+    assert frozen.notes == ()
+    driver = Driver(cut(), "GPipe", 2)
+    with torch.no_grad():
+        driver.step(X)
+    assert driver.notes == ()
+
+
+def test_a_loss_function_has_no_note(alone: None) -> None:
+    for loss, labels in ((mse, {"target": X}), (lambda output: output.mean(), {})):
+        driver = Driver(cut(), "GPipe", 2, loss)
+        driver.step(X, **labels)
+        assert driver.notes == ()
+
+
+# --- the mode of the pipe -----------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """The output of an LSTM."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x[None])[0][0]  # type: ignore[no-any-return]
+
+
+MODES = [
+    (lambda: nn.Dropout(0.5), True),
+    (lambda: nn.BatchNorm1d(4), True),
+    (lambda: nn.RReLU(), True),
+    (lambda: Rows(nn.LSTM(4, 4, 2, dropout=0.5)), True),
+    (lambda: nn.Dropout(0.0), False),
+    (lambda: Rows(nn.LSTM(4, 4)), False),
+    (lambda: nn.ReLU(), False),
+]
+
+
+@pytest.mark.parametrize(("between", "follows"), MODES)
+def test_training_in_eval_mode_is_noted_where_the_mode_changes_something(alone: None, between: Any, follows: bool) -> None:
+    driver = Driver(cut(Two(between()).eval()), "GPipe", 2, mse)
+    driver.eval(X, target=X)
+    assert driver.notes == ()
+    driver.step(X, target=X)
+    driver.step(X, target=X)
+    assert ["the pipe is in eval mode" in note and "driver.train()" in note for note in driver.notes] == [True] * follows
+
+
+def test_a_pipe_in_train_mode_has_no_note(alone: None) -> None:
+    dropping = Two(nn.Dropout(0.5))
+    driver = Driver(cut(dropping), "GPipe", 2, mse)
+    driver.step(X, target=X)
+    switched = Driver(cut(dropping.eval()), "GPipe", 2, mse).train()
+    switched.step(X, target=X)
+    assert driver.notes == switched.notes == ()
+
+
+def test_a_branch_and_a_module_kept_whole_may_follow_the_mode(alone: None) -> None:
+    for pipe in (cut(Two(Branch()).eval()), pipeline(Two(nn.Dropout(0.5)).eval(), (X[:2],), leaf_modules=["between"], check=None)):
+        driver = Driver(pipe, "GPipe", 2, mse)
+        driver.step(X, target=X)
+        assert "eval mode" in driver.notes[0]
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand_like(x) if self.training else x
+
+
+def test_a_driver_prints_the_mode_of_its_pipe(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    assert "2 micro-batches, train mode, this is rank 0" in str(driver)
+    assert "2 micro-batches, eval mode, this is rank 0" in str(driver.train(False))
+
+
+# --- arguments that there are not ---------------------------------------------------------------------
+
+
+def test_an_argument_that_nobody_knows_is_named_where_the_target_is_missing(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    words = r"without one; the model's forward has no argument 'targets'\n.*\n  try: .*target=...\) in the place of targets="
+    with pytest.raises(InputError, match=words):
+        driver.step(X, targets=X)
+    with pytest.raises(InputError, match="has no arguments 'labels', 'targets'"):
+        driver.step(X, labels=X, targets=X)
+    with pytest.raises(InputError, match="called without one\n"):
+        driver.step(X)
+    with pytest.raises(InputError, match="called without one\n"):
+        driver.step(x=X)
+    with pytest.raises(InputError, match="forward names no argument 'targets'"):
+        driver.step(X, target=X, targets=X)
+    driver.step(X, target=X)
+
+
+def test_an_argument_that_nobody_knows_is_named_by_a_pipe_without_names(alone: None) -> None:
+    program = torch.export.export(Two(), (X[:2],))
+    driver = Driver(pipeline(program, stages=1), "GPipe", 2, mse)
+    with pytest.raises(InputError, match="has no argument 'targets'"):
+        driver.step(X, targets=X)
+
+
+# --- arguments of the wrong kind ----------------------------------------------------------------------
+
+
+def test_what_is_no_pipe_is_refused(alone: None) -> None:
+    for wrong in (Two(), cut().module(), None, Two):
+        with pytest.raises(InputError, match=r"a Driver runs a pipe, and was given a \w+\n  try: pipe = pipeline\(model, "):
+            Driver(wrong, "1F1B", 4, mse)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [mse, nn.MSELoss(), None, 4, ScheduleGPipe])
+def test_what_is_no_schedule_is_refused(alone: None, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"(?s)schedule=.* is a \w+\n  try: its name.* Driver\(pipe, \"1F1B\", 8, loss_fn\)"):
+        Driver(cut(), wrong, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_fn": 4}, "loss_fn=4 is a int\n  try: loss_fn="),
+        ({"loss_fn": nn.MSELoss}, r"loss_fn is the class MSELoss\n  try: loss_fn=MSELoss\("),
+        ({"group": [0]}, r"group=\[0\] is a list\n  try: group="),
+        ({"group": "x"}, "group='x' is a str"),
+        ({"device": 3.5}, "device=3.5 is no device\n  try: device="),
+        ({"device": "nonsense"}, "device='nonsense' is no device"),
+        ({"wrap": 3}, "wrap=3 is a int"),
+        ({"normalize_by": 3}, "normalize_by=3 is a int"),
+        ({"seed": 1.5}, "seed=1.5 is a float"),
+        ({"compare_steps": None}, "compare_steps=None is a NoneType"),
+        ({"compare_steps": "all"}, "compare_steps='all' is a str"),
+        ({"args_chunk_spec": 3}, "args_chunk_spec=3 is a int"),
+        ({"kwargs_chunk_spec": [1]}, r"kwargs_chunk_spec=\[1\] is a list"),
+        ({"schedule_kwargs": 3}, "schedule_kwargs=3 is a int"),
+        ({"order": [[]]}, r"order=\[\[\]\] is a list\n  try: order=pipe.plan.order"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(alone: None, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Driver(cut(), "GPipe", 2, **options)
+
+
+@pytest.mark.parametrize("how", ["step", "eval"])
+@pytest.mark.parametrize("wrong", [3, "x", [("weight", 1.0)]])
+def test_loss_kwargs_are_named_and_the_group_goes_on(alone: None, how: str, wrong: Any) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    with pytest.raises(InputError, match=r"loss_kwargs=.* is a \w+\n  try: loss_kwargs=\{"):
+        getattr(driver, how)(X, target=X, loss_kwargs=wrong)
+    with pytest.raises(InputError, match=r"kwarg_mbs holds a int.*\n  try: write \[\{"):
+        getattr(driver, how)(kwarg_mbs=[1, 2], target_mbs=[X[:2]] * 2)
+    getattr(driver, how)(X, target=X)
+
+
+def test_methods_name_what_is_no_optimizer_no_scaler_and_no_norm(alone: None) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    optimizer = torch.optim.SGD(driver.parameters(), 0.1)
+    wrong: dict[str, Any] = {
+        r"optimizer=\[SGD .* is a list\n  try: .*driver.attach\(each\)": lambda: driver.attach([optimizer]),  # type: ignore[arg-type]
+        r"scaler=SGD .* is a SGD": lambda: driver.attach_scaler(optimizer),  # type: ignore[arg-type]
+        r"max_norm=.* is a list\n  try: driver.clip_grad_norm_\(1.0\), which knows": lambda: driver.clip_grad_norm_(
+            driver.parameters(), 1.0
+        ),  # type: ignore[arg-type]
+        r"max_norm='x' is a str": lambda: driver.clip_grad_norm_("x"),  # type: ignore[arg-type]
+        r"norm_type='two' is no number": lambda: driver.clip_grad_norm_(1.0, "two"),  # type: ignore[arg-type]
+    }
+    for words, call in wrong.items():
+        with pytest.raises(InputError, match=f"(?s){words}"):
+            call()
+    driver.step(X, target=X)
+    driver.clip_grad_norm_(1.0, "inf")  # type: ignore[arg-type]
+    driver.clip_grad_norm_(torch.tensor(1.0))  # type: ignore[arg-type]
+
+
+def test_checkpoints_name_what_is_no_optimizer_and_no_mapping(alone: None, tmp_path: Path) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    checkpoint.save(driver, None, tmp_path / "run")
+    for call in (partial(checkpoint.save, driver, folder=tmp_path / "other"), partial(checkpoint.load, driver, folder=tmp_path / "run")):
+        for optimizer in (3, [3], "adam"):
+            with pytest.raises(CheckpointError, match=r"optimizer=.* is a \w+\n  try: .* or None"):
+                call(optimizer=optimizer)
+        for copies in (3, None, ["ema"], {"ema": X}):
+            with pytest.raises(CheckpointError, match=r"(?s)copies.* is a \w+\n  try: copies=\{"):
+                call(optimizer=None, copies=copies)
+    with pytest.raises(CheckpointError, match="extra=3 is a int\n  try: extra="):
+        checkpoint.save(driver, None, tmp_path / "other", 3)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"'ema' has a int for 'a\.weight'"):
+        checkpoint.save(driver, None, tmp_path / "other", copies={"ema": {"a.weight": 3}})  # type: ignore[dict-item]
+    assert not (tmp_path / "other").exists()
+
+
+# --- tracebacks ---------------------------------------------------------------------------------------
+
+
+def test_a_failing_rank_shows_its_line_and_the_others_no_step_that_waited() -> None:
+    other, failing = on_ranks(2, _fails, cut(stages=2))
+    for text in (other, failing):
+        assert "rank 1 (stage 1) failed: ZeroDivisionError: no loss" in text
+        assert "contextlib.py" not in text
+        assert text.rpartition("Traceback")[2].count("File ") == 1
+    assert "in _bad_loss" in failing
+    assert other.count("Traceback") == 1
+    assert "schedules.py" not in other
+
+
+def _bad_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("no loss")
+
+
+def _fails(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, _bad_loss, group=dist.new_group())
+    with pytest.raises(RankError) as caught:
+        driver.step(X, target=X)
+    return "".join(traceback.format_exception(caught.value))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+def test_an_update_that_is_refused_shows_no_step_of_ours() -> None:
+    pipe = cut(Tied(), stages=2)
+    assert on_ranks(2, _updates, pipe) == ["ok", "ok"]
+
+
+def _updates(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, mse)
+    driver.step(X, target=X)
+    optimizer = torch.optim.SGD(driver.parameters(), 0.1)
+    for steps in (optimizer.step, partial(optimizer.step, lambda: 0.0)):
+        with pytest.raises(TiedError) as caught:
+            steps()
+        files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert not [file for file in files if "/backend/" in file]
+    return "ok"
