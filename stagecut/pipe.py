@@ -450,6 +450,9 @@ def _lowered(
                     f"module '{path}' would have to be kept whole, as by leaf_modules=['{path}']",
                     where=leaves_again.reasons.get(path, ""),
                 )
+        leaves.trace_notes += [
+            note for note in leaves_again.trace_notes if note not in leaves.trace_notes
+        ]
         known = {(each.path, each.name) for each in bindings.attributes_read}
         bindings.attributes_read += [
             each
