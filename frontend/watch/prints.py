@@ -27,7 +27,9 @@ class Prints:
 
     def __init__(self, module: nn.Module) -> None:
         # by the module's dict: a tracer may put another object in front of a module
-        self._paths = {id(vars(owner)): path for path, owner in module.named_modules()}
+        self._paths: dict[int, str] = {
+            id(vars(owner)): path for path, owner in module.named_modules()
+        }
         self._notes: dict[tuple[str, int], str] = {}
 
     @property
