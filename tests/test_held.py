@@ -150,6 +150,18 @@ def test_what_is_no_replacement_raises_nothing(name: str) -> None:
     pipe(X)
 
 
+def test_a_parameter_that_the_stages_were_given_too_is_theirs() -> None:
+    model = Model().eval()
+    pipe = cut(model)
+    weight = _own()
+    pipe.get_submodule("head").weight = model.head.weight = weight
+    pipe.get_submodule("tied").weight = model.tied.weight = weight
+    assert torch.equal(pipe(X)[0], model(X))
+    model.tied.weight = _own()
+    with pytest.raises(ChangedError):
+        pipe(X)
+
+
 def test_pipes_that_know_no_model_or_shall_not_ask_it_go_on(tmp_path: Path) -> None:
     model = Model().eval()
     pipe = cut(model)

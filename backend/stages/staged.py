@@ -74,7 +74,14 @@ class Staged(Named):
         refuse_changed(self._attributes_read)
         model = self._model() if self._model is not None else None
         if model is not None and self._held is not None:
-            self._held.refuse_replaced(model)
+            self._held.refuse_replaced(model, self._parameter_now)
+
+    def _parameter_now(self, name: str) -> nn.Parameter | None:
+        """The parameter that the stages have under a name of the model."""
+        try:
+            return self.get_parameter(name)
+        except AttributeError:
+            return None
 
     def keep_as_cut(self) -> Self:
         """The stages compute what the model computed at the cut, and calls no longer compare its attributes

@@ -5,13 +5,17 @@ cut.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from stagecut.ir.run.remembered import ChangedError
 
-_Names = tuple[tuple[str, weakref.ref[Any]], ...]
+_Modules = tuple[tuple[str, weakref.ref[Any]], ...]
+_Tensors = tuple[tuple[str, int], ...]
+"""By id, because torch swaps no tensor that has a weak reference, as `to` does with some. The stages hold the
+tensor, so that no other has its id; where they hold it no more, one may, and goes unnoticed.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class _Holder:
 
     path: str
     kind: str
-    parameters: _Names
-    bare: _Names
+    parameters: _Tensors
+    bare: _Modules
     facts: tuple[_Bare, ...]
     inner: tuple[tuple[str, _Holder], ...]
     length: int
@@ -63,7 +67,7 @@ class Held:
         if _is_plain(own):
             children = own["_modules"]
             parameters = [
-                (name, weakref.ref(parameter))
+                (name, id(parameter))
                 for name, parameter in own["_parameters"].items()
                 if id(parameter) in self._parameters and not parameter.is_meta
             ]
@@ -92,13 +96,13 @@ class Held:
         own = vars(module)
         return path in self._ran and not own["_parameters"] and not own["_modules"]
 
-    def refuse_replaced(self, model: Any) -> None:
+    def refuse_replaced(self, model: Any, of_stages: Callable[[str], Any]) -> None:
         """Returns when the model has, under their names, the parameters and modules that the stages hold.
-        What it has no more, or on the meta device, counts as the same: memory is freed so. Raises
-        ChangedError otherwise.
+        What it has no more, or on the meta device, counts as the same: memory is freed so. `of_stages` gives
+        the parameter that the stages have now under a name, None for none. Raises ChangedError otherwise.
         """
         if not self._is_the_same(model):
-            _refuse_replaced(self._root, model)
+            _refuse_replaced(self._root, model, of_stages)
 
     def _is_the_same(self, model: Any) -> bool:
         # in one loop, because each call of a pipe asks
@@ -107,8 +111,8 @@ class Held:
             for outer, name, parameters, bare in self._places:
                 own = seen[outer]["_modules"][name].__dict__
                 seen.append(own)
-                for key, then in parameters:
-                    if own["_parameters"][key] is not then():
+                for key, address in parameters:
+                    if id(own["_parameters"][key]) != address:
                         return False
                 for key, then in bare:
                     if own["_modules"][key] is not then():
@@ -120,7 +124,7 @@ class Held:
 
 def _places(
     holder: _Holder, outer: int, name: str, count: list[int]
-) -> Iterator[tuple[int, str, _Names, _Names]]:
+) -> Iterator[tuple[int, str, _Tensors, _Modules]]:
     """The holders in an order in which each comes after the one around it, whose place is `outer`."""
     count[0] += 1
     place = count[0]
@@ -129,14 +133,18 @@ def _places(
         yield from _places(inside, place, key, count)
 
 
-def _refuse_replaced(holder: _Holder, module: Any) -> None:
+def _refuse_replaced(
+    holder: _Holder, module: Any, of_stages: Callable[[str], Any]
+) -> None:
     own = vars(module)
     if not _is_plain(own):
         return
     parameters, modules = own["_parameters"], own["_modules"]
-    for name, then in holder.parameters:
+    for name, address in holder.parameters:
         now = parameters.get(name)
-        if now is not None and now is not then() and not now.is_meta:
+        if now is None or id(now) == address or now.is_meta:
+            continue
+        if now is not of_stages(f"{holder.path}.{name}".lstrip(".")):
             raise _replaced(holder, f"parameter '{name}'")
     if len(modules) < holder.length:  # what is left has other numbers
         return
@@ -146,7 +154,7 @@ def _refuse_replaced(holder: _Holder, module: Any) -> None:
             raise _replaced(holder, f"'{name}', a {fact.kind},")
     for name, inside in holder.inner:
         if modules.get(name) is not None:
-            _refuse_replaced(inside, modules[name])
+            _refuse_replaced(inside, modules[name], of_stages)
 
 
 def _is_plain(own: dict[str, Any]) -> bool:
