@@ -48,12 +48,13 @@ from stagecut.ir.errors import (
     StagecutError,
     nearest,
 )
-from stagecut.ir.graph import BY_MODE, Program
+from stagecut.ir.graph import BY_MODE, Program, scope_fqn
 from stagecut.ir.keywords import near_names, near_names_in, near_names_or
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.attention import Masks
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import check_inputs
+from stagecut.ir.run.held import Held
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
 from stagecut.passes.base import Pass
@@ -235,6 +236,8 @@ def pipeline(
         validate(trace, program)
         pipe = Pipe(program, bindings)
         pipe.plan = plans[0] if plans else None
+        if isinstance(module, nn.Module):
+            pipe._held = _held(module, pipe, bindings)
         return pipe
 
     with collected_seldom():
@@ -252,6 +255,16 @@ def pipeline(
         with doing("comparing the stages with the model"):
             _check(module, pipe, tuple(mb_args or ()), mb_kwargs or {}, check)
     return pipe
+
+
+def _held(module: nn.Module, pipe: Pipe, bindings: Bindings) -> Held:
+    """What the stages hold of a model."""
+    return Held(
+        module,
+        {id(parameter) for parameter in pipe.parameters()},
+        {id(called) for called in bindings.modules.values()},
+        {scope_fqn(op.scope) for op in pipe.program.all_ops()},
+    )
 
 
 def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
@@ -479,6 +492,9 @@ def _lowered(
                     f"module '{path}' would have to be kept whole, as by leaf_modules=['{path}']",
                     where=leaves_again.reasons.get(path, ""),
                 )
+        leaves.trace_notes += [
+            note for note in leaves_again.trace_notes if note not in leaves.trace_notes
+        ]
         known = {(each.path, each.name) for each in bindings.attributes_read}
         bindings.attributes_read += [
             each

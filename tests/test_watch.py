@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,6 +42,7 @@ def patched() -> list[Any]:
         torch.nn.attention._sdpa_kernel,
         *(vars(cls)["__init__"] for cls in (torch.autograd.graph.saved_tensors_hooks, torch.autograd.graph.save_on_cpu)),
         os.urandom,
+        builtins.print,
         torch.compile,
         torch.is_grad_enabled,
         export._detect_attribute_assignment,
@@ -302,6 +305,86 @@ def test_what_is_lost_and_changes_no_result_is_noted_once(does: Any, what: str) 
     (note,) = pipeline(Model(does), (X,)).notes
     assert f"{what}() is lost" in note
     assert "test_watch.py" in note
+
+
+class Printing(nn.Module):
+    """Prints what it computes, to standard error too, in each call or in eval mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop = nn.Linear(4, 4), nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.a(x))
+        print("printed mean", x.mean())  # noqa: T201
+        for _ in range(2):
+            print("printed too", file=sys.stderr)  # noqa: T201
+        if not self.training:
+            print("printed in eval mode")  # noqa: T201
+            x = x + 1
+        return x
+
+
+class Blocks(nn.Module):
+    """Six blocks; `around` runs in the root's forward."""
+
+    def __init__(self, around: Callable[[], Any] = lambda: None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Printing() for _ in range(6))
+        self.around = around
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.around()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_each_line_that_prints_is_noted_once_with_what_prints_in_each_call(fold: bool) -> None:
+    pipe = pipeline(Blocks(), (X,), fold=fold, check=None)
+    assert len(pipe.notes) == 3
+    for note, line in zip(pipe.notes, ("printed mean", "printed too", "printed in eval mode"), strict=True):
+        assert note.startswith("print() is called while forward of module 'blocks.0' is traced, and the stages do not print: ")
+        assert "test_watch.py:" in note
+        assert line in note
+        assert "try: return the value as an output and print that; or leaf_modules=['blocks.0'] keeps that module whole" in note
+
+
+def test_a_module_that_is_kept_whole_prints_in_each_call_and_is_not_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = pipeline(Blocks(), (X,), leaf_modules=[f"blocks.{i}" for i in range(6)], check=None)
+    assert pipe.notes == ()
+    capsys.readouterr()
+    pipe(X)
+    pipe(X)
+    assert capsys.readouterr().out.count("printed mean") == 12
+    assert len(pipeline(Blocks(), (X,), leaf_modules=["blocks.0"], check=None).notes) == 3
+
+
+def test_the_root_cannot_be_kept_whole_and_its_note_says_so() -> None:
+    (note,) = pipeline(Model(lambda *_: print()), (X,), check=None).notes  # noqa: T201
+    assert "while forward is traced" in note
+    assert "move this line into a submodule that leaf_modules=[...] keeps whole" in note
+
+
+def test_what_other_threads_and_branches_print_is_no_part_of_the_trace() -> None:
+    def elsewhere() -> None:
+        thread = threading.Thread(target=print)
+        thread.start()
+        thread.join()
+        inner = threading.Thread(target=lambda: print())  # noqa: T201
+        inner.start()
+        inner.join()
+
+    def branches(self: Any, x: torch.Tensor) -> None:
+        def prints(x: torch.Tensor) -> torch.Tensor:
+            print("in a branch")  # noqa: T201
+            return x * 2
+
+        torch.cond(x.sum() > 0, prints, lambda x: x * 3, (x.detach(),))
+
+    for does in (lambda *_: elsewhere(), branches):
+        assert pipeline(Model(does), (X,), check=None).notes == ()
 
 
 class Merging(nn.Module):

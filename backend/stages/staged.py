@@ -21,6 +21,7 @@ from stagecut.ir.graph import Program
 from stagecut.ir.roles import Budget, Roles
 from stagecut.ir.run.bindings import Bindings
 from stagecut.ir.run.call import CallSpec, check_inputs
+from stagecut.ir.run.held import Held
 from stagecut.ir.run.remembered import refuse_changed
 from stagecut.ir.text.parser import parse
 from stagecut.ir.text.printer import text
@@ -45,6 +46,7 @@ class Staged(Named):
         self.notes: tuple[str, ...] = tuple(bindings.notes)
         self._model: Callable[[], nn.Module | None] | None = None
         self._attributes_read = tuple(bindings.attributes_read)
+        self._held: Held | None = None
         self._sizes: dict[str, int] = {}
         self.traced_under: dict[str, torch.dtype] = {}
         """Device type -> the dtype of the autocast that stood around the trace."""
@@ -66,17 +68,27 @@ class Staged(Named):
         return self
 
     def refuse_changed_model(self) -> None:
-        """Returns when the model has the plain attributes that its trace read, or is gone. Raises
-        ChangedError otherwise.
+        """Returns when the model has the plain attributes that its trace read, and the parameters that the
+        stages hold, or is gone. Raises ChangedError otherwise.
         """
         refuse_changed(self._attributes_read)
+        model = self._model() if self._model is not None else None
+        if model is not None and self._held is not None:
+            self._held.refuse_replaced(model, self._parameter_now)
+
+    def _parameter_now(self, name: str) -> nn.Parameter | None:
+        """The parameter that the stages have under a name of the model."""
+        try:
+            return self.get_parameter(name)
+        except AttributeError:
+            return None
 
     def keep_as_cut(self) -> Self:
-        """The stages compute what the model computed at the cut, and calls no longer compare its attributes:
-        for two pipes of one model, with an adapter and without. Tensors are the model's own still, so what
-        merges an adapter into them changes the stages.
+        """The stages compute what the model computed at the cut, and calls no longer compare its attributes
+        and parameters: for two pipes of one model, with an adapter and without. Tensors are the model's own
+        still, so what merges an adapter into them changes the stages.
         """
-        self._attributes_read = ()
+        self._attributes_read, self._held = (), None
         return self
 
     @property
@@ -180,7 +192,7 @@ class Staged(Named):
         recurse.
         """
         state = self.__dict__.copy()
-        del state["_plan"], state["_model"], state["_attributes_read"]
+        del state["_plan"], state["_model"], state["_attributes_read"], state["_held"]
         return state | {"program": text(self.program)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,6 +204,7 @@ class Staged(Named):
                 "_plan": release_plan(program),
                 "_model": None,
                 "_attributes_read": (),
+                "_held": None,
             }
         )
 

@@ -57,6 +57,7 @@ from stagecut.frontend.watch.forbidden import (
 from stagecut.frontend.watch.generators import STEERS, Generators, is_generator
 from stagecut.frontend.watch.globals import Surroundings
 from stagecut.frontend.watch.line import LineFinder
+from stagecut.frontend.watch.prints import Prints
 from stagecut.frontend.watch.training import ModeReads, last_node, node_of
 from stagecut.ir.blame import OnPurpose, raise_ours
 from stagecut.ir.errors import CaptureError
@@ -101,7 +102,7 @@ def watched(
         first.notes.append(
             f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
         )
-    notes[:] = [*first.notes, *first.asked]
+    notes[:] = [*first.notes, *first.asked, *first.prints.notes]
     if first.left_behind:
         _refuse_unsettled(module, export, first, exported)
     attributes_read[:] = first.attributes_read(whole)
@@ -287,6 +288,7 @@ class TraceWatch:
         self._stack = ExitStack()
         self.reads = ModeReads(module)
         self.attribute_reads = AttributeReads(module)
+        self.prints = Prints(module)
         self._hooks: set[Any] = set()
         self._hook_numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
@@ -326,6 +328,7 @@ class TraceWatch:
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self.reads.noting())
         self._stack.enter_context(self.attribute_reads.noting())
+        self._stack.enter_context(self.prints.noting())
         self._stack.enter_context(GradFlags(lambda: self._protected, self._note_asked))
         self._patch(torch, "is_grad_enabled", self._asking(torch.is_grad_enabled))
         for owner, name, what in NOTED:
