@@ -48,7 +48,7 @@ from stagecut.frontend.lower import (
     subclasses,
     types,
 )
-from stagecut.frontend.watch import attribute_reads, attributes, forbidden, generators, known, line, training, watch
+from stagecut.frontend.watch import attribute_reads, attributes, forbidden, generators, known, line, prints, training, watch
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
 from stagecut.ir.errors import StagecutError
@@ -265,6 +265,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (functions._one_op, cut),
     (functions._function_fake, cut),
     (attribute_reads.AttributeReads.remembered, cut),
+    (prints.Prints.noting, cut),
     (attributes.Containers._keep, cut),
     (source.user_line, cut),
     (known.KnownValues.value, ask),
