@@ -55,7 +55,10 @@ class _WithoutExport:
 
     def write(self, text: str) -> int:
         """Writes text, unless torch.export prints it."""
-        by_export = sys._getframe(1).f_code.co_filename.startswith(_EXPORT)
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "print_noted" and caller.f_back is not None:
+            caller = caller.f_back  # of the print that notes who prints
+        by_export = caller.f_code.co_filename.startswith(_EXPORT)
         return len(text) if by_export else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
