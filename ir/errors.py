@@ -137,6 +137,12 @@ class VerifyError(StagecutError):
         )
 
 
+def wrong_kind(name: str, value: object) -> str:
+    """`seed='x' is a str`."""
+    shown = " ".join(repr(value).split())
+    return f"{name}={shown:.60} is a {type(value).__name__}"
+
+
 _ALIKE, _LESS_ALIKE = 0.6, 0.5
 """How much a name must be alike, as difflib counts, to be listed; the second where no name is as much."""
 

@@ -47,6 +47,7 @@ from stagecut.ir.errors import (
     SplitError,
     StagecutError,
     nearest,
+    wrong_kind,
 )
 from stagecut.ir.graph import BY_MODE, Program, scope_fqn
 from stagecut.ir.keywords import near_names, near_names_in, near_names_or
@@ -275,7 +276,7 @@ def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
         fits = isinstance(value, kind) and not isinstance(value, bool)
         if value is not None and not fits:
             raise InputError(
-                f"{name}={value!r} is a {type(value).__name__}",
+                wrong_kind(name, value),
                 hint=f"{name}={example}",
             )
 
@@ -800,7 +801,7 @@ class Pipe(Staged):
         chosen = setting or (self.plan.setting if self.plan else Setting())
         if not isinstance(chosen, Setting):
             raise InputError(
-                f"setting={chosen!r} is a {type(chosen).__name__}",
+                wrong_kind("setting", chosen),
                 hint='a Setting, such as Setting(device="H100"); pages and pictures are returned as text: '
                 "Path(name).write_text(pipe.to_html())",
             )

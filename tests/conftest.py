@@ -9,10 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 GOLDEN = Path(__file__).parent / "golden"
 
 gc.set_threshold(10_000, 20, 20)  # Python's own would spend an eighth of the time on looking through all that is imported
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of one process."""
+    place = Path(tmp_path_factory.mktemp("store")) / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

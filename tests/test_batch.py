@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -283,15 +283,6 @@ class Moves(nn.Module):
             elif move == "square":
                 x = x * x
         return x * self.weight
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A group of one process."""
-    place = Path(tmp_path_factory.mktemp("store")) / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,6 @@ from torch.distributed.pipelining import ScheduleGPipe
 from stagecut import Driver, InputError, Pipe, RankError, checkpoint, pipeline
 from stagecut.backend.files.checkpoint import CheckpointError
 from stagecut.backend.ranks.tied import TiedError
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A group of one process."""
-    place = Path(tmp_path_factory.mktemp("store")) / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Two(nn.Module):

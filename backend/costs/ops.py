@@ -262,7 +262,7 @@ class _Counter:
 
     def _left_out(self, op: Op) -> float:
         """Bytes of an operand of which only some rows are read, without these rows."""
-        if not facts(op).takes_rows or op.is_view:
+        if not facts(op).takes_rows:
             return 0.0
         table, indices, *_ = op.operands
         if not isinstance(table.type, TensorType):

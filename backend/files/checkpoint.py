@@ -38,14 +38,13 @@ from stagecut.backend.files.together import (
 )
 from stagecut.backend.progress import doing
 from stagecut.backend.ranks.driver import Driver
-from stagecut.backend.ranks.kinds import wrong_kind
 from stagecut.backend.stages.state import (
     entries,
     held_tensors,
     persistent,
     refuse_meta,
 )
-from stagecut.ir.errors import StagecutError, nearest
+from stagecut.ir.errors import StagecutError, nearest, wrong_kind
 from stagecut.ir.graph import StateEntry
 from stagecut.ir.keywords import near_names
 

@@ -34,7 +34,7 @@ from stagecut.backend.ranks.losses import (
     put_aside,
     takes_no_target,
 )
-from stagecut.backend.ranks.noted import notes_of_step
+from stagecut.backend.ranks.noted import follows_mode, notes_of_step
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
@@ -274,6 +274,10 @@ class Driver:
         return described(self)
 
     @cached_property
+    def _changes_by_mode(self) -> bool:
+        return follows_mode(self.pipe.program)
+
+    @cached_property
     def modules(self) -> dict[int, torch.nn.Module]:
         """This rank's stages by index, on its device, with the wrappers of `wrap`. Raises StagecutError while
         one is on meta.
@@ -367,7 +371,9 @@ class Driver:
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
         if how == "step":
-            notes = notes_of_step(self.pipe, losses is not None)
+            notes = notes_of_step(
+                self.pipe, losses is not None, lambda: self._changes_by_mode
+            )
             self._notes |= dict.fromkeys(notes)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
 
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import InputError
+from stagecut.ir.errors import InputError, wrong_kind
 
 Accepts = Callable[[Any], bool]
 
@@ -95,12 +95,6 @@ def refuse_wrong_kinds(**given: Any) -> None:
         accepts, hint = _OPTIONS[name]
         if not accepts(value):
             raise InputError(wrong_kind(name, value), hint=hint)
-
-
-def wrong_kind(name: str, value: object) -> str:
-    """`seed='x' is a str`."""
-    shown = " ".join(repr(value).split())
-    return f"{name}={shown:.60} is a {type(value).__name__}"
 
 
 def _refuse_no_pipe(pipe: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,10 +21,12 @@ EVAL_MODE = (
 )
 
 
-def notes_of_step(pipe: Staged, has_losses: bool) -> Iterator[str]:
-    """What is to be noted about a step."""
+def notes_of_step(
+    pipe: Staged, has_losses: bool, follows_mode: Callable[[], bool]
+) -> Iterator[str]:
+    """What is to be noted about a step. follows_mode: as the function of that name says of the program."""
     if has_losses:
-        if not pipe.training and _follows_mode(pipe.program):
+        if not pipe.training and follows_mode():
             yield EVAL_MODE
     elif torch.is_grad_enabled() and _returns_grad(pipe.program):
         yield NO_LOSS
@@ -36,7 +38,7 @@ def _returns_grad(program: Program) -> bool:
     return any(carries_grad(value.type) for value in values)
 
 
-def _follows_mode(program: Program) -> bool:
+def follows_mode(program: Program) -> bool:
     """True when the stages do something else in train mode, or may: nobody knows what a module kept whole
     does.
     """
