@@ -147,6 +147,37 @@ def _wrong_types(pipe: Any) -> str:
     return "ok"
 
 
+@pytest.mark.parametrize(("schedule", "alone"), [("Interleaved1F1B", True), ("ZBVZeroBubble", True), ("1F1B", False)])
+def test_messages_are_begun_one_by_one_under_schedules_with_several_stages_a_rank(schedule: str, alone: bool) -> None:
+    """A batch goes over one stream of the device with all others, on which a message that is late holds up the rest."""
+    for batched, equal, waiting in on_ranks(2, _train_and_count_batches, schedule):
+        assert (batched == 0) is alone
+        assert equal
+        assert not waiting
+
+
+def _train_and_count_batches(schedule: str) -> tuple[int, bool, list[Any]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    x = torch.randn(16, 8)
+    driver = Driver(pipeline(model, (x[:4],), stages=2 if schedule == "1F1B" else 4), schedule, 4, loss_fn=_square)
+    driver.step(x)
+    begun: list[Any] = []
+    batch = dist.batch_isend_irecv
+    try:
+        dist.batch_isend_irecv = lambda operations: begun.append(operations) or batch(operations)
+        _, losses = driver.step(x)
+    finally:
+        dist.batch_isend_irecv = batch
+    (_, stages), *_ = driver._schedules.values()
+    waiting = [posts for stage in stages if (posts := vars(stage).get("posts")) and (posts._arriving or posts._leaving)]
+    return len(begun), torch.allclose(losses.batch, _square(model(x)).detach()), waiting
+
+
+def _square(output: torch.Tensor) -> torch.Tensor:
+    return output.square().mean()
+
+
 def test_the_driver_gives_the_model_s_own_output_and_takes_other_sizes() -> None:
     model = Net().eval()
     sizes = {"x": {0: Dim("batch", min=1, max=64)}, "y": {0: Dim("batch", min=1, max=64)}}

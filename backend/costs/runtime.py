@@ -1,9 +1,10 @@
 """A step as torch's runtime executes it: what each rank computes, sends and waits for, in which order.
 
-On a GPU a rank computes on one stream and sends on another. A batch of sends and receives starts when the
-batches before it are done and when all that was computed before it was posted is done. It ends when both
-ends of each message have started and the bytes are over. What waits for it starts then. So a receive that is
-posted early holds up what is sent behind it.
+On a GPU a rank computes on one stream, and has a stream of messages for each of its neighbours, and one for
+batches of sends and receives with both. What is posted starts when all before it on its stream is done and
+when all that was computed before it was posted is done. It ends when both ends of each message have started
+and the bytes are over. What waits for it starts then. So a receive that is posted early holds up what is sent
+to the same neighbour behind it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Post:
-    """Messages that a rank begins to send or to receive together."""
+    """Messages that a rank begins to send or to receive together, on its stream for `peer`, a neighbour, or
+    on that for batches.
+    """
 
     number: int
     messages: tuple[Message, ...]
+    peer: int = -1
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def actions(
     """The actions of every rank in a step with `count` micro-batches, by the schedule's own orders or by
     those that are `given`. Raises StagecutError where the schedule has no order for these numbers.
     """
+    placement = homes(stages, ranks, schedule in V)
     if not training:
-        placement = homes(stages, ranks, schedule in V)
         return tuple(tuple(_forward_only(placement, r, count)) for r in range(ranks))
     if schedule == "GPipe":
         return tuple(tuple(_gpipe(s, stages, count)) for s in range(stages))
@@ -81,7 +85,7 @@ def actions(
         return tuple(tuple(_one_ahead(s, stages, count)) for s in range(stages))
     made = torch_schedule(schedule, stages, ranks, count, given)
     return tuple(
-        tuple(_of_runtime(made.pipeline_order_with_comms[rank]))
+        tuple(_of_runtime(made.pipeline_order_with_comms[rank], placement))
         for rank in range(ranks)
     )
 
@@ -92,12 +96,12 @@ class _Script:
 
     actions: list[Action] = field(default_factory=list)
 
-    def post(self, *messages: Message) -> Iterable[Await]:
+    def post(self, *messages: Message, peer: int = -1) -> Iterable[Await]:
         """The messages are posted. Returns what waits for them, nothing where there are none."""
         if not messages:
             return ()
         number = len(self.actions)
-        self.actions.append(Post(number, messages))
+        self.actions.append(Post(number, messages, peer))
         return (Await(number),)
 
     def run(self, kind: str, stage: int, microbatch: int) -> None:
@@ -174,15 +178,17 @@ def _forward_only(placement: Sequence[int], rank: int, count: int) -> list[Actio
     for i in range(count):
         for stage in (s for s in range(stages) if placement[s] == rank):
             if stage and placement[stage - 1] != rank:
-                script.wait(script.post(*_values(stage - 1, i, stages)))
+                before = placement[stage - 1]
+                script.wait(script.post(*_values(stage - 1, i, stages), peer=before))
             script.run(FORWARD, stage, i)
             if stage < stages - 1 and placement[stage + 1] != rank:
-                sent += script.post(*_values(stage, i, stages))
+                behind = placement[stage + 1]
+                sent += script.post(*_values(stage, i, stages), peer=behind)
     script.wait(sent)
     return script.actions
 
 
-def _of_runtime(listed: Iterable[Any]) -> Iterator[Action]:
+def _of_runtime(listed: Iterable[Any], placement: Sequence[int]) -> Iterator[Action]:
     """The actions that torch's runtime executes for a list with communication."""
     script = _Script()
     sent: list[Await] = []
@@ -204,7 +210,8 @@ def _of_runtime(listed: Iterable[Any]) -> Iterator[Action]:
             sends = name.startswith("SEND")
             boundary = stage if sends != is_gradient else stage - 1
             message = Message(boundary, microbatch, is_gradient)
-            posted = script.post(message)
+            other = boundary + 1 if stage == boundary else boundary
+            posted = script.post(message, peer=placement[other])
             if sends:
                 sent += posted
             else:
@@ -256,18 +263,28 @@ def as_run(seconds: Parts[T], stage: int, splits: bool) -> Parts[T]:
 
 
 @dataclass
+class _Stream(Generic[T]):
+    """What is posted on a stream of a rank and not known to end, and when it was. sent: when the posts that
+    are known to end have ended; begun: the number of the post that has begun last.
+    """
+
+    sent: T
+    begun: int = -1
+    posted: deque[tuple[Post, T]] = field(default_factory=deque)
+
+
+@dataclass
 class _Rank(Generic[T]):
     """A rank while its actions run. computed: when all that it has computed is done; started: when the host
-    has started all of it; sent: when the posts that are known to end have ended.
+    has started all of it; streams: those of its messages, by neighbour; ends: of the posts that are known to
+    end.
     """
 
     number: int
     actions: deque[Action]
     computed: T
     started: T
-    sent: T
-    begun: int = -1
-    posted: deque[tuple[Post, T]] = field(default_factory=deque)
+    streams: dict[int, _Stream[T]] = field(default_factory=dict)
     ends: dict[int, T] = field(default_factory=dict)
 
 
@@ -293,14 +310,14 @@ class Run(Generic[T]):
     ) -> None:
         self._seconds = seconds
         self._delays = delays
+        self._zero = zero
         self._larger = larger
         self._posting = posting
         self._slowed = slowed
         self._begun: dict[Message, list[T]] = {}
         self.steps: list[tuple[Step, int, T, T]] = []
         self._ranks = [
-            _Rank(number, deque(own), zero, zero, zero)
-            for number, own in enumerate(listed)
+            _Rank(number, deque(own), zero, zero) for number, own in enumerate(listed)
         ]
         self.turns: list[int] = []
         for number in turns or self._behind():
@@ -348,7 +365,8 @@ class Run(Generic[T]):
             started: Any = rank.started
             rank.started = started + self._posting
             ready = self._larger(rank.computed, rank.started)
-            rank.posted.append((action, ready))
+            stream = rank.streams.setdefault(action.peer, _Stream(self._zero))
+            stream.posted.append((action, ready))
             self._settle(rank)
         else:
             self._run(rank, action)
@@ -372,31 +390,38 @@ class Run(Generic[T]):
         """For how long messages are under way while a step runs: all the time where their end is not known
         yet.
         """
-        if rank.posted:
+        streams = rank.streams.values()
+        if any(stream.posted for stream in streams):
             return device
-        sent: Any = rank.sent
+        sent: Any = reduce(self._larger, (s.sent for s in streams), self._zero)
         beyond = self._larger(sent - start, 0.0 * device)
         return device - self._larger(device - beyond, 0.0 * device)
 
     def _settle(self, rank: _Rank[T]) -> bool:
-        """Posts begin and end, in their order, as far as the other ends of their messages have begun; False
-        where none does.
+        """Posts begin and end, in the order of their stream, as far as the other ends of their messages have
+        begun; False where none does.
         """
         moved = False
-        while rank.posted:
-            post, ready = rank.posted[0]
-            if rank.begun != post.number:
-                rank.begun = post.number
-                rank.sent = self._larger(ready, rank.sent)
+        for stream in rank.streams.values():
+            moved |= self._go_on(rank, stream)
+        return moved
+
+    def _go_on(self, rank: _Rank[T], stream: _Stream[T]) -> bool:
+        moved = False
+        while stream.posted:
+            post, ready = stream.posted[0]
+            if stream.begun != post.number:
+                stream.begun = post.number
+                stream.sent = self._larger(ready, stream.sent)
                 for message in post.messages:
-                    self._begun.setdefault(message, []).append(rank.sent)
+                    self._begun.setdefault(message, []).append(stream.sent)
                 moved = True
             if any(len(self._begun[message]) < 2 for message in post.messages):
                 return moved
             ends = [self._end_of(message) for message in post.messages]
-            rank.sent = reduce(self._larger, ends, rank.sent)
-            rank.ends[post.number] = rank.sent
-            rank.posted.popleft()
+            stream.sent = reduce(self._larger, ends, stream.sent)
+            rank.ends[post.number] = stream.sent
+            stream.posted.popleft()
             moved = True
         return moved
 

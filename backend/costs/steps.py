@@ -99,12 +99,14 @@ class Steps:
         row = torch.tensor([list(cuts)])
         times, delays = self._times(row, lambda times: float(times[0]))
         setting = replace(self.setting, order=None)
+        own = tuple(setting.orders(stages))
         work = Work(
             setting.placement(stages),
             setting.n_microbatches,
             {key: device for key, (device, _) in times.items()},
             delays,
-            [most_held(order) for order in setting.orders(stages)],
+            [most_held(order) for order in own],
+            own,
         )
         ways = [setting]
         ways += [replace(setting, order=orders) for orders in work.orders()]

@@ -1,5 +1,6 @@
 """The order in which every rank does its steps, by how long each of them takes: a list schedule (Graham,
-1969) with the priorities of zero-bubble schedules (Qi et al., 2024).
+1969) with the priorities of zero-bubble schedules (Qi et al., 2024), of all steps, or of the gradients of
+weights alone among the other steps of torch's order.
 
 The orders of torch's zero-bubble schedules have no gaps where a forward and both parts of a backward take
 equally long. Attention has no weights, so that they do not, and neither are all stages alike.
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
 
 from stagecut.backend.schedules import (
+    BACKWARD,
     FORWARD,
     INPUT,
     RECV_B,
@@ -49,7 +52,8 @@ class Work:
 
     homes: stage -> rank. count: micro-batches. seconds: of each kind of step of each stage. delays: by stage,
     the seconds in which what it sends on arrives, each way. most: by rank, the micro-batches of its stages
-    that it may hold at once, from the forward to the gradients of weights.
+    that it may hold at once, from the forward to the gradients of weights. own: an order in which no rank
+    holds more, that of the schedule.
     """
 
     homes: Sequence[int]
@@ -57,6 +61,7 @@ class Work:
     seconds: Mapping[tuple[str, int], float]
     delays: Sequence[float]
     most: Sequence[int]
+    own: Orders = ()
 
     @property
     def stages(self) -> int:
@@ -66,9 +71,14 @@ class Work:
     def orders(self) -> Iterator[Orders]:
         """Orders to choose from, in each of which no rank waits for itself or holds too much."""
         steps = len(_URGENCY) * self.stages * self.count
-        tried = max(1, MOST_STEPS // steps)
-        for patience, late_first in [*product(PATIENCE, (False, True))][:tried]:
-            yield _Listed(self, patience, late_first).orders()
+        for made in islice(self._lists(), max(1, MOST_STEPS // steps)):
+            yield made.orders()
+
+    def _lists(self) -> Iterator[_Listed]:
+        if self.own:
+            yield from (_Refilled(self, patience) for patience in PATIENCE)
+        for patience, late_first in product(PATIENCE, (False, True)):
+            yield _Listed(self, patience, late_first)
 
 
 class _Listed:
@@ -140,8 +150,7 @@ class _Listed:
     def _following(self, rank: int) -> tuple[float, Step] | None:
         """When the next step of a rank begins, and which one it is; None while it has to wait for others."""
         ready: list[tuple[float, Step]] = []
-        for stage, kind in product(self._stages[rank], _URGENCY):
-            step = Step(kind, stage, self._done[kind][stage])
+        for step in self._next(rank):
             since = self._since(step)
             if since is not None:
                 ready.append((max(since, self._free[rank]), step))
@@ -160,6 +169,11 @@ class _Listed:
         ]
         waits = first < until
         return min(urgent, key=lambda each: self._place(each[0], each[1], waits))
+
+    def _next(self, rank: int) -> Iterable[Step]:
+        """The steps of a rank that are next of their kind in their stage."""
+        for stage, kind in product(self._stages[rank], _URGENCY):
+            yield Step(kind, stage, self._done[kind][stage])
 
     def _place(self, start: float, step: Step, waits: bool) -> tuple[float, ...]:
         """Steps of lower places are next: gradients that others wait for before values, these before weights,
@@ -198,6 +212,39 @@ class _Listed:
         if end is None or work.homes[before.stage] == work.homes[stage]:
             return end
         return end + work.delays[min(before.stage, stage)]
+
+
+class _Refilled(_Listed):
+    """Forwards and gradients of inputs in the order of the schedule; those of weights where a rank waits."""
+
+    def __init__(self, work: Work, patience: float) -> None:
+        super().__init__(work, patience, late_first=False)
+        self._left = [deque(_without_weights(order)) for order in work.own]
+
+    def _rooms(self) -> list[int]:
+        """By stage, what its rank may hold: by the schedule's order it is enough."""
+        return [self._work.most[rank] for rank in self._work.homes]
+
+    def _do(self, step: Step, start: float) -> None:
+        super()._do(step, start)
+        if step.kind != WEIGHT:
+            self._left[self._work.homes[step.stage]].popleft()
+
+    def _next(self, rank: int) -> Iterable[Step]:
+        left = self._left[rank]
+        if left:
+            yield left[0]
+        for stage in self._stages[rank]:
+            yield Step(WEIGHT, stage, self._done[WEIGHT][stage])
+
+
+def _without_weights(order: Iterable[Step]) -> Iterator[Step]:
+    """Forwards and gradients of inputs, which are the first part of a backward that is not split."""
+    for step in order:
+        if step.kind == BACKWARD:
+            yield replace(step, kind=INPUT)
+        elif step.kind != WEIGHT:
+            yield step
 
 
 @dataclass(frozen=True, order=True)

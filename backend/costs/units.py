@@ -202,8 +202,8 @@ def _distance(pair: tuple[int, int], other: tuple[int, int]) -> tuple[float, int
 
 def _text(listed: Actions) -> str:
     """A line for each rank, in which numbers of micro-batches are those by which they rise: `F0` is the next
-    forward of stage 0, `F0:3` one further on. `Pv0,g1` posts values and gradients, `A` waits for the post
-    before it, `A3` for the one three actions before.
+    forward of stage 0, `F0:3` one further on. `Pv0,g1` posts values and gradients, `P2/v0` values on the
+    stream for rank 2, `A` waits for the post before it, `A3` for the one three actions before.
     """
     return "\n".join(" ".join(_words(own)) for own in listed)
 
@@ -214,7 +214,9 @@ def _words(own: Sequence[Action]) -> Iterator[str]:
         if isinstance(action, Step):
             yield _word(f"{action.kind}{action.stage}", action.microbatch, last)
         elif isinstance(action, Post):
-            yield "P" + ",".join(_sent(message, last) for message in action.messages)
+            peer = "" if action.peer < 0 else f"{action.peer}/"
+            messages = ",".join(_sent(message, last) for message in action.messages)
+            yield f"P{peer}{messages}"
         else:
             back = position - action.number
             yield "A" if back == 1 else f"A{back}"

@@ -2,7 +2,7 @@
 
 const KIND_AT = {F: 0, B: 1, I: 2, W: 3};
 
-/** The actions of all ranks from their text: {run: [kind, stage, microbatch]}, {post: [message ...]}, {await: post's place}. */
+/** The actions of all ranks from their text: {run: [kind, stage, microbatch]}, {post: [message ...], peer}, {await: post's place}. */
 function readActions(text) {
   return text.split("\n").map((line) => {
     const last = new Map();
@@ -13,7 +13,10 @@ function readActions(text) {
     };
     return line.split(" ").filter(Boolean).map((word, place) => {
       if (word[0] === "A") return {await: place - Number(word.slice(1) || 1)};
-      if (word[0] === "P") return {post: word.slice(1).split(",").map((part) => messageOf(...next(part))), place};
+      if (word[0] === "P") {
+        const [sent, peer] = word.slice(1).split("/").reverse();
+        return {post: sent.split(",").map((part) => messageOf(...next(part))), peer: peer ?? "all", place};
+      }
       const [name, microbatch] = next(word);
       return {run: [name[0], Number(name.slice(1)), microbatch]};
     });
@@ -33,7 +36,7 @@ class Run {
   constructor(listed, stages, delays, splits, {posting, slowed}) {
     Object.assign(this, {delays, posting, slowed, begun: new Map(), messages: new Map(), events: []});
     this.seconds = stages.map(([device, host], i) => [asRun(device, i, splits), asRun(host, i, splits)]);
-    this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, sent: 0, beginning: -1, posted: [], ends: new Map()}));
+    this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, streams: new Map(), ends: new Map()}));
     for (let moved = true; moved;) moved = this.turn();
     if (this.ranks.some(({actions, next}) => next < actions.length)) throw new Error("the order of the schedule waits for itself");
   }
@@ -53,7 +56,8 @@ class Run {
       rank.computed = Math.max(rank.computed, rank.ends.get(action.await));
     } else if (action.post) {
       rank.started += this.posting;
-      rank.posted.push([action, Math.max(rank.computed, rank.started)]);
+      if (!rank.streams.has(action.peer)) rank.streams.set(action.peer, {sent: 0, beginning: -1, posted: []});
+      rank.streams.get(action.peer).posted.push([action, Math.max(rank.computed, rank.started)]);
       this.settle(rank);
     } else this.run(rank, action.run);
     rank.next++;
@@ -72,29 +76,33 @@ class Run {
 
   /** For how long messages are under way while a step runs: all the time where their end is not known yet. */
   overlap(rank, start, device) {
-    if (rank.posted.length) return device;
-    return device - Math.max(device - Math.max(rank.sent - start, 0), 0);
+    const streams = Array.from(rank.streams.values());
+    if (streams.some(({posted}) => posted.length)) return device;
+    const sent = Math.max(0, ...streams.map((stream) => stream.sent));
+    return device - Math.max(device - Math.max(sent - start, 0), 0);
   }
 
-  /** Posts begin and end, in their order, as far as the other ends of their messages have begun. */
-  settle(rank) {
+  /** Posts begin and end, in the order of their stream, as far as the other ends of their messages have begun. */
+  settle(rank) { return Array.from(rank.streams.values(), (stream) => this.goOn(rank, stream)).some(Boolean); }
+
+  goOn(rank, stream) {
     let moved = false;
-    while (rank.posted.length) {
-      const [{post, place}, ready] = rank.posted[0];
-      if (rank.beginning !== place) {
-        rank.beginning = place;
-        rank.sent = Math.max(ready, rank.sent);
+    while (stream.posted.length) {
+      const [{post, place}, ready] = stream.posted[0];
+      if (stream.beginning !== place) {
+        stream.beginning = place;
+        stream.sent = Math.max(ready, stream.sent);
         for (const message of post) {
           if (!this.begun.has(message.key)) this.begun.set(message.key, []);
-          this.begun.get(message.key).push(rank.sent);
+          this.begun.get(message.key).push(stream.sent);
           this.messages.set(message.key, message);
         }
         moved = true;
       }
       if (post.some(({key}) => this.begun.get(key).length < 2)) return moved;
-      rank.sent = Math.max(rank.sent, ...post.map((message) => this.endOf(message)));
-      rank.ends.set(place, rank.sent);
-      rank.posted.shift();
+      stream.sent = Math.max(stream.sent, ...post.map((message) => this.endOf(message)));
+      rank.ends.set(place, stream.sent);
+      stream.posted.shift();
       moved = true;
     }
     return moved;

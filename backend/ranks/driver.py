@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+)
 from torch.optim import Optimizer
 
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
@@ -470,6 +473,8 @@ class Driver:
                 losses=[] if numbers is not None and self._losses is not None else None,
                 return_outputs=False,
             )
+            for stage in stages:
+                stage.settle()
 
         if backward and losses is not None and self._step_graphs is not None:
             self._lent.refuse_recorded()
@@ -541,6 +546,9 @@ class Driver:
                 ) from None
             if self._order is not None:
                 reorder(schedule, self._order)
+            if isinstance(schedule, _PipelineScheduleRuntime):
+                for stage in stages:
+                    stage.begin_alone()
             self._schedules[key] = schedule, stages
         for stage in self._schedules[key][1]:
             stage.resize(sizes)

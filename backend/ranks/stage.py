@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.draws import Draws
+from stagecut.backend.ranks.posts import Posts
 from stagecut.backend.ranks.wire import (
     Port,
     Sizes,
@@ -33,6 +34,7 @@ from stagecut.backend.ranks.wire import (
     writable,
     writes_explained,
 )
+from stagecut.backend.schedules import BACKWARD, FORWARD
 from stagecut.backend.stages.crossing import (
     backward_is_whole,
     lives_in_buffer,
@@ -488,6 +490,12 @@ class BuiltStage(PipelineStage):
             )
         return super().get_bwd_send_ops(bwd_chunk_id)
 
+    def begin_alone(self) -> None:
+        """Each message is begun by itself from now on, and goes over a stream of its pair of ranks."""
+
+    def settle(self) -> None:
+        """What computes from now on may write what has left."""
+
     def clear_runtime_states(self) -> None:
         """As torch's, which calls it when a step begins."""
         super().clear_runtime_states()
@@ -599,7 +607,55 @@ def _is_plain(module: torch.nn.Module) -> bool:
 class _EarlierStage(BuiltStage):
     """For torch up to 2.12. Its backward for the inputs treats every output as one that carries gradient. It
     sends a gradient for every value that it received, and refuses where there is none.
+
+    posts: where messages are begun by themselves, not in batches.
     """
+
+    posts: Posts | None = None
+
+    def begin_alone(self) -> None:
+        self.posts = Posts()
+
+    def settle(self) -> None:
+        if self.posts is not None:
+            self.posts.settle()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        return self._receive(
+            FORWARD, fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id)
+        )
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        return self._receive(
+            BACKWARD, bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id)
+        )
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def _receive(self, kind: str, chunk: int, operations: Any) -> Any:
+        """The operations that torch is to begin."""
+        if self.posts is None:
+            return operations
+        self.posts.receive(kind, chunk, operations)
+        return []
+
+    def _send(self, operations: Any) -> Any:
+        """The operations that torch is to begin."""
+        if self.posts is None:
+            return operations
+        self.posts.send(operations)
+        return []
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if self.posts is not None:
+            self.posts.arrive(FORWARD, fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if self.posts is not None:
+            self.posts.arrive(BACKWARD, bwd_chunk_id)
+        return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def backward_maybe_with_nosync(
         self,
@@ -638,7 +694,7 @@ class _EarlierStage(BuiltStage):
             self.bwd_cache[bwd_chunk_id] = tuple(
                 grad if p.grad else None for p, grad in grads
             )
-        return super().get_bwd_send_ops(bwd_chunk_id)
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
 
 
 class _StaticStage(_EarlierStage):
