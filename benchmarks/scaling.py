@@ -16,7 +16,8 @@ Ways that end in `-replayed` run in a CUDA graph. `bound` is the speed
 over the best that the schedule allows: ranks x (one GPU alone) x (1 - bubble), with the formulas of
 gpu_pipeline.py, and one GPU eager for `eager`, compiled for the others. `error` is the predicted step over
 the measured one, less 1. `GiB` is the peak of each rank in a step; each process has all weights. With
---simulate nothing is measured but the blocks and one GPU alone: tokens/s are those of the predicted step.
+--simulate, of a pipeline alone, nothing is measured but the blocks and one GPU: tokens/s are those of the
+predicted step.
 
 Generation: requests of one prompt of 128 tokens, 64 new ones, with CUDA graphs, so many in flight, beside
 one request after the other on one GPU.
@@ -441,6 +442,8 @@ def main() -> int:
         "--minutes", type=float, default=8.0, help="begin no more rows after so many"
     )
     options = parser.parse_args()
+    if options.simulate and options.shard > 1:
+        parser.error("--simulate knows nothing of --shard: leave one of them away")
     began = time.perf_counter()
     ranks = options.gpus // options.shard
     options.microbatches = options.microbatches or [ranks, 2 * ranks, 4 * ranks]
