@@ -390,10 +390,11 @@ def _timelines(
 
 def _timeline(timeline: Timeline) -> dict[str, Any]:
     """Steps as [kind, stage, micro-batch, rank, start, end], what is sent as [boundary, micro-batch, 1 for
-    gradients, start, end].
+    gradients, start, end], the seconds of each rank's host.
     """
     return {
         "ranks": timeline.ranks,
+        "hosts": [*map(_rounded, timeline.hosts)],
         "events": [
             [
                 event.step.kind,

@@ -22,6 +22,8 @@ COLORS = {
     WEIGHT: ("#dfb264", "#edd3a4", "#f6e8cf"),
 }
 """Kind of step -> its colour for the first, the second and further stages of a rank."""
+HOST = "#cfc6c2"
+"""The colour of the time in which the host of a rank works and its device waits."""
 
 LEFT = 74
 RIGHT = 84
@@ -66,6 +68,12 @@ class Timeline(Protocol):
     @property
     def bubble(self) -> float:
         """The part of the ranks' time in which they wait."""
+
+    def waits(self, rank: int) -> float:
+        """The seconds in which a rank waits."""
+
+    def host_until(self, rank: int) -> float:
+        """Up to here the host of a rank works where its device does not."""
 
 
 class Axis(NamedTuple):
@@ -174,10 +182,10 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
         kinds.add(event.step.kind)
         rows.add((event.rank, event.step.stage))
     x = 12.0
-    for kind, name in NAMES.items():
-        if kind not in kinds:
-            continue
-        color = COLORS[kind][0]
+    shown = [(name, COLORS[kind][0]) for kind, name in NAMES.items() if kind in kinds]
+    if any(map(timeline.host_until, range(timeline.ranks))):
+        shown.append(("host alone", HOST))
+    for name, color in shown:
         yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{color}"/>'
         yield f'<text x="{x + 18:g}" y="42">{name}</text>'
         x += 34 + 5.6 * len(name)
@@ -224,7 +232,7 @@ def _row(
     top = TOP + ROW * rank + (ROW - BOX) / 2
     base = top + 16
     seconds = timeline.seconds
-    waits = seconds - sum(map(_seconds, events))
+    waits = timeline.waits(rank)
     share = 0.0
     if seconds:
         share = 100 * waits / seconds
@@ -239,6 +247,14 @@ def _row(
         f'width="{wide:.2f}" height="{BOX}" '
         'fill="url(#stagecut-bubble)"/></g>'
     )
+    until = timeline.host_until(rank)
+    if until:
+        yield (
+            f"<g><title>the host of rank {rank} starts what comes next</title>"
+            f'<rect x="{LEFT}" y="{top:g}" '
+            f'width="{until * axis.scale:.2f}" height="{BOX}" '
+            f'fill="{HOST}"/></g>'
+        )
     stages = sorted({event.step.stage for event in events})
     for event in events:
         yield from _box(axis, top, event, stages)
