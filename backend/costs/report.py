@@ -24,8 +24,8 @@ from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.costs.units import Units, units_of
 from stagecut.backend.pictures.drawing import stages_text
-from stagecut.backend.pictures.stages import homes_of
-from stagecut.backend.pictures.summary import crossing, layers_of
+from stagecut.backend.pictures.stages import homes_of, maker_of, modules_text
+from stagecut.backend.pictures.summary import crossing
 from stagecut.backend.schedules import INPUT
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import count_text, table, time_text
@@ -82,7 +82,9 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One value on its way to a stage: its route, and the reason for it."""
+    """One value on its way to a stage: its route, and the reason for it. module: the one that makes it,
+    nothing for inputs and for what the model makes itself.
+    """
 
     value: str
     source: int | None
@@ -91,6 +93,7 @@ class Crossing:
     bytes: int | None
     gradient: bool
     why: str
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,13 @@ class Report:
 
     seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting: a
     rank works as long as its device or its host, whichever has more to do. speed_up: over one device that
-    does all the work. It is the number of ranks, less the bubble, and less `more_work`. balance: the mean of the ranks' times over that of the
-    slowest one, where the time of a rank is that of its host if that limits it. slowest: the slowest rank,
-    with the time of its links; bound: no slowest rank can be below it; best: a step with the best cuts
-    anywhere; in seconds, None where the cuts were not searched for this setting. loss: the one that was
-    counted on the last stage. too_large: the ranks that do not fit their devices. shares: for each stage what
-    its ops take of it, and the loss behind those of the last. units: what predictions for other numbers of
-    stages are made of, None where devices differ.
+    does all the work: the number of ranks, less the bubble, and less `more_work`. balance: the mean of the
+    ranks' times over that of the slowest one, where the time of a rank is that of its host if that limits it.
+    slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below it; best: a
+    step with the best cuts anywhere; in seconds, None where the cuts were not searched for this setting.
+    loss: the one that was counted on the last stage. too_large: the ranks that do not fit their devices.
+    shares: for each stage what its ops take of it, and the loss behind those of the last. units: what
+    predictions for other numbers of stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -376,7 +379,8 @@ def _row(s: StageReport) -> tuple[str, ...]:
 def _crossing_row(c: Crossing) -> tuple[str, ...]:
     source = "input" if c.source is None else str(c.source)
     size = "dynamic" if c.bytes is None else size_text(c.bytes)
-    return c.value, f"{source} -> {c.target}", c.route, size, c.why
+    why = f"from {c.module}: {c.why}" if c.module else c.why
+    return c.value, f"{source} -> {c.target}", c.route, size, why
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")
@@ -456,7 +460,7 @@ def report(
             StageReport(
                 i,
                 placement[i],
-                tuple(layers_of(stage, homes)),
+                tuple(modules_text(program, stage, homes)),
                 len(stage.ops),
                 sum(cost.flops for cost in line.costs),
                 time.forward,
@@ -656,6 +660,7 @@ def _crossings(program: Program) -> Iterator[Crossing]:
             value_bytes(t.value.type),
             carries_grad(t.value.type),
             _why(t),
+            maker_of(t.value),
         )
 
 

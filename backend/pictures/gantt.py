@@ -8,6 +8,7 @@ from html import escape
 from typing import NamedTuple, Protocol
 
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Event
+from stagecut.backend.tables import time_text
 
 NAMES = {
     FORWARD: "forward",
@@ -110,7 +111,7 @@ def gantt(timeline: Timeline) -> str:
         'patternTransform="rotate(45)"><rect width="5" height="5" fill="#f2f4f6"/>'
         '<rect width="1.2" height="5" fill="#dce1e5"/></pattern></defs>',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
-        *_head(timeline, axis),
+        *_head(timeline),
         *_ruler(timeline, axis),
     ]
     rows: list[list[Event]] = [[] for _ in range(timeline.ranks)]
@@ -173,8 +174,8 @@ def _round(seconds: float) -> float:
     return 10 * power
 
 
-def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
-    title = _title(timeline, axis)
+def _head(timeline: Timeline) -> Iterator[str]:
+    title = _title(timeline)
     yield f'<text x="12" y="20" font-size="14">{escape(title)}</text>'
     kinds: set[str] = set()
     rows: set[tuple[int, int]] = set()
@@ -201,10 +202,9 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
         )
 
 
-def _title(timeline: Timeline, axis: Axis) -> str:
-    seconds = axis.label(timeline.seconds)
+def _title(timeline: Timeline) -> str:
     bubble = 100 * timeline.bubble
-    share = f"{seconds}, bubble {bubble:.1f} %"
+    share = f"{time_text(timeline.seconds)}, bubble {bubble:.1f} %"
     if not timeline.title:
         return share
     return f"{timeline.title}: {share}"
