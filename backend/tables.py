@@ -17,16 +17,21 @@ def time_text(seconds: float) -> str:
     """A short text for some seconds: `12.3 ms`."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1 or unit == "us":
-            return f"{seconds * scale:.3g} {unit}"
+            return f"{_short(seconds * scale)} {unit}"
     return ""
 
 
 def count_text(number: float) -> str:
     """A short text for a count: `12.3 M`."""
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
-            return f"{number / scale:.3g} {unit}"
+            return f"{_short(number / scale)} {unit}"
     return f"{number:.0f}"
+
+
+def _short(number: float) -> str:
+    """A number with three digits, and no power of ten."""
+    return f"{float(f'{number:.3g}'):g}"
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:

@@ -155,8 +155,45 @@ def blocks() -> Pipe:
     return pipeline(nn.Sequential(*(Block() for _ in range(4))), (torch.zeros(2, 32, 64),), stages=2, check=None)
 
 
-@pytest.mark.parametrize("model", [whisper, blocks])
-@pytest.mark.parametrize("view", [{}, {"level": "modules", "stage": 1}, {"level": "modules"}, {"level": "ops", "stage": 1}], ids=str)
+class Attention(nn.Module):
+    """Boxes wider than those beside it, so that what goes past them bends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
+        self.out = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(2, 32, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: torch.Tensor = self.out(y.transpose(1, 2).reshape(2, 32, 64))
+        return out
+
+
+class Layer(Block):
+    """Attention in front of the mlp, each with a way around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.first = nn.LayerNorm(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.attention(self.first(x)))
+
+
+@cache
+def layers() -> Pipe:
+    """Layers that have more than one way around their modules."""
+    return pipeline(nn.Sequential(*(Layer() for _ in range(2))), (torch.zeros(2, 32, 64),), stages=2, check=None)
+
+
+@pytest.mark.parametrize("model", [whisper, blocks, layers])
+@pytest.mark.parametrize(
+    "view",
+    [{}, {"level": "modules", "stage": 1}, {"level": "modules"}, {"level": "ops", "stage": 0}, {"level": "ops", "stage": 1}],
+    ids=str,
+)
 def test_lines_keep_off_texts_and_in_their_frames(model: Any, view: dict[str, Any]) -> None:
     layout = Layout.of(to_svg(model().program, **view, renderer=PURE))
     assert layout.edges

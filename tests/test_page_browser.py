@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from pages import History, linked, long, tampered
 from stagecut.backend.page import page as page_module
 from stagecut.backend.page.page import to_html
 from stagecut.backend.pictures.dot import to_svg
+from stagecut.backend.tables import count_text, time_text
 from stagecut.ir.graph import Program
+from stagecut.ir.text.printer import size_text
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -55,6 +59,19 @@ def show(page: Page, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     page.run("1")
     assert page.errors == []
     assert {url.partition("#")[0] for url in page.requests} <= {path.resolve().as_uri(), "about:blank"}
+
+
+def test_sizes_counts_and_times_read_as_everywhere(page: Page) -> None:
+    """As print(pipe), reports and pictures have them: halves too."""
+    random = Random(0)
+    whole = [0, 1, 999, 1024, 1125, 10752, 1536, 999_900, *(int(2 ** random.uniform(0, 45)) for _ in range(300))]
+    halves = [(2 * n + 1) * 512 for n in range(9, 60)] + [(4 * n + 1) * 256 * 1024 for n in range(1, 9)]
+    times = [0.0, 1e-6, 9.996e-4, *(10 ** random.uniform(-6, 3) for _ in range(300))]
+    source = page_module._read("data.js")
+    code = source[source.index("/** A number with so many digits") : source.index("const sum =")]
+    for name, numbers, text in (("bytes", whole + halves, size_text), ("count", whole + halves, count_text), ("seconds", times, time_text)):
+        said = page.run(f"(() => {{ {code} return {json.dumps(numbers)}.map({name}); }})()")
+        assert said == [text(number) for number in numbers]
 
 
 def _open_passes(page: Page) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.page.page import page_data
 from stagecut.backend.page.source import MOST_LINES, source_of
 from stagecut.backend.schedules import Event
+from stagecut.backend.tables import time_text
 from stagecut.ir.graph import Loc
 from stagecut.ir.text.life import Site
+from stagecut.ir.text.printer import size_text
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -119,9 +123,57 @@ def test_all_columns_of_the_stages_are_in_sight(show: Show, width: int) -> None:
     cut = {"transformer.text_model.encoder.feed_forward_b": SplitPoint.BEGINNING}
     page = show(pipeline(model, (torch.zeros(2, 8),), split_spec=cut, check=None).to_html(SETTING), width=width)
     named = page.run("[...document.querySelectorAll('#costs td.modules')].map(cell => cell.textContent)")
-    names = [f"transformer.text_model.encoder.feed_forward_{letter}" for letter in "abcdefgh"]
-    assert named == [names[0], ", ".join([*names[1:], "7 more modules"])]
+    names = [f"transformer.text_model.encoder.feed_forward_{letter}" for letter in "abcdefg"]
+    last = "transformer.text_model.encoder.final_norm_4"
+    assert named == [names[0], ", ".join([*names[1:], "7 more modules", last])]
     assert page.run("(table => table.scrollWidth - table.clientWidth)(document.querySelector('#costs .scroll'))") == 0
+
+
+def test_a_stage_that_waits_for_its_host_has_the_time_of_it(show: Show, pipe: Pipe) -> None:
+    """The share of a stage is that of the host where it is the limit, in the panel as in the table."""
+    stage = pipe.report(SETTING).stages[1]
+    assert stage.waits_for_host
+    said = show(pipe.to_html(SETTING), "#stage:1").run("document.querySelector('#life').textContent")
+    for seconds in (stage.seconds, stage.forward, stage.backward, stage.host):
+        assert time_text(seconds) in said
+    on_cpu = show(pipe.to_html(Setting("CPU")), "#stage:1").run("document.querySelector('#life').textContent")
+    assert "the host starts" not in on_cpu
+
+
+def test_no_line_of_modules_begins_with_a_comma(show: Show) -> None:
+    """However wide the cell is: some names end where the line does."""
+    model = nn.Sequential(*(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))) for _ in range(2)))
+    for name in ("norm", "projection", "a_long_name_of_a_module"):
+        model.add_module(name, nn.Linear(8, 8))
+    page = show(pipeline(model, (torch.zeros(2, 8),), stages=1, check=None).to_html(SETTING))
+    lefts = page.run("""(cell => {
+      const box = document.createElement('div'), texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), commas = [];
+      box.append(...cell.childNodes);
+      cell.append(box);
+      while (texts.nextNode()) {
+        const place = texts.currentNode.textContent.indexOf(','), comma = document.createRange();
+        if (place < 0) continue;
+        comma.setStart(texts.currentNode, place);
+        comma.setEnd(texts.currentNode, place + 1);
+        commas.push(comma);
+      }
+      return Array.from({length: 280}, (_, i) => {
+        box.style.width = `${60 + i}px`;
+        return commas.map(comma => comma.getBoundingClientRect().left - box.getBoundingClientRect().left);
+      });
+    })(document.querySelector('#costs td.modules'))""")
+    assert len(lefts[0]) == 3
+    assert min(itertools.chain(*lefts)) > 5
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_of_a_legend_are_told_apart(show: Show, pipe: Pipe, dark: bool) -> None:
+    page = show(pipe.to_html(SETTING), dark=dark)
+    colours = page.run("[...document.querySelectorAll('#lanes .legend i')].map(i => getComputedStyle(i).backgroundColor)")
+    assert len(colours) >= 6
+    numbers = [[int(part) for part in re.findall(r"\d+", colour)[:3]] for colour in colours]
+    for one, other in itertools.combinations(numbers, 2):
+        assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) > 45**2, (one, other)
 
 
 def test_what_is_found_has_its_remark_in_full(show: Show, pipe: Pipe) -> None:
@@ -263,8 +315,8 @@ def test_memory_over_time_reaches_what_the_report_says(show: Show, pipe: Pipe) -
     totals = [sum(stage.memory.values()) for stage in pipe.report(setting).stages]
     page = show(pipe.to_html(setting))
     said = page.run("[...document.querySelectorAll('#lanes path.memory > title')].map(t => t.textContent)")
-    shown = [float(text.partition("at most ")[2].partition(" MiB")[0]) for text in said]
-    assert shown == pytest.approx([total / 2**20 for total in totals], rel=5e-3)
+    shown = [text.partition("at most ")[2].partition(",")[0] for text in said]
+    assert shown == [*map(size_text, totals)]
     page.click("document.querySelector('[data-shows=memory]')")
     assert page.run("document.querySelectorAll('#lanes path.memory').length") == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -10,6 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_balance import IDS, Blocks
 from torch import nn
 
@@ -17,7 +20,9 @@ from stagecut import AtModules, Device, Pipe, Setting, pipeline
 from stagecut.backend.costs.ops import state_bytes
 from stagecut.backend.costs.report import Report, TooLarge
 from stagecut.backend.page.page import findings
+from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.backend.tables import time_text
+from stagecut.ir.errors import InputError
 
 
 def _report(setting: Setting | None = None, **options: Any) -> tuple[Pipe, Report]:
@@ -54,6 +59,64 @@ def test_a_step_has_room_for_what_the_table_says(device: str, schedule: str) -> 
     assert report.balance == pytest.approx(1 / (3 * slowest.share))
     assert 1 < report.speed_up < 3
     assert f"  {time_text(slowest.seconds)}  {100 * slowest.share:.1f} %  " in str(report)
+
+
+HOSTS = [0.0, 2e-7, 2e-6, 1.5e-5]
+_PIPES: dict[int, Pipe] = {}
+
+
+def _cut_into(stages: int) -> Pipe:
+    if stages not in _PIPES:
+        _PIPES[stages] = pipeline(Blocks(), (IDS,), stages=stages, check=None)
+    return _PIPES[stages]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(SCHEDULES),
+    st.integers(2, 8),
+    st.floats(10, 14),
+    st.sampled_from(HOSTS),
+    st.sampled_from([0.0, 0.1]),
+)
+def test_what_is_printed_adds_up(stages: int, schedule: str, count: int, power: float, starting: float, slowed: float) -> None:
+    """The speed-up is the number of ranks, less the bubble, and less the work that one device would not have."""
+    where = Device("it", 10**power, 10 ** (power - 1), 1e12, 1e10, starting=starting, posting=4 * starting, slowed=slowed)
+    ranks = None if schedule in SINGLE else max(stages // 2, 1)
+    try:
+        report = _cut_into(stages).report(Setting(where, schedule, 2 * count, ranks=ranks))
+    except InputError:  # the schedule has no order for these numbers
+        return
+    said = re.search(r"bubble ([\d.]+) %, balance [\d.]+ %, ([\d.]+) times", str(report))
+    assert said is not None
+    longer = re.search(r"ranks work ([\d.]+) % longer", str(report))
+    least = report.timeline.ranks * (1 - float(said[1]) / 100) / (1 + float(longer[1]) / 100 if longer else 1)
+    assert float(said[2]) == pytest.approx(least, rel=0.012, abs=0.006)
+    waiting = {s.waits_for_host for s in report.stages}
+    if waiting == {True} or (not starting and not slowed):
+        assert longer is None
+        assert report.more_work == pytest.approx(0, abs=1e-6)
+    if stages == 1:
+        assert report.bubble == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([2, 4]), st.sampled_from([*SINGLE]), st.sampled_from(HOSTS), st.floats(10, 14))
+def test_the_timeline_shows_the_bubble_that_is_printed(stages: int, schedule: str, starting: float, power: float) -> None:
+    """Of a rank's row there is left what is neither a step nor the host alone."""
+    where = Device("it", 10**power, 10 ** (power - 1), 1e12, 1e10, starting=starting)
+    line = _cut_into(stages).report(Setting(where, schedule, 8)).timeline
+    for rank in range(line.ranks):
+        steps = sorted((e.start, e.end) for e in line.events if e.rank == rank)
+        until = line.host_until(rank)
+        assert until <= line.hosts[rank] + 1e-9
+        edges = [(0.0, 0.0), *steps, (line.seconds, line.seconds)]
+        free = [max(after - max(before, until), 0.0) for (_, before), (after, _) in itertools.pairwise(edges)]
+        assert sum(free) == pytest.approx(line.waits(rank), abs=1e-9 * line.seconds)
+    waits = [line.waits(rank) for rank in range(line.ranks)]
+    assert line.bubble == pytest.approx(sum(waits) / line.ranks / line.seconds)
+    assert ("host alone" in line.to_svg()) == any(map(line.host_until, range(line.ranks)))
 
 
 def test_a_host_that_is_the_limit_is_told() -> None:

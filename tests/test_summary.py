@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
 import pty
 import re
@@ -19,8 +21,9 @@ from torch import nn
 
 from stagecut import Balanced, Pipe, Setting, SplitPoint, pipe_split, pipeline
 from stagecut.backend.pictures import render
-from stagecut.backend.pictures.stages import MOST_LAYERS, homes_of, modules_text
+from stagecut.backend.pictures.stages import MOST_LAYERS, PART, homes_of, modules_text
 from stagecut.backend.pictures.summary import MOST_STAGES
+from stagecut.ir.graph import Program
 
 ROOT = Path(__file__).parent.parent
 X = torch.randn(4, 8)
@@ -265,7 +268,7 @@ def test_table_and_picture_name_the_same_modules_in_the_order_in_which_they_run(
     pipe = pipeline(blocks, (X,))
     assert [row[-1] for row in pipe.summary().rows] == ["0-2, part of 3", "part of 3, 4"]
     homes = homes_of(pipe.program)
-    assert [modules_text(stage, homes) for stage in pipe.program.stages] == [["0-2", "part of 3"], ["part of 3", "4"]]
+    assert [modules_text(pipe.program, stage, homes) for stage in pipe.program.stages] == [["0-2", "part of 3"], ["part of 3", "4"]]
 
 
 class Named(nn.Module):
@@ -297,9 +300,56 @@ def test_modules_are_named_as_long_as_they_fit_and_counted_behind(count: int) ->
         hidden = count + 4 - (MOST_LAYERS - 2)
         names[MOST_LAYERS - 2 : -1] = [f"{hidden} more modules"]
     assert pipe.summary().rows[0][-1] == ", ".join(names)
-    shown = modules_text(pipe.program.stages[0], homes_of(pipe.program))
+    shown = modules_text(pipe.program, pipe.program.stages[0], homes_of(pipe.program))
     assert shown == names
     assert pipe.report().stages[0].modules == tuple(names)
+
+
+class Nested(nn.Module):
+    """Blocks that hold a list each, called one by one, with an op of the model's own in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _AtOps:
+    """A policy: cuts in front of these ops."""
+
+    def __init__(self, *cuts: int) -> None:
+        self._cuts = cuts
+
+    def __call__(self, program: Program) -> list[int]:
+        return [*self._cuts]
+
+
+def test_no_module_is_named_twice_nor_in_a_range_of_parts() -> None:
+    """Whatever the cuts are: a part of a block stands for what is inside of it, and has a name of its own."""
+    program = pipeline(Nested(), (X,), stages=1, check=None).program
+    count = len(program.stages[0].ops)
+    for first, second in itertools.combinations(range(1, count), 2):
+        pipe = pipeline(Nested(), (X,), split_policy=_AtOps(first, second), check=None)
+        homes = homes_of(pipe.program)
+        for stage in pipe.program.stages:
+            texts = modules_text(pipe.program, stage, homes)
+            parts = [text.removeprefix(PART) for text in texts if text.startswith(PART)]
+            names = [text.removeprefix(PART) for text in texts]
+            assert not any("-" in part for part in parts)
+            assert not [name for name in names for part in parts if name.startswith(f"{part}.")]
+            assert len({*names}) == len(names)
+
+
+def test_ops_of_no_module_are_told_by_their_line() -> None:
+    pipe = pipeline(Nested(), (X,), split_policy=lambda program: [1], check=None)
+    line = inspect.getsourcelines(Nested.forward)[1] + 1
+    assert [row[-1] for row in pipe.summary().rows] == [f"forward of Nested (test_summary.py:{line})", "blocks.0-2"]
+    assert pipe.report().stages[0].modules == (f"forward of Nested (test_summary.py:{line})",)
 
 
 class Counting(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stagecut.backend.tables import table
+from stagecut.backend.tables import count_text, table, time_text
 
 
 def test_columns_are_aligned() -> None:
@@ -23,3 +23,8 @@ def test_cells_are_no_markup(cell: str) -> None:
 
 def test_no_rows_are_no_lines() -> None:
     assert table([]) == ""
+
+
+def test_numbers_have_no_power_of_ten() -> None:
+    assert [time_text(seconds) for seconds in (0, 9.996e-4, 0.0123456, 999.6, 1234)] == ["0 us", "1000 us", "12.3 ms", "1000 s", "1230 s"]
+    assert [count_text(number) for number in (0, 999, 1125, 999_900, 3e15)] == ["0", "999", "1.12 k", "1000 k", "3 P"]

@@ -57,7 +57,7 @@ class Balanced:
     setting: devices, schedule, micro-batches.
     pins: module path -> the stage it runs in, counted from the end when negative.
     tolerance: how much longer than the best the step may take, as a part of it, in exchange for cuts at outer
-        modules and fewer bytes that cross.
+        modules, for no stage without parameters, and for fewer bytes that cross.
     budget: the part of a device's memory to fill.
     profile_on: a torch device, such as "cuda", on which blocks are timed instead of estimated.
     inside: whether a cut may divide a block of repeated ones: "never", "always", or "if worth it", when the
@@ -337,11 +337,12 @@ class Balanced:
             parts,
             delays,
             line.crossing,
+            line.reading,
         )
 
     def _choice(self, line: Line, steps: Steps) -> Choice | None:
-        """The cuts that `inside` allows: at the outermost modules, with the fewest bytes, that are within the
-        tolerance of the best. None where no cuts fit.
+        """The cuts that `inside` allows: at the outermost modules, with no stage that reads no state, with
+        the fewest bytes, as far as that is within the tolerance of the best. None where no cuts fit.
         """
         levels = [*self._levels(line)]
         inside = line.is_inside_block

@@ -313,6 +313,12 @@ class Line:
             holdings[-1].append(Holding(self.loss, 0, self.loss.kept))
         return holdings
 
+    @cached_property
+    def reading(self) -> torch.Tensor:
+        """Per position, how many ops in front of it read state."""
+        reads = [any(held.static for held in own) for own in self.holdings]
+        return torch.tensor([0, *reads]).cumsum(0)
+
     def passing(self, position: int) -> int:
         """The bytes of gradients that the backward of an op reads and makes."""
         if not self.setting.training:

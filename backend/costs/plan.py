@@ -73,7 +73,10 @@ class Choice:
                     f"it divides blocks, and between them a step takes {100 * longer:.1f} % longer: "
                     f'inside="{self.inside}" asks for more than {100 * WORTH:g} %'
                 )
-        return f"others that divide less or send less may take {100 * self.tolerance:g} % longer"
+        return (
+            f"others may take {100 * self.tolerance:g} % longer that divide less, "
+            "have no stage without parameters, or send less"
+        )
 
     def _divides(self, way: Cuts) -> bool:
         return any(self.places[cut].is_inside for cut in way.cuts[1:-1])

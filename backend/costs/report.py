@@ -24,8 +24,9 @@ from stagecut.backend.costs.shares import OpShare, shares_of
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.costs.units import Units, units_of
 from stagecut.backend.pictures.drawing import stages_text
-from stagecut.backend.pictures.stages import homes_of
-from stagecut.backend.pictures.summary import crossing, layers_of
+from stagecut.backend.pictures.stages import homes_of, maker_of, modules_text
+from stagecut.backend.pictures.summary import crossing
+from stagecut.backend.schedules import INPUT
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import count_text, table, time_text
 from stagecut.ir.graph import Op, Program, Stage, Transfer
@@ -81,7 +82,9 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One value on its way to a stage: its route, and the reason for it."""
+    """One value on its way to a stage: its route, and the reason for it. module: the one that makes it,
+    nothing for inputs and for what the model makes itself.
+    """
 
     value: str
     source: int | None
@@ -90,6 +93,7 @@ class Crossing:
     bytes: int | None
     gradient: bool
     why: str
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,8 @@ _REMEDIES = {
 """Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
 _HOST_REMEDY = "larger micro-batches, compiled stages or CUDA graphs help"
-_IDLE_DEVICES = (
-    ". The bubble is the time in which devices have nothing to compute, and while one waits for another rank "
-    "its host starts what comes next"
-)
+_TOLD = 0.01
+"""Work of ranks that one device would not have is told from this part on."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,14 +142,15 @@ class Report:
     stages: the costs of each. crossings: the values between stages. device, schedule, n_microbatches: those
     of the setting. timeline: the predicted step of all ranks.
 
-    seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting.
-    speed_up: over one device that does all the work. balance: the mean of the ranks' times over that of the
-    slowest one, where the time of a rank is that of its host if that limits it. slowest: the slowest rank,
-    with the time of its links; bound: no slowest rank can be below it; best: a step with the best cuts
-    anywhere; in seconds, None where the cuts were not searched for this setting. loss: the one that was
-    counted on the last stage. too_large: the ranks that do not fit their devices. shares: for each stage what
-    its ops take of it, and the loss behind those of the last. units: what predictions for other numbers of
-    stages are made of, None where devices differ.
+    seconds: one predicted training step. bubble: the share of all ranks' time in it that is spent waiting: a
+    rank works as long as its device or its host, whichever has more to do. speed_up: over one device that
+    does all the work: the number of ranks, less the bubble, and less `more_work`. balance: the mean of the
+    ranks' times over that of the slowest one, where the time of a rank is that of its host if that limits it.
+    slowest: the slowest rank, with the time of its links; bound: no slowest rank can be below it; best: a
+    step with the best cuts anywhere; in seconds, None where the cuts were not searched for this setting.
+    loss: the one that was counted on the last stage. too_large: the ranks that do not fit their devices.
+    shares: for each stage what its ops take of it, and the loss behind those of the last. units: what
+    predictions for other numbers of stages are made of, None where devices differ.
     """
 
     stages: tuple[StageReport, ...]
@@ -218,6 +221,8 @@ class Report:
             f"bubble {100 * self.bubble:.1f} %, balance {100 * self.balance:.1f} %, {self.speed_up:.2f} "
             "times as fast as one device"
         )
+        if longer := self._more_work_text():
+            yield longer
         yield from self._search_lines()
         if waiting := self.host_text:
             yield waiting
@@ -228,17 +233,42 @@ class Report:
             yield table(rows, left=(0, 2, 4))
 
     @property
+    def more_work(self) -> float:
+        """The part by which ranks work longer, all together, than one device would."""
+        work = self.timeline.ranks * (1 - self.bubble)
+        return work / (self.speed_up or 1.0) - 1
+
+    def _more_work_text(self) -> str:
+        """Why the ranks work longer than one device would; empty where they hardly do."""
+        if self.more_work < _TOLD:
+            return ""
+        reasons: list[str] = []
+        if len({s.waits_for_host for s in self.stages}) > 1:
+            reasons.append(
+                "that would compute some stages while its host starts the ops of others"
+            )
+        if self.timeline.sent:
+            reasons.append("messages slow them")
+        is_measured = any("measured" in s.sources for s in self.stages)
+        if is_measured and any(e.step.kind == INPUT for e in self.timeline.events):
+            reasons.append("backwards that are split take longer")
+        told = ", ".join(reasons) or "devices wait for their hosts at first"
+        return (
+            f"ranks work {100 * self.more_work:.1f} % longer in all than one device "
+            f"would: {told}"
+        )
+
+    @property
     def host_text(self) -> str:
         """Which stages wait for the host, and what helps; empty where none does."""
         waiting = [s for s in self.stages if s.waits_for_host]
         if not waiting:
             return ""
         longest = max(waiting, key=lambda s: s.host)
-        several = any(s.rank for s in self.stages)
         return (
             f"the host is the limit of {stages_text([s.index for s in waiting])}: it starts the ops of stage "
             f"{longest.index} in {time_text(longest.host)}, the device computes them in "
-            f"{time_text(longest.device)}; {_HOST_REMEDY}{_IDLE_DEVICES * several}"
+            f"{time_text(longest.device)}; {_HOST_REMEDY}"
         )
 
     def _costs_line(self) -> str:
@@ -349,7 +379,8 @@ def _row(s: StageReport) -> tuple[str, ...]:
 def _crossing_row(c: Crossing) -> tuple[str, ...]:
     source = "input" if c.source is None else str(c.source)
     size = "dynamic" if c.bytes is None else size_text(c.bytes)
-    return c.value, f"{source} -> {c.target}", c.route, size, c.why
+    why = f"from {c.module}: {c.why}" if c.module else c.why
+    return c.value, f"{source} -> {c.target}", c.route, size, why
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "passing")
@@ -429,7 +460,7 @@ def report(
             StageReport(
                 i,
                 placement[i],
-                tuple(layers_of(stage, homes)),
+                tuple(modules_text(program, stage, homes)),
                 len(stage.ops),
                 sum(cost.flops for cost in line.costs),
                 time.forward,
@@ -629,6 +660,7 @@ def _crossings(program: Program) -> Iterator[Crossing]:
             value_bytes(t.value.type),
             carries_grad(t.value.type),
             _why(t),
+            maker_of(t.value),
         )
 
 

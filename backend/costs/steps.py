@@ -34,7 +34,7 @@ class Steps:
 
     parts: per stage, the prefix sums of the seconds of the ops, on the device and on the host, with a row for
     each of KINDS. delays: per stage, the seconds that what crosses at each position takes one way. price:
-    bytes that cross there.
+    bytes that cross there. reading: how many ops in front of each position read state.
     """
 
     setting: Setting
@@ -42,6 +42,7 @@ class Steps:
     parts: list[torch.Tensor]
     delays: list[torch.Tensor]
     price: torch.Tensor
+    reading: torch.Tensor
     tried: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _turns: list[int] = field(default_factory=list)
 
@@ -169,7 +170,9 @@ class Steps:
     def _chosen(self) -> Found:
         cuts = torch.cat([cuts for cuts, _ in self.tried])
         seconds = torch.cat([seconds for _, seconds in self.tried])
-        return Found(cuts, seconds, self.price[cuts].sum(1), self._unevenness(cuts))
+        stateless = (self.reading[cuts].diff(dim=1) == 0).sum(1)
+        price = self.price[cuts].sum(1)
+        return Found(cuts, seconds, price, self._unevenness(cuts), stateless)
 
     def _unevenness(self, cuts: torch.Tensor) -> torch.Tensor:
         """Per row of cuts, a measure of how unlike the times of the ranks are."""
@@ -191,14 +194,15 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Found:
-    """Ways to cut that were tried, with the seconds of their steps, the bytes that cross, and how unlike the
-    times of the ranks are.
+    """Ways to cut that were tried, with the seconds of their steps, the bytes that cross, how unlike the
+    times of the ranks are, and how many stages read no state.
     """
 
     cuts: torch.Tensor
     seconds: torch.Tensor
     price: torch.Tensor
     unevenness: torch.Tensor
+    stateless: torch.Tensor
 
     @property
     def least(self) -> float:
@@ -216,10 +220,13 @@ class Found:
         return self._row(self.unevenness.argmin())
 
     def cheapest(self, limit: float) -> Cuts:
-        """The cuts with the fewest bytes among those whose step takes at most `limit`, and of these the
-        shortest step. Of equals it is the most even one, which stays good where a prediction is wrong.
+        """The cuts with the fewest bytes among those whose step takes at most `limit` and that leave the
+        fewest stages without state, and of these the shortest step. Of equals it is the most even one, which
+        stays good where a prediction is wrong.
         """
-        price = torch.where(self.seconds <= limit, self.price, math.inf)
+        stateless = torch.where(self.seconds <= limit, self.stateless, math.inf)
+        good = stateless <= stateless.min()
+        price = torch.where(good & (self.seconds <= limit), self.price, math.inf)
         fewest = price <= price.min()
         seconds = torch.where(fewest, self.seconds, math.inf)
         shortest = seconds <= seconds.min() * (1 + EQUAL)

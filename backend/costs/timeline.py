@@ -32,13 +32,15 @@ class Timeline:
     """The work of the ranks of a pipeline over time: one training step, predicted or measured.
 
     events: each step of a rank with its start and its end, in seconds. ranks: their number. title: for the
-    picture. sent: the messages between stages, known of a predicted timeline only.
+    picture. sent: the messages between stages; hosts: for each rank the seconds in which its host starts the
+    ops of its steps. Both are known of a predicted timeline only.
     """
 
     events: tuple[Event, ...]
     ranks: int
     title: str = ""
     sent: tuple[Sent, ...] = ()
+    hosts: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -48,10 +50,41 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """The part of the ranks' time in which they wait, from 0 to 1."""
-        busy = sum(e.end - e.start for e in self.events)
         if self.seconds:
-            return 1 - busy / (self.ranks * self.seconds)
+            return sum(map(self.waits, range(self.ranks))) / (self.ranks * self.seconds)
         return 0.0
+
+    def waits(self, rank: int) -> float:
+        """The seconds in which a rank waits: all but those of its steps, or of its host where that has more
+        to do.
+        """
+        return self.seconds - self._steps_of(rank) - self._host_alone(rank)
+
+    def host_until(self, rank: int) -> float:
+        """Up to here a device that has no step to do waits while its host starts what comes next; such times
+        together are those by which the host has more to do than the device.
+        """
+        left = self._host_alone(rank)
+        reached = 0.0
+        if not left:
+            return reached
+        steps = (e for e in self.events if e.rank == rank)
+        for step in sorted(steps, key=lambda e: e.start):
+            gap = step.start - reached
+            if gap >= left:
+                break
+            left -= gap
+            reached = step.end
+        return reached + left
+
+    def _steps_of(self, rank: int) -> float:
+        return sum(e.end - e.start for e in self.events if e.rank == rank)
+
+    def _host_alone(self, rank: int) -> float:
+        """The seconds by which the host of a rank has more to do than its device."""
+        if not self.hosts:
+            return 0.0
+        return max(self.hosts[rank] - self._steps_of(rank), 0.0)
 
     def chrome_trace(self) -> dict[str, Any]:
         """The events in Chrome's trace format, in order of their start; microseconds."""
@@ -70,7 +103,9 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def to_svg(self) -> str:
-        """A row for each rank with a box for each step, the bubble and its share, as an SVG picture."""
+        """A row for each rank with a box for each step, the bubble and its share, as an SVG picture. Where
+        the host is the limit, it is told from the bubble.
+        """
         return gantt(self)
 
 
@@ -104,15 +139,21 @@ def simulate(
     limits = (where.posting, where.slowed) if host else (0.0, 0.0)
     run = Run(setting.actions(stages), seconds, delays, 0.0, max, *limits)
     events = [Event(step, rank, start, end) for step, rank, start, end in run.steps]
+    ranks = max(setting.placement(stages)) + 1
+    hosts = [0.0] * ranks
+    for event in events:
+        _, on_host = seconds(event.step)
+        hosts[event.rank] += on_host
     title = (
         f"{setting.schedule}, {stages} stages, {setting.n_microbatches} micro-batches"
     )
     return Timeline(
         tuple(sorted(events, key=lambda e: (e.start, e.rank))),
-        max(setting.placement(stages)) + 1,
+        ranks,
         title,
         tuple(
             Sent(sent.boundary, sent.microbatch, sent.is_gradient, start, end)
             for sent, start, end in run.messages
         ),
+        tuple(hosts),
     )

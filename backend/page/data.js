@@ -48,44 +48,44 @@ function opsByModule() {
   return groups;
 }
 
-/** Stage -> the outermost modules that lie wholly in it, and those it has only ops of, where nothing smaller tells. */
-function modulesByStage(byModule) {
-  const whole = new Map(Array.from(byModule, ([path, of]) => [path, of.every((op) => op.stage === of[0].stage)]));
-  const found = new Map(DATA.stages.map((stage) => [stage.index, new Set()]));
-  for (const op of ops.filter((op) => op.module && op.stage !== null)) {
-    const parts = op.module.split(".");
-    const paths = parts.map((_, i) => parts.slice(0, i + 1).join("."));
-    found.get(op.stage).add(paths.find((path) => whole.get(path)) ?? op.module);
-  }
-  return found;
-}
-
 const groups = {
   module: opsByModule(),
   source: group(ops.filter((op) => op.loc), (op) => op.loc),
   target: group(ops, (op) => op.target),
 };
 
-for (const [index, modules] of modulesByStage(groups.module)) DATA.stages[index].modules = [...modules];
+// Sizes, counts and times are written as by size_text, count_text and time_text in Python.
 
-function scaled(number, base, units, digits) {
-  let unit = 0;
-  while (number >= base && unit < units.length - 1) {
-    number /= base;
-    unit++;
-  }
-  const shown = number >= 100 || Number.isInteger(number) ? number.toFixed(0) : number.toPrecision(digits);
-  return `${shown} ${units[unit]}`.trim();
+/** A number with so many digits behind its point; halves go to the even neighbour. */
+function rounded(number, digits) {
+  const exact = number.toFixed(80), end = exact.indexOf(".") + 1 + digits, below = exact.slice(0, end);
+  const isEven = "02468".includes(below.replace(".", "").at(-1));
+  return isEven && /^50*$/.test(exact.slice(end)) ? Number(below) : Number(number.toFixed(digits));
 }
 
-const bytes = (size) => size === null || size === undefined ? "dynamic" : scaled(size, 1024, ["B", "KiB", "MiB", "GiB", "TiB"], 3);
-const count = (number) => scaled(number, 1000, ["", "k", "M", "G", "T", "P"], 3);
+/** A number with three digits or fewer. */
+const short = (number) => String(!number ? 0 : number >= 1000 ? Number(number.toPrecision(3)) : rounded(number, 2 - Math.floor(Math.log10(number))));
+
+function bytes(size) {
+  if (size === null || size === undefined) return "dynamic";
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  while (size >= 1024 && units.length > 1) {
+    size /= 1024;
+    units.shift();
+  }
+  return `${size >= 10 || Number.isInteger(size) ? rounded(size, 0) : rounded(size, 1).toFixed(1)} ${units[0]}`;
+}
+
+function count(number) {
+  const [scale, unit] = [[1e15, " P"], [1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]].find(([least]) => number >= least) ?? [0, ""];
+  return scale ? short(number / scale) + unit : String(rounded(number, 0));
+}
+
 const percent = (part) => `${(100 * part).toFixed(1)} %`;
 
 function seconds(time) {
-  if (!time) return "0 s";
-  const [scale, unit] = time >= 1 ? [1, "s"] : time >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
-  return `${(scale * time).toPrecision(3)} ${unit}`;
+  const [scale, unit] = time >= 1 ? [1, "s"] : time >= 1e-3 ? [1e3, "ms"] : [1e6, "us"];
+  return `${short(scale * time)} ${unit}`;
 }
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
@@ -109,41 +109,11 @@ function ref(kind, key, label = key) {
 /** A name as text that may break behind its dots and nowhere else. */
 const broken = (name) => name.split(/(?<=[./])/).flatMap((part, i) => i ? [h("wbr"), part] : [part]);
 
-/** Names in order, runs of numbered ones as first … last, and none that only contains others: `layers.3 … layers.7`. */
-function moduleRefs(modules) {
-  const leaves = modules.filter((m) => !modules.some((other) => other.startsWith(`${m}.`)));
-  const runs = [];
-  for (const module of leaves) {
-    const run = runs.at(-1);
-    if (run && follows(run.at(-1), module)) run.push(module);
-    else runs.push([module]);
-  }
-  const refs = (run) => run.map((module) => [ref("module", module)]);
-  return runs.flatMap((run) => run.length > 2 ? [[ref("module", run[0]), " … ", ref("module", run.at(-1))]] : refs(run));
-}
-
-function follows(a, b) {
-  const [, one, first] = /^(.*?)(\d+)$/.exec(a) ?? [], [, two, second] = /^(.*?)(\d+)$/.exec(b) ?? [];
-  return one !== undefined && one === two && Number(second) === Number(first) + 1;
-}
-
-/** As moduleRefs, with the block in place of the modules in it: `layers.2 … layers.5, part of layers.6`. Where there are many, those behind
- * the first ones are only counted.
- */
-function blockRefs(modules) {
-  const leaves = modules.filter((m) => !modules.some((other) => other.startsWith(`${m}.`)));
-  const blocks = leaves.map((module) => /^(?:.*?\.)?\d+(?=\.|$)/.exec(module)?.[0] ?? module);
-  const parts = new Set(blocks.filter((block) => groups.module.get(block).some((op) => op.stage !== groups.module.get(block)[0].stage)));
-  const runs = [];
-  for (const block of new Set(blocks)) {
-    const run = runs.at(-1);
-    if (run && !parts.has(block) && !parts.has(run.at(-1)) && follows(run.at(-1), block)) run.push(block);
-    else runs.push([block]);
-  }
-  const shown = runs.length > 8 ? 7 : 8, hidden = runs.slice(shown).flat().length;
-  const refs = runs.slice(0, shown).map((run) => [parts.has(run[0]) ? "part of " : null, ref("module", run[0]),
-    run.length > 1 ? [run.length > 2 ? " … " : ", ", ref("module", run.at(-1))] : null]);
-  return hidden ? [...refs, `${hidden} more modules`] : refs;
+/** The modules of a stage in the words of every other table; the first and the last one of a run are references: `layers.2-5`. */
+function modulesRef({text, before, first, last}) {
+  if (!groups.module.has(first)) return [text];
+  const end = groups.module.has(last) && first !== last ? ["-", ref("module", last, text.slice(text.lastIndexOf("-") + 1))] : [];
+  return [before, ref("module", first, end.length || first === last ? first : text), ...end];
 }
 
 const opsText = (number) => number === 1 ? "1 op" : `${number} ops`;
@@ -155,5 +125,16 @@ const stagesText = (via) => via.length < 6 ? via.join(", ") : `${via[0]} … ${v
 const reason = (way) => (way.why ?? "").replace(/, handed on by [\d, ]+$/, "");
 
 const byName = (name) => ref(states.has(name) ? "state" : "value", name);
+
+/** The module that makes a value, whose name alone says little. */
+function madeIn(name) {
+  const born = values.get(name)?.born, module = born === undefined ? "" : ops[born].module;
+  return module ? [" from ", ref("module", module)] : null;
+}
+
 const stageRef = (index) => ref("stage", index, `stage ${index}`);
-const between = (items, text) => items.flatMap((item, i) => i ? [text, item] : [item]);
+/** Items with a text between them, which does not begin a line. */
+const between = (items, text) => items.flatMap((item, i) => {
+  const isLast = i === items.length - 1;
+  return [h("span", {class: "item"}, item, isLast ? "" : text.trimEnd()), isLast ? "" : " "];
+});

@@ -112,8 +112,8 @@ function stageLife(key) {
   return [
     costed ? stageCosts(stage) : null,
     treeSection(ops.filter((op) => op.stage === stage.index)),
-    some("Inputs", limited(stage.inputs.map(byName))),
-    some("Outputs", limited(stage.outputs.map(byName))),
+    some("Inputs", limited(stage.inputs.map((name) => [byName(name), madeIn(name)]))),
+    some("Outputs", limited(stage.outputs.map((name) => [byName(name), madeIn(name)]))),
     some(`State, ${held.length} of ${DATA.state.length}`, limited(held.map((one) => [byName(one.name), `  ${bytes(one.bytes)}`]), 80)),
     some("First and last op", [opRef(ops.find((op) => op.stage === stage.index)), opRef(ops.findLast((op) => op.stage === stage.index))]),
   ];
@@ -121,9 +121,11 @@ function stageLife(key) {
 
 function stageCosts(stage) {
   const sources = Object.entries(stage.sources).map(([kind, n]) => `${n} by ${kind}`).join(", ");
+  const host = stage.host ? `; the host starts their ops in ${seconds(stage.host)}` : "";
   return [
-    paragraph(`rank ${stage.rank}: forward ${seconds(stage.forward)}, backward ${seconds(stage.backward)}, `
-      + `${percent(stage.share)} of the time of all stages`),
+    paragraph(`rank ${stage.rank}: a micro-batch takes ${seconds(timeOf(stage))}, ${percent(stage.share)} of the time of all stages`,
+      hostFlag(stage)),
+    paragraph(`the device computes forward in ${seconds(stage.forward)}, backward in ${seconds(stage.backward)}${host}`),
     paragraph(`${count(stage.flops)} FLOPs forward, ${count(stage.parameters)} parameters; `
       + `receives ${bytes(stage.received)}, sends ${bytes(stage.sent)}`),
     heading("Memory"), list(KINDS.map((kind) => [h("i", {class: `swatch ${kind}`}), `${kind} ${bytes(stage.memory[kind])}`])),

@@ -20,6 +20,7 @@ from stagecut.backend.costs.timeline import Timeline
 from stagecut.backend.costs.units import orders_of, packed
 from stagecut.backend.page.columns import columns_of
 from stagecut.backend.page.source import source_of
+from stagecut.backend.pictures.stages import PART, LayerRun, homes_of, layer_runs
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program, nested_ops, scope_fqn
 from stagecut.ir.keywords import near_names
@@ -351,13 +352,26 @@ def _stages(program: Program, report: Report | None) -> Iterator[dict[str, Any]]
     if report:
         costs = {stage.index: stage for stage in report.stages}
     names = value_names(program)
+    homes = homes_of(program)
     for stage in program.stages:
         cost = costs.get(stage.index)
         yield {
             **(asdict(cost) if cost else {"index": stage.index, "ops": len(stage.ops)}),
+            "modules": [*map(_modules, layer_runs(program, stage, homes))],
             "inputs": [names[v] for v in stage.inputs],
             "outputs": [names[v] for v in stage.outputs],
         }
+
+
+def _modules(run: LayerRun) -> dict[str, Any]:
+    """The text of modules that run one after the other, as the page makes references of it: what stands in
+    front of the first path, what behind it, and the last path.
+    """
+    if not run.paths:
+        return {"text": run.text}
+    first, last = run.paths
+    before = PART if run.text.startswith(PART) else ""
+    return {"text": run.text, "before": before, "first": first, "last": last}
 
 
 def _totals(report: Report | None) -> dict[str, Any] | None:
@@ -390,10 +404,11 @@ def _timelines(
 
 def _timeline(timeline: Timeline) -> dict[str, Any]:
     """Steps as [kind, stage, micro-batch, rank, start, end], what is sent as [boundary, micro-batch, 1 for
-    gradients, start, end].
+    gradients, start, end], the seconds of each rank's host.
     """
     return {
         "ranks": timeline.ranks,
+        "hosts": [*map(_rounded, timeline.hosts)],
         "events": [
             [
                 event.step.kind,

@@ -36,7 +36,7 @@ class Run {
   constructor(listed, stages, delays, splits, {posting, slowed}) {
     Object.assign(this, {delays, posting, slowed, begun: new Map(), messages: new Map(), events: []});
     this.seconds = stages.map(([device, host], i) => [asRun(device, i, splits), asRun(host, i, splits)]);
-    this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, streams: new Map(), ends: new Map()}));
+    this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, hosted: 0, streams: new Map(), ends: new Map()}));
     for (let moved = true; moved;) moved = this.turn();
     if (this.ranks.some(({actions, next}) => next < actions.length)) throw new Error("the order of the schedule waits for itself");
   }
@@ -68,6 +68,7 @@ class Run {
     const [device, host] = this.seconds[stage].map((parts) => parts[KIND_AT[kind]]);
     const start = Math.max(rank.computed, rank.started);
     rank.started += host;
+    rank.hosted += host;
     let end = start + device;
     if (this.slowed) end += this.slowed * this.overlap(rank, start, device);
     rank.computed = Math.max(end, rank.started);
@@ -115,6 +116,6 @@ class Run {
     const events = this.events.sort((a, b) => a[4] - b[4] || a[3] - b[3]);
     const sent = Array.from(this.messages.values(), (message) => (
       [message.boundary, message.microbatch, message.gradient, Math.max(...this.begun.get(message.key)), this.endOf(message)]));
-    return {title, ranks: this.ranks.length, events, sent};
+    return {title, ranks: this.ranks.length, events, sent, hosts: this.ranks.map(({hosted}) => hosted)};
   }
 }

@@ -72,17 +72,17 @@ function hostFlag(stage) {
   return h("span", {class: "flag", title: says}, "host");
 }
 
-const STAGE_HEADS = [["stage", (s) => s.index], ["modules", (s) => s.modules.join()], ["ops", (s) => s.ops, true]];
+const modulesText = ({modules}) => modules.map(({text}) => text).join(", ");
+const STAGE_HEADS = [["stage", (s) => s.index], ["modules", modulesText], ["ops", (s) => s.ops, true]];
 const COST_HEADS = [
   ["stage", (s) => s.index], ["rank", (s) => s.rank, true], ["time of a micro-batch", timeOf], ["", timeOf],
   ["share", (s) => s.share, true], ["FLOPs", (s) => s.flops, true], ["parameters", (s) => s.parameters, true],
   ["memory", memoryOf], ["", memoryOf],
-  ["in", (s) => s.received, true], ["out", (s) => s.sent, true], ["ops", (s) => s.ops, true], ["modules", (s) => s.modules.join()],
+  ["in", (s) => s.received, true], ["out", (s) => s.sent, true], ["ops", (s) => s.ops, true], ["modules", modulesText],
 ];
 
 function modulesCell(stage) {
-  const refs = blockRefs(stage.modules);
-  return h("td", {class: "modules"}, refs.length ? between(refs, ", ") : "the model itself");
+  return h("td", {class: "modules"}, between(stage.modules.map(modulesRef), ", "));
 }
 
 function stageRow(stage) {
@@ -102,7 +102,7 @@ const WAY_HEADS = [
   ["bytes", (w) => w.bytes ?? -1, true], ["through", (w) => w.via.length], ["why", (w) => w.why ?? ""],
 ];
 
-const wayRow = (way) => h("tr", {}, cell(byName(way.value)), number(way.source ?? "input"), number(way.target),
+const wayRow = (way) => h("tr", {}, cell(byName(way.value), madeIn(way.value)), number(way.source ?? "input"), number(way.target),
   cell(way.route ?? "", way.made ? [" as ", byName(way.made)] : null), number(bytes(way.bytes)), cell(stagesText(way.via)),
   h("td", {class: "wide"}, reason(way)));
 

@@ -16,13 +16,27 @@ function draw(tag, attributes, ...children) {
 const tip = (text) => draw("title", {}, text);
 
 /** A timeline as the page carries it, with what follows from it. stages: of the cut, with rank and memory. */
-function readTimeline({title, ranks, events, sent}, stages) {
+function readTimeline({title, ranks, events, sent, hosts}, stages) {
   const steps = events.map(([kind, stage, microbatch, rank, start, end]) => ({kind, stage, microbatch, rank, start, end}));
   const sends = sent.map(([boundary, microbatch, gradient, start, end]) => ({boundary, microbatch, gradient, start, end}));
   const end = Math.max(0, ...steps.map((step) => step.end)), rows = Array.from({length: ranks}, () => []);
   for (const step of steps) rows[step.rank].push(step);
-  const busy = sum(steps.map((step) => step.end - step.start));
-  return {title, ranks, steps, sends, rows, stages, seconds: end, bubble: end ? 1 - busy / (ranks * end) : 0};
+  const inSteps = rows.map((row) => sum(row.map((step) => step.end - step.start)));
+  const alone = inSteps.map((busy, rank) => Math.max((hosts[rank] ?? 0) - busy, 0)), waits = inSteps.map((busy, rank) => end - busy - alone[rank]);
+  return {title, ranks, steps, sends, rows, stages, waits, hostUntil: rows.map((row, rank) => hostUntil(row, alone[rank])), seconds: end,
+    bubble: end ? sum(waits) / (ranks * end) : 0};
+}
+
+/** Up to here a device without a step waits while its host starts what comes next, for so many seconds together. */
+function hostUntil(row, left) {
+  let reached = 0;
+  if (!left) return reached;
+  for (const {start, end} of [...row].sort((a, b) => a.start - b.start)) {
+    if (start - reached >= left) break;
+    left -= start - reached;
+    reached = end;
+  }
+  return reached + left;
 }
 
 /** Stage -> the most micro-batches of which it holds what their forwards keep. */
@@ -178,11 +192,12 @@ class Lanes {
   }
 
   row(timeline, number, rank, top) {
-    const {rows, seconds: end} = timeline;
-    const waits = end - sum(rows[rank].map((step) => step.end - step.start));
+    const {seconds: end} = timeline, waits = timeline.waits[rank], host = timeline.hostUntil[rank];
     const inside = draw("g", {"clip-path": "url(#lanes-clip)"},
       draw("rect", {class: "waits", x: this.x(0), y: top, width: Math.max(0, this.x(end) - this.x(0)), height: STEP},
-        tip(`rank ${rank} waits ${seconds(waits)}, ${percent(end ? waits / end : 0)} of the step`)));
+        tip(`rank ${rank} waits ${seconds(waits)}, ${percent(end ? waits / end : 0)} of the step`)),
+      host ? draw("rect", {class: "host", x: this.x(0), y: top, width: Math.max(0, this.x(host) - this.x(0)), height: STEP},
+        tip(`the host of rank ${rank} starts what comes next`)) : "");
     inside.append(...this.boxes(timeline, rank, top));
     if (this.shown.memory && this.memory[number][rank]) inside.append(...this.memoryPath(this.memory[number][rank], end, rank, top));
     const right = LEFT + this.wide + 8, peak = this.memory[number][rank] && Math.max(...this.memory[number][rank].map(([, size]) => size));
@@ -258,6 +273,7 @@ class Lanes {
     const kinds = new Set(this.timelines.flatMap(({steps}) => steps.map(({kind}) => kind)));
     const item = (kind, text) => h("span", {}, h("i", {class: kind}), text);
     this.legend.replaceChildren(...Object.keys(STEP_NAMES).filter((kind) => kinds.has(kind)).map((kind) => item(`k${kind}`, STEP_NAMES[kind])),
+      this.timelines.some(({hostUntil: until}) => until.some(Boolean)) ? item("host", "host alone") : "",
       this.shown.sends ? item("value", "values sent") : "", this.shown.sends && (kinds.has("B") || kinds.has("I")) ? item("gradient", "gradients sent") : "",
       this.shown.memory ? item("memory", "memory of the rank, as high as the most of any") : "");
   }

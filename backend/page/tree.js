@@ -7,7 +7,7 @@ const addTo = (sums, row) => row.forEach((amount, i) => { sums[i] += amount; });
 
 const SORTS = {
   order: {name: "module or op", says: "in the order in which they run"},
-  time: {name: "time", of: ({cost}) => cost[FORWARD] + cost[BACKWARD], says: "of a micro-batch, forward and backward"},
+  time: {name: "time", of: ({cost}) => cost[FORWARD] + cost[BACKWARD], says: "of a micro-batch on the device, forward and backward"},
   bytes: {name: "bytes", of: ({cost}) => cost[MOVED], says: "read and written in the forward"},
   memory: {name: "memory", of: ({cost}) => cost[STATE] + cost[KEPT],
     says: "state with gradients and optimizer, and what is kept for the backward of all micro-batches in flight"},

@@ -150,7 +150,7 @@ class WhatIf {
   says(key, made) {
     if (!made) return ["The schedule has no order for these numbers, or the page does not carry it: a schedule with several stages on a rank needs an even number of stages."];
     if (key[1] === this.now[1]) return [];
-    return ["Cut in front of ", between(made.stages.slice(1).map(({name}) => ref("module", name || "", name || "the model itself")), ", "),
+    return ["Cut in front of ", between(made.stages.slice(1).map(({name}) => ref("module", name || "", name || `forward of ${DATA.name}`)), ", "),
       ", for equal times; memory is not looked at. A search by pipeline() may find better cuts."];
   }
 }

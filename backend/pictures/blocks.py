@@ -514,6 +514,10 @@ def _gathered(
     return list(groups.values())
 
 
+ROOM = "16"
+"""Points between the frame of a module and what is in it: an edge that passes other boxes bends so far."""
+
+
 def _cluster(depth: int, count: int) -> dict[str, str]:
     """The look of an open module, with a stronger border where it stands for several."""
     strong = count > 1
@@ -524,4 +528,5 @@ def _cluster(depth: int, count: int) -> dict[str, str]:
         "penwidth": "2" if strong else "1",
         "labeljust": "l",
         "fontsize": "11",
+        "margin": ROOM,
     }

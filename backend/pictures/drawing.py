@@ -26,12 +26,14 @@ PENS = {
     "inside": {"style": "solid", "color": "#5d6b78"},
     "send": {"style": "solid", "color": "#3f5468"},
     "relay": {"style": "dashed", "color": "#3f5468"},
-    "feed": {"style": "dotted", "color": "#3f7d63"},
+    "feed": {"style": "dotted", "color": "#2c6b50"},
     "recompute": {"style": "dashed", "color": "#8a63a8", "arrowhead": "odot"},
     # without weight it bends no other edge; without a rank of its own it would run through their texts
     "tied": {"style": "bold", "color": TIED, "dir": "none", "weight": "0"},
 }
 """Route of a value, or another kind of edge -> how it is drawn."""
+_DOTTED = 1.8
+"""The width of the thinnest dotted line that is seen."""
 
 MEANING = {
     "send": "sent to the next stage",
@@ -194,15 +196,16 @@ def canvas(name: str, title: str, tooltip: str) -> graphviz.Digraph:
 
 
 def pen(kind: str, sizes: Iterable[int | None]) -> dict[str, str]:
-    """The look of an edge of a kind. The width grows with the bytes: 1 point up to 1 KiB, and as much again
-    for each factor of ten above.
+    """The look of an edge of a kind. The width grows with the bytes: 1 point up to 1 KiB, more where it is
+    dotted, and wider for each factor of ten above.
     """
     total = sum(size or 0 for size in sizes)
     kib = max(total, 1024) / 1024
     growth = 0.45
     if kind == "inside":
         growth = 0.25
-    width = 1 + growth * math.log10(kib)
+    thin = _DOTTED if kind == "feed" else 1
+    width = thin + growth * math.log10(kib)
     return PENS[kind] | {"penwidth": f"{width:.2f}"}
 
 

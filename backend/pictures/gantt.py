@@ -8,6 +8,7 @@ from html import escape
 from typing import NamedTuple, Protocol
 
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Event
+from stagecut.backend.tables import time_text
 
 NAMES = {
     FORWARD: "forward",
@@ -22,6 +23,8 @@ COLORS = {
     WEIGHT: ("#dfb264", "#edd3a4", "#f6e8cf"),
 }
 """Kind of step -> its colour for the first, the second and further stages of a rank."""
+HOST = "#cfc6c2"
+"""The colour of the time in which the host of a rank works and its device waits."""
 
 LEFT = 74
 RIGHT = 84
@@ -67,6 +70,12 @@ class Timeline(Protocol):
     def bubble(self) -> float:
         """The part of the ranks' time in which they wait."""
 
+    def waits(self, rank: int) -> float:
+        """The seconds in which a rank waits."""
+
+    def host_until(self, rank: int) -> float:
+        """Up to here the host of a rank works where its device does not."""
+
 
 class Axis(NamedTuple):
     """The scale of the time axis: points for a second, the unit of its labels, and a tick each `step`
@@ -102,7 +111,7 @@ def gantt(timeline: Timeline) -> str:
         'patternTransform="rotate(45)"><rect width="5" height="5" fill="#f2f4f6"/>'
         '<rect width="1.2" height="5" fill="#dce1e5"/></pattern></defs>',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
-        *_head(timeline, axis),
+        *_head(timeline),
         *_ruler(timeline, axis),
     ]
     rows: list[list[Event]] = [[] for _ in range(timeline.ranks)]
@@ -165,8 +174,8 @@ def _round(seconds: float) -> float:
     return 10 * power
 
 
-def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
-    title = _title(timeline, axis)
+def _head(timeline: Timeline) -> Iterator[str]:
+    title = _title(timeline)
     yield f'<text x="12" y="20" font-size="14">{escape(title)}</text>'
     kinds: set[str] = set()
     rows: set[tuple[int, int]] = set()
@@ -174,10 +183,10 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
         kinds.add(event.step.kind)
         rows.add((event.rank, event.step.stage))
     x = 12.0
-    for kind, name in NAMES.items():
-        if kind not in kinds:
-            continue
-        color = COLORS[kind][0]
+    shown = [(name, COLORS[kind][0]) for kind, name in NAMES.items() if kind in kinds]
+    if any(map(timeline.host_until, range(timeline.ranks))):
+        shown.append(("host alone", HOST))
+    for name, color in shown:
         yield f'<rect x="{x:g}" y="31" width="13" height="13" rx="2" fill="{color}"/>'
         yield f'<text x="{x + 18:g}" y="42">{name}</text>'
         x += 34 + 5.6 * len(name)
@@ -193,10 +202,9 @@ def _head(timeline: Timeline, axis: Axis) -> Iterator[str]:
         )
 
 
-def _title(timeline: Timeline, axis: Axis) -> str:
-    seconds = axis.label(timeline.seconds)
+def _title(timeline: Timeline) -> str:
     bubble = 100 * timeline.bubble
-    share = f"{seconds}, bubble {bubble:.1f} %"
+    share = f"{time_text(timeline.seconds)}, bubble {bubble:.1f} %"
     if not timeline.title:
         return share
     return f"{timeline.title}: {share}"
@@ -224,7 +232,7 @@ def _row(
     top = TOP + ROW * rank + (ROW - BOX) / 2
     base = top + 16
     seconds = timeline.seconds
-    waits = seconds - sum(map(_seconds, events))
+    waits = timeline.waits(rank)
     share = 0.0
     if seconds:
         share = 100 * waits / seconds
@@ -239,6 +247,14 @@ def _row(
         f'width="{wide:.2f}" height="{BOX}" '
         'fill="url(#stagecut-bubble)"/></g>'
     )
+    until = timeline.host_until(rank)
+    if until:
+        yield (
+            f"<g><title>the host of rank {rank} starts what comes next</title>"
+            f'<rect x="{LEFT}" y="{top:g}" '
+            f'width="{until * axis.scale:.2f}" height="{BOX}" '
+            f'fill="{HOST}"/></g>'
+        )
     stages = sorted({event.step.stage for event in events})
     for event in events:
         yield from _box(axis, top, event, stages)

@@ -4,7 +4,7 @@ stages share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +28,6 @@ from stagecut.backend.pictures.drawing import (
     reduced,
     rich,
     some,
-    spans,
     stages_text,
     state_lines,
     tip_text,
@@ -36,8 +35,9 @@ from stagecut.backend.pictures.drawing import (
     type_text,
     value_tip,
 )
+from stagecut.backend.pictures.texts import source_lines
 from stagecut.ir.aliases import written_in
-from stagecut.ir.graph import Program, Scope, Stage, Transfer, Value, scope_fqn
+from stagecut.ir.graph import Op, Program, Scope, Stage, Transfer, Value, scope_fqn
 from stagecut.ir.ops import module_path
 from stagecut.ir.text.printer import fqn_text, scope_text, size_text, value_names
 
@@ -117,7 +117,7 @@ class _StageGraph:
         state = [entry.value for entry in stage.state]
         written = written_in(stage.ops, state)
         lines = [(f"stage {stage.index}", "b")]
-        for text in modules_text(stage, self._homes):
+        for text in modules_text(self._program, stage, self._homes):
             lines.append((text, "n"))
         size = size_text(0)
         if state:
@@ -204,6 +204,9 @@ class _StageGraph:
                 (f"{len(values)} values, {total_text(values)}", "n"),
                 (some(names, "value"), "s"),
             ]
+            makers = dict.fromkeys(filter(None, map(maker_of, values)))
+            if makers:
+                text.append((f"from {some([*makers], 'module', 2)}", "s"))
             self._edge(tail, head, route, values, edge, text)
             return
         for value in values:
@@ -377,29 +380,60 @@ def _input_text(names: dict[Value, str], values: list[Value]) -> str:
     return f"input {names[values[0]]}"
 
 
-def modules_text(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
-    """The modules that a stage runs, in a few lines."""
-    return [name for name, _ in layer_runs(stage, homes)]
-
-
-def layer_runs(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
-    """The modules that a stage runs, few enough to read, each with the number of modules that it stands for:
-    `embed`, `layers.0-9`, `part of layers.10`. Where there are many, some in front of the last one are only
-    counted: `4 more modules`.
+def maker_of(value: Value) -> str:
+    """The module that makes a value, whose name alone says little. Nothing for inputs and for what the model
+    makes itself.
     """
-    runs = _every_run(stage, homes)
+    op = value.owner
+    return scope_fqn(op.scope) if isinstance(op, Op) else ""
+
+
+def modules_text(
+    program: Program, stage: Stage, homes: Mapping[Scope, set[int]]
+) -> list[str]:
+    """The modules that a stage runs, in a few lines."""
+    return [run.text for run in layer_runs(program, stage, homes)]
+
+
+class LayerRun(NamedTuple):
+    """Modules that run one after the other as one text: `layers.0-9`. modules: how many they are. paths: the
+    first and the last of them, nothing where they are only counted.
+    """
+
+    text: str
+    modules: int
+    paths: tuple[str, ...] = ()
+
+
+def layer_runs(
+    program: Program, stage: Stage, homes: Mapping[Scope, set[int]]
+) -> list[LayerRun]:
+    """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`. Where
+    there are many, some in front of the last one are only counted: `4 more modules`. Where no op belongs to a
+    module of the model, its forward, with the lines: `forward of GPT (gpt.py:25)`.
+    """
+    labels = _labels(stage, homes)
+    if not labels:
+        return [LayerRun(_forward_text(program, stage), 1)]
+    runs = runs_of(labels)
     if len(runs) <= MOST_LAYERS:
         return runs
     shown = runs[: MOST_LAYERS - 2]
-    count = 0
-    for _, modules in runs[len(shown) : -1]:
-        count += modules
-    return [*shown, (more_text(count, "module"), 1), runs[-1]]
+    hidden = runs[len(shown) : -1]
+    count = sum(run.modules for run in hidden)
+    return [*shown, LayerRun(more_text(count, "module"), count), runs[-1]]
 
 
-def _every_run(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str, int]]:
-    """The modules that a stage runs, in the order of their first ops, each with the number of modules that it
-    stands for: `embed`, `layers.0-9`, `part of layers.10`.
+def _forward_text(program: Program, stage: Stage) -> str:
+    """The name of ops that belong to the model and to none of its modules."""
+    text = f"forward of {program.name}"
+    lines = some(source_lines(stage.ops), "file", 1)
+    return f"{text} ({lines})" if lines else text
+
+
+def _labels(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
+    """The modules that a stage runs, in the order of their first ops: `embed`, `layers.0`, `part of
+    layers.10`. What is inside a module that is there in part has no label of its own.
     """
     outermost = {*calls_of(stage, homes)} - {()}
     labels: dict[str, None] = {}
@@ -411,7 +445,22 @@ def _every_run(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[tuple[str,
         call = _whole(op.scope, homes)
         if op.origin is None and call in outermost:
             labels[_layer_text(call, len(homes[call]) == 1)] = None
-    return runs_of(labels or [""])
+    around = {label for label in labels if label.startswith(PART)}
+    return [*dict.fromkeys(_outer(label, around) for label in labels)]
+
+
+PART = "part of "
+"""Stands in front of a module that a stage runs in part."""
+
+
+def _outer(label: str, parts: Collection[str]) -> str:
+    """The outermost part that the module of a label lies in, else the label itself."""
+    *parents, _ = label.removeprefix(PART).split(".")
+    for length in range(1, len(parents) + 1):
+        part = PART + ".".join(parents[:length])
+        if part in parts:
+            return part
+    return label
 
 
 def _layer_text(call: Scope, is_whole: bool) -> str:
@@ -422,9 +471,9 @@ def _layer_text(call: Scope, is_whole: bool) -> str:
         if call[length - 1].name.rpartition(".")[2].isdecimal():
             layer = scope_fqn(call[:length])
             is_whole = is_whole and length == len(call)
-            return layer if is_whole else f"part of {layer}"
+            return layer if is_whole else PART + layer
     layer = scope_fqn(call)
-    return layer if is_whole else f"part of {layer}"
+    return layer if is_whole else PART + layer
 
 
 def calls_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[Scope]:
@@ -462,37 +511,33 @@ def _whole(scope: Scope, homes: Mapping[Scope, set[int]]) -> Scope:
     return scope
 
 
-def runs_of(paths: Iterable[str]) -> list[tuple[str, int]]:
-    """The paths, each with the number of paths that it stands for: neighbours that differ only in a number
-    are one, as `layers.0-9`.
+def runs_of(labels: Iterable[str]) -> list[LayerRun]:
+    """The labels, in which modules that differ only in a number, and follow each other by it, are one:
+    `layers.0-9`.
     """
-    runs: list[tuple[list[str], list[int]]] = []
-    for path in paths:
-        *parents, last = path.split(".")
-        if not last.isdecimal():
-            runs.append(([*parents, last], []))
-            continue
-        number = int(last)
-        if runs and _continues(runs[-1], parents, number):
-            _, numbers = runs[-1]
-            numbers.append(number)
+    runs: list[list[str]] = []
+    for label in labels:
+        if runs and _follows(runs[-1][-1], label):
+            runs[-1].append(label)
         else:
-            runs.append(([*parents, last], [number]))
-    return [_run(path, numbers) for path, numbers in runs]
+            runs.append([label])
+    return [_run(run) for run in runs]
 
 
-def _continues(
-    run: tuple[list[str], list[int]], parents: list[str], number: int
-) -> bool:
-    path, numbers = run
-    if path[:-1] != parents:
+def _follows(before: str, after: str) -> bool:
+    """True for `layers.3` and `layers.4`; parts of modules stand alone."""
+    parents, _, number = before.rpartition(".")
+    others, _, following = after.rpartition(".")
+    if before.startswith(PART) or parents != others:
         return False
-    return bool(numbers) and numbers[-1] == number - 1
+    if not number.isdecimal() or not following.isdecimal():
+        return False
+    return int(following) == int(number) + 1
 
 
-def _run(path: list[str], numbers: list[int]) -> tuple[str, int]:
-    *parents, last = path
-    if numbers:
-        last = spans(numbers)
-    name = ".".join([*parents, last]) or "the model itself"
-    return name, max(len(numbers), 1)
+def _run(labels: list[str]) -> LayerRun:
+    first, last = (labels[end].removeprefix(PART) for end in (0, -1))
+    text = labels[0]
+    if len(labels) > 1:
+        text += "-" + last.rpartition(".")[2]
+    return LayerRun(text, len(labels), (first, last))

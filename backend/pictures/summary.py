@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import prod
@@ -10,7 +10,7 @@ from math import prod
 from stagecut.backend.pictures.drawing import count_of, some, stages_text, total_text
 from stagecut.backend.pictures.stages import homes_of, modules_text
 from stagecut.backend.tables import count_text, table
-from stagecut.ir.graph import Program, Scope, Stage, StateEntry, Value
+from stagecut.ir.graph import Program, Stage, StateEntry, Value
 
 HEAD = ("stage", "parameters", "receives", "sends", "runs")
 MOST_STAGES = 24
@@ -68,7 +68,7 @@ def summary(
                 count_text(_elements(stage)),
                 total_text(received) if stage.index else "-",
                 total_text(sent) if stage.index < last else "-",
-                ", ".join(layers_of(stage, homes)),
+                ", ".join(modules_text(program, stage, homes)),
             )
         )
     elements = sum(map(_size, _parameters(program.state)))
@@ -80,11 +80,6 @@ def summary(
         lines.append("a + stands for values whose sizes vary")
     lines.append(FURTHER)
     return Summary(title, tuple(rows), tuple(lines))
-
-
-def layers_of(stage: Stage, homes: Mapping[Scope, set[int]]) -> list[str]:
-    """The modules that a stage runs, few enough to read: `embed`, `layers.0-9`, `part of layers.10`."""
-    return modules_text(stage, homes)
 
 
 def crossing(program: Program, stage: int) -> list[Value]:
