@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from stagecut.backend.progress import doing
 from stagecut.backend.stages.fx_view import PREFIX, split_module
+from stagecut.backend.stages.sampled import sampled
 from stagecut.backend.stages.staged import Staged
 from stagecut.check import (
     CannotCompare,
@@ -68,6 +69,7 @@ from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 from stagecut.piped import PipedModel, data_of
 from stagecut.repeat import changing
+from stagecut.unwrapped import COMPILED, unwrapped
 
 if TYPE_CHECKING:
     from stagecut.backend.costs.measured import Trial
@@ -120,7 +122,8 @@ def pipeline(
 
     Arguments
     ---------
-    module: the model, or its `torch.export.ExportedProgram` or `torch.fx.GraphModule`. It is not changed.
+    module: the model, or its `torch.export.ExportedProgram` or `torch.fx.GraphModule`. It is not changed. One
+        that `torch.compile` returned is cut as it was written, under the names that it had before.
     mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
@@ -179,6 +182,8 @@ def pipeline(
             hint=f"leaf_modules=[{leaf_modules!r}]",
         )
     leaf_modules = tuple(leaf_modules)
+    given = module
+    module = unwrapped(given)
     for path in leaf_modules:
         if not isinstance(path, str):
             raise InputError(
@@ -250,6 +255,9 @@ def pipeline(
             # it weighs nothing, and stages that become real ask it for names and values
             pipe._model = lambda: module
         pipe._data = data_of(module)
+        pipe._built = sampled(pipe.program, pipe.stages)
+        if module is not given:
+            pipe.notes += (COMPILED,)
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
         )

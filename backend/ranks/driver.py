@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
 from stagecut.backend.ranks.batch import LABELS, Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
+from stagecut.backend.ranks.built import built_otherwise, notes_on_mixture
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
 from stagecut.backend.ranks.faults import Faults
@@ -192,6 +193,7 @@ class Driver:
         )
         agree_on_program(pipe.program, settings, group)
         agree_on_values(pipe, self.placement, group)
+        self._built_otherwise = built_otherwise(pipe, group)
         self._wrap = wrap
         self._returns = return_outputs
         self._share = share_losses
@@ -260,7 +262,7 @@ class Driver:
     def notes(self) -> tuple[str, ...]:
         """The outputs of the calls so far that could not be put together, and why; the stages that autograd
         runs in the place of graphs, and why; what the steps so far may not have been meant to do, such as to
-        train nothing.
+        train nothing; whether ranks built the model with other values.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
@@ -370,11 +372,7 @@ class Driver:
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
-        if how == "step":
-            notes = notes_of_step(
-                self.pipe, losses is not None, lambda: self._changes_by_mode
-            )
-            self._notes |= dict.fromkeys(notes)
+        self._note(how, losses is not None)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
@@ -409,6 +407,18 @@ class Driver:
         if results is None:
             return None, step_losses
         return self._batch.joined(results), step_losses
+
+    def _note(self, how: str, has_losses: bool) -> None:
+        """`notes` has what is to be noted about a call that begins."""
+        others, self._built_otherwise = self._built_otherwise, {}
+        notes: list[str] = []
+        if others:  # in the first call, since weights may be loaded until then
+            notes += notes_on_mixture(self.pipe, self.stage_indices, others)
+        if how == "step":
+            notes += notes_of_step(
+                self.pipe, has_losses, lambda: self._changes_by_mode
+            )
+        self._notes |= dict.fromkeys(notes)
 
     def _agreed(self, call: Call, how: str) -> Losses | None:
         """The object that computes the losses of a call, None for a call without losses. The ranks agree on

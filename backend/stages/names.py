@@ -17,6 +17,7 @@ from stagecut.backend.stages.modules import (
     layers,
     stored,
     submodule,
+    unknown,
 )
 from stagecut.ir.errors import StagecutError, UnknownNameError
 
@@ -117,6 +118,9 @@ class Joined(Parts):
         }
         self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
 
+    def _get_name(self) -> str:
+        return self._parts[0]._get_name()
+
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StagecutError(
             "several stages have a part of this module, and it does not run as a whole",
@@ -173,10 +177,11 @@ class Named(Parts):
 
     def _tensor(self, kind: str, target: str) -> Any:
         path, _, name = target.rpartition(".")
-        places = (getattr(layer, kind) for layer in layers(self.get_submodule(path)))
+        module = self.get_submodule(path)
+        places = (getattr(layer, kind) for layer in layers(module))
         tensor = next((place[name] for place in places if name in place), None)
         if tensor is None:
-            raise AttributeError(f"the model has no {kind.strip('_')[:-1]} '{target}'")
+            raise unknown(module, kind.strip("_")[:-1], target)
         return tensor
 
     def named_parameters(

@@ -38,6 +38,7 @@ from stagecut.ir.run.given import (
 )
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.storage import SHORT
+from stagecut.ir.run.shown import shown_value
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, FLOATS, NONE, ScalarType, TensorType
 
@@ -266,7 +267,7 @@ class CallSpec:
         for name, value, spec in zip(names, values, specs, strict=True):
             actual = tree_flatten(opened_arguments(without_sizes(value)))[1]
             if actual != spec:
-                return f"argument '{name}' has another structure"
+                return f"argument '{name}' has another structure: it is {shown_value(value)}"
         return "the nesting differs"
 
 
@@ -361,7 +362,7 @@ def check_inputs(
 
 def unlike_example(name: str, kind: TensorType, given: Any) -> InputError:
     """The error for an input that was traced as a tensor of this type, and is none or has other dims."""
-    is_now = f"a {type(given).__name__}"
+    is_now = shown_value(given)
     if given is None:
         is_now = "missing, or None"
     if isinstance(given, torch.Tensor):
