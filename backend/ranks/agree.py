@@ -266,7 +266,8 @@ def _differ(column: Sequence[int]) -> bool:
     return len(numbers) > 1
 
 
-def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+def leaves_by_path(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """`name['mask'][0]` -> what is there in the argument of that name."""
     if name in ("args", "kwargs") and not tree:
         return
     leaves, _ = tree_flatten_with_path(tree)
@@ -276,13 +277,13 @@ def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _contents(name: str, tree: Any) -> Iterator[tuple[str, int]]:
-    for path, leaf in _leaves(name, tree):
+    for path, leaf in leaves_by_path(name, tree):
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             yield path, checksum(leaf)
 
 
 def _described(name: str, tree: Any) -> Iterator[tuple[str, str]]:
-    for path, leaf in _leaves(name, tree):
+    for path, leaf in leaves_by_path(name, tree):
         if isinstance(leaf, torch.Tensor):
             yield path, shown_type(leaf)
         elif isinstance(leaf, bool | int | float | str):

@@ -19,7 +19,7 @@ from stagecut.backend.ranks.buffers import Buffers
 from stagecut.backend.ranks.built import built_otherwise, notes_on_mixture
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
-from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.faults import Faults, Report, failure_of_loss
 from stagecut.backend.ranks.gradients import Gradients
 from stagecut.backend.ranks.kinds import (
     device_of,
@@ -32,6 +32,8 @@ from stagecut.backend.ranks.losses import (
     Losses,
     StepLosses,
     add_corrected,
+    carriers,
+    no_loss,
     put_aside,
     takes_no_target,
 )
@@ -64,8 +66,10 @@ from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.saving import Saving
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import table
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.keywords import near_names_in
+from stagecut.ir.run.shown import shown_value
 from stagecut.ir.types import value_bytes
 
 
@@ -213,6 +217,8 @@ class Driver:
             for i in self.stage_indices
         }
         self._losses: Losses | None = None
+        self._failure: Report | None = None
+        self._loss_error: Exception | None = None
         if loss_fn is not None:
             self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
             trained.add(pipe)
@@ -472,6 +478,8 @@ class Driver:
         aside = put_aside(self.parameters()) if backward and self._normalize_by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
         self._call_losses = losses
+        self._failure = None
+        self._silent = self._is_silent(how)
 
         def run() -> None:
             self._read_by_loss = []
@@ -491,6 +499,9 @@ class Driver:
         told = self._last_told(how, losses)
         if backward and self._normalize_by:
             add_corrected(self.parameters(), aside, told.factor)
+        if told.failure is not None:
+            error, self._loss_error = self._loss_error, None
+            raise self.faults.failed_loss(told.failure) from error
         self._lent.agree(told.read)
         if backward:
             self._lent.give(told.factor)
@@ -502,17 +513,21 @@ class Driver:
         """
         if losses is None:
             return Told()
-        needed = self._share or self._normalize_by is not None
-        silent = not needed and how in self._looked
-        self._looked.add(how)
-        own = Told()
-        if self.is_last:
-            read = tuple(self._lent.read)
-            own = Told(losses.result(), losses.correction, read)
-        if silent:
+        own = Told(failure=self._failure)
+        if self._failure is None:
+            self._looked.add(how)
+            if self.is_last:
+                read = tuple(self._lent.read)
+                own = Told(losses.result(), losses.correction, read)
+        if self._silent:
             self._lent.refuse_late()
             return own
         return tell(own, self._share, self.placement[-1], self.group, self.device)
+
+    def _is_silent(self, how: str) -> bool:
+        """True for a call after which the last rank tells the others nothing."""
+        needed = self._share or self._normalize_by is not None
+        return not needed and how in self._looked
 
     def _built(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
         """A stage for torch's schedules, with the module that `wrap` made of it."""
@@ -557,21 +572,52 @@ class Driver:
         return self._schedules[key]
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
-        """The user's loss of one micro-batch; torch passes its number for a target."""
-        index = int(number)
+        """The user's loss of one micro-batch; torch passes its number for a target. Where the loss function
+        has failed, no loss: the other ranks wait for the backward before they can be told.
+        """
         packed = as_tuple(output)
         if self._call_losses is None:
             return torch.zeros(())
-        result = self._batch.structured(packed, index)
+        if self._failure is None:
+            result = self._batch.structured(packed, int(number))
+            try:
+                return self._loss_of(self._call_losses, result, packed, int(number))
+            except Exception as error:
+                raise_ours(error)
+                self._failure = self._told_later(error, result, packed, int(number))
+                if self._failure is None:
+                    raise
+                self._loss_error = error
+        return no_loss(packed)
+
+    def _loss_of(
+        self, losses: Losses, result: Any, packed: Sequence[Any], index: int
+    ) -> torch.Tensor:
         grad = torch.is_grad_enabled()
         look = grad or not (index or "eval" in self._looked)
         with torch.set_grad_enabled(look):
-            loss = self._call_losses.of(result, index)
+            loss = losses.of(result, index)
         if look:
             self._look(leaves_of(loss, packed))
         if grad:
             return self._gradients.scaled(loss)
         return loss
+
+    def _told_later(
+        self, error: Exception, result: Any, packed: Sequence[Any], index: int
+    ) -> Report | None:
+        """A report of an error that the loss function raised, for when the schedule is through; None where it
+        cannot go on so far.
+        """
+        grad = torch.is_grad_enabled()
+        if self._silent or self._step_graphs is not None:
+            return None
+        if grad and not carriers(packed):
+            return None
+        assert self._call_losses is not None
+        given = f"{shown_value(result)} and {self._batch.shown_labels(self._call_losses.given, index)}"
+        how = "step" if grad else "eval"
+        return failure_of_loss(error, self.pipe.num_stages - 1, given, how)
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""
