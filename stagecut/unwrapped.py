@@ -24,7 +24,7 @@ def unwrapped(model: Any) -> Any:
     """The module of which torch.compile made the model, or the model itself. Raises InputError where copies
     of the model on other devices are kept equal around it or around a part of it: its stages would not.
     """
-    while isinstance(model, OptimizedModule):
+    if isinstance(model, OptimizedModule):
         model = model._orig_mod
     if isinstance(model, nn.Module):
         _refuse_parallel(model)

@@ -125,7 +125,9 @@ def _failing_losses(two: Pipe, four: Pipe) -> str:
             assert (caught.value.__cause__ is not None) is driver.is_last
         with pytest.raises(RankError, match="loss_fn returns a str, not a loss"):
             driver.step(X, target=X, loss_kwargs={"wrong": True})
-        with pytest.raises(RankError, match=r"target float32\[1, 3\] \(whole in each micro-batch, because no dim of it is as long as the batch, 4"):
+        with pytest.raises(
+            RankError, match=r"target float32\[1, 3\] \(whole in each micro-batch, because no dim of it is as long as the batch, 4"
+        ):
             driver.step(X, target=torch.ones(1, 3))
         assert any(note.startswith("target float32[1, 3] is whole in each of 2 micro-batches") for note in driver.notes)
         again = _gradients(driver, X)

@@ -421,9 +421,7 @@ class Driver:
         if others:  # in the first call, since weights may be loaded until then
             notes += notes_on_mixture(self.pipe, self.stage_indices, others)
         if how == "step":
-            notes += notes_of_step(
-                self.pipe, has_losses, lambda: self._changes_by_mode
-            )
+            notes += notes_of_step(self.pipe, has_losses, lambda: self._changes_by_mode)
         self._notes |= dict.fromkeys(notes)
 
     def _agreed(self, call: Call, how: str) -> Losses | None:

@@ -317,7 +317,9 @@ def failure_of_loss(
         report["hint"] = "mend what fails there"
     report["hint"] += "; the ranks can go on"
     if how == "step":
-        report["hint"] += ": zero_grad first, since this step has left parts of gradients"
+        report["hint"] += (
+            ": zero_grad first, since this step has left parts of gradients"
+        )
     drop_our_steps(error)
     return report
 

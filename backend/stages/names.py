@@ -19,6 +19,7 @@ from stagecut.backend.stages.modules import (
     submodule,
     unknown,
 )
+from stagecut.ir.blame import drop_our_steps
 from stagecut.ir.errors import StagecutError, UnknownNameError
 
 
@@ -148,6 +149,14 @@ class Named(Parts):
 
     _parts: Sequence[Stage]
     _names: dict[str, None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch. What it raises as a StagecutError has no steps of ours in its traceback."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except StagecutError as error:
+            drop_our_steps(error)
+            raise
 
     def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
         """From here on its tree is that of these stages, and `names` are the model's names, in its order."""
