@@ -176,20 +176,9 @@ def pipeline(
         routes=(routes, Mapping, '{"mask": "recompute"}'),
         tied=(tied, str | Mapping, '"transmit", or {"head.weight": "transmit"}'),
     )
-    if isinstance(leaf_modules, str) or not isinstance(leaf_modules, Iterable):
-        raise InputError(
-            f"leaf_modules={leaf_modules!r} is no list of paths",
-            hint=f"leaf_modules=[{leaf_modules!r}]",
-        )
-    leaf_modules = tuple(leaf_modules)
+    leaf_modules = _paths(leaf_modules)
     given = module
     module = unwrapped(given)
-    for path in leaf_modules:
-        if not isinstance(path, str):
-            raise InputError(
-                f"leaf_modules holds a {type(path).__name__}, and no path",
-                hint='the names of modules, as named_modules() has them: leaf_modules=["layers.4"]',
-            )
     if isinstance(split_policy, type):
         raise InputError(
             f"split_policy={split_policy.__name__} is a class",
@@ -287,6 +276,23 @@ def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
                 wrong_kind(name, value),
                 hint=f"{name}={example}",
             )
+
+
+def _paths(leaf_modules: Any) -> tuple[str, ...]:
+    """The paths of modules to keep whole. Raises InputError for what is no list of paths."""
+    if isinstance(leaf_modules, str) or not isinstance(leaf_modules, Iterable):
+        raise InputError(
+            f"leaf_modules={leaf_modules!r} is no list of paths",
+            hint=f"leaf_modules=[{leaf_modules!r}]",
+        )
+    paths = tuple(leaf_modules)
+    for path in paths:
+        if not isinstance(path, str):
+            raise InputError(
+                f"leaf_modules holds a {type(path).__name__}, and no path",
+                hint='the names of modules, as named_modules() has them: leaf_modules=["layers.4"]',
+            )
+    return paths
 
 
 def _autocasts() -> dict[str, torch.dtype]:

@@ -186,10 +186,10 @@ def test_a_name_that_is_not_there_lists_the_nearest_in_the_module_around_it() ->
                 ours.get_submodule(path)
         with pytest.raises(AttributeError, match=r"^'blocks\.1', a Linear, has no parameter 'wieght': did you mean 'weight'\?$"):
             ours.get_parameter("blocks.1.wieght")
-        with pytest.raises(AttributeError, match="has no parameter 'bias': known: 'weight'$"):
+        with pytest.raises(AttributeError, match=r"has no parameter 'bias': known: 'weight'$"):
             ours.get_parameter("blocks.1.bias")
         assert ours.get_submodule("blocks")._get_name() == "ModuleList"
-    with pytest.raises(AttributeError, match="^'blocks', a ModuleList, has no module '1': known: '0'$"):
+    with pytest.raises(AttributeError, match=r"^'blocks', a ModuleList, has no module '1': known: '0'$"):
         pipe.stages[0].get_submodule("blocks.1")
 
 

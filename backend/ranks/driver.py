@@ -130,6 +130,10 @@ class Driver:
     the ranks have different pipes.
     """
 
+    _failure: Report | None = None
+    _loss_error: Exception | None = None
+    """The failure of the loss function in the present call, and its error."""
+
     def __init__(
         self,
         pipe: Staged,
@@ -217,8 +221,6 @@ class Driver:
             for i in self.stage_indices
         }
         self._losses: Losses | None = None
-        self._failure: Report | None = None
-        self._loss_error: Exception | None = None
         if loss_fn is not None:
             self._losses = Losses(loss_fn, n_microbatches, self._scale, normalize_by)
             trained.add(pipe)
@@ -238,9 +240,15 @@ class Driver:
             self._graphs = {
                 i: Graphs(pipe, i, code, recompute) for i in self.stage_indices
             }
-        numbers = schedule, pipe.num_stages, ranks, n_microbatches, order
         self._saving = Saving(
-            pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
+            pipe,
+            self._graphs,
+            activation_budget,
+            cache(
+                lambda: flights_of(
+                    schedule, pipe.num_stages, ranks, n_microbatches, order
+                )
+            ),
         )
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._notes: dict[str, None] = {}

@@ -120,7 +120,7 @@ class Joined(Parts):
         self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
 
     def _get_name(self) -> str:
-        return self._parts[0]._get_name()
+        return str(self._parts[0]._get_name())
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StagecutError(

@@ -1,4 +1,4 @@
-"""A few numbers of each tensor of a model: models that were built with other random numbers differ in them."""
+"""A few numbers of each tensor of a model. They differ where models were built with other random numbers."""
 
 from __future__ import annotations
 

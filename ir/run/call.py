@@ -36,8 +36,8 @@ from stagecut.ir.run.given import (
     text_of,
 )
 from stagecut.ir.run.objects import opened
-from stagecut.ir.run.storage import SHORT
 from stagecut.ir.run.shown import shown_value
+from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, FLOATS, NONE, ScalarType, TensorType
 
