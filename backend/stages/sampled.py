@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stagecut.backend.stages.modules import Stage, find
 from stagecut.ir.graph import Program
@@ -21,8 +19,8 @@ _DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 def sampled(program: Program, stages: Iterable[Stage]) -> Samples:
-    """Numbers of the parameters and buffers that these stages hold. Tensors without values, sharded ones and
-    those of other dtypes than usual floats are left out.
+    """Numbers of the parameters and buffers that these stages hold. Tensors without values, sharded and
+    quantized ones, and those of other dtypes than usual floats are left out.
     """
     places: dict[torch.device, list[int]] = {}
     numbers: dict[torch.device, list[torch.Tensor]] = {}
@@ -54,7 +52,7 @@ def _is_near(then: float, now: float) -> bool:
 
 
 def _has_numbers(tensor: torch.Tensor) -> bool:
-    if isinstance(tensor, DTensor) or is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     plain = tensor.layout is torch.strided and tensor.dtype in _DTYPES
     return plain and not tensor.is_meta and tensor.numel() > 0
