@@ -22,6 +22,9 @@ _FOLDERS = (
 _MANAGERS = contextlib.__file__
 """Its steps stand between the body of a `with` of ours and the code around it."""
 
+_MODULES = os.path.join("torch", "nn", "modules", "module.py")
+"""Where steps of torch stand between a call of a module and its forward."""
+
 _HANDS_ON = dis.opmap["CALL_FUNCTION_EX"]
 """A call `f(*args, **kwargs)`: it hands the model's arguments on to a function of the model's or of
 torch's.
@@ -74,7 +77,13 @@ def drop_our_steps(error: BaseException) -> None:
     """The traceback of the error has no steps of ours: its message is for users, and has the place. The
     traceback has all steps where the environment has STAGECUT_TRACEBACK=full.
     """
-    _keep_steps(error, lambda step: not (_is_ours(step) or _is_in(step, _MANAGERS)))
+    _keep_steps(error, _is_users)
+
+
+def _is_users(step: TracebackType) -> bool:
+    """False also for the steps of others that lead to code of ours, or from it to the user's."""
+    calls_module = step.tb_frame.f_code.co_filename.endswith(_MODULES)
+    return not (_is_ours(step) or _is_in(step, _MANAGERS) or calls_module)
 
 
 def drop_all_steps(error: BaseException) -> None:

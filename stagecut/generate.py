@@ -49,6 +49,7 @@ from stagecut.ir.text.printer import size_text
 from stagecut.ir.types import value_bytes
 from stagecut.pipe import Pipe
 from stagecut.programs import Fit, Programs, Source
+from stagecut.unwrapped import unwrapped
 
 
 @near_names_in
@@ -87,6 +88,7 @@ class Generator:
         compile: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
+        model = unwrapped(model)
         _refuse_other_models(model)
         _refuse_wishes(stages, split_spec, split_policy, group)
         self._model = model

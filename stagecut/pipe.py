@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from stagecut.backend.progress import doing
 from stagecut.backend.stages.fx_view import PREFIX, split_module
+from stagecut.backend.stages.sampled import sampled
 from stagecut.backend.stages.staged import Staged
 from stagecut.check import (
     CannotCompare,
@@ -68,6 +69,7 @@ from stagecut.passes.runner import run_passes
 from stagecut.passes.share_state import EVERY, REPLICATE, TRANSMIT, ShareState
 from stagecut.piped import PipedModel, data_of
 from stagecut.repeat import changing
+from stagecut.unwrapped import COMPILED, unwrapped
 
 if TYPE_CHECKING:
     from stagecut.backend.costs.measured import Trial
@@ -120,7 +122,8 @@ def pipeline(
 
     Arguments
     ---------
-    module: the model, or its `torch.export.ExportedProgram` or `torch.fx.GraphModule`. It is not changed.
+    module: the model, or its `torch.export.ExportedProgram` or `torch.fx.GraphModule`. It is not changed. One
+        that `torch.compile` returned is cut as it was written, under the names that it had before.
     mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
@@ -173,18 +176,9 @@ def pipeline(
         routes=(routes, Mapping, '{"mask": "recompute"}'),
         tied=(tied, str | Mapping, '"transmit", or {"head.weight": "transmit"}'),
     )
-    if isinstance(leaf_modules, str) or not isinstance(leaf_modules, Iterable):
-        raise InputError(
-            f"leaf_modules={leaf_modules!r} is no list of paths",
-            hint=f"leaf_modules=[{leaf_modules!r}]",
-        )
-    leaf_modules = tuple(leaf_modules)
-    for path in leaf_modules:
-        if not isinstance(path, str):
-            raise InputError(
-                f"leaf_modules holds a {type(path).__name__}, and no path",
-                hint='the names of modules, as named_modules() has them: leaf_modules=["layers.4"]',
-            )
+    leaf_modules = _paths(leaf_modules)
+    given = module
+    module = unwrapped(given)
     if isinstance(split_policy, type):
         raise InputError(
             f"split_policy={split_policy.__name__} is a class",
@@ -250,6 +244,9 @@ def pipeline(
             # it weighs nothing, and stages that become real ask it for names and values
             pipe._model = lambda: module
         pipe._data = data_of(module)
+        pipe._built = sampled(pipe.program, pipe.stages)
+        if module is not given:
+            pipe.notes += (COMPILED,)
         pipe._sizes = check_inputs(
             pipe.program.inputs, pipe.flatten(mb_args or (), mb_kwargs or {})
         )
@@ -279,6 +276,23 @@ def _refuse_wrong_kinds(**given: tuple[Any, Any, str]) -> None:
                 wrong_kind(name, value),
                 hint=f"{name}={example}",
             )
+
+
+def _paths(leaf_modules: Any) -> tuple[str, ...]:
+    """The paths of modules to keep whole. Raises InputError for what is no list of paths."""
+    if isinstance(leaf_modules, str) or not isinstance(leaf_modules, Iterable):
+        raise InputError(
+            f"leaf_modules={leaf_modules!r} is no list of paths",
+            hint=f"leaf_modules=[{leaf_modules!r}]",
+        )
+    paths = tuple(leaf_modules)
+    for path in paths:
+        if not isinstance(path, str):
+            raise InputError(
+                f"leaf_modules holds a {type(path).__name__}, and no path",
+                hint='the names of modules, as named_modules() has them: leaf_modules=["layers.4"]',
+            )
+    return paths
 
 
 def _autocasts() -> dict[str, torch.dtype]:

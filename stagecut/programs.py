@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten
 
 from stagecut.backend.costs.balance import AtModules
+from stagecut.backend.progress import doing
 from stagecut.backend.serve.again import Again
 from stagecut.backend.serve.away import Homes
 from stagecut.backend.serve.faster import faster, is_static, recorded_step
@@ -211,7 +212,9 @@ class Programs:
                 self._traced_in_a_row = 0
                 self._sizes[pipe] = fit.sizes
                 return fit
-        pipe = self._traced(kwargs)
+        number = len(self._examples) + 1
+        with doing(f"tracing {type(self._model).__name__}, program {number} for calls"):
+            pipe = self._traced(kwargs)
         self._traced_in_a_row += 1
         self._cut.insert(0, (pipe, self._step(pipe)))
         for unused, _ in self._cut[MOST_PROGRAMS:]:

@@ -95,6 +95,61 @@ def test_a_loss_function_has_no_note(alone: None) -> None:
         assert driver.notes == ()
 
 
+# --- a loss function that fails -----------------------------------------------------------------------
+
+
+def test_ranks_go_on_after_a_loss_function_that_failed() -> None:
+    assert on_ranks(2, _failing_losses, cut(stages=2), cut(Four(), stages=4)) == ["ok", "ok"]
+
+
+class Four(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(nn.Linear(4, 4) for _ in range(4)))
+
+
+def _failing_losses(two: Pipe, four: Pipe) -> str:
+    """Afterwards a step has the gradients that it has without a failure before it."""
+    for pipe, schedule, options in (
+        (two, "1F1B", {}),
+        (two, "GPipe", {"normalize_by": "n", "share_losses": False}),
+        (two, "1F1B", {"backward": "graph"}),
+        (four, "ZBVZeroBubble", {}),
+    ):
+        driver = Driver(pipe, schedule, 2, partial(_counted, options), **options)  # type: ignore[arg-type]
+        expected = _gradients(driver, X)
+        for call in (driver.step, driver.eval):
+            with pytest.raises(RankError, match=r"failed: RuntimeError: The size of tensor a \(4\)") as caught:
+                call(X, target=torch.ones(4, 3))
+            assert "loss_fn was given float32[2, 4] and target float32[2, 3] (a part of float32[4, 3])" in caught.value.where
+            assert ("zero_grad first" in caught.value.hint) is (call == driver.step)
+            assert (caught.value.__cause__ is not None) is driver.is_last
+        with pytest.raises(RankError, match="loss_fn returns a str, not a loss"):
+            driver.step(X, target=X, loss_kwargs={"wrong": True})
+        with pytest.raises(
+            RankError, match=r"target float32\[1, 3\] \(whole in each micro-batch, because no dim of it is as long as the batch, 4"
+        ):
+            driver.step(X, target=torch.ones(1, 3))
+        assert any(note.startswith("target float32[1, 3] is whole in each of 2 micro-batches") for note in driver.notes)
+        again = _gradients(driver, X)
+        assert expected
+        assert [*map(torch.equal, again, expected)] == [True] * len(expected)
+    return "ok"
+
+
+def _counted(options: dict[str, Any], output: torch.Tensor, target: torch.Tensor, wrong: bool = False) -> Any:
+    if wrong:
+        return "a loss"
+    losses = (output - target).square()
+    return (losses.sum(), {"n": losses.numel()}) if "normalize_by" in options else losses.mean()
+
+
+def _gradients(driver: Driver, target: torch.Tensor) -> list[torch.Tensor]:
+    for parameter in driver.parameters():
+        parameter.grad = None
+    driver.step(X, target=target)
+    return [parameter.grad.clone() for parameter in driver.parameters() if parameter.grad is not None]
+
+
 # --- the mode of the pipe -----------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from stagecut import CannotCompare, CaptureError, SplitPoint, pipeline
+from stagecut import CannotCompare, CaptureError, InputError, SplitPoint, pipeline
 from stagecut.tools.dump_ir.main import main
 
 Forward = Callable[..., torch.Tensor]
@@ -166,6 +166,28 @@ def test_the_module_and_its_inputs_are_named(leaves: list[str]) -> None:
     with pytest.raises(CaptureError) as caught:
         pipeline(Two(), INDICES, leaf_modules=leaves)
     assert caught.value.where.startswith(f"module 'tables.1', which was given int64[9], {__file__}:")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((torch.ones(2, 4),), "a tuple of float32[2, 4]"),
+        ([torch.ones(2, 4), 1], "a list of float32[2, 4] and an int"),
+        ({"x": torch.ones(1), "more": ()}, "a dict of float32[1] and an empty tuple"),
+        ((torch.ones(1),) * 6, "a tuple of float32[1] and float32[1] and float32[1] and float32[1] and 2 more"),
+        (torch.ones(3), "float32[3]"),
+    ],
+)
+def test_a_container_in_the_place_of_a_tensor_is_named(given: Any, words: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(CaptureError) as caught:
+        pipeline(model, (given,))
+    assert f"module '0', which was given {words}, " in caught.value.where
+    if isinstance(given, torch.Tensor):
+        return
+    with pytest.raises(InputError) as refused:
+        pipeline(model, (torch.ones(2, 4),), stages=2, check=None)(given)
+    assert refused.value.what.endswith(f"argument 'input' has another structure: it is {words}")
 
 
 @pytest.mark.parametrize("cuts", [{}, {"head": SplitPoint.BEGINNING}])

@@ -169,10 +169,37 @@ def test_attributes_and_swaps_reach_every_stage() -> None:
     assert pipe.inner is pipe.stages[1].get_submodule("inner")
     with pytest.raises(UnknownNameError, match="no 'other_one' here"):
         pipe.other_one = nn.Linear(2, 2)
-    with pytest.raises(AttributeError, match=r"no parameter 'inner\.wight'"):
+    with pytest.raises(AttributeError, match=r"'inner', a Linear, has no parameter 'wight'"):
         pipe.get_parameter("inner.wight")
     with pytest.raises(AttributeError, match="no module 'iner'"):
         pipe.get_buffer("iner.shift")
+
+
+def test_a_name_that_is_not_there_lists_the_nearest_in_the_module_around_it() -> None:
+    pipe = pipeline(Blocks(), (torch.ones(2, 4),), stages=2, check=None)
+    for ours in (pipe, pipe.module()):
+        for path, words in (
+            ("blocks.9.0", "'blocks', a ModuleList, has no module '9': known: '0', '1'"),
+            ("blokcs", r"(Pipe|Blocks) has no module 'blokcs': did you mean 'blocks'\?"),
+        ):
+            with pytest.raises(AttributeError, match=f"^{words}$"):
+                ours.get_submodule(path)
+        with pytest.raises(AttributeError, match=r"^'blocks\.1', a Linear, has no parameter 'wieght': did you mean 'weight'\?$"):
+            ours.get_parameter("blocks.1.wieght")
+        with pytest.raises(AttributeError, match=r"has no parameter 'bias': known: 'weight'$"):
+            ours.get_parameter("blocks.1.bias")
+        assert ours.get_submodule("blocks")._get_name() == "ModuleList"
+    with pytest.raises(AttributeError, match=r"^'blocks', a ModuleList, has no module '1': known: '0'$"):
+        pipe.stages[0].get_submodule("blocks.1")
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](x))  # type: ignore[no-any-return]
 
 
 def test_a_module_of_several_stages_is_no_one_to_call() -> None:

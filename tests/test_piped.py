@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import threading
+import traceback
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,3 +152,19 @@ def test_a_model_of_transformers_shows_what_its_trainer_reads() -> None:
     for name in ("config", "generation_config", "loss_type", "main_input_name"):
         assert getattr(module, name) is getattr(model, name)
     assert not hasattr(module, "generate")
+
+
+@pytest.mark.parametrize("of", [lambda pipe: pipe, lambda pipe: pipe.module()], ids=["pipe", "module"])
+def test_it_is_compiled_as_one_graph(of: Any) -> None:
+    pipe, x = cut(split_spec={"linear": SplitPoint.END}), torch.ones(2, 4, dtype=torch.float64)
+    module = of(pipe)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, tree_flatten(compiled(x, gain=0.5))[0], tree_flatten(module(x, gain=0.5))[0]))
+
+
+@pytest.mark.parametrize("of", [lambda pipe: pipe, lambda pipe: pipe.module()], ids=["pipe", "module"])
+def test_an_error_of_a_call_has_no_steps_between_it_and_the_user(of: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        of(cut())(torch.ones(3, dtype=torch.float64), gain=0.5)
+    assert [step.filename for step in traceback.extract_tb(caught.value.__traceback__)] == [__file__]

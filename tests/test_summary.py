@@ -194,11 +194,13 @@ STEPS = f"""
 import sys, tempfile, torch
 sys.path.insert(0, {str(ROOT)!r})
 import stagecut
+from stagecut.programs import Programs
 with torch.device("meta"):
     model, x = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4))), torch.randn(4, 8)
 pipe = stagecut.pipeline(model, (x,), stages=2)
 pipe.materialize([0, 1], init_fn=lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
 pipe.save(tempfile.mkdtemp() + "/saved")
+Programs(torch.nn.Sequential(torch.nn.Linear(8, 8)), {{}}, None).fitting({{"input": torch.randn(4, 8)}})
 print("done")
 """
 
@@ -228,7 +230,7 @@ def test_long_steps_are_told_on_a_terminal() -> None:
     """Standard output has what the program prints, and nothing else."""
     printed, shown = on_a_terminal(TERM="xterm")
     assert printed == "done\n"
-    for step in ("tracing Sequential", "cutting Sequential", "making stages 0-1 real", "saving to"):
+    for step in ("tracing Sequential", "cutting Sequential", "making stages 0-1 real", "saving to", "tracing Sequential, program 1"):
         assert step in shown
 
 

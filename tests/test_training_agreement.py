@@ -73,6 +73,44 @@ def _other_values(model: nn.Module, pipe: Pipe) -> str:
     return "ok"
 
 
+def test_models_that_ranks_built_with_other_random_numbers_are_noted() -> None:
+    assert on_ranks(2, _built_otherwise) == ["ok", "ok"]
+
+
+def _built_otherwise() -> str:
+    rank = dist.get_rank()
+    x = torch.ones(4, 4)
+    for seeds, change, noted in BUILT:
+        torch.manual_seed(seeds[rank])
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        pipe = pipeline(model, (x[:2],), stages=2, check=None)
+        torch.manual_seed(rank)  # for dropout
+        driver = Driver(pipe, "GPipe", 2, lambda out: out.square().mean())
+        change(pipe)
+        driver.step(x.to(next(pipe.parameters()).dtype))
+        driver.step(x.to(next(pipe.parameters()).dtype))
+        own = [name for name in ("0.weight", "2.weight") if name in pipe.stages[rank].state_dict()]
+        words = f"the stages of this rank have '{own[0]}' and 1 more tensor as it built the model, and rank {1 - rank} built the model"
+        assert [note.startswith(words) for note in driver.notes] == [True] * noted, driver.notes
+    return "ok"
+
+
+def _loaded(pipe: Pipe) -> None:
+    """Its own stage has values of a checkpoint, and the other one those of before."""
+    for parameter in pipe.stages[dist.get_rank()].parameters():
+        nn.init.constant_(parameter, 0.25)
+
+
+BUILT: list[tuple[tuple[int, int], Callable[[Pipe], Any], bool]] = [
+    ((3, 3), lambda pipe: None, False),
+    ((3, 4), lambda pipe: None, True),
+    ((3, 4), lambda pipe: pipe.to(torch.bfloat16), True),
+    ((3, 4), _loaded, False),
+    ((3, 3), _loaded, False),
+]
+"""The seed of each rank, what happens between the driver and its first step, and whether that is noted."""
+
+
 def test_a_shared_parameter_is_frozen_on_all_ranks_or_on_none() -> None:
     assert on_ranks(2, _frozen_on_one, *cut(Words, 2)) == ["ok", "ok"]
 

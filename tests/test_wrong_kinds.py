@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import stagecut
-from stagecut import Balanced, CaptureError, Driver, InputError, SplitError, SplitPoint, StagecutError, pipe_split, pipeline
+from stagecut import Balanced, CaptureError, ChangedError, Driver, InputError, SplitError, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.backend.ranks.wire import port
 from stagecut.ir.graph import Value
 from stagecut.ir.types import TensorType
@@ -47,6 +47,26 @@ class Two(nn.Module):
 def test_an_argument_of_the_wrong_kind_is_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises((InputError, SplitError), match=words):
         pipeline(Two(), (torch.randn(2, 4),), **options)
+
+
+def test_a_compiled_model_is_cut_under_the_names_of_the_one_that_was_written() -> None:
+    model, x = Two(), torch.randn(2, 4)
+    pipe = pipeline(torch.compile(model, backend="eager"), (x,), stages=2)  # type: ignore[arg-type]
+    assert pipe.state_dict().keys() == model.state_dict().keys()
+    (note,) = pipe.notes
+    assert "without `_orig_mod.`" in note
+    model.a = nn.Linear(4, 4)
+    with pytest.raises(ChangedError):
+        pipe(x)
+
+
+@pytest.mark.parametrize("path", ["", "inner."])
+def test_a_model_with_copies_on_other_devices_is_refused_with_the_module_to_cut(path: str) -> None:
+    wrapped: nn.Module = nn.DataParallel(Two())
+    if path:
+        wrapped = nn.ModuleDict({"inner": wrapped})
+    with pytest.raises(InputError, match=rf"is a DataParallel, and its stages .*\n  try: .*model\.{path}module"):
+        pipeline(wrapped, (torch.randn(2, 4),), stages=2)
 
 
 def test_a_stage_that_is_no_number_is_refused() -> None:

@@ -22,6 +22,7 @@ from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.graph import Program, StateEntry
+from stagecut.ir.run.shown import shown_type, shown_value
 from stagecut.ir.text.printer import fingerprint
 
 Group = dist.ProcessGroup | None
@@ -32,8 +33,8 @@ def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) 
     traced on a device of its own. Raises RankError where a rank of the group failed before.
     """
     refuse_broken(group)
-    digest = fingerprint(program)[:16]
-    own = (digest, program.name, len(program.stages), *settings)
+    cut = fingerprint(program)[:16]
+    own = (cut, program.name, len(program.stages), *settings)
     by_rank = everywhere(own, group)
     first = by_rank[0]
     rank = next((rank for rank, other in enumerate(by_rank) if other != first), None)
@@ -67,7 +68,7 @@ def _ops(program: Program) -> int:
         text = f"{op.target} {line}"
         ops.append(text)
     ops.sort()
-    return _digest(str(ops))
+    return digest(str(ops))
 
 
 def agree_on_values(pipe: Staged, homes: Sequence[int], group: Group) -> None:
@@ -192,7 +193,7 @@ class Calls:
                 checksums = dict(_contents(name, tree))
             contents.append(checksums)
         self._left -= 1
-        row = [*map(int, changed), _digest(how)]
+        row = [*map(int, changed), digest(how)]
         row += map(_digest_of, types)
         row += map(_digest_of, contents)
         columns = self._columns(row)
@@ -265,7 +266,8 @@ def _differ(column: Sequence[int]) -> bool:
     return len(numbers) > 1
 
 
-def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+def leaves_by_path(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """`name['mask'][0]` -> what is there in the argument of that name."""
     if name in ("args", "kwargs") and not tree:
         return
     leaves, _ = tree_flatten_with_path(tree)
@@ -275,26 +277,25 @@ def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _contents(name: str, tree: Any) -> Iterator[tuple[str, int]]:
-    for path, leaf in _leaves(name, tree):
+    for path, leaf in leaves_by_path(name, tree):
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             yield path, checksum(leaf)
 
 
 def _described(name: str, tree: Any) -> Iterator[tuple[str, str]]:
-    for path, leaf in _leaves(name, tree):
+    for path, leaf in leaves_by_path(name, tree):
         if isinstance(leaf, torch.Tensor):
-            dtype = str(leaf.dtype).removeprefix("torch.")
-            yield path, f"{dtype}{list(leaf.shape)}"
+            yield path, shown_type(leaf)
         elif isinstance(leaf, bool | int | float | str):
             yield path, repr(leaf)
         else:
-            yield path, f"a {type(leaf).__name__}"
+            yield path, shown_value(leaf)
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
     """A number for a text, never 0."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, signed=True)
+    hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    number = int.from_bytes(hashed, signed=True)
     return number or 1
 
 
@@ -302,7 +303,7 @@ def _digest_of(leaves: Mapping[str, Any]) -> int:
     """A number for what an argument has, 0 for an argument that was not given."""
     if not leaves:
         return 0
-    return _digest(repr(leaves))
+    return digest(repr(leaves))
 
 
 _PART = 2**20
@@ -327,7 +328,7 @@ def checksum(tensor: torch.Tensor) -> int:
         total = total * 31 + weighted.sum()
     number = int(total)
     shape = list(tensor.shape)
-    return _digest(f"{number} {tensor.dtype} {shape}")
+    return digest(f"{number} {tensor.dtype} {shape}")
 
 
 def _in_words(bits: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from stagecut.backend.ranks.agree import leaves_by_path
 from stagecut.backend.ranks.chunks import (
     Division,
     divided_by_spec,
@@ -31,6 +32,7 @@ from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Value
 from stagecut.ir.run.call import check_inputs, unlike_example
 from stagecut.ir.run.objects import hides_tensors
+from stagecut.ir.run.shown import shown_value
 from stagecut.ir.sizes import evaluate
 from stagecut.ir.types import Batch, TensorType
 
@@ -212,6 +214,7 @@ class MicroBatches:
         self._divided_lists: set[str] = set()
         self._cast = False
         self._ready = False
+        self._labels: tuple[Any, Any] = None, None
         self.inputs: list[list[Any]] = []
         self.sizes: list[Sizes] = []
         self.notes: dict[str, None] = {}
@@ -565,6 +568,7 @@ class MicroBatches:
         """The target and the `loss_kwargs` of every micro-batch, none of either for []. What has as many
         samples as the inputs is divided.
         """
+        self._labels = call.target, call.loss_kwargs
         targets = _ready("target_mbs", call.target_mbs, self._count)
         if call.target is not None:
             targets = self._divided_target(call.target)
@@ -578,7 +582,9 @@ class MicroBatches:
         spec = self._specs.target
         if spec is not None:
             return divided_by_spec(target, spec, self._count, "target")
-        return parts_of(target, self._part, self._count)
+        parts = parts_of(target, self._part, self._count)
+        self._note_whole(target, parts)
+        return parts
 
     def _part(self, leaf: Any, chunk: int) -> Any:
         """The part of what is in a target that goes to one micro-batch."""
@@ -650,6 +656,53 @@ class MicroBatches:
             if tensor.shape[mark.dim] == whole:
                 return mark
         return None
+
+    def shown_labels(self, given: tuple[Any, Any], chunk: int) -> str:
+        """What one micro-batch is given for its loss besides the output, and how it came by it."""
+        texts: list[str] = []
+        for name, whole, parts in zip(
+            ("target", "loss_kwargs"), self._labels, given, strict=True
+        ):
+            if len(parts) == 0:
+                continue
+            before = dict(leaves_by_path(name, whole))
+            for path, leaf in leaves_by_path(name, parts[chunk]):
+                text = f"{path} {shown_value(leaf)}"
+                texts.append(text + self._came_by(leaf, before.get(path)))
+        return ", ".join(texts) or "nothing else"
+
+    def _came_by(self, part: Any, whole: Any) -> str:
+        if not isinstance(whole, torch.Tensor) or self._count == 1:
+            return ""
+        if part is not whole:
+            return f" (a part of {shown_value(whole)})"
+        return f" (whole in each micro-batch{self._why_whole()})"
+
+    def _why_whole(self) -> str:
+        lengths = sorted({shape[dim] for shape, dim in self._divided})
+        if not lengths:
+            return ""
+        samples = " or ".join(map(str, lengths))
+        return f", because no dim of it is as long as the batch, {samples}"
+
+    def _note_whole(self, target: Any, parts: Sequence[Any]) -> None:
+        """Notes a target of which each micro-batch has all."""
+        before = dict(leaves_by_path("target", target))
+        now = dict(leaves_by_path("target", parts[0]))
+        sized = [
+            path
+            for path, leaf in before.items()
+            if isinstance(leaf, torch.Tensor) and leaf.dim()
+        ]
+        if self._count == 1 or not sized:
+            return
+        if any(now.get(path) is not before[path] for path in sized):
+            return
+        self.notes[
+            f"{sized[0]} {shown_value(before[sized[0]])} is whole in each of {self._count} micro-batches"
+            f"{self._why_whole()}\n"
+            "  otherwise: Driver(target_chunk_spec=...) says how it is divided"
+        ] = None
 
     # --- outputs ----------------------------------------------------------------------------------
 

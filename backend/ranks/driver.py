@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from stagecut.backend.ranks.agree import Calls, agree_on_program, agree_on_values
 from stagecut.backend.ranks.batch import LABELS, Call, ChunkSpecs, MicroBatches
 from stagecut.backend.ranks.buffers import Buffers
+from stagecut.backend.ranks.built import built_otherwise, notes_on_mixture
 from stagecut.backend.ranks.data import Data
 from stagecut.backend.ranks.draws import Draws, draws
-from stagecut.backend.ranks.faults import Faults
+from stagecut.backend.ranks.faults import Faults, Report, failure_of_loss
 from stagecut.backend.ranks.gradients import Gradients
 from stagecut.backend.ranks.kinds import (
     device_of,
@@ -34,6 +35,8 @@ from stagecut.backend.ranks.losses import (
     Losses,
     StepLosses,
     add_corrected,
+    carriers,
+    no_loss,
     put_aside,
     takes_no_target,
 )
@@ -66,8 +69,10 @@ from stagecut.backend.stages.roles import RoleCode
 from stagecut.backend.stages.saving import Saving
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.tables import table
+from stagecut.ir.blame import raise_ours
 from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.keywords import near_names_in
+from stagecut.ir.run.shown import shown_value
 from stagecut.ir.types import value_bytes
 
 
@@ -127,6 +132,10 @@ class Driver:
     Raises InputError for arguments that do not fit each other, the group or the pipe, and StagecutError where
     the ranks have different pipes.
     """
+
+    _failure: Report | None = None
+    _loss_error: Exception | None = None
+    """The failure of the loss function in the present call, and its error."""
 
     def __init__(
         self,
@@ -195,6 +204,7 @@ class Driver:
         )
         agree_on_program(pipe.program, settings, group)
         agree_on_values(pipe, self.placement, group)
+        self._built_otherwise = built_otherwise(pipe, group)
         self._wrap = wrap
         self._returns = return_outputs
         self._share = share_losses
@@ -233,9 +243,15 @@ class Driver:
             self._graphs = {
                 i: Graphs(pipe, i, code, recompute) for i in self.stage_indices
             }
-        numbers = schedule, pipe.num_stages, ranks, n_microbatches, order
         self._saving = Saving(
-            pipe, self._graphs, activation_budget, cache(lambda: flights_of(*numbers))
+            pipe,
+            self._graphs,
+            activation_budget,
+            cache(
+                lambda: flights_of(
+                    schedule, pipe.num_stages, ranks, n_microbatches, order
+                )
+            ),
         )
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._notes: dict[str, None] = {}
@@ -263,7 +279,7 @@ class Driver:
     def notes(self) -> tuple[str, ...]:
         """The outputs of the calls so far that could not be put together, and why; the stages that autograd
         runs in the place of graphs, and why; what the steps so far may not have been meant to do, such as to
-        train nothing.
+        train nothing; whether ranks built the model with other values.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
@@ -373,11 +389,7 @@ class Driver:
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
-        if how == "step":
-            notes = notes_of_step(
-                self.pipe, losses is not None, lambda: self._changes_by_mode
-            )
-            self._notes |= dict.fromkeys(notes)
+        self._note(how, losses is not None)
         with self.faults.alike():
             if any(entry.share == "feedback" for entry in self.pipe.program.state):
                 # the pipe may have been switched since the stages were made
@@ -412,6 +424,16 @@ class Driver:
         if results is None:
             return None, step_losses
         return self._batch.joined(results), step_losses
+
+    def _note(self, how: str, has_losses: bool) -> None:
+        """`notes` has what is to be noted about a call that begins."""
+        others, self._built_otherwise = self._built_otherwise, {}
+        notes: list[str] = []
+        if others:  # in the first call, since weights may be loaded until then
+            notes += notes_on_mixture(self.pipe, self.stage_indices, others)
+        if how == "step":
+            notes += notes_of_step(self.pipe, has_losses, lambda: self._changes_by_mode)
+        self._notes |= dict.fromkeys(notes)
 
     def _agreed(self, call: Call, how: str) -> Losses | None:
         """The object that computes the losses of a call, None for a call without losses. The ranks agree on
@@ -465,6 +487,8 @@ class Driver:
         aside = put_aside(self.parameters()) if backward and self._normalize_by else {}
         numbers = torch.arange(self.n_microbatches) if self.is_last else None
         self._call_losses = losses
+        self._failure = None
+        self._silent = self._is_silent(how)
 
         def run() -> None:
             self._read_by_loss = []
@@ -486,6 +510,9 @@ class Driver:
         told = self._last_told(how, losses)
         if backward and self._normalize_by:
             add_corrected(self.parameters(), aside, told.factor)
+        if told.failure is not None:
+            error, self._loss_error = self._loss_error, None
+            raise self.faults.failed_loss(told.failure) from error
         self._lent.agree(told.read)
         if backward:
             self._lent.give(told.factor)
@@ -497,17 +524,21 @@ class Driver:
         """
         if losses is None:
             return Told()
-        needed = self._share or self._normalize_by is not None
-        silent = not needed and how in self._looked
-        self._looked.add(how)
-        own = Told()
-        if self.is_last:
-            read = tuple(self._lent.read)
-            own = Told(losses.result(), losses.correction, read)
-        if silent:
+        own = Told(failure=self._failure)
+        if self._failure is None:
+            self._looked.add(how)
+            if self.is_last:
+                read = tuple(self._lent.read)
+                own = Told(losses.result(), losses.correction, read)
+        if self._silent:
             self._lent.refuse_late()
             return own
         return tell(own, self._share, self.placement[-1], self.group, self.device)
+
+    def _is_silent(self, how: str) -> bool:
+        """True for a call after which the last rank tells the others nothing."""
+        needed = self._share or self._normalize_by is not None
+        return not needed and how in self._looked
 
     def _built(self, index: int, sizes: Sizes, dtypes: Dtypes) -> BuiltStage:
         """A stage for torch's schedules, with the module that `wrap` made of it."""
@@ -555,21 +586,52 @@ class Driver:
         return self._schedules[key]
 
     def _loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
-        """The user's loss of one micro-batch; torch passes its number for a target."""
-        index = int(number)
+        """The user's loss of one micro-batch; torch passes its number for a target. Where the loss function
+        has failed, no loss: the other ranks wait for the backward before they can be told.
+        """
         packed = as_tuple(output)
         if self._call_losses is None:
             return torch.zeros(())
-        result = self._batch.structured(packed, index)
+        if self._failure is None:
+            result = self._batch.structured(packed, int(number))
+            try:
+                return self._loss_of(self._call_losses, result, packed, int(number))
+            except Exception as error:
+                raise_ours(error)
+                self._failure = self._told_later(error, result, packed, int(number))
+                if self._failure is None:
+                    raise
+                self._loss_error = error
+        return no_loss(packed)
+
+    def _loss_of(
+        self, losses: Losses, result: Any, packed: Sequence[Any], index: int
+    ) -> torch.Tensor:
         grad = torch.is_grad_enabled()
         look = grad or not (index or "eval" in self._looked)
         with torch.set_grad_enabled(look):
-            loss = self._call_losses.of(result, index)
+            loss = losses.of(result, index)
         if look:
             self._look(leaves_of(loss, packed))
         if grad:
             return self._gradients.scaled(loss)
         return loss
+
+    def _told_later(
+        self, error: Exception, result: Any, packed: Sequence[Any], index: int
+    ) -> Report | None:
+        """A report of an error that the loss function raised, for when the schedule is through; None where it
+        cannot go on so far.
+        """
+        grad = torch.is_grad_enabled()
+        if self._silent or self._step_graphs is not None:
+            return None
+        if grad and not carriers(packed):
+            return None
+        assert self._call_losses is not None
+        given = f"{shown_value(result)} and {self._batch.shown_labels(self._call_losses.given, index)}"
+        how = "step" if grad else "eval"
+        return failure_of_loss(error, self.pipe.num_stages - 1, given, how)
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""

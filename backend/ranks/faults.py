@@ -47,12 +47,16 @@ _OWN_FOLDER = Path(__file__).parent
 _BROKEN: WeakSet[dist.ProcessGroup] = WeakSet()
 """Groups in which a rank failed."""
 
+Report = dict[str, Any]
+"""`what` failed, `where`, in which `stage`, and a `hint`. `what` is empty where another rank is gone."""
+
 RESTART = "start all ranks again from checkpoint.latest(folder)"
 
 
 class RankError(StagecutError):
-    """A rank failed; every rank of the group raises this. The group is broken. The hint says what fits the
-    cause: a rank that was killed is started again, code that raised is mended first.
+    """A rank failed; every rank of the group raises this. The group is broken, except where only the loss
+    function failed. The hint says what fits the cause: a rank that was killed is started again, code that
+    raised is mended first.
 
     `ranks` are those that failed, `where` says what failed there. On a rank that failed by itself, the error
     is `__cause__`.
@@ -121,7 +125,7 @@ class Faults:
         except Exception as error:
             if error is self._refused:
                 raise
-            raise self._failed(error) from _cause(error)
+            raise self._failed(error) from _origin(error)
         except BaseException as error:
             self._report(error)
             raise
@@ -144,7 +148,7 @@ class Faults:
             if self._all_refuse():
                 self._refused = error
                 raise
-            raise self._failed(error) from _cause(error)
+            raise self._failed(error) from _origin(error)
 
     def _all_refuse(self) -> bool:
         key = f"refusal {self._refusals}"
@@ -169,6 +173,7 @@ class Faults:
     def _failed(self, error: Exception) -> RankError:
         """The error that this rank ends with, after all ranks were told to stop."""
         report = self._report(error)
+        _shorten(error, report)
         if report["what"]:
             return self._error(self.rank, report)
         try:
@@ -177,7 +182,7 @@ class Faults:
             what = f"the store of the group does not answer: {self._title(0)}, which mostly holds it, is gone"
             return RankError(what, [self._global(0)])
 
-    def _report(self, error: BaseException) -> dict[str, Any]:
+    def _report(self, error: BaseException) -> Report:
         """The other ranks can read what failed here, and nothing is exchanged any more."""
         report = _described(error)
         try:
@@ -194,7 +199,7 @@ class Faults:
         when the store does not answer.
         """
         answered: set[int] = set()
-        reports: list[tuple[int, dict[str, Any]]] = []
+        reports: list[tuple[int, Report]] = []
 
         def one_has_failed() -> bool:
             for rank in range(self.ranks):
@@ -222,7 +227,11 @@ class Faults:
             [self._global(rank) for rank in gone],
         )
 
-    def _error(self, rank: int, report: dict[str, Any]) -> RankError:
+    def failed_loss(self, failure: Report) -> RankError:
+        """The error of every rank for a loss function that failed."""
+        return self._error(self._homes[-1], failure)
+
+    def _error(self, rank: int, report: Report) -> RankError:
         return RankError(
             f"{self._title(rank, report['stage'])} failed: {report['what']}",
             [self._global(rank)],
@@ -293,7 +302,32 @@ def _line(error: BaseException) -> str:
 # --- what failed, and where ---------------------------------------------------------------------------
 
 
-def _described(error: BaseException) -> dict[str, Any]:
+def failure_of_loss(
+    error: Exception, stage: int, given: str, how: str
+) -> Report | None:
+    """A report of an error that the loss function raised, `given` such arguments, for all ranks: they can go
+    on, though `how` they were called has no result. None where they cannot.
+    """
+    report = _described(error)
+    if not report["what"] or isinstance(error, _FATAL):
+        return None
+    report["stage"] = stage
+    if not isinstance(error, StagecutError):
+        report["where"] += f", where loss_fn was given {given}"
+        report["hint"] = "mend what fails there"
+    report["hint"] += "; the ranks can go on"
+    if how == "step":
+        report["hint"] += (
+            ": zero_grad first, since this step has left parts of gradients"
+        )
+    drop_our_steps(error)
+    return report
+
+
+_FATAL = torch.OutOfMemoryError, MemoryError, OSError
+
+
+def _described(error: BaseException) -> Report:
     """A report of the error: what, where, in which stage, and a hint. `what` is empty when the error only
     says that another rank is gone.
     """
@@ -342,16 +376,15 @@ def _origin(error: BaseException) -> BaseException:
     return error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The error that torch's schedules wrap. One that only says that another rank is gone has no steps, which
-    only waited; one of ours has none of ours.
+def _shorten(error: BaseException, report: Report) -> None:
+    """The error that torch's schedules wrap has no steps where it only says that another rank is gone, since
+    they only waited; one of ours has none of ours.
     """
     origin = _origin(error)
-    if not _described(error)["what"]:
+    if not report["what"]:
         drop_all_steps(origin)
     elif isinstance(origin, StagecutError):
         drop_our_steps(origin)
-    return origin
 
 
 def _stage_of(frame: FrameType) -> int | None:

@@ -157,6 +157,21 @@ class Losses:
         return StepLosses(means, whole, metrics)
 
 
+def carriers(outputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The outputs from which a backward can begin."""
+    tensors = (output for output in outputs if isinstance(output, torch.Tensor))
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def no_loss(outputs: Sequence[Any]) -> torch.Tensor:
+    """A loss in the place of one that failed: the gradients of these outputs are zeros."""
+    total = torch.zeros(())
+    for output in carriers(outputs):
+        whole = output.sum() * 0
+        total = total.to(whole.device) + (whole.real if whole.is_complex() else whole)
+    return total
+
+
 def put_aside(
     parameters: Sequence[torch.nn.Parameter],
 ) -> dict[torch.nn.Parameter, torch.Tensor]:

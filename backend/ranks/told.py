@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from stagecut.backend.ranks.faults import Report
 from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.ranks.losses import StepLosses
 
@@ -23,12 +24,13 @@ Group = dist.ProcessGroup | None
 @dataclass(frozen=True)
 class Told:
     """The losses; the factor that the gradients lack, None for none; the entries of the state that the loss
-    function reads.
+    function reads. Or nothing of these, and a report of its failure, as in backend/ranks/faults.py.
     """
 
     losses: StepLosses = field(default_factory=StepLosses)
     factor: torch.Tensor | None = None
     read: tuple[int, ...] = ()
+    failure: Report | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ def tell(
     losses = own.losses if share else StepLosses()
     parts = [*losses], losses.batch, losses.metrics, own.factor
     leaves = tree_leaves(parts)
-    message = [(tree_map(_sent, parts), own.read)]
+    message = [(tree_map(_sent, parts), own.read, own.failure)]
     dist.broadcast_object_list(message, group=group_of_hosts(group), group_src=source)
-    told, read = message[0]
+    told, read, failure = message[0]
     sent, spec = tree_flatten(told)
     tensors = [leaf for leaf in sent if isinstance(leaf, _Sent)]
     nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -68,7 +70,7 @@ def tell(
     whole = iter(_unpacked(packed, tensors))
     received = [next(whole) if isinstance(leaf, _Sent) else leaf for leaf in sent]
     parts = tree_unflatten(received, spec)
-    return Told(StepLosses(*parts[:3]), parts[3], read)
+    return Told(StepLosses(*parts[:3]), parts[3], read, failure)
 
 
 def _sent(leaf: Any) -> Any:

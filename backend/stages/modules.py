@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stagecut.backend.stages.fx_view import stage_graph
-from stagecut.ir.errors import EmitError, ModeError, StagecutError
+from stagecut.ir.errors import EmitError, ModeError, StagecutError, nearest
 from stagecut.ir.run.bindings import EXTRA, ModuleFacts
 from stagecut.ir.run.objects import numbers_and_texts, opened, tensor_paths
 from stagecut.ir.run.targets import BUILTINS, attribute
@@ -514,16 +514,30 @@ UNSEEN_LAYERS = (CHECKPOINTED, "_orig_mod")
 def submodule(root: nn.Module, target: str) -> nn.Module:
     """The module at a path below `root`, as `StageModule.get_submodule` finds it."""
     module = root
+    path = ""
     for name in target.split(".") if target else ():
+        path = f"{path}.{name}".lstrip(".")
         owners = (layer for layer in layers(module) if name in layer._modules)
         owner = next(owners, None)
         child = None if owner is None else owner._modules[name]
         if child is None:
-            raise AttributeError(
-                f"{module._get_name()} has no module '{name}', looked for as '{target}'"
-            )
+            raise unknown(module, "module", path)
         module = child
     return module
+
+
+def unknown(module: nn.Module, noun: str, path: str) -> AttributeError:
+    """The error for a `path` whose last name is none of those in `module`. noun: "module", "parameter" or
+    "buffer", which is what the path was to lead to.
+    """
+    above, _, name = path.rpartition(".")
+    owner = f"'{above}', a {module._get_name()}," if above else module._get_name()
+    names: list[str] = []
+    for layer in layers(module):
+        held = getattr(layer, f"_{noun}s").items()
+        names += [each for each, part in held if part is not None]
+    known = nearest(name, (each for each in names if each not in UNSEEN_LAYERS))
+    return AttributeError(f"{owner} has no {noun} '{name}': {known}")
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:

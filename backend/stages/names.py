@@ -17,7 +17,9 @@ from stagecut.backend.stages.modules import (
     layers,
     stored,
     submodule,
+    unknown,
 )
+from stagecut.ir.blame import drop_our_steps
 from stagecut.ir.errors import StagecutError, UnknownNameError
 
 
@@ -117,6 +119,9 @@ class Joined(Parts):
         }
         self.__dict__.update({kind: Everywhere(parts, kind) for kind in KINDS})
 
+    def _get_name(self) -> str:
+        return str(self._parts[0]._get_name())
+
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StagecutError(
             "several stages have a part of this module, and it does not run as a whole",
@@ -144,6 +149,14 @@ class Named(Parts):
 
     _parts: Sequence[Stage]
     _names: dict[str, None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch. What it raises as a StagecutError has no steps of ours in its traceback."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except StagecutError as error:
+            drop_our_steps(error)
+            raise
 
     def _name(self, stages: list[Stage], names: Iterable[str]) -> None:
         """From here on its tree is that of these stages, and `names` are the model's names, in its order."""
@@ -173,10 +186,11 @@ class Named(Parts):
 
     def _tensor(self, kind: str, target: str) -> Any:
         path, _, name = target.rpartition(".")
-        places = (getattr(layer, kind) for layer in layers(self.get_submodule(path)))
+        module = self.get_submodule(path)
+        places = (getattr(layer, kind) for layer in layers(module))
         tensor = next((place[name] for place in places if name in place), None)
         if tensor is None:
-            raise AttributeError(f"the model has no {kind.strip('_')[:-1]} '{target}'")
+            raise unknown(module, kind.strip("_")[:-1], target)
         return tensor
 
     def named_parameters(

@@ -14,6 +14,7 @@ from stagecut.backend.stages.emit import emit
 from stagecut.backend.stages.modules import Stage, switching
 from stagecut.backend.stages.names import Named
 from stagecut.backend.stages.run import release_plan, run_stages
+from stagecut.backend.stages.sampled import Samples
 from stagecut.backend.stages.state import refuse_meta
 from stagecut.ir.check.verifier import verify
 from stagecut.ir.errors import InputError
@@ -48,6 +49,8 @@ class Staged(Named):
         self._attributes_read = tuple(bindings.attributes_read)
         self._held: Held | None = None
         self._sizes: dict[str, int] = {}
+        self._built: Samples = {}
+        """Numbers of the model's tensors at the cut; none of a model that was not cut here."""
         self.traced_under: dict[str, torch.dtype] = {}
         """Device type -> the dtype of the autocast that stood around the trace."""
         self.plan: Any = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from keyword import iskeyword
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +36,7 @@ from stagecut.ir.run.given import (
     text_of,
 )
 from stagecut.ir.run.objects import opened
+from stagecut.ir.run.shown import shown_value
 from stagecut.ir.run.storage import SHORT
 from stagecut.ir.sizes import expression
 from stagecut.ir.types import DTYPES, FLOATS, NONE, ScalarType, TensorType
@@ -61,7 +61,8 @@ class CallSpec:
     positional and keywords are the argument names of the example call; parameters are all names the model's
     forward takes by position, with their defaults where they have one; ranges are the least and the greatest
     value of each symbolic size, None for no bound; written is the signature of the model's forward, None
-    where only the names are known.
+    where only the names are known; needs_arguments is True when the result holds objects that forward was
+    given, or forward changes them.
     """
 
     positional: tuple[str, ...]
@@ -71,6 +72,11 @@ class CallSpec:
     out_spec: TreeSpec
     ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     written: inspect.Signature | None = field(default=None, compare=False)
+    needs_arguments: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # not a cached_property, whose lock torch.compile cannot trace
+        self.needs_arguments = holds_given(self.out_spec)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -128,11 +134,6 @@ class CallSpec:
         leaves there.
         """
         return self.out_spec.type is Outcome
-
-    @cached_property
-    def needs_arguments(self) -> bool:
-        """True when the result holds objects that forward was given, or forward changes them."""
-        return holds_given(self.out_spec)
 
     @property
     def result_leaves(self) -> int:
@@ -266,7 +267,7 @@ class CallSpec:
         for name, value, spec in zip(names, values, specs, strict=True):
             actual = tree_flatten(opened_arguments(without_sizes(value)))[1]
             if actual != spec:
-                return f"argument '{name}' has another structure"
+                return f"argument '{name}' has another structure: it is {shown_value(value)}"
         return "the nesting differs"
 
 
@@ -361,7 +362,7 @@ def check_inputs(
 
 def unlike_example(name: str, kind: TensorType, given: Any) -> InputError:
     """The error for an input that was traced as a tensor of this type, and is none or has other dims."""
-    is_now = f"a {type(given).__name__}"
+    is_now = shown_value(given)
     if given is None:
         is_now = "missing, or None"
     if isinstance(given, torch.Tensor):

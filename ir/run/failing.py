@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_is_leaf
+
+from stagecut.ir.run.shown import listed, shown_value
 
 _CALL = nn.Module._call_impl.__code__
-MOST_GIVEN = 4
-"""So many tensors are listed."""
 
 
 class FailedCall(NamedTuple):
-    """A call of a module that did not return. given: the dtypes and shapes of its tensors, '' for none."""
+    """A call of a module that did not return. given: its tensors, by dtypes and shapes, and its containers;
+    '' for neither.
+    """
 
     module: nn.Module
     given: str
@@ -28,7 +31,7 @@ def failed_calls(error: BaseException) -> list[FailedCall]:
         if frame.f_code is not _CALL:
             continue
         given = frame.f_locals
-        inputs = given.get("args"), given.get("kwargs")
+        inputs = *given.get("args", ()), *given.get("kwargs", {}).values()
         call = FailedCall(given["self"], _types(inputs))
         calls.append(call)
     return calls
@@ -46,15 +49,10 @@ def failed_at(path: str, given: str, line: str) -> str:
     return ", ".join(parts)
 
 
-def _types(inputs: Any) -> str:
-    leaves = tree_leaves(inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    shown: list[str] = []
-    for tensor in tensors[:MOST_GIVEN]:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shape = [*map(int, tensor.shape)]
-        shown.append(f"{dtype}{shape}")
-    left = len(tensors) - len(shown)
-    if left:
-        shown.append(f"{left} more")
-    return " and ".join(shown)
+def _types(inputs: Sequence[Any]) -> str:
+    told = (each for each in inputs if _tells(each))
+    return listed(map(shown_value, told))
+
+
+def _tells(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) or not tree_is_leaf(given)

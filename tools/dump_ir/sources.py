@@ -124,9 +124,11 @@ def _exported(path: Path, trusted: bool) -> Source:
 def _traced(module: Any, args: Any, kwargs: Any, leaves: Sequence[str] = ()) -> Source:
     from stagecut.frontend.capture.quiet import quiet_torch
     from stagecut.pipe import lower
+    from stagecut.unwrapped import unwrapped
 
     with quiet_torch():
-        program, bindings, _ = lower(module, args, kwargs, leaf_modules=leaves)
+        model = unwrapped(module)
+        program, bindings, _ = lower(model, args, kwargs, leaf_modules=leaves)
     inputs = (
         bindings.call.flatten(args, kwargs) if bindings.call is not None else list(args)
     )
