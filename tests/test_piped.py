@@ -156,8 +156,8 @@ def test_a_model_of_transformers_shows_what_its_trainer_reads() -> None:
 
 @pytest.mark.parametrize("of", [lambda pipe: pipe, lambda pipe: pipe.module()], ids=["pipe", "module"])
 def test_it_is_compiled_as_one_graph(of: Any) -> None:
-    pipe, x = cut(split_spec={"linear": SplitPoint.END}), torch.ones(2, 4, dtype=torch.float64)
-    module = of(pipe)
+    model, x = Model(), torch.ones(2, 4, dtype=torch.float64)
+    module = of(pipeline(model, (x,), {"gain": 0.5}, split_spec={"linear": SplitPoint.END}))
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert all(map(torch.equal, tree_flatten(compiled(x, gain=0.5))[0], tree_flatten(module(x, gain=0.5))[0]))
