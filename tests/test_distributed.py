@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.export import Dim
 from stagecut import Driver, InputError, StagecutError, build_stage, pipe_split, pipeline
 from stagecut.backend.ranks.agree import agree_on_program
 from stagecut.backend.ranks.placement import placement
+from stagecut.backend.ranks.posts import shares_a_stream
 from stagecut.backend.ranks.stage import MismatchError
 from stagecut.ir.text.printer import _ON_DEVICE
 
@@ -154,6 +156,15 @@ def test_messages_are_begun_one_by_one_under_schedules_with_several_stages_a_ran
         assert (batched == 0) is alone
         assert equal
         assert not waiting
+
+
+@pytest.mark.parametrize(("ranks", "bound", "device", "shares"), [
+    (4, "cuda:0", "cuda", True), (2, "cuda:0", "cuda", False), (4, None, "cuda", False), (4, "cuda:0", "cpu", False),
+])  # fmt: skip
+def test_a_group_that_is_bound_to_a_device_has_one_stream(ranks: int, bound: str | None, device: str, shares: bool) -> None:
+    """It has one communicator for all messages, whatever is begun by itself."""
+    group: Any = SimpleNamespace(size=lambda: ranks, bound_device_id=bound)
+    assert shares_a_stream(group, torch.device(device)) is shares
 
 
 def _train_and_count_batches(schedule: str) -> tuple[int, bool, list[Any]]:

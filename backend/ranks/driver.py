@@ -49,6 +49,7 @@ from stagecut.backend.ranks.placement import (
     refuse_no_group,
     schedule_class,
 )
+from stagecut.backend.ranks.posts import ONE_STREAM, shares_a_stream
 from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.recorded import Step, StepGraphs, refuse_drawing
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
@@ -279,7 +280,8 @@ class Driver:
     def notes(self) -> tuple[str, ...]:
         """The outputs of the calls so far that could not be put together, and why; the stages that autograd
         runs in the place of graphs, and why; what the steps so far may not have been meant to do, such as to
-        train nothing; whether ranks built the model with other values.
+        train nothing; whether ranks built the model with other values; whether messages share a stream in
+        vain.
         """
         stages = [
             f"stage {index} runs by autograd: {graphs.note}"
@@ -580,6 +582,8 @@ class Driver:
             if isinstance(schedule, _PipelineScheduleRuntime):
                 for stage in stages:
                     stage.begin_alone()
+                if shares_a_stream(self.group, self.device):
+                    self._notes[ONE_STREAM] = None
             self._schedules[key] = schedule, stages
         for stage in self._schedules[key][1]:
             stage.resize(sizes)

@@ -10,7 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+ONE_STREAM = (
+    "the group of ranks was made with device_id=, so that all messages of a rank go over one stream and wait "
+    "for each other\n"
+    "  try: init_process_group without device_id=, after torch.cuda.set_device(...)"
+)
+
+
+def shares_a_stream(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """True where a rank has several neighbours, and NCCL one communicator, and so one stream, for all."""
+    group = group or dist.group.WORLD
+    if group is None or device.type != "cuda" or group.size() < 3:
+        return False
+    return getattr(group, "bound_device_id", None) is not None
 
 
 class Posts:
