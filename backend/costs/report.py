@@ -247,15 +247,14 @@ class Report:
             reasons.append(
                 "that would compute some stages while its host starts the ops of others"
             )
-        if self.timeline.sent:
-            reasons.append("messages slow them")
+        slow = "messages or hosts" if any(s.host for s in self.stages) else "messages"
+        reasons.append(f"{slow} slow devices")
         is_measured = any("measured" in s.sources for s in self.stages)
         if is_measured and any(e.step.kind == INPUT for e in self.timeline.events):
             reasons.append("backwards that are split take longer")
-        told = ", ".join(reasons) or "devices wait for their hosts at first"
         return (
             f"ranks work {100 * self.more_work:.1f} % longer in all than one device "
-            f"would: {told}"
+            f"would: {', '.join(reasons)}"
         )
 
     @property

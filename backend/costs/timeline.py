@@ -61,8 +61,8 @@ class Timeline:
         return self.seconds - self._steps_of(rank) - self._host_alone(rank)
 
     def host_until(self, rank: int) -> float:
-        """Up to here a device that has no step to do waits while its host starts what comes next; such times
-        together are those by which the host has more to do than the device.
+        """The second up to which the device of a rank, where it has no step to do, waits while its host
+        starts what comes next. These times together are those by which the host has more to do.
         """
         left = self._host_alone(rank)
         reached = 0.0

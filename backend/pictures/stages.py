@@ -203,10 +203,8 @@ class _StageGraph:
             text = [
                 (f"{len(values)} values, {total_text(values)}", "n"),
                 (some(names, "value"), "s"),
+                *_makers(values),
             ]
-            makers = dict.fromkeys(filter(None, map(maker_of, values)))
-            if makers:
-                text.append((f"from {some([*makers], 'module', 2)}", "s"))
             self._edge(tail, head, route, values, edge, text)
             return
         for value in values:
@@ -217,6 +215,8 @@ class _StageGraph:
                 size = total_text([value])
                 text.append((name, "n"))
                 text.append((f"{type_text(value)}, {size}", "s"))
+            if route == "send":
+                text += _makers([value])
             self._edge(tail, head, route, [value], edge, text)
 
     def _edge(
@@ -312,6 +312,13 @@ class _StageGraph:
         if not pairs:
             return []
         return ["tied"]
+
+
+def _makers(values: Iterable[Value]) -> Iterator[tuple[str, str]]:
+    """A line with the modules that make the values, where there are any."""
+    makers = dict.fromkeys(filter(None, map(maker_of, values)))
+    if makers:
+        yield f"from {some([*makers], 'module', 2)}", "s"
 
 
 def _told_apart(ways: list[Hop]) -> tuple[list[Hop], list[Hop]]:
