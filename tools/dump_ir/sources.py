@@ -33,7 +33,8 @@ from stagecut.passes.fold_blocks import unfold
 @dataclass
 class Source:
     """A program, and for a model its bindings, the flat inputs of the example call, and the notes of
-    tracing. `is_model` is False for text, which may have been through any pass.
+    tracing. `is_model` is False for text, which may have been through any pass. `is_kept` is True where the
+    program is from the cache.
     """
 
     program: Program
@@ -41,6 +42,7 @@ class Source:
     inputs: list[Any] | None = None
     notes: Sequence[str] = ()
     is_model: bool = False
+    is_kept: bool = False
 
 
 _FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for text"
