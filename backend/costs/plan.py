@@ -73,7 +73,10 @@ class Choice:
                     f"it divides blocks, and between them a step takes {100 * longer:.1f} % longer: "
                     f'inside="{self.inside}" asks for more than {100 * WORTH:g} %'
                 )
-        return f"others that divide less or send less may take {100 * self.tolerance:g} % longer"
+        return (
+            "the chosen ones divide fewer modules or send fewer bytes, for which a step may take "
+            f"{100 * self.tolerance:g} % longer"
+        )
 
     def _divides(self, way: Cuts) -> bool:
         return any(self.places[cut].is_inside for cut in way.cuts[1:-1])

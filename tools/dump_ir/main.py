@@ -265,19 +265,19 @@ def _add_cuts(group: Any) -> None:
     group.add_argument(
         "--schedule",
         default="1F1B",
-        help="what --stages and --report reckon with (default: 1F1B)",
+        help="the schedule that --stages and --report reckon with (default: 1F1B)",
     )
     group.add_argument(
         "--microbatches",
         metavar="N",
         type=whole_number,
         default=8,
-        help="so many of them (default: 8)",
+        help="how many micro-batches they reckon with (default: 8)",
     )
     group.add_argument(
         "--device",
         default="H100",
-        help="and this device: H100, H200, A100, ... (default: H100)",
+        help="the device that they reckon with: H100, H200, A100, ... (default: H100)",
     )
 
 
@@ -347,7 +347,8 @@ def _add_shown(group: Any) -> None:
     group.add_argument(
         "--unfold",
         action="store_true",
-        help="the ops of every block, where blocks that do the same would be calls of one function",
+        help="the ops of every block, as pipe.ir() has them, where blocks that do the same would be calls of "
+        "one function",
     )
     group.add_argument(
         "--roles",
