@@ -49,7 +49,10 @@ def test_a_plan_names_what_begins_at_each_cut() -> None:
             {"inside": "if worth it"},
             r'it divides blocks, and between them a step takes (.*) % longer: inside="if worth it" asks for more than 3 %',
         ),
-        ({"inside": "always", "tolerance": 0.5}, r"the chosen ones divide fewer modules or send fewer bytes, for which a step may take 50 % longer"),
+        (
+            {"inside": "always", "tolerance": 0.5},
+            r"the chosen ones divide fewer modules or send fewer bytes, for which a step may take 50 % longer",
+        ),
     ],
 )
 def test_a_shorter_step_that_was_not_chosen_has_its_reason(options: dict[str, Any], why: str) -> None:
