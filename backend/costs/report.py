@@ -259,7 +259,7 @@ class Report:
                 parts.append(f"{words} for {counts[source]}")
         told = ", ".join(parts) or "none"
         if self.loss:
-            told += f"; the last stage computes the loss as well, {self.loss}"
+            told += f"; the last stage computes the loss, {self.loss}"
         return f"times of ops: {told}"
 
     def _search_lines(self) -> Iterator[str]:
