@@ -290,6 +290,32 @@ def test_threads_count_where_somebody_asks(
     assert ask()[0] == counts
 
 
+def test_threads_count_where_a_number_is_computed(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of float32 has other last digits with another number of threads."""
+    adds = MODEL.replace("x = x + 1", "x = x + self.mean")
+    computes = "torch.manual_seed(0)\n        self.mean = torch.rand(99).mean().item()\n        self.first ="
+    (folder / "model.py").write_text(adds.replace("self.first =", computes))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert ask()[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert ask()[0]
+
+
+NUMBERS = {
+    "0.35355339059327373": False,
+    "0.1": False,
+    "0.25": False,
+    "3.4028234663852886e+38": False,
+    "1.5e+300": False,
+    "0.09999999403953552": True,
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_computed_number_is_told_by_its_digits(number: str) -> None:
+    assert evidence.has_computed_number(f"%a = aten.mul.Tensor(%x, -{number})") == NUMBERS[number]
+
+
 COSTS = ["", "--report", "--report --format json", "--report --format svg", "--timeline --format json", "--timeline --format svg"]
 
 

@@ -34,6 +34,7 @@ from stagecut.tools.dump_ir.evidence import (
     change,
     environment,
     folders,
+    has_computed_number,
     other_variables,
     watching,
 )
@@ -87,12 +88,14 @@ def cached(options: Namespace, load: Callable[[], Source], fresh: bool) -> Sourc
         return _source_of(found.content)
     with watching(os.path.dirname(options.source.rpartition(":")[0])) as watch:
         source = load()
-    answer = {
+    answer: dict[str, Any] = {
         "notes": [*source.notes],
         "output_names": [*source.program.output_names],
         "program": text(source.program),
     }
     notes = [*source.notes]
+    if has_computed_number(answer["program"]):
+        watch.ask_threads()
     try:
         kept.write(answer, watch)
     except Outside as reason:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
+import struct
 import sys
 import sysconfig
 import time
@@ -209,6 +211,34 @@ def _always_counts(name: str) -> bool:
 
 def _counts_where_asked(name: str) -> bool:
     return name in THREADS or name.startswith(tuple(_SESSIONS))
+
+
+_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{7,}(?:e[+-]\d+)?")
+_OF_DTYPES = frozenset(
+    (
+        3.4028234663852886e38,
+        1.1754943508222875e-38,
+        1.1920928955078125e-07,
+        3.3895313892515355e38,
+        6.103515625e-05,
+    )
+)
+"""Numbers of torch.finfo."""
+
+
+def has_computed_number(program: str) -> bool:
+    """True where the text of a program has a number that torch may have computed in float32: its last digits
+    may be others with another number of threads.
+    """
+    return any(map(_is_single, map(float, _NUMBER.findall(program))))
+
+
+def _is_single(number: float) -> bool:
+    """True for a number that float32 holds exactly, and that is none of a dtype's own."""
+    if number > max(_OF_DTYPES) or number in _OF_DTYPES:
+        return False
+    (single,) = struct.unpack("f", struct.pack("f", number))
+    return bool(single == number)
 
 
 _GPUS = ("nvidia", "kfd", "dri", "dxg")
