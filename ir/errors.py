@@ -1,4 +1,7 @@
-"""The errors a user may meet. Every one says what is wrong, where, and what to do."""
+"""The errors a user may meet. Every one says what is wrong, where, and what to do.
+
+Each names `stagecut` as its module, from which a user imports it, and so tracebacks and pickles name it.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ class StagecutError(Exception):
     has a line for each, and each is an attribute. cause: the exception of torch or of the model's code that
     led to it, with its whole traceback, where the model could not be traced.
     """
+
+    __module__ = "stagecut"
 
     cause: BaseException | None = None
 
@@ -47,23 +52,38 @@ def _unpickled(cls: type[StagecutError], args: tuple[str]) -> StagecutError:
 
 
 class CaptureError(StagecutError):
-    """The model could not be turned into a program."""
+    """The model could not be turned into a program.
+
+    module: the path of the module that is to blame, where it could be kept whole instead; else empty.
+    """
+
+    __module__ = "stagecut"
+
+    module: str = ""
 
 
 class SplitError(StagecutError, ValueError):
     """A split point names something that does not exist or that cannot be divided."""
 
+    __module__ = "stagecut"
+
 
 class InputError(StagecutError, TypeError):
     """The arguments of a call do not fit the model's signature or the traced program."""
+
+    __module__ = "stagecut"
 
 
 class EmitError(StagecutError):
     """A program could not be turned into executable stages."""
 
+    __module__ = "stagecut"
+
 
 class RolesError(StagecutError):
     """The backward of a stage cannot be made of graphs."""
+
+    __module__ = "stagecut"
 
 
 class BudgetError(StagecutError, ValueError):
@@ -71,6 +91,8 @@ class BudgetError(StagecutError, ValueError):
 
     least: the bytes that it must keep. limit: those that it may. where: the stage, or the rank.
     """
+
+    __module__ = "stagecut"
 
     def __init__(self, least: int, limit: int, *, where: str = "") -> None:
         self.least = least
@@ -89,13 +111,19 @@ class BudgetError(StagecutError, ValueError):
 class ModeError(StagecutError):
     """The stages cannot follow a switch to train or eval mode. Nothing is switched."""
 
+    __module__ = "stagecut"
+
 
 class PassError(StagecutError):
     """A pass was misused: an unknown name, a wrong order, or a wrong claim about its own effect."""
 
+    __module__ = "stagecut"
+
 
 class UnknownNameError(StagecutError, LookupError):
     """A program has no value or state of that name; the message lists the nearest ones."""
+
+    __module__ = "stagecut"
 
 
 _SHOWN = 200
@@ -107,6 +135,8 @@ class ParseError(StagecutError):
 
     what: the fault. file, line, column: where it is, counted from 1. source: the text of that line.
     """
+
+    __module__ = "stagecut"
 
     def __init__(
         self, what: str, *, file: str, line: int, column: int, source: str
@@ -123,6 +153,8 @@ class VerifyError(StagecutError):
 
     violations: every one that was found. after: the pass that ran before, or an empty name.
     """
+
+    __module__ = "stagecut"
 
     def __init__(self, violations: list[str], *, after: str = "") -> None:
         self.violations = violations

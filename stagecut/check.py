@@ -84,9 +84,13 @@ def _tensor_leaves(tree: Any) -> list[torch.Tensor]:
 class CheckError(StagecutError):
     """The pipe does not compute what the model computes."""
 
+    __module__ = "stagecut"
+
 
 class CannotCompare(StagecutError):
     """The original model cannot be run beside the pipe. `cause` is its own exception, where it has one."""
+
+    __module__ = "stagecut"
 
 
 @dataclass(repr=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAGECUT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _new_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds in the cache what another has left there."""
+    name = sha256(request.node.nodeid.encode()).hexdigest()
+    monkeypatch.setenv("STAGECUT_CACHE", str(Path(os.environ["STAGECUT_CACHE"]) / name))
 
 
 @pytest.fixture

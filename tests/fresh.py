@@ -43,10 +43,10 @@ class Fresh:
 
 def _wait() -> None:
     """Runs what standard input asks for, each in a process of its own."""
-    import torch  # noqa: F401
+    import stagecut.tools.dump_ir.main  # before torch: it notes where imports look
 
-    import stagecut.pipe
-    import stagecut.tools.dump_ir.main  # noqa: F401
+    import torch  # noqa: F401  isort: skip
+    import stagecut.pipe  # noqa: F401  isort: skip
 
     gc.freeze()
     for line in sys.stdin:

@@ -138,7 +138,7 @@ def test_module_source(model: str, capsys: pytest.CaptureFixture[str], monkeypat
         (["{model}:make", "--passes", "canonicalize", "--print-after", "partition"], "--print-after partition: this pass is not run"),
         (["{model}:make", "--stop-after", "canonicalize", "--print-before", "route"], "--print-before route: this pass is not run"),
         (["{model}:make", "--leaf", "secnd"], "--leaf names module 'secnd'"),
-        (["nowhere.ir"], "cannot read 'nowhere.ir'"),
+        (["nowhere.ir"], "there is no file 'nowhere.ir'"),
     ],
 )
 def test_mistakes_exit_1_without_a_traceback(argv: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,10 @@ def test_only_one_stage_or_module(model: str, capsys: pytest.CaptureFixture[str]
     assert "@first.weight" not in stage
     assert "in first" in output(capsys, *source, "--only", "scope=first")
     assert "in second" not in output(capsys, *source, "--only", "scope=first")
-    assert "# 1 ops left out" in output(capsys, f"{model}:make", "--only", "scope=first")
+    assert "# 1 op left out" in output(capsys, f"{model}:make", "--only", "scope=first")
+    part = Path(model).parent / "part.ir"
+    part.write_text(stage)
+    assert "part.ir:1:27: this is a part of a program" in failure(capsys, str(part))
     both = output(capsys, *source, "--only", "stage=1", "--only", "scope=second")
     assert both == output(capsys, *source, "--only", "scope=second")
     assert "no op is in both" in failure(capsys, *source, "--only", "stage=0", "--only", "scope=second")
@@ -333,7 +336,7 @@ def test_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str], tmp
     [
         (["hf:LamaForCausalLM"], "did you mean 'LlamaForCausalLM'"),
         (["hf:llama", "--config", "num_layer=2"], "num_hidden_layers"),
-        (["hf:llama", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (["hf:llama", "--config", "nowhere.json"], "there is no file 'nowhere.json'"),
         (["hf:DecisionTransformerModel"], "what to pass as 'states'"),
         (["hf:autoformer"], "no small config of AutoformerModel runs: ValueError: The `prediction_length` config needs to be specified"),
         (["hf:autoformer"], "--config KEY=VALUE"),

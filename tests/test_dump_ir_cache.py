@@ -24,15 +24,18 @@ ROOT = Path(__file__).parent.parent
 
 MODEL = """
 import json, os
+from importlib import import_module
 from pathlib import Path
 import torch
 import helper
 from packed import inner
 import vendor
-try:
-    import extra
-except ImportError:
-    extra = None
+def there(name):
+    try:
+        import_module(name)
+    except ImportError:
+        return 0
+    return 1
 
 HERE = Path(__file__).parent
 
@@ -41,7 +44,8 @@ class Model(torch.nn.Module):
         super().__init__()
         self.steps = json.loads((HERE / "config.json").read_text())["steps"]
         self.steps += len(os.listdir(HERE / "data")) + (HERE / "more").exists() + int(os.environ.get("STEPS", 0))
-        self.steps += helper.STEPS + inner.STEPS + vendor.STEPS + (extra is not None)
+        self.steps += helper.STEPS + inner.STEPS + vendor.STEPS + there('extra') + there('packed.extra')
+        self.steps += int(os.environ.get('MKL_NUM_THREADS', 0))
         self.first = torch.nn.Linear(4, 4)
         self.second = torch.nn.Linear(4, 4)
 
@@ -93,8 +97,8 @@ def ask(folder: Path, fresh: Fresh) -> Ask:
     return run
 
 
-def entry(folder: Path) -> Path:
-    (path,) = (folder.parent / "cache" / "traces").iterdir()
+def entry(folder: Path, kind: str = "traces") -> Path:
+    (path,) = (folder.parent / "cache" / kind).iterdir()
     return path
 
 
@@ -127,51 +131,67 @@ def same_size_and_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.utime(folder / "helper.py", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def variable(name: str) -> Change:
+    return lambda folder, monkeypatch: monkeypatch.setenv(name, "1")
+
+
+OTHER = "there are other modules to import: "
 CHANGES = {
-    "the model's file": write("model.py", MODEL.replace("x + 1", "x - 1")),
-    "a module": write("helper.py", "STEPS = 2  # now\n"),
-    "a module of a package": write("packed/inner.py", "STEPS = 2  # now\n"),
-    "a module, as large and as old as before": same_size_and_time,
-    "an installed package": write("../site-packages/vendor/__init__.py", "STEPS = 2  # now\n"),
-    "a package that was missing": write("../site-packages/extra/__init__.py", ""),
-    "a module that was missing": write("extra.py", ""),
-    "a module that is found before another": write("vendor.py", "STEPS = 2\n"),
-    "a package that is found before a module": write("helper/__init__.py", "STEPS = 2\n"),
-    "a file that is read": write("config.json", '{"steps": 2}'),
-    "a file that is asked for": write("more", ""),
-    "a file in a folder that is listed": write("data/two", ""),
-    "a variable": lambda folder, monkeypatch: monkeypatch.setenv("STEPS", "1"),
+    "the model's file": (write("model.py", MODEL.replace("x + 1", "x - 1")), "model.py has changed"),
+    "a module": (write("helper.py", "STEPS = 2  # now\n"), "helper.py has changed"),
+    "a module of a package": (write("packed/inner.py", "STEPS = 2  # now\n"), "packed/inner.py has changed"),
+    "a module, as large and as old as before": (same_size_and_time, "helper.py has changed"),
+    "an installed package": (
+        write("../site-packages/vendor/__init__.py", "STEPS = 2  # now\n"),
+        "vendor/__init__.py (installed) has changed",
+    ),
+    "a package that was missing": (write("../site-packages/extra/__init__.py", ""), OTHER),
+    "a module that was missing": (write("extra.py", ""), OTHER + "extra.py"),
+    "a folder that was missing": (write("extra/read.me", ""), OTHER + "extra"),
+    "a module of a package that was missing": (write("packed/extra.py", ""), OTHER + "packed/extra.py"),
+    "a module that is found before another": (write("vendor.py", "STEPS = 2\n"), OTHER + "vendor.py"),
+    "a package that is found before a module": (write("helper/__init__.py", "STEPS = 2\n"), OTHER + "helper"),
+    "a file that is read": (write("config.json", '{"steps": 2}'), "config.json has changed"),
+    "a file that is asked for": (write("more", ""), "more is new"),
+    "a file in a folder that is listed": (write("data/two", ""), "the folder data holds other files"),
+    "a variable": (variable("STEPS"), "other variables of the environment: STEPS"),
+    "a number of threads": (variable("MKL_NUM_THREADS"), "the variable MKL_NUM_THREADS is another"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_is_noticed(change: Change, folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("change", "why"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_is_noticed(change: Change, why: str, folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     _, before = ask()
     change(folder, monkeypatch)
-    traced, after = ask()
+    traced, again = ask()
     assert traced
+    reason, _, after = again.partition("\n")
+    assert reason.startswith(f"dump-ir: note: traced again: {why}")
     assert after != before
-    assert (ask()[0], ask("--no-cache")[1]) == (False, after)
+    assert ask() == (False, after)
+    assert ask("--no-cache") == (True, after)
 
 
 IN_CACHE = "from stagecut.tools.dump_ir import cache; cache."
-QUESTIONS = {
-    "the version of Python": "import sys; sys.version = '3.99'",
-    "the interpreter": "import sys; sys.executable = '/opt/python'",
-    "the version of stagecut": f"{IN_CACHE}VERSION = '9.9'",
-    "where stagecut is": f"{IN_CACHE}__file__ = '/opt/cache.py'",
-    "the machine": f"{IN_CACHE}platform.node = lambda: 'another'",
-    "where imports look": "import sys; sys.path.insert(0, '/opt')",
-    "the working directory": "import os; os.chdir('/')",
-    "the format": f"{IN_CACHE}FORMAT += 1",
+PLACES = {
+    "the version of Python": ("import sys; sys.version = '3.99'", "another Python"),
+    "the interpreter": ("import sys; sys.executable = '/opt/python'", "another Python"),
+    "the version of stagecut": (f"{IN_CACHE}VERSION = '9.9'", "another version of stagecut"),
+    "where stagecut is": (f"{IN_CACHE}__file__ = '/opt/cache.py'", "another version of stagecut"),
+    "the machine": (f"{IN_CACHE}platform.node = lambda: 'another'", "another machine"),
+    "where imports look": ("import sys; sys.path.insert(0, '/opt')", "another list of folders for imports"),
+    "the working directory": ("import os; os.chdir('/')", ""),
+    "the format": (f"{IN_CACHE}FORMAT += 1", ""),
 }
 
 
-@pytest.mark.parametrize("before", QUESTIONS.values(), ids=QUESTIONS.keys())
-def test_another_question_is_noticed(before: str, folder: Path, ask: Ask) -> None:
+@pytest.mark.parametrize(("before", "why"), PLACES.values(), ids=PLACES.keys())
+def test_another_place_is_noticed(before: str, why: str, folder: Path, ask: Ask) -> None:
     source = f"{folder}/model.py:make"
     assert [ask(source=source)[0], ask(source=source)[0]] == [True, False]
-    assert ask(source=source, before=before)[0]
+    traced, text = ask(source=source, before=before)
+    assert traced
+    assert text.startswith(f"dump-ir: note: traced again: {why}\n") == bool(why)
 
 
 VALUES = {
@@ -183,10 +203,10 @@ def test_each_option_of_the_model_is_part_of_the_question() -> None:
     group = next(g for g in parser()._action_groups if g.title == "the model")
     options = {action.option_strings[0] for action in group._group_actions} - {"--no-cache"}
     assert options | {"source"} == VALUES.keys()
-    digests = {cache._key(parser().parse_args(["hf:llama"]))}
+    digests = {cache._digest(cache._question(parser().parse_args(["hf:llama"])))}
     for option, value in VALUES.items():
         line = value if option == "source" else ["hf:llama", option, *value]
-        digests.add(cache._key(parser().parse_args(line)))
+        digests.add(cache._digest(cache._question(parser().parse_args(line))))
     assert len(digests) == len(VALUES) + 1
 
 
@@ -194,10 +214,11 @@ def test_each_fact_counts(folder: Path, ask: Ask) -> None:
     ask()
     content = json.loads(entry(folder).read_bytes().partition(b"\n")[2])
     facts = content["facts"]
-    assert evidence.holds(facts)
-    assert {kind for kind, _, _ in facts} == {"file", "status", "names", "importable"}
+    evidence.begin()
+    assert evidence.change(facts) == ""
+    assert {kind for kind, _, _ in facts} == {"file", "status", "names", "modules", "variable"}
     for kind, path, answer in facts:
-        assert not evidence.holds([(kind, path, f"{answer}?")])
+        assert evidence.change([(kind, path, f"{answer}?")])
     paths = {path for _, path, _ in facts}
     import torch
 
@@ -209,10 +230,14 @@ def test_each_fact_counts(folder: Path, ask: Ask) -> None:
 # --- what changes nothing -----------------------------------------------------------------------------
 
 
-def test_what_does_not_matter_is_no_change(folder: Path, ask: Ask) -> None:
+def test_what_does_not_matter_is_no_change(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     ask("--stats", "-o", "out")
     os.utime(folder / "helper.py")
     (folder / "notes.txt").write_text("nothing to import")
+    (folder / "other.py").write_text("a module that nobody imports")
+    (folder.parent / "site-packages" / "other").mkdir()
+    for name in ("OMP_NUM_THREADS", "SSH_TTY", "TERM"):
+        monkeypatch.setenv(name, "1")
     shown = [ask("--stages", "2", "--stats", "-o", "out"), ask("--split-at", "second"), ask("--report"), ask("--format", "html")]
     assert [traced for traced, _ in shown] == [False] * 4
 
@@ -241,6 +266,102 @@ def test_all_looks_are_those_of_the_model(ask: Ask) -> None:
 def _timeless(text: str) -> str:
     """A page without the seconds that passes took."""
     return re.sub(r'"seconds": ?[\d.e-]+', "", text)
+
+
+ASKS_FOR_THREADS = {
+    "torch is asked": ("model.py", "torch.get_num_threads()", True),
+    "the model lists all variables": ("model.py", "[*os.environ.items()]", True),
+    "the model copies all variables": ("model.py", "os.environ.copy()", True),
+    "the model asks in bytes": ("model.py", "os.environb.get(b'OMP_NUM_THREADS')", True),
+    "a package lists all variables": ("../site-packages/vendor/__init__.py", "import os; [*os.environ.items()]", False),
+    "a package asks": ("../site-packages/vendor/__init__.py", "import os; os.getenv('OMP_NUM_THREADS')", True),
+}
+
+
+@pytest.mark.parametrize(("name", "line", "counts"), ASKS_FOR_THREADS.values(), ids=ASKS_FOR_THREADS.keys())
+def test_threads_count_where_somebody_asks(
+    name: str, line: str, counts: bool, folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with (folder / name).open("a") as file:
+        file.write(f"{line}\n")
+    assert ask()[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert ask()[0] == counts
+
+
+def test_threads_count_where_a_number_is_computed(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of float32 has other last digits with another number of threads."""
+    adds = MODEL.replace("x = x + 1", "x = x + self.mean")
+    computes = "torch.manual_seed(0)\n        self.mean = torch.rand(99).mean().item()\n        self.first ="
+    (folder / "model.py").write_text(adds.replace("self.first =", computes))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert ask()[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert ask()[0]
+
+
+NUMBERS = {
+    "0.35355339059327373": False,
+    "0.1": False,
+    "0.25": False,
+    "3.4028234663852886e+38": False,
+    "1.5e+300": False,
+    "0.09999999403953552": True,
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_computed_number_is_told_by_its_digits(number: str) -> None:
+    assert evidence.has_computed_number(f"%a = aten.mul.Tensor(%x, -{number})") == NUMBERS[number]
+
+
+COSTS = ["", "--report", "--report --format json", "--report --format svg", "--timeline --format json", "--timeline --format svg"]
+
+
+@pytest.mark.parametrize("cut", ["--stages 2", "--split-at second"])
+def test_a_second_look_at_costs_neither_searches_nor_reckons(cut: str, folder: Path, ask: Ask) -> None:
+    """Were the policy or the report asked for again, they would fail."""
+    fails = (
+        "from stagecut.backend.costs import report, balance\n"
+        "def fails(*_, **__): raise RuntimeError('reckoned again')\n"
+        "report.report = balance.Balanced.plan = balance.Balanced.refuse_wrong = fails"
+    )
+    lines = [f"{cut} {look}".split() for look in COSTS]
+    expected = [ask(*line, "--no-cache")[1] for line in lines]
+    assert [ask(*line)[1] for line in lines] == expected
+    assert [ask(*line, before=fails) for line in lines] == [(False, text) for text in expected]
+    assert len({*expected}) == len(COSTS)
+
+
+OTHER_COSTS = ["--stages 3", "--stages 2 --device A100", "--stages 2 --microbatches 4", "--stages 2 --schedule GPipe"]
+
+
+def test_every_word_that_decides_the_costs_is_part_of_the_question(ask: Ask) -> None:
+    ask("--stages", "2", "--report")
+    shown = [ask(*line.split(), "--report")[1] for line in OTHER_COSTS]
+    assert shown == [ask(*line.split(), "--report", "--no-cache")[1] for line in OTHER_COSTS]
+    assert len({*shown}) == len(OTHER_COSTS)
+
+
+def test_a_search_that_is_done_again_says_why(folder: Path, ask: Ask) -> None:
+    """As where another torch would reckon otherwise: the trace counts, the cuts and the report do not."""
+    ask("--stages", "2", "--report")
+    for kind in ("cuts", "reports"):
+        file = entry(folder, kind)
+        content = json.loads(file.read_bytes().partition(b"\n")[2])
+        content["facts"].append(("file", str(folder / "config.json"), "another"))
+        file.write_bytes(_signed(json.dumps(content).encode()))
+    traced, text = ask("--stages", "2", "--report")
+    assert not traced
+    notes = [line for line in text.splitlines() if line.startswith("dump-ir: ")]
+    assert notes == [f"dump-ir: note: {done} again: config.json has changed" for done in ("searched", "reckoned")]
+
+
+def test_a_wrong_search_is_refused_before_the_trace(fresh: Fresh, folder: Path) -> None:
+    shown = fresh.run("model.py:make", "--stages", "2", "--device", "X")
+    assert (shown.traced, shown.status) == (False, 1)
+    assert "device 'X' is not known" in shown.text
 
 
 def test_notes_are_told_again(folder: Path, ask: Ask) -> None:
@@ -280,7 +401,7 @@ SURPRISES = {
     "a file that it reads is gone": "open(HERE / 'gone').close(); (HERE / 'gone').unlink()",
     "it asks another program": "import subprocess, sys; subprocess.run([sys.executable, '-c', ''])",
     "it asks the network": "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError: pass",
-    "a module appears meanwhile": "(HERE / 'late.py').touch()",
+    "a module appears meanwhile": "there('late'); (HERE / 'late.py').touch()",
     "a file that it asked for appears": "(HERE / 'later').exists(); (HERE / 'later').touch()",
 }
 
@@ -411,7 +532,7 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_from_the_cache_loads_neither_torch_nor_the_model(tmp_path: Path) -> None:
     """Two processes, with an architecture of transformers: its files are among the facts."""
     code = "import sys; from stagecut.tools.dump_ir.main import main; main(sys.argv[1:])\nprint('torch' in sys.modules, file=sys.stderr)"
-    command = [sys.executable, "-c", code, "hf:gpt2", "--config", "n_layer=1", "--stats"]
+    command = [sys.executable, "-c", code, "hf:gpt2", "--config", "n_layer=1", "--stages", "2", "--report"]
     variables = os.environ | {"STAGECUT_CACHE": str(tmp_path)}
     first, second = (subprocess.run(command, env=variables, capture_output=True, text=True, check=True) for _ in range(2))
     assert (first.stderr, second.stderr) == ("True\n", "False\n")

@@ -119,6 +119,36 @@ def test_odd_sources(source: str, what: str, hint: str, folder: Path, capsys: py
     assert f"  try: {hint}" in shown or shown.endswith(f"{hint}\n")
 
 
+FILES_OF_OTHER_NAMES = {
+    "text.txt": ("program @P phase=traced {\n  output ()\n}\n", "this is IR text: call it text.ir, or dump-ir - < text.txt"),
+    "my text": ("# mine\nprogram @P phase=traced {\n  output ()\n}\n", "this is IR text: call it my text.ir, or dump-ir - < 'my text'"),
+    "config.json": ('{"model_type": "llama"}', "this is a config of transformers: dump-ir hf:NAME --config config.json"),
+    "weights.safetensors": ("", "weights have no code: name the function that makes the model, model.py:make"),
+    "notes.txt": ("to do", "dump-ir model.py:make"),
+}
+
+
+@pytest.mark.parametrize("name", FILES_OF_OTHER_NAMES)
+def test_a_file_of_another_name_is_told_how_to_be_shown(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, hint = FILES_OF_OTHER_NAMES[name]
+    (folder / name).write_text(content)
+    assert failure(capsys, name).endswith(f"  try: {hint}\n")
+
+
+NEAR_FILES = {
+    "factorise.py:make": "did you mean 'factories.py'?",
+    "factorise:make": "did you mean 'factories'?",
+    "nothing/factories.py:make": "no file in 'nothing' ends in .py",
+    "befor.ir": "did you mean 'before.ir'?",
+}
+
+
+@pytest.mark.parametrize("source", NEAR_FILES)
+def test_a_file_that_is_not_there_has_others_of_like_names(source: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "before.ir").touch()
+    assert failure(capsys, source).endswith(f"  try: {NEAR_FILES[source]}\n")
+
+
 def test_text_that_is_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     assert "standard input is no text" in failure(capsys, "-")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from stagecut import Pipe, pipeline
@@ -101,6 +102,27 @@ def test_only_the_function_that_cannot_be_traced_takes_the_path_of_a_trace() -> 
     assert otherwise.startswith("  otherwise: leave out the input")
 
 
+FAILURES = {
+    "Expected inputs of BF16 type but got mat_a.dtype=torch.float32": "cut the model in a dtype that this line takes in a trace",
+    "no kernel": "change that line so that torch.export can trace it",
+    "data-dependent": "leave out the input that this line reads, such as a mask of ones",
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_way_to_the_eager_path_fits_what_stands_in_it(failure: str) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return x + 1
+            if isinstance(x, FakeTensor):
+                raise RuntimeError(failure)
+            return 1 + x
+
+    (note,) = pipeline(Fails(), (torch.randn(3),), stages=1).notes
+    assert note.endswith(f"\n  otherwise: {FAILURES[failure]}")
+
+
 def test_where_the_eager_path_is_refused_that_of_a_trace_is_taken() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -116,6 +138,7 @@ def test_where_the_eager_path_is_refused_that_of_a_trace_is_taken() -> None:
     pipe = _compares(Counts, torch.randn(3))
     assert _targets(pipe) == ["aten.mul.Tensor"]
     assert "calls" in pipe.notes[0]
+    assert pipe.notes[0].endswith("  otherwise: make it a buffer: register_buffer, changed in place")
 
 
 def test_a_function_that_fails_on_both_paths_is_told_no_again_and_its_module_is_kept_whole() -> None:

@@ -22,7 +22,7 @@ RESULTS = {"record(...)": Recording, "pipe.report()": StageCosts, "pipe.summary(
 
 
 def is_ours(value: Any) -> bool:
-    return (getattr(value, "__module__", None) or "").startswith("stagecut.")
+    return (getattr(value, "__module__", None) or "").partition(".")[0] == "stagecut"
 
 
 def function_of(member: Any) -> Any:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import load
 
-from stagecut.ir.graph import Effects, Frame, Loc, Mode, Op, Place, Program, RegionRef, Target, Token, Value
+from stagecut.ir.graph import (
+    CONTEXTS,
+    KINDS,
+    PHASES,
+    ROLES,
+    ROUTES,
+    SHARES,
+    Effects,
+    Frame,
+    Loc,
+    Mode,
+    Op,
+    Place,
+    Program,
+    RegionRef,
+    Target,
+    Token,
+    Value,
+)
 from stagecut.ir.text.printer import file_names, fqn_text, line_of, literal_text, scope_text, size_text, target_text, text, value_names
-from stagecut.ir.types import NONE, TensorType
+from stagecut.ir.types import ANY, DTYPES, ITEM, MEAN, NONE, SCALAR_KINDS, SUM, TensorType
 
 F32 = TensorType("f32", (4,))
 
@@ -110,3 +132,40 @@ def test_line_of_shows_broken_ops_too() -> None:
 
 def test_transfers_say_how_much_they_carry() -> None:
     assert "  transfer %skip : 0 -> 2 relay(1)  # 16 B\n" in text(load("linked"))
+
+
+# --- the page about the text --------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+NOT_PRINTED = {"defined", "undefined", "beyond"}
+"""Words of the printer's own errors, and of a size that no memory has."""
+NOTATIONS = ("~1", "{1,16}", "@cuda:0", "%.x", "-> output", "->", "<0>", "view(", "form(", "device(", "gradient(", "# ")
+
+
+def words_of(path: Path) -> Iterator[str]:
+    """The words in the texts of a file, those of its docstrings left out."""
+    tree = ast.parse(path.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs and "\\" not in node.value:
+            yield from re.findall(r"(?<![%\w])[a-z][a-z_]{3,}(?!\w)", node.value)
+
+
+def read_by(path: Path) -> Iterator[str]:
+    """The words that the parser accepts or expects."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("_accept", "_expect"):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield from re.findall(r"[a-z][a-z_]+", argument.value)
+
+
+def test_the_page_has_every_word_of_the_text() -> None:
+    page = (ROOT / "docs" / "READ_THE_IR.md").read_text()
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", page, re.DOTALL))
+    words = {*words_of(ROOT / "ir" / "text" / "printer.py"), *read_by(ROOT / "ir" / "text" / "parser.py")} - NOT_PRINTED
+    words |= {*SHARES, *ROUTES, *PHASES, *ROLES, *KINDS, *CONTEXTS, *SCALAR_KINDS, *DTYPES, ANY, ITEM, MEAN, SUM}
+    assert {"share", "nonpersistent", "renews", "lane", "left"} <= words
+    missing = sorted(word for word in words if not re.search(rf"(?<!\w){word}(?!\w)", code))
+    assert missing == []
+    assert [notation for notation in NOTATIONS if notation not in code] == []

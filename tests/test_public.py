@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import pkgutil
 
 import stagecut
@@ -22,15 +23,18 @@ def test_every_error_is_public() -> None:
     while todo:
         found.update(below := todo.pop().__subclasses__())
         todo += below
-    ours = {
-        error.__name__
-        for error in found
-        if error.__module__.startswith("stagecut.")
-        and not error.__module__.startswith("stagecut.tools.")
-        and not error.__name__.startswith("_")
-    }
-    assert ours - {"Unsettled"} <= set(stagecut.__all__)  # which only chooses what capture tries next
-    assert "SplitError" in ours
+    public = {getattr(stagecut, name) for name in stagecut.__all__ if name.endswith("Error") or name == "CannotCompare"}
+    others = {error for error in found if not error.__module__.startswith("stagecut.tools.") and not error.__name__.startswith("_")}
+    assert {error for error in others if "stagecut" in error.__module__} <= public
+    assert stagecut.SplitError in others
+
+
+def test_an_error_is_named_as_a_user_imports_it() -> None:
+    for name in stagecut.__all__:
+        error = getattr(stagecut, name)
+        if isinstance(error, type) and issubclass(error, StagecutError):
+            assert f"{error.__module__}.{error.__qualname__}" == f"stagecut.{name}"
+            assert pickle.loads(pickle.dumps(error)) is error
 
 
 def test_a_checkpoint_module_is_there_by_its_name() -> None:

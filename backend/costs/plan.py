@@ -74,8 +74,8 @@ class Choice:
                     f'inside="{self.inside}" asks for more than {100 * WORTH:g} %'
                 )
         return (
-            f"others may take {100 * self.tolerance:g} % longer that divide less, "
-            "have no stage without parameters, or send less"
+            "the chosen ones divide fewer modules, leave no stage without parameters, or send fewer bytes: "
+            f"a step may take {100 * self.tolerance:g} % longer for that"
         )
 
     def _divides(self, way: Cuts) -> bool:

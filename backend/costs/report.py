@@ -130,6 +130,13 @@ _REMEDIES = {
 }
 """Whether state takes the most memory of a rank -> the ways to make the rank smaller."""
 
+_SOURCES = {
+    "formula": "from FLOPs and bytes",
+    "bytes only": "from bytes alone",
+    "measured": "measured",
+}
+"""Source of the costs of an op -> the words for it."""
+
 _HOST_REMEDY = "larger micro-batches, compiled stages or CUDA graphs help"
 _TOLD = 0.01
 """Work of ranks that one device would not have is told from this part on."""
@@ -276,12 +283,13 @@ class Report:
         for stage in self.stages:
             counts.update(stage.sources)
         parts: list[str] = []
-        for source, count in sorted(counts.items()):
-            parts.append(f"{source} for {count} ops")
+        for source, words in _SOURCES.items():
+            if counts[source]:
+                parts.append(f"{words} for {counts[source]}")
+        told = ", ".join(parts) or "none"
         if self.loss:
-            parts.append(f"the last stage computes the loss, {self.loss}")
-        told = ", ".join(parts)
-        return f"costs: {told}"
+            told += f"; the last stage computes the loss, {self.loss}"
+        return f"times of ops: {told}"
 
     def _search_lines(self) -> Iterator[str]:
         """How far the cuts are from the best ones, where they were searched."""
@@ -290,11 +298,12 @@ class Report:
         slowest = time_text(self.slowest)
         bound = time_text(self.bound)
         best = time_text(self.best)
+        others = f"the cuts with the shortest step that were found make it {best}"
         if best == time_text(self.seconds):
-            best = "as long"
+            others = "no cuts were found that make the step shorter"
         yield (
-            f"a micro-batch takes the slowest rank {slowest} with its links, and no order of ops can be "
-            f"below {bound}; by the best cuts anywhere a step takes {best}"
+            f"the slowest rank spends {slowest} on a micro-batch with its links, and no cuts can bring that "
+            f"below {bound}; {others}"
         )
 
     def _saved_lines(self) -> Iterator[str]:

@@ -36,6 +36,8 @@ InitFn = Callable[[nn.Module], Any]
 class MaterializeError(StagecutError):
     """A tensor of a stage has no value."""
 
+    __module__ = "stagecut"
+
 
 def initial(
     pipe: Staged,

@@ -18,6 +18,8 @@ T = TypeVar("T")
 class CheckpointError(StagecutError):
     """A checkpoint is missing, does not fit the model, or could not be written."""
 
+    __module__ = "stagecut"
+
 
 def clear(folder: Path, aside: Path) -> None:
     """Returns when `folder` can be written by way of `aside`, which is not there. Raises CheckpointError

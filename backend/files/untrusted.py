@@ -27,6 +27,8 @@ SAVE_AGAIN = "copy the folder again, or save again"
 class SavedError(StagecutError):
     """A saved pipe is missing, damaged or of another format, or a pipe cannot be saved."""
 
+    __module__ = "stagecut"
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:

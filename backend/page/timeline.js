@@ -275,7 +275,7 @@ class Lanes {
     this.legend.replaceChildren(...Object.keys(STEP_NAMES).filter((kind) => kinds.has(kind)).map((kind) => item(`k${kind}`, STEP_NAMES[kind])),
       this.timelines.some(({hostUntil: until}) => until.some(Boolean)) ? item("host", "host alone") : "",
       this.shown.sends ? item("value", "values sent") : "", this.shown.sends && (kinds.has("B") || kinds.has("I")) ? item("gradient", "gradients sent") : "",
-      this.shown.memory ? item("memory", "memory of the rank, as high as the most of any") : "");
+      this.shown.memory ? item("memory", "memory of the rank; full height is the largest of all ranks") : "");
   }
 }
 

@@ -62,6 +62,8 @@ class RankError(StagecutError):
     is `__cause__`.
     """
 
+    __module__ = "stagecut"
+
     def __init__(
         self,
         what: str,

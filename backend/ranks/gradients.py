@@ -37,6 +37,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class NonFiniteError(StagecutError, RuntimeError):
     """The norm of the gradients is infinite or not a number, and `error_if_nonfinite` was asked for."""
 
+    __module__ = "stagecut"
+
 
 class Gradients:
     """The gradients of this rank's stages of a pipe, and what they need of the other ranks. Every rank makes

@@ -43,6 +43,8 @@ class StaleError(StagecutError):
     and can go on.
     """
 
+    __module__ = "stagecut"
+
 
 class Lent:
     """The weights of stages of other ranks that the loss function reads on the last one.

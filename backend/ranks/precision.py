@@ -41,6 +41,8 @@ _SHARDED = f"leave param_dtype and output_dtype out, and {_AROUND}"
 class PrecisionError(StagecutError):
     """The stages cannot be right in the precision in which they would run."""
 
+    __module__ = "stagecut"
+
 
 @dataclass(frozen=True)
 class Change:

@@ -74,6 +74,8 @@ _Ports = tuple[list[Port], list[Port]]
 class MismatchError(InputError, _TorchMismatch):  # type: ignore[misc]
     """A tensor at a boundary does not have the shape or the dtype that the program says."""
 
+    __module__ = "stagecut"
+
 
 _scaled: WeakKeyDictionary[Staged, set[int]] = WeakKeyDictionary()
 """Pipe -> its stages whose gradients have been scaled in this step."""

@@ -36,6 +36,8 @@ _states: WeakKeyDictionary[Staged, State] = WeakKeyDictionary()
 class TiedError(StagecutError):
     """The replicas of a tied parameter would become different."""
 
+    __module__ = "stagecut"
+
 
 class Tied:
     """The replicated parameters as this rank sees them. All ranks of the group call its methods alike.

@@ -212,7 +212,9 @@ class Staged(Named):
         )
 
     def ir(self) -> str:
-        """The program as text. `stagecut.parse` reads it."""
+        """The program as text, with the ops of each block. `dump-ir` prints blocks that do the same as calls
+        of one function, and with `--unfold` this text. `stagecut.parse` reads both.
+        """
         return text(self.program)
 
     def __repr__(self) -> str:

@@ -34,7 +34,6 @@ from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import (
     TraceEach,
     TraceWatch,
-    Unsettled,
     odd_output,
     watched,
 )
@@ -132,10 +131,10 @@ class _Retries:
 
     def after_refusal(self, error: StagecutError) -> bool:
         """Prepares another attempt after a refusal of ours. Returns False where none can help."""
-        reason = Reason(error.what, error.where)
+        reason = Reason(error.what, error.where, error.hint or MAKE_TRACEABLE)
         if self._eager.fall_back_everywhere(reason):
             return True
-        path = error.path if isinstance(error, Unsettled) else ""
+        path = error.module if isinstance(error, CaptureError) else ""
         if path in self._leaves.paths or not self._can_keep_whole(path):
             return False
         self._keep_whole(path, reason)
@@ -153,7 +152,7 @@ class _Retries:
                     "forward, or a tuple of such dicts in their order"
                 ),
             ) from error
-        reason = Reason(_reason(error), failing_line(error))
+        reason = Reason(_reason(error), failing_line(error), _otherwise(error))
         if self._eager.fall_back(error, reason):
             return
         refusal = _refusal(self._module, error, self._leaves.reasons)
@@ -341,6 +340,21 @@ def _reason(error: Exception) -> str:
     _, _, told = first_line(error).partition(": ")
     about = f"{type(error).__name__}: {getattr(error, 'cond', told)}"
     return f"what its code does depends on the data in a tensor ({about})"
+
+
+MAKE_TRACEABLE = "change that line so that torch.export can trace it"
+_ABOUT_DTYPES = re.compile(r"\bdtypes?\b|\btorch\.b?float\d+\b|\bBF16\b", re.IGNORECASE)
+
+
+def _otherwise(error: Exception) -> str:
+    """How a line that failed could be traced."""
+    if _is_about_data(error):
+        return "leave out the input that this line reads, such as a mask of ones"
+    if isinstance(error, Untraceable) and error.hint:
+        return error.hint
+    if _ABOUT_DTYPES.search(str(error)):
+        return "cut the model in a dtype that this line takes in a trace"
+    return MAKE_TRACEABLE
 
 
 def _is_about_data(error: Exception) -> bool:

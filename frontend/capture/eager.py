@@ -33,10 +33,11 @@ _Asker = tuple[type, CodeType]
 
 
 class Reason(NamedTuple):
-    """Why an attempt to trace failed, and at which line."""
+    """Why an attempt to trace failed, at which line, and how that line could be traced."""
 
     why: str
     where: str
+    otherwise: str
 
     def __str__(self) -> str:
         return f"{self.why} at {self.where}"
@@ -66,7 +67,7 @@ class EagerPath:
             f"{code.co_qualname}, called by {cls.__name__}, takes the path that it has for tracing, which "
             f"may run other ops: {reason.why}\n"
             f"  at: {reason.where}\n"
-            "  otherwise: leave out the input that this line reads, such as a mask of ones"
+            f"  otherwise: {reason.otherwise}"
             for (cls, code), reason in self._told.items()
         ]
 

@@ -655,12 +655,13 @@ class TraceWatch:
                 where=self._where(path, name),
                 hint="call the model once before: its first call differs from the others",
             )
-        return Unsettled(
+        error = CaptureError(
             what,
-            path,
             where=self._where(path, name),
             hint="make it a buffer: register_buffer, changed in place",
         )
+        error.module = path
+        return error
 
     def _where(self, path: str, name: str) -> str:
         owner = self._module.get_submodule(path)
@@ -721,14 +722,6 @@ def _refuse_backward_hooks(module: nn.Module, kept_whole: Sequence[str]) -> None
                 if path
                 else "register it on the stages",
             )
-
-
-class Unsettled(CaptureError):
-    """Forward changes an attribute of the module at `path`, and reads it in the next call."""
-
-    def __init__(self, what: str, path: str, *, where: str, hint: str) -> None:
-        super().__init__(what, where=where, hint=hint)
-        self.path = path
 
 
 def _without_unread(lift: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,8 @@ _SIMPLE_OF_TORCH = ("torch.dtype", "torch.device")
 class ChangedError(StagecutError):
     """The model has other attributes than when it was cut."""
 
+    __module__ = "stagecut"
+
 
 class _Absent(Enum):
     """The value of an attribute that a module does not have."""

@@ -42,6 +42,7 @@ from stagecut.ir.graph import (
 )
 from stagecut.ir.keywords import near_names
 from stagecut.ir.text.groups import next_path
+from stagecut.ir.text.printer import PART
 from stagecut.ir.types import (
     DTYPES,
     SCALAR_KINDS,
@@ -206,6 +207,12 @@ class _Parser:
         self._expect("phase=")
         program.phase = self._word_among(PHASES, "phase")
         start = self._next_position()
+        if self._accept(PART):
+            self._fail(
+                "this is a part of a program, as --only shows it, and only a whole one can be read: write it "
+                "without --only",
+                start,
+            )
         count = self._int() if self._accept("stages=") else None
         self._expect("{")
         while True:

@@ -42,6 +42,9 @@ from stagecut.ir.keywords import near_names
 from stagecut.ir.text.groups import Span, StateGroup, spans, state_groups
 from stagecut.ir.types import value_bytes
 
+PART = "part"
+"""A word in the first line of text that is a part of a program."""
+
 _PLAIN_FQN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
 _ON_DEVICE = re.compile(r'(?<=[]}])@\w+(:\d+)?|device\("\w+(:\d+)?"\)')
@@ -59,7 +62,7 @@ def excerpt(program: Program, keep: Callable[[Op], bool]) -> str:
     """The ops that `keep` chooses, as `text` prints them, with the inputs, state and transfers that they
     touch.
 
-    Comments count the ops that are left out. The excerpt cannot be read back.
+    Comments count the ops that are left out. The first line says that it is a part: `parse` refuses it.
     """
     lines = Printer(program).excerpt(keep)
     return "\n".join(lines) + "\n"
@@ -259,7 +262,7 @@ class Printer:
         touched: set[Value] = set()
         for op in kept:
             touched.update(op.reads, op.definitions())
-        yield f"{self._program_head()} {{"
+        yield f"{self._program_head()} {PART} {{"
         for line in self._touched_head(touched):
             yield f"  {line}"
         if program.phase == "traced":
@@ -287,7 +290,8 @@ class Printer:
         for shown, run in groupby(ops, kept.__contains__):
             ops_of_run = list(run)
             if not shown:
-                yield f"{indent}# {len(ops_of_run)} ops left out"
+                ops_text = "1 op" if len(ops_of_run) == 1 else f"{len(ops_of_run)} ops"
+                yield f"{indent}# {ops_text} left out"
                 continue
             for op in ops_of_run:
                 yield from self._op(op, indent)

@@ -2,5 +2,7 @@
 
 import time
 
+from stagecut.tools.dump_ir import lookups as lookups
+
 STARTED = time.time_ns()
 """The time before any file of a user's was read."""

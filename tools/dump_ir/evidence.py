@@ -1,32 +1,52 @@
 """The files, folders and variables that a trace has read, and whether they are still as they were.
 
 Python's audit events tell which files are opened and which folders are listed. A question whether a file
-exists makes no event, so `os.stat` is watched as well. Of what is imported, `sys.modules` knows the files.
+exists makes no event, so `os.stat` is watched as well. `sys.modules` knows the files of what is imported, and
+`lookups` where imports have looked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
+import struct
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from stagecut.tools.dump_ir import STARTED
+from stagecut.tools.dump_ir import STARTED, lookups
+from stagecut.tools.dump_ir.lookups import import_folders, modules_in
 
 Fact = tuple[str, str, str]
 """A kind of question, a path, and the answer."""
 
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
+_READERS = ("os", "collections.abc")
+"""The modules by which variables are read."""
+_INSTALLED = tuple(
+    f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages")
+)
 _DEVICES = ("/proc/", "/sys/", "/dev/")
 _SHELLS_OWN = frozenset("_ SHLVL OLDPWD PWD COLUMNS LINES TERM".split())
 """Variables that tell of the shell and its window."""
+THREADS = frozenset(
+    "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_NUM_THREADS NUMEXPR_MAX_THREADS "
+    "VECLIB_MAXIMUM_THREADS BLIS_NUM_THREADS RAYON_NUM_THREADS OMP_PROC_BIND OMP_PLACES "
+    "GOMP_CPU_AFFINITY KMP_AFFINITY".split()
+)
+"""Variables that say how many threads compute, and where. They count where Python code asks."""
+_SESSIONS = (
+    "SSH_ XDG_SESSION_ TMUX STY WINDOWID TERM_ COLORTERM VTE_ VSCODE_ GNOME_TERMINAL_ KITTY_ ITERM_ "
+    "DISPLAY WAYLAND_DISPLAY DBUS_ INVOCATION_ID JOURNAL_STREAM GPG_TTY LS_COLORS"
+).split()
+"""Variables that begin so tell of the terminal and the session. They count where Python code asks."""
 _OUTSIDE = frozenset(
     "subprocess.Popen os.system os.exec os.fork os.posix_spawn socket.connect "
     "socket.getaddrinfo".split()
@@ -36,7 +56,7 @@ _OPENS = frozenset(("open", "sqlite3.connect"))
 _LISTS = frozenset(("os.listdir", "os.scandir"))
 _EVENTS = _OUTSIDE | _OPENS | _LISTS
 _MAKES = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-_IMPORTABLE = (".py", ".pyc", ".so", ".zip")
+_OWN_LISTS = lookups.__file__
 
 
 class Uncertain(Exception):
@@ -83,32 +103,17 @@ def _names(folder: str) -> str:
         return "absent"
 
 
-def _importable(folder: str) -> str:
-    """The names in a folder that an import could find. A folder without code is none."""
-    try:
-        with os.scandir(folder) as entries:
-            return _digest(sorted(filter(None, map(_module_in, entries))))
-    except OSError:
-        return "absent"
+def _modules_at(question: str) -> str:
+    """What an import would find: for a folder, and names behind it, the files of each name."""
+    folder, _, names = question.rpartition("\n")
+    there = modules_in(folder)
+    return " ".join(there[name] for name in names.split() if name in there)
 
 
-def _module_in(entry: os.DirEntry[str]) -> str | None:
-    """The name of an entry that an import could find, else None."""
-    is_name = entry.name.partition(".")[0].isidentifier()
-    if not is_name or entry.name == "__pycache__":
-        return None
-    if entry.name.endswith(_IMPORTABLE):
-        return entry.name
-    is_package = entry.name.isidentifier() and entry.is_dir() and _has_code(entry.path)
-    return entry.name if is_package else None
-
-
-def _has_code(folder: str) -> bool:
-    """True for a folder with modules, or with folders that may have some."""
-    with os.scandir(folder) as entries:
-        return any(
-            entry.name.endswith(_IMPORTABLE) or entry.is_dir() for entry in entries
-        )
+def _variable(name: str) -> str:
+    """The value of a variable at the beginning, as a digest."""
+    value = variables.get(name)
+    return "absent" if value is None else _digest([value])
 
 
 def _digest(names: Iterable[str]) -> str:
@@ -119,26 +124,121 @@ _QUESTIONS: Mapping[str, Callable[[str], str]] = {
     "file": _file,
     "status": _status,
     "names": _names,
-    "importable": _importable,
+    "modules": _modules_at,
+    "variable": _variable,
 }
 
 
-def holds(facts: Iterable[Fact]) -> bool:
-    """True when every answer is the same today."""
-    return all(_QUESTIONS[kind](path) == answer for kind, path, answer in facts)
+def change(facts: Iterable[Fact]) -> str:
+    """The first answer that is another one today, in a few words; empty where none is."""
+    for kind, question, answer in facts:
+        now = _QUESTIONS[kind](question)
+        if now != answer:
+            return _told(kind, question, answer, now)
+    return ""
+
+
+def _told(kind: str, question: str, before: str, now: str) -> str:
+    """The words for a fact that has changed."""
+    if kind == "variable":
+        return f"the variable {question} is another"
+    if kind == "modules":
+        folder = question.rpartition("\n")[0]
+        apart = {*before.split()} ^ {*now.split()}
+        names = ", ".join(_shown(os.path.join(folder, name)) for name in sorted(apart))
+        return f"there are other modules to import: {names}"
+    if kind == "names":
+        return f"the folder {_shown(question)} holds other files"
+    if before == "absent":
+        return f"{_shown(question)} is new"
+    if now == "absent":
+        return f"{_shown(question)} is gone"
+    return f"{_shown(question)} has changed"
+
+
+def _shown(path: str) -> str:
+    """A path as a person names it: from the working folder, or from that of the installed packages."""
+    for folder in _INSTALLED:
+        _, is_there, inside = path.rpartition(folder)
+        if is_there:
+            return f"{inside} (installed)"
+    beside = os.path.relpath(path)
+    return path if beside.startswith(os.pardir) else beside
 
 
 def is_installed(path: str) -> bool:
     """True for a file of Python or of an installed package, which an installer changes, not a user."""
     if path.startswith(_STANDARD):
         return True
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
+    return any(folder in path for folder in _INSTALLED)
 
 
-def environment() -> str:
-    """A digest of the variables of this process."""
-    own = [item for item in os.environ.items() if item[0] not in _SHELLS_OWN]
-    return _digest(f"{name}={value}" for name, value in sorted(own))
+variables: dict[str, str] = {}
+"""The variables of this process at the beginning; torch and models may set others."""
+folders: list[str] = []
+"""Where imports looked at the beginning."""
+
+
+def begin() -> None:
+    """A run begins: neither torch nor a model has set anything."""
+    variables.clear()
+    variables.update(os.environ)
+    folders[:] = sys.path
+
+
+def environment() -> dict[str, str]:
+    """The variables that always count, each with a mark: equal values have equal marks. One digest, under the
+    empty name, tells them apart for certain; a mark gives no value away.
+    """
+    own = {name: value for name, value in variables.items() if _always_counts(name)}
+    marks = {name: _digest([value])[:4] for name, value in sorted(own.items())}
+    marks[""] = _digest(f"{name}={value}" for name, value in sorted(own.items()))
+    return marks
+
+
+def other_variables(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The variables that differ, in a few words; empty where none does."""
+    if before == now:
+        return ""
+    names = sorted(before.keys() | now.keys())
+    apart = [name for name in names if name and before.get(name) != now.get(name)]
+    return f"other variables of the environment: {', '.join(apart) or 'one of them'}"
+
+
+def _always_counts(name: str) -> bool:
+    return not (name in _SHELLS_OWN or _counts_where_asked(name))
+
+
+def _counts_where_asked(name: str) -> bool:
+    return name in THREADS or name.startswith(tuple(_SESSIONS))
+
+
+_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{7,}(?:e[+-]\d+)?")
+_OF_DTYPES = frozenset(
+    (
+        3.4028234663852886e38,
+        1.1754943508222875e-38,
+        1.1920928955078125e-07,
+        3.3895313892515355e38,
+        6.103515625e-05,
+    )
+)
+"""Numbers of torch.finfo."""
+
+
+def has_computed_number(program: str) -> bool:
+    """True where the text of a program has a number that torch may have computed in float32: its last digits
+    may be others with another number of threads.
+    """
+    return any(map(_is_single, map(float, _NUMBER.findall(program))))
+
+
+def _is_single(number: float) -> bool:
+    """True for a number that float32 holds exactly, and that is none of a dtype's own."""
+    if number > max(_OF_DTYPES) or number in _OF_DTYPES:
+        return False
+    (single,) = struct.unpack("f", struct.pack("f", number))
+    return bool(single == number)
 
 
 _GPUS = ("nvidia", "kfd", "dri", "dxg")
@@ -172,8 +272,9 @@ class Watch:
         self.outside = ""
         self.began = time.time_ns()
         self.known = {*sys.modules}
-        looked = _import_paths() | {os.path.abspath(folder)}
-        self.importable = {path: _importable(path) for path in looked}
+        self.folders = import_folders() | {os.path.abspath(folder)}
+        self.variables: set[str] = set()
+        """Variables that were asked for."""
 
     def event(self, event: str, args: tuple[Any, ...]) -> None:
         """An audit event."""
@@ -197,8 +298,19 @@ class Watch:
         if not is_ours and not is_installed(path):
             self.asked[path] = _status(path)
 
+    def ask_variable(self, name: Any) -> None:
+        """Somebody asks for a variable."""
+        if isinstance(name, str | bytes) and not _is_installed_list():
+            self.variables.add(os.fsdecode(name))
+
+    def ask_threads(self) -> None:
+        """Somebody asks how many threads compute."""
+        self.variables |= THREADS
+
     def facts(self) -> list[Fact]:
         """All that the trace depends on. Raises Uncertain where that cannot be said."""
+        if lookups.IS_LATE:
+            raise Uncertain("torch was imported before it was known where it looks")
         if self.outside:
             raise Outside(
                 f"the model starts a program or asks the network ({self.outside}), which may answer otherwise"
@@ -206,7 +318,7 @@ class Watch:
         facts: list[Fact] = []
         modules = _modules()
         for name, path in modules.items():
-            since = STARTED if name in self.known else self.began
+            since = _CAME.setdefault(name, self._since(name))
             facts.append(("file", path, _unchanged(path, since)))
         for path, was_there in self.opened.items():
             facts.append(("file", path, _unchanged(path, self.began)))
@@ -219,13 +331,35 @@ class Watch:
             if path not in read:
                 facts.append(("status", path, answer))
         facts += [("names", path, _names(path)) for path in self.listed]
-        for folder in sorted(self.importable.keys() | _import_paths()):
-            now = _importable(folder)
-            if self.importable.get(folder, now) != now:
-                raise Uncertain(folder)
-            facts.append(("importable", folder, now))
+        for folder in self.folders | import_folders():
+            if not os.path.isdir(folder):
+                facts.append(("status", folder, _status(folder)))
+        facts += _looks()
+        facts += self._asked_variables()
         return sorted({*facts})
 
+    def _since(self, name: str) -> int:
+        """A time before a module was read."""
+        return STARTED if name in self.known else self.began
+
+    def _asked_variables(self) -> Iterator[Fact]:
+        """The variables that count since they were asked for."""
+        for name in filter(_counts_where_asked, self.variables):
+            yield "variable", name, _variable(name)
+
+
+def _looks() -> Iterator[Fact]:
+    """What imports found where they looked. Raises Uncertain where that has changed since."""
+    for folder, names in lookups.looked.items():
+        now, before = modules_in(folder), lookups.at_first[folder]
+        if any(now.get(name) != before.get(name) for name in names):
+            raise Uncertain(folder)
+        question = f"{folder}\n{' '.join(sorted(names))}"
+        yield "modules", question, _modules_at(question)
+
+
+_CAME: dict[str, int] = {}
+"""Name of a module that a watch has seen -> a time before it was read."""
 
 _WATCHES: list[Watch] = []
 """The watch that is open, if one is."""
@@ -245,15 +379,28 @@ _HOOKED: list[bool] = []
 
 
 @contextmanager
-def watching(folder: str) -> Iterator[Watch]:
-    """A watch of what the block reads. It will import from `folder`. torch is imported then: where that looks
-    for libraries of this machine, by programs too, is not the model's doing.
+def watching(folder: str, first: Sequence[str] = ("torch",)) -> Iterator[Watch]:
+    """A watch of what the block reads. It will import from `folder`. The modules `first` are imported before:
+    where torch looks for libraries of this machine, by programs too, is not the model's doing.
     """
     if not _HOOKED:
         sys.addaudithook(_hook)
         _HOOKED.append(True)
-    watch, python_stat = Watch(folder), os.stat
-    import_module("torch")
+    watch = Watch(folder)
+    for name in first:
+        import_module(name)
+    _WATCHES.append(watch)
+    try:
+        with _stat_watched(watch), _variables_watched(watch), _threads_watched(watch):
+            yield watch
+    finally:
+        _WATCHES.remove(watch)
+
+
+@contextmanager
+def _stat_watched(watch: Watch) -> Iterator[None]:
+    """Inside, the watch is told of calls of `os.stat`."""
+    python_stat = os.stat
 
     def watched_stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
         if not _by_import(2):
@@ -266,13 +413,51 @@ def watching(folder: str) -> Iterator[Watch]:
                 os.stat = watched_stat
         return python_stat(path, *args, **kwargs)
 
-    _WATCHES.append(watch)
     os.stat = watched_stat
     try:
-        yield watch
+        yield
     finally:
         os.stat = python_stat
-        _WATCHES.remove(watch)
+
+
+@contextmanager
+def _variables_watched(watch: Watch) -> Iterator[None]:
+    """Inside, the watch is told of each variable that Python code reads. To list them all reads them all."""
+    with ExitStack() as stack:
+        for variables in (os.environ, os.environb):
+            for name in ("encodekey", "decodekey"):
+                stack.enter_context(_replaced(variables, name, watch.ask_variable))
+        yield
+
+
+@contextmanager
+def _threads_watched(watch: Watch) -> Iterator[None]:
+    """Inside, the watch is told when torch is asked how many threads it has."""
+    torch = import_module("torch")
+
+    def tell(*_: Any) -> None:
+        watch.ask_threads()
+
+    with ExitStack() as stack:
+        for name in ("get_num_threads", "get_num_interop_threads"):
+            stack.enter_context(_replaced(torch, name, tell))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, tell: Callable[..., None]) -> Iterator[None]:
+    """Inside, a function of `owner` tells its arguments before it does its work."""
+    function = getattr(owner, name)
+
+    def telling(*args: Any) -> Any:
+        tell(*args)
+        return function(*args)
+
+    setattr(owner, name, telling)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
 
 
 def _path(path: Any) -> str | None:
@@ -288,8 +473,18 @@ def _is_compiled(path: str) -> bool:
 
 
 def _by_import(depth: int) -> bool:
-    """True where Python's import system is so many calls above."""
-    return "importlib" in sys._getframe(depth).f_code.co_filename
+    """True where Python's import system is so many calls above, or what notes its looks."""
+    file = sys._getframe(depth).f_code.co_filename
+    return "importlib" in file or file == _OWN_LISTS
+
+
+def _is_installed_list() -> bool:
+    """True where an installed package goes through all variables, as to find those with its own name."""
+    frame, lists = sys._getframe(3), False
+    while frame.f_back and frame.f_globals.get("__name__") in _READERS:
+        lists = lists or frame.f_code.co_name == "__iter__"
+        frame = frame.f_back
+    return lists and is_installed(frame.f_code.co_filename)
 
 
 def _modules() -> dict[str, str]:
@@ -300,11 +495,6 @@ def _modules() -> dict[str, str]:
         if isinstance(path, str):
             files[name] = os.path.abspath(path)
     return files
-
-
-def _import_paths() -> set[str]:
-    """The folders in which imports look."""
-    return {os.path.abspath(path) for path in sys.path}
 
 
 def _unchanged(path: str, since: int) -> str:

@@ -41,8 +41,10 @@ _IN_PYTHON = "pipe.ir() is the program, pipe.report() what it costs"
 
 HELP = """\
 A line is an option of dump-ir without its dashes, with more options behind it:
-  stages 3            cut into 3 stages; so do split-at NAME NAME ..., and uncut
-  device A100         what costs are reckoned with; so do schedule NAME, microbatches N
+  stages 3            cut into 3 stages of like times
+  split-at NAME ...   cut before these modules
+  uncut               take all cuts away
+  device A100         the device of the costs; schedule NAME, microbatches N: the rest of the setting
   cut                 show where it is cut
   report              what the stages cost
   stats, diff         what each pass changes

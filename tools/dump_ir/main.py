@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from stagecut.ir.errors import InputError, StagecutError, nearest
-from stagecut.ir.graph import Program
 from stagecut.passes.base import Pass
 from stagecut.passes.find_splits import BEGINNING, END, FindSplits
 from stagecut.passes.pipeline import NAMES, default_pipeline, pass_by_name
-from stagecut.tools.dump_ir.cache import cached
+from stagecut.tools.dump_ir.evidence import begin, folders
 from stagecut.tools.dump_ir.options import misuse, named, spelled
-from stagecut.tools.dump_ir.session import Session, source_of
-from stagecut.tools.dump_ir.sources import Source, load
+from stagecut.tools.dump_ir.search import Search
+from stagecut.tools.dump_ir.session import Session, opened, source_of
+from stagecut.tools.dump_ir.sources import Source
 
 EXAMPLES = """\
 examples:
@@ -46,12 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With `--against`, as diff does: 0 for equal texts, 1 for different ones, 2 for every error.
     """
+    begin()
     command_line = parser()
     options = command_line.parse_args(argv)
     options.named = named(command_line, argv)
     fault = misuse(options)
     if fault:
         return _failed(2, fault)
+    try:
+        return _status(options)
+    finally:
+        # a source in Python has added its folder
+        sys.path[:] = folders
+
+
+def _status(options: argparse.Namespace) -> int:
+    """The exit status, after all is written that is asked for."""
     failure = 1 if options.against is None else 2
     try:
         _check(options)
@@ -93,12 +102,12 @@ def _interactive(options: argparse.Namespace) -> int:
     """Does line after line of standard input; 1 when a line failed that no person typed."""
     from stagecut.tools.dump_ir.interactive import Interactive, Parser
 
-    def opened(line: argparse.Namespace, source: Callable[..., Any]) -> Session:
+    def session(line: argparse.Namespace, source: Callable[..., Any]) -> Session:
         _check(line)
         return _session(line, source)
 
     def told(fresh: bool) -> Source:
-        source = cached(options, lambda: load(options), fresh)
+        source = opened(options, fresh)
         for note in source.notes:
             print(f"dump-ir: note: {spelled(note)}", file=sys.stderr)
         return source
@@ -110,7 +119,7 @@ def _interactive(options: argparse.Namespace) -> int:
         command_line,
         lambda argv: named(command_line, argv),
         Session.run,
-        opened,
+        session,
         lambda: told(fresh=True),
     )
     lines.cmdloop()
@@ -256,19 +265,19 @@ def _add_cuts(group: Any) -> None:
     group.add_argument(
         "--schedule",
         default="1F1B",
-        help="what --stages and --report reckon with (default: 1F1B)",
+        help="the schedule that --stages and --report reckon with (default: 1F1B)",
     )
     group.add_argument(
         "--microbatches",
         metavar="N",
         type=whole_number,
         default=8,
-        help="so many of them (default: 8)",
+        help="how many micro-batches they reckon with (default: 8)",
     )
     group.add_argument(
         "--device",
         default="H100",
-        help="and this device: H100, H200, A100, ... (default: H100)",
+        help="the device that they reckon with: H100, H200, A100, ... (default: H100)",
     )
 
 
@@ -338,7 +347,8 @@ def _add_shown(group: Any) -> None:
     group.add_argument(
         "--unfold",
         action="store_true",
-        help="the ops of every block, where blocks that do the same would be calls of one function",
+        help="the ops of every block, as pipe.ir() has them, where blocks that do the same would be calls of "
+        "one function",
     )
     group.add_argument(
         "--roles",
@@ -420,8 +430,6 @@ def _check(options: argparse.Namespace) -> None:
         _check_pass(option, name)
     if options.stop_after is not None:
         _check_pass("--stop-after", options.stop_after)
-    if options.stages is not None:
-        _balanced(options).refuse_wrong()
 
 
 def _printed(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -476,28 +484,12 @@ def _place(option: str, name: str, chosen: list[Pass]) -> int:
 
 
 def _policy(options: argparse.Namespace) -> Any:
-    """The policy that finds the cuts; it leaves its plan with the options, for the report."""
-    options.plan = None
+    """The policy that finds the cuts; the search stays with the options, for the report."""
+    options.search = None
     if options.stages is None:
         return None
-    balanced = _balanced(options)
-
-    def cuts(program: Program) -> list[int]:
-        options.plan = balanced.plan(program)
-        return list(options.plan.cuts)
-
-    return cuts
-
-
-def _balanced(options: argparse.Namespace) -> Any:
-    from stagecut.backend.costs.balance import Balanced
-    from stagecut.backend.costs.setting import Setting
-
-    return Balanced(
-        options.stages,
-        Setting(options.device, options.schedule, options.microbatches),
-        budget=math.inf,
-    )
+    options.search = Search(options)
+    return options.search.cuts
 
 
 def _split_point(name: str) -> tuple[str, str]:

@@ -17,8 +17,9 @@ from stagecut.ir.text.printer import excerpt, text
 from stagecut.passes.base import Pass
 from stagecut.passes.fold_blocks import folded_text
 from stagecut.passes.runner import PassRecord, run_passes
-from stagecut.tools.dump_ir.cache import cached
-from stagecut.tools.dump_ir.options import spelled
+from stagecut.tools.dump_ir.cache import cached, computed, digest_of
+from stagecut.tools.dump_ir.options import is_text, spelled
+from stagecut.tools.dump_ir.search import balanced
 from stagecut.tools.dump_ir.show import (
     Stats,
     Steps,
@@ -60,8 +61,18 @@ def needs_model(options: Namespace) -> bool:
 
 def source_of(options: Namespace) -> Source:
     """The source, traced where the model itself is needed, or the time that tracing takes."""
-    fresh = needs_model(options) or options.time
-    return cached(options, lambda: load(options), fresh)
+    return opened(options, needs_model(options) or options.time)
+
+
+def opened(options: Namespace, fresh: bool) -> Source:
+    """The source, with `fresh` always traced. What cannot be searched is refused before that."""
+
+    def traced() -> Source:
+        if options.stages is not None:
+            balanced(options).refuse_wrong()
+        return load(options)
+
+    return load(options) if is_text(options.source) else cached(options, traced, fresh)
 
 
 class ComparedText(NamedTuple):
@@ -153,11 +164,14 @@ class Session:
 
     def _run_passes(self, source: Source, passes: Sequence[Pass]) -> None:
         options = self._options
+        self._is_kept = source.is_kept
         self._steps.expect(len(passes))
         if not (options.check_each or options.bisect):
             run_passes(
                 source.program, passes, check=options.verify_each, after=self._after
             )
+            if options.search is not None:
+                self._tell_why("searched", options.search.why)
             return
         from stagecut.tools.dump_ir.pass_check import Feed, check_passes, random_feed
 
@@ -303,21 +317,49 @@ class Session:
     # --- what needs costs -------------------------------------------------------------------------
 
     def _report(self, program: Program) -> None:
-        costs, format = self._costs(program, MOST_RECKONED), self._options.format
-        if format == "json":
-            self._writer.final("report.json", costs.to_json() + "\n")
-        elif format == "svg":
-            self._writer.final("report.svg", costs.to_svg())
-        else:
-            self._writer.final("report.txt", f"{costs}\n")
+        format = self._options.format
+
+        def told() -> str:
+            costs = self._costs(program, MOST_RECKONED)
+            if format == "json":
+                return costs.to_json() + "\n"
+            return costs.to_svg() if format == "svg" else f"{costs}\n"
+
+        name = "report.txt" if format == "text" else f"report.{format}"
+        self._writer.final(name, self._reckoned("report", program, told))
 
     def _timeline(self, program: Program) -> None:
-        timeline = self._costs(program, MOST_DRAWN).timeline
-        if self._options.format == "svg":
-            self._writer.final("timeline.svg", timeline.to_svg())
-        else:
-            events = json.dumps(timeline.chrome_trace())
-            self._writer.final("timeline.json", events + "\n")
+        format = self._options.format
+
+        def told() -> str:
+            timeline = self._costs(program, MOST_DRAWN).timeline
+            if format == "svg":
+                return timeline.to_svg()
+            return json.dumps(timeline.chrome_trace()) + "\n"
+
+        self._writer.final(
+            f"timeline.{format}", self._reckoned("timeline", program, told)
+        )
+
+    def _reckoned(self, look: str, program: Program, told: Callable[[], str]) -> str:
+        """What a look at the costs shows, as an earlier one has shown it if nothing has changed."""
+        options, search = self._options, self._options.search
+        question = {
+            "look": look,
+            "format": options.format,
+            "program": digest_of(program),
+            "setting": [options.device, options.schedule, options.microbatches],
+            "search": None if search is None else search.question,
+        }
+        needs = ("stagecut.backend.costs.balance", "stagecut.backend.costs.report")
+        answer = computed(options, "reports", question, told, needs)
+        self._tell_why("reckoned", answer.why)
+        return str(answer.content)
+
+    def _tell_why(self, done: str, why: str) -> None:
+        """Says why something was done again. What made the trace be done again has been said."""
+        if why and self._is_kept:
+            self._steps.say(f"dump-ir: note: {done} again: {why}")
 
     def _costs(self, program: Program, most: int) -> Report:
         from stagecut.backend.costs.loss import counted_loss
@@ -342,7 +384,8 @@ class Session:
             raise InputError(what, hint=f"--microbatches {most // (2 * stages)}")
         setting = Setting(options.device, options.schedule, count)
         loss = counted_loss(program, None, {}, setting)
-        return report(program, setting, options.plan, loss=loss)
+        plan = None if options.search is None else options.search.plan()
+        return report(program, setting, plan, loss=loss)
 
     def _page(self, program: Program) -> str:
         from stagecut.backend.page.page import to_html

@@ -10,6 +10,8 @@ import importlib.util
 import inspect
 import json
 import os
+import re
+import shlex
 import sys
 import sysconfig
 import traceback
@@ -33,7 +35,8 @@ from stagecut.passes.fold_blocks import unfold
 @dataclass
 class Source:
     """A program, and for a model its bindings, the flat inputs of the example call, and the notes of
-    tracing. `is_model` is False for text, which may have been through any pass.
+    tracing. `is_model` is False for text, which may have been through any pass. `is_kept` is True where the
+    program is from the cache.
     """
 
     program: Program
@@ -41,6 +44,7 @@ class Source:
     inputs: list[Any] | None = None
     notes: Sequence[str] = ()
     is_model: bool = False
+    is_kept: bool = False
 
 
 _FORMS = "FILE.py:FACTORY, pkg.mod:FACTORY, hf:NAME, FILE.pt2, FILE.ir or - for text"
@@ -98,14 +102,13 @@ def _checked(program: Program) -> Program:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _existing(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read '{path}': {error}") from None
 
 
 def _exported(path: Path, trusted: bool) -> Source:
-    if not path.is_file():
-        raise InputError(f"there is no file '{path}'")
+    _existing(path)
     if not trusted:
         raise InputError(
             f"'{path}' is an exported program: torch.export.load unpickles what is inside, and a pickle can "
@@ -151,12 +154,36 @@ def _named(source: str) -> tuple[str, str]:
     file = _file_of(path) if is_module else None
     if file is None:
         what = f"'{source}' is no SOURCE" if source else "SOURCE is empty"
-        raise InputError(f"{what}: it must be {_FORMS}", hint="dump-ir model.py:make")
+        raise InputError(f"{what}: it must be {_FORMS}", hint=_way_to_show(source))
     raise InputError(
         f"'{source}' names no function that makes the model",
         where=str(file),
         hint=_factories_in(path, file),
     )
+
+
+_TEXT = re.compile(r"(\s|#.*\n)*program @")
+"""The beginning of IR text."""
+_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+
+
+def _way_to_show(source: str) -> str:
+    """A hint for what is no source: how a file of that kind is shown."""
+    if not os.path.isfile(source):
+        return "dump-ir model.py:make"
+    path = Path(source)
+    if path.suffix in _WEIGHTS:
+        return "weights have no code: name the function that makes the model, model.py:make"
+    try:
+        start = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return "dump-ir model.py:make"
+    if _TEXT.match(start):
+        text_file = shlex.quote(source)
+        return f"this is IR text: call it {path.with_suffix('.ir')}, or dump-ir - < {text_file}"
+    if path.suffix == ".json" and '"model_type"' in start:
+        return f"this is a config of transformers: dump-ir hf:NAME --config {shlex.quote(source)}"
+    return "dump-ir model.py:make"
 
 
 def _file_of(path: str) -> Path | None:
@@ -187,9 +214,20 @@ def _spec_of(name: str) -> ModuleSpec | None:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"there is no file '{path}'")
-    return path
+    if path.exists():
+        return path
+    raise InputError(f"there is no file '{path}'", hint=_files_like(path))
+
+
+def _files_like(path: Path) -> str:
+    """A hint with the files beside a path that end as it does."""
+    try:
+        files = sorted(path.parent.glob(f"*{path.suffix}"))
+    except OSError:
+        return ""
+    if not files:
+        return f"no file in '{path.parent}' ends in {path.suffix}"
+    return nearest(str(path), map(str, files), 1)
 
 
 def _factories_in(path: str, file: Path) -> str:
@@ -339,16 +377,19 @@ def _guard(action: Callable[[], Any], doing: str) -> Any:
             f"{doing} failed: {type(error).__name__}: {error.msg}", where=where
         ) from None
     except (Exception, SystemExit) as error:
-        hint = (
-            "install it, or put its folder on PYTHONPATH"
-            if isinstance(error, ModuleNotFoundError)
-            else ""
-        )
+        hint = _module_hint(error) if isinstance(error, ModuleNotFoundError) else ""
         raise InputError(
             f"{doing} failed: {type(error).__name__}: {error}",
             where=_users_line(error),
             hint=hint,
         ) from None
+
+
+def _module_hint(error: ModuleNotFoundError) -> str:
+    """A hint with the modules of the working folder whose names are like that of one that is missing."""
+    beside = nearest(error.name or "", [path.stem for path in Path().glob("*.py")])
+    is_like = beside.startswith("did you mean")
+    return beside if is_like else "install it, or put its folder on PYTHONPATH"
 
 
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
