@@ -51,7 +51,7 @@ def test_a_plan_names_what_begins_at_each_cut() -> None:
         ),
         (
             {"inside": "always", "tolerance": 0.5},
-            r"the chosen ones divide fewer modules, leave no stage without parameters, or send fewer bytes: a step may take 50 % longer for that",
+            r"the chosen ones divide less, send less, or leave no stage without parameters, in at most 50 % more time",
         ),
     ],
 )

@@ -74,8 +74,8 @@ class Choice:
                     f'inside="{self.inside}" asks for more than {100 * WORTH:g} %'
                 )
         return (
-            "the chosen ones divide fewer modules, leave no stage without parameters, or send fewer bytes: "
-            f"a step may take {100 * self.tolerance:g} % longer for that"
+            "the chosen ones divide less, send less, or leave no stage without parameters, in at most "
+            f"{100 * self.tolerance:g} % more time"
         )
 
     def _divides(self, way: Cuts) -> bool:
