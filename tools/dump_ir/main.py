@@ -244,7 +244,7 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--no-cache",
         action="store_true",
-        help="trace, whatever the cache has, and leave it as it is",
+        help="trace and search, whatever the cache has, and leave it as it is",
     )
 
 

@@ -112,8 +112,13 @@ RULES = (
     ),
     Rule(
         ("no_cache",),
-        "needs a model: IR text is not traced",
-        lambda options: not all(map(is_text, _sources(options))),
+        "needs a model, --stages, --report or --timeline: nothing else is kept",
+        lambda options: (
+            not all(map(is_text, _sources(options)))
+            or options.stages is not None
+            or options.report
+            or options.timeline
+        ),
     ),
     Rule(
         (*LOOKS, *CHECKS, "format", "roles", "report", "timeline", "interactive"),
