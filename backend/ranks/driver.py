@@ -579,7 +579,9 @@ class Driver:
                 ) from None
             if self._order is not None:
                 reorder(schedule, self._order)
-            if isinstance(schedule, _PipelineScheduleRuntime):
+            # a rank with one neighbour has one stream for its messages in any case
+            several = max(self.placement) > 1
+            if isinstance(schedule, _PipelineScheduleRuntime) and several:
                 for stage in stages:
                     stage.begin_alone()
                 if shares_a_stream(self.group, self.device):

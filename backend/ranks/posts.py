@@ -21,11 +21,9 @@ ONE_STREAM = (
 
 
 def shares_a_stream(group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """True where a rank has several neighbours, and NCCL one communicator, and so one stream, for all."""
-    group = group or dist.group.WORLD
-    if group is None or device.type != "cuda" or group.size() < 3:
-        return False
-    return getattr(group, "bound_device_id", None) is not None
+    """True where NCCL has one communicator, and so one stream, for the messages of a rank to all others."""
+    bound = getattr(group or dist.group.WORLD, "bound_device_id", None)
+    return device.type == "cuda" and bound is not None
 
 
 class Posts:
