@@ -261,7 +261,19 @@ def test_the_stages_of_a_rank_share_its_memory() -> None:
     memory = max(needs) + 1  # each would fit alone
     report = pipe.report(Setting(replace(SMALL, memory=memory), "Interleaved1F1B", ranks=2))
     assert [one.stages for one in report.too_large] == [(0, 2), (1, 3)]
-    assert "the stages 0, 2 of rank 0 need" in str(report)
+    (line,) = (line for line in str(report).splitlines() if line.startswith("too large"))
+    assert "the stages 1, 3 of rank 1 need" in line
+    assert "1 other rank needs more than there is: smaller micro-batches" in line
+
+
+def test_ranks_that_do_not_fit_are_told_in_one_line_however_many_they_are() -> None:
+    pipe, _ = _report(stages=4)
+    report = pipe.report(Setting(SMALL))
+    assert len(report.too_large) == 4
+    (line,) = (line for line in str(report).splitlines() if line.startswith("too large"))
+    assert f"stage {report.lacks_most.stages[0]} needs" in line  # type: ignore[union-attr]
+    assert "and 3 other ranks need more than there is" in line
+    assert [text for text, _ in findings(pipe.program, report) if "small has" in text] == [line.removeprefix("too large: ")]
 
 
 def test_what_takes_the_most_decides_the_remedy() -> None:

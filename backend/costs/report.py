@@ -110,12 +110,22 @@ class TooLarge:
     kind: str
 
     def __str__(self) -> str:
+        return self.beside(0)
+
+    def beside(self, others: int) -> str:
+        """What is too large, and what helps, where so many `others` do not fit either."""
         numbers = ", ".join(map(str, self.stages))
         who = f"stage {numbers} needs"
         if len(self.stages) > 1:
             who = f"the stages {numbers} of rank {self.rank} need"
+        more = ""
+        if others:
+            ranks = (
+                "1 other rank needs" if others == 1 else f"{others} other ranks need"
+            )
+            more = f", and {ranks} more than there is"
         return (
-            f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}: "
+            f"{who} {size_text(self.needs)}, {self.device} has {size_text(self.has)}{more}: "
             f"{_REMEDIES[self.kind in _HELD]}"
         )
 
@@ -218,8 +228,8 @@ class Report:
             "modules",
         )
         yield table([head, *map(_row, self.stages)], left=(len(head) - 1,))
-        for overfull in self.too_large:
-            yield f"too large: {overfull}"
+        if too_large := self.too_large_text:
+            yield f"too large: {too_large}"
         yield from self._saved_lines()
         yield ""
         yield (
@@ -263,6 +273,18 @@ class Report:
             f"ranks work {100 * self.more_work:.1f} % longer in all than one device "
             f"would: {', '.join(reasons)}"
         )
+
+    @property
+    def too_large_text(self) -> str:
+        """Which rank lacks the most memory, how many others lack some, what helps; empty where all fit."""
+        if self.lacks_most is None:
+            return ""
+        return self.lacks_most.beside(len(self.too_large) - 1)
+
+    @property
+    def lacks_most(self) -> TooLarge | None:
+        """The rank that lacks the most memory; None where all fit."""
+        return max(self.too_large, key=lambda r: r.needs - r.has, default=None)
 
     @property
     def host_text(self) -> str:

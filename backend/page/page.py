@@ -499,10 +499,8 @@ Finding = tuple[str, str]
 def findings(program: Program, report: Report | None) -> Iterator[Finding]:
     """The facts that a person with a slow or unbalanced pipeline should look at first."""
     if report is not None and report.stages:
-        yield from (
-            (str(overfull), f"stage:{overfull.stages[0]}")
-            for overfull in report.too_large
-        )
+        if report.lacks_most is not None:
+            yield report.too_large_text, f"stage:{report.lacks_most.stages[0]}"
         yield from _time_findings(report)
         yield from _memory_findings(report)
         yield from _source_findings(report)
