@@ -38,7 +38,7 @@ class Posts:
         self._arriving[kind, chunk] = [_begun(operation) for operation in operations]
 
     def arrive(self, kind: str, chunk: int) -> None:
-        """What computes from now on finds what was to arrive."""
+        """The tensors that were to arrive are there for what computes from now on."""
         for work in self._arriving.pop((kind, chunk), ()):
             work.wait()
 
@@ -47,7 +47,7 @@ class Posts:
         self._leaving += map(_begun, operations)
 
     def settle(self) -> None:
-        """What computes from now on may write what has left."""
+        """The tensors that have left may be written by what computes from now on."""
         for work in self._leaving:
             work.wait()
         self._leaving.clear()

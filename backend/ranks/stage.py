@@ -496,7 +496,7 @@ class BuiltStage(PipelineStage):
         """Each message is begun by itself from now on, and goes over a stream of its pair of ranks."""
 
     def settle(self) -> None:
-        """What computes from now on may write what has left."""
+        """The tensors that have left may be written by what computes from now on."""
 
     def clear_runtime_states(self) -> None:
         """As torch's, which calls it when a step begins."""
