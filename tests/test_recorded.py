@@ -91,8 +91,8 @@ def loss_of(output: torch.Tensor, target: torch.Tensor, weight: float) -> Any:
     return loss, {"largest": output.detach().amax()}
 
 
-def _trained(pipe: Pipe, schedule: str, backward: str, graphs: bool, zero: str) -> tuple[list[Any], Any]:
-    """Losses, metrics, outputs, gradients and weights of some steps."""
+def _trained(pipe: Pipe, schedule: str, backward: str, graphs: bool, zero: str, drop: int | None = None) -> tuple[list[Any], Any]:
+    """Losses, metrics, outputs, gradients and weights of some steps. In front of step `drop` no recording is left."""
     torch.manual_seed(0)
     driver = Driver(deepcopy(pipe), schedule, 4, loss_of, backward=backward, device="cpu")
     if graphs:
@@ -101,6 +101,8 @@ def _trained(pipe: Pipe, schedule: str, backward: str, graphs: bool, zero: str) 
     driver.attach(optimizer)
     seen: list[Any] = []
     for number in range(8):
+        if number == drop:
+            driver.drop_recordings()
         x = torch.randn(16, 6).double()
         weight = {"weight": 2.0 if number == 6 else 1.0}
         output, losses = driver.step(x, target=x.flip(0), loss_kwargs=weight)
@@ -130,6 +132,10 @@ def _compared(pipe: Pipe, schedule: str, backward: str) -> str:
         actual, graphs = _trained(pipe, schedule, backward, True, zero)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         assert (graphs.fake.recordings, graphs.fake.replays) == (1, 8 - 1 - WARM_UP)
+    if schedule == "1F1B":
+        dropped, graphs = _trained(pipe, schedule, backward, True, "none", drop=4)
+        torch.testing.assert_close(dropped, _trained(pipe, schedule, backward, False, "none")[0], rtol=1e-12, atol=1e-12)
+        assert graphs.fake.recordings == 2
     return "ok"
 
 

@@ -271,6 +271,14 @@ class Driver:
         refuse_drawing(draws(self.pipe.program))
         return StepGraphs(self.device)
 
+    def drop_recordings(self) -> None:
+        """The steps that `cuda_graphs=True` has recorded are gone, and their memory with them, but for
+        gradients. NCCL waits for that in `destroy_process_group`. A further step runs as it is, later ones
+        are recorded again.
+        """
+        if self._step_graphs is not None:
+            self._step_graphs.drop()
+
     @property
     def is_last(self) -> bool:
         """True on the rank that has the last stage, and so the outputs and the losses."""

@@ -124,6 +124,11 @@ class StepGraphs:
             self._recordings[key] = _Recording(step, self._record)
         self._recordings[key].replay(step)
 
+    def drop(self) -> None:
+        """No step is recorded. The next ones run as they are, and are recorded again."""
+        self._recordings.clear()
+        self._runs.clear()
+
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """Inside, kernels run in the stream in which steps are recorded: autograd adds a gradient in the
