@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
     _Action,
     _add_reduce_grad,
     _add_unshard_reshard,
@@ -314,10 +315,16 @@ def torch_schedule(
     kind: Any = get_schedule_class(schedule)
     try:
         with _quiet():
-            made = kind(known, count, loss_fn=lambda *_: None)
+            made = kind(
+                known[0] if issubclass(kind, PipelineScheduleSingle) else known,
+                count,
+                loss_fn=lambda *_: None,
+            )
     except (ValueError, AssertionError, RuntimeError) as error:
         raise StagecutError(
-            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}"
+            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}",
+            hint=f'another number of micro-batches, Driver(pipe, "{schedule}", {2 * stages}, loss_fn), or '
+            "another schedule",
         ) from error
     if given is not None:
         reorder(made, given)

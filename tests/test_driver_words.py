@@ -150,6 +150,104 @@ def _gradients(driver: Driver, target: torch.Tensor) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in driver.parameters() if parameter.grad is not None]
 
 
+# --- a loss that trains nothing -----------------------------------------------------------------------
+
+
+def test_a_loss_without_a_gradient_is_told_by_all_ranks_which_go_on() -> None:
+    frozen = cut(Two().requires_grad_(False), stages=2)
+    half = Four()
+    half[3].requires_grad_(False)
+    assert on_ranks(2, _losses_without_gradient, cut(stages=2), cut(half, stages=4), frozen) == ["ok", "ok"]
+
+
+def _losses_without_gradient(two: Pipe, half: Pipe, frozen: Pipe) -> str:
+    """Afterwards a step has the gradients that it has without one before it."""
+    words = r"failed: the loss of micro-batch {} carries no gradient.*\n  at: (test_driver_words.py:\d+, )?{}\n  try: {}.*go on"
+    for pipe, schedule, options in (
+        (two, "1F1B", {}),
+        (two, "GPipe", {"backward": "graph", "seed": 0}),
+        (half, "ZBVZeroBubble", {}),
+    ):
+        driver = Driver(pipe, schedule, 2, mse, **options)  # type: ignore[arg-type]
+        expected = _gradients(driver, X)
+        for loss, index in ((_detached, 0), (_constant, 0), (_measured, 0), (_Second(), 1)):
+            name = getattr(loss, "__name__", "_Second")
+            with pytest.raises(RankError, match=words.format(index, name, "compute it from the output")):
+                Driver(pipe, schedule, 2, partial(loss), **options).step(X, target=X)  # type: ignore[arg-type]
+        Driver(pipe, schedule, 2, _detached).eval(X, target=X)
+        again = _gradients(driver, X)
+        assert expected
+        assert [*map(torch.equal, again, expected)] == [True] * len(expected)
+    driver = Driver(frozen, "1F1B", 2, mse)
+    for _ in range(2):
+        with pytest.raises(RankError, match=words.format(0, "mse", "all parameters are frozen.*driver.eval")):
+            driver.step(X, target=X)
+        driver.eval(X, target=X)
+    frozen.requires_grad_()
+    driver.step(X, target=X)
+    return "ok"
+
+
+def _detached(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return mse(output.detach(), target)
+
+
+def _constant(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(1.0)
+
+
+def _measured(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return mse(output, target)
+
+
+class _Second(nn.Module):
+    """A loss that has no gradient in the second micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return mse(output, target) if self.calls == 1 else _constant(output, target)
+
+
+class Rounded(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach()
+
+
+def test_outputs_without_a_gradient_are_told(alone: None) -> None:
+    with pytest.raises(RankError, match=r"(?s)carries no gradient.* try: no output of the model carries one"):
+        Driver(cut(Rounded()), "GPipe", 2, mse, group=dist.new_group()).step(X, target=X)
+
+
+def test_a_loss_may_train_parameters_of_its_own(alone: None) -> None:
+    centers = torch.zeros(4, requires_grad=True)
+    driver = Driver(cut(Two().requires_grad_(False)), "GPipe", 2, lambda output, target: mse(output + centers, target))
+    driver.step(X, target=X)
+    assert centers.grad is not None
+
+
+def test_a_failing_loss_of_torchs_own_has_a_place() -> None:
+    for text in on_ranks(2, _misshapen, cut(stages=2)):
+        assert "at: CrossEntropyLoss, where loss_fn was given float32[2, 4] and target" in text
+
+
+def _misshapen(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, nn.CrossEntropyLoss())
+    with pytest.raises(RankError) as caught:
+        driver.step(X, target=torch.ones(4, 3, 3))
+    with pytest.raises(RankError, match=r"at: test_driver_words.py:\d+, _three, where loss_fn was given"):
+        Driver(pipe, "GPipe", 2, _three).step(X, target=X)
+    return str(caught.value)
+
+
+def _three(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return mse(output, target) * weight
+
+
 # --- the mode of the pipe -----------------------------------------------------------------------------
 
 

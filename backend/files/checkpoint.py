@@ -609,6 +609,9 @@ class _Slots:
                             entry.name, (parameter_name for _, parameter_name in saved)
                         ),
                     )
+                _refuse_other_kind(
+                    optimizer, group, saved["param_groups", name], reader.folder
+                )
                 self.groups[-1].append(
                     (
                         parameter,
@@ -670,6 +673,34 @@ def _read_values(
 ) -> dict[str, Any]:
     """Key -> the value that was read under its full key."""
     return {key: read[full_key] for key, full_key in full_keys.items()}
+
+
+def _refuse_other_kind(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    settings: Collection[str],
+    folder: Path,
+) -> None:
+    """Returns unless an optimizer of another kind was saved: it has settings that this one does not have, and
+    lacks some that this one has. Kinds with the same settings, as Adam and AdamW, are not told apart.
+    """
+    own = {*group} - {"params", "param_names"}
+    theirs = {*settings}
+    unknown = sorted(theirs - own - _OF_SCHEDULERS)
+    missing = sorted(own - theirs - _OF_SCHEDULERS)
+    if not unknown or not missing:
+        return
+    raise CheckpointError(
+        f"the checkpoint has an optimizer with {', '.join(unknown)}, and this one, "
+        f"{type(optimizer).__name__}, has {', '.join(missing)} instead",
+        where=str(folder),
+        hint="load it into an optimizer of the same kind, or load the model alone: "
+        "checkpoint.load(driver, None, folder)",
+    )
+
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""Settings that schedulers of the learning rate add to those of any optimizer."""
 
 
 def _saved_optimizer(full_keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:

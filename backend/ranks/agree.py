@@ -167,8 +167,12 @@ def _ranks_with(column: Sequence[int]) -> frozenset[int]:
     return frozenset(ranks)
 
 
+_MODES = {True: "train", False: "eval"}
+"""Whether a pipe is training -> the name of its mode."""
+
+
 class Calls:
-    """Compares the arguments of each call of the driver: sizes in every call, contents in the first `steps`.
+    """Compares the mode and the arguments of each call of the driver: sizes in every call, contents in the first `steps`.
 
     Ranks that are given nothing for an argument are left out.
     """
@@ -178,9 +182,13 @@ class Calls:
         self._left = steps
 
     def agree(
-        self, how: str, arguments: Mapping[str, Any], changed: Sequence[bool]
+        self,
+        how: str,
+        training: bool,
+        arguments: Mapping[str, Any],
+        changed: Sequence[bool],
     ) -> Agreed:
-        """What all ranks know of this call. Raises InputError on every rank when arguments differ.
+        """What all ranks know of this call. Raises InputError on every rank when arguments differ, or modes.
 
         `changed` has the changes that this rank has noticed, in an order that all ranks know.
         """
@@ -193,16 +201,16 @@ class Calls:
                 checksums = dict(_contents(name, tree))
             contents.append(checksums)
         self._left -= 1
-        row = [*map(int, changed), digest(how)]
+        row = [*map(int, changed), digest(how), digest(_MODES[training])]
         row += map(_digest_of, types)
         row += map(_digest_of, contents)
         columns = self._columns(row)
         changes = columns[: len(changed)]
         compared = columns[len(changed) :]
         if any(map(_differ, compared)):
-            self._refuse(how, types, contents)
+            self._refuse(how, training, types, contents)
         has: dict[str, frozenset[int]] = {}
-        for name, column in zip(arguments, compared[1:], strict=False):
+        for name, column in zip(arguments, compared[2:], strict=False):
             has[name] = _ranks_with(column)
         return Agreed([any(column) for column in changes], has)
 
@@ -218,6 +226,7 @@ class Calls:
     def _refuse(
         self,
         how: str,
+        training: bool,
         types: list[dict[str, str]],
         contents: list[dict[str, int]],
     ) -> None:
@@ -228,6 +237,13 @@ class Calls:
                 raise InputError(
                     f"rank {rank} calls driver.{other}, rank 0 calls driver.{calls[0]}",
                     hint="every rank makes the same calls in the same order",
+                )
+        modes = everywhere(_MODES[training], self._group)
+        for rank, mode in enumerate(modes):
+            if mode != modes[0]:
+                raise InputError(
+                    f"the pipe is in {mode} mode on rank {rank}, and in {modes[0]} mode on rank 0",
+                    hint="driver.train() on every rank, or driver.train(False)",
                 )
         by_rank = everywhere((types, contents), self._group)
         for position in range(len(types)):

@@ -37,7 +37,9 @@ from stagecut.backend.ranks.losses import (
     add_corrected,
     carriers,
     no_loss,
+    place_of_loss,
     put_aside,
+    refuse_no_gradient,
     takes_no_target,
 )
 from stagecut.backend.ranks.noted import follows_mode, notes_of_step
@@ -54,7 +56,11 @@ from stagecut.backend.ranks.precision import Dtypes, Precision
 from stagecut.backend.ranks.recorded import Step, StepGraphs, refuse_drawing
 from stagecut.backend.ranks.stage import BuiltStage, Group, as_tuple, make_stage
 from stagecut.backend.ranks.told import Told, tell
-from stagecut.backend.ranks.trained import changed_here, follow
+from stagecut.backend.ranks.trained import (
+    changed_here,
+    follow,
+    refuse_other_parameters,
+)
 from stagecut.backend.ranks.wire import Sizes
 from stagecut.backend.ranks.wrapped import Wrap, trained, wrapped
 from stagecut.backend.schedules import (
@@ -62,6 +68,7 @@ from stagecut.backend.schedules import (
     flights_of,
     order_name,
     reorder,
+    torch_schedule,
 )
 from stagecut.backend.stages.backwards import refuse_backward
 from stagecut.backend.stages.crossing import refuse_feedback
@@ -204,6 +211,8 @@ class Driver:
             order_name(order, self.schedule_class, self.placement, n_microbatches),
         )
         agree_on_program(pipe.program, settings, group)
+        # as the first step would, which makes it of the stages
+        torch_schedule(schedule, pipe.num_stages, ranks, n_microbatches)
         agree_on_values(pipe, self.placement, group)
         self._built_otherwise = built_otherwise(pipe, group)
         self._wrap = wrap
@@ -457,7 +466,9 @@ class Driver:
                 changed_here(self.pipe, self.stage_indices),
                 self._precision.changed_here(),
             )
-            agreed = self._calls.agree(how, vars(call), changed)
+            agreed = self._calls.agree(
+                how, self.pipe.training, vars(call), changed
+            )
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
@@ -628,8 +639,16 @@ class Driver:
         if look:
             self._look(leaves_of(loss, packed))
         if grad:
+            refuse_no_gradient(
+                loss, index, losses.loss_fn, packed, self._trains_something
+            )
             return self._gradients.scaled(loss)
         return loss
+
+    @property
+    def _trains_something(self) -> bool:
+        state = self.pipe.program.state
+        return any(entry.kind == "param" and entry.requires_grad for entry in state)
 
     def _told_later(
         self, error: Exception, result: Any, packed: Sequence[Any], index: int
@@ -640,12 +659,13 @@ class Driver:
         grad = torch.is_grad_enabled()
         if self._silent or self._step_graphs is not None:
             return None
-        if grad and not carriers(packed):
-            return None
+        if grad and self._trains_something and not carriers(packed):
+            return None  # no stage would begin a backward that others wait for
         assert self._call_losses is not None
         given = f"{shown_value(result)} and {self._batch.shown_labels(self._call_losses.given, index)}"
         how = "step" if grad else "eval"
-        return failure_of_loss(error, self.pipe.num_stages - 1, given, how)
+        place = place_of_loss(self._call_losses.loss_fn)
+        return failure_of_loss(error, self.pipe.num_stages - 1, place, given, how)
 
     def _look(self, leaves: Sequence[torch.Tensor]) -> None:
         """Notes what the loss function reads besides the outputs."""
@@ -665,10 +685,15 @@ class Driver:
     def attach(self, optimizer: Optimizer | None) -> None:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
         other ranks. Does nothing for None, the optimizer of a rank that trains nothing.
+
+        Raises InputError for an optimizer that has none of `parameters()`, or some of other ranks' stages.
         """
         if optimizer is None:
             return
         refuse_wrong_kinds(optimizer=optimizer)
+        refuse_other_parameters(
+            optimizer, self.pipe, self.stage_indices, self.parameters()
+        )
         self._gradients.attach(optimizer)
 
     def attach_scaler(self, scaler: GradScaler) -> None:
@@ -677,6 +702,15 @@ class Driver:
         """
         refuse_wrong_kinds(scaler=scaler)
         self._gradients.attach_scaler(scaler)
+
+    def clip_grad_value_(self, clip_value: float, foreach: bool | None = None) -> None:
+        """No element of a gradient is below -`clip_value` or above `clip_value`. Tied gradients are summed
+        first. Every rank calls it.
+
+        clip_value, foreach: as for `torch.nn.utils.clip_grad_value_`.
+        """
+        refuse_wrong_kinds(clip_value=clip_value)
+        self._gradients.clip_value(clip_value, foreach)
 
     def clip_grad_norm_(
         self,

@@ -305,17 +305,18 @@ def _line(error: BaseException) -> str:
 
 
 def failure_of_loss(
-    error: Exception, stage: int, given: str, how: str
+    error: Exception, stage: int, place: str, given: str, how: str
 ) -> Report | None:
-    """A report of an error that the loss function raised, `given` such arguments, for all ranks: they can go
-    on, though `how` they were called has no result. None where they cannot.
+    """A report of an error that the loss function at this `place` raised, `given` such arguments, for all
+    ranks: they can go on, though `how` they were called has no result. None where they cannot.
     """
     report = _described(error)
     if not report["what"] or isinstance(error, _FATAL):
         return None
     report["stage"] = stage
     if not isinstance(error, StagecutError):
-        report["where"] += f", where loss_fn was given {given}"
+        line = report["where"] or place
+        report["where"] = f"{line}, where loss_fn was given {given}"
         report["hint"] = "mend what fails there"
     report["hint"] += "; the ranks can go on"
     if how == "step":

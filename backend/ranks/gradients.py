@@ -18,7 +18,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import (
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -115,6 +119,12 @@ class Gradients:
         for parameters in _alike(self.parameters()):
             clip_grads_with_norm_(parameters, max_norm, total, foreach)
         return total
+
+    def clip_value(self, clip_value: float, foreach: bool | None) -> None:
+        """Every element of the gradients of the whole model is within `clip_value` of zero."""
+        self.tied.sum()
+        for parameters in _alike(self.parameters()):
+            clip_grad_value_(parameters, clip_value, foreach)
 
     def _total_norm(self, order: float, foreach: bool | None) -> torch.Tensor:
         """The norm over all ranks, in which every parameter counts once; bit for bit the same on each."""

@@ -72,6 +72,10 @@ _OPTIONS: Mapping[str, tuple[Accepts, str]] = {
         lambda value: isinstance(value, Real | torch.Tensor),
         "driver.clip_grad_norm_(1.0), which knows the parameters",
     ),
+    "clip_value": (
+        lambda value: isinstance(value, Real | torch.Tensor),
+        "driver.clip_grad_value_(1.0), which knows the parameters",
+    ),
     "loss_kwargs": (
         lambda value: value is None or isinstance(value, Mapping),
         'loss_kwargs={"smoothing": 0.1}, by the names that loss_fn has',

@@ -7,6 +7,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +117,7 @@ class Losses:
             what = f"a tensor of shape {list(loss.shape)}"
         raise InputError(
             f"loss_fn returns {what}, not a loss of one element",
-            where=_name(self.loss_fn),
+            where=place_of_loss(self.loss_fn),
             hint="return the loss, or (loss, metrics)",
         )
 
@@ -128,7 +130,7 @@ class Losses:
             names = map(str, by_name)
             raise InputError(
                 f"normalize_by={self._by!r}, and loss_fn returns no metric of that name",
-                where=_name(self.loss_fn),
+                where=place_of_loss(self.loss_fn),
                 hint=f"return (sum, {{{self._by!r}: number}}); "
                 f"{nearest(str(self._by), names)}",
             )
@@ -161,6 +163,33 @@ def carriers(outputs: Sequence[Any]) -> list[torch.Tensor]:
     """The outputs from which a backward can begin."""
     tensors = (output for output in outputs if isinstance(output, torch.Tensor))
     return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def refuse_no_gradient(
+    loss: torch.Tensor,
+    index: int,
+    loss_fn: Callable[..., Any],
+    outputs: Sequence[Any],
+    trains: bool,
+) -> None:
+    """Returns when a backward can begin from the loss of micro-batch `index`. Raises InputError otherwise, as
+    nothing would be trained. `trains` is whether any parameter of the model is trained.
+    """
+    if loss.requires_grad:
+        return
+    hint = (
+        "compute it from the output itself, without detach(), item(), numpy or no_grad(); for a micro-batch "
+        "that trains nothing, return output.sum() * 0"
+    )
+    if not carriers(outputs):
+        hint = "no output of the model carries one, as each is detached, rounded or an index: return another"
+        if not trains:
+            hint = "all parameters are frozen: requires_grad_(True), or driver.eval(...) for a forward alone"
+    raise InputError(
+        f"the loss of micro-batch {index} carries no gradient, so that nothing would be trained",
+        where=place_of_loss(loss_fn),
+        hint=hint,
+    )
 
 
 def no_loss(outputs: Sequence[Any]) -> torch.Tensor:
@@ -292,10 +321,12 @@ def _detached_leaf(leaf: Any) -> Any:
     return leaf.detach()
 
 
-def _name(function: Callable[..., Any]) -> str:
-    """`loss_fn` at file:line, as far as it can be told."""
+def place_of_loss(function: Callable[..., Any]) -> str:
+    """`file:line, name` of a loss function, as far as it can be told."""
+    while isinstance(function, partial):
+        function = function.func
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__name__)
     if not code:
         return name
-    return f"{code.co_filename}:{code.co_firstlineno}, {name}"
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}, {name}"

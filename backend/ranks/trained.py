@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import InputError, StagecutError
 from stagecut.ir.gradients import infer_gradients
 from stagecut.ir.types import TensorType
 
@@ -40,6 +42,55 @@ def flags_here(pipe: Staged, stages: tuple[int, ...]) -> dict[int, bool]:
         if tensor is not None:
             flags[position] = tensor.requires_grad
     return flags
+
+
+def refuse_other_parameters(
+    optimizer: Optimizer,
+    pipe: Staged,
+    stages: Collection[int],
+    own: Collection[Parameter],
+) -> None:
+    """Returns when an optimizer updates parameters of these `stages`, and none of other stages. `own` are those
+    of these stages, as they run. Raises InputError otherwise: what other ranks train never moves here.
+    """
+    given: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        given += group["params"]
+    kind = type(optimizer).__name__
+    elsewhere = _names_of_others(pipe, stages)
+    names = [elsewhere[id(tensor)] for tensor in given if id(tensor) in elsewhere]
+    if names:
+        more = f" and {len(names) - 1} more parameters" if names[1:] else ""
+        raise InputError(
+            f"{kind} has '{names[0]}'{more} of stages that other ranks train",
+            hint=_OWN,
+        )
+    here = {*map(id, own)}
+    if given and here.isdisjoint(map(id, given)):
+        raise InputError(
+            f"{kind} has none of the parameters of this rank's stages, so that none of them would be trained",
+            where=f"{len(given)} parameters, the first of shape {list(given[0].shape)}",
+            hint=_OWN,
+        )
+
+
+_OWN = (
+    "make it with driver.parameters(), after materialize(); one of other modules needs no attach"
+)
+
+
+def _names_of_others(pipe: Staged, stages: Collection[int]) -> dict[int, str]:
+    """id of a parameter that none of these stages holds -> its name."""
+    names: dict[int, str] = {}
+    for entry in pipe.program.state:
+        if entry.kind != "param" or not entry.stages:
+            continue
+        if not set(stages).isdisjoint(entry.stages):
+            continue
+        home = entry.stages[0]
+        tensor = find(pipe.stages[home], pipe.program.stages[home].state[entry][0])
+        names[id(tensor)] = entry.name
+    return names
 
 
 def follow(
