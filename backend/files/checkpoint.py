@@ -94,6 +94,7 @@ def save(
     folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
     with doing(f"saving to {folder}"), driver.faults.together(agreed=(StagecutError,)):
+        driver.calls.announce("checkpoint.save")
         state = together(
             driver.group, lambda: _state(driver, optimizer, extra, copies, frozen)
         )
@@ -137,6 +138,7 @@ def load(
     path = _folder(driver, folder)
     told = doing(f"loading {path}")
     with told, driver.faults.together(agreed=(StagecutError,)):
+        driver.calls.announce("checkpoint.load")
         return together(
             driver.group, lambda: _load(driver, optimizer, path, copies, frozen)
         )

@@ -197,12 +197,14 @@ class Driver:
             i for i, home in enumerate(self.placement) if home == dist.get_rank(group)
         )
         self._order = order
-        settings = (
-            schedule,
-            n_microbatches,
-            loss_fn is not None,
-            order_name(order, self.schedule_class, self.placement, n_microbatches),
-        )
+        settings = {
+            "schedule": schedule,
+            "n_microbatches": n_microbatches,
+            "loss_fn": "given" if loss_fn is not None else "None",
+            "order": order_name(
+                order, self.schedule_class, self.placement, n_microbatches
+            ),
+        }
         agree_on_program(pipe.program, settings, group)
         agree_on_values(pipe, self.placement, group)
         self._built_otherwise = built_otherwise(pipe, group)
@@ -219,7 +221,8 @@ class Driver:
         # moved data is the same everywhere, and without contents where nobody reads it
         if data_on != "all":
             compare_steps = 0
-        self._calls = Calls(group, compare_steps)
+        self.faults = Faults(group, self.placement)
+        self.calls = Calls(group, compare_steps, self.faults)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
@@ -257,9 +260,8 @@ class Driver:
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._notes: dict[str, None] = {}
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
-        self.faults = Faults(group, self.placement)
         shared = pipe, self.placement, group, self.device, self.faults
-        self._gradients = Gradients(*shared)
+        self._gradients = Gradients(*shared, self.calls)
         self._precision = Precision(*shared)
 
     def _graphs_of_steps(self) -> StepGraphs:
@@ -388,6 +390,8 @@ class Driver:
                 part.training = mode
 
     def _run(self, call: Call, how: str) -> tuple[Any, StepLosses]:
+        if self._data.moves:
+            self.calls.announce(f"driver.{how}")
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
@@ -449,7 +453,7 @@ class Driver:
                 changed_here(self.pipe, self.stage_indices),
                 self._precision.changed_here(),
             )
-            agreed = self._calls.agree(how, vars(call), changed)
+            agreed = self.calls.agree(how, vars(call), changed)
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()
@@ -652,7 +656,7 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
         pipeline calls it.
         """
-        self._gradients.tied.sum()
+        self._gradients.tied.sum("driver.sync_shared_gradients")
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the

@@ -11,6 +11,7 @@ reports nor answers is the one that is gone. The last resort is the timeout of t
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 import traceback
@@ -101,6 +102,11 @@ class Faults:
         self._refusals = 0
         self._refused: Exception | None = None
         """What all ranks raised last, each its own."""
+        self._awaited = ""
+        """The call to which other ranks have to come; it stays where they did not."""
+        self._awaited_since = 0.0
+        self._meetings = 0
+        self._told_missing = -1
         token = [uuid.uuid4().hex]
         dist.broadcast_object_list(token, group=hosts, group_src=0)
         store: Any = self._group.get_group_store()
@@ -152,6 +158,43 @@ class Faults:
                 raise
             raise self._failed(error) from _origin(error)
 
+    @contextmanager
+    def awaiting(self, call: str) -> Iterator[None]:
+        """All ranks come to the same call inside. Those that have not come after GRACE seconds are named on
+        standard error, once for each call.
+        """
+        self._meetings += 1
+        self._awaited_since = time.monotonic()
+        self._awaited = call
+        try:
+            yield
+        except StagecutError:
+            self._awaited = ""
+            raise
+        self._awaited = ""
+
+    def _tell_missing(self) -> None:
+        """Raises RuntimeError when the store does not answer."""
+        call, number = self._awaited, self._meetings
+        if not call or self._told_missing == number:
+            return
+        self._store.set(f"came {number} {self.rank}", "")
+        waited = time.monotonic() - self._awaited_since
+        if waited < GRACE:
+            return
+        self._told_missing = number
+        came = [self._store.check([f"came {number} {r}"]) for r in range(self.ranks)]
+        missing = [rank for rank in range(self.ranks) if not came[rank]]
+        if missing and came.index(True) == self.rank and self._awaited == call:
+            titles = " and ".join(map(self._title, missing))
+            have = "have" if missing[1:] else "has"
+            print(
+                f"stagecut: {self._title(self.rank)} calls {call} and waits: {titles} {have} not come to it "
+                f"in {waited:.0f} s; every rank calls it",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _all_refuse(self) -> bool:
         key = f"refusal {self._refusals}"
         try:
@@ -164,6 +207,7 @@ class Faults:
         while not done.wait(INTERVAL):
             try:
                 if not self._store.check([_FAILED]):
+                    self._tell_missing()
                     continue
                 self._store.set(f"alive {self.rank}", "")
             except RuntimeError:
@@ -218,15 +262,20 @@ class Faults:
             return self._error(*reports[0])
         gone = [rank for rank in range(self.ranks) if rank not in answered]
         if not gone:
+            at = f" at {self._awaited}" if self._awaited else ""
             return RankError(
-                f"the ranks lost their connection, though all are alive: {_line(error)}"
+                f"the ranks lost their connection{at}, though all are alive: {_line(error)}"
             )
         does = "does not answer: it was killed, has ended, or hangs"
         if gone[1:]:
             does = "do not answer: they were killed, have ended, or hang"
+        hint = RESTART
+        if self._awaited:
+            hint = f"every rank calls {self._awaited}, as this one did; {RESTART}"
         return RankError(
             f"{' and '.join(map(self._title, gone))} {does}",
             [self._global(rank) for rank in gone],
+            hint=hint,
         )
 
     def failed_loss(self, failure: Report) -> RankError:
