@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cluster.matrix import on_ranks
 from torch import nn
 
-from stagecut import Driver, InputError, Pipe, checkpoint, pipeline, record
+from stagecut import Driver, InputError, Pipe, StagecutError, checkpoint, pipeline, record
 
 X = torch.ones(4, 4)
 
@@ -85,3 +85,65 @@ def _each_against_a_step(pipe: Pipe, folder: str) -> str:
     moving.step(X, target=X)
     assert not list(Path(folder).iterdir())
     return "ok"
+
+
+def test_mistakes_that_all_ranks_make_alike_or_one_makes_leave_the_group_whole() -> None:
+    assert on_ranks(2, _mistakes, cut()) == ["ok", "ok"]
+
+
+def _mistakes(pipe: Pipe) -> str:
+    rank = dist.get_rank()
+    for bad in (lambda module: module, lambda: None):
+        with pytest.raises(InputError, match=r"wrap is called as wrap\(module, index\), and .*<lambda> takes \((module)?\)\n  try: "):
+            Driver(pipe, "1F1B", 2, mse, wrap=bad)  # type: ignore[arg-type]
+    forgetful = Driver(pipe, "1F1B", 2, mse, wrap=lambda module, index: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(InputError, match=rf"wrap\(module, {rank}\) returned None, and no module to run\n  try: return the module"):
+        forgetful.step(X, target=X)
+    driver = Driver(pipe, "1F1B", 2, mse)
+    _, first = driver.step(X, target=X)
+
+    def goes_on() -> None:
+        _, losses = driver.step(X, target=X)
+        assert torch.equal(torch.stack(losses), torch.stack(first))
+
+    for without in (torch.no_grad, torch.inference_mode):
+        with pytest.raises(InputError, match=r"driver\.step makes gradients.*\n  try: driver\.eval"), without():
+            driver.step(X, target=X)
+        goes_on()
+        with pytest.raises(InputError, match=r"driver\.step makes gradients"), torch.set_grad_enabled(rank == 0):
+            driver.step(X, target=X)
+        goes_on()
+    words = r"^rank 1 was given no arguments of the model, rank 0 was\n  try: .*data_on='ends'"
+    for call in (driver.step, driver.eval):
+        with pytest.raises(InputError, match=words):
+            call(X) if rank == 0 else call(target=X)
+        goes_on()
+    with pytest.raises(InputError, match=words):
+        driver.step(arg_mbs=[(X[:2],)] * 2) if rank == 0 else driver.step(target_mbs=[X[:2]] * 2)
+    driver.step(X, target=X) if rank == 0 else driver.step(x=X, target=X)  # by position and by name
+    goes_on()
+    return "ok"
+
+
+@pytest.mark.parametrize(
+    ("schedules", "counts", "words"),
+    [
+        (("GPipe", "1F1B"), (2, 2), "rank 1 has schedule 1F1B, rank 0 has schedule GPipe\n  try: give every rank the same schedule"),
+        (
+            ("GPipe", "1F1B"),
+            (2, 4),
+            "rank 1 has schedule 1F1B, n_microbatches 4, rank 0 has schedule GPipe, n_microbatches 2\n"
+            "  try: give every rank the same schedule and n_microbatches",
+        ),
+    ],
+)
+def test_only_what_differs_between_ranks_is_said(schedules: tuple[str, str], counts: tuple[int, int], words: str) -> None:
+    said = on_ranks(2, _differently, cut(), schedules, counts)
+    assert said == [f"the ranks do not run the same program: {words}"] * 2
+
+
+def _differently(pipe: Pipe, schedules: tuple[str, str], counts: tuple[int, int]) -> str:
+    rank = dist.get_rank()
+    with pytest.raises(StagecutError) as caught:
+        Driver(pipe, schedules[rank], counts[rank], mse)
+    return str(caught.value)

@@ -264,6 +264,7 @@ class Calls:
         has: dict[str, frozenset[int]] = {}
         for name, column in zip(arguments, compared, strict=False):
             has[name] = _ranks_with(column)
+        _refuse_lack(has, dist.get_world_size(self._group))
         return Agreed([any(column) for column in changes], has)
 
     def _columns(self, call: str, row: Sequence[int] = ()) -> list[list[int]]:
@@ -285,6 +286,34 @@ class Calls:
                 [rank_contents[position] for _, rank_contents in by_rank],
                 "has other values on rank {1} than on rank {3}",
             )
+
+
+_INPUTS = ("args", "kwargs", "arg_mbs", "kwarg_mbs")
+"""The arguments of a call of the driver that go to the model."""
+
+
+def _refuse_lack(has: Mapping[str, frozenset[int]], ranks: int) -> None:
+    """Returns when all ranks were given arguments of the model, or none, and by position and by name alike
+    unless each has some that the other lacks. Raises InputError otherwise. `has`: argument -> the ranks that
+    were given it.
+    """
+    given: list[set[str]] = []
+    for rank in range(ranks):
+        given.append({name for name in _INPUTS if rank in has.get(name, ())})
+    most = max(given, key=len)
+    for rank, names in enumerate(given):
+        if not names < most:
+            continue
+        other = given.index(most)
+        lacks = "arguments of the model"
+        if names:
+            lacks += " by name" if most - names <= {"kwargs", "kwarg_mbs"} else ""
+        raise InputError(
+            f"rank {rank} was given no {lacks}, rank {other} was",
+            hint="give every rank the whole batch; or only the first and the last, as schedules of torch are "
+            "called: Driver(data_on='ends') takes the model's arguments from the first rank and the target "
+            "from the last",
+        )
 
 
 def _compare(by_rank: list[dict[str, Any]], words: str) -> None:

@@ -448,13 +448,17 @@ class Driver:
         with self.faults.together(agreed=(StagecutError,)):
             with self.faults.alike():
                 self.pipe.refuse_changed_model()
-            modules = self.modules
+                modules = self.modules
+            needs_grad = how == "step" and self._losses is not None
             changed = (
                 changed_here(self.pipe, self.stage_indices),
                 self._precision.changed_here(),
+                needs_grad and not torch.is_grad_enabled(),
             )
             agreed = self.calls.agree(how, vars(call), changed)
-            trained_changed, precision_changed = agreed.changed
+            trained_changed, precision_changed, without_grad = agreed.changed
+            if without_grad:
+                raise _no_grad()
             if trained_changed:
                 self._follow_trained()
             with self.faults.alike():
@@ -704,6 +708,14 @@ def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
             f"{how} was called with {name}=, and no loss_fn takes it: without one there are no gradients",
             hint=f"Driver(..., loss_fn=...), or driver.eval(...) without {name}= for a forward alone",
         )
+
+
+def _no_grad() -> InputError:
+    return InputError(
+        "driver.step makes gradients, and a rank calls it where torch makes none, as in torch.no_grad() or "
+        "torch.inference_mode()",
+        hint="driver.eval(...) for a forward alone, or driver.step(...) outside of it",
+    )
 
 
 def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
