@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from cluster.matrix import on_ranks
 from torch import nn
 
 from stagecut import Driver, InputError, Pipe, StagecutError, checkpoint, pipeline, record
+from stagecut.backend.ranks import faults
 
 X = torch.ones(4, 4)
 
@@ -147,3 +152,39 @@ def _differently(pipe: Pipe, schedules: tuple[str, str], counts: tuple[int, int]
     with pytest.raises(StagecutError) as caught:
         Driver(pipe, schedules[rank], counts[rank], mse)
     return str(caught.value)
+
+
+class Waited(io.StringIO):
+    """Standard error, from which a file is made as soon as something is said."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def flush(self) -> None:
+        self._file.write_text(self.getvalue())
+
+
+def test_a_rank_that_does_not_come_is_named_while_the_others_wait() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (said, _) = on_ranks(2, _late, cut(), folder)
+    assert re.fullmatch(
+        r"stagecut: rank 0 \(stage 0\) calls driver\.clip_grad_norm_ and waits: rank 1 \(stage 1\) has not come to it in \d+ s; "
+        r"every rank calls it\n",
+        said,
+    )
+
+
+def _late(pipe: Pipe, folder: str) -> str:
+    faults.INTERVAL, faults.GRACE = 0.02, 0.1
+    driver = Driver(pipe, "1F1B", 2, mse)
+    driver.step(X, target=X)
+    told = Path(folder) / "told"
+    if dist.get_rank() == 1:
+        while not told.exists():
+            time.sleep(0.02)
+        driver.clip_grad_norm_(1.0)
+        return ""
+    with contextlib.redirect_stderr(Waited(told)):
+        driver.clip_grad_norm_(1.0)
+    return told.read_text()

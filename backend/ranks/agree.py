@@ -4,8 +4,8 @@ program, tied state.
 A comparison is one small message of digests. Only where these differ, the ranks tell each other what they
 have, and all raise the same error, which names rank and tensor.
 
-Whatever ranks do together begins with such a message, of one size for every call. So a rank that makes another
-call than the others is answered there, and never meets a message that it cannot read.
+Whatever ranks do together begins with such a message, of one size for every call. So a rank that makes
+another call than the others is answered there, and never meets a message that it cannot read.
 """
 
 from __future__ import annotations

@@ -85,9 +85,7 @@ class Gradients:
 
         @short_errors
         def whole(_: Optimizer, args: Any, kwargs: Any) -> Call:
-            return _before_update(
-                lambda: self.tied.sum("optimizer.step"), args, kwargs
-            )
+            return _before_update(lambda: self.tied.sum("optimizer.step"), args, kwargs)
 
         optimizer.register_step_pre_hook(whole)
 

@@ -85,7 +85,8 @@ class Tied:
         if call and ranks > 1 and any(len(holders) == ranks for holders, _ in trained):
             self._calls.announce(call)
         for holders, replicas in trained:
-            with self._faults.together():
+            told = call or "the sum of tied gradients"
+            with self._faults.together(), self._faults.partly(told, holders):
                 _sum_gradients(replicas, holders, self._group)
         self._state = "summed"
 
