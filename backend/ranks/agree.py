@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from stagecut.backend.ranks.faults import Faults, refuse_broken
-from stagecut.backend.ranks.hosts import group_of_hosts
+from stagecut.backend.ranks.hosts import group_of_hosts, refuse_destroyed
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
@@ -197,6 +197,7 @@ def announce(call: str, group: Group, row: Sequence[int] = ()) -> list[list[int]
     """All ranks are at this call. Returns, for each number of `row`, what each rank has in its place. Raises
     InputError on every rank where one makes another call; the group can go on.
     """
+    refuse_destroyed(group)
     hosts = group_of_hosts(group)
     numbers = [digest(call), *row]
     own = torch.tensor(numbers + [0] * (_WIDTH - len(numbers)))

@@ -735,8 +735,8 @@ def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
 def described(driver: Driver) -> str:
     """A driver as text: schedule, placement, mode, sizes."""
     program = driver.pipe.program
-    ranks = dist.get_world_size(driver.group)
-    rank = dist.get_rank(driver.group)
+    ranks = driver.faults.ranks
+    rank = driver.faults.rank
     mode = "train" if driver.pipe.training else "eval"
     lines = [
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "
