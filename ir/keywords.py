@@ -5,7 +5,6 @@ errors have short tracebacks.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -44,18 +43,18 @@ def _public(function: Callable[P, R], elsewhere: Mapping[str, str]) -> Callable[
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         if names is not None:
             refuse_unknown(f"{title}()", names, kwargs, elsewhere)
-        if len(args) > most:
+        if most is not None and len(args) > most:
             raise _too_many(title, signature, args[most])
         return function(*args, **kwargs)
 
     return short_errors(named)
 
 
-def _most_by_position(signature: inspect.Signature) -> float:
-    """How many arguments can be given by position, `self` among them."""
+def _most_by_position(signature: inspect.Signature) -> int | None:
+    """How many arguments can be given by position, `self` among them; None for any number."""
     kinds = [each.kind for each in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return math.inf
+        return None
     return len(kinds) - sum(kind in _BY_NAME for kind in kinds)
 
 
