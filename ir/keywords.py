@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
+from pathlib import Path
 from types import FunctionType
 from typing import ParamSpec, TypeVar
 
@@ -33,16 +34,47 @@ def near_names_or(
 
 
 def _public(function: Callable[P, R], elsewhere: Mapping[str, str]) -> Callable[P, R]:
-    names = names_taken(inspect.signature(function))
+    signature = inspect.signature(function)
+    names = names_taken(signature)
+    most = _most_by_position(signature)
     title = function.__qualname__.removesuffix(".__init__")
 
     @wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         if names is not None:
             refuse_unknown(f"{title}()", names, kwargs, elsewhere)
+        if most is not None and len(args) > most:
+            raise _too_many(title, signature, args[most])
         return function(*args, **kwargs)
 
     return short_errors(named)
+
+
+def _most_by_position(signature: inspect.Signature) -> int | None:
+    """How many arguments can be given by position, `self` among them; None for any number."""
+    kinds = [each.kind for each in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    return len(kinds) - sum(kind in _BY_NAME for kind in kinds)
+
+
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+
+
+def _too_many(title: str, signature: inspect.Signature, more: object) -> InputError:
+    """The error for `more` arguments by position than a function takes."""
+    parameters = signature.parameters.values()
+    taken = [each.name for each in parameters if each.kind not in _BY_NAME]
+    named = [f"{each.name}=" for each in parameters if each.kind in _BY_NAME[:1]]
+    taken = [name for name in taken if name != "self"]
+    hint = f"by name: {', '.join(named)}" if named else ""
+    if signature.return_annotation in ("str", str) and isinstance(more, str | Path):
+        hint = f"it returns text: Path({str(more)!r}).write_text(...)"
+    shown = " ".join(repr(more).split())
+    return InputError(
+        f"{title}() takes {', '.join(taken) or 'nothing'} by position, and was given {shown:.60} besides",
+        hint=hint,
+    )
 
 
 def short_errors(function: Callable[P, R]) -> Callable[P, R]:

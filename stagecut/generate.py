@@ -33,6 +33,7 @@ from torch import nn
 from stagecut.backend.costs.balance import Balanced
 from stagecut.backend.costs.ops import device
 from stagecut.backend.costs.setting import Setting
+from stagecut.backend.ranks.agree import Calls, announce
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.serve.caches import Caches
 from stagecut.backend.serve.line import Seat
@@ -109,8 +110,11 @@ class Generator:
             )
         self._seat = None if group is None else Seat(group, self.device)
         self._faults = None
+        self._calls = None
         if group is not None:
+            announce("Generator(...)", group)
             self._faults = Faults(group, range(dist.get_world_size(group)))
+            self._calls = Calls(group, 0, self._faults)
             stages = stages or dist.get_world_size(group)
         policy: Any = split_policy
         if split_spec is None and policy is None:
@@ -274,10 +278,11 @@ class Generator:
         """All ranks do the work inside together. What all of them raise before anything has crossed leaves
         them as they were: the next request is served. Any other error stops all.
         """
-        if self._faults is None:
+        if self._faults is None or self._calls is None:
             with collected_seldom():
                 yield
             return
+        self._calls.announce("generate of a Generator")
         with collected_seldom(), self._faults.together():
             try:
                 yield

@@ -258,7 +258,7 @@ def test_the_device_is_no_part_of_the_program() -> None:
 
 
 def _agree_on(pipes: list[Any]) -> str:
-    agree_on_program(pipes[dist.get_rank()].program, (), None)
+    agree_on_program(pipes[dist.get_rank()].program, {}, None)
     return "ok"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from cluster.matrix import on_ranks
 from torch import nn
 from torch.distributed.pipelining import ScheduleGPipe
 
-from stagecut import Driver, InputError, Pipe, RankError, checkpoint, pipeline
+from stagecut import Driver, InputError, Pipe, RankError, StagecutError, checkpoint, pipeline
 from stagecut.backend.files.checkpoint import CheckpointError
 from stagecut.backend.ranks.tied import TiedError
 
@@ -473,4 +474,61 @@ def _updates(pipe: Pipe) -> str:
             steps()
         files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
         assert not [file for file in files if "/backend/" in file]
+    return "ok"
+
+
+# --- errors that were torch's or Python's -------------------------------------------------------------
+
+
+def test_what_is_given_to_a_driver_in_a_wrong_way_is_told_with_what_to_write(alone: None, tmp_path: Path) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    sparse = X.to_sparse()
+    for bad, words in (
+        (lambda: driver.step(sparse, target=X), r"sparse_coo is not divided.*\n.*\n  try: give it dense: tensor\.to_dense"),
+        (lambda: driver.step(X, target=sparse), r"sparse_coo is not divided.*\n.*\n  try: give it dense: tensor\.to_dense"),
+        (lambda: driver.step(X, X, target=X), r"2 positional arguments, but .* 1\n  try: those of the model are x; .*target="),
+        (lambda: driver.train(True, 1), r"Driver\.train\(\) takes mode by position, and was given 1 besides"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bad()
+    with pytest.raises(CheckpointError, match=r"extra\['sampler'\] cannot be pickled: .*\n  try: numbers, texts"):
+        checkpoint.save(driver, None, tmp_path / "never", extra={"step": 1, "sampler": lambda: 1})
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=r"device='cuda', and torch finds 0 GPUs here\n  try: device=.cpu"):
+            Driver(cut(), device="cuda")
+    with pytest.raises(StagecutError, match=r"2 stages, 1 rank\n  try: start 2 processes, .*, or cut into 1 stage$"):
+        Driver(cut(stages=2))
+
+
+def test_the_losses_of_a_step_say_where_the_loss_of_the_batch_is(alone: None) -> None:
+    _, losses = Driver(cut(), "GPipe", 2, mse).step(X, target=X)
+    assert not hasattr(losses, "item")
+    with pytest.raises(AttributeError, match=r"has no attribute 'item': it is the list .*\n  try: losses\.batch\.item"):
+        losses.item()
+    with pytest.raises(AttributeError, match=r"'backward': driver\.step has made the gradients$"):
+        losses.backward()
+    copied = copy.deepcopy(losses)
+    assert losses.batch is not None
+    assert copied.batch is not None
+    assert torch.equal(losses.batch, copied.batch)
+
+
+def test_a_driver_whose_group_was_destroyed_says_so(tmp_path: Path) -> None:
+    assert on_ranks(2, _destroyed, cut(stages=2), tmp_path / "never") == ["ok", "ok"]
+
+
+def _destroyed(pipe: Pipe, folder: Path) -> str:
+    group = dist.new_group([0, 1])
+    driver = Driver(pipe, "GPipe", 2, mse, group=group)
+    dist.destroy_process_group(group)
+    for call in (
+        lambda: driver.step(X, target=X),
+        lambda: driver.eval(X),
+        lambda: driver.clip_grad_norm_(1.0),
+        lambda: checkpoint.save(driver, None, folder),
+        lambda: Driver(pipe, "GPipe", 2, mse, group=group),
+    ):
+        with pytest.raises(InputError, match=r"the process group of these ranks was destroyed\n  try: "):
+            call()
+    assert "2 stages on 2 ranks" in repr(driver)
     return "ok"

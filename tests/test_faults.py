@@ -369,3 +369,48 @@ def _train(pipe: Any, folder: Path, death: int) -> dict[int, float]:
         if step % 2 == 1:
             checkpoint.save(driver, optimizer, folder / f"step-{step + 1}", {"step": step + 1, "scheduler": scheduler.state_dict()})
     return losses
+
+
+def _saves_alone(pipe: Any) -> str:
+    driver = Driver(pipe, "1F1B", 4, lambda out: out.square().mean())
+    if dist.get_rank() == 0:
+        checkpoint.save(driver, None, "never")
+    return "ok"
+
+
+def test_a_rank_that_ends_without_a_call_of_all_ranks_is_told_with_that_call() -> None:
+    found = outcomes(3, "file", _saves_alone, chain())
+    assert found[1:] == ["ok", "ok"]
+    assert "do not answer: they were killed, have ended, or hang\n  try: every rank calls checkpoint.save, as this one did" in found[0]
+
+
+class Tied(nn.Module):
+    """Its first and its last stage share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.c.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x)).relu())  # type: ignore[no-any-return]
+
+
+def test_a_sum_that_one_of_its_ranks_leaves_out_is_told_on_all_ranks() -> None:
+    found = outcomes(3, "file", _leaves_out, pipeline(Tied(), (torch.ones(2, 4),), stages=3, check=None))
+    for text in found:
+        assert "rank 2 (stage 2) calls driver.step, and not optimizer.step before, as rank 0 does\n  try: every rank makes" in text
+
+
+def _leaves_out(pipe: Any) -> str:
+    driver = Driver(pipe, "1F1B", 3, lambda out: out.square().mean())
+    optimizer = torch.optim.SGD(driver.parameters(), lr=0.0)
+    driver.attach(optimizer)
+    for _ in range(2):
+        driver.step(torch.ones(6, 4))
+        optimizer.step()
+    driver.step(torch.ones(6, 4))
+    if dist.get_rank() < 2:
+        optimizer.step()
+    driver.step(torch.ones(6, 4))
+    return "ok"

@@ -63,6 +63,18 @@ def test_every_public_function_lists_the_nearest_names(name: str) -> None:
     assert f"'{parameter}'" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - TAKE_ANY))
+def test_every_public_function_refuses_more_by_position_than_it_takes(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name.rpartition('.')[2]}\(\) takes .* by position, and was given 7 besides"):
+        FUNCTIONS[name](*[7] * 50)
+
+
+def test_a_file_for_a_picture_is_told_how_it_is_written() -> None:
+    pipe = pipeline(nn.Linear(2, 2), (torch.ones(1, 2),), stages=1)
+    with pytest.raises(InputError, match=r"^Pipe\.to_svg\(\) takes nothing .*'x\.svg' besides\n  try: it returns text: Path\('x\.svg'\)"):
+        pipe.to_svg("x.svg")  # type: ignore[misc]
+
+
 def test_a_slip_of_the_pen() -> None:
     with pytest.raises(InputError, match=r"^pipeline\(\) has no argument 'stage'\n  try: did you mean 'stages'\?$"):
         pipeline(nn.Linear(2, 2), (torch.randn(3, 2),), stage=1)  # type: ignore[call-arg]

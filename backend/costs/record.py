@@ -79,6 +79,8 @@ def record(
         if stages:
             device = stages[0].device
     recording = Recording()
+    for driver in drivers:
+        driver.calls.announce("record")
     with together():
         meter = _Meter(device, group)
     try:

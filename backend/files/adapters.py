@@ -91,7 +91,7 @@ def save_adapter(
     rank cannot write, or the model has no adapter of peft.
     """
     ranks = Ranks.of(driver_or_pipe)
-    with ranks.watched():
+    with ranks.watched("save_adapter"):
         pipe, indices = ranks.together(lambda: stages_of(driver_or_pipe))
         found = ranks.together(lambda: _adapter(pipe, model, adapter))
         # peft may ask the hub which tensors are saved, and hear another answer on each rank
@@ -118,7 +118,7 @@ def load_adapter(
     something else.
     """
     ranks = Ranks.of(driver_or_pipe)
-    with ranks.watched():
+    with ranks.watched("load_adapter"):
         pipe, indices = ranks.together(lambda: stages_of(driver_or_pipe))
         found = ranks.together(lambda: _adapter(pipe, model, adapter, auto=False))
         source = folder_of(folder)

@@ -94,6 +94,7 @@ def save(
     folder = _folder(driver, folder)
     aside = folder.with_name(f".{folder.name}.partial")
     with doing(f"saving to {folder}"), driver.faults.together(agreed=(StagecutError,)):
+        driver.calls.announce("checkpoint.save")
         state = together(
             driver.group, lambda: _state(driver, optimizer, extra, copies, frozen)
         )
@@ -137,6 +138,7 @@ def load(
     path = _folder(driver, folder)
     told = doing(f"loading {path}")
     with told, driver.faults.together(agreed=(StagecutError,)):
+        driver.calls.announce("checkpoint.load")
         return together(
             driver.group, lambda: _load(driver, optimizer, path, copies, frozen)
         )
@@ -233,7 +235,7 @@ def _state(
             if entry.stages[0] in driver.stage_indices
         }
     if extra is not None and dist.get_rank(driver.group) == 0:
-        state["extra"] = _pickled(dict(extra))
+        state["extra"] = _pickled_extra(extra)
     return state
 
 
@@ -384,6 +386,19 @@ def _pickled(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def _pickled_extra(extra: Mapping[str, Any]) -> bytes:
+    """Raises CheckpointError, with the name, for what cannot be pickled."""
+    for name, part in extra.items():
+        try:
+            _pickled(part)
+        except Exception as error:
+            raise CheckpointError(
+                f"extra['{name}'] cannot be pickled: {error}",
+                hint="numbers, texts, tensors, and lists and dicts of them, such as loader.state_dict()",
+            ) from error
+    return _pickled(dict(extra))
 
 
 # --- reading ------------------------------------------------------------------------------------------

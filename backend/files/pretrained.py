@@ -61,7 +61,7 @@ def save_pretrained(
     rank cannot write, or a tensor would be lost.
     """
     ranks = Ranks.of(driver_or_pipe)
-    with doing(f"saving to {folder}"), ranks.watched():
+    with doing(f"saving to {folder}"), ranks.watched("save_pretrained"):
         content = ranks.together(
             lambda: _content(
                 driver_or_pipe, model, max_shard_size, save_original_format

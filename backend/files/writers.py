@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,13 +32,17 @@ class Ranks:
         """Those that have the stages of a driver, or this process, which has those of a pipe."""
         return cls(driver_or_pipe if isinstance(driver_or_pipe, Driver) else None)
 
-    def watched(self) -> Any:
-        """A context in which a rank that fails or dies ends the others too; a StagecutError is raised by all
-        alike.
+    @contextmanager
+    def watched(self, call: str) -> Iterator[None]:
+        """All ranks make this call, or raise InputError. A rank that fails or dies inside ends the others
+        too; a StagecutError is raised by all alike.
         """
         if self.driver is None:
-            return nullcontext()
-        return self.driver.faults.together(agreed=(StagecutError,))
+            yield
+            return
+        with self.driver.faults.together(agreed=(StagecutError,)):
+            self.driver.calls.announce(call)
+            yield
 
     @property
     def rank(self) -> int:

@@ -1,7 +1,11 @@
-"""What ranks must agree on, compared before it can matter: the program, tied state, the arguments of a call.
+"""What ranks must agree on, compared before it can matter: which call they make together, its arguments, the
+program, tied state.
 
 A comparison is one small message of digests. Only where these differ, the ranks tell each other what they
 have, and all raise the same error, which names rank and tensor.
+
+Whatever ranks do together begins with such a message, of one size for every call. So a rank that makes
+another call than the others is answered there, and never meets a message that it cannot read.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from stagecut.backend.ranks.faults import refuse_broken
-from stagecut.backend.ranks.hosts import group_of_hosts
+from stagecut.backend.ranks.faults import Faults, refuse_broken
+from stagecut.backend.ranks.hosts import group_of_hosts, refuse_destroyed
 from stagecut.backend.stages.modules import find
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, StagecutError
@@ -28,30 +32,48 @@ from stagecut.ir.text.printer import fingerprint
 Group = dist.ProcessGroup | None
 
 
-def agree_on_program(program: Program, settings: tuple[Any, ...], group: Group) -> None:
-    """Raises StagecutError on every rank when the ranks have cut different programs. Each rank may have
-    traced on a device of its own. Raises RankError where a rank of the group failed before.
+def agree_on_program(
+    program: Program, settings: Mapping[str, Any], group: Group
+) -> None:
+    """Raises StagecutError on every rank when the ranks have cut different programs, or have other settings.
+    Each rank may have traced on a device of its own. Raises RankError where a rank of the group failed
+    before.
     """
     refuse_broken(group)
-    cut = fingerprint(program)[:16]
-    own = (cut, program.name, len(program.stages), *settings)
+    announce("Driver(...)", group)
+    own = {
+        _CUT: fingerprint(program)[:16],
+        "model": program.name,
+        "stages": len(program.stages),
+        **settings,
+    }
     by_rank = everywhere(own, group)
     first = by_rank[0]
     rank = next((rank for rank, other in enumerate(by_rank) if other != first), None)
     if rank is None:
         return
-    hint = "build the same model with the same cuts on every rank"
-    besides = {everything[1:] for everything in by_rank}
-    if len(besides) == 1:
+    differing = [name for name in own if by_rank[rank][name] != first[name]]
+    hint = f"give every rank the same {' and '.join(differing)}"
+    if _CUT in differing:
+        hint = "build the same model with the same cuts on every rank"
         ops = everywhere(_ops(program), group)
-        if ops[rank] == ops[0]:
+        if differing == [_CUT] and ops[rank] == ops[0]:
             order = "they have the same ops in another order, or cut elsewhere"
             hint = f"{order}: {_HASHES}"
+    if differing[1:] and differing[0] == _CUT:
+        del differing[0]  # the others say more
+    theirs, ours = (
+        ", ".join(f"{name} {has[name]}" for name in differing)
+        for has in (by_rank[rank], first)
+    )
     raise StagecutError(
-        f"the ranks do not run the same program: rank {rank} has {by_rank[rank]}, rank 0 has {first}",
-        where="fingerprint, model, stages, schedule, micro-batches",
+        f"the ranks do not run the same program: rank {rank} has {theirs}, rank 0 has {ours}",
         hint=hint,
     )
+
+
+_CUT = "program"
+"""A digest of all ops and cuts."""
 
 
 _HASHES = (
@@ -170,16 +192,54 @@ def _ranks_with(column: Sequence[int]) -> frozenset[int]:
 _MODES = {True: "train", False: "eval"}
 """Whether a pipe is training -> the name of its mode."""
 
+_WIDTH = 24
+"""Numbers in the message with which ranks begin a call."""
+
+
+def announce(call: str, group: Group, row: Sequence[int] = ()) -> list[list[int]]:
+    """All ranks are at this call. Returns, for each number of `row`, what each rank has in its place. Raises
+    InputError on every rank where one makes another call; the group can go on.
+    """
+    refuse_destroyed(group)
+    hosts = group_of_hosts(group)
+    numbers = [digest(call), *row]
+    own = torch.tensor(numbers + [0] * (_WIDTH - len(numbers)))
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size(hosts))]
+    dist.all_gather(rows, own, group=hosts)
+    columns: list[list[int]] = torch.stack(rows, dim=1).tolist()
+    if _differ(columns[0]):
+        _refuse_other_calls(everywhere(call, hosts))
+    return columns[1 : len(numbers)]
+
+
+def _refuse_other_calls(calls: Sequence[str]) -> None:
+    """Raises InputError for the first rank that does not make the call of rank 0."""
+    for rank, other in enumerate(calls):
+        if other != calls[0]:
+            raise InputError(
+                f"rank {rank} calls {other}, rank 0 calls {calls[0]}",
+                hint="every rank makes the same calls in the same order: none stands under `if rank == 0:`",
+            )
+
 
 class Calls:
-    """Compares the mode and the arguments of each call of the driver: sizes in every call, contents in the first `steps`.
+    """Compares the calls that ranks make together, and the mode and the arguments of those of the driver:
+    sizes in every call, contents in the first `steps`.
 
     Ranks that are given nothing for an argument are left out.
     """
 
-    def __init__(self, group: Group, steps: int) -> None:
+    def __init__(self, group: Group, steps: int, faults: Faults) -> None:
         self._group = group_of_hosts(group)
         self._left = steps
+        self._faults = faults
+
+    def announce(self, call: str) -> None:
+        """All ranks are at this call. Raises InputError on every rank where one makes another; the group can
+        go on.
+        """
+        with self._faults.together(agreed=(InputError,)):
+            self._columns(call)
 
     def agree(
         self,
@@ -201,43 +261,32 @@ class Calls:
                 checksums = dict(_contents(name, tree))
             contents.append(checksums)
         self._left -= 1
-        row = [*map(int, changed), digest(how), digest(_MODES[training])]
+        row = [*map(int, changed), digest(_MODES[training])]
         row += map(_digest_of, types)
         row += map(_digest_of, contents)
-        columns = self._columns(row)
+        columns = self._columns(f"driver.{how}", row)
         changes = columns[: len(changed)]
         compared = columns[len(changed) :]
         if any(map(_differ, compared)):
-            self._refuse(how, training, types, contents)
+            self._refuse(training, types, contents)
         has: dict[str, frozenset[int]] = {}
-        for name, column in zip(arguments, compared[2:], strict=False):
+        for name, column in zip(arguments, compared[1:], strict=False):
             has[name] = _ranks_with(column)
+        _refuse_lack(has, dist.get_world_size(self._group))
         return Agreed([any(column) for column in changes], has)
 
-    def _columns(self, row: list[int]) -> list[list[int]]:
-        """For each number of `row`, what each rank has in its place."""
-        own = torch.tensor(row)
-        ranks = dist.get_world_size(self._group)
-        rows = [torch.empty_like(own) for _ in range(ranks)]
-        dist.all_gather(rows, own, group=self._group)
-        columns: list[list[int]] = torch.stack(rows, dim=1).tolist()
-        return columns
+    def _columns(self, call: str, row: Sequence[int] = ()) -> list[list[int]]:
+        """As `announce`; ranks that do not come are named meanwhile."""
+        with self._faults.awaiting(call):
+            return announce(call, self._group, row)
 
     def _refuse(
         self,
-        how: str,
         training: bool,
         types: list[dict[str, str]],
         contents: list[dict[str, int]],
     ) -> None:
         """Raises InputError for the first difference between two ranks."""
-        calls = everywhere(how, self._group)
-        for rank, other in enumerate(calls):
-            if other != calls[0]:
-                raise InputError(
-                    f"rank {rank} calls driver.{other}, rank 0 calls driver.{calls[0]}",
-                    hint="every rank makes the same calls in the same order",
-                )
         modes = everywhere(_MODES[training], self._group)
         for rank, mode in enumerate(modes):
             if mode != modes[0]:
@@ -255,6 +304,34 @@ class Calls:
                 [rank_contents[position] for _, rank_contents in by_rank],
                 "has other values on rank {1} than on rank {3}",
             )
+
+
+_INPUTS = ("args", "kwargs", "arg_mbs", "kwarg_mbs")
+"""The arguments of a call of the driver that go to the model."""
+
+
+def _refuse_lack(has: Mapping[str, frozenset[int]], ranks: int) -> None:
+    """Returns when all ranks were given arguments of the model, or none, and by position and by name alike
+    unless each has some that the other lacks. Raises InputError otherwise. `has`: argument -> the ranks that
+    were given it.
+    """
+    given: list[set[str]] = []
+    for rank in range(ranks):
+        given.append({name for name in _INPUTS if rank in has.get(name, ())})
+    most = max(given, key=len)
+    for rank, names in enumerate(given):
+        if not names < most:
+            continue
+        other = given.index(most)
+        lacks = "arguments of the model"
+        if names:
+            lacks += " by name" if most - names <= {"kwargs", "kwarg_mbs"} else ""
+        raise InputError(
+            f"rank {rank} was given no {lacks}, rank {other} was",
+            hint="give every rank the whole batch; or only the first and the last, as schedules of torch are "
+            "called: Driver(data_on='ends') takes the model's arguments from the first rank and the target "
+            "from the last",
+        )
 
 
 def _compare(by_rank: list[dict[str, Any]], words: str) -> None:

@@ -58,11 +58,16 @@ class Data:
         self._way = way
         self._rank = dist.get_rank(group)
 
+    @property
+    def moves(self) -> bool:
+        """True where ranks are given the arguments of others."""
+        return self._way != "all"
+
     def moved(self, call: Call, count: int) -> Call:
         """The arguments of a call of `count` micro-batches, on the ranks that read them. Other ranks have
         tensors of the same sizes without memory.
         """
-        if self._way == "all":
+        if not self.moves:
             return call
         first = self._homes[0]
         last = self._homes[-1]

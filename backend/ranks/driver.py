@@ -204,12 +204,14 @@ class Driver:
             i for i, home in enumerate(self.placement) if home == dist.get_rank(group)
         )
         self._order = order
-        settings = (
-            schedule,
-            n_microbatches,
-            loss_fn is not None,
-            order_name(order, self.schedule_class, self.placement, n_microbatches),
-        )
+        settings = {
+            "schedule": schedule,
+            "n_microbatches": n_microbatches,
+            "loss_fn": "given" if loss_fn is not None else "None",
+            "order": order_name(
+                order, self.schedule_class, self.placement, n_microbatches
+            ),
+        }
         agree_on_program(pipe.program, settings, group)
         # as the first step would, which makes it of the stages
         torch_schedule(schedule, pipe.num_stages, ranks, n_microbatches)
@@ -228,7 +230,8 @@ class Driver:
         # moved data is the same everywhere, and without contents where nobody reads it
         if data_on != "all":
             compare_steps = 0
-        self._calls = Calls(group, compare_steps)
+        self.faults = Faults(group, self.placement)
+        self.calls = Calls(group, compare_steps, self.faults)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
@@ -266,10 +269,12 @@ class Driver:
         self._step_graphs = self._graphs_of_steps() if cuda_graphs else None
         self._notes: dict[str, None] = {}
         self._schedules: dict[Any, tuple[Any, list[BuiltStage]]] = {}
-        self.faults = Faults(group, self.placement)
-        shared = pipe, self.placement, group, self.device, self.faults
-        self._gradients = Gradients(*shared)
-        self._precision = Precision(*shared)
+        self._gradients = Gradients(
+            pipe, self.placement, group, self.device, self.faults, self.calls
+        )
+        self._precision = Precision(
+            pipe, self.placement, group, self.device, self.faults
+        )
 
     def _graphs_of_steps(self) -> StepGraphs:
         if self.device.type != "cuda":
@@ -405,6 +410,8 @@ class Driver:
                 part.training = mode
 
     def _run(self, call: Call, how: str) -> tuple[Any, StepLosses]:
+        if self._data.moves:
+            self.calls.announce(f"driver.{how}")
         with self.faults.together():
             call = self._data.moved(call, self.n_microbatches)
         losses = self._agreed(call, how)
@@ -461,15 +468,17 @@ class Driver:
         with self.faults.together(agreed=(StagecutError,)):
             with self.faults.alike():
                 self.pipe.refuse_changed_model()
-            modules = self.modules
+                modules = self.modules
+            needs_grad = how == "step" and self._losses is not None
             changed = (
                 changed_here(self.pipe, self.stage_indices),
                 self._precision.changed_here(),
+                needs_grad and not torch.is_grad_enabled(),
             )
-            agreed = self._calls.agree(
-                how, self.pipe.training, vars(call), changed
-            )
-            trained_changed, precision_changed = agreed.changed
+            agreed = self.calls.agree(how, self.pipe.training, vars(call), changed)
+            trained_changed, precision_changed, without_grad = agreed.changed
+            if without_grad:
+                raise _no_grad()
             if trained_changed:
                 self._follow_trained()
             with self.faults.alike():
@@ -680,7 +689,7 @@ class Driver:
         """Every replica of a tied parameter has the sum of the gradients of all replicas. Each rank of the
         pipeline calls it.
         """
-        self._gradients.tied.sum()
+        self._gradients.tied.sum("driver.sync_shared_gradients")
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Before every update by `optimizer`, tied gradients are summed, and a GradScaler decides as on the
@@ -744,6 +753,14 @@ def _refuse_labels(how: str, has: Mapping[str, frozenset[int]]) -> None:
         )
 
 
+def _no_grad() -> InputError:
+    return InputError(
+        "driver.step makes gradients, and a rank calls it where torch makes none, as in torch.no_grad() or "
+        "torch.inference_mode()",
+        hint="driver.eval(...) for a forward alone, or driver.step(...) outside of it",
+    )
+
+
 def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
     """The error for a step without a target; `unknown` are arguments that the model does not have, one of
     which may be meant for it. `rank` has the last stage.
@@ -761,8 +778,8 @@ def _no_target(rank: int, unknown: Sequence[str]) -> InputError:
 def described(driver: Driver) -> str:
     """A driver as text: schedule, placement, mode, sizes."""
     program = driver.pipe.program
-    ranks = dist.get_world_size(driver.group)
-    rank = dist.get_rank(driver.group)
+    ranks = driver.faults.ranks
+    rank = driver.faults.rank
     mode = "train" if driver.pipe.training else "eval"
     lines = [
         f"Driver of {program.name}: {driver.schedule_class.__name__}, {driver.pipe.num_stages} stages on "

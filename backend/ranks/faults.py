@@ -11,10 +11,12 @@ reports nor answers is the one that is gone. The last resort is the timeout of t
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -101,6 +103,15 @@ class Faults:
         self._refusals = 0
         self._refused: Exception | None = None
         """What all ranks raised last, each its own."""
+        self._awaited = ""
+        """The call to which other ranks have to come; it stays where they did not."""
+        self._awaited_since = 0.0
+        self._meetings = 0
+        self._told_missing = -1
+        self._partly: tuple[str, tuple[int, ...]] | None = None
+        """The call that only some ranks make together, and these, while they do."""
+        self._partly_met: Counter[tuple[int, ...]] = Counter()
+        self._skipped: Report | None = None
         token = [uuid.uuid4().hex]
         dist.broadcast_object_list(token, group=hosts, group_src=0)
         store: Any = self._group.get_group_store()
@@ -152,6 +163,78 @@ class Faults:
                 raise
             raise self._failed(error) from _origin(error)
 
+    @contextmanager
+    def awaiting(self, call: str) -> Iterator[None]:
+        """All ranks come to the same call inside. Those that have not come after GRACE seconds are named on
+        standard error, once for each call.
+        """
+        self._meetings += 1
+        self._awaited_since = time.monotonic()
+        self._awaited = call
+        try:
+            yield
+        except StagecutError:
+            self._awaited = ""
+            raise
+        self._awaited = ""
+
+    @contextmanager
+    def partly(self, call: str, ranks: tuple[int, ...]) -> Iterator[None]:
+        """These ranks of the group make the same call inside. Raises RankError on all ranks where one of them
+        has gone on to the next call of the whole group without it.
+        """
+        self._partly_met[ranks] += 1
+        self._partly = call, ranks
+        try:
+            yield
+        finally:
+            self._partly = None
+
+    def _refuse_skipped(self) -> None:
+        """Raises RuntimeError when the store does not answer."""
+        partly = self._partly
+        if partly is None:
+            return
+        call, ranks = partly
+        for rank in ranks:
+            key = f"came {self._meetings + 1} {rank}"
+            if rank == self.rank or not self._store.check([key]):
+                continue
+            other, met = json.loads(self._store.get(key))
+            if met.get(str(ranks), 0) >= self._partly_met[ranks]:
+                continue  # it has been here
+            self._skipped = {
+                "what": f"{self._title(rank)} calls {other}, and not {call} before, as rank {self.rank} does",
+                "where": "",
+                "stage": None,
+                "hint": "every rank makes the same calls in the same order; mend that, then "
+                + RESTART,
+            }
+            self._tell(self._skipped)
+            return
+
+    def _tell_missing(self) -> None:
+        """Raises RuntimeError when the store does not answer."""
+        call, number = self._awaited, self._meetings
+        if not call or self._told_missing == number:
+            return
+        met = {str(ranks): count for ranks, count in self._partly_met.items()}
+        self._store.set(f"came {number} {self.rank}", json.dumps([call, met]))
+        waited = time.monotonic() - self._awaited_since
+        if waited < GRACE:
+            return
+        self._told_missing = number
+        came = [self._store.check([f"came {number} {r}"]) for r in range(self.ranks)]
+        missing = [rank for rank in range(self.ranks) if not came[rank]]
+        if missing and came.index(True) == self.rank and self._awaited == call:
+            titles = " and ".join(map(self._title, missing))
+            have = "have" if missing[1:] else "has"
+            sys.stderr.write(
+                f"stagecut: {self._title(self.rank)} calls {call} and waits: {titles} {have} not come to it "
+                f"in {waited:.0f} s; every rank calls it\n"
+            )
+            sys.stderr.flush()
+
     def _all_refuse(self) -> bool:
         key = f"refusal {self._refusals}"
         try:
@@ -164,6 +247,8 @@ class Faults:
         while not done.wait(INTERVAL):
             try:
                 if not self._store.check([_FAILED]):
+                    self._tell_missing()
+                    self._refuse_skipped()
                     continue
                 self._store.set(f"alive {self.rank}", "")
             except RuntimeError:
@@ -174,7 +259,7 @@ class Faults:
 
     def _failed(self, error: Exception) -> RankError:
         """The error that this rank ends with, after all ranks were told to stop."""
-        report = self._report(error)
+        report = self._skipped or self._report(error)
         _shorten(error, report)
         if report["what"]:
             return self._error(self.rank, report)
@@ -187,6 +272,11 @@ class Faults:
     def _report(self, error: BaseException) -> Report:
         """The other ranks can read what failed here, and nothing is exchanged any more."""
         report = _described(error)
+        self._tell(report)
+        return report
+
+    def _tell(self, report: Report) -> None:
+        """The other ranks can read this report, and nothing is exchanged any more."""
         try:
             self._store.set(f"report {self.rank}", json.dumps(report))
             self._store.set(_FAILED, "")
@@ -194,7 +284,6 @@ class Faults:
             # the store is gone: the others will only see that the connections break
             pass
         self._break()
-        return report
 
     def _culprit(self, error: Exception) -> RankError:
         """The error for the rank that failed, when this rank only saw a connection break. Raises RuntimeError
@@ -218,15 +307,20 @@ class Faults:
             return self._error(*reports[0])
         gone = [rank for rank in range(self.ranks) if rank not in answered]
         if not gone:
+            at = f" at {self._awaited}" if self._awaited else ""
             return RankError(
-                f"the ranks lost their connection, though all are alive: {_line(error)}"
+                f"the ranks lost their connection{at}, though all are alive: {_line(error)}"
             )
         does = "does not answer: it was killed, has ended, or hangs"
         if gone[1:]:
             does = "do not answer: they were killed, have ended, or hang"
+        hint = RESTART
+        if self._awaited:
+            hint = f"every rank calls {self._awaited}, as this one did; {RESTART}"
         return RankError(
             f"{' and '.join(map(self._title, gone))} {does}",
             [self._global(rank) for rank in gone],
+            hint=hint,
         )
 
     def failed_loss(self, failure: Report) -> RankError:

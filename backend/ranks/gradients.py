@@ -26,6 +26,7 @@ from torch.nn.utils import (
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from stagecut.backend.ranks.agree import Calls
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import Group
 from stagecut.backend.ranks.tied import Tied
@@ -56,14 +57,16 @@ class Gradients:
         group: Group,
         device: torch.device,
         faults: Faults,
+        calls: Calls,
     ) -> None:
-        self.tied = Tied(pipe, homes, group, faults)
+        self.tied = Tied(pipe, homes, group, faults, calls)
         self.scaler: GradScaler | None = None
         self._pipe = pipe
         self._group = group
         self._device = device
         self._stages = [i for i, home in enumerate(homes) if home == faults.rank]
         self._faults = faults
+        self._calls = calls
         _watch_updates()
         _watch_scalers()
         _alive.add(self)
@@ -86,7 +89,7 @@ class Gradients:
 
         @short_errors
         def whole(_: Optimizer, args: Any, kwargs: Any) -> Call:
-            return _before_update(self.tied.sum, args, kwargs)
+            return _before_update(lambda: self.tied.sum("optimizer.step"), args, kwargs)
 
         optimizer.register_step_pre_hook(whole)
 
@@ -109,6 +112,7 @@ class Gradients:
         foreach: bool | None,
     ) -> torch.Tensor:
         """The norm of the gradients of the whole model, which have at most `max_norm` afterwards."""
+        self._calls.announce("driver.clip_grad_norm_")
         self.tied.sum()
         total = self._total_norm(norm_type, foreach)
         if error_if_nonfinite and not total.isfinite():
@@ -146,6 +150,7 @@ class Gradients:
 
     def _before_unscaling(self, optimizer: Optimizer) -> None:
         """The gradients that `optimizer` will take are whole, so that what overflows in a sum is seen."""
+        self._calls.announce("step or unscale_ of a GradScaler")
         if optimizer in _attached:
             self.tied.sum()
         else:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import InputError, StagecutError
 
 _hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
@@ -26,6 +26,17 @@ def group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if group not in _hosts:
         _hosts[group] = gloo_group(group)
     return _hosts[group]
+
+
+def refuse_destroyed(group: dist.ProcessGroup | None) -> None:
+    """Returns while the group is there. Raises InputError after `destroy_process_group`."""
+    try:
+        dist.get_rank(group)
+    except ValueError:
+        raise InputError(
+            "the process group of these ranks was destroyed",
+            hint="dist.destroy_process_group() after the last call; for a new group, a new Driver",
+        ) from None
 
 
 def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

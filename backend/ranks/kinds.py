@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -91,6 +92,7 @@ def refuse_wrong_options(pipe: object, loss_fn: object, **given: Any) -> None:
     _refuse_no_pipe(pipe)
     refuse_wrong_kinds(**given, loss_fn=loss_fn)
     _refuse_class(loss_fn)
+    _refuse_other_call(given["wrap"])
 
 
 def refuse_wrong_kinds(**given: Any) -> None:
@@ -120,15 +122,39 @@ def _refuse_class(loss_fn: object) -> None:
         )
 
 
-def device_of(device: torch.device | str) -> torch.device:
-    """The device that is meant. Raises InputError for what is none."""
+def _refuse_other_call(wrap: Any) -> None:
+    """Returns when `wrap` can be called with a module and an index. Raises InputError otherwise."""
+    if wrap is None:
+        return
     try:
-        return torch.device(device)
+        signature = inspect.signature(wrap)
+    except ValueError:  # of code that is not Python's
+        return
+    try:
+        signature.bind(torch.nn.Identity(), 0)
+    except TypeError:
+        name = getattr(wrap, "__qualname__", type(wrap).__name__)
+        raise InputError(
+            f"wrap is called as wrap(module, index), and {name} takes {signature}",
+            hint="wrap=a function of a stage's module and its index, which returns a module",
+        ) from None
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """The device that is meant. Raises InputError for what is none, and for a GPU that is not there."""
+    try:
+        found = torch.device(device)
     except (RuntimeError, TypeError):
         raise InputError(
             f"device={device!r:.60} is no device",
             hint='device="cuda:0", "cpu", or a torch.device',
         ) from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device={str(found)!r}, and torch finds {torch.cuda.device_count()} GPUs here",
+            hint='device="cpu", or a machine and a build of torch with CUDA',
+        )
+    return found
 
 
 def norm_order(norm_type: Any) -> float:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -35,6 +35,18 @@ class StepLosses(list[torch.Tensor]):
         super().__init__(losses)
         self.batch = batch
         self.metrics = metrics
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Raises AttributeError; for what a tensor has, it names the loss of the batch."""
+        what = f"'{type(self).__name__}' object has no attribute '{name}'"
+        if name == "backward":
+            what += ": driver.step has made the gradients"
+        elif hasattr(torch.Tensor, name) and not name.startswith("_"):
+            what += (
+                ": it is the list of the losses of the micro-batches\n"
+                f"  try: losses.batch.{name}, of the loss of the batch"
+            )
+        raise AttributeError(what)
 
 
 class Losses:

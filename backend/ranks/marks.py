@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from stagecut.backend.ranks.agree import everywhere
+from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Program, Value
 from stagecut.ir.run.call import CallSpec
+from stagecut.ir.run.shown import shown_type
 from stagecut.ir.types import ITEM, Batch, TensorType
 
 Marks = Mapping[Value, Batch | None]
@@ -96,7 +98,15 @@ def _trees(spec: CallSpec) -> Iterator[tuple[str, Any]]:
 def cut(
     tensor: torch.Tensor, dim: int, mark: Batch | None, count: int
 ) -> list[torch.Tensor]:
-    """A tensor in equal parts, one for each micro-batch; of each block of `mark` an equal part."""
+    """A tensor in equal parts, one for each micro-batch; of each block of `mark` an equal part. Raises
+    InputError for a sparse one.
+    """
+    if tensor.layout not in (torch.strided, torch.jagged):
+        raise InputError(
+            f"a tensor of layout {tensor.layout} is not divided among micro-batches",
+            where=shown_type(tensor),
+            hint="give it dense: tensor.to_dense()",
+        )
     if mark is None or len(mark.terms) == 1:
         return list(tensor.tensor_split(count, dim))
     rows = [factor for factor, _ in mark.terms]

@@ -13,6 +13,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
+from stagecut.backend.ranks.hosts import refuse_destroyed
 from stagecut.backend.schedules import SCHEDULES, V, homes
 from stagecut.ir.errors import InputError, StagecutError, nearest
 
@@ -61,15 +62,20 @@ def placement(stages: int, ranks: int, schedule: Any) -> list[int]:
     if issubclass(schedule, PipelineScheduleMulti):
         if stages % ranks or (v and stages != 2 * ranks):
             raise StagecutError(
-                f"{name} cannot place {stages} stages on {ranks} ranks",
+                f"{name} cannot place {_several(stages, 'stage')} on {_several(ranks, 'rank')}",
                 hint=f"cut into {2 * ranks} stages" if v else "cut into a multiple",
             )
     elif stages != ranks:
         raise StagecutError(
-            f"{name} has one stage a rank: {stages} stages, {ranks} ranks",
-            hint=f"start {stages} processes, torchrun --nproc-per-node {stages}, or cut into {ranks} stages",
+            f"{name} has one stage a rank: {_several(stages, 'stage')}, {_several(ranks, 'rank')}",
+            hint=f"start {_several(stages, 'process', 'es')}, torchrun --nproc-per-node {stages}, "
+            f"or cut into {_several(ranks, 'stage')}",
         )
     return homes(stages, ranks, v)
+
+
+def _several(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}{plural}"
 
 
 def part_of_loss(n_microbatches: int, scale_grads: bool) -> float:
@@ -92,6 +98,7 @@ def refuse_no_group(group: Group) -> None:
             hint='dist.init_process_group("nccl" or "gloo") under torchrun; pipe(...) runs all stages in one '
             "process",
         )
+    refuse_destroyed(group)
     if dist.get_rank(group) < 0:
         raise StagecutError(
             f"rank {dist.get_rank()} is not in the group of the Driver",

@@ -19,6 +19,7 @@ from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from stagecut.backend.ranks.agree import Calls
 from stagecut.backend.ranks.faults import Faults
 from stagecut.backend.ranks.stage import Group
 from stagecut.backend.stages.staged import Staged
@@ -51,11 +52,13 @@ class Tied:
         homes: Sequence[int],
         group: Group,
         faults: Faults,
+        calls: Calls,
     ) -> None:
         self._pipe = pipe
         self._homes = homes
         self._group = group
         self._faults = faults
+        self._calls = calls
         self._rank = dist.get_rank(group)
         self._stages = [i for i, home in enumerate(homes) if home == self._rank]
         self._shared: list[tuple[tuple[int, ...], list[StateEntry]]] = []
@@ -71,19 +74,33 @@ class Tied:
     def _state(self, state: State) -> None:
         _states[self._pipe] = state
 
-    def sum(self) -> None:
-        """Every replica that is trained has the sum of the gradients of all replicas."""
+    def sum(self, call: str = "") -> None:
+        """Every replica that is trained has the sum of the gradients of all replicas. Ranks are told of the
+        `call` that asks for it, unless they know of it, where all of them have replicas.
+        """
         if self._state == "summed":
             return
+        trained = self._trained()
+        ranks = dist.get_world_size(self._group)
+        if call and ranks > 1 and any(len(holders) == ranks for holders, _ in trained):
+            self._calls.announce(call)
+        for holders, replicas in trained:
+            told = call or "the sum of tied gradients"
+            with self._faults.together(), self._faults.partly(told, holders):
+                _sum_gradients(replicas, holders, self._group)
+        self._state = "summed"
+
+    def _trained(self) -> list[tuple[tuple[int, ...], list[Replicas]]]:
+        """The replicas here of what is trained and has several, by the ranks that hold them."""
+        trained: list[tuple[tuple[int, ...], list[Replicas]]] = []
         for ranks, entries in self._shared:
-            trained: list[Replicas] = []
+            replicas: list[Replicas] = []
             for _, same in self._held(entries):
                 if _are_several(ranks, same) and _is_trained(same):
-                    trained.append(same)
-            if trained:
-                with self._faults.together():
-                    _sum_gradients(trained, ranks, self._group)
-        self._state = "summed"
+                    replicas.append(same)
+            if replicas:
+                trained.append((ranks, replicas))
+        return trained
 
     def accumulate(self) -> None:
         """A backward may begin: what it adds to the gradients is summed once, and what was summed before is

@@ -13,7 +13,8 @@ from torch import nn
 
 from stagecut.backend.stages.staged import Staged
 from stagecut.backend.stages.state import refuse_meta
-from stagecut.ir.errors import StagecutError
+from stagecut.ir.errors import InputError, StagecutError
+from stagecut.ir.run.shown import shown_value
 
 Wrap = Callable[[nn.Module, int], nn.Module] | None
 
@@ -30,7 +31,8 @@ def wrapped(pipe: Staged, index: int, device: torch.device, wrap: Wrap) -> nn.Mo
     """The module that runs in the place of a stage, on `device`. `wrap` is called once for each stage, by the
     first driver of the pipe that asks.
 
-    Raises StagecutError while the stage is on meta, or where it was wrapped in another way.
+    Raises StagecutError while the stage is on meta, or where it was wrapped in another way, and InputError
+    where `wrap` returns no module.
     """
     refuse_meta(pipe.program, pipe.stages[index])
     stage = pipe.stages[index].to(device)
@@ -38,7 +40,7 @@ def wrapped(pipe: Staged, index: int, device: torch.device, wrap: Wrap) -> nn.Mo
     if index not in wrappings and wrap is None:
         return stage
     if index not in wrappings and wrap is not None:
-        wrappings[index] = wrap, wrap(stage, index)
+        wrappings[index] = wrap, _made(wrap, stage, index)
     before, module = wrappings[index]
     if wrap is not None and not _does_the_same(wrap, before):
         raise StagecutError(
@@ -47,6 +49,17 @@ def wrapped(pipe: Staged, index: int, device: torch.device, wrap: Wrap) -> nn.Mo
             hint="give every driver of a pipe the same wrap, or make a pipe anew",
         )
     return module
+
+
+def _made(wrap: Callable[..., Any], stage: nn.Module, index: int) -> nn.Module:
+    """The module that `wrap` returns. Raises InputError where it returns none."""
+    module = wrap(stage, index)
+    if isinstance(module, nn.Module):
+        return module
+    raise InputError(
+        f"wrap(module, {index}) returned {shown_value(module)}, and no module to run",
+        hint="return the module, also where it is changed in place: fully_shard(module); return module",
+    )
 
 
 def _does_the_same(wrap: Any, before: Any) -> bool:

@@ -38,9 +38,11 @@ def place_of_failure(
     error: BaseException, counts: Callable[[FrameType], bool], line: str = ""
 ) -> str:
     """The module of a stage in which an error was raised, what that was given, and the line of the innermost
-    frame that counts; or this `line`.
+    frame that counts; or this `line`. The lines of an error of ours are ours, and are left out.
     """
     path, given = _failed_module(error)
+    if isinstance(error, StagecutError):
+        counts = _is_emitted
     return failed_at(path, given, line or _line(error, counts))
 
 

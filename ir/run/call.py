@@ -228,7 +228,9 @@ class CallSpec:
         names = list(dict.fromkeys([*self.parameters, *self.positional]))
         if len(args) > len(names):
             raise InputError(
-                f"{len(args)} positional arguments, but the model takes at most {len(names)}"
+                f"{len(args)} positional arguments, but the model takes at most {len(names)}",
+                hint=f"those of the model are {', '.join(names) or 'none'}; what a loss function takes "
+                "goes by name: driver.step(..., target=...)",
             )
         values = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
