@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,12 @@ def test_no_stage_is_without_parameters_where_others_are_as_good() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_plan_and_the_report_give_one_time_for_the_same_cuts(schedule: str) -> None:
     """For the chosen cuts, and for those that were not."""
-    model = Blocks(6)
-    for stages, count in ((4, 4), (4, 12), (8, 8)):
-        setting = Setting("H100", schedule, count, ranks=None if schedule in SINGLE else stages // 2)
-        plan = pipeline(model, (IDS,), split_policy=Balanced(stages, setting), check=None).plan
-        assert plan is not None
-        assert plan.choice is not None
-        for way in {plan.choice.chosen, plan.choice.anywhere, plan.choice.evenest}:
-            report = pipeline(model, (IDS,), split_policy=lambda program, way=way: [*way.cuts[1:-1]], check=None).report(setting)
-            assert report.seconds == pytest.approx(way.seconds, rel=1e-6)
-        assert plan.step == plan.choice.chosen.seconds
+    model, args, _ = runpy.run_path("examples/language_model.py")["make"]()
+    setting = Setting("H100", schedule, 8, ranks=None if schedule in SINGLE else 2)
+    plan = pipeline(model, args, split_policy=Balanced(4, setting), check=None).plan
+    assert plan is not None
+    assert plan.choice is not None
+    assert plan.step == plan.choice.chosen.seconds
+    for way in {plan.choice.chosen, plan.choice.anywhere, plan.choice.evenest}:
+        report = pipeline(model, args, split_policy=lambda program, way=way: [*way.cuts[1:-1]], check=None).report(setting)
+        assert report.seconds == pytest.approx(way.seconds, rel=1e-6)
