@@ -6,8 +6,7 @@ when all that was computed before it was posted is done. It ends when both ends 
 and the bytes are over. What waits for it starts then. So a receive that is posted early holds up what is sent
 to the same neighbour behind it. A step takes longer while messages of its rank are under way.
 
-No time depends on the order in which ranks are looked at: each is a sum, a largest or a smallest of others that
-are known by then.
+No time depends on the order in which ranks are looked at: each is reckoned from others, known by then.
 """
 
 from __future__ import annotations
@@ -268,7 +267,7 @@ def as_run(seconds: Parts[T], stage: int, splits: bool) -> Parts[T]:
 @dataclass
 class _Stream(Generic[T]):
     """What is posted on a stream of a rank and not known to end, and when it was. sent: when the posts that
-    are known to end have ended; begun: the number of the post that has begun last; last: of the one posted last.
+    are known to end have ended; begun: the number of the post that has begun last; last: of that posted last.
     """
 
     sent: T
@@ -293,8 +292,8 @@ class _Rank(Generic[T]):
 
 
 class Done(NamedTuple, Generic[T]):
-    """A step that a rank has done, when it started and when it was over; posted: the numbers of the posts that
-    were the last ones on their streams.
+    """A step that a rank has done, when it started and when it was over. posted: the numbers of the posts
+    that were the last ones on their streams.
     """
 
     step: Step
@@ -333,7 +332,7 @@ class Run(Generic[T]):
         self._ranks = [
             _Rank(number, deque(own), zero, zero) for number, own in enumerate(listed)
         ]
-        while any([self._go_as_far_as_it_can(rank) for rank in self._ranks]):
+        while sum(map(self._go_as_far_as_it_can, self._ranks)):
             pass
         if any(rank.actions for rank in self._ranks):
             raise StagecutError("the order of the schedule waits for itself")
