@@ -65,10 +65,12 @@ def _wait() -> None:
 def _run(argv: list[str], folder: str, variables: dict[str, str], path: str, before: str) -> Shown:
     from stagecut.tools.dump_ir import session
     from stagecut.tools.dump_ir.main import main
+    from stagecut.tools.dump_ir.variables import unnoted
 
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
+    with unnoted():
+        os.environ.clear()
+        os.environ.update(variables)
     sys.path.extend([path] if path else [])
     exec(before, {})
     traced: list[Any] = []

@@ -155,7 +155,7 @@ CHANGES = {
     "a file that is asked for": (write("more", ""), "more is new"),
     "a file in a folder that is listed": (write("data/two", ""), "the folder data holds other files"),
     "a variable": (variable("STEPS"), "other variables of the environment: STEPS"),
-    "a number of threads": (variable("MKL_NUM_THREADS"), "the variable MKL_NUM_THREADS is another"),
+    "a number of threads": (variable("MKL_NUM_THREADS"), "other variables of the environment: MKL_NUM_THREADS"),
 }
 
 
@@ -216,7 +216,7 @@ def test_each_fact_counts(folder: Path, ask: Ask) -> None:
     facts = content["facts"]
     evidence.begin()
     assert evidence.change(facts) == ""
-    assert {kind for kind, _, _ in facts} == {"file", "status", "names", "modules", "variable"}
+    assert {kind for kind, _, _ in facts} == {"file", "status", "names", "modules"}
     for kind, path, answer in facts:
         assert evidence.change([(kind, path, f"{answer}?")])
     paths = {path for _, path, _ in facts}
@@ -266,6 +266,41 @@ def test_all_looks_are_those_of_the_model(ask: Ask) -> None:
 def _timeless(text: str) -> str:
     """A page without the seconds that passes took."""
     return re.sub(r'"seconds": ?[\d.e-]+', "", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "variable", "counts"),
+    [
+        ("model.py", "", "FOO", False),
+        ("model.py", "", "PS1", False),
+        ("model.py", "os.getenv('FOO')", "FOO", True),
+        ("model.py", "'FOO' in os.environ", "FOO", True),
+        ("model.py", "os.environb.get(b'FOO')", "FOO", True),
+        ("model.py", "os.path.expandvars('$FOO')", "FOO", True),
+        ("model.py", "os.environ.copy()", "FOO", True),
+        ("model.py", "repr(os.environ)", "FOO", True),
+        ("model.py", "[*os.environ]", "SSH_TTY", True),
+        ("model.py", "os.environ.get('COLUMNS')", "COLUMNS", True),
+        ("../site-packages/vendor/__init__.py", "import os; os.getenv('FOO')", "FOO", True),
+        ("../site-packages/vendor/__init__.py", "import os; dict(os.environ)", "FOO", True),
+        ("../site-packages/vendor/__init__.py", "import os; os.environ.get('COLUMNS')", "COLUMNS", False),
+        ("model.py", "", "CUDA_MODULE_LOADING", True),
+        ("model.py", "", "TORCH_LOGS", True),
+    ],
+)
+def test_a_variable_counts_where_somebody_reads_it(
+    name: str, line: str, variable: str, counts: bool, folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C reads those of torch and its libraries, which is not seen: they always count."""
+    with (folder / name).open("a") as file:
+        file.write(f"{line}\n")
+    monkeypatch.delenv(variable, raising=False)
+    assert ask()[0]
+    monkeypatch.setenv(variable, "0")
+    traced, text = ask()
+    assert traced == counts
+    assert text.startswith(f"dump-ir: note: traced again: other variables of the environment: {variable}\n") == counts
+    assert not ask()[0]
 
 
 ASKS_FOR_THREADS = {

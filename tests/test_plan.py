@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import stagecut
 from stagecut import Balanced, Device, Setting, pipeline
+from stagecut.backend.schedules import SCHEDULES, SINGLE
 from stagecut.ir.graph import scope_fqn
 from stagecut.pipe import lower
 
@@ -151,3 +153,17 @@ def test_no_stage_is_without_parameters_where_others_are_as_good() -> None:
     """A rank of several stages may have one of a single op that makes its time that of the others."""
     assert max(_without_parameters(tolerance=0.0)) > 0
     assert max(_without_parameters(tolerance=0.02)) == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_plan_and_the_report_give_one_time_for_the_same_cuts(schedule: str) -> None:
+    """For the chosen cuts, and for those that were not."""
+    model, args, _ = runpy.run_path("examples/language_model.py")["make"]()
+    setting = Setting("H100", schedule, 8, ranks=None if schedule in SINGLE else 2)
+    plan = pipeline(model, args, split_policy=Balanced(4, setting), check=None).plan
+    assert plan is not None
+    assert plan.choice is not None
+    assert plan.step == plan.choice.chosen.seconds
+    for way in {plan.choice.chosen, plan.choice.anywhere, plan.choice.evenest}:
+        report = pipeline(model, args, split_policy=lambda program, way=way: [*way.cuts[1:-1]], check=None).report(setting)
+        assert report.seconds == pytest.approx(way.seconds, rel=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagecut.backend.costs.runtime import Await, Message, Parts, Post, Run
+from stagecut.backend.costs.runtime import Await, Message, Parts, Post, Run, slowed_run
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.costs.timeline import Timeline, simulate
 from stagecut.backend.schedules import BACKWARD, FORWARD, INPUT, SCHEDULES, SINGLE, WEIGHT, Step
@@ -80,7 +80,7 @@ def test_messages_of_one_pair_keep_their_order(ahead: int) -> None:
     ends = (Post(3, (out,), 0), Await(3), Step(BACKWARD, 1, 0)) if ahead else ()
     listed = [first, (*answers[0], *ends), () if ahead else (Post(0, (out,), 0), Await(0), Step(BACKWARD, 1, 0))]
     run = Run(tuple(listed), lambda step: (1.0, 0.0), [0.25, 0.25], 0.0, max)
-    starts = {step.kind: start for step, _, start, _ in run.steps}
+    starts = {done.step.kind: done.start for done in run.steps}
     assert starts[BACKWARD] == (2.5 if ahead else 1.25)
 
 
@@ -95,22 +95,37 @@ def test_the_host_starts_what_the_device_computes() -> None:
     assert simulate(setting, [1.0] * stages, [2.0] * stages, host=[fast] * stages).seconds >= alone.seconds
 
 
-def test_many_cuts_are_simulated_as_each_is_alone() -> None:
-    for schedule in SCHEDULES:
-        setting, stages = _setting(schedule)
-        generator = torch.Generator().manual_seed(0)
-        seconds = torch.rand(stages, 4, 5, generator=generator, dtype=torch.float64)
-        delays = torch.rand(stages, 5, generator=generator, dtype=torch.float64)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_many_cuts_are_simulated_as_each_is_alone(schedule: str) -> None:
+    """Also where messages that are under way slow steps, whichever cuts are simulated together."""
+    setting, stages = _setting(schedule)
+    generator = torch.Generator().manual_seed(0)
+    seconds = torch.rand(stages, 4, 5, generator=generator, dtype=torch.float64)
+    delays = torch.rand(stages, 5, generator=generator, dtype=torch.float64)
 
-        def run(at: Any, zero: Any, larger: Any, turns: Any = (), seconds: Any = seconds, delays: Any = delays, s: Any = setting) -> Any:
-            def of(step: Step) -> Any:
-                return at(seconds[step.stage]["FBIW".index(step.kind)]), at(delays[step.stage] / 2)
+    def end(at: Any, zero: Any, larger: Any, slowed: float = 0.1) -> Any:
+        def of(step: Step) -> Any:
+            return at(seconds[step.stage]["FBIW".index(step.kind)]), at(delays[step.stage] / 2)
 
-            return Run(s.actions(len(seconds)), of, [at(d) for d in delays], zero, larger, 0.01, 0.0, turns)
+        return slowed_run(setting.actions(stages), of, [at(d) for d in delays], zero, larger, 0.01, slowed).end
 
-        alone = [run(lambda t, i=i: float(t[i]), 0.0, max) for i in range(5)]
-        together = run(lambda t: t, torch.zeros(5, dtype=torch.float64), torch.maximum, alone[0].turns)
-        assert together.end.tolist() == pytest.approx([one.end for one in alone])
+    alone = [end(lambda t, i=i: float(t[i]), 0.0, max) for i in range(5)]
+    zero = torch.zeros(5, dtype=torch.float64)
+    together = end(lambda t: t, zero, torch.maximum).tolist()
+    assert together == pytest.approx(alone, rel=1e-12)
+    in_vain = end(lambda t: t, zero, torch.maximum, 0.0).tolist()
+    assert all(least <= slow <= 1.1 * least for least, slow in zip(in_vain, together, strict=True))
+    assert schedule in SINGLE or sum(in_vain) < sum(together)
+
+
+def test_a_step_is_slowed_for_as_long_as_messages_are_under_way() -> None:
+    """Rank 0 posts a receive before steps of 1 s each; rank 1 computes for 1.5 s, sends, and what it sends takes 0.25 s."""
+    late = Message(0, 0, True)
+    first = (Post(0, (late,), 1), *(Step(FORWARD, 0, i) for i in range(3)), Await(0))
+    listed = (first, (Step(FORWARD, 1, 0), Post(1, (late,), 0), Await(1)))
+    run = slowed_run(listed, lambda step: (1.5 if step.stage else 1.0, 0.0), [0.25], 0.0, max, 0.0, 0.1)
+    spent = [done.end - done.start for done in run.steps if done.rank == 0]
+    assert spent == pytest.approx([1.1, 1.075, 1.0])
 
 
 def test_forward_only() -> None:

@@ -4,13 +4,15 @@ On a GPU a rank computes on one stream, and has a stream of messages for each of
 batches of sends and receives with both. What is posted starts when all before it on its stream is done and
 when all that was computed before it was posted is done. It ends when both ends of each message have started
 and the bytes are over. What waits for it starts then. So a receive that is posted early holds up what is sent
-to the same neighbour behind it.
+to the same neighbour behind it. A step takes longer while messages of its rank are under way.
+
+No time depends on the order in which ranks are looked at: each is reckoned from others, known by then.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -265,11 +267,12 @@ def as_run(seconds: Parts[T], stage: int, splits: bool) -> Parts[T]:
 @dataclass
 class _Stream(Generic[T]):
     """What is posted on a stream of a rank and not known to end, and when it was. sent: when the posts that
-    are known to end have ended; begun: the number of the post that has begun last.
+    are known to end have ended; begun: the number of the post that has begun last; last: of that posted last.
     """
 
     sent: T
     begun: int = -1
+    last: int = -1
     posted: deque[tuple[Post, T]] = field(default_factory=deque)
 
 
@@ -288,13 +291,24 @@ class _Rank(Generic[T]):
     ends: dict[int, T] = field(default_factory=dict)
 
 
+class Done(NamedTuple, Generic[T]):
+    """A step that a rank has done, when it started and when it was over. posted: the numbers of the posts
+    that were the last ones on their streams.
+    """
+
+    step: Step
+    rank: int
+    start: T
+    end: T
+    posted: tuple[int, ...]
+
+
 class Run(Generic[T]):
-    """Actions and when they run. A time is a float, or a tensor with a number for each of many cuts. The rank
-    that is behind the others takes the next turn, or the ranks take those of an earlier run.
+    """Actions and when they run. A time is a float, or a tensor with a number for each of many cuts.
 
     seconds: of each step, on the device and on the host. delays: of a message, by the stage that it leaves or
-    comes to. posting: seconds in which the host starts a post. slowed: the part by which a step takes longer
-    while messages are under way, because their kernels take room on the device.
+    comes to. posting: seconds in which the host starts a post. longer: the seconds by which the device takes
+    longer for a step than these.
     """
 
     def __init__(
@@ -305,39 +319,30 @@ class Run(Generic[T]):
         zero: T,
         larger: Callable[[T, T], T],
         posting: float = 0.0,
-        slowed: float = 0.0,
-        turns: Sequence[int] = (),
+        longer: Mapping[Step, T] | None = None,
     ) -> None:
         self._seconds = seconds
         self._delays = delays
         self._zero = zero
         self._larger = larger
         self._posting = posting
-        self._slowed = slowed
+        self._longer = longer or {}
         self._begun: dict[Message, list[T]] = {}
-        self.steps: list[tuple[Step, int, T, T]] = []
+        self.steps: list[Done[T]] = []
         self._ranks = [
             _Rank(number, deque(own), zero, zero) for number, own in enumerate(listed)
         ]
-        self.turns: list[int] = []
-        for number in turns or self._behind():
-            if self._advance(self._ranks[number]):
-                self.turns.append(number)
+        while sum(map(self._go_as_far_as_it_can, self._ranks)):
+            pass
         if any(rank.actions for rank in self._ranks):
             raise StagecutError("the order of the schedule waits for itself")
 
-    def _behind(self) -> Iterator[int]:
-        """Numbers of ranks that have something to do: the one that is behind first, until it waits."""
-        moved = True
-        while moved:
-            moved = False
-            times: Any = {r.number: r.computed for r in self._ranks if r.actions}
-            for number in sorted(times, key=times.__getitem__):
-                done = len(self.turns)
-                yield number
-                moved = len(self.turns) > done
-                if moved:
-                    break
+    def _go_as_far_as_it_can(self, rank: _Rank[T]) -> bool:
+        """A rank runs actions until it waits for another one; False where it did so already."""
+        moved = False
+        while self._advance(rank):
+            moved = True
+        return moved
 
     @property
     def end(self) -> T:
@@ -367,6 +372,7 @@ class Run(Generic[T]):
             ready = self._larger(rank.computed, rank.started)
             stream = rank.streams.setdefault(action.peer, _Stream(self._zero))
             stream.posted.append((action, ready))
+            stream.last = action.number
             self._settle(rank)
         else:
             self._run(rank, action)
@@ -380,22 +386,26 @@ class Run(Generic[T]):
         rank.started = started + host
         end: Any = start
         end = end + device
-        if self._slowed:
-            end = end + self._slowed * self._overlap(rank, start, device)
+        if step in self._longer:
+            end = end + self._longer[step]
         # the last kernel runs when it is started
         rank.computed = self._larger(end, rank.started)
-        self.steps.append((step, rank.number, start, rank.computed))
+        posted = tuple(stream.last for stream in rank.streams.values())
+        self.steps.append(Done(step, rank.number, start, rank.computed, posted))
 
-    def _overlap(self, rank: _Rank[T], start: Any, device: Any) -> Any:
-        """For how long messages are under way while a step runs: all the time where their end is not known
-        yet.
+    def under_way(self) -> Iterator[tuple[Step, T]]:
+        """The steps that begin while messages of their rank are under way, and for how many seconds of what
+        the device computes these still are.
         """
-        streams = rank.streams.values()
-        if any(stream.posted for stream in streams):
-            return device
-        sent: Any = reduce(self._larger, (s.sent for s in streams), self._zero)
-        beyond = self._larger(sent - start, 0.0 * device)
-        return device - self._larger(device - beyond, 0.0 * device)
+        for done in self.steps:
+            if not done.posted:
+                continue
+            ends = self._ranks[done.rank].ends
+            sent: Any = reduce(self._larger, (ends[number] for number in done.posted))
+            device: Any = self._seconds(done.step)[0]
+            beyond: Any = self._larger(sent - done.start, 0.0 * device)
+            # the smaller of the two
+            yield done.step, device - self._larger(device - beyond, 0.0 * device)
 
     def _settle(self, rank: _Rank[T]) -> bool:
         """Posts begin and end, in the order of their stream, as far as the other ends of their messages have
@@ -429,3 +439,22 @@ class Run(Generic[T]):
         """When a message is over, both ends of which have begun."""
         delay: Any = self._delays[message.boundary]
         return delay + self._larger(*self._begun[message])
+
+
+def slowed_run(
+    listed: Actions,
+    seconds: Callable[[Step], tuple[T, T]],
+    delays: Sequence[T],
+    zero: T,
+    larger: Callable[[T, T], T],
+    posting: float,
+    slowed: float,
+) -> Run[T]:
+    """The run of steps that take longer by the part `slowed` while messages are under way, because their
+    kernels take room on the device. For how long they are is known from a run in which they slow nothing.
+    """
+    run = Run(listed, seconds, delays, zero, larger, posting)
+    if not slowed:
+        return run
+    longer: Any = {step: slowed * time for step, time in run.under_way()}
+    return Run(listed, seconds, delays, zero, larger, posting, longer)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stagecut.backend.costs.runtime import KINDS, Run
+from stagecut.backend.costs.runtime import KINDS, slowed_run
 from stagecut.backend.costs.search import Problem
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.costs.timed import Work
@@ -44,38 +44,22 @@ class Steps:
     price: torch.Tensor
     reading: torch.Tensor
     tried: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    _turns: list[int] = field(default_factory=list)
 
     def seconds(self, cuts: torch.Tensor) -> torch.Tensor:
-        """The seconds of the step for each row of cuts. Ranks take turns as with the first cuts of all."""
-        if not self._turns:
-            self._turns = self._run(cuts[:1], lambda times: float(times[0])).turns
-        zero = torch.zeros(len(cuts), dtype=torch.float64)
-        end: torch.Tensor = self._run(
-            cuts, lambda times: times, zero, torch.maximum
-        ).end
-        return end
-
-    def _run(
-        self,
-        cuts: torch.Tensor,
-        read: Callable[[torch.Tensor], Any],
-        zero: Any = 0.0,
-        larger: Callable[[Any, Any], Any] = max,
-    ) -> Run[Any]:
+        """The seconds of the step for each row of cuts."""
         stages = len(self.parts)
-        times, delays = self._times(cuts, read)
+        times, delays = self._times(cuts, lambda times: times)
         where = self.setting.devices(stages)[0]
-        return Run(
+        zero = torch.zeros(len(cuts), dtype=torch.float64)
+        return slowed_run(
             self.setting.actions(stages),
             lambda step: times[step.kind, step.stage],
             delays,
             zero,
-            larger,
+            torch.maximum,
             where.posting,
             where.slowed,
-            self._turns,
-        )
+        ).end
 
     def _times(
         self, cuts: torch.Tensor, read: Callable[[torch.Tensor], Any]
@@ -115,7 +99,7 @@ class Steps:
 
     def _by(self, setting: Setting) -> Steps:
         """The same steps in another order."""
-        return replace(self, setting=setting, tried=[], _turns=[])
+        return replace(self, setting=setting, tried=[])
 
     def best(self, allowed: torch.Tensor) -> Found | None:
         """The best cuts at the allowed positions, which include the first and the last; None where none

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagecut.backend.costs.runtime import KINDS, Parts, Run
+from stagecut.backend.costs.runtime import KINDS, Parts, slowed_run
 from stagecut.backend.costs.setting import Setting
 from stagecut.backend.pictures.gantt import gantt
 from stagecut.backend.schedules import Event, Step
@@ -137,8 +137,8 @@ def simulate(
     delays = [*sent, *[0.0] * (stages - len(sent))]
     where = setting.devices(stages)[0]
     limits = (where.posting, where.slowed) if host else (0.0, 0.0)
-    run = Run(setting.actions(stages), seconds, delays, 0.0, max, *limits)
-    events = [Event(step, rank, start, end) for step, rank, start, end in run.steps]
+    run = slowed_run(setting.actions(stages), seconds, delays, 0.0, max, *limits)
+    events = [Event(done.step, done.rank, done.start, done.end) for done in run.steps]
     ranks = max(setting.placement(stages)) + 1
     hosts = [0.0] * ranks
     for event in events:

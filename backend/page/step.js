@@ -32,19 +32,21 @@ function asRun([forward, backward, inputs, weights], stage, splits) {
 }
 
 class Run {
-  /** stages: [device, host] each, the seconds of the kinds of steps; delays: of what crosses behind each stage. */
-  constructor(listed, stages, delays, splits, {posting, slowed}) {
-    Object.assign(this, {delays, posting, slowed, begun: new Map(), messages: new Map(), events: []});
+  /** stages: [device, host] each, the seconds of the kinds of steps; delays: of what crosses behind each stage; longer: the
+   *  seconds by which the device takes longer for a step, by its name. */
+  constructor(listed, stages, delays, splits, {posting}, longer = new Map()) {
+    Object.assign(this, {delays, posting, longer, begun: new Map(), messages: new Map(), events: [], posted: []});
     this.seconds = stages.map(([device, host], i) => [asRun(device, i, splits), asRun(host, i, splits)]);
     this.ranks = listed.map((actions, number) => ({number, actions, next: 0, computed: 0, started: 0, hosted: 0, streams: new Map(), ends: new Map()}));
-    for (let moved = true; moved;) moved = this.turn();
+    while (this.ranks.map((rank) => this.goAsFarAsItCan(rank)).some(Boolean)) continue;
     if (this.ranks.some(({actions, next}) => next < actions.length)) throw new Error("the order of the schedule waits for itself");
   }
 
-  /** The rank that is behind the others does something; false where none can. */
-  turn() {
-    const waiting = this.ranks.filter(({actions, next}) => next < actions.length);
-    return waiting.sort((a, b) => a.computed - b.computed || a.number - b.number).some((rank) => this.advance(rank));
+  /** A rank does things until it waits for another one; false where it did so already. */
+  goAsFarAsItCan(rank) {
+    let moved = false;
+    while (this.advance(rank)) moved = true;
+    return moved;
   }
 
   advance(rank) {
@@ -56,8 +58,10 @@ class Run {
       rank.computed = Math.max(rank.computed, rank.ends.get(action.await));
     } else if (action.post) {
       rank.started += this.posting;
-      if (!rank.streams.has(action.peer)) rank.streams.set(action.peer, {sent: 0, beginning: -1, posted: []});
-      rank.streams.get(action.peer).posted.push([action, Math.max(rank.computed, rank.started)]);
+      if (!rank.streams.has(action.peer)) rank.streams.set(action.peer, {sent: 0, beginning: -1, last: -1, posted: []});
+      const stream = rank.streams.get(action.peer);
+      stream.posted.push([action, Math.max(rank.computed, rank.started)]);
+      stream.last = action.place;
       this.settle(rank);
     } else this.run(rank, action.run);
     rank.next++;
@@ -69,18 +73,19 @@ class Run {
     const start = Math.max(rank.computed, rank.started);
     rank.started += host;
     rank.hosted += host;
-    let end = start + device;
-    if (this.slowed) end += this.slowed * this.overlap(rank, start, device);
+    const end = start + device + (this.longer.get(nameOf(kind, stage, microbatch)) ?? 0);
     rank.computed = Math.max(end, rank.started);
     this.events.push([kind, stage, microbatch, rank.number, start, rank.computed]);
+    this.posted.push(Array.from(rank.streams.values(), ({last}) => last));
   }
 
-  /** For how long messages are under way while a step runs: all the time where their end is not known yet. */
-  overlap(rank, start, device) {
-    const streams = Array.from(rank.streams.values());
-    if (streams.some(({posted}) => posted.length)) return device;
-    const sent = Math.max(0, ...streams.map((stream) => stream.sent));
-    return device - Math.max(device - Math.max(sent - start, 0), 0);
+  /** The seconds by which steps take longer, by their names, when messages under way slow them by a part. */
+  slower(slowed) {
+    return new Map(this.events.map(([kind, stage, microbatch, number, start], i) => {
+      const device = this.seconds[stage][0][KIND_AT[kind]];
+      const sent = Math.max(0, ...this.posted[i].map((place) => this.ranks[number].ends.get(place)));
+      return [nameOf(kind, stage, microbatch), slowed * Math.min(device, Math.max(sent - start, 0))];
+    }));
   }
 
   /** Posts begin and end, in the order of their stream, as far as the other ends of their messages have begun. */
@@ -118,4 +123,12 @@ class Run {
       [message.boundary, message.microbatch, message.gradient, Math.max(...this.begun.get(message.key)), this.endOf(message)]));
     return {title, ranks: this.ranks.length, events, sent, hosts: this.ranks.map(({hosted}) => hosted)};
   }
+}
+
+const nameOf = (kind, stage, microbatch) => `${kind}${stage}:${microbatch}`;
+
+/** The run of steps that take longer while messages are under way, as these are where they slow nothing. */
+function slowedRun(listed, stages, delays, splits, device) {
+  const run = new Run(listed, stages, delays, splits, device);
+  return device.slowed ? new Run(listed, stages, delays, splits, device, run.slower(device.slowed)) : run;
 }

@@ -67,7 +67,7 @@ const homeOf = (schedule, ranks) => (stage) => V_SHAPED.has(schedule) ? Math.min
 /** The prediction for one key, as a timeline to draw and its numbers. */
 function predict([schedule, count, ranks, microbatches], text) {
   const {stages, delays} = stagesFor(count), home = homeOf(schedule, ranks);
-  const run = new Run(readActions(text), stages.map(({seconds: spent}) => spent), [...delays, 0], TRY.splits, TRY.device);
+  const run = slowedRun(readActions(text), stages.map(({seconds: spent}) => spent), [...delays, 0], TRY.splits, TRY.device);
   const places = stages.map(({fixed, kept, passing}, stage) => (
     {rank: home(stage), memory: {parameters: fixed, gradients: 0, optimizer: 0, activations: kept, passing}}));
   const title = `${schedule}, ${count} stages on ${ranks} ranks, ${microbatches} micro-batches`;

@@ -32,16 +32,15 @@ from stagecut.tools.dump_ir.evidence import (
     Watch,
     accelerators,
     change,
-    environment,
     folders,
     has_computed_number,
-    other_variables,
     watching,
 )
 from stagecut.tools.dump_ir.options import is_text
 from stagecut.tools.dump_ir.sources import Source
+from stagecut.tools.dump_ir.variables import Counting, environment, other_variables
 
-FORMAT = 2
+FORMAT = 3
 MOST_KEPT = 200
 """Entries of a kind beyond these are deleted, the oldest first."""
 
@@ -57,6 +56,7 @@ class Entry:
 
     format: int
     place: dict[str, Any]
+    counting: dict[str, Any]
     environment: dict[str, str]
     facts: list[Fact]
     answer: Any
@@ -171,7 +171,6 @@ class _Kept:
 
     def __init__(self, kind: str, question: Mapping[str, Any]) -> None:
         self._place = _place()
-        self._variables = environment()
         self._folder = cache_folder() / kind
         self._asked = _digest(question)[:32]
         here = _digest(self._place)[:16]
@@ -182,7 +181,8 @@ class _Kept:
         entry = _read(self._path)
         if entry is None:
             return Answer(None, False, self._elsewhere())
-        why = other_variables(entry.environment, self._variables)
+        variables = environment(Counting(**entry.counting))
+        why = other_variables(entry.environment, variables)
         why = why or change(entry.facts)
         return Answer(None if why else entry.answer, not why, why)
 
@@ -201,7 +201,9 @@ class _Kept:
         """The answer is in the cache, where the folder can be written. Raises Uncertain where it is not known
         on what it depends.
         """
-        entry = Entry(FORMAT, self._place, self._variables, watch.facts(), answer)
+        facts, counting = watch.facts(), watch.counting
+        variables = environment(counting)
+        entry = Entry(FORMAT, self._place, asdict(counting), variables, facts, answer)
         _write(self._path, entry)
 
 

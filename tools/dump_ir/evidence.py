@@ -1,4 +1,4 @@
-"""The files, folders and variables that a trace has read, and whether they are still as they were.
+"""The files and folders that a trace has read, and whether they are still as they were.
 
 Python's audit events tell which files are opened and which folders are listed. A question whether a file
 exists makes no event, so `os.stat` is watched as well. `sys.modules` knows the files of what is imported, and
@@ -13,7 +13,6 @@ import re
 import stat
 import struct
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,32 +20,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from stagecut.tools.dump_ir import STARTED, lookups
+from stagecut.tools.dump_ir import STARTED, lookups, variables
 from stagecut.tools.dump_ir.lookups import import_folders, modules_in
+from stagecut.tools.dump_ir.variables import is_installed
 
 Fact = tuple[str, str, str]
 """A kind of question, a path, and the answer."""
 
-_STANDARD = sysconfig.get_path("stdlib") + os.sep
-_READERS = ("os", "collections.abc")
-"""The modules by which variables are read."""
 _INSTALLED = tuple(
     f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages")
 )
 _DEVICES = ("/proc/", "/sys/", "/dev/")
-_SHELLS_OWN = frozenset("_ SHLVL OLDPWD PWD COLUMNS LINES TERM".split())
-"""Variables that tell of the shell and its window."""
-THREADS = frozenset(
-    "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_NUM_THREADS NUMEXPR_MAX_THREADS "
-    "VECLIB_MAXIMUM_THREADS BLIS_NUM_THREADS RAYON_NUM_THREADS OMP_PROC_BIND OMP_PLACES "
-    "GOMP_CPU_AFFINITY KMP_AFFINITY".split()
-)
-"""Variables that say how many threads compute, and where. They count where Python code asks."""
-_SESSIONS = (
-    "SSH_ XDG_SESSION_ TMUX STY WINDOWID TERM_ COLORTERM VTE_ VSCODE_ GNOME_TERMINAL_ KITTY_ ITERM_ "
-    "DISPLAY WAYLAND_DISPLAY DBUS_ INVOCATION_ID JOURNAL_STREAM GPG_TTY LS_COLORS"
-).split()
-"""Variables that begin so tell of the terminal and the session. They count where Python code asks."""
 _OUTSIDE = frozenset(
     "subprocess.Popen os.system os.exec os.fork os.posix_spawn socket.connect "
     "socket.getaddrinfo".split()
@@ -110,12 +94,6 @@ def _modules_at(question: str) -> str:
     return " ".join(there[name] for name in names.split() if name in there)
 
 
-def _variable(name: str) -> str:
-    """The value of a variable at the beginning, as a digest."""
-    value = variables.get(name)
-    return "absent" if value is None else _digest([value])
-
-
 def _digest(names: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
@@ -125,7 +103,6 @@ _QUESTIONS: Mapping[str, Callable[[str], str]] = {
     "status": _status,
     "names": _names,
     "modules": _modules_at,
-    "variable": _variable,
 }
 
 
@@ -140,8 +117,6 @@ def change(facts: Iterable[Fact]) -> str:
 
 def _told(kind: str, question: str, before: str, now: str) -> str:
     """The words for a fact that has changed."""
-    if kind == "variable":
-        return f"the variable {question} is another"
     if kind == "modules":
         folder = question.rpartition("\n")[0]
         apart = {*before.split()} ^ {*now.split()}
@@ -166,51 +141,14 @@ def _shown(path: str) -> str:
     return path if beside.startswith(os.pardir) else beside
 
 
-def is_installed(path: str) -> bool:
-    """True for a file of Python or of an installed package, which an installer changes, not a user."""
-    if path.startswith(_STANDARD):
-        return True
-    return any(folder in path for folder in _INSTALLED)
-
-
-variables: dict[str, str] = {}
-"""The variables of this process at the beginning; torch and models may set others."""
 folders: list[str] = []
 """Where imports looked at the beginning."""
 
 
 def begin() -> None:
     """A run begins: neither torch nor a model has set anything."""
-    variables.clear()
-    variables.update(os.environ)
+    variables.begin()
     folders[:] = sys.path
-
-
-def environment() -> dict[str, str]:
-    """The variables that always count, each with a mark: equal values have equal marks. One digest, under the
-    empty name, tells them apart for certain; a mark gives no value away.
-    """
-    own = {name: value for name, value in variables.items() if _always_counts(name)}
-    marks = {name: _digest([value])[:4] for name, value in sorted(own.items())}
-    marks[""] = _digest(f"{name}={value}" for name, value in sorted(own.items()))
-    return marks
-
-
-def other_variables(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The variables that differ, in a few words; empty where none does."""
-    if before == now:
-        return ""
-    names = sorted(before.keys() | now.keys())
-    apart = [name for name in names if name and before.get(name) != now.get(name)]
-    return f"other variables of the environment: {', '.join(apart) or 'one of them'}"
-
-
-def _always_counts(name: str) -> bool:
-    return not (name in _SHELLS_OWN or _counts_where_asked(name))
-
-
-def _counts_where_asked(name: str) -> bool:
-    return name in THREADS or name.startswith(tuple(_SESSIONS))
 
 
 _NUMBER = re.compile(r"(?<![\w.])\d+\.\d{7,}(?:e[+-]\d+)?")
@@ -262,7 +200,7 @@ def accelerators(root: str = "/") -> list[str]:
 class Watch:
     """The paths that Python code asks for while it is open. `folder` is one in which imports will look."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, asked: variables.Asked) -> None:
         self.opened: dict[str, bool] = {}
         """Path of an opened file -> whether it was there."""
         self.listed: dict[str, None] = {}
@@ -273,8 +211,7 @@ class Watch:
         self.began = time.time_ns()
         self.known = {*sys.modules}
         self.folders = import_folders() | {os.path.abspath(folder)}
-        self.variables: set[str] = set()
-        """Variables that were asked for."""
+        self._asked = asked
 
     def event(self, event: str, args: tuple[Any, ...]) -> None:
         """An audit event."""
@@ -298,17 +235,17 @@ class Watch:
         if not is_ours and not is_installed(path):
             self.asked[path] = _status(path)
 
-    def ask_variable(self, name: Any) -> None:
-        """Somebody asks for a variable."""
-        if isinstance(name, str | bytes) and not _is_installed_list():
-            self.variables.add(os.fsdecode(name))
-
     def ask_threads(self) -> None:
         """Somebody asks how many threads compute."""
-        self.variables |= THREADS
+        self._asked.names |= variables.THREADS
+
+    @property
+    def counting(self) -> variables.Counting:
+        """The variables that the trace depends on."""
+        return variables.counting(self._asked)
 
     def facts(self) -> list[Fact]:
-        """All that the trace depends on. Raises Uncertain where that cannot be said."""
+        """All else that the trace depends on. Raises Uncertain where that cannot be said."""
         if lookups.IS_LATE:
             raise Uncertain("torch was imported before it was known where it looks")
         if self.outside:
@@ -335,17 +272,11 @@ class Watch:
             if not os.path.isdir(folder):
                 facts.append(("status", folder, _status(folder)))
         facts += _looks()
-        facts += self._asked_variables()
         return sorted({*facts})
 
     def _since(self, name: str) -> int:
         """A time before a module was read."""
         return STARTED if name in self.known else self.began
-
-    def _asked_variables(self) -> Iterator[Fact]:
-        """The variables that count since they were asked for."""
-        for name in filter(_counts_where_asked, self.variables):
-            yield "variable", name, _variable(name)
 
 
 def _looks() -> Iterator[Fact]:
@@ -386,15 +317,16 @@ def watching(folder: str, first: Sequence[str] = ("torch",)) -> Iterator[Watch]:
     if not _HOOKED:
         sys.addaudithook(_hook)
         _HOOKED.append(True)
-    watch = Watch(folder)
     for name in first:
         import_module(name)
-    _WATCHES.append(watch)
-    try:
-        with _stat_watched(watch), _variables_watched(watch), _threads_watched(watch):
-            yield watch
-    finally:
-        _WATCHES.remove(watch)
+    with variables.noted() as asked:
+        watch = Watch(folder, asked)
+        _WATCHES.append(watch)
+        try:
+            with _stat_watched(watch), _threads_watched(watch):
+                yield watch
+        finally:
+            _WATCHES.remove(watch)
 
 
 @contextmanager
@@ -418,16 +350,6 @@ def _stat_watched(watch: Watch) -> Iterator[None]:
         yield
     finally:
         os.stat = python_stat
-
-
-@contextmanager
-def _variables_watched(watch: Watch) -> Iterator[None]:
-    """Inside, the watch is told of each variable that Python code reads. To list them all reads them all."""
-    with ExitStack() as stack:
-        for variables in (os.environ, os.environb):
-            for name in ("encodekey", "decodekey"):
-                stack.enter_context(_replaced(variables, name, watch.ask_variable))
-        yield
 
 
 @contextmanager
@@ -476,15 +398,6 @@ def _by_import(depth: int) -> bool:
     """True where Python's import system is so many calls above, or what notes its looks."""
     file = sys._getframe(depth).f_code.co_filename
     return "importlib" in file or file == _OWN_LISTS
-
-
-def _is_installed_list() -> bool:
-    """True where an installed package goes through all variables, as to find those with its own name."""
-    frame, lists = sys._getframe(3), False
-    while frame.f_back and frame.f_globals.get("__name__") in _READERS:
-        lists = lists or frame.f_code.co_name == "__iter__"
-        frame = frame.f_back
-    return lists and is_installed(frame.f_code.co_filename)
 
 
 def _modules() -> dict[str, str]:
