@@ -48,7 +48,19 @@ from stagecut.frontend.lower import (
     subclasses,
     types,
 )
-from stagecut.frontend.watch import attribute_reads, attributes, forbidden, generators, known, line, prints, training, watch
+from stagecut.frontend.watch import (
+    attribute_reads,
+    attributes,
+    checks,
+    forbidden,
+    generators,
+    known,
+    line,
+    lost_lines,
+    prints,
+    training,
+    watch,
+)
 from stagecut.frontend.watch import globals as globals_
 from stagecut.ir.blame import OWN_DIR, OnPurpose, raise_ours
 from stagecut.ir.errors import StagecutError
@@ -265,7 +277,8 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (functions._one_op, cut),
     (functions._function_fake, cut),
     (attribute_reads.AttributeReads.remembered, cut),
-    (prints.Prints.noting, cut),
+    (prints.noting_prints, cut),
+    (lost_lines.LostLines.__init__, cut),
     (attributes.Containers._keep, cut),
     (source.user_line, cut),
     (known.KnownValues.value, ask),
@@ -299,7 +312,7 @@ PLACES: list[tuple[Callable[..., Any], Callable[[], None]]] = [
     (forbidden.refusing, cut),
     (rewrites._DataAsOp.__torch_function__, cut),
     (forbidden.GradFlags.__torch_function__, cut),
-    (rewrites._outcome_that_goes_on, cut),
+    (checks._outcome_that_goes_on, cut),
     (watch.TraceWatch._begin, cut),
     (watch.TraceWatch._write_back, cut),
     (watch._children, cut),

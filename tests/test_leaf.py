@@ -324,6 +324,38 @@ def test_a_whole_module_that_changes_a_container_it_is_given_is_refused() -> Non
 PYTHONS, NUMPYS = random.Random(0), numpy.random.default_rng(0)
 
 
+class TooShort(nn.Module):
+    """Leaves what it computes in a list, in the place that is its own."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: torch.Tensor, seen: list[Any]) -> torch.Tensor:
+        seen[self.place] = x
+        return x + 1
+
+
+class Short(nn.Module):
+    """Gives its modules a list with one place too few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(TooShort(place) for place in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen: list[Any] = [None, None]
+        for part in self.parts:
+            x = part(x, seen)
+        return x
+
+
+def test_a_model_that_fails_is_not_refused_for_what_it_did_before() -> None:
+    with pytest.raises(CaptureError, match="Short fails on the example inputs: IndexError") as raised:
+        pipeline(Short(), (X,))
+    assert "'parts.2'" in str(raised.value)
+
+
 class Draws(nn.Module):
     """Draws with generators that are not torch's."""
 

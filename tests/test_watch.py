@@ -387,6 +387,58 @@ def test_what_other_threads_and_branches_print_is_no_part_of_the_trace() -> None
         assert pipeline(Model(does), (X,), check=None).notes == ()
 
 
+class Checking(nn.Module):
+    """Checks what it computes, by each statement that only raises; `by_branch` also chooses by it."""
+
+    def __init__(self, by_branch: bool = False) -> None:
+        super().__init__()
+        self.a, self.by_branch = nn.Linear(4, 4), by_branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.a(x)
+        for _ in range(2):
+            if torch.isnan(y).any():
+                raise ValueError("nan")
+        if not torch.isfinite(y).all():
+            raise ValueError("not finite")
+        if x.min() <= -100:
+            raise ValueError("too small")
+        if self.by_branch and x.sum() > 0:
+            return y + 1
+        if torch.zeros(2).sum() > 1:  # known, and no check of data
+            raise ValueError("never")
+        return y
+
+
+class Checked(Blocks):
+    """Six blocks that check."""
+
+    def __init__(self, by_branch: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Checking(by_branch) for _ in range(6))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_each_check_that_the_stages_lose_is_noted_once(fold: bool) -> None:
+    pipe = pipeline(Checked(), (X,), fold=fold, check=None)
+    assert len(pipe.notes) == 3
+    for note, line in zip(pipe.notes, ("isnan(y)", "isfinite(y)", "x.min() <= -100"), strict=True):
+        assert note.startswith("forward of module 'blocks.0' checks data here and raises where the check fails; the stages do not check")
+        assert "test_watch.py:" in note
+        assert line in note
+        assert "or leaf_modules=['blocks.0'] keeps that module whole, and it checks in each call" in note
+    pipe(X * torch.nan)
+
+
+@pytest.mark.parametrize("by_branch", [False, True])
+def test_a_module_that_is_kept_whole_checks_in_each_call_and_is_not_noted(by_branch: bool) -> None:
+    whole = [] if by_branch else [f"blocks.{i}" for i in range(6)]
+    pipe = pipeline(Checked(by_branch), (X,), leaf_modules=whole, check=None)
+    assert not [note for note in pipe.notes if "checks data" in note]
+    with pytest.raises(Exception, match="nan"):
+        pipe(X * torch.nan)
+
+
 class Merging(nn.Module):
     """A train() that does more than set flags."""
 

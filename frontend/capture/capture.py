@@ -194,6 +194,7 @@ def _export(
             leaves.standing_in(),
             modes_aside(),
             visible(),
+            watch.checks,
             known,
             keywords_by_name(),
             opening(module),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +18,7 @@ from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
 from stagecut.frontend.capture.draws import KnownDraws
-from stagecut.frontend.source import outside_of_modes, shown, user_line
+from stagecut.frontend.source import shown, user_line
 from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.ir.errors import CaptureError
 
@@ -164,11 +161,6 @@ class _DataAsOp(TorchFunctionMode):
             ).to(kwargs["device"])
         if kwargs.get("out") is not None:
             return _into_out(func, args, kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__bool__" and isinstance(args[0], FakeTensor):
-            outcome = _outcome_that_goes_on(outside_of_modes(sys._getframe(1)))
-            if outcome is not None:
-                return outcome
         return func(*args, **kwargs)
 
 
@@ -183,47 +175,6 @@ def _refuse_other_data(tensor: torch.Tensor, new: torch.Tensor) -> None:
             "write into the tensor under torch.no_grad(), as in tensor.copy_(new), "
             + KEEP_WHOLE,
         )
-
-
-def _outcome_that_goes_on(frame: FrameType) -> bool | None:
-    """If exactly one branch of the condition that `frame` is at does nothing but raise, the value that takes
-    the other branch; else None.
-    """
-    steps = [
-        step
-        for step in dis.get_instructions(frame.f_code)
-        if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")
-    ]
-    numbers = {step.offset: number for number, step in enumerate(steps)}
-    at = numbers.get(frame.f_lasti, len(steps))
-    if at < len(steps) and steps[at].opname == "TO_BOOL":
-        at += 1
-    if (
-        at >= len(steps)
-        or "POP_JUMP" not in steps[at].opname
-        or not steps[at].opname.endswith(("IF_FALSE", "IF_TRUE"))
-    ):
-        return None
-    jumps_on = steps[at].opname.endswith("IF_TRUE")
-    raises = {
-        jumps_on: _raises(steps, numbers[steps[at].argval]),
-        not jumps_on: _raises(steps, at + 1),
-    }
-    return raises[False] if raises[True] != raises[False] else None
-
-
-def _raises(steps: list[dis.Instruction], start: int) -> bool:
-    """True when the code from `start` on runs into a `raise` without a choice."""
-    for step in steps[start:]:
-        if step.opname == "RAISE_VARARGS":
-            return True
-        if (
-            "JUMP" in step.opname
-            or "RETURN" in step.opname
-            or "FOR_ITER" in step.opname
-        ):
-            return False
-    return False
 
 
 _AROUND = (

@@ -33,8 +33,8 @@ from stagecut.frontend.watch.attributes import RETURN_IT, Containers
 from stagecut.frontend.watch.forbidden import Untraceable
 from stagecut.frontend.watch.generators import Generators
 from stagecut.frontend.watch.globals import Surroundings
-from stagecut.ir.blame import OnPurpose, raise_ours
-from stagecut.ir.errors import CaptureError, SplitError, StagecutError, nearest
+from stagecut.ir.blame import raise_ours
+from stagecut.ir.errors import CaptureError, SplitError, nearest
 from stagecut.ir.run.bindings import is_torchs
 from stagecut.ir.run.objects import hides_tensors, opened
 from stagecut.ir.run.remembered import Remembered
@@ -523,10 +523,9 @@ class Leaves:
 
         try:
             self._run_copy(prepare)
-        except (StagecutError, OnPurpose):
-            raise
         except Exception as error:
             raise_ours(error)
+            # a model that fails may be refused for what it did before
             self._refuse_failing()
             raise
         return calls

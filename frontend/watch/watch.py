@@ -44,6 +44,7 @@ from stagecut.frontend.watch.attributes import (
     fingerprint,
     is_memory,
 )
+from stagecut.frontend.watch.checks import Checks
 from stagecut.frontend.watch.forbidden import (
     DRAW,
     KEEP_WHOLE,
@@ -57,7 +58,8 @@ from stagecut.frontend.watch.forbidden import (
 from stagecut.frontend.watch.generators import STEERS, Generators, is_generator
 from stagecut.frontend.watch.globals import Surroundings
 from stagecut.frontend.watch.line import LineFinder
-from stagecut.frontend.watch.prints import Prints
+from stagecut.frontend.watch.lost_lines import LostLines
+from stagecut.frontend.watch.prints import noting_prints
 from stagecut.frontend.watch.training import ModeReads, last_node, node_of
 from stagecut.ir.blame import OnPurpose, raise_ours
 from stagecut.ir.errors import CaptureError
@@ -102,7 +104,7 @@ def watched(
         first.notes.append(
             f"forward draws from {first.drew}, and nothing depends on what it draws: the stages do not draw"
         )
-    notes[:] = [*first.notes, *first.asked, *first.prints.notes]
+    notes[:] = [*first.notes, *first.asked, *first.lost.notes]
     if first.left_behind:
         _refuse_unsettled(module, export, first, exported)
     attributes_read[:] = first.attributes_read(whole)
@@ -288,7 +290,8 @@ class TraceWatch:
         self._stack = ExitStack()
         self.reads = ModeReads(module)
         self.attribute_reads = AttributeReads(module)
-        self.prints = Prints(module)
+        self.lost = LostLines(module)
+        self.checks = Checks(self.lost)
         self._hooks: set[Any] = set()
         self._hook_numbers: dict[tuple[str, str], set[int]] = {}
         self._lines: dict[tuple[int, str], tuple[str, int, str]] = {}
@@ -328,7 +331,7 @@ class TraceWatch:
         self._patch(nn.Module, "__setattr__", self._noting(nn.Module.__setattr__))
         self._stack.enter_context(self.reads.noting())
         self._stack.enter_context(self.attribute_reads.noting())
-        self._stack.enter_context(self.prints.noting())
+        self._stack.enter_context(noting_prints(self.lost))
         self._stack.enter_context(GradFlags(lambda: self._protected, self._note_asked))
         self._patch(torch, "is_grad_enabled", self._asking(torch.is_grad_enabled))
         for owner, name, what in NOTED:
