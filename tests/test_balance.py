@@ -392,6 +392,8 @@ def test_other_policies() -> None:
         ({"split_policy": Balanced(2, Setting(schedule="1F2B"))}, "did you mean '1F1B'"),
         ({"split_policy": Balanced(2, Setting(optimizer="adam"))}, "did you mean 'adamw'"),
         ({"split_policy": Balanced(3, Setting(schedule="ZBVZeroBubble", ranks=2))}, "cannot place 3 stages"),
+        ({"split_policy": Balanced(3, Setting(schedule="Interleaved1F1B"))}, r"cut into 4 \(2 ranks\) or 6 \(3 ranks\), or pass ranks="),
+        ({"split_policy": Balanced(5, Setting(schedule="InterleavedZeroBubble"))}, r"cut into 6 \(3 ranks\) or 10 \(5 ranks\)"),
         ({"split_policy": Balanced(2, Setting(["H100"]))}, "2 ranks, but 1 devices"),
         ({"split_policy": Balanced(2, Setting(backward="graphs"))}, "did you mean 'graph'"),
         ({"split_policy": Balanced(2, Setting(compile=True))}, "compiles the functions of backward='graph'"),

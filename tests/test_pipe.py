@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from copy import deepcopy
@@ -445,6 +446,18 @@ def test_a_pipe_can_be_copied(copy: Callable[[Pipe], Pipe]) -> None:
         twin()
     tied = copy(pipeline(Tied().double(), (X,)))
     assert tied.stages[0].get_parameter("a.weight") is tied.stages[1].get_parameter("b.weight")
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_the_call_of_the_pipe_and_torch_warns_of_nothing(copy: Callable[[Pipe], Pipe]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pipe = pipeline(model, (torch.ones(2, 4),), stages=2)
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("error", FutureWarning)
+        twin = copy(pipe)
+    assert twin._call_spec == pipe._call_spec
+    assert torch.equal(twin(torch.ones(2, 4)), pipe(torch.ones(2, 4)))
 
 
 def test_getting_stages() -> None:

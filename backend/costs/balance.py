@@ -223,24 +223,31 @@ class Balanced:
         return replace(best, compared=tuple(compared))
 
     def _fewest(self, line: Line, least: int) -> int | None:
-        """The smallest number of stages that fits, at least `least`; None when none fits up to MOST."""
+        """The smallest number of stages that fits, at least `least`; None when none fits up to MOST. Only
+        numbers that the schedule can place are tried.
+        """
+        unit = self.setting.stages_at_once
+
+        def fits(units: int) -> bool:
+            return self._fits(line, unit * units)
+
         limit = self.budget * max(d.memory for d in self.setting.every_device)
         static = line.whole.static
-        least = max(least, math.ceil(static / limit))
-        most = min(MOST, len(line.ops))
+        least = math.ceil(max(least, static / limit) / unit)
+        most = min(MOST, len(line.ops)) // unit
         tried = least - 1
-        while least <= most and not self._fits(line, least):
+        while least <= most and not fits(least):
             tried = least
             least = max(least + 1, int(1.3 * least))
         if least > most:
             return None
         while least - tried > 1:  # more stages hold less, so halving finds the fewest
             middle = (tried + least) // 2
-            if self._fits(line, middle):
+            if fits(middle):
                 least = middle
             else:
                 tried = middle
-        return least
+        return unit * least
 
     def _cut(self, line: Line, stages: int, scale: float = 1.0) -> Plan | None:
         if not 1 <= stages <= len(line.ops):

@@ -104,12 +104,31 @@ class Setting:
             return homes(stages, stages, False)
         is_v = self.schedule in V
         ranks = self.ranks or max(1, stages // 2)
-        if stages % ranks or (is_v and stages != 2 * ranks):
+        has_two_each = is_v or self.ranks is None
+        if stages % ranks or (has_two_each and stages not in (1, 2 * ranks)):
             raise InputError(
                 f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
-                hint="pass ranks=, a divisor of the stages",
+                hint=self._other_numbers(stages, is_v),
             )
         return homes(stages, ranks, is_v)
+
+    def _other_numbers(self, stages: int, is_v: bool) -> str:
+        """A hint for stages that do not fit the ranks."""
+        if self.ranks is None:
+            numbers = (stages + 1, 2 * stages)
+            texts = [f"{number} ({number // 2} ranks)" for number in numbers]
+            two_each = f"two stages a rank: cut into {' or '.join(texts)}"
+            return f"{two_each}, or pass ranks=, a divisor of the stages"
+        if is_v:
+            return f"two stages a rank: cut into {2 * self.ranks}"
+        return "pass ranks=, a divisor of the stages"
+
+    @property
+    def stages_at_once(self) -> int:
+        """The number of stages is divisible by this."""
+        if self.schedule in SINGLE:
+            return 1
+        return self.ranks or 2
 
     @property
     def every_device(self) -> list[Device]:

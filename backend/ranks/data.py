@@ -15,6 +15,7 @@ from stagecut.backend.ranks.hosts import group_of_hosts
 from stagecut.backend.stages.staged import Staged
 from stagecut.ir.errors import InputError, nearest
 from stagecut.ir.graph import Value
+from stagecut.ir.run.given import read_spec, written_spec
 
 WAYS = ("all", "first", "ends")
 """Every rank is given everything; the first stage's rank is; or that one the inputs, and the rank of the last
@@ -122,16 +123,16 @@ class Data:
         message: list[Any] = [None]
         if self._rank == source:
             described = [_described(leaf, readers) for leaf in leaves]
-            message = [(described, spec)]
+            message = [(described, written_spec(spec))]
         hosts = group_of_hosts(self._group)
         dist.broadcast_object_list(message, group=hosts, group_src=source)
-        described, spec = message[0]
+        described, written = message[0]
         if self._rank != source:
             leaves = described
         moved: list[Any] = []
         for leaf, sent in zip(leaves, described, strict=True):
             moved.append(self._leaf(leaf, sent, source))
-        return tree_unflatten(moved, spec)
+        return tree_unflatten(moved, read_spec(written))
 
     def _leaf(self, leaf: Any, sent: Any, source: int) -> Any:
         if not isinstance(sent, _Sent):

@@ -33,7 +33,9 @@ from stagecut.ir.run.given import (
     opened_arguments,
     other_attributes,
     put_together,
+    read_spec,
     text_of,
+    written_spec,
 )
 from stagecut.ir.run.objects import opened
 from stagecut.ir.run.shown import shown_value
@@ -49,6 +51,8 @@ _AGAIN = "trace again with such an example input"
 
 
 NO_NAMES: Mapping[str, Any] = MappingProxyType({})
+
+_SPECS = ("in_spec", "out_spec")
 
 ABSENT = inspect.Parameter.empty
 """Stands for the default of a parameter that has none."""
@@ -77,6 +81,14 @@ class CallSpec:
     def __post_init__(self) -> None:
         # not a cached_property, whose lock torch.compile cannot trace
         self.needs_arguments = holds_given(self.out_spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        specs = {name: written_spec(getattr(self, name)) for name in _SPECS}
+        return {**vars(self), **specs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        specs = {name: read_spec(state[name]) for name in _SPECS}
+        vars(self).update(state, **specs)
 
     @property
     def signature(self) -> inspect.Signature:

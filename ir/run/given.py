@@ -22,10 +22,12 @@ import torch
 from torch.utils._pytree import (
     GetAttrKey,
     SequenceKey,
+    TreeSpec,
     register_pytree_node,
     tree_flatten,
     tree_leaves,
     tree_map,
+    tree_structure,
     tree_unflatten,
 )
 
@@ -309,6 +311,23 @@ def children(spec: Any) -> Sequence[Any]:
     if callable(getattr(spec, "children", None)):
         return list(spec.children())
     return list(spec.children_specs)
+
+
+def written_spec(spec: TreeSpec) -> Any:
+    """The structure of a pytree in plain containers, that can be copied and pickled; None for a leaf. Torch
+    warns where a leaf of its own is.
+    """
+    if spec.type is None:
+        return None
+    return spec.type, spec.context, [written_spec(child) for child in children(spec)]
+
+
+def read_spec(written: Any) -> TreeSpec:
+    """The structure that was written so."""
+    if written is None:
+        return tree_structure(0)
+    node, context, parts = written
+    return TreeSpec(node, context, [read_spec(part) for part in parts])
 
 
 def _is_same(one: Any, other: Any) -> bool:

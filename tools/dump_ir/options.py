@@ -270,7 +270,7 @@ _SPELLED = {
     r"\bleaf_modules\b": "--leaf",
     r"\bstages=(\d+)": r"--stages \1",
     r"level='(\w+)'": r"--level \1",
-    r"pass ranks=, a divisor of the stages": "an even number of --stages, or another --schedule",
+    r"pass ranks=, a divisor of the stages": "another --schedule",
     r" a Device\(\.\.\.\) describes any other": "",
     r"\bto_dot needs": "--format dot needs",
 }

@@ -25,6 +25,7 @@ from stagecut.tools.dump_ir.show import (
     Steps,
     Writer,
     diff,
+    name_files_from_here,
     only,
     shown_source,
     stats_of,
@@ -72,7 +73,11 @@ def opened(options: Namespace, fresh: bool) -> Source:
             balanced(options).refuse_wrong()
         return load(options)
 
-    return load(options) if is_text(options.source) else cached(options, traced, fresh)
+    if is_text(options.source):
+        return load(options)
+    source = cached(options, traced, fresh)
+    name_files_from_here(source.program)
+    return source
 
 
 class ComparedText(NamedTuple):

@@ -115,6 +115,22 @@ def shown_source(program: Program, shown: bool) -> Iterator[None]:
             op.place = place
 
 
+def name_files_from_here(program: Program) -> None:
+    """Ops name the files in the working directory from there, as a person does who asks for one of them."""
+    for op in _every_op(program):
+        if op.loc is not None:
+            file = from_here(op.loc.file)
+            op.place = op.place._replace(loc=op.loc._replace(file=file))
+
+
+def from_here(path: str) -> str:
+    """The path of a file from the working directory, where it is in it; otherwise the path as it is."""
+    if not os.path.isabs(path):
+        return path
+    beside = os.path.relpath(os.path.realpath(path))
+    return path if beside.startswith(os.pardir) else beside
+
+
 def _every_op(program: Program) -> Iterator[Op]:
     """Every op: those of stages, of their backward, and of regions."""
     backward = (op for _, block in program.backward_blocks() for op in block.ops)
