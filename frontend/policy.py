@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from stagecut.frontend.markers import is_marker
+from stagecut.frontend.source import failing_line
 from stagecut.ir.errors import SplitError
 from stagecut.ir.graph import BY_MODE, Op, Program
 
@@ -21,14 +22,22 @@ def takes_graph(policy: Any) -> bool:
     """True for a policy that edits the traced GraphModule."""
     if policy is None or hasattr(policy, "plan"):
         return False
-    return next(iter(inspect.signature(policy).parameters), "") != "program"
+    first = next(iter(inspect.signature(policy).parameters.values()), None)
+    return first is None or (first.name != "program" and not _is_program(first))
+
+
+def _is_program(parameter: inspect.Parameter) -> bool:
+    """True for a parameter that is said to be a Program, by the class or in text."""
+    said = parameter.annotation
+    return said is Program or str(said).rpartition(".")[2] == "Program"
 
 
 def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cuts:
     """`policy` in our own form.
 
-    A policy whose first parameter is named `program` is in that form already. Any other takes the traced
-    GraphModule and returns it with split calls added, as for torch.distributed.pipelining.
+    A policy whose first parameter is named `program`, or said to be a Program, is in that form already. Any
+    other takes the traced GraphModule and returns it with split calls added, as for
+    torch.distributed.pipelining.
     """
     if not takes_graph(policy):
         return policy
@@ -37,14 +46,36 @@ def as_cuts(policy: Callable[..., Any], exported: ExportedProgram | None) -> Cut
             "a policy that edits the traced GraphModule needs a model to trace",
             hint="put the split calls into the graph itself",
         )
-    edited = policy(exported.module(check_guards=False))
+    graph = exported.module(check_guards=False)
+    try:
+        edited = policy(graph)
+    except AttributeError as error:
+        if error.obj is not graph:
+            raise
+        raise SplitError(
+            f"the split policy was given a GraphModule, which has no attribute '{error.name}'",
+            where=failing_line(error),
+            hint=_EITHER_FORM,
+        ) from error
     if not isinstance(edited, fx.GraphModule):
         raise SplitError(
             f"the split policy returned {type(edited).__name__}, not a GraphModule",
-            hint="return the module with pipe_split calls added",
+            where=_place_of(policy),
+            hint=_EITHER_FORM,
         )
     followers = _nodes_behind_splits(edited)
     return lambda program: _positions(followers, program)
+
+
+_EITHER_FORM = (
+    "def policy(program), with that name, is given the Program, and returns positions in program.ops; one "
+    "whose argument has another name is given the GraphModule, and returns it with pipe_split calls added"
+)
+
+
+def _place_of(policy: Any) -> str:
+    code = getattr(policy, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 
 def _nodes_behind_splits(edited: fx.GraphModule) -> list[list[str]]:

@@ -127,9 +127,9 @@ def pipeline(
     mb_args, mb_kwargs: example inputs, the size of one micro-batch. An ExportedProgram needs none.
     split_spec: module path -> SplitPoint; cuts before or after every call of that module.
     split_policy: a function that takes the traced `fx.GraphModule` and returns it with `pipe_split` calls
-        added, or one with a parameter named `program`, which takes the Program and returns the positions of
-        ops in front of which to cut. `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by
-        predicted times and memory.
+        added, or one with a parameter that is named `program` or annotated as `Program`, which takes the
+        Program and returns the positions of ops in front of which to cut.
+        `Balanced(stages, Setting(device=..., schedule=...))` finds the cuts by predicted times and memory.
     stages: cut into so many stages, as `Balanced(stages)` does but without a limit for memory. `pipe.plan`
         holds the result.
     dynamic_shapes: sizes that may vary, as for `torch.export.export`.

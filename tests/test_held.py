@@ -15,6 +15,7 @@ import torch
 from cluster.adapters import SAMPLES, inputs, lora, loss_of, optimizer_of, train
 from cluster.matrix import on_ranks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 from zoo.cuts import equal_ops
 
@@ -37,12 +38,29 @@ class Block(nn.Module):
         return y
 
 
+class Adapted(nn.Module):
+    """Adds to what a module computes."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.added = base, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x) + self.added(x)
+        return y
+
+
+_LINEAR = type("Linear", (Adapted,), {})
+"""Libraries of adapters name their classes after torch's."""
+
+
 class Model(nn.Module):
-    """Blocks and a tied head."""
+    """Blocks, a list and a tied head."""
 
     def __init__(self, blocks: int = 3) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.steps = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.0))
         self.head = nn.Linear(4, 4)
         self.tied = nn.Linear(4, 4)
         self.tied.weight = self.head.weight
@@ -50,7 +68,7 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = block(x)
-        y: torch.Tensor = self.tied(self.head(x))
+        y: torch.Tensor = self.tied(self.head(self.steps(x)))
         return y
 
 
@@ -76,6 +94,18 @@ REPLACED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a block": (lambda model: model.blocks.__setitem__(2, Block()), "'scale'(.|\n)*'blocks.2'"),
     "all": (_set("blocks", lambda: nn.ModuleList(Block() for _ in range(3))), "'blocks.0'"),
     "by loading": (lambda model: model.load_state_dict(Model().state_dict(), assign=True), "parameter '"),
+    "a wrapped block": (
+        lambda model: model.blocks.__setitem__(1, Adapted(model.blocks[1])),
+        "'1', a Block, of the model is another(.|\n)*, of class Adapted,(.|\n)*'blocks'",
+    ),
+    "a wrapped module": (
+        lambda model: setattr(model, "head", Adapted(model.head)),
+        "'head', a Linear, of the model(.|\n)*, of class Adapted,",
+    ),
+    "one of a class of the same name": (lambda model: setattr(model, "head", _LINEAR(model.head)), "'head', a Linear, of the model"),
+    "none any more": (_set("blocks.1", nn.Identity), "'1', a Block, of the model(.|\n)*, of class Identity,"),
+    "a shorter list": (_set("steps", lambda: nn.Sequential(nn.Linear(4, 4))), "'weight'(.|\n)*'steps.0'"),
+    "a longer list": (lambda model: model.steps.append(nn.ReLU()), "'3', which was added,(.|\n)*'steps', a Sequential"),
     "one without parameters": (_set("blocks.2.act", nn.Tanh), "'act', a ReLU, of the model(.|\n)*'blocks.2', a Block"),
 }
 
@@ -94,6 +124,9 @@ def test_what_was_replaced_is_named_in_each_call_until_it_is_back(name: str, tmp
         assert "load_state_dict without assign=True" in str(raised.value)
     assert not [*tmp_path.iterdir()]
     for path, children in before.items():
+        modules: Any = model.get_submodule(path)._modules
+        for key in modules.keys() - children.keys():
+            del modules[key]
         for key, child in children.items():
             setattr(model.get_submodule(path), key, child)
     for path, own in parameters.items():
@@ -127,13 +160,16 @@ QUIET: dict[str, Callable[[Any], Any]] = {
     "another device": lambda model: model.to("cpu"),
     "freed on meta": lambda model: model.to("meta"),
     "freed": _prune,
-    "freed blocks": _set("blocks", nn.Identity),
+    "freed blocks": _set("blocks", lambda: None),
     "no blocks": _set("blocks", nn.ModuleList),
     "an equal list": lambda model: setattr(model, "blocks", nn.ModuleList([*model.blocks])),
     "more": lambda model: model.head.register_parameter("more", _own()),
     "unused": _set("blocks.1.loss", nn.L1Loss),
     "compiled in place": lambda model: model.compile(),
     "compiled blocks": lambda model: model.blocks.__setitem__(1, torch.compile(model.blocks[1])),
+    "compiled twice over": lambda model: setattr(model, "head", checkpoint_wrapper(torch.compile(model.head))),
+    "checkpointed blocks": lambda model: model.blocks.__setitem__(1, checkpoint_wrapper(model.blocks[1])),
+    "hooked": lambda model: model.blocks[1].register_forward_hook(lambda *_: None),
     "a compiled activation": lambda model: setattr(model.blocks[1], "act", torch.compile(model.blocks[1].act)),
     "no gradients": lambda model: model.requires_grad_(False),
     "parametrized": lambda model: parametrize.register_parametrization(model.head, "bias", nn.Identity()),
@@ -178,7 +214,7 @@ def test_a_pipe_keeps_nothing_of_a_model_alive() -> None:
     pipe = cut(model)
     parts = [weakref.ref(part) for part in model.modules()]
     deleted = weakref.ref(model.blocks[0].linear)
-    model.blocks[0] = nn.Identity()
+    model.blocks[0].linear = None
     gc.collect()
     assert deleted() is None
     pipe(X)

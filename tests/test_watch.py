@@ -387,6 +387,23 @@ def test_what_other_threads_and_branches_print_is_no_part_of_the_trace() -> None
         assert pipeline(Model(does), (X,), check=None).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("does", "hint"),
+    [
+        (lambda self, x: self.log.append(x.detach()), "try: return what it holds as outputs, and collect them outside of the model"),
+        (lambda self, x: setattr(self, "number", self.number + 1), "try: make it a buffer"),
+        (lambda self, x: x.detach().numpy(), "no numpy or other libraries on tensors"),
+    ],
+)
+def test_what_leaves_the_trace_is_told_what_fits_it(does: Callable[..., Any], hint: str) -> None:
+    model: Any = Model(does)
+    model.log = []
+    with pytest.raises(CaptureError) as raised:
+        pipeline(model, (X,))
+    assert hint in str(raised.value)
+    assert "or keep the submodule that does it whole, leaf_modules=[...]" in str(raised.value)
+
+
 class Checking(nn.Module):
     """Checks what it computes, by each statement that only raises; `by_branch` also chooses by it."""
 

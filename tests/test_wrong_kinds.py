@@ -14,7 +14,7 @@ from torch.export import Dim, export
 import stagecut
 from stagecut import Balanced, CaptureError, ChangedError, Driver, InputError, SplitError, SplitPoint, StagecutError, pipe_split, pipeline
 from stagecut.backend.ranks.wire import port
-from stagecut.ir.graph import Value
+from stagecut.ir.graph import Program, Value
 from stagecut.ir.types import TensorType
 
 
@@ -47,6 +47,43 @@ class Two(nn.Module):
 def test_an_argument_of_the_wrong_kind_is_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises((InputError, SplitError), match=words):
         pipeline(Two(), (torch.randn(2, 4),), **options)
+
+
+def _annotated(p: Program) -> list[int]:
+    return [len(p.ops) // 2]
+
+
+def _named(program: Any) -> list[int]:
+    return [len(program.ops) // 2]
+
+
+def _named_otherwise(prog: Any) -> list[int]:
+    return [len(prog.ops) // 2]
+
+
+def _with_positions(_: Any) -> list[int]:
+    return [1]
+
+
+def _wrong_inside(graph: Any) -> Any:
+    return graph.graph.ops
+
+
+def test_a_policy_is_known_by_the_name_or_the_annotation_of_its_argument() -> None:
+    for policy in (_annotated, _named):
+        assert len(pipeline(Two(), (torch.ones(2, 4),), split_policy=policy, check=None).stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"), [(_named_otherwise, "which has no attribute 'ops'"), (_with_positions, "returned list, not a GraphModule")]
+)
+def test_a_policy_that_is_given_the_other_kind_is_told_how_to_name_its_argument(policy: Any, words: str) -> None:
+    with pytest.raises(SplitError, match=words) as raised:
+        pipeline(Two(), (torch.ones(2, 4),), split_policy=policy)
+    assert "try: def policy(program), with that name, is given the Program" in str(raised.value)
+    assert "test_wrong_kinds.py:" in raised.value.where
+    with pytest.raises(AttributeError, match="ops"):
+        pipeline(Two(), (torch.ones(2, 4),), split_policy=_wrong_inside)
 
 
 def test_a_compiled_model_is_cut_under_the_names_of_the_one_that_was_written() -> None:

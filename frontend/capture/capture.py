@@ -29,7 +29,7 @@ from stagecut.frontend.capture.whole import Leaves
 from stagecut.frontend.fold.repeats import Repeats
 from stagecut.frontend.source import failing_line, first_line, gpus, shown, user_line
 from stagecut.frontend.watch.attributes import Containers
-from stagecut.frontend.watch.forbidden import Untraceable
+from stagecut.frontend.watch.forbidden import KEEP_WHOLE, Untraceable
 from stagecut.frontend.watch.known import KnownValues
 from stagecut.frontend.watch.watch import (
     TraceEach,
@@ -392,5 +392,5 @@ def _advice(error: Exception) -> str:
     return (
         "call the model with these inputs: where that fails in the same way, change the inputs or the model; "
         "where it runs, make this line traceable by torch.export (no Python control flow that depends on "
-        "data, no foreign libraries on tensors)"
+        f"data, no numpy or other libraries on tensors), {KEEP_WHOLE}"
     )

@@ -661,7 +661,7 @@ class TraceWatch:
         error = CaptureError(
             what,
             where=self._where(path, name),
-            hint="make it a buffer: register_buffer, changed in place",
+            hint=_instead(self.left_behind[key]),
         )
         error.module = path
         return error
@@ -670,6 +670,13 @@ class TraceWatch:
         owner = self._module.get_submodule(path)
         line = self._lines.get((id(owner), name))
         return shown(line) if line else place_of(type(owner))
+
+
+def _instead(value: Any) -> str:
+    """Where a model may keep what it leaves in an attribute."""
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        return f"return what it holds as outputs, and collect them outside of the model, {KEEP_WHOLE}"
+    return f"make it a buffer: register_buffer, changed in place, {KEEP_WHOLE}"
 
 
 def odd_output(module: nn.Module, class_name: str) -> CaptureError:

@@ -18,27 +18,59 @@ tensor, so that no other has its id; where they hold it no more, one may, and go
 """
 
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""The names of the module inside a wrapper of torch's that computes the same."""
+
+
+class _Then:
+    """A module as it was, which is not kept alive. `kind` names its class."""
+
+    def __init__(self, module: Any) -> None:
+        self.module: weakref.ref[Any] = weakref.ref(module)
+        self.kind = type(module).__name__
+        self._class = weakref.ref(type(module))
+
+    def without_wrappers(self, now: Any) -> Any:
+        """The module itself where `now` is a wrapper of torch's around it, else `now`."""
+        then = self.module()
+        inner = now
+        while inner is not None and inner is not then:
+            inner = _wrapped(inner)
+        return now if inner is None else inner
+
+    def is_like(self, now: Any) -> bool:
+        """True for the module itself and for one of the same class."""
+        return now is self.module() or type(now) is self._class()
+
+
+def _wrapped(module: Any) -> Any:
+    """The module inside a wrapper of torch's; None for another module."""
+    modules = vars(module).get("_modules") or {}
+    names = [name for name in _WRAPPED if name in modules]
+    return modules[names[0]] if names else None
+
+
 @dataclass(frozen=True)
 class _Bare:
     """A module without parameters or modules, or one that stages call."""
 
-    kind: str
+    then: _Then
     called: bool
 
 
 @dataclass(frozen=True)
 class _Holder:
     """The parameters of a module that stages hold, by name, those of its inner modules that tell by
-    themselves, and those in which there is more to compare. `length` of a list of modules, else 0.
+    themselves, and those in which there is more to compare. `listed` are the modules of a list of modules.
     """
 
     path: str
-    kind: str
+    then: _Then
     parameters: _Tensors
     bare: _Modules
     facts: tuple[_Bare, ...]
     inner: tuple[tuple[str, _Holder], ...]
-    length: int
+    listed: tuple[weakref.ref[Any], ...]
 
 
 class Held:
@@ -76,19 +108,19 @@ class Held:
             called = id(child) in self._called
             if child is not None and (called or self._is_bare(child, below)):
                 bare.append((name, weakref.ref(child)))
-                facts.append(_Bare(type(child).__name__, called))
+                facts.append(_Bare(_Then(child), called))
             elif child is not None:
                 holder = self._holder(child, below)
                 if holder.parameters or holder.bare or holder.inner:
                     inner.append((name, holder))
         return _Holder(
             path,
-            type(module).__name__,
+            _Then(module),
             tuple(parameters),
             tuple(bare),
             tuple(facts),
             tuple(inner),
-            len(children) if all(map(str.isdigit, children)) else 0,
+            _listed(children),
         )
 
     def _is_bare(self, module: Any, path: str) -> bool:
@@ -108,9 +140,14 @@ class Held:
         # in one loop, because each call of a pipe asks
         seen: list[dict[str, Any]] = [{"_modules": {"": model}}]
         try:
-            for outer, name, parameters, bare in self._places:
-                own = seen[outer]["_modules"][name].__dict__
+            for outer, name, itself, length, parameters, bare in self._places:
+                module = seen[outer]["_modules"][name]
+                if module is not itself():
+                    return False
+                own = module.__dict__
                 seen.append(own)
+                if length and len(own["_modules"]) != length:
+                    return False
                 for key, address in parameters:
                     if id(own["_parameters"][key]) != address:
                         return False
@@ -122,13 +159,27 @@ class Held:
         return True
 
 
+def _listed(children: dict[str, Any]) -> tuple[weakref.ref[Any], ...]:
+    """The modules in a list of modules; none of another module's."""
+    modules = [child for child in children.values() if child is not None]
+    is_list = len(modules) == len(children) and all(map(str.isdigit, children))
+    return tuple(map(weakref.ref, modules)) if is_list else ()
+
+
 def _places(
     holder: _Holder, outer: int, name: str, count: list[int]
-) -> Iterator[tuple[int, str, _Tensors, _Modules]]:
+) -> Iterator[tuple[int, str, weakref.ref[Any], int, _Tensors, _Modules]]:
     """The holders in an order in which each comes after the one around it, whose place is `outer`."""
     count[0] += 1
     place = count[0]
-    yield outer, name, holder.parameters, holder.bare
+    yield (
+        outer,
+        name,
+        holder.then.module,
+        len(holder.listed),
+        holder.parameters,
+        holder.bare,
+    )
     for key, inside in holder.inner:
         yield from _places(inside, place, key, count)
 
@@ -146,15 +197,33 @@ def _refuse_replaced(
             continue
         if now is not of_stages(f"{holder.path}.{name}".lstrip(".")):
             raise _replaced(holder, f"parameter '{name}'")
-    if len(modules) < holder.length:  # what is left has other numbers
+    if _is_shortened(holder, modules):
         return
-    for (name, then), fact in zip(holder.bare, holder.facts, strict=True):
+    for (name, _), fact in zip(holder.bare, holder.facts, strict=True):
         child = modules.get(name)
-        if child is not None and child is not then() and _differs(child, then(), fact):
-            raise _replaced(holder, f"'{name}', a {fact.kind},")
+        if child is not None and _differs(child, fact):
+            raise _replaced(holder, f"'{name}', a {fact.then.kind},", child)
     for name, inside in holder.inner:
-        if modules.get(name) is not None:
-            _refuse_replaced(inside, modules[name], of_stages)
+        child = modules.get(name)
+        if child is None:
+            continue
+        child = inside.then.without_wrappers(child)
+        if not inside.then.is_like(child):
+            raise _replaced(holder, f"'{name}', a {inside.then.kind},", child)
+        _refuse_replaced(inside, child, of_stages)
+
+
+def _is_shortened(holder: _Holder, modules: dict[str, Any]) -> bool:
+    """True for a list of which modules were taken out, so that those that are left have other numbers. Raises
+    ChangedError for a list that has gained modules.
+    """
+    most = len(holder.listed)
+    if most and len(modules) > most:
+        raise _replaced(holder, f"'{[*modules][most]}', which was added,")
+    if len(modules) >= most:
+        return False
+    known = {id(then()) for then in holder.listed}
+    return all(id(module) in known for module in modules.values())
 
 
 def _is_plain(own: dict[str, Any]) -> bool:
@@ -163,20 +232,24 @@ def _is_plain(own: dict[str, Any]) -> bool:
     return all(isinstance(kind, dict) for kind in kinds)
 
 
-def _differs(now: Any, then: Any, fact: _Bare) -> bool:
+def _differs(now: Any, fact: _Bare) -> bool:
     """True unless one module may stand for another: one of the same class, whose attributes decide, or the
-    same one compiled.
+    same one in a wrapper of torch's.
     """
-    modules = vars(now).get("_modules") or {}
-    if then is not None and modules.get("_orig_mod") is then:
-        return False
-    return fact.called or type(now).__name__ != fact.kind
+    now = fact.then.without_wrappers(now)
+    if fact.called:
+        return now is not fact.then.module()
+    return not fact.then.is_like(now)
 
 
-def _replaced(holder: _Holder, what: str) -> ChangedError:
+def _replaced(holder: _Holder, what: str, now: Any = None) -> ChangedError:
+    other = "another one than when it was cut"
+    if now is not None:
+        other = f"another one than when it was cut, of class {type(now).__name__}"
     return ChangedError(
-        f"{what} of the model is another one than when it was cut, and the stages go on with the one of then",
-        where=f"module '{holder.path}', a {holder.kind}",
+        f"{what} of the model is {other}, and the stages go on with the one of then",
+        where=f"module '{holder.path}', a {holder.then.kind}",
         hint="change it in place, as copy_ and load_state_dict without assign=True do; or cut the model as "
-        "it is now by another pipeline(...); pipe.keep_as_cut() where it is meant",
+        "it is now by another pipeline(...): adapters and wrappers come before the cut; "
+        "pipe.keep_as_cut() where it is meant",
     )
