@@ -322,7 +322,8 @@ def torch_schedule(
             )
     except (ValueError, AssertionError, RuntimeError) as error:
         raise StagecutError(
-            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: {error}",
+            f"{schedule} has no order for {stages} stages on {ranks} ranks and {count} micro-batches: "
+            f"{error}",
             hint=f'another number of micro-batches, Driver(pipe, "{schedule}", {2 * stages}, loss_fn), or '
             "another schedule",
         ) from error

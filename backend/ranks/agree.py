@@ -172,7 +172,8 @@ _MODES = {True: "train", False: "eval"}
 
 
 class Calls:
-    """Compares the mode and the arguments of each call of the driver: sizes in every call, contents in the first `steps`.
+    """Compares the mode and the arguments of each call of the driver: sizes in every call, contents in the
+    first `steps`.
 
     Ranks that are given nothing for an argument are left out.
     """

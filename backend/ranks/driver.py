@@ -42,7 +42,7 @@ from stagecut.backend.ranks.losses import (
     refuse_no_gradient,
     takes_no_target,
 )
-from stagecut.backend.ranks.noted import follows_mode, notes_of_step
+from stagecut.backend.ranks.noted import follows_mode, notes_of_step, warn
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
@@ -210,10 +210,7 @@ class Driver:
             loss_fn is not None,
             order_name(order, self.schedule_class, self.placement, n_microbatches),
         )
-        agree_on_program(pipe.program, settings, group)
-        # as the first step would, which makes it of the stages
-        torch_schedule(schedule, pipe.num_stages, ranks, n_microbatches)
-        agree_on_values(pipe, self.placement, group)
+        self._agree(settings)
         self._built_otherwise = built_otherwise(pipe, group)
         self._wrap = wrap
         self._returns = return_outputs
@@ -270,6 +267,16 @@ class Driver:
         shared = pipe, self.placement, group, self.device, self.faults
         self._gradients = Gradients(*shared)
         self._precision = Precision(*shared)
+
+    def _agree(self, settings: tuple[Any, ...]) -> None:
+        """All ranks have the same program, settings and shared state, and the schedule takes so many
+        micro-batches.
+        """
+        agree_on_program(self.pipe.program, settings, self.group)
+        schedule, count, *_ = settings
+        ranks = dist.get_world_size(self.group)
+        torch_schedule(schedule, self.pipe.num_stages, ranks, count)
+        agree_on_values(self.pipe, self.placement, self.group)
 
     def _graphs_of_steps(self) -> StepGraphs:
         if self.device.type != "cuda":
@@ -437,14 +444,17 @@ class Driver:
         return self._batch.joined(results), step_losses
 
     def _note(self, how: str, has_losses: bool) -> None:
-        """`notes` has what is to be noted about a call that begins."""
+        """`notes` has what is to be noted about a call that begins, and Python has warned of it once."""
         others, self._built_otherwise = self._built_otherwise, {}
         notes: list[str] = []
         if others:  # in the first call, since weights may be loaded until then
             notes += notes_on_mixture(self.pipe, self.stage_indices, others)
         if how == "step":
             notes += notes_of_step(self.pipe, has_losses, lambda: self._changes_by_mode)
-        self._notes |= dict.fromkeys(notes)
+        for note in notes:
+            if note not in self._notes:
+                self._notes[note] = None
+                warn(note)
 
     def _agreed(self, call: Call, how: str) -> Losses | None:
         """The object that computes the losses of a call, None for a call without losses. The ranks agree on
@@ -458,9 +468,7 @@ class Driver:
                 changed_here(self.pipe, self.stage_indices),
                 self._precision.changed_here(),
             )
-            agreed = self._calls.agree(
-                how, self.pipe.training, vars(call), changed
-            )
+            agreed = self._calls.agree(how, self.pipe.training, vars(call), changed)
             trained_changed, precision_changed = agreed.changed
             if trained_changed:
                 self._follow_trained()

@@ -50,8 +50,8 @@ def refuse_other_parameters(
     stages: Collection[int],
     own: Collection[Parameter],
 ) -> None:
-    """Returns when an optimizer updates parameters of these `stages`, and none of other stages. `own` are those
-    of these stages, as they run. Raises InputError otherwise: what other ranks train never moves here.
+    """Returns when an optimizer updates parameters of these `stages`, and none of other stages. `own` are
+    those of these stages, as they run. Raises InputError otherwise: what other ranks train never moves here.
     """
     given: list[torch.Tensor] = []
     for group in optimizer.param_groups:
@@ -74,9 +74,7 @@ def refuse_other_parameters(
         )
 
 
-_OWN = (
-    "make it with driver.parameters(), after materialize(); one of other modules needs no attach"
-)
+_OWN = "make it with driver.parameters(), after materialize(); one of other modules needs no attach"
 
 
 def _names_of_others(pipe: Staged, stages: Collection[int]) -> dict[int, str]:
