@@ -11,7 +11,7 @@ from types import TracebackType
 from stagecut.ir.errors import StagecutError
 
 OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FOLDERS = (
+OWN_FOLDERS = (
     OWN_DIR,
     *(
         os.path.realpath(OWN_DIR + name) + os.sep
@@ -107,7 +107,7 @@ def _keep_steps(error: BaseException, is_kept: Callable[[TracebackType], bool]) 
 
 
 def _is_ours(step: TracebackType) -> bool:
-    return _is_in(step, _FOLDERS)
+    return _is_in(step, OWN_FOLDERS)
 
 
 def _is_in(step: TracebackType, places: str | tuple[str, ...]) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,21 @@ def test_a_step_that_trains_nothing_is_noted_once(alone: None) -> None:
     (note,) = driver.notes
     assert "no gradients" in note
     assert "loss_fn=" in note
+
+
+def test_a_note_on_training_is_a_warning_once_at_the_line_that_calls(alone: None) -> None:
+    for driver, labels, words in (
+        (Driver(cut(), "GPipe", 2), {}, "step makes no gradients"),
+        (Driver(cut(Two(nn.Dropout(0.5)).eval()), "GPipe", 2, mse), {"target": X}, "the pipe is in eval mode"),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            driver.eval(X, **labels)
+            driver.step(X, **labels)
+            driver.step(X, **labels)
+        (warning,) = (each for each in told if each.category is UserWarning)
+        assert str(warning.message).startswith(words)
+        assert warning.filename == __file__
 
 
 def test_a_step_that_has_nothing_to_train_or_is_told_not_to_has_no_note(alone: None) -> None:
@@ -293,6 +310,23 @@ def test_a_pipe_in_train_mode_has_no_note(alone: None) -> None:
     assert driver.notes == switched.notes == ()
 
 
+def test_ranks_in_different_modes_are_told_and_go_on() -> None:
+    assert on_ranks(2, _modes, cut(Two(nn.Dropout(0.5)).eval(), stages=2)) == ["ok", "ok"]
+
+
+def _modes(pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, mse, eval_mode=False)
+    if driver.is_last:
+        driver.train()
+    for call in (driver.step, driver.eval):
+        with pytest.raises(InputError, match=r"is in train mode on rank 1, and in eval mode on rank 0\n  try: driver.train"):
+            call(X, target=X)
+    Driver(pipe, "GPipe", 2, mse).eval(X, target=X)  # in eval mode everywhere
+    driver.train()
+    driver.step(X, target=X)
+    return "ok"
+
+
 def test_a_branch_and_a_module_kept_whole_may_follow_the_mode(alone: None) -> None:
     for pipe in (cut(Two(Branch()).eval()), pipeline(Two(nn.Dropout(0.5)).eval(), (X[:2],), leaf_modules=["between"], check=None)):
         driver = Driver(pipe, "GPipe", 2, mse)
@@ -335,6 +369,86 @@ def test_an_argument_that_nobody_knows_is_named_by_a_pipe_without_names(alone: N
     driver = Driver(pipeline(program, stages=1), "GPipe", 2, mse)
     with pytest.raises(InputError, match="has no argument 'targets'"):
         driver.step(X, targets=X)
+
+
+# --- numbers of micro-batches -------------------------------------------------------------------------
+
+
+def test_too_few_micro_batches_are_refused_before_a_step() -> None:
+    pipes = [cut(stages=2), cut(Four(), stages=4)]
+    assert on_ranks(2, _too_few, pipes) == ["ok", "ok"]
+
+
+def _too_few(pipes: list[Pipe]) -> str:
+    two, four = pipes
+    words = r"1F1B has no order for 2 stages on 2 ranks and 1 micro-batches: .*\n  try: .*Driver\(pipe, \"1F1B\", 4, loss_fn\)"
+    with pytest.raises(StagecutError, match=words):
+        Driver(two, "1F1B", loss_fn=mse)
+    with pytest.raises(StagecutError, match="DualPipeV has no order for 4 stages on 2 ranks and 3 "):
+        Driver(four, "DualPipeV", 3, mse)
+    with pytest.raises(StagecutError, match="Interleaved1F1B has no order for 4 stages on 2 ranks and 5 "):
+        Driver(four, "Interleaved1F1B", 5, mse)
+    for schedule in ("GPipe", "1F1B"):
+        Driver(two, schedule, 2, mse).step(X, target=X)
+    return "ok"
+
+
+# --- optimizers of other parameters -------------------------------------------------------------------
+
+
+def test_an_optimizer_of_what_this_rank_does_not_train_is_refused() -> None:
+    model = Two()
+    assert on_ranks(2, _attached, model, cut(model, stages=2)) == ["ok", "ok"]
+
+
+def _attached(model: nn.Module, pipe: Pipe) -> str:
+    driver = Driver(pipe, "GPipe", 2, mse)
+    own, other = driver.parameters(), pipe.stages[1 - dist.get_rank()]
+    missing = "a" if driver.is_last else "b"
+    words = rf"AdamW has '{missing}\.weight' and 1 more parameters of stages that other ranks train\n  try: .*driver.parameters\(\)"
+    for parameters in ([*own, *other.parameters()], [*other.parameters()]):
+        with pytest.raises(InputError, match=words):
+            driver.attach(torch.optim.AdamW(parameters))
+    with pytest.raises(InputError, match=r"SGD has none of the parameters.*\n  at: 4 parameters, the first of shape \[4, 4\]"):
+        driver.attach(torch.optim.SGD(Two().parameters()))
+    centers = torch.zeros(4, requires_grad=True)
+    for groups in ([{"params": []}], [{"params": own[:1]}], [{"params": own}, {"params": [centers]}]):
+        driver.attach(torch.optim.SGD(groups, 0.1))
+    return "ok"
+
+
+# --- clipping -----------------------------------------------------------------------------------------
+
+
+def test_values_of_tied_gradients_are_clipped_when_they_are_whole() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    pipe = cut(model, stages=2)
+    mse(model(X), 3 * X).backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_value_(model.parameters(), 0.05)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    first, last = on_ranks(2, _clipped, pipe)
+    tied = expected["a.weight"]
+    assert tied is not None
+    assert (tied.abs() == 0.05).any()
+    for found in (first, last):
+        assert torch.allclose(found.pop("weight"), tied, atol=1e-6)
+    biases = {**first, **last}
+    assert torch.allclose(biases["a.bias"], expected["a.bias"], atol=1e-6)
+    assert torch.allclose(biases["b.bias"], expected["b.bias"], atol=1e-6)
+
+
+def _clipped(pipe: Pipe) -> dict[str, torch.Tensor]:
+    driver = Driver(pipe, "GPipe", 2, mse)
+    with pytest.raises(InputError, match=r"clip_value=.* is a list\n  try: driver.clip_grad_value_"):
+        driver.clip_grad_value_(driver.parameters())  # type: ignore[arg-type]
+    driver.step(X, target=3 * X)
+    driver.clip_grad_value_(0.05)
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in pipe.stages[dist.get_rank()].named_parameters():
+        assert parameter.grad is not None
+        found[name if name.endswith("bias") else "weight"] = parameter.grad
+    return found
 
 
 # --- arguments of the wrong kind ----------------------------------------------------------------------
@@ -423,6 +537,32 @@ def test_checkpoints_name_what_is_no_optimizer_and_no_mapping(alone: None, tmp_p
     with pytest.raises(CheckpointError, match=r"'ema' has a int for 'a\.weight'"):
         checkpoint.save(driver, None, tmp_path / "other", copies={"ema": {"a.weight": 3}})  # type: ignore[dict-item]
     assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(alone: None, tmp_path: Path) -> None:
+    driver = Driver(cut(), "GPipe", 2, mse)
+    kinds: dict[str, Any] = {
+        "SGD": partial(torch.optim.SGD, lr=0.1),
+        "AdamW": torch.optim.AdamW,
+        "Adam": torch.optim.Adam,
+        "RMSprop": torch.optim.RMSprop,
+    }
+    for name, make in kinds.items():
+        optimizer = make(driver.parameters())
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        driver.step(X, target=X)
+        optimizer.step()
+        checkpoint.save(driver, optimizer, tmp_path / name)
+    for name, saved in product(kinds, kinds):
+        optimizer = kinds[name](driver.parameters())
+        if {name, saved} <= {"Adam", "AdamW"} or name == saved:
+            checkpoint.load(driver, optimizer, tmp_path / saved)
+            continue
+        with pytest.raises(
+            CheckpointError, match=rf"the checkpoint has an optimizer with .*, and this one, {name}, has .* instead\n  at: "
+        ):
+            checkpoint.load(driver, optimizer, tmp_path / saved)
+        checkpoint.load(driver, None, tmp_path / saved)
 
 
 # --- tracebacks ---------------------------------------------------------------------------------------

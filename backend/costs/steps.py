@@ -51,7 +51,7 @@ class Steps:
         times, delays = self._times(cuts, lambda times: times)
         where = self.setting.devices(stages)[0]
         zero = torch.zeros(len(cuts), dtype=torch.float64)
-        return slowed_run(
+        end: torch.Tensor = slowed_run(
             self.setting.actions(stages),
             lambda step: times[step.kind, step.stage],
             delays,
@@ -60,6 +60,7 @@ class Steps:
             where.posting,
             where.slowed,
         ).end
+        return end
 
     def _times(
         self, cuts: torch.Tensor, read: Callable[[torch.Tensor], Any]

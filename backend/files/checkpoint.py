@@ -699,10 +699,9 @@ def _refuse_other_kind(
     """Returns unless an optimizer of another kind was saved: it has settings that this one does not have, and
     lacks some that this one has. Kinds with the same settings, as Adam and AdamW, are not told apart.
     """
-    own = {*group} - {"params", "param_names"}
     theirs = {*settings}
-    unknown = sorted(theirs - own - _OF_SCHEDULERS)
-    missing = sorted(own - theirs - _OF_SCHEDULERS)
+    unknown = sorted(theirs - {*group} - _OF_SCHEDULERS)
+    missing = sorted({*optimizer.defaults} - theirs)
     if not unknown or not missing:
         return
     raise CheckpointError(

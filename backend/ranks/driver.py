@@ -42,7 +42,7 @@ from stagecut.backend.ranks.losses import (
     refuse_no_gradient,
     takes_no_target,
 )
-from stagecut.backend.ranks.noted import follows_mode, notes_of_step
+from stagecut.backend.ranks.noted import follows_mode, notes_of_step, warn
 from stagecut.backend.ranks.placement import (
     accepted_by,
     own_device,
@@ -452,14 +452,17 @@ class Driver:
         return self._batch.joined(results), step_losses
 
     def _note(self, how: str, has_losses: bool) -> None:
-        """`notes` has what is to be noted about a call that begins."""
+        """`notes` has what is to be noted about a call that begins, and Python has warned of it once."""
         others, self._built_otherwise = self._built_otherwise, {}
         notes: list[str] = []
         if others:  # in the first call, since weights may be loaded until then
             notes += notes_on_mixture(self.pipe, self.stage_indices, others)
         if how == "step":
             notes += notes_of_step(self.pipe, has_losses, lambda: self._changes_by_mode)
-        self._notes |= dict.fromkeys(notes)
+        for note in notes:
+            if note not in self._notes:
+                self._notes[note] = None
+                warn(note)
 
     def _agreed(self, call: Call, how: str) -> Losses | None:
         """The object that computes the losses of a call, None for a call without losses. The ranks agree on

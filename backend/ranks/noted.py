@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import torch
 
 from stagecut.backend.stages.staged import Staged
+from stagecut.ir.blame import OWN_FOLDERS
 from stagecut.ir.graph import Mode, Op, Program, Value
 from stagecut.ir.types import carries_grad
 
@@ -30,6 +34,18 @@ def notes_of_step(
             yield EVAL_MODE
     elif torch.is_grad_enabled() and _returns_grad(pipe.program):
         yield NO_LOSS
+
+
+def warn(note: str) -> None:
+    """Python warns of this note, at the line of the user's that called."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_own(frame):
+        frame = frame.f_back
+    warnings.warn_explicit(note, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_own(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(OWN_FOLDERS)
 
 
 def _returns_grad(program: Program) -> bool:
