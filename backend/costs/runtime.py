@@ -456,5 +456,6 @@ def slowed_run(
     run = Run(listed, seconds, delays, zero, larger, posting)
     if not slowed:
         return run
-    longer: Any = {step: slowed * time for step, time in run.under_way()}
+    times: Iterator[tuple[Step, Any]] = run.under_way()
+    longer = {step: slowed * time for step, time in times}
     return Run(listed, seconds, delays, zero, larger, posting, longer)
