@@ -457,7 +457,7 @@ def test_a_copy_has_the_call_of_the_pipe_and_torch_warns_of_nothing(copy: Callab
         warnings.simplefilter("error", FutureWarning)
         twin = copy(pipe)
     assert twin._call_spec == pipe._call_spec
-    assert torch.equal(twin(torch.ones(2, 4)), pipe(torch.ones(2, 4)))
+    assert torch.equal(*twin(torch.ones(2, 4)), *pipe(torch.ones(2, 4)))
 
 
 def test_getting_stages() -> None:

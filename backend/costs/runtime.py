@@ -457,5 +457,5 @@ def slowed_run(
     if not slowed:
         return run
     times: Iterator[tuple[Step, Any]] = run.under_way()
-    longer: Any = {step: slowed * time for step, time in times}
+    longer = {step: slowed * time for step, time in times}
     return Run(listed, seconds, delays, zero, larger, posting, longer)

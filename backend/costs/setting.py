@@ -105,7 +105,8 @@ class Setting:
         is_v = self.schedule in V
         ranks = self.ranks or max(1, stages // 2)
         has_two_each = is_v or self.ranks is None
-        if stages % ranks or (has_two_each and stages not in (1, 2 * ranks)):
+        is_alone = stages == 1 and not is_v
+        if stages % ranks or (has_two_each and stages != 2 * ranks and not is_alone):
             raise InputError(
                 f"{self.schedule} cannot place {stages} stages on {ranks} ranks",
                 hint=self._other_numbers(stages, is_v),
@@ -115,7 +116,7 @@ class Setting:
     def _other_numbers(self, stages: int, is_v: bool) -> str:
         """A hint for stages that do not fit the ranks."""
         if self.ranks is None:
-            numbers = (stages + 1, 2 * stages)
+            numbers = (stages + 1, 2 * stages) if stages > 1 else (4,)
             texts = [f"{number} ({number // 2} ranks)" for number in numbers]
             two_each = f"two stages a rank: cut into {' or '.join(texts)}"
             return f"{two_each}, or pass ranks=, a divisor of the stages"

@@ -51,7 +51,7 @@ class Steps:
         times, delays = self._times(cuts, lambda times: times)
         where = self.setting.devices(stages)[0]
         zero = torch.zeros(len(cuts), dtype=torch.float64)
-        end: torch.Tensor = slowed_run(
+        run = slowed_run(
             self.setting.actions(stages),
             lambda step: times[step.kind, step.stage],
             delays,
@@ -59,7 +59,8 @@ class Steps:
             torch.maximum,
             where.posting,
             where.slowed,
-        ).end
+        )
+        end: torch.Tensor = run.end
         return end
 
     def _times(
