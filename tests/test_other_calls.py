@@ -125,6 +125,11 @@ def _mistakes(pipe: Pipe) -> str:
         goes_on()
     with pytest.raises(InputError, match=words):
         driver.step(arg_mbs=[(X[:2],)] * 2) if rank == 0 else driver.step(target_mbs=[X[:2]] * 2)
+    driver.train(rank == 0)  # which one rank alone changes
+    driver.eval(X)
+    with pytest.raises(InputError, match=r"nothing is divided among|have 4 along dim 0"):
+        driver.eval(X[:2])
+    driver.train()
     driver.step(X, target=X) if rank == 0 else driver.step(x=X, target=X)  # by position and by name
     goes_on()
     return "ok"

@@ -398,15 +398,14 @@ class Driver:
         modes: dict[torch.nn.Module, bool] = {}
         for module in (self.pipe, *self.pipe.stages, *self.modules.values()):
             modes |= {part: part.training for part in module.modules()}
-        if not wanted or not any(modes.values()):
-            yield
-            return
-        with self.faults.alike():
-            self.train(False)
+        switches = wanted and any(modes.values())
+        with self.faults.alike():  # also where only other ranks switch
+            if switches:
+                self.train(False)
         try:
             yield
         finally:
-            for part, mode in modes.items():
+            for part, mode in modes.items() if switches else ():
                 part.training = mode
 
     def _run(self, call: Call, how: str) -> tuple[Any, StepLosses]:
