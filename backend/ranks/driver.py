@@ -269,14 +269,16 @@ class Driver:
         self._precision = Precision(*shared)
 
     def _agree(self, settings: tuple[Any, ...]) -> None:
-        """All ranks have the same program, settings and shared state, and the schedule takes so many
-        micro-batches.
+        """All ranks have the same program, settings and shared state. One that is to train has as many
+        micro-batches as its schedule takes; others may only hold stages, for a checkpoint.
         """
         agree_on_program(self.pipe.program, settings, self.group)
+        agree_on_values(self.pipe, self.placement, self.group)
+        if self.loss_fn is None:
+            return
         schedule, count, *_ = settings
         ranks = dist.get_world_size(self.group)
         torch_schedule(schedule, self.pipe.num_stages, ranks, count)
-        agree_on_values(self.pipe, self.placement, self.group)
 
     def _graphs_of_steps(self) -> StepGraphs:
         if self.device.type != "cuda":
