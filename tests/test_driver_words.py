@@ -388,6 +388,7 @@ def _too_few(pipes: list[Pipe]) -> str:
         Driver(four, "DualPipeV", 3, mse)
     with pytest.raises(StagecutError, match="Interleaved1F1B has no order for 4 stages on 2 ranks and 5 "):
         Driver(four, "Interleaved1F1B", 5, mse)
+    assert Driver(two, "1F1B").parameters()
     for schedule in ("GPipe", "1F1B"):
         Driver(two, schedule, 2, mse).step(X, target=X)
     return "ok"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
@@ -87,8 +88,11 @@ def _built_otherwise() -> str:
         torch.manual_seed(rank)  # for dropout
         driver = Driver(pipe, "GPipe", 2, lambda out: out.square().mean())
         change(pipe)
-        driver.step(x.to(next(pipe.parameters()).dtype))
-        driver.step(x.to(next(pipe.parameters()).dtype))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            driver.step(x.to(next(pipe.parameters()).dtype))
+            driver.step(x.to(next(pipe.parameters()).dtype))
+        assert ["as it built the model" in str(each.message) for each in told].count(True) == noted
         own = [name for name in ("0.weight", "2.weight") if name in pipe.stages[rank].state_dict()]
         words = f"the stages of this rank have '{own[0]}' and 1 more tensor as it built the model, and rank {1 - rank} built the model"
         assert [note.startswith(words) for note in driver.notes] == [True] * noted, driver.notes

@@ -213,8 +213,8 @@ class Driver:
             ),
         }
         agree_on_program(pipe.program, settings, group)
-        # as the first step would, which makes it of the stages
-        torch_schedule(schedule, pipe.num_stages, ranks, n_microbatches)
+        if loss_fn is not None:  # others may only hold stages, for a checkpoint
+            torch_schedule(schedule, pipe.num_stages, ranks, n_microbatches)
         agree_on_values(pipe, self.placement, group)
         self._built_otherwise = built_otherwise(pipe, group)
         self._wrap = wrap
