@@ -227,11 +227,10 @@ class Driver:
         self.draws = Draws(pipe.program, self.device, n_microbatches, seed)
         self._lent = Lent(pipe, self.placement, group, self.device)
         self._data = Data(pipe, self.placement, group, self.device, data_on)
-        # moved data is the same everywhere, and without contents where nobody reads it
-        if data_on != "all":
-            compare_steps = 0
         self.faults = Faults(group, self.placement)
-        self.calls = Calls(group, compare_steps, self.faults)
+        # moved data is the same everywhere, and without contents where nobody reads it
+        compared = compare_steps if data_on == "all" else 0
+        self.calls = Calls(group, compared, self.faults)
         self._buffers = {
             i: Buffers(pipe.stages[i], pipe.program.stages[i])
             for i in self.stage_indices
