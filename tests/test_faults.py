@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from cluster.matrix import on_ranks
 from cluster.ranks import read_work, start
+from test_other_calls import Tied
 from torch import nn
 from zoo.cuts import equal_ops
 
@@ -382,18 +383,6 @@ def test_a_rank_that_ends_without_a_call_of_all_ranks_is_told_with_that_call() -
     found = outcomes(3, "file", _saves_alone, chain())
     assert found[1:] == ["ok", "ok"]
     assert "do not answer: they were killed, have ended, or hang\n  try: every rank calls checkpoint.save, as this one did" in found[0]
-
-
-class Tied(nn.Module):
-    """Its first and its last stage share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.c.weight = self.a.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(self.b(self.a(x)).relu())  # type: ignore[no-any-return]
 
 
 def test_a_sum_that_one_of_its_ranks_leaves_out_is_told_on_all_ranks() -> None:
