@@ -197,10 +197,9 @@ class Faults:
             return
         call, ranks = partly
         for rank in ranks:
-            key = f"came {self._meetings + 1} {rank}"
-            if rank == self.rank or not self._store.check([key]):
+            number, other, met = self._came(rank)
+            if rank == self.rank or number <= self._meetings:
                 continue
-            other, met = json.loads(self._store.get(key))
             if met.get(str(ranks), 0) >= self._partly_met[ranks]:
                 continue  # it has been here
             self._skipped = {
@@ -213,18 +212,29 @@ class Faults:
             self._tell(self._skipped)
             return
 
+    def _came(self, rank: int) -> tuple[int, str, dict[str, int]]:
+        """The number of the call at which a rank waited last, its name, and how often the rank was at each of
+        those that only some ranks make.
+        """
+        key = f"came {rank}"
+        if not self._store.check([key]):
+            return 0, "", {}
+        number, call, met = json.loads(self._store.get(key))
+        return number, call, met
+
     def _tell_missing(self) -> None:
         """Raises RuntimeError when the store does not answer."""
         call, number = self._awaited, self._meetings
         if not call or self._told_missing == number:
             return
         met = {str(ranks): count for ranks, count in self._partly_met.items()}
-        self._store.set(f"came {number} {self.rank}", json.dumps([call, met]))
+        # one entry for each rank, however many calls there are
+        self._store.set(f"came {self.rank}", json.dumps([number, call, met]))
         waited = time.monotonic() - self._awaited_since
         if waited < GRACE:
             return
         self._told_missing = number
-        came = [self._store.check([f"came {number} {r}"]) for r in range(self.ranks)]
+        came = [self._came(rank)[0] >= number for rank in range(self.ranks)]
         missing = [rank for rank in range(self.ranks) if not came[rank]]
         if missing and came.index(True) == self.rank and self._awaited == call:
             titles = " and ".join(map(self._title, missing))
