@@ -152,7 +152,12 @@ class Slotted(Inner):
 
 def test_a_module_kept_whole_may_not_hide_tensors() -> None:
     """They would be those of the example, in every call."""
-    model = Outer()
+
+    class OfSlots(Outer):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.lin(self.inner(x).a[0])
+
+    model = OfSlots()
     model.inner = Slotted()
     with pytest.raises(StagecutError, match="module 'inner' is kept whole and returns a Slots") as caught:
         pipeline(model, (X,), leaf_modules=["inner"])
