@@ -15,7 +15,7 @@ from stagecut.ir.aliases import storage_root
 from stagecut.ir.errors import InputError
 from stagecut.ir.graph import Op, Program
 from stagecut.passes.pipeline import PASSES
-from stagecut.pipe import lower
+from stagecut.pipe import lower, pipeline
 
 
 def _costed(module: nn.Module, *args: Any, **options: Any) -> tuple[Program, list[Op], list[OpCost]]:
@@ -165,3 +165,27 @@ def test_devices() -> None:
     assert own.seconds(1, 1e11) == 1.0
     with pytest.raises(InputError, match="did you mean 'H200'"):
         device("H20")
+
+
+class State:
+    """An object that torch takes for one leaf, whatever is in it."""
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self.parts = list(parts)
+
+
+class ReturnsState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, Any]:
+        x = self.embed(tokens)
+        return {"state": State(x.mean(), x.sum()), "logits": self.head(x)}
+
+
+@pytest.mark.parametrize("profile_on", [None, "cpu"])
+def test_a_loss_is_assumed_behind_an_object_with_tensors(profile_on: str | None) -> None:
+    """The place of the logits was sought among fewer leaves than the program has."""
+    pipe = pipeline(ReturnsState(), (torch.zeros(2, 5, dtype=torch.long),), stages=2, check=None)
+    assert "cross-entropy" in str(pipe.report(profile_on=profile_on))

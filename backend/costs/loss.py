@@ -66,7 +66,8 @@ def loss_cost(
         kept.append(tensor)
         return tensor
 
-    output = output_of(call, [_on_meta(leaf, sizes) for leaf in program.outputs])
+    leaves = [_on_meta(leaf, sizes) for leaf in program.outputs]
+    output = output_of(call, leaves, loss_fn)
     goal = tree_map(
         lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, target
     )
@@ -97,8 +98,14 @@ def loss_cost(
     )
 
 
-def output_of(call: CallSpec | None, leaves: Sequence[Any]) -> Any:
-    """What the loss is given: the model's output, or its leaves where nothing is known of its structure."""
+def output_of(
+    call: CallSpec | None, leaves: Sequence[Any], loss_fn: Callable[..., Any]
+) -> Any:
+    """What the loss is given: the model's output, or its leaves where nothing is known of its structure. A
+    loss that the outputs suggest is given all leaves: a cache in the output is one leaf to torch.
+    """
+    if isinstance(loss_fn, _CrossEntropy):
+        return [*leaves]
     if call is not None:
         return call.result_alone(leaves)
     return leaves[0] if len(leaves) == 1 else [*leaves]
@@ -190,13 +197,13 @@ def _is_computed_from(value: Value, wanted: set[Value]) -> bool:
 
 @dataclass(frozen=True)
 class _CrossEntropy:
-    """Cross-entropy in float32 of one of the output's leaves."""
+    """Cross-entropy in float32 of one of the leaves of the output."""
 
     place: int
     __name__ = "cross-entropy in float32"
 
-    def __call__(self, output: Any, target: torch.Tensor) -> torch.Tensor:
-        logits = tree_leaves(output)[self.place]
+    def __call__(self, leaves: Sequence[Any], target: torch.Tensor) -> torch.Tensor:
+        logits = leaves[self.place]
         rows = logits.flatten(0, -2).float()
         return torch.nn.functional.cross_entropy(rows, target.flatten())
 

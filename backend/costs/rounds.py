@@ -231,8 +231,8 @@ class Runner:
     def _loss(self, results: Sequence[Any]) -> torch.Tensor:
         by_value = dict(zip(self._block.outputs, results, strict=True))
         leaves = [by_value.get(leaf, leaf) for leaf in self._pipe.program.outputs]
-        output = output_of(self._pipe._call_spec, leaves)
         assert self._way.loss_fn is not None
+        output = output_of(self._pipe._call_spec, leaves, self._way.loss_fn)
         return loss_alone(self._way.loss_fn(output, self._target))
 
     def _grads(self, outputs: list[torch.Tensor]) -> Any:
