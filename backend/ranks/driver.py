@@ -655,7 +655,6 @@ class Driver:
             return self._gradients.scaled(loss)
         return loss
 
-    @property
     def _trains_something(self) -> bool:
         state = self.pipe.program.state
         return any(entry.kind == "param" and entry.requires_grad for entry in state)
@@ -669,7 +668,7 @@ class Driver:
         grad = torch.is_grad_enabled()
         if self._silent or self._step_graphs is not None:
             return None
-        if grad and self._trains_something and not carriers(packed):
+        if grad and self._trains_something() and not carriers(packed):
             return None  # no stage would begin a backward that others wait for
         assert self._call_losses is not None
         given = f"{shown_value(result)} and {self._batch.shown_labels(self._call_losses.given, index)}"

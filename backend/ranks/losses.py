@@ -182,10 +182,10 @@ def refuse_no_gradient(
     index: int,
     loss_fn: Callable[..., Any],
     outputs: Sequence[Any],
-    trains: bool,
+    trains: Callable[[], bool],
 ) -> None:
     """Returns when a backward can begin from the loss of micro-batch `index`. Raises InputError otherwise, as
-    nothing would be trained. `trains` is whether any parameter of the model is trained.
+    nothing would be trained. `trains` tells whether any parameter of the model is trained.
     """
     if loss.requires_grad:
         return
@@ -195,7 +195,7 @@ def refuse_no_gradient(
     )
     if not carriers(outputs):
         hint = "no output of the model carries one, as each is detached, rounded or an index: return another"
-        if not trains:
+        if not trains():
             hint = "all parameters are frozen: requires_grad_(True), or driver.eval(...) for a forward alone"
     raise InputError(
         f"the loss of micro-batch {index} carries no gradient, so that nothing would be trained",
